@@ -1,0 +1,85 @@
+"""Neuron-level fine-tuning and surgery on model checkpoints.
+
+Score every neuron of two checkpoints, cut the sensitive ones out as a patch, apply it, verify it
+and take it out again, bit for bit::
+
+    import neftsurgery as ns
+
+    scores = ns.diff("base/", "tuned/")
+    selection = scores.select(neurons="3%")
+    patch = ns.extract("base/", "tuned/", selection, out="neuron_patch.safetensors")
+    ns.apply("base/", patch, out="patched/")
+    assert ns.verify("patched/", patch).state == "patched"
+    ns.revert("patched/", patch, out="back/", base="base/")
+
+Importing the package loads nothing: each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint.checkpoint import Checkpoint
+    from .checkpoint.opening import open_checkpoint
+    from .selection.scores import Scores
+    from .selection.selection import Selection
+    from .patch.patch import Patch
+    from .surgery.apply import apply, revert
+    from .surgery.diff import diff
+    from .surgery.extract import extract
+    from .surgery.inspect import inspect
+    from .surgery.verify import Verification, verify
+
+__all__ = [
+    "Checkpoint",
+    "CorruptFileError",
+    "MachineError",
+    "MismatchError",
+    "NeftError",
+    "Patch",
+    "Scores",
+    "Selection",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "apply",
+    "diff",
+    "extract",
+    "inspect",
+    "open_checkpoint",
+    "revert",
+    "verify",
+]
+
+_HOMES = {
+    "Checkpoint": "checkpoint.checkpoint",
+    "Patch": "patch.patch",
+    "Scores": "selection.scores",
+    "Selection": "selection.selection",
+    "Verification": "surgery.verify",
+    "apply": "surgery.apply",
+    "diff": "surgery.diff",
+    "extract": "surgery.extract",
+    "inspect": "surgery.inspect",
+    "open_checkpoint": "checkpoint.opening",
+    "revert": "surgery.apply",
+    "verify": "surgery.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

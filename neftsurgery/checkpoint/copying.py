@@ -1,0 +1,220 @@
+"""Copies of whole files, made by the kernel where it can: shared blocks, holes kept.
+
+A checkpoint of many gigabytes is copied before a few of its bytes are rewritten, so nothing here goes
+through user space that does not have to.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import MismatchError, UsageError
+
+__all__ = ["copy_file"]
+
+_KERNEL_STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too large to cost anything
+_USER_STEP = 4 << 20
+_FICLONE = 0x40049409  # _IOW(0x94, 9, int); the fcntl module has it from Python 3.13
+# What copy_file_range says where the file systems or the sandbox will not have it.
+_NOT_BY_KERNEL = {
+    errno.EXDEV,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ETXTBSY,
+    errno.EPERM,
+    errno.EACCES,
+    errno.EBADF,
+}
+
+
+def copy_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | int,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Copy a regular file byte for byte; holes stay holes, blocks are shared where that is possible.
+
+    Parameters
+    ----------
+    source:
+        The file; links are followed.
+    target:
+        A path where nothing is yet: the file is created, gets the permission bits of ``source`` at
+        the end, and is removed again if the copy fails. Or the descriptor of an empty file, open for
+        writing: then its permission bits are left to the caller, who may have more to write.
+    progress:
+        Called with the number of bytes done since its last call; in the end they add up to the
+        size. What it raises ends the copy.
+
+    Returns
+    -------
+    int
+        The permission bits of ``source`` (no set-id or sticky bits).
+
+    Raises
+    ------
+    UsageError
+        If ``source`` is not a regular file.
+    MismatchError
+        If ``source`` changed while it was being copied.
+    OSError
+        If reading or writing fails, or there is something at the path ``target``.
+    """
+    # O_NONBLOCK: opening a pipe must not wait for a writer.
+    reader = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        before = os.fstat(reader)
+        if not stat.S_ISREG(before.st_mode):
+            raise UsageError("not a regular file", file=source)
+        mode = stat.S_IMODE(before.st_mode) & 0o777
+        if isinstance(target, int):
+            if os.fstat(target).st_size:
+                raise ValueError("the target of a copy must be empty")
+            _copy_content(reader, target, before, progress)
+        else:
+            _copy_to_path(reader, Path(target), before, mode, progress)
+        return mode
+    except MismatchError as error:
+        error.file = error.file or str(source)
+        raise
+    finally:
+        os.close(reader)
+
+
+def _copy_to_path(
+    reader: int, target: Path, before: os.stat_result, mode: int, progress: Callable[[int], None] | None
+) -> None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    writer = os.open(target, flags, 0o600)
+    try:
+        _copy_content(reader, writer, before, progress)
+        os.fchmod(writer, mode)
+    except BaseException as error:
+        with suppress(FileNotFoundError):
+            os.unlink(target)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(target)
+        raise
+    finally:
+        os.close(writer)
+
+
+def _copy_content(
+    reader: int, writer: int, before: os.stat_result, progress: Callable[[int], None] | None
+) -> None:
+    tell = progress or (lambda nbytes: None)
+    if _clone(reader, writer):
+        tell(before.st_size)
+    else:
+        os.ftruncate(writer, before.st_size)
+        done, by_kernel = 0, True
+        for start, stop in _data_ranges(reader, before):
+            if start > done:
+                tell(start - done)
+            by_kernel = _copy_range(reader, writer, start, stop, tell, by_kernel)
+            done = stop
+        if before.st_size > done:
+            tell(before.st_size - done)
+    after = os.fstat(reader)
+    if after.st_size != before.st_size:
+        raise _changed(before.st_size, after.st_size)
+    if after.st_mtime_ns != before.st_mtime_ns:
+        raise MismatchError("the file changed while it was being copied", hint=_CHANGED_HINT)
+
+
+_CHANGED_HINT = "wait until nothing writes to it any more, then run this again"
+
+
+def _changed(expected: int, found: int) -> MismatchError:
+    return MismatchError(
+        "the file changed while it was being copied",
+        expected=f"{expected} bytes",
+        found=found,
+        hint=_CHANGED_HINT,
+    )
+
+
+def _clone(reader: int, writer: int) -> bool:
+    """Share all blocks of one file with another; false where the file system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(writer, _FICLONE, reader)
+    except OSError:  # a real failure (disk full) meets the copy next
+        return False
+    return True
+
+
+def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
+    """The parts ``[start, stop)`` of a file that are not holes, ascending."""
+    size = status.st_size
+    if not hasattr(os, "SEEK_DATA") or status.st_blocks * 512 >= size:
+        yield 0, size
+        return
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(reader, position, os.SEEK_DATA)
+            stop = min(os.lseek(reader, start, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return
+            start, stop = position, size
+        if start >= size:
+            return
+        yield start, stop
+        position = stop
+
+
+def _copy_range(
+    reader: int, writer: int, start: int, stop: int, tell: Callable[[int], None], by_kernel: bool
+) -> bool:
+    """Copy bytes ``[start, stop)``; returns whether it is worth asking the kernel again.
+
+    Raises
+    ------
+    MismatchError
+        If the file ends before ``stop``.
+    """
+    while start < stop:
+        copied = _kernel_step(reader, writer, start, min(_KERNEL_STEP, stop - start)) if by_kernel else 0
+        if not copied:
+            # Some kernels say 0 where there is more to copy: a plain read decides.
+            by_kernel = False
+            copied = _user_step(reader, writer, start, min(_USER_STEP, stop - start))
+        if not copied:
+            raise _changed(stop, start)
+        start += copied
+        tell(copied)
+    return by_kernel
+
+
+def _kernel_step(reader: int, writer: int, position: int, count: int) -> int:
+    """Bytes copied in the kernel; 0 if it does not do this pair of files."""
+    if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
+        return 0
+    try:
+        return os.copy_file_range(reader, writer, count, position, position)
+    except OSError as error:
+        if error.errno in _NOT_BY_KERNEL:
+            return 0
+        raise
+
+
+def _user_step(reader: int, writer: int, position: int, count: int) -> int:
+    """Bytes copied through a buffer; 0 at the end of the file."""
+    data = memoryview(os.pread(reader, count, position))
+    done = 0
+    while done < len(data):
+        done += os.pwrite(writer, data[done:], position + done)
+    return done

@@ -1,0 +1,182 @@
+"""The header of a safetensors file: read with suspicion, written with room to spare.
+
+The safetensors package is the authority on what a valid file is: it opens every file first. What it
+does not tell, the byte offsets, is then read from the same header. Duplicate keys, which it
+accepts (the last one wins), are refused here: two readers of such a file could see two models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CorruptFileError
+from .dtypes import DTYPES, DType
+
+__all__ = ["MAX_HEADER_BYTES", "Header", "TensorInfo", "layout_entries", "pack_header", "read_header"]
+
+MAX_HEADER_BYTES = 100_000_000
+_PREFIX = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor: ``dtype`` as safetensors names it, ``shape`` in elements."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def type(self) -> DType:
+        """The element type."""
+        return DTYPES[self.dtype]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.type.nbytes(self.elements)
+
+    def describe(self) -> str:
+        """For messages: ``BF16 [4096, 11008]``."""
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header.
+
+    Attributes
+    ----------
+    tensors:
+        By name, in file order.
+    offsets:
+        By name, where the tensor's data starts, in bytes from the start of the file.
+    metadata:
+        The ``__metadata__`` strings.
+    size:
+        Bytes of prefix and header together: where the data area starts.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+    size: int
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(key)
+            seen.add(key)
+    return result
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of the file at ``path``; no tensor data is read.
+
+    Raises
+    ------
+    CorruptFileError
+        If the safetensors package refuses the file, or a key occurs twice.
+    OSError
+        If the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            with safe_open(os.fspath(path), framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise CorruptFileError(
+                f"not a valid safetensors file: {_reason(error)}",
+                file=path,
+                hint="the file is damaged or was cut short: fetch or write it again",
+            ) from error
+        length = _PREFIX.unpack(file.read(_PREFIX.size))[0]
+        raw = file.read(length)
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except _DuplicateKeyError as error:
+        raise CorruptFileError(
+            f"the key {str(error)[:200]!r} occurs twice in the header",
+            file=path,
+            hint="readers disagree on which one counts; write the file again with the safetensors package",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"the header is not valid JSON: {error}", file=path) from error
+    metadata = content.pop("__metadata__", None) or {}
+    start = _PREFIX.size + length
+    tensors: dict[str, TensorInfo] = {}
+    offsets: dict[str, int] = {}
+    for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
+        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]))
+        offsets[name] = start + entry["data_offsets"][0]
+    return Header(tensors, offsets, metadata, start)
+
+
+def _reason(error: SafetensorError) -> str:
+    return str(error).removeprefix("Error while deserializing header: ")
+
+
+def layout_entries(entries: Iterable[TensorInfo]) -> tuple[dict[str, tuple[int, int]], int]:
+    """Place ``entries`` one after the other: per name its ``(begin, end)`` in the data area, and its size.
+
+    Larger element types come first, so that with an 8-byte aligned data area every entry is aligned.
+    """
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for entry in sorted(entries, key=lambda e: -e.type.bits):
+        if entry.name in offsets:
+            raise ValueError(f"two entries are named {entry.name!r}")
+        offsets[entry.name] = (position, position + entry.nbytes)
+        position += entry.nbytes
+    return offsets, position
+
+
+def pack_header(
+    entries: Iterable[TensorInfo],
+    offsets: Mapping[str, tuple[int, int]],
+    metadata: Mapping[str, str],
+    *,
+    size: int | None = None,
+) -> bytes:
+    """Prefix and header as bytes, padded with spaces to ``size`` (default: the next multiple of 8).
+
+    Raises
+    ------
+    ValueError
+        If the header does not fit ``size``, or the format.
+    """
+    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for entry in entries:
+        content[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": list(offsets[entry.name]),
+        }
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    if size is None:
+        size = _PREFIX.size + (len(text) + 7) // 8 * 8
+    room = size - _PREFIX.size
+    if not len(text) <= room <= MAX_HEADER_BYTES:
+        raise ValueError(f"the header takes {len(text)} bytes, where {min(room, MAX_HEADER_BYTES)} fit")
+    return _PREFIX.pack(room) + text.ljust(room, b" ")

@@ -1,0 +1,282 @@
+"""Changes in place that survive a crash: the old vectors are on disk before the first one is replaced.
+
+The journal is a safetensors file beside the data: per touched tensor the neurons, their old
+vectors, and the digests of the new ones. While it exists the change is not complete, and whoever
+opens the checkpoint next writes the old vectors back. It names the files it belongs to by size,
+header hash and a sample of vectors that the change leaves alone, and is never applied to others.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import MachineError, MismatchError
+from ..sources.resolve import Source
+from .checkpoint import Checkpoint, Shard
+from .document import bad, described_tensor, dump, read_document
+from .header import TensorInfo
+from .layout import Layout
+from .tensorfile import TensorFile, written_file
+from .vectors import blocks, gather, scatter
+
+__all__ = ["JOURNAL_NAME", "Change", "heal", "journal_path", "journaled", "locked"]
+
+JOURNAL_NAME = ".neft-journal"
+_KEY = "neft_journal"
+_VERSION = 1
+_WHAT = "journal"
+_SAMPLES = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """Vectors of one tensor that are about to be replaced.
+
+    Attributes
+    ----------
+    info, layout:
+        The tensor. Several changes may be about the same one, even along different axes.
+    index:
+        The neurons, ascending, int64 ``[k]``.
+    new_digests:
+        XXH3-128 of their new vectors, uint8 ``[k, 16]``.
+    """
+
+    info: TensorInfo
+    layout: Layout
+    index: NDArray[np.int64]
+    new_digests: NDArray[np.uint8]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Positions in the index, in ranges of bounded size."""
+        return blocks(self.info, self.layout, len(self.index))
+
+
+def journal_path(source: Source) -> Path:
+    """Where the journal of a checkpoint lies: inside its folder, or beside its file."""
+    path = source.path
+    return path / JOURNAL_NAME if path.is_dir() else path.with_name(f".{path.name}.neft-journal")
+
+
+@contextmanager
+def locked(shards: Sequence[Shard]) -> Iterator[dict[Path, int]]:
+    """Open weight files for writing, each locked against other processes that change it.
+
+    Yields their descriptors by path.
+
+    Raises
+    ------
+    MachineError
+        If another process holds one.
+    """
+    held: dict[Path, int] = {}
+    try:
+        for shard in shards:
+            fd = held[shard.path] = os.open(shard.path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise MachineError(
+                    "another process is changing this checkpoint right now",
+                    file=shard.path,
+                    hint="wait until it is done, then run the command again",
+                ) from error
+        yield held
+    finally:
+        for fd in held.values():
+            os.close(fd)
+
+
+@contextmanager
+def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[None]:
+    """Keep the old vectors of ``changes`` on disk for as long as the context lasts.
+
+    The caller holds the lock of the touched shards (`locked`), and has synced its writes when the
+    context ends. If it ends by an exception, the journal stays, and heals at the next `heal`.
+    """
+    path = journal_path(checkpoint.source)
+    touched = {checkpoint.shard_of(change.info.name).path for change in changes}
+    files = [_describe(checkpoint, shard, changes) for shard in checkpoint.shards if shard.path in touched]
+    tensors, entries = {}, []
+    for number, change in enumerate(changes):
+        info, count = change.info, len(change.index)
+        tensors[str(number)] = {
+            "name": info.name,
+            "shape": list(info.shape),
+            "dtype": info.dtype,
+            "neuron_axes": list(change.layout.axes),
+        }
+        entries.append(TensorInfo(f"{number}:index", "I64", (count,)))
+        entries.append(TensorInfo(f"{number}:new_digest", "U8", (count, 16)))
+        entries.append(TensorInfo(f"{number}:old", info.dtype, (count, change.layout.width)))
+    metadata = dump(_KEY, {"version": _VERSION, "files": files, "tensors": tensors})
+    with written_file(entries, metadata, path) as written:
+        for number, change in enumerate(changes):
+            written.writer.write(f"{number}:index", 0, change.index)
+            written.writer.write(f"{number}:new_digest", 0, change.new_digests)
+            for start, stop in change.blocks():
+                old = gather(checkpoint, change.info, change.layout, change.index[start:stop])
+                written.writer.write(f"{number}:old", start, old)
+        written.writer.finish(metadata)
+    yield
+    _remove(path)
+
+
+def heal(source: Source) -> bool:
+    """Undo a change in place that was cut short, if there is one; True if there was.
+
+    Raises
+    ------
+    MismatchError
+        If the journal there belongs to other files.
+    MachineError
+        If another process is changing the checkpoint now, or it cannot be written.
+    """
+    path = journal_path(source)
+    if source.repo is not None or not path.exists():
+        return False
+    try:
+        with TensorFile.open(path) as journal:
+            _undo(source, journal)
+        _remove(path)
+    except FileNotFoundError:  # another process healed it meanwhile
+        return False
+    except MachineError:
+        raise
+    except OSError as error:
+        raise MachineError(
+            f"a change in place was cut short, and healing it failed: {(error.strerror or str(error)).lower()}",
+            file=path,
+            hint="the journal is kept: make the checkpoint writable and run any command on it again",
+        ) from error
+    return True
+
+
+def _undo(source: Source, journal: TensorFile) -> None:
+    content = read_document(journal, _KEY, _WHAT, _VERSION)
+    files = content.get("files")
+    if not isinstance(files, list) or not all(isinstance(entry, dict) for entry in files):
+        raise bad(journal, _WHAT, "it does not name its files")
+    changes = [_read_change(journal, number, entry) for number, entry in content["tensors"].items()]
+    checkpoint = Checkpoint.read(source)
+    shards = []
+    for entry in files:
+        shard = next((s for s in checkpoint.shards if s.path.name == entry.get("name")), None)
+        if shard is None:
+            raise _foreign(journal, str(entry.get("name"))[:200])
+        shards.append(shard)
+    with locked(shards) as held:
+        for change in changes:
+            found = checkpoint.tensors.get(change.info.name)
+            if found != change.info or checkpoint.shard_of(found.name).path not in held:
+                raise _foreign(journal, shards[0].path.name if shards else "the checkpoint")
+        for shard, entry in zip(shards, files, strict=True):
+            if entry != _describe(checkpoint, shard, changes):
+                raise _foreign(journal, shard.path.name)
+        if changes and not _any_known(checkpoint, journal, changes):
+            raise _foreign(journal, shards[0].path.name)
+        for number, change in enumerate(changes):
+            shard = checkpoint.shard_of(change.info.name)
+            fd, offset = held[shard.path], shard.header.offsets[change.info.name]
+            for start, stop in change.blocks():
+                old = journal.array_bytes(f"{number}:old", start, stop)
+                index = change.index[start:stop]
+                scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
+        for fd in held.values():
+            os.fsync(fd)
+
+
+def _read_change(journal: TensorFile, number: str, entry: Any) -> Change:
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        raise bad(journal, _WHAT, f"its change {number[:20]} names no tensor")
+    info, layout = described_tensor(journal, _WHAT, name, entry)
+    index = journal.tensors.get(f"{number}:index")
+    count = index.shape[0] if index is not None and len(index.shape) == 1 else -1
+    expected = {
+        "index": ("I64", (count,)),
+        "new_digest": ("U8", (count, 16)),
+        "old": (info.dtype, (count, layout.width)),
+    }
+    for part, shape in expected.items():
+        found = journal.tensors.get(f"{number}:{part}")
+        if found is None or (found.dtype, found.shape) != shape:
+            raise bad(journal, _WHAT, f"its entry {part} is missing or does not fit", name)
+    values = journal.array(f"{number}:index")
+    if count and (values[0] < 0 or values[-1] >= layout.count or not np.all(np.diff(values) > 0)):
+        raise bad(journal, _WHAT, "its index makes no sense", name)
+    return Change(info, layout, values, journal.array(f"{number}:new_digest"))
+
+
+def _any_known(checkpoint: Checkpoint, journal: TensorFile, changes: Sequence[Change]) -> bool:
+    """Whether any vector there now is the old or the new one.
+
+    Where a change touches every vector there is nothing to sample, so this is the last guard.
+    """
+    for number, change in enumerate(changes):
+        for start, stop in change.blocks():
+            now = gather(checkpoint, change.info, change.layout, change.index[start:stop])
+            old = journal.array_bytes(f"{number}:old", start, stop)
+            for row, was, digest in zip(now, old, change.new_digests[start:stop], strict=True):
+                if np.array_equal(row, was) or xxhash.xxh3_128_digest(row) == digest.tobytes():
+                    return True
+    return False
+
+
+def _describe(checkpoint: Checkpoint, shard: Shard, changes: Sequence[Change]) -> dict[str, Any]:
+    """What tells a weight file from others, whatever the state of the change."""
+    header = bytearray(shard.header.size)
+    with open(shard.path, "rb") as file:
+        file.readinto(header)
+    sample = xxhash.xxh3_128()
+    for name in sorted(shard.header.tensors):
+        info = shard.header.tensors[name]
+        mine = [change for change in changes if change.info.name == name]
+        if not mine:
+            edge = min(4096, info.nbytes)
+            starts = [0, info.nbytes - edge]
+        elif len(mine) == 1 and mine[0].layout.contiguous:
+            layout, size = mine[0].layout, info.type.itemsize
+            edge = min(4096, layout.width * size)
+            spread = np.unique(np.linspace(0, layout.count - 1, 8 * _SAMPLES).astype(np.int64))
+            kept = np.setdiff1d(spread, mine[0].index)[:_SAMPLES]
+            starts = [int(neuron) * layout.width * size for neuron in kept]
+        else:
+            continue  # where changes cross, or run along columns, no cheap range is sure to stay
+        for start in starts:
+            buffer = bytearray(edge)
+            checkpoint.read_into(name, start, memoryview(buffer))
+            sample.update(buffer)
+    return {
+        "name": shard.path.name,
+        "size": shard.size,
+        "header": xxhash.xxh3_128_hexdigest(header),
+        "sample": sample.hexdigest(),
+    }
+
+
+def _foreign(journal: TensorFile, name: str) -> MismatchError:
+    return MismatchError(
+        f"a journal of a change in place lies here, but {name} is not the file it was written for",
+        file=journal.path,
+        hint="if you replaced the checkpoint's files since, delete the journal; otherwise restore them",
+    )
+
+
+def _remove(path: Path) -> None:
+    os.unlink(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,131 @@
+"""Where the neurons of one tensor lie: pure arithmetic on shapes, no I/O.
+
+A tensor of shape ``S`` has *neuron axes* ``A``, an ascending subset of its axes. Neuron ``i`` runs
+row-major over ``A``; its *vector* is the slice at those coordinates, flattened row-major over the
+other axes. In memory and on disk the tensor is row-major over all of ``S``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The neurons of a tensor of ``shape`` along the neuron axes ``axes``.
+
+    Raises
+    ------
+    ValueError
+        If ``axes`` are not ascending axes of ``shape``.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if any(b <= a for a, b in zip(self.axes, self.axes[1:], strict=False)) or any(
+            not 0 <= axis < len(self.shape) for axis in self.axes
+        ):
+            raise ValueError(
+                f"neuron axes {list(self.axes)} are not ascending axes of shape {list(self.shape)}"
+            )
+
+    @classmethod
+    def of(cls, shape: Sequence[int], axes: Sequence[int]) -> Layout:
+        """The layout of any two sequences, as read from a header or a manifest."""
+        return cls(tuple(int(n) for n in shape), tuple(int(a) for a in axes))
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def count(self) -> int:
+        """Neurons of the tensor."""
+        return math.prod(self.shape[axis] for axis in self.axes)
+
+    @cached_property
+    def width(self) -> int:
+        """Elements of one neuron's vector."""
+        return math.prod(n for axis, n in enumerate(self.shape) if axis not in self.axes)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[bool, int], ...]:
+        """The axes with neighbours of one sort merged: ``(is a neuron axis, size)``, outermost first.
+
+        Axes of size 1 are dropped: they move nothing. A linear weight is
+        ``((True, out), (False, in))``; a ``Conv1D`` weight ``((False, in), (True, out))``.
+        """
+        merged: list[tuple[bool, int]] = []
+        for axis, size in enumerate(self.shape):
+            sort = axis in self.axes
+            if size == 1:
+                continue
+            if merged and merged[-1][0] is sort:
+                merged[-1] = (sort, merged[-1][1] * size)
+            else:
+                merged.append((sort, size))
+        return tuple(merged)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether each vector is one unbroken range of the tensor: element ``i * width`` onwards."""
+        return len(self.groups) < 2 or (len(self.groups) == 2 and self.groups[0][0])
+
+    @cached_property
+    def run(self) -> tuple[bool, int]:
+        """The innermost group: ``(True, n)``, n neighbours are n neurons; ``(False, n)``, one neuron.
+
+        A tensor is a sequence of ``elements // n`` such runs.
+        """
+        return self.groups[-1] if self.groups else (False, 1)
+
+    def run_neurons(self, start: int, stop: int) -> NDArray[np.int64]:
+        """For runs ``[start, stop)`` the neuron their first element belongs to, shape ``[stop-start]``."""
+        runs = np.arange(start, stop, dtype=np.int64)
+        neuron = np.zeros(len(runs), dtype=np.int64)
+        stride = 1
+        if self.groups and self.groups[-1][0]:
+            stride = self.groups[-1][1]
+        for is_neuron, size in reversed(self.groups[:-1]):
+            if is_neuron:
+                neuron += (runs % size) * stride
+                stride *= size
+            runs //= size
+        return neuron
+
+    @cached_property
+    def slab_shape(self) -> tuple[int, ...]:
+        """The sizes of `groups`, the outermost neuron group split off; see `slabs`."""
+        inner = self.groups[1:] if self.groups and self.groups[0][0] else self.groups
+        return tuple(size for _, size in inner)
+
+    @cached_property
+    def slabs(self) -> int:
+        """How many equal, unbroken ranges of the tensor hold whole vectors.
+
+        The outermost group, when it is a neuron group, cuts the tensor into as many *slabs*: the
+        experts of ``[E, in, out]`` with axes 0 and 2, or the rows of a linear weight. A tensor
+        whose outermost group is not (a ``Conv1D`` weight) is one slab.
+        """
+        return self.groups[0][1] if self.groups and self.groups[0][0] else 1
+
+    @cached_property
+    def neurons_per_slab(self) -> int:
+        """Neurons of one slab."""
+        return self.count // self.slabs if self.slabs else 0
+
+    @cached_property
+    def slab_elements(self) -> int:
+        """Elements of one slab."""
+        return self.elements // self.slabs if self.slabs else 0

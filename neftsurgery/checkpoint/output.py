@@ -1,0 +1,546 @@
+"""All-or-nothing writing: an output appears whole, on disk, or not at all.
+
+What is being written lies beside OUT under ``.NAME.neft-<16 hex digits>``, locked with ``flock`` by
+the process that writes it. It is fsynced, renamed into place, and the folder is fsynced. A killed process
+leaves its staging name behind unlocked: the next one that writes the same OUT removes it. On file
+systems without ``flock`` nobody can tell a live name from a dead one, so there they stay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from ..errors import MachineError, UsageError
+
+__all__ = ["StagedFile", "refuse_output", "require_space", "staged_directory", "staged_file"]
+
+_log = logging.getLogger(__name__)
+
+_AnyPath = str | os.PathLike[str]
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_NAME = 255
+_TOKEN = re.compile(r"(old-)?[0-9a-f]{16}")
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def refuse_output(
+    out: _AnyPath,
+    *,
+    inputs: Sequence[_AnyPath],
+    force: bool,
+    kind: Literal["file", "directory"] | None = None,
+) -> None:
+    """Refuse an output that must not be written, before any work is done.
+
+    Parameters
+    ----------
+    out:
+        The output, best as the user typed it: a trailing slash says that a folder is meant.
+    inputs:
+        Local files and folders the verb reads. What they link to counts as well.
+    force:
+        Whether an existing output may be replaced. It never excuses one that is, holds or lies
+        inside an input.
+    kind:
+        What will be written, where known. An empty folder does for a ``"directory"`` only.
+
+    Raises
+    ------
+    UsageError
+        If the output is refused.
+    MachineError
+        If its folder cannot be written.
+    """
+    path = _named(out)
+    if kind == "file" and os.fspath(out).endswith(os.sep):
+        raise UsageError("the output is a file, but its name ends in a slash", file=out)
+    for one in inputs:
+        _refuse_input(path, Path(one))
+    if os.path.lexists(path):
+        _refuse_existing(path, force, kind)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        error = MachineError(
+            "no permission to write in this folder", file=path.parent, hint="name an output elsewhere"
+        )
+        error.errno = errno.EACCES
+        raise error
+
+
+def _named(out: _AnyPath) -> Path:
+    """The output as a path with a name of its own in a folder that exists."""
+    path = Path(out)
+    if path.name in ("", ".."):
+        raise UsageError(
+            "the output has no name of its own", file=out, hint="give the name of a file or folder to create"
+        )
+    if len(os.fsencode(path.name)) > _MAX_NAME:
+        raise UsageError(f"the output's name is longer than {_MAX_NAME} bytes", file=out)
+    if not path.parent.is_dir():
+        missing = not os.path.lexists(path.parent)
+        raise UsageError(
+            f"the folder {path.parent} does not exist" if missing else f"{path.parent} is not a folder",
+            file=out,
+            hint="create it first, or check the spelling" if missing else None,
+        )
+    return path
+
+
+def _refuse_input(out: Path, source: Path) -> None:
+    hint = "name an output that is apart from every input"
+    real_out, real = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    inside, holds = _within(real_out, real), _within(real, real_out)
+    if inside and holds:
+        raise UsageError(f"the output is the input {source}", file=out, hint=hint)
+    if inside:
+        raise UsageError(f"the output lies inside the input {source}", file=out, hint=hint)
+    if not holds and real.is_dir():
+        # Files of a Hub snapshot are links to a folder of blobs: that one must not be replaced either.
+        with os.scandir(real) as entries:
+            links = [Path(os.path.realpath(entry)) for entry in entries if entry.is_symlink()]
+        holds = any(_within(link, real_out) for link in links)
+    if holds:
+        raise UsageError(f"the output holds files of the input {source}", file=out, hint=hint)
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    """Whether ``inner`` is ``outer`` or lies in it, by name and by inode; both are real paths."""
+    identity = _identity(outer)
+    return any(
+        place == outer or (identity is not None and _identity(place) == identity)
+        for place in (inner, *inner.parents)
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _refuse_existing(out: Path, force: bool, kind: Literal["file", "directory"] | None) -> None:
+    is_folder = out.is_dir() and not out.is_symlink()
+    if out.exists() and not out.is_file() and not out.is_dir():
+        raise UsageError("the output is a device, pipe or socket", file=out)
+    if is_folder:
+        if os.path.ismount(out):
+            raise UsageError(
+                "the output is a mount point, which cannot be replaced",
+                file=out,
+                hint="name a file or folder inside it",
+            )
+        for place in (os.curdir, os.path.expanduser("~")):
+            if _within(Path(os.path.realpath(place)), Path(os.path.realpath(out))):
+                raise UsageError(
+                    "the output is, or holds, the current folder or your home folder",
+                    file=out,
+                    hint="name a file or folder inside it",
+                )
+        if kind != "file" and _is_empty(out):
+            return
+    if not force:
+        what = "a link" if out.is_symlink() else "a folder" if is_folder else "a file"
+        raise UsageError(
+            f"the output exists already: {what}",
+            file=out,
+            hint="name another one, or replace it with --force",
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except PermissionError:
+        return False
+
+
+def require_space(folder: _AnyPath, nbytes: int) -> None:
+    """Check that ``nbytes`` more bytes fit on the disk that holds ``folder``.
+
+    Call it inside the staging context and before the first byte is written: what a killed
+    process left behind has been removed by then.
+
+    Raises
+    ------
+    MachineError
+        If they do not fit; its ``errno`` is ``ENOSPC``.
+    """
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if nbytes > free:
+        error = MachineError(
+            f"not enough space: {_size(nbytes, up=True)} are needed, {_size(free, up=False)} are free",
+            file=folder,
+            hint="free some space, or write the output to another disk",
+        )
+        error.errno = errno.ENOSPC
+        raise error
+
+
+def _size(nbytes: int, *, up: bool) -> str:
+    """In decimal units, rounded so that of two sizes the larger never reads as the smaller."""
+    power = min((len(str(nbytes)) - 1) // 3, 4)
+    if power == 0:
+        return f"{nbytes} bytes"
+    tenths = -(-nbytes * 10 // 1000**power) if up else nbytes * 10 // 1000**power
+    return f"{tenths / 10:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """A file that is being written beside its final place.
+
+    Attributes
+    ----------
+    path:
+        Where it lies for now.
+    fd:
+        Open for reading and writing; it carries the lock, and is not the holder's to close.
+    """
+
+    path: Path
+    fd: int
+
+    def write_at(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of ``data``, C-contiguous, at byte ``offset``; calls from several threads do not mix."""
+        view = memoryview(data)
+        if view.nbytes:  # an empty view of several dimensions cannot be cast
+            view = view.cast("B")
+            while len(view):
+                written = os.pwrite(self.fd, view, offset)
+                view, offset = view[written:], offset + written
+
+    def stream(self) -> BinaryIO:
+        """A buffered binary file over the same content, to be closed before the context ends."""
+        return os.fdopen(os.dup(self.fd), "r+b")
+
+
+@contextmanager
+def staged_file(out: _AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
+    """Write the file ``out``, all or nothing.
+
+    Parameters
+    ----------
+    out:
+        Where the file appears when the context ends well. Whatever ends it otherwise,
+        nothing is left.
+    force:
+        Replace what is there, a folder included; links are replaced, not followed.
+    mode:
+        Permission bits; by default what the umask gives a new file.
+
+    Raises
+    ------
+    UsageError
+        If ``out`` exists at the end and ``force`` is false, or its folder does not exist.
+    OSError
+        If the file cannot be written.
+    """
+    with _staging(out, force=force, create=functools.partial(_create_file, mode=mode)) as (path, fd):
+        yield StagedFile(path, fd)
+        if mode is not None:
+            os.fchmod(fd, mode)
+        _fsync(fd)
+
+
+@contextmanager
+def staged_directory(out: _AnyPath, *, force: bool = False) -> Iterator[Path]:
+    """Write the directory ``out``, all or nothing: yields the empty directory to fill.
+
+    An empty directory in its place is replaced; ``force`` replaces anything else as well. All of
+    its files must be closed, and their writers done, when the context ends.
+
+    Raises
+    ------
+    UsageError
+        If there is something else at ``out`` at the end and ``force`` is false, or its folder
+        does not exist.
+    OSError
+        If something cannot be written.
+    """
+    with _staging(out, force=force, create=_create_directory) as (path, _):
+        yield path
+        _fsync_tree(path)
+
+
+def _create_file(path: Path, *, mode: int | None) -> int:
+    return os.open(path, _CREATE, 0o666 if mode is None else 0o600)
+
+
+def _create_directory(path: Path) -> int:
+    os.mkdir(path)
+    return os.open(path, _OPEN | os.O_DIRECTORY)
+
+
+@contextmanager
+def _staging(out: _AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    final = _named(out).absolute()  # the caller may change the current folder meanwhile
+    _remove_stale(final)
+    path, fd = _reserve(final, create)
+    try:
+        yield path, fd
+        if force:
+            _replace(path, final)
+        else:
+            _place(path, final)
+        _fsync_folder(final.parent)
+    finally:
+        # After a failure this is what was written so far; after an exchange it is what OUT was before.
+        _discard(path)
+        os.close(fd)
+
+
+def _reserve(out: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new staging name for ``out`` with what ``create`` made there, open and locked."""
+    while True:
+        path = _staging_name(out)
+        try:
+            fd = create(path)
+        except (FileExistsError, FileNotFoundError):
+            if out.parent.is_dir():
+                continue
+            raise
+        except BaseException:
+            _discard(path)
+            raise
+        # Before the lock is ours another process may take it for a stale one, and remove it.
+        if _lock(fd) is not False and _identity_of(fd) == _identity(path):
+            return path, fd
+        os.close(fd)
+        _discard(path)
+
+
+def _staging_name(out: Path, tag: str = "") -> Path:
+    return out.with_name(f"{_staging_prefix(out)}{tag}{secrets.token_hex(8)}")
+
+
+def _staging_prefix(out: Path) -> str:
+    stem = out.name
+    room = _MAX_NAME - len("..neft-old-") - 16
+    if len(os.fsencode(stem)) > room:
+        digest = hashlib.blake2b(os.fsencode(stem), digest_size=8).hexdigest()
+        while len(os.fsencode(stem)) > room - 17:
+            stem = stem[:-1]
+        stem = f"{stem}~{digest}"
+    return f".{stem}.neft-"
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed processes left of earlier outputs of the same name, or put it back."""
+    prefix = _staging_prefix(out)
+    try:
+        names = os.listdir(out.parent)
+    except PermissionError:  # a folder one may write to but not list
+        return
+    for name in names:
+        if name.startswith(prefix) and (token := _TOKEN.fullmatch(name, len(prefix))):
+            with suppress(OSError):
+                _remove_if_stale(out.with_name(name), out, aside=token[1] is not None)
+
+
+def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
+    fd = os.open(path, _OPEN)  # a link is refused here: it is none of ours
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and _identity_of(fd) == _identity(path):
+            _log.info("removing what an interrupted run left: %s", path)
+            if aside:
+                _settle(path, out)
+            else:
+                _discard(path)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool | None:
+    """Whether the lock is ours now; None where there are no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _identity_of(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _place(path: Path, out: Path) -> None:
+    """Rename ``path`` to ``out``, where there must be nothing, or an empty folder for a folder."""
+    try:
+        if path.is_dir():
+            os.rename(path, out)
+        elif not _rename_specially(path, out, exchange=False):
+            _link_and_unlink(path, out)
+    except OSError as error:
+        if error.errno in _IN_THE_WAY and os.path.lexists(out):
+            raise UsageError(
+                "the output appeared while it was being written",
+                file=out,
+                hint="another process wrote it; name another one, or replace it with --force",
+            ) from error
+        raise
+
+
+def _link_and_unlink(path: Path, out: Path) -> None:
+    try:
+        os.link(path, out)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        # No hard links either (FAT): the least bad is a look and a rename.
+        if os.path.lexists(out):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out)) from error
+        os.rename(path, out)
+    else:
+        os.unlink(path)
+
+
+def _replace(path: Path, out: Path) -> None:
+    """Rename ``path`` to ``out``, whatever is there; afterwards that may lie at ``path``."""
+    try:
+        os.replace(path, out)
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            raise
+    else:
+        return
+    if _rename_specially(path, out, exchange=True):
+        return
+    aside = _staging_name(out, "old-")
+    try:
+        os.rename(out, aside)
+        os.rename(path, out)
+        _fsync_folder(out.parent)
+    finally:
+        _settle(aside, out)
+
+
+def _settle(aside: Path, out: Path) -> None:
+    """Put what was set aside back if nothing took its place, else remove it."""
+    if os.path.lexists(out):
+        _discard(aside)
+    else:
+        os.rename(aside, out)
+
+
+def _rename_specially(path: Path, out: Path, *, exchange: bool) -> bool:
+    """Swap the two names (``exchange``), or rename where nothing is; false if the system cannot.
+
+    Raises
+    ------
+    OSError
+        As ``rename``; ``FileExistsError`` without ``exchange`` if there is something at ``out``.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    source, target = os.fsencode(path), os.fsencode(out)
+    if hasattr(libc, "renameat2"):  # Linux: AT_FDCWD, RENAME_EXCHANGE or RENAME_NOREPLACE
+        code = libc.renameat2(-100, source, -100, target, ctypes.c_uint(2 if exchange else 1))
+    elif hasattr(libc, "renamex_np"):  # macOS: RENAME_SWAP or RENAME_EXCL
+        code = libc.renamex_np(source, target, ctypes.c_uint(2 if exchange else 4))
+    else:
+        return False
+    number = ctypes.get_errno()
+    if code and number not in _UNSUPPORTED:
+        raise OSError(number, os.strerror(number), str(out))
+    return not code
+
+
+def _discard(path: Path) -> None:
+    """Remove whatever is at ``path``; what cannot be removed is logged, as the work itself is done."""
+    try:
+        _remove(path)
+    except OSError as error:
+        _log.warning("could not remove %s: %s", path, error.strerror or error)
+    except BaseException:  # an impatient second Ctrl-C
+        with suppress(OSError):
+            _remove(path)
+        raise
+
+
+def _remove(path: Path) -> None:
+    for attempt in range(3):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:  # another process removes it too, or it has read-only folders
+            if attempt == 2:
+                raise
+            if isinstance(error, PermissionError):
+                with suppress(OSError):
+                    _make_removable(path)
+        else:
+            return
+
+
+def _make_removable(folder: Path) -> None:
+    """Give the owner access to every folder of a tree."""
+    folder.chmod(0o700)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _make_removable(Path(entry.path))
+
+
+def _fsync(fd: int) -> None:
+    # On macOS only F_FULLFSYNC reaches the disk itself.
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):
+            fcntl.fcntl(fd, full)
+            return
+    os.fsync(fd)
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def _fsync_tree(top: Path) -> None:
+    """Files first, then folders from the innermost out."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(top, topdown=False, onerror=fail):
+        for name in names:
+            file = os.path.join(folder, name)
+            if stat.S_ISREG(os.lstat(file).st_mode):
+                fd = os.open(file, _OPEN)
+                try:
+                    _fsync(fd)
+                finally:
+                    os.close(fd)
+        _fsync_folder(Path(folder))

@@ -1,0 +1,246 @@
+"""One safetensors file: positioned reads of parts of its tensors, and writes by position.
+
+Scores, selections, patches and the shards of a checkpoint are all read through `TensorFile`; the
+first three are written by `written_file`, block by block and in any order.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptFileError, MismatchError
+from .header import Header, TensorInfo, layout_entries, pack_header, read_header
+from .output import require_space, staged_file
+
+__all__ = ["TensorFile", "TensorFileWriter", "read_exactly", "write_exactly", "written_file"]
+
+_NUMPY = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"),
+}
+
+_COPY_BYTES = 8 << 20
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str] | None) -> None:
+    """Fill ``buffer`` from byte ``offset`` of ``fd``.
+
+    Raises
+    ------
+    CorruptFileError
+        If the file ends first: it was cut short after it was opened.
+    """
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            raise CorruptFileError(
+                "the file ends too soon: it was cut short while it was read",
+                file=path,
+                expected=f"{len(buffer)} bytes at {offset}",
+                found=f"{done}",
+            )
+        done += got
+
+
+def write_exactly(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of ``data`` at byte ``offset`` of ``fd``."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+class TensorFile:
+    """A safetensors file opened for positioned reads.
+
+    Nothing but the header is held; every read asks for the bytes it needs.
+    """
+
+    def __init__(self, file: IO[bytes], header: Header, path: Path | None) -> None:
+        self._file = file
+        self.header = header
+        self.path = path
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TensorFile:
+        """Open and check the file at ``path``.
+
+        Raises
+        ------
+        CorruptFileError
+            If it is not a valid safetensors file.
+        OSError
+            If it cannot be read.
+        """
+        header = read_header(path)
+        return cls(open(path, "rb", buffering=0), header, Path(path))
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors of the file, by name."""
+        return self.header.tensors
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
+        read_exactly(self._file.fileno(), buffer, self.header.offsets[name] + start, self.path)
+
+    def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows ``[start, stop)`` of tensor ``name`` along its first axis, in memory.
+
+        Only for element types that numpy has.
+        """
+        info = self.tensors[name]
+        raw = self.array_bytes(name, start, stop)
+        return raw.reshape(-1).view(_NUMPY[info.dtype]).reshape((len(raw), *info.shape[1:]))
+
+    def array_bytes(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """As `array`, as raw bytes: shape ``[stop - start, bytes of a row]``, for any type of whole bytes."""
+        info = self.tensors[name]
+        rows = info.shape[0] if info.shape else 1
+        stop = rows if stop is None else min(stop, rows)
+        row = info.nbytes // rows if rows else 0
+        raw = np.empty((stop - start, row), dtype=np.uint8)
+        if raw.size:
+            self.read_into(name, start * row, memoryview(raw).cast("B"))
+        return raw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def copy_to(self, target: int) -> None:
+        """Copy the whole file to the descriptor ``target``."""
+        fd, size = self._file.fileno(), self.nbytes
+        buffer = memoryview(bytearray(min(size, _COPY_BYTES)))
+        for start in range(0, size, _COPY_BYTES):
+            part = buffer[: min(_COPY_BYTES, size - start)]
+            read_exactly(fd, part, start, self.path)
+            write_exactly(target, part, start)
+
+    def close(self) -> None:
+        """Close the file; a spooled one is gone with it."""
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TensorFileWriter:
+    """Writes a safetensors file whose entries are known and whose metadata is not, yet.
+
+    Made by `written_file`. Writes may come in any order, and from several threads.
+    """
+
+    def __init__(self, entries: Sequence[TensorInfo], room: Mapping[str, str], fd: int) -> None:
+        self._entries = list(entries)
+        self._info = {entry.name: entry for entry in self._entries}
+        self._offsets, size = layout_entries(self._entries)
+        self._start = len(pack_header(self._entries, self._offsets, room))
+        self._fd = fd
+        self.header: Header | None = None
+        self.nbytes = self._start + size
+        os.ftruncate(fd, self.nbytes)
+
+    def write(self, name: str, start: int, data: NDArray[Any]) -> None:
+        """Write ``data`` into entry ``name`` from its row ``start`` (along the first axis)."""
+        info = self._info[name]
+        rows = info.shape[0] if info.shape else 1
+        begin, end = self._offsets[name]
+        offset = begin + (start * (info.nbytes // rows) if rows else 0)
+        if data.nbytes == 0:
+            return
+        if offset + data.nbytes > end:
+            raise ValueError(f"{data.nbytes} bytes at row {start} do not fit entry {name!r}")
+        view = memoryview(np.ascontiguousarray(data)).cast("B")
+        write_exactly(self._fd, view, self._start + offset)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header with the final ``metadata``, no longer than the room that was kept for it."""
+        head = pack_header(self._entries, self._offsets, metadata, size=self._start)
+        write_exactly(self._fd, head, 0)
+        offsets = {name: self._start + begin for name, (begin, _) in self._offsets.items()}
+        self.header = Header(dict(self._info), offsets, dict(metadata), self._start)
+
+
+class _Written:
+    """What `written_file` yields: the writer, and afterwards a reader of the file."""
+
+    def __init__(self, writer: TensorFileWriter, spool: IO[bytes] | None, out: Path | None) -> None:
+        self.writer = writer
+        self._spool, self._out = spool, out
+
+    def reader(self) -> TensorFile:
+        """The finished file, once the context has ended."""
+        if self._out is not None:
+            return TensorFile.open(self._out)
+        if self._spool is None or self.writer.header is None:
+            raise ValueError("the file is not finished")
+        return TensorFile(self._spool, self.writer.header, None)
+
+
+@contextmanager
+def written_file(
+    entries: Sequence[TensorInfo],
+    room: Mapping[str, str],
+    out: str | os.PathLike[str] | None,
+    *,
+    force: bool = False,
+) -> Iterator[_Written]:
+    """Write a safetensors file, all or nothing.
+
+    Parameters
+    ----------
+    entries:
+        The tensors the file will hold.
+    room:
+        Metadata as large as the final one can get: it only reserves space in the header.
+    out:
+        Where to. None: a nameless temporary file, which lives as long as its reader.
+
+    Raises
+    ------
+    UsageError
+        If ``out`` exists, without ``force``.
+    MismatchError
+        If the entries' names clash or do not fit a header.
+    """
+    try:
+        need = layout_entries(entries)[1] + len(pack_header(entries, layout_entries(entries)[0], room))
+    except ValueError as error:
+        raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error
+    if out is None:
+        spool = tempfile.TemporaryFile(prefix="neft-", buffering=0)
+        require_space(tempfile.gettempdir(), need)
+        yield _Written(TensorFileWriter(entries, room, spool.fileno()), spool, None)
+        return
+    path = Path(out)
+    with staged_file(path, force=force) as staged:
+        require_space(path.absolute().parent, need)
+        yield _Written(TensorFileWriter(entries, room, staged.fd), None, path)

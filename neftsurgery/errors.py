@@ -1,0 +1,119 @@
+"""Every error this package raises on purpose, as one tree with typed fields.
+
+The class says what kind of failure it is (and so, in the command line, which exit code: see
+``neftsurgery.cli``); the fields say where it happened. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+from collections.abc import Callable
+from os import PathLike
+from typing import ParamSpec, TypeVar
+
+__all__ = [
+    "CorruptFileError",
+    "MachineError",
+    "MismatchError",
+    "NeftError",
+    "UsageError",
+    "boundary",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class NeftError(Exception):
+    """Base of all errors of this package.
+
+    Parameters
+    ----------
+    what:
+        What went wrong, one clause, no full stop.
+    file, tensor:
+        Where: the file and, if it is about one tensor, its name.
+    expected, found:
+        Both sides of a comparison that failed.
+    hint:
+        What to do next.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | PathLike[str] | None = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what = what
+        self.file = None if file is None else str(file)
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = [part for part in (self.file, self.tensor and f"tensor {_clip(self.tensor)}") if part]
+        text = (", ".join(where) + ": " if where else "") + self.what
+        if self.expected is not None:
+            text += f" (expected {self.expected}, found {self.found})"
+        elif self.found is not None:
+            text += f" (found {self.found})"
+        return f"{text}\n{self.hint}" if self.hint else text
+
+
+class UsageError(NeftError, ValueError):
+    """The request is wrong: a path that is not there, an output that exists, options that clash."""
+
+
+class MismatchError(NeftError):
+    """Inputs that are each fine do not fit each other: another base, other shapes, mixed states."""
+
+
+class CorruptFileError(NeftError):
+    """A file is damaged or hostile, or its hashes do not match its content."""
+
+
+class MachineError(NeftError, OSError):
+    """The machine or the network failed: disk full, permission, gated, a dropped connection."""
+
+
+def _clip(name: str, limit: int = 200) -> str:
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
+
+
+_HINTS = {
+    errno.ENOSPC: "free some space, or write the output to another disk",
+    errno.EDQUOT: "free some space, or write the output to another disk",
+    errno.EACCES: "check the permissions of the file and of its folder",
+    errno.EPERM: "check the permissions of the file and of its folder",
+    errno.EROFS: "the file system is mounted read-only: write the output elsewhere",
+}
+
+
+def boundary(verb: Callable[P, T]) -> Callable[P, T]:
+    """Turn the ``OSError`` of a public verb into a `MachineError` that names the file.
+
+    Inner code lets ``OSError`` pass; only the public edge translates it, once.
+    """
+
+    @functools.wraps(verb)
+    def translated(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return verb(*args, **kwargs)
+        except NeftError:
+            raise
+        except OSError as error:
+            raise MachineError(
+                (error.strerror or str(error) or type(error).__name__).lower(),
+                file=error.filename,
+                hint=_HINTS.get(error.errno or 0),
+            ) from error
+
+    return translated

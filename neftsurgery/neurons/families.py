@@ -1,0 +1,400 @@
+"""What the tensors of each architecture family are: one table, read by suffix of the tensor name.
+
+Patterns are dotted name endings without ``.weight``; ``*`` stands for a number (an expert's). A
+name may have any prefix (``model.``, ``transformer.``, none), so files of a bare model and of the
+model with a head both match. The longest matching pattern wins. A ``.weight`` of two or more axes
+that no pattern of a known family names is a linear or convolution weight ``[out, in, ...]``.
+
+The names are those of the files that transformers writes and reads; where the live model has other
+names for the same thing, with the same layout, both are listed. Nothing here is derived from a shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["EMBEDDINGS", "FAMILIES", "HEADS", "Attention", "Family", "FeedForward", "Layout"]
+
+Layout = Literal["out in", "in out", "E out in", "E in out", "E ? ?"]
+"""The order of a weight's axes; ``E`` are experts, ``?`` is not known and never guessed."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """The tensors of a feed-forward block: unit u is row u of up and gate and column u of down.
+
+    Of the two rows of a gated unit, gate is the one that goes through the activation. ``gate_up``
+    holds both: ``halves`` all gates before all ups, ``pairs`` gate and up of one unit side by side.
+    """
+
+    up: str = ""
+    gate: str = ""
+    down: str = ""
+    gate_up: str = ""
+    fused: Literal["halves", "pairs"] = "halves"
+    layout: Layout = "out in"
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The tensors of an attention block: a unit is one key/value head and the query heads that read it.
+
+    ``qkv`` holds all three: ``sections`` all q rows, then k, then v; ``heads`` one stretch of rows
+    per key/value head; ``quarters`` four times q, v, k of a quarter of the heads.
+    """
+
+    q: str = ""
+    k: str = ""
+    v: str = ""
+    o: str = ""
+    qkv: str = ""
+    fused: Literal["sections", "heads", "quarters"] = "sections"
+    layout: Layout = "out in"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the table.
+
+    Attributes
+    ----------
+    model_types:
+        The ``model_type`` values of the configs it serves, separated by blanks.
+    feed_forward, attention:
+        The blocks; each alternative names whose tensors are in the files is used.
+    embeddings, heads, routers:
+        Tensors to leave out, besides those that every family shares.
+    transposed:
+        Weights ``[in, out]`` that are in no block.
+    one_kv_head, many_kv_heads:
+        A config key that, when true or absent, means one key/value head; and one that, when true,
+        overrides it.
+    """
+
+    model_types: str
+    feed_forward: tuple[FeedForward, ...] = ()
+    attention: tuple[Attention, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    one_kv_head: str = ""
+    many_kv_heads: str = ""
+
+
+EMBEDDINGS = (
+    "embed_tokens",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+    "embed_positions",
+)
+HEADS = ("lm_head",)
+"""What every family leaves out, besides its own."""
+
+_SWIGLU = FeedForward(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj")
+_SWIGLU_FUSED = FeedForward(gate_up="mlp.gate_up_proj", down="mlp.down_proj")
+_FC = FeedForward(up="fc1", down="fc2")
+_H_TO_4H = FeedForward(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h")
+_C_FC = FeedForward(up="mlp.c_fc", down="mlp.c_proj")
+_BERT_FFN = FeedForward(up="intermediate.dense", down="output.dense")
+
+
+def _experts(
+    block: str, up: str = "up_proj", gate: str = "gate_proj", down: str = "down_proj"
+) -> FeedForward:
+    """A file per expert: ``block.experts.3.up_proj``."""
+    path = f"{block}.experts.*"
+    return FeedForward(f"{path}.{up}", f"{path}.{gate}", f"{path}.{down}")
+
+
+def _stacked(block: str, layout: Layout, fused: Literal["halves", "pairs"] = "halves") -> FeedForward:
+    """All experts in one tensor: ``block.experts.gate_up_proj``."""
+    return FeedForward(
+        gate_up=f"{block}.experts.gate_up_proj", down=f"{block}.experts.down_proj", fused=fused, layout=layout
+    )
+
+
+def _shared(block: str) -> FeedForward:
+    return FeedForward(up=f"{block}.up_proj", gate=f"{block}.gate_proj", down=f"{block}.down_proj")
+
+
+def _projections(block: str, o: str = "o_proj") -> Attention:
+    """Four tensors ``block.q_proj`` to ``block.o_proj``."""
+    return Attention(f"{block}.q_proj", f"{block}.k_proj", f"{block}.v_proj", f"{block}.{o}")
+
+
+def _bert_attention(block: str, o: str = "attention.output.dense") -> Attention:
+    return Attention(f"{block}.query", f"{block}.key", f"{block}.value", o)
+
+
+_SELF_ATTN = _projections("self_attn")
+_SELF_OUT = _projections("self_attn", "out_proj")
+_CROSS_OUT = _projections("encoder_attn", "out_proj")
+
+FAMILIES: tuple[Family, ...] = (
+    # Decoders with q, k, v, o apart and a gated feed-forward block of three tensors.
+    Family(
+        (
+            "llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text olmo olmo2 olmo3 granite cohere "
+            "cohere2 smollm3 stablelm exaone4 seed_oss hunyuan_v1_dense ernie4_5 helium vaultgemma qwen2_vl "
+            "qwen2_vl_text qwen2_5_vl qwen2_5_vl_text qwen3_vl_text"
+        ),
+        feed_forward=(_SWIGLU,),
+        attention=(_SELF_ATTN,),
+    ),
+    Family(
+        "arcee nemotron apertus",
+        feed_forward=(FeedForward(up="mlp.up_proj", down="mlp.down_proj"),),
+        attention=(_SELF_ATTN,),
+    ),
+    Family("starcoder2", feed_forward=(_C_FC,), attention=(_SELF_ATTN,)),
+    Family(
+        "phi",
+        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"),),
+        attention=(_projections("self_attn", "dense"),),
+    ),
+    Family(
+        "phi3",
+        feed_forward=(_SWIGLU_FUSED,),
+        attention=(Attention(qkv="self_attn.qkv_proj", o="self_attn.o_proj"),),
+    ),
+    Family("glm glm4", feed_forward=(_SWIGLU_FUSED,), attention=(_SELF_ATTN,)),
+    # Mixtures of experts. transformers 5 holds experts stacked in memory and writes one file each.
+    Family(
+        "mixtral phimoe",
+        feed_forward=(
+            _experts("block_sparse_moe", up="w3", gate="w1", down="w2"),
+            _stacked("mlp", "E out in"),
+        ),
+        attention=(_SELF_ATTN,),
+        routers=("block_sparse_moe.gate", "mlp.gate", "mlp.router"),
+    ),
+    Family(
+        "qwen2_moe qwen3_moe olmoe flex_olmo dots1 glm4_moe",
+        feed_forward=(
+            _experts("mlp"),
+            _stacked("mlp", "E out in"),
+            _SWIGLU,
+            _shared("mlp.shared_expert"),
+            _shared("mlp.shared_experts"),
+        ),
+        attention=(_SELF_ATTN,),
+        routers=("mlp.gate", "mlp.shared_expert_gate"),
+    ),
+    # Latent attention mixes heads in its low-rank tensors: it has no attention units.
+    Family(
+        "deepseek_v2 deepseek_v3",
+        feed_forward=(_experts("mlp"), _stacked("mlp", "E out in"), _SWIGLU, _shared("mlp.shared_experts")),
+        routers=("mlp.gate",),
+    ),
+    Family(
+        "granitemoe",
+        feed_forward=(
+            FeedForward(
+                gate_up="block_sparse_moe.input_linear",
+                down="block_sparse_moe.output_linear",
+                layout="E out in",
+            ),
+            _stacked("block_sparse_moe", "E out in"),
+        ),
+        attention=(_SELF_ATTN,),
+        routers=("block_sparse_moe.router.layer", "block_sparse_moe.router"),
+    ),
+    Family(
+        "gpt_oss",
+        feed_forward=(_stacked("mlp", "E in out", "pairs"),),
+        attention=(_SELF_ATTN,),
+        routers=("mlp.router",),
+    ),
+    Family(
+        "llama4_text",
+        feed_forward=(
+            _stacked("feed_forward", "E in out"),
+            _shared("feed_forward.shared_expert"),
+            _shared("feed_forward"),
+        ),
+        attention=(_SELF_ATTN,),
+        routers=("feed_forward.router",),
+    ),
+    # Its files name the same tensors in either order of axes: transformers turns them as needed.
+    Family(
+        "qwen3_vl_moe_text",
+        feed_forward=(_stacked("mlp", "E ? ?"), _SWIGLU),
+        attention=(_SELF_ATTN,),
+        routers=("mlp.gate",),
+    ),
+    # The GPTs and their kin.
+    Family(
+        "gpt2",
+        feed_forward=(FeedForward(up="mlp.c_fc", down="mlp.c_proj", layout="in out"),),
+        attention=(Attention(qkv="attn.c_attn", o="attn.c_proj", layout="in out"),),
+        embeddings=("wte", "wpe"),
+        transposed=("crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj"),
+    ),
+    Family(
+        "gpt_bigcode",
+        feed_forward=(_C_FC,),
+        attention=(Attention(qkv="attn.c_attn", o="attn.c_proj", fused="heads"),),
+        embeddings=("wte", "wpe"),
+        one_kv_head="multi_query",
+    ),
+    Family(
+        "gpt_neo",
+        feed_forward=(_C_FC,),
+        attention=(_projections("attn.attention", "out_proj"),),
+        embeddings=("wte", "wpe"),
+    ),
+    Family(
+        "gptj",
+        feed_forward=(FeedForward(up="mlp.fc_in", down="mlp.fc_out"),),
+        attention=(_projections("attn", "out_proj"),),
+        embeddings=("wte",),
+    ),
+    Family(
+        "codegen",
+        feed_forward=(FeedForward(up="mlp.fc_in", down="mlp.fc_out"),),
+        attention=(Attention(qkv="attn.qkv_proj", o="attn.out_proj", fused="quarters"),),
+        embeddings=("wte",),
+    ),
+    Family(
+        "gpt_neox",
+        feed_forward=(_H_TO_4H,),
+        attention=(Attention(qkv="attention.query_key_value", o="attention.dense", fused="heads"),),
+        embeddings=("embed_in",),
+        heads=("embed_out",),
+    ),
+    Family(
+        "persimmon",
+        feed_forward=(_H_TO_4H,),
+        attention=(Attention(qkv="self_attn.query_key_value", o="self_attn.dense", fused="heads"),),
+    ),
+    Family(
+        "bloom",
+        feed_forward=(_H_TO_4H,),
+        attention=(Attention(qkv="self_attention.query_key_value", o="self_attention.dense", fused="heads"),),
+    ),
+    Family(
+        "falcon",
+        feed_forward=(_H_TO_4H,),
+        attention=(Attention(qkv="self_attention.query_key_value", o="self_attention.dense", fused="heads"),),
+        one_kv_head="multi_query",
+        many_kv_heads="new_decoder_architecture",
+    ),
+    Family(
+        "mpt",
+        feed_forward=(FeedForward(up="ffn.up_proj", down="ffn.down_proj"),),
+        attention=(Attention(qkv="attn.Wqkv", o="attn.out_proj"),),
+        embeddings=("wte",),
+    ),
+    Family("opt", feed_forward=(_FC,), attention=(_SELF_OUT,)),
+    Family("biogpt", feed_forward=(_FC,), attention=(_SELF_OUT,), heads=("output_projection",)),
+    # Encoders and decoders together.
+    Family(
+        "t5 mt5 umt5",
+        feed_forward=(
+            FeedForward(up="DenseReluDense.wi", down="DenseReluDense.wo"),
+            FeedForward(up="DenseReluDense.wi_1", gate="DenseReluDense.wi_0", down="DenseReluDense.wo"),
+        ),
+        attention=(
+            Attention("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
+            Attention("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v", "EncDecAttention.o"),
+        ),
+        embeddings=("shared", "relative_attention_bias"),
+    ),
+    Family(
+        "bart mbart marian pegasus m2m_100 blenderbot whisper",
+        feed_forward=(_FC,),
+        attention=(_SELF_OUT, _CROSS_OUT),
+        embeddings=("shared",),
+        heads=("proj_out",),
+    ),
+    # Encoders of text.
+    Family(
+        "bert roberta xlm-roberta camembert electra",
+        feed_forward=(_BERT_FFN,),
+        attention=(
+            _bert_attention("attention.self"),
+            _bert_attention("crossattention.self", "crossattention.output.dense"),
+        ),
+        heads=("cls.predictions.decoder", "lm_head.decoder", "generator_lm_head"),
+    ),
+    Family(
+        "deberta-v2",
+        feed_forward=(_BERT_FFN,),
+        attention=(
+            Attention(
+                "attention.self.query_proj",
+                "attention.self.key_proj",
+                "attention.self.value_proj",
+                "attention.output.dense",
+            ),
+        ),
+        embeddings=("rel_embeddings",),
+        heads=("cls.predictions.decoder", "lm_predictions.lm_head"),
+    ),
+    Family(
+        "distilbert",
+        feed_forward=(FeedForward(up="ffn.lin1", down="ffn.lin2"),),
+        attention=(Attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),),
+        heads=("vocab_projector",),
+    ),
+    Family(
+        "albert",
+        feed_forward=(FeedForward(up="ffn", down="ffn_output"),),
+        attention=(_bert_attention("attention", "attention.dense"),),
+        heads=("predictions.decoder",),
+    ),
+    Family(
+        "modernbert",
+        feed_forward=(FeedForward(gate_up="mlp.Wi", down="mlp.Wo"),),
+        attention=(Attention(qkv="attn.Wqkv", o="attn.Wo"),),
+        embeddings=("tok_embeddings",),
+        heads=("decoder",),
+    ),
+    # Encoders of images, and the text towers trained with them.
+    Family(
+        "vit deit",
+        feed_forward=(_BERT_FFN, FeedForward(up="mlp.fc1", down="mlp.fc2")),
+        attention=(_bert_attention("attention.attention"), _projections("attention")),
+    ),
+    Family(
+        "dinov2 dinov2_with_registers",
+        feed_forward=(
+            FeedForward(up="mlp.fc1", down="mlp.fc2"),
+            FeedForward(gate_up="mlp.weights_in", down="mlp.weights_out"),
+            _SWIGLU,
+        ),
+        attention=(_bert_attention("attention.attention"), _projections("attention")),
+    ),
+    Family(
+        "clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
+        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"),),
+        attention=(_SELF_OUT, Attention(qkv="head.attention.in_proj_weight", o="head.attention.out_proj")),
+        embeddings=("token_embedding", "position_embedding"),
+    ),
+    Family(
+        "qwen2_vl_vision qwen2_5_vl_vision",
+        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"), _SWIGLU),
+        attention=(Attention(qkv="attn.qkv", o="attn.proj"),),
+    ),
+    Family(
+        "qwen3_vl_vision qwen3_vl_moe_vision",
+        feed_forward=(FeedForward(up="mlp.linear_fc1", down="mlp.linear_fc2"),),
+        attention=(Attention(qkv="attn.qkv", o="attn.proj"),),
+        embeddings=("pos_embed",),
+    ),
+    Family("pixtral", feed_forward=(_shared("feed_forward"),), attention=(_projections("attention"),)),
+    Family(
+        "llama4_vision_model",
+        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"),),
+        attention=(_SELF_ATTN,),
+        embeddings=("positional_embedding_vlm",),
+    ),
+    # Models put together from the above: only what belongs to none of their parts.
+    Family(
+        "clip siglip gemma3 llava mistral3 llama4 qwen3_vl qwen3_vl_moe",
+        transposed=("mm_input_projection_weight",),
+    ),
+)

@@ -1,0 +1,240 @@
+"""What a model's config says of each tensor: the family that serves it, and its number of heads.
+
+A config may nest others, for an image tower or a language model. Which one a tensor is under is
+read from the parts of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .families import Family
+from .roles import Role, family_of, roles
+
+__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Scope", "Scopes"]
+
+TOWERS: dict[str, tuple[str, ...]] = {
+    "vision_config": ("vision_tower", "vision_model", "visual"),
+    "audio_config": ("audio_tower", "audio_model"),
+    "text_config": ("language_model", "text_model"),
+    "encoder": ("encoder",),
+    "decoder": ("decoder",),
+}
+"""Which parts of a name put a tensor under which nested config."""
+
+COMPOSITES: dict[str, dict[str, str]] = {
+    "clip": {"text_config": "clip_text_model", "vision_config": "clip_vision_model"},
+    "siglip": {"text_config": "siglip_text_model", "vision_config": "siglip_vision_model"},
+    "gemma3": {"text_config": "gemma3_text", "vision_config": "siglip_vision_model"},
+    "llava": {"text_config": "llama", "vision_config": "clip_vision_model"},
+    "qwen2_vl": {"text_config": "qwen2_vl_text", "vision_config": "qwen2_vl_vision"},
+    "qwen2_5_vl": {"text_config": "qwen2_5_vl_text", "vision_config": "qwen2_5_vl_vision"},
+    "llama4": {"text_config": "llama4_text", "vision_config": "llama4_vision_model"},
+    "mistral3": {"text_config": "mistral", "vision_config": "pixtral"},
+    "qwen3_vl": {"text_config": "qwen3_vl_text", "vision_config": "qwen3_vl_vision"},
+    "qwen3_vl_moe": {"text_config": "qwen3_vl_moe_text", "vision_config": "qwen3_vl_moe_vision"},
+}
+"""The model types of nested configs that do not say theirs, or say that of the whole model."""
+
+
+_HEAD_COUNTS: tuple[tuple[str, int, int | None], ...] = (
+    ("electra", 4, None),
+    ("mt5 umt5", 6, None),
+    ("whisper", 6, 6),
+    ("bloom t5 clip_text_model", 8, None),
+    ("gemma2 gemma3_text vaultgemma", 8, 4),
+    (
+        (
+            "gpt2 gpt_bigcode opt bert roberta xlm-roberta camembert distilbert modernbert vit deit "
+            "dinov2 dinov2_with_registers clip_vision_model siglip_text_model siglip_vision_model"
+        ),
+        12,
+        None,
+    ),
+    (
+        (
+            "olmoe gpt_neo gptj codegen mpt biogpt bart mbart marian pegasus m2m_100 qwen2_vl_vision "
+            "qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision pixtral llama4_vision_model"
+        ),
+        16,
+        None,
+    ),
+    ("ernie4_5", 16, 2),
+    ("smollm3", 16, 4),
+    ("gemma qwen2_moe qwen3_vl_moe_text", 16, 16),
+    ("helium", 20, 20),
+    ("deberta-v2", 24, None),
+    ("starcoder2", 24, 2),
+    (
+        (
+            "llama olmo olmo2 olmo3 granite hunyuan_v1_dense arcee apertus phi phi3 flex_olmo "
+            "deepseek_v2 granitemoe blenderbot"
+        ),
+        32,
+        None,
+    ),
+    ("glm glm4", 32, 2),
+    ("qwen3_moe", 32, 4),
+    ("mistral ministral mixtral phimoe", 32, 8),
+    ("qwen2 qwen3 stablelm exaone4 qwen3_vl_text dots1", 32, 32),
+    ("llama4_text", 40, 8),
+    ("nemotron", 48, None),
+    ("cohere cohere2 gpt_neox persimmon albert", 64, None),
+    ("qwen2_vl_text qwen2_5_vl_text gpt_oss", 64, 8),
+    ("falcon", 71, None),
+    ("seed_oss", 80, 8),
+    ("glm4_moe", 96, 8),
+    ("deepseek_v3", 128, 128),
+)
+DEFAULT_HEADS: dict[str, tuple[int, int | None]] = {
+    name: (heads, kv_heads) for names, heads, kv_heads in _HEAD_COUNTS for name in names.split()
+}
+"""By model type, what a config means that omits its query and key/value heads (None: as many).
+
+Nested configs are written without the values that equal their class's defaults.
+"""
+
+_QUERY_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_SIDES = ("encoder", "decoder")
+_LONGEST_PATTERN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Query heads, and the key/value heads they share: the latter divide the former."""
+
+    query: int
+    kv: int
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A part of a model that one config describes.
+
+    Attributes
+    ----------
+    model_type:
+        As the config, or the composite it is part of, says; "" if neither does.
+    families:
+        Those whose patterns apply, the most specific first; none if ``model_type`` is not known.
+    sure:
+        Whether the whole part is known, so that a weight no pattern names is ``[out, in, ...]``.
+    config:
+        Where the numbers of heads are.
+    """
+
+    model_type: str
+    families: tuple[Family, ...]
+    sure: bool
+    config: Mapping[str, Any]
+
+    def role(self, stem: Sequence[str]) -> Role | None:
+        """What the families say of a name, given as parts with numbers as ``*`` and no ``weight``."""
+        for depth in range(min(len(stem), _LONGEST_PATTERN), 0, -1):
+            tail = tuple(stem[-depth:])
+            for family in self.families:
+                role = roles(family).get(tail)
+                if role is not None:
+                    return role
+        return None
+
+    def heads(self, parts: Sequence[str]) -> Heads | None:
+        """The heads of the attention block that ``parts``, a name, lies in; None if not known.
+
+        Where encoder and decoder may differ, the name says which one it is.
+        """
+        side = next((part for part in parts if part in _SIDES), None)
+        own = () if side is None else (f"{side}_attention_heads",)
+        default = DEFAULT_HEADS.get(self.model_type, (0, None))
+        query = self._count((*own, *_QUERY_KEYS), default[0])
+        if query is None:
+            return None
+        kv = (
+            1
+            if self._one_kv_head()
+            else self._count(_KV_KEYS, query if default[1] is None else default[1], query)
+        )
+        return Heads(query, kv) if kv is not None and query % kv == 0 else None
+
+    def _count(self, keys: Sequence[str], absent: int, null: int | None = None) -> int | None:
+        """The first of ``keys`` that the config has, if it is a number of heads."""
+        value = next((self.config[key] for key in keys if key in self.config), absent)
+        value = null if value is None else value
+        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+    def _one_kv_head(self) -> bool:
+        return any(
+            family.one_kv_head
+            and bool(self.config.get(family.one_kv_head, True))
+            and not (family.many_kv_heads and self.config.get(family.many_kv_heads))
+            for family in self.families
+        )
+
+
+@dataclass(frozen=True)
+class Scopes:
+    """The parts of a model.
+
+    Attributes
+    ----------
+    main:
+        For tensors that lie in no tower.
+    towers:
+        By a part of the name.
+    """
+
+    main: Scope
+    towers: Mapping[str, Scope]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | None) -> Scopes:
+        """The scopes of a ``config.json``, read leniently: what it does not say is not known."""
+        config = config or {}
+        whole = _text(config.get("model_type"))
+        sections = {key: value for key in TOWERS if isinstance(value := config.get(key), Mapping)}
+        types = {key: _section_type(key, section, whole) for key, section in sections.items()}
+        towers = {
+            part: Scope(types[key], _families(types[key]), bool(_families(types[key])), section)
+            for key, section in sections.items()
+            for part in TOWERS[key]
+        }
+        text = types.get("text_config", "")
+        nested = _families(text)
+        own = _families(whole)
+        main = Scope(
+            text if nested else whole,
+            (*nested, *(family for family in own if family not in nested)),
+            bool(own),
+            sections["text_config"] if nested else config,
+        )
+        return cls(main, towers)
+
+    @property
+    def known(self) -> bool:
+        """Whether a family is known for any part of the model."""
+        return any(scope.families for scope in (self.main, *self.towers.values()))
+
+    def scope(self, parts: Sequence[str]) -> Scope:
+        """The part of the model that a name lies in."""
+        return next((self.towers[part] for part in parts if part in self.towers), self.main)
+
+
+def _text(value: object) -> str:
+    return value[:80] if isinstance(value, str) else ""
+
+
+def _families(model_type: str) -> tuple[Family, ...]:
+    family = family_of(model_type) if model_type else None
+    return () if family is None else (family,)
+
+
+def _section_type(key: str, section: Mapping[str, Any], whole: str) -> str:
+    stated = _text(section.get("model_type"))
+    implied = COMPOSITES.get(whole, {}).get(key)
+    # Older configs repeat the whole model's type in their nested ones.
+    if implied is not None and (stated == whole or family_of(stated) is None):
+        return implied
+    return stated

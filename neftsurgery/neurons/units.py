@@ -1,0 +1,158 @@
+"""Which unit each neuron of a tensor belongs to, and which part of a tensor counts: as formulas.
+
+A checkpoint can hold hundreds of millions of neurons. So the two values here say in a few integers
+what an array per neuron would say, and build that array for one tensor at a time, on demand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .families import Attention, FeedForward
+from .roles import Role
+from .scopes import Heads
+
+__all__ = ["Part", "Section", "UnitMap", "sections_of", "up_part"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The neurons of a tensor that count: positions ``start:stop:step`` of its last neuron axis.
+
+    Attributes
+    ----------
+    outer:
+        Product of the sizes of the other neuron axes: the experts of a stacked tensor, else 1.
+    inner:
+        Size of the last neuron axis.
+    start, stop, step:
+        A slice along the last neuron axis.
+    """
+
+    outer: int
+    inner: int
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many neurons count."""
+        return self.outer * len(range(self.start, self.stop, self.step))
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Per neuron whether it counts, bool ``[outer * inner]``."""
+        mask = np.zeros((self.outer, self.inner), dtype=np.bool_)
+        mask[:, self.start : self.stop : self.step] = True
+        return mask.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A stretch along the last neuron axis: ``repeat`` neurons of each of ``units`` units, from ``first``."""
+
+    first: int
+    units: int
+    repeat: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitMap:
+    """The model-wide unit id of every neuron of one tensor.
+
+    Attributes
+    ----------
+    base:
+        The id of the first unit of the block.
+    outer:
+        Product of the sizes of the neuron axes but the last: the experts of a stacked tensor, else 1.
+    units:
+        Units of the block per step of the outer axes.
+    sections:
+        What the last neuron axis is made of, in order.
+    """
+
+    base: int
+    outer: int
+    units: int
+    sections: tuple[Section, ...]
+
+    def __len__(self) -> int:
+        return self.outer * sum(section.units * section.repeat for section in self.sections)
+
+    def ids(self) -> NDArray[np.int64]:
+        """The ids by neuron, int64 ``[len(self)]``: 8 bytes a neuron, built anew at each call."""
+        inner = np.concatenate(
+            [
+                np.repeat(np.arange(s.first, s.first + s.units, dtype=np.int64), s.repeat)
+                for s in self.sections
+            ]
+        )
+        starts = self.base + np.arange(self.outer, dtype=np.int64) * self.units
+        ids: NDArray[np.int64] = (starts[:, None] + inner).reshape(-1)
+        return ids
+
+
+def up_part(role: Role, outer: int, inner: int) -> Part | None:
+    """Which neurons of a tensor are up rows or down columns: None for all of them.
+
+    Raises
+    ------
+    ValueError
+        If the rows of a fused tensor do not halve.
+    """
+    if role.member != "gate_up" or not isinstance(role.block, FeedForward):
+        return None
+    _divide(inner, 2, "gate and up")
+    if role.block.fused == "pairs":
+        return Part(outer, inner, 1, inner, 2)
+    return Part(outer, inner, inner // 2, inner)
+
+
+def sections_of(role: Role, inner: int, heads: Heads | None) -> tuple[Section, ...]:
+    """How the ``inner`` neurons of a member of a block are dealt to the block's units.
+
+    Parameters
+    ----------
+    role:
+        The member; it must be part of a block.
+    inner:
+        Size of the tensor's last neuron axis.
+    heads:
+        Of the attention block; None if the config does not say.
+
+    Raises
+    ------
+    ValueError
+        With the reason, if ``inner`` does not divide as the block needs.
+    """
+    if isinstance(role.block, FeedForward):
+        if role.member != "gate_up":
+            return (Section(0, inner, 1),)
+        units = _divide(inner, 2, "gate and up")
+        if role.block.fused == "pairs":
+            return (Section(0, units, 2),)
+        return (Section(0, units, 1), Section(0, units, 1))
+    if heads is None:
+        raise ValueError("the config does not say how many heads attention has")
+    if role.member in ("q", "o"):
+        return (Section(0, heads.kv, _divide(inner, heads.query, "query heads") * heads.query // heads.kv),)
+    if role.member in ("k", "v"):
+        return (Section(0, heads.kv, _divide(inner, heads.kv, "key/value heads")),)
+    width = _divide(inner, heads.query + 2 * heads.kv, "heads")
+    group = width * heads.query // heads.kv
+    if not isinstance(role.block, Attention) or role.block.fused == "sections":
+        return (Section(0, heads.kv, group), *(Section(0, heads.kv, width) for _ in "kv"))
+    if role.block.fused == "heads":
+        return (Section(0, heads.kv, group + 2 * width),)
+    part = _divide(heads.kv, 4, "quarters")
+    return tuple(Section(quarter * part, part, width) for quarter in range(4) for _ in "qvk")
+
+
+def _divide(neurons: int, parts: int, what: str) -> int:
+    if neurons % parts:
+        raise ValueError(f"{neurons} neurons do not divide into {parts} {what}")
+    return neurons // parts

@@ -1,0 +1,33 @@
+"""Hashes of vectors: XXH3-128, canonical big-endian."""
+
+from __future__ import annotations
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..checkpoint.fingerprint import HASH_PREFIX
+
+__all__ = ["DigestHash", "digests"]
+
+
+def digests(vectors: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The digest of each row of raw bytes, uint8 ``[k, 16]``."""
+    rows = np.ascontiguousarray(vectors)
+    joined = b"".join(map(xxhash.xxh3_128_digest, rows))
+    return np.frombuffer(joined, np.uint8).reshape(len(rows), 16)
+
+
+class DigestHash:
+    """The hash of a tensor's digests in index order, fed block by block."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, block: NDArray[np.uint8]) -> None:
+        """Take in the next digests, uint8 ``[k, 16]``."""
+        self._state.update(np.ascontiguousarray(block))
+
+    def text(self) -> str:
+        """As the manifest writes it."""
+        return HASH_PREFIX + self._state.hexdigest()

@@ -1,0 +1,262 @@
+"""The patch: a manifest and a reader of rows. Values come into memory in blocks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.document import bad, described_tensor, read_document
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout
+from ..checkpoint.output import require_space, staged_file
+from ..checkpoint.tensorfile import TensorFile
+from ..checkpoint.vectors import blocks
+from ..errors import CorruptFileError, boundary
+from ..selection.selection import Chosen, Selection, check_index
+from .digests import DigestHash, digests
+
+__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]
+
+PATCH_KEY = "neuron_patch"
+PATCH_NAME = "neuron_patch.safetensors"
+PATCH_VERSION = 1
+_WHAT = "neuron patch"
+_HASH = re.compile(r"xxh3-128:[0-9a-f]{32}")
+
+Raw = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PatchTensor:
+    """What a patch does to one tensor.
+
+    Attributes
+    ----------
+    info, layout:
+        The tensor it fits.
+    count:
+        Neurons it replaces.
+    base_hash, patched_hash:
+        Over the vectors' digests in index order, before and after.
+    reversible:
+        Whether the replaced values are in the patch as well.
+    """
+
+    info: TensorInfo
+    layout: Layout
+    count: int
+    base_hash: str
+    patched_hash: str
+    reversible: bool
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of one vector."""
+        return self.layout.width * self.info.type.itemsize
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Ranges of neurons (positions in the index) of bounded size."""
+        return blocks(self.info, self.layout, self.count)
+
+
+class Patch:
+    """A neuron patch, opened. Nothing in it is ever executed, and it names no file.
+
+    Attributes
+    ----------
+    manifest:
+        The JSON document of the file.
+    tensors:
+        What it touches, ordered by name.
+    path:
+        Its file; None for one that was never saved.
+    """
+
+    def __init__(self, file: TensorFile, manifest: Mapping[str, Any], tensors: Mapping[str, PatchTensor]) -> None:
+        self._file = file
+        self.manifest = manifest
+        self.tensors = tensors
+        self.path = file.path
+
+    @classmethod
+    @boundary
+    def load(cls, path: str | os.PathLike[str]) -> Patch:
+        """Open a patch file. Its structure and indices are checked; `check` checks its hashes.
+
+        Raises
+        ------
+        CorruptFileError
+            If it is no patch, damaged, or of a newer version.
+        """
+        return cls.read(TensorFile.open(path))
+
+    @classmethod
+    def read(cls, file: TensorFile) -> Patch:
+        """The patch in an open file, which is the new object's from now on."""
+        manifest = read_document(file, PATCH_KEY, _WHAT, PATCH_VERSION)
+        tensors = {name: _tensor(file, name, manifest["tensors"][name]) for name in sorted(manifest["tensors"])}
+        known = {f"{name}:{entry}" for name in tensors for entry in ("index", "value", "base_digest", "base")}
+        for name in file.tensors:
+            if name not in known:
+                raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)
+        patch = cls(file, manifest, tensors)
+        for name, tensor in tensors.items():
+            if why := check_index(patch.index(name), tensor.layout.count):
+                raise bad(file, _WHAT, why, name)
+        return patch
+
+    @boundary
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the patch to a file of its own, whole or not at all.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, without ``force``.
+        MachineError
+            If it cannot be written.
+        """
+        with staged_file(Path(path), force=force) as staged:
+            require_space(Path(path).absolute().parent, self._file.nbytes)
+            self._file.copy_to(staged.fd)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.path) if self.path is not None else "the patch"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._file.nbytes
+
+    @cached_property
+    def neurons(self) -> int:
+        """How many neurons it replaces, bias elements that follow one not counted."""
+        followers = self.facts.get("followers", ())
+        return sum(tensor.count for name, tensor in self.tensors.items() if name not in followers)
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many elements it replaces."""
+        return sum(tensor.count * tensor.layout.width for tensor in self.tensors.values())
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of the new values."""
+        return sum(tensor.count * tensor.vector_bytes for tensor in self.tensors.values())
+
+    @property
+    def reversible(self) -> bool:
+        """Whether every replaced value is in the patch."""
+        return all(tensor.reversible for tensor in self.tensors.values())
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """How its neurons were selected, what is known."""
+        found = self.manifest.get("selection")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """What it was made from: name, repo, revision, fingerprint, what is known."""
+        found = self.manifest.get("base")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def selection(self) -> Selection:
+        """Which neurons it replaces."""
+        chosen = {name: Chosen(t.info, t.layout, self.index(name)) for name, t in self.tensors.items()}
+        return Selection(chosen, self.facts)
+
+    def index(self, name: str) -> NDArray[np.int64]:
+        """The neurons of tensor ``name``, ascending, int64 ``[k]``."""
+        return self._file.array(f"{name}:index").astype(np.int64)
+
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> Raw:
+        """New values ``[start, stop)`` (positions in the index) as raw bytes, ``[k, width * itemsize]``."""
+        return self._file.array_bytes(f"{name}:value", start, stop)
+
+    def base_values(self, name: str, start: int = 0, stop: int | None = None) -> Raw:
+        """The replaced values, of a reversible tensor; as `values`."""
+        return self._file.array_bytes(f"{name}:base", start, stop)
+
+    def base_digests(self, name: str, start: int = 0, stop: int | None = None) -> Raw:
+        """The digests of the replaced vectors, uint8 ``[k, 16]``."""
+        return self._file.array(f"{name}:base_digest", start, stop)
+
+    @boundary
+    def check(self) -> None:
+        """Compare the patch's hashes with its content; reads all of it.
+
+        Raises
+        ------
+        CorruptFileError
+            If they do not match.
+        """
+        for name, tensor in self.tensors.items():
+            before, after = DigestHash(), DigestHash()
+            for start, stop in tensor.blocks():
+                stored = self.base_digests(name, start, stop)
+                before.update(stored)
+                after.update(digests(self.values(name, start, stop)))
+                self.check_base_rows(name, stored, start, stop)
+            self.check_hashes(name, before, after)
+
+    def check_base_rows(self, name: str, stored: Raw, start: int, stop: int) -> None:
+        """Compare the replaced values of a reversible tensor with their digests."""
+        if self.tensors[name].reversible and not np.array_equal(
+            digests(self.base_values(name, start, stop)), stored
+        ):
+            raise self._mismatch(name, "the replaced values do not match their digests")
+
+    def check_hashes(self, name: str, before: DigestHash, after: DigestHash) -> None:
+        """Compare the hashes of a tensor's digests, before and after, with the manifest's."""
+        tensor = self.tensors[name]
+        if before.text() != tensor.base_hash:
+            raise self._mismatch(name, "the base digests do not match base_hash")
+        if after.text() != tensor.patched_hash:
+            raise self._mismatch(name, "the values do not match patched_hash")
+
+    def _mismatch(self, name: str, what: str) -> CorruptFileError:
+        return CorruptFileError(
+            what, file=self.path, tensor=name, hint="the patch is damaged or was altered: fetch it again"
+        )
+
+    def close(self) -> None:
+        """Close the file; a patch that was never saved is gone."""
+        self._file.close()
+
+
+def _tensor(file: TensorFile, name: str, entry: object) -> PatchTensor:
+    info, layout = described_tensor(file, _WHAT, name, entry)
+    assert isinstance(entry, dict)  # described_tensor has checked it
+    index = file.tensors.get(f"{name}:index")
+    if index is None or index.dtype not in ("I32", "I64") or len(index.shape) != 1:
+        raise bad(file, _WHAT, "it has no index, or not one of whole numbers", name)
+    count = index.shape[0]
+    shapes = {"value": (info.dtype, (count, layout.width)), "base_digest": ("U8", (count, 16))}
+    if reversible := f"{name}:base" in file.tensors:
+        shapes["base"] = shapes["value"]
+    for part, (dtype, shape) in shapes.items():
+        found = file.tensors.get(f"{name}:{part}")
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            raise CorruptFileError(
+                f"a damaged {_WHAT}: its entry {part} does not fit",
+                file=file.path,
+                tensor=name,
+                expected=f"{dtype} {list(shape)}",
+                found=found.describe() if found else "nothing",
+            )
+    hashes = [entry.get(key) for key in ("base_hash", "patched_hash")]
+    if not all(isinstance(text, str) and _HASH.fullmatch(text) for text in hashes):
+        raise bad(file, _WHAT, "its base_hash or patched_hash is missing or no hash", name)
+    return PatchTensor(info, layout, count, hashes[0], hashes[1], reversible)

@@ -1,0 +1,121 @@
+"""Writing a patch: its entries are placed first, its rows follow in any order, its hashes come last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ..checkpoint.document import dump
+from ..checkpoint.fingerprint import HASH_PREFIX
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.tensorfile import TensorFileWriter, written_file
+from ..selection.selection import INDEX_TYPES, Selection, index_dtype
+from .digests import DigestHash, digests
+from .patch import PATCH_KEY, PATCH_VERSION, Patch, Raw
+
+__all__ = ["PatchWriter", "patch_bytes", "written_patch"]
+
+_NO_HASH = HASH_PREFIX + "0" * 32
+
+
+def _entries(selection: Selection, reversible: bool) -> list[TensorInfo]:
+    entries = []
+    for name, chosen in selection.tensors.items():
+        count, width = len(chosen.index), chosen.layout.width
+        entries.append(TensorInfo(f"{name}:index", index_dtype(chosen.layout.count), (count,)))
+        entries.append(TensorInfo(f"{name}:base_digest", "U8", (count, 16)))
+        for part in ("value", "base") if reversible else ("value",):
+            entries.append(TensorInfo(f"{name}:{part}", chosen.info.dtype, (count, width)))
+    return entries
+
+
+def patch_bytes(selection: Selection, reversible: bool) -> int:
+    """Bytes of tensor data that a patch of ``selection`` takes; its header comes on top."""
+    return sum(entry.nbytes for entry in _entries(selection, reversible))
+
+
+class PatchWriter:
+    """Takes the rows of a patch, block by block, each tensor's blocks in index order."""
+
+    def __init__(self, writer: TensorFileWriter, selection: Selection, facts: Mapping[str, Any], reversible: bool):
+        self._writer = writer
+        self._selection = selection
+        self._facts = facts
+        self._reversible = reversible
+        self._hashes = {name: (DigestHash(), DigestHash()) for name in selection.tensors}
+        for name, chosen in selection.tensors.items():
+            kind = INDEX_TYPES[index_dtype(chosen.layout.count)]
+            writer.write(f"{name}:index", 0, chosen.index.astype(kind))
+
+    def write_rows(self, name: str, start: int, base: Raw, values: Raw) -> tuple[Raw, Raw]:
+        """Write rows from position ``start``; returns their digests before and after, for `add_digests`.
+
+        May be called from any thread, in any order.
+        """
+        before, after = digests(base), digests(values)
+        self._writer.write(f"{name}:value", start, values)
+        self._writer.write(f"{name}:base_digest", start, before)
+        if self._reversible:
+            self._writer.write(f"{name}:base", start, base)
+        return before, after
+
+    def add_digests(self, name: str, before: Raw, after: Raw) -> None:
+        """Take the digests of a tensor's next rows into its hashes: in index order."""
+        for state, block in zip(self._hashes[name], (before, after), strict=True):
+            state.update(block)
+
+    def finish(self) -> None:
+        """Write the manifest."""
+        hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
+        self._writer.finish(dump(PATCH_KEY, _manifest(self._selection, self._facts, hashes)))
+
+
+def _manifest(
+    selection: Selection, facts: Mapping[str, Any], hashes: Mapping[str, tuple[str, str]]
+) -> dict[str, Any]:
+    tensors = {
+        name: chosen.describe() | {"base_hash": hashes[name][0], "patched_hash": hashes[name][1]}
+        for name, chosen in selection.tensors.items()
+    }
+    return {"version": PATCH_VERSION, **facts, "tensors": tensors}
+
+
+@contextmanager
+def written_patch(
+    selection: Selection,
+    facts: Mapping[str, Any],
+    out: str | os.PathLike[str] | None,
+    *,
+    reversible: bool,
+    force: bool = False,
+) -> Iterator[_WrittenPatch]:
+    """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file.
+
+    Parameters
+    ----------
+    facts:
+        The manifest's ``base``, ``selection`` and ``created_by``.
+    """
+    nothing = {name: (_NO_HASH, _NO_HASH) for name in selection.tensors}
+    room = dump(PATCH_KEY, _manifest(selection, facts, nothing))
+    with written_file(_entries(selection, reversible), room, out, force=force) as written:
+        result = _WrittenPatch(PatchWriter(written.writer, selection, facts, reversible))
+        yield result
+        result.writer.finish()
+    result.patch = Patch.read(written.reader())
+
+
+class _WrittenPatch:
+    """What `written_patch` yields: the writer, and after the context the patch."""
+
+    def __init__(self, writer: PatchWriter) -> None:
+        self.writer = writer
+        self.patch: Patch | None = None
+
+    def result(self) -> Patch:
+        """The finished patch, once the context has ended."""
+        if self.patch is None:
+            raise ValueError("the patch is not finished")
+        return self.patch

@@ -1,0 +1,274 @@
+"""The arithmetic of scoring: raw bits of two tensors in, sums per neuron out. Pure, compiled, no GIL.
+
+Per neuron, of its vectors ``a`` in the base and ``b`` in the tuned checkpoint and ``d = b - a``: the
+sums ``a.a``, ``d.d``, ``a.d`` and the number of elements whose bits differ. Everything a score needs
+follows from them (`neftsurgery.scoring.sums`).
+
+`run_sums` and `lane_sums` are the fast kernels: elements are widened to float32 on the way in,
+differences taken per element, and sums kept in float32 over short blocks and in float64 beyond.
+That is exact enough unless ``d`` is nearly parallel to ``a``, a sum leaves float32's range, or an
+element is not finite. `exact_sums` is for those vectors, and for all of F64.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic, overload
+
+from ..checkpoint.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["FORMATS", "exact_sums", "lane_sums", "prepare", "run_sums"]
+
+#: Element types that can be scored, by safetensors' name, and the code the kernels know them by.
+FORMATS = {
+    "BF16": 0,
+    "F16": 1,
+    "F32": 2,
+    "F8_E4M3": 3,
+    "F8_E5M2": 4,
+    "F8_E4M3FNUZ": 5,
+    "F8_E5M2FNUZ": 6,
+    "F64": 7,
+}
+
+# Sums may be reordered and contracted, or nothing vectorises; NaN and Inf must survive, so
+# neither "nnan" nor "ninf".
+_FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+_BLOCK = 1024  # elements per float32 partial sum
+_LANES = 2048  # neurons per tile of lane_sums: three float32 accumulators of it stay in L1
+_LANE_BLOCK = 64  # runs per float32 partial sum
+
+u32, u64 = np.uint32, np.uint64
+
+
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        try:
+            return numba.njit(nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
+        except RuntimeError:  # no folder to cache in can be written: compile anew in each process
+            return numba.njit(nogil=True, **options)(function)  # type: ignore[no-any-return]
+
+    return wrap
+
+
+def _bitcast(source: Any, target: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def cast(typing_context: Any, bits: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], context.get_value_type(target))
+
+        return target(source), generate
+
+    return cast
+
+
+_as_float32 = _bitcast(types.uint32, types.float32)
+_as_float64 = _bitcast(types.uint64, types.float64)
+_as_uint32 = _bitcast(types.float32, types.uint32)
+
+
+# The signature of the overload below must equal those of its implementations, lambdas among them,
+# so they carry no annotations.
+def _widen(code, bits):  # type: ignore[no-untyped-def]
+    """The value of an element as float32 (float64 for F64). Compiled by the overload below."""
+    raise TypeError("only for compiled code")
+
+
+def _small_float(shift: int, bias: int, subnormal: int, fraction_bits: int, width: int, special: int) -> Any:
+    """A decoder for floats narrower than 32 bits.
+
+    A normal number's bits, moved up by ``shift``, are those of a float32 but for the exponent's
+    bias; a subnormal one is its bits times ``2**subnormal``. No arithmetic on float32 subnormals,
+    which is slow on x86. NaN and Inf, which start at the magnitude ``special``, all become NaN;
+    ``special`` 0 stands for the FNUZ types, whose only NaN is the pattern of negative zero.
+    """
+    magnitude = u32((1 << (width - 1)) - 1)
+    sign_shift = u32(32 - width)
+    shift_, rebias, least = u32(shift), u32(bias << 23), u32(1 << fraction_bits)
+    unit = np.float32(2.0**subnormal)
+    sign_bit, nan = u32(0x80000000), u32(0x7FC00000)
+    # Flipping the magnitude of the FNUZ NaN, 0x80, makes it the one pattern of all ones.
+    flip, kept = (u32(0), magnitude) if special else (magnitude, u32(0xFF))
+    limit = u32(special or 0xFF)
+
+    def decode(code, bits):  # type: ignore[no-untyped-def]
+        word = u32(bits)
+        low = u32(word & magnitude)
+        normal = u32(u32(low << shift_) + rebias)
+        tiny = _as_uint32(np.float32(np.float32(np.int32(low)) * unit))
+        value = tiny if low < least else normal
+        value = nan if u32(u32(word ^ flip) & kept) >= limit else value
+        return _as_float32(u32(value | u32(u32(word << sign_shift) & sign_bit)))
+
+    return decode
+
+
+_DECODERS: dict[int, Any] = {
+    0: lambda code, bits: _as_float32(u32(u32(bits) << u32(16))),
+    1: _small_float(13, 112, -24, 10, 16, 0x7C00),
+    2: lambda code, bits: _as_float32(u32(bits)),
+    3: _small_float(20, 120, -9, 3, 8, 0x7F),
+    4: _small_float(21, 112, -16, 2, 8, 0x7C),
+    5: _small_float(20, 119, -10, 3, 8, 0),
+    6: _small_float(21, 111, -17, 2, 8, 0),
+    7: lambda code, bits: _as_float64(u64(bits)),
+}
+
+
+@overload(_widen)  # type: ignore[untyped-decorator]
+def _widen_overload(code, bits):  # type: ignore[no-untyped-def]
+    return _DECODERS[code.literal_value] if isinstance(code, types.Literal) else None
+
+
+@functools.cache
+def run_sums(dtype: str) -> Callable[..., None]:
+    """Sums of consecutive runs of ``length`` elements, each run of one neuron.
+
+    Parameters
+    ----------
+    a, b:
+        Raw elements of base and tuned, unsigned integers of shape ``[n * length]``.
+    sums:
+        Float64 ``[3, n]``, written: ``a.a``, ``d.d``, ``a.d``.
+    changed:
+        Int64 ``[n]``, written: elements whose bits differ.
+    """
+    code = FORMATS[dtype]
+
+    @_compiled(fastmath=_FASTMATH)
+    def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
+        for run in range(changed.size):
+            aa, dd, ad, differing = 0.0, 0.0, 0.0, 0
+            for start in range(run * length, (run + 1) * length, _BLOCK):
+                # Slices of their own let the compiler see that no index is negative, and vectorise.
+                block_a = a[start : min(start + _BLOCK, (run + 1) * length)]
+                block_b = b[start : min(start + _BLOCK, (run + 1) * length)]
+                aa32, dd32, ad32, count = np.float32(0), np.float32(0), np.float32(0), u32(0)
+                for i in range(block_a.size):
+                    x = _widen(code, block_a[i])
+                    d = _widen(code, block_b[i]) - x
+                    aa32 += x * x
+                    dd32 += d * d
+                    ad32 += x * d
+                    if block_a[i] != block_b[i]:
+                        count = u32(count + u32(1))
+                aa += aa32
+                dd += dd32
+                ad += ad32
+                differing += count
+            sums[0, run], sums[1, run], sums[2, run], changed[run] = aa, dd, ad, differing
+
+    return kernel
+
+
+@functools.cache
+def lane_sums(dtype: str) -> Callable[..., None]:
+    """Sums of ``length`` neurons that lie side by side: element ``i`` of every run is neuron ``i``'s.
+
+    As `run_sums`, but ``a`` and ``b`` hold any number of runs, ``sums`` is ``[3, length]`` and
+    ``changed`` ``[length]``, and both are added to.
+    """
+    code = FORMATS[dtype]
+    partial = np.float64 if dtype == "F64" else np.float32
+
+    @_compiled(fastmath=_FASTMATH)
+    def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
+        runs = a.size // length
+        aa = np.empty(_LANES, partial)
+        dd = np.empty(_LANES, partial)
+        ad = np.empty(_LANES, partial)
+        count = np.empty(_LANES, np.uint32)
+        for low in range(0, length, _LANES):
+            lanes = min(_LANES, length - low)
+            for first in range(0, runs, _LANE_BLOCK):
+                for i in range(lanes):
+                    aa[i], dd[i], ad[i], count[i] = 0, 0, 0, 0
+                for run in range(first, min(first + _LANE_BLOCK, runs)):
+                    row_a = a[run * length + low : run * length + low + lanes]
+                    row_b = b[run * length + low : run * length + low + lanes]
+                    for i in range(row_a.size):
+                        x = _widen(code, row_a[i])
+                        d = _widen(code, row_b[i]) - x
+                        aa[i] += x * x
+                        dd[i] += d * d
+                        ad[i] += x * d
+                        if row_a[i] != row_b[i]:
+                            count[i] = u32(count[i] + u32(1))
+                for i in range(lanes):
+                    sums[0, low + i] += aa[i]
+                    sums[1, low + i] += dd[i]
+                    sums[2, low + i] += ad[i]
+                    changed[low + i] += count[i]
+
+    return kernel
+
+
+@functools.cache
+def exact_sums(dtype: str) -> Callable[..., None]:
+    """Float64 sums of whole vectors, and the part of ``d`` that is not parallel to ``a``.
+
+    Parameters
+    ----------
+    a, b:
+        Raw elements, unsigned integers of shape ``[k, width]``.
+    scale:
+        Factor on all elements: a power of two, 1 unless squares would leave float64's range.
+    out:
+        Float64 ``[7, k]``, written: ``a.a``, ``d.d``, ``a.d``, ``b.b``, ``a.b``, ``r.r`` where
+        ``r = d - (a.d / a.a) a``, and the largest magnitude in ``a`` and ``b`` before scaling.
+    changed:
+        Int64 ``[k]``, written: elements whose bits differ.
+    finite:
+        Bool ``[k]``, written: whether every element of both vectors is finite.
+    """
+    code = FORMATS[dtype]
+
+    @_compiled()
+    def kernel(a: Any, b: Any, scale: float, out: Any, changed: Any, finite: Any) -> None:
+        for row in range(a.shape[0]):
+            aa, dd, ad, bb, ab, top, differing, good = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, True
+            row_a, row_b = a[row], b[row]
+            for i in range(row_a.size):
+                x = np.float64(_widen(code, row_a[i]))
+                y = np.float64(_widen(code, row_b[i]))
+                good = good and abs(x) < np.inf and abs(y) < np.inf
+                top = max(top, max(abs(x), abs(y)))
+                x *= scale
+                y *= scale
+                d = y - x
+                aa += x * x
+                dd += d * d
+                ad += x * d
+                bb += y * y
+                ab += x * y
+                if row_a[i] != row_b[i]:
+                    differing += 1
+            along = ad / aa if aa > 0.0 else 0.0
+            rr = 0.0
+            for i in range(row_a.size):
+                x = np.float64(_widen(code, row_a[i])) * scale
+                r = np.float64(_widen(code, row_b[i])) * scale - x - along * x
+                rr += r * r
+            out[0, row], out[1, row], out[2, row], out[3, row] = aa, dd, ad, bb
+            out[4, row], out[5, row], out[6, row] = ab, rr, top
+            changed[row], finite[row] = differing, good
+
+    return kernel
+
+
+def prepare(dtypes: Iterable[str]) -> None:
+    """Compile, or load from the cache on disk, the kernels for these element types."""
+    for dtype in sorted(set(dtypes) & set(FORMATS)):
+        a = np.zeros((1, 2), DTYPES[dtype].carrier)
+        sums, changed = np.zeros((3, 2)), np.zeros(2, np.int64)
+        run_sums(dtype)(a[0], a[0], 1, sums, changed)
+        lane_sums(dtype)(a[0], a[0], 2, sums, changed)
+        exact_sums(dtype)(a, a, 1.0, np.zeros((7, 1)), changed[:1], np.zeros(1, np.bool_))

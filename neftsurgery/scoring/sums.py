@@ -1,0 +1,234 @@
+"""From sums to scores: how far a neuron moved, as one number.
+
+Every score follows from ``a.a``, ``d.d`` and ``a.d`` (``d = b - a``) and the count of changed
+elements; the cosine also from ``r.r``, the part of ``d`` not parallel to ``a``, because the obvious
+``a.a d.d - (a.d)^2`` cancels where ``d`` is nearly parallel to ``a``. The cosine distance of a
+neuron's vector before and after fine-tuning is the sensitivity of NeFT (Xu et al., "Let's Focus on
+Neuron: Neuron-Level Supervised Fine-tuning for Large Language Model", 2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from . import kernels
+
+__all__ = ["SCORES", "Exact", "Sums", "UnitSums", "exact", "random_scores"]
+
+SCORES: Final = ("cosine", "l2", "relative", "changed", "random", "norm")
+_LARGEST = float(np.finfo(np.float32).max)
+#: Below this share of ``d.d`` not parallel to ``a``, float32 sums lose the cosine.
+_LEAST_ACROSS = 0.05
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Float64 results for some vectors, shape ``[k]`` each, of elements multiplied by ``scale``.
+
+    ``scale`` is 1 unless squares would have left float64's range.
+    """
+
+    aa: F64
+    dd: F64
+    ad: F64
+    bb: F64
+    ab: F64
+    rr: F64
+    changed: I64
+    finite: NDArray[np.bool_]
+    scale: F64
+
+
+def exact(dtype: str, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> Exact:
+    """Float64 sums of whole vectors.
+
+    Parameters
+    ----------
+    dtype:
+        As safetensors names it.
+    a, b:
+        Raw bytes of base and tuned, shape ``[k, width * itemsize]``.
+    """
+    carrier = kernels.DTYPES[dtype].carrier
+    kernel = kernels.exact_sums(dtype)
+    rows = a.shape[0]
+    out, changed, finite = np.empty((7, rows)), np.empty(rows, np.int64), np.empty(rows, np.bool_)
+    a, b = a.view(carrier), b.view(carrier)
+    kernel(a, b, 1.0, out, changed, finite)
+    scale = np.ones(rows)
+    if dtype == "F64":
+        top = out[6]
+        far = finite & (top > 0) & ((top < 1e-70) | (top > 1e70))
+        for row in np.flatnonzero(far):
+            scale[row] = 2.0 ** -int(np.clip(np.frexp(top[row])[1], -1021, 1021))
+            kernel(
+                a[row : row + 1],
+                b[row : row + 1],
+                scale[row],
+                out[:, row : row + 1],
+                changed[row : row + 1],
+                finite[row : row + 1],
+            )
+    return Exact(out[0], out[1], out[2], out[3], out[4], out[5], changed, finite, scale)
+
+
+class Sums:
+    """The sums of some neurons of one tensor, and which of them were refined in float64.
+
+    Attributes
+    ----------
+    aa, dd, ad:
+        Float64 ``[n]``. NaN for neurons that hold a NaN or Inf element, once refined.
+    changed:
+        Int64 ``[n]``.
+    finite:
+        Bool ``[n]``: every element of both vectors is finite.
+    """
+
+    def __init__(self, sums: F64, changed: I64) -> None:
+        self.aa, self.dd, self.ad = sums
+        self.changed = changed
+        self.finite = np.ones(len(changed), np.bool_)
+        self._refined: list[tuple[I64, Exact]] = []
+
+    def doubtful(self, dtype: str) -> I64:
+        """The neurons whose float32 sums do not tell their scores: to be given to `refine`."""
+        low, high = (1e-140, 1e140) if dtype == "F64" else (1e-30, 1e37)
+        with np.errstate(all="ignore"):
+            across = self.aa * self.dd - self.ad * self.ad
+            good = (self.aa >= low) & (self.aa <= high)
+            moved = (self.dd >= low) & (self.dd <= high) & (across >= _LEAST_ACROSS * self.aa * self.dd)
+            return np.flatnonzero(~(good & (moved | (self.changed == 0))))
+
+    def refine(self, index: I64, values: Exact) -> None:
+        """Take the exact values for the neurons ``index``."""
+        with np.errstate(all="ignore"):
+            factor = values.scale**-2
+            for mine, theirs in ((self.aa, values.aa), (self.dd, values.dd), (self.ad, values.ad)):
+                mine[index] = np.where(values.finite, theirs * factor, np.nan)
+        self.finite[index] = values.finite
+        self._refined.append((index, values))
+
+    def score(self, kind: str, width: int) -> NDArray[np.float32]:
+        """The score ``kind`` (not ``random``) of each neuron, float32 ``[n]``; NaN where not finite."""
+        with np.errstate(all="ignore"):
+            bb, ab, rr = self._derived()
+            result = _score(kind, self.aa, self.dd, bb, ab, rr, self.changed, width, 1.0)
+            for index, v in self._refined:
+                result[index] = _score(kind, v.aa, v.dd, v.bb, v.ab, v.rr, v.changed, width, v.scale)
+            result[~self.finite] = np.nan
+            return result.astype(np.float32)
+
+    def parts(self) -> tuple[F64, F64, F64]:
+        """``b.b``, ``a.b`` and ``r.r``, the refined ones included; for sums over units."""
+        with np.errstate(all="ignore"):
+            bb, ab, rr = self._derived()
+            for index, v in self._refined:
+                factor = v.scale**-2
+                bb[index], ab[index], rr[index] = v.bb * factor, v.ab * factor, v.rr * factor
+            return bb, ab, rr
+
+    def _derived(self) -> tuple[F64, F64, F64]:
+        safe = np.where(self.aa > 0, self.aa, 1.0)
+        rr = np.where(self.aa > 0, self.dd - self.ad * (self.ad / safe), self.dd)
+        return self.aa + 2 * self.ad + self.dd, self.aa + self.ad, rr
+
+
+def _score(
+    kind: str, aa: F64, dd: F64, bb: F64, ab: F64, rr: F64, changed: I64, width: int, scale: F64 | float
+) -> F64:
+    if kind == "cosine":
+        return _cosine_distance(aa, bb, ab, rr)
+    if kind == "l2":
+        return np.minimum(np.sqrt(dd) / scale, _LARGEST)
+    if kind == "relative":
+        moved = np.where(bb == 0, 0.0, _LARGEST)
+        return np.where(aa == 0, moved, np.minimum(np.sqrt(dd) / np.sqrt(aa), _LARGEST))
+    if kind == "changed":
+        return changed / width
+    if kind == "norm":
+        return np.minimum(scale / np.sqrt(aa), _LARGEST)
+    raise ValueError(f"unknown score {kind!r}")
+
+
+def _cosine_distance(aa: F64, bb: F64, ab: F64, rr: F64) -> F64:
+    """``1 - cos(a, b)`` without cancellation: from the sine for small angles, from the cosine else."""
+    cos = np.clip(ab / (np.sqrt(aa) * np.sqrt(bb)), -1.0, 1.0)
+    small = np.minimum(rr / bb, 1.0) / (1.0 + cos)
+    result = np.where(cos > 0.7, small, 1.0 - cos)
+    zeros = (aa == 0).astype(np.int8) + (bb == 0)
+    return np.where(zeros == 0, result, np.where(zeros == 2, 0.0, 1.0))
+
+
+class UnitSums:
+    """Running sums of units, each the concatenation of vectors that arrive one tensor at a time.
+
+    The parts of ``d`` across ``a`` do not simply add up: joining vectors with ratios
+    ``c = a.d / a.a`` of their own adds ``(c1 - c2)^2 a1.a1 a2.a2 / (a.a)`` (the update of Chan,
+    Golub and LeVeque for variances), which cancels nowhere.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._aa, self._dd, self._ad, self._bb, self._ab, self._rr = np.zeros((6, count))
+        self._changed = np.zeros(count, np.int64)
+        self._width = np.zeros(count, np.int64)
+        self._finite = np.ones(count, np.bool_)
+
+    @property
+    def width(self) -> I64:
+        """Elements of each unit so far, ``[count]``."""
+        return self._width
+
+    def add(self, unit: I64, sums: Sums, width: int) -> None:
+        """Join the neurons of ``sums``, each ``width`` wide, to their units (``unit`` ``[n]``, -1: none)."""
+        count = len(self._aa)
+        mine = unit >= 0
+        unit = unit[mine]
+        bb, ab, rr = (part[mine] for part in sums.parts())
+        aa, dd, ad = sums.aa[mine], sums.dd[mine], sums.ad[mine]
+        good = sums.finite[mine]
+
+        def total(values: F64 | I64) -> F64:
+            return np.bincount(unit, np.where(good, values, 0), minlength=count)
+
+        with np.errstate(all="ignore"):
+            new_aa, new_ad = total(aa), total(ad)
+            ratio = np.where(new_aa > 0, new_ad / new_aa, 0.0)
+            own = np.where(aa > 0, ad / np.where(aa > 0, aa, 1.0), 0.0)
+            new_rr = total(rr + (own - ratio[unit]) ** 2 * aa)
+            sum_aa = self._aa + new_aa
+            before = np.where(self._aa > 0, self._ad / np.where(self._aa > 0, self._aa, 1.0), 0.0)
+            shared = np.where(sum_aa > 0, self._aa * (new_aa / np.where(sum_aa > 0, sum_aa, 1.0)), 0.0)
+            self._rr += new_rr + (ratio - before) ** 2 * shared
+        self._aa, self._ad = sum_aa, self._ad + new_ad
+        self._dd += total(dd)
+        self._bb += total(bb)
+        self._ab += total(ab)
+        self._changed += np.bincount(unit, sums.changed[mine], minlength=count).astype(np.int64)
+        self._width += np.bincount(unit, minlength=count) * width
+        self._finite &= np.bincount(unit, ~good, minlength=count) == 0
+
+    def score(self, kind: str) -> NDArray[np.float32]:
+        """As `Sums.score`, per unit."""
+        with np.errstate(all="ignore"):
+            width = np.maximum(self._width, 1)
+            if kind == "changed":
+                result = self._changed / width
+            else:
+                result = _score(kind, self._aa, self._dd, self._bb, self._ab, self._rr, self._changed, 1, 1.0)
+            result[~self._finite | (self._width == 0)] = np.nan
+            return result.astype(np.float32)
+
+
+def random_scores(name: str, count: int, seed: int) -> NDArray[np.float32]:
+    """Uniform scores in [0, 1) for the control, float32 ``[count]``; they depend on name and seed only."""
+    words = [seed, xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))]
+    return np.random.Generator(np.random.PCG64(words)).random(count, dtype=np.float32)

@@ -1,0 +1,315 @@
+"""How much to choose, and by which rule: values that are checked once, where they are made.
+
+Messages name the options as the command line spells them; in Python ``--max-per-tensor`` is
+``max_per_tensor``.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, cast, get_args
+
+from ..errors import UsageError
+
+__all__ = ["Amount", "Budget", "Per", "Policy"]
+
+Per = Literal["model", "layer", "tensor"]
+Policy = Literal["sensitive", "reversed", "random"]
+
+_EXAMPLES = "write a share such as 3% or a number such as 50000 or 200M"
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?%")
+_COUNT = re.compile(
+    r"([0-9]+(?:_[0-9]+)*|[0-9]{1,3}(?:,[0-9]{3})+)(\.[0-9]+)?(?: ?([KMBG]))?",
+    re.IGNORECASE,
+)
+_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_LONGEST = 40
+_DECIMALS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A share of something, or a number of things: exactly one of the two.
+
+    Attributes
+    ----------
+    percent:
+        Above 0, at most 100, with a finite decimal expansion (as everything typed has).
+    count:
+        1 or more.
+
+    Raises
+    ------
+    UsageError
+        If not exactly one is given, or it is out of range.
+    """
+
+    percent: Fraction | None = None
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.percent is None) == (self.count is None):
+            raise UsageError("an amount is either a percentage or a number", hint=_EXAMPLES)
+        if self.percent is not None and not 0 < self.percent <= 100:
+            raise UsageError("a percentage must be above 0% and at most 100%", hint=_EXAMPLES)
+        if self.percent is not None and 10**_DECIMALS % self.percent.denominator:
+            raise UsageError(f"{self.percent}% cannot be written as a decimal number", hint=_EXAMPLES)
+        if self.count is not None and self.count < 1:
+            raise UsageError("a number must be at least 1", found=self.count, hint=_EXAMPLES)
+
+    @classmethod
+    def parse(cls, text: str | int) -> Amount:
+        """Read ``"3%"``, ``"0.5%"``, ``50000``, ``"50_000"``, ``"50,000"`` or ``"1.5M"``.
+
+        The suffixes K, M and B (or G), of either case, are 10**3, 10**6 and 10**9.
+
+        Raises
+        ------
+        UsageError
+            For anything else: 0, a negative, a fraction such as 0.03, more than 100%.
+        """
+        if isinstance(text, float):
+            raise _fraction(text, repr(text))
+        if not isinstance(text, str):
+            return cls(count=_whole("an amount", text))
+        clean = text.strip()
+        shown = clean if len(clean) <= _LONGEST else clean[: _LONGEST - 1] + "…"
+        if len(clean) <= _LONGEST:
+            if found := _PERCENT.fullmatch(clean):
+                return cls(percent=Fraction(found[1]))
+            if found := _COUNT.fullmatch(clean):
+                whole, decimals, suffix = found[1], found[2] or "", (found[3] or "").upper()
+                value = Fraction(re.sub("[_,]", "", whole) + decimals) * _SUFFIX[suffix]
+                if decimals and not suffix:
+                    raise _fraction(float(value), shown)
+                if value.denominator != 1:
+                    raise UsageError(f"{shown} is not a whole number", hint=_EXAMPLES)
+                return cls(count=int(value))
+            if re.fullmatch(r"-.*[0-9].*", clean):
+                raise UsageError(f"an amount cannot be negative: {shown}", hint=_EXAMPLES)
+            if re.fullmatch(r"\.[0-9]+", clean):
+                raise _fraction(float(clean), shown)
+        raise UsageError(f"{shown!r} is not an amount", hint=_EXAMPLES)
+
+    def __str__(self) -> str:
+        """The one text for this amount; `parse` reads it back."""
+        if self.percent is None:
+            return str(self.count)
+        scaled = str(self.percent * 10**_DECIMALS).rjust(_DECIMALS + 1, "0")
+        text = f"{scaled[:-_DECIMALS]}.{scaled[-_DECIMALS:]}".rstrip("0").rstrip(".")
+        return f"{text}%"
+
+    def describe(self) -> str | int:
+        """For JSON: a percentage as text, a number as a number; `parse` reads both back."""
+        return str(self) if self.count is None else self.count
+
+
+def _fraction(value: float, shown: str) -> UsageError:
+    """The error for a number with a decimal point, which could mean a share or be a slip."""
+    hint = f"for a share write {value * 100:.12g}%" if 0 < value <= 1 else _EXAMPLES
+    return UsageError(f"{shown} is neither a percentage nor a whole number", hint=hint)
+
+
+def _whole(what: str, value: object) -> int:
+    if isinstance(value, bool):
+        raise UsageError(f"{what} must be a whole number", found=value)
+    try:
+        return operator.index(cast(Any, value))
+    except TypeError:
+        raise UsageError(f"{what} must be a whole number", found=value) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many neurons to choose, out of which pools, and which first.
+
+    Exactly one of ``neurons``, ``params``, ``threshold``, ``changed`` and ``like`` is given.
+
+    Attributes
+    ----------
+    neurons:
+        Of the neurons that have a score: a share of each pool, or a number split over the pools.
+    params:
+        Of all the model's parameters, or a number of parameters; split over the pools.
+    threshold:
+        Every neuron that scores above it.
+    changed:
+        Every neuron with a differing bit.
+    like:
+        Per tensor name, how many neurons.
+    per:
+        What makes a pool: the whole ``"model"``, each ``"layer"`` or each ``"tensor"``.
+    max_per_tensor:
+        Keep only so many neurons of each tensor, the first by ``policy``.
+    policy:
+        Which neurons come first: the most ``"sensitive"``, the least (``"reversed"``), or any.
+    seed:
+        For the policy ``"random"``.
+    with_bias:
+        A bias element goes with its neuron.
+
+    Raises
+    ------
+    UsageError
+        For values out of range, or options that do not go together.
+    """
+
+    neurons: Amount | None = None
+    params: Amount | None = None
+    threshold: float | None = None
+    changed: bool = False
+    like: Mapping[str, int] | None = None
+    per: Per = "model"
+    max_per_tensor: int | None = None
+    policy: Policy = "sensitive"
+    seed: int = 0
+    with_bias: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_size()
+        self._check_values()
+        self._check_combinations()
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        neurons: Amount | str | int | None = None,
+        params: Amount | str | int | None = None,
+        threshold: float | None = None,
+        changed: bool = False,
+        like: Mapping[str, int] | None = None,
+        per: str = "model",
+        max_per_tensor: int | None = None,
+        policy: str = "sensitive",
+        seed: int = 0,
+        with_bias: bool = False,
+    ) -> Budget:
+        """The budget of options as a user gives them, amounts as text or numbers.
+
+        Raises
+        ------
+        UsageError
+            As for the class, and for amounts that cannot be read.
+        """
+        return cls(
+            neurons=_amount("--neurons", neurons),
+            params=_amount("--params", params),
+            threshold=None if threshold is None else _number("--threshold", threshold),
+            changed=changed,
+            like=None if like is None else {name: _whole("--like", n) for name, n in like.items()},
+            per=cast(Per, per),
+            max_per_tensor=None if max_per_tensor is None else _whole("--max-per-tensor", max_per_tensor),
+            policy=cast(Policy, policy),
+            seed=_whole("--seed", seed),
+            with_bias=with_bias,
+        )
+
+    @property
+    def option(self) -> str:
+        """The option that says how much, as the command line spells it: ``"--neurons"``."""
+        return self._sizes()[0]
+
+    def _sizes(self) -> list[str]:
+        given = {
+            "--neurons": self.neurons is not None,
+            "--params": self.params is not None,
+            "--threshold": self.threshold is not None,
+            "--changed": self.changed,
+            "--like": self.like is not None,
+        }
+        return [option for option, is_given in given.items() if is_given]
+
+    def _check_size(self) -> None:
+        given = self._sizes()
+        if not given:
+            raise UsageError(
+                "nothing says how many neurons to choose",
+                hint="give one of --neurons, --params, --threshold, --changed and --like",
+            )
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} do not go together", hint="give only one of them")
+
+    def _check_values(self) -> None:
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise UsageError("--threshold must be a finite number", found=self.threshold)
+        if self.max_per_tensor is not None and self.max_per_tensor < 1:
+            raise UsageError("--max-per-tensor must be at least 1", found=self.max_per_tensor)
+        if self.seed < 0:
+            raise UsageError("--seed must not be negative", found=self.seed)
+        if self.per not in get_args(Per):
+            raise UsageError("--per must be model, layer or tensor", found=self.per)
+        if self.policy not in get_args(Policy):
+            raise UsageError("--policy must be sensitive, reversed or random", found=self.policy)
+        for name, count in (self.like or {}).items():
+            if count < 0:
+                raise UsageError("--like asks for a negative number of neurons", tensor=name, found=count)
+
+    def _check_combinations(self) -> None:
+        option = self.option
+        if option in ("--threshold", "--changed") and self.policy != "sensitive":
+            raise UsageError(f"{option} does not go with --policy {self.policy}")
+        if option in ("--changed", "--like") and self.per != "model":
+            raise UsageError(f"{option} does not go with --per {self.per}")
+        if option in ("--changed", "--like") and self.max_per_tensor is not None:
+            raise UsageError(f"{option} does not go with --max-per-tensor")
+
+    def check_units(self) -> None:
+        """Refuse what the anatomy ``units`` has no meaning for: a unit lies in several tensors.
+
+        Raises
+        ------
+        UsageError
+            For ``--per tensor``, ``--max-per-tensor`` and ``--like``.
+        """
+        for option, is_given in (
+            ("--per tensor", self.per == "tensor"),
+            ("--max-per-tensor", self.max_per_tensor is not None),
+            ("--like", self.like is not None),
+        ):
+            if is_given:
+                raise UsageError(
+                    f"{option} does not go with --anatomy units", hint="a unit lies in several tensors"
+                )
+
+    def describe(self) -> dict[str, Any]:
+        """JSON for a manifest, only what is set: ``Budget.of(**described)`` is this budget again."""
+        described: dict[str, Any] = {}
+        if self.neurons is not None:
+            described["neurons"] = self.neurons.describe()
+        if self.params is not None:
+            described["params"] = self.params.describe()
+        if self.like is not None:
+            described["like"] = dict(self.like)
+        if self.threshold is not None:
+            described["threshold"] = self.threshold
+        if self.max_per_tensor is not None:
+            described["max_per_tensor"] = self.max_per_tensor
+        if self.per != "model":
+            described["per"] = self.per
+        if self.policy != "sensitive":
+            described["policy"] = self.policy
+        if self.seed or self.policy == "random":
+            described["seed"] = self.seed
+        return described | {flag: True for flag in ("changed", "with_bias") if getattr(self, flag)}
+
+
+def _amount(option: str, value: Amount | str | int | None) -> Amount | None:
+    if value is None or isinstance(value, Amount):
+        return value
+    try:
+        return Amount.parse(value)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error.what}", found=error.found, hint=error.hint) from None
+
+
+def _number(option: str, value: object) -> float:
+    try:
+        return float(cast(Any, value))
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"{option} must be a number", found=value) from None

@@ -1,0 +1,392 @@
+"""Which neurons a budget chooses, given their scores: arrays in, masks out.
+
+A selection is "the first so many in order", where the order is by score and then by position. The
+order itself is never made: sorting hundreds of millions of scores would take several times the
+memory of the scores. Instead the score at which the budget ends, the *cut*, is found by bisection
+over all float32 numbers. Each round counts what lies beyond one number; the neurons that
+score exactly the cut are then walked in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MismatchError, UsageError
+from .budget import Amount, Budget
+
+__all__ = ["Block", "choose"]
+
+Scores = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+# Elements looked at together: what a round reads and writes stays in the processor's cache.
+_CHUNK = 1 << 18
+# Pools up to this many neurons are sorted: their cost is calls, not elements or memory.
+_SORTED = 1 << 14
+# The ordered image of a float32 is its magnitude's bits as an integer, negated for a negative
+# number. Both zeros have image 0, and this is the image of infinity.
+_INFINITY = 0x7F80_0000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Consecutive neurons of one tensor, in tie order, that cost the same.
+
+    Attributes
+    ----------
+    tensor, layer:
+        Names of the pools the neurons belong to.
+    cost:
+        Parameters of one neuron.
+    scores:
+        Shape ``[n]``, high means sensitive. NaN: cannot be chosen. Infinities are ordinary values.
+
+    Raises
+    ------
+    ValueError
+        If the scores are no vector of float32, or a neuron costs nothing.
+    """
+
+    tensor: str
+    layer: str
+    cost: int
+    scores: Scores
+
+    def __post_init__(self) -> None:
+        if self.scores.ndim != 1 or self.scores.dtype != np.float32:
+            raise ValueError(f"scores must be a float32 vector, not {self.scores.dtype} {self.scores.shape}")
+        if self.cost < 1:
+            raise ValueError(f"a neuron must have at least one parameter, not {self.cost}")
+
+
+def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[Mask]:
+    """The neurons that ``budget`` chooses, as one mask per block.
+
+    The order of the blocks, then the position in a block, breaks ties. Memory on top of the scores:
+    one byte a neuron for the result, one more with a cap per tensor, four more for the policy
+    ``random``, and a few megabytes.
+
+    Parameters
+    ----------
+    blocks:
+        The scored neurons, ordered by tensor name, then index. Pools are ordered by their first block.
+    budget:
+        Anything but ``changed``, which is not about scores. A number of neurons above what there is
+        chooses all.
+    parameters:
+        Of the whole model: what a percentage in ``budget.params`` is of.
+
+    Raises
+    ------
+    MismatchError
+        If no neuron has a score.
+    UsageError
+        If a budget of parameters has no room for one neuron, or ``like`` does not fit the blocks.
+    ValueError
+        For a budget by ``changed``.
+    """
+    if budget.changed:
+        raise ValueError("which neurons changed is not a matter of scores")
+    counts = [_count_candidates(block.scores) for block in blocks]
+    if not any(counts):
+        raise MismatchError(
+            "no neuron can be scored",
+            hint="every neuron is left out or has a NaN or infinite element",
+        )
+    keys = [block.scores for block in blocks]
+    if budget.policy == "random":
+        keys = _random_keys(keys, budget.seed)
+    highest = budget.policy != "reversed"
+    allowed: list[Mask] | None = None
+    if budget.max_per_tensor is not None:
+        ones = [1] * len(blocks)
+        pools = _pools(block.tensor for block in blocks)
+        caps = [budget.max_per_tensor] * len(pools)
+        allowed = _best(_Ranking(keys, counts, ones, None, highest), pools.values(), caps)
+    if budget.threshold is not None:
+        return _above(keys, allowed, _float32_floor(budget.threshold))
+    sizes, costs = counts, [1] * len(blocks)
+    if budget.params is not None:
+        costs = [block.cost for block in blocks]
+        sizes = [count * cost for count, cost in zip(counts, costs, strict=True)]
+    pools = _pools(_pool_names(blocks, budget))
+    limits = _limits(pools, sizes, budget, parameters)
+    if allowed is not None:
+        counts = [int(np.count_nonzero(mask)) for mask in allowed]
+    masks = _best(_Ranking(keys, counts, costs, allowed, highest), pools.values(), limits)
+    if budget.params is not None and not any(mask.any() for mask in masks):
+        raise _no_room(budget.params, limits, [c for c, n in zip(costs, counts, strict=True) if n])
+    return masks
+
+
+def _count_candidates(scores: Scores) -> int:
+    parts = (scores[start : start + _CHUNK] for start in range(0, len(scores), _CHUNK))
+    return sum(int(np.count_nonzero(part == part)) for part in parts)  # NaN differs from itself
+
+
+def _pool_names(blocks: Sequence[Block], budget: Budget) -> Iterable[str]:
+    if budget.per == "tensor" or budget.like is not None:
+        return (block.tensor for block in blocks)
+    return (block.layer if budget.per == "layer" else "" for block in blocks)
+
+
+def _pools(names: Iterable[str]) -> dict[str, list[int]]:
+    """Per pool the numbers of its blocks, the pools in order of their first block."""
+    pools: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        pools.setdefault(name, []).append(number)
+    return pools
+
+
+def _no_room(params: Amount, limits: Sequence[int], costs: Sequence[int]) -> UsageError:
+    least, most = min(costs), max(costs)
+    sizes = f"{least}" if least == most else f"{least} (the smallest) to {most}"
+    return UsageError(
+        f"--params {params} has no room for a single neuron",
+        expected=f"neurons of {sizes} parameters",
+        found=f"a budget of {sum(limits)}" + (f", split over {len(limits)} pools" if len(limits) > 1 else ""),
+        hint="give a larger --params" + (", or --per model" if len(limits) > 1 else ""),
+    )
+
+
+# How much of each pool.
+
+
+def _limits(pools: dict[str, list[int]], sizes: Sequence[int], budget: Budget, parameters: int) -> list[int]:
+    """Per pool how much of it to choose, in the unit of ``sizes``, which are per block."""
+    totals = [sum(sizes[number] for number in members) for members in pools.values()]
+    if budget.neurons is not None:
+        percent, count = budget.neurons.percent, budget.neurons.count
+        if percent is not None:
+            return [
+                max(_nearest(percent.numerator * n, percent.denominator * 100), int(n > 0)) for n in totals
+            ]
+        return _split(count or 0, totals)
+    if budget.params is not None:
+        percent, count = budget.params.percent, budget.params.count
+        if percent is not None:
+            count = percent.numerator * parameters // (percent.denominator * 100)
+        return _split(count or 0, totals)
+    return _like_limits(pools, totals, budget.like or {})
+
+
+def _like_limits(pools: dict[str, list[int]], totals: Sequence[int], like: Mapping[str, int]) -> list[int]:
+    for name in like:
+        if name not in pools:
+            raise UsageError(
+                "--like names a tensor that is not scored here",
+                tensor=name,
+                hint="score with the same --anatomy, --include and --exclude as for that selection",
+            )
+    for name, total in zip(pools, totals, strict=True):
+        if like.get(name, 0) > total:
+            raise UsageError(
+                "--like asks for more neurons than have a score",
+                tensor=name,
+                expected=like[name],
+                found=total,
+            )
+    return [like.get(name, 0) for name in pools]
+
+
+def _nearest(numerator: int, denominator: int) -> int:
+    """The quotient rounded to the nearest integer, halves up."""
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def _split(amount: int, sizes: Sequence[int]) -> list[int]:
+    """Split ``amount`` in proportion to ``sizes`` by largest remainder; ties go to the earlier one.
+
+    A share exceeds its size only if ``amount`` exceeds their sum: then none is below its size.
+    """
+    total = sum(sizes)
+    shares = [amount * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: -(amount * sizes[i] % total))
+    for i in by_remainder[: amount - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+# Keys: what the neurons are ordered by.
+
+
+def _random_keys(scores: Sequence[Scores], seed: int) -> list[Scores]:
+    """A random number for every candidate, NaN for the others.
+
+    Uniform over the images of all float32 numbers, so that two neurons hardly ever draw the same one
+    (a uniform float32 in [0, 1) has only 2**24 values).
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    keys = [np.full(len(block), np.nan, np.float32) for block in scores]
+    for key, block in zip(keys, scores, strict=True):
+        for start in range(0, len(block), _CHUNK):
+            part = block[start : start + _CHUNK]
+            candidates = part == part
+            images = generator.integers(
+                -_INFINITY, _INFINITY, np.count_nonzero(candidates), np.int32, endpoint=True
+            )
+            drawn = np.abs(images).view(np.float32)
+            np.negative(drawn, out=drawn, where=images < 0)
+            key[start : start + _CHUNK][candidates] = drawn
+    return keys
+
+
+def _float32_at(image: int) -> np.float32:
+    magnitude = np.array(abs(image), np.int32).view(np.float32)[()]
+    return np.float32(-magnitude if image < 0 else magnitude)
+
+
+def _float32_floor(value: float) -> np.float32:
+    """The largest float32 not above ``value``: a float32 is above the one if above the other."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(value)
+    return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
+
+
+def _above(keys: Sequence[Scores], allowed: Sequence[Mask] | None, cut: np.float32) -> list[Mask]:
+    masks: list[Mask] = [key > cut for key in keys]
+    for mask, permitted in zip(masks, allowed or (), strict=False):
+        mask &= permitted
+    return masks
+
+
+# The first of a pool, in order.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ranking:
+    """Blocks to choose from: per block the keys, and how many may be chosen at which cost each."""
+
+    keys: Sequence[Scores]
+    counts: Sequence[int]
+    costs: Sequence[int]
+    allowed: Sequence[Mask] | None
+    highest: bool
+
+    def beyond(self, keys: Scores, cut: np.float32, out: Mask) -> Mask:
+        """Which of ``keys`` come before ``cut`` in order; NaN never does."""
+        return np.greater(keys, cut, out=out) if self.highest else np.less(keys, cut, out=out)
+
+
+def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[int]) -> list[Mask]:
+    """Per pool the first neurons in order, as long as their costs stay within the pool's limit."""
+    masks: list[Mask] = [np.zeros(len(keys), np.bool_) for keys in ranking.keys]
+    for members, limit in zip(pools, limits, strict=True):
+        if limit < 1:
+            continue
+        if sum(ranking.counts[i] * ranking.costs[i] for i in members) <= limit:
+            _take_all(ranking, members, masks)
+        elif sum(len(ranking.keys[i]) for i in members) <= _SORTED:
+            _take_sorted(ranking, members, limit, masks)
+        else:
+            _take_to_cut(ranking, members, limit, masks)
+    return masks
+
+
+def _take_all(ranking: _Ranking, members: Sequence[int], masks: Sequence[Mask]) -> None:
+    for i in members:
+        if ranking.allowed is None:
+            np.equal(ranking.keys[i], ranking.keys[i], out=masks[i])
+        else:
+            masks[i][:] = ranking.allowed[i]
+
+
+def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
+    keys = np.concatenate([ranking.keys[i] for i in members])
+    if ranking.allowed is not None:
+        keys[~np.concatenate([ranking.allowed[i] for i in members])] = np.nan
+    if ranking.highest:
+        np.negative(keys, out=keys)
+    order = np.argsort(keys, kind="stable")[: sum(ranking.counts[i] for i in members)]  # NaN comes last
+    costs = np.repeat([ranking.costs[i] for i in members], [len(ranking.keys[i]) for i in members])
+    fitting = np.searchsorted(np.cumsum(costs[order]), limit, side="right")
+    chosen = np.zeros(len(keys), np.bool_)
+    chosen[order[:fitting]] = True
+    start = 0
+    for i in members:
+        masks[i][:] = chosen[start : start + len(masks[i])]
+        start += len(masks[i])
+
+
+def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
+    cut, room = _find_cut(ranking, members, limit)
+    for i in members:
+        ranking.beyond(ranking.keys[i], cut, masks[i])
+        if ranking.allowed is not None:
+            masks[i] &= ranking.allowed[i]
+    for i in members:
+        for start in range(0, len(ranking.keys[i]), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            tied = ranking.keys[i][part] == cut
+            if ranking.allowed is not None:
+                tied &= ranking.allowed[i][part]
+            places = np.flatnonzero(tied)
+            taken = min(len(places), room // ranking.costs[i])
+            masks[i][start + places[:taken]] = True
+            room -= taken * ranking.costs[i]
+            if taken < len(places) or not room:
+                return
+
+
+def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
+    """The least extreme key beyond which everything fits ``limit``, and what is left of the limit.
+
+    Needs that not everything fits: then the keys that equal the cut are where the limit ends.
+    """
+    batches = _batches(ranking, members)
+    direction = 1 if ranking.highest else -1
+    too_low, cut, room = -_INFINITY - 1, _INFINITY, limit
+    while cut - too_low > 1 and room:
+        middle = (cut + too_low) // 2
+        left = limit - _cost_beyond(ranking, batches, _float32_at(direction * middle))
+        if left < 0:
+            too_low = middle
+        else:
+            cut, room = middle, left
+    return _float32_at(direction * cut), room
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Up to ``_CHUNK`` neurons of the same cost, of one block or of many small ones."""
+
+    cost: int
+    keys: list[Scores]
+    allowed: list[Mask]
+
+
+def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
+    """The blocks ``members`` in pieces to count in; for counting, their order does not matter."""
+    batches: list[_Batch] = []
+    latest: dict[int, tuple[_Batch, int]] = {}
+    for i in members:
+        keys, cost = ranking.keys[i], ranking.costs[i]
+        for start in range(0, len(keys), _CHUNK):
+            size = min(_CHUNK, len(keys) - start)
+            batch, filled = latest.get(cost, (None, 0))
+            if batch is None or filled + size > _CHUNK:
+                batch, filled = _Batch(cost, [], []), 0
+                batches.append(batch)
+            whole = size == len(keys)
+            batch.keys.append(keys if whole else keys[start : start + size])
+            if ranking.allowed is not None:
+                allowed = ranking.allowed[i]
+                batch.allowed.append(allowed if whole else allowed[start : start + size])
+            latest[cost] = batch, filled + size
+    return batches
+
+
+def _cost_beyond(ranking: _Ranking, batches: Sequence[_Batch], cut: np.float32) -> int:
+    flags = np.empty(_CHUNK, np.bool_)
+    total = 0
+    for batch in batches:
+        keys = batch.keys[0] if len(batch.keys) == 1 else np.concatenate(batch.keys)
+        beyond = ranking.beyond(keys, cut, flags[: len(keys)])
+        if batch.allowed:
+            beyond &= batch.allowed[0] if len(batch.allowed) == 1 else np.concatenate(batch.allowed)
+        total += batch.cost * int(np.count_nonzero(beyond))
+    return total

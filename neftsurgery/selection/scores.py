@@ -1,0 +1,381 @@
+"""The scores file: one number per neuron, and from the same pass the sums all scores derive from."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.document import bad, described_tensor, read_document
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout
+from ..checkpoint.output import require_space, staged_file
+from ..checkpoint.tensorfile import TensorFile
+from ..errors import CorruptFileError, UsageError, boundary
+from .budget import Budget
+from .choice import Block, choose
+from .selection import Chosen, Selection
+
+__all__ = ["SCORES_KEY", "SCORES_VERSION", "Follower", "ScoredTensor", "Scores"]
+
+SCORES_KEY = "neuron_scores"
+SCORES_VERSION = 1
+_WHAT = "scores file"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTensor:
+    """One scored tensor.
+
+    Attributes
+    ----------
+    info, layout:
+        The tensor and its neurons.
+    layer:
+        The pool of ``--per layer``; empty outside the layers.
+    bias:
+        The tensor whose elements go with these neurons.
+    part:
+        ``(start, stop, step)`` along the last neuron axis, if only these neurons belong to the anatomy.
+    """
+
+    info: TensorInfo
+    layout: Layout
+    layer: str
+    bias: str | None
+    part: tuple[int, int, int] | None
+
+    def belongs(self) -> NDArray[np.bool_] | None:
+        """Per neuron whether the anatomy counts it; None for all."""
+        if self.part is None:
+            return None
+        inner = self.info.shape[self.layout.axes[-1]]
+        mask = np.zeros((self.layout.count // inner, inner), np.bool_)
+        mask[:, slice(*self.part)] = True
+        return mask.reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """A tensor of neurons one element wide, recorded but not scored.
+
+    ``included`` tells one that the user named from a bias, which only follows its neurons.
+    """
+
+    info: TensorInfo
+    layout: Layout
+    included: bool
+
+
+class Scores:
+    """A scores file, opened: what was scored is at hand, the numbers are read when asked for.
+
+    Attributes
+    ----------
+    facts:
+        The file's JSON document: score, anatomy, parameters, base, tuned, unscored.
+    tensors:
+        The scored tensors, ordered by name.
+    followers:
+        Tensors of one-element neurons whose changes were recorded, by name.
+    """
+
+    def __init__(
+        self,
+        file: TensorFile,
+        facts: Mapping[str, Any],
+        tensors: Mapping[str, ScoredTensor],
+        followers: Mapping[str, Follower],
+    ) -> None:
+        self._file = file
+        self.facts = facts
+        self.tensors = tensors
+        self.followers = followers
+
+    @classmethod
+    @boundary
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Open a scores file; anyone's with a vector per tensor and ``tensors`` will do.
+
+        Raises
+        ------
+        CorruptFileError
+            If it is none, or damaged.
+        """
+        return cls.read(TensorFile.open(path))
+
+    @classmethod
+    def read(cls, file: TensorFile) -> Scores:
+        """The scores in an open file, which is the new object's from now on."""
+        facts = read_document(file, SCORES_KEY, _WHAT, SCORES_VERSION)
+        tensors = {name: _scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
+        if not isinstance(facts.get("unscored", {}), dict):
+            raise bad(file, _WHAT, "unscored is not an object")
+        followers = {}
+        for name, entry in sorted(facts.get("unscored", {}).items()):
+            if f"{name}:changed" in file.tensors:
+                info, layout = described_tensor(file, _WHAT, name, entry)
+                _check_vector(file, f"{name}:changed", "I64", layout.count)
+                followers[name] = Follower(info, layout, entry.get("included") is True)
+        return cls(file, facts, tensors, followers)
+
+    @boundary
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write the scores to a file of their own, whole or not at all.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, without ``force``.
+        MachineError
+            If it cannot be written.
+        """
+        with staged_file(Path(path), force=force) as staged:
+            require_space(Path(path).absolute().parent, self._file.nbytes)
+            self._file.copy_to(staged.fd)
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        """The scores of tensor ``name``, float32 ``[n]``; NaN: no candidate."""
+        values: NDArray[np.float32] = self._file.array(name)
+        return values
+
+    def sums(self, name: str, which: str) -> NDArray[Any] | None:
+        """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
+
+        None where the file does not have it.
+        """
+        entry = f"{name}:{which}"
+        return self._file.array(entry) if entry in self._file.tensors else None
+
+    @property
+    def score(self) -> str:
+        """Which score."""
+        return str(self.facts.get("score", "unknown"))
+
+    @property
+    def anatomy(self) -> str:
+        """Which anatomy: ``rows``, ``ffn`` or ``units``."""
+        return str(self.facts.get("anatomy", "unknown"))
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether neurons are chosen by whole units."""
+        return any(f"{name}:unit" in self._file.tensors for name in self.tensors)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model; of the scored tensors where the file does not say."""
+        found = self.facts.get("parameters")
+        return found if isinstance(found, int) else sum(t.info.elements for t in self.tensors.values())
+
+    @cached_property
+    def neurons(self) -> int:
+        """How many neurons the scored tensors have, those outside the anatomy's part not counted."""
+        total = 0
+        for tensor in self.tensors.values():
+            mask = tensor.belongs()
+            total += tensor.layout.count if mask is None else int(mask.sum())
+        return total
+
+    @boundary
+    def select(self, **budget: Any) -> Selection:
+        """Choose neurons.
+
+        Parameters
+        ----------
+        **budget:
+            As `Budget.of`: one of ``neurons``, ``params``, ``threshold``, ``changed``, ``like``
+            (a selection, or counts per tensor); and ``per``, ``max_per_tensor``, ``policy``, ``seed``,
+            ``with_bias``.
+
+        Raises
+        ------
+        UsageError
+            For options that make no sense, or not together.
+        MismatchError
+            If no neuron can be chosen.
+        """
+        like = budget.get("like")
+        if isinstance(like, Selection):
+            budget["like"] = like.counts
+        return self.choose(Budget.of(**budget))
+
+    def choose(self, budget: Budget) -> Selection:
+        """As `select`, for a budget that is checked already."""
+        if self.by_unit:
+            budget.check_units()
+        if budget.changed:
+            chosen = dict(self._changed())
+        elif self.by_unit:
+            chosen = dict(self._choose_units(budget))
+        else:
+            chosen = dict(self._choose_neurons(budget))
+        followers = self._follow(chosen, budget) if budget.with_bias else {}
+        tensors = {
+            name: self._chosen(name, index)
+            for name, index in sorted((chosen | followers).items())
+            if len(index)
+        }
+        facts = self._facts(budget, tensors)
+        if followers:
+            facts["followers"] = sorted(set(followers) & set(tensors))
+        return Selection(tensors, facts)
+
+    def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        blocks = [
+            Block(name, tensor.layer, tensor.layout.width, self.values(name))
+            for name, tensor in self.tensors.items()
+        ]
+        masks = choose(blocks, budget, parameters=self.parameters)
+        for name, mask in zip(self.tensors, masks, strict=True):
+            yield name, np.flatnonzero(mask)
+
+    def _choose_units(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        ids = {name: self._unit_ids(name) for name in self.tensors}
+        count = 1 + max(int(unit.max(initial=-1)) for unit in ids.values())
+        score = np.full(count, np.nan, np.float32)
+        cost, layer = np.zeros(count, np.int64), np.zeros(count, np.int32)
+        layers = sorted({tensor.layer for tensor in self.tensors.values()})
+        seen: list[NDArray[np.int64]] = []
+        for name, tensor in self.tensors.items():
+            mine = ids[name] >= 0
+            unit = ids[name][mine]
+            fresh = unit[cost[unit] == 0]
+            seen.append(fresh[np.sort(np.unique(fresh, return_index=True)[1])])
+            score[unit] = self.values(name)[mine]
+            layer[unit] = layers.index(tensor.layer)
+            cost += np.bincount(unit, minlength=count) * tensor.layout.width
+        order = np.concatenate(seen)  # units by first member: the order that breaks ties
+        edges = np.flatnonzero((np.diff(cost[order]) != 0) | (np.diff(layer[order]) != 0)) + 1
+        runs = [run for run in np.split(order, edges) if len(run)]
+        blocks = [Block("", layers[layer[run[0]]], int(cost[run[0]]), score[run]) for run in runs]
+        taken = np.zeros(count + 1, np.bool_)  # the last one is for neurons of no unit, whose id is -1
+        for run, mask in zip(runs, choose(blocks, budget, parameters=self.parameters), strict=True):
+            taken[run] = mask
+        for name, unit in ids.items():
+            yield name, np.flatnonzero(taken[unit])
+
+    def _unit_ids(self, name: str) -> NDArray[np.int64]:
+        ids = self.sums(name, "unit")
+        if ids is None:
+            raise bad(self._file, _WHAT, "some tensors have units, and this one has none", name)
+        # The number of units bounds what is allocated for them: no more than there are neurons.
+        if len(ids) and not -1 <= int(ids.min()) <= int(ids.max()) < 1 + self.neurons:
+            raise bad(self._file, _WHAT, "a unit number is out of range", name)
+        return ids
+
+    def _changed(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        for name, tensor in self.tensors.items():
+            changed = self.sums(name, "changed")
+            if changed is None:
+                raise UsageError(
+                    "--changed needs the number of changed elements, which these scores lack",
+                    file=self._file.path,
+                    tensor=name,
+                )
+            mask = tensor.belongs()
+            yield name, np.flatnonzero(changed if mask is None else (changed > 0) & mask)
+        for name, follower in self.followers.items():
+            if follower.included:
+                yield name, np.flatnonzero(self.sums(name, "changed"))
+
+    def _follow(self, chosen: Mapping[str, NDArray[np.int64]], budget: Budget) -> dict[str, NDArray[np.int64]]:
+        """The bias elements that go with the chosen neurons; by ``--changed``, all that differ as well."""
+        found: dict[str, NDArray[np.int64]] = {}
+        for name, tensor in self.tensors.items():
+            bias = tensor.bias
+            if bias is None or bias not in self.followers or bias in chosen:
+                continue
+            index = chosen.get(name, np.empty(0, np.int64))
+            if budget.changed:
+                index = np.union1d(index, np.flatnonzero(self.sums(bias, "changed")))
+            found[bias] = np.union1d(found[bias], index) if bias in found else index
+        return found
+
+    def _chosen(self, name: str, index: NDArray[np.int64]) -> Chosen:
+        home = self.tensors[name] if name in self.tensors else self.followers[name]
+        return Chosen(home.info, home.layout, index.astype(np.int64))
+
+    def _facts(self, budget: Budget, tensors: Mapping[str, Chosen]) -> dict[str, Any]:
+        described = budget.describe()
+        if "like" in described:
+            described["like"] = "the counts per tensor of another selection"
+        facts: dict[str, Any] = {"score": self.score, "policy": budget.policy, "budget": described}
+        facts["anatomy"] = self.anatomy
+        if budget.policy == "random":
+            facts["seed"] = budget.seed
+        facts |= self.captured(tensors)
+        for side in ("base", "tuned"):
+            if isinstance(self.facts.get(side), dict):
+                facts[side] = self.facts[side]
+        return facts
+
+    def captured(self, tensors: Mapping[str, Chosen]) -> dict[str, float]:
+        """Which share of the whole change the chosen neurons hold: ``captured``, ``captured_scored``.
+
+        ``captured`` is of all common tensors, ``captured_scored`` of the scored ones. Empty where
+        the file has no sums, or nothing changed.
+        """
+        inside = scored = 0.0
+        for name in self.tensors:
+            delta = self.sums(name, "delta_sq")
+            if delta is None:
+                return {}
+            scored += float(np.nansum(delta))
+            if name in tensors:
+                inside += float(np.nansum(delta[tensors[name].index]))
+        extra = 0.0
+        for name in self.followers:
+            if name in tensors and (delta := self.sums(name, "delta_sq")) is not None:
+                extra += float(np.nansum(delta[tensors[name].index]))
+        whole = scored + sum(entry.get("delta_sq", 0.0) for entry in self.facts.get("unscored", {}).values())
+        result = {}
+        if math.isfinite(whole) and whole > 0:
+            result["captured"] = min(1.0, (inside + extra) / whole)
+        if math.isfinite(scored) and scored > 0:
+            result["captured_scored"] = min(1.0, inside / scored)
+        return result
+
+    def close(self) -> None:
+        """Close the file; scores that were never saved are gone."""
+        self._file.close()
+
+
+def _scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
+    info, layout = described_tensor(file, _WHAT, name, entry)
+    assert isinstance(entry, dict)  # described_tensor has checked it
+    if layout.width < 1 or layout.count < 1:
+        raise bad(file, _WHAT, "a scored tensor has no neurons", name)
+    _check_vector(file, name, "F32", layout.count)
+    for which, dtype in (("base_sq", "F64"), ("delta_sq", "F64"), ("dot", "F64"), ("changed", "I64")):
+        if f"{name}:{which}" in file.tensors:
+            _check_vector(file, f"{name}:{which}", dtype, layout.count)
+    if f"{name}:unit" in file.tensors:
+        _check_vector(file, f"{name}:unit", "I64", layout.count)
+    layer, bias, part = entry.get("layer", ""), entry.get("bias"), entry.get("part")
+    if not isinstance(layer, str) or not (bias is None or isinstance(bias, str)):
+        raise bad(file, _WHAT, "its layer or bias is not a name", name)
+    if part is not None and not (
+        isinstance(part, list) and len(part) == 3 and all(isinstance(n, int) and n >= 0 for n in part) and part[2]
+    ):
+        raise bad(file, _WHAT, "its part is not three numbers", name)
+    return ScoredTensor(info, layout, layer, bias, None if part is None else (part[0], part[1], part[2]))
+
+
+def _check_vector(file: TensorFile, name: str, dtype: str, count: int) -> None:
+    entry = file.tensors.get(name)
+    if entry is None or entry.dtype != dtype or entry.shape != (count,):
+        raise CorruptFileError(
+            f"a damaged {_WHAT}",
+            file=file.path,
+            tensor=name,
+            expected=f"{dtype} [{count}]",
+            found=entry.describe() if entry else "nothing",
+        )

@@ -1,0 +1,155 @@
+"""A selection: which neurons, per tensor, and how they were chosen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.document import bad, described_tensor, dump, read_document
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout
+from ..checkpoint.tensorfile import TensorFile, written_file
+from ..errors import boundary
+
+__all__ = ["INDEX_TYPES", "SELECTION_KEY", "Chosen", "Selection", "check_index", "index_dtype"]
+
+SELECTION_KEY = "neuron_selection"
+_VERSION = 1
+_WHAT = "selection"
+
+INDEX_TYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+
+Index = NDArray[np.integer[Any]]
+
+
+def index_dtype(count: int) -> str:
+    """The element type of indices into ``count`` neurons: ``"I32"``, or ``"I64"`` past 2**31."""
+    return "I32" if count <= 1 << 31 else "I64"
+
+
+def check_index(index: Index, count: int) -> str | None:
+    """What is wrong with ``index`` as ascending, unique neurons below ``count``; None if nothing is."""
+    if len(index) == 0:
+        return None
+    if int(index[0]) < 0 or int(index[-1]) >= count:
+        return f"an index is out of range: the tensor has {count} neurons"
+    if not np.all(np.diff(index) > 0):
+        return "the indices are not ascending and unique"
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """The chosen neurons of one tensor: ``index`` is ascending, int64 ``[k]``."""
+
+    info: TensorInfo
+    layout: Layout
+    index: NDArray[np.int64]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the chosen vectors."""
+        return len(self.index) * self.layout.width
+
+    def describe(self) -> dict[str, Any]:
+        """As the files' ``tensors`` say it."""
+        return {
+            "shape": list(self.info.shape),
+            "dtype": self.info.dtype,
+            "neuron_axes": list(self.layout.axes),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Chosen neurons by tensor name, with at least one each.
+
+    Attributes
+    ----------
+    tensors:
+        What is chosen, ordered by name (code points).
+    facts:
+        How: ``score``, ``anatomy``, ``policy``, ``budget``, ``captured`` and so on, what is known. JSON.
+    """
+
+    tensors: Mapping[str, Chosen]
+    facts: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[Chosen]:
+        return iter(self.tensors.values())
+
+    def __len__(self) -> int:
+        return self.neurons
+
+    @cached_property
+    def neurons(self) -> int:
+        """How many neurons are chosen, bias elements not counted."""
+        biases = self.facts.get("followers", ())
+        return sum(len(chosen.index) for name, chosen in self.tensors.items() if name not in biases)
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many elements are chosen, bias elements included."""
+        return sum(chosen.parameters for chosen in self)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Per tensor, how many: what ``like=`` takes. Bias elements that merely follow are left out."""
+        biases = self.facts.get("followers", ())
+        return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
+
+    @boundary
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write a selection file, whole or not at all.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, without ``force``.
+        MachineError
+            If it cannot be written.
+        """
+        entries = [
+            TensorInfo(f"{name}:index", index_dtype(c.layout.count), (len(c.index),))
+            for name, c in self.tensors.items()
+        ]
+        content = {"version": _VERSION, **self.facts}
+        content["tensors"] = {name: chosen.describe() for name, chosen in self.tensors.items()}
+        metadata = dump(SELECTION_KEY, content)
+        with written_file(entries, metadata, path, force=force) as written:
+            for name, chosen in self.tensors.items():
+                kind = INDEX_TYPES[index_dtype(chosen.layout.count)]
+                written.writer.write(f"{name}:index", 0, chosen.index.astype(kind))
+            written.writer.finish(metadata)
+
+    @classmethod
+    @boundary
+    def load(cls, path: str | os.PathLike[str]) -> Selection:
+        """Read a selection file.
+
+        Raises
+        ------
+        CorruptFileError
+            If it is none, or damaged.
+        """
+        with TensorFile.open(path) as file:
+            content = read_document(file, SELECTION_KEY, _WHAT, _VERSION)
+            tensors = {}
+            for name in sorted(content["tensors"]):
+                info, layout = described_tensor(file, _WHAT, name, content["tensors"][name])
+                entry = file.tensors.get(f"{name}:index")
+                if entry is None or entry.dtype not in ("I32", "I64") or len(entry.shape) != 1:
+                    raise bad(file, _WHAT, "it has no index, or not one of whole numbers", name)
+                index = file.array(entry.name).astype(np.int64)
+                if why := check_index(index, layout.count):
+                    raise bad(file, _WHAT, why, name)
+                if len(index):
+                    tensors[name] = Chosen(info, layout, index)
+        facts = {key: value for key, value in content.items() if key not in ("version", "tensors")}
+        return cls(tensors, facts)

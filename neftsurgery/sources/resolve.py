@@ -1,0 +1,119 @@
+"""From what a user names to a local path: a file, a folder, or a model of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import MachineError, NeftError, UsageError
+
+__all__ = ["Source", "resolve"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
+
+#: Never fetched: weights in formats that are not read here. `apply` leaves such files behind as well.
+_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack"]
+_OTHER_FOLDERS = ["original/*", "onnx/*", "openvino/*", "coreml/*"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where bytes come from.
+
+    Attributes
+    ----------
+    path:
+        The local file or folder.
+    named:
+        As the user named it.
+    repo, revision:
+        For a Hub model its id and the commit that was resolved; otherwise ``None``.
+    """
+
+    path: Path
+    named: str
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def local_name(self) -> str:
+        """The last part of the name: what a person calls it."""
+        return self.path.name if self.repo is None else self.repo
+
+
+def resolve(named: str | os.PathLike[str]) -> Source:
+    """Find what ``named`` means. An existing local path beats a Hub id.
+
+    A Hub id (``org/name`` or ``org/name@revision``) is fetched into huggingface_hub's cache, or
+    found there.
+
+    Raises
+    ------
+    UsageError
+        If there is no such path, and no such repository or revision.
+    MachineError
+        If the Hub refuses (401, 403, gated) or cannot be reached.
+    """
+    text = os.fspath(named)
+    path = Path(text)
+    if path.exists() or path.is_symlink():
+        return Source(path, text)
+    if isinstance(named, str) and _HUB_ID.fullmatch(text) and not path.parent.is_dir():
+        return _fetch(text)
+    raise UsageError(
+        "there is no such file or folder" + (", and it is not a Hub id" if text.count("/") == 1 else ""),
+        file=text,
+        hint="name a .safetensors file, a folder with one or with shards and their index, or org/name of the Hub",
+    )
+
+
+def _fetch(named: str) -> Source:
+    repo, _, revision = named.partition("@")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        folder = snapshot_download(
+            repo, revision=revision or None, ignore_patterns=[*_OTHER_WEIGHTS, *_OTHER_FOLDERS]
+        )
+    except GatedRepoError as error:
+        raise _refused(named, "access to it is gated", error) from error
+    except RevisionNotFoundError as error:
+        raise UsageError(f"the Hub repository has no revision {revision!r}", file=repo) from error
+    except RepositoryNotFoundError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise _refused(named, "it is not there, or it is private", error) from error
+        raise UsageError(
+            "there is no such local path, and no such model on the Hub", file=named, hint="check the spelling"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise MachineError(
+            "the Hub cannot be reached, and the model is not in the local cache",
+            file=named,
+            hint="check the network (and HF_HUB_OFFLINE), or name a local folder",
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refused(named, "the Hub refused", error) from error
+    except OSError as error:
+        raise MachineError(f"fetching it from the Hub failed: {error}", file=named) from error
+    except ValueError as error:  # huggingface_hub's validation of ids and revisions
+        raise UsageError(f"not a usable Hub id: {error}", file=named) from error
+    path = Path(folder)
+    return Source(path, named, repo, path.name)
+
+
+def _refused(named: str, what: str, error: Exception) -> NeftError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return MachineError(
+        what + (f" (HTTP {status})" if status else ""),
+        file=named,
+        hint="log in with `hf auth login`, and accept the model's terms on its page if it has any",
+    )

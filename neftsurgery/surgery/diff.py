@@ -1,0 +1,287 @@
+"""diff: score every neuron of two checkpoints, streaming both and loading neither."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.document import dump
+from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.output import refuse_output
+from ..checkpoint.tensorfile import TensorFileWriter, written_file
+from ..errors import UsageError, boundary
+from ..scoring import kernels
+from ..neurons.anatomy import AxisOption, NeuronTensor
+from ..scoring.engine import TensorResult, stream
+from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
+from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
+from .pairing import Pair, Scope, pair
+from .progress import Progress, Timing, silent
+
+__all__ = ["describe_side", "diff", "score_pair"]
+
+_SUMS = (("base_sq", "F64"), ("delta_sq", "F64"), ("dot", "F64"), ("changed", "I64"))
+_WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e-300, "changed": 1 << 62}
+
+
+@boundary
+def diff(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    anatomy: str = "rows",
+    score: str = "cosine",
+    axis: AxisOption = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    only: Sequence[str] = (),
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Scores:
+    """Score every neuron of a tuned checkpoint against its base.
+
+    Parameters
+    ----------
+    base, tuned:
+        Checkpoints: a file, a folder, or a Hub id. They may be sharded differently.
+    anatomy:
+        What counts as a neuron: ``rows``, ``ffn`` or ``units``.
+    score:
+        ``cosine``, ``l2``, ``relative``, ``changed``, ``random`` or ``norm``.
+    axis:
+        Patterns of tensor names to neuron axes (``{"*.kernel": 1}``), the last match wins.
+    include, exclude, only:
+        Patterns of tensors to score in addition, to leave out, and of the only ones to score.
+    seed:
+        For the score ``random``.
+    out:
+        Where to write the scores file. None: the scores live in a temporary file until saved.
+    force:
+        Replace ``out`` if it exists.
+    threads:
+        Reading and scoring threads; the result does not depend on it.
+    progress:
+        Told of the bytes done.
+
+    Raises
+    ------
+    UsageError
+        For a path, name or option that makes no sense, or an ``out`` that exists.
+    MismatchError
+        If the checkpoints have nothing in common that can be scored.
+    CorruptFileError
+        If a file is damaged.
+    MachineError
+        If something cannot be read or written.
+    """
+    check_score(score)
+    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    if out is not None:
+        refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
+    plan = pair(first, second, Scope(anatomy, axis, include, exclude, only))
+    return score_pair(
+        plan, score, seed=seed, out=out, force=force, threads=threads, progress=progress, timing=Timing()
+    )
+
+
+def check_score(score: str) -> None:
+    """Raise a `UsageError` for a score that there is not."""
+    if score not in SCORES:
+        raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
+
+
+def describe_side(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is known of where a checkpoint came from, with its fingerprint."""
+    facts: dict[str, Any] = {"name": checkpoint.source.local_name}
+    if checkpoint.source.repo is not None:
+        facts |= {"repo": checkpoint.source.repo, "revision": checkpoint.source.revision}
+    return facts | {"fingerprint": fingerprint(checkpoint)}
+
+
+def score_pair(
+    plan: Pair,
+    score: str,
+    *,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress = silent,
+    timing: Timing,
+) -> Scores:
+    """Carry out a planned comparison; adds to ``timing``."""
+    kernels.prepare(job.info.dtype for job in plan.jobs)
+    before = plan.base.bytes_read + plan.tuned.bytes_read
+    with timing.clock():
+        sides = {"base": describe_side(plan.base), "tuned": describe_side(plan.tuned)}
+        facts = {
+            "version": SCORES_VERSION,
+            "score": score,
+            "anatomy": plan.anatomy.name,
+            "parameters": plan.base.parameters,
+            **sides,
+            **({"seed": seed} if score == "random" else {}),
+            **plan.describe(),
+            "tensors": {t.info.name: _described(t) for t in plan.anatomy.scored},
+        }
+        room = dump(SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(plan, _WIDEST)})
+        with written_file(list(_entries(plan)), room, out, force=force) as written:
+            sink = _Sink(plan, score, seed, written.writer)
+            with progress("scoring", plan.nbytes) as advance:
+                for result in stream(plan.base, plan.tuned, plan.jobs, threads=threads, progress=advance):
+                    sink.take(result)
+            sink.finish()
+            for side in (plan.base, plan.tuned):
+                side.check_unchanged()
+            written.writer.finish(
+                dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
+            )
+        scores = Scores.read(written.reader())
+    timing.bytes_read += plan.base.bytes_read + plan.tuned.bytes_read - before
+    return scores
+
+
+def _described(tensor: NeuronTensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "shape": list(tensor.info.shape),
+        "dtype": tensor.info.dtype,
+        "neuron_axes": list(tensor.axes),
+        "layer": tensor.layer,
+        "kind": tensor.kind,
+    }
+    if tensor.bias is not None:
+        entry["bias"] = tensor.bias
+    if tensor.part is not None:
+        entry["part"] = [tensor.part.start, tensor.part.stop, tensor.part.step]
+    return entry
+
+
+def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[str, Any]]:
+    """What the file says of the tensors that are not scored, each with ``totals``."""
+    described: dict[str, dict[str, Any]] = {}
+    for entry in plan.anatomy.listed:
+        described[entry.info.name] = {
+            "reason": entry.reason,
+            "shape": list(entry.info.shape),
+            "dtype": entry.info.dtype,
+            **totals,
+        }
+        if entry.info.name in plan.followers:
+            axes = plan.followers[entry.info.name]
+            described[entry.info.name] |= {"neuron_axes": list(axes), "included": entry.included}
+    return described
+
+
+def _entries(plan: Pair) -> Iterator[TensorInfo]:
+    for tensor in plan.anatomy.scored:
+        shape = (tensor.layout.count,)
+        yield TensorInfo(tensor.info.name, "F32", shape)
+        for which, dtype in _SUMS:
+            yield TensorInfo(f"{tensor.info.name}:{which}", dtype, shape)
+        if tensor.units is not None:
+            yield TensorInfo(f"{tensor.info.name}:unit", "I64", shape)
+    for job in plan.jobs:
+        if job.info.name in plan.followers:
+            for which, dtype in (("delta_sq", "F64"), ("changed", "I64")):
+                yield TensorInfo(f"{job.info.name}:{which}", dtype, (job.info.elements,))
+
+
+class _Sink:
+    """Takes results as they come, and writes scores: a tensor's at once, a unit's when its layer is done."""
+
+    def __init__(self, plan: Pair, score: str, seed: int, writer: TensorFileWriter) -> None:
+        self._plan, self._score, self._seed, self._writer = plan, score, seed, writer
+        self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
+        self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
+        self.nonfinite = 0
+        self._layer: _LayerUnits | None = None
+
+    def take(self, result: TensorResult) -> None:
+        name = result.job.info.name
+        tensor = self._scored.get(name)
+        if tensor is None:
+            self._list(result)
+            return
+        assert result.sums is not None  # its job has a layout
+        self._write_sums(name, result.sums, _SUMS)
+        self.nonfinite += int(np.count_nonzero(~result.sums.finite))
+        if tensor.units is None:
+            self._write_scores(tensor, result.sums)
+            return
+        if self._layer is None or self._layer.name != tensor.layer:
+            self.finish()
+            self._layer = _LayerUnits(tensor.layer, [t for t in self._scored.values() if t.layer == tensor.layer])
+        self._writer.write(f"{name}:unit", 0, self._layer.add(tensor, result.sums))
+
+    def _list(self, result: TensorResult) -> None:
+        """Record the change of a tensor that is not scored."""
+        name = result.job.info.name
+        entry = self.unscored[name]
+        entry["changed"] = result.changed
+        if entry["reason"].startswith("quantized"):
+            return  # codes without their scales: their differences mean nothing
+        entry["base_sq"], entry["delta_sq"] = result.base_sq, result.delta_sq
+        if result.sums is not None:
+            self._write_sums(name, result.sums, (_SUMS[1], _SUMS[3]))
+
+    def _write_sums(self, name: str, sums: Sums, which: Sequence[tuple[str, str]]) -> None:
+        values = {"base_sq": sums.aa, "delta_sq": sums.dd, "dot": sums.ad, "changed": sums.changed}
+        for key, _ in which:
+            self._writer.write(f"{name}:{key}", 0, values[key])
+
+    def _write_scores(self, tensor: NeuronTensor, sums: Sums) -> None:
+        name = tensor.info.name
+        if self._score == "random":
+            scores = random_scores(name, tensor.layout.count, self._seed)
+            scores[~sums.finite] = np.nan
+        else:
+            scores = sums.score(self._score, tensor.layout.width)
+        if tensor.part is not None:
+            scores[~tensor.part.mask()] = np.nan
+        self._writer.write(name, 0, scores)
+
+    def finish(self) -> None:
+        """Write the scores of the layer of units that is complete."""
+        if self._layer is not None:
+            for name, scores in self._layer.scores(self._score, self._seed):
+                self._writer.write(name, 0, scores)
+            self._layer = None
+
+
+class _LayerUnits:
+    """The units of one layer, joined tensor by tensor."""
+
+    def __init__(self, name: str, tensors: Sequence[NeuronTensor]) -> None:
+        self.name = name
+        self._tensors = tensors
+        spans = [(t.units.base, t.units.base + t.units.outer * t.units.units) for t in tensors if t.units]
+        self._first = min(low for low, _ in spans)
+        self._sums = UnitSums(max(high for _, high in spans) - self._first)
+
+    def add(self, tensor: NeuronTensor, sums: Sums) -> NDArray[np.int64]:
+        """Join a tensor's neurons to their units; returns the unit of each."""
+        assert tensor.units is not None  # chosen for it
+        ids = tensor.units.ids()
+        self._sums.add(ids - self._first, sums, tensor.layout.width)
+        return ids
+
+    def scores(self, score: str, seed: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Per tensor its neurons' scores: those of their units."""
+        if score == "random":
+            units = random_scores(self.name, len(self._sums.width), seed)
+            units[np.isnan(self._sums.score("changed"))] = np.nan
+        else:
+            units = self._sums.score(score)
+        for tensor in self._tensors:
+            assert tensor.units is not None  # chosen for it
+            yield tensor.info.name, units[tensor.units.ids() - self._first]

@@ -1,0 +1,187 @@
+"""Two checkpoints side by side: what they have in common, what is scored of it, what is not and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout
+from ..errors import MismatchError
+from ..neurons.anatomy import Anatomy, AxisOption, read_anatomy
+from ..scoring.engine import Job
+
+__all__ = ["Pair", "Scope", "pair"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which neurons are looked at.
+
+    Attributes
+    ----------
+    anatomy:
+        ``rows``, ``ffn`` or ``units``.
+    axis:
+        Patterns of tensor names to neuron axes, the last match wins.
+    include, exclude, only:
+        Patterns of tensors to add, to leave out, and of the only ones to score.
+    """
+
+    anatomy: str = "rows"
+    axis: AxisOption = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    only: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and a tuned checkpoint, planned: no weight is read yet.
+
+    Attributes
+    ----------
+    base, tuned:
+        The checkpoints.
+    anatomy:
+        Of what they have in common.
+    only_base, only_tuned, differing:
+        Tensors on one side only, and those of another shape or dtype, with both descriptions.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    anatomy: Anatomy
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    differing: Mapping[str, tuple[str, str]]
+
+    @cached_property
+    def followers(self) -> dict[str, tuple[int, ...]]:
+        """Tensors of one-element neurons whose changes are recorded, with their axes: biases, included ones."""
+        biases = {tensor.bias for tensor in self.anatomy.scored if tensor.bias is not None}
+        return {
+            entry.info.name: entry.axes
+            for entry in self.anatomy.listed
+            if entry.axes is not None
+            and (entry.included or entry.info.name in biases)
+            and Layout(entry.info.shape, entry.axes).width == 1
+        }
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """All common tensors, in reading order; under ``units`` layer by layer."""
+        layers: dict[str, int] = {}
+        keys: dict[str, tuple[int, ...]] = {}
+        jobs: dict[str, Job] = {}
+        for tensor in sorted(self.anatomy.scored, key=lambda t: self.base.position(t.info.name)):
+            name = tensor.info.name
+            stage = layers.setdefault(tensor.layer, len(layers)) if tensor.units is not None else 0
+            keys[name] = (stage, *self.base.position(name))
+            jobs[name] = Job(tensor.info, tensor.layout)
+        for entry in self.anatomy.listed:
+            name = entry.info.name
+            axes = self.followers.get(name)
+            keys[name] = (len(layers), *self.base.position(name))
+            jobs[name] = Job(entry.info, None if axes is None else Layout(entry.info.shape, axes))
+        return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that comparing them reads."""
+        return 2 * sum(job.info.nbytes for job in self.jobs)
+
+    @property
+    def identical_names(self) -> bool:
+        """Whether both have the same tensors, all of the same shape and dtype."""
+        return not (self.only_base or self.only_tuned or self.differing)
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON: what does not match."""
+        return {
+            "only_in_base": list(self.only_base),
+            "only_in_tuned": list(self.only_tuned),
+            "differing": {name: {"base": a, "tuned": b} for name, (a, b) in self.differing.items()},
+        }
+
+
+def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
+    """Plan the comparison of two checkpoints.
+
+    Raises
+    ------
+    MismatchError
+        If they have no tensor in common, or none of the common ones can be scored.
+    UsageError
+        For an unknown anatomy, or patterns and axes that fit no tensor.
+    """
+    common = {
+        name: info for name, info in base.tensors.items() if _same(info, tuned.tensors.get(name))
+    }
+    if not common:
+        raise _nothing_common(base, tuned)
+    anatomy = read_anatomy(
+        scope.anatomy,
+        common,
+        base.config,
+        axis=scope.axis,
+        include=scope.include,
+        exclude=scope.exclude,
+        only=scope.only,
+    )
+    both = sorted(name for name in base.tensors.keys() & tuned.tensors.keys() if name not in common)
+    result = Pair(
+        base,
+        tuned,
+        anatomy,
+        tuple(sorted(base.tensors.keys() - tuned.tensors.keys())),
+        tuple(sorted(tuned.tensors.keys() - base.tensors.keys())),
+        {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both},
+    )
+    if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
+        raise _nothing_scored(base, anatomy)
+    return result
+
+
+def _same(a: TensorInfo, b: TensorInfo | None) -> bool:
+    return b is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def _nothing_common(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
+    both = sorted(base.tensors.keys() & tuned.tensors.keys())
+    what = f"{base.name} and {tuned.name} have no tensor in common"
+    if not both:
+        return MismatchError(
+            what,
+            expected=_first_names(base),
+            found=_first_names(tuned),
+            hint="they are not of one model, or one was saved under other names",
+        )
+    name = both[0]
+    a, b = base.tensors[name], tuned.tensors[name]
+    hint = "convert one of them, so that both have the same dtype" if a.shape == b.shape else None
+    return MismatchError(
+        f"{what} of the same shape and dtype", tensor=name, expected=a.describe(), found=b.describe(), hint=hint
+    )
+
+
+def _first_names(checkpoint: Checkpoint) -> str:
+    names = sorted(checkpoint.tensors)
+    return ", ".join(name[:80] for name in names[:2]) + (", …" if len(names) > 2 else "") if names else "no tensors"
+
+
+def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:
+    reasons: dict[str, list[str]] = {}
+    for entry in anatomy.listed:
+        reasons.setdefault(entry.reason, []).append(entry.info.name)
+    most = sorted(reasons.items(), key=lambda item: -len(item[1]))[:3]
+    found = "; ".join(f"{len(names)} {reason} (first: {names[0][:80]})" for reason, names in most)
+    return MismatchError(
+        f"no neuron of the anatomy {anatomy.name} can be scored",
+        file=base.name,
+        found=found,
+        hint="see --include, --axis and --anatomy",
+    )
