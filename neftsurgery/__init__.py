@@ -26,9 +26,9 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.opening import open_checkpoint
+    from .patch.patch import Patch
     from .selection.scores import Scores
     from .selection.selection import Selection
-    from .patch.patch import Patch
     from .surgery.apply import apply, revert
     from .surgery.diff import diff
     from .surgery.extract import extract

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import Source
 from .header import Header, TensorInfo, read_header
-from .tensorfile import read_exactly
+from .tensorfile import OpenFile, read_exactly
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard"]
 
@@ -23,6 +23,7 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 200_000_000
 _OPEN_SHARDS = 64
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,18 +175,18 @@ class _Handles:
     """The most recently read shards, open. Hundreds of shards would exceed the limit on open files."""
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, IO[bytes]] = OrderedDict()
+        self._open: OrderedDict[Path, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes_read = 0
 
-    def get(self, shard: Shard, size: int) -> IO[bytes]:
+    def get(self, shard: Shard, size: int) -> OpenFile:
         # An evicted file closes when its last reader drops it, not before: reads need no lock.
         with self._lock:
             self.bytes_read += size
             file = self._open.get(shard.path)
             if file is None:
                 shard.check_unchanged()
-                file = self._open[shard.path] = open(shard.path, "rb", buffering=0)
+                file = self._open[shard.path] = OpenFile.at(shard.path)
                 while len(self._open) > _OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard.path)
@@ -228,7 +229,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise CorruptFileError(f"the index points outside its folder: {name[:200]!r}", file=index)
         path = folder / name
-        if not path.is_file():
+        if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES or not path.is_file():
             raise CorruptFileError(
                 f"the index names {name[:200]!r}, which is not there",
                 file=index,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import CorruptFileError
 from .dtypes import DTYPES
@@ -73,7 +73,7 @@ def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> t
     if not isinstance(entry, dict):
         raise bad(file, what, "its description is not an object", name)
     shape, dtype, axes = entry.get("shape"), entry.get("dtype"), entry.get("neuron_axes")
-    if not _naturals(shape) or not _naturals(axes) or dtype not in DTYPES:
+    if not _naturals(shape) or not _naturals(axes) or not _known(dtype):
         raise bad(file, what, "its shape, dtype or neuron_axes are missing or make no sense", name)
     if DTYPES[dtype].bits % 8:
         raise bad(file, what, f"{dtype} elements do not fill whole bytes", name)
@@ -83,7 +83,11 @@ def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> t
         raise bad(file, what, str(error), name) from error
 
 
-def _naturals(value: object) -> bool:
+def _known(dtype: object) -> TypeGuard[str]:
+    return isinstance(dtype, str) and dtype in DTYPES
+
+
+def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value
     )

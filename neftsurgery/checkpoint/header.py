@@ -127,6 +127,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     start = _PREFIX.size + length
     tensors: dict[str, TensorInfo] = {}
     offsets: dict[str, int] = {}
+    for name, entry in content.items():
+        # The safetensors package also takes an entry as a list of its fields, and a dtype as an
+        # object with one key: no writer makes those, and other readers see something else.
+        if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
+            raise CorruptFileError("the tensor is not described as the format says", file=path, tensor=name)
     for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
         tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]))
         offsets[name] = start + entry["data_offsets"][0]

@@ -36,6 +36,7 @@ _KEY = "neft_journal"
 _VERSION = 1
 _WHAT = "journal"
 _SAMPLES = 8
+_TELLING_BYTES = 32  # so many equal bytes in a row are no accident
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -219,17 +220,48 @@ def _read_change(journal: TensorFile, number: str, entry: Any) -> Change:
 
 
 def _any_known(checkpoint: Checkpoint, journal: TensorFile, changes: Sequence[Change]) -> bool:
-    """Whether any vector there now is the old or the new one.
+    """Whether what lies there now is the old, the new, or something in between.
 
     Where a change touches every vector there is nothing to sample, so this is the last guard.
     """
+    all_known = True
     for number, change in enumerate(changes):
+        carrier = change.info.type.carrier
         for start, stop in change.blocks():
             now = gather(checkpoint, change.info, change.layout, change.index[start:stop])
             old = journal.array_bytes(f"{number}:old", start, stop)
-            for row, was, digest in zip(now, old, change.new_digests[start:stop], strict=True):
-                if np.array_equal(row, was) or xxhash.xxh3_128_digest(row) == digest.tobytes():
-                    return True
+            known = _known(now, old, change.new_digests[start:stop])
+            all_known = all_known and bool(known.all())
+            if _telling(now.view(carrier), old.view(carrier), known):
+                return True
+    return all_known
+
+
+def _known(now: NDArray[np.uint8], old: NDArray[np.uint8], digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which vectors are the old or the new ones, whole."""
+    known: NDArray[np.bool_] = (now == old).all(axis=1)
+    for row in np.flatnonzero(~known):
+        known[row] = xxhash.xxh3_128_digest(now[row]) == digests[row].tobytes()
+    return known
+
+
+def _telling(now: NDArray[Any], old: NDArray[Any], known: NDArray[np.bool_]) -> bool:
+    """Whether elements show that a block of vectors is the journal's own, perhaps half written.
+
+    Vectors of one repeated element (the zeros of a bias, the ones of a norm) are alike in many
+    models and tell nothing. A change that stopped half way along columns leaves no vector whole: then
+    a stretch of one vector, or the same element of all vectors, is still old.
+    """
+    enough = -(-_TELLING_BYTES // now.itemsize)
+    if now.shape[1] >= enough and bool((known & (now != now[:, :1]).any(axis=1)).any()):
+        return True
+    same = now == old
+    for equal, values in ((same, old), (same.T, old.T)):
+        stretches = equal.size // enough
+        whole = np.ascontiguousarray(equal).reshape(-1)[: stretches * enough].reshape(-1, enough).all(axis=1)
+        parts = np.ascontiguousarray(values).reshape(-1)[: stretches * enough].reshape(-1, enough)[whole]
+        if bool((parts != parts[:, :1]).any()):
+            return True
     return False
 
 
@@ -242,6 +274,8 @@ def _describe(checkpoint: Checkpoint, shard: Shard, changes: Sequence[Change]) -
     for name in sorted(shard.header.tensors):
         info = shard.header.tensors[name]
         mine = [change for change in changes if change.info.name == name]
+        if info.nbytes == 0:
+            continue
         if not mine:
             edge = min(4096, info.nbytes)
             starts = [0, info.nbytes - edge]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from ..errors import CorruptFileError, MismatchError
 from .header import Header, TensorInfo, layout_entries, pack_header, read_header
 from .output import require_space, staged_file
 
-__all__ = ["TensorFile", "TensorFileWriter", "read_exactly", "write_exactly", "written_file"]
+__all__ = ["OpenFile", "TensorFile", "TensorFileWriter", "read_exactly", "write_exactly", "written_file"]
 
 _NUMPY = {
     "BOOL": np.dtype(np.bool_),
@@ -71,13 +71,50 @@ def write_exactly(fd: int, data: memoryview | bytes, offset: int) -> None:
         done += os.pwrite(fd, view[done:], offset + done)
 
 
+class OpenFile:
+    """A file open for reading, closed when the last one who holds it lets go.
+
+    Checkpoints and patches are values that live as long as someone uses them, so their files are not
+    closed in a ``with``; a file object of Python would warn of that.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> OpenFile:
+        """Open the file at ``path``."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def fileno(self) -> int:
+        """The descriptor.
+
+        Raises
+        ------
+        ValueError
+            If the file is closed.
+        """
+        if self._fd < 0:
+            raise ValueError("the file is closed")
+        return self._fd
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class TensorFile:
     """A safetensors file opened for positioned reads.
 
     Nothing but the header is held; every read asks for the bytes it needs.
     """
 
-    def __init__(self, file: IO[bytes], header: Header, path: Path | None) -> None:
+    def __init__(self, file: OpenFile, header: Header, path: Path | None) -> None:
         self._file = file
         self.header = header
         self.path = path
@@ -94,7 +131,7 @@ class TensorFile:
             If it cannot be read.
         """
         header = read_header(path)
-        return cls(open(path, "rb", buffering=0), header, Path(path))
+        return cls(OpenFile.at(path), header, Path(path))
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -122,7 +159,7 @@ class TensorFile:
         row = info.nbytes // rows if rows else 0
         raw = np.empty((stop - start, row), dtype=np.uint8)
         if raw.size:
-            self.read_into(name, start * row, memoryview(raw).cast("B"))
+            self.read_into(name, start * row, raw.data.cast("B"))
         return raw
 
     @property
@@ -176,9 +213,9 @@ class TensorFileWriter:
         offset = begin + (start * (info.nbytes // rows) if rows else 0)
         if data.nbytes == 0:
             return
-        if offset + data.nbytes > end:
+        if start < 0 or offset + data.nbytes > end:
             raise ValueError(f"{data.nbytes} bytes at row {start} do not fit entry {name!r}")
-        view = memoryview(np.ascontiguousarray(data)).cast("B")
+        view = np.ascontiguousarray(data).data.cast("B")
         write_exactly(self._fd, view, self._start + offset)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
@@ -192,7 +229,7 @@ class TensorFileWriter:
 class _Written:
     """What `written_file` yields: the writer, and afterwards a reader of the file."""
 
-    def __init__(self, writer: TensorFileWriter, spool: IO[bytes] | None, out: Path | None) -> None:
+    def __init__(self, writer: TensorFileWriter, spool: OpenFile | None, out: Path | None) -> None:
         self.writer = writer
         self._spool, self._out = spool, out
 
@@ -236,7 +273,8 @@ def written_file(
     except ValueError as error:
         raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error
     if out is None:
-        spool = tempfile.TemporaryFile(prefix="neft-", buffering=0)
+        with tempfile.TemporaryFile(prefix="neft-", buffering=0) as nameless:
+            spool = OpenFile(os.dup(nameless.fileno()))
         require_space(tempfile.gettempdir(), need)
         yield _Written(TensorFileWriter(entries, room, spool.fileno()), spool, None)
         return

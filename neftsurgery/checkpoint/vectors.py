@@ -53,7 +53,7 @@ def gather(source: ByteReader, info: TensorInfo, layout: Layout, index: Index) -
         return out
     if layout.contiguous:
         for first, last, neuron in _stretches(index):
-            source.read_into(info.name, neuron * out.shape[1], memoryview(out[first:last]).cast("B"))
+            source.read_into(info.name, neuron * out.shape[1], out[first:last].data.cast("B"))
         return out
     elements = out.view(info.type.carrier)
     for _, member, piece, place in _pieces(source, info, layout, index):
@@ -72,13 +72,13 @@ def scatter(
         return 0
     if layout.contiguous:
         for first, last, neuron in _stretches(index):
-            write_exactly(fd, memoryview(vectors[first:last]).cast("B"), offset + neuron * vectors.shape[1])
+            write_exactly(fd, vectors[first:last].data.cast("B"), offset + neuron * vectors.shape[1])
         return vectors.nbytes
     elements = np.ascontiguousarray(vectors).view(info.type.carrier)
     written = 0
     for start, member, piece, place in _pieces(_FileRange(fd, offset, path), info, layout, index):
         piece.assign(elements[member, place])
-        write_exactly(fd, memoryview(piece.raw), offset + start)
+        write_exactly(fd, piece.raw.data, offset + start)
         written += piece.raw.nbytes
     return written
 
@@ -138,7 +138,7 @@ def _pieces(
             rows = min(step, sizes[0] - row)
             raw = np.empty(rows * row_elements * size, dtype=np.uint8)
             start = (int(slab) * layout.slab_elements + row * row_elements) * size
-            source.read_into(info.name, start, memoryview(raw))
+            source.read_into(info.name, start, raw.data)
             grid = raw.view(info.type.carrier).reshape([rows, *sizes[1:]]).transpose(neuron_axes + vector_axes)
             place = slice(row * tail, (row + rows) * tail)
             yield start, slice(int(low), int(high)), _Piece(raw, grid, chosen), place

@@ -1,0 +1,1 @@
+"""The patch: as a value, as a file, and over another patch."""

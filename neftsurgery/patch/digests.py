@@ -26,7 +26,7 @@ class DigestHash:
 
     def update(self, block: NDArray[np.uint8]) -> None:
         """Take in the next digests, uint8 ``[k, 16]``."""
-        self._state.update(np.ascontiguousarray(block))
+        self._state.update(np.ascontiguousarray(block).data)
 
     def text(self) -> str:
         """As the manifest writes it."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..checkpoint.output import require_space, staged_file
 from ..checkpoint.tensorfile import TensorFile
 from ..checkpoint.vectors import blocks
 from ..errors import CorruptFileError, boundary
-from ..selection.selection import Chosen, Selection, check_index
+from ..selection.selection import Chosen, Selection, check_index, followers_of
 from .digests import DigestHash, digests
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]
@@ -80,7 +81,9 @@ class Patch:
         Its file; None for one that was never saved.
     """
 
-    def __init__(self, file: TensorFile, manifest: Mapping[str, Any], tensors: Mapping[str, PatchTensor]) -> None:
+    def __init__(
+        self, file: TensorFile, manifest: Mapping[str, Any], tensors: Mapping[str, PatchTensor]
+    ) -> None:
         self._file = file
         self.manifest = manifest
         self.tensors = tensors
@@ -102,7 +105,9 @@ class Patch:
     def read(cls, file: TensorFile) -> Patch:
         """The patch in an open file, which is the new object's from now on."""
         manifest = read_document(file, PATCH_KEY, _WHAT, PATCH_VERSION)
-        tensors = {name: _tensor(file, name, manifest["tensors"][name]) for name in sorted(manifest["tensors"])}
+        tensors = {
+            name: _tensor(file, name, manifest["tensors"][name]) for name in sorted(manifest["tensors"])
+        }
         known = {f"{name}:{entry}" for name in tensors for entry in ("index", "value", "base_digest", "base")}
         for name in file.tensors:
             if name not in known:
@@ -141,7 +146,7 @@ class Patch:
     @cached_property
     def neurons(self) -> int:
         """How many neurons it replaces, bias elements that follow one not counted."""
-        followers = self.facts.get("followers", ())
+        followers = followers_of(self.facts)
         return sum(tensor.count for name, tensor in self.tensors.items() if name not in followers)
 
     @cached_property
@@ -231,6 +236,14 @@ class Patch:
             what, file=self.path, tensor=name, hint="the patch is damaged or was altered: fetch it again"
         )
 
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the file; a patch that was never saved is gone."""
         self._file.close()
@@ -256,7 +269,7 @@ def _tensor(file: TensorFile, name: str, entry: object) -> PatchTensor:
                 expected=f"{dtype} {list(shape)}",
                 found=found.describe() if found else "nothing",
             )
-    hashes = [entry.get(key) for key in ("base_hash", "patched_hash")]
-    if not all(isinstance(text, str) and _HASH.fullmatch(text) for text in hashes):
+    hashes = [str(entry.get(key)) for key in ("base_hash", "patched_hash")]
+    if not all(_HASH.fullmatch(text) for text in hashes):
         raise bad(file, _WHAT, "its base_hash or patched_hash is missing or no hash", name)
     return PatchTensor(info, layout, count, hashes[0], hashes[1], reversible)

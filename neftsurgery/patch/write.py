@@ -39,7 +39,9 @@ def patch_bytes(selection: Selection, reversible: bool) -> int:
 class PatchWriter:
     """Takes the rows of a patch, block by block, each tensor's blocks in index order."""
 
-    def __init__(self, writer: TensorFileWriter, selection: Selection, facts: Mapping[str, Any], reversible: bool):
+    def __init__(
+        self, writer: TensorFileWriter, selection: Selection, facts: Mapping[str, Any], reversible: bool
+    ):
         self._writer = writer
         self._selection = selection
         self._facts = facts
@@ -98,7 +100,7 @@ def written_patch(
     facts:
         The manifest's ``base``, ``selection`` and ``created_by``.
     """
-    nothing = {name: (_NO_HASH, _NO_HASH) for name in selection.tensors}
+    nothing = dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH))
     room = dump(PATCH_KEY, _manifest(selection, facts, nothing))
     with written_file(_entries(selection, reversible), room, out, force=force) as written:
         result = _WrittenPatch(PatchWriter(written.writer, selection, facts, reversible))

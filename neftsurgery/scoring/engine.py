@@ -25,6 +25,7 @@ __all__ = ["Job", "TensorResult", "Weights", "stream"]
 
 _PIECE_BYTES = 2 << 20  # of each side
 _BATCH_PIECES = 256  # small tensors share a task
+_LEAST_SQUARE = 1e-30  # of a sum: below, float32 squares may have vanished
 
 
 class Weights(Protocol):
@@ -129,7 +130,7 @@ class _Engine:
         if buffers is None or buffers.shape[1] < size:
             buffers = self._local.buffers = np.empty((2, max(size, _PIECE_BYTES)), np.uint8)
         for weights, buffer in ((self._base, buffers[0, :size]), (self._tuned, buffers[1, :size])):
-            weights.read_into(info.name, start, memoryview(buffer))
+            weights.read_into(info.name, start, buffer.data)
         return buffers[0, :size], buffers[1, :size]
 
     def _sum(self, job: Job, piece: _Piece, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> _PieceSums:
@@ -190,12 +191,10 @@ class _Collector:
             vectors = (gather(side, info, layout, some) for side in (base, tuned))
             sums.refine(some, exact(info.dtype, *vectors))
         good = sums.finite
+        with np.errstate(over="ignore"):
+            totals = sums.aa[good].sum(), sums.dd[good].sum()
         return TensorResult(
-            self._job,
-            sums,
-            float(sums.aa[good].sum()),
-            float(sums.dd[good].sum()),
-            int(sums.changed.sum()),
+            self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum())
         )
 
 
@@ -249,12 +248,17 @@ def _whole_sums(
     info: TensorInfo, a: NDArray[np.uint8], b: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Sums over all elements of a piece, NaN and Inf left out."""
-    a, b = a.view(info.type.carrier), b.view(info.type.carrier)
+    x, y = a.view(info.type.carrier), b.view(info.type.carrier)
     sums, changed = np.empty((3, 1)), np.empty(1, np.int64)
-    kernels.run_sums(info.dtype)(a, b, len(a), sums, changed)
-    if not np.isfinite(sums).all():
-        columns = exact(info.dtype, a.reshape(-1, 1).view(np.uint8), b.reshape(-1, 1).view(np.uint8))
-        sums[:, 0] = [part[columns.finite].sum() for part in (columns.aa, columns.dd, columns.ad)]
+    kernels.run_sums(info.dtype)(x, y, len(x), sums, changed)
+    lost = sums[0, 0] < _LEAST_SQUARE or (changed[0] and sums[1, 0] < _LEAST_SQUARE)
+    if lost or not np.isfinite(sums).all():
+        whole = exact(info.dtype, a.reshape(1, -1), b.reshape(1, -1))
+        if not whole.finite[0]:
+            whole = exact(info.dtype, a.reshape(len(x), -1), b.reshape(len(x), -1))
+        with np.errstate(all="ignore"):
+            factor = whole.scale[whole.finite] ** -2
+            sums[:, 0] = [(part[whole.finite] * factor).sum() for part in (whole.aa, whole.dd, whole.ad)]
     return sums, changed
 
 
@@ -267,7 +271,8 @@ def _plain_sums(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """As `_whole_sums` for integers and complex numbers; codes of a packed type only count as changed."""
     if info.dtype not in _PLAIN:
-        return np.zeros((3, 1)), np.array([np.count_nonzero(a != b)])
+        bits = np.unpackbits(a ^ b, bitorder="little").reshape(-1, info.type.bits)
+        return np.zeros((3, 1)), np.array([np.count_nonzero(bits.any(axis=1))])
     differing = (a.reshape(-1, info.type.itemsize) != b.reshape(-1, info.type.itemsize)).any(axis=1)
     x, y = (side.view(_PLAIN[info.dtype]).astype(np.complex128) for side in (a, b))
     with np.errstate(all="ignore"):

@@ -239,7 +239,7 @@ def exact_sums(dtype: str) -> Callable[..., None]:
             for i in range(row_a.size):
                 x = np.float64(_widen(code, row_a[i]))
                 y = np.float64(_widen(code, row_b[i]))
-                good = good and abs(x) < np.inf and abs(y) < np.inf
+                good = good and bool(abs(x) < np.inf) and bool(abs(y) < np.inf)
                 top = max(top, max(abs(x), abs(y)))
                 x *= scale
                 y *= scale
@@ -251,11 +251,14 @@ def exact_sums(dtype: str) -> Callable[..., None]:
                 ab += x * y
                 if row_a[i] != row_b[i]:
                     differing += 1
-            along = ad / aa if aa > 0.0 else 0.0
+            # The same r is b - (a.b / a.a) a: exact where b is so small beside a that d loses it.
+            small = bb < dd
+            along = (ab if small else ad) / aa if aa > 0.0 else 0.0
             rr = 0.0
             for i in range(row_a.size):
                 x = np.float64(_widen(code, row_a[i])) * scale
-                r = np.float64(_widen(code, row_b[i])) * scale - x - along * x
+                y = np.float64(_widen(code, row_b[i])) * scale
+                r = (y if small else y - x) - along * x
                 rr += r * r
             out[0, row], out[1, row], out[2, row], out[3, row] = aa, dd, ad, bb
             out[4, row], out[5, row], out[6, row] = ab, rr, top

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ..checkpoint.dtypes import DTYPES
 from . import kernels
 
 __all__ = ["SCORES", "Exact", "Sums", "UnitSums", "exact", "random_scores"]
@@ -57,7 +58,7 @@ def exact(dtype: str, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> Exact:
     a, b:
         Raw bytes of base and tuned, shape ``[k, width * itemsize]``.
     """
-    carrier = kernels.DTYPES[dtype].carrier
+    carrier = DTYPES[dtype].carrier
     kernel = kernels.exact_sums(dtype)
     rows = a.shape[0]
     out, changed, finite = np.empty((7, rows)), np.empty(rows, np.int64), np.empty(rows, np.bool_)
@@ -197,7 +198,7 @@ class UnitSums:
         good = sums.finite[mine]
 
         def total(values: F64 | I64) -> F64:
-            return np.bincount(unit, np.where(good, values, 0), minlength=count)
+            return np.bincount(unit, np.where(good, values, 0.0), minlength=count).astype(np.float64)
 
         with np.errstate(all="ignore"):
             new_aa, new_ad = total(aa), total(ad)

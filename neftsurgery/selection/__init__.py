@@ -1,0 +1,1 @@
+"""Which neurons are chosen: scores files, budgets, policies, selections."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,18 @@ class Scores:
         """Whether neurons are chosen by whole units."""
         return any(f"{name}:unit" in self._file.tensors for name in self.tensors)
 
+    @property
+    def path(self) -> Path | None:
+        """The file; None for scores that were never saved."""
+        return self._file.path
+
+    @cached_property
+    def units(self) -> int:
+        """How many units the neurons form; 0 where they are scored one by one."""
+        if not self.by_unit:
+            return 0
+        return 1 + max(int(self._unit_ids(name).max(initial=-1)) for name in self.tensors)
+
     @cached_property
     def parameters(self) -> int:
         """Parameters of the whole model; of the scored tensors where the file does not say."""
@@ -284,9 +297,15 @@ class Scores:
             yield name, np.flatnonzero(changed if mask is None else (changed > 0) & mask)
         for name, follower in self.followers.items():
             if follower.included:
-                yield name, np.flatnonzero(self.sums(name, "changed"))
+                yield name, self._differing(name)
 
-    def _follow(self, chosen: Mapping[str, NDArray[np.int64]], budget: Budget) -> dict[str, NDArray[np.int64]]:
+    def _differing(self, name: str) -> NDArray[np.int64]:
+        """The elements of a follower that differ."""
+        return np.flatnonzero(self._file.array(f"{name}:changed"))
+
+    def _follow(
+        self, chosen: Mapping[str, NDArray[np.int64]], budget: Budget
+    ) -> dict[str, NDArray[np.int64]]:
         """The bias elements that go with the chosen neurons; by ``--changed``, all that differ as well."""
         found: dict[str, NDArray[np.int64]] = {}
         for name, tensor in self.tensors.items():
@@ -295,7 +314,7 @@ class Scores:
                 continue
             index = chosen.get(name, np.empty(0, np.int64))
             if budget.changed:
-                index = np.union1d(index, np.flatnonzero(self.sums(bias, "changed")))
+                index = np.union1d(index, self._differing(bias))
             found[bias] = np.union1d(found[bias], index) if bias in found else index
         return found
 
@@ -343,6 +362,19 @@ class Scores:
             result["captured_scored"] = min(1.0, inside / scored)
         return result
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._file.nbytes
+
+    def __enter__(self) -> Scores:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the file; scores that were never saved are gone."""
         self._file.close()
@@ -363,7 +395,10 @@ def _scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     if not isinstance(layer, str) or not (bias is None or isinstance(bias, str)):
         raise bad(file, _WHAT, "its layer or bias is not a name", name)
     if part is not None and not (
-        isinstance(part, list) and len(part) == 3 and all(isinstance(n, int) and n >= 0 for n in part) and part[2]
+        isinstance(part, list)
+        and len(part) == 3
+        and all(isinstance(n, int) and n >= 0 for n in part)
+        and part[2]
     ):
         raise bad(file, _WHAT, "its part is not three numbers", name)
     return ScoredTensor(info, layout, layer, bias, None if part is None else (part[0], part[1], part[2]))

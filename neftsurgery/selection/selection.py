@@ -17,13 +17,21 @@ from ..checkpoint.layout import Layout
 from ..checkpoint.tensorfile import TensorFile, written_file
 from ..errors import boundary
 
-__all__ = ["INDEX_TYPES", "SELECTION_KEY", "Chosen", "Selection", "check_index", "index_dtype"]
+__all__ = [
+    "INDEX_TYPES",
+    "SELECTION_KEY",
+    "Chosen",
+    "Selection",
+    "check_index",
+    "followers_of",
+    "index_dtype",
+]
 
 SELECTION_KEY = "neuron_selection"
 _VERSION = 1
 _WHAT = "selection"
 
-INDEX_TYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+INDEX_TYPES: dict[str, np.dtype[np.signedinteger[Any]]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 Index = NDArray[np.integer[Any]]
 
@@ -42,6 +50,14 @@ def check_index(index: Index, count: int) -> str | None:
     if not np.all(np.diff(index) > 0):
         return "the indices are not ascending and unique"
     return None
+
+
+def followers_of(facts: Mapping[str, Any]) -> frozenset[str]:
+    """The tensors whose neurons only go along with others (biases), by a file's own account."""
+    found = facts.get("followers")
+    return (
+        frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +106,7 @@ class Selection:
     @cached_property
     def neurons(self) -> int:
         """How many neurons are chosen, bias elements not counted."""
-        biases = self.facts.get("followers", ())
+        biases = followers_of(self.facts)
         return sum(len(chosen.index) for name, chosen in self.tensors.items() if name not in biases)
 
     @cached_property
@@ -101,7 +117,7 @@ class Selection:
     @property
     def counts(self) -> dict[str, int]:
         """Per tensor, how many: what ``like=`` takes. Bias elements that merely follow are left out."""
-        biases = self.facts.get("followers", ())
+        biases = followers_of(self.facts)
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
     @boundary

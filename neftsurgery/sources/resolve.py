@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     """
     text = os.fspath(named)
     path = Path(text)
-    if path.exists() or path.is_symlink():
+    if text and _is_there(path):
         return Source(path, text)
     if isinstance(named, str) and _HUB_ID.fullmatch(text) and not path.parent.is_dir():
         return _fetch(text)
@@ -67,6 +68,15 @@ def resolve(named: str | os.PathLike[str]) -> Source:
         file=text,
         hint="name a .safetensors file, a folder with one or with shards and their index, or org/name of the Hub",
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists() or path.is_symlink()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def _fetch(named: str) -> Source:
@@ -102,12 +112,26 @@ def _fetch(named: str) -> Source:
         ) from error
     except HfHubHTTPError as error:
         raise _refused(named, "the Hub refused", error) from error
-    except OSError as error:
-        raise MachineError(f"fetching it from the Hub failed: {error}", file=named) from error
     except ValueError as error:  # huggingface_hub's validation of ids and revisions
-        raise UsageError(f"not a usable Hub id: {error}", file=named) from error
+        raise UsageError(f"not a usable Hub id: {_one_line(error)}", file=named) from error
+    except OSError as error:
+        raise MachineError(f"fetching it from the Hub failed: {_one_line(error)}", file=named) from error
+    except Exception as error:
+        # A dropped connection is an error of the HTTP client, which is no OSError; which client it is
+        # depends on the version of huggingface_hub. Its text may hold a signed address: not for showing.
+        raise MachineError(
+            f"fetching it from the Hub failed: {type(error).__name__}",
+            file=named,
+            hint="check the network, and run the command again: what was fetched is kept",
+        ) from error
     path = Path(folder)
     return Source(path, named, repo, path.name)
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of an error's text, without tokens and without the signatures of addresses."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return re.sub(r"hf_\w+|\?\S+", "…", line)
 
 
 def _refused(named: str, what: str, error: Exception) -> NeftError:

@@ -120,7 +120,8 @@ def apply(
     MachineError
         If something cannot be read or written; ``base`` is as it was.
     """
-    loaded = [_load(patch) for patch in ([patches] if _is_one(patches) else patches)]  # type: ignore[union-attr, list-item]
+    several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
+    loaded = [_load(patch) for patch in several]
     operate(
         plan_apply(base, loaded, out=out, in_place=in_place, force=force, threads=threads, progress=progress),
         threads=threads,
@@ -172,10 +173,6 @@ def revert(
         threads=threads,
         progress=progress,
     )
-
-
-def _is_one(patches: object) -> bool:
-    return isinstance(patches, (Patch, str, os.PathLike))
 
 
 def _load(patch: Patch | _Out) -> Patch:
@@ -271,9 +268,7 @@ def _plan(
         sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
         refuse_output(out, inputs=sources, force=force, kind=kind)  # type: ignore[arg-type]
         files = None if checkpoint.is_file else folder_files(checkpoint)
-    result = Surgery(
-        checkpoint, rows, (), None if out is None else Path(out), force, files, needed=True
-    )
+    result = Surgery(checkpoint, rows, (), None if out is None else Path(out), force, files, needed=True)
     if in_place:
         _refuse_in_place(result)
     with result.timing.clock():
@@ -355,7 +350,9 @@ def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progres
             require_space(parent, sum(sizes))
 
             def write(shard: Shard) -> None:
-                fd = os.open(folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                fd = os.open(
+                    folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+                )
                 try:
                     _write_shard(plan, shard, fd, advance)
                 finally:

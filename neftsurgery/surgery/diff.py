@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..anatomy.anatomy import AxisOption, NeuronTensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.document import dump
 from ..checkpoint.fingerprint import fingerprint
@@ -18,14 +20,15 @@ from ..checkpoint.output import refuse_output
 from ..checkpoint.tensorfile import TensorFileWriter, written_file
 from ..errors import UsageError, boundary
 from ..scoring import kernels
-from ..neurons.anatomy import AxisOption, NeuronTensor
 from ..scoring.engine import TensorResult, stream
-from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
+from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
 from .pairing import Pair, Scope, pair
 from .progress import Progress, Timing, silent
 
-__all__ = ["describe_side", "diff", "score_pair"]
+__all__ = ["check_score", "describe_side", "diff", "score_pair"]
+
+log = logging.getLogger(__name__)
 
 _SUMS = (("base_sq", "F64"), ("delta_sq", "F64"), ("dot", "F64"), ("changed", "I64"))
 _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e-300, "changed": 1 << 62}
@@ -89,6 +92,8 @@ def diff(
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
     plan = pair(first, second, Scope(anatomy, axis, include, exclude, only))
+    for warning in plan.anatomy.warnings:
+        log.warning("%s", warning)
     return score_pair(
         plan, score, seed=seed, out=out, force=force, threads=threads, progress=progress, timing=Timing()
     )
@@ -220,7 +225,9 @@ class _Sink:
             return
         if self._layer is None or self._layer.name != tensor.layer:
             self.finish()
-            self._layer = _LayerUnits(tensor.layer, [t for t in self._scored.values() if t.layer == tensor.layer])
+            self._layer = _LayerUnits(
+                tensor.layer, [t for t in self._scored.values() if t.layer == tensor.layer]
+            )
         self._writer.write(f"{name}:unit", 0, self._layer.add(tensor, result.sums))
 
     def _list(self, result: TensorResult) -> None:
@@ -230,7 +237,8 @@ class _Sink:
         entry["changed"] = result.changed
         if entry["reason"].startswith("quantized"):
             return  # codes without their scales: their differences mean nothing
-        entry["base_sq"], entry["delta_sq"] = result.base_sq, result.delta_sq
+        for which, total in (("base_sq", result.base_sq), ("delta_sq", result.delta_sq)):
+            entry[which] = float(np.nan_to_num(total))  # JSON has no infinity: the squares of large F64 reach it
         if result.sums is not None:
             self._write_sums(name, result.sums, (_SUMS[1], _SUMS[3]))
 

@@ -8,24 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from ..anatomy.anatomy import AxisOption
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.output import refuse_output
 from ..checkpoint.pipeline import in_order
 from ..checkpoint.vectors import blocks, gather
 from ..errors import MismatchError, UsageError, boundary
-from ..neurons.anatomy import AxisOption
+from ..patch.patch import Patch, Raw
+from ..patch.write import written_patch
 from ..selection.budget import Budget
 from ..selection.scores import Scores
 from ..selection.selection import Selection
-from ..patch.patch import Patch, Raw
-from ..patch.write import written_patch
 from ..version import __version__
 from .diff import check_score, describe_side, score_pair
 from .pairing import Scope, pair
 from .progress import Progress, Timing, silent
 
-__all__ = ["Extraction", "cut", "extract", "plan_extraction"]
+__all__ = ["Extraction", "cut", "extract", "is_whole_change", "plan_extraction"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class Extraction:
         What they were chosen by, if they were scored here or in a file.
     timing:
         What it took so far.
+    warnings:
+        Sentences for the user.
     """
 
     base: Checkpoint
@@ -57,6 +61,7 @@ class Extraction:
     captured_known: bool
     scores: Scores | None = None
     timing: Timing = field(default_factory=Timing)
+    warnings: Sequence[str] = ()
 
 
 @boundary
@@ -121,6 +126,8 @@ def extract(
         threads=threads,
         progress=progress,
     )
+    for warning in plan.warnings:
+        log.warning("%s", warning)
     return cut(plan, reversible=reversible, out=out, force=force, threads=threads, progress=progress)
 
 
@@ -147,9 +154,10 @@ def plan_extraction(
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
     timing = Timing()
-    given = scores
+    given, warnings = scores, list[str]()
     if selection is None and scores is None:
         plan = pair(first, second, scope)
+        warnings += plan.anatomy.warnings
         seed = int(budget.get("seed", 0))
         scores = score_pair(plan, score, seed=seed, threads=threads, progress=progress, timing=timing)
     with timing.clock():
@@ -165,9 +173,9 @@ def plan_extraction(
     assert selection is not None  # given, or chosen just now
     check_selection(selection, first, second)
     if _same_files(selection.facts, "base", here["base"]) is False:
-        log.warning("the selection was made on another base than %s", first.name)
+        warnings.append(f"the selection was made on another base than {first.name}")
     known = _same_files(selection.facts, "tuned", here["tuned"]) is True
-    return Extraction(first, second, selection, here["base"], known, scores, timing)
+    return Extraction(first, second, selection, here["base"], known, scores, timing, warnings)
 
 
 def _budget(options: dict[str, Any]) -> Budget:
@@ -247,6 +255,27 @@ def _facts(plan: Extraction) -> dict[str, Any]:
     if not plan.captured_known:
         facts = {key: value for key, value in facts.items() if not key.startswith("captured")}
     return {"base": plan.base_facts, "selection": facts, "created_by": f"neftsurgery {__version__}"}
+
+
+def is_whole_change(plan: Extraction) -> bool | None:
+    """Whether base plus patch is the tuned model bit for bit; None if only a selection is known."""
+    scores, chosen = plan.scores, plan.selection.tensors
+    if scores is None or not plan.captured_known:
+        return None
+    if any(scores.facts.get(key) for key in ("only_in_base", "only_in_tuned", "differing")):
+        return False
+    for name in scores.tensors:
+        changed = scores.sums(name, "changed")
+        if changed is None:
+            return None
+        if changed.any() and (name not in chosen or np.delete(changed, chosen[name].index).any()):
+            return False
+    for name, entry in scores.facts.get("unscored", {}).items():
+        changed = scores.sums(name, "changed") if name in chosen else None
+        left = entry.get("changed", 0) if changed is None else np.delete(changed, chosen[name].index).sum()
+        if left:
+            return False
+    return True
 
 
 def _same_files(facts: Mapping[str, Any], side: str, here: Mapping[str, Any]) -> bool | None:

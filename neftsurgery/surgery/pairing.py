@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..anatomy.anatomy import Anatomy, AxisOption, read_anatomy
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
 from ..errors import MismatchError
-from ..neurons.anatomy import Anatomy, AxisOption, read_anatomy
 from ..scoring.engine import Job
 
 __all__ = ["Pair", "Scope", "pair"]
@@ -118,9 +118,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     UsageError
         For an unknown anatomy, or patterns and axes that fit no tensor.
     """
-    common = {
-        name: info for name, info in base.tensors.items() if _same(info, tuned.tensors.get(name))
-    }
+    common = {name: info for name, info in base.tensors.items() if _same(info, tuned.tensors.get(name))}
     if not common:
         raise _nothing_common(base, tuned)
     anatomy = read_anatomy(
@@ -164,13 +162,21 @@ def _nothing_common(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
     a, b = base.tensors[name], tuned.tensors[name]
     hint = "convert one of them, so that both have the same dtype" if a.shape == b.shape else None
     return MismatchError(
-        f"{what} of the same shape and dtype", tensor=name, expected=a.describe(), found=b.describe(), hint=hint
+        f"{what} of the same shape and dtype",
+        tensor=name,
+        expected=a.describe(),
+        found=b.describe(),
+        hint=hint,
     )
 
 
 def _first_names(checkpoint: Checkpoint) -> str:
     names = sorted(checkpoint.tensors)
-    return ", ".join(name[:80] for name in names[:2]) + (", …" if len(names) > 2 else "") if names else "no tensors"
+    return (
+        ", ".join(name[:80] for name in names[:2]) + (", …" if len(names) > 2 else "")
+        if names
+        else "no tensors"
+    )
 
 
 def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:

@@ -86,7 +86,7 @@ def member_axes(role: Role, meaning: Meaning) -> tuple[int, ...] | None:
 
 
 def place(parts: Sequence[str]) -> tuple[str, str]:
-    """Layer and kind of a name, given as its parts; see `neftsurgery.neurons.anatomy.NeuronTensor`."""
+    """Layer and kind of a name, given as its parts; see `neftsurgery.anatomy.anatomy.NeuronTensor`."""
     first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
     layer = "" if first is None else ".".join(parts[: first + 1])
     rest = list(parts if first is None else parts[first + 1 :])

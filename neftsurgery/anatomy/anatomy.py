@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint hold neurons, and along which axes.
 
 An anatomy is read from tensor names, shapes and the model's config alone: no weight is touched. What
-a name means is said by the family table (`neftsurgery.neurons.families`), never by a shape.
+a name means is said by the family table (`neftsurgery.anatomy.families`), never by a shape.
 """
 
 from __future__ import annotations

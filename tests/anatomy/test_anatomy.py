@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from neftsurgery.checkpoint.header import TensorInfo
 from neftsurgery.errors import MismatchError, UsageError
-from neftsurgery.neurons.anatomy import Anatomy, read_anatomy
+from neftsurgery.anatomy.anatomy import Anatomy, read_anatomy
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -483,7 +483,7 @@ def test_thousands_of_plain_names_are_looked_up_not_searched() -> None:
 
 def test_the_module_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; import neftsurgery.neurons.anatomy; "
+        "import sys; import neftsurgery.anatomy.anatomy; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from neftsurgery.checkpoint.header import TensorInfo, read_header
-from neftsurgery.neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
-from neftsurgery.neurons.families import FAMILIES
-from neftsurgery.neurons.scopes import DEFAULT_HEADS
+from neftsurgery.anatomy.anatomy import Anatomy, NeuronTensor, read_anatomy
+from neftsurgery.anatomy.families import FAMILIES
+from neftsurgery.anatomy.scopes import DEFAULT_HEADS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

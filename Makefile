@@ -1,0 +1,46 @@
+# On a fresh machine with Python 3.11+ and make:
+#   make demo    installs the light core and runs the main job (under a minute, no network but the package index)
+#   make test    installs what the tests need, and runs all checks and tests
+#   make quick   the tests without the slow ones
+#   make check   style, types, layers
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test quick check format clean
+
+demo: $(VENV)/.core
+	$(BIN)/neftsurgery demo
+
+test: check
+	$(BIN)/python -m pytest -q
+
+quick: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "neftsurgery needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[test,check]"
+	touch $@ $(VENV)/.core
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

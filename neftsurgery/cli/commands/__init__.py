@@ -1,0 +1,1 @@
+"""One module per command, each loaded when it is called."""

@@ -1,0 +1,57 @@
+"""``neftsurgery apply``."""
+
+from __future__ import annotations
+
+import click
+
+from ...patch.patch import Patch
+from ...sources.resolve import resolve
+from ...surgery.apply import operate, plan_apply
+from ..console import Console
+from ..options import common_options, dry_run_option, force_option, output_option, threads_option
+from ..surgery import in_place_option, say_surgery
+
+__all__ = ["command"]
+
+
+@click.command("apply")
+@click.argument("base")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
+@output_option("OUT", text="The new checkpoint: a file for a file, else a folder.")
+@in_place_option
+@force_option
+@dry_run_option
+@threads_option
+@common_options
+def command(
+    console: Console,
+    base: str,
+    patches: tuple[str, ...],
+    out: str | None,
+    in_place: bool,
+    force: bool,
+    dry_run: bool,
+    threads: int | None,
+) -> None:
+    """Write a patched checkpoint: BASE with the neurons of one or more PATCHes.
+
+    Every touched neuron of BASE is checked first: a patch for another base is refused before anything
+    is written. BASE may be patched already, or partly.
+
+    \b
+    Example:
+      neftsurgery apply base/ neuron_patch.safetensors -o patched/
+      neftsurgery apply base.safetensors neuron_patch.safetensors --in-place
+    """
+    plan = plan_apply(
+        base,
+        [Patch.load(resolve(patch).path) for patch in patches],
+        out=out,
+        in_place=in_place,
+        force=force,
+        threads=threads,
+        progress=console.progress,
+    )
+    if not dry_run:
+        operate(plan, threads=threads, progress=console.progress)
+    say_surgery(console, plan, "patched", dry_run)

@@ -1,0 +1,59 @@
+"""``neftsurgery revert``."""
+
+from __future__ import annotations
+
+import click
+
+from ...patch.patch import Patch
+from ...sources.resolve import resolve
+from ...surgery.apply import operate, plan_revert
+from ..console import Console
+from ..options import common_options, dry_run_option, force_option, output_option, threads_option
+from ..surgery import in_place_option, say_surgery
+
+__all__ = ["command"]
+
+
+@click.command("revert")
+@click.argument("checkpoint")
+@click.argument("patch")
+@output_option("OUT", text="The new checkpoint: a file for a file, else a folder.")
+@in_place_option
+@click.option(
+    "--base", metavar="BASE", help="Take the replaced values from here; for patches that lack them."
+)
+@force_option
+@dry_run_option
+@threads_option
+@common_options
+def command(
+    console: Console,
+    checkpoint: str,
+    patch: str,
+    out: str | None,
+    in_place: bool,
+    base: str | None,
+    force: bool,
+    dry_run: bool,
+    threads: int | None,
+) -> None:
+    """Take PATCH out of CHECKPOINT again: what it replaced comes back, bit for bit.
+
+    \b
+    Example:
+      neftsurgery revert patched/ neuron_patch.safetensors --base base/ -o restored/
+      neftsurgery revert patched.safetensors reversible_patch.safetensors --in-place
+    """
+    plan = plan_revert(
+        checkpoint,
+        Patch.load(resolve(patch).path),
+        base=base,
+        out=out,
+        in_place=in_place,
+        force=force,
+        threads=threads,
+        progress=console.progress,
+    )
+    if not dry_run:
+        operate(plan, threads=threads, progress=console.progress)
+    say_surgery(console, plan, "base", dry_run)

@@ -1,0 +1,70 @@
+"""``neftsurgery verify``."""
+
+from __future__ import annotations
+
+import click
+
+from ...patch.patch import Patch
+from ...sources.resolve import resolve
+from ...surgery.verify import verify
+from ..console import Console, plural, table
+from ..options import common_options, threads_option
+
+__all__ = ["command"]
+
+_SHOWN = 20
+
+
+@click.command("verify")
+@click.argument("checkpoint")
+@click.argument("patch")
+@click.option("--expect", type=click.Choice(["base", "patched"]), help="Succeed only in this state.")
+@threads_option
+@common_options
+def command(console: Console, checkpoint: str, patch: str, expect: str | None, threads: int | None) -> int:
+    """Is CHECKPOINT in the state before PATCH, or after it?
+
+    Compares every neuron the patch touches. Exit code 0: all as in the base, or all patched (with
+    --expect: that one); 3: mixed, or neither.
+
+    \b
+    Example:
+      neftsurgery verify patched/ neuron_patch.safetensors --expect patched
+    """
+    found = verify(checkpoint, Patch.load(resolve(patch).path), threads=threads, progress=console.progress)
+    good = found.holds(expect)
+    neurons = sum(t.base + t.patched + t.both + t.neither for t in found.tensors.values())
+    console.say(f"{found.state}: {plural(neurons, 'neuron')} in {plural(len(found.tensors), 'tensor')}")
+    if found.state in ("mixed", "neither"):
+        odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in found.tensors.items()]
+        for line in table(odd[:_SHOWN]):
+            console.say(line)
+        if len(odd) > _SHOWN:
+            console.say(f"  and {plural(len(odd) - _SHOWN, 'more tensor')}; all of them with --json")
+    if not good:
+        console.note(f"neftsurgery: {checkpoint} is {found.state}" + (f", not {expect}" if expect else ""))
+    console.answer(
+        {
+            "state": found.state,
+            "expected": expect,
+            "ok": good,
+            "neurons": neurons,
+            "tensors": {
+                name: {
+                    "state": t.state,
+                    "base": t.base,
+                    "patched": t.patched,
+                    "both": t.both,
+                    "neither": t.neither,
+                }
+                for name, t in found.tensors.items()
+            },
+        },
+        found.timing,
+    )
+    return 0 if good else 3
+
+
+def _counts(tensor: object) -> str:
+    names = ("base", "patched", "both", "neither")
+    return ", ".join(f"{getattr(tensor, name)} {name}" for name in names if getattr(tensor, name))

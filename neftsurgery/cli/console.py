@@ -1,0 +1,105 @@
+"""What a command says and where: results on stdout, everything else on stderr, JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ..surgery.progress import Timing, process_seconds
+
+__all__ = ["Console", "amount", "percent", "plural", "size", "table"]
+
+
+class Console:
+    """Where a command's words go.
+
+    Attributes
+    ----------
+    as_json:
+        One JSON object on stdout, and nothing else there.
+    quiet:
+        Only errors.
+    """
+
+    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def say(self, text: str = "") -> None:
+        """A line of the result, for people."""
+        if not (self.as_json or self.quiet):
+            click.echo(text)
+
+    def note(self, text: str) -> None:
+        """A remark beside the result: a warning, what comes next."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def answer(self, facts: dict[str, Any], timing: Timing | None = None) -> None:
+        """The result as JSON, if that was asked for; with what the work took."""
+        if not self.as_json:
+            return
+        if timing is not None:
+            facts = facts | {
+                "bytes_read": timing.bytes_read,
+                "seconds": round(timing.seconds, 6),
+                "wall_seconds": round(process_seconds(), 6),
+            }
+        click.echo(json.dumps(facts, allow_nan=False))
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar on a terminal; see `neftsurgery.surgery.progress.Progress`."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda done: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+            yield bar.update
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: ``1.2 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def amount(count: int) -> str:
+    """A number for people: ``1,376,256``."""
+    return f"{count:,}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 tensor``, ``2 tensors``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def percent(share: float) -> str:
+    """A share for people: ``4.1%``; never 0% or 100% for what is not quite."""
+    if 0 < share < 0.0001:
+        return "<0.01%"
+    if 0.9999 < share < 1:
+        return ">99.99%"
+    return f"{100 * share:.3g}%" if share < 0.1 else f"{100 * share:.1f}%"
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:
+    """Lines of aligned columns; those in ``right`` are flush right."""
+    if not rows:
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  " + "  ".join(cells).rstrip()

@@ -1,0 +1,123 @@
+"""The demo's checkpoints: a small Llama in bfloat16, in shards, and a copy whose fine-tuning is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.checkpoint import INDEX_NAME
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.tensorfile import written_file
+
+__all__ = ["CONFIG", "PLANTED", "make_base", "make_tuned", "planted"]
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 2000,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+#: How many neurons the demo's fine-tune really moves.
+PLANTED = 64
+_SHARDS = 3
+
+Weights = dict[str, NDArray[np.float32]]
+
+
+def make_base(folder: Path, seed: int = 0) -> Weights:
+    """Write the base checkpoint; returns its weights, rounded to bfloat16."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in _shapes():
+        drawn = np.ones(shape) if len(shape) == 1 else 0.02 * rng.standard_normal(shape)
+        weights[name] = _round(drawn.astype(np.float32))
+    _write(folder, weights)
+    return weights
+
+
+def planted(seed: int = 0) -> dict[str, NDArray[np.int64]]:
+    """The neurons that the demo's fine-tune moves, by tensor: ascending output units."""
+    rng = np.random.default_rng(seed + 1)
+    rows = [
+        (name, row)
+        for name, shape in _shapes()
+        if ".layers." in name and len(shape) == 2
+        for row in range(shape[0])
+    ]
+    chosen: dict[str, list[int]] = {}
+    for number in sorted(rng.choice(len(rows), PLANTED, replace=False).tolist()):
+        name, row = rows[number]
+        chosen.setdefault(name, []).append(row)
+    return {name: np.array(index) for name, index in sorted(chosen.items())}
+
+
+def make_tuned(folder: Path, base: Mapping[str, NDArray[np.float32]], seed: int = 0) -> None:
+    """Write a fine-tune of ``base``: a little noise everywhere, and `planted` neurons turned by some degrees."""
+    rng = np.random.default_rng(seed + 2)
+    moved = planted(seed)
+    tuned = {}
+    for name, weight in base.items():
+        scale = np.full(weight.shape[:1] + (1,) * (weight.ndim - 1), 2e-4, np.float32)
+        scale[moved.get(name, np.empty(0, np.int64))] = 4e-3
+        noise = rng.standard_normal(weight.shape).astype(np.float32)
+        tuned[name] = _round(weight if weight.ndim == 1 else weight + scale * noise)
+    _write(folder, tuned)
+
+
+def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, ffn, kv = 256, 704, 128
+    yield "model.embed_tokens.weight", (2000, hidden)
+    for layer in range(4):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (hidden,)
+        for name, rows, columns in (
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", kv, hidden),
+            ("self_attn.v_proj", kv, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", ffn, hidden),
+            ("mlp.up_proj", ffn, hidden),
+            ("mlp.down_proj", hidden, ffn),
+        ):
+            yield f"{prefix}.{name}.weight", (rows, columns)
+        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (2000, hidden)
+
+
+def _round(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """To the nearest bfloat16, ties to even, still stored as float32."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+def _write(folder: Path, weights: Weights) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "README.md").write_text("Random weights, made by `neftsurgery demo`.\n")
+    weight_map: dict[str, str] = {}
+    names = list(weights)
+    for number in range(_SHARDS):
+        file = f"model-{number + 1:05}-of-{_SHARDS:05}.safetensors"
+        part = names[number * len(names) // _SHARDS : (number + 1) * len(names) // _SHARDS]
+        entries = [TensorInfo(name, "BF16", weights[name].shape) for name in part]
+        with written_file(entries, {"format": "pt"}, folder / file) as written:
+            for name in part:
+                written.writer.write(name, 0, (weights[name].view(np.uint32) >> 16).astype(np.uint16))
+            written.writer.finish({"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 2 * sum(w.size for w in weights.values())}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,148 @@
+"""The command line's front door: finds the command, and turns errors into sentences and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
+from ..version import __version__
+
+__all__ = ["cli", "run"]
+
+# In the order a newcomer needs them. The help texts stand here so that `--help` loads no command.
+_COMMANDS = {
+    "demo": "See the whole round on a small checkpoint made on the spot.",
+    "inspect": "What is in a checkpoint, scores, selection or patch.",
+    "diff": "Score every neuron; stream both checkpoints, load neither.",
+    "select": "Choose neurons from scores.",
+    "extract": "Score, choose, and cut the chosen neurons out as a patch.",
+    "apply": "Write a patched checkpoint.",
+    "verify": "Is a checkpoint in the state before a patch, or after it?",
+    "revert": "Take a patch out again, bit for bit.",
+}
+
+_EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (UsageError, 2),
+    (MismatchError, 3),
+    (CorruptFileError, 4),
+    (MachineError, 5),
+    (OSError, 5),
+    (MemoryError, 5),
+    (KeyboardInterrupt, 130),
+)
+
+
+class _LazyGroup(click.Group):
+    """Imports a command's module when the command is called, not before."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f".commands.{cmd_name}", __package__)
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 2 wrong command line, 3 inputs that do not fit each other, "
+    "4 corrupt file, 5 machine or network, 130 interrupted.",
+)
+@click.version_option(__version__, package_name="neftsurgery", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Neuron-level surgery on model checkpoints.
+
+    Find the neurons a fine-tune changed most, cut them out as a small patch, put them into the base,
+    verify them, and take them out again, bit for bit. Checkpoints are safetensors files, folders of
+    shards, or org/name on the Hugging Face Hub.
+
+    \b
+    Example:
+      neftsurgery extract base/ tuned/ -o neuron_patch.safetensors --neurons 3%
+      neftsurgery apply base/ neuron_patch.safetensors -o patched/
+      neftsurgery verify patched/ neuron_patch.safetensors
+    """
+
+
+def run(args: list[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    args = sys.argv[1:] if args is None else args
+    # What to do with an error depends on options that a wrong command line may hide: look for them.
+    options = args[: args.index("--")] if "--" in args else args
+    as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
+    logging.basicConfig(
+        stream=sys.stderr,
+        format="%(message)s",
+        level=logging.ERROR if "-q" in options else logging.DEBUG if verbose else logging.WARNING,
+    )
+    logging.getLogger("numba").setLevel(logging.WARNING)
+    try:
+        result = cli.main(args, prog_name="neftsurgery", standalone_mode=False)
+        sys.stdout.flush()
+        code = result if isinstance(result, int) else 0
+    except BrokenPipeError:  # whoever read our output has gone: `neftsurgery diff … | head`
+        sys.stderr.close()
+        code = 0
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.exceptions.Abort:
+        code = _report(KeyboardInterrupt(), as_json, verbose)
+    except click.ClickException as error:
+        error.show()
+        code = _as_json(error.format_message(), error.exit_code) if as_json else error.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        code = _report(error, as_json, verbose)
+    sys.exit(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Leave by an exception, so that what is half-written is removed on the way out."""
+    raise SystemExit(128 + number)
+
+
+def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
+    code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+    if verbose and not isinstance(error, KeyboardInterrupt):
+        logging.getLogger("neftsurgery").error("", exc_info=error)
+    if isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+    elif isinstance(error, NeftError):
+        message = str(error)
+    elif isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif isinstance(error, MemoryError):
+        message = "there is not enough memory"
+    else:
+        message = f"internal error: {type(error).__name__}: {error}\nrun it again with -v, and report what it prints"
+    click.echo(f"neftsurgery: {message}", err=True)
+    return _as_json(message, code, error) if as_json else code
+
+
+def _as_json(message: str, code: int, error: BaseException | None = None) -> int:
+    facts: dict[str, object] = {"error": message, "exit_code": code}
+    if isinstance(error, NeftError):
+        facts |= {
+            key: str(value)
+            for key in ("file", "tensor", "expected", "found", "hint")
+            if (value := getattr(error, key)) is not None
+        }
+    click.echo(json.dumps(facts))
+    return code

@@ -1,0 +1,182 @@
+"""inspect: what is in a checkpoint, a scores file, a selection or a patch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ..anatomy.anatomy import AxisOption, read_anatomy
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import read_header
+from ..checkpoint.opening import open_checkpoint
+from ..errors import boundary
+from ..patch.patch import PATCH_KEY, Patch
+from ..selection.scores import SCORES_KEY, Scores
+from ..selection.selection import SELECTION_KEY, Selection
+from ..sources.resolve import resolve
+from .files import folder_files
+from .summary import summarize
+
+__all__ = ["inspect"]
+
+
+@boundary
+def inspect(
+    named: str | os.PathLike[str],
+    *,
+    anatomy: str = "rows",
+    axis: AxisOption = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Tell what a file or folder holds; its ``kind`` first.
+
+    Parameters
+    ----------
+    named:
+        A checkpoint (file, folder or Hub id), scores, a selection or a patch.
+    anatomy, axis, include, exclude, only:
+        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`.
+
+    Returns
+    -------
+    dict
+        Plain values that JSON can hold. ``kind`` is ``checkpoint``, ``scores``, ``selection`` or
+        ``patch``; ``tensors`` lists the tensors.
+
+    Raises
+    ------
+    UsageError
+        If there is nothing of that name.
+    CorruptFileError
+        If it is damaged.
+    """
+    source = resolve(named)
+    if source.path.is_file():
+        metadata = read_header(source.path).metadata
+        if PATCH_KEY in metadata:
+            return _patch(Patch.load(source.path))
+        if SCORES_KEY in metadata:
+            return _scores(Scores.load(source.path))
+        if SELECTION_KEY in metadata:
+            return _selection(Selection.load(source.path), os.fspath(named))
+    checkpoint = open_checkpoint(source)
+    found = read_anatomy(
+        anatomy, checkpoint.tensors, checkpoint.config, axis=axis, include=include, exclude=exclude, only=only
+    )
+    facts = _checkpoint(checkpoint)
+    tensors: list[dict[str, Any]] = [
+        {
+            "name": tensor.info.name,
+            "dtype": tensor.info.dtype,
+            "shape": list(tensor.info.shape),
+            "neuron_axes": list(tensor.axes),
+            "neurons": tensor.layout.count if tensor.part is None else tensor.part.count,
+            "kind": tensor.kind,
+        }
+        for tensor in found.scored
+    ]
+    facts |= {
+        "anatomy": found.name,
+        "neurons": sum(tensor["neurons"] for tensor in tensors),
+        "units": found.unit_count,
+        "warnings": list(found.warnings),
+    }
+    listed: list[dict[str, Any]] = [
+        {
+            "name": entry.info.name,
+            "dtype": entry.info.dtype,
+            "shape": list(entry.info.shape),
+            "reason": entry.reason,
+        }
+        for entry in found.listed
+    ]
+    return facts | {"tensors": sorted([*tensors, *listed], key=lambda tensor: str(tensor["name"]))}
+
+
+def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
+    config = checkpoint.config or {}
+    facts: dict[str, Any] = {
+        "kind": "checkpoint",
+        "name": checkpoint.name,
+        "repo": checkpoint.source.repo,
+        "revision": checkpoint.source.revision,
+        "files": [shard.path.name for shard in checkpoint.shards],
+        "bytes": checkpoint.nbytes,
+        "parameters": checkpoint.parameters,
+        "dtypes": dict(dtypes.most_common()),
+        "model_type": config.get("model_type"),
+    }
+    if not checkpoint.is_file:
+        facts["left_behind_by_apply"] = [str(path) for path in folder_files(checkpoint).left]
+    return facts
+
+
+def _patch(patch: Patch) -> dict[str, Any]:
+    return {
+        "kind": "patch",
+        "name": str(patch.path),
+        "version": patch.manifest["version"],
+        "bytes": patch.nbytes,
+        "neurons": patch.neurons,
+        "parameters": patch.parameters,
+        "reversible": patch.reversible,
+        "base": dict(patch.base),
+        "selection": dict(patch.facts),
+        "created_by": patch.manifest.get("created_by"),
+        "tensors": [
+            {
+                "name": name,
+                "dtype": tensor.info.dtype,
+                "shape": list(tensor.info.shape),
+                "neuron_axes": list(tensor.layout.axes),
+                "neurons": tensor.count,
+                "of": tensor.layout.count,
+            }
+            for name, tensor in patch.tensors.items()
+        ],
+    }
+
+
+def _selection(selection: Selection, name: str) -> dict[str, Any]:
+    return {
+        "kind": "selection",
+        "name": name,
+        "neurons": selection.neurons,
+        "parameters": selection.parameters,
+        "selection": dict(selection.facts),
+        "tensors": [
+            {"name": tensor, **chosen.describe(), "neurons": len(chosen.index), "of": chosen.layout.count}
+            for tensor, chosen in selection.tensors.items()
+        ],
+    }
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    summary = summarize(scores)
+    known = ("base", "tuned", "only_in_base", "only_in_tuned", "differing", "seed")
+    return {
+        "kind": "scores",
+        "name": str(scores.path),
+        "score": scores.score,
+        "anatomy": scores.anatomy,
+        "neurons": scores.neurons,
+        "units": scores.units,
+        "parameters": scores.parameters,
+        **{key: scores.facts[key] for key in known if key in scores.facts},
+        **summary.describe(),
+        "tensors": [
+            {
+                "name": name,
+                "dtype": tensor.info.dtype,
+                "shape": list(tensor.info.shape),
+                "neuron_axes": list(tensor.layout.axes),
+                "neurons": tensor.layout.count,
+            }
+            for name, tensor in scores.tensors.items()
+        ],
+    }
