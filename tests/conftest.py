@@ -5,14 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors import deserialize, safe_open
 from safetensors.numpy import save_file
+
+from neftsurgery.cli.main import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -30,7 +38,7 @@ def shared_data() -> Path:
 
 def write_file(path: Path, tensors: Arrays, metadata: dict[str, str] | None = None) -> Path:
     """A checkpoint of one file, written by the safetensors package."""
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path, metadata)
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, path, metadata)
     path.chmod(0o644)
     return path
 
@@ -194,3 +202,68 @@ def assert_same_tensors(found: Raw, expected: Raw) -> None:
     for name, (kind, bits) in expected.items():
         assert found[name][0] == kind
         np.testing.assert_array_equal(found[name][1], bits.view(found[name][1].dtype), err_msg=name)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """Standard output as the one JSON object it must be."""
+        assert self.out.count("\n") == 1, self.out
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+@pytest.fixture
+def neft(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command line inside this process, in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(*words: object) -> Result:
+        capfd.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with pytest.raises(SystemExit) as left:
+                run([str(word) for word in words])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        captured = capfd.readouterr()
+        return Result(int(left.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def process(*words: object, cwd: Path, **environment: str) -> Result:
+    """Runs a command line as a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "neftsurgery", *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, llama_arrays: Callable[..., dict[str, Any]]) -> tuple[Path, Path]:
+    """``base`` and ``tuned`` in ``tmp_path``: small sharded Llamas; every linear row moved a little."""
+    base = llama_arrays()
+    rng = np.random.default_rng(1)
+    tuned = {
+        name: array + (1e-3 * rng.standard_normal(array.shape)).astype(np.float32) if array.ndim > 1 else array
+        for name, array in base.items()
+    }
+    return (
+        write_folder(tmp_path / "base", base, 2, LLAMA_CONFIG),
+        write_folder(tmp_path / "tuned", tuned, 3, LLAMA_CONFIG),
+    )

@@ -17,7 +17,7 @@ from ..sources.resolve import Source
 from .header import Header, TensorInfo, read_header
 from .tensorfile import OpenFile, read_exactly
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -96,7 +96,7 @@ class Checkpoint:
             If a header or the index is damaged, or points outside its folder.
         """
         if source.path.is_dir():
-            root, paths = source.path, _weight_files(source.path)
+            root, paths = source.path, weight_files(source.path)
         else:
             root, paths = source.path.parent, [source.path]
         shards = tuple(Shard.open(path) for path in paths)
@@ -197,8 +197,16 @@ class _Handles:
             self._open.clear()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder; a single file beats an index beside it."""
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder; a single file beats an index beside it.
+
+    Raises
+    ------
+    UsageError
+        If there are none.
+    CorruptFileError
+        If the index is damaged, or points outside its folder.
+    """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.is_file():
         return [single]

@@ -20,9 +20,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import MachineError, MismatchError
+from ..errors import MachineError, MismatchError, NeftError
 from ..sources.resolve import Source
-from .checkpoint import Checkpoint, Shard
+from .checkpoint import Checkpoint, Shard, weight_files
 from .document import bad, described_tensor, dump, read_document
 from .header import TensorInfo
 from .layout import Layout
@@ -36,7 +36,7 @@ _KEY = "neft_journal"
 _VERSION = 1
 _WHAT = "journal"
 _SAMPLES = 8
-_TELLING_BYTES = 32  # so many equal bytes in a row are no accident
+_TELLING_BYTES = 16  # so many equal bytes in a row are no accident
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,9 +143,36 @@ def heal(source: Source) -> bool:
     MachineError
         If another process is changing the checkpoint now, or it cannot be written.
     """
-    path = journal_path(source)
-    if source.repo is not None or not path.exists():
+    if source.repo is not None:
         return False
+    return any([_heal(journaled) for journaled in _journaled(source)])
+
+
+def _journaled(source: Source) -> list[Source]:
+    """As what a checkpoint's files were changed: a folder's also one by one, a file also with its folder."""
+    path = source.path
+    if path.is_symlink():  # the journal lies beside the file itself
+        path = Path(os.path.realpath(path))
+    places = [Source(path, source.named)]
+    if path.is_dir():
+        for journal in sorted(path.glob(f".*{JOURNAL_NAME}")):
+            file = path / journal.name[1 : -len(JOURNAL_NAME)]
+            if _belongs(file, path):
+                places.append(Source(file, str(file)))
+    elif (path.parent / JOURNAL_NAME).exists() and _belongs(path, path.parent):
+        places.append(Source(path.parent, str(path.parent)))
+    return [place for place in places if journal_path(place).exists()]
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    try:
+        return file in weight_files(folder)
+    except NeftError:
+        return False
+
+
+def _heal(source: Source) -> bool:
+    path = journal_path(source)
     try:
         with TensorFile.open(path) as journal:
             _undo(source, journal)
@@ -168,6 +195,10 @@ def _undo(source: Source, journal: TensorFile) -> None:
     files = content.get("files")
     if not isinstance(files, list) or not all(isinstance(entry, dict) for entry in files):
         raise bad(journal, _WHAT, "it does not name its files")
+    if len({str(entry.get("name")) for entry in files}) != len(files):
+        raise bad(journal, _WHAT, "it names a file twice")
+    if list(content["tensors"]) != [str(number) for number in range(len(content["tensors"]))]:
+        raise bad(journal, _WHAT, "its changes are not numbered in order")
     changes = [_read_change(journal, number, entry) for number, entry in content["tensors"].items()]
     checkpoint = Checkpoint.read(source)
     shards = []
@@ -177,6 +208,8 @@ def _undo(source: Source, journal: TensorFile) -> None:
             raise _foreign(journal, str(entry.get("name"))[:200])
         shards.append(shard)
     with locked(shards) as held:
+        # Before the lock was ours, another process may have healed, and begun a change of its own.
+        journal.check_in_place()
         for change in changes:
             found = checkpoint.tensors.get(change.info.name)
             if found != change.info or checkpoint.shard_of(found.name).path not in held:

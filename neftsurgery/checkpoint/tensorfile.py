@@ -6,6 +6,7 @@ first three are written by `written_file`, block by block and in any order.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,6 +167,11 @@ class TensorFile:
     def nbytes(self) -> int:
         """Bytes of the whole file."""
         return os.fstat(self._file.fileno()).st_size
+
+    def check_in_place(self) -> None:
+        """Raise a ``FileNotFoundError`` if the file was removed or replaced since it was opened."""
+        if self.path is not None and not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
 
     def copy_to(self, target: int) -> None:
         """Copy the whole file to the descriptor ``target``."""

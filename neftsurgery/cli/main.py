@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from types import FrameType
 from typing import NoReturn
 
@@ -36,7 +37,6 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (MachineError, 5),
     (OSError, 5),
     (MemoryError, 5),
-    (KeyboardInterrupt, 130),
 )
 
 
@@ -83,17 +83,14 @@ def cli() -> None:
 
 def run(args: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     args = sys.argv[1:] if args is None else args
     # What to do with an error depends on options that a wrong command line may hide: look for them.
     options = args[: args.index("--")] if "--" in args else args
     as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
-    logging.basicConfig(
-        stream=sys.stderr,
-        format="%(message)s",
-        level=logging.ERROR if "-q" in options else logging.DEBUG if verbose else logging.WARNING,
-    )
-    logging.getLogger("numba").setLevel(logging.WARNING)
+    quiet = "-q" in options or "--quiet" in options
+    _log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
     try:
         result = cli.main(args, prog_name="neftsurgery", standalone_mode=False)
         sys.stdout.flush()
@@ -103,27 +100,39 @@ def run(args: list[str] | None = None) -> NoReturn:
         code = 0
     except click.exceptions.Exit as error:
         code = error.exit_code
-    except click.exceptions.Abort:
-        code = _report(KeyboardInterrupt(), as_json, verbose)
+    except (_Stopped, click.exceptions.Abort) as error:
+        code = _report(error, as_json, verbose)
     except click.ClickException as error:
         error.show()
         code = _as_json(error.format_message(), error.exit_code) if as_json else error.exit_code
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         code = _report(error, as_json, verbose)
     sys.exit(code)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+class _Stopped(SystemExit):
+    """A signal asked the process to stop. Not a KeyboardInterrupt: Python turns one that passes
+    through ``exec``, as in an import, into death by signal, even if it is caught further out."""
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """Leave by an exception, so that what is half-written is removed on the way out."""
-    raise SystemExit(128 + number)
+    raise _Stopped(128 + number)
+
+
+def _log_to_stderr(level: int) -> None:
+    logger = logging.getLogger("neftsurgery")
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    logger.setLevel(level)
 
 
 def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
     code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
-    if verbose and not isinstance(error, KeyboardInterrupt):
-        logging.getLogger("neftsurgery").error("", exc_info=error)
-    if isinstance(error, KeyboardInterrupt):
+    if verbose:
+        traceback.print_exception(error)
+    if isinstance(error, (_Stopped, click.exceptions.Abort)):
         message = "interrupted"
+        code = int(error.code or 0) if isinstance(error, _Stopped) else 130
     elif isinstance(error, NeftError):
         message = str(error)
     elif isinstance(error, OSError):

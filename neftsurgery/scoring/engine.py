@@ -164,14 +164,15 @@ class _Collector:
         self._refined: list[tuple[NDArray[np.int64], Exact]] = []
 
     def add(self, result: _PieceSums) -> None:
-        if result.index is None:
-            here = slice(result.first, result.first + len(result.changed))
-            self._sums[:, here] += result.sums
-            self._changed[here] += result.changed
-        else:
-            for row, values in zip(self._sums, result.sums, strict=True):
-                np.add.at(row, result.index, values)
-            np.add.at(self._changed, result.index, result.changed)
+        with np.errstate(all="ignore"):  # NaN, Inf and overflow are looked at in `finish`
+            if result.index is None:
+                here = slice(result.first, result.first + len(result.changed))
+                self._sums[:, here] += result.sums
+                self._changed[here] += result.changed
+            else:
+                for row, values in zip(self._sums, result.sums, strict=True):
+                    np.add.at(row, result.index, values)
+                np.add.at(self._changed, result.index, result.changed)
         if result.refined is not None:
             self._refined.append(result.refined)
             self._settled[result.refined[0]] = True

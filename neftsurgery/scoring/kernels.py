@@ -236,6 +236,13 @@ def exact_sums(dtype: str) -> Callable[..., None]:
         for row in range(a.shape[0]):
             aa, dd, ad, bb, ab, top, differing, good = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, True
             row_a, row_b = a[row], b[row]
+            bits = row_a[0] ^ row_a[0]
+            for i in range(row_a.size):
+                bits |= row_a[i] | row_b[i]
+            if bits == 0:  # all zeros on both sides, as in pruned or sparse weights: nothing to sum
+                out[:, row] = 0.0
+                changed[row], finite[row] = 0, True
+                continue
             for i in range(row_a.size):
                 x = np.float64(_widen(code, row_a[i]))
                 y = np.float64(_widen(code, row_b[i]))

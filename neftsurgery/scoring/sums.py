@@ -4,7 +4,7 @@ Every score follows from ``a.a``, ``d.d`` and ``a.d`` (``d = b - a``) and the co
 elements; the cosine also from ``r.r``, the part of ``d`` not parallel to ``a``, because the obvious
 ``a.a d.d - (a.d)^2`` cancels where ``d`` is nearly parallel to ``a``. The cosine distance of a
 neuron's vector before and after fine-tuning is the sensitivity of NeFT (Xu et al., "Let's Focus on
-Neuron: Neuron-Level Supervised Fine-tuning for Large Language Model", 2024).
+Neuron: Neuron-Level Supervised Fine-tuning for Large Language Model", COLING 2025).
 """
 
 from __future__ import annotations

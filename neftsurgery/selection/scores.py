@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..checkpoint.document import bad, described_tensor, read_document
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
-from ..checkpoint.output import require_space, staged_file
+from ..checkpoint.output import refuse_output, require_space, staged_file
 from ..checkpoint.tensorfile import TensorFile
 from ..errors import CorruptFileError, UsageError, boundary
 from .budget import Budget
@@ -29,6 +29,7 @@ __all__ = ["SCORES_KEY", "SCORES_VERSION", "Follower", "ScoredTensor", "Scores"]
 SCORES_KEY = "neuron_scores"
 SCORES_VERSION = 1
 _WHAT = "scores file"
+_MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leaves int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +118,12 @@ class Scores:
         """The scores in an open file, which is the new object's from now on."""
         facts = read_document(file, SCORES_KEY, _WHAT, SCORES_VERSION)
         tensors = {name: _scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
-        if not isinstance(facts.get("unscored", {}), dict):
-            raise bad(file, _WHAT, "unscored is not an object")
-        followers = {}
-        for name, entry in sorted(facts.get("unscored", {}).items()):
-            if f"{name}:changed" in file.tensors:
-                info, layout = described_tensor(file, _WHAT, name, entry)
-                _check_vector(file, f"{name}:changed", "I64", layout.count)
-                followers[name] = Follower(info, layout, entry.get("included") is True)
+        followers = dict(_followers(file, facts.get("unscored", {}), tensors))
+        for which, least in (("parameters", 1), ("nonfinite", 0)):
+            if which in facts and not _is_count(facts[which], least):
+                raise bad(file, _WHAT, f"{which} is not a number of them")
+        if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
+            raise bad(file, _WHAT, "there are more elements than a model can have")
         return cls(file, facts, tensors, followers)
 
     @boundary
@@ -138,6 +137,7 @@ class Scores:
         MachineError
             If it cannot be written.
         """
+        refuse_output(path, inputs=[], force=force, kind="file")
         with staged_file(Path(path), force=force) as staged:
             require_space(Path(path).absolute().parent, self._file.nbytes)
             self._file.copy_to(staged.fd)
@@ -380,6 +380,33 @@ class Scores:
         self._file.close()
 
 
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _followers(
+    file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
+) -> Iterator[tuple[str, Follower]]:
+    """The unscored tensors whose changes the file tells element by element."""
+    if not isinstance(unscored, dict):
+        raise bad(file, _WHAT, "unscored is not an object")
+    counts = {tensor.bias: tensor.layout.count for tensor in tensors.values()}
+    for name, entry in sorted(unscored.items()):
+        if not isinstance(entry, dict) or name in tensors:
+            raise bad(file, _WHAT, "what it says of an unscored tensor makes no sense", name)
+        delta = entry.get("delta_sq", 0.0)
+        if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
+            raise bad(file, _WHAT, "its delta_sq is not a sum of squares", name)
+        if f"{name}:changed" in file.tensors:
+            info, layout = described_tensor(file, _WHAT, name, entry)
+            _check_vector(file, f"{name}:changed", "I64", layout.count)
+            if f"{name}:delta_sq" in file.tensors:
+                _check_vector(file, f"{name}:delta_sq", "F64", layout.count)
+            if layout.count != counts.get(name, layout.count):
+                raise bad(file, _WHAT, "a bias has other neurons than its weight", name)
+            yield name, Follower(info, layout, entry.get("included") is True)
+
+
 def _scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     info, layout = described_tensor(file, _WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
@@ -397,6 +424,7 @@ def _scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     if part is not None and not (
         isinstance(part, list)
         and len(part) == 3
+        and layout.axes
         and all(isinstance(n, int) and n >= 0 for n in part)
         and part[2]
     ):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..checkpoint.document import bad, described_tensor, dump, read_document
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
+from ..checkpoint.output import refuse_output
 from ..checkpoint.tensorfile import TensorFile, written_file
 from ..errors import boundary
 
@@ -131,6 +132,7 @@ class Selection:
         MachineError
             If it cannot be written.
         """
+        refuse_output(path, inputs=[], force=force, kind="file")
         entries = [
             TensorInfo(f"{name}:index", index_dtype(c.layout.count), (len(c.index),))
             for name, c in self.tensors.items()

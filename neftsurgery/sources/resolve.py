@@ -41,7 +41,7 @@ class Source:
     @property
     def local_name(self) -> str:
         """The last part of the name: what a person calls it."""
-        return self.path.name if self.repo is None else self.repo
+        return Path(os.path.abspath(self.path)).name if self.repo is None else self.repo
 
 
 def resolve(named: str | os.PathLike[str]) -> Source:

@@ -101,7 +101,8 @@ def examine(
 ) -> list[PatchState]:
     """Compare every touched vector with each patch, and each patch's hashes with its content.
 
-    Each patch is compared with the state that the ones before it leave.
+    Each patch is compared with the state that the ones before it leave. A vector that already is
+    what it and some that follow make of it counts as patched.
 
     Raises
     ------
@@ -123,10 +124,17 @@ def examine(
         after = digests(patch.values(block.name, block.start, block.stop))
         index = patch.index(block.name)[block.start : block.stop]
         now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index)
-        for earlier in patches[: block.patch]:
-            if block.name in earlier.tensors:
-                overlay(now, index, tensor, earlier)
-        return before, after, digests(now)
+        others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
+        if not others:
+            return before, after, digests(now)
+        reached = patch.values(block.name, block.start, block.stop)
+        settled = (now == reached).all(axis=1)
+        for later in (patches[n] for n in others if n > block.patch):
+            overlay(reached, index, tensor, later)
+            settled |= (now == reached).all(axis=1)  # later ones are in, so this one's trace may be gone
+        for earlier in (patches[n] for n in others if n < block.patch):
+            overlay(now, index, tensor, earlier)
+        return before, after, np.where(settled[:, None], after, digests(now))
 
     for block, (before, after, now) in in_order(look, _blocks(patches), threads):
         patch = patches[block.patch]

@@ -140,7 +140,7 @@ def test_a_spooled_file_has_no_name_and_goes_with_its_reader(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = len(os.listdir("/dev/fd"))
-    with written_file([TensorInfo("a", "F32", (4,))], {}, None) as written:
+    with written_file([TensorInfo("a", "F32", (4,))], {"k": "?"}, None) as written:
         assert os.listdir(tmp_path) == []
         written.writer.write("a", 0, np.arange(4, dtype=np.float32))
         with pytest.raises(ValueError, match="not finished"):

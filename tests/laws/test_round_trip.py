@@ -329,7 +329,7 @@ def test_overlapping_patches_apply_in_order(
         {"neurons": "10%"},
         {"neurons": 7, "policy": "reversed"},
         {"params": "5%", "policy": "random", "seed": 3},
-        {"threshold": 0.03},
+        {"threshold": 1e-5},
         {"changed": True},
     ],
     ids=lambda budget: next(iter(budget)),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import KINDS, LARGEST, Values, assert_scores, compare, fine_tuned, reference
-from test_kernels import ALL, decode, encode
+from test_kernels import ALL, Bits, decode, encode
 
 from neftsurgery.scoring.sums import SCORES, Sums, UnitSums, exact, random_scores
 
@@ -142,26 +142,21 @@ def test_refined_values_count():
 # Units: concatenated vectors.
 
 
-def joined(
-    dtype: str, parts: list[tuple[Values, Values]], tensors: int | None = None
-) -> tuple[UnitSums, Values, Values]:
-    """Unit sums of row i of every part, and the concatenated rows as the type holds them."""
+def joined(dtype: str, parts: list[tuple[Values, Values]]) -> tuple[UnitSums, Bits, Bits]:
+    """Unit sums of row i of every part, and the concatenated rows."""
     units = UnitSums(len(parts[0][0]))
-    columns: tuple[list[Values], list[Values]] = ([], [])
-    for x, y in parts:
-        a, b = encode(dtype, x), encode(dtype, y)
+    bits = [(encode(dtype, x), encode(dtype, y)) for x, y in parts]
+    for a, b in bits:
         sums = compare(dtype, a, b, (0,)).sums
         assert sums is not None
         units.add(np.arange(len(a)), sums, a.shape[1])
-        for side, values in zip(columns, (a, b), strict=True):
-            side.append(decode(dtype, values))
-    return units, np.concatenate(columns[0], axis=1), np.concatenate(columns[1], axis=1)
+    return units, np.concatenate([a for a, _ in bits], axis=1), np.concatenate([b for _, b in bits], axis=1)
 
 
 def check_units(dtype: str, parts: list[tuple[Values, Values]]) -> None:
-    units, x, y = joined(dtype, parts)
+    units, a, b = joined(dtype, parts)
     found = {kind: units.score(kind) for kind in KINDS}
-    assert_scores(found, reference(x, y, x != y))
+    assert_scores(found, reference(decode(dtype, a), decode(dtype, b), a != b))
 
 
 @pytest.mark.parametrize("dtype", ALL)
@@ -264,10 +259,8 @@ def test_random_scores():
     share = np.histogram(scores, bins=20, range=(0, 1))[0] / 20_000
     np.testing.assert_allclose(share, 0.05, atol=0.01)
     np.testing.assert_array_equal(random_scores("model.layers.0.mlp.up_proj.weight", 20_000, 3), scores)
-    for other in (
-        random_scores("model.layers.1.mlp.up_proj.weight", 20_000, 3),
-        random_scores("model.layers.0.mlp.up_proj.weight", 20_000, 4),
-    ):
+    for layer, seed in ((1, 3), (0, 4)):
+        other = random_scores(f"model.layers.{layer}.mlp.up_proj.weight", 20_000, seed)
         assert abs(np.corrcoef(scores, other)[0, 1]) < 0.04
     assert random_scores("", 0, 0).shape == (0,)
     assert not (random_scores("\ud800", 5, 2**70) == random_scores("\ud801", 5, 2**70)).any()

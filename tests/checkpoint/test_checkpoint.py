@@ -1,0 +1,458 @@
+"""Checkpoints as they really are, and as an attacker, a download or another process may leave them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_file, write_folder
+from numpy.typing import NDArray
+
+from neftsurgery.checkpoint import checkpoint as module
+from neftsurgery.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from neftsurgery.checkpoint.opening import open_checkpoint
+from neftsurgery.errors import CorruptFileError, MachineError, UsageError, boundary
+
+Arrays = dict[str, NDArray[np.float32]]
+ARRAYS: Arrays = {
+    f"layers.{n}.weight": np.random.default_rng(n).standard_normal((3, 4)).astype(np.float32)
+    for n in range(5)
+}
+
+
+def read(checkpoint: Checkpoint, name: str) -> bytes:
+    buffer = bytearray(checkpoint.tensors[name].nbytes)
+    checkpoint.read_into(name, 0, memoryview(buffer))
+    return bytes(buffer)
+
+
+def assert_holds(checkpoint: Checkpoint, arrays: Arrays) -> None:
+    assert checkpoint.tensors.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert checkpoint.tensors[name].dtype == "F32"
+        assert checkpoint.tensors[name].shape == array.shape
+        assert read(checkpoint, name) == array.tobytes()
+
+
+def reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    """Write a folder's index again, its weight_map changed."""
+    index = json.loads((folder / INDEX_NAME).read_text())
+    change(index["weight_map"])
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+
+
+# What there is.
+
+
+def test_one_file(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "any name.safetensors", ARRAYS)
+    checkpoint = open_checkpoint(path)
+    assert_holds(checkpoint, ARRAYS)
+    assert checkpoint.is_file
+    assert checkpoint.root == tmp_path
+    assert [shard.path for shard in checkpoint.shards] == [path]
+    assert checkpoint.name == str(path)
+
+
+def test_a_folder_with_one_file(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    checkpoint = open_checkpoint(folder)
+    assert_holds(checkpoint, ARRAYS)
+    assert not checkpoint.is_file
+    assert checkpoint.root == folder
+
+
+def test_shards(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=3)
+    checkpoint = open_checkpoint(str(folder))
+    assert_holds(checkpoint, ARRAYS)
+    assert len(checkpoint.shards) == 3
+    for name in ARRAYS:
+        number, offset = checkpoint.position(name)
+        shard = checkpoint.shards[number]
+        assert checkpoint.shard_of(name) is shard
+        assert shard.path.read_bytes()[offset : offset + 48] == ARRAYS[name].tobytes()
+        assert shard.size == shard.path.stat().st_size
+
+
+def test_reads_from_any_position_are_counted(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_folder(tmp_path / "m", ARRAYS, shards=2))
+    assert checkpoint.bytes_read == 0
+    buffer = bytearray(7)
+    checkpoint.read_into("layers.3.weight", 5, memoryview(buffer))
+    assert bytes(buffer) == ARRAYS["layers.3.weight"].tobytes()[5:12]
+    assert checkpoint.bytes_read == 7
+
+
+def test_a_single_file_beats_an_index_beside_it(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    single = {"only": np.ones((2, 2), np.float32)}
+    write_file(folder / SINGLE_NAME, single)
+    assert_holds(open_checkpoint(folder), single)
+
+
+def test_a_tensor_missing_from_the_weight_map_still_loads(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    reindex(folder, lambda weight_map: weight_map.pop("layers.3.weight"))
+    assert_holds(open_checkpoint(folder), ARRAYS)
+
+
+def test_a_file_beside_the_shards_that_no_index_names_is_ignored(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    write_file(folder / "adapter.safetensors", {"x": np.ones(3, np.float32)})
+    assert_holds(open_checkpoint(folder), ARRAYS)
+
+
+def test_symlinked_shards_as_in_the_hub_cache(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{number}")
+        path.symlink_to(f"../blobs/{number}")
+    checkpoint = open_checkpoint(folder)
+    assert_holds(checkpoint, ARRAYS)
+    checkpoint.check_unchanged()
+
+
+def test_parameters_and_bytes(tmp_path: Path) -> None:
+    arrays = {
+        "w": np.zeros((3, 4), np.float16),
+        "b": np.zeros(3, np.float64),
+        "step": np.zeros((), np.int64),
+        "mask": np.zeros(10, np.bool_),
+    }
+    checkpoint = open_checkpoint(write_file(tmp_path / "x.safetensors", arrays))
+    assert checkpoint.parameters == 15
+    assert checkpoint.nbytes == 24 + 24 + 8 + 10
+
+
+def test_a_folder_with_neither_names_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds neither") as error:
+        open_checkpoint(tmp_path)
+    assert error.value.hint is None
+    for name in ("d", "b", "c", "a"):
+        write_file(tmp_path / f"{name}.safetensors", {})
+    with pytest.raises(UsageError) as error:
+        open_checkpoint(tmp_path)
+    assert error.value.hint == "it does hold a.safetensors, b.safetensors, c.safetensors: name that file"
+
+
+# Hostile and broken indices.
+
+OUTSIDE = [
+    "../x.safetensors",
+    "sub/x.safetensors",
+    "sub\\x.safetensors",
+    "x\0.safetensors",
+    "..",
+    ".",
+    "",
+    "/etc/passwd",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_index_cannot_point_outside_its_folder(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    extra = {"extra": np.ones(3, np.float32)}
+    (folder / "sub").mkdir()
+    for place in (
+        tmp_path / "x.safetensors",
+        folder / "sub" / "x.safetensors",
+        folder / "sub\\x.safetensors",
+    ):
+        write_file(place, extra)
+    reindex(folder, lambda weight_map: weight_map.update(extra=name))
+    with pytest.raises(CorruptFileError, match="outside") as error:
+        open_checkpoint(folder)
+    assert error.value.file == str(folder / INDEX_NAME)
+    assert "\0" not in str(error.value)
+
+
+def test_an_absolute_path_in_an_index_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    path = write_file(tmp_path / "x.safetensors", {"extra": np.ones(3, np.float32)})
+    reindex(folder, lambda weight_map: weight_map.update(extra=str(path)))
+    with pytest.raises(CorruptFileError, match="outside"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "n" * 300, "ü" * 200, "\ud800.safetensors", "sub"])
+def test_a_missing_shard(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    (folder / "sub").mkdir()
+    reindex(folder, lambda weight_map: weight_map.update(extra=name))
+    with pytest.raises(CorruptFileError, match="is not there") as error:
+        open_checkpoint(folder)
+    assert error.value.file == str(folder / INDEX_NAME)
+    str(error.value).encode()
+
+
+def test_a_shard_that_is_no_safetensors_file(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2, config={"model_type": "llama"})
+    reindex(folder, lambda weight_map: weight_map.update(extra="config.json"))
+    with pytest.raises(CorruptFileError) as error:
+        open_checkpoint(folder)
+    assert error.value.file == str(folder / "config.json")
+
+
+DEEP = "[" * 200_000
+HUGE = "9" * 10_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "7",
+        "{}",
+        '{"weight_map": null}',
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": ["model-00001-of-00002.safetensors"]}}',
+        '{"weight_map": {"a": {}}}',
+        f'{{"weight_map": {{"a": {HUGE}}}}}',
+        f'{{"total_size": {HUGE}, "weight_map": {{"a": "model-00001-of-00002.safetensors"}}}}',
+        DEEP,
+        f'{{"weight_map": {DEEP}',
+        '{"weight_map": ' + '{"a":' * 200_000,
+        b"\xff\xfe{}",
+        b'{"weight_map": {"a": "\xff"}}',
+    ],
+    ids=lambda text: (text if isinstance(text, str) else repr(text))[:30],
+)
+def test_a_broken_index(tmp_path: Path, text: str | bytes) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    (folder / INDEX_NAME).write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(CorruptFileError) as error:
+        open_checkpoint(folder)
+    assert error.value.file == str(folder / INDEX_NAME)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_huge_index_is_not_read(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    os.truncate(folder / INDEX_NAME, 1 << 40)  # sparse
+    with pytest.raises(CorruptFileError, match="larger than"):
+        open_checkpoint(folder)
+
+
+def test_the_same_tensor_in_two_shards(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    write_file(folder / "third.safetensors", {"layers.1.weight": ARRAYS["layers.1.weight"]})
+    reindex(folder, lambda weight_map: weight_map.update(extra="third.safetensors"))
+    with pytest.raises(
+        CorruptFileError, match=r"model-00002-of-00002\.safetensors and third\.safetensors"
+    ) as error:
+        open_checkpoint(folder)
+    assert error.value.tensor == "layers.1.weight"
+
+
+# Configs.
+
+
+def test_config(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, config={"model_type": "llama"})
+    assert open_checkpoint(folder).config == {"model_type": "llama"}
+    assert open_checkpoint(folder / SINGLE_NAME).config == {"model_type": "llama"}
+    (folder / "config.json").unlink()
+    assert open_checkpoint(folder).config is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "7", DEEP, '{"a":' * 200_000, b'{"a": "\xff"}', f'{{"a": {HUGE}}}'],
+    ids=lambda t: t[:9],
+)
+def test_a_broken_config(tmp_path: Path, text: str | bytes) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    (folder / "config.json").write_bytes(text.encode() if isinstance(text, str) else text)
+    checkpoint = open_checkpoint(folder)  # the weights are fine
+    with pytest.raises(CorruptFileError) as error:
+        _ = checkpoint.config
+    assert error.value.file == str(folder / "config.json")
+
+
+# Files that change under our hands.
+
+
+def edit(path: Path) -> None:
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # whatever the clock's resolution
+
+
+def replace(path: Path) -> None:
+    status = path.stat()
+    copy = path.with_name("copy")
+    shutil.copy(path, copy)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.replace(path)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+CHANGES = [edit, replace, truncate, lengthen]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_changed_file_is_noticed(tmp_path: Path, change: Callable[[Path], None], linked: bool) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    path = folder / "model-00002-of-00002.safetensors"
+    if linked:
+        real = tmp_path / "blob"
+        path.rename(real)
+        path.symlink_to(real)
+        path = real
+    checkpoint = open_checkpoint(folder)
+    checkpoint.check_unchanged()
+    change(path)
+    with pytest.raises(MachineError, match="changed by someone else") as error:
+        checkpoint.check_unchanged()
+    assert error.value.file == str(folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(MachineError, match="changed by someone else"):
+        read(checkpoint, "layers.1.weight")
+    assert read(checkpoint, "layers.0.weight") == ARRAYS["layers.0.weight"].tobytes()
+
+
+def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", ARRAYS)
+    checkpoint = open_checkpoint(path)
+    read(checkpoint, "layers.0.weight")
+    truncate(path)
+    last = max(ARRAYS, key=checkpoint.position)
+    with pytest.raises(CorruptFileError, match="too soon") as error:
+        read(checkpoint, last)
+    assert error.value.file == str(path)
+
+
+def test_a_replaced_file_is_read_on_but_noticed(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", ARRAYS)
+    checkpoint = open_checkpoint(path)
+    read(checkpoint, "layers.0.weight")
+    write_file(tmp_path / "y", {n: -a for n, a in ARRAYS.items()}).replace(path)
+    assert_holds(checkpoint, ARRAYS)
+    with pytest.raises(MachineError):
+        checkpoint.check_unchanged()
+
+
+def test_a_deleted_file_is_noticed(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", ARRAYS)
+    checkpoint = open_checkpoint(path)
+    path.unlink()
+    with pytest.raises(MachineError):
+        boundary(checkpoint.check_unchanged)()
+    with pytest.raises(MachineError):
+        boundary(read)(checkpoint, "layers.0.weight")
+
+
+def test_a_file_replaced_while_it_was_closed_is_noticed(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", ARRAYS)
+    checkpoint = open_checkpoint(path)
+    read(checkpoint, "layers.0.weight")
+    checkpoint.close()
+    assert read(checkpoint, "layers.0.weight") == ARRAYS["layers.0.weight"].tobytes()
+    checkpoint.close()
+    replace(path)
+    with pytest.raises(MachineError):
+        read(checkpoint, "layers.0.weight")
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Take the permission to read a file away, from root as well."""
+    path.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        path.chmod(0o600)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", INDEX_NAME])
+def test_an_unreadable_file(name: str) -> None:
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        folder = write_folder(Path(top) / "m", ARRAYS, shards=2)
+        with unreadable(folder / name), pytest.raises(MachineError, match="permission denied") as error:
+            boundary(open_checkpoint)(folder)
+        assert error.value.file == str(folder / name)
+
+
+# More shards than files may be open.
+
+
+def test_more_shards_than_are_held_open_are_read_right_from_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_OPEN_SHARDS", 3)
+    arrays = {f"t{n:02}": np.full((50, 40), n, np.float32) for n in range(20)}
+    checkpoint = open_checkpoint(write_folder(tmp_path / "m", arrays, shards=20))
+    wrong: list[str] = []
+    before = len(os.listdir("/dev/fd"))
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for number in rng.integers(0, 20, 150):
+            name = f"t{number:02}"
+            if read(checkpoint, name) != arrays[name].tobytes():
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert checkpoint.bytes_read == 8 * 150 * 8000
+    assert len(os.listdir("/dev/fd")) == before + 3
+    checkpoint.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_as_many_shards_as_real_models_have(tmp_path: Path) -> None:
+    arrays = {f"t{n:03}": np.full(3, n, np.float32) for n in range(module._OPEN_SHARDS + 10)}
+    checkpoint = open_checkpoint(write_folder(tmp_path / "m", arrays, shards=len(arrays)))
+    before = len(os.listdir("/dev/fd"))
+    assert_holds(checkpoint, arrays)
+    assert len(os.listdir("/dev/fd")) <= before + module._OPEN_SHARDS
+    assert_holds(checkpoint, arrays)
+
+
+def test_a_checkpoint_closes_its_files_when_it_goes(tmp_path: Path) -> None:
+    before = len(os.listdir("/dev/fd"))
+    checkpoint = open_checkpoint(write_folder(tmp_path / "m", ARRAYS, shards=2))
+    assert len(os.listdir("/dev/fd")) == before
+    assert_holds(checkpoint, ARRAYS)
+    assert len(os.listdir("/dev/fd")) == before + 2
+    del checkpoint
+    assert len(os.listdir("/dev/fd")) == before

@@ -1,0 +1,785 @@
+"""Changes in place, stopped at every step: afterwards the files are the old ones or the new ones, never a mix.
+
+Run as a program, this file is the process that is killed: see `main`.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from conftest import write_file, write_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import neftsurgery
+from neftsurgery.checkpoint import journal as module
+from neftsurgery.checkpoint import output, vectors
+from neftsurgery.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
+from neftsurgery.checkpoint.journal import JOURNAL_NAME, Change, heal, journal_path, journaled, locked
+from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.checkpoint.opening import open_checkpoint
+from neftsurgery.checkpoint.tensorfile import TensorFile
+from neftsurgery.checkpoint.vectors import scatter
+from neftsurgery.errors import CorruptFileError, MachineError, MismatchError
+from neftsurgery.sources.resolve import resolve
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """New random vectors, from ``seed``, for neurons of a tensor along ``axes``."""
+
+    name: str
+    axes: tuple[int, ...]
+    index: tuple[int, ...]
+    seed: int
+
+    def values(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        width = Layout(shape, self.axes).width
+        return np.random.default_rng(self.seed).standard_normal((len(self.index), width)).astype(np.float32)
+
+
+def change_in_place(path: Path, steps: list[Step]) -> None:
+    """What every command does that changes a checkpoint in place."""
+    checkpoint = Checkpoint.read(resolve(path))
+    changes, rows = [], []
+    for step in steps:
+        info = checkpoint.tensors[step.name]
+        rows.append(step.values(info.shape).view(np.uint8))
+        digests = [np.frombuffer(xxhash.xxh3_128_digest(row), np.uint8) for row in rows[-1]]
+        index = np.array(step.index, np.int64)
+        changes.append(Change(info, Layout(info.shape, tuple(step.axes)), index, np.array(digests)))
+    shards = {shard.path: shard for shard in (checkpoint.shard_of(step.name) for step in steps)}
+    with locked(list(shards.values())) as held, journaled(checkpoint, changes):
+        for change, values in zip(changes, rows, strict=True):
+            shard = checkpoint.shard_of(change.info.name)
+            for start, stop in change.blocks():
+                scatter(
+                    held[shard.path],
+                    shard.header.offsets[change.info.name],
+                    change.info,
+                    change.layout,
+                    change.index[start:stop],
+                    values[start:stop],
+                    str(shard.path),
+                )
+        for fd in held.values():
+            os.fsync(fd)
+
+
+def changed(arrays: Arrays, steps: list[Step]) -> Arrays:
+    """The oracle: the same by numpy, in memory."""
+    result = {name: array.copy() for name, array in arrays.items()}
+    for step in steps:
+        array = result[step.name]
+        places = list(itertools.product(*(range(array.shape[axis]) for axis in step.axes)))
+        for neuron, vector in zip(step.index, step.values(array.shape), strict=True):
+            where: list[Any] = [slice(None)] * array.ndim
+            for axis, at in zip(step.axes, places[neuron], strict=True):
+                where[axis] = at
+            array[tuple(where)] = vector.reshape(array[tuple(where)].shape)
+    return result
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Everything in a folder but what a killed process leaves beside the files."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {f.name: f.read_bytes() for f in files if not re.fullmatch(r"\..*\.neft-[0-9a-f]{16}", f.name)}
+
+
+def small_pieces(patch: pytest.MonkeyPatch) -> None:
+    """Make small tensors go through all the splitting that large ones do."""
+    patch.setattr(vectors, "_PIECE_BYTES", 96)
+    patch.setattr(vectors, "_BLOCK_BYTES", 128)
+    patch.setattr(vectors, "_STRIDED_BLOCK_BYTES", 400)
+
+
+# The process that is killed.
+
+
+def main(base: Path, runs: Path, steps: list[Step]) -> None:
+    """For every n, in a copy of ``base``: make the change, and die at its n-th operation on files."""
+    small_pieces(pytest.MonkeyPatch())
+    for number in itertools.count():
+        target = runs / f"{number}"
+        shutil.copytree(base, target)
+        if (child := os.fork()) == 0:
+            die_at(number)
+            change_in_place(target, steps)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            return
+        if status != -signal.SIGKILL:
+            sys.exit(f"the change failed by itself: {status}")
+
+
+def die_at(number: int) -> None:
+    ticks = itertools.count()
+    pwrite = os.pwrite
+
+    def torn(fd: int, data: memoryview, offset: int) -> int:
+        if next(ticks) == number:
+            pwrite(fd, data[: len(data) // 2], offset)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pwrite(fd, data, offset)
+
+    os.pwrite = torn  # type: ignore[assignment]
+    for owner, name in [
+        (os, "fsync"),
+        (os, "ftruncate"),
+        (os, "unlink"),
+        (os, "rename"),
+        (os, "link"),
+        (output, "_rename_specially"),
+    ]:
+
+        def before(*args: Any, _call: Callable[..., Any] = getattr(owner, name), **kwargs: Any) -> Any:
+            if next(ticks) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return _call(*args, **kwargs)
+
+        setattr(owner, name, before)
+
+
+def killed_everywhere(base: Path, runs: Path, steps: list[Step]) -> list[Path]:
+    """The folders that `main` leaves, in the order of the deaths; the last one's change was completed."""
+    runs.mkdir()
+    places = [str(Path(neftsurgery.__file__).parents[1]), str(Path(__file__).parents[1])]
+    subprocess.run(
+        [sys.executable, __file__, base, runs, json.dumps([asdict(step) for step in steps])],
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        timeout=120,
+    )
+    return sorted(runs.iterdir(), key=lambda path: int(path.name))
+
+
+RNG = np.random.default_rng(7)
+
+
+def normal(*shape: int) -> NDArray[np.float32]:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+ARRAYS: Arrays = {
+    "a.rows": normal(9, 8),
+    "b.columns": normal(12, 7),
+    "c.experts": normal(3, 6, 5),
+    "d.bias": normal(6),
+    "e.norm": np.ones(8, np.float32),
+    "f.frozen": normal(40, 8),
+}
+ALL = tuple(range(100))
+CHANGES = {
+    "rows": [Step("a.rows", (0,), (0, 1, 4, 8), 1)],
+    "all rows": [Step("a.rows", (0,), ALL[:9], 1)],
+    "columns": [Step("b.columns", (1,), (0, 2, 3, 6), 1)],
+    "all columns": [Step("b.columns", (1,), ALL[:7], 1)],
+    "experts' columns": [Step("c.experts", (0, 2), (0, 3, 4, 8, 10, 13), 1)],
+    "rows, then columns": [Step("a.rows", (0,), (1, 2, 7), 1), Step("a.rows", (1,), (0, 3, 4, 7), 2)],
+    "all columns, then all rows": [Step("a.rows", (1,), ALL[:8], 1), Step("a.rows", (0,), ALL[:9], 2)],
+    "the same rows twice": [Step("a.rows", (0,), (1, 2, 7), 1), Step("a.rows", (0,), (2, 3), 2)],
+    "a bias": [Step("d.bias", (0,), (0, 1, 2, 4, 5), 1)],
+    "a norm of ones": [Step("e.norm", (0,), ALL[:8], 1)],
+    "everything": [
+        Step("a.rows", (0,), ALL[:9], 1),
+        Step("b.columns", (1,), ALL[:7], 2),
+        Step("c.experts", (0, 2), ALL[:15], 3),
+        Step("d.bias", (0,), ALL[:6], 4),
+        Step("e.norm", (0,), ALL[:8], 5),
+        Step("f.frozen", (0,), ALL[:40], 6),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_killed_at_any_step_is_healed(tmp_path: Path, name: str) -> None:
+    steps = CHANGES[name]
+    shards = 1 if len(steps) == 2 else 3
+    base = write_folder(tmp_path / "base", ARRAYS, shards=shards, config={"model_type": "llama"})
+    old = content(base)
+    results, healed = [], 0
+    for run in killed_everywhere(base, tmp_path / "runs", steps):
+        journal = (run / JOURNAL_NAME).exists()
+        half_done = journal and {n: b for n, b in content(run).items() if n != JOURNAL_NAME} != old
+        open_checkpoint(run)
+        healed += half_done
+        results.append(content(run))
+        assert results[-1].keys() == old.keys()  # no journal either
+    new = results[-1]
+    assert load(run) == {n: a.tobytes() for n, a in changed(ARRAYS, steps).items()}
+    assert all(result in (old, new) for result in results)
+    assert results == [old] * results.count(old) + [new] * results.count(new)
+    assert results.count(old) > 5
+    assert healed > 1
+
+
+def load(folder: Path) -> dict[str, bytes]:
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    return {name: array.tobytes() for file in files for name, array in load_file(file).items()}
+
+
+def test_what_a_killed_change_left_goes_with_the_next_one(tmp_path: Path) -> None:
+    steps = CHANGES["rows"]
+    base = write_folder(tmp_path / "base", ARRAYS)
+    for run in killed_everywhere(base, tmp_path / "runs", steps):
+        open_checkpoint(run)
+        change_in_place(run, steps)
+        assert sorted(os.listdir(run)) == sorted(os.listdir(base))
+        assert load(run) == {n: a.tobytes() for n, a in changed(ARRAYS, steps).items()}
+
+
+# The same in this process: the journal stays when the change fails.
+
+
+class StopError(Exception):
+    pass
+
+
+def start(path: Path, steps: list[Step]) -> None:
+    """Begin a change, and stop when the journal is written and no vector is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "scatter", _stop)
+        with suppress(StopError):
+            change_in_place(path, steps)
+    assert journal_path(resolve(path)).exists()
+
+
+def _stop(*args: object) -> None:
+    raise StopError
+
+
+def shards_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.sampled_from(sorted(CHANGES)), st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_power_loss_leaves_any_sectors_written(name: str, seed: int, tenths: int) -> None:
+    rng = np.random.default_rng(seed)
+    sector = 64
+    steps = CHANGES[name]
+    with tempfile.TemporaryDirectory() as top:
+        base = write_folder(Path(top) / "base", ARRAYS)
+        done = Path(shutil.copytree(base, Path(top) / "done"))
+        change_in_place(done, steps)
+        old, new = ((folder / SINGLE_NAME).read_bytes() for folder in (base, done))
+        assert len(old) == len(new)
+        assert old != new
+        start(base, steps)
+        mixed = bytearray(old)
+        for begin in range(0, len(old), sector):
+            if rng.integers(10) < tenths:
+                mixed[begin : begin + sector] = new[begin : begin + sector]
+        (base / SINGLE_NAME).write_bytes(mixed)
+        open_checkpoint(base)
+        assert content(base) == {SINGLE_NAME: old}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_single_file_and_a_folder(tmp_path: Path, shards: int) -> None:
+    base = write_folder(tmp_path / "m", ARRAYS, shards=shards)
+    old = content(base)
+    start(base, CHANGES["everything"])
+    assert JOURNAL_NAME in os.listdir(base)
+    assert heal(resolve(base))
+    assert content(base) == old
+    assert not heal(resolve(base))
+
+    file = write_file(tmp_path / "x.safetensors", ARRAYS)
+    raw = file.read_bytes()
+    start(file, CHANGES["everything"])
+    assert (tmp_path / ".x.safetensors.neft-journal").exists()
+    scribble(file, "a.rows")
+    open_checkpoint(file)
+    assert file.read_bytes() == raw
+    assert sorted(os.listdir(tmp_path)) == ["m", "x.safetensors"]
+
+
+def scribble(path: Path, name: str) -> None:
+    """Half of a tensor's bytes as if rewritten."""
+    for file in shards_of(path):
+        checkpoint = Checkpoint.read(resolve(file))
+        if name in checkpoint.tensors:
+            with file.open("r+b") as stream:
+                stream.seek(checkpoint.position(name)[1])
+                stream.write(b"\x55" * (checkpoint.tensors[name].nbytes // 2))
+
+
+def test_the_same_files_named_otherwise_are_healed_too(tmp_path: Path) -> None:
+    """A folder's file opened by itself, a file's folder, and a link to either."""
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    file = folder / SINGLE_NAME
+    raw = file.read_bytes()
+    (tmp_path / "folder").symlink_to(folder)
+    (tmp_path / "link.safetensors").symlink_to(file)
+    names = [folder, file, tmp_path / "folder", tmp_path / "link.safetensors"]
+    for begun, opened in itertools.product([folder, file], names):
+        start(begun, CHANGES["rows"])
+        scribble(file, "a.rows")
+        assert file.read_bytes() != raw
+        open_checkpoint(opened)
+        assert file.read_bytes() == raw
+        assert os.listdir(folder) == [SINGLE_NAME]
+
+
+def test_a_file_beside_the_model_does_not_stand_in_its_way(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    other = write_file(folder / "other.safetensors", ARRAYS)
+    start(other, CHANGES["rows"])
+    open_checkpoint(folder)
+    assert journal_path(resolve(other)).exists()
+    open_checkpoint(other)
+    assert not journal_path(resolve(other)).exists()
+    start(folder, CHANGES["rows"])
+    open_checkpoint(other)
+    assert (folder / JOURNAL_NAME).exists()
+
+
+def test_a_copy_of_the_folder_heals_like_the_folder(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    old = content(folder)
+    start(folder, CHANGES["everything"])
+    scribble(folder, "a.rows")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    open_checkpoint(copy)
+    assert content(copy) == old
+    assert (folder / JOURNAL_NAME).exists()
+
+
+def test_a_journal_of_a_change_that_fails_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    monkeypatch.setattr(sys.modules[__name__], "scatter", _stop)
+    with pytest.raises(StopError):
+        change_in_place(folder, CHANGES["rows"])
+    assert (folder / JOURNAL_NAME).exists()
+
+
+def test_the_journal_holds_the_old_vectors_and_is_synced_before_the_first_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    calls: list[str] = []
+    fsync, rename = os.fsync, output._rename_specially
+
+    def noted_fsync(fd: int) -> None:
+        calls.append("sync folder" if os.path.isdir(f"/dev/fd/{fd}") else "sync file")
+        fsync(fd)
+
+    def noted_rename(*args: Any, **kwargs: Any) -> bool:
+        calls.append("rename")
+        return rename(*args, **kwargs)
+
+    def noted_scatter(*args: Any) -> int:
+        calls.append("write")
+        found = load_file(folder / JOURNAL_NAME)
+        np.testing.assert_array_equal(found["0:old"], ARRAYS["a.rows"][[0, 1, 4, 8]])
+        return scatter(*args)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(output, "_rename_specially", noted_rename)
+    monkeypatch.setattr(sys.modules[__name__], "scatter", noted_scatter)
+    change_in_place(folder, CHANGES["rows"])
+    assert calls == ["sync file", "rename", "sync folder", "write", "sync file", "sync folder"]
+
+
+# Journals that belong to other files.
+
+
+def others() -> Arrays:
+    """Another model of the same architecture: all but the norm of ones is different."""
+    rng = np.random.default_rng(99)
+    return {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in ARRAYS.items()} | {
+        "e.norm": ARRAYS["e.norm"]
+    }
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "a norm of ones"])
+def test_another_model_of_the_same_architecture_is_left_alone(tmp_path: Path, name: str, shards: int) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=shards)
+    other = write_folder(tmp_path / "other", others(), shards=shards)
+    start(folder, CHANGES[name])
+    journal = (folder / JOURNAL_NAME).read_bytes()
+    for path in shards_of(other):
+        path.replace(folder / path.name)
+    before = content(folder)
+    with pytest.raises(MismatchError, match="not the file it was written for") as error:
+        open_checkpoint(folder)
+    assert content(folder) == before
+    assert (folder / JOURNAL_NAME).read_bytes() == journal
+    assert error.value.file == str(folder / JOURNAL_NAME)
+    assert "delete the journal" in str(error.value.hint)
+
+
+def test_a_model_that_shares_all_but_the_changed_rows_is_left_alone(tmp_path: Path) -> None:
+    """Two tunings of the same rows of one base: only the touched vectors tell them apart."""
+    steps = [Step("a.rows", (0,), (1, 4), 1)]
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, steps)
+    other = write_folder(tmp_path / "o", changed(ARRAYS, [Step("a.rows", (0,), (1, 4), 2)]))
+    (other / SINGLE_NAME).replace(folder / SINGLE_NAME)
+    before = content(folder)
+    with pytest.raises(MismatchError):
+        open_checkpoint(folder)
+    assert content(folder) == before
+
+
+def test_an_unchanged_norm_of_ones_is_no_other_model(tmp_path: Path) -> None:
+    """Its vectors tell nothing, but they are all there."""
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    old = content(folder)
+    start(folder, CHANGES["a norm of ones"])
+    open_checkpoint(folder)
+    assert content(folder) == old
+
+
+def header_changed(folder: Path) -> None:
+    path = folder / SINGLE_NAME
+    write_file(path, ARRAYS, {"format": "np"})
+
+
+def size_changed(folder: Path) -> None:
+    write_file(folder / SINGLE_NAME, ARRAYS | {"more": np.ones(3, np.float32)})
+
+
+def tensor_gone(folder: Path) -> None:
+    write_file(folder / SINGLE_NAME, {n: a for n, a in ARRAYS.items() if n != "a.rows"})
+
+
+def shape_changed(folder: Path) -> None:
+    write_file(folder / SINGLE_NAME, ARRAYS | {"a.rows": ARRAYS["a.rows"].reshape(8, 9)})
+
+
+def sharded_now(folder: Path) -> None:
+    (folder / SINGLE_NAME).unlink()
+    for path in write_folder(folder / "new", ARRAYS, shards=2).iterdir():
+        path.replace(folder / path.name)
+    (folder / "new").rmdir()
+
+
+@pytest.mark.parametrize("how", [header_changed, size_changed, tensor_gone, shape_changed, sharded_now])
+def test_files_that_are_others_are_left_alone(tmp_path: Path, how: Callable[[Path], None]) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, CHANGES["rows"])
+    how(folder)
+    before = content(folder)
+    with pytest.raises(MismatchError):
+        open_checkpoint(folder)
+    assert content(folder) == before
+
+
+# Locks and races.
+
+
+def test_a_locked_checkpoint_is_the_machines_error(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, CHANGES["rows"])
+    before = content(folder)
+    code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, folder / SINGLE_NAME], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(MachineError, match="another process is changing this checkpoint") as error:
+            open_checkpoint(folder)
+        with pytest.raises(MachineError, match="another process"):
+            change_in_place(folder, CHANGES["rows"])
+        assert content(folder) == before
+        other.communicate(b"\n")
+    assert error.value.file == str(folder / SINGLE_NAME)
+    open_checkpoint(folder)
+    assert not (folder / JOURNAL_NAME).exists()
+
+
+def test_locks_are_released(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=3)
+    shards = Checkpoint.read(resolve(folder)).shards
+    descriptors = len(os.listdir("/dev/fd"))
+    with locked(shards) as held:
+        assert list(held) == [shard.path for shard in shards]
+        with pytest.raises(MachineError), locked(shards[2:]):
+            pass
+    with locked(shards[:2]), locked(shards[2:]):
+        pass
+    with pytest.raises(MachineError), locked(shards[2:]), locked(shards):
+        pass
+    assert len(os.listdir("/dev/fd")) == descriptors
+    with pytest.raises(StopError), locked(shards):
+        _stop()
+    with locked(shards):
+        pass
+
+
+def test_a_journal_that_another_process_has_dealt_with_meanwhile_is_not_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, CHANGES["rows"])
+    real = module.locked
+
+    @contextmanager
+    def late(shards: Any) -> Iterator[dict[Path, int]]:
+        monkeypatch.setattr(module, "locked", real)
+        assert heal(resolve(folder))
+        change_in_place(folder, CHANGES["rows"])
+        with real(shards) as held:
+            yield held
+
+    monkeypatch.setattr(module, "locked", late)
+    assert not heal(resolve(folder))
+    assert load(folder) == {n: a.tobytes() for n, a in changed(ARRAYS, CHANGES["rows"]).items()}
+
+
+def test_a_journal_that_goes_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, CHANGES["rows"])
+    real = TensorFile.open
+
+    def late(path: Path) -> TensorFile:
+        (folder / JOURNAL_NAME).unlink()
+        return real(path)
+
+    monkeypatch.setattr(TensorFile, "open", late)
+    assert not heal(resolve(folder))
+
+
+def test_a_hub_model_is_never_healed(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, CHANGES["rows"])
+    source = resolve(folder)
+    assert not heal(type(source)(source.path, "org/name", "org/name", "0" * 40))
+    assert (folder / JOURNAL_NAME).exists()
+
+
+# Journals that are damaged.
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    """Change a journal's document and arrays, and write it again."""
+    path = folder / JOURNAL_NAME
+    with safe_open(path, framework="numpy") as file:
+        document = json.loads(file.metadata()["neft_journal"])
+    arrays = load_file(path)
+    change(document, arrays)
+    save_file(arrays, path, {"neft_journal": json.dumps(document)})
+
+
+BAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
+    "newer": lambda d, a: d.update(version=2),
+    "no version": lambda d, a: d.pop("version"),
+    "no files": lambda d, a: d.pop("files"),
+    "files no list": lambda d, a: d.update(files={"name": "x"}),
+    "file no object": lambda d, a: d.update(files=["x"]),
+    "a file twice": lambda d, a: d.update(files=2 * d["files"]),
+    "no tensors": lambda d, a: d.pop("tensors"),
+    "a tensor no object": lambda d, a: d["tensors"].update({"0": 7}),
+    "another number": lambda d, a: d.update(tensors={"7": d["tensors"]["0"]}),
+    "wrong order": lambda d, a: d.update(tensors=dict(reversed(d["tensors"].items()))),
+    "no name": lambda d, a: d["tensors"]["0"].pop("name"),
+    "name no text": lambda d, a: d["tensors"]["0"].update(name=7),
+    "no shape": lambda d, a: d["tensors"]["0"].pop("shape"),
+    "negative shape": lambda d, a: d["tensors"]["0"].update(shape=[-9, 8]),
+    "no dtype": lambda d, a: d["tensors"]["0"].pop("dtype"),
+    "dtype no text": lambda d, a: d["tensors"]["0"].update(dtype=["F32"]),
+    "packed dtype": lambda d, a: d["tensors"]["0"].update(dtype="F4"),
+    "other dtype": lambda d, a: d["tensors"]["0"].update(dtype="F64"),
+    "axis out of range": lambda d, a: d["tensors"]["0"].update(neuron_axes=[2]),
+    "other axis": lambda d, a: d["tensors"]["0"].update(neuron_axes=[1]),
+    "no index": lambda d, a: a.pop("0:index"),
+    "index of another type": lambda d, a: a.update({"0:index": a["0:index"].astype(np.int32)}),
+    "index too short": lambda d, a: a.update({"0:index": a["0:index"][1:]}),
+    "index descending": lambda d, a: a.update({"0:index": a["0:index"][::-1].copy()}),
+    "index repeating": lambda d, a: a["0:index"].__setitem__(1, 0),
+    "index negative": lambda d, a: a["0:index"].__setitem__(0, -1),
+    "index out of range": lambda d, a: a["0:index"].__setitem__(-1, 9),
+    "index flat": lambda d, a: a.update({"0:index": np.array(0)}),
+    "no digests": lambda d, a: a.pop("0:new_digest"),
+    "digests too short": lambda d, a: a.update({"0:new_digest": a["0:new_digest"][:, :8].copy()}),
+    "no old": lambda d, a: a.pop("0:old"),
+    "old too wide": lambda d, a: a.update({"0:old": np.zeros((4, 9), np.float32)}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_journal(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, [*CHANGES["rows"], *CHANGES["columns"]])
+    rewrite(folder, BAD[name])
+    before = content(folder)
+    with pytest.raises(CorruptFileError) as error:
+        open_checkpoint(folder)
+    assert error.value.file == str(folder / JOURNAL_NAME)
+    assert content(folder) == before
+
+
+def test_a_journal_rewritten_as_it_was_still_heals(tmp_path: Path) -> None:
+    """What the damaged ones are compared with."""
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    old = content(folder)
+    start(folder, [*CHANGES["rows"], *CHANGES["columns"]])
+    scribble(folder, "a.rows")
+    rewrite(folder, lambda d, a: None)
+    open_checkpoint(folder)
+    assert content(folder) == old
+
+
+@pytest.mark.parametrize("raw", [b"", b"{}", b"\0" * 64, b"\xff" * 64])
+def test_a_journal_of_garbage(tmp_path: Path, raw: bytes) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    (folder / JOURNAL_NAME).write_bytes(raw)
+    before = content(folder)
+    with pytest.raises(CorruptFileError) as error:
+        open_checkpoint(folder)
+    assert error.value.file == str(folder / JOURNAL_NAME)
+    assert content(folder) == before
+
+
+def test_another_file_of_ours_is_no_journal(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    write_file(folder / JOURNAL_NAME, {"a:index": np.zeros(1, np.int32)}, {"neuron_patch": "{}"})
+    with pytest.raises(CorruptFileError, match="not a journal"):
+        open_checkpoint(folder)
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.data())
+def test_any_damage_to_a_journals_header_is_refused_or_harmless(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as top:
+        folder = write_folder(Path(top) / "m", ARRAYS)
+        old = content(folder)
+        start(folder, [*CHANGES["rows"], *CHANGES["columns"]])
+        raw = bytearray((folder / JOURNAL_NAME).read_bytes())
+        size = 8 + int.from_bytes(raw[:8], "little")
+        for _ in range(data.draw(st.integers(1, 2))):
+            raw[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from(b' 0179",:{}[]aXF\x00\xff'))
+        (folder / JOURNAL_NAME).write_bytes(raw)
+        with suppress(CorruptFileError, MismatchError):
+            open_checkpoint(folder)
+        assert {n: b for n, b in content(folder).items() if n != JOURNAL_NAME} == old
+
+
+# Checkpoints that cannot be written.
+
+
+def test_a_read_only_file_system_is_the_machines_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    start(folder, CHANGES["rows"])
+    before = content(folder)
+    real = os.open
+
+    def refusing(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(MachineError, match="read-only file system") as error:
+        open_checkpoint(folder)
+    assert error.value.file == str(folder / JOURNAL_NAME)
+    assert "the journal is kept" in str(error.value.hint)
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "unlink"])
+def test_a_disk_that_fails_while_healing_keeps_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    old = content(folder)
+    start(folder, CHANGES["rows"])
+    scribble(folder, "a.rows")
+
+    def failing(*args: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        with pytest.raises(MachineError, match="input/output error") as error:
+            open_checkpoint(folder)
+    assert error.value.file == str(folder / JOURNAL_NAME)
+    assert (folder / JOURNAL_NAME).exists()
+    open_checkpoint(folder)
+    assert content(folder) == old
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_without_permission_to_write(what: str) -> None:
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        folder = write_folder(Path(top) / "m", ARRAYS)
+        old = content(folder)
+        start(folder, CHANGES["rows"])
+        (folder / JOURNAL_NAME).chmod(0o644)
+        (folder / SINGLE_NAME).chmod(0o444 if what == "file" else 0o666)
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        try:
+            if root:
+                os.seteuid(65534)
+            with pytest.raises(MachineError, match="permission denied") as error:
+                open_checkpoint(folder)
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+            (folder / SINGLE_NAME).chmod(0o644)
+        assert error.value.file == str(folder / JOURNAL_NAME)
+        assert (folder / JOURNAL_NAME).exists()
+        open_checkpoint(folder)
+        assert content(folder) == old
+
+
+def test_a_journal_that_cannot_be_written_leaves_the_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    old = content(folder)
+
+    def full(fd: int, *args: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="space"):
+        change_in_place(folder, CHANGES["rows"])
+    assert content(folder) == old
+    assert os.listdir(folder) == [SINGLE_NAME]
+
+
+def test_healing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS)
+    open_checkpoint(folder)
+    assert caplog.records == []
+    start(folder, CHANGES["rows"])
+    open_checkpoint(folder)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cut short" in caplog.text
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [Step(**step) for step in json.loads(sys.argv[3])])

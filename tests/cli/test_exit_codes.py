@@ -1,0 +1,189 @@
+"""Every refusal: its exit code, one or two plain lines, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import LLAMA_CONFIG, write_file, write_folder
+
+from conftest import process
+
+
+@pytest.fixture
+def patch(neft, pair, tmp_path):
+    assert neft("extract", "base", "tuned", "--neurons", "3%", "-o", "p.safetensors").code == 0
+    assert neft("diff", "base", "tuned", "-o", "s.safetensors").code == 0
+    return tmp_path / "p.safetensors"
+
+
+USAGE = [
+    ("nothing-there", ("diff", "nothing", "tuned"), "no such file or folder"),
+    ("not-on-hub", ("diff", "a/b/c", "tuned"), "no such file or folder"),
+    ("no-arguments", ("diff",), "Missing argument"),
+    ("no-command", ("frobnicate",), "No such command"),
+    ("bad-option", ("diff", "base", "tuned", "--frobnicate"), "No such option"),
+    ("bad-axis", ("diff", "base", "tuned", "--axis", "kernel"), "GLOB=N"),
+    ("axis-matches-nothing", ("diff", "base", "tuned", "--axis", "nothing=1"), "--axis"),
+    ("axis-too-high", ("diff", "base", "tuned", "--axis", "*q_proj*=7"), "no axis 7"),
+    ("include-matches-nothing", ("diff", "base", "tuned", "--include", "nothing"), "--include"),
+    ("bad-score", ("diff", "base", "tuned", "--score", "nice"), "nice"),
+    ("zero-threads", ("diff", "base", "tuned", "--threads", "0"), "--threads"),
+    ("no-budget", ("extract", "base", "tuned", "-o", "new"), "--neurons"),
+    ("two-budgets", ("extract", "base", "tuned", "--neurons", "3%", "--changed", "-o", "new"), "do not go together"),
+    ("fraction", ("extract", "base", "tuned", "--neurons", "0.03", "-o", "new"), "3%"),
+    ("selection-and-budget", ("extract", "base", "tuned", "--selection", "x", "--scores", "y", "-o", "new"), "go together"),
+    ("units-per-tensor", ("extract", "base", "tuned", "--anatomy", "units", "--per", "tensor", "--neurons", "3%", "-o", "new"), "units"),
+    ("units-capped", ("extract", "base", "tuned", "--anatomy", "units", "--max-per-tensor", "3", "--neurons", "3%", "-o", "new"), "units"),
+    ("no-output", ("apply", "base", "p.safetensors"), "--in-place"),
+    ("both-outputs", ("apply", "base", "p.safetensors", "-o", "new", "--in-place"), "--in-place"),
+    ("output-exists", ("extract", "base", "tuned", "--neurons", "3%", "-o", "p.safetensors"), "exists"),
+    ("folder-exists", ("apply", "base", "p.safetensors", "-o", "tuned"), "exists"),
+    ("output-is-input", ("apply", "base", "p.safetensors", "-o", "base", "--force"), "base"),
+    ("output-inside-input", ("apply", "base", "p.safetensors", "-o", "base/new"), "inside"),
+    ("no-parent", ("apply", "base", "p.safetensors", "-o", "missing/new"), "missing"),
+    ("needs-base", ("revert", "tuned", "p.safetensors", "-o", "new"), "--base"),
+    ("patch-missing", ("apply", "base", "nothing.safetensors", "-o", "new"), "no such file"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), [case[1:] for case in USAGE], ids=[case[0] for case in USAGE])
+def test_a_wrong_command_line_is_2(neft, patch, tmp_path, words, says):
+    names = sorted(str(p) for p in tmp_path.rglob("*"))
+    result = neft(*words)
+    assert result.code == 2, result
+    assert says in result.err
+    assert "Traceback" not in result.err
+    assert result.out == ""
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == names
+
+
+def test_a_hub_id_that_cannot_be_reached_is_5(neft, patch):
+    result = neft("diff", "org/name", "tuned")
+    assert result.code == 5, result
+    assert "org/name" in result.err
+
+
+def test_inputs_that_do_not_fit_are_3(neft, patch, llama_arrays, tmp_path):
+    write_folder(tmp_path / "other", llama_arrays(seed=5), 1, LLAMA_CONFIG)
+    write_folder(tmp_path / "wider", llama_arrays(hidden=40), 1, LLAMA_CONFIG)
+    write_file(tmp_path / "strange.safetensors", {"x": np.ones((3, 4), np.float32)})
+    cases = {
+        ("apply", "other", "p.safetensors", "-o", "new"): ("other", "another base"),
+        ("apply", "wider", "p.safetensors", "-o", "new"): ("wider", "F32 [40, 48]"),
+        ("diff", "base", "strange.safetensors", "-o", "new"): ("no tensor in common", "x"),
+        ("verify", "other", "p.safetensors"): ("neither",),
+        ("extract", "base", "other", "--scores", "s.safetensors", "--neurons", "3%", "-o", "new"): ("another tuned",),
+        ("extract", "base", "base", "--changed", "-o", "new"): ("no neuron is chosen",),
+        ("extract", "strange.safetensors", "strange.safetensors", "--anatomy", "ffn", "--neurons", "1", "-o", "new"): ("rows",),
+    }
+    for words, says in cases.items():
+        result = neft(*words)
+        assert result.code == 3, (words, result)
+        assert all(text in result.err for text in says), (words, result.err)
+        assert "Traceback" not in result.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_corrupt_files_are_4(neft, patch, tmp_path):
+    whole = patch.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (tmp_path / "zip.safetensors").write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("cut", "flipped", "zip", "text"):
+        result = neft("apply", "base", f"{name}.safetensors", "-o", "new")
+        assert result.code == 4, (name, result)
+        assert name in result.err
+        assert not (tmp_path / "new").exists()
+    assert neft("apply", "base", "s.safetensors", "-o", "new").code == 4  # scores are no patch
+    assert neft("select", "p.safetensors", "--neurons", "1", "-o", "new").code == 4
+    index = tmp_path / "base" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    result = neft("diff", "base", "tuned")
+    assert result.code == 4
+    assert "outside its folder" in result.err
+
+
+def test_errors_as_json_are_one_object(neft, patch):
+    for words, code in (
+        (("diff", "nothing", "tuned", "--json"), 2),
+        (("diff", "--json"), 2),
+        (("apply", "tuned", "s.safetensors", "-o", "new", "--json"), 4),
+    ):
+        result = neft(*words)
+        assert result.code == code
+        assert result.json["exit_code"] == code
+        assert result.json["error"]
+
+
+def test_an_error_is_one_or_two_lines_and_a_traceback_only_with_v(neft, patch):
+    result = neft("diff", "nothing", "tuned")
+    assert 1 <= len(result.err.strip().splitlines()) <= 2
+    assert "Traceback" in neft("diff", "nothing", "tuned", "-v").err
+
+
+def test_verify_of_a_mixed_checkpoint(neft, patch, tmp_path):
+    from safetensors.numpy import load_file
+
+    assert neft("apply", "base", "p.safetensors", "-o", "patched").code == 0
+    rows = load_file(patch)
+    name = next(key.removesuffix(":index") for key, value in sorted(rows.items()) if key.endswith(":index") and len(value))
+    for shard in (tmp_path / "patched").glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            original = next(load_file(f)[name] for f in (tmp_path / "base").glob("*.safetensors") if name in load_file(f))
+            tensors[name] = original
+            write_file(shard, tensors, {"format": "pt"})
+    result = neft("verify", "patched", "p.safetensors", "--json")
+    assert result.code == 3
+    assert result.json["state"] == "mixed"
+    assert result.json["tensors"][name]["state"] == "base"
+    assert neft("apply", "patched", "p.safetensors", "-o", "whole").code == 0
+    assert neft("verify", "whole", "p.safetensors", "--expect", "patched").code == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_5(neft, patch, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert neft("apply", "base", "p.safetensors", "-o", "locked/new").code == 5
+
+
+def test_ctrl_c_is_130_and_leaves_nothing(tmp_path):
+    """A real SIGINT into a real process that is busy writing."""
+    rng = np.random.default_rng(0)
+    arrays = {f"l.{i}.weight": rng.standard_normal((2000, 1000), dtype=np.float32) for i in range(8)}
+    write_folder(tmp_path / "a", arrays)
+    write_folder(tmp_path / "b", {name: array + 1 for name, array in arrays.items()})
+    names = sorted(p.name for p in tmp_path.iterdir())
+    for delay in (0.4, 0.5, 0.6, 0.8):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "neftsurgery", "extract", "a", "b", "--changed", "-o", "p.safetensors", "--json"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(delay)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+        if child.returncode == 0:  # it was faster
+            (tmp_path / "p.safetensors").unlink()
+            continue
+        assert child.returncode == 130, err
+        assert "Traceback" not in err
+        assert out == "" or json.loads(out)["exit_code"] == 130
+        assert sorted(p.name for p in tmp_path.iterdir()) == names
+        return
+    pytest.skip("the machine was too fast for every delay")
+
+
+def test_module_entry(tmp_path):
+    assert process("inspect", "nothing", cwd=tmp_path).code == 2

@@ -1,0 +1,93 @@
+"""Help, start-up and documentation of the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neftsurgery.cli.main import _COMMANDS, cli
+
+from conftest import process
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_every_command_has_help_with_an_example_of_itself(neft, name):
+    result = neft(name, "--help")
+    assert result.code == 0
+    example = result.out.partition("Example:")[2]
+    assert f"neftsurgery {name}" in example
+    for option in ("--json", "--quiet", "--verbose"):
+        assert option in result.out
+
+
+@pytest.mark.parametrize("name", ["diff", "select", "extract", "apply", "revert"])
+def test_commands_that_write_have_a_dry_run(neft, name):
+    assert "--dry-run" in neft(name, "--help").out
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_the_short_help_is_the_commands_own(name):
+    """The table of commands repeats the help texts, so that `--help` need not load the commands."""
+    command = cli.get_command(None, name)
+    assert command is not None
+    assert command.name == name
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_every_command_is_in_the_readme(name):
+    assert f"`neftsurgery {name} " in README
+
+
+def test_help_loads_no_heavy_module(tmp_path):
+    """`--help` must stay far below 0.3 s: it imports none of what takes longer."""
+    code = (
+        "import sys\n"
+        "from neftsurgery.cli.main import run\n"
+        "try:\n    run(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'numba', 'torch', 'huggingface_hub', 'tqdm', 'safetensors', 'transformers'}\n"
+        "print('LOADED', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Usage: neftsurgery" in done.stdout
+    assert done.stdout.endswith("LOADED []\n")
+
+
+def test_importing_the_package_loads_no_heavy_module(tmp_path):
+    code = (
+        "import sys, neftsurgery\n"
+        "assert neftsurgery.__version__ and 'diff' in dir(neftsurgery)\n"
+        "print(sorted({'numpy', 'numba', 'torch', 'click', 'huggingface_hub'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_public_name_resolves():
+    import neftsurgery
+
+    for name in neftsurgery.__all__:
+        assert getattr(neftsurgery, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        neftsurgery.nothing
+
+
+def test_the_whole_round_loads_no_torch(tmp_path):
+    """Nothing of the core may load torch, even where it is installed."""
+    code = (
+        "import sys\n"
+        "from neftsurgery.cli.main import run\n"
+        "try:\n    run(['demo', '-q'])\nexcept SystemExit as left:\n    assert not left.code, left.code\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_version(tmp_path):
+    result = process("--version", cwd=tmp_path)
+    assert (result.code, result.out.split()[0]) == (0, "neftsurgery")
