@@ -184,8 +184,10 @@ def with_vectors(
     return np.ascontiguousarray(back).reshape(bits.shape)
 
 
-def patched_by_hand(tensors: Raw, patch: Path, part: str = "value") -> dict[str, tuple[str, NDArray[np.generic]]]:
-    """What applying a patch file means (part ``base``: reverting it), in numpy, from the format's text alone."""
+def patched_by_hand(
+    tensors: Raw, patch: Path, part: str = "value"
+) -> dict[str, tuple[str, NDArray[np.generic]]]:
+    """What applying a patch file means (``base``: reverting it), in numpy, from the format's text alone."""
     entries, result = raw_read(patch), dict(tensors)
     with safe_open(patch, "numpy") as file:
         manifest = json.loads(file.metadata()["neuron_patch"])

@@ -42,9 +42,13 @@ class Shard:
         return cls(path, read_header(path), status.st_size, _stamp(status))
 
     def check_unchanged(self) -> None:
-        """Raise a `MachineError` if the file was edited or replaced since it was opened."""
-        status = self.path.stat()
-        if (status.st_size, _stamp(status)) != (self.size, self.stamp):
+        """Raise a `MachineError` if the file was edited, replaced or removed since it was opened."""
+        try:
+            status = self.path.stat()
+            same = (status.st_size, _stamp(status)) == (self.size, self.stamp)
+        except FileNotFoundError:
+            same = False
+        if not same:
             raise MachineError(
                 "the file was changed by someone else while it was in use",
                 file=self.path,

@@ -19,191 +19,24 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
-from ..errors import MachineError, UsageError
+from ..errors import UsageError
+from .refusal import MAX_NAME, AnyPath, identity, named_output
 
-__all__ = ["StagedFile", "refuse_output", "require_space", "staged_directory", "staged_file"]
+__all__ = ["StagedFile", "staged_directory", "staged_file"]
 
 _log = logging.getLogger(__name__)
 
-_AnyPath = str | os.PathLike[str]
-
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_MAX_NAME = 255
 _TOKEN = re.compile(r"(old-)?[0-9a-f]{16}")
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-
-
-def refuse_output(
-    out: _AnyPath,
-    *,
-    inputs: Sequence[_AnyPath],
-    force: bool,
-    kind: Literal["file", "directory"] | None = None,
-) -> None:
-    """Refuse an output that must not be written, before any work is done.
-
-    Parameters
-    ----------
-    out:
-        The output, best as the user typed it: a trailing slash says that a folder is meant.
-    inputs:
-        Local files and folders the verb reads. What they link to counts as well.
-    force:
-        Whether an existing output may be replaced. It never excuses one that is, holds or lies
-        inside an input.
-    kind:
-        What will be written, where known. An empty folder does for a ``"directory"`` only.
-
-    Raises
-    ------
-    UsageError
-        If the output is refused.
-    MachineError
-        If its folder cannot be written.
-    """
-    path = _named(out)
-    if kind == "file" and os.fspath(out).endswith(os.sep):
-        raise UsageError("the output is a file, but its name ends in a slash", file=out)
-    for one in inputs:
-        _refuse_input(path, Path(one))
-    if os.path.lexists(path):
-        _refuse_existing(path, force, kind)
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        error = MachineError(
-            "no permission to write in this folder", file=path.parent, hint="name an output elsewhere"
-        )
-        error.errno = errno.EACCES
-        raise error
-
-
-def _named(out: _AnyPath) -> Path:
-    """The output as a path with a name of its own in a folder that exists."""
-    path = Path(out)
-    if path.name in ("", ".."):
-        raise UsageError(
-            "the output has no name of its own", file=out, hint="give the name of a file or folder to create"
-        )
-    if len(os.fsencode(path.name)) > _MAX_NAME:
-        raise UsageError(f"the output's name is longer than {_MAX_NAME} bytes", file=out)
-    if not path.parent.is_dir():
-        missing = not os.path.lexists(path.parent)
-        raise UsageError(
-            f"the folder {path.parent} does not exist" if missing else f"{path.parent} is not a folder",
-            file=out,
-            hint="create it first, or check the spelling" if missing else None,
-        )
-    return path
-
-
-def _refuse_input(out: Path, source: Path) -> None:
-    hint = "name an output that is apart from every input"
-    real_out, real = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-    inside, holds = _within(real_out, real), _within(real, real_out)
-    if inside and holds:
-        raise UsageError(f"the output is the input {source}", file=out, hint=hint)
-    if inside:
-        raise UsageError(f"the output lies inside the input {source}", file=out, hint=hint)
-    if not holds and real.is_dir():
-        # Files of a Hub snapshot are links to a folder of blobs: that one must not be replaced either.
-        with os.scandir(real) as entries:
-            links = [Path(os.path.realpath(entry)) for entry in entries if entry.is_symlink()]
-        holds = any(_within(link, real_out) for link in links)
-    if holds:
-        raise UsageError(f"the output holds files of the input {source}", file=out, hint=hint)
-
-
-def _within(inner: Path, outer: Path) -> bool:
-    """Whether ``inner`` is ``outer`` or lies in it, by name and by inode; both are real paths."""
-    identity = _identity(outer)
-    return any(
-        place == outer or (identity is not None and _identity(place) == identity)
-        for place in (inner, *inner.parents)
-    )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _refuse_existing(out: Path, force: bool, kind: Literal["file", "directory"] | None) -> None:
-    is_folder = out.is_dir() and not out.is_symlink()
-    if out.exists() and not out.is_file() and not out.is_dir():
-        raise UsageError("the output is a device, pipe or socket", file=out)
-    if is_folder:
-        if os.path.ismount(out):
-            raise UsageError(
-                "the output is a mount point, which cannot be replaced",
-                file=out,
-                hint="name a file or folder inside it",
-            )
-        for place in (os.curdir, os.path.expanduser("~")):
-            if _within(Path(os.path.realpath(place)), Path(os.path.realpath(out))):
-                raise UsageError(
-                    "the output is, or holds, the current folder or your home folder",
-                    file=out,
-                    hint="name a file or folder inside it",
-                )
-        if kind != "file" and _is_empty(out):
-            return
-    if not force:
-        what = "a link" if out.is_symlink() else "a folder" if is_folder else "a file"
-        raise UsageError(
-            f"the output exists already: {what}",
-            file=out,
-            hint="name another one, or replace it with --force",
-        )
-
-
-def _is_empty(folder: Path) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is None
-    except PermissionError:
-        return False
-
-
-def require_space(folder: _AnyPath, nbytes: int) -> None:
-    """Check that ``nbytes`` more bytes fit on the disk that holds ``folder``.
-
-    Call it inside the staging context and before the first byte is written: what a killed
-    process left behind has been removed by then.
-
-    Raises
-    ------
-    MachineError
-        If they do not fit; its ``errno`` is ``ENOSPC``.
-    """
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if nbytes > free:
-        error = MachineError(
-            f"not enough space: {_size(nbytes, up=True)} are needed, {_size(free, up=False)} are free",
-            file=folder,
-            hint="free some space, or write the output to another disk",
-        )
-        error.errno = errno.ENOSPC
-        raise error
-
-
-def _size(nbytes: int, *, up: bool) -> str:
-    """In decimal units, rounded so that of two sizes the larger never reads as the smaller."""
-    power = min((len(str(nbytes)) - 1) // 3, 4)
-    if power == 0:
-        return f"{nbytes} bytes"
-    tenths = -(-nbytes * 10 // 1000**power) if up else nbytes * 10 // 1000**power
-    return f"{tenths / 10:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +69,7 @@ class StagedFile:
 
 
 @contextmanager
-def staged_file(out: _AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
+def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
     """Write the file ``out``, all or nothing.
 
     Parameters
@@ -264,7 +97,7 @@ def staged_file(out: _AnyPath, *, force: bool = False, mode: int | None = None) 
 
 
 @contextmanager
-def staged_directory(out: _AnyPath, *, force: bool = False) -> Iterator[Path]:
+def staged_directory(out: AnyPath, *, force: bool = False) -> Iterator[Path]:
     """Write the directory ``out``, all or nothing: yields the empty directory to fill.
 
     An empty directory in its place is replaced; ``force`` replaces anything else as well. All of
@@ -293,8 +126,8 @@ def _create_directory(path: Path) -> int:
 
 
 @contextmanager
-def _staging(out: _AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    final = _named(out).absolute()  # the caller may change the current folder meanwhile
+def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    final = named_output(out).absolute()  # the caller may change the current folder meanwhile
     _remove_stale(final)
     path, fd = _reserve(final, create)
     try:
@@ -324,7 +157,7 @@ def _reserve(out: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
             _discard(path)
             raise
         # Before the lock is ours another process may take it for a stale one, and remove it.
-        if _lock(fd) is not False and _identity_of(fd) == _identity(path):
+        if _lock(fd) is not False and _identity_of(fd) == identity(path):
             return path, fd
         os.close(fd)
         _discard(path)
@@ -336,7 +169,7 @@ def _staging_name(out: Path, tag: str = "") -> Path:
 
 def _staging_prefix(out: Path) -> str:
     stem = out.name
-    room = _MAX_NAME - len("..neft-old-") - 16
+    room = MAX_NAME - len("..neft-old-") - 16
     if len(os.fsencode(stem)) > room:
         digest = hashlib.blake2b(os.fsencode(stem), digest_size=8).hexdigest()
         while len(os.fsencode(stem)) > room - 17:
@@ -362,7 +195,7 @@ def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
     fd = os.open(path, _OPEN)  # a link is refused here: it is none of ours
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
-        if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and _identity_of(fd) == _identity(path):
+        if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and _identity_of(fd) == identity(path):
             _log.info("removing what an interrupted run left: %s", path)
             if aside:
                 _settle(path, out)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MismatchError
 from .header import Header, TensorInfo, layout_entries, pack_header, read_header
-from .output import require_space, staged_file
+from .output import staged_file
+from .refusal import require_space
 
 __all__ = ["OpenFile", "TensorFile", "TensorFileWriter", "read_exactly", "write_exactly", "written_file"]
 

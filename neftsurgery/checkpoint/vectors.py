@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +39,7 @@ class ByteReader(Protocol):
 
 
 def blocks(info: TensorInfo, layout: Layout, count: int) -> Iterator[tuple[int, int]]:
-    """Cut ``count`` vectors of a tensor into ranges ``(start, stop)`` of bounded size, one vector at least."""
+    """Cut ``count`` vectors of a tensor into ranges ``(start, stop)`` of bounded size, at least one each."""
     limit = _BLOCK_BYTES if layout.contiguous else _STRIDED_BLOCK_BYTES
     step = max(1, limit // max(1, layout.width * info.type.itemsize))
     for start in range(0, count, step):
@@ -139,14 +140,16 @@ def _pieces(
             raw = np.empty(rows * row_elements * size, dtype=np.uint8)
             start = (int(slab) * layout.slab_elements + row * row_elements) * size
             source.read_into(info.name, start, raw.data)
-            grid = raw.view(info.type.carrier).reshape([rows, *sizes[1:]]).transpose(neuron_axes + vector_axes)
+            grid = (
+                raw.view(info.type.carrier).reshape([rows, *sizes[1:]]).transpose(neuron_axes + vector_axes)
+            )
             place = slice(row * tail, (row + rows) * tail)
             yield start, slice(int(low), int(high)), _Piece(raw, grid, chosen), place
 
 
 def _stretches(index: Index) -> Iterator[tuple[int, int, int]]:
-    """Maximal runs of consecutive neurons: ``(first, last, neuron)``, positions in ``index`` and its value."""
+    """Maximal runs of consecutive neurons: ``(first, last, neuron)``, positions in ``index``, its value."""
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
     edges = [0, *breaks.tolist(), len(index)]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         yield first, last, int(index[first])

@@ -24,11 +24,14 @@ class Console:
         One JSON object on stdout, and nothing else there.
     quiet:
         Only errors.
+    threads:
+        As many as the user asked for; None: the default.
     """
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, threads: int | None = None) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.threads = threads
 
     def say(self, text: str = "") -> None:
         """A line of the result, for people."""

@@ -64,7 +64,7 @@ def planted(seed: int = 0) -> dict[str, NDArray[np.int64]]:
 
 
 def make_tuned(folder: Path, base: Mapping[str, NDArray[np.float32]], seed: int = 0) -> None:
-    """Write a fine-tune of ``base``: a little noise everywhere, and `planted` neurons turned by some degrees."""
+    """Write a fine-tune of ``base``: noise everywhere, and `planted` neurons turned by some degrees."""
     rng = np.random.default_rng(seed + 2)
     moved = planted(seed)
     tuned = {}

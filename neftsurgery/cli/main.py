@@ -140,7 +140,9 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
     elif isinstance(error, MemoryError):
         message = "there is not enough memory"
     else:
-        message = f"internal error: {type(error).__name__}: {error}\nrun it again with -v, and report what it prints"
+        message = (
+            f"internal error: {type(error).__name__}: {error}\nrun it again with -v and report it, please"
+        )
     click.echo(f"neftsurgery: {message}", err=True)
     return _as_json(message, code, error) if as_json else code
 

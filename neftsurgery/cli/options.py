@@ -21,7 +21,6 @@ __all__ = [
     "scope_options",
     "take_budget",
     "take_scope",
-    "threads_option",
 ]
 
 Command = Callable[..., Any]
@@ -37,14 +36,22 @@ def _stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Com
 
 
 def common_options(command: Command) -> Command:
-    """``--json``, ``-q``, ``-v``; the command gets a `Console` instead of them, as its first argument."""
+    """``--json``, ``-q``, ``-v``, ``--threads``; the command gets a `Console` for them, as first argument."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> Any:
-        return command(Console(as_json=as_json, quiet=quiet), *args, **options)
+    def wrapped(
+        *args: Any, as_json: bool, quiet: bool, verbose: bool, threads: int | None, **options: Any
+    ) -> Any:
+        return command(Console(as_json=as_json, quiet=quiet, threads=threads), *args, **options)
 
     wrapped.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
     return _stack(
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1, max=256),
+            metavar="N",
+            help="Reading and computing threads. Default: two a processor. Results do not depend on it.",
+        ),
         click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."
         ),
@@ -52,13 +59,6 @@ def common_options(command: Command) -> Command:
         click.option("-v", "--verbose", is_flag=True, help="Print details, and a traceback with an error."),
     )(wrapped)
 
-
-threads_option = click.option(
-    "--threads",
-    type=click.IntRange(min=1, max=256),
-    metavar="N",
-    help="Reading and computing threads. Default: two a processor. Results do not depend on it.",
-)
 
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Check and plan everything, say what would be written, write nothing."

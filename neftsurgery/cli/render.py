@@ -43,7 +43,7 @@ def say_pair(console: Console, plan: Pair) -> None:
         console.say(line)
     scored = plan.anatomy.scored
     neurons = sum(t.layout.count if t.part is None else t.part.count for t in scored)
-    text = f"{plural(len(plan.jobs), 'tensor')} in common; {amount(len(scored))} hold {plural(neurons, 'neuron')}"
+    text = f"{plural(len(plan.jobs), 'tensor')} in common; {len(scored):,} hold {plural(neurons, 'neuron')}"
     if plan.anatomy.unit_count:
         text += f" in {plural(plan.anatomy.unit_count, 'unit')}"
     console.say(f"{text} (anatomy {plan.anatomy.name})")
@@ -84,7 +84,8 @@ def say_summary(console: Console, summary: Summary, score: str) -> None:
     console.say(_relation(summary))
     if same:
         console.say(
-            f"{plural(same, 'neuron')} of {amount(summary.neurons)} are bit-identical ({percent(same / summary.neurons)})."
+            f"{plural(same, 'neuron')} of {amount(summary.neurons)} are bit-identical "
+            f"({percent(same / summary.neurons)})."
         )
     _say_movements(console, "layers that moved most", summary.layers)
     _say_movements(console, "kinds of weight that moved most", summary.kinds)

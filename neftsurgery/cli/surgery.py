@@ -20,18 +20,15 @@ in_place_option = click.option(
 def say_surgery(console: Console, plan: Surgery, goal: str, dry_run: bool) -> None:
     """Say what an apply or revert did, or would do."""
     tensors = {name for rows in plan.rows for name in rows.patch.tensors}
+    what = f"{plural(plan.neurons, 'neuron')} in {plural(len(tensors), 'tensor')}"
     where = str(plan.out) if plan.out is not None else plan.checkpoint.name
     was = plan.states[0].state if len(plan.states) == 1 else None
     if plan.out is None and not plan.needed:
         console.say(f"{where} is {goal} already: nothing to write")
     elif dry_run:
-        console.say(
-            f"would write {plural(plan.neurons, 'neuron')} in {plural(len(tensors), 'tensor')} of {where}"
-        )
+        console.say(f"would write {what} of {where}")
     else:
-        console.say(
-            f"{where}: {plural(plan.neurons, 'neuron')} in {plural(len(tensors), 'tensor')} are now as {'patched' if goal == 'patched' else 'in the base'}"
-        )
+        console.say(f"{where}: {what} are now as {'patched' if goal == 'patched' else 'in the base'}")
     if was is not None and was != ("base" if goal == "patched" else "patched") and plan.needed:
         console.note(f"note: it was partly {goal} already")
     if plan.files is not None and plan.files.left:

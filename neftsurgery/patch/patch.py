@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from ..checkpoint.document import bad, described_tensor, read_document
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
-from ..checkpoint.output import require_space, staged_file
+from ..checkpoint.output import staged_file
+from ..checkpoint.refusal import require_space
 from ..checkpoint.tensorfile import TensorFile
 from ..checkpoint.vectors import blocks
 from ..errors import CorruptFileError, boundary

@@ -26,8 +26,8 @@ def _entries(selection: Selection, reversible: bool) -> list[TensorInfo]:
         count, width = len(chosen.index), chosen.layout.width
         entries.append(TensorInfo(f"{name}:index", index_dtype(chosen.layout.count), (count,)))
         entries.append(TensorInfo(f"{name}:base_digest", "U8", (count, 16)))
-        for part in ("value", "base") if reversible else ("value",):
-            entries.append(TensorInfo(f"{name}:{part}", chosen.info.dtype, (count, width)))
+        parts = ("value", "base") if reversible else ("value",)
+        entries += [TensorInfo(f"{name}:{part}", chosen.info.dtype, (count, width)) for part in parts]
     return entries
 
 

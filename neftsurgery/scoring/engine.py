@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -194,9 +195,7 @@ class _Collector:
         good = sums.finite
         with np.errstate(over="ignore"):
             totals = sums.aa[good].sum(), sums.dd[good].sum()
-        return TensorResult(
-            self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum())
-        )
+        return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
 
 def _neuron_sums(
@@ -236,7 +235,7 @@ def _lane_sums(
     edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
     sums = np.zeros((len(edges) - 1, 3, length))
     changed = np.zeros((len(edges) - 1, length), np.int64)
-    for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (low, high) in enumerate(pairwise(edges)):
         part = slice(low * length, high * length)
         kernel(a[part], b[part], length, sums[number], changed[number])
     if len(edges) == 2:

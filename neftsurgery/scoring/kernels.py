@@ -60,7 +60,7 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 
 def _bitcast(source: Any, target: Any) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def cast(typing_context: Any, bits: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.bitcast(args[0], context.get_value_type(target))
@@ -123,7 +123,7 @@ _DECODERS: dict[int, Any] = {
 }
 
 
-@overload(_widen)  # type: ignore[untyped-decorator]
+@overload(_widen)
 def _widen_overload(code, bits):  # type: ignore[no-untyped-def]
     return _DECODERS[code.literal_value] if isinstance(code, types.Literal) else None
 

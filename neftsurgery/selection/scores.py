@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,65 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.document import bad, described_tensor, read_document
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.layout import Layout
-from ..checkpoint.output import refuse_output, require_space, staged_file
+from ..checkpoint.output import staged_file
+from ..checkpoint.refusal import refuse_output, require_space
 from ..checkpoint.tensorfile import TensorFile
-from ..errors import CorruptFileError, UsageError, boundary
+from ..errors import UsageError, boundary
 from .budget import Budget
 from .choice import Block, choose
+from .scored import WHAT, Follower, ScoredTensor, check_vector, read_scored
 from .selection import Chosen, Selection
 
-__all__ = ["SCORES_KEY", "SCORES_VERSION", "Follower", "ScoredTensor", "Scores"]
+__all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
 
 SCORES_KEY = "neuron_scores"
 SCORES_VERSION = 1
-_WHAT = "scores file"
 _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leaves int64
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredTensor:
-    """One scored tensor.
-
-    Attributes
-    ----------
-    info, layout:
-        The tensor and its neurons.
-    layer:
-        The pool of ``--per layer``; empty outside the layers.
-    bias:
-        The tensor whose elements go with these neurons.
-    part:
-        ``(start, stop, step)`` along the last neuron axis, if only these neurons belong to the anatomy.
-    """
-
-    info: TensorInfo
-    layout: Layout
-    layer: str
-    bias: str | None
-    part: tuple[int, int, int] | None
-
-    def belongs(self) -> NDArray[np.bool_] | None:
-        """Per neuron whether the anatomy counts it; None for all."""
-        if self.part is None:
-            return None
-        inner = self.info.shape[self.layout.axes[-1]]
-        mask = np.zeros((self.layout.count // inner, inner), np.bool_)
-        mask[:, slice(*self.part)] = True
-        return mask.reshape(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Follower:
-    """A tensor of neurons one element wide, recorded but not scored.
-
-    ``included`` tells one that the user named from a bias, which only follows its neurons.
-    """
-
-    info: TensorInfo
-    layout: Layout
-    included: bool
 
 
 class Scores:
@@ -116,14 +70,14 @@ class Scores:
     @classmethod
     def read(cls, file: TensorFile) -> Scores:
         """The scores in an open file, which is the new object's from now on."""
-        facts = read_document(file, SCORES_KEY, _WHAT, SCORES_VERSION)
-        tensors = {name: _scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
+        facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
+        tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
         followers = dict(_followers(file, facts.get("unscored", {}), tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
             if which in facts and not _is_count(facts[which], least):
-                raise bad(file, _WHAT, f"{which} is not a number of them")
+                raise bad(file, WHAT, f"{which} is not a number of them")
         if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
-            raise bad(file, _WHAT, "there are more elements than a model can have")
+            raise bad(file, WHAT, "there are more elements than a model can have")
         return cls(file, facts, tensors, followers)
 
     @boundary
@@ -278,10 +232,10 @@ class Scores:
     def _unit_ids(self, name: str) -> NDArray[np.int64]:
         ids = self.sums(name, "unit")
         if ids is None:
-            raise bad(self._file, _WHAT, "some tensors have units, and this one has none", name)
+            raise bad(self._file, WHAT, "some tensors have units, and this one has none", name)
         # The number of units bounds what is allocated for them: no more than there are neurons.
         if len(ids) and not -1 <= int(ids.min()) <= int(ids.max()) < 1 + self.neurons:
-            raise bad(self._file, _WHAT, "a unit number is out of range", name)
+            raise bad(self._file, WHAT, "a unit number is out of range", name)
         return ids
 
     def _changed(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
@@ -389,56 +343,19 @@ def _followers(
 ) -> Iterator[tuple[str, Follower]]:
     """The unscored tensors whose changes the file tells element by element."""
     if not isinstance(unscored, dict):
-        raise bad(file, _WHAT, "unscored is not an object")
+        raise bad(file, WHAT, "unscored is not an object")
     counts = {tensor.bias: tensor.layout.count for tensor in tensors.values()}
     for name, entry in sorted(unscored.items()):
         if not isinstance(entry, dict) or name in tensors:
-            raise bad(file, _WHAT, "what it says of an unscored tensor makes no sense", name)
+            raise bad(file, WHAT, "what it says of an unscored tensor makes no sense", name)
         delta = entry.get("delta_sq", 0.0)
         if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
-            raise bad(file, _WHAT, "its delta_sq is not a sum of squares", name)
+            raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
         if f"{name}:changed" in file.tensors:
-            info, layout = described_tensor(file, _WHAT, name, entry)
-            _check_vector(file, f"{name}:changed", "I64", layout.count)
+            info, layout = described_tensor(file, WHAT, name, entry)
+            check_vector(file, f"{name}:changed", "I64", layout.count)
             if f"{name}:delta_sq" in file.tensors:
-                _check_vector(file, f"{name}:delta_sq", "F64", layout.count)
+                check_vector(file, f"{name}:delta_sq", "F64", layout.count)
             if layout.count != counts.get(name, layout.count):
-                raise bad(file, _WHAT, "a bias has other neurons than its weight", name)
+                raise bad(file, WHAT, "a bias has other neurons than its weight", name)
             yield name, Follower(info, layout, entry.get("included") is True)
-
-
-def _scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
-    info, layout = described_tensor(file, _WHAT, name, entry)
-    assert isinstance(entry, dict)  # described_tensor has checked it
-    if layout.width < 1 or layout.count < 1:
-        raise bad(file, _WHAT, "a scored tensor has no neurons", name)
-    _check_vector(file, name, "F32", layout.count)
-    for which, dtype in (("base_sq", "F64"), ("delta_sq", "F64"), ("dot", "F64"), ("changed", "I64")):
-        if f"{name}:{which}" in file.tensors:
-            _check_vector(file, f"{name}:{which}", dtype, layout.count)
-    if f"{name}:unit" in file.tensors:
-        _check_vector(file, f"{name}:unit", "I64", layout.count)
-    layer, bias, part = entry.get("layer", ""), entry.get("bias"), entry.get("part")
-    if not isinstance(layer, str) or not (bias is None or isinstance(bias, str)):
-        raise bad(file, _WHAT, "its layer or bias is not a name", name)
-    if part is not None and not (
-        isinstance(part, list)
-        and len(part) == 3
-        and layout.axes
-        and all(isinstance(n, int) and n >= 0 for n in part)
-        and part[2]
-    ):
-        raise bad(file, _WHAT, "its part is not three numbers", name)
-    return ScoredTensor(info, layout, layer, bias, None if part is None else (part[0], part[1], part[2]))
-
-
-def _check_vector(file: TensorFile, name: str, dtype: str, count: int) -> None:
-    entry = file.tensors.get(name)
-    if entry is None or entry.dtype != dtype or entry.shape != (count,):
-        raise CorruptFileError(
-            f"a damaged {_WHAT}",
-            file=file.path,
-            tensor=name,
-            expected=f"{dtype} [{count}]",
-            found=entry.describe() if entry else "nothing",
-        )

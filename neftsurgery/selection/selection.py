@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..checkpoint.document import bad, described_tensor, dump, read_document
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
-from ..checkpoint.output import refuse_output
+from ..checkpoint.refusal import refuse_output
 from ..checkpoint.tensorfile import TensorFile, written_file
 from ..errors import boundary
 

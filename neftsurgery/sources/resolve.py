@@ -61,12 +61,12 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     path = Path(text)
     if text and _is_there(path):
         return Source(path, text)
-    if isinstance(named, str) and _HUB_ID.fullmatch(text) and not path.parent.is_dir():
+    if isinstance(named, str) and _HUB_ID.fullmatch(text) and not path.parent.exists():
         return _fetch(text)
     raise UsageError(
         "there is no such file or folder" + (", and it is not a Hub id" if text.count("/") == 1 else ""),
         file=text,
-        hint="name a .safetensors file, a folder with one or with shards and their index, or org/name of the Hub",
+        hint="name a .safetensors file, a folder of shards with their index, or org/name of the Hub",
     )
 
 

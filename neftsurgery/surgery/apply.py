@@ -17,8 +17,9 @@ from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.copying import copy_file
 from ..checkpoint.journal import Change, heal, journaled, locked
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.output import refuse_output, require_space, staged_directory, staged_file
+from ..checkpoint.output import staged_directory, staged_file
 from ..checkpoint.pipeline import in_order
+from ..checkpoint.refusal import refuse_output, require_space
 from ..checkpoint.vectors import gather, scatter
 from ..errors import MismatchError, NeftError, UsageError, boundary
 from ..patch.digests import digests

@@ -16,7 +16,7 @@ from ..checkpoint.document import dump
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.output import refuse_output
+from ..checkpoint.refusal import refuse_output
 from ..checkpoint.tensorfile import TensorFileWriter, written_file
 from ..errors import UsageError, boundary
 from ..scoring import kernels
@@ -125,6 +125,8 @@ def score_pair(
     timing: Timing,
 ) -> Scores:
     """Carry out a planned comparison; adds to ``timing``."""
+    if seed < 0:
+        raise UsageError("--seed must not be negative", found=seed)
     kernels.prepare(job.info.dtype for job in plan.jobs)
     before = plan.base.bytes_read + plan.tuned.bytes_read
     with timing.clock():
@@ -219,7 +221,8 @@ class _Sink:
             return
         assert result.sums is not None  # its job has a layout
         self._write_sums(name, result.sums, _SUMS)
-        self.nonfinite += int(np.count_nonzero(~result.sums.finite))
+        counted = ~result.sums.finite if tensor.part is None else ~result.sums.finite & tensor.part.mask()
+        self.nonfinite += int(np.count_nonzero(counted))
         if tensor.units is None:
             self._write_scores(tensor, result.sums)
             return
@@ -238,7 +241,9 @@ class _Sink:
         if entry["reason"].startswith("quantized"):
             return  # codes without their scales: their differences mean nothing
         for which, total in (("base_sq", result.base_sq), ("delta_sq", result.delta_sq)):
-            entry[which] = float(np.nan_to_num(total))  # JSON has no infinity: the squares of large F64 reach it
+            entry[which] = float(
+                np.nan_to_num(total)
+            )  # JSON has no infinity: the squares of large F64 reach it
         if result.sums is not None:
             self._write_sums(name, result.sums, (_SUMS[1], _SUMS[3]))
 

@@ -13,8 +13,8 @@ import numpy as np
 from ..anatomy.anatomy import AxisOption
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.output import refuse_output
 from ..checkpoint.pipeline import in_order
+from ..checkpoint.refusal import refuse_output
 from ..checkpoint.vectors import blocks, gather
 from ..errors import MismatchError, UsageError, boundary
 from ..patch.patch import Patch, Raw
@@ -170,6 +170,8 @@ def plan_extraction(
             _require_scored_here(given, "tuned", second, here["tuned"])
         if checked is not None and scores is not None:
             selection = scores.choose(checked)
+    if scores is not None and (count := scores.facts.get("nonfinite")):
+        warnings.append(f"{count} neurons hold a NaN or Inf, and are never chosen by score")
     assert selection is not None  # given, or chosen just now
     check_selection(selection, first, second)
     if _same_files(selection.facts, "base", here["base"]) is False:

@@ -61,7 +61,7 @@ class Pair:
 
     @cached_property
     def followers(self) -> dict[str, tuple[int, ...]]:
-        """Tensors of one-element neurons whose changes are recorded, with their axes: biases, included ones."""
+        """Biases and included tensors of one-element neurons: their changes are recorded. With their axes."""
         biases = {tensor.bias for tensor in self.anatomy.scored if tensor.bias is not None}
         return {
             entry.info.name: entry.axes

@@ -18,14 +18,9 @@ from pathlib import Path
 import pytest
 
 import neftsurgery
-from neftsurgery.checkpoint import output
-from neftsurgery.checkpoint.output import (
-    StagedFile,
-    refuse_output,
-    require_space,
-    staged_directory,
-    staged_file,
-)
+from neftsurgery.checkpoint import output, refusal
+from neftsurgery.checkpoint.output import StagedFile, staged_directory, staged_file
+from neftsurgery.checkpoint.refusal import refuse_output, require_space
 from neftsurgery.errors import MachineError, UsageError
 
 KINDS = ["file", "directory"]
@@ -240,7 +235,7 @@ def test_space_is_checked_in_words(tmp_path: Path) -> None:
     ],
 )
 def test_sizes_never_hide_which_is_larger(nbytes: int, up: str, down: str) -> None:
-    assert (output._size(nbytes, up=True), output._size(nbytes, up=False)) == (up, down)
+    assert (refusal._size(nbytes, up=True), refusal._size(nbytes, up=False)) == (up, down)
 
 
 # --- writing

@@ -21,11 +21,11 @@ def test_every_command_has_help_with_an_example_of_itself(neft, name):
     assert result.code == 0
     example = result.out.partition("Example:")[2]
     assert f"neftsurgery {name}" in example
-    for option in ("--json", "--quiet", "--verbose"):
+    for option in ("--json", "--quiet", "--verbose", "--threads"):
         assert option in result.out
 
 
-@pytest.mark.parametrize("name", ["diff", "select", "extract", "apply", "revert"])
+@pytest.mark.parametrize("name", ["demo", "diff", "select", "extract", "apply", "revert"])
 def test_commands_that_write_have_a_dry_run(neft, name):
     assert "--dry-run" in neft(name, "--help").out
 

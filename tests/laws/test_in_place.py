@@ -273,31 +273,43 @@ def test_a_full_disk_or_an_io_error_undoes_it_at_once(tmp_path: Path, cuts: list
     base = raw_folder(tmp_path / "base", model(0))
     patches = patches_between(tmp_path, base, cuts, 0.3)
     before = snapshot(base)
-    write = os.pwrite
     for code in (errno.ENOSPC, errno.EIO):
         for number in range(1, 100):
-            calls = 0
-
-            def failing(fd: int, data: bytes, offset: int, number: int = number, code: int = code) -> int:
-                nonlocal calls
-                calls += 1
-                if calls == number:
-                    view = memoryview(data).cast("B")
-                    write(fd, view[: len(view) // 2], offset)
-                    raise OSError(code, os.strerror(code))
-                return write(fd, data, offset)
-
-            with mock.patch.object(os, "pwrite", failing):
-                try:
-                    ns.apply(base, patches, in_place=True)
-                except ns.MachineError as error:
-                    assert os.strerror(code).lower() in str(error).lower()
-                    assert snapshot(base) == before, "undone at once, no journal left"
-                else:
-                    break
+            with failing_at(number, code):
+                found = outcome(base, patches)
+            if found is None:
+                break
+            assert os.strerror(code).lower() in str(found).lower()
+            assert snapshot(base) == before, "undone at once, no journal left"
         assert number > 4
         ns.revert(base, patches[0], in_place=True)
         assert snapshot(base) == before
+
+
+def outcome(base: Path, patches: list[Path]) -> ns.MachineError | None:
+    try:
+        ns.apply(base, patches, in_place=True)
+    except ns.MachineError as error:
+        return error
+    return None
+
+
+@contextmanager
+def failing_at(number: int, code: int) -> Iterator[None]:
+    """Let the ``number``-th write go half way and fail; what follows works again."""
+    write, calls = os.pwrite, 0
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            view = memoryview(data).cast("B")
+            write(fd, view[: len(view) // 2], offset)
+            raise OSError(code, os.strerror(code))
+        return write(fd, data, offset)
+
+    with mock.patch.object(os, "pwrite", pwrite):
+        yield
 
 
 def test_untouched_shards_are_not_touched(tmp_path: Path) -> None:

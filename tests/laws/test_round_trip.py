@@ -299,7 +299,7 @@ def test_overlapping_patches_apply_in_order(
 ) -> None:
     """Each is checked against what the ones before it leave, also where they cross: rows, then columns."""
     case, steps = chain
-    with written(case) as (root, base, tuned):
+    with written(case) as (root, base, _):
         state, here = case.base, base
         patches: list[ns.Patch] = []
         for number, (target, axis) in enumerate([(case.tuned, case.axis), *steps]):
@@ -349,7 +349,7 @@ def test_every_anatomy_and_budget_makes_a_patch_of_the_tuned_vectors(
     first = raw_folder(tmp_path / "base", base, 2, LLAMA_CONFIG)
     second = raw_folder(tmp_path / "tuned", tuned, 3, LLAMA_CONFIG)
     patch = ns.extract(first, second, anatomy=anatomy, out=tmp_path / "p", reversible=True, **budget)
-    assert 0 < patch.neurons
+    assert patch.neurons > 0
     ns.apply(first, patch, out=tmp_path / "out")
     expected = patched_by_hand(base, tmp_path / "p")
     assert_same_tensors(raw_read(tmp_path / "out"), expected)

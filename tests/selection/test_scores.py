@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from neftsurgery import CorruptFileError, MismatchError, Scores, Selection, UsageError
 
+Content = dict[str, Any]
+Arrays = dict[str, NDArray[Any]]
+
 KINDS = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "float16": "F16"}
 
 
@@ -26,20 +29,18 @@ def write(path: Path, content: object, arrays: Mapping[str, NDArray[Any]]) -> Pa
     return raw_file(path, entries, {"neuron_scores": text})
 
 
-def described(
-    shape: list[int], axes: list[int] | None = None, dtype: str = "F32", **more: object
-) -> dict[str, object]:
-    return {"shape": shape, "dtype": dtype, "neuron_axes": [0] if axes is None else axes, **more}
+def described(shape: list[int], axes: tuple[int, ...] = (0,), dtype: str = "F32", **more: object) -> Content:
+    return {"shape": shape, "dtype": dtype, "neuron_axes": list(axes), **more}
 
 
-def least() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def least() -> tuple[Content, Arrays]:
     """Nothing but a vector per tensor and ``tensors``: all that selecting needs."""
-    content = {"version": 1, "tensors": {"b": described([3, 4]), "a": described([2, 5], [1], "BF16")}}
+    content = {"version": 1, "tensors": {"b": described([3, 4]), "a": described([2, 5], (1,), "BF16")}}
     arrays = {"a": [1, 5, 2, 5, np.nan], "b": [5, 7, 0]}
     return content, {name: np.array(values, np.float32) for name, values in arrays.items()}
 
 
-def full() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def full() -> tuple[Content, Arrays]:
     """A weight with its bias, a weight without, an included norm, and tensors that are not scored."""
     content = {
         "version": 1,
@@ -56,14 +57,7 @@ def full() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         "unscored": {
             "l.0.b": described([4], reason="bias", base_sq=1.0, delta_sq=3.0, changed=2, included=False),
             "norm": described([3], reason="norm", base_sq=1.0, delta_sq=2.0, changed=1, included=True),
-            "embed": {
-                "reason": "embedding",
-                "shape": [9, 2],
-                "dtype": "F32",
-                "base_sq": 1.0,
-                "delta_sq": 15.0,
-                "changed": 3,
-            },
+            "embed": {**described([9, 2]), "reason": "embedding", "delta_sq": 15.0, "changed": 3},
         },
     }
     arrays = {
@@ -81,12 +75,10 @@ def full() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     return content, arrays
 
 
-def by_units() -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def by_units() -> tuple[Content, Arrays]:
     """Three units over two tensors, one of them in both twice; and a neuron that is in none."""
-    content = {
-        "version": 1,
-        "tensors": {"x": described([4, 3], layer="m.0"), "y": described([2, 4], [1], layer="m.0")},
-    }
+    tensors = {"x": described([4, 3], layer="m.0"), "y": described([2, 4], (1,), layer="m.0")}
+    content = {"version": 1, "tensors": tensors}
     arrays = {
         "x": np.array([0.1, 0.9, 0.1, 0.4], np.float32),
         "x:unit": np.array([0, 1, 0, 2]),
@@ -119,7 +111,6 @@ def test_selecting_from_the_least_there_can_be(load):
     assert counts(scores.select(neurons=100)) == {"a": [0, 1, 2, 3], "b": [0, 1, 2]}
     assert counts(scores.select(neurons=1, policy="reversed")) == {"b": [2]}
     assert counts(scores.select(threshold=2)) == {"a": [1, 3], "b": [0, 1]}
-    assert counts(scores.select(neurons=1, per="tensor", max_per_tensor=1)) == {"b": [1]} or True
     assert (scores.parameters, scores.neurons, scores.anatomy, scores.score) == (22, 8, "unknown", "unknown")
     facts = scores.select(neurons=3).facts
     assert facts["budget"] == {"neurons": 3}
@@ -130,7 +121,7 @@ def test_selecting_from_the_least_there_can_be(load):
 def test_parameters_of_the_model_are_counted(load):
     content, arrays = least()
     scores = load({**content, "parameters": 100}, arrays)
-    assert counts(scores.select(params="10%")) == {"a": [1], "b": [1]}  # 4, and 2 more; 2 more: 8; then 4
+    assert counts(scores.select(params="10%")) == {"a": [1, 3], "b": [1]}  # 4, 6, 8; the next would be 12
     assert counts(scores.select(params="12%")) == {"a": [1, 3], "b": [0, 1]}
     assert counts(scores.select(params=7)) == {"a": [1], "b": [1]}
 
@@ -143,10 +134,9 @@ def test_changed_needs_the_counts(load):
 
 def test_nothing_to_choose_from(load):
     content, arrays = least()
+    none = {name: np.full_like(values, np.nan) for name, values in arrays.items()}
     with pytest.raises(MismatchError, match="no neuron can be scored"):
-        load(content, {name: np.full_like(values, np.nan) for name, values in arrays.items()}).select(
-            neurons=1
-        )
+        load(content, none).select(neurons=1)
 
 
 # With the sums.
@@ -187,7 +177,6 @@ def test_changed(load):
 
 def test_like(load):
     scores = load(*full())
-    other = Selection.load  # a selection or its counts
     chosen = scores.select(neurons=4, with_bias=True)
     assert chosen.counts == {"l.0.w": 1, "l.1.w": 3}
     for like in (chosen, chosen.counts):
@@ -203,7 +192,6 @@ def test_like(load):
         scores.select(like={"elsewhere": 1})
     with pytest.raises(UsageError, match="more neurons than have a score"):
         scores.select(like={"l.0.w": 4})
-    assert other is Selection.load
 
 
 def test_pools(load):
@@ -215,7 +203,7 @@ def test_pools(load):
 
 def test_nothing_changed_captures_nothing(load):
     content, arrays = full()
-    for name, entry in content["unscored"].items():
+    for entry in content["unscored"].values():
         entry["delta_sq"] = 0.0
     zeros = {name: values * 0 if name.endswith(":delta_sq") else values for name, values in arrays.items()}
     zeros["l.0.w:delta_sq"] = np.zeros(4)
@@ -258,7 +246,7 @@ def test_units_tie_by_their_first_member(load):
 
 def test_only_a_part_of_a_tensor_belongs(load):
     """Of a fused gate_up_proj under ``ffn`` only the up half, or every second row; the rest has no score."""
-    content = {"version": 1, "tensors": {"gate_up": described([2, 4, 3], [0, 1], part=[1, 4, 2])}}
+    content = {"version": 1, "tensors": {"gate_up": described([2, 4, 3], (0, 1), part=[1, 4, 2])}}
     arrays = {
         "gate_up": np.array([np.nan, 0.1, np.nan, 0.2, np.nan, 0.0, np.nan, 0.0], np.float32),
         "gate_up:changed": np.array([3, 1, 3, 0, 3, 0, 3, 2]),
@@ -276,11 +264,8 @@ def test_saved_and_loaded_it_is_the_same(load, make, tmp_path):
         with pytest.raises(UsageError, match="exists"):
             scores.save(tmp_path / "again.safetensors")
         with Scores.load(tmp_path / "again.safetensors") as again:
-            assert (again.facts, again.tensors, again.followers) == (
-                scores.facts,
-                scores.tensors,
-                scores.followers,
-            )
+            assert (again.facts, again.tensors) == (scores.facts, scores.tensors)
+            assert again.followers == scores.followers
             for name in scores.tensors:
                 np.testing.assert_array_equal(again.values(name), scores.values(name))
             assert counts(again.select(neurons=2)) == counts(scores.select(neurons=2))
@@ -293,7 +278,7 @@ def test_saved_and_loaded_it_is_the_same(load, make, tmp_path):
 # Damage.
 
 
-def change(place: str, value: object, make=full) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def change(place: str, value: object, make=full) -> tuple[Content, Arrays]:
     """The file of ``make`` with one thing in its document replaced; ``...`` removes it."""
     content, arrays = make()
     *path, last = place.split("/")
@@ -307,9 +292,7 @@ def change(place: str, value: object, make=full) -> tuple[dict[str, Any], dict[s
     return content, arrays
 
 
-def with_array(
-    name: str, values: NDArray[Any] | None, make=full
-) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+def with_array(name: str, values: NDArray[Any] | None, make=full) -> tuple[Content, Arrays]:
     content, arrays = make()
     arrays.pop(name, None)
     return content, arrays if values is None else {**arrays, name: values}
@@ -340,7 +323,7 @@ DAMAGED = [
     change("tensors/l.0.w/part", [0, 4, 0]),
     change("tensors/l.0.w/part", [0, -4, 1]),
     change("tensors/l.0.w/part", "0:4"),
-    change("tensors/l.0.w", described([12], [], part=[0, 1, 1])),
+    change("tensors/l.0.w", described([12], (), part=[0, 1, 1])),
     change("tensors/absent", described([4, 3])),
     change("parameters", "many"),
     change("parameters", -1),
@@ -410,39 +393,21 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=6,
 )
-PLACES = [
-    "version",
-    "score",
-    "anatomy",
-    "parameters",
-    "nonfinite",
-    "base",
-    "tuned",
-    "tensors",
-    "unscored",
-    "seed",
-]
-PLACES += [
-    "tensors/l.0.w",
-    "tensors/l.0.b",
-    "tensors/norm",
-    "unscored/l.0.w",
-    "unscored/l.0.b",
-    "unscored/norm",
-]
+PLACES = ["version", "score", "anatomy", "parameters", "nonfinite", "base", "tuned", "tensors", "unscored"]
+PLACES += [f"{group}/{name}" for group in ("tensors", "unscored") for name in ("l.0.w", "l.0.b", "norm")]
 for tensor in ("tensors/l.0.w", "unscored/l.0.b", "unscored/norm", "unscored/embed"):
     PLACES += [f"{tensor}/{key}" for key in ("shape", "dtype", "neuron_axes", "layer", "bias", "part")]
     PLACES += [f"{tensor}/{key}" for key in ("included", "delta_sq", "reason")]
+VECTORS = [None, "l.0.w", "l.0.w:changed", "l.0.w:unit", "l.0.b:changed", "norm:delta_sq", "embed:changed"]
+BUDGETS = ({"neurons": 2}, {"params": "50%"}, {"changed": True}, {"neurons": 1, "per": "layer"})
 NUMBERS = {1: None, 2: np.float32, 3: np.float64, 4: np.int64, 5: np.int32}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     place=st.sampled_from(PLACES),
     value=JSON | st.lists(st.integers(0, 6), max_size=4),
-    name=st.sampled_from(
-        [None, "l.0.w", "l.0.w:changed", "l.0.w:unit", "l.0.b:changed", "norm:delta_sq", "embed:changed"]
-    ),
+    name=st.sampled_from(VECTORS),
     length=st.integers(0, 6),
     kind=st.sampled_from(sorted(NUMBERS)),
 )
@@ -460,12 +425,7 @@ def test_no_content_raises_anything_else(tmp_path, place, value, name, length, k
     try:
         with Scores.load(path) as scores:
             assert scores.neurons >= 0
-            for budget in (
-                {"neurons": 2},
-                {"params": "50%"},
-                {"changed": True},
-                {"neurons": 1, "per": "layer"},
-            ):
+            for budget in BUDGETS:
                 try:
                     selection = scores.select(**budget, with_bias=True)
                 except (UsageError, MismatchError):  # a number too large, nothing to choose from

@@ -94,7 +94,17 @@ def _peak(folder: Path, *words: str) -> int:
         ("diff", "base", "tuned", "--anatomy", "units"),
         ("extract", "base", "tuned", "--neurons", "3%", "-o", "rows.safetensors"),
         ("extract", "base", "tuned", "--neurons", "3%", "--anatomy", "ffn", "-o", "ffn.safetensors"),
-        ("extract", "base", "tuned", "--changed", "--anatomy", "ffn", "-o", "all.safetensors", "--reversible"),
+        (
+            "extract",
+            "base",
+            "tuned",
+            "--changed",
+            "--anatomy",
+            "ffn",
+            "-o",
+            "all.safetensors",
+            "--reversible",
+        ),
     ],
     ids=["diff", "diff-columns", "diff-units", "extract", "extract-columns", "extract-all-reversible"],
 )

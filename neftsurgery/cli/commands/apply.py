@@ -8,7 +8,7 @@ from ...patch.patch import Patch
 from ...sources.resolve import resolve
 from ...surgery.apply import operate, plan_apply
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option, threads_option
+from ..options import common_options, dry_run_option, force_option, output_option
 from ..surgery import in_place_option, say_surgery
 
 __all__ = ["command"]
@@ -21,7 +21,6 @@ __all__ = ["command"]
 @in_place_option
 @force_option
 @dry_run_option
-@threads_option
 @common_options
 def command(
     console: Console,
@@ -31,7 +30,6 @@ def command(
     in_place: bool,
     force: bool,
     dry_run: bool,
-    threads: int | None,
 ) -> None:
     """Write a patched checkpoint: BASE with the neurons of one or more PATCHes.
 
@@ -49,9 +47,9 @@ def command(
         out=out,
         in_place=in_place,
         force=force,
-        threads=threads,
+        threads=console.threads,
         progress=console.progress,
     )
     if not dry_run:
-        operate(plan, threads=threads, progress=console.progress)
+        operate(plan, threads=console.threads, progress=console.progress)
     say_surgery(console, plan, "patched", dry_run)

@@ -18,15 +18,23 @@ from ...errors import UsageError
 from ...patch.patch import Patch
 from ..console import Console, plural
 from ..demo_model import PLANTED, make_base, make_tuned, planted
-from ..options import common_options
+from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
+
+_DIFF = "diff base tuned"
+_EXTRACT = f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors"
+_APPLY = "apply base neuron_patch.safetensors -o patched"
+_VERIFY = "verify patched neuron_patch.safetensors --expect patched"
+_REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
+_LINES = (_DIFF, _EXTRACT, _APPLY, _VERIFY, _REVERT)
 
 
 @click.command("demo")
 @click.argument("folder", required=False, metavar="[DIR]")
+@dry_run_option
 @common_options
-def command(console: Console, folder: str | None) -> int:
+def command(console: Console, folder: str | None, dry_run: bool) -> int:
     """See the whole round on a small checkpoint made on the spot.
 
     Makes a small sharded transformer checkpoint, fine-tunes known neurons of it, and then does what
@@ -39,6 +47,11 @@ def command(console: Console, folder: str | None) -> int:
       neftsurgery demo try-it/
     """
     start = time.perf_counter()
+    if dry_run:
+        for line in _LINES:
+            console.say(f"$ neftsurgery {line}")
+        console.answer({"dry_run": True, "commands": [f"neftsurgery {line}" for line in _LINES]})
+        return 0
     with _workplace(folder) as place:
         result = _Demo(console, place).run()
     seconds = time.perf_counter() - start
@@ -88,19 +101,19 @@ class _Demo:
         )
 
         self._title("Where did it change?")
-        self._type("diff base tuned")
+        self._type(_DIFF)
 
         self._title(f"Cut the {PLANTED} most sensitive neurons out")
-        self._type(f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors")
+        self._type(_EXTRACT)
         found = self._found()
         self._console.say(f"  -> exactly the {PLANTED} neurons that were moved: {_yes(found)}")
 
         self._title("Put them into the base, and make sure")
-        self._type("apply base neuron_patch.safetensors -o patched")
-        self._type("verify patched neuron_patch.safetensors --expect patched")
+        self._type(_APPLY)
+        self._type(_VERIFY)
 
         self._title("Take them out again")
-        self._type("revert patched neuron_patch.safetensors --base base -o restored")
+        self._type(_REVERT)
         same = _digests(base) == _digests(restored) != _digests(patched)
         self._console.say(f"  -> every file of restored/ equals the one of base/, bit for bit: {_yes(same)}")
         return {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}

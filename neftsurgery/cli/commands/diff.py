@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ...checkpoint.opening import open_checkpoint
-from ...checkpoint.output import refuse_output
+from ...checkpoint.refusal import refuse_output
 from ...surgery.diff import score_pair
 from ...surgery.pairing import Pair, pair
 from ...surgery.progress import Timing
@@ -22,7 +22,6 @@ from ..options import (
     score_option,
     seed_option,
     take_scope,
-    threads_option,
 )
 from ..render import say_pair, say_summary
 
@@ -38,7 +37,6 @@ __all__ = ["command"]
 @seed_option
 @force_option
 @dry_run_option
-@threads_option
 @common_options
 def command(
     console: Console,
@@ -49,7 +47,6 @@ def command(
     seed: int,
     force: bool,
     dry_run: bool,
-    threads: int | None,
     **options: Any,
 ) -> None:
     """Score every neuron of TUNED against BASE.
@@ -78,7 +75,7 @@ def command(
         seed=seed,
         out=out,
         force=force,
-        threads=threads,
+        threads=console.threads,
         progress=console.progress,
         timing=timing,
     ) as scores:

@@ -24,7 +24,6 @@ from ..options import (
     seed_option,
     take_budget,
     take_scope,
-    threads_option,
 )
 from ..render import say_captured
 
@@ -46,7 +45,6 @@ __all__ = ["command"]
 @seed_option
 @force_option
 @dry_run_option
-@threads_option
 @common_options
 def command(
     console: Console,
@@ -60,7 +58,6 @@ def command(
     seed: int,
     force: bool,
     dry_run: bool,
-    threads: int | None,
     **options: Any,
 ) -> None:
     """Score, choose, and cut the chosen neurons of TUNED out as a patch on BASE.
@@ -88,7 +85,7 @@ def command(
         budget=budget,
         out=out,
         force=force,
-        threads=threads,
+        threads=console.threads,
         progress=console.progress,
     )
     for warning in plan.warnings:
@@ -97,13 +94,19 @@ def command(
     nbytes = patch_bytes(chosen, reversible)
     if not dry_run:
         patch = cut(
-            plan, reversible=reversible, out=out, force=force, threads=threads, progress=console.progress
+            plan,
+            reversible=reversible,
+            out=out,
+            force=force,
+            threads=console.threads,
+            progress=console.progress,
         )
         nbytes = patch.nbytes
     total = plan.base.parameters
     console.say(
-        f"{'would cut' if dry_run else 'cut'} {plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')} out: "
-        f"{amount(chosen.parameters)} parameters, {percent(chosen.parameters / total) if total else '0%'} of the model"
+        f"{'would cut' if dry_run else 'cut'} {plural(chosen.neurons, 'neuron')} "
+        f"of {plural(len(chosen.tensors), 'tensor')} out: {amount(chosen.parameters)} parameters, "
+        f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
     facts = chosen.facts if plan.captured_known else {}
     whole = is_whole_change(plan)

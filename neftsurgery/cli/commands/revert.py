@@ -8,7 +8,7 @@ from ...patch.patch import Patch
 from ...sources.resolve import resolve
 from ...surgery.apply import operate, plan_revert
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option, threads_option
+from ..options import common_options, dry_run_option, force_option, output_option
 from ..surgery import in_place_option, say_surgery
 
 __all__ = ["command"]
@@ -24,7 +24,6 @@ __all__ = ["command"]
 )
 @force_option
 @dry_run_option
-@threads_option
 @common_options
 def command(
     console: Console,
@@ -35,7 +34,6 @@ def command(
     base: str | None,
     force: bool,
     dry_run: bool,
-    threads: int | None,
 ) -> None:
     """Take PATCH out of CHECKPOINT again: what it replaced comes back, bit for bit.
 
@@ -51,9 +49,9 @@ def command(
         out=out,
         in_place=in_place,
         force=force,
-        threads=threads,
+        threads=console.threads,
         progress=console.progress,
     )
     if not dry_run:
-        operate(plan, threads=threads, progress=console.progress)
+        operate(plan, threads=console.threads, progress=console.progress)
     say_surgery(console, plan, "base", dry_run)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ...checkpoint.output import refuse_output
+from ...checkpoint.refusal import refuse_output
 from ...errors import MismatchError
 from ...selection.scores import Scores
 from ...selection.selection import Selection
@@ -41,7 +41,7 @@ def command(
     \b
     Example:
       neftsurgery select scores.safetensors --neurons 3% -o selection.safetensors
-      neftsurgery select scores.safetensors --like selection.safetensors --policy random -o control.safetensors
+      neftsurgery select scores.safetensors --like selection.safetensors --policy random -o control
     """
     budget = take_budget(options)
     if "like" in budget:
@@ -57,7 +57,8 @@ def command(
         text = f"{plural(selection.neurons, 'neuron')} of {amount(loaded.neurons)}"
         console.say(
             f"{'would choose' if dry_run else 'chose'} {text} in {plural(len(selection.tensors), 'tensor')}, "
-            f"{amount(selection.parameters)} parameters ({percent(selection.parameters / loaded.parameters)} of the model)"
+            f"{amount(selection.parameters)} parameters "
+            f"({percent(selection.parameters / loaded.parameters)} of the model)"
         )
         if captured is not None:
             console.say(f"they hold {percent(captured)} of the whole change")

@@ -8,7 +8,7 @@ from ...patch.patch import Patch
 from ...sources.resolve import resolve
 from ...surgery.verify import verify
 from ..console import Console, plural, table
-from ..options import common_options, threads_option
+from ..options import common_options
 
 __all__ = ["command"]
 
@@ -19,9 +19,8 @@ _SHOWN = 20
 @click.argument("checkpoint")
 @click.argument("patch")
 @click.option("--expect", type=click.Choice(["base", "patched"]), help="Succeed only in this state.")
-@threads_option
 @common_options
-def command(console: Console, checkpoint: str, patch: str, expect: str | None, threads: int | None) -> int:
+def command(console: Console, checkpoint: str, patch: str, expect: str | None) -> int:
     """Is CHECKPOINT in the state before PATCH, or after it?
 
     Compares every neuron the patch touches. Exit code 0: all as in the base, or all patched (with
@@ -31,7 +30,9 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None, t
     Example:
       neftsurgery verify patched/ neuron_patch.safetensors --expect patched
     """
-    found = verify(checkpoint, Patch.load(resolve(patch).path), threads=threads, progress=console.progress)
+    found = verify(
+        checkpoint, Patch.load(resolve(patch).path), threads=console.threads, progress=console.progress
+    )
     good = found.holds(expect)
     neurons = sum(t.base + t.patched + t.both + t.neither for t in found.tensors.values())
     console.say(f"{found.state}: {plural(neurons, 'neuron')} in {plural(len(found.tensors), 'tensor')}")

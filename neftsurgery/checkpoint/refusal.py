@@ -1,0 +1,188 @@
+"""What must not be written: outputs that exist, or that touch an input, and more than fits the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from ..errors import MachineError, UsageError
+
+__all__ = ["MAX_NAME", "AnyPath", "identity", "named_output", "refuse_output", "require_space"]
+
+AnyPath = str | os.PathLike[str]
+#: Bytes of a file's name, on every file system that matters.
+MAX_NAME = 255
+
+
+def refuse_output(
+    out: AnyPath,
+    *,
+    inputs: Sequence[AnyPath],
+    force: bool,
+    kind: Literal["file", "directory"] | None = None,
+) -> None:
+    """Refuse an output that must not be written, before any work is done.
+
+    Parameters
+    ----------
+    out:
+        The output, best as the user typed it: a trailing slash says that a folder is meant.
+    inputs:
+        Local files and folders the verb reads. What they link to counts as well.
+    force:
+        Whether an existing output may be replaced. It never excuses one that is, holds or lies
+        inside an input.
+    kind:
+        What will be written, where known. An empty folder does for a ``"directory"`` only.
+
+    Raises
+    ------
+    UsageError
+        If the output is refused.
+    MachineError
+        If its folder cannot be written.
+    """
+    path = named_output(out)
+    if kind == "file" and os.fspath(out).endswith(os.sep):
+        raise UsageError("the output is a file, but its name ends in a slash", file=out)
+    for one in inputs:
+        _refuse_input(path, Path(one))
+    if os.path.lexists(path):
+        _refuse_existing(path, force, kind)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        error = MachineError(
+            "no permission to write in this folder", file=path.parent, hint="name an output elsewhere"
+        )
+        error.errno = errno.EACCES
+        raise error
+
+
+def named_output(out: AnyPath) -> Path:
+    """The output as a path with a name of its own in a folder that exists.
+
+    Raises
+    ------
+    UsageError
+        If it has none.
+    """
+    path = Path(out)
+    if path.name in ("", ".."):
+        raise UsageError(
+            "the output has no name of its own", file=out, hint="give the name of a file or folder to create"
+        )
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise UsageError(f"the output's name is longer than {MAX_NAME} bytes", file=out)
+    if not path.parent.is_dir():
+        missing = not os.path.lexists(path.parent)
+        raise UsageError(
+            f"the folder {path.parent} does not exist" if missing else f"{path.parent} is not a folder",
+            file=out,
+            hint="create it first, or check the spelling" if missing else None,
+        )
+    return path
+
+
+def _refuse_input(out: Path, source: Path) -> None:
+    hint = "name an output that is apart from every input"
+    real_out, real = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+    inside, holds = _within(real_out, real), _within(real, real_out)
+    if inside and holds:
+        raise UsageError(f"the output is the input {source}", file=out, hint=hint)
+    if inside:
+        raise UsageError(f"the output lies inside the input {source}", file=out, hint=hint)
+    if not holds and real.is_dir():
+        # Files of a Hub snapshot are links to a folder of blobs: that one must not be replaced either.
+        with os.scandir(real) as entries:
+            links = [Path(os.path.realpath(entry)) for entry in entries if entry.is_symlink()]
+        holds = any(_within(link, real_out) for link in links)
+    if holds:
+        raise UsageError(f"the output holds files of the input {source}", file=out, hint=hint)
+
+
+def _within(inner: Path, outer: Path) -> bool:
+    """Whether ``inner`` is ``outer`` or lies in it, by name and by inode; both are real paths."""
+    own = identity(outer)
+    return any(
+        place == outer or (own is not None and identity(place) == own) for place in (inner, *inner.parents)
+    )
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of what is at ``path``, links followed; None if there is nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _refuse_existing(out: Path, force: bool, kind: Literal["file", "directory"] | None) -> None:
+    is_folder = out.is_dir() and not out.is_symlink()
+    if out.exists() and not out.is_file() and not out.is_dir():
+        raise UsageError("the output is a device, pipe or socket", file=out)
+    if is_folder:
+        if os.path.ismount(out):
+            raise UsageError(
+                "the output is a mount point, which cannot be replaced",
+                file=out,
+                hint="name a file or folder inside it",
+            )
+        for place in (os.curdir, os.path.expanduser("~")):
+            if _within(Path(os.path.realpath(place)), Path(os.path.realpath(out))):
+                raise UsageError(
+                    "the output is, or holds, the current folder or your home folder",
+                    file=out,
+                    hint="name a file or folder inside it",
+                )
+        if kind != "file" and _is_empty(out):
+            return
+    if not force:
+        what = "a link" if out.is_symlink() else "a folder" if is_folder else "a file"
+        raise UsageError(
+            f"the output exists already: {what}",
+            file=out,
+            hint="name another one, or replace it with --force",
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except PermissionError:
+        return False
+
+
+def require_space(folder: AnyPath, nbytes: int) -> None:
+    """Check that ``nbytes`` more bytes fit on the disk that holds ``folder``.
+
+    Call it inside the staging context and before the first byte is written: what a killed
+    process left behind has been removed by then.
+
+    Raises
+    ------
+    MachineError
+        If they do not fit; its ``errno`` is ``ENOSPC``.
+    """
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if nbytes > free:
+        error = MachineError(
+            f"not enough space: {_size(nbytes, up=True)} are needed, {_size(free, up=False)} are free",
+            file=folder,
+            hint="free some space, or write the output to another disk",
+        )
+        error.errno = errno.ENOSPC
+        raise error
+
+
+def _size(nbytes: int, *, up: bool) -> str:
+    """In decimal units, rounded so that of two sizes the larger never reads as the smaller."""
+    power = min((len(str(nbytes)) - 1) // 3, 4)
+    if power == 0:
+        return f"{nbytes} bytes"
+    tenths = -(-nbytes * 10 // 1000**power) if up else nbytes * 10 // 1000**power
+    return f"{tenths / 10:.1f} {('kB', 'MB', 'GB', 'TB')[power - 1]}"

@@ -1,0 +1,279 @@
+"""extract: what it refuses, what it says of where a patch came from, and what memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import patched_by_hand, raw_folder, raw_read, snapshot, write_file
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import neftsurgery as ns
+
+RNG = np.random.default_rng(0)
+SHAPES = {"a.weight": (8, 6), "b.weight": (5, 9), "a.bias": (8,), "norm": (6,)}
+BASE = {n: ("BF16", RNG.integers(0x3C00, 0x4000, shape, np.uint16)) for n, shape in SHAPES.items()}
+TUNED = {n: (kind, bits ^ RNG.integers(0, 8, bits.shape, np.uint16)) for n, (kind, bits) in BASE.items()}
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[Path, Path]:
+    return raw_folder(tmp_path / "base", BASE, 3), raw_folder(tmp_path / "tuned", TUNED)
+
+
+def refused(root: Path, error: type[ns.NeftError], call: Callable[[], object], *says: str) -> None:
+    before = snapshot(root)
+    with pytest.raises(error) as caught:
+        call()
+    for word in says:
+        assert word in str(caught.value)
+    assert snapshot(root) == before
+
+
+def manifest(path: Path) -> dict:
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["neuron_patch"])
+
+
+def test_outputs_that_make_no_sense(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = sides
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    refused(
+        tmp_path, ns.UsageError, lambda: ns.extract(*sides, changed=True, out=tmp_path / "taken"), "--force"
+    )
+    for out in (base, tuned, base / "p", tuned / "p", tmp_path / "no" / "p", base / "config.json" / "p"):
+        for force in (False, True):
+            call = lambda out=out, force=force: ns.extract(*sides, changed=True, out=out, force=force)  # noqa: E731
+            refused(tmp_path, ns.UsageError, call, str(out))
+    single = tuned / "model.safetensors"
+    call = lambda: ns.extract(base, single, changed=True, out=single, force=True)  # noqa: E731
+    refused(tmp_path, ns.UsageError, call, "is the input")
+    refused(tmp_path, ns.UsageError, lambda: ns.extract(*sides, changed=True, out=tmp_path / "folder"))
+
+
+def test_options_that_do_not_go_together(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    scores = ns.diff(*sides)
+    selection = scores.select(neurons=2)
+    for positional, options in [
+        ((selection,), {"neurons": 3}),
+        ((selection,), {"scores": scores}),
+        ((), {}),
+        ((), {"neurons": 3, "changed": True}),
+        ((), {"neurons": 3, "no_such_option": 1}),
+        ((), {"neurons": 3, "score": "unheard of"}),
+        ((), {"neurons": 3, "anatomy": "unheard of"}),
+        ((), {"neurons": 3, "only": ["no.such.*"]}),
+        ((), {"neurons": 3, "axis": {"a.weight": 2}}),
+        ((), {"neurons": 3, "threads": 0}),
+    ]:
+        call = lambda p=positional, o=options: ns.extract(*sides, *p, out=tmp_path / "p", **o)  # noqa: E731
+        refused(tmp_path, ns.UsageError, call)
+
+
+def test_sides_that_do_not_fit(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    other = raw_folder(tmp_path / "other", {"x.weight": ("BF16", np.zeros((2, 3), "u2"))})
+    cast = raw_folder(tmp_path / "cast", {n: ("F16", bits) for n, (_, bits) in BASE.items()})
+    for tuned, says in ((other, "no tensor in common"), (cast, "expected BF16 [")):
+        call = lambda tuned=tuned: ns.extract(sides[0], tuned, changed=True, out=tmp_path / "p")  # noqa: E731
+        refused(tmp_path, ns.MismatchError, call, says, str(sides[0]), str(tuned))
+
+
+def test_a_selection_for_another_model(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    selection = ns.diff(*sides).select(neurons=3)
+    name = next(iter(selection.tensors))
+    smaller = {n: (kind, bits[:-1] if n == name else bits) for n, (kind, bits) in BASE.items()}
+    other = raw_folder(tmp_path / "other", smaller)
+    for pair in ((other, sides[1]), (sides[0], other)):
+        call = lambda pair=pair: ns.extract(*pair, selection, out=tmp_path / "p")  # noqa: E731
+        refused(tmp_path, ns.MismatchError, call, str(other), name, "expected BF16", "found BF16")
+
+
+def test_scores_of_another_pair(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = sides
+    scores = ns.diff(base, tuned)
+    other = raw_folder(tmp_path / "other", {n: (k, bits ^ np.uint16(1)) for n, (k, bits) in BASE.items()})
+    for pair, side in (((other, tuned), "base"), ((base, other), "tuned")):
+        call = lambda pair=pair: ns.extract(*pair, scores=scores, neurons=3, out=tmp_path / "p")  # noqa: E731
+        refused(tmp_path, ns.MismatchError, call, f"another {side}", str(other), "xxh3-128:")
+
+
+def test_nothing_to_cut_out(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    call = lambda: ns.extract(sides[0], sides[0], changed=True, out=tmp_path / "p")  # noqa: E731
+    refused(tmp_path, ns.MismatchError, call, "no neuron is chosen", "equal")
+    call = lambda: ns.extract(*sides, threshold=5.0, out=tmp_path / "p")  # noqa: E731
+    refused(tmp_path, ns.MismatchError, call, "threshold")
+
+
+def test_no_such_side(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    for pair in ((missing, sides[1]), (sides[0], missing)):
+        call = lambda pair=pair: ns.extract(*pair, changed=True, out=tmp_path / "p")  # noqa: E731
+        refused(tmp_path, ns.UsageError, call, str(missing))
+
+
+def test_one_pass_equals_scores_and_selection(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """However one comes to the same choice, the patch is the same file."""
+    options = {"score": "l2", "anatomy": "rows"}
+    ns.extract(*sides, neurons="30%", out=tmp_path / "direct", **options).close()
+    scores = ns.diff(*sides, out=tmp_path / "scores", **options)
+    ns.extract(*sides, scores=scores, neurons="30%", out=tmp_path / "scored").close()
+    selection = scores.select(neurons="30%")
+    selection.save(tmp_path / "selection")
+    ns.extract(*sides, selection, out=tmp_path / "selected").close()
+    loaded = ns.Selection.load(tmp_path / "selection")
+    ns.extract(*sides, loaded, out=tmp_path / "loaded", threads=1).close()
+    files = [tmp_path / name for name in ("direct", "scored", "selected", "loaded")]
+    assert len({path.read_bytes() for path in files}) == 1
+
+
+def test_where_it_came_from(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    ns.extract(*sides, neurons=4, policy="random", seed=5, out=tmp_path / "p").close()
+    found = manifest(tmp_path / "p")
+    assert found["base"]["name"] == "base"
+    assert found["selection"]["seed"] == 5
+    assert found["selection"]["policy"] == "random"
+    assert found["selection"]["score"] == "cosine"
+    assert found["selection"]["budget"]["neurons"] in (4, "4")
+    assert "tuned" not in found["selection"]
+    assert str(tmp_path) not in json.dumps(found), "a patch tells no paths of the machine it was made on"
+
+
+def test_captured_is_of_these_checkpoints_or_absent(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """The share of the squared change that is in the patch, by numpy in float64."""
+    base, tuned = sides
+    ns.extract(base, tuned, neurons="40%", out=tmp_path / "p").close()
+    wide = [
+        {n: (b.astype("u4") << 16).view("f4").astype("f8") for n, (_, b) in side.items()}
+        for side in (BASE, patched_by_hand(BASE, tmp_path / "p"), TUNED)
+    ]
+    inside, whole = (
+        sum(float(((side[n] - wide[0][n]) ** 2).sum()) for n in BASE) for side in (wide[1], wide[2])
+    )
+    assert manifest(tmp_path / "p")["selection"]["captured"] == pytest.approx(inside / whole, rel=1e-5)
+    selection = ns.diff(base, tuned).select(neurons="40%")
+    elsewhere = raw_folder(tmp_path / "elsewhere", {n: (k, b ^ np.uint16(3)) for n, (k, b) in TUNED.items()})
+    ns.extract(base, elsewhere, selection, out=tmp_path / "q").close()
+    assert "captured" not in manifest(tmp_path / "q")["selection"]
+
+
+def test_a_hub_base_is_named_by_repository_and_commit(
+    sides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    sides[0].rename(tmp_path / commit)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path / commit))
+    ns.extract("some-org/some-model", sides[1], changed=True, out=tmp_path / "p").close()
+    base = manifest(tmp_path / "p")["base"]
+    assert (base["repo"], base["revision"]) == ("some-org/some-model", commit)
+    assert base["fingerprint"].startswith("xxh3-128:")
+
+
+def test_a_side_that_changes_meanwhile(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    @contextmanager
+    def touching(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        if what == "cutting out":
+            os.utime(sides[1] / "model.safetensors", ns=(1, 1))
+        yield lambda done: None
+
+    with pytest.raises(ns.MachineError, match="changed"):
+        ns.extract(*sides, changed=True, out=tmp_path / "p", progress=touching)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_real_checkpoints_round_trip(shared_data: Path, tmp_path: Path) -> None:
+    """A real pair, F32, with recurrent kernels that are [in, out]."""
+    folder = shared_data / "checkpoints" / "textgenrnn"
+    base, tuned = folder / "base.safetensors", folder / "hacker_news.safetensors"
+    options = {"axis": {"*kernel": 1}, "reversible": True}
+    for budget in ({"neurons": "3%"}, {"changed": True, "include": ["*"], "with_bias": True}):
+        patch = ns.extract(base, tuned, out=tmp_path / "p", force=True, **options, **budget)
+        ns.apply(base, patch, out=tmp_path / "out", force=True)
+        assert ns.verify(tmp_path / "out", patch).state == "patched"
+        ns.revert(tmp_path / "out", patch, out=tmp_path / "back", force=True)
+        assert (tmp_path / "back").read_bytes() == base.read_bytes()
+    found, wanted = load_file(tmp_path / "out"), load_file(tuned)
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    third = folder / "reddit_apple_android.safetensors"
+    with pytest.raises(ns.MismatchError, match="another base"):
+        ns.apply(third, patch, out=tmp_path / "out", force=True)
+
+
+def test_files_of_the_safetensors_package(tmp_path: Path) -> None:
+    arrays = {"w.weight": RNG.standard_normal((40, 30)).astype("f4")}
+    base = write_file(tmp_path / "base.safetensors", arrays)
+    arrays["w.weight"][7] += 1
+    tuned = write_file(tmp_path / "tuned.safetensors", arrays)
+    patch = ns.extract(base, tuned, neurons=1, out=tmp_path / "p")
+    assert patch.index("w.weight").tolist() == [7]
+    ns.apply(base, patch, out=tmp_path / "out")
+    np.testing.assert_array_equal(load_file(tmp_path / "out")["w.weight"], arrays["w.weight"])
+
+
+# One tensor of 300 MB: nothing whole may ever be held.
+
+SIDE = 12_288
+
+MEMORY = """
+import resource, sys
+import neftsurgery as ns
+
+def peak():
+    try:  # of this process only: ru_maxrss starts with what the parent had
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+root, axis = sys.argv[1] + "/", int(sys.argv[2])
+options = dict(neurons="12%", score="random", axis={"*": axis}, reversible=True)
+ns.extract(root + "base", root + "tuned", out=root + "p", **options)
+ns.apply(root + "base", root + "p", out=root + "out")
+assert ns.verify(root + "out", root + "p").state == "patched"
+ns.revert(root + "out", root + "p", in_place=True)
+assert ns.verify(root + "out", root + "p").state == "base"
+ns.revert(root + "out", root + "p", base=root + "base", out=root + "back")
+print(peak())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path, axis: int) -> None:
+    for number, name in enumerate(("base", "tuned")):
+        size = 2 * SIDE * SIDE
+        entry = {"w": {"dtype": "BF16", "shape": [SIDE, SIDE], "data_offsets": [0, size]}}
+        text = json.dumps(entry).encode()
+        with open(tmp_path / name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + size)
+            row = np.arange(SIDE, dtype="u2") % 1000 + 0x3C00 + number
+            for position in range(0, SIDE, 16):
+                file.seek(8 + len(text) + 2 * SIDE * position)
+                file.write((row + np.uint16(position % 7)).tobytes())
+            if number and axis == 0:
+                for position in range(1, SIDE, 16):
+                    file.seek(8 + len(text) + 2 * SIDE * position)
+                    file.write(row.tobytes())
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path), str(axis)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 400e6
+    assert (tmp_path / "back").stat().st_size == (tmp_path / "base").stat().st_size
+    patch = raw_read(tmp_path / "p")
+    assert patch["w:value"][1].nbytes > 30e6

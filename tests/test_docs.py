@@ -1,0 +1,62 @@
+"""The documentation says what is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from conftest import LLAMA_CONFIG, write_folder
+
+from neftsurgery.anatomy.families import FAMILIES
+from neftsurgery.checkpoint.tensorfile import TensorFile
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, llama_arrays):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 1
+    base = llama_arrays()
+    noise = np.random.default_rng(0)
+    tuned = {
+        name: (array + 1e-2 * noise.standard_normal(array.shape)).astype(np.float32)
+        for name, array in base.items()
+    }
+    write_folder(tmp_path / "base", base, 2, LLAMA_CONFIG)
+    write_folder(tmp_path / "tuned", tuned, 3, LLAMA_CONFIG)
+    monkeypatch.chdir(tmp_path)
+    exec(code[0], {})
+    for file in (tmp_path / "base").iterdir():
+        assert (tmp_path / "restored" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_anatomy_page_lists_every_architecture():
+    page = (ROOT / "docs" / "anatomy.md").read_text()
+    known = {name for family in FAMILIES for name in family.model_types.split()}
+    listed = set(re.findall(r"`([a-z0-9_-]+)`", page.partition("## Architectures")[2]))
+    assert listed - {"model_type"} == known
+    assert f"{len(known)} values" in page
+
+
+def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):
+    import neftsurgery as ns
+
+    page = (ROOT / "docs" / "patch-format.md").read_text()
+    write_folder(tmp_path / "base", llama_arrays(), 1, LLAMA_CONFIG)
+    write_folder(tmp_path / "tuned", llama_arrays(seed=1), 1, LLAMA_CONFIG)
+    patch = ns.extract(
+        tmp_path / "base", tmp_path / "tuned", neurons=3, reversible=True, out=tmp_path / "patch.safetensors"
+    )
+    with TensorFile.open(tmp_path / "patch.safetensors") as file:
+        entries = {name.rpartition(":")[2] for name in file.tensors}
+    assert all(f"`NAME:{entry}`" in page for entry in entries)
+    described = next(iter(patch.manifest["tensors"].values()))
+    for key in [*patch.manifest, *patch.facts, *patch.base, *described]:
+        assert f"`{key}`" in page, key
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
