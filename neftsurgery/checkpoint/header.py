@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CorruptFileError
 from .dtypes import DTYPES, DType
 
-__all__ = ["MAX_HEADER_BYTES", "Header", "TensorInfo", "layout_entries", "pack_header", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 _PREFIX = struct.Struct("<Q")
@@ -142,46 +142,87 @@ def _reason(error: SafetensorError) -> str:
     return str(error).removeprefix("Error while deserializing header: ")
 
 
-def layout_entries(entries: Iterable[TensorInfo]) -> tuple[dict[str, tuple[int, int]], int]:
-    """Place ``entries`` one after the other: per name its ``(begin, end)`` in the data area, and its size.
+@dataclass(frozen=True)
+class FilePlan:
+    """Where everything lies in a safetensors file that is about to be written.
 
-    Larger element types come first, so that with an 8-byte aligned data area every entry is aligned.
+    Made by `FilePlan.of`; the metadata may change until it is written, within the room kept for it.
+
+    Attributes
+    ----------
+    tensors:
+        The entries, by name.
+    offsets:
+        By name, where the entry's data starts, in bytes from the start of the file.
+    start:
+        Bytes of prefix and header together, a multiple of 8.
+    nbytes:
+        Bytes of the whole file.
     """
-    offsets: dict[str, tuple[int, int]] = {}
-    position = 0
-    for entry in sorted(entries, key=lambda e: -e.type.bits):
-        if entry.name in offsets:
-            raise ValueError(f"two entries are named {entry.name!r}")
-        offsets[entry.name] = (position, position + entry.nbytes)
-        position += entry.nbytes
-    return offsets, position
+
+    tensors: Mapping[str, TensorInfo]
+    offsets: Mapping[str, int]
+    start: int
+    nbytes: int
+    _entries: bytes
+
+    @classmethod
+    def of(cls, entries: Iterable[TensorInfo], room: Mapping[str, str]) -> FilePlan:
+        """Place ``entries`` one after the other, behind a header with room for metadata like ``room``.
+
+        Larger element types come first, so that every entry is aligned.
+
+        Raises
+        ------
+        ValueError
+            If two entries have one name, or the header would be larger than the format allows.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        offsets: dict[str, int] = {}
+        texts: list[str] = []
+        position = 0
+        for entry in sorted(entries, key=lambda e: -e.type.bits):
+            if entry.name in tensors:
+                raise ValueError(f"two entries are named {entry.name!r}")
+            end = position + entry.nbytes
+            shape = ",".join(map(str, entry.shape))
+            texts.append(
+                f'{json.dumps(entry.name)}:{{"dtype":"{entry.dtype}","shape":[{shape}],'
+                f'"data_offsets":[{position},{end}]}}'
+            )
+            tensors[entry.name], offsets[entry.name] = entry, position
+            position = end
+        packed = ",".join(texts).encode("ascii")
+        del texts
+        start = _PREFIX.size + (len(_header_text(packed, room)) + 7) // 8 * 8
+        if start - _PREFIX.size > MAX_HEADER_BYTES:
+            raise ValueError(f"the header takes {start - _PREFIX.size} bytes, where {MAX_HEADER_BYTES} fit")
+        for name in offsets:
+            offsets[name] += start
+        return cls(tensors, offsets, start, start + position, packed)
+
+    def pack(self, metadata: Mapping[str, str]) -> bytes:
+        """Prefix and header as bytes, padded with spaces.
+
+        Raises
+        ------
+        ValueError
+            If ``metadata`` is larger than the room that was kept.
+        """
+        text = _header_text(self._entries, metadata)
+        room = self.start - _PREFIX.size
+        if len(text) > room:
+            raise ValueError(f"the header takes {len(text)} bytes, where {room} fit")
+        return _PREFIX.pack(room) + text.ljust(room, b" ")
+
+    def header(self, metadata: Mapping[str, str]) -> Header:
+        """The header as a reader will find it."""
+        return Header(self.tensors, self.offsets, dict(metadata), self.start)
 
 
-def pack_header(
-    entries: Iterable[TensorInfo],
-    offsets: Mapping[str, tuple[int, int]],
-    metadata: Mapping[str, str],
-    *,
-    size: int | None = None,
-) -> bytes:
-    """Prefix and header as bytes, padded with spaces to ``size`` (default: the next multiple of 8).
-
-    Raises
-    ------
-    ValueError
-        If the header does not fit ``size``, or the format.
-    """
-    content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    for entry in entries:
-        content[entry.name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": list(offsets[entry.name]),
-        }
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    if size is None:
-        size = _PREFIX.size + (len(text) + 7) // 8 * 8
-    room = size - _PREFIX.size
-    if not len(text) <= room <= MAX_HEADER_BYTES:
-        raise ValueError(f"the header takes {len(text)} bytes, where {min(room, MAX_HEADER_BYTES)} fit")
-    return _PREFIX.pack(room) + text.ljust(room, b" ")
+def _header_text(entries: bytes, metadata: Mapping[str, str]) -> bytes:
+    parts = [entries] if entries else []
+    if metadata:
+        text = json.dumps(dict(metadata), separators=(",", ":"))
+        parts.insert(0, f'"__metadata__":{text}'.encode())
+    return b"{" + b",".join(parts) + b"}"

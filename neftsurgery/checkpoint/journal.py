@@ -36,7 +36,9 @@ _KEY = "neft_journal"
 _VERSION = 1
 _WHAT = "journal"
 _SAMPLES = 8
-_TELLING_BYTES = 16  # so many equal bytes in a row are no accident
+# So many equal bytes are no accident: of random weights, and in a row of ones with few distinct values.
+_TELLING_BYTES = 16
+_TELLING_STRETCH = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -295,10 +297,11 @@ def _telling(now: NDArray[Any], old: NDArray[Any], known: NDArray[np.bool_]) -> 
     by_chance = int((now.reshape(-1) == np.roll(old, 1).reshape(-1)).sum())
     if int(same.sum()) >= 2 * by_chance + enough:
         return True
+    stretch = _TELLING_STRETCH // now.itemsize
     for equal, values in ((same, old), (same.T, old.T)):
-        stretches = equal.size // enough
-        whole = np.ascontiguousarray(equal).reshape(-1)[: stretches * enough].reshape(-1, enough).all(axis=1)
-        parts = np.ascontiguousarray(values).reshape(-1)[: stretches * enough].reshape(-1, enough)[whole]
+        size = equal.size // stretch * stretch
+        whole = np.ascontiguousarray(equal).reshape(-1)[:size].reshape(-1, stretch).all(axis=1)
+        parts = np.ascontiguousarray(values).reshape(-1)[:size].reshape(-1, stretch)[whole]
         if bool((parts != parts[:, :1]).any()):
             return True
     return False

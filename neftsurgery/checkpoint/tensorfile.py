@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MismatchError
-from .header import Header, TensorInfo, layout_entries, pack_header, read_header
+from .header import FilePlan, Header, TensorInfo, read_header
 from .output import staged_file
 from .refusal import require_space
 
@@ -202,35 +202,33 @@ class TensorFileWriter:
     Made by `written_file`. Writes may come in any order, and from several threads.
     """
 
-    def __init__(self, entries: Sequence[TensorInfo], room: Mapping[str, str], fd: int) -> None:
-        self._entries = list(entries)
-        self._info = {entry.name: entry for entry in self._entries}
-        self._offsets, size = layout_entries(self._entries)
-        self._start = len(pack_header(self._entries, self._offsets, room))
+    def __init__(self, plan: FilePlan, fd: int) -> None:
+        self._plan = plan
         self._fd = fd
         self.header: Header | None = None
-        self.nbytes = self._start + size
-        os.ftruncate(fd, self.nbytes)
+        os.ftruncate(fd, plan.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self._plan.nbytes
 
     def write(self, name: str, start: int, data: NDArray[Any]) -> None:
         """Write ``data`` into entry ``name`` from its row ``start`` (along the first axis)."""
-        info = self._info[name]
+        info = self._plan.tensors[name]
         rows = info.shape[0] if info.shape else 1
-        begin, end = self._offsets[name]
-        offset = begin + (start * (info.nbytes // rows) if rows else 0)
         if data.nbytes == 0:
             return
-        if start < 0 or offset + data.nbytes > end:
+        begin = start * (info.nbytes // rows) if rows else 0
+        if start < 0 or begin + data.nbytes > info.nbytes:
             raise ValueError(f"{data.nbytes} bytes at row {start} do not fit entry {name!r}")
         view = np.ascontiguousarray(data).data.cast("B")
-        write_exactly(self._fd, view, self._start + offset)
+        write_exactly(self._fd, view, self._plan.offsets[name] + begin)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header with the final ``metadata``, no longer than the room that was kept for it."""
-        head = pack_header(self._entries, self._offsets, metadata, size=self._start)
-        write_exactly(self._fd, head, 0)
-        offsets = {name: self._start + begin for name, (begin, _) in self._offsets.items()}
-        self.header = Header(dict(self._info), offsets, dict(metadata), self._start)
+        write_exactly(self._fd, self._plan.pack(metadata), 0)
+        self.header = self._plan.header(metadata)
 
 
 class _Written:
@@ -241,12 +239,12 @@ class _Written:
         self._spool, self._out = spool, out
 
     def reader(self) -> TensorFile:
-        """The finished file, once the context has ended."""
-        if self._out is not None:
-            return TensorFile.open(self._out)
-        if self._spool is None or self.writer.header is None:
+        """The finished file, once the context has ended; what was just written is not checked again."""
+        if self.writer.header is None:
             raise ValueError("the file is not finished")
-        return TensorFile(self._spool, self.writer.header, None)
+        file = OpenFile.at(self._out) if self._out is not None else self._spool
+        assert file is not None  # one of the two is given
+        return TensorFile(file, self.writer.header, self._out)
 
 
 @contextmanager
@@ -276,16 +274,16 @@ def written_file(
         If the entries' names clash or do not fit a header.
     """
     try:
-        need = layout_entries(entries)[1] + len(pack_header(entries, layout_entries(entries)[0], room))
+        plan = FilePlan.of(entries, room)
     except ValueError as error:
         raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error
     if out is None:
         with tempfile.TemporaryFile(prefix="neft-", buffering=0) as nameless:
             spool = OpenFile(os.dup(nameless.fileno()))
-        require_space(tempfile.gettempdir(), need)
-        yield _Written(TensorFileWriter(entries, room, spool.fileno()), spool, None)
+        require_space(tempfile.gettempdir(), plan.nbytes)
+        yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
         return
     path = Path(out)
     with staged_file(path, force=force) as staged:
-        require_space(path.absolute().parent, need)
-        yield _Written(TensorFileWriter(entries, room, staged.fd), None, path)
+        require_space(path.absolute().parent, plan.nbytes)
+        yield _Written(TensorFileWriter(plan, staged.fd), None, path)

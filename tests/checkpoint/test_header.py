@@ -21,10 +21,9 @@ from safetensors import SafetensorError, deserialize, safe_open
 from neftsurgery.checkpoint.dtypes import DTYPES, dtype_named
 from neftsurgery.checkpoint.header import (
     MAX_HEADER_BYTES,
+    FilePlan,
     Header,
     TensorInfo,
-    layout_entries,
-    pack_header,
     read_header,
 )
 from neftsurgery.errors import CorruptFileError
@@ -477,11 +476,13 @@ def test_entries_are_placed_without_gaps_and_aligned() -> None:
         TensorInfo("empty", "F32", (0, 4)),
         TensorInfo("words", "I32", ()),
     ]
-    offsets, size = layout_entries(entries)
-    assert size == sum(e.nbytes for e in entries)
-    assert all(offsets[e.name][0] % e.type.itemsize == 0 for e in entries)
-    assert all(end - begin == e.nbytes for e in entries for begin, end in [offsets[e.name]])
-    raw = pack_header(entries, offsets, {"k": "v"}) + bytes(range(size))
+    plan = FilePlan.of(entries, {"k": "v"})
+    size = sum(e.nbytes for e in entries)
+    assert plan.nbytes == plan.start + size
+    assert all(plan.offsets[e.name] % e.type.itemsize == 0 for e in entries)
+    spans = sorted((plan.offsets[e.name], plan.offsets[e.name] + e.nbytes) for e in entries)
+    assert [spans[0][0], *(end for _, end in spans)] == [*(begin for begin, _ in spans), plan.nbytes]
+    raw = plan.pack({"k": "v"}) + bytes(range(size))
     theirs = packages_view(raw)
     assert theirs is not None
     assert {n: (t["dtype"], tuple(t["shape"])) for n, t in theirs.items()} == {
@@ -491,28 +492,28 @@ def test_entries_are_placed_without_gaps_and_aligned() -> None:
 
 def test_a_name_twice_cannot_be_placed() -> None:
     with pytest.raises(ValueError, match="'a'"):
-        layout_entries([TensorInfo("a", "F32", (1,)), TensorInfo("a", "F32", (2,))])
+        FilePlan.of([TensorInfo("a", "F32", (1,)), TensorInfo("a", "F32", (2,))], {})
 
 
 @given(st.text(max_size=20))
 @settings(max_examples=50, deadline=None, database=None)
 def test_a_packed_header_is_a_multiple_of_8_bytes_long(value: str) -> None:
-    raw = pack_header([], {}, {"k": value})
+    raw = FilePlan.of([], {"k": value}).pack({"k": value})
     assert len(raw) % 8 == 0
     assert struct.unpack("<Q", raw[:8])[0] == len(raw) - 8
     assert json.loads(raw[8:]) == {"__metadata__": {"k": value}}
 
 
 def test_a_packed_header_fills_its_room() -> None:
-    least = len(pack_header([], {}, {"k": "v"}))
-    for size in (least, least + 8, least + 1000):
-        raw = pack_header([], {}, {"k": "v"}, size=size)
-        assert len(raw) == size
+    for room in ("v", "v" * 9, "v" * 1000):
+        plan = FilePlan.of([], {"k": room})
+        raw = plan.pack({"k": "v"})
+        assert len(raw) == plan.start >= 8 + len(room)
         assert packages_view(raw) == {}
     with pytest.raises(ValueError, match="takes"):
-        pack_header([], {}, {"k": "v" * 20}, size=least)
+        FilePlan.of([], {"k": "v"}).pack({"k": "v" * 20})
 
 
 def test_a_packed_header_keeps_to_the_limit_of_the_format() -> None:
     with pytest.raises(ValueError, match=str(MAX_HEADER_BYTES)):
-        pack_header([], {}, {"k": "v" * MAX_HEADER_BYTES})
+        FilePlan.of([], {"k": "v" * MAX_HEADER_BYTES})

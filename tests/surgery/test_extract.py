@@ -68,7 +68,6 @@ def test_options_that_do_not_go_together(sides: tuple[Path, Path], tmp_path: Pat
         ((selection,), {"scores": scores}),
         ((), {}),
         ((), {"neurons": 3, "changed": True}),
-        ((), {"neurons": 3, "no_such_option": 1}),
         ((), {"neurons": 3, "score": "unheard of"}),
         ((), {"neurons": 3, "anatomy": "unheard of"}),
         ((), {"neurons": 3, "only": ["no.such.*"]}),
