@@ -100,8 +100,6 @@ _HINTS = {
 def boundary(verb: Callable[P, T]) -> Callable[P, T]:
     """Turn the ``OSError`` of a public verb into a `MachineError` that names the file.
 
-    A path that is not there, or is not a file, is a `UsageError`: the caller named it.
-
     Inner code lets ``OSError`` pass; only the public edge translates it, once.
     """
 
@@ -111,10 +109,6 @@ def boundary(verb: Callable[P, T]) -> Callable[P, T]:
             return verb(*args, **kwargs)
         except NeftError:
             raise
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            folder = isinstance(error, IsADirectoryError)
-            what = "this is a folder, where a file is wanted" if folder else "there is no such file"
-            raise UsageError(what, file=error.filename) from error
         except OSError as error:
             raise MachineError(
                 (error.strerror or str(error) or type(error).__name__).lower(),

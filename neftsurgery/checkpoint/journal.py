@@ -110,7 +110,8 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
     path = journal_path(checkpoint.source)
     touched = {checkpoint.shard_of(change.info.name).path for change in changes}
     files = [_describe(checkpoint, shard, changes) for shard in checkpoint.shards if shard.path in touched]
-    tensors, entries = {}, []
+    tensors: dict[str, dict[str, Any]] = {}
+    entries: list[TensorInfo] = []
     for number, change in enumerate(changes):
         info, count = change.info, len(change.index)
         tensors[str(number)] = {
@@ -118,19 +119,23 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
             "shape": list(info.shape),
             "dtype": info.dtype,
             "neuron_axes": list(change.layout.axes),
+            "old_hash": "0" * 32,
         }
         entries.append(TensorInfo(f"{number}:index", "I64", (count,)))
         entries.append(TensorInfo(f"{number}:new_digest", "U8", (count, 16)))
         entries.append(TensorInfo(f"{number}:old", info.dtype, (count, change.layout.width)))
-    metadata = dump(_KEY, {"version": _VERSION, "files": files, "tensors": tensors})
-    with written_file(entries, metadata, path) as written:
+    content = {"version": _VERSION, "files": files, "tensors": tensors}
+    with written_file(entries, dump(_KEY, content), path) as written:
         for number, change in enumerate(changes):
             written.writer.write(f"{number}:index", 0, change.index)
             written.writer.write(f"{number}:new_digest", 0, change.new_digests)
+            old_hash = xxhash.xxh3_128()
             for start, stop in change.blocks():
                 old = gather(checkpoint, change.info, change.layout, change.index[start:stop])
                 written.writer.write(f"{number}:old", start, old)
-        written.writer.finish(metadata)
+                old_hash.update(old.data)
+            tensors[str(number)]["old_hash"] = old_hash.hexdigest()
+        written.writer.finish(dump(_KEY, content))
     yield
     _remove(path)
 
@@ -248,6 +253,11 @@ def _read_change(journal: TensorFile, number: str, entry: Any) -> Change:
         found = journal.tensors.get(f"{number}:{part}")
         if found is None or (found.dtype, found.shape) != shape:
             raise bad(journal, _WHAT, f"its entry {part} is missing or does not fit", name)
+    old_hash = xxhash.xxh3_128()
+    for start, stop in blocks(info, layout, count):
+        old_hash.update(journal.array_bytes(f"{number}:old", start, stop).data)
+    if entry.get("old_hash") != old_hash.hexdigest():
+        raise bad(journal, _WHAT, "its old vectors do not match their hash", name)
     values = journal.array(f"{number}:index")
     if count and (values[0] < 0 or values[-1] >= layout.count or not np.all(np.diff(values) > 0)):
         raise bad(journal, _WHAT, "its index makes no sense", name)

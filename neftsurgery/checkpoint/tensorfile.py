@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MismatchError
+from ..errors import CorruptFileError, MismatchError, UsageError
 from .header import FilePlan, Header, TensorInfo, read_header
 from .output import staged_file
 from .refusal import require_space
@@ -134,6 +134,22 @@ class TensorFile:
         """
         header = read_header(path)
         return cls(OpenFile.at(path), header, Path(path))
+
+    @classmethod
+    def named(cls, path: str | os.PathLike[str]) -> TensorFile:
+        """As `open`, for a path that a user gave.
+
+        Raises
+        ------
+        UsageError
+            If there is no such file.
+        """
+        try:
+            return cls.open(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            folder = isinstance(error, IsADirectoryError)
+            what = "this is a folder, where a file is wanted" if folder else "there is no such file"
+            raise UsageError(what, file=path) from error
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -12,7 +12,7 @@ import click
 
 from ..surgery.progress import Timing, process_seconds
 
-__all__ = ["Console", "amount", "percent", "plural", "size", "table"]
+__all__ = ["Console", "amount", "percent", "plural", "printable", "size", "table"]
 
 
 class Console:
@@ -36,12 +36,12 @@ class Console:
     def say(self, text: str = "") -> None:
         """A line of the result, for people."""
         if not (self.as_json or self.quiet):
-            click.echo(text)
+            click.echo(printable(text))
 
     def note(self, text: str) -> None:
         """A remark beside the result: a warning, what comes next."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     def answer(self, facts: dict[str, Any], timing: Timing | None = None) -> None:
         """The result as JSON, if that was asked for; with what the work took."""
@@ -65,6 +65,11 @@ class Console:
 
         with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
             yield bar.update
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters written out: names in files must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(nbytes: float) -> str:

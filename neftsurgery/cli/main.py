@@ -143,7 +143,9 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
         message = (
             f"internal error: {type(error).__name__}: {error}\nrun it again with -v and report it, please"
         )
-    click.echo(f"neftsurgery: {message}", err=True)
+    from .console import printable
+
+    click.echo(printable(f"neftsurgery: {message}"), err=True)
     return _as_json(message, code, error) if as_json else code
 
 

@@ -100,7 +100,7 @@ class Patch:
         CorruptFileError
             If it is no patch, damaged, or of a newer version.
         """
-        return cls.read(TensorFile.open(path))
+        return cls.read(TensorFile.named(path))
 
     @classmethod
     def read(cls, file: TensorFile) -> Patch:

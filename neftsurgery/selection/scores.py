@@ -65,7 +65,7 @@ class Scores:
         CorruptFileError
             If it is none, or damaged.
         """
-        return cls.read(TensorFile.open(path))
+        return cls.read(TensorFile.named(path))
 
     @classmethod
     def read(cls, file: TensorFile) -> Scores:

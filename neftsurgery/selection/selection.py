@@ -156,7 +156,7 @@ class Selection:
         CorruptFileError
             If it is none, or damaged.
         """
-        with TensorFile.open(path) as file:
+        with TensorFile.named(path) as file:
             content = read_document(file, SELECTION_KEY, _WHAT, _VERSION)
             tensors = {}
             for name in sorted(content["tensors"]):

@@ -60,8 +60,10 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     text = os.fspath(named)
     path = Path(text)
     if text and _is_there(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError("this is a device, pipe or socket, not a file or folder", file=text)
         return Source(path, text)
-    if isinstance(named, str) and _HUB_ID.fullmatch(text) and not path.parent.exists():
+    if isinstance(named, str) and _HUB_ID.fullmatch(text) and not path.parent.is_file():
         return _fetch(text)
     raise UsageError(
         "there is no such file or folder" + (", and it is not a Hub id" if text.count("/") == 1 else ""),
@@ -106,7 +108,7 @@ def _fetch(named: str) -> Source:
         ) from error
     except LocalEntryNotFoundError as error:
         raise MachineError(
-            "the Hub cannot be reached, and the model is not in the local cache",
+            "there is no such local path, the Hub cannot be reached, and its cache here has no such model",
             file=named,
             hint="check the network (and HF_HUB_OFFLINE), or name a local folder",
         ) from error
@@ -136,8 +138,11 @@ def _one_line(error: Exception) -> str:
 
 def _refused(named: str, what: str, error: Exception) -> NeftError:
     status = getattr(getattr(error, "response", None), "status_code", None)
+    ours = status is None or status < 500
     return MachineError(
         what + (f" (HTTP {status})" if status else ""),
         file=named,
-        hint="log in with `hf auth login`, and accept the model's terms on its page if it has any",
+        hint="log in with `hf auth login`, and accept the model's terms on its page if it has any"
+        if ours
+        else "that is a fault on the Hub's side: try again later",
     )

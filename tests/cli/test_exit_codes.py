@@ -187,3 +187,24 @@ def test_ctrl_c_is_130_and_leaves_nothing(tmp_path):
 
 def test_module_entry(tmp_path):
     assert process("inspect", "nothing", cwd=tmp_path).code == 2
+
+
+def test_names_cannot_steer_the_terminal(neft, tmp_path):
+    """A tensor may be called anything; what is printed of it is printable."""
+    name = "layer.\x1b[2J\x07.weight"
+    write_file(tmp_path / "a.safetensors", {name: np.ones((4, 3), np.float32)})
+    write_file(tmp_path / "b.safetensors", {name: np.full((4, 3), 2, np.float32)})
+    for words in (("inspect", "a.safetensors"), ("diff", "a.safetensors", "b.safetensors")):
+        result = neft(*words)
+        assert result.code == 0
+        assert "\\x1b[2J" in result.out
+        assert "\x1b" not in result.out + result.err
+    wrong = neft("diff", "a.safetensors", "b.safetensors", "--axis", "*=9")
+    assert wrong.code == 2
+    assert "\x1b" not in wrong.err
+
+
+def test_a_pipe_is_no_checkpoint(neft, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = neft("inspect", "pipe")
+    assert (result.code, "pipe or socket" in result.err) == (2, True)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from neftsurgery.errors import MismatchError, UsageError
-from neftsurgery.anatomy import choice
+from neftsurgery.selection import choice
 from neftsurgery.selection.budget import Amount, Budget
 from neftsurgery.selection.choice import Block, choose
 
