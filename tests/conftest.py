@@ -1,4 +1,4 @@
-"""What all tests share: real data where it is at hand, and writers of checkpoints that are independent of ours."""
+"""What all tests share: real data where it is at hand, and checkpoints written independently of us."""
 
 from __future__ import annotations
 
@@ -16,11 +16,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 from safetensors import deserialize, safe_open
 from safetensors.numpy import save_file
 
 from neftsurgery.cli.main import run
+
+# No test is about time, and these machines are noisy. Runs are repeatable; NEFT_FUZZ=1 draws new examples.
+settings.register_profile(
+    "neftsurgery",
+    deadline=None,
+    database=None,
+    derandomize=not os.environ.get("NEFT_FUZZ"),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("neftsurgery")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -43,7 +54,9 @@ def write_file(path: Path, tensors: Arrays, metadata: dict[str, str] | None = No
     return path
 
 
-def write_folder(folder: Path, tensors: Arrays, shards: int = 1, config: dict[str, object] | None = None) -> Path:
+def write_folder(
+    folder: Path, tensors: Arrays, shards: int = 1, config: dict[str, object] | None = None
+) -> Path:
     """A checkpoint folder: one file, or ``shards`` files with an index; tensors dealt round."""
     folder.mkdir(parents=True)
     if config is not None:
@@ -68,7 +81,10 @@ def _llama(hidden: int, ffn: int, layers: int, vocabulary: int, seed: int) -> di
     def weight(*shape: int) -> NDArray[np.float32]:
         return (0.02 * rng.standard_normal(shape)).astype(np.float32)
 
-    tensors = {"model.embed_tokens.weight": weight(vocabulary, hidden), "lm_head.weight": weight(vocabulary, hidden)}
+    tensors = {
+        "model.embed_tokens.weight": weight(vocabulary, hidden),
+        "lm_head.weight": weight(vocabulary, hidden),
+    }
     tensors["model.norm.weight"] = np.ones(hidden, np.float32)
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -222,7 +238,9 @@ class Result:
 
 
 @pytest.fixture
-def neft(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def neft(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
     """Runs a command line inside this process, in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -262,7 +280,9 @@ def pair(tmp_path: Path, llama_arrays: Callable[..., dict[str, Any]]) -> tuple[P
     base = llama_arrays()
     rng = np.random.default_rng(1)
     tuned = {
-        name: array + (1e-3 * rng.standard_normal(array.shape)).astype(np.float32) if array.ndim > 1 else array
+        name: array + (1e-3 * rng.standard_normal(array.shape)).astype(np.float32)
+        if array.ndim > 1
+        else array
         for name, array in base.items()
     }
     return (

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neftsurgery.anatomy.anatomy import Anatomy, read_anatomy
 from neftsurgery.checkpoint.header import TensorInfo
 from neftsurgery.errors import MismatchError, UsageError
-from neftsurgery.anatomy.anatomy import Anatomy, read_anatomy
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 

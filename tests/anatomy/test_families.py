@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neftsurgery.checkpoint.header import TensorInfo, read_header
 from neftsurgery.anatomy.anatomy import Anatomy, NeuronTensor, read_anatomy
 from neftsurgery.anatomy.families import FAMILIES
 from neftsurgery.anatomy.scopes import DEFAULT_HEADS
+from neftsurgery.checkpoint.header import TensorInfo, read_header
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -11,10 +11,7 @@ import time
 
 import numpy as np
 import pytest
-
-from conftest import LLAMA_CONFIG, write_file, write_folder
-
-from conftest import process
+from conftest import LLAMA_CONFIG, process, write_file, write_folder
 
 
 @pytest.fixture
@@ -37,11 +34,39 @@ USAGE = [
     ("bad-score", ("diff", "base", "tuned", "--score", "nice"), "nice"),
     ("zero-threads", ("diff", "base", "tuned", "--threads", "0"), "--threads"),
     ("no-budget", ("extract", "base", "tuned", "-o", "new"), "--neurons"),
-    ("two-budgets", ("extract", "base", "tuned", "--neurons", "3%", "--changed", "-o", "new"), "do not go together"),
+    (
+        "two-budgets",
+        ("extract", "base", "tuned", "--neurons", "3%", "--changed", "-o", "new"),
+        "do not go together",
+    ),
     ("fraction", ("extract", "base", "tuned", "--neurons", "0.03", "-o", "new"), "3%"),
-    ("selection-and-budget", ("extract", "base", "tuned", "--selection", "x", "--scores", "y", "-o", "new"), "go together"),
-    ("units-per-tensor", ("extract", "base", "tuned", "--anatomy", "units", "--per", "tensor", "--neurons", "3%", "-o", "new"), "units"),
-    ("units-capped", ("extract", "base", "tuned", "--anatomy", "units", "--max-per-tensor", "3", "--neurons", "3%", "-o", "new"), "units"),
+    (
+        "selection-and-budget",
+        ("extract", "base", "tuned", "--selection", "x", "--scores", "y", "-o", "new"),
+        "go together",
+    ),
+    (
+        "units-per-tensor",
+        ("extract", "base", "tuned", "--anatomy", "units", "--per", "tensor", "--neurons", "3%", "-o", "new"),
+        "units",
+    ),
+    (
+        "units-capped",
+        (
+            "extract",
+            "base",
+            "tuned",
+            "--anatomy",
+            "units",
+            "--max-per-tensor",
+            "3",
+            "--neurons",
+            "3%",
+            "-o",
+            "new",
+        ),
+        "units",
+    ),
     ("no-output", ("apply", "base", "p.safetensors"), "--in-place"),
     ("both-outputs", ("apply", "base", "p.safetensors", "-o", "new", "--in-place"), "--in-place"),
     ("output-exists", ("extract", "base", "tuned", "--neurons", "3%", "-o", "p.safetensors"), "exists"),
@@ -80,9 +105,21 @@ def test_inputs_that_do_not_fit_are_3(neft, patch, llama_arrays, tmp_path):
         ("apply", "wider", "p.safetensors", "-o", "new"): ("wider", "F32 [40, 48]"),
         ("diff", "base", "strange.safetensors", "-o", "new"): ("no tensor in common", "x"),
         ("verify", "other", "p.safetensors"): ("neither",),
-        ("extract", "base", "other", "--scores", "s.safetensors", "--neurons", "3%", "-o", "new"): ("another tuned",),
+        ("extract", "base", "other", "--scores", "s.safetensors", "--neurons", "3%", "-o", "new"): (
+            "another tuned",
+        ),
         ("extract", "base", "base", "--changed", "-o", "new"): ("no neuron is chosen",),
-        ("extract", "strange.safetensors", "strange.safetensors", "--anatomy", "ffn", "--neurons", "1", "-o", "new"): ("rows",),
+        (
+            "extract",
+            "strange.safetensors",
+            "strange.safetensors",
+            "--anatomy",
+            "ffn",
+            "--neurons",
+            "1",
+            "-o",
+            "new",
+        ): ("rows",),
     }
     for words, says in cases.items():
         result = neft(*words)
@@ -135,11 +172,17 @@ def test_verify_of_a_mixed_checkpoint(neft, patch, tmp_path):
 
     assert neft("apply", "base", "p.safetensors", "-o", "patched").code == 0
     rows = load_file(patch)
-    name = next(key.removesuffix(":index") for key, value in sorted(rows.items()) if key.endswith(":index") and len(value))
+    name = next(
+        key.removesuffix(":index")
+        for key, value in sorted(rows.items())
+        if key.endswith(":index") and len(value)
+    )
     for shard in (tmp_path / "patched").glob("*.safetensors"):
         tensors = load_file(shard)
         if name in tensors:
-            original = next(load_file(f)[name] for f in (tmp_path / "base").glob("*.safetensors") if name in load_file(f))
+            original = next(
+                load_file(f)[name] for f in (tmp_path / "base").glob("*.safetensors") if name in load_file(f)
+            )
             tensors[name] = original
             write_file(shard, tensors, {"format": "pt"})
     result = neft("verify", "patched", "p.safetensors", "--json")
@@ -165,7 +208,18 @@ def test_ctrl_c_is_130_and_leaves_nothing(tmp_path):
     names = sorted(p.name for p in tmp_path.iterdir())
     for delay in (0.4, 0.5, 0.6, 0.8):
         child = subprocess.Popen(
-            [sys.executable, "-m", "neftsurgery", "extract", "a", "b", "--changed", "-o", "p.safetensors", "--json"],
+            [
+                sys.executable,
+                "-m",
+                "neftsurgery",
+                "extract",
+                "a",
+                "b",
+                "--changed",
+                "-o",
+                "p.safetensors",
+                "--json",
+            ],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

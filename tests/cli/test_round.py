@@ -6,9 +6,8 @@ import hashlib
 import sys
 
 import pytest
-from safetensors.numpy import load_file
-
 from conftest import process
+from safetensors.numpy import load_file
 
 TIMED = {"bytes_read", "seconds", "wall_seconds", "neurons", "selected"}
 
@@ -25,10 +24,14 @@ def test_the_whole_round(neft, pair, tmp_path):
     assert scored.code == 0, scored.err
     assert scored.json.keys() >= TIMED
     assert scored.json["neurons"] == 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
-    assert scored.json["bytes_read"] >= 2 * sum(a.nbytes for f in base.glob("*.safetensors") for a in load_file(f).values())
+    assert scored.json["bytes_read"] >= 2 * sum(
+        a.nbytes for f in base.glob("*.safetensors") for a in load_file(f).values()
+    )
     assert scored.json["related"] is True
 
-    selected = neft("select", "scores.safetensors", "--neurons", "3%", "-o", "selection.safetensors", "--json")
+    selected = neft(
+        "select", "scores.safetensors", "--neurons", "3%", "-o", "selection.safetensors", "--json"
+    )
     assert selected.code == 0, selected.err
     assert selected.json["selected"] == round(0.03 * scored.json["neurons"])
 
@@ -36,8 +39,20 @@ def test_the_whole_round(neft, pair, tmp_path):
     assert direct.code == 0, direct.err
     assert direct.json.keys() >= TIMED | {"captured"}
     assert direct.json["whole_change"] is False
-    by_selection = neft("extract", base, tuned, "--selection", "selection.safetensors", "-o", "selected.safetensors")
-    by_scores = neft("extract", base, tuned, "--scores", "scores.safetensors", "--neurons", "3%", "-o", "scored.safetensors")
+    by_selection = neft(
+        "extract", base, tuned, "--selection", "selection.safetensors", "-o", "selected.safetensors"
+    )
+    by_scores = neft(
+        "extract",
+        base,
+        tuned,
+        "--scores",
+        "scores.safetensors",
+        "--neurons",
+        "3%",
+        "-o",
+        "scored.safetensors",
+    )
     assert by_selection.code == by_scores.code == 0
     assert "NOT the tuned model" in by_scores.out
     patches = [load_file(tmp_path / f"{name}.safetensors") for name in ("direct", "selected", "scored")]
@@ -117,7 +132,9 @@ def test_inspect_tells_all_kinds_apart(neft, pair, kind):
     neft("diff", "base", "tuned", "-o", "s.safetensors")
     neft("select", "s.safetensors", "--neurons", "3%", "-o", "selection.safetensors")
     neft("extract", "base", "tuned", "--neurons", "3%", "-o", "p.safetensors")
-    expected = {"base": "checkpoint", "s.safetensors": "scores", "p.safetensors": "patch"}.get(kind, "selection")
+    expected = {"base": "checkpoint", "s.safetensors": "scores", "p.safetensors": "patch"}.get(
+        kind, "selection"
+    )
     assert neft("inspect", kind, "--json").json["kind"] == expected
     shown = neft("inspect", kind)
     assert shown.code == 0
@@ -127,7 +144,9 @@ def test_inspect_tells_all_kinds_apart(neft, pair, kind):
 
 @pytest.mark.parametrize("anatomy", ["rows", "ffn", "units"])
 def test_all_anatomies_go_all_the_way(neft, pair, anatomy):
-    result = neft("extract", "base", "tuned", "--anatomy", anatomy, "--neurons", "10%", "-o", "p.safetensors", "--json")
+    result = neft(
+        "extract", "base", "tuned", "--anatomy", anatomy, "--neurons", "10%", "-o", "p.safetensors", "--json"
+    )
     assert result.code == 0, result.err
     assert result.json["selected"] > 0
     assert neft("apply", "base", "p.safetensors", "-o", "out").code == 0
@@ -136,7 +155,10 @@ def test_all_anatomies_go_all_the_way(neft, pair, anatomy):
 
 
 def test_quiet_says_nothing(neft, pair):
-    for words in (("diff", "base", "tuned"), ("extract", "base", "tuned", "--neurons", "3", "-o", "p.safetensors")):
+    for words in (
+        ("diff", "base", "tuned"),
+        ("extract", "base", "tuned", "--neurons", "3", "-o", "p.safetensors"),
+    ):
         result = neft(*words, "-q")
         assert (result.code, result.out, result.err) == (0, "", "")
 
@@ -159,7 +181,12 @@ def test_a_closed_pipe_is_no_error(pair, tmp_path):
     import subprocess
 
     done = subprocess.run(
-        f"{sys.executable} -m neftsurgery inspect base --all | head -n 1", shell=True, cwd=tmp_path, capture_output=True, text=True, check=True
+        f"{sys.executable} -m neftsurgery inspect base --all | head -n 1",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "checkpoint" in done.stdout
     assert "Traceback" not in done.stderr

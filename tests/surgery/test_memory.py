@@ -75,7 +75,8 @@ def _peak(folder: Path, *words: str) -> int:
         "from neftsurgery.cli.main import run\n"
         "try:\n    run(sys.argv[1:])\n"
         "except SystemExit as left:\n    assert not left.code, left.code\n"
-        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)\n"
+        "status = open('/proc/self/status').read().splitlines()\n"
+        "print(next(line for line in status if line.startswith('VmHWM')), file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *words, "-q"], cwd=folder, capture_output=True, text=True, check=False
