@@ -312,6 +312,52 @@ def failing_at(number: int, code: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def watched(journal: Path) -> Iterator[list[tuple[str, int, bool]]]:
+    """Writes and syncs in order: what, of which inode, and whether the journal was in place then."""
+    events: list[tuple[str, int, bool]] = []
+    write, sync = os.pwrite, os.fsync
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        events.append(("write", os.fstat(fd).st_ino, journal.exists()))
+        return write(fd, data, offset)
+
+    def fsync(fd: int) -> None:
+        events.append(("sync", os.fstat(fd).st_ino, journal.exists()))
+        sync(fd)
+
+    with mock.patch.object(os, "pwrite", pwrite), mock.patch.object(os, "fsync", fsync):
+        yield events
+
+
+@pytest.mark.parametrize("cuts", [CUTS["rows"], CUTS["columns"]], ids=["rows", "columns"])
+def test_the_disk_has_it_in_the_right_order(tmp_path: Path, cuts: list[tuple[int, ...]]) -> None:
+    """Journal and its folder before the first vector, the last vector before the journal goes."""
+    base = raw_folder(tmp_path / "base", model(0))
+    patches = patches_between(tmp_path, base, cuts, 0.3)
+    data = (base / "model.safetensors").stat().st_ino
+    folder = base.stat().st_ino
+    with watched(base / ".neft-journal") as events:
+        ns.apply(base, patches, in_place=True)
+    first = events.index(("write", data, True))
+    assert ("sync", folder, True) in events[:first]
+    others = {inode for what, inode, _ in events[:first] if what == "write"}
+    assert len(others) == 1, "the journal"
+    assert {("sync", inode, False) for inode in others} <= set(events[:first])
+    assert_synced_last(events, data)
+    ns.revert(base, patches[0], in_place=True)
+    half_written(base, patches)
+    with watched(base / ".neft-journal") as events:
+        ns.verify(base, patches[0])
+    assert_synced_last(events, data)
+
+
+def assert_synced_last(events: list[tuple[str, int, bool]], data: int) -> None:
+    last = max(number for number, event in enumerate(events) if event[:2] == ("write", data))
+    assert events[last][2]
+    assert ("sync", data, True) in events[last:]
+
+
 def test_untouched_shards_are_not_touched(tmp_path: Path) -> None:
     base = raw_folder(tmp_path / "base", model(0, 3), 4)
     patches = patches_between(tmp_path, base, [(0,)], 0.2)
