@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from conftest import LLAMA_CONFIG, write_folder
+from support import LLAMA_CONFIG, write_folder
 
 from neftsurgery.anatomy.families import FAMILIES
 from neftsurgery.checkpoint.tensorfile import TensorFile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ..surgery.apply import Surgery
+from ..surgery.operation import Surgery
 from ..surgery.state import summary
 from .console import Console, plural, size
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_file, write_folder
 from numpy.typing import NDArray
+from support import write_file, write_folder
 
 from neftsurgery.checkpoint import checkpoint as module
 from neftsurgery.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint

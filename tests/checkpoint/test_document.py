@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_file
 from hypothesis import given
 from hypothesis import strategies as st
+from support import write_file
 
 from neftsurgery.checkpoint.document import bad, described_tensor, dump, read_document
 from neftsurgery.checkpoint.header import TensorInfo

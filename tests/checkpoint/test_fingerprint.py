@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from conftest import write_file, write_folder
 from numpy.typing import NDArray
+from support import write_file, write_folder
 
 from neftsurgery.checkpoint.fingerprint import fingerprint
 from neftsurgery.checkpoint.opening import open_checkpoint

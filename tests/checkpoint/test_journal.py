@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from conftest import write_file, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support import write_file, write_folder
 
 import neftsurgery
 from neftsurgery.checkpoint import journal as module

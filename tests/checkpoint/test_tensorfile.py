@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import deserialize, safe_open
 from safetensors.numpy import load_file
+from support import write_file
 
 from neftsurgery.checkpoint.dtypes import DTYPES
 from neftsurgery.checkpoint.header import TensorInfo, read_header

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import LLAMA_CONFIG, process, write_file, write_folder
+from support import LLAMA_CONFIG, process, write_file, write_folder
 
 
 @pytest.fixture

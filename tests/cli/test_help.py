@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import process
+from support import process
 
 from neftsurgery.cli.main import _COMMANDS, cli
 

@@ -6,8 +6,8 @@ import hashlib
 import sys
 
 import pytest
-from conftest import process
 from safetensors.numpy import load_file
+from support import process
 
 TIMED = {"bytes_read", "seconds", "wall_seconds", "neurons", "selected"}
 
@@ -164,7 +164,7 @@ def test_quiet_says_nothing(neft, pair):
 
 
 def test_unrelated_models_are_called_so(neft, pair, llama_arrays, tmp_path):
-    from conftest import LLAMA_CONFIG, write_folder
+    from support import LLAMA_CONFIG, write_folder
 
     write_folder(tmp_path / "other", llama_arrays(seed=9), 1, LLAMA_CONFIG)
     result = neft("diff", "base", "other")

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import assert_same_tensors, raw_file, raw_folder, raw_read, snapshot
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from support import assert_same_tensors, raw_file, raw_folder, raw_read, snapshot
 
 import neftsurgery as ns
 

@@ -18,12 +18,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import raw_file, raw_folder, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import raw_file, raw_folder, snapshot
 
 import neftsurgery as ns
-from neftsurgery.surgery import apply as verbs
+from neftsurgery.surgery import operation as verbs
 
 law = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import (
     BITS,
     LLAMA_CONFIG,
     assert_same_tensors,
@@ -26,8 +28,6 @@ from conftest import (
     vectors_of,
     with_vectors,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import neftsurgery as ns
 from neftsurgery.selection.selection import Chosen

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from conftest import assert_same_tensors, raw_file, raw_folder, raw_read, snapshot, vectors_of
 from safetensors import safe_open
+from support import assert_same_tensors, raw_file, raw_folder, raw_read, snapshot, vectors_of
 
 import neftsurgery as ns
 

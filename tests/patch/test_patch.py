@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import patched_by_hand, raw_file, raw_folder, raw_read, snapshot, vectors_of
+from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot, vectors_of
 
 import neftsurgery as ns
 from neftsurgery.checkpoint import vectors

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import raw_file
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support import raw_file
 
 from neftsurgery import CorruptFileError, MismatchError, Scores, Selection, UsageError
 

@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import raw_file
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support import raw_file
 
 from neftsurgery import CorruptFileError, Selection, UsageError
 from neftsurgery.checkpoint.header import TensorInfo

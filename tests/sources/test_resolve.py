@@ -14,7 +14,6 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-from conftest import write_file, write_folder
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import write_file, write_folder
 
 import neftsurgery
 from neftsurgery.errors import MachineError, NeftError, UsageError

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import raw_file
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from support import raw_file
 
 import neftsurgery as ns
 

@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import (
+from support import (
     assert_same_tensors,
     patched_by_hand,
     raw_file,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import raw_file, raw_folder, snapshot
+from support import raw_file, raw_folder, snapshot
 
 import neftsurgery as ns
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import LLAMA_CONFIG, raw_file, vectors_of, write_file, write_folder
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support import LLAMA_CONFIG, raw_file, vectors_of, write_file, write_folder
 from test_accuracy import LARGEST, SCORES, assert_close, reference
 
 import neftsurgery as ns

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import patched_by_hand, raw_folder, raw_read, snapshot, write_file
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support import patched_by_hand, raw_folder, raw_read, snapshot, write_file
 
 import neftsurgery as ns
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import patched_by_hand, raw_file, raw_folder, raw_read, snapshot
+from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot
 
 import neftsurgery as ns
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import patched_by_hand, raw_file, raw_folder, snapshot, vectors_of, with_vectors
+from support import patched_by_hand, raw_file, raw_folder, snapshot, vectors_of, with_vectors
 
 import neftsurgery as ns
 from neftsurgery.surgery.state import TensorState

@@ -6,7 +6,8 @@ import click
 
 from ...patch.patch import Patch
 from ...sources.resolve import resolve
-from ...surgery.apply import operate, plan_apply
+from ...surgery.apply import plan_apply
+from ...surgery.operation import operate
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 from ..surgery import in_place_option, say_surgery

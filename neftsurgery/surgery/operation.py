@@ -1,0 +1,173 @@
+"""Carrying out a planned apply or revert: into a copy of the checkpoint, or in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint, Shard
+from ..checkpoint.copying import copy_file
+from ..checkpoint.journal import Change, heal, journaled, locked
+from ..checkpoint.output import staged_directory, staged_file
+from ..checkpoint.pipeline import in_order
+from ..checkpoint.refusal import require_space
+from ..checkpoint.vectors import scatter
+from ..errors import NeftError
+from ..patch.digests import digests
+from ..patch.patch import Patch, Raw
+from .files import FolderFiles
+from .progress import Progress, Timing, silent
+from .state import PatchState
+
+__all__ = ["Rows", "Surgery", "operate", "touched_files"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The vectors to write for one patch, by tensor: its values, or the ones they replaced."""
+
+    patch: Patch
+    read: Callable[[str, int, int], Raw]
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """A planned apply or revert: everything is checked, nothing is written yet.
+
+    Attributes
+    ----------
+    checkpoint:
+        What is operated on.
+    rows:
+        What is written, in order; later ones win.
+    states:
+        The state the checkpoint is in, per patch.
+    out:
+        Where the result goes; None: in place.
+    files:
+        The other files of the folder; None for a single file or in place.
+    needed:
+        Whether any vector differs from what it shall be.
+    timing:
+        What it took so far.
+    """
+
+    checkpoint: Checkpoint
+    rows: Sequence[Rows]
+    states: Sequence[PatchState]
+    out: Path | None
+    force: bool
+    files: FolderFiles | None
+    needed: bool
+    timing: Timing
+
+    @property
+    def touched(self) -> list[Shard]:
+        """The weight files that hold a touched tensor."""
+        return touched_files(self.checkpoint, [rows.patch for rows in self.rows])
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of all patches together."""
+        return sum(rows.patch.neurons for rows in self.rows)
+
+
+def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shard]:
+    """The weight files that hold a tensor of ``patches``."""
+    paths = {checkpoint.shard_of(name).path for patch in patches for name in patch.tensors}
+    return [shard for shard in checkpoint.shards if shard.path in paths]
+
+
+def operate(plan: Surgery, *, threads: int | None = None, progress: Progress = silent) -> None:
+    """Carry out a planned apply or revert."""
+    with plan.timing.clock():
+        if plan.out is not None:
+            _write_copy(plan, plan.out, threads, progress)
+        elif plan.needed:
+            _write_in_place(plan, progress)
+    plan.timing.bytes_read = plan.checkpoint.bytes_read + sum(r.patch.value_bytes for r in plan.rows)
+
+
+def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progress) -> None:
+    checkpoint = plan.checkpoint
+    along = () if plan.files is None else plan.files.along
+    sizes = [shard.size for shard in checkpoint.shards]
+    sizes += [(checkpoint.root / path).stat().st_size for path in along]
+    parent = out.absolute().parent
+    with progress("copying", sum(sizes)) as advance:
+        if checkpoint.is_file:
+            with staged_file(out, force=plan.force) as staged:
+                require_space(parent, sum(sizes))
+                _write_shard(plan, checkpoint.shards[0], staged.fd, advance)
+                checkpoint.check_unchanged()
+            return
+        with staged_directory(out, force=plan.force) as folder:
+            require_space(parent, sum(sizes))
+
+            def write(shard: Shard) -> None:
+                fd = os.open(
+                    folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+                )
+                try:
+                    _write_shard(plan, shard, fd, advance)
+                finally:
+                    os.close(fd)
+
+            for _ in in_order(write, checkpoint.shards, threads):
+                pass
+            for path in along:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                copy_file(checkpoint.root / path, folder / path, progress=advance)
+            checkpoint.check_unchanged()
+
+
+def _write_shard(plan: Surgery, shard: Shard, fd: int, advance: Callable[[int], None]) -> None:
+    """Copy a weight file to the empty file ``fd`` and write the rows that lie in it."""
+    mode = copy_file(shard.path, fd, progress=advance)
+    _write_rows(plan, {shard.path: fd})
+    os.fchmod(fd, mode)
+
+
+def _write_rows(plan: Surgery, files: Mapping[Path, int]) -> None:
+    """Write all rows that lie in ``files``, patch by patch."""
+    for rows in plan.rows:
+        for name, tensor in rows.patch.tensors.items():
+            shard = plan.checkpoint.shard_of(name)
+            if shard.path not in files:
+                continue
+            fd, offset, index = files[shard.path], shard.header.offsets[name], rows.patch.index(name)
+            for start, stop in tensor.blocks():
+                vectors = rows.read(name, start, stop)
+                scatter(fd, offset, tensor.info, tensor.layout, index[start:stop], vectors, str(shard.path))
+
+
+def _write_in_place(plan: Surgery, progress: Progress) -> None:
+    checkpoint = plan.checkpoint
+    changes = [
+        Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name))
+        for rows in plan.rows
+        for name, tensor in rows.patch.tensors.items()
+    ]
+    try:
+        with progress("writing in place", 1) as advance, locked(plan.touched) as held:
+            checkpoint.check_unchanged()  # since it was examined, which needed no lock
+            with journaled(checkpoint, changes):
+                _write_rows(plan, held)
+                for fd in held.values():
+                    os.fsync(fd)
+            advance(1)
+    except BaseException:
+        # The journal, if it was begun, is still there: undo at once what can be undone at once.
+        with suppress(NeftError, OSError):
+            heal(checkpoint.source)
+        raise
+
+
+def _digests(rows: Rows, name: str) -> Raw:
+    blocks = [digests(rows.read(name, start, stop)) for start, stop in rows.patch.tensors[name].blocks()]
+    return np.concatenate(blocks) if blocks else np.empty((0, 16), np.uint8)
