@@ -7,18 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.backed import FileBacked
 from ..checkpoint.document import bad, described_tensor, read_document
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
-from ..checkpoint.output import staged_file
-from ..checkpoint.refusal import require_space
 from ..checkpoint.tensorfile import TensorFile
 from ..checkpoint.vectors import blocks
 from ..errors import CorruptFileError, boundary
@@ -69,7 +66,7 @@ class PatchTensor:
         return blocks(self.info, self.layout, self.count)
 
 
-class Patch:
+class Patch(FileBacked):
     """A neuron patch, opened. Nothing in it is ever executed, and it names no file.
 
     Attributes
@@ -78,17 +75,14 @@ class Patch:
         The JSON document of the file.
     tensors:
         What it touches, ordered by name.
-    path:
-        Its file; None for one that was never saved.
     """
 
     def __init__(
         self, file: TensorFile, manifest: Mapping[str, Any], tensors: Mapping[str, PatchTensor]
     ) -> None:
-        self._file = file
+        super().__init__(file)
         self.manifest = manifest
         self.tensors = tensors
-        self.path = file.path
 
     @classmethod
     @boundary
@@ -119,30 +113,10 @@ class Patch:
                 raise bad(file, _WHAT, why, name)
         return patch
 
-    @boundary
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write the patch to a file of its own, whole or not at all.
-
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, without ``force``.
-        MachineError
-            If it cannot be written.
-        """
-        with staged_file(Path(path), force=force) as staged:
-            require_space(Path(path).absolute().parent, self._file.nbytes)
-            self._file.copy_to(staged.fd)
-
     @property
     def name(self) -> str:
         """What messages call it."""
         return str(self.path) if self.path is not None else "the patch"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self._file.nbytes
 
     @cached_property
     def neurons(self) -> int:
@@ -236,18 +210,6 @@ class Patch:
         return CorruptFileError(
             what, file=self.path, tensor=name, hint="the patch is damaged or was altered: fetch it again"
         )
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; a patch that was never saved is gone."""
-        self._file.close()
 
 
 def _tensor(file: TensorFile, name: str, entry: object) -> PatchTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..checkpoint.layout import Layout
 from ..checkpoint.tensorfile import TensorFile
 from ..errors import CorruptFileError
 
-__all__ = ["WHAT", "Follower", "ScoredTensor", "check_vector", "read_scored"]
+__all__ = ["WHAT", "Follower", "ScoredTensor", "check_vector", "read_followers", "read_scored"]
 
 #: What messages call the file.
 WHAT = "scores file"
@@ -106,3 +107,32 @@ def check_vector(file: TensorFile, name: str, dtype: str, count: int) -> None:
             expected=f"{dtype} [{count}]",
             found=entry.describe() if entry else "nothing",
         )
+
+
+def read_followers(
+    file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
+) -> Iterator[tuple[str, Follower]]:
+    """The unscored tensors whose changes the file tells element by element.
+
+    Raises
+    ------
+    CorruptFileError
+        If what the file says of an unscored tensor makes no sense.
+    """
+    if not isinstance(unscored, dict):
+        raise bad(file, WHAT, "unscored is not an object")
+    counts = {tensor.bias: tensor.layout.count for tensor in tensors.values()}
+    for name, entry in sorted(unscored.items()):
+        if not isinstance(entry, dict) or name in tensors:
+            raise bad(file, WHAT, "what it says of an unscored tensor makes no sense", name)
+        delta = entry.get("delta_sq", 0.0)
+        if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
+            raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
+        if f"{name}:changed" in file.tensors:
+            info, layout = described_tensor(file, WHAT, name, entry)
+            check_vector(file, f"{name}:changed", "I64", layout.count)
+            if f"{name}:delta_sq" in file.tensors:
+                check_vector(file, f"{name}:delta_sq", "F64", layout.count)
+            if layout.count != counts.get(name, layout.count):
+                raise bad(file, WHAT, "a bias has other neurons than its weight", name)
+            yield name, Follower(info, layout, entry.get("included") is True)

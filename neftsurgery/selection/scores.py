@@ -6,21 +6,18 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.document import bad, described_tensor, read_document
-from ..checkpoint.output import staged_file
-from ..checkpoint.refusal import refuse_output, require_space
+from ..checkpoint.backed import FileBacked
+from ..checkpoint.document import bad, read_document
 from ..checkpoint.tensorfile import TensorFile
 from ..errors import UsageError, boundary
 from .budget import Budget
 from .choice import Block, choose
-from .scored import WHAT, Follower, ScoredTensor, check_vector, read_scored
+from .scored import WHAT, Follower, ScoredTensor, read_followers, read_scored
 from .selection import Chosen, Selection
 
 __all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
@@ -30,7 +27,7 @@ SCORES_VERSION = 1
 _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leaves int64
 
 
-class Scores:
+class Scores(FileBacked):
     """A scores file, opened: what was scored is at hand, the numbers are read when asked for.
 
     Attributes
@@ -50,7 +47,7 @@ class Scores:
         tensors: Mapping[str, ScoredTensor],
         followers: Mapping[str, Follower],
     ) -> None:
-        self._file = file
+        super().__init__(file)
         self.facts = facts
         self.tensors = tensors
         self.followers = followers
@@ -72,29 +69,13 @@ class Scores:
         """The scores in an open file, which is the new object's from now on."""
         facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
         tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
-        followers = dict(_followers(file, facts.get("unscored", {}), tensors))
+        followers = dict(read_followers(file, facts.get("unscored", {}), tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
             if which in facts and not _is_count(facts[which], least):
                 raise bad(file, WHAT, f"{which} is not a number of them")
         if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
             raise bad(file, WHAT, "there are more elements than a model can have")
         return cls(file, facts, tensors, followers)
-
-    @boundary
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write the scores to a file of their own, whole or not at all.
-
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, without ``force``.
-        MachineError
-            If it cannot be written.
-        """
-        refuse_output(path, inputs=[], force=force, kind="file")
-        with staged_file(Path(path), force=force) as staged:
-            require_space(Path(path).absolute().parent, self._file.nbytes)
-            self._file.copy_to(staged.fd)
 
     def values(self, name: str) -> NDArray[np.float32]:
         """The scores of tensor ``name``, float32 ``[n]``; NaN: no candidate."""
@@ -123,11 +104,6 @@ class Scores:
     def by_unit(self) -> bool:
         """Whether neurons are chosen by whole units."""
         return any(f"{name}:unit" in self._file.tensors for name in self.tensors)
-
-    @property
-    def path(self) -> Path | None:
-        """The file; None for scores that were never saved."""
-        return self._file.path
 
     @cached_property
     def units(self) -> int:
@@ -316,46 +292,6 @@ class Scores:
             result["captured_scored"] = min(1.0, inside / scored)
         return result
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self._file.nbytes
-
-    def __enter__(self) -> Scores:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; scores that were never saved are gone."""
-        self._file.close()
-
 
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _followers(
-    file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
-) -> Iterator[tuple[str, Follower]]:
-    """The unscored tensors whose changes the file tells element by element."""
-    if not isinstance(unscored, dict):
-        raise bad(file, WHAT, "unscored is not an object")
-    counts = {tensor.bias: tensor.layout.count for tensor in tensors.values()}
-    for name, entry in sorted(unscored.items()):
-        if not isinstance(entry, dict) or name in tensors:
-            raise bad(file, WHAT, "what it says of an unscored tensor makes no sense", name)
-        delta = entry.get("delta_sq", 0.0)
-        if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
-            raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
-        if f"{name}:changed" in file.tensors:
-            info, layout = described_tensor(file, WHAT, name, entry)
-            check_vector(file, f"{name}:changed", "I64", layout.count)
-            if f"{name}:delta_sq" in file.tensors:
-                check_vector(file, f"{name}:delta_sq", "F64", layout.count)
-            if layout.count != counts.get(name, layout.count):
-                raise bad(file, WHAT, "a bias has other neurons than its weight", name)
-            yield name, Follower(info, layout, entry.get("included") is True)

@@ -1,0 +1,60 @@
+"""Values that live in a safetensors file: scores and patches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..errors import boundary
+from .output import staged_file
+from .refusal import refuse_output, require_space
+from .tensorfile import TensorFile
+
+__all__ = ["FileBacked"]
+
+
+class FileBacked:
+    """A value whose content stays in its file, which it holds open; saved by copying that file."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a value that was never saved, and is gone when it is closed."""
+        return self._file.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._file.nbytes
+
+    @boundary
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write it to a file of its own, whole or not at all.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, without ``force``.
+        MachineError
+            If it cannot be written.
+        """
+        refuse_output(path, inputs=[], force=force, kind="file")
+        with staged_file(path, force=force) as staged:
+            require_space(Path(path).absolute().parent, self.nbytes)
+            self._file.copy_to(staged.fd)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
