@@ -7,6 +7,7 @@ accepts (the last one wins), are refused here: two readers of such a file could 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -164,7 +165,7 @@ class FilePlan:
     offsets: Mapping[str, int]
     start: int
     nbytes: int
-    _entries: bytes
+    _entries: memoryview
 
     @classmethod
     def of(cls, entries: Iterable[TensorInfo], room: Mapping[str, str]) -> FilePlan:
@@ -179,50 +180,48 @@ class FilePlan:
         """
         tensors: dict[str, TensorInfo] = {}
         offsets: dict[str, int] = {}
-        texts: list[str] = []
+        packed = io.BytesIO()
         position = 0
         for entry in sorted(entries, key=lambda e: -e.type.bits):
             if entry.name in tensors:
                 raise ValueError(f"two entries are named {entry.name!r}")
             end = position + entry.nbytes
             shape = ",".join(map(str, entry.shape))
-            texts.append(
-                f'{json.dumps(entry.name)}:{{"dtype":"{entry.dtype}","shape":[{shape}],'
-                f'"data_offsets":[{position},{end}]}}'
-            )
+            text = f'{json.dumps(entry.name)}:{{"dtype":"{entry.dtype}","shape":[{shape}],'
+            packed.write(f'{"," if tensors else ""}{text}"data_offsets":[{position},{end}]}}'.encode("ascii"))
             tensors[entry.name], offsets[entry.name] = entry, position
             position = end
-        packed = ",".join(texts).encode("ascii")
-        del texts
-        start = _PREFIX.size + (len(_header_text(packed, room)) + 7) // 8 * 8
+        size = 2 + packed.tell() + len(_metadata_text(room, bool(tensors)))
+        start = _PREFIX.size + (size + 7) // 8 * 8
         if start - _PREFIX.size > MAX_HEADER_BYTES:
             raise ValueError(f"the header takes {start - _PREFIX.size} bytes, where {MAX_HEADER_BYTES} fit")
         for name in offsets:
             offsets[name] += start
-        return cls(tensors, offsets, start, start + position, packed)
+        return cls(tensors, offsets, start, start + position, packed.getbuffer())
 
-    def pack(self, metadata: Mapping[str, str]) -> bytes:
-        """Prefix and header as bytes, padded with spaces.
+    def pack(self, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+        """Prefix and header as bytes, in parts to be written one after the other, padded with spaces.
 
         Raises
         ------
         ValueError
             If ``metadata`` is larger than the room that was kept.
         """
-        text = _header_text(self._entries, metadata)
+        text = _metadata_text(metadata, bool(self.tensors))
         room = self.start - _PREFIX.size
-        if len(text) > room:
-            raise ValueError(f"the header takes {len(text)} bytes, where {room} fit")
-        return _PREFIX.pack(room) + text.ljust(room, b" ")
+        size = 2 + len(text) + len(self._entries)
+        if size > room:
+            raise ValueError(f"the header takes {size} bytes, where {room} fit")
+        return [_PREFIX.pack(room), b"{", text, self._entries, b"}", b" " * (room - size)]
 
     def header(self, metadata: Mapping[str, str]) -> Header:
         """The header as a reader will find it."""
         return Header(self.tensors, self.offsets, dict(metadata), self.start)
 
 
-def _header_text(entries: bytes, metadata: Mapping[str, str]) -> bytes:
-    parts = [entries] if entries else []
-    if metadata:
-        text = json.dumps(dict(metadata), separators=(",", ":"))
-        parts.insert(0, f'"__metadata__":{text}'.encode())
-    return b"{" + b",".join(parts) + b"}"
+def _metadata_text(metadata: Mapping[str, str], followed: bool) -> bytes:
+    """The metadata as the header's first entry; ``followed`` by others, or not."""
+    if not metadata:
+        return b""
+    text = json.dumps(dict(metadata), separators=(",", ":"))
+    return f'"__metadata__":{text}{"," if followed else ""}'.encode()

@@ -243,7 +243,10 @@ class TensorFileWriter:
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header with the final ``metadata``, no longer than the room that was kept for it."""
-        write_exactly(self._fd, self._plan.pack(metadata), 0)
+        position = 0
+        for part in self._plan.pack(metadata):
+            write_exactly(self._fd, part, position)
+            position += len(part)
         self.header = self._plan.header(metadata)
 
 
