@@ -71,6 +71,8 @@ def command(
     scope = take_scope(options)
     if scores is not None and selection is not None:
         raise UsageError("--scores and --selection do not go together")
+    if scores is not None or selection is not None:
+        _refuse_scoring_options("--scores" if scores is not None else "--selection")
     if "like" in budget:
         budget["like"] = Selection.load(resolve(budget["like"]).path)
     if selection is None:
@@ -133,3 +135,13 @@ def command(
         },
         plan.timing,
     )
+
+
+def _refuse_scoring_options(given: str) -> None:
+    """What is chosen already, or by scores that are there already, is not scored: say so, do not ignore."""
+    context = click.get_current_context()
+    for name in ("score", "anatomy", "axis", "include", "exclude", "only"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"--{name} does not go with {given}", hint="it is for scoring, which was done before"
+            )
