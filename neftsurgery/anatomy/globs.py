@@ -19,7 +19,8 @@ def matching(globs: Iterable[str], names: Collection[str], *, option: str | None
     Parameters
     ----------
     globs:
-        Patterns, or plain names: thousands of these cost no more than looking each up.
+        Patterns (one alone may be a string), or plain names: thousands of these cost no more than
+        looking each up.
     names:
         All names there are; membership in it should be fast.
     option:
@@ -31,7 +32,7 @@ def matching(globs: Iterable[str], names: Collection[str], *, option: str | None
         If ``option`` is given and a glob matches no name.
     """
     found: set[str] = set()
-    for glob in globs:
+    for glob in (globs,) if isinstance(globs, str) else globs:
         if _MAGIC.search(glob) is None:
             matched = {glob} if glob in names else set()
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -14,7 +13,7 @@ from typing import Any
 
 from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import Source
-from .header import Header, TensorInfo, read_header
+from .header import Header, TensorInfo, loads, read_header
 from .tensorfile import OpenFile, read_exactly
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
@@ -129,7 +128,7 @@ class Checkpoint:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = loads(path.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
             raise CorruptFileError(f"not valid JSON: {error}", file=path) from error
         if not isinstance(content, dict):
@@ -228,7 +227,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     if index.stat().st_size > _MAX_INDEX_BYTES:
         raise CorruptFileError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", file=index)
     try:
-        content = json.loads(index.read_text("utf-8"))
+        content = loads(index.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"the index is not valid JSON: {error}", file=index) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

@@ -7,18 +7,22 @@ Each of these files is a safetensors file whose ``__metadata__`` has one key wit
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from ..errors import CorruptFileError
 from .dtypes import DTYPES
-from .header import TensorInfo
+from .header import TensorInfo, loads
 from .layout import Layout
 from .tensorfile import TensorFile
 
 __all__ = ["Document", "bad", "described_tensor", "dump", "read_document"]
 
 Document = Mapping[str, Any]
+
+_MAX_AXES = 64
+_MAX_ELEMENTS = 1 << 62
 
 
 def dump(key: str, content: Document) -> dict[str, str]:
@@ -38,7 +42,7 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
     if text is None:
         raise CorruptFileError(f"not a {what}: its header has no {key!r}", file=file.path)
     try:
-        content = json.loads(text)
+        content = loads(text)
     except (ValueError, RecursionError) as error:
         raise bad(file, what, f"{key!r} is not valid JSON") from error
     if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
@@ -75,6 +79,8 @@ def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> t
     shape, dtype, axes = entry.get("shape"), entry.get("dtype"), entry.get("neuron_axes")
     if not _naturals(shape) or not _naturals(axes) or not _known(dtype):
         raise bad(file, what, "its shape, dtype or neuron_axes are missing or make no sense", name)
+    if len(shape) > _MAX_AXES or len(axes) > len(shape) or math.prod(shape) >= _MAX_ELEMENTS:
+        raise bad(file, what, "its shape has too many axes or elements", name)
     if DTYPES[dtype].bits % 8:
         raise bad(file, what, f"{dtype} elements do not fill whole bytes", name)
     try:

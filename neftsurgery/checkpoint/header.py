@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CorruptFileError
 from .dtypes import DTYPES, DType
 
-__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "loads", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 _PREFIX = struct.Struct("<Q")
@@ -81,6 +81,26 @@ class _DuplicateKeyError(ValueError):
     pass
 
 
+def loads(text: str | bytes) -> Any:
+    """JSON from a stranger: duplicate keys and numbers that are none (NaN, 1e999) are refused.
+
+    Raises
+    ------
+    ValueError
+        If it is not such JSON.
+    RecursionError
+        If it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -112,10 +132,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
                 file=path,
                 hint="the file is damaged or was cut short: fetch or write it again",
             ) from error
-        length = _PREFIX.unpack(file.read(_PREFIX.size))[0]
-        raw = file.read(length)
+        prefix = file.read(_PREFIX.size)
+        length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1
+        raw = file.read(length) if 0 <= length <= MAX_HEADER_BYTES else b""
+        if len(raw) != length:
+            raise CorruptFileError("the file was cut short while it was opened", file=path)
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        content = loads(raw.decode("utf-8"))
     except _DuplicateKeyError as error:
         raise CorruptFileError(
             f"the key {str(error)[:200]!r} occurs twice in the header",

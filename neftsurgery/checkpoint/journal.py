@@ -26,8 +26,9 @@ from .checkpoint import Checkpoint, Shard, weight_files
 from .document import bad, described_tensor, dump, read_document
 from .header import TensorInfo
 from .layout import Layout
+from .output import fsync, fsync_folder
 from .tensorfile import TensorFile, written_file
-from .vectors import blocks, gather, scatter
+from .vectors import blocks, check_index, gather, scatter
 
 __all__ = ["JOURNAL_NAME", "Change", "heal", "journal_path", "journaled", "locked"]
 
@@ -104,7 +105,7 @@ def locked(shards: Sequence[Shard]) -> Iterator[dict[Path, int]]:
 def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[None]:
     """Keep the old vectors of ``changes`` on disk for as long as the context lasts.
 
-    The caller holds the lock of the touched shards (`locked`), and has synced its writes when the
+    The caller holds the lock of all shards (`locked`), and has synced its writes when the
     context ends. If it ends by an exception, the journal stays, and heals at the next `heal`.
     """
     path = journal_path(checkpoint.source)
@@ -182,8 +183,7 @@ def _heal(source: Source) -> bool:
     path = journal_path(source)
     try:
         with TensorFile.open(path) as journal:
-            _undo(source, journal)
-        _remove(path)
+            _undo(source, journal, path)
     except FileNotFoundError:  # another process healed it meanwhile
         return False
     except MachineError:
@@ -197,7 +197,7 @@ def _heal(source: Source) -> bool:
     return True
 
 
-def _undo(source: Source, journal: TensorFile) -> None:
+def _undo(source: Source, journal: TensorFile, path: Path) -> None:
     content = read_document(journal, _KEY, _WHAT, _VERSION)
     files = content.get("files")
     if not isinstance(files, list) or not all(isinstance(entry, dict) for entry in files):
@@ -214,7 +214,7 @@ def _undo(source: Source, journal: TensorFile) -> None:
         if shard is None:
             raise _foreign(journal, str(entry.get("name"))[:200])
         shards.append(shard)
-    with locked(shards) as held:
+    with locked(checkpoint.shards) as held:
         # Before the lock was ours, another process may have healed, and begun a change of its own.
         journal.check_in_place()
         for change in changes:
@@ -234,7 +234,8 @@ def _undo(source: Source, journal: TensorFile) -> None:
                 index = change.index[start:stop]
                 scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
         for fd in held.values():
-            os.fsync(fd)
+            fsync(fd)
+        _remove(path)  # while the lock is held: a later journal at the same path is another's
 
 
 def _read_change(journal: TensorFile, number: str, entry: Any) -> Change:
@@ -259,8 +260,8 @@ def _read_change(journal: TensorFile, number: str, entry: Any) -> Change:
     if entry.get("old_hash") != old_hash.hexdigest():
         raise bad(journal, _WHAT, "its old vectors do not match their hash", name)
     values = journal.array(f"{number}:index")
-    if count and (values[0] < 0 or values[-1] >= layout.count or not np.all(np.diff(values) > 0)):
-        raise bad(journal, _WHAT, "its index makes no sense", name)
+    if why := check_index(values, layout.count):
+        raise bad(journal, _WHAT, why, name)
     return Change(info, layout, values, journal.array(f"{number}:new_digest"))
 
 
@@ -361,8 +362,4 @@ def _foreign(journal: TensorFile, name: str) -> MismatchError:
 
 def _remove(path: Path) -> None:
     os.unlink(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    fsync_folder(path.parent)

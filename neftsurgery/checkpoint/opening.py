@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from ..errors import boundary
 from ..sources.resolve import Source, resolve
 from .checkpoint import Checkpoint
 from .journal import heal
@@ -14,6 +15,7 @@ __all__ = ["open_checkpoint"]
 log = logging.getLogger(__name__)
 
 
+@boundary
 def open_checkpoint(named: str | os.PathLike[str] | Source) -> Checkpoint:
     """Open the checkpoint at a path or of a Hub id; a change in place that was cut short is undone first.
 

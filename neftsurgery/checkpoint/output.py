@@ -28,7 +28,7 @@ from typing import BinaryIO
 from ..errors import UsageError
 from .refusal import MAX_NAME, AnyPath, identity, named_output
 
-__all__ = ["StagedFile", "staged_directory", "staged_file"]
+__all__ = ["StagedFile", "fsync", "fsync_folder", "staged_directory", "staged_file"]
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -
         yield StagedFile(path, fd)
         if mode is not None:
             os.fchmod(fd, mode)
-        _fsync(fd)
+        fsync(fd)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Ite
             _replace(path, final)
         else:
             _place(path, final)
-        _fsync_folder(final.parent)
+        fsync_folder(final.parent)
     finally:
         # After a failure this is what was written so far; after an exchange it is what OUT was before.
         _discard(path)
@@ -267,7 +267,7 @@ def _replace(path: Path, out: Path) -> None:
     try:
         os.rename(out, aside)
         os.rename(path, out)
-        _fsync_folder(out.parent)
+        fsync_folder(out.parent)
     finally:
         _settle(aside, out)
 
@@ -340,7 +340,8 @@ def _make_removable(folder: Path) -> None:
                 _make_removable(Path(entry.path))
 
 
-def _fsync(fd: int) -> None:
+def fsync(fd: int) -> None:
+    """Make a file's content durable."""
     # On macOS only F_FULLFSYNC reaches the disk itself.
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
@@ -350,7 +351,8 @@ def _fsync(fd: int) -> None:
     os.fsync(fd)
 
 
-def _fsync_folder(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
+    """Make a folder's names durable, where the file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -373,7 +375,7 @@ def _fsync_tree(top: Path) -> None:
             if stat.S_ISREG(os.lstat(file).st_mode):
                 fd = os.open(file, _OPEN)
                 try:
-                    _fsync(fd)
+                    fsync(fd)
                 finally:
                     os.close(fd)
-        _fsync_folder(Path(folder))
+        fsync_folder(Path(folder))

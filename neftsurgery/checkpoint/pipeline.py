@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +24,17 @@ def default_threads() -> int:
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int | None = None,
+    *,
+    stop: threading.Event | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Run ``work`` on each item in threads; yields items with results, in order, few ahead.
 
     The outcome does not depend on the number of threads. An exception of ``work`` is raised here,
-    in its place in the order; work that has not begun is dropped.
+    in its place in the order; work that has not begun is dropped,
+    and ``stop`` is set for work that has.
 
     Raises
     ------
@@ -49,5 +55,9 @@ def in_order(
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
+    except BaseException:
+        if stop is not None:
+            stop.set()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MismatchError, UsageError
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
 from .header import FilePlan, Header, TensorInfo, read_header
 from .output import staged_file
 from .refusal import require_space
@@ -132,8 +133,11 @@ class TensorFile:
         OSError
             If it cannot be read.
         """
+        file = OpenFile.at(path)
         header = read_header(path)
-        return cls(OpenFile.at(path), header, Path(path))
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise MachineError("the file was replaced while it was opened", file=path, hint="try again")
+        return cls(file, header, Path(path))
 
     @classmethod
     def named(cls, path: str | os.PathLike[str]) -> TensorFile:
@@ -145,7 +149,13 @@ class TensorFile:
             If there is no such file.
         """
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+                raise UsageError("this is a device, pipe or socket, not a file", file=path)
             return cls.open(path)
+        except ValueError as error:
+            if isinstance(error, NeftError):
+                raise
+            raise UsageError(f"not a usable path: {error}", file=repr(os.fspath(path))) from error
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             folder = isinstance(error, IsADirectoryError)
             what = "this is a folder, where a file is wanted" if folder else "there is no such file"
@@ -302,7 +312,7 @@ def written_file(
         require_space(tempfile.gettempdir(), plan.nbytes)
         yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
         return
-    path = Path(out)
+    path = Path(out).absolute()  # the caller may change the current folder meanwhile
     with staged_file(path, force=force) as staged:
-        require_space(path.absolute().parent, plan.nbytes)
+        require_space(path.parent, plan.nbytes)
         yield _Written(TensorFileWriter(plan, staged.fd), None, path)

@@ -19,7 +19,7 @@ from .header import TensorInfo
 from .layout import Layout
 from .tensorfile import read_exactly, write_exactly
 
-__all__ = ["ByteReader", "blocks", "gather", "scatter"]
+__all__ = ["ByteReader", "blocks", "check_index", "gather", "scatter"]
 
 # Bytes of vectors handled at once. Several threads hold a few such blocks each. Every block of
 # strided vectors reads their whole slab, so there fewer, larger blocks are better.
@@ -44,6 +44,17 @@ def blocks(info: TensorInfo, layout: Layout, count: int) -> Iterator[tuple[int, 
     step = max(1, limit // max(1, layout.width * info.type.itemsize))
     for start in range(0, count, step):
         yield start, min(start + step, count)
+
+
+def check_index(index: Index, count: int) -> str | None:
+    """What is wrong with ``index`` as ascending, unique neurons below ``count``; None if nothing is."""
+    if len(index) == 0:
+        return None
+    if int(index[0]) < 0 or int(index[-1]) >= count:
+        return f"an index is out of range: the tensor has {count} neurons"
+    if not np.all(index[1:] > index[:-1]):  # not by differences, which overflow
+        return "the indices are not ascending and unique"
+    return None
 
 
 def gather(source: ByteReader, info: TensorInfo, layout: Layout, index: Index) -> Raw:

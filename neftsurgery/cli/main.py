@@ -15,6 +15,7 @@ import click
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
 from ..version import __version__
+from .console import printable
 
 __all__ = ["cli", "run"]
 
@@ -91,6 +92,7 @@ def run(args: list[str] | None = None) -> NoReturn:
     as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
     quiet = "-q" in options or "--quiet" in options
     _log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
+
     try:
         result = cli.main(args, prog_name="neftsurgery", standalone_mode=False)
         sys.stdout.flush()
@@ -103,10 +105,15 @@ def run(args: list[str] | None = None) -> NoReturn:
     except (_Stopped, click.exceptions.Abort) as error:
         code = _report(error, as_json, verbose)
     except click.ClickException as error:
-        error.show()
-        code = _as_json(error.format_message(), error.exit_code) if as_json else error.exit_code
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        hint = f"\nsee `{context.command_path} --help`" if context is not None else ""
+        click.echo(printable(f"neftsurgery: {message}{hint}"), err=True)
+        code = _as_json(message, error.exit_code) if as_json else error.exit_code
     except Exception as error:
         code = _report(error, as_json, verbose)
+    finally:
+        logging.getLogger("neftsurgery").handlers.clear()
     sys.exit(code)
 
 
@@ -143,7 +150,6 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
         message = (
             f"internal error: {type(error).__name__}: {error}\nrun it again with -v and report it, please"
         )
-    from .console import printable
 
     click.echo(printable(f"neftsurgery: {message}"), err=True)
     return _as_json(message, code, error) if as_json else code

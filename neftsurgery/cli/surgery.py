@@ -32,9 +32,8 @@ def say_surgery(console: Console, plan: Surgery, goal: str, dry_run: bool) -> No
     if was is not None and was != ("base" if goal == "patched" else "patched") and plan.needed:
         console.note(f"note: it was partly {goal} already")
     if plan.files is not None and plan.files.left:
-        names = ", ".join(str(path) for path in plan.files.left[:8])
-        more = f" and {len(plan.files.left) - 8} more" if len(plan.files.left) > 8 else ""
-        console.note(f"left behind, they hold the unpatched weights in another form: {names}{more}")
+        names = ", ".join(str(path) for path in plan.files.left)
+        console.note(f"left behind (other forms of the weights, or not part of the model): {names}")
     nbytes = sum(shard.size for shard in plan.checkpoint.shards)
     if plan.out is not None and dry_run:
         console.say(f"it takes {size(nbytes)}")

@@ -17,9 +17,9 @@ from ..checkpoint.document import bad, described_tensor, read_document
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
 from ..checkpoint.tensorfile import TensorFile
-from ..checkpoint.vectors import blocks
+from ..checkpoint.vectors import blocks, check_index
 from ..errors import CorruptFileError, boundary
-from ..selection.selection import Chosen, Selection, check_index, followers_of
+from ..selection.selection import Chosen, Selection, followers_of
 from .digests import DigestHash, digests
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -262,6 +262,7 @@ def _whole_sums(
     return sums, changed
 
 
+_PLAIN_ELEMENTS = 1 << 15
 _PLAIN = {"BOOL": "u1", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4"}
 _PLAIN |= {"I64": "<i8", "U64": "<u8", "C64": "<c8"}
 
@@ -273,12 +274,18 @@ def _plain_sums(
     if info.dtype not in _PLAIN:
         bits = np.unpackbits(a ^ b, bitorder="little").reshape(-1, info.type.bits)
         return np.zeros((3, 1)), np.array([np.count_nonzero(bits.any(axis=1))])
-    differing = (a.reshape(-1, info.type.itemsize) != b.reshape(-1, info.type.itemsize)).any(axis=1)
-    x, y = (side.view(_PLAIN[info.dtype]).astype(np.complex128) for side in (a, b))
-    with np.errstate(all="ignore"):
-        squares = [np.abs(part) ** 2 for part in (x, y - x)]
-        totals = [float(np.where(np.isfinite(part), part, 0).sum()) for part in squares]
-    return np.array([[totals[0]], [totals[1]], [0.0]]), np.array([np.count_nonzero(differing)])
+    raw_a, raw_b = a.view(info.type.carrier), b.view(info.type.carrier)
+    # np.longdouble is exact for 64-bit integers on x86.
+    wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else np.longdouble)
+    sums = np.zeros((3, 1))
+    for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # widened in small parts: they take much more memory
+        part = slice(start, start + _PLAIN_ELEMENTS)
+        x, y = (side[part].view(_PLAIN[info.dtype]).astype(wide) for side in (raw_a, raw_b))
+        with np.errstate(all="ignore"):
+            for total, values in zip(sums, (x, y - x), strict=False):
+                squares = np.abs(values) ** 2
+                total += float(np.where(np.isfinite(squares), squares, 0).sum())
+    return sums, np.array([np.count_nonzero(raw_a != raw_b)])
 
 
 def _pieces(number: int, job: Job) -> Iterator[_Piece]:

@@ -121,11 +121,13 @@ def read_followers(
     """
     if not isinstance(unscored, dict):
         raise bad(file, WHAT, "unscored is not an object")
-    counts = {tensor.bias: tensor.layout.count for tensor in tensors.values()}
+    counts: dict[str | None, set[int]] = {}
+    for tensor in tensors.values():
+        counts.setdefault(tensor.bias, set()).add(tensor.layout.count)
     for name, entry in sorted(unscored.items()):
         if not isinstance(entry, dict) or name in tensors:
             raise bad(file, WHAT, "what it says of an unscored tensor makes no sense", name)
-        delta = entry.get("delta_sq", 0.0)
+        delta = 0.0 if entry.get("delta_sq") is None else entry["delta_sq"]
         if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
             raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
         if f"{name}:changed" in file.tensors:
@@ -133,6 +135,6 @@ def read_followers(
             check_vector(file, f"{name}:changed", "I64", layout.count)
             if f"{name}:delta_sq" in file.tensors:
                 check_vector(file, f"{name}:delta_sq", "F64", layout.count)
-            if layout.count != counts.get(name, layout.count):
+            if counts.get(name, {layout.count}) != {layout.count}:
                 raise bad(file, WHAT, "a bias has other neurons than its weight", name)
             yield name, Follower(info, layout, entry.get("included") is True)

@@ -270,23 +270,28 @@ class Scores(FileBacked):
         """Which share of the whole change the chosen neurons hold: ``captured``, ``captured_scored``.
 
         ``captured`` is of all common tensors, ``captured_scored`` of the scored ones. Empty where
-        the file has no sums, or nothing changed.
+        the file has no sums, or nothing changed; without ``captured`` where a tensor changed whose
+        change has no size (a quantized one).
         """
-        inside = scored = 0.0
-        for name in self.tensors:
+        inside = scored = rest = 0.0
+        for name, tensor in self.tensors.items():
             delta = self.sums(name, "delta_sq")
             if delta is None:
                 return {}
-            scored += float(np.nansum(delta))
+            mask = tensor.belongs()
+            scored += float(np.nansum(delta if mask is None else delta[mask]))
+            rest += 0.0 if mask is None else float(np.nansum(delta[~mask]))
             if name in tensors:
                 inside += float(np.nansum(delta[tensors[name].index]))
         extra = 0.0
         for name in self.followers:
             if name in tensors and (delta := self.sums(name, "delta_sq")) is not None:
                 extra += float(np.nansum(delta[tensors[name].index]))
-        whole = scored + sum(entry.get("delta_sq", 0.0) for entry in self.facts.get("unscored", {}).values())
+        unscored = self.facts.get("unscored", {}).values()
+        known = all(entry.get("delta_sq", 0.0) is not None or not entry.get("changed") for entry in unscored)
+        whole = scored + rest + sum(entry.get("delta_sq") or 0.0 for entry in unscored)
         result = {}
-        if math.isfinite(whole) and whole > 0:
+        if known and math.isfinite(whole) and whole > 0:
             result["captured"] = min(1.0, (inside + extra) / whole)
         if math.isfinite(scored) and scored > 0:
             result["captured_scored"] = min(1.0, inside / scored)

@@ -16,6 +16,7 @@ from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
 from ..checkpoint.refusal import refuse_output
 from ..checkpoint.tensorfile import TensorFile, written_file
+from ..checkpoint.vectors import check_index
 from ..errors import boundary
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "SELECTION_KEY",
     "Chosen",
     "Selection",
-    "check_index",
     "followers_of",
     "index_dtype",
 ]
@@ -40,17 +40,6 @@ Index = NDArray[np.integer[Any]]
 def index_dtype(count: int) -> str:
     """The element type of indices into ``count`` neurons: ``"I32"``, or ``"I64"`` past 2**31."""
     return "I32" if count <= 1 << 31 else "I64"
-
-
-def check_index(index: Index, count: int) -> str | None:
-    """What is wrong with ``index`` as ascending, unique neurons below ``count``; None if nothing is."""
-    if len(index) == 0:
-        return None
-    if int(index[0]) < 0 or int(index[-1]) >= count:
-        return f"an index is out of range: the tensor has {count} neurons"
-    if not np.all(np.diff(index) > 0):
-        return "the indices are not ascending and unique"
-    return None
 
 
 def followers_of(facts: Mapping[str, Any]) -> frozenset[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import MachineError, NeftError, UsageError
 
-__all__ = ["Source", "resolve"]
+__all__ = ["Source", "is_hub_id", "resolve"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
 
@@ -60,15 +60,29 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     text = os.fspath(named)
     path = Path(text)
     if text and _is_there(path):
-        if path.exists() and not (path.is_file() or path.is_dir()):
+        if not path.exists():
+            raise UsageError("this is a link that leads nowhere", file=text)
+        if not (path.is_file() or path.is_dir()):
             raise UsageError("this is a device, pipe or socket, not a file or folder", file=text)
         return Source(path, text)
-    if isinstance(named, str) and _HUB_ID.fullmatch(text) and not path.parent.is_file():
+    if is_hub_id(named):
         return _fetch(text)
     raise UsageError(
         "there is no such file or folder" + (", and it is not a Hub id" if text.count("/") == 1 else ""),
         file=text,
         hint="name a .safetensors file, a folder of shards with their index, or org/name of the Hub",
+    )
+
+
+def is_hub_id(named: str | os.PathLike[str]) -> bool:
+    """Whether `resolve` would ask the Hub for ``named``."""
+    path = Path(named)
+    return (
+        isinstance(named, str)
+        and _HUB_ID.fullmatch(named) is not None
+        and not _is_there(path)
+        and not path.parent.is_file()
+        and not (path.parent.is_dir() and named.endswith(".safetensors"))
     )
 
 

@@ -18,6 +18,7 @@ from ..checkpoint.vectors import gather
 from ..errors import MismatchError, UsageError, boundary
 from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
+from ..sources.resolve import is_hub_id
 from .files import folder_files
 from .operation import Rows, Surgery, operate, touched_files
 from .progress import Progress, Timing, silent
@@ -203,7 +204,9 @@ def _plan(
     inputs: Sequence[Path] = (),
 ) -> Surgery:
     if (out is None) == (not in_place):
-        raise UsageError("say where the result goes: -o OUT, or --in-place")
+        raise UsageError("say where the result goes: either -o OUT or --in-place")
+    if out is None and is_hub_id(named):
+        raise _hub_in_place(os.fspath(named))
     checkpoint = open_checkpoint(named)
     patches = [r.patch for r in rows]
     for patch in patches:
@@ -241,14 +244,18 @@ def _all_equal(state: PatchState) -> bool:
     return not any(tensor.base or tensor.patched for tensor in state.tensors.values())
 
 
+def _hub_in_place(named: str) -> UsageError:
+    return UsageError(
+        "a Hub model cannot be changed in place: its files belong to the cache",
+        file=named,
+        hint="write a new checkpoint with -o OUT",
+    )
+
+
 def _refuse_in_place(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
     source = checkpoint.source
     if source.repo is not None:
-        raise UsageError(
-            "a Hub model cannot be changed in place: its files belong to the cache",
-            file=source.named,
-            hint="write a new checkpoint with -o OUT",
-        )
+        raise _hub_in_place(source.named)
     for path in {source.path, *(shard.path for shard in touched_files(checkpoint, patches))}:
         if path.is_symlink():
             raise UsageError(

@@ -239,7 +239,8 @@ class _Sink:
         entry = self.unscored[name]
         entry["changed"] = result.changed
         if entry["reason"].startswith("quantized"):
-            return  # codes without their scales: their differences mean nothing
+            entry["base_sq"] = entry["delta_sq"] = None  # codes without their scales: no numbers to subtract
+            return
         for which, total in (("base_sq", result.base_sq), ("delta_sq", result.delta_sq)):
             entry[which] = float(
                 np.nan_to_num(total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ _STALE_ENDINGS = (
     ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot",
     ".tflite", ".mlmodel", ".nemo", ".npz", ".pkl", ".bin.index.json", ".safetensors",
 )  # fmt: skip
+_OURS = re.compile(r"\..+\.neft-(journal|(old-)?[0-9a-f]{16})")
 _STALE_FOLDERS = ("original", "onnx", "openvino", "coreml", "mlx", ".git", ".cache")
 
 
@@ -50,7 +52,7 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
         if name in own or name == JOURNAL_NAME or _is_ours(name):
             continue
         if entry.is_dir():
-            if name in _STALE_FOLDERS:
+            if name in _STALE_FOLDERS or entry.is_symlink():  # a link may lead anywhere, also back here
                 left.append(Path(name))
             else:
                 along += _tree(root, Path(name))
@@ -58,6 +60,8 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
             left.append(Path(name))
         elif entry.is_file():
             along.append(Path(name))
+        else:  # a pipe, a link that leads nowhere
+            left.append(Path(name))
     return FolderFiles(tuple(along), tuple(left))
 
 
@@ -67,8 +71,8 @@ def _indexed(checkpoint: Checkpoint) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    """Staging files of this package that a killed process left."""
-    return name.startswith(".") and ".neft-" in name
+    """Journals of single files, and what a killed process of this package left."""
+    return _OURS.fullmatch(name) is not None
 
 
 def _tree(root: Path, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.copying import copy_file
 from ..checkpoint.journal import Change, heal, journaled, locked
-from ..checkpoint.output import staged_directory, staged_file
+from ..checkpoint.output import fsync, staged_directory, staged_file
 from ..checkpoint.pipeline import in_order
 from ..checkpoint.refusal import require_space
 from ..checkpoint.vectors import scatter
@@ -49,6 +50,8 @@ class Surgery:
         The state the checkpoint is in, per patch.
     out:
         Where the result goes; None: in place.
+    force:
+        Whether ``out`` may be replaced.
     files:
         The other files of the folder; None for a single file or in place.
     needed:
@@ -65,11 +68,6 @@ class Surgery:
     files: FolderFiles | None
     needed: bool
     timing: Timing
-
-    @property
-    def touched(self) -> list[Shard]:
-        """The weight files that hold a touched tensor."""
-        return touched_files(self.checkpoint, [rows.patch for rows in self.rows])
 
     @property
     def neurons(self) -> int:
@@ -109,16 +107,23 @@ def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progres
         with staged_directory(out, force=plan.force) as folder:
             require_space(parent, sum(sizes))
 
+            stop = threading.Event()
+
+            def step(done: int) -> None:
+                if stop.is_set():  # Ctrl-C, or another shard failed: what is copied will be thrown away
+                    raise InterruptedError
+                advance(done)
+
             def write(shard: Shard) -> None:
                 fd = os.open(
                     folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
                 )
                 try:
-                    _write_shard(plan, shard, fd, advance)
+                    _write_shard(plan, shard, fd, step)
                 finally:
                     os.close(fd)
 
-            for _ in in_order(write, checkpoint.shards, threads):
+            for _ in in_order(write, checkpoint.shards, threads, stop=stop):
                 pass
             for path in along:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -154,12 +159,12 @@ def _write_in_place(plan: Surgery, progress: Progress) -> None:
         for name, tensor in rows.patch.tensors.items()
     ]
     try:
-        with progress("writing in place", 1) as advance, locked(plan.touched) as held:
+        with progress("writing in place", 1) as advance, locked(checkpoint.shards) as held:
             checkpoint.check_unchanged()  # since it was examined, which needed no lock
             with journaled(checkpoint, changes):
                 _write_rows(plan, held)
                 for fd in held.values():
-                    os.fsync(fd)
+                    fsync(fd)
             advance(1)
     except BaseException:
         # The journal, if it was begun, is still there: undo at once what can be undone at once.

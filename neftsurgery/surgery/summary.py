@@ -156,7 +156,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         )
         if any(part is None for part in parts):
             continue
-        sums = [float(np.nansum(part)) for part in parts if part is not None]
+        sums = [float(np.nansum(part if mask is None else part[mask])) for part in parts if part is not None]
         groups = [whole, kinds.setdefault(place(name.split("."))[1], _Totals())]
         if tensor.layer:
             groups.append(layers.setdefault(tensor.layer, _Totals()))

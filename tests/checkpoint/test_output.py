@@ -321,13 +321,13 @@ def test_a_failure_leaves_nothing(tmp_path: Path, kind: str, failure: type[BaseE
         assert tree(out) == {"deep/deeper/old": b"old"}
 
 
-@pytest.mark.parametrize("step", ["_fsync", "_fsync_tree", "_place", "_replace"])
+@pytest.mark.parametrize("step", ["fsync", "_fsync_tree", "_place", "_replace"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failure_at_the_end_leaves_nothing(
     tmp_path: Path, kind: str, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "file" and step == "_fsync_tree":
-        step = "_fsync"
+        step = "fsync"
     out = tmp_path / "out"
     force = step == "_replace"
     if force:

@@ -279,3 +279,38 @@ def test_a_pipe_is_no_checkpoint(neft, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     result = neft("inspect", "pipe")
     assert (result.code, "pipe or socket" in result.err) == (2, True)
+
+
+def test_no_input_is_overwritten_even_by_force(neft, patch, tmp_path):
+    """Scores, selections and controls are inputs, too."""
+    assert neft("select", "s.safetensors", "--neurons", "3", "-o", "c.safetensors").code == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ("s.safetensors", "c.safetensors")}
+    extract = ("extract", "base", "tuned", "--force", "-o")
+    for words in (
+        ("select", "s.safetensors", "--like", "c.safetensors", "-o", "c.safetensors", "--force"),
+        ("select", "s.safetensors", "--neurons", "3", "-o", "s.safetensors", "--force"),
+        (*extract, "c.safetensors", "--like", "c.safetensors"),
+        (*extract, "c.safetensors", "--selection", "c.safetensors"),
+        (*extract, "s.safetensors", "--scores", "s.safetensors", "--neurons", "3"),
+    ):
+        assert neft(*words).code == 2, words
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_hub_model_is_refused_in_place_without_asking_the_hub(neft, patch):
+    result = neft("apply", "org/name", "p.safetensors", "--in-place")
+    assert (result.code, "in place" in result.err) == (2, True)
+
+
+def test_a_mistyped_patch_is_not_looked_for_on_the_hub(neft, patch):
+    for words in (
+        ("apply", "base", "org/patch", "-o", "new"),
+        ("select", "org/s", "--neurons", "1", "-o", "new"),
+    ):
+        assert neft(*words).code == 2
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
+def test_numbers_that_are_none_are_refused(neft, patch, tmp_path, number):
+    (tmp_path / "base" / "config.json").write_text(f'{{"model_type": "llama", "x": {number}}}')
+    assert neft("inspect", "base").code == 4

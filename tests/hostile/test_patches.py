@@ -225,7 +225,24 @@ def test_a_field_that_makes_no_sense(case: Case, field: str, value: object) -> N
 def test_a_shape_that_no_tensor_has(case: Case) -> None:
     manifest = case.manifest()
     manifest["tensors"]["a.weight"]["shape"] = [2**62, 4]
-    case.refused(case.write(manifest=manifest), ns.MismatchError, says="4611686018427387904")
+    case.refused(case.write(manifest=manifest), says="too many axes or elements")
+    manifest["tensors"]["a.weight"]["shape"] = [2**40, 4]
+    case.refused(case.write(manifest=manifest), ns.MismatchError, says=str(2**40))
+
+
+def test_work_by_claim_is_refused(case: Case) -> None:
+    """A few megabytes of manifest must not cost seconds: the time is bounded by refusing, not measured."""
+    manifest = case.manifest()
+    manifest["tensors"]["a.weight"] |= {"shape": [1] * 20_000, "neuron_axes": list(range(20_000))}
+    case.refused(case.write(manifest=manifest), says="too many axes or elements")
+
+
+def test_indices_whose_differences_overflow(case: Case) -> None:
+    """Ascending is compared, not subtracted: differences of wild indices wrap round."""
+    from neftsurgery.checkpoint.vectors import check_index
+
+    wild = np.array([0, 2**63 - 1, -(2**63) + 5, -1, 5])
+    assert check_index(wild, 10) is not None
 
 
 TEXTS = {

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import raw_file, raw_folder, snapshot
+from support import raw_file, raw_folder, snapshot, write_file
 
 import neftsurgery as ns
 from neftsurgery.surgery import operation as verbs
@@ -481,3 +481,37 @@ def test_the_journal_goes_where_it_is_moved_with_its_folder(setting: tuple[Path,
     shutil.copytree(base, base.parent / "elsewhere")
     ns.verify(base.parent / "elsewhere", patch)
     assert snapshot(base.parent / "elsewhere") == before
+
+
+def test_the_journal_is_removed_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a process that healed could remove the journal of another, which began after it."""
+
+    from neftsurgery.checkpoint import journal
+
+    arrays = {"a.weight": np.arange(12, dtype=np.float32).reshape(4, 3)}
+    base = write_file(tmp_path / "base.safetensors", arrays)
+    tuned = write_file(tmp_path / "tuned.safetensors", {"a.weight": arrays["a.weight"] + 1})
+    patch = ns.extract(base, tuned, neurons=2, out=tmp_path / "p.safetensors")
+    original, remove, held = base.read_bytes(), journal._remove, []
+
+    def noted(path: Path) -> None:
+        with open(base, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held.append(path)
+        remove(path)
+
+    def torn(*arguments: object) -> None:
+        raise OSError(5, "injected")
+
+    monkeypatch.setattr(journal, "_remove", noted)
+    ns.apply(base, patch, in_place=True)
+    assert len(held) == 1
+    base.write_bytes(original)
+    with monkeypatch.context() as broken:
+        broken.setattr(verbs, "_write_rows", torn)
+        with pytest.raises(ns.MachineError):
+            ns.apply(base, patch, in_place=True)
+    assert len(held) == 2  # healed at once
+    assert base.read_bytes() == original

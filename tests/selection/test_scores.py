@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import raw_file
+from support import LLAMA_CONFIG, raw_file, write_folder
 
+import neftsurgery as ns
 from neftsurgery import CorruptFileError, MismatchError, Scores, Selection, UsageError
 
 Content = dict[str, Any]
@@ -436,3 +437,31 @@ def test_no_content_raises_anything_else(tmp_path, place, value, name, length, k
                 assert counts(Selection.load(tmp_path / "selection.safetensors")) == counts(selection)
     except CorruptFileError:
         return
+
+
+def test_only_the_scored_half_of_a_fused_tensor_counts_as_scored(tmp_path):
+    """Under ffn the gate rows of a fused gate_up tensor are no neurons: not in captured_scored either."""
+    rng = np.random.default_rng(0)
+    shapes = {"gate_up_proj": (32, 8), "down_proj": (8, 16)}
+    base = {f"model.layers.0.mlp.{n}.weight": rng.standard_normal(s).astype("f4") for n, s in shapes.items()}
+    tuned = {n: a + rng.standard_normal(a.shape).astype("f4") for n, a in base.items()}
+    for name, arrays in (("a", base), ("b", tuned)):
+        write_folder(tmp_path / name, arrays, 1, {"model_type": "phi3", "num_attention_heads": 2})
+    scores = ns.diff(tmp_path / "a", tmp_path / "b", anatomy="ffn")
+    selection = scores.select(neurons="100%")
+    assert selection.neurons == scores.neurons == 32
+    assert selection.facts["captured_scored"] == 1
+    delta = {n: ((tuned[n].astype("f8") - base[n]) ** 2).sum(1) for n in base}
+    gate_up, down = (delta[f"model.layers.0.mlp.{n}.weight"] for n in shapes)
+    expected = (gate_up[16:].sum() + down.sum()) / (gate_up.sum() + down.sum())
+    assert selection.facts["captured"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_pattern_may_be_a_string(tmp_path, llama_arrays):
+    for name, seed in (("a", 0), ("b", 1)):
+        write_folder(tmp_path / name, llama_arrays(seed=seed), 1, LLAMA_CONFIG)
+    sides = tmp_path / "a", tmp_path / "b"
+    assert (
+        ns.diff(*sides, exclude="*mlp*").tensors.keys() == ns.diff(*sides, exclude=["*mlp*"]).tensors.keys()
+    )
+    assert "lm_head.weight" in ns.diff(*sides, include="lm_head.weight").tensors

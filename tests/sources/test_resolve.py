@@ -73,8 +73,12 @@ def test_an_existing_path_beats_a_hub_id(here: Path, no_hub: list[str], named: s
             path.symlink_to(here)
         case "dangling link":
             path.symlink_to("nowhere")
-    assert resolve(named) == Source(Path(named), named, None, None)
-    assert resolve(path) == Source(path, str(path), None, None)
+    if kind == "dangling link":
+        with pytest.raises(UsageError, match="leads nowhere"):
+            resolve(named)
+    else:
+        assert resolve(named) == Source(Path(named), named, None, None)
+        assert resolve(path) == Source(path, str(path), None, None)
     assert no_hub == []
 
 

@@ -302,14 +302,23 @@ def test_tensors_of_every_type_are_listed_and_counted(tmp_path):
     for name, (a, b) in arrays.items():
         assert_unscored(unscored[name], a, b)
     for name in packed:
-        assert (unscored[name]["changed"], unscored[name]["delta_sq"]) == (2, 0)
+        assert (unscored[name]["changed"], unscored[name]["delta_sq"]) == (2, None)
     for name in ("empty", "empty1"):
         assert (unscored[name]["changed"], unscored[name]["delta_sq"]) == (0, 0)
     for name, count in (("scalar", 1), ("single", 1), ("narrow", 4), ("vector", 4)):
         assert (unscored[name]["changed"], unscored[name]["delta_sq"]) == (count, 9 * count)
     selection = scores.select(neurons=1)
-    whole = sum(entry["delta_sq"] for entry in unscored.values()) + scores.sums("weight", "delta_sq").sum()
-    expected = scores.sums("weight", "delta_sq")[selection.tensors["weight"].index].sum() / whole
+    delta = scores.sums("weight", "delta_sq")
+    expected = delta[selection.tensors["weight"].index].sum() / delta.sum()
+    assert selection.facts["captured_scored"] == pytest.approx(expected)
+    assert "captured" not in selection.facts  # the packed ones changed, by nobody knows how much
+    plain = [
+        raw_file(tmp_path / f"plain{n}.safetensors", [t for t in side if t[0] not in packed])
+        for n, side in enumerate(sides)
+    ]
+    selection = ns.diff(*plain).select(neurons=1)
+    whole = sum(entry["delta_sq"] or 0 for entry in unscored.values()) + delta.sum()
+    expected = delta[selection.tensors["weight"].index].sum() / whole
     assert selection.facts["captured"] == pytest.approx(expected)
 
 
@@ -344,8 +353,10 @@ def test_codes_without_their_scales_are_counted_only(tmp_path):
     entry = scores.facts["unscored"]["q.weight"]
     assert entry["reason"].startswith("quantized")
     assert "q.weight_scale_inv" in entry["reason"]
-    assert (entry["changed"], entry["delta_sq"]) == (12, 0)
-    assert scores.select(neurons="100%").facts["captured"] == 1
+    assert (entry["changed"], entry["delta_sq"]) == (12, None)
+    facts = scores.select(neurons="100%").facts
+    assert "captured" not in facts
+    assert facts["captured_scored"] == 1
 
 
 def test_tensors_on_one_side_or_of_another_kind(tmp_path):

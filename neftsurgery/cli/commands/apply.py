@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from ...patch.patch import Patch
-from ...sources.resolve import resolve
 from ...surgery.apply import plan_apply
 from ...surgery.operation import operate
 from ..console import Console
@@ -44,7 +43,7 @@ def command(
     """
     plan = plan_apply(
         base,
-        [Patch.load(resolve(patch).path) for patch in patches],
+        [Patch.load(patch) for patch in patches],
         out=out,
         in_place=in_place,
         force=force,

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
+from ...checkpoint.refusal import refuse_output
 from ...errors import UsageError
 from ...patch.write import patch_bytes
 from ...selection.scores import Scores
 from ...selection.selection import Selection
-from ...sources.resolve import resolve
 from ...surgery.extract import cut, is_whole_change, plan_extraction
 from ..console import Console, amount, percent, plural, size
 from ..options import (
@@ -73,15 +73,17 @@ def command(
         raise UsageError("--scores and --selection do not go together")
     if scores is not None or selection is not None:
         _refuse_scoring_options("--scores" if scores is not None else "--selection")
+    inputs = [path for path in (scores, selection, budget.get("like")) if path is not None]
+    refuse_output(out, inputs=inputs, force=force, kind="file")
     if "like" in budget:
-        budget["like"] = Selection.load(resolve(budget["like"]).path)
+        budget["like"] = Selection.load(budget["like"])
     if selection is None:
         budget["seed"] = seed
     plan = plan_extraction(
         base,
         tuned,
-        None if selection is None else Selection.load(resolve(selection).path),
-        scores=None if scores is None else Scores.load(resolve(scores).path),
+        None if selection is None else Selection.load(selection),
+        scores=None if scores is None else Scores.load(scores),
         scope=scope,
         score=score,
         budget=budget,

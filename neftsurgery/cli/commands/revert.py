@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from ...patch.patch import Patch
-from ...sources.resolve import resolve
 from ...surgery.apply import plan_revert
 from ...surgery.operation import operate
 from ..console import Console
@@ -45,7 +44,7 @@ def command(
     """
     plan = plan_revert(
         checkpoint,
-        Patch.load(resolve(patch).path),
+        Patch.load(patch),
         base=base,
         out=out,
         in_place=in_place,

@@ -10,7 +10,6 @@ from ...checkpoint.refusal import refuse_output
 from ...errors import MismatchError
 from ...selection.scores import Scores
 from ...selection.selection import Selection
-from ...sources.resolve import resolve
 from ..console import Console, amount, percent, plural, table
 from ..options import (
     budget_options,
@@ -44,10 +43,11 @@ def command(
       neftsurgery select scores.safetensors --like selection.safetensors --policy random -o control
     """
     budget = take_budget(options)
+    like = [budget["like"]] if "like" in budget else []
     if "like" in budget:
-        budget["like"] = Selection.load(resolve(budget["like"]).path)
-    refuse_output(out, inputs=[resolve(scores).path], force=force, kind="file")
-    with Scores.load(resolve(scores).path) as loaded:
+        budget["like"] = Selection.load(budget["like"])
+    refuse_output(out, inputs=[scores, *like], force=force, kind="file")
+    with Scores.load(scores) as loaded:
         selection = loaded.select(**budget, seed=seed)
         if not selection.tensors:
             raise MismatchError("no neuron is chosen", file=scores, hint="the threshold may be too high")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from ...patch.patch import Patch
-from ...sources.resolve import resolve
 from ...surgery.verify import verify
 from ..console import Console, plural, table
 from ..options import common_options
@@ -30,9 +29,7 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     Example:
       neftsurgery verify patched/ neuron_patch.safetensors --expect patched
     """
-    found = verify(
-        checkpoint, Patch.load(resolve(patch).path), threads=console.threads, progress=console.progress
-    )
+    found = verify(checkpoint, Patch.load(patch), threads=console.threads, progress=console.progress)
     good = found.holds(expect)
     neurons = sum(t.base + t.patched + t.both + t.neither for t in found.tensors.values())
     console.say(f"{found.state}: {plural(neurons, 'neuron')} in {plural(len(found.tensors), 'tensor')}")
