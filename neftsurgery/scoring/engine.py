@@ -275,8 +275,9 @@ def _plain_sums(
         bits = np.unpackbits(a ^ b, bitorder="little").reshape(-1, info.type.bits)
         return np.zeros((3, 1)), np.array([np.count_nonzero(bits.any(axis=1))])
     raw_a, raw_b = a.view(info.type.carrier), b.view(info.type.carrier)
-    # np.longdouble is exact for 64-bit integers on x86.
-    wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else np.longdouble)
+    # float64 does not hold every 64-bit integer; x86's long double does, and is slow.
+    large = np.longdouble if info.type.itemsize == 8 else np.float64
+    wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else large)
     sums = np.zeros((3, 1))
     for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # widened in small parts: they take much more memory
         part = slice(start, start + _PLAIN_ELEMENTS)
