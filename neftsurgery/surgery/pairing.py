@@ -94,11 +94,6 @@ class Pair:
         """Bytes that comparing them reads."""
         return 2 * sum(job.info.nbytes for job in self.jobs)
 
-    @property
-    def identical_names(self) -> bool:
-        """Whether both have the same tensors, all of the same shape and dtype."""
-        return not (self.only_base or self.only_tuned or self.differing)
-
     def describe(self) -> dict[str, Any]:
         """For JSON: what does not match."""
         return {

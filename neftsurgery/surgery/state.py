@@ -121,13 +121,13 @@ def examine(
         tensor = patch.tensors[block.name]
         before = patch.base_digests(block.name, block.start, block.stop)
         patch.check_base_rows(block.name, before, block.start, block.stop)
-        after = digests(patch.values(block.name, block.start, block.stop))
+        reached = patch.values(block.name, block.start, block.stop)
+        after = digests(reached)
         index = patch.index(block.name)[block.start : block.stop]
         now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index)
         others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
         if not others:
             return before, after, digests(now)
-        reached = patch.values(block.name, block.start, block.stop)
         settled = (now == reached).all(axis=1)
         for later in (patches[n] for n in others if n > block.patch):
             overlay(reached, index, tensor, later)
