@@ -11,9 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import Source
 from .header import Header, TensorInfo, loads, read_header
+from .resident import resident
 from .tensorfile import OpenFile, read_exactly
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
@@ -156,8 +160,21 @@ class Checkpoint:
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
         shard = self.shard_of(name)
-        file = self._handles.get(shard, len(buffer))
+        file = self._handles.get(shard)
+        self._handles.count(len(buffer))
         read_exactly(file.fileno(), buffer, shard.header.offsets[name] + start, shard.path)
+
+    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+        """Bytes of tensor ``name`` where they lie in memory, not copied; None if they may not be there.
+
+        Not to be written to. Thread-safe.
+        """
+        shard = self.shard_of(name)
+        file = self._handles.get(shard)
+        found = resident(file.fileno(), shard.header.offsets[name] + start, size)
+        if found is not None:
+            self._handles.count(size)
+        return found
 
     @property
     def bytes_read(self) -> int:
@@ -182,10 +199,13 @@ class _Handles:
         self._lock = threading.Lock()
         self.bytes_read = 0
 
-    def get(self, shard: Shard, size: int) -> OpenFile:
-        # An evicted file closes when its last reader drops it, not before: reads need no lock.
+    def count(self, size: int) -> None:
         with self._lock:
             self.bytes_read += size
+
+    def get(self, shard: Shard) -> OpenFile:
+        # An evicted file closes when its last reader drops it, not before: reads need no lock.
+        with self._lock:
             file = self._open.get(shard.path)
             if file is None:
                 shard.check_unchanged()

@@ -14,7 +14,7 @@ from test_kernels import ALL, DEFINITIONS, SMALL, Bits, decode, decoded, encode,
 from neftsurgery.checkpoint.dtypes import DTYPES
 from neftsurgery.checkpoint.header import TensorInfo
 from neftsurgery.checkpoint.layout import Layout
-from neftsurgery.scoring import engine
+from neftsurgery.scoring import engine, kernels, pieces
 from neftsurgery.scoring.engine import Job, TensorResult, stream
 
 KINDS = ("cosine", "l2", "relative", "changed", "norm")
@@ -34,6 +34,21 @@ class Memory:
         data = self._arrays[name][1]
         assert 0 <= start <= start + len(buffer) <= len(data)
         buffer[:] = data[start : start + len(buffer)]
+
+    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+        return None
+
+
+class AtHand(Memory):
+    """The same, some of it in windows; every third one is not there."""
+
+    asked = 0
+
+    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+        self.asked += 1
+        if self.asked % 3 == 0:
+            return None
+        return np.frombuffer(bytearray(self._arrays[name][1]), np.uint8)[start : start + size]
 
 
 def compare(
@@ -267,10 +282,10 @@ def of_all_sorts(dtype: str, rows: int, width: int) -> tuple[Bits, Bits]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("piece", [engine._PIECE_BYTES, 1000, 64])
+@pytest.mark.parametrize("piece", [pieces._PIECE_BYTES, 1000, 64])
 def test_layouts(layout, piece, monkeypatch):
     """However the vectors lie, and wherever pieces end: also in the middle of a vector."""
-    monkeypatch.setattr(engine, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
     shape, axes = LAYOUTS[layout]
     rows = math.prod(shape[axis] for axis in axes)
     for dtype in ("F32", "BF16", "F8_E5M2", "F64"):
@@ -281,17 +296,41 @@ def test_layouts(layout, piece, monkeypatch):
             assert_scores(result, expected)
 
 
+@pytest.mark.parametrize("layout", [*LAYOUTS, None])
+def test_windows_give_the_bits_that_reads_give(layout, monkeypatch):
+    """Whatever is in memory, however much of it is mapped at once: the same bits."""
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(engine, "_LEAST_WINDOW", 1)
+    shape, axes = LAYOUTS[layout] if layout else ((24, 35), None)
+    rows = math.prod(shape[axis] for axis in axes or (0,))
+    for dtype in ("BF16", "F64", "I16", "C64"):
+        kind = dtype if dtype in kernels.FORMATS else {"I16": "F16", "C64": "F64"}[dtype]
+        if axes is not None and kind != dtype:
+            continue
+        sides = of_all_sorts(kind, rows, math.prod(shape) // rows)
+        info = TensorInfo("t", dtype, shape)
+        data = [{"t": (info, np.ascontiguousarray(shaped(s, shape, axes or (0,))).tobytes())} for s in sides]
+        jobs = [Job(info, None if axes is None else Layout(shape, axes))]
+        found = []
+        for kind_of_weights, least in ((Memory, 64), (AtHand, 64), (AtHand, 200), (AtHand, 1 << 20)):
+            monkeypatch.setattr(engine, "_LEAST_TASK", least)
+            (result,) = stream(*(kind_of_weights(side) for side in data), jobs, threads=2)
+            sums = () if result.sums is None else (result.sums.aa, result.sums.dd, result.sums.ad)
+            found.append((result.base_sq, result.delta_sq, result.changed, *(s.tobytes() for s in sums)))
+        assert [repr(one) for one in found[1:]] == [repr(found[0])] * 3
+
+
 def test_vectors_longer_than_a_piece():
     """Of the true size: more than 2 MiB a vector."""
     a, b = of_all_sorts("F16", 2, (2 << 20) // 2 + 7)
-    assert a[0].nbytes > engine._PIECE_BYTES
+    assert a[0].nbytes > pieces._PIECE_BYTES
     check("F16", a, b)
 
 
-@pytest.mark.parametrize("piece", [engine._PIECE_BYTES, 200])
+@pytest.mark.parametrize("piece", [pieces._PIECE_BYTES, 200])
 def test_the_sums_that_are_stored(piece, monkeypatch):
     """The refined ones are those of float64, and all are within float32's precision of it."""
-    monkeypatch.setattr(engine, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
     a, b = of_all_sorts("F32", 90, 77)
     x, y = decode("F32", a), decode("F32", b)
     for sums in (compare("F32", a, b, (0,)).sums, compare("F32", a.T, b.T, (1,)).sums):
@@ -307,7 +346,7 @@ def test_the_sums_that_are_stored(piece, monkeypatch):
 
 
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
-    monkeypatch.setattr(engine, "_PIECE_BYTES", 700)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 700)
     infos, sides = [], ({}, {})
     for number, (dtype, (shape, axes)) in enumerate(itertools.product(ALL, LAYOUTS.values())):
         info = TensorInfo(f"t{number}", dtype, shape)
@@ -367,8 +406,8 @@ def test_one_element_that_is_not_finite_marks_its_neuron(dtype, value, sides, mo
             b[row, column] = word
     clean = np.setdiff1d(np.arange(40), hit)
     expected = reference(decode(dtype, a[clean]), decode(dtype, b[clean]), (a != b)[clean])
-    for piece in (engine._PIECE_BYTES, 128):
-        monkeypatch.setattr(engine, "_PIECE_BYTES", piece)
+    for piece in (pieces._PIECE_BYTES, 128):
+        monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
         for axes, transpose in (((0,), False), ((1,), True)):
             tensors = (a.T, b.T) if transpose else (a, b)
             sums = compare(dtype, *tensors, axes).sums
@@ -385,9 +424,9 @@ def test_one_element_that_is_not_finite_marks_its_neuron(dtype, value, sides, mo
 
 
 @pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("piece", [engine._PIECE_BYTES, 256])
+@pytest.mark.parametrize("piece", [pieces._PIECE_BYTES, 256])
 def test_whole_tensors(dtype, piece, monkeypatch):
-    monkeypatch.setattr(engine, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
     a, b = of_all_sorts(dtype, 40, 50)
     for scale in (None, *SCALES[dtype]):
         if scale is not None:
@@ -435,7 +474,7 @@ def test_whole_tensors_leave_out_what_is_not_finite(dtype):
     ],
 )
 def test_whole_tensors_of_other_numbers(dtype, kind, monkeypatch):
-    monkeypatch.setattr(engine, "_PIECE_BYTES", 128)
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 128)
     rng = np.random.default_rng(9)
     a, b = (rng.integers(0, 2, (30, 7)) if kind == "?" else rng.integers(0, 120, (30, 7)) for _ in "ab")
     a, b = a.astype(kind), np.where(rng.random((30, 7)) < 0.5, a, b).astype(kind)

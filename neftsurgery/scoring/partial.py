@@ -1,0 +1,144 @@
+"""The sums of one piece of a tensor: raw bytes of both sides in, sums per neuron or per grain out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout
+from . import kernels
+from .pieces import Job, Piece
+from .sums import Exact, Sums, exact
+
+__all__ = ["PartialSums", "partial_sums"]
+
+_LEAST_SQUARE = 1e-30  # of a sum: below, float32 squares may have vanished
+
+Raw = NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class PartialSums:
+    """A piece's sums: over consecutive neurons from ``first``, or, with ``index``, over those named.
+
+    An index may name a neuron several times: its grains, to be added one after the other.
+    """
+
+    first: int
+    index: NDArray[np.int64] | None
+    sums: NDArray[np.float64]
+    changed: NDArray[np.int64]
+    refined: tuple[NDArray[np.int64], Exact] | None = None
+
+
+def partial_sums(job: Job, piece: Piece, a: Raw, b: Raw) -> PartialSums:
+    """The sums of ``piece``, whose bytes are ``a`` in the base and ``b`` in the tuned checkpoint."""
+    info = job.info
+    if info.dtype not in kernels.FORMATS:
+        return PartialSums(0, None, *_plain_sums(info, a, b))
+    if job.layout is None:
+        return _whole_sums(info, piece.grain, a, b)
+    if job.across:
+        first, offset = divmod(piece.start, job.run)
+        owners = job.layout.run_neurons(first, first + (piece.stop - piece.start) // piece.grain)
+        return _lane_sums(info, owners + offset, piece.grain, *_carried(info, a, b))
+    return _run_sums(info, job.layout, piece, a, b)
+
+
+def _carried(info: TensorInfo, a: Raw, b: Raw) -> tuple[NDArray[Any], NDArray[Any]]:
+    return a.view(info.type.carrier), b.view(info.type.carrier)
+
+
+def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) -> PartialSums:
+    """Runs of one neuron each, or parts of runs."""
+    count = (piece.stop - piece.start) // piece.grain
+    sums, changed = np.empty((3, count)), np.empty(count, np.int64)
+    kernels.run_sums(info.dtype)(*_carried(info, a, b), piece.grain, sums, changed)
+    run = layout.run[1]
+    first = piece.start // run
+    if piece.grain < run:
+        runs = (piece.start + piece.grain * np.arange(count)) // run
+        return PartialSums(0, layout.run_neurons(first, int(runs[-1]) + 1)[runs - first], sums, changed)
+    if not layout.contiguous:
+        return PartialSums(0, layout.run_neurons(first, first + count), sums, changed)
+    result = PartialSums(first, None, sums, changed)
+    # Whole vectors, still at hand: settle the doubtful ones here and now.
+    doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
+    if len(doubtful):
+        rows = (side.reshape(count, -1)[doubtful] for side in (a, b))
+        result.refined = (doubtful + first, exact(info.dtype, *rows))
+    return result
+
+
+def _lane_sums(
+    info: TensorInfo, owners: NDArray[np.int64], length: int, a: NDArray[Any], b: NDArray[Any]
+) -> PartialSums:
+    """Runs across neurons: those that start at the same neuron are summed together."""
+    kernel = kernels.lane_sums(info.dtype)
+    edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+    sums = np.zeros((len(edges) - 1, 3, length))
+    changed = np.zeros((len(edges) - 1, length), np.int64)
+    for number, (low, high) in enumerate(pairwise(edges)):
+        part = slice(low * length, high * length)
+        kernel(a[part], b[part], length, sums[number], changed[number])
+    if len(edges) == 2:
+        return PartialSums(int(owners[0]), None, sums[0], changed[0])
+    index = (owners[edges[:-1]][:, None] + np.arange(length)).ravel()
+    return PartialSums(0, index, sums.transpose(1, 0, 2).reshape(3, -1), changed.ravel())
+
+
+def _whole_sums(info: TensorInfo, grain: int, a: Raw, b: Raw) -> PartialSums:
+    """Sums over all elements of each grain, NaN and Inf left out."""
+    x, y = _carried(info, a, b)
+    count = len(x) // grain
+    sums, changed = np.empty((3, count)), np.empty(count, np.int64)
+    kernels.run_sums(info.dtype)(x, y, grain, sums, changed)
+    with np.errstate(invalid="ignore"):
+        lost = ~np.isfinite(sums).all(axis=0) | (sums[0] < _LEAST_SQUARE)
+        lost |= (changed > 0) & (sums[1] < _LEAST_SQUARE)
+    for number in np.flatnonzero(lost):
+        rows = (side.reshape(count, -1)[number : number + 1] for side in (a, b))
+        sums[:, number] = _finite_sums(info, *rows)
+    return PartialSums(0, np.zeros(count, np.int64), sums, changed)
+
+
+def _finite_sums(info: TensorInfo, a: Raw, b: Raw) -> list[float]:
+    """Float64 sums over one grain, shape ``[1, bytes]``, NaN and Inf left out."""
+    whole = exact(info.dtype, a, b)
+    if not whole.finite[0]:
+        whole = exact(info.dtype, *(side.reshape(-1, info.type.itemsize) for side in (a, b)))
+    with np.errstate(all="ignore"):
+        factor = whole.scale[whole.finite] ** -2
+        return [float((part[whole.finite] * factor).sum()) for part in (whole.aa, whole.dd, whole.ad)]
+
+
+_PLAIN_ELEMENTS = 1 << 15
+_PLAIN = {"BOOL": "u1", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4"}
+_PLAIN |= {"I64": "<i8", "U64": "<u8", "C64": "<c8"}
+
+
+def _plain_sums(
+    info: TensorInfo, a: NDArray[np.uint8], b: NDArray[np.uint8]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """As `_whole_sums` for integers and complex numbers; codes of a packed type only count as changed."""
+    if info.dtype not in _PLAIN:
+        bits = np.unpackbits(a ^ b, bitorder="little").reshape(-1, info.type.bits)
+        return np.zeros((3, 1)), np.array([np.count_nonzero(bits.any(axis=1))])
+    raw_a, raw_b = a.view(info.type.carrier), b.view(info.type.carrier)
+    # float64 does not hold every 64-bit integer; x86's long double does, and is slow.
+    large = np.longdouble if info.type.itemsize == 8 else np.float64
+    wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else large)
+    sums = np.zeros((3, 1))
+    for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # widened in small parts: they take much more memory
+        part = slice(start, start + _PLAIN_ELEMENTS)
+        with np.errstate(all="ignore"):  # signalling NaNs, and squares out of range
+            x, y = (side[part].view(_PLAIN[info.dtype]).astype(wide) for side in (raw_a, raw_b))
+            for total, values in zip(sums, (x, y - x), strict=False):
+                squares = np.abs(values) ** 2
+                total += float(np.where(np.isfinite(squares), squares, 0).sum())
+    return sums, np.array([np.count_nonzero(raw_a != raw_b)])

@@ -1,0 +1,93 @@
+"""How the work of scoring is cut: by the shapes of the tensors alone, never by threads or memory.
+
+A tensor is a sequence of *grains*: runs of elements that are summed on their own. Grains of one size
+lie side by side in a *piece*, and a *task* is a few pieces that a thread takes at once. Results are joined
+grain by grain in the order of the tensor, so the outcome has the same bits however they were grouped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.layout import Layout
+from .kernels import FORMATS
+
+__all__ = ["Job", "Piece", "joined", "tasks"]
+
+_PIECE_BYTES = 2 << 20  # of each side: what is read and summed at once stays in a processor's cache
+_TASK_PIECES = 256  # small tensors share a task
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor to compare. Without ``layout`` its change is summed over the whole tensor."""
+
+    info: TensorInfo
+    layout: Layout | None
+
+    @property
+    def across(self) -> bool:
+        """Whether neighbouring elements belong to different neurons, so that many runs are summed as one."""
+        return self.layout is not None and self.layout.run[0]
+
+    @property
+    def run(self) -> int:
+        """Elements of a run; a tensor without neurons is one."""
+        return self.info.elements if self.layout is None else self.layout.run[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``[start, stop)`` of a job's tensor: grains of ``grain`` elements each."""
+
+    job: int
+    start: int
+    stop: int
+    grain: int
+    last: bool
+
+
+def tasks(jobs: Sequence[Job], task_bytes: int) -> Iterator[list[Piece]]:
+    """All pieces in order, several together: up to ``task_bytes`` of each side."""
+    task: list[Piece] = []
+    size = 0
+    for number, job in enumerate(jobs):
+        for piece in _pieces(number, job):
+            nbytes = job.info.type.nbytes(piece.stop - piece.start)
+            if task and (size + nbytes > task_bytes or len(task) >= _TASK_PIECES):
+                yield task
+                task, size = [], 0
+            task.append(piece)
+            size += nbytes
+    if task:
+        yield task
+
+
+def joined(pieces: Iterable[Piece], job: Job) -> Iterator[Piece]:
+    """Neighbouring pieces of one job as few large ones; only where that changes no sum."""
+    # The partial sums of lanes begin anew with each piece, and so do those of what is no plain float.
+    if job.across or job.info.dtype not in FORMATS:
+        yield from pieces
+        return
+    for grain, group in groupby(pieces, key=lambda piece: piece.grain):
+        members = list(group)
+        yield Piece(members[0].job, members[0].start, members[-1].stop, grain, members[-1].last)
+
+
+def _pieces(number: int, job: Job) -> Iterator[Piece]:
+    """Cut a tensor into pieces of about 2 MiB: whole runs, or, where a run is longer, parts of one."""
+    total, run = job.info.elements, job.run
+    limit = max(8, _PIECE_BYTES * 8 // job.info.type.bits // 8 * 8)  # whole bytes for packed types
+    if run <= limit:
+        step = max(limit // max(run, 1) * run, 1)
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            yield Piece(number, start, stop, run, stop == total)
+    else:
+        for begin in range(0, total, run):
+            for start in range(begin, begin + run, limit):
+                stop = min(start + limit, begin + run)
+                yield Piece(number, start, stop, stop - start, stop == total)
