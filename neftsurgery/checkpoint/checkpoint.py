@@ -18,7 +18,7 @@ from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import Source
 from .header import Header, TensorInfo, loads, read_header
 from .resident import resident
-from .tensorfile import OpenFile, read_exactly
+from .tensorfile import OpenFile, read_exactly, read_rows_exactly
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
 
@@ -163,6 +163,13 @@ class Checkpoint:
         file = self._handles.get(shard)
         self._handles.count(len(buffer))
         read_exactly(file.fileno(), buffer, shard.header.offsets[name] + start, shard.path)
+
+    def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of ``name``. Thread-safe."""
+        shard = self.shard_of(name)
+        file = self._handles.get(shard)
+        self._handles.count(out.nbytes)
+        read_rows_exactly(file.fileno(), shard.header.offsets[name], rows, out, shard.path)
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
         """Bytes of tensor ``name`` where they lie in memory, not copied; None if they may not be there.

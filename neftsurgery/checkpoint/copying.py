@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import MismatchError, UsageError
+from .output import begin_writeback
 
 __all__ = ["copy_file"]
 
@@ -194,6 +195,7 @@ def _copy_range(
             copied = _user_step(reader, writer, start, min(_USER_STEP, stop - start))
         if not copied:
             raise _changed(stop, start)
+        begin_writeback(writer, start, copied)
         start += copied
         tell(copied)
     return by_kernel

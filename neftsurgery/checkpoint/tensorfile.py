@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,16 @@ from .header import FilePlan, Header, TensorInfo, read_header
 from .output import staged_file
 from .refusal import require_space
 
-__all__ = ["OpenFile", "TensorFile", "TensorFileWriter", "read_exactly", "write_exactly", "written_file"]
+__all__ = [
+    "OpenFile",
+    "TensorFile",
+    "TensorFileWriter",
+    "read_exactly",
+    "read_rows_exactly",
+    "stretches",
+    "write_exactly",
+    "written_file",
+]
 
 _NUMPY = {
     "BOOL": np.dtype(np.bool_),
@@ -64,6 +73,38 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLi
                 found=f"{done}",
             )
         done += got
+
+
+def read_rows_exactly(
+    fd: int,
+    offset: int,
+    rows: NDArray[np.integer],
+    out: NDArray[np.uint8],
+    path: str | os.PathLike[str] | None,
+) -> None:
+    """Fill ``out``, shape ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``.
+
+    Raises
+    ------
+    CorruptFileError
+        As `read_exactly`.
+    """
+    row = out.shape[1]
+    buffer = out.data.cast("B")
+    for first, last, number in stretches(rows):
+        part, position = buffer[first * row : last * row], offset + number * row
+        # The call itself, as there may be thousands; what it leaves is for the patient way.
+        got = os.preadv(fd, (part,), position)
+        if got < len(part):
+            read_exactly(fd, part[got:], position + got, path)
+
+
+def stretches(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
+    """Maximal runs of consecutive numbers: ``(first, last, number)``, positions in ``index``, its value."""
+    index = np.asarray(index, np.int64)
+    edges = np.flatnonzero(np.diff(index, prepend=-2, append=-2) != 1)
+    firsts = edges[:-1]
+    return zip(firsts.tolist(), edges[1:].tolist(), index[firsts].tolist(), strict=True)
 
 
 def write_exactly(fd: int, data: memoryview | bytes, offset: int) -> None:
@@ -107,8 +148,10 @@ class OpenFile:
         if fd >= 0:
             os.close(fd)
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # Bound early: when the interpreter ends, modules may be gone before their objects.
+        if self._fd >= 0:
+            close(self._fd)
 
 
 class TensorFile:

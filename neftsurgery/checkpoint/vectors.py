@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from .header import TensorInfo
 from .layout import Layout
-from .tensorfile import read_exactly, write_exactly
+from .tensorfile import read_exactly, read_rows_exactly, stretches, write_exactly
 
 __all__ = ["ByteReader", "blocks", "check_index", "gather", "scatter"]
 
@@ -36,6 +35,9 @@ class ByteReader(Protocol):
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
+
+    def read_rows(self, name: str, rows: Index, out: Raw) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
 
 
 def blocks(info: TensorInfo, layout: Layout, count: int) -> Iterator[tuple[int, int]]:
@@ -64,8 +66,7 @@ def gather(source: ByteReader, info: TensorInfo, layout: Layout, index: Index) -
     if out.size == 0:
         return out
     if layout.contiguous:
-        for first, last, neuron in _stretches(index):
-            source.read_into(info.name, neuron * out.shape[1], out[first:last].data.cast("B"))
+        source.read_rows(info.name, index, out)
         return out
     elements = out.view(info.type.carrier)
     for _, member, piece, place in _pieces(source, info, layout, index):
@@ -83,7 +84,7 @@ def scatter(
     if vectors.size == 0:
         return 0
     if layout.contiguous:
-        for first, last, neuron in _stretches(index):
+        for first, last, neuron in stretches(index):
             write_exactly(fd, vectors[first:last].data.cast("B"), offset + neuron * vectors.shape[1])
         return vectors.nbytes
     elements = np.ascontiguousarray(vectors).view(info.type.carrier)
@@ -103,6 +104,9 @@ class _FileRange:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         read_exactly(self._fd, buffer, self._offset + start, self._path)
+
+    def read_rows(self, name: str, rows: Index, out: Raw) -> None:
+        read_rows_exactly(self._fd, self._offset, rows, out, self._path)
 
 
 class _Piece:
@@ -156,11 +160,3 @@ def _pieces(
             )
             place = slice(row * tail, (row + rows) * tail)
             yield start, slice(int(low), int(high)), _Piece(raw, grid, chosen), place
-
-
-def _stretches(index: Index) -> Iterator[tuple[int, int, int]]:
-    """Maximal runs of consecutive neurons: ``(first, last, neuron)``, positions in ``index``, its value."""
-    breaks = np.flatnonzero(np.diff(index) != 1) + 1
-    edges = [0, *breaks.tolist(), len(index)]
-    for first, last in pairwise(edges):
-        yield first, last, int(index[first])

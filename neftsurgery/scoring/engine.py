@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.pipeline import default_threads, in_order
-from ..checkpoint.vectors import blocks, gather
+from ..checkpoint.vectors import ByteReader, blocks, gather
 from .partial import PartialSums, partial_sums
 from .pieces import Job, Piece, joined, tasks
 from .sums import Exact, Sums, exact
@@ -30,15 +30,12 @@ _LEAST_TASK, _LARGEST_TASK = 2 << 20, 32 << 20
 _LEAST_WINDOW = 256 << 10  # below, a copy costs less than a mapping
 
 
-class Weights(Protocol):
+class Weights(ByteReader, Protocol):
     """What scoring sees of a model: tensors by name, and any bytes of them. Must be thread-safe."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensors, by name."""
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
         """Bytes of tensor ``name`` that need not be read, as they are in memory; else None."""

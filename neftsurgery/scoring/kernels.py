@@ -250,7 +250,9 @@ def exact_sums(dtype: str) -> Callable[..., None]:
     Parameters
     ----------
     a, b:
-        Raw elements, unsigned integers of shape ``[k, width]``.
+        Raw elements, unsigned integers of shape ``[n, width]``.
+    chosen:
+        Int64 ``[k]``: which of them.
     scale:
         Factor on all elements: a power of two, 1 unless squares would leave float64's range.
     out:
@@ -264,10 +266,10 @@ def exact_sums(dtype: str) -> Callable[..., None]:
     code = FORMATS[dtype]
 
     @_compiled()
-    def kernel(a: Any, b: Any, scale: float, out: Any, changed: Any, finite: Any) -> None:
-        for row in range(a.shape[0]):
+    def kernel(a: Any, b: Any, chosen: Any, scale: float, out: Any, changed: Any, finite: Any) -> None:
+        for row in range(chosen.size):
             aa, dd, ad, bb, ab, top, differing, good = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, True
-            row_a, row_b = a[row], b[row]
+            row_a, row_b = a[chosen[row]], b[chosen[row]]
             bits = row_a[0] ^ row_a[0]
             for i in range(row_a.size):
                 bits |= row_a[i] | row_b[i]
@@ -313,4 +315,4 @@ def prepare(dtypes: Iterable[str]) -> None:
         sums, changed = np.zeros((3, 2)), np.zeros(2, np.int64)
         run_sums(dtype)(a[0], a[0], 1, sums, changed)
         lane_sums(dtype)(a[0], a[0], 2, sums, changed)
-        exact_sums(dtype)(a, a, 1.0, np.zeros((7, 1)), changed[:1], np.zeros(1, np.bool_))
+        exact_sums(dtype)(a, a, changed[:1], 1.0, np.zeros((7, 1)), changed[:1], np.zeros(1, np.bool_))

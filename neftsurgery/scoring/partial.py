@@ -70,8 +70,8 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) ->
     # Whole vectors, still at hand: settle the doubtful ones here and now.
     doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
     if len(doubtful):
-        rows = (side.reshape(count, -1)[doubtful] for side in (a, b))
-        result.refined = (doubtful + first, exact(info.dtype, *rows))
+        vectors = (side.reshape(count, -1) for side in (a, b))
+        result.refined = (doubtful + first, exact(info.dtype, *vectors, doubtful))
     return result
 
 

@@ -48,31 +48,33 @@ class Exact:
     scale: F64
 
 
-def exact(dtype: str, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> Exact:
-    """Float64 sums of whole vectors.
+def exact(dtype: str, a: NDArray[np.uint8], b: NDArray[np.uint8], rows: I64 | None = None) -> Exact:
+    """Float64 sums of whole vectors: of those in ``rows``, all by default.
 
     Parameters
     ----------
     dtype:
         As safetensors names it.
     a, b:
-        Raw bytes of base and tuned, shape ``[k, width * itemsize]``.
+        Raw bytes of base and tuned, shape ``[n, width * itemsize]``.
     """
     carrier = DTYPES[dtype].carrier
     kernel = kernels.exact_sums(dtype)
-    rows = a.shape[0]
-    out, changed, finite = np.empty((7, rows)), np.empty(rows, np.int64), np.empty(rows, np.bool_)
+    rows = np.arange(len(a)) if rows is None else rows
+    count = len(rows)
+    out, changed, finite = np.empty((7, count)), np.empty(count, np.int64), np.empty(count, np.bool_)
     a, b = a.view(carrier), b.view(carrier)
-    kernel(a, b, 1.0, out, changed, finite)
-    scale = np.ones(rows)
+    kernel(a, b, rows, 1.0, out, changed, finite)
+    scale = np.ones(count)
     if dtype == "F64":
         top = out[6]
         far = finite & (top > 0) & ((top < 1e-70) | (top > 1e70))
         for row in np.flatnonzero(far):
             scale[row] = 2.0 ** -int(np.clip(np.frexp(top[row])[1], -1021, 1021))
             kernel(
-                a[row : row + 1],
-                b[row : row + 1],
+                a,
+                b,
+                rows[row : row + 1],
                 scale[row],
                 out[:, row : row + 1],
                 changed[row : row + 1],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.copying import copy_file
 from ..checkpoint.journal import Change, heal, journaled, locked
-from ..checkpoint.output import fsync, staged_directory, staged_file
+from ..checkpoint.output import begin_writeback, fsync, staged_directory, staged_file
 from ..checkpoint.pipeline import in_order
 from ..checkpoint.refusal import require_space
 from ..checkpoint.vectors import scatter
@@ -87,7 +87,7 @@ def operate(plan: Surgery, *, threads: int | None = None, progress: Progress = s
         if plan.out is not None:
             _write_copy(plan, plan.out, threads, progress)
         elif plan.needed:
-            _write_in_place(plan, progress)
+            _write_in_place(plan, threads, progress)
     plan.timing.bytes_read = plan.checkpoint.bytes_read + sum(r.patch.value_bytes for r in plan.rows)
 
 
@@ -96,12 +96,13 @@ def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progres
     along = () if plan.files is None else plan.files.along
     sizes = [shard.size for shard in checkpoint.shards]
     sizes += [(checkpoint.root / path).stat().st_size for path in along]
-    parent = out.absolute().parent
+    parent, touched = out.absolute().parent, _touched(plan)
     with progress("copying", sum(sizes)) as advance:
         if checkpoint.is_file:
             with staged_file(out, force=plan.force) as staged:
                 require_space(parent, sum(sizes))
-                _write_shard(plan, checkpoint.shards[0], staged.fd, advance)
+                shard = checkpoint.shards[0]
+                _write_shard(shard, staged.fd, touched.get(shard.path, ()), advance)
                 checkpoint.check_unchanged()
             return
         with staged_directory(out, force=plan.force) as folder:
@@ -119,7 +120,7 @@ def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progres
                     folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
                 )
                 try:
-                    _write_shard(plan, shard, fd, step)
+                    _write_shard(shard, fd, touched.get(shard.path, ()), step)
                 finally:
                     os.close(fd)
 
@@ -131,41 +132,66 @@ def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progres
             checkpoint.check_unchanged()
 
 
-def _write_shard(plan: Surgery, shard: Shard, fd: int, advance: Callable[[int], None]) -> None:
+def _write_shard(shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Callable[[int], None]) -> None:
     """Copy a weight file to the empty file ``fd`` and write the rows that lie in it."""
     mode = copy_file(shard.path, fd, progress=advance)
-    _write_rows(plan, {shard.path: fd})
+    _write_rows(shard, fd, tensors)
     os.fchmod(fd, mode)
 
 
-def _write_rows(plan: Surgery, files: Mapping[Path, int]) -> None:
-    """Write all rows that lie in ``files``, patch by patch."""
+@dataclass(frozen=True, slots=True)
+class _Touched:
+    """One tensor's rows of one patch."""
+
+    rows: Rows
+    name: str
+
+
+def _touched(plan: Surgery) -> dict[Path, list[_Touched]]:
+    """By weight file what is written there, patch by patch."""
+    found: dict[Path, list[_Touched]] = {}
     for rows in plan.rows:
-        for name, tensor in rows.patch.tensors.items():
-            shard = plan.checkpoint.shard_of(name)
-            if shard.path not in files:
-                continue
-            fd, offset, index = files[shard.path], shard.header.offsets[name], rows.patch.index(name)
-            for start, stop in tensor.blocks():
-                vectors = rows.read(name, start, stop)
-                scatter(fd, offset, tensor.info, tensor.layout, index[start:stop], vectors, str(shard.path))
+        for name in rows.patch.tensors:
+            found.setdefault(plan.checkpoint.shard_of(name).path, []).append(_Touched(rows, name))
+    return found
 
 
-def _write_in_place(plan: Surgery, progress: Progress) -> None:
+def _write_rows(
+    shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Callable[[int], None] = lambda done: None
+) -> None:
+    for touched in tensors:
+        name, rows = touched.name, touched.rows
+        tensor, index = rows.patch.tensors[name], rows.patch.index(name)
+        offset = shard.header.offsets[name]
+        for start, stop in tensor.blocks():
+            vectors = rows.read(name, start, stop)
+            scatter(fd, offset, tensor.info, tensor.layout, index[start:stop], vectors, str(shard.path))
+            advance(vectors.nbytes)
+        begin_writeback(fd, offset, tensor.info.nbytes)
+
+
+def _write_in_place(plan: Surgery, threads: int | None, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     changes = [
         Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name))
         for rows in plan.rows
         for name, tensor in rows.patch.tensors.items()
     ]
+    touched = _touched(plan)
+    total = sum(rows.patch.value_bytes for rows in plan.rows)
     try:
-        with progress("writing in place", 1) as advance, locked(checkpoint.shards) as held:
+        with progress("writing in place", total) as advance, locked(checkpoint.shards) as held:
             checkpoint.check_unchanged()  # since it was examined, which needed no lock
+
+            def write(shard: Shard) -> None:
+                _write_rows(shard, held[shard.path], touched[shard.path], advance)
+
             with journaled(checkpoint, changes):
-                _write_rows(plan, held)
-                for fd in held.values():
-                    fsync(fd)
-            advance(1)
+                shards = [shard for shard in checkpoint.shards if shard.path in touched]
+                for _ in in_order(write, shards, threads):
+                    pass
+                for shard in shards:
+                    fsync(held[shard.path])
     except BaseException:
         # The journal, if it was begun, is still there: undo at once what can be undone at once.
         with suppress(NeftError, OSError):

@@ -74,6 +74,10 @@ class Memory:
         buffer[:] = self.raw[start : start + len(buffer)]
         self.asked += len(buffer)
 
+    def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        out[:] = np.frombuffer(self.raw, np.uint8).reshape(-1, out.shape[1])[rows]
+        self.asked += out.nbytes
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:

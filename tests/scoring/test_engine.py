@@ -35,6 +35,9 @@ class Memory:
         assert 0 <= start <= start + len(buffer) <= len(data)
         buffer[:] = data[start : start + len(buffer)]
 
+    def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        out[:] = np.frombuffer(self._arrays[name][1], np.uint8).reshape(-1, out.shape[1])[rows]
+
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
         return None
 

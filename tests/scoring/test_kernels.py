@@ -87,7 +87,7 @@ def exact(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
     """`kernels.exact_sums`, allocating its results."""
     out, changed, finite = np.empty((7, len(a))), np.empty(len(a), np.int64), np.empty(len(a), np.bool_)
-    kernels.exact_sums(dtype)(a, b, scale, out, changed, finite)
+    kernels.exact_sums(dtype)(a, b, np.arange(len(a)), scale, out, changed, finite)
     return out, changed, finite
 
 
@@ -286,6 +286,9 @@ class _Zeros:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         buffer[:] = bytes(len(buffer))
+
+    def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        out[:] = 0
 
     def window(self, name: str, start: int, size: int) -> None:
         return None
