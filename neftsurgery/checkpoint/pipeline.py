@@ -1,4 +1,4 @@
-"""Work in threads, results in order: how everything that streams is run."""
+"""Work in threads, results in order: how everything that streams is run, and within which limits."""
 
 from __future__ import annotations
 
@@ -7,18 +7,57 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ..errors import UsageError
 
-__all__ = ["default_threads", "in_order"]
+__all__ = ["DEFAULT_MEMORY", "Limits", "in_order"]
+
+#: Bytes of buffers and mappings; what the interpreter and libraries take comes on top, some 130 MB.
+DEFAULT_MEMORY = 192 << 20
+_LEAST_MEMORY = 16 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def default_threads() -> int:
-    """Threads that keep reads in flight while the processors work: two a processor, two to sixteen."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of the machine work may take. No result depends on it. Made by `of`.
+
+    Attributes
+    ----------
+    threads:
+        That read and compute at once.
+    memory:
+        Bytes of buffers and of files mapped into memory.
+    """
+
+    threads: int
+    memory: int
+
+    @classmethod
+    def of(cls, threads: int | None = None, memory: int | None = None) -> Limits:
+        """By default two threads a processor, so that reads are in flight while processors work, and 192 MiB.
+
+        Raises
+        ------
+        UsageError
+            If ``threads`` is below 1, or ``memory`` below 16 MiB.
+        """
+        if threads is not None and threads < 1:
+            raise UsageError("--threads must be at least 1", found=threads)
+        if memory is not None and memory < _LEAST_MEMORY:
+            raise UsageError("--memory must be at least 16 MiB", found=f"{memory} bytes")
+        return cls(threads or _default_threads(), memory or DEFAULT_MEMORY)
+
+    def workers(self, nbytes: int) -> int:
+        """Threads that may work at once if each holds ``nbytes``."""
+        return max(1, min(self.threads, self.memory // max(1, nbytes)))
+
+
+def _default_threads() -> int:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(2, min(16, 2 * available))
 
@@ -26,30 +65,22 @@ def default_threads() -> int:
 def in_order(
     work: Callable[[Item], Result],
     items: Iterable[Item],
-    threads: int | None = None,
+    workers: int,
     *,
     stop: threading.Event | None = None,
 ) -> Iterator[tuple[Item, Result]]:
-    """Run ``work`` on each item in threads; yields items with results, in order, few ahead.
+    """Run ``work`` on each item in so many threads; yields items with results, in order, few ahead.
 
     The outcome does not depend on the number of threads. An exception of ``work`` is raised here,
     in its place in the order; work that has not begun is dropped,
     and ``stop`` is set for work that has.
-
-    Raises
-    ------
-    UsageError
-        If ``threads`` is below 1.
     """
-    threads = default_threads() if threads is None else threads
-    if threads < 1:
-        raise UsageError("--threads must be at least 1", found=threads)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="neft")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="neft")
     try:
         for item in items:
             waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > 2 * threads:
+            if len(waiting) > 2 * workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
         while waiting:

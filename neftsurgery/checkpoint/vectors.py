@@ -8,7 +8,7 @@ where they are strided (columns), their slab is read in pieces, since its pages 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ from .header import TensorInfo
 from .layout import Layout
 from .tensorfile import read_exactly, read_rows_exactly, stretches, write_exactly
 
-__all__ = ["ByteReader", "blocks", "check_index", "gather", "scatter"]
+__all__ = ["ByteReader", "block_memory", "blocks", "check_index", "gather", "scatter"]
 
 # Bytes of vectors handled at once. Several threads hold a few such blocks each. Every block of
 # strided vectors reads their whole slab, so there fewer, larger blocks are better.
@@ -38,6 +38,11 @@ class ByteReader(Protocol):
 
     def read_rows(self, name: str, rows: Index, out: Raw) -> None:
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
+
+
+def block_memory(layouts: Iterable[Layout]) -> int:
+    """Bytes that a thread may hold at once that compares blocks of such vectors: three of them."""
+    return 3 * (_BLOCK_BYTES if all(layout.contiguous for layout in layouts) else _STRIDED_BLOCK_BYTES)
 
 
 def blocks(info: TensorInfo, layout: Layout, count: int) -> Iterator[tuple[int, int]]:

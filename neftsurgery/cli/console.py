@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..surgery.progress import Timing, process_seconds
+
+if TYPE_CHECKING:
+    from ..checkpoint.pipeline import Limits
 
 __all__ = ["Console", "amount", "percent", "plural", "printable", "size", "table"]
 
@@ -24,14 +27,14 @@ class Console:
         One JSON object on stdout, and nothing else there.
     quiet:
         Only errors.
-    threads:
-        As many as the user asked for; None: the default.
+    limits:
+        How much of the machine the work may take.
     """
 
-    def __init__(self, *, as_json: bool, quiet: bool, threads: int | None = None) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, limits: Limits) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self.threads = threads
+        self.limits = limits
 
     def say(self, text: str = "") -> None:
         """A line of the result, for people."""

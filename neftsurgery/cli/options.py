@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,38 @@ def _stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Com
     return apply
 
 
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", value.strip().lower())
+    if match is None:
+        raise click.BadParameter(
+            f"{value!r} is not a size, as in 100MB or 1GiB", param=parameter, ctx=context
+        )
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** _UNITS[unit])
+
+
 def common_options(command: Command) -> Command:
-    """``--json``, ``-q``, ``-v``, ``--threads``; the command gets a `Console` for them, as first argument."""
+    """Those that all commands have; the command gets a `Console` for them, as first argument."""
 
     @functools.wraps(command)
     def wrapped(
-        *args: Any, as_json: bool, quiet: bool, verbose: bool, threads: int | None, **options: Any
+        *args: Any,
+        as_json: bool,
+        quiet: bool,
+        verbose: bool,
+        threads: int | None,
+        memory: int | None,
+        **options: Any,
     ) -> Any:
-        return command(Console(as_json=as_json, quiet=quiet, threads=threads), *args, **options)
+        from ..checkpoint.pipeline import Limits
+
+        console = Console(as_json=as_json, quiet=quiet, limits=Limits.of(threads, memory))
+        return command(console, *args, **options)
 
     wrapped.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
     return _stack(
@@ -51,6 +76,13 @@ def common_options(command: Command) -> Command:
             type=click.IntRange(min=1, max=256),
             metavar="N",
             help="Reading and computing threads. Default: two a processor. Results do not depend on it.",
+        ),
+        click.option(
+            "--memory",
+            callback=_size,
+            metavar="SIZE",
+            help="Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 192MiB. "
+            "Results do not depend on it.",
         ),
         click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."

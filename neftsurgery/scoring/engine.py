@@ -16,15 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.pipeline import default_threads, in_order
-from ..checkpoint.vectors import ByteReader, blocks, gather
+from ..checkpoint.pipeline import Limits, in_order
+from ..checkpoint.vectors import ByteReader, block_memory, blocks, gather
 from .partial import PartialSums, partial_sums
 from .pieces import Job, Piece, joined, tasks
 from .sums import Exact, Sums, exact
 
 __all__ = ["Job", "TensorResult", "Weights", "stream"]
 
-_MEMORY = 192 << 20
 # Of each side: what a thread takes at once, and what is mapped at once where it is in memory.
 _LEAST_TASK, _LARGEST_TASK = 2 << 20, 32 << 20
 _LEAST_WINDOW = 256 << 10  # below, a copy costs less than a mapping
@@ -68,22 +67,20 @@ def stream(
     tuned: Weights,
     jobs: Sequence[Job],
     *,
-    threads: int | None = None,
-    memory: int | None = None,
+    limits: Limits,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[TensorResult]:
     """Compare ``jobs`` one after the other; yields a result a job, in order.
 
-    What is in the page cache is summed where it lies, in windows that together take no more than ``memory``
-    bytes; else each thread reads into two buffers of 2 MiB. ``progress`` is told the bytes
-    read, from the caller's thread.
+    What is in the page cache is summed where it lies, in windows that together keep to ``limits``;
+    else each thread reads into two buffers of 2 MiB. ``progress`` is told the bytes read, from
+    the caller's thread.
     """
-    engine = _Engine(base, tuned, jobs)
-    threads = default_threads() if threads is None else threads
-    total = sum(job.info.nbytes for job in jobs)
-    share = min((memory or _MEMORY) // 2, total // 8) // max(threads, 1)
+    engine = _Engine(base, tuned, jobs, limits)
+    workers = limits.workers(2 * _LEAST_TASK)
+    share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
     work = tasks(jobs, min(max(share, _LEAST_TASK), _LARGEST_TASK))
-    for _, results in in_order(engine.run, work, threads):
+    for _, results in in_order(engine.run, work, workers):
         for piece, result in results:
             finished = engine.collect(piece, result)
             if progress is not None:
@@ -93,8 +90,8 @@ def stream(
 
 
 class _Engine:
-    def __init__(self, base: Weights, tuned: Weights, jobs: Sequence[Job]) -> None:
-        self._base, self._tuned, self._jobs = base, tuned, jobs
+    def __init__(self, base: Weights, tuned: Weights, jobs: Sequence[Job], limits: Limits) -> None:
+        self._base, self._tuned, self._jobs, self._limits = base, tuned, jobs, limits
         self._local = threading.local()
         self._open: _Collector | None = None
 
@@ -151,7 +148,7 @@ class _Engine:
         self._open.add(result)
         if not piece.last:
             return None
-        finished, self._open = self._open.finish(self._base, self._tuned), None
+        finished, self._open = self._open.finish(self._base, self._tuned, self._limits), None
         return finished
 
 
@@ -180,7 +177,7 @@ class _Collector:
             self._refined.append(result.refined)
             self._settled[result.refined[0]] = True
 
-    def finish(self, base: Weights, tuned: Weights) -> TensorResult:
+    def finish(self, base: Weights, tuned: Weights, limits: Limits) -> TensorResult:
         info, layout = self._job.info, self._job.layout
         if layout is None:
             (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
@@ -190,10 +187,15 @@ class _Collector:
             sums.refine(index, values)
         doubtful = sums.doubtful(info.dtype)
         doubtful = doubtful[~self._settled[doubtful]]
-        for start, stop in blocks(info, layout, len(doubtful)):
-            some = doubtful[start:stop]
-            vectors = (gather(side, info, layout, some) for side in (base, tuned))
-            sums.refine(some, exact(info.dtype, *vectors))
+
+        def settle(block: tuple[int, int]) -> Exact:
+            some = doubtful[slice(*block)]
+            a, b = (gather(side, info, layout, some) for side in (base, tuned))
+            return exact(info.dtype, a, b)
+
+        workers = limits.workers(block_memory([layout]))
+        for block, values in in_order(settle, blocks(info, layout, len(doubtful)), workers):
+            sums.refine(doubtful[slice(*block)], values)
         good = sums.finite
         with np.errstate(over="ignore"):
             totals = sums.aa[good].sum(), sums.dd[good].sum()

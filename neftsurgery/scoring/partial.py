@@ -70,8 +70,8 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) ->
     # Whole vectors, still at hand: settle the doubtful ones here and now.
     doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
     if len(doubtful):
-        vectors = (side.reshape(count, -1) for side in (a, b))
-        result.refined = (doubtful + first, exact(info.dtype, *vectors, doubtful))
+        rows_a, rows_b = (side.reshape(count, -1) for side in (a, b))
+        result.refined = (doubtful + first, exact(info.dtype, rows_a, rows_b, doubtful))
     return result
 
 
@@ -111,7 +111,8 @@ def _finite_sums(info: TensorInfo, a: Raw, b: Raw) -> list[float]:
     """Float64 sums over one grain, shape ``[1, bytes]``, NaN and Inf left out."""
     whole = exact(info.dtype, a, b)
     if not whole.finite[0]:
-        whole = exact(info.dtype, *(side.reshape(-1, info.type.itemsize) for side in (a, b)))
+        each_a, each_b = (side.reshape(-1, info.type.itemsize) for side in (a, b))
+        whole = exact(info.dtype, each_a, each_b)
     with np.errstate(all="ignore"):
         factor = whole.scale[whole.finite] ** -2
         return [float((part[whole.finite] * factor).sum()) for part in (whole.aa, whole.dd, whole.ad)]

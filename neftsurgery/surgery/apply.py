@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.pipeline import Limits
 from ..checkpoint.refusal import refuse_output
 from ..checkpoint.vectors import gather
 from ..errors import MismatchError, UsageError, boundary
@@ -38,6 +39,7 @@ def apply(
     in_place: bool = False,
     force: bool = False,
     threads: int | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> None:
     """Write a patched checkpoint.
@@ -55,6 +57,8 @@ def apply(
         Change ``base`` itself: only the touched rows are written, their old bytes journaled first.
     force:
         Replace ``out`` if it exists.
+    threads, memory:
+        As in `diff`.
 
     Raises
     ------
@@ -67,11 +71,12 @@ def apply(
     MachineError
         If something cannot be read or written; ``base`` is as it was.
     """
+    limits = Limits.of(threads, memory)
     several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
     loaded = [_load(patch) for patch in several]
     operate(
-        plan_apply(base, loaded, out=out, in_place=in_place, force=force, threads=threads, progress=progress),
-        threads=threads,
+        plan_apply(base, loaded, out=out, in_place=in_place, force=force, limits=limits, progress=progress),
+        limits=limits,
         progress=progress,
     )
 
@@ -86,6 +91,7 @@ def revert(
     base: _Out | None = None,
     force: bool = False,
     threads: int | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> None:
     """Take a patch out again: the replaced vectors come back, bit for bit.
@@ -98,7 +104,7 @@ def revert(
         The patch; if it is not reversible, ``base`` must be given.
     base:
         The checkpoint the patch was made from.
-    out, in_place, force:
+    out, in_place, force, threads, memory:
         As in `apply`.
 
     Raises
@@ -106,6 +112,7 @@ def revert(
     UsageError, MismatchError, CorruptFileError, MachineError
         As `apply`; a `UsageError` also if the replaced values are neither in the patch nor in ``base``.
     """
+    limits = Limits.of(threads, memory)
     operate(
         plan_revert(
             checkpoint,
@@ -114,10 +121,10 @@ def revert(
             out=out,
             in_place=in_place,
             force=force,
-            threads=threads,
+            limits=limits,
             progress=progress,
         ),
-        threads=threads,
+        limits=limits,
         progress=progress,
     )
 
@@ -133,14 +140,14 @@ def plan_apply(
     out: _Out | None,
     in_place: bool,
     force: bool,
-    threads: int | None,
+    limits: Limits,
     progress: Progress,
 ) -> Surgery:
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
     rows = [Rows(patch, patch.values) for patch in patches]
-    return _plan(base, rows, "patched", out, in_place, force, threads, progress)
+    return _plan(base, rows, "patched", out, in_place, force, limits, progress)
 
 
 def plan_revert(
@@ -151,7 +158,7 @@ def plan_revert(
     out: _Out | None,
     in_place: bool,
     force: bool,
-    threads: int | None,
+    limits: Limits,
     progress: Progress,
 ) -> Surgery:
     """Check everything that `revert` needs; nothing is written."""
@@ -169,7 +176,7 @@ def plan_revert(
             file=patch.path,
             hint="name the checkpoint it was made from with --base (or make patches with --reversible)",
         )
-    return _plan(checkpoint, [Rows(patch, read)], "base", out, in_place, force, threads, progress, inputs)
+    return _plan(checkpoint, [Rows(patch, read)], "base", out, in_place, force, limits, progress, inputs)
 
 
 class _BaseRows:
@@ -199,7 +206,7 @@ def _plan(
     out: _Out | None,
     in_place: bool,
     force: bool,
-    threads: int | None,
+    limits: Limits,
     progress: Progress,
     inputs: Sequence[Path] = (),
 ) -> Surgery:
@@ -220,7 +227,7 @@ def _plan(
         files = None if checkpoint.is_file else folder_files(checkpoint)
     timing = Timing()
     with timing.clock(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        states = examine(checkpoint, patches, threads=threads, progress=advance)
+        states = examine(checkpoint, patches, limits=limits, progress=advance)
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
     needed = not all(state.state == goal or _all_equal(state) for state in states)

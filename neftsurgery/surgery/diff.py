@@ -16,6 +16,7 @@ from ..checkpoint.document import dump
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.pipeline import Limits
 from ..checkpoint.refusal import refuse_output
 from ..checkpoint.tensorfile import TensorFileWriter, written_file
 from ..errors import UsageError, boundary
@@ -49,6 +50,7 @@ def diff(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     threads: int | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> Scores:
     """Score every neuron of a tuned checkpoint against its base.
@@ -72,7 +74,9 @@ def diff(
     force:
         Replace ``out`` if it exists.
     threads:
-        Reading and scoring threads; the result does not depend on it.
+        That read and score; by default two a processor. The result does not depend on it.
+    memory:
+        Bytes of buffers and mapped files, by default 192 MiB. The result does not depend on it.
     progress:
         Told of the bytes done.
 
@@ -88,6 +92,7 @@ def diff(
         If something cannot be read or written.
     """
     check_score(score)
+    limits = Limits.of(threads, memory)
     first, second = open_checkpoint(base), open_checkpoint(tuned)
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
@@ -95,7 +100,7 @@ def diff(
     for warning in plan.anatomy.warnings:
         log.warning("%s", warning)
     return score_pair(
-        plan, score, seed=seed, out=out, force=force, threads=threads, progress=progress, timing=Timing()
+        plan, score, seed=seed, out=out, force=force, limits=limits, progress=progress, timing=Timing()
     )
 
 
@@ -120,7 +125,7 @@ def score_pair(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
-    threads: int | None = None,
+    limits: Limits,
     progress: Progress = silent,
     timing: Timing,
 ) -> Scores:
@@ -145,7 +150,7 @@ def score_pair(
         with written_file(list(_entries(plan)), room, out, force=force) as written:
             sink = _Sink(plan, score, seed, written.writer)
             with progress("scoring", plan.nbytes) as advance:
-                for result in stream(plan.base, plan.tuned, plan.jobs, threads=threads, progress=advance):
+                for result in stream(plan.base, plan.tuned, plan.jobs, limits=limits, progress=advance):
                     sink.take(result)
             sink.finish()
             for side in (plan.base, plan.tuned):

@@ -13,9 +13,9 @@ import numpy as np
 from ..anatomy.anatomy import AxisOption
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.pipeline import in_order
+from ..checkpoint.pipeline import Limits, in_order
 from ..checkpoint.refusal import refuse_output
-from ..checkpoint.vectors import blocks, gather
+from ..checkpoint.vectors import block_memory, blocks, gather
 from ..errors import MismatchError, UsageError, boundary
 from ..patch.patch import Patch, Raw
 from ..patch.write import written_patch
@@ -81,6 +81,7 @@ def extract(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     threads: int | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
     **budget: Any,
 ) -> Patch:
@@ -97,6 +98,8 @@ def extract(
         ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
     reversible:
         Keep the replaced values in the patch, so that it can be reverted without the base.
+    threads, memory:
+        As in `diff`.
     out:
         Where to write the patch. None: it lives in a temporary file until saved.
     **budget:
@@ -113,6 +116,7 @@ def extract(
     MachineError
         If something cannot be read or written.
     """
+    limits = Limits.of(threads, memory)
     plan = plan_extraction(
         base,
         tuned,
@@ -123,12 +127,12 @@ def extract(
         budget=budget,
         out=out,
         force=force,
-        threads=threads,
+        limits=limits,
         progress=progress,
     )
     for warning in plan.warnings:
         log.warning("%s", warning)
-    return cut(plan, reversible=reversible, out=out, force=force, threads=threads, progress=progress)
+    return cut(plan, reversible=reversible, out=out, force=force, limits=limits, progress=progress)
 
 
 def plan_extraction(
@@ -142,7 +146,7 @@ def plan_extraction(
     budget: dict[str, Any],
     out: str | os.PathLike[str] | None,
     force: bool,
-    threads: int | None,
+    limits: Limits,
     progress: Progress,
 ) -> Extraction:
     """Choose the neurons, scoring the checkpoints first if need be."""
@@ -159,7 +163,7 @@ def plan_extraction(
         plan = pair(first, second, scope)
         warnings += plan.anatomy.warnings
         seed = int(budget.get("seed", 0))
-        scores = score_pair(plan, score, seed=seed, threads=threads, progress=progress, timing=timing)
+        scores = score_pair(plan, score, seed=seed, limits=limits, progress=progress, timing=timing)
     with timing.clock():
         if given is None and scores is not None:
             here = {"base": scores.facts["base"], "tuned": scores.facts["tuned"]}
@@ -208,7 +212,7 @@ def cut(
     reversible: bool = False,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
-    threads: int | None = None,
+    limits: Limits,
     progress: Progress = silent,
 ) -> Patch:
     """Carry out a planned extraction."""
@@ -225,8 +229,9 @@ def cut(
                 return writer.write_rows(block.name, block.start, rows[0], rows[1])
 
             total = 2 * sum(len(c.index) * c.layout.width * c.info.type.itemsize for c in plan.selection)
+            workers = limits.workers(block_memory(chosen.layout for chosen in plan.selection))
             with progress("cutting out", total) as advance:
-                for block, (old, new) in in_order(copy, _blocks(plan.selection), threads):
+                for block, (old, new) in in_order(copy, _blocks(plan.selection), workers):
                     writer.add_digests(block.name, old, new)
                     advance(2 * block.nbytes)
             for side in (plan.base, plan.tuned):

@@ -15,9 +15,9 @@ from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.copying import copy_file
 from ..checkpoint.journal import Change, heal, journaled, locked
 from ..checkpoint.output import begin_writeback, fsync, staged_directory, staged_file
-from ..checkpoint.pipeline import in_order
+from ..checkpoint.pipeline import Limits, in_order
 from ..checkpoint.refusal import require_space
-from ..checkpoint.vectors import scatter
+from ..checkpoint.vectors import block_memory, scatter
 from ..errors import NeftError
 from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
@@ -81,17 +81,17 @@ def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shar
     return [shard for shard in checkpoint.shards if shard.path in paths]
 
 
-def operate(plan: Surgery, *, threads: int | None = None, progress: Progress = silent) -> None:
+def operate(plan: Surgery, *, limits: Limits, progress: Progress = silent) -> None:
     """Carry out a planned apply or revert."""
     with plan.timing.clock():
         if plan.out is not None:
-            _write_copy(plan, plan.out, threads, progress)
+            _write_copy(plan, plan.out, limits, progress)
         elif plan.needed:
-            _write_in_place(plan, threads, progress)
+            _write_in_place(plan, limits, progress)
     plan.timing.bytes_read = plan.checkpoint.bytes_read + sum(r.patch.value_bytes for r in plan.rows)
 
 
-def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progress) -> None:
+def _write_copy(plan: Surgery, out: Path, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     along = () if plan.files is None else plan.files.along
     sizes = [shard.size for shard in checkpoint.shards]
@@ -124,7 +124,7 @@ def _write_copy(plan: Surgery, out: Path, threads: int | None, progress: Progres
                 finally:
                     os.close(fd)
 
-            for _ in in_order(write, checkpoint.shards, threads, stop=stop):
+            for _ in in_order(write, checkpoint.shards, limits.threads, stop=stop):
                 pass
             for path in along:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +170,14 @@ def _write_rows(
         begin_writeback(fd, offset, tensor.info.nbytes)
 
 
-def _write_in_place(plan: Surgery, threads: int | None, progress: Progress) -> None:
+def _write_in_place(plan: Surgery, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     changes = [
         Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name))
         for rows in plan.rows
         for name, tensor in rows.patch.tensors.items()
     ]
+    layouts = [change.layout for change in changes]
     touched = _touched(plan)
     total = sum(rows.patch.value_bytes for rows in plan.rows)
     try:
@@ -188,7 +189,7 @@ def _write_in_place(plan: Surgery, threads: int | None, progress: Progress) -> N
 
             with journaled(checkpoint, changes):
                 shards = [shard for shard in checkpoint.shards if shard.path in touched]
-                for _ in in_order(write, shards, threads):
+                for _ in in_order(write, shards, limits.workers(block_memory(layouts))):
                     pass
                 for shard in shards:
                     fsync(held[shard.path])

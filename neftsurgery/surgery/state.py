@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.pipeline import in_order
-from ..checkpoint.vectors import gather
+from ..checkpoint.pipeline import Limits, in_order
+from ..checkpoint.vectors import block_memory, gather
 from ..errors import MismatchError
 from ..patch.digests import DigestHash, digests
 from ..patch.overlay import overlay
@@ -96,7 +96,7 @@ def examine(
     checkpoint: Checkpoint,
     patches: Sequence[Patch],
     *,
-    threads: int | None = None,
+    limits: Limits,
     progress: Progress | None = None,
 ) -> list[PatchState]:
     """Compare every touched vector with each patch, and each patch's hashes with its content.
@@ -115,6 +115,7 @@ def examine(
         check_fit(checkpoint, patch)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     hashes = (DigestHash(), DigestHash())
+    workers = limits.workers(block_memory(t.layout for patch in patches for t in patch.tensors.values()))
 
     def look(block: _Block) -> tuple[Raw, Raw, Raw]:
         patch = patches[block.patch]
@@ -136,7 +137,7 @@ def examine(
             overlay(now, index, tensor, earlier)
         return before, after, np.where(settled[:, None], after, digests(now))
 
-    for block, (before, after, now) in in_order(look, _blocks(patches), threads):
+    for block, (before, after, now) in in_order(look, _blocks(patches), workers):
         patch = patches[block.patch]
         for state, part in zip(hashes, (before, after), strict=True):
             state.update(part)

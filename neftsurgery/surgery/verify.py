@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.pipeline import Limits
 from ..errors import boundary
 from ..patch.patch import Patch
 from .progress import Progress, Timing, silent
@@ -45,9 +46,17 @@ def verify(
     patch: Patch | str | os.PathLike[str],
     *,
     threads: int | None = None,
+    memory: int | None = None,
     progress: Progress = silent,
 ) -> Verification:
     """Compare every vector that a patch touches with its state before and after.
+
+    Parameters
+    ----------
+    checkpoint, patch:
+        A checkpoint, and a patch or its path.
+    threads, memory:
+        As in `diff`.
 
     Raises
     ------
@@ -60,7 +69,7 @@ def verify(
     opened = open_checkpoint(checkpoint)
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
     with timing.clock(), progress("checking", loaded.value_bytes) as advance:
-        found: PatchState = examine(opened, [loaded], threads=threads, progress=advance)[0]
+        found: PatchState = examine(opened, [loaded], limits=Limits.of(threads, memory), progress=advance)[0]
         opened.check_unchanged()
     timing.bytes_read = opened.bytes_read
     return Verification(found.state, found.tensors, timing)

@@ -33,6 +33,8 @@ USAGE = [
     ("include-matches-nothing", ("diff", "base", "tuned", "--include", "nothing"), "--include"),
     ("bad-score", ("diff", "base", "tuned", "--score", "nice"), "nice"),
     ("zero-threads", ("diff", "base", "tuned", "--threads", "0"), "--threads"),
+    ("no-memory", ("diff", "base", "tuned", "--memory", "1MB"), "at least 16 MiB"),
+    ("no-size", ("diff", "base", "tuned", "--memory", "much"), "not a size"),
     ("no-budget", ("extract", "base", "tuned", "-o", "new"), "--neurons"),
     (
         "two-budgets",

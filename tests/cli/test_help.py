@@ -20,7 +20,7 @@ def test_every_command_has_help_with_an_example_of_itself(neft, name):
     assert result.code == 0
     example = result.out.partition("Example:")[2]
     assert f"neftsurgery {name}" in example
-    for option in ("--json", "--quiet", "--verbose", "--threads"):
+    for option in ("--json", "--quiet", "--verbose", "--threads", "--memory"):
         assert option in result.out
 
 

@@ -14,6 +14,7 @@ from test_kernels import ALL, DEFINITIONS, SMALL, Bits, decode, decoded, encode,
 from neftsurgery.checkpoint.dtypes import DTYPES
 from neftsurgery.checkpoint.header import TensorInfo
 from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.checkpoint.pipeline import Limits
 from neftsurgery.scoring import engine, kernels, pieces
 from neftsurgery.scoring.engine import Job, TensorResult, stream
 
@@ -61,7 +62,7 @@ def compare(
     info = TensorInfo("t", dtype, a.shape)
     sides = [Memory({"t": (info, np.ascontiguousarray(side).tobytes())}) for side in (a, b)]
     layout = None if axes is None else Layout(a.shape, axes)
-    (result,) = stream(sides[0], sides[1], [Job(info, layout)], threads=threads)
+    (result,) = stream(sides[0], sides[1], [Job(info, layout)], limits=Limits.of(threads))
     return result
 
 
@@ -317,7 +318,7 @@ def test_windows_give_the_bits_that_reads_give(layout, monkeypatch):
         found = []
         for kind_of_weights, least in ((Memory, 64), (AtHand, 64), (AtHand, 200), (AtHand, 1 << 20)):
             monkeypatch.setattr(engine, "_LEAST_TASK", least)
-            (result,) = stream(*(kind_of_weights(side) for side in data), jobs, threads=2)
+            (result,) = stream(*(kind_of_weights(side) for side in data), jobs, limits=Limits.of(2))
             sums = () if result.sums is None else (result.sums.aa, result.sums.dd, result.sums.ad)
             found.append((result.base_sq, result.delta_sq, result.changed, *(s.tobytes() for s in sums)))
         assert [repr(one) for one in found[1:]] == [repr(found[0])] * 3
@@ -362,7 +363,7 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 
     def outcome(threads: int) -> list[bytes]:
         found = []
-        for job, result in zip(infos, stream(base, tuned, infos, threads=threads), strict=True):
+        for job, result in zip(infos, stream(base, tuned, infos, limits=Limits.of(threads)), strict=True):
             assert result.job is job  # in order
             found.append(repr((result.base_sq, result.delta_sq, result.changed)).encode())
             if result.sums is not None:
@@ -503,7 +504,10 @@ def test_packed_codes_only_count():
         b = np.where(rng.random(a.size) < 0.8, a, a ^ rng.integers(1, 256, a.size, np.uint8))
         info = TensorInfo("t", dtype, (16, 24))
         (result,) = stream(
-            Memory({"t": (info, a.tobytes())}), Memory({"t": (info, b.tobytes())}), [Job(info, None)]
+            Memory({"t": (info, a.tobytes())}),
+                Memory({"t": (info, b.tobytes())}),
+                [Job(info, None)],
+                limits=Limits.of(),
         )
         words = [
             [
@@ -522,7 +526,7 @@ def test_empty_tensors_have_no_result_and_progress_tells_all_bytes():
     weights = Memory({info.name: (info, bytes(info.nbytes)) for info in infos})
     jobs = [Job(info, Layout(info.shape, (0,)) if info.name == "c" else None) for info in infos]
     told: list[int] = []
-    results = list(stream(weights, weights, jobs, progress=told.append))
+    results = list(stream(weights, weights, jobs, limits=Limits.of(), progress=told.append))
     assert [result.job.info.name for result in results] == ["b", "c", "e"]
     assert sum(told) == 2 * (25 + 6 * 9 * 2 + 8)
 
@@ -536,6 +540,5 @@ def test_a_failure_to_read_is_passed_on():
     good = Memory({"t": (info, bytes(400))})
     for threads in (1, 4):
         with pytest.raises(OSError, match="Input/output"):
-            list(
-                stream(good, Broken({"t": (info, b"")}), [Job(info, Layout((10, 10), (0,)))], threads=threads)
-            )
+            jobs = [Job(info, Layout((10, 10), (0,)))]
+            list(stream(good, Broken({"t": (info, b"")}), jobs, limits=Limits.of(threads)))

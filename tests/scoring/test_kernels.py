@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from neftsurgery.checkpoint.dtypes import DTYPES
 from neftsurgery.checkpoint.header import TensorInfo
 from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.checkpoint.pipeline import Limits
 from neftsurgery.scoring import engine, kernels
 
 #: Exponent bits, fraction bits, bias, and how the format spells what is not finite.
@@ -305,6 +306,6 @@ def test_prepared_kernels_are_the_ones_that_are_used():
     assert all(maker.cache_info().currsize == 1 for maker in makers)
     info = TensorInfo("t", "F8_E4M3", (4, 6, 5))
     jobs = [engine.Job(info, Layout(info.shape, axes)) for axes in ((0,), (1,), (2,), (0, 1), (0, 2))]
-    results = list(engine.stream(_Zeros(), _Zeros(), [*jobs, engine.Job(info, None)], threads=1))
+    results = list(engine.stream(_Zeros(), _Zeros(), [*jobs, engine.Job(info, None)], limits=Limits.of(1)))
     assert len(results) == 6
     assert [len(maker("F8_E4M3").signatures) for maker in makers] == compiled

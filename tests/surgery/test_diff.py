@@ -139,12 +139,14 @@ def index_of(selection: ns.Selection) -> dict[str, list[int]]:
     return {name: chosen.index.tolist() for name, chosen in selection.tensors.items()}
 
 
-def test_threads_and_shards_do_not_count(llamas, tmp_path):
+def test_threads_memory_and_shards_do_not_count(llamas, tmp_path):
     """Nor does which of the two is sharded, and how: the file has the same bytes but for the names."""
     base, tuned, *folders = llamas
     alone = ns.diff(*folders, out=tmp_path / "1.safetensors", threads=1)
     ns.diff(*folders, out=tmp_path / "4.safetensors", threads=4)
+    ns.diff(*folders, out=tmp_path / "small.safetensors", threads=2, memory=16 << 20)
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "4.safetensors").read_bytes()
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
     sharded = [
         write_folder(tmp_path / f"{name}-sharded", tensors, shards, LLAMA_CONFIG)
         for name, tensors, shards in (("base", base, 3), ("tuned", tuned, 5))

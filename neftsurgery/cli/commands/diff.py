@@ -75,7 +75,7 @@ def command(
         seed=seed,
         out=out,
         force=force,
-        threads=console.threads,
+        limits=console.limits,
         progress=console.progress,
         timing=timing,
     ) as scores:

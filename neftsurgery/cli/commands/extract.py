@@ -89,7 +89,7 @@ def command(
         budget=budget,
         out=out,
         force=force,
-        threads=console.threads,
+        limits=console.limits,
         progress=console.progress,
     )
     for warning in plan.warnings:
@@ -102,7 +102,7 @@ def command(
             reversible=reversible,
             out=out,
             force=force,
-            threads=console.threads,
+            limits=console.limits,
             progress=console.progress,
         )
         nbytes = patch.nbytes

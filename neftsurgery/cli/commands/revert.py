@@ -49,9 +49,9 @@ def command(
         out=out,
         in_place=in_place,
         force=force,
-        threads=console.threads,
+        limits=console.limits,
         progress=console.progress,
     )
     if not dry_run:
-        operate(plan, threads=console.threads, progress=console.progress)
+        operate(plan, limits=console.limits, progress=console.progress)
     say_surgery(console, plan, "base", dry_run)

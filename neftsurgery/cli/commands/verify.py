@@ -29,7 +29,8 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     Example:
       neftsurgery verify patched/ neuron_patch.safetensors --expect patched
     """
-    found = verify(checkpoint, Patch.load(patch), threads=console.threads, progress=console.progress)
+    threads, memory = console.limits.threads, console.limits.memory
+    found = verify(checkpoint, Patch.load(patch), threads=threads, memory=memory, progress=console.progress)
     good = found.holds(expect)
     neurons = sum(t.base + t.patched + t.both + t.neither for t in found.tensors.values())
     console.say(f"{found.state}: {plural(neurons, 'neuron')} in {plural(len(found.tensors), 'tensor')}")
