@@ -61,7 +61,7 @@ class NeuronTensor:
     @property
     def layout(self) -> Layout:
         """Where the neurons lie in the tensor."""
-        return Layout(self.info.shape, self.axes)
+        return Layout.of(self.info.shape, self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +250,7 @@ class _Reader:
                 "an up or down projection of a feed-forward block" if self.name == "ffn" else "part of a unit"
             )
             return Listed(info, f"not {what}")
-        if Layout(info.shape, axes).width == 1:
+        if Layout.of(info.shape, axes).width == 1:
             return Listed(info, "one element wide", axes, included)
         if meaning.assumed and not stated:
             main = meaning.scope is self.scopes.main

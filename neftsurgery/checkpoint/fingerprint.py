@@ -22,13 +22,18 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count.
     """
     state = xxhash.xxh3_128()
-    edge = bytearray(EDGE_BYTES)
+    buffer = memoryview(bytearray(2 * EDGE_BYTES))
     for name in sorted(checkpoint.tensors):
         info = checkpoint.tensors[name]
         state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
-        size = min(EDGE_BYTES, info.nbytes)
-        for start in (0, info.nbytes - size):
-            view = memoryview(edge)[:size]
-            checkpoint.read_into(name, start, view)
-            state.update(view)
+        edge = min(EDGE_BYTES, info.nbytes)
+        if info.nbytes <= len(buffer):
+            view = buffer[: info.nbytes]
+            checkpoint.read_into(name, 0, view)
+        else:
+            view = buffer
+            checkpoint.read_into(name, 0, view[:edge])
+            checkpoint.read_into(name, info.nbytes - edge, view[edge:])
+        state.update(view[:edge])
+        state.update(view[len(view) - edge :])
     return HASH_PREFIX + state.hexdigest()

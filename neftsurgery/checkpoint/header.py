@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -48,7 +49,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the data."""
-        return self.type.nbytes(self.elements)
+        return (math.prod(self.shape) * DTYPES[self.dtype].bits + 7) // 8
 
     def describe(self) -> str:
         """For messages: ``BF16 [4096, 11008]``."""
@@ -210,7 +211,7 @@ class FilePlan:
                 raise ValueError(f"two entries are named {entry.name!r}")
             end = position + entry.nbytes
             shape = ",".join(map(str, entry.shape))
-            text = f'{json.dumps(entry.name)}:{{"dtype":"{entry.dtype}","shape":[{shape}],'
+            text = f'{encode_basestring_ascii(entry.name)}:{{"dtype":"{entry.dtype}","shape":[{shape}],'
             packed.write(f'{"," if tensors else ""}{text}"data_offsets":[{position},{end}]}}'.encode("ascii"))
             tensors[entry.name], offsets[entry.name] = entry, position
             position = end

@@ -7,6 +7,7 @@ other axes. In memory and on disk the tensor is row-major over all of ``S``.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class Layout:
 
     @classmethod
     def of(cls, shape: Sequence[int], axes: Sequence[int]) -> Layout:
-        """The layout of any two sequences, as read from a header or a manifest."""
-        return cls(tuple(int(n) for n in shape), tuple(int(a) for a in axes))
+        """The layout of any two sequences; tensors of one kind share it, and what it has worked out."""
+        return _shared(tuple(shape), tuple(axes))
 
     @cached_property
     def elements(self) -> int:
@@ -129,3 +130,8 @@ class Layout:
     def slab_elements(self) -> int:
         """Elements of one slab."""
         return self.elements // self.slabs if self.slabs else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(shape: tuple[int, ...], axes: tuple[int, ...]) -> Layout:
+    return Layout(tuple(int(n) for n in shape), tuple(int(a) for a in axes))

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ _NUMPY = {
 }
 
 _COPY_BYTES = 8 << 20
+_SMALL_BYTES = 32 << 10
+_HELD_BYTES = 4 << 20
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str] | None) -> None:
@@ -233,6 +236,25 @@ class TensorFile:
             self.read_into(name, start * row, raw.data.cast("B"))
         return raw
 
+    def joined(self, names: Sequence[str]) -> NDArray[Any]:
+        """The elements of several tensors of one type, one after the other; neighbours are read at once.
+
+        Only for element types that numpy has.
+        """
+        sizes = [self.tensors[name].nbytes for name in names]
+        raw = np.empty(sum(sizes), np.uint8)
+        start = filled = end = 0  # of the stretch that is being collected: where in the file, where in `raw`
+        position = 0
+        for name, size in zip(names, sizes, strict=True):
+            offset = self.header.offsets[name]
+            if offset != end:
+                read_exactly(self._file.fileno(), raw.data[filled:position], start, self.path)
+                start, filled = offset, position
+            position += size
+            end = offset + size
+        read_exactly(self._file.fileno(), raw.data[filled:], start, self.path)
+        return raw.view(_NUMPY[self.tensors[names[0]].dtype] if names else np.uint8)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the whole file."""
@@ -274,6 +296,7 @@ class TensorFileWriter:
     def __init__(self, plan: FilePlan, fd: int) -> None:
         self._plan = plan
         self._fd = fd
+        self._small = _SmallWrites(fd)
         self.header: Header | None = None
         os.ftruncate(fd, plan.nbytes)
 
@@ -291,16 +314,54 @@ class TensorFileWriter:
         begin = start * (info.nbytes // rows) if rows else 0
         if start < 0 or begin + data.nbytes > info.nbytes:
             raise ValueError(f"{data.nbytes} bytes at row {start} do not fit entry {name!r}")
-        view = np.ascontiguousarray(data).data.cast("B")
-        write_exactly(self._fd, view, self._plan.offsets[name] + begin)
+        position = self._plan.offsets[name] + begin
+        if data.nbytes < _SMALL_BYTES:
+            self._small.add(position, data.tobytes())
+        else:
+            write_exactly(self._fd, np.ascontiguousarray(data).data.cast("B"), position)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header with the final ``metadata``, no longer than the room that was kept for it."""
+        self._small.flush()
         position = 0
         for part in self._plan.pack(metadata):
             write_exactly(self._fd, part, position)
             position += len(part)
         self.header = self._plan.header(metadata)
+
+
+class _SmallWrites:
+    """Writes held back until they are worth a call; neighbours become one. Thread-safe."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[int, bytes]] = []
+        self._size = 0
+
+    def add(self, position: int, data: bytes) -> None:
+        with self._lock:
+            self._waiting.append((position, data))
+            self._size += len(data)
+            if self._size < _HELD_BYTES:
+                return
+            waiting, self._waiting, self._size = self._waiting, [], 0
+        self._write(waiting)
+
+    def flush(self) -> None:
+        with self._lock:
+            waiting, self._waiting, self._size = self._waiting, [], 0
+        self._write(waiting)
+
+    def _write(self, waiting: list[tuple[int, bytes]]) -> None:
+        start, end, parts = 0, 0, list[bytes]()
+        for position, data in sorted(waiting):
+            if position != end:
+                write_exactly(self._fd, b"".join(parts), start)
+                start, parts = position, []
+            parts.append(data)
+            end = position + len(data)
+        write_exactly(self._fd, b"".join(parts), start)
 
 
 class _Written:

@@ -144,8 +144,9 @@ class _Engine:
         """Join the result of ``piece``; after a tensor's last piece, the tensor's result."""
         job = self._jobs[piece.job]
         if self._open is None:
-            self._open = _Collector(job)
-        self._open.add(result)
+            self._open = _Collector(job, result)
+        else:
+            self._open.add(result)
         if not piece.last:
             return None
         finished, self._open = self._open.finish(self._base, self._tuned, self._limits), None
@@ -155,15 +156,25 @@ class _Engine:
 class _Collector:
     """The sums of the tensor whose pieces are coming in."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, first: PartialSums) -> None:
         self._job = job
         count = 1 if job.layout is None else job.layout.count
-        self._sums = np.zeros((3, count))
-        self._changed = np.zeros(count, np.int64)
-        self._settled = np.zeros(count, np.bool_)
         self._refined: list[tuple[NDArray[np.int64], Exact]] = []
+        self._settled = True
+        if first.index is None and len(first.changed) == count:  # all of it: small tensors come by thousands
+            self._sums, self._changed = first.sums + 0.0, first.changed
+            self._take(first)
+        else:
+            self._sums, self._changed = np.zeros((3, count)), np.zeros(count, np.int64)
+            self.add(first)
+
+    def _take(self, result: PartialSums) -> None:
+        self._settled = self._settled and result.settled
+        if result.refined is not None:
+            self._refined.append(result.refined)
 
     def add(self, result: PartialSums) -> None:
+        self._take(result)
         with np.errstate(all="ignore"):  # NaN, Inf and overflow are looked at in `finish`
             if result.index is None:
                 here = slice(result.first, result.first + len(result.changed))
@@ -173,20 +184,28 @@ class _Collector:
                 for row, values in zip(self._sums, result.sums, strict=True):
                     np.add.at(row, result.index, values)
                 np.add.at(self._changed, result.index, result.changed)
-        if result.refined is not None:
-            self._refined.append(result.refined)
-            self._settled[result.refined[0]] = True
 
     def finish(self, base: Weights, tuned: Weights, limits: Limits) -> TensorResult:
-        info, layout = self._job.info, self._job.layout
-        if layout is None:
+        if self._job.layout is None:
             (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
             return TensorResult(self._job, None, float(aa), float(dd), changed)
         sums = Sums(self._sums, self._changed)
         for index, values in self._refined:
             sums.refine(index, values)
+        if not self._settled:
+            self._settle(sums, base, tuned, limits)
+        good = sums.finite
+        with np.errstate(over="ignore"):
+            totals = sums.aa[good].sum(), sums.dd[good].sum()
+        return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
+
+    def _settle(self, sums: Sums, base: Weights, tuned: Weights, limits: Limits) -> None:
+        """Read the vectors that are in doubt once more, whole, and refine their sums."""
+        info, layout = self._job.info, self._job.layout
+        assert layout is not None  # only neurons are refined
         doubtful = sums.doubtful(info.dtype)
-        doubtful = doubtful[~self._settled[doubtful]]
+        if not len(doubtful):
+            return
 
         def settle(block: tuple[int, int]) -> Exact:
             some = doubtful[slice(*block)]
@@ -196,7 +215,3 @@ class _Collector:
         workers = limits.workers(block_memory([layout]))
         for block, values in in_order(settle, blocks(info, layout, len(doubtful)), workers):
             sums.refine(doubtful[slice(*block)], values)
-        good = sums.finite
-        with np.errstate(over="ignore"):
-            totals = sums.aa[good].sum(), sums.dd[good].sum()
-        return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))

@@ -34,6 +34,7 @@ class PartialSums:
     sums: NDArray[np.float64]
     changed: NDArray[np.int64]
     refined: tuple[NDArray[np.int64], Exact] | None = None
+    settled: bool = False  # whether all that are in doubt among them are refined
 
 
 def partial_sums(job: Job, piece: Piece, a: Raw, b: Raw) -> PartialSums:
@@ -66,7 +67,7 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) ->
         return PartialSums(0, layout.run_neurons(first, int(runs[-1]) + 1)[runs - first], sums, changed)
     if not layout.contiguous:
         return PartialSums(0, layout.run_neurons(first, first + count), sums, changed)
-    result = PartialSums(first, None, sums, changed)
+    result = PartialSums(first, None, sums, changed, settled=True)
     # Whole vectors, still at hand: settle the doubtful ones here and now.
     doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
     if len(doubtful):

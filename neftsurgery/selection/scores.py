@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..checkpoint.backed import FileBacked
 from ..checkpoint.document import bad, read_document
 from ..checkpoint.tensorfile import TensorFile
 from ..errors import UsageError, boundary
+from .batches import Batch, batches, has_sums
 from .budget import Budget
 from .choice import Block, choose
 from .scored import WHAT, Follower, ScoredTensor, read_followers, read_scored
@@ -89,6 +91,11 @@ class Scores(FileBacked):
         """
         entry = f"{name}:{which}"
         return self._file.array(entry) if entry in self._file.tensors else None
+
+    def batches(self, *which: str) -> Iterator[Batch]:
+        """The named sums of all tensors that have them, many tensors at a time."""
+        having = (tensor for tensor in self.tensors.values() if has_sums(self._file, tensor, which))
+        return batches(self._file, having, which)
 
     @property
     def score(self) -> str:
@@ -172,13 +179,25 @@ class Scores(FileBacked):
         return Selection(tensors, facts)
 
     def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        def alike(tensor: ScoredTensor) -> tuple[str, str, int]:
+            """What keeps neighbours apart: a block is of one pool, and its neurons cost the same."""
+            own = budget.per == "tensor" or budget.like is not None or budget.max_per_tensor is not None
+            return (
+                tensor.info.name if own else "",
+                tensor.layer if budget.per == "layer" else "",
+                tensor.layout.width if budget.params is not None else 1,
+            )
+
+        groups = [(key, list(members)) for key, members in groupby(self.tensors.values(), key=alike)]
         blocks = [
-            Block(name, tensor.layer, tensor.layout.width, self.values(name))
-            for name, tensor in self.tensors.items()
+            Block(name, layer, cost, self._file.joined([tensor.info.name for tensor in members]))
+            for (name, layer, cost), members in groups
         ]
         masks = choose(blocks, budget, parameters=self.parameters)
-        for name, mask in zip(self.tensors, masks, strict=True):
-            yield name, np.flatnonzero(mask)
+        for (_, members), mask in zip(groups, masks, strict=True):
+            edges = np.cumsum([tensor.layout.count for tensor in members])
+            for tensor, part in zip(members, np.split(mask, edges[:-1]), strict=True):
+                yield tensor.info.name, np.flatnonzero(part)
 
     def _choose_units(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
         ids = {name: self._unit_ids(name) for name in self.tensors}
@@ -274,15 +293,13 @@ class Scores(FileBacked):
         change has no size (a quantized one).
         """
         inside = scored = rest = 0.0
-        for name, tensor in self.tensors.items():
-            delta = self.sums(name, "delta_sq")
-            if delta is None:
-                return {}
-            mask = tensor.belongs()
-            scored += float(np.nansum(delta if mask is None else delta[mask]))
-            rest += 0.0 if mask is None else float(np.nansum(delta[~mask]))
-            if name in tensors:
-                inside += float(np.nansum(delta[tensors[name].index]))
+        if not all(has_sums(self._file, tensor, ["delta_sq"]) for tensor in self.tensors.values()):
+            return {}
+        chosen = {name: part.index for name, part in tensors.items() if name in self.tensors}
+        for batch in self.batches("delta_sq"):
+            scored += batch.total("delta_sq")
+            rest += 0.0 if batch.outside is None else float(batch.outside["delta_sq"].sum())
+            inside += batch.total("delta_sq", chosen)
         extra = 0.0
         for name in self.followers:
             if name in tensors and (delta := self.sums(name, "delta_sq")) is not None:

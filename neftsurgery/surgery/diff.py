@@ -195,13 +195,16 @@ def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[s
 
 
 def _entries(plan: Pair) -> Iterator[TensorInfo]:
-    for tensor in plan.anatomy.scored:
-        shape = (tensor.layout.count,)
-        yield TensorInfo(tensor.info.name, "F32", shape)
-        for which, dtype in _SUMS:
-            yield TensorInfo(f"{tensor.info.name}:{which}", dtype, shape)
+    # Kind by kind and by name: as they are read.
+    scored = sorted(plan.anatomy.scored, key=lambda tensor: tensor.info.name)
+    for tensor in scored:
+        yield TensorInfo(tensor.info.name, "F32", (tensor.layout.count,))
+    for which, dtype in _SUMS:
+        for tensor in scored:
+            yield TensorInfo(f"{tensor.info.name}:{which}", dtype, (tensor.layout.count,))
+    for tensor in scored:
         if tensor.units is not None:
-            yield TensorInfo(f"{tensor.info.name}:unit", "I64", shape)
+            yield TensorInfo(f"{tensor.info.name}:unit", "I64", (tensor.layout.count,))
     for job in plan.jobs:
         if job.info.name in plan.followers:
             for which, dtype in (("delta_sq", "F64"), ("changed", "I64")):

@@ -68,7 +68,7 @@ class Pair:
             for entry in self.anatomy.listed
             if entry.axes is not None
             and (entry.included or entry.info.name in biases)
-            and Layout(entry.info.shape, entry.axes).width == 1
+            and Layout.of(entry.info.shape, entry.axes).width == 1
         }
 
     @cached_property
@@ -86,7 +86,7 @@ class Pair:
             name = entry.info.name
             axes = self.followers.get(name)
             keys[name] = (len(layers), *self.base.position(name))
-            jobs[name] = Job(entry.info, None if axes is None else Layout(entry.info.shape, axes))
+            jobs[name] = Job(entry.info, None if axes is None else Layout.of(entry.info.shape, axes))
         return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
 
     @property

@@ -17,6 +17,7 @@ from ..selection.selection import Selection
 
 __all__ = ["Movement", "Neuron", "Summary", "summarize"]
 
+_SUMS = ("base_sq", "delta_sq", "dot")
 _BUDGETS = ("1%", "3%", "10%")
 #: Below this cosine two models are as good as independent; fine-tuning leaves it near 1.
 _UNRELATED = 0.2
@@ -146,22 +147,15 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
     A scores file that holds no sums gives NaN and empty groups where they are needed.
     """
     whole, layers, kinds = _Totals(), dict[str, _Totals](), dict[str, _Totals]()
-    changed = 0
-    for name, tensor in scores.tensors.items():
-        parts = [scores.sums(name, which) for which in ("base_sq", "delta_sq", "dot")]
-        differing = scores.sums(name, "changed")
-        mask = tensor.belongs()
-        changed += (
-            0 if differing is None else int(np.count_nonzero(differing if mask is None else differing * mask))
-        )
-        if any(part is None for part in parts):
-            continue
-        sums = [float(np.nansum(part if mask is None else part[mask])) for part in parts if part is not None]
-        groups = [whole, kinds.setdefault(place(name.split("."))[1], _Totals())]
-        if tensor.layer:
-            groups.append(layers.setdefault(tensor.layer, _Totals()))
-        for group in groups:
-            group.add(*sums)
+    changed = sum(int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed"))
+    for batch in scores.batches(*_SUMS):
+        totals = [batch.totals(which).tolist() for which in _SUMS]
+        for tensor, *sums in zip(batch.tensors, *totals, strict=True):
+            groups = [whole, kinds.setdefault(place(tensor.info.name.split("."))[1], _Totals())]
+            if tensor.layer:
+                groups.append(layers.setdefault(tensor.layer, _Totals()))
+            for group in groups:
+                group.add(*sums)
     return Summary(
         scores.neurons,
         scores.units,
