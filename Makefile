@@ -3,12 +3,17 @@
 #   make test    installs what the tests need, and runs all checks and tests
 #   make quick   the tests without the slow ones
 #   make check   style, types, layers
+#   make bench   measures speed and memory beside limits and rivals: a quarter of an hour, 35 GB of disk; makes
+#                docs/benchmarks.md. SIZE=500MB for smaller checkpoints, ARGS="--only warm,apply" for parts
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test quick check format clean
+SIZE   ?= 2.4GB
+ARGS   ?=
+
+.PHONY: demo test quick check bench format clean
 
 demo: $(VENV)/.core
 	$(BIN)/neftsurgery demo
@@ -25,6 +30,9 @@ check: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks files --size $(SIZE) $(ARGS)
+
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -40,6 +48,10 @@ $(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) --editable ".[test,check]"
+	touch $@ $(VENV)/.core
+
+$(VENV)/.bench: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[bench]"
 	touch $@ $(VENV)/.core
 
 clean:

@@ -1,0 +1,1 @@
+"""Makes the checkpoints that are measured: ``python -m benchmarks.checkpoints --help``."""

@@ -1,0 +1,35 @@
+"""``python -m benchmarks.checkpoints FOLDER --size 2.4GB``: writes FOLDER/base and FOLDER/tuned."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks.checkpoints.shapes import deep_llama, llama, many_experts
+from benchmarks.checkpoints.write import write_pair
+from benchmarks.harness.units import size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", type=size, default=size("2.4GB"), help="bytes a side (default: 2.4GB)")
+    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--sparse", action="store_true", help="holes instead of most data")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--least-tensors", type=int, help="small layers, so many that there are this many tensors"
+    )
+    kind.add_argument("--experts", type=int, help="about so many tensors of 8 kB; --size is ignored")
+    options = parser.parse_args()
+    if options.experts:
+        model = many_experts(options.experts)
+    elif options.least_tensors:
+        model = deep_llama(options.size, options.least_tensors)
+    else:
+        model = llama(options.size)
+    write_pair(options.folder, model, options.shards, options.sparse)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The suite for commands on files: diff, extract, apply, in place."""

@@ -1,0 +1,95 @@
+"""Parts that read: diff warm and cold, extract beside diff, threads, and whether threads change a bit."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.files.contestants import (
+    COLD_SWEEP,
+    WARM_SWEEP,
+    best_reads,
+    diff,
+    neftsurgery,
+    readers,
+    reads,
+    torch_cosine,
+)
+from benchmarks.files.options import Options
+from benchmarks.files.workshop import Workshop
+from benchmarks.harness.contest import Contestant, compete
+from benchmarks.harness.process import run
+from benchmarks.harness.units import human
+
+Part = dict[str, Any]
+THREADS = (1, 2, 3, 4)
+BITS_THREADS = (1, 2, 4)
+
+
+def warm(shop: Workshop, options: Options) -> Part:
+    """diff with both sides in the page cache."""
+    pair = shop.pair(options.size)
+    pair.warm()
+    limits, sweep = best_reads(pair, pair.warm, WARM_SWEEP, options.few)
+    contestants = [diff(pair, pair.warm, options.threads), *limits]
+    if options.rivals:
+        contestants += readers(pair, pair.warm, options.few)
+    entries = compete(contestants, options.repeat)
+    group = {"label": f"2 x {human(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    return {"title": "diff, both sides in the page cache", "sweep": sweep, "groups": [group]}
+
+
+def cold(shop: Workshop, options: Options) -> Part:
+    """diff with neither side in the page cache; the tool's own number of threads."""
+    pair = shop.pair(options.size)
+    limits, sweep = best_reads(pair, pair.drop, COLD_SWEEP, min(options.repeat, 2))
+    contestants = [diff(pair, pair.drop, None), *limits]
+    if options.rivals:
+        contestants.append(torch_cosine(pair, pair.drop, min(options.few, 2)))
+    entries = compete(contestants, options.repeat)
+    group = {"label": f"2 x {human(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    return {"title": "diff, neither side in the page cache", "sweep": sweep, "groups": [group]}
+
+
+def extract(shop: Workshop, options: Options) -> Part:
+    """extract of 3% beside diff."""
+    pair = shop.pair(options.size)
+    patch = shop.place("extracted.safetensors")
+    words = (pair.base, pair.tuned, "--neurons", "3%", "-o", patch)
+    command = neftsurgery("extract", *words, threads=options.threads)
+    contestants = [
+        diff(pair, pair.warm, options.threads),
+        Contestant("neftsurgery extract, 3%", "ours", command, pair.warm, lambda: shop.clear(patch.name)),
+    ]
+    entries = compete(contestants, options.repeat)
+    group = {"label": f"2 x {human(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    return {"title": "extract of 3% of the neurons, beside diff", "groups": [group]}
+
+
+def threads(shop: Workshop, options: Options) -> Part:
+    """diff and the plain reads with 1 to 4 threads."""
+    pair = shop.pair(options.size)
+    contestants: list[Contestant] = []
+    for count in THREADS:
+        ours = diff(pair, pair.warm, count)
+        name = f"{ours.name}, {count} thread{'s' * (count != 1)}"
+        contestants += [replace(ours, name=name), reads(pair, pair.warm, (count, 1 << 19))]
+    entries = compete(contestants, options.few)
+    group = {"label": f"2 x {human(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    return {"title": "diff with 1 to 4 threads", "groups": [group]}
+
+
+def bits(shop: Workshop, options: Options) -> Part:
+    """Scores and patches made with different numbers of threads: hashes of the files."""
+    pair = shop.pair(options.size)
+    budget = ("--neurons", "3%")
+    files: dict[str, dict[str, str]] = {"scores": {}, "patch": {}}
+    for count in BITS_THREADS:
+        for what, verb, words in (("scores", "diff", ()), ("patch", "extract", budget)):
+            out = shop.place("bits.safetensors")  # one name for all: a file may hold the name it was given
+            run(neftsurgery(verb, pair.base, pair.tuned, *words, "-o", out, threads=count))
+            with open(out, "rb") as stream:
+                files[what][str(count)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    shop.clear("bits.safetensors")
+    return {"title": "The same bits, whatever the threads", "sha256": files}

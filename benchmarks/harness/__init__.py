@@ -1,0 +1,1 @@
+"""What every suite measures with; nothing but the standard library."""

@@ -1,0 +1,1 @@
+"""What the machine allows: every limit is a script, run as a process of its own."""

@@ -1,0 +1,1 @@
+"""Results to a page and charts; nothing is measured here."""

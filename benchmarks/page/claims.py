@@ -1,0 +1,161 @@
+"""What was asked of the commands on files, and whether the measurements show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.page.figures import Entry, Group, Spread, limit, named, peak, ratio, spread, wall, work
+
+Parts = dict[str, Any]
+Check = Callable[[float], bool]
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A demand, the figure found, and whether it is met: None where it is not measured, or asks no number."""
+
+    asked: str
+    found: str
+    met: bool | None
+
+    @classmethod
+    def of(cls, asked: str, what: str, found: Spread | None, met: Check) -> Claim:
+        """Judged by the median."""
+        if found is None:
+            return cls(asked, "not measured", None)
+        return cls(asked, f"{what}: {found:.2f}", met(found.median))
+
+
+def claims(parts: Parts) -> list[Claim]:
+    """All of them, in the order asked."""
+    return [
+        claim for about in (_reading, _extract, _writing, _in_place, _memory, _bits) for claim in about(parts)
+    ]
+
+
+def _only(parts: Parts, part: str) -> Group:
+    groups = parts.get(part, {}).get("groups") or [{}]
+    return dict(groups[0])
+
+
+def _reading(parts: Parts) -> Iterator[Claim]:
+    warm, cold = _only(parts, "warm"), _only(parts, "cold")
+    ours = named(warm, "neftsurgery diff")
+    yield Claim.of(
+        "Warm: diff at 0.8 or more of the plain reads' throughput, process start apart",
+        "share of the plain reads' throughput",
+        ratio(limit(warm), ours, work),
+        lambda share: share >= 0.8,
+    )
+    yield Claim.of(
+        "Warm: the whole process 10 times as fast as per-tensor float32 torch's, or more",
+        "times as fast",
+        ratio(named(warm, "torch cosine_similarity, float32"), ours, wall),
+        lambda times: times >= 10,
+    )
+    yield Claim.of(
+        "Cold: 0.9 or more of the best parallel read's throughput",
+        "share of it",
+        ratio(limit(cold), named(cold, "neftsurgery diff"), work),
+        lambda share: share >= 0.9,
+    )
+
+
+def _extract(parts: Parts) -> Iterator[Claim]:
+    group = _only(parts, "extract")
+    yield Claim.of(
+        "extract of 3% within 1.15 of diff's time",
+        "of diff's time, process start apart",
+        ratio(named(group, "neftsurgery extract"), named(group, "neftsurgery diff"), work),
+        lambda times: times <= 1.15,
+    )
+
+
+def _writing(parts: Parts) -> Iterator[Claim]:
+    group = _only(parts, "apply")
+    ours, copy = named(group, "neftsurgery apply"), named(group, "cp -r")
+    apart = ratio(ours, copy, work)
+    what = "of their time, whole process" + (f" (start apart {apart.median:.2f})" if apart else "")
+    yield Claim.of(
+        "apply within 1.1 of cp plus sync", what, ratio(ours, copy, wall), lambda times: times <= 1.1
+    )
+
+
+def _in_place(parts: Parts) -> Iterator[Claim]:
+    group = _only(parts, "inplace")
+    rows = named(group, "neftsurgery apply --in-place, 1% of rows")
+    columns = named(group, "neftsurgery apply --in-place, 1% of down_proj")
+    yield Claim.of(
+        "--in-place of 1% of rows takes 10% of apply's time, or less, process start apart",
+        "of apply's time",
+        ratio(rows, named(group, "neftsurgery apply, 1%"), work),
+        lambda share: share <= 0.1,
+    )
+    yield Claim.of(
+        "--in-place of 1% of rows writes 2.2 times the patch's bytes, or less",
+        f"times the patch{_dirtied(rows, 'patch_bytes')}",
+        _written(rows, "handed", "patch_bytes"),
+        lambda times: times <= 2.2,
+    )
+    found = _written(columns, "handed", "tensor_bytes")
+    what = f"times the tensors touched{_dirtied(columns, 'tensor_bytes')}"
+    yield Claim(
+        "--in-place of columns costs their tensors", f"{what}: {found:.2f}" if found else "not measured", None
+    )
+
+
+def _written(entry: Entry | None, figure: str, unit: str) -> Spread | None:
+    return spread(entry, lambda run: run[figure] / entry[unit]) if entry else None
+
+
+def _dirtied(entry: Entry | None, unit: str) -> str:
+    found = _written(entry, "dirtied", unit)
+    return f" ({found.median:.2f} by whole folios)" if found else ""
+
+
+def _memory(parts: Parts) -> Iterator[Claim]:
+    groups = [group for group in parts.get("sizes", {}).get("groups", []) if group.get("contestants")]
+    labels = [group["label"].partition(" a side")[0] for group in groups] or [
+        "the smallest",
+        "the largest size",
+    ]
+    asked = f"Peak memory flat (within 20%) from {labels[0]} to {labels[-1]}"
+    for command in ("diff", "extract", "apply"):
+        entries = [_exactly(group, f"neftsurgery {command}") for group in groups]
+        peaks = [found.median for entry in entries if (found := spread(entry, peak))]
+        grown = Spread.of([max(peaks) / min(peaks)]) if len(peaks) > 1 else None
+        megabytes = ", ".join(f"{p / MB:.0f}" for p in peaks)
+        what = f"{command}, {megabytes} MB; most by least"
+        yield Claim.of(asked, what, grown, lambda times: times <= 1.2)
+    yield _sparse(_only(parts, "sparse"))
+
+
+def _exactly(group: Group, command: str) -> Entry | None:
+    """Not the plan beside it, whose name begins alike."""
+    entries = [entry for entry in group["contestants"] if entry["name"].partition(",")[0] == command]
+    return next((entry for entry in entries if entry["runs"]), None)
+
+
+def _sparse(group: Group) -> Claim:
+    asked = (
+        f"Peak memory of diff under 400 MB plus 8 bytes a neuron at {group.get('label', '100 GB of holes')}"
+    )
+    found = spread(_exactly(group, "neftsurgery diff"), peak) if group else None
+    if found is None:
+        return Claim(asked, "not measured", None)
+    bound = 400 * MB + 8 * group["neurons"]
+    return Claim(asked, f"{found.most / MB:.0f} MB of {bound / MB:.0f} MB", found.most < bound)
+
+
+def _bits(parts: Parts) -> Iterator[Claim]:
+    asked = "The same result bits for 1, 2 and 4 threads"
+    files = parts.get("bits", {}).get("sha256", {})
+    if not files:
+        yield Claim(asked, "not measured", None)
+        return
+    same = {what: len(set(hashes.values())) == 1 for what, hashes in files.items()}
+    words = ", ".join(f"{what} {'equal' if equal else 'DIFFER'}" for what, equal in same.items())
+    yield Claim(asked, words, all(same.values()))
