@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from .surgery.extract import extract
     from .surgery.inspect import inspect
     from .surgery.verify import Verification, verify
+    from .tuning.attach import Attached, attach
 
 __all__ = [
+    "Attached",
     "Checkpoint",
     "CorruptFileError",
     "MachineError",
@@ -48,6 +50,7 @@ __all__ = [
     "Verification",
     "__version__",
     "apply",
+    "attach",
     "diff",
     "extract",
     "inspect",
@@ -57,12 +60,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Attached": "tuning.attach",
     "Checkpoint": "checkpoint.checkpoint",
     "Patch": "patch.patch",
     "Scores": "selection.scores",
     "Selection": "selection.selection",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
+    "attach": "tuning.attach",
     "diff": "surgery.diff",
     "extract": "surgery.extract",
     "inspect": "surgery.inspect",

@@ -1,0 +1,119 @@
+"""From the tensor names of a checkpoint's files to the parameter names of the live model.
+
+Most models keep their names. Where transformers renames tensors as it loads them (GPT-NeoX, ViT), or
+adds or drops the ``base_model_prefix``, its own function for that is asked, so that the answer is the
+loader's. Where it merges, splits or transposes tensors (most mixtures of experts), a neuron of the
+file is no neuron of the model: that is refused. Nothing is guessed.
+
+`_Renaming` is the only place that knows transformers' private modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import MismatchError
+
+__all__ = ["live_names"]
+
+
+def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The live parameter of each tensor.
+
+    Parameters
+    ----------
+    names:
+        Tensor names as the files have them.
+
+    Raises
+    ------
+    MismatchError
+        If the model has no such parameter, or the loader makes another tensor of it.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    renaming = _Renaming(model, parameters) if _is_transformers(model) else None
+    found: dict[str, str] = {}
+    for name in names:
+        live = name if renaming is None else renaming.live(name)
+        if live not in parameters:
+            raise MismatchError(
+                "the model has no such weight",
+                tensor=name,
+                expected=live if live != name else None,
+                found=_alike(live, parameters),
+                hint="the names must be those of the checkpoint that the model was loaded from",
+            )
+        found[name] = live
+    taken: dict[str, str] = {}
+    for name, live in found.items():
+        if (other := taken.setdefault(live, name)) != name:
+            raise MismatchError(
+                f"it is the same live weight as {other}",
+                tensor=name,
+                found=live,
+                hint="choose one of the two",
+            )
+    return found
+
+
+def _alike(name: str, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Some names with the same ending, or the first ones."""
+    for parts in (3, 2):
+        ending = ".".join(name.split(".")[-parts:])
+        if same := [other for other in parameters if other.endswith(ending)]:
+            return ", ".join(same[:2])
+    return ", ".join(list(parameters)[:2]) or "a model without parameters"
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether it is loaded by transformers' rules. Does not import transformers."""
+    module = sys.modules.get("transformers.modeling_utils")
+    return module is not None and isinstance(model, module.PreTrainedModel)
+
+
+class _Renaming:
+    """What ``from_pretrained`` does to a tensor's name, by transformers' own functions."""
+
+    def __init__(self, model: Any, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._prefix: str = model.base_model_prefix
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+            # What loading has really used; a model that was never loaded has what would be used.
+            used = getattr(model, "_weight_conversions", None)
+            mapping = get_model_conversion_mapping(model) if used is None else copy.deepcopy(used)
+            self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+            self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+            if len(self._renamings) + len(self._converters) != len(mapping):
+                raise TypeError("a conversion of an unknown kind")
+            self._rename = rename_source_key
+            self.live("weight")  # tells now whether the function still is what this was written for
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise MismatchError(
+                f"how this version of transformers names a model's weights is not known here: {error}",
+                hint="use a version of transformers that neftsurgery was tested with (see pyproject.toml)",
+            ) from error
+
+    def live(self, name: str) -> str:
+        """The parameter that tensor ``name`` becomes; refuses what is merged, split or transposed."""
+        live, converted = self._rename(
+            name, self._renamings, self._converters, self._prefix, self._parameters
+        )
+        if live not in self._parameters and name in self._parameters:  # as the loader has it
+            live, converted = self._rename(name, [], [], self._prefix, self._parameters)
+        if converted is not None:
+            raise MismatchError(
+                "transformers merges, splits or transposes this tensor when it loads the file, "
+                "so its neurons are none of the live model",
+                tensor=name,
+                found=f"live as {live}",
+                hint="choose neurons of other tensors",
+            )
+        return str(live)

@@ -1,0 +1,221 @@
+"""Trainer glue: a mixin that has a Trainer save, resume and compare the chosen neurons alone.
+
+A save is the folder ``checkpoint-N`` that the Trainer makes, with the patch, the values in float32 and
+what the Trainer keeps for itself (optimizer, schedule, random state), and nothing of the model. A
+mark, written last, names its files: a folder without it was not finished, and is never picked up.
+
+This is the only place that knows private methods of the Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..checkpoint.output import fsync, fsync_folder, staged_file
+from ..errors import CorruptFileError, MismatchError, UsageError, boundary
+from ..patch.patch import Patch
+from .attach import Attached
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:  # whichever Trainer stands behind it; importing one takes seconds
+    _Trainer = object
+
+__all__ = ["PATCH_NAME", "PatchSaving", "last_save"]
+
+PATCH_NAME = "neuron_patch.safetensors"
+_STATE_NAME = "neuron_state.safetensors"
+_MARK_NAME = "neuron_save.json"
+_SAVE = re.compile(r"checkpoint-(\d+)")
+
+
+class PatchSaving(_Trainer):
+    """Put it before a Trainer, and give that ``attached``::
+
+        class PatchTrainer(PatchSaving, Trainer): ...
+
+        attached = ns.attach(model, selection)
+        trainer = PatchTrainer(attached=attached, args=args, train_dataset=data)
+        trainer.train(resume_from_checkpoint=False)     # True: go on from the last complete save
+        attached.patch("neuron_patch.safetensors")
+
+    Works with ``transformers.Trainer`` and TRL's ``SFTTrainer``, in one process or under DDP. Saves hold the
+    patch and what resuming needs; ``load_best_model_at_end`` puts the best values in force.
+
+    Parameters
+    ----------
+    attached:
+        The neurons in training. ``model`` is theirs, and need not be given.
+
+    Raises
+    ------
+    UsageError
+        If ``model`` is another one, nothing is in training, or the Trainer shards or copies the model.
+    """
+
+    def __init__(self, model: Any = None, *args: Any, attached: Attached, **kwargs: Any) -> None:
+        if model is not None and model is not attached.model:
+            raise UsageError("the model is not the one that the neurons are attached to")
+        if not any(True for _ in attached.parameters()):
+            raise UsageError("no neuron is in training", hint="attach a selection, or a patch with trainable=True")
+        self.attached = attached
+        super().__init__(attached.model, *args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise UsageError(
+                "saving patches from a Trainer that shards the model is not supported",
+                hint="train in one process or under DDP, or shard the model in a loop of your own",
+            )
+        if self.args.n_gpu > 1:
+            raise UsageError(
+                "the Trainer would copy the model to several GPUs in one process",
+                hint="start it with `accelerate launch` or torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES)",
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. ``resume_from_checkpoint`` True: from the last complete save.
+
+        Raises
+        ------
+        UsageError
+            If there is no complete save to resume from.
+        """
+        if resume_from_checkpoint is True:
+            found = last_save(self.args.output_dir)
+            if found is None:
+                raise UsageError("there is no complete save to resume from", file=self.args.output_dir)
+            resume_from_checkpoint = str(found)
+        model: Any = self.attached.model
+        if not self._inputs_need_gradients():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        model.enable_input_require_grads()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            model.disable_input_require_grads()
+
+    def _inputs_need_gradients(self) -> bool:
+        """Reentrant checkpointing yields no gradient unless one of its inputs asks for one."""
+        args: Any = self.args
+        for kind in ("activation_checkpointing", "gradient_checkpointing"):  # the new name, and the old
+            if getattr(args, kind, None):
+                options = getattr(args, f"{kind}_kwargs", None)
+                return bool(options and options.get("use_reentrant"))
+        return False
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.attached.patch(folder / PATCH_NAME, force=True).close()
+        state = {name: tensor.cpu().contiguous() for name, tensor in self.attached.state_dict().items()}
+        save_file(state, folder / _STATE_NAME)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        args: Any = self.args
+        saves = Path(self._get_output_dir(trial))
+        save = saves / f"checkpoint-{self.state.global_step}"
+        if args.should_save and save.exists():  # half a one, or another run's
+            _remove(save)
+        self.accelerator.wait_for_everyone()
+        # The Trainer removes old saves before this one is marked; so it is done here, after.
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # every process adds its random state
+        if args.should_save:
+            _mark(save)
+            _rotate(saves, limit, self.state.best_model_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        save = Path(resume_from_checkpoint)
+        if not _is_complete(save):
+            raise UsageError(
+                "this save is not complete: the run was stopped while it was written",
+                file=save,
+                hint="resume_from_checkpoint=True takes the last complete one",
+            )
+        self._take(save)
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if not best.exists():  # the run was moved
+            best = Path(str(self.args.output_dir)) / best.name
+        self._take(best)
+
+    @boundary
+    def _take(self, save: Path) -> None:
+        """Put the values of a save in force."""
+        with Patch.load(save / PATCH_NAME) as patch:
+            there, here = patch.base.get("fingerprint"), self.attached.base.get("fingerprint")
+        if there is not None and here is not None and there != here:
+            raise MismatchError("the save is of neurons of another base", file=save, expected=there, found=here)
+        try:
+            state = load_file(save / _STATE_NAME)
+        except SafetensorError as error:
+            raise CorruptFileError(f"the values in training cannot be read: {error}", file=save) from error
+        self.attached.load_state_dict(state)
+
+
+def last_save(folder: str | os.PathLike[str] | None) -> Path | None:
+    """The last complete save in a Trainer's ``output_dir``; None if there is none."""
+    complete = (save for _, save in _saves(Path(str(folder))) if _is_complete(save))
+    return next(complete, None)
+
+
+def _saves(folder: Path) -> Iterator[tuple[int, Path]]:
+    """The saves in ``folder`` with their steps, the last first, complete or not."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    found = ((int(match[1]), folder / match[0]) for match in map(_SAVE.fullmatch, names) if match)
+    yield from sorted(found, reverse=True)
+
+
+def _mark(save: Path) -> None:
+    """Have everything on disk, then say so."""
+    files = {}
+    for path in sorted(save.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                fsync(file.fileno())
+            files[path.relative_to(save).as_posix()] = path.stat().st_size
+    fsync_folder(save)
+    with staged_file(save / _MARK_NAME, force=True) as mark:
+        mark.write_at(json.dumps({"version": 1, "files": files}).encode(), 0)
+
+
+def _is_complete(save: Path) -> bool:
+    try:
+        files = json.loads((save / _MARK_NAME).read_bytes())["files"]
+        return bool(files) and all((save / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Keep ``limit`` saves: the last, the best, and the latest others; half ones go."""
+    if limit is None or limit < 1:
+        return
+    saves = [save for _, save in _saves(folder)]
+    last, *earlier = [save for save in saves if _is_complete(save)]
+    kept = [last, *(save for save in earlier if best is not None and save.name == Path(best).name)]
+    kept += [save for save in earlier if save not in kept][: max(0, limit - len(kept))]
+    for save in saves:
+        if save not in kept:
+            _remove(save)
+
+
+def _remove(save: Path) -> None:
+    """Take a save away, its mark first: half of it must not look whole."""
+    (save / _MARK_NAME).unlink(missing_ok=True)
+    shutil.rmtree(save)

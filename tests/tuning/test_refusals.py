@@ -1,0 +1,303 @@
+"""What does not fit is refused with a clear error, and nothing has changed by then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from tuning_support import bits, gpt2, llama, saved, select
+
+import neftsurgery as ns
+from neftsurgery.checkpoint.header import TensorInfo
+from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.selection.selection import Chosen
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def selection(
+    name: str, shape: tuple[int, ...], axes: tuple[int, ...], index: list[int], kind: str = "F32"
+) -> Any:
+    chosen = Chosen(TensorInfo(name, kind, shape), Layout(shape, axes), np.array(index, np.int64))
+    return ns.Selection({name: chosen}, {})
+
+
+MISSING = "model.layers.7.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+FIT, USE = ns.MismatchError, ns.UsageError
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "no such tensor": (selection(MISSING, (24, 16), (0,), [1]), FIT, "no such weight"),
+    "another shape": (selection(UP, (24, 17), (0,), [1]), FIT, r"expected \[24, 17\], found \[24, 16\]"),
+    "codes": (selection(UP, (24, 16), (0,), [1], "F8_E4M3"), FIT, "found F8_E4M3"),
+    "wider than the model": (
+        selection(UP, (24, 16), (0,), [1], "F64"),
+        FIT,
+        "expected F64, found torch.float32",
+    ),
+    "narrower than its values": (selection(UP, (24, 16), (0,), [1], "BF16"), FIT, "BF16 cannot hold"),
+    "nothing": (ns.Selection({}, {}), FIT, "no neuron is chosen"),
+    "a norm": (selection("model.norm.weight", (16,), (0,), [1]), USE, "neurons of a LlamaRMSNorm"),
+    "all axes": (selection(UP, (24, 16), (0, 1), [1]), USE, r"along axes \[0, 1\] of a Linear"),
+    "embedding columns": (selection(EMBEDDING, (50, 16), (1,), [1]), USE, r"along axes \[1\] of a Embedding"),
+    "no selection": ("up_proj", USE, "takes a Selection or a Patch"),
+}
+
+
+@pytest.mark.parametrize(("what", "error", "says"), WRONG.values(), ids=WRONG)
+def test_a_selection_that_does_not_fit(what: Any, error: type[Exception], says: str) -> None:
+    model = llama()
+    before = bits(model.state_dict())
+    with pytest.raises(error, match=says) as caught:
+        ns.attach(model, what)
+    if isinstance(what, ns.Selection) and what.tensors:
+        assert next(iter(what.tensors)) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert bits(model.state_dict()) == before
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("_neurons" in m.__dict__ or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_the_second_tensor_is_wrong() -> None:
+    """Nothing of the first is attached either."""
+    model = llama()
+    good = select(model, {UP: ([0], [1])})
+    bad = selection("model.norm.weight", (16,), (0,), [1])
+    with pytest.raises(ns.UsageError):
+        ns.attach(model, ns.Selection({**good.tensors, **bad.tensors}, {}))
+    assert all(p.requires_grad for p in model.parameters())
+    assert len(list(model.parameters())) == len(list(llama().parameters()))
+
+
+def test_a_base_that_is_another(tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path / "base")
+    chosen = select(model, {UP: ([0], [1, 2, 3])})
+    with torch.no_grad():
+        model.get_parameter(UP)[2, 0] += 1
+    with pytest.raises(ns.MismatchError, match="1 of 3 that differ") as caught:
+        ns.attach(model, chosen)
+    assert "base=False" in str(caught.value)
+    assert str(tmp_path / "base") in str(caught.value)
+    with ns.attach(model, chosen, base=False) as attached, attached.patch() as patch:
+        assert patch.base["fingerprint"] is None
+    model = saved(llama(intermediate_size=32), tmp_path / "other")
+    with pytest.raises(ns.MismatchError, match=r"found F32 \[24, 16\]"):
+        ns.attach(model, select(model, {UP: ([0], [1])}), base=tmp_path / "base")
+    with pytest.raises(ns.UsageError, match="no such file"):
+        ns.attach(model, select(model, {UP: ([0], [1])}), base=tmp_path / "nowhere")
+
+
+def test_a_base_whose_files_are_gone(tmp_path: Path) -> None:
+    """Then the live weights are the base."""
+    model = saved(llama(), tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with ns.attach(model, select(model, {UP: ([0], [1])})) as attached, attached.patch() as patch:
+        assert patch.base == {"name": "base", "fingerprint": None}
+        assert ns.verify(tmp_path / "moved", patch).state == "patched"  # nothing was trained: both
+
+
+def test_a_base_that_changes_meanwhile(tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path / "base")
+    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
+    llama(initializer_range=0.1).save_pretrained(tmp_path / "base")
+    with pytest.raises(ns.MachineError, match="changed by someone else"):
+        attached.patch(tmp_path / "patch")
+    assert not (tmp_path / "patch").exists()
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    model = llama()
+    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
+    attached.patch(tmp_path / "patch").close()
+    with pytest.raises(ns.UsageError, match="exists"):
+        attached.patch(tmp_path / "patch")
+    attached.patch(tmp_path / "patch", force=True).close()
+
+
+def test_after_detach() -> None:
+    model = llama()
+    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
+    optimizer = torch.optim.AdamW(attached.parameters())
+    attached.detach()
+    before = bits(model.state_dict())
+    calls: list[Callable[[], Any]] = [
+        attached.detach,
+        attached.patch,
+        attached.refresh,
+        attached.state_dict,
+        lambda: list(attached.parameters()),
+    ]
+    for call in calls:
+        with pytest.raises(ns.UsageError, match="detached"):
+            call()
+    with pytest.raises(ns.UsageError, match="an optimizer steps on neurons that were detached"):
+        optimizer.step()
+    assert bits(model.state_dict()) == before
+    again = ns.attach(model, select(model, {UP: ([0], [1])}))
+    torch.optim.AdamW(again.parameters()).step()
+    with pytest.raises(ns.UsageError, match="detached"):
+        optimizer.step()
+
+
+def test_twice() -> None:
+    model = llama()
+    ns.attach(model, select(model, {UP: ([0], [1])}))
+    with pytest.raises(ns.UsageError, match="being trained already"):
+        ns.attach(model, select(model, {"lm_head.weight": ([0], [1])}))
+
+
+def test_a_state_of_another_selection() -> None:
+    first, second = llama(), llama()
+    state = ns.attach(first, select(first, {UP: ([0], [1, 2])})).state_dict()
+    attached = ns.attach(second, select(second, {UP: ([0], [1, 3])}))
+    with pytest.raises(ns.MismatchError, match="other neurons"):
+        attached.load_state_dict(state)
+    with pytest.raises(ns.MismatchError, match="another selection"):
+        attached.load_state_dict({})
+
+
+def test_casting_the_model_afterwards() -> None:
+    model = llama()
+    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
+    optimizer = torch.optim.SGD(attached.parameters())
+    model.to(torch.bfloat16)
+    with pytest.raises(ns.UsageError, match="were cast"):
+        optimizer.step()
+    attached.detach()
+    assert bits(model.state_dict()) == bits(llama().to(torch.bfloat16).state_dict())
+
+
+def test_a_weight_that_is_replaced() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    ns.attach(model, select(model, {"0.weight": ([0], [1])}))
+    model[0].weight = nn.Parameter(torch.zeros(4, 3))
+    with pytest.raises(ns.UsageError, match="replaced"):
+        model(torch.zeros(1, 3))
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _offloaded() -> nn.Module:
+    layer = nn.Linear(3, 4)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    return layer
+
+
+LAYERS: dict[str, tuple[Any, str]] = {
+    "another forward": (lambda: _Scaled(3, 4), "neurons of a _Scaled"),
+    "another tool's forward": (_offloaded, "replaced by another tool"),
+    "offloaded": (lambda: nn.Linear(3, 4, device="meta"), "not in memory"),
+    "circular": (lambda: nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), "padding is 'circular'"),
+    "lopsided": (lambda: nn.Conv1d(3, 4, 2, padding="same"), "on one side more"),
+    "transposed": (lambda: nn.ConvTranspose1d(3, 4, 3), "neurons of a ConvTranspose1d"),
+    "renormalising": (lambda: nn.Embedding(4, 3, max_norm=1.0), "renormalises"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2).out_proj, "NonDynamicallyQuantizableLinear"),
+}
+
+
+@pytest.mark.parametrize(("make", "says"), LAYERS.values(), ids=LAYERS)
+def test_layers_that_cannot_be_trained(make: Any, says: str) -> None:
+    model = nn.Sequential(make())
+    with pytest.raises(ns.UsageError, match=says):
+        ns.attach(model, select(model, {"0.weight": ([0], [1])}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch of itself
+def test_wrapped_models() -> None:
+    model = llama()
+    chosen = select(model, {UP: ([0], [1])})
+    with pytest.raises(ns.UsageError, match="wrapped in OptimizedModule"):
+        ns.attach(torch.compile(model), chosen)
+    with pytest.raises(ns.UsageError, match="wrapped in DataParallel"):
+        ns.attach(nn.DataParallel(model), chosen)
+
+
+def test_a_mode_that_is_none() -> None:
+    model = llama()
+    with pytest.raises(ns.UsageError, match="no such mode"):
+        ns.attach(model, select(model, {UP: ([0], [1])}), mode="additive")  # type: ignore[arg-type]
+    with pytest.raises(ns.UsageError, match="no values"):
+        ns.attach(model, select(model, {UP: ([0], [1])}), trainable=False)
+
+
+class _Int8(nn.Linear):
+    """Quantized in the manner of bitsandbytes: codes with a scale, and a forward pass of its own."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        codes = (layer.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        if layer.bias is not None:
+            self.bias = nn.Parameter(layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_quantized_base(tmp_path: Path, axis: int) -> None:
+    """The chosen neurons start from the files' values, and train over a base that stays as it is."""
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+    save_file(plain.state_dict(), tmp_path / "base")
+    chosen = select(plain, {"0.weight": ([axis], [1, 3]), "0.bias": ([0], [0, 1])})
+    model = nn.Sequential(_Int8(plain[0]), nn.ReLU(), plain[2])
+    before = bits(model.state_dict())
+    with pytest.raises(ns.UsageError, match="is quantized"):
+        ns.attach(model, chosen)
+    with pytest.raises(ns.UsageError, match="cannot hold values"):
+        ns.attach(model, chosen, base=tmp_path / "base", mode="scatter")
+    attached = ns.attach(model, chosen, base=tmp_path / "base")
+    x = torch.randn(4, 5)
+    mixed = (model[0].weight.float() * model[0].scale).movedim(axis, 0).clone()
+    mixed[[1, 3]] = plain[0].weight.detach().movedim(axis, 0)[[1, 3]]
+    weight = mixed.movedim(0, axis).requires_grad_()
+    expected = plain[2](torch.relu(nn.functional.linear(x, weight, plain[0].bias)))
+    torch.testing.assert_close(model(x), expected)
+    (of_dense,) = torch.autograd.grad(expected.sum(), weight)
+    optimizer = torch.optim.SGD(attached.parameters(), lr=0.1)
+    model(x).sum().backward()
+    rows = dict(attached.named_parameters())["0.weight_neurons"]
+    torch.testing.assert_close(rows.grad, of_dense.movedim(axis, 0)[[1, 3]])
+    assert dict(attached.named_parameters())["0.bias_neurons"].grad.abs().max() > 0
+    optimizer.step()
+    with attached.patch() as patch:
+        ns.apply(tmp_path / "base", patch, out=tmp_path / "patched")
+    patched = load_file(tmp_path / "patched")["0.weight"].movedim(axis, 0)
+    assert torch.equal(patched[[1, 3]], rows.detach())
+    attached.detach()
+    assert bits(model.state_dict()) == before
+
+
+def test_the_hub_cache_is_found_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the Hub says its id; its files are in the cache, and nothing is fetched."""
+    import huggingface_hub
+
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    model = saved(llama(), snapshot)
+    model.name_or_path = model.config._name_or_path = "org/name"
+    found = str(snapshot / "config.json")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: found)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with ns.attach(model, select(model, {UP: ([0], [1])})) as attached, attached.patch() as patch:
+        assert (patch.base["repo"], patch.base["revision"]) == ("org/name", "0123abcd")
+        assert patch.base["fingerprint"] is not None
+
+
+def test_nothing_is_said_where_nothing_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = saved(gpt2(), tmp_path / "base")
+    with caplog.at_level(logging.INFO, "neftsurgery"):
+        ns.attach(model, select(model, {"transformer.h.0.mlp.c_fc.weight": ([1], [1])})).detach()
+    assert not [r for r in caplog.records if r.name.startswith("neftsurgery")]

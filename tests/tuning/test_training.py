@@ -1,0 +1,404 @@
+"""Training the chosen neurons is training a full model whose other weights are held fixed, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from tuning_support import FAMILIES, batch, bits, gpt2, llama, others, rows_of, saved, select, vectors
+
+import neftsurgery as ns
+
+MODES = ("scatter", "overlay")
+
+
+def held_fixed(model: nn.Module, picks: Any, steps: int, **options: Any) -> nn.Module:
+    """The oracle: a full model, full gradients, AdamW; after each step all that is not chosen is put back."""
+    twin = copy.deepcopy(model)
+    before = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    optimizer = torch.optim.AdamW([twin.get_parameter(name) for name in picks], **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        twin(**batch(step)).loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, (axes, index) in picks.items():
+                weight = twin.get_parameter(name)
+                mask = torch.zeros(weight.shape, dtype=torch.bool)
+                mask.movedim(axes[0], 0)[list(index)] = True
+                weight.copy_(torch.where(mask, weight, before[name]))
+    return twin
+
+
+def train(model: nn.Module, attached: ns.Attached, steps: int, **options: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(attached.parameters(), **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+ADAM = {"lr": 1e-2, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_with_weight_decay(family: str, mode: Any) -> None:
+    make, picks = FAMILIES[family]
+    model = make()
+    before = bits(model.state_dict())
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    oracle = held_fixed(model, picks, 10, **ADAM)
+    attached = ns.attach(model, select(model, picks), mode=mode)
+    train(model, attached, 10, **ADAM)
+    for name, (axes, index) in picks.items():
+        expected = vectors(oracle.get_parameter(name).detach(), axes, index)
+        assert not torch.equal(expected, vectors(tensors[name], axes, index))
+        torch.testing.assert_close(rows_of(attached, name).detach(), expected, rtol=1e-6, atol=1e-6)
+        weight = model.get_parameter(name).detach()
+        assert torch.equal(others(weight, axes, index), others(tensors[name], axes, index))
+        now = rows_of(attached, name).detach() if mode == "scatter" else vectors(tensors[name], axes, index)
+        assert torch.equal(vectors(weight, axes, index), now)
+    now = bits(model.state_dict())
+    assert list(now) == list(before)
+    homes = {model.get_parameter(name).data_ptr() for name in picks}
+    assert all(model.state_dict()[n].data_ptr() in homes for n in now if now[n] != before[n])
+    attached.detach()
+    assert bits(model.state_dict()) == before
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_everything_else_that_training_does(mode: Any) -> None:
+    """Clipping, accumulation and an optimizer over all parameters, decay included, leave other bits alone."""
+    model = llama()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # left over from something earlier
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    picks = FAMILIES["llama"][1]
+    attached = ns.attach(model, select(model, picks), mode=mode)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(2):
+            (model(**batch(2 * step + part)).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+    for name, now in model.state_dict().items():
+        axes, index = picks.get(name, ([0], []))
+        assert torch.equal(others(now, axes, index), others(before[name], axes, index)), name
+    assert not torch.equal(rows_of(attached, "lm_head.weight"), before["lm_head.weight"][[2, 49]])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulation_is_one_large_batch(mode: Any) -> None:
+    model, picks = llama(), FAMILIES["llama"][1]
+    whole = batch(size=4)
+    ns.attach(model, select(model, picks), mode=mode)
+    model(**whole).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for half in (slice(0, 2), slice(2, 4)):
+        (model(**{key: value[half] for key, value in whole.items()}).loss / 2).backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(mode: Any, reentrant: bool) -> None:
+    model, picks = llama(), FAMILIES["llama"][1]
+    attached = ns.attach(model, select(model, picks), mode=mode)
+    model.train()
+    model(**batch()).loss.backward()
+    expected = [p.grad.clone() for p in attached.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:  # as for every frozen base: torch sees no gradient to compute otherwise
+        model.enable_input_require_grads()
+    model(**batch(), use_cache=False).loss.backward()
+    for parameter, gradient in zip(attached.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast(family: str, mode: Any) -> None:
+    """bfloat16 computation over float32 weights: as close to the dense gradient as dense bfloat16 is."""
+    make, picks = FAMILIES[family]
+    model = make()
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = twin(**batch()).loss
+    expected.backward()
+    attached = ns.attach(model, select(model, picks), mode=mode)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch()).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-2)
+    loss.backward()
+    for name, (axes, index) in picks.items():
+        dense = vectors(twin.get_parameter(name).grad, axes, index)
+        mine = rows_of(attached, name).grad
+        assert mine.dtype == torch.float32
+        assert (mine - dense).norm() <= 0.05 * dense.norm(), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_steps_are_not_lost_in_bfloat16(mode: Any) -> None:
+    """The values are float32 whatever the base is; the weight holds them rounded, as it is computed with."""
+    model = llama().to(torch.bfloat16)
+    picks = {"model.layers.0.mlp.up_proj.weight": ([0], [1, 5])}
+    attached = ns.attach(model, select(model, picks), mode=mode)
+    (rows,) = attached.parameters()
+    start = rows.detach().clone()
+    train(model, attached, 20, lr=1e-5, weight_decay=0)
+    moved = (rows.detach() - start).abs()
+    assert rows.dtype == torch.float32
+    assert float(moved.max()) > 1.5e-4 / 20
+    assert float((moved > 0).float().mean()) > 0.99
+    if mode == "scatter":
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert torch.equal(weight[[1, 5]], rows.detach().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch of itself
+def test_compiled_without_graph_breaks(mode: Any, backend: str) -> None:
+    """One graph, and it sees what the optimizer has written since."""
+    torch.compiler.reset()
+    model, twin = gpt2(), gpt2()
+    picks = FAMILIES["gpt2"][1]
+    plain, attached = (ns.attach(m, select(m, picks), mode=mode) for m in (twin, model))
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    optimizers = [torch.optim.SGD(a.parameters(), lr=0.5) for a in (plain, attached)]
+    for step in range(3):
+        losses = []
+        for run, optimizer in zip((twin, compiled), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = _loss(run, step)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for one in (plain, attached):
+            for parameter in one.parameters():
+                parameter.add_(0.1)
+            one.refresh()
+    torch.testing.assert_close(_loss(compiled, 9), _loss(twin, 9), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch of itself
+def test_a_model_that_is_compiled_already(mode: Any) -> None:
+    """Its graph is not used for what it does not know of: neither after attach nor after detach."""
+    torch.compiler.reset()
+    model, ids = llama(), batch()["input_ids"]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = compiled(input_ids=ids).logits
+    attached = ns.attach(model, select(model, FAMILIES["llama"][1]), mode=mode)
+    compiled(input_ids=ids).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in attached.parameters())
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter.add_(1)
+    attached.refresh()
+    assert not torch.allclose(compiled(input_ids=ids).logits, before)
+    attached.detach()
+    assert torch.equal(compiled(input_ids=ids).logits, before)
+
+
+def _loss(model: Any, seed: int) -> Tensor:
+    ids = batch(seed)["input_ids"]
+    return nn.functional.cross_entropy(
+        model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+
+
+CHANGES: dict[str, Callable[[ns.Attached, nn.Parameter], Any]] = {
+    "in place": lambda attached, rows: rows.add_(1),
+    "copied": lambda attached, rows: rows.copy_(rows + 1),
+    "by an optimizer": lambda attached, rows: _step(rows),
+    "by an optimizer that writes to data": lambda attached, rows: _DataStep([rows], {}).step(),
+    "loaded": lambda attached, rows: attached.load_state_dict(
+        {n: t + 1 if not n.endswith("index") else t for n, t in attached.state_dict().items()}
+    ),
+    "behind torch's back": lambda attached, rows: (rows.data.add_(1), attached.refresh()),
+}
+
+
+class _DataStep(torch.optim.Optimizer):
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(1)
+
+
+def _step(rows: nn.Parameter) -> None:
+    rows.grad = torch.full_like(rows, -1)
+    torch.optim.SGD([rows], lr=1).step()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_to_change_the_values_is_noticed(mode: Any, change: Any) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False))
+    attached = ns.attach(model, select(model, {"0.weight": ([0], [1, 3])}), mode=mode)
+    expected = model[0].weight.detach().clone()
+    expected[[1, 3]] += 1
+    (rows,) = attached.parameters()
+    with torch.no_grad():
+        change(attached, rows)
+    torch.testing.assert_close(model(torch.eye(3)).detach(), expected.t(), rtol=0, atol=0)
+
+
+def test_the_weight_is_written_when_it_is_stale_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3)
+    attached = ns.attach(model, select(model, {"0.weight": ([0], [1])}))
+    versions = [model[0].weight._version]
+    for _ in range(3):
+        model(x).sum().backward()
+        versions.append(model[0].weight._version)
+    assert len(set(versions)) == 1
+    _step(next(attached.parameters()))
+    model(x)
+    model(x)
+    assert model[0].weight._version == versions[0] + 1
+
+
+def test_loading_a_base_does_not_take_the_values_out() -> None:
+    model = llama()
+    base = {name: t.clone() for name, t in model.state_dict().items()}
+    attached = ns.attach(model, select(model, {"lm_head.weight": ([0], [4])}))
+    train(model, attached, 1, **ADAM)
+    logits = model(**batch()).logits
+    assert not model.load_state_dict(base).missing_keys
+    assert torch.equal(model(**batch()).logits, logits)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resuming_is_going_on(mode: Any) -> None:
+    """Values and optimizer state saved, and both loaded into new objects: the same bits after more steps."""
+    picks = FAMILIES["llama"][1]
+    model = llama()
+    attached = ns.attach(model, select(model, picks), mode=mode)
+    optimizer = train(model, attached, 3, **ADAM)
+    state = pickle.loads(pickle.dumps((attached.state_dict(), optimizer.state_dict())))
+    again = llama()
+    resumed = ns.attach(again, select(again, picks), mode=mode)
+    resumed.load_state_dict(state[0])
+    continued = torch.optim.AdamW(resumed.parameters(), **ADAM)
+    continued.load_state_dict(state[1])
+    for one, step in ((model, optimizer), (again, continued)):
+        for seed in (7, 8):
+            step.zero_grad()
+            one(**batch(seed)).loss.backward()
+            step.step()
+    for mine, theirs in zip(attached.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert bits(model.state_dict()) == bits(again.state_dict())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_deep_copy_is_a_model_of_its_own(mode: Any) -> None:
+    model = llama()
+    attached = ns.attach(model, select(model, FAMILIES["llama"][1]), mode=mode)
+    twin = copy.deepcopy(model)
+    logits = model(**batch()).logits
+    assert torch.equal(twin(**batch()).logits, logits)
+    rows = [p for n, p in twin.named_parameters() if n.endswith("_neurons")]
+    assert len(rows) == len(list(attached.parameters()))
+    twin(**batch()).loss.backward()
+    assert all(p.grad is None for p in attached.parameters())
+    with torch.no_grad():
+        for parameter in rows:
+            assert parameter.grad is not None
+            parameter.add_(1)
+    assert not torch.equal(twin(**batch()).logits, logits)
+    assert torch.equal(model(**batch()).logits, logits)
+
+
+def test_a_model_with_neurons_cannot_be_pickled() -> None:
+    model = llama()
+    attached = ns.attach(model, select(model, {"lm_head.weight": ([0], [4])}))
+    with pytest.raises(ns.UsageError, match="cannot be pickled"):
+        pickle.dumps(model)
+    attached.detach()
+    pickle.dumps(model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_then_apply_then_load(tmp_path: Path, family: str, mode: Any) -> None:
+    """The files with the patch are the live model: logits, bit for bit where the weights hold the values."""
+    make, picks = FAMILIES[family]
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        model = saved(make().to(dtype), folder)
+        attached = ns.attach(model, select(model, picks), mode=mode)
+        train(model, attached, 3, **ADAM)
+        patch = attached.patch(tmp_path / f"{dtype}.patch", reversible=True)
+        assert patch.base["fingerprint"] is not None
+        ns.apply(folder, patch, out=folder.with_name("patched"), force=True)
+        logits = model(**batch()).logits
+        loaded = type(model).from_pretrained(folder.with_name("patched"), dtype="auto")(**batch()).logits
+        if mode == "scatter":
+            assert torch.equal(loaded, logits)
+        assert (loaded - logits).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * logits.norm()
+        ns.revert(folder.with_name("patched"), patch, out=folder.with_name("back"), force=True)
+        assert ns.verify(folder.with_name("back"), patch).state == "base"
+        patch.close()
+
+
+def test_the_model_can_be_saved_while_its_neurons_train(tmp_path: Path) -> None:
+    """As a full model: its own tensors and no others; a scatter's are those of the trained model."""
+    model = saved(llama(), tmp_path / "base")
+    attached = ns.attach(model, select(model, FAMILIES["llama"][1]))
+    train(model, attached, 2, **ADAM)
+    logits = model(**batch()).logits
+    again = saved(model, tmp_path / "whole")
+    assert torch.equal(again(**batch()).logits, logits)
+    model.load_state_dict(again.state_dict(), strict=True)
+
+
+def test_a_patch_of_a_wider_live_type(tmp_path: Path) -> None:
+    """bfloat16 files loaded as float32: the patch has the files' type and fits them."""
+    saved(llama().to(torch.bfloat16), tmp_path / "base")
+    model = type(llama()).from_pretrained(tmp_path / "base", dtype=torch.float32)
+    picks = FAMILIES["llama"][1]
+    attached = ns.attach(model, select(model, picks, "BF16"))
+    train(model, attached, 2, **ADAM)
+    with attached.patch() as patch:
+        assert {tensor.info.dtype for tensor in patch.tensors.values()} == {"BF16"}
+        ns.apply(tmp_path / "base", patch, out=tmp_path / "patched")
+    loaded = type(model).from_pretrained(tmp_path / "patched", dtype=torch.float32)
+    for name, (axes, index) in picks.items():
+        expected = rows_of(attached, name).detach().to(torch.bfloat16).float()
+        assert torch.equal(vectors(loaded.get_parameter(name), axes, index), expected)
+
+
+def test_a_patch_of_a_model_without_files(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    before: dict[str, Tensor] = {n: t.clone() for n, t in model.state_dict().items()}
+    from safetensors.torch import load_file, save_file
+
+    save_file(before, tmp_path / "base.safetensors")
+    attached = ns.attach(model, select(model, {"0.weight": ([1], [0, 2]), "0.bias": ([0], [3])}))
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter.mul_(2)
+    attached.refresh()
+    with attached.patch() as patch:
+        assert patch.base["fingerprint"] is None
+        ns.apply(tmp_path / "base.safetensors", patch, out=tmp_path / "out.safetensors")
+    assert bits(dict(sorted(load_file(tmp_path / "out.safetensors").items()))) == bits(
+        dict(sorted(model.state_dict().items()))
+    )
