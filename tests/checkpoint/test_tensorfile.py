@@ -20,12 +20,15 @@ from safetensors import deserialize, safe_open
 from safetensors.numpy import load_file
 from support import write_file
 
+from neftsurgery.checkpoint import tensorfile
 from neftsurgery.checkpoint.dtypes import DTYPES
 from neftsurgery.checkpoint.header import TensorInfo, read_header
 from neftsurgery.checkpoint.tensorfile import (
     TensorFile,
     TensorFileWriter,
     read_exactly,
+    read_rows_exactly,
+    stretches,
     write_exactly,
     written_file,
 )
@@ -199,6 +202,63 @@ def test_writes_from_several_threads(tmp_path: Path) -> None:
             thread.join()
         written.writer.finish({})
     np.testing.assert_array_equal(load_file(out)["a"], rows)
+
+
+@pytest.mark.parametrize("held", [1, 300, 1 << 20])
+def test_small_writes_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    """They are held back and joined; large ones go past them; nothing is lost or moved."""
+    monkeypatch.setattr(tensorfile, "_HELD_BYTES", held)
+    monkeypatch.setattr(tensorfile, "_SMALL_BYTES", 100)
+    arrays = {f"t{n}": RNG.integers(0, 99, size, dtype=np.int64) for n, size in enumerate((3, 1, 40, 7, 2))}
+    out = tmp_path / "x.safetensors"
+    with written_file([TensorInfo(n, "I64", a.shape) for n, a in arrays.items()], {}, out) as written:
+        places = [(name, row) for name, array in arrays.items() if name != "t2" for row in range(len(array))]
+        for place in RNG.permutation(len(places)):
+            name, row = places[place]
+            written.writer.write(name, row, arrays[name][row : row + 1])
+        written.writer.write("t2", 0, arrays["t2"])
+        written.writer.finish({})
+    for name, array in load_file(out).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_tensors_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {name: RNG.standard_normal(size) for name, size in zip("abcde", (4, 0, 3, 9, 1), strict=True)}
+    arrays["f"] = np.arange(3, dtype=np.float32)
+    with TensorFile.open(write_file(tmp_path / "x.safetensors", arrays)) as file:
+        reads: list[int] = []
+
+        def noting(fd: int, buffer: memoryview, *rest: Any) -> None:
+            reads.append(len(buffer))
+            read_exactly(fd, buffer, *rest)
+
+        monkeypatch.setattr(tensorfile, "read_exactly", noting)
+        for names in ("a", "abcde", "ace", "edcba", "bb", ""):
+            expected = [arrays[name] for name in names]
+            found = file.joined(list(names))
+            np.testing.assert_array_equal(found, np.concatenate(expected) if names else [])
+        reads.clear()
+        assert len(file.joined(sorted("abcde", key=lambda n: file.header.offsets[n]))) == 17
+        assert [size for size in reads if size] == [17 * 8]
+        assert file.joined(["f"]).dtype == np.float32
+
+
+def test_rows_that_the_file_is_too_short_for(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(20)))
+    with open(path, "rb") as file:
+        out = np.zeros((3, 4), np.uint8)
+        read_rows_exactly(file.fileno(), 2, np.array([0, 1, 3]), out, path)
+        assert out.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [14, 15, 16, 17]]
+        with pytest.raises(CorruptFileError, match="too soon"):
+            read_rows_exactly(file.fileno(), 2, np.array([0, 3, 4]), out, path)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_stretches(dtype: type[np.integer]) -> None:
+    index = np.array([0, 1, 2, 5, 7, 8, 11], dtype)
+    assert list(stretches(index)) == [(0, 3, 0), (3, 4, 5), (4, 6, 7), (6, 7, 11)]
+    assert list(stretches(index[:0])) == []
 
 
 @pytest.mark.parametrize("start", [2, 3, -1])
