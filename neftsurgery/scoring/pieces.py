@@ -18,6 +18,7 @@ from .kernels import FORMATS
 __all__ = ["Job", "Piece", "joined", "tasks"]
 
 _PIECE_BYTES = 2 << 20  # of each side: what is read and summed at once stays in a processor's cache
+_LEAST_RUNS = 64
 _TASK_PIECES = 256  # small tensors share a task
 
 
@@ -80,7 +81,10 @@ def joined(pieces: Iterable[Piece], job: Job) -> Iterator[Piece]:
 def _pieces(number: int, job: Job) -> Iterator[Piece]:
     """Cut a tensor into pieces of about 2 MiB: whole runs, or, where a run is longer, parts of one."""
     total, run = job.info.elements, job.run
-    limit = max(8, _PIECE_BYTES * 8 // job.info.type.bits // 8 * 8)  # whole bytes for packed types
+    nbytes = _PIECE_BYTES
+    if job.across:  # their sums take 32 bytes an element of a run: worth it only for many runs
+        nbytes = min(max(nbytes, _LEAST_RUNS * job.info.type.nbytes(run)), 8 * nbytes)
+    limit = max(8, nbytes * 8 // job.info.type.bits // 8 * 8)  # whole bytes for packed types
     if run <= limit:
         step = max(limit // max(run, 1) * run, 1)
         for start in range(0, total, step):

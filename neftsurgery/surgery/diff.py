@@ -27,7 +27,7 @@ from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
 from .pairing import Pair, Scope, pair
 from .progress import Progress, Timing, silent
 
-__all__ = ["check_score", "describe_side", "diff", "score_pair"]
+__all__ = ["check_score", "describe_side", "describe_tensor", "diff", "score_pair"]
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def score_pair(
             **sides,
             **({"seed": seed} if score == "random" else {}),
             **plan.describe(),
-            "tensors": {t.info.name: _described(t) for t in plan.anatomy.scored},
+            "tensors": {t.info.name: describe_tensor(t) for t in plan.anatomy.scored},
         }
         room = dump(SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(plan, _WIDEST)})
         with written_file(list(_entries(plan)), room, out, force=force) as written:
@@ -163,7 +163,8 @@ def score_pair(
     return scores
 
 
-def _described(tensor: NeuronTensor) -> dict[str, Any]:
+def describe_tensor(tensor: NeuronTensor) -> dict[str, Any]:
+    """What a scores file says of a scored tensor."""
     entry: dict[str, Any] = {
         "shape": list(tensor.info.shape),
         "dtype": tensor.info.dtype,

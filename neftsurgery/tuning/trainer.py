@@ -66,7 +66,9 @@ class PatchSaving(_Trainer):
         if model is not None and model is not attached.model:
             raise UsageError("the model is not the one that the neurons are attached to")
         if not any(True for _ in attached.parameters()):
-            raise UsageError("no neuron is in training", hint="attach a selection, or a patch with trainable=True")
+            raise UsageError(
+                "no neuron is in training", hint="attach a selection, or a patch with trainable=True"
+            )
         self.attached = attached
         super().__init__(attached.model, *args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -77,7 +79,7 @@ class PatchSaving(_Trainer):
         if self.args.n_gpu > 1:
             raise UsageError(
                 "the Trainer would copy the model to several GPUs in one process",
-                hint="start it with `accelerate launch` or torchrun, or show it one GPU (CUDA_VISIBLE_DEVICES)",
+                hint="start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them",
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +162,9 @@ class PatchSaving(_Trainer):
         with Patch.load(save / PATCH_NAME) as patch:
             there, here = patch.base.get("fingerprint"), self.attached.base.get("fingerprint")
         if there is not None and here is not None and there != here:
-            raise MismatchError("the save is of neurons of another base", file=save, expected=there, found=here)
+            raise MismatchError(
+                "the save is of neurons of another base", file=save, expected=there, found=here
+            )
         try:
             state = load_file(save / _STATE_NAME)
         except SafetensorError as error:
