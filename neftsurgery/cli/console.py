@@ -59,14 +59,15 @@ class Console:
         click.echo(json.dumps(facts, allow_nan=False))
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
         """A bar on a terminal; see `neftsurgery.surgery.progress.Progress`."""
         if self.quiet or not sys.stderr.isatty():
             yield lambda done: None
             return
         from tqdm import tqdm
 
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False, file=sys.stderr) as bar:
+        scale = unit == "B"
+        with tqdm(total=total, desc=what, unit=unit, unit_scale=scale, leave=False, file=sys.stderr) as bar:
             yield bar.update
 
 

@@ -27,6 +27,7 @@ from .attach import Attached
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
+    from transformers.trainer_utils import TrainOutput
 else:  # whichever Trainer stands behind it; importing one takes seconds
     _Trainer = object
 
@@ -95,14 +96,29 @@ class PatchSaving(_Trainer):
             if found is None:
                 raise UsageError("there is no complete save to resume from", file=self.args.output_dir)
             resume_from_checkpoint = str(found)
+        if resume_from_checkpoint and (done := self._done(Path(resume_from_checkpoint))) is not None:
+            return done
         model: Any = self.attached.model
-        if not self._inputs_need_gradients():
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        model.enable_input_require_grads()
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            model.disable_input_require_grads()
+        if self._inputs_need_gradients():
+            model.enable_input_require_grads()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _done(self, save: Path) -> TrainOutput | None:
+        """The end of a run that was saved after its last step, where the Trainer would make one more."""
+        from transformers import TrainerState
+        from transformers.trainer_utils import TrainOutput
+
+        self._require_complete(save)
+        state = TrainerState.load_from_json(str(save / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._take(save)
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})
 
     def _inputs_need_gradients(self) -> bool:
         """Reentrant checkpointing yields no gradient unless one of its inputs asks for one."""
@@ -141,14 +157,16 @@ class PatchSaving(_Trainer):
             _rotate(saves, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        save = Path(resume_from_checkpoint)
+        self._require_complete(Path(resume_from_checkpoint))
+        self._take(Path(resume_from_checkpoint))
+
+    def _require_complete(self, save: Path) -> None:
         if not _is_complete(save):
             raise UsageError(
                 "this save is not complete: the run was stopped while it was written",
                 file=save,
                 hint="resume_from_checkpoint=True takes the last complete one",
             )
-        self._take(save)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
