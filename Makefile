@@ -1,5 +1,5 @@
 # On a fresh machine with Python 3.11+ and make:
-#   make demo    installs the light core and runs the main job (under a minute, no network but the package index)
+#   make demo    installs what training needs and runs the main job (a minute, no network but the package index)
 #   make test    installs what the tests need, and runs all checks and tests
 #   make quick   the tests without the slow ones
 #   make check   style, types, layers
@@ -15,7 +15,7 @@ ARGS   ?=
 
 .PHONY: demo test quick check bench format clean
 
-demo: $(VENV)/.core
+demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
 
 test: check
@@ -45,6 +45,10 @@ $(VENV)/.made:
 $(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
+
+$(VENV)/.train: $(VENV)/.made pyproject.toml constraints.txt
+	$(PIP) --editable ".[train]"
+	touch $@ $(VENV)/.core
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) --editable ".[test,check]"

@@ -1,4 +1,4 @@
-"""``python -m benchmarks files`` measures and renders; ``python -m benchmarks render`` only renders."""
+"""``python -m benchmarks files`` and ``... training`` measure and render; ``... render`` only renders."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 from benchmarks.files import options as files
-from benchmarks.files.suite import measure
+from benchmarks.files.suite import RESULTS, measure
 from benchmarks.page.markdown import render
+from benchmarks.page.training import render_training
+from benchmarks.training import options as training
+from benchmarks.training import suite as training_suite
 
 
 def main() -> None:
@@ -16,7 +19,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     suite = commands.add_parser("files", help="measure diff, extract, apply, in place; then render")
     files.add_arguments(suite)
-    page = commands.add_parser("render", help="make the page and the charts of what was measured")
+    steps = commands.add_parser("training", help="measure training steps; then render")
+    training.add_arguments(steps)
+    page = commands.add_parser("render", help="make the pages and the charts of what was measured")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
     if given.command == "files":
@@ -24,7 +29,15 @@ def main() -> None:
             suite.set_defaults(**files.QUICK)
             given = parser.parse_args()
         measure(files.Options.of(given))
-    render(given.out)
+    if given.command == "training":
+        if given.quick:
+            steps.set_defaults(**training.QUICK)
+            given = parser.parse_args()
+        training_suite.measure(training.Options.of(given))
+    if given.command != "training" and (given.out / RESULTS).exists():
+        render(given.out)
+    if given.command != "files" and (given.out / training_suite.RESULTS).exists():
+        render_training(given.out)
 
 
 if __name__ == "__main__":

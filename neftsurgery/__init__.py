@@ -31,10 +31,13 @@ if TYPE_CHECKING:
     from .selection.selection import Selection
     from .surgery.apply import apply, revert
     from .surgery.diff import diff
+    from .surgery.export import export_lora
     from .surgery.extract import extract
     from .surgery.inspect import inspect
+    from .surgery.merge import merge
     from .surgery.verify import Verification, verify
     from .tuning.attach import Attached, attach
+    from .tuning.trainer import PatchSaving
 
 __all__ = [
     "Attached",
@@ -44,6 +47,7 @@ __all__ = [
     "MismatchError",
     "NeftError",
     "Patch",
+    "PatchSaving",
     "Scores",
     "Selection",
     "UsageError",
@@ -52,8 +56,10 @@ __all__ = [
     "apply",
     "attach",
     "diff",
+    "export_lora",
     "extract",
     "inspect",
+    "merge",
     "open_checkpoint",
     "revert",
     "verify",
@@ -63,14 +69,17 @@ _HOMES = {
     "Attached": "tuning.attach",
     "Checkpoint": "checkpoint.checkpoint",
     "Patch": "patch.patch",
+    "PatchSaving": "tuning.trainer",
     "Scores": "selection.scores",
     "Selection": "selection.selection",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
     "attach": "tuning.attach",
     "diff": "surgery.diff",
+    "export_lora": "surgery.export",
     "extract": "surgery.extract",
     "inspect": "surgery.inspect",
+    "merge": "surgery.merge",
     "open_checkpoint": "checkpoint.opening",
     "revert": "surgery.apply",
     "verify": "surgery.verify",

@@ -61,16 +61,17 @@ def _charts(parts: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
 def _page(parts: dict[str, Any], folder: str, pictures: list[tuple[str, str]]) -> Iterator[str]:
     yield INTRODUCTION.format(folder=folder, results=RESULTS)
     yield "## What was asked, and what was found"
-    yield "\n".join(["| asked | found | |", "|---|---|---|", *map(_claim, claims(parts))])
+    yield "\n".join(["| asked | found | |", "|---|---|---|", *map(claim_row, claims(parts))])
     for file, caption in pictures:
         yield f"![{caption}]({folder}/{file})"
     for name, part in parts.items():
         yield from _section(name, part)
     yield "## Machines"
-    yield "\n".join(_machines(parts))
+    yield "\n".join(machines(parts))
 
 
-def _claim(claim: Claim) -> str:
+def claim_row(claim: Claim) -> str:
+    """A row of the table of demands."""
     verdict = {True: "yes", False: "**no**", None: ""}[claim.met]
     return f"| {claim.asked} | {claim.found} | {verdict} |"
 
@@ -166,7 +167,7 @@ def _hashes(files: dict[str, dict[str, str]]) -> str:
     return "\n".join(["| | threads | SHA-256 begins |", "|---|---|---|", *lines])
 
 
-def _machines(parts: dict[str, Any]) -> Iterator[str]:
+def machines(parts: dict[str, Any]) -> Iterator[str]:
     """Each machine once, with the parts measured on it."""
     found: dict[str, list[str]] = {}
     for name, part in parts.items():

@@ -21,7 +21,7 @@ __all__ = ["cli", "run"]
 
 # In the order a newcomer needs them. The help texts stand here so that `--help` loads no command.
 _COMMANDS = {
-    "demo": "See the whole round on a small checkpoint made on the spot.",
+    "demo": "See the whole round on a small model made on the spot.",
     "inspect": "What is in a checkpoint, scores, selection or patch.",
     "diff": "Score every neuron; stream both checkpoints, load neither.",
     "select": "Choose neurons from scores.",
@@ -29,6 +29,9 @@ _COMMANDS = {
     "apply": "Write a patched checkpoint.",
     "verify": "Is a checkpoint in the state before a patch, or after it?",
     "revert": "Take a patch out again, bit for bit.",
+    "merge": "Make one patch of several patches of one base.",
+    "export": "Write a patch as an exact LoRA adapter.",
+    "train": "Find the neurons that matter, train only them, and cut the patch.",
 }
 
 _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (

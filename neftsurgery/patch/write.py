@@ -56,12 +56,20 @@ class PatchWriter:
 
         May be called from any thread, in any order.
         """
-        before, after = digests(base), digests(values)
+        before = digests(base)
+        return before, self.write_values(name, start, before, values, base)
+
+    def write_values(self, name: str, start: int, before: Raw, values: Raw, base: Raw | None) -> Raw:
+        """As `write_rows`, where the digests of the replaced rows are known and the rows may not be.
+
+        Returns the digests after. A reversible patch needs ``base``.
+        """
         self._writer.write(f"{name}:value", start, values)
         self._writer.write(f"{name}:base_digest", start, before)
         if self._reversible:
+            assert base is not None  # whoever plans a reversible patch has them
             self._writer.write(f"{name}:base", start, base)
-        return before, after
+        return digests(values)
 
     def add_digests(self, name: str, before: Raw, after: Raw) -> None:
         """Take the digests of a tensor's next rows into its hashes: in index order."""

@@ -9,20 +9,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.pipeline import Limits
 from ..checkpoint.refusal import refuse_output
-from ..checkpoint.vectors import gather
 from ..errors import MismatchError, UsageError, boundary
-from ..patch.digests import digests
-from ..patch.patch import Patch, Raw
+from ..patch.patch import Patch
 from ..sources.resolve import is_hub_id
 from .files import folder_files
 from .operation import Rows, Surgery, operate, touched_files
 from .progress import Progress, Timing, silent
+from .replaced import BaseRows
 from .state import PatchState, check_fit, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert"]
@@ -167,7 +164,7 @@ def plan_revert(
         original = open_checkpoint(base)
         check_fit(original, patch)
         inputs.append(original.source.path)
-        read = _BaseRows(patch, original).read
+        read = BaseRows(patch, original).read
     elif patch.reversible:
         read = patch.base_values
     else:
@@ -177,26 +174,6 @@ def plan_revert(
             hint="name the checkpoint it was made from with --base (or make patches with --reversible)",
         )
     return _plan(checkpoint, [Rows(patch, read)], "base", out, in_place, force, limits, progress, inputs)
-
-
-class _BaseRows:
-    """The replaced vectors, from the base checkpoint; each is checked against its digest."""
-
-    def __init__(self, patch: Patch, base: Checkpoint) -> None:
-        self._patch, self._base = patch, base
-
-    def read(self, name: str, start: int, stop: int) -> Raw:
-        """As `Patch.base_values`."""
-        tensor = self._patch.tensors[name]
-        rows = gather(self._base, tensor.info, tensor.layout, self._patch.index(name)[start:stop])
-        if not np.array_equal(digests(rows), self._patch.base_digests(name, start, stop)):
-            raise MismatchError(
-                "this is not the base that the patch was made from",
-                file=self._base.name,
-                tensor=name,
-                hint="name the right one with --base",
-            )
-        return rows
 
 
 def _plan(

@@ -15,7 +15,6 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.document import dump
 from ..checkpoint.fingerprint import fingerprint
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.pipeline import Limits
 from ..checkpoint.refusal import refuse_output
 from ..checkpoint.tensorfile import TensorFileWriter, written_file
@@ -24,6 +23,7 @@ from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
 from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
+from .adapter import open_pair
 from .pairing import Pair, Scope, pair
 from .progress import Progress, Timing, silent
 
@@ -58,7 +58,8 @@ def diff(
     Parameters
     ----------
     base, tuned:
-        Checkpoints: a file, a folder, or a Hub id. They may be sharded differently.
+        Checkpoints: a file, a folder, or a Hub id. They may be sharded differently. ``tuned`` may be the
+        folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32.
     anatomy:
         What counts as a neuron: ``rows``, ``ffn`` or ``units``.
     score:
@@ -93,7 +94,7 @@ def diff(
     """
     check_score(score)
     limits = Limits.of(threads, memory)
-    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    first, second = open_pair(base, tuned)
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
     plan = pair(first, second, Scope(anatomy, axis, include, exclude, only))
@@ -132,7 +133,8 @@ def score_pair(
     """Carry out a planned comparison; adds to ``timing``."""
     if seed < 0:
         raise UsageError("--seed must not be negative", found=seed)
-    kernels.prepare(job.info.dtype for job in plan.jobs)
+    base, tuned, jobs = plan.compared
+    kernels.prepare(job.info.dtype for job in jobs)
     before = plan.base.bytes_read + plan.tuned.bytes_read
     with timing.clock():
         sides = {"base": describe_side(plan.base), "tuned": describe_side(plan.tuned)}
@@ -150,7 +152,7 @@ def score_pair(
         with written_file(list(_entries(plan)), room, out, force=force) as written:
             sink = _Sink(plan, score, seed, written.writer)
             with progress("scoring", plan.nbytes) as advance:
-                for result in stream(plan.base, plan.tuned, plan.jobs, limits=limits, progress=advance):
+                for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                     sink.take(result)
             sink.finish()
             for side in (plan.base, plan.tuned):

@@ -12,7 +12,6 @@ import numpy as np
 
 from ..anatomy.anatomy import AxisOption
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..checkpoint.pipeline import Limits, in_order
 from ..checkpoint.refusal import refuse_output
 from ..checkpoint.vectors import block_memory, blocks, gather
@@ -23,6 +22,7 @@ from ..selection.budget import Budget
 from ..selection.scores import Scores
 from ..selection.selection import Selection
 from ..version import __version__
+from .adapter import open_pair
 from .diff import check_score, describe_side, score_pair
 from .pairing import Scope, pair
 from .progress import Progress, Timing, silent
@@ -90,7 +90,8 @@ def extract(
     Parameters
     ----------
     base, tuned:
-        Checkpoints: a file, a folder, or a Hub id.
+        Checkpoints: a file, a folder, or a Hub id; ``tuned`` may be a PEFT LoRA adapter of the base, and
+        counts as merged into it.
     selection:
         The neurons to cut out. None: choose them by ``scores`` and ``budget``.
     scores:
@@ -154,7 +155,7 @@ def plan_extraction(
         raise UsageError("a selection does not go with scores or a budget", hint="give one or the other")
     checked = None if selection is not None else _budget(budget)
     check_score(score)
-    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    first, second = open_pair(base, tuned)
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
     timing = Timing()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
 from typing import Any
 
 from ..anatomy.anatomy import AxisOption, read_anatomy
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import read_header
 from ..checkpoint.opening import open_checkpoint
-from ..errors import boundary
+from ..errors import UsageError, boundary
+from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, Patch
 from ..selection.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
@@ -24,7 +27,7 @@ __all__ = ["inspect"]
 
 @boundary
 def inspect(
-    named: str | os.PathLike[str],
+    named: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     anatomy: str = "rows",
     axis: AxisOption = (),
@@ -37,7 +40,7 @@ def inspect(
     Parameters
     ----------
     named:
-        A checkpoint (file, folder or Hub id), scores, a selection or a patch.
+        A checkpoint (file, folder or Hub id), scores, a selection or a patch; or several patches.
     anatomy, axis, include, exclude, only:
         For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`.
 
@@ -45,15 +48,20 @@ def inspect(
     -------
     dict
         Plain values that JSON can hold. ``kind`` is ``checkpoint``, ``scores``, ``selection`` or
-        ``patch``; ``tensors`` lists the tensors.
+        ``patch``; ``tensors`` lists the tensors. Of several patches it is ``patches``, and ``overlaps``
+        tells of each two of them what they have in common.
 
     Raises
     ------
     UsageError
-        If there is nothing of that name.
+        If there is nothing of that name, or several things are named that are not all patches.
     CorruptFileError
         If it is damaged.
     """
+    if not isinstance(named, (str, os.PathLike)):
+        if len(named) != 1:
+            return _patches(named)
+        named = named[0]
     source = resolve(named)
     if source.path.is_file():
         metadata = read_header(source.path).metadata
@@ -140,6 +148,30 @@ def _patch(patch: Patch) -> dict[str, Any]:
             for name, tensor in patch.tensors.items()
         ],
     }
+
+
+def _patches(named: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Several patches beside each other, and what each two of them have in common."""
+    if not named:
+        raise UsageError("there is nothing to inspect")
+    patches = []
+    for path in named:
+        file = resolve(path).path
+        if not file.is_file() or PATCH_KEY not in read_header(file).metadata:
+            raise UsageError(
+                "only patches can be inspected together", file=path, hint="name one thing, or patches only"
+            )
+        patches.append(Patch.load(file))
+    overlaps = [
+        {"first": a, "second": b, "agree": found.agree, **_listed(asdict(found))}
+        for a, b in combinations(range(len(patches)), 2)
+        for found in [overlap(patches[a], patches[b])]
+    ]
+    return {"kind": "patches", "patches": [_patch(patch) for patch in patches], "overlaps": overlaps}
+
+
+def _listed(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
 def _selection(selection: Selection, name: str) -> dict[str, Any]:

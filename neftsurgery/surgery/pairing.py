@@ -12,7 +12,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
 from ..errors import MismatchError
-from ..scoring.engine import Job
+from ..scoring.engine import Job, Weights
+from .adapter import Adapted, InFloat32
 
 __all__ = ["Pair", "Scope", "pair"]
 
@@ -88,6 +89,15 @@ class Pair:
             keys[name] = (len(layers), *self.base.position(name))
             jobs[name] = Job(entry.info, None if axes is None else Layout.of(entry.info.shape, axes))
         return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
+
+    @cached_property
+    def compared(self) -> tuple[Weights, Weights, list[Job]]:
+        """The two sides and the jobs as they are scored: beside an adapter in float32, as it is computed."""
+        if not isinstance(self.tuned, Adapted):
+            return self.base, self.tuned, self.jobs
+        names = frozenset(self.tuned.factors)
+        base, tuned = InFloat32(self.base, names), InFloat32(self.tuned, names)
+        return base, tuned, [Job(base.tensors[job.info.name], job.layout) for job in self.jobs]
 
     @property
     def nbytes(self) -> int:

@@ -505,9 +505,9 @@ def test_packed_codes_only_count():
         info = TensorInfo("t", dtype, (16, 24))
         (result,) = stream(
             Memory({"t": (info, a.tobytes())}),
-                Memory({"t": (info, b.tobytes())}),
-                [Job(info, None)],
-                limits=Limits.of(),
+            Memory({"t": (info, b.tobytes())}),
+            [Job(info, None)],
+            limits=Limits.of(),
         )
         words = [
             [

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from ...checkpoint.opening import open_checkpoint
 from ...checkpoint.refusal import refuse_output
+from ...surgery.adapter import open_pair
 from ...surgery.diff import score_pair
 from ...surgery.pairing import Pair, pair
 from ...surgery.progress import Timing
@@ -49,7 +49,7 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Score every neuron of TUNED against BASE.
+    """Score every neuron of TUNED, a checkpoint or the folder of a PEFT LoRA adapter, against BASE.
 
     Both are streamed, neither is loaded. Tells which layers and kinds of weight moved most, the most
     sensitive neurons, and what share of the whole change the top neurons hold.
@@ -57,9 +57,10 @@ def command(
     \b
     Example:
       neftsurgery diff base/ tuned/ -o scores.safetensors
+      neftsurgery diff base/ adapter/ -o scores.safetensors
       neftsurgery diff meta-llama/Llama-3.2-1B my-fine-tune/ --anatomy ffn
     """
-    first, second = open_checkpoint(base), open_checkpoint(tuned)
+    first, second = open_pair(base, tuned)
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
     plan = pair(first, second, take_scope(options))

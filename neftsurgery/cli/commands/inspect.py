@@ -17,27 +17,32 @@ _SHOWN = 40
 
 
 @click.command("inspect")
-@click.argument("path")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor, not only the first ones.")
 @scope_options
 @common_options
-def command(console: Console, path: str, show_all: bool, **options: Any) -> None:
-    """What is in PATH: a checkpoint, scores, a selection or a patch.
+def command(console: Console, paths: tuple[str, ...], show_all: bool, **options: Any) -> None:
+    """What is in PATH: a checkpoint, scores, a selection or a patch. Of several patches: where they overlap.
 
     \b
     Example:
       neftsurgery inspect neuron_patch.safetensors
       neftsurgery inspect base/ --anatomy units
+      neftsurgery inspect german.safetensors french.safetensors
     """
     scope = take_scope(options)
     facts = inspect(
-        path,
+        paths,
         anatomy=scope.anatomy,
         axis=scope.axis,
         include=scope.include,
         exclude=scope.exclude,
         only=scope.only,
     )
+    if facts["kind"] == "patches":
+        _say_patches(console, facts)
+        console.answer(facts)
+        return
     for line in table(_head(facts)):
         console.say(line)
     for warning in facts.get("warnings", ()):
@@ -79,6 +84,37 @@ def _head(facts: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _say_patches(console: Console, facts: Mapping[str, Any]) -> None:
+    patches = facts["patches"]
+    for number, patch in enumerate(patches, 1):
+        what = f"{plural(patch['neurons'], 'neuron')} of {plural(len(patch['tensors']), 'tensor')}"
+        console.say(f"  {number}  {patch['name']}: {what}, {size(patch['bytes'])}")
+    console.say()
+    rows = []
+    for found in facts["overlaps"]:
+        first, second = found["first"] + 1, found["second"] + 1
+        shared = (
+            f"{plural(found['neurons'], 'neuron')} in common, of {plural(len(found['tensors']), 'tensor')}"
+        )
+        rows.append([f"{first} and {second}", shared, _bases(found)])
+    for line in table(rows):
+        console.say(line)
+
+
+def _bases(found: Mapping[str, Any]) -> str:
+    """What an overlap says of the two bases."""
+    if found["unfit"]:
+        return f"for different models: {found['unfit'][0][:120]} has another shape or dtype"
+    if found["foreign"]:
+        return f"different bases: {plural(found['foreign'], 'neuron')} in common were not the same"
+    if found["same_base"] is False:
+        return "different bases: their fingerprints differ"
+    said = "one base" if found["same_base"] else "nothing says that the bases differ, nor that they do not"
+    if found["crossing"]:
+        said += f"; rows and columns cross in {plural(len(found['crossing']), 'tensor')}"
+    return said
+
+
 def _origin(facts: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for side in ("base", "tuned"):
@@ -94,10 +130,23 @@ def _origin(facts: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["chosen", " ".join(how) + (f" ({chosen})" if chosen else "")])
         if selection.get("captured") is not None:
             rows.append(["captures", f"{percent(selection['captured'])} of the whole change"])
+    if isinstance(selection.get("merged"), dict):
+        rows.append(["merged", _merged(selection["merged"])])
     if facts.get("captured_by_budget"):
         shares = ", ".join(f"{budget}: {percent(s)}" for budget, s in facts["captured_by_budget"].items())
         rows.append(["captures", shares])
     return rows
+
+
+def _merged(story: Mapping[str, Any]) -> str:
+    """From which patches a patch was merged, as its manifest has it: any JSON, if someone else made it."""
+    parts = story.get("patches")
+    names = (
+        [str(part.get("name") or "?") for part in parts if isinstance(part, dict)]
+        if isinstance(parts, list)
+        else []
+    )
+    return f"from {', '.join(names)} ({story.get('on_overlap')})"
 
 
 def _tensor(tensor: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The demo's checkpoints: a small Llama in bfloat16, in shards, and a copy whose fine-tuning is known."""
+"""Checkpoints to find neurons in: a small Llama in bfloat16, in shards, and a fine-tune that is known."""
 
 from __future__ import annotations
 

@@ -1,0 +1,101 @@
+"""What a run of the suite is asked to do."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+# Hidden size, feed-forward size, attention heads, key/value heads, vocabulary.
+SHAPES = {
+    "tiny": (64, 160, 4, 4, 256),
+    "small": (768, 2048, 12, 12, 4_096),
+    "llama-1b": (2048, 8192, 32, 8, 128_256),
+    "llama-7b": (4096, 11008, 32, 32, 32_000),
+}
+DTYPES = ("fp32", "bf16")
+
+# Name: role and what it is. A number in a name is the share of rows, in percent, that decides the size.
+CONTESTANTS = {
+    "floor": ("limit", "frozen floor: forward and input gradients only"),
+    "neft-1": ("ours", "NeFT, 1% of rows"),
+    "neft-3": ("ours", "NeFT, 3% of rows"),
+    "neft-9": ("ours", "NeFT, 9% of rows"),
+    "overlay-3": ("ours", "NeFT, 3% of rows, overlay"),
+    "masked-3": ("rival", "full gradients, masked to 3% of rows"),
+    "full": ("rival", "full fine-tune of the same modules"),
+    "lora-1": ("rival", "PEFT LoRA, parameters as NeFT 1%"),
+    "lora-3": ("rival", "PEFT LoRA, parameters as NeFT 3%"),
+    "lora-9": ("rival", "PEFT LoRA, parameters as NeFT 9%"),
+    "shira-3": ("rival", "PEFT SHiRA, parameters as NeFT 3%"),
+    "tokens-neft": ("ours", "NeFT, 3% of the embedding's entries"),
+    "tokens-peft": ("rival", "PEFT TrainableTokens, the same entries"),
+}
+QUICK = {"shape": "tiny", "layers": 2, "batch": 2, "length": 16, "rounds": 2, "steps": 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """``rounds`` of ``steps`` each; ``batch`` sequences of ``length`` tokens."""
+
+    device: str
+    dtype: str
+    shape: str
+    layers: int
+    batch: int
+    length: int
+    rounds: int
+    steps: int
+    checkpointing: bool
+    only: tuple[str, ...]
+    out: Path
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Options:
+        """The options of a parsed command line."""
+        return cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
+
+    @property
+    def part(self) -> str:
+        """Under what name the result is stored: one for each setting worth comparing."""
+        checkpointing = " checkpointing" if self.checkpointing else ""
+        return f"{self.device} {self.shape} x {self.layers} {self.dtype}{checkpointing}"
+
+    def command(self) -> str:
+        """The command that measures this again, as anyone would type it."""
+        names = ("device", "dtype", "shape", "layers", "batch", "length", "rounds", "steps")
+        flags = [f"--{name} {getattr(self, name)}" for name in names]
+        flags += ["--checkpointing"] * self.checkpointing
+        if self.only != tuple(CONTESTANTS):
+            flags.append(f"--only {','.join(self.only)}")
+        return " ".join(["python -m benchmarks training", *flags])
+
+    def job(self, contestant: str) -> dict[str, Any]:
+        """What a worker has to know."""
+        kept = ("device", "dtype", "shape", "layers", "batch", "length", "checkpointing")
+        return {"contestant": contestant} | {key: value for key, value in asdict(self).items() if key in kept}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite's own options."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the frozen weights (default: fp32)")
+    add("--shape", choices=SHAPES, default="small", help="of the model's layers (default: small)")
+    add("--layers", type=int, default=4, help="how many of them (default: 4)")
+    add("--batch", type=int, default=4, help="sequences a step (default: 4)")
+    add("--length", type=int, default=128, help="tokens a sequence (default: 128)")
+    add("--rounds", type=int, default=7, help="turns of every contestant (default: 7)")
+    add("--steps", type=int, default=2, help="steps a turn (default: 2)")
+    add("--checkpointing", action="store_true", help="gradient checkpointing, for all")
+    add("--only", type=_names, default=tuple(CONTESTANTS), help=f"some of: {', '.join(CONTESTANTS)}")
+    add("--quick", action="store_true", help="a smoke test: tiny, two rounds; figures mean nothing")
+    add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-training.md")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = text.split(",")
+    if unknown := set(names) - set(CONTESTANTS):
+        raise argparse.ArgumentTypeError(f"no such contestant: {', '.join(sorted(unknown))}")
+    return tuple(name for name in CONTESTANTS if name in names)

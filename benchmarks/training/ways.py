@@ -1,0 +1,177 @@
+"""The ways to train: each makes the frozen model its own, and says what the optimizer gets. Needs torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.training.models import LINEAR, linears
+from neftsurgery.checkpoint.header import TensorInfo
+from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.selection.selection import Chosen, Selection
+from neftsurgery.tuning.attach import attach
+
+KINDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+@dataclass
+class Way:
+    """How a contestant trains.
+
+    ``before_step`` runs between the backward pass and the optimizer's step; ``of_parameters`` is how many
+    numbers can change, where that is fewer than the optimizer holds.
+    """
+
+    model: Any
+    parameters: list[nn.Parameter]
+    before_step: Callable[[], None] = field(default=lambda: None)
+    of_parameters: int | None = None
+
+    @property
+    def trainable(self) -> int:
+        return self.of_parameters or sum(p.numel() for p in self.parameters)
+
+
+def prepare(name: str, model: Any) -> Way:
+    """The way that contestants' names tell."""
+    kind, _, rest = name.partition("-")
+    if kind == "tokens":
+        return _tokens_neft(model) if rest == "neft" else _tokens_peft(model)
+    share = int(rest) / 100 if rest else 0.0
+    return {
+        "floor": _floor,
+        "neft": _neft,
+        "overlay": _overlay,
+        "masked": _masked,
+        "full": _full,
+        "lora": _lora,
+        "shira": _shira,
+    }[kind](model, share)
+
+
+def rows(model: Any, share: float) -> dict[str, Tensor]:
+    """``share`` of the rows of every weight, at random: ascending, by the weight's name."""
+    generator = torch.Generator().manual_seed(2)
+    found = {}
+    for name, module in linears(model).items():
+        count = max(1, round(share * module.out_features))
+        drawn = torch.randperm(module.out_features, generator=generator)[:count]
+        found[f"{name}.weight"] = drawn.sort().values
+    return found
+
+
+def _selection(model: Any, picks: dict[str, Tensor]) -> Selection:
+    tensors = {}
+    for name, index in sorted(picks.items()):
+        weight = model.get_parameter(name)
+        info = TensorInfo(name, KINDS[weight.dtype], tuple(weight.shape))
+        tensors[name] = Chosen(info, Layout.of(weight.shape, (0,)), index.numpy())
+    return Selection(tensors, {"policy": "random"})
+
+
+def _neft(model: Any, share: float, mode: Any = "scatter") -> Way:
+    attached = attach(model, _selection(model, rows(model, share)), base=False, mode=mode)
+    return Way(model, list(attached.parameters()))
+
+
+def _overlay(model: Any, share: float) -> Way:
+    return _neft(model, share, "overlay")
+
+
+def _floor(model: Any, share: float) -> Way:
+    """Nothing is trained; gradients flow back to exactly where those of the others end.
+
+    The lowest trained modules are the first layer's query, key and value projections: the gradient of
+    what they give is needed, that of what they take is not, as what is below them is frozen for all.
+    """
+
+    def start(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_(True)
+
+    first = model.model.layers[0].self_attn
+    for module in (first.q_proj, first.k_proj, first.v_proj):
+        module.register_forward_hook(start)
+    return Way(model, [])
+
+
+def _full(model: Any, share: float) -> Way:
+    weights = [module.weight for module in linears(model).values()]
+    for weight in weights:
+        weight.requires_grad_(True)
+    return Way(model, weights)
+
+
+def _masked(model: Any, share: float) -> Way:
+    """As published: gradients of whole weights, multiplied by a mask before the optimizer's step."""
+    way, masks, count = _full(model, share), [], 0
+    for name, index in rows(model, share).items():
+        weight = model.get_parameter(name)
+        mask = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
+        mask[index.to(weight.device)] = 1
+        masks.append((weight, mask))
+        count += len(index) * weight.shape[1]
+
+    def before_step() -> None:
+        for weight, mask in masks:
+            assert weight.grad is not None
+            weight.grad.mul_(mask)
+
+    return Way(model, way.parameters, before_step, count)
+
+
+def _rank(model: Any, share: float) -> int:
+    """The rank at which adapters have as many parameters as NeFT, to the nearest."""
+    modules = linears(model)
+    wanted = sum(
+        len(index) * modules[name.removesuffix(".weight")].in_features
+        for name, index in rows(model, share).items()
+    )
+    return max(1, round(wanted / sum(m.in_features + m.out_features for m in modules.values())))
+
+
+def _lora(model: Any, share: float) -> Way:
+    from peft import LoraConfig, get_peft_model
+
+    rank = _rank(model, share)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LINEAR), lora_dropout=0.0)
+    return _adapted(get_peft_model(model, config))
+
+
+def _shira(model: Any, share: float) -> Way:
+    from peft import ShiraConfig, get_peft_model
+
+    smallest = min(
+        m.in_features * m.out_features // (m.in_features + m.out_features) for m in linears(model).values()
+    )
+    config = ShiraConfig(r=min(_rank(model, share), smallest), target_modules=list(LINEAR), random_seed=0)
+    return _adapted(get_peft_model(model, config))
+
+
+def _entries(model: Any) -> Tensor:
+    count = model.config.vocab_size
+    generator = torch.Generator().manual_seed(3)
+    return torch.randperm(count, generator=generator)[: math.ceil(0.03 * count)].sort().values
+
+
+def _tokens_neft(model: Any) -> Way:
+    selection = _selection(model, {"model.embed_tokens.weight": _entries(model)})
+    return Way(model, list(attach(model, selection, base=False).parameters()))
+
+
+def _tokens_peft(model: Any) -> Way:
+    from peft import TrainableTokensConfig, get_peft_model
+
+    indices = _entries(model).tolist()
+    return _adapted(
+        get_peft_model(model, TrainableTokensConfig(token_indices=indices, target_modules=["embed_tokens"]))
+    )
+
+
+def _adapted(model: Any) -> Way:
+    parameters: Iterable[nn.Parameter] = model.parameters()
+    return Way(model.train(), [p for p in parameters if p.requires_grad])

@@ -1,0 +1,97 @@
+"""``neftsurgery export``."""
+
+from __future__ import annotations
+
+import click
+
+from ...patch.patch import Patch
+from ...surgery.export import plan_export, write_adapter
+from ..console import Console, amount, percent, plural, size
+from ..options import common_options, dry_run_option, force_option, output_option
+
+__all__ = ["command"]
+
+
+@click.command("export")
+@click.argument("patch")
+@click.option(
+    "--to", "form", type=click.Choice(["lora"]), required=True, help="What to write: a LoRA adapter for PEFT."
+)
+@output_option("DIR", required=True, text="The adapter folder.")
+@click.option(
+    "--base", metavar="BASE", help="The checkpoint the patch was made from; a reversible patch does without."
+)
+@click.option(
+    "--rank", type=click.IntRange(min=1), metavar="N", help="Pad to this rank. Default: the next of vLLM's."
+)
+@click.option(
+    "--prefix",
+    default="",
+    metavar="TEXT",
+    help="Put before module names, where the files lack it: transformer. for a GPT-2 saved without its head.",
+)
+@force_option
+@dry_run_option
+@common_options
+def command(
+    console: Console,
+    patch: str,
+    form: str,
+    out: str,
+    base: str | None,
+    rank: int | None,
+    prefix: str,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Write PATCH as an exact LoRA adapter that PEFT and vLLM load.
+
+    Biases, norms, embeddings, convolutions and stacked experts have no LoRA form and are refused by name.
+
+    \b
+    Example:
+      neftsurgery export neuron_patch.safetensors --to lora -o adapter/ --base base/
+      neftsurgery export reversible_patch.safetensors --to lora -o adapter/ --rank 64
+    """
+    loaded = Patch.load(patch)
+    plan = plan_export(loaded, out, base=base, rank=rank, prefix=prefix, force=force)
+    for warning in plan.warnings:
+        console.note(f"warning: {warning}")
+    if not dry_run:
+        write_adapter(plan, out, force=force, limits=console.limits, progress=console.progress)
+    columns = sum(not module.rows for module in plan.modules)
+    console.say(
+        f"{plural(len(plan.modules), 'module')} ({amount(columns)} of columns) at rank {plan.rank}; "
+        f"the largest needs {plan.needed}"
+    )
+    if not dry_run and plan.inexact:
+        share = percent(plan.inexact / plan.elements)
+        console.say(
+            f"{amount(plan.inexact)} of {amount(plan.elements)} elements ({share}) do not round back in the "
+            "float32 sum: they are off by the rounding of the difference"
+        )
+    elif not dry_run:
+        console.say(f"base plus adapter is base plus patch in all {amount(plan.elements)} elements")
+    console.say(
+        f"{'would write' if dry_run else 'wrote'} {out} ({size(plan.nbytes)}, "
+        f"{plan.nbytes / loaded.nbytes:.1f} times the patch's {size(loaded.nbytes)})"
+    )
+    console.answer(
+        {
+            "patch": patch,
+            "to": form,
+            "out": None if dry_run else out,
+            "dry_run": dry_run,
+            "modules": len(plan.modules),
+            "neurons": loaded.neurons,
+            "selected": loaded.neurons,
+            "rank": plan.rank,
+            "rank_needed": plan.needed,
+            "elements": plan.elements,
+            "inexact": None if dry_run else plan.inexact,
+            "bytes": plan.nbytes,
+            "patch_bytes": loaded.nbytes,
+            "warnings": list(plan.warnings),
+        },
+        plan.timing,
+    )

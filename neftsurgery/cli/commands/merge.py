@@ -1,0 +1,118 @@
+"""``neftsurgery merge``."""
+
+from __future__ import annotations
+
+import click
+
+from ...errors import UsageError
+from ...patch.merging import DENSITY, POLICIES
+from ...patch.patch import Patch
+from ...patch.write import patch_bytes
+from ...surgery.merge import plan_merge, unite
+from ...surgery.merge_plan import Policy
+from ..console import Console, amount, plural, size
+from ..options import common_options, dry_run_option, force_option, output_option
+
+__all__ = ["command"]
+
+
+@click.command("merge")
+@click.argument("patches", nargs=-1, required=True, metavar="PATCH PATCH...")
+@output_option("PATCH", required=True, text="Write the merged patch to this file.")
+@click.option(
+    "--on-overlap",
+    type=click.Choice(POLICIES),
+    default="error",
+    show_default=True,
+    help="What becomes of neurons that several patches replace: the first or last patch wins, the mean of "
+    "their values, the sum of their differences from the base, or TIES-Merging of these.",
+)
+@click.option("--weights", metavar="A,B,...", help="One number a patch, for mean, sum and ties.")
+@click.option(
+    "--density", type=float, metavar="X", help=f"Of the differences, what ties keeps. Default: {DENSITY}."
+)
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="The checkpoint the patches were made from: sum and ties need it, unless they are reversible.",
+)
+@click.option(
+    "--reversible/--no-reversible",
+    default=None,
+    help="Whether to keep the replaced values. Default: if every patch does.",
+)
+@force_option
+@dry_run_option
+@common_options
+def command(
+    console: Console,
+    patches: tuple[str, ...],
+    out: str,
+    on_overlap: str,
+    weights: str | None,
+    density: float | None,
+    base: str | None,
+    reversible: bool | None,
+    force: bool,
+    dry_run: bool,
+) -> None:
+    """Make one patch of several PATCHes of one base.
+
+    Neurons that one patch alone replaces are taken as they are. Patches of different bases are refused.
+
+    \b
+    Example:
+      neftsurgery merge german.safetensors french.safetensors -o both.safetensors
+      neftsurgery merge client*.safetensors -o round1.safetensors --on-overlap mean --weights 120,80,310
+      neftsurgery merge a.safetensors b.safetensors -o ab.safetensors --on-overlap ties --base base/
+    """
+    policy = Policy.of(on_overlap, _numbers(weights), density, len(patches))
+    plan = plan_merge(
+        [Patch.load(patch) for patch in patches],
+        policy,
+        base=base,
+        reversible=reversible,
+        out=out,
+        force=force,
+        progress=console.progress,
+    )
+    for warning in plan.warnings:
+        console.note(f"warning: {warning}")
+    chosen = plan.selection
+    nbytes = patch_bytes(chosen, plan.reversible)
+    if not dry_run:
+        nbytes = unite(plan, out=out, force=force, limits=console.limits, progress=console.progress).nbytes
+    console.say(
+        f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
+        f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
+        f"{amount(plan.shared)} in several of them" + (f" ({policy.name})" if plan.shared else "")
+    )
+    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)})")
+    console.answer(
+        {
+            "patches": list(patches),
+            **policy.describe(),
+            "neurons": chosen.neurons,
+            "selected": chosen.neurons,
+            "selected_parameters": chosen.parameters,
+            "shared": plan.shared,
+            "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
+            "reversible": plan.reversible,
+            "bytes": nbytes,
+            "out": None if dry_run else out,
+            "dry_run": dry_run,
+            "warnings": list(plan.warnings),
+        },
+        plan.timing,
+    )
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--weights {text!r} are not numbers with commas between them, as in 1,0.5"
+        ) from None

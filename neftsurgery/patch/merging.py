@@ -1,0 +1,216 @@
+"""Vectors of one neuron from several patches made one: arithmetic on blocks of rows, nothing else.
+
+``sum`` and ``mean`` are task arithmetic (Ilharco et al., "Editing Models with Task Arithmetic", ICLR
+2023) on neurons; the mean of clients' patches is federated averaging (McMahan et al., AISTATS 2017).
+``ties`` is TIES-Merging (Yadav et al., "TIES-Merging: Resolving Interference When Merging Models",
+NeurIPS 2023): of every patch's differences only the largest are kept, each element elects the sign
+with the larger sum, and the differences of that sign are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.floats import narrow, widen
+from .patch import Raw
+
+__all__ = ["ARITHMETIC", "DENSITY", "POLICIES", "Magnitudes", "Part", "merge_rows"]
+
+#: What may be done where patches overlap.
+POLICIES: Final = ("error", "first", "last", "mean", "sum", "ties")
+#: Those that compute with values.
+ARITHMETIC: Final = ("mean", "sum", "ties")
+#: The share of each patch's differences that ``ties`` keeps, as in the paper.
+DENSITY: Final = 0.2
+
+_BATCH_BYTES = 256 << 10  # of each patch, computed with at once: float64 takes up to eight times as much
+
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One patch's vectors in a block.
+
+    Attributes
+    ----------
+    slots:
+        Which vectors of the block they are, ascending.
+    values:
+        Raw bytes ``[len(slots), width * itemsize]``.
+    weight:
+        Of this patch.
+    least:
+        For ``ties``: smaller differences are dropped.
+    """
+
+    slots: I64
+    values: Raw
+    weight: float = 1.0
+    least: float = 0.0
+
+
+def merge_rows(policy: str, dtype: str, parts: Sequence[Part], base: Raw | None, count: int) -> Raw:
+    """The merged vectors of a block of ``count`` neurons, each held by at least one part.
+
+    A neuron that one part alone holds keeps that part's bytes, unless ``sum`` scales it.
+
+    Parameters
+    ----------
+    policy:
+        One of `POLICIES`; ``error`` takes it that no two parts overlap.
+    dtype:
+        As safetensors names it; one of `neftsurgery.checkpoint.floats.FLOATS` if anything is computed.
+    base:
+        The replaced vectors, ``[count, width * itemsize]``, for ``sum`` and ``ties``.
+    """
+    out = np.empty((count, parts[0].values.shape[1]), np.uint8)
+    for part in parts if policy != "first" else reversed(parts):
+        out[part.slots] = part.values
+    if policy in ARITHMETIC:
+        for rows in _batches(_computed(policy, parts, count), out):
+            here = [_picked(part, rows, dtype) for part in parts]
+            old = None if base is None else widen(base[rows], dtype)
+            out[rows] = narrow(_merged(policy, here, old), dtype)
+    return out
+
+
+def _computed(policy: str, parts: Sequence[Part], count: int) -> I64:
+    """The vectors that several parts hold, or that a weight scales."""
+    holders = np.zeros(count, np.int64)
+    for part in parts:
+        holders[part.slots] += 2 if policy == "sum" and part.weight != 1 else 1
+    return np.flatnonzero(holders > 1)
+
+
+def _batches(rows: I64, out: Raw) -> Iterator[I64]:
+    step = max(1, _BATCH_BYTES // max(1, out.shape[1]))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
+
+
+@dataclass(frozen=True, slots=True)
+class _Picked:
+    """A part's values among some vectors: those where ``held``."""
+
+    held: NDArray[np.bool_]
+    values: F64
+    weight: float
+    least: float
+
+    def differences(self, base: F64) -> F64:
+        """Weightless differences from ``base``; 0 where nothing is held."""
+        found = np.zeros_like(base)
+        found[self.held] = self.values - base[self.held]
+        return found
+
+
+def _picked(part: Part, rows: I64, dtype: str) -> _Picked:
+    slot = np.searchsorted(part.slots, rows)
+    held = slot < len(part.slots)
+    held[held] = part.slots[slot[held]] == rows[held]
+    return _Picked(held, widen(part.values[slot[held]], dtype), part.weight, part.least)
+
+
+def _merged(policy: str, parts: Sequence[_Picked], base: F64 | None) -> F64:
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf of the patches stay what they are
+        if policy == "mean":
+            return _mean(parts)
+        assert base is not None  # these two are refused without it
+        return base + (_sum(parts, base) if policy == "sum" else _ties(parts, base))
+
+
+def _mean(parts: Sequence[_Picked]) -> F64:
+    """The weighted mean of the new values, which is the base plus that of the differences."""
+    start = np.empty((len(parts[0].held), parts[0].values.shape[1]))
+    for part in reversed(parts):
+        start[part.held] = part.values
+    total, weight = np.zeros_like(start), np.zeros((len(start), 1))
+    for part in parts:
+        # From the first of the values, so that the mean of equal ones is exactly that, infinite ones too.
+        anchor = start[part.held]
+        total[part.held] += part.weight * np.where(part.values == anchor, 0.0, part.values - anchor)
+        weight[part.held] += part.weight
+    mean: F64 = start + total / weight
+    return mean
+
+
+def _sum(parts: Sequence[_Picked], base: F64) -> F64:
+    total = np.zeros_like(base)
+    for part in parts:
+        total += part.weight * part.differences(base)
+    return total
+
+
+def _ties(parts: Sequence[_Picked], base: F64) -> F64:
+    trimmed = []
+    for part in parts:
+        difference = part.differences(base)
+        trimmed.append((part.weight, np.where(_magnitude(difference) < part.least, 0.0, difference)))
+    elected = np.sign(sum(weight * difference for weight, difference in trimmed))
+    total, share = np.zeros_like(base), np.zeros_like(base)
+    for weight, difference in trimmed:
+        agrees = (np.sign(difference) == elected) & (difference != 0)
+        total += np.where(agrees, weight * difference, 0.0)
+        share += np.where(agrees, weight, 0.0)
+    total /= np.where(share > 0, share, 1.0)
+    lost: F64 = np.where(np.isnan(elected), np.nan, total)
+    return lost
+
+
+def _magnitude(differences: F64) -> NDArray[np.float32]:
+    with np.errstate(over="ignore", under="ignore"):
+        return np.abs(differences).astype(np.float32)
+
+
+class Magnitudes:
+    """The smallest of the largest differences of a patch, found in two passes over them and little memory.
+
+    Magnitudes are compared as float32; their bits are in their order. The first pass counts the upper
+    halves of the bits, the second the lower halves of those that the threshold is among.
+    """
+
+    def __init__(self, density: float) -> None:
+        self._density = density
+        self._upper = np.zeros(1 << 16, np.int64)
+        self._lower = np.zeros(1 << 16, np.int64)
+        self._among: tuple[int, int] | None = None  # the upper half, and how many of its own are kept
+
+    def add(self, values: Raw, base: Raw, dtype: str) -> None:
+        """Take in some vectors; all of them once, then, after `settle`, all of them again."""
+        step = max(1, _BATCH_BYTES // max(1, values.shape[1]))
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
+            with np.errstate(invalid="ignore", over="ignore"):
+                bits = _magnitude(widen(values[rows], dtype) - widen(base[rows], dtype)).view(np.uint32)
+            if self._among is None:
+                self._upper += np.bincount((bits >> np.uint32(16)).ravel(), minlength=1 << 16)
+            else:
+                inside = bits[bits >> np.uint32(16) == self._among[0]] & np.uint32(0xFFFF)
+                self._lower += np.bincount(inside, minlength=1 << 16)
+
+    def settle(self) -> None:
+        """End the first pass."""
+        wanted = max(1, round(self._density * int(self._upper.sum())))
+        self._among = _from_above(self._upper, wanted)
+
+    @property
+    def least(self) -> float:
+        """The threshold, after the second pass: so large, a difference is kept."""
+        assert self._among is not None  # set between the passes
+        upper, wanted = self._among
+        lower, _ = _from_above(self._lower, wanted)
+        return float(np.array((upper << 16) | lower, np.uint32).view(np.float32))
+
+
+def _from_above(counts: I64, wanted: int) -> tuple[int, int]:
+    """The bin that holds the ``wanted``-th largest, and how many of that bin are wanted."""
+    above = np.cumsum(counts[::-1])
+    place = min(int(np.searchsorted(above, wanted)), len(counts) - 1)
+    return len(counts) - 1 - place, wanted - (int(above[place - 1]) if place else 0)

@@ -1,0 +1,119 @@
+"""Which weights of a patch have a LoRA form, and what they are in the live model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..anatomy.anatomy import Anatomy, read_anatomy
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.floats import FLOATS
+from ..errors import MismatchError
+from ..patch.lora import LoraModule
+from ..patch.patch import Patch, PatchTensor
+
+__all__ = ["lora_modules", "task_of"]
+
+_SHOWN = 3
+
+
+def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[list[LoraModule], list[str]]:
+    """The modules that the patch changes, by name, and warnings.
+
+    Raises
+    ------
+    MismatchError
+        If some tensor has no LoRA form; it says which, and why.
+    """
+    tensors = {name: tensor.info for name, tensor in patch.tensors.items()}
+    config = None if base is None else base.config
+    anatomy = read_anatomy("rows", tensors if base is None else base.tensors, config)
+    # What a patch of rows calls a neuron is an output, so its axis tells how the weight is stored.
+    told = config is None and patch.facts.get("anatomy") == "rows"
+    kinds = _kinds(anatomy)
+    modules, refused = [], list[tuple[str, str]]()
+    for name, tensor in patch.tensors.items():
+        axes, reason = kinds[name]
+        if told and tensor.info.type.kind == "float" and len(tensor.info.shape) == 2:
+            axes = tensor.layout.axes
+        why = _refusal(tensor, reason)
+        if why is not None:
+            refused.append((name, why))
+        elif tensor.count:
+            modules.append(_module(name, tensor, transposed=axes == (1,), prefix=prefix))
+    if refused:
+        raise _refused(patch, refused)
+    if not modules:
+        raise MismatchError("the patch replaces no neuron", file=patch.path)
+    warnings = []
+    if config is None and not told:
+        warnings.append(
+            "no config.json says how the weights are stored: all are taken as [out, in]; "
+            "name a base with its config if the model has Conv1D layers, as GPT-2 does"
+        )
+    experts = next((module.tensor for module in modules if ".experts." in module.tensor), None)
+    if experts is not None:
+        warnings.append(
+            f"{experts} and others are single experts: transformers may stack them when it loads the model, "
+            "and PEFT then finds no module of that name"
+        )
+    return modules, warnings
+
+
+def _kinds(anatomy: Anatomy) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Per tensor the axes of its outputs, and why it does not count as a weight of neurons, if so."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {t.info.name: (t.axes, "") for t in anatomy.scored}
+    return found | {entry.info.name: ((0,), entry.reason) for entry in anatomy.listed}
+
+
+def _refusal(tensor: PatchTensor, reason: str) -> str | None:
+    """Why a tensor has no LoRA form; None if it has one."""
+    name, shape = tensor.info.name, tensor.info.shape
+    if reason and reason != "output head":
+        return reason
+    if "expert" in name and len(shape) > 2:
+        return "stacked experts"
+    if len(shape) > 2:
+        return "convolution"
+    if len(shape) < 2 or len(tensor.layout.axes) != 1:
+        return f"not a matrix of rows or columns, but {list(shape)} along {list(tensor.layout.axes)}"
+    if not name.endswith(".weight"):
+        return "not the weight of a module"
+    if tensor.info.dtype not in FLOATS:
+        return f"{tensor.info.dtype} elements"
+    return None
+
+
+def _refused(patch: Patch, refused: list[tuple[str, str]]) -> MismatchError:
+    shown = ", ".join(f"{name[:120]} ({why})" for name, why in refused[:_SHOWN])
+    more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
+    return MismatchError(
+        "some of the patch has no LoRA form",
+        file=patch.path,
+        expected="rows or columns of linear weights",
+        found=shown + more,
+        hint="leave it out when neurons are chosen (--exclude, no --with-bias), "
+        "or write the patched checkpoint: `neftsurgery apply BASE PATCH -o OUT`",
+    )
+
+
+def _module(name: str, tensor: PatchTensor, *, transposed: bool, prefix: str) -> LoraModule:
+    first, second = tensor.info.shape
+    outputs, inputs = (second, first) if transposed else (first, second)
+    rows = (tensor.layout.axes == (0,)) is not transposed
+    path = prefix + name.removesuffix(".weight")
+    return LoraModule(name, path, inputs, outputs, tensor.count, rows, transposed)
+
+
+def task_of(base: Checkpoint | None) -> str | None:
+    """PEFT's task type, where the base's config names a class that leaves no doubt."""
+    config: Any = (base.config if base is not None else None) or {}
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    return next((task for ending, task in endings.items() if name.endswith(ending)), None)

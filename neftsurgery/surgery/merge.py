@@ -1,0 +1,298 @@
+"""merge: several patches of one base become one patch, block by block."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.pipeline import Limits, in_order
+from ..checkpoint.refusal import refuse_output
+from ..checkpoint.vectors import block_memory, blocks, gather
+from ..errors import MismatchError, boundary
+from ..patch.digests import digests
+from ..patch.merging import Magnitudes, Part, merge_rows
+from ..patch.overlap import Meeting
+from ..patch.patch import Patch, Raw
+from ..patch.write import written_patch
+from ..selection.selection import Selection
+from .merge_plan import Policy, check_patches, open_base, plan_union
+from .progress import Progress, Timing, silent
+
+__all__ = ["Merger", "merge", "plan_merge", "unite"]
+
+log = logging.getLogger(__name__)
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Merger:
+    """A planned merge: everything is checked, nothing is written.
+
+    Attributes
+    ----------
+    patches:
+        What is merged, in order.
+    policy:
+        What is done with neurons that several replace.
+    base:
+        The checkpoint they were made from, where it was named.
+    meetings:
+        Per touched tensor who replaces what.
+    selection:
+        The neurons of the result, and what its manifest says of how they came together.
+    facts:
+        The rest of the manifest.
+    reversible:
+        Whether the result holds the replaced values.
+    warnings:
+        Sentences for the user.
+    timing:
+        What it took so far.
+    """
+
+    patches: Sequence[Patch]
+    policy: Policy
+    base: Checkpoint | None
+    meetings: Mapping[str, Meeting]
+    selection: Selection
+    facts: Mapping[str, Any]
+    reversible: bool
+    warnings: Sequence[str]
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def shared(self) -> int:
+        """Neurons that several patches replace."""
+        return sum(len(meeting.shared) for meeting in self.meetings.values())
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether replaced values are read: to compute with, to keep, or to check a base that was named."""
+        return self.base is not None or self.reversible or self.policy.needs_base
+
+
+@boundary
+def merge(
+    patches: Sequence[Patch | str | os.PathLike[str]],
+    *,
+    on_overlap: str = "error",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    base: str | os.PathLike[str] | None = None,
+    reversible: bool | None = None,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    threads: int | None = None,
+    memory: int | None = None,
+    progress: Progress = silent,
+) -> Patch:
+    """Make one patch of several patches of one base.
+
+    Neurons that one patch alone replaces are taken as they are; ``on_overlap`` says what becomes of
+    those that several replace. The mean of the patches of clients that trained the same neurons is
+    federated averaging.
+
+    Parameters
+    ----------
+    patches:
+        Patches or paths. Each is checked against its own hashes.
+    on_overlap:
+        ``error``; ``first`` or ``last`` of them wins; ``mean`` of the new values; ``sum`` of the
+        differences from the base; ``ties``: TIES-Merging (Yadav et al., NeurIPS 2023). See
+        `neftsurgery.patch.merging`. Computed in float64 and rounded once, to the tensor's own dtype.
+    weights:
+        One a patch, for ``mean``, ``sum`` and ``ties``. ``sum`` scales every difference of a patch by
+        its weight, also of neurons that it alone replaces.
+    density:
+        For ``ties``: the share of each patch's differences, over all neurons it shares with others, that
+        is kept. By default 0.2, as in the paper.
+    base:
+        The checkpoint that the patches were made from. ``sum`` and ``ties`` need it where the patches do
+        not hold the replaced values themselves. Every replaced vector is compared with its digest.
+    reversible:
+        Keep the replaced values; by default if every patch has them.
+    out:
+        Where to write the result. None: it lives in a temporary file until saved.
+    force, threads, memory:
+        As in `diff`.
+
+    Raises
+    ------
+    UsageError
+        For options that make no sense or do not go together, or an ``out`` that exists; if replaced
+        values are needed and nobody has them.
+    MismatchError
+        If the patches were made from different bases, cut a tensor along different axes, or overlap
+        under ``error``; if ``base`` is not theirs.
+    CorruptFileError
+        If a patch's hashes do not match its content.
+    MachineError
+        If something cannot be read or written.
+    """
+    limits = Limits.of(threads, memory)
+    plan = plan_merge(
+        [patch if isinstance(patch, Patch) else Patch.load(patch) for patch in patches],
+        Policy.of(on_overlap, weights, density, len(patches)),
+        base=base,
+        reversible=reversible,
+        out=out,
+        force=force,
+        progress=progress,
+    )
+    for warning in plan.warnings:
+        log.warning("%s", warning)
+    return unite(plan, out=out, force=force, limits=limits, progress=progress)
+
+
+def plan_merge(
+    patches: Sequence[Patch],
+    policy: Policy,
+    *,
+    base: str | os.PathLike[str] | None,
+    reversible: bool | None,
+    out: str | os.PathLike[str] | None,
+    force: bool,
+    progress: Progress = silent,
+) -> Merger:
+    """Check everything that `merge` needs; nothing is written."""
+    original = None if base is None else open_base(base, patches)
+    if out is not None:
+        inputs = [patch.path for patch in patches if patch.path is not None]
+        inputs += [] if original is None else [original.source.path]
+        refuse_output(out, inputs=inputs, force=force, kind="file")
+    timing = Timing()
+    keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
+    with timing.clock():
+        meetings, selection, facts, warnings = plan_union(patches, policy, original, keep)
+        check_patches(patches, progress)
+    timing.bytes_read += sum(patch.value_bytes for patch in patches)
+    return Merger(patches, policy, original, meetings, selection, facts, keep, warnings, timing)
+
+
+def unite(
+    plan: Merger,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    limits: Limits,
+    progress: Progress = silent,
+) -> Patch:
+    """Carry out a planned merge."""
+    layouts = [chosen.layout for chosen in plan.selection]
+    workers = limits.workers((len(plan.patches) + 2) * block_memory(layouts) // 3)
+    with (
+        plan.timing.clock(),
+        written_patch(plan.selection, plan.facts, out, reversible=plan.reversible, force=force) as written,
+    ):
+        least = _thresholds(plan) if plan.policy.name == "ties" else None
+
+        def join(block: _Block) -> tuple[Raw, Raw]:
+            tensor = _Rows(plan, block.name, plan.meetings[block.name].union[block.start : block.stop])
+            before = tensor.before()
+            old = tensor.old(before) if plan.reads_base else None
+            parts = [part for _, part in tensor.held(least)]
+            dtype = plan.selection.tensors[block.name].info.dtype
+            values = merge_rows(plan.policy.name, dtype, parts, old, len(before))
+            return before, written.writer.write_values(block.name, block.start, before, values, old)
+
+        total = sum(block.nbytes for block in _blocks(plan.selection))
+        with progress("merging", total) as advance:
+            for block, (before, after) in in_order(join, _blocks(plan.selection), workers):
+                written.writer.add_digests(block.name, before, after)
+                plan.timing.bytes_read += block.nbytes
+                advance(block.nbytes)
+        if plan.base is not None:
+            plan.base.check_unchanged()
+            plan.timing.bytes_read += plan.base.bytes_read
+    return written.result()
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    name: str
+    start: int
+    stop: int
+    nbytes: int
+
+
+def _blocks(selection: Selection) -> Iterator[_Block]:
+    for name, chosen in selection.tensors.items():
+        size = chosen.layout.width * chosen.info.type.itemsize
+        for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index)):
+            yield _Block(name, start, stop, (stop - start) * size)
+
+
+class _Rows:
+    """Some neurons of one tensor, as the patches that replace them have them."""
+
+    def __init__(self, plan: Merger, name: str, index: I64) -> None:
+        self._plan, self._name, self._index = plan, name, index
+        # All neurons that a patch has between the first and the last one are among them: they are of a union.
+        self._held: list[tuple[int, I64, int, int]] = []
+        for holder in plan.meetings[name].holders:
+            theirs = plan.patches[holder].index(name)
+            low, high = np.searchsorted(theirs, [index[0], index[-1] + 1]).tolist()
+            slots = np.searchsorted(index, theirs[low:high])
+            if high > low:
+                self._held.append((holder, slots, low, high))
+
+    def before(self) -> Raw:
+        """The digests of the replaced vectors."""
+        found = np.empty((len(self._index), 16), np.uint8)
+        for holder, slots, low, high in self._held:
+            found[slots] = self._plan.patches[holder].base_digests(self._name, low, high)
+        return found
+
+    def old(self, before: Raw) -> Raw:
+        """The replaced vectors; zeros where no patch holds them and they are not needed."""
+        chosen = self._plan.selection.tensors[self._name]
+        if self._plan.base is not None:
+            rows = gather(self._plan.base, chosen.info, chosen.layout, self._index)
+            if not np.array_equal(digests(rows), before):
+                raise MismatchError(
+                    "this is not the base that the patches were made from",
+                    file=self._plan.base.name,
+                    tensor=self._name,
+                    hint="name the right one with --base",
+                )
+            return rows
+        rows = np.zeros((len(self._index), chosen.layout.width * chosen.info.type.itemsize), np.uint8)
+        for holder, slots, low, high in self._held:
+            if self._plan.patches[holder].tensors[self._name].reversible:
+                rows[slots] = self._plan.patches[holder].base_values(self._name, low, high)
+        return rows
+
+    def held(self, least: Sequence[float] | None = None) -> Iterator[tuple[int, Part]]:
+        """The number of each patch that replaces any of them, with its new values."""
+        for n, slots, low, high in self._held:
+            values = self._plan.patches[n].values(self._name, low, high)
+            yield n, Part(slots, values, self._plan.policy.weights[n], least[n] if least else 0.0)
+
+
+def _thresholds(plan: Merger) -> list[float]:
+    """Per patch how large a difference must be for ``ties`` to keep it."""
+    found = [Magnitudes(plan.policy.density) for _ in plan.patches]
+    for again in (False, True):
+        if again:
+            for magnitudes in found:
+                magnitudes.settle()
+        for block in _blocks(plan.selection):
+            meeting = plan.meetings[block.name]
+            index = meeting.union[block.start : block.stop]
+            common = np.isin(index, meeting.shared, assume_unique=True)
+            if not common.any():
+                continue
+            rows = _Rows(plan, block.name, index)
+            old, dtype = rows.old(rows.before()), plan.selection.tensors[block.name].info.dtype
+            for holder, part in rows.held():
+                here = common[part.slots]
+                found[holder].add(part.values[here], old[part.slots[here]], dtype)
+    return [magnitudes.least for magnitudes in found]

@@ -1,0 +1,266 @@
+"""What must hold before patches are merged, and what the result will be."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.floats import FLOATS
+from ..checkpoint.opening import open_checkpoint
+from ..errors import MismatchError, UsageError
+from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
+from ..patch.overlap import Meeting, meetings, same_fingerprint
+from ..patch.patch import Patch
+from ..selection.selection import Chosen, Selection, followers_of
+from ..version import __version__
+from .progress import Progress
+from .replaced import require_replaced
+from .state import check_fit
+
+__all__ = ["Policy", "check_patches", "open_base", "plan_union"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What is done with neurons that several patches replace. Made by `of`.
+
+    Attributes
+    ----------
+    name:
+        One of `neftsurgery.patch.merging.POLICIES`.
+    weights:
+        One a patch.
+    density:
+        For ``ties``.
+    """
+
+    name: str
+    weights: tuple[float, ...]
+    density: float = DENSITY
+
+    @classmethod
+    def of(cls, name: str, weights: Sequence[float] | None, density: float | None, patches: int) -> Policy:
+        """Check what a user wishes for so many patches.
+
+        Raises
+        ------
+        UsageError
+            If it makes no sense.
+        """
+        if not patches:
+            raise UsageError("there is no patch to merge")
+        if name not in POLICIES:
+            raise UsageError(f"there is no way {name!r} to merge", hint=f"known ones: {', '.join(POLICIES)}")
+        if weights is not None and name not in ARITHMETIC:
+            raise UsageError(f"weights do not go with {name}", hint="they are for mean, sum and ties")
+        if density is not None and name != "ties":
+            raise UsageError(f"a density does not go with {name}", hint="it is for ties")
+        if density is not None and not 0 < density <= 1:
+            raise UsageError("the density must be above 0 and at most 1", found=density)
+        given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * patches
+        if len(given) != patches:
+            raise UsageError("there must be one weight a patch", expected=patches, found=len(given))
+        if not all(math.isfinite(weight) and (weight > 0 or name == "sum") for weight in given):
+            what = "finite numbers" if name == "sum" else "finite and above 0"
+            raise UsageError(f"weights must be {what}", found=", ".join(f"{weight:g}" for weight in given))
+        return cls(name, given, DENSITY if density is None else density)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it computes with differences from the base."""
+        return self.name in ("sum", "ties")
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest."""
+        facts: dict[str, Any] = {"on_overlap": self.name}
+        if self.name in ARITHMETIC:
+            facts["weights"] = list(self.weights)
+        return facts | ({"density": self.density} if self.name == "ties" else {})
+
+
+def open_base(named: str | os.PathLike[str], patches: Sequence[Patch]) -> Checkpoint:
+    """The base checkpoint; it has every tensor of the patches."""
+    base = open_checkpoint(named)
+    for patch in patches:
+        check_fit(base, patch)
+    return base
+
+
+def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
+    """Raise a `CorruptFileError` unless each patch's hashes match its content: a merge gets new hashes."""
+    with progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
+        for patch in patches:
+            patch.check()
+            advance(patch.value_bytes)
+
+
+def plan_union(
+    patches: Sequence[Patch], policy: Policy, base: Checkpoint | None, reversible: bool
+) -> tuple[dict[str, Meeting], Selection, dict[str, Any], list[str]]:
+    """Who replaces what, the neurons of the result, the rest of its manifest, and warnings.
+
+    Raises
+    ------
+    MismatchError, UsageError
+        As `neftsurgery.merge`.
+    """
+    warnings = _check_origins(patches, checked=base is not None)
+    tensors = _check_tensors(patches)
+    found: dict[str, Meeting] = {}
+    chosen: dict[str, Chosen] = {}
+    for meeting in meetings(patches):
+        _check_meeting(meeting, patches, policy)
+        if len(meeting.union):
+            owner = tensors[meeting.name].tensors[meeting.name]
+            found[meeting.name] = meeting
+            chosen[meeting.name] = Chosen(owner.info, owner.layout, meeting.union)
+    if not chosen:
+        raise MismatchError("the patches replace no neuron", file=patches[0].path)
+    if base is None:
+        _check_replaced(patches, policy, found, reversible)
+    facts, how = _facts(patches, policy, base)
+    return found, Selection(chosen, how), facts, warnings
+
+
+def _called(patches: Sequence[Patch], number: int) -> str:
+    path = patches[number].path
+    return str(path) if path is not None else f"patch {number + 1}"
+
+
+def _check_origins(patches: Sequence[Patch], *, checked: bool) -> list[str]:
+    """Refuse patches that say that they were made from different files."""
+    known = [n for n, patch in enumerate(patches) if patch.base.get("fingerprint") is not None]
+    for n in known[1:]:
+        if same_fingerprint(patches[known[0]], patches[n]) is False:
+            raise MismatchError(
+                f"{_called(patches, known[0])} and {_called(patches, n)} were made from different bases",
+                expected=f"one fingerprint, {patches[known[0]].base['fingerprint']}",
+                found=patches[n].base["fingerprint"],
+                hint="patches merge only where they replace neurons of the same base",
+            )
+    if len(patches) == 1 or len(known) == len(patches) or checked:
+        return []
+    names = ", ".join(_called(patches, n) for n in range(len(patches)) if n not in known)
+    return [f"which base {names} was made from is not known: only the neurons in common were compared"]
+
+
+def _check_tensors(patches: Sequence[Patch]) -> dict[str, Patch]:
+    """By tensor the first patch that touches it; the others fit it."""
+    first: dict[str, int] = {}
+    for n, patch in enumerate(patches):
+        for name, tensor in patch.tensors.items():
+            owner = patches[first.setdefault(name, n)].tensors[name]
+            what = f"{_called(patches, first[name])} and {_called(patches, n)}"
+            if (owner.info.dtype, owner.info.shape) != (tensor.info.dtype, tensor.info.shape):
+                raise MismatchError(
+                    f"{what} are for different models",
+                    tensor=name,
+                    expected=owner.info.describe(),
+                    found=tensor.info.describe(),
+                )
+            if owner.layout.axes != tensor.layout.axes:
+                raise MismatchError(
+                    f"{what} cut this tensor along different axes: every row crosses every column, "
+                    "and a patch says only one kind of neuron of a tensor",
+                    tensor=name,
+                    expected=f"neuron axes {list(owner.layout.axes)}",
+                    found=list(tensor.layout.axes),
+                    hint="apply them one after the other: `neftsurgery apply BASE P Q -o OUT`",
+                )
+    return {name: patches[n] for name, n in first.items()}
+
+
+def _check_meeting(meeting: Meeting, patches: Sequence[Patch], policy: Policy) -> None:
+    if len(meeting.foreign):
+        raise MismatchError(
+            f"{_two(meeting, patches, meeting.foreign[0])} were made from different bases",
+            tensor=meeting.name,
+            expected="neurons in common that were the same in the base",
+            found=f"{len(meeting.foreign)} of {len(meeting.shared)} that were not, "
+            f"the first is {meeting.foreign[0]}",
+        )
+    if policy.name == "error" and len(meeting.shared):
+        raise MismatchError(
+            f"{_two(meeting, patches, meeting.shared[0])} overlap",
+            tensor=meeting.name,
+            expected="no neuron in common",
+            found=f"{len(meeting.shared)}, the first is {meeting.shared[0]}",
+            hint="choose what becomes of them with --on-overlap first, last, mean, sum or ties",
+        )
+    dtype = patches[meeting.holders[0]].tensors[meeting.name].info.dtype
+    if policy.name in ARITHMETIC and len(_computed(meeting, patches, policy)) and dtype not in FLOATS:
+        raise MismatchError(
+            f"{dtype} elements are no numbers to compute a {policy.name} of",
+            tensor=meeting.name,
+            hint="choose --on-overlap first or last",
+        )
+
+
+def _two(meeting: Meeting, patches: Sequence[Patch], neuron: int) -> str:
+    """The patches that replace a neuron, the first two of them."""
+    holders = [n for n in meeting.holders if neuron in patches[n].index(meeting.name)]
+    return " and ".join(_called(patches, n) for n in holders[:2])
+
+
+def _computed(meeting: Meeting, patches: Sequence[Patch], policy: Policy) -> NDArray[np.int64]:
+    """The neurons that are computed with, ascending."""
+    if policy.name != "sum":
+        return meeting.shared
+    scaled = [patches[n].index(meeting.name) for n in meeting.holders if policy.weights[n] != 1]
+    return np.unique(np.concatenate([meeting.shared, *scaled]))
+
+
+def _check_replaced(
+    patches: Sequence[Patch], policy: Policy, found: Mapping[str, Meeting], reversible: bool
+) -> None:
+    """Refuse a merge that needs replaced values which no patch holds."""
+    if not (reversible or policy.needs_base):
+        return
+    what = "a reversible patch" if reversible else f"--on-overlap {policy.name}"
+    for name, meeting in found.items():
+        needed = meeting.union if reversible else _computed(meeting, patches, policy)
+        for n in meeting.holders:
+            if patches[n].tensors[name].reversible:
+                needed = np.setdiff1d(needed, patches[n].index(name), assume_unique=True)
+        for n in meeting.holders:
+            if len(np.intersect1d(needed, patches[n].index(name), assume_unique=True)):
+                require_replaced(patches[n], what)
+
+
+def _facts(
+    patches: Sequence[Patch], policy: Policy, base: Checkpoint | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the manifest says besides the tensors, and of that how the neurons were chosen."""
+    if len(patches) == 1 and policy.weights == (1.0,):  # the patch itself
+        manifest = patches[0].manifest
+        rest = {key: value for key, value in manifest.items() if key not in ("version", "tensors")}
+        return rest, dict(patches[0].facts)
+    origin = next((dict(patch.base) for patch in patches if patch.base.get("fingerprint")), None)
+    if origin is None and base is not None:
+        from .diff import describe_side  # loads the kernels, which merging needs for nothing else
+
+        origin = describe_side(base)
+    same = {
+        key: value
+        for key, value in patches[0].facts.items()
+        if key in ("anatomy", "score") and all(patch.facts.get(key) == value for patch in patches)
+    }
+    merged = [
+        {"name": patch.path.name if patch.path is not None else None, "neurons": patch.neurons}
+        for patch in patches
+    ]
+    # A bias goes along with its neurons unless some patch chose it for itself.
+    followers = {name for patch in patches for name in followers_of(patch.facts)}
+    followers &= {name for patch in patches for name in patch.tensors}
+    followers -= {n for patch in patches for n in patch.tensors if n not in followers_of(patch.facts)}
+    how = same | {"merged": {**policy.describe(), "patches": merged}}
+    how |= {"followers": sorted(followers)} if followers else {}
+    facts = {"base": origin or dict(patches[0].base), "selection": how}
+    return facts | {"created_by": f"neftsurgery {__version__}"}, how
