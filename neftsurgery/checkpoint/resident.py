@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["resident"]
+__all__ = ["at_hand", "resident"]
 
 _SAMPLE_STEP = 2 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
@@ -31,9 +31,7 @@ def resident(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
     ends before, or the system or the file system cannot tell (anything but Linux; most network file
     systems, whose mappings can fail in the middle).
     """
-    if not hasattr(os, "RWF_NOWAIT") or sys.platform != "linux" or size == 0:
-        return None
-    if not _answers_at_once(fd, start, size):
+    if size == 0 or not at_hand(fd, start, size):
         return None
     skipped = start % mmap.ALLOCATIONGRANULARITY
     length = skipped + size
@@ -52,8 +50,10 @@ def resident(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
     return pages[skipped:]
 
 
-def _answers_at_once(fd: int, start: int, size: int) -> bool:
-    """Whether samples of a range can be read without waiting for a disk."""
+def at_hand(fd: int, start: int, size: int) -> bool:
+    """Whether samples of a range can be read without waiting for a disk; False where nobody can tell."""
+    if not hasattr(os, "RWF_NOWAIT") or sys.platform != "linux":
+        return False
     byte = bytearray(1)
     try:
         for position in (*range(start, start + size, _SAMPLE_STEP), start + size - 1):

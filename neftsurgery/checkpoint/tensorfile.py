@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
 from .header import FilePlan, Header, TensorInfo, read_header
-from .output import staged_file
+from .output import begin_writeback, staged_file
 from .refusal import require_space
 
 __all__ = [
@@ -55,6 +55,7 @@ _NUMPY = {
 _COPY_BYTES = 8 << 20
 _SMALL_BYTES = 32 << 10
 _HELD_BYTES = 4 << 20
+_WRITEBACK_BYTES = 512 << 10
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str] | None) -> None:
@@ -319,6 +320,8 @@ class TensorFileWriter:
             self._small.add(position, data.tobytes())
         else:
             write_exactly(self._fd, np.ascontiguousarray(data).data.cast("B"), position)
+            if data.nbytes >= _WRITEBACK_BYTES:
+                begin_writeback(self._fd, position, data.nbytes)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header with the final ``metadata``, no longer than the room that was kept for it."""

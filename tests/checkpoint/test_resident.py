@@ -54,14 +54,14 @@ def test_past_the_end_there_is_nothing(file):
 
 def test_a_file_cut_short_after_it_was_looked_at(file, monkeypatch):
     """The pages are gone between the look and the mapping: no signal, but None, and a read tells."""
-    looked = module._answers_at_once
+    looked = module.at_hand
 
     def then_cut(fd: int, start: int, size: int) -> bool:
         answer = looked(fd, start, size)
         os.truncate(file, 5000)
         return answer
 
-    monkeypatch.setattr(module, "_answers_at_once", then_cut)
+    monkeypatch.setattr(module, "at_hand", then_cut)
     with open(file, "rb") as opened:
         assert resident(opened.fileno(), 0, 300_000) is None
 
