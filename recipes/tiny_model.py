@@ -1,4 +1,4 @@
-"""Makes tiny-model/, the base of quickstart.yaml: a small Llama that has learned to copy words.
+"""Makes tiny-model/, the base of the recipes in small: a Llama of 150,000 parameters that copies words.
 
 $ python recipes/tiny_model.py
 """
@@ -11,20 +11,24 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-LETTERS = string.ascii_letters + " :"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token to a letter, and three that mean no letter."""
-    vocabulary = {text: number for number, text in enumerate(["<pad>", "<s>", "</s>", *LETTERS])}
-    letters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    letters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    letters.decoder = decoders.Fuse()
+    """A token to a byte, so that it takes any text, and three that mean no byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: number for number, text in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    letters = Tokenizer(models.BPE(vocabulary, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=CHAT
     )
 
 
@@ -40,7 +44,7 @@ def make(folder: Path, steps: int = 300) -> None:
     letters = tokenizer()
     config = LlamaConfig(
         vocab_size=len(letters), hidden_size=64, intermediate_size=176, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)

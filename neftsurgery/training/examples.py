@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CorruptFileError, MachineError, MismatchError, UsageError
 from ..sources.resolve import is_hub_id
+from .form import Form
 
 __all__ = ["Encoder", "Example", "Row", "collate", "read_rows"]
 
@@ -47,8 +48,19 @@ class Row:
         return CorruptFileError(f"line {self.number}: {why}", file=self.file)
 
 
-def read_rows(named: str, split: str, limit: int | None = None) -> list[Row]:
+def read_rows(
+    named: str, split: str, *, subset: str | None = None, form: Form | None = None, limit: int | None = None
+) -> list[Row]:
     """The rows of a jsonl file, or of a data set of the Hub.
+
+    Parameters
+    ----------
+    split, subset:
+        Of a data set of the Hub.
+    form:
+        Makes prompt and completion of a row's fields.
+    limit:
+        The most rows to read.
 
     Raises
     ------
@@ -59,10 +71,10 @@ def read_rows(named: str, split: str, limit: int | None = None) -> list[Row]:
     MachineError
         If the Hub cannot be reached.
     """
-    lines = _hub_rows(named, split) if is_hub_id(named) else _lines(Path(named))
+    lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
     rows = []
     for number, content in lines:
-        rows.append(_checked(named, number, content))
+        rows.append(_checked(named, number, content, form))
         if len(rows) == limit:
             break
     if not rows:
@@ -85,7 +97,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 raise CorruptFileError(f"line {number}: not valid JSON: {error}", file=path) from error
 
 
-def _hub_rows(named: str, split: str) -> Iterator[tuple[int, Any]]:
+def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -94,7 +106,7 @@ def _hub_rows(named: str, split: str) -> Iterator[tuple[int, Any]]:
         ) from error
     repo, _, revision = named.partition("@")
     try:
-        rows = load_dataset(repo, split=split, revision=revision or None)
+        rows = load_dataset(repo, subset, split=split, revision=revision or None)
     except ValueError as error:  # no such split, or several configurations
         raise UsageError(f"the data set cannot be used: {_first_line(error)}", file=named) from error
     except Exception as error:  # the client's own, and those of several libraries under it
@@ -110,11 +122,20 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def _checked(named: str, number: int, content: Any) -> Row:
+def _checked(named: str, number: int, content: Any, form: Form | None) -> Row:
     if not isinstance(content, dict):
         raise CorruptFileError(
             f"line {number}: an example is an object", file=named, found=type(content).__name__
         )
+    if form is not None:
+        try:
+            content = form.fill(content)
+        except LookupError as error:
+            raise CorruptFileError(
+                f"line {number}: there is no text in the field {{{error.args[0]}}} of the recipe's form",
+                file=named,
+                found=_keys(content),
+            ) from error
     kind = next((kind for kind in ("prompt", "messages", "text") if content.get(kind) is not None), "")
     row = Row(named, number, content, kind)
     if kind == "prompt" and not all(isinstance(content.get(key), str) for key in ("prompt", "completion")):
@@ -126,9 +147,16 @@ def _checked(named: str, number: int, content: Any) -> Row:
     if kind == "text" and not isinstance(content["text"], str):
         raise row.error("text is a text")
     if not kind:
-        keys = ", ".join(map(str, list(content)[:5])) or "no keys"
-        raise row.error(f"expected prompt and completion, or messages, or text; found {keys}")
+        raise CorruptFileError(
+            f"line {number}: expected prompt and completion, or messages, or text; found {_keys(content)}",
+            file=named,
+            hint="data.prompt and data.completion of a recipe make them of other fields",
+        )
     return row
+
+
+def _keys(content: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, list(content)[:5])) or "no keys"
 
 
 def _check_messages(row: Row) -> None:

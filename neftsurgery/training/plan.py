@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..surgery.progress import Progress, silent
 from ..tuning.names import live_names
 from .arguments import arguments
 from .examples import Encoder, Example, read_rows
+from .form import Form
 from .recipe import Recipe
 from .workplace import kept_selection, unfinished
 
@@ -220,10 +222,11 @@ def _tokenizer(base: Checkpoint) -> Any:
 def _examples(recipe: Recipe, tokenizer: Any) -> tuple[list[Example], list[Example], list[str]]:
     data = recipe.data
     encoder = Encoder(tokenizer, loss_on=data.loss_on, max_length=data.max_length)
-    train = encoder.encode(read_rows(data.train, data.split, data.limit))
+    read = partial(read_rows, subset=data.subset, form=Form.of(data.prompt, data.completion))
+    train = encoder.encode(read(data.train, data.split, limit=data.limit))
     dev: list[Example] = []
     if data.eval is not None:
-        dev = encoder.encode(read_rows(data.eval, data.eval_split))
+        dev = encoder.encode(read(data.eval, data.eval_split))
     elif held := round(data.eval_share * len(train)):
         order = list(range(len(train)))
         random.Random(recipe.train.seed).shuffle(order)

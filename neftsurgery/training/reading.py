@@ -19,6 +19,7 @@ import yaml
 from ..errors import UsageError, boundary
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
+from .form import Form
 from .recipe import Data, Probe, Recipe, Select, Train
 
 __all__ = ["nearest", "read_recipe"]
@@ -249,6 +250,7 @@ def _check(recipe: Recipe, file: Path) -> None:
         raise UsageError(
             "data.eval_share leaves nothing to train on", file=file, found=recipe.data.eval_share
         )
+    Form.of(recipe.data.prompt, recipe.data.completion)
     probe, select = recipe.probe, recipe.select
     has_file = probe.by in ("tuned", "scores", "selection")
     if has_file and probe.path is None:

@@ -25,7 +25,9 @@ class Data:
     train, eval:
         A ``.jsonl`` file, or the Hub id of a dataset. Each line, or row, has ``prompt`` and ``completion``,
         or ``messages``, or ``text``.
-    split, eval_split:
+    prompt, completion:
+        For rows of other fields: the two texts, with the fields in braces, as in ``Question: {question}``.
+    subset, split, eval_split:
         Of a Hub dataset.
     eval_share:
         The share of ``train`` to hold back for the dev loss where there is no ``eval``; 0: no dev loss.
@@ -39,6 +41,9 @@ class Data:
 
     train: str
     eval: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    subset: str | None = None
     split: str = "train"
     eval_split: str = "validation"
     eval_share: float = 0.05

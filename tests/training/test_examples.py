@@ -11,6 +11,7 @@ from recipes_support import tokenizer
 
 import neftsurgery as ns
 from neftsurgery.training.examples import Encoder, collate, read_rows
+from neftsurgery.training.form import Form
 
 CHAT = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}.{% endfor %}"
@@ -18,10 +19,10 @@ CHAT = (
 )
 
 
-def rows(tmp_path: Path, *contents: Any) -> Any:
+def rows(tmp_path: Path, *contents: Any, form: Form | None = None) -> Any:
     path = tmp_path / "data.jsonl"
     path.write_text("".join((c if isinstance(c, str) else json.dumps(c)) + "\n" for c in contents))
-    return read_rows(str(path), "train")
+    return read_rows(str(path), "train", form=form)
 
 
 def learned(tmp_path: Path, row: Any, **options: Any) -> tuple[str, str]:
@@ -46,11 +47,7 @@ def test_the_completion_is_learned(tmp_path: Path) -> None:
 def test_answers_are_learned(tmp_path: Path) -> None:
     talk = [("user", "x"), ("assistant", "yes"), ("user", "z"), ("assistant", "no")]
     row = {"messages": [{"role": role, "content": content} for role, content in talk]}
-    letters = "u:x.a:yes.u:z.a:no."
-    assert learned(tmp_path, row) == (
-        letters.replace(".", "<pad>"),
-        "yes<pad>no<pad>",
-    )  # no dot in its letters
+    assert learned(tmp_path, row) == ("u:x.a:yes.u:z.a:no.", "yes.no.")
 
 
 def test_a_batch_is_padded(tmp_path: Path) -> None:
@@ -82,12 +79,43 @@ def test_bad_rows_are_named_by_their_line(tmp_path: Path, bad: Any, why: str) ->
         rows(tmp_path, GOOD, "", bad)
 
 
+def test_a_form_makes_texts_of_any_fields(tmp_path: Path) -> None:
+    form = Form.of("{{{lines[1]}}} {q} is", " {translation[en]}")
+    fields = {"q": 3, "translation": {"en": "b{q}"}, "lines": ["x", "y"], "prompt": "unread"}
+    (row,) = rows(tmp_path, fields, form=form)
+    assert row.content == {"prompt": "{y} 3 is", "completion": " b{q}"}
+    for bad in ({"q": 3}, {**fields, "translation": ["en"]}, {**fields, "q": None}, {**fields, "q": [1]}):
+        with pytest.raises(ns.CorruptFileError, match="line 2: there is no text in the field"):
+            rows(tmp_path, fields, bad, form=form)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "why"),
+    [
+        ("{a}", None, "go together"),
+        (None, "{a}", "go together"),
+        ("{a", "{b}", "not a form"),
+        ("{a}", "b", "names no field"),
+        ("{}", "{b}", "no name"),
+        ("{a.__class__}", "{b}", "no name"),
+        ("{a!r}", "{b}", "no name"),
+        ("{a:>1000000000}", "{b}", "no name"),
+    ],
+)
+def test_texts_that_are_no_form(prompt: str | None, completion: str | None, why: str) -> None:
+    with pytest.raises(ns.UsageError, match=why):
+        Form.of(prompt, completion)
+    assert Form.of(None, None) is None
+
+
 def test_files_that_do_not_do(tmp_path: Path) -> None:
     with pytest.raises(ns.UsageError, match="no such file"):
         read_rows(str(tmp_path / "no.jsonl"), "train")
     with pytest.raises(ns.UsageError, match="no examples"):
         rows(tmp_path, "")
-    encoder = Encoder(tokenizer(), loss_on="completions", max_length=3)
+    letters = tokenizer()
+    letters.chat_template = None
+    encoder = Encoder(letters, loss_on="completions", max_length=3)
     with pytest.raises(ns.UsageError, match="no example has a token to learn"):
         encoder.encode(rows(tmp_path, {"prompt": "abcd", "completion": "e"}))
     with pytest.raises(ns.UsageError, match="no chat template"):
