@@ -47,7 +47,7 @@ $(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.train: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) --editable ".[train]"
+	$(PIP) --editable ".[train,report]"
 	touch $@ $(VENV)/.core
 
 $(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.opening import open_checkpoint
     from .patch.patch import Patch
+    from .report.report import report
     from .selection.scores import Scores
     from .selection.selection import Selection
     from .surgery.apply import apply, revert
@@ -61,6 +62,7 @@ __all__ = [
     "inspect",
     "merge",
     "open_checkpoint",
+    "report",
     "revert",
     "verify",
 ]
@@ -81,6 +83,7 @@ _HOMES = {
     "inspect": "surgery.inspect",
     "merge": "surgery.merge",
     "open_checkpoint": "checkpoint.opening",
+    "report": "report.report",
     "revert": "surgery.apply",
     "verify": "surgery.verify",
 }

@@ -15,7 +15,7 @@ from ..surgery.progress import Timing, process_seconds
 if TYPE_CHECKING:
     from ..checkpoint.pipeline import Limits
 
-__all__ = ["Console", "amount", "percent", "plural", "printable", "size", "table"]
+__all__ = ["Console", "amount", "can_print", "percent", "plural", "printable", "size", "table"]
 
 
 class Console:
@@ -40,6 +40,11 @@ class Console:
         """A line of the result, for people."""
         if not (self.as_json or self.quiet):
             click.echo(printable(text))
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether people look at stdout as it is written."""
+        return not (self.as_json or self.quiet) and sys.stdout.isatty()
 
     def note(self, text: str) -> None:
         """A remark beside the result: a warning, what comes next."""
@@ -74,6 +79,15 @@ class Console:
 def printable(text: str) -> str:
     """``text`` with control characters written out: names in files must not steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def can_print(text: str) -> bool:
+    """Whether stdout's encoding has all characters of ``text``."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def size(nbytes: float) -> str:

@@ -34,6 +34,7 @@ _COMMANDS = {
     "revert": "Take a patch out again, bit for bit.",
     "merge": "Make one patch of several patches of one base.",
     "export": "Write a patch as an exact LoRA adapter.",
+    "report": "See it: an HTML page of scores and patches, with pictures.",
     "train": "Find the neurons that matter, train only them, and cut the patch.",
 }
 

@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..report.layer_map import LayerMap
+from ..report.map_figure import BLOCKS, map_lines
+from ..selection.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary
-from .console import Console, amount, percent, plural, size, table
+from .console import Console, amount, can_print, percent, plural, size, table
 
-__all__ = ["say_captured", "say_checkpoint", "say_pair", "say_summary"]
+__all__ = ["say_captured", "say_checkpoint", "say_map", "say_pair", "say_summary"]
 
 _SHOWN = 5
 _BAR = 24
+_MAPPED = "3%"
 
 
 def checkpoint_line(checkpoint: Checkpoint) -> list[str]:
@@ -130,6 +134,17 @@ def _say_movements(console: Console, title: str, movements: Sequence[Movement]) 
         console.say(line)
     if len(movements) > _SHOWN:
         console.say(f"  and {amount(len(movements) - _SHOWN)} more")
+
+
+def say_map(console: Console, scores: Scores) -> None:
+    """A small map of where the most sensitive neurons are, on a terminal."""
+    if not console.is_terminal:
+        return
+    found = LayerMap.of_scores(scores, scores.select(neurons=_MAPPED))
+    console.say(f"where the most sensitive {_MAPPED} are")
+    for line in map_lines(found, blocks=can_print(BLOCKS)):
+        console.say(f"  {line}")
+    console.say()
 
 
 def say_captured(console: Console, facts: Mapping[str, Any], *, whole: bool | None) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from xml.etree import ElementTree
 
 from ..errors import UsageError
+from . import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,7 @@ else:
     Canvas = Any
 
 __all__ = ["ACCENT", "COLOURS", "CONTRAST", "FAINT", "GRID", "INK", "MUTED", "SCALE", "SURFACE", "WIDTH"]
-__all__ += ["Canvas", "Draw", "log_ticks", "power", "png", "quiet", "require_matplotlib", "svg", "themed_svg"]
+__all__ += ["Canvas", "Draw", "log_ticks", "png", "quiet", "require_matplotlib", "svg", "themed_svg"]
 
 INK, MUTED, GRID, SURFACE = "#1f2329", "#59636f", "#d5dbe1", "#fffffe"
 ACCENT, CONTRAST, FAINT = "#0067a6", "#b3480a", "#b7cbdb"
@@ -40,8 +41,8 @@ COLOURS = (
 )
 #: Dark to light in the same order for every kind of colour vision.
 SCALE = "cividis"
-#: Of every picture, in inches; a page shows it at 640 pixels, or narrower.
-WIDTH = 5.6
+#: Of every picture, in inches; a page shows it at 576 pixels, or narrower.
+WIDTH = 5.0
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
@@ -112,7 +113,7 @@ def themed_svg(text: str, prefix: str, title: str) -> str:
                 element.set(key, f"{prefix}-{value}")
             elif key == f"{{{_XLINK}}}href":
                 del element.attrib[key]
-                element.set("href", f"#{prefix}-{value[1:]}")
+                element.set("href", f"#{prefix}-{value[1:]}" if value.startswith("#") else value)
             elif "url(#" in value:
                 element.set(key, value.replace("url(#", f"url(#{prefix}-"))
             elif key == "style":
@@ -156,22 +157,14 @@ def quiet(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
     axes.set_axisbelow(True)
 
 
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     """Places and labels for an axis of decimal logarithms from ``low`` to ``high``."""
     first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
     if last - first >= 2:
         step = -(-(last - first + 1) // 8)
         whole = range(first, last + 1, step)
-        return [float(exponent) for exponent in whole], [power(exponent) for exponent in whole]
+        return [float(exponent) for exponent in whole], [words.power(exponent) for exponent in whole]
     steps = (1, 2, 5) if high - low > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
     values = [factor * 10.0**exponent for exponent in range(first - 1, last + 1) for factor in steps]
     shown = [value for value in values if low - 1e-9 <= math.log10(value) <= high + 1e-9]
     return [math.log10(value) for value in shown], [f"{value:.4g}" for value in shown]
-
-
-def power(exponent: int) -> str:
-    """A power of ten, ``10⁻³``, without matplotlib's mathematics."""
-    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,8 @@ class Figure:
         Draws it on an empty figure of matplotlib's; None for a figure that is its table.
     verdict:
         What it says here, in a sentence; may be empty.
+    as_table:
+        Whether a page shows the table in the picture's place.
     """
 
     id: str
@@ -96,6 +98,7 @@ class Figure:
     table: Table
     draw: Draw | None = None
     verdict: str = ""
+    as_table: bool = False
 
     def png(self) -> bytes:
         """The picture as PNG, on white.
@@ -126,8 +129,3 @@ class Figure:
         if self.verdict:
             told["verdict"] = self.verdict
         return told | {"rows": self.table.describe()}
-
-
-def columns(*given: Sequence[Any]) -> tuple[Column, ...]:
-    """Columns from their fields."""
-    return tuple(Column(*fields) for fields in given)

@@ -16,14 +16,14 @@ from .layer_map import LayerMap
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["map_figure", "map_lines", "number_cells"]
+__all__ = ["BLOCKS", "map_figure", "map_lines", "number_cells"]
 
 _MOST_ROWS, _MOST_COLUMNS = 128, 16
-_BLOCKS = " ▁▂▃▄▅▆▇█"
+BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"
 
 
-def map_figure(found: LayerMap, *, id: str = "map", name: str = "", word: str = "chosen") -> Figure:
+def map_figure(found: LayerMap, *, id: str = "map", word: str = "chosen", of_patch: bool = False) -> Figure:
     """The map as a figure.
 
     Parameters
@@ -32,10 +32,10 @@ def map_figure(found: LayerMap, *, id: str = "map", name: str = "", word: str = 
         The map. One with very many rows or columns is drawn with the least chosen ones folded into one.
     id:
         Of the figure.
-    name:
-        Whose map it is, for the title.
     word:
         What the neurons are, for the title: ``sensitive``, ``replaced``.
+    of_patch:
+        Whether it is the map of a patch, which knows only of the weights that it touches.
     """
     columns = (
         Column("layer", "layer", words.label),
@@ -47,26 +47,30 @@ def map_figure(found: LayerMap, *, id: str = "map", name: str = "", word: str = 
     rows = tuple((*row, row[2] / row[3]) for row in found.rows())
     return Figure(
         id,
-        f"Where the {word} neurons are" + (f": {words.label(name)}" if name else ""),
+        f"Where the {word} neurons are",
         f"{word} neurons, percent of those of that weight",
         "A row is a layer"
         + (f" ({words.label(found.prefix, 40)}N)" if found.prefix else "")
         + ", a column a kind of weight, a cell the neurons of one weight (of several experts, "
         f"all of them). The number is the percentage that is {word}; the lighter the cell, the larger it is. "
-        "An empty place has no such weight.",
+        + (
+            "An empty place is a weight that the patch leaves alone."
+            if of_patch
+            else "An empty place: no such weight."
+        ),
         Table(columns, rows),
         lambda canvas: _draw(canvas, found.folded(_MOST_ROWS, _MOST_COLUMNS)),
-        _verdict(found, word),
+        _verdict(found, word, " of the weights it touches" if of_patch else ""),
     )
 
 
-def _verdict(found: LayerMap, word: str) -> str:
+def _verdict(found: LayerMap, word: str, which: str) -> str:
     if not found.neurons:
         return ""
     kinds, all_kinds = found.chosen.sum(axis=0), found.totals.sum(axis=0)
     most = int(np.argmax(kinds))
     text = (
-        f"{words.count(found.neurons)} of {words.count(found.total)} neurons are {word} "
+        f"{words.count(found.neurons)} of {words.count(found.total)} neurons{which} are {word} "
         f"({words.share(found.neurons / found.total)})."
     )
     if len(found.kinds) > 1:
@@ -156,7 +160,7 @@ def map_lines(found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: 
     with np.errstate(invalid="ignore"):
         share = chosen / totals
     top = float(np.nanmax(share))
-    scale = _BLOCKS if blocks else _ASCII
+    scale = BLOCKS if blocks else _ASCII
     width = max(len(name) for name in folded.column_labels)
     for column, name in enumerate(folded.column_labels):
         cells = "".join(_cell(value, top, scale) for value in share[:, column])

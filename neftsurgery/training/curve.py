@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["curve_of", "draw", "write_curve"]
+__all__ = ["curve_of", "draw", "losses_of", "write_curve"]
 
 _NAMES = {
     "loss": "train_loss",
@@ -25,6 +25,32 @@ def curve_of(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if measured:
             points.setdefault(int(entry["step"]), {"step": int(entry["step"])}).update(measured)
     return [points[step] for step in sorted(points)]
+
+
+def losses_of(points: Sequence[Mapping[str, Any]], most: int = 200) -> list[dict[str, Any]]:
+    """The losses alone, of at most so many points: every dev loss if they fit, evenly spaced ones else."""
+    kept = [
+        {key: point[key] for key in ("step", "train_loss", "dev_loss") if key in point}
+        for point in points
+        if "train_loss" in point or "dev_loss" in point
+    ]
+    if len(kept) <= most:
+        return kept
+    measured = [point for point in kept if "dev_loss" in point]
+    rest = [point for point in kept if "dev_loss" not in point]
+    chosen = _spaced(measured, most)
+    return sorted([*chosen, *_spaced(rest, most - len(chosen))], key=lambda point: int(point["step"]))
+
+
+def _spaced(points: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """At most so many of them, from the first to the last."""
+    if len(points) <= most:
+        return points
+    return (
+        [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+        if most > 1
+        else points[:most]
+    )
 
 
 def write_curve(points: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -22,7 +22,7 @@ from ..surgery.extract import check_selection
 from ..surgery.progress import Progress, silent
 from ..tuning.attach import Attached, attach
 from ..tuning.trainer import PATCH_NAME, last_save
-from .curve import curve_of, draw, write_curve
+from .curve import curve_of, draw, losses_of, write_curve
 from .loop import language_model, trainer_of
 from .plan import TrainingPlan, budget_of
 from .probe import probe
@@ -192,6 +192,7 @@ def _facts(plan: TrainingPlan, outcome: Outcome, seconds: float) -> dict[str, An
         "steps": plan.steps,
         **options,
         **{name: value for name, value in losses.items() if value is not None},
+        "curve": losses_of(outcome.curve),
         "seconds": round(seconds, 3),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -16,7 +16,7 @@ import click
 from ...errors import UsageError
 from ..console import Console
 from ..demo import files_round, lines
-from ..demo.stage import Stage
+from ..demo.stage import Stage, can_draw
 from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
@@ -45,19 +45,21 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     trains = not files_only and not missing
     if dry_run:
-        commands = lines.LINES if trains else files_round.LINES
+        commands = [
+            line
+            for line in (lines.LINES if trains else files_round.LINES)
+            if can_draw() or " report " not in line
+        ]
         for line in commands:
             console.say(f"$ {line}")
-        console.answer({"dry_run": True, "trains": trains, "commands": list(commands)})
+        console.answer({"dry_run": True, "trains": trains, "commands": commands})
         return 0
     with _workplace(folder) as place:
         held, facts = _show(Stage(console, place), seed) if trains else _show_files(Stage(console, place))
     seconds = time.perf_counter() - start
     console.say()
     if all(held.values()):
-        console.say(
-            f"All of it held, in {seconds:.1f} s." + (f" The files are in {folder}." if folder else "")
-        )
+        console.say(f"All of it held, in {seconds:.1f} s.{_kept(folder)}")
     else:
         console.note("neftsurgery: the demo did not hold: " + ", ".join(k for k, v in held.items() if not v))
     if missing and not files_only:
@@ -78,6 +80,13 @@ def _show(stage: Stage, seed: int) -> tuple[dict[str, bool], dict[str, Any]]:
 
     held, rows = show(stage, seed)
     return held, {"trained": [asdict(row) for row in rows], "seed": seed}
+
+
+def _kept(folder: str | None) -> str:
+    """Where the files are, and how to look at them."""
+    if folder is None:
+        return " To keep the files and look at the report: neftsurgery demo DIR" if can_draw() else ""
+    return f" The files are in {folder}." + (f" Open {folder}/report.html." if can_draw() else "")
 
 
 @contextmanager

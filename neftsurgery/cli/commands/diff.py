@@ -23,7 +23,7 @@ from ..options import (
     seed_option,
     take_scope,
 )
-from ..render import say_pair, say_summary
+from ..render import say_map, say_pair, say_summary
 
 __all__ = ["command"]
 
@@ -82,6 +82,8 @@ def command(
     ) as scores:
         summary = summarize(scores)
         say_summary(console, summary, score)
+        if summary.top and not summary.identical:
+            say_map(console, scores)
         if out is not None:
             console.say(f"wrote {out} ({size(scores.nbytes)})")
         console.answer(

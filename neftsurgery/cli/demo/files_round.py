@@ -7,16 +7,17 @@ import numpy as np
 from ...demo.planted import PLANTED, make_base, make_tuned, planted
 from ...patch.patch import Patch
 from ..console import plural
-from .stage import Stage, digests
+from .stage import Stage, can_draw, digests
 
 __all__ = ["LINES", "show"]
 
-_DIFF = "diff base tuned"
+_DIFF = "diff base tuned -o scores.safetensors"
 _EXTRACT = f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors"
 _APPLY = "apply base neuron_patch.safetensors -o patched"
 _VERIFY = "verify patched neuron_patch.safetensors --expect patched"
 _REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
-LINES = tuple(f"neftsurgery {line}" for line in (_DIFF, _EXTRACT, _APPLY, _VERIFY, _REVERT))
+_REPORT = f"report scores.safetensors --neurons {PLANTED} -o report.html"
+LINES = tuple(f"neftsurgery {line}" for line in (_DIFF, _EXTRACT, _APPLY, _VERIFY, _REVERT, _REPORT))
 
 
 def show(stage: Stage) -> dict[str, bool]:
@@ -44,6 +45,9 @@ def show(stage: Stage) -> dict[str, bool]:
         "every file of restored/ equals the one of base/, bit for bit",
         digests(base) == digests(restored) != digests(patched),
     )
+    if can_draw():
+        stage.title("See it")
+        stage.type(_REPORT)
     return {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}
 
 

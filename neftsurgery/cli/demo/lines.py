@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["APPLY", "CONTROL", "DIFF", "LINES", "REVERT", "SELECT", "SHARE", "VERIFY"]
+__all__ = ["APPLY", "CONTROL", "DIFF", "LINES", "REPORT", "REVERT", "SELECT", "SHARE", "VERIFY"]
 
 SHARE = "9%"
 DIFF = "diff base tuned -o scores.safetensors"
@@ -11,4 +11,5 @@ CONTROL = f"select scores.safetensors --neurons {SHARE} --policy random -o contr
 APPLY = "apply base neuron_patch.safetensors -o patched"
 VERIFY = "verify patched neuron_patch.safetensors --expect patched"
 REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
-LINES = tuple(f"neftsurgery {line}" for line in (DIFF, SELECT, CONTROL, APPLY, VERIFY, REVERT))
+REPORT = f"report scores.safetensors neuron_patch.safetensors --neurons {SHARE} -o report.html"
+LINES = tuple(f"neftsurgery {line}" for line in (DIFF, SELECT, CONTROL, APPLY, VERIFY, REVERT, REPORT))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..console import Console
 
-__all__ = ["Stage", "digests", "yes"]
+__all__ = ["Stage", "can_draw", "digests", "yes"]
 
 
 class Stage:
@@ -50,6 +51,11 @@ class Stage:
         """Say whether it held; returns that."""
         self.console.say(f"  -> {text}: {yes(held)}")
         return held
+
+
+def can_draw() -> bool:
+    """Whether what a report needs is installed."""
+    return all(find_spec(name) is not None for name in ("jinja2", "matplotlib"))
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -24,8 +24,8 @@ from ...demo.pupil import (
     losses,
 )
 from ..console import amount, percent, size, table
-from .lines import APPLY, CONTROL, DIFF, REVERT, SELECT, SHARE, VERIFY
-from .stage import Stage, digests
+from .lines import APPLY, CONTROL, DIFF, REPORT, REVERT, SELECT, SHARE, VERIFY
+from .stage import Stage, can_draw, digests
 
 __all__ = ["show"]
 
@@ -90,6 +90,9 @@ class _Round:
             digests(base) == digests(stage.place / "restored") != digests(patched),
         )
         self._summary()
+        if can_draw():
+            stage.title("See it")
+            stage.type(REPORT)
         return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}, self._rows
 
     def _pretrain(self, base: Path) -> None:
