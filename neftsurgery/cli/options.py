@@ -154,7 +154,7 @@ seed_option = click.option(
 def take_budget(options: dict[str, Any]) -> dict[str, Any]:
     """Remove the budget options from ``options``; only those that were given."""
     taken = {name: options.pop(name) for name in _BUDGET}
-    return {name: value for name, value in taken.items() if value not in (None, False)}
+    return {name: value for name, value in taken.items() if value is not None and value is not False}
 
 
 def _axis(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import words
-from .drawing import ACCENT, CONTRAST, INK, MUTED, WIDTH, Canvas, quiet
+from .drawing import ACCENT, CONTRAST, INK, MUTED, WIDTH, Canvas, legend_above, quiet
 from .figure import Column, Figure, Table
 from .growth import PERCENTS
 from .subjects import Items
@@ -181,7 +181,7 @@ class Agreement:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
         axes.set_xlabel(f"of the {self.word}s are chosen")
         axes.set_ylabel("of these the control takes")
-        axes.legend(loc="upper left")
+        legend_above(axes)
         quiet(axes, grid="y")
 
     def correlation_figure(self, id: str = "correlation") -> Figure:
@@ -234,7 +234,7 @@ class Agreement:
         axes.set_xlim(-1.15, 1.15)
         axes.set_xticks([-1, -0.5, 0, 0.5, 1], [words.signed(tick) for tick in (-1, -0.5, 0, 0.5, 1)])
         axes.set_xlabel("rank correlation with the control")
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0, handletextpad=0.1)
+        legend_above(axes)
         quiet(axes, grid="both")
 
 

@@ -25,7 +25,17 @@ else:
     Canvas = Any
 
 __all__ = ["ACCENT", "COLOURS", "CONTRAST", "FAINT", "GRID", "INK", "MUTED", "SCALE", "SURFACE", "WIDTH"]
-__all__ += ["Canvas", "Draw", "log_ticks", "png", "quiet", "require_matplotlib", "svg", "themed_svg"]
+__all__ += [
+    "Canvas",
+    "Draw",
+    "legend_above",
+    "log_ticks",
+    "png",
+    "quiet",
+    "require_matplotlib",
+    "svg",
+    "themed_svg",
+]
 
 INK, MUTED, GRID, SURFACE = "#1f2329", "#59636f", "#d5dbe1", "#fffffe"
 ACCENT, CONTRAST, FAINT = "#0067a6", "#b3480a", "#b7cbdb"
@@ -155,6 +165,11 @@ def quiet(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.grid(axis=grid)
     axes.set_axisbelow(True)
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend in one line above the plot, where no curve can run into it."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handletextpad=0.5)
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:

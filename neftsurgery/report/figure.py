@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from . import drawing, words
@@ -69,7 +70,7 @@ def _finite(cell: Cell) -> Cell:
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Figure:
     """One figure.
 
@@ -112,6 +113,10 @@ class Figure:
 
     def svg(self) -> str:
         """The picture as an SVG file, on white; raises as `png`."""
+        return self._svg
+
+    @cached_property
+    def _svg(self) -> str:  # drawn once for the page and the folder
         return drawing.svg(self._draw(), self.id)
 
     def inline_svg(self) -> str:

@@ -11,7 +11,7 @@ from ..selection.budget import Amount, Budget
 from ..selection.scores import Scores
 from ..selection.selection import Selection
 from . import words
-from .drawing import ACCENT, MUTED, SCALE, WIDTH, Canvas, quiet
+from .drawing import ACCENT, MUTED, SCALE, WIDTH, Canvas, legend_above, quiet
 from .figure import Column, Figure, Table
 from .layer_map import LayerMap
 from .map_figure import number_cells
@@ -124,27 +124,21 @@ class Growth:
         place = np.arange(len(self.points))
         captured = 100 * np.array([point.captured for point in self.points])
         alike = 100 * np.array([point.share for point in self.points])
-        axes.plot(place, alike, color=MUTED, linestyle=(0, (4, 2)), linewidth=1)
-        axes.annotate(
-            "if all changed alike",
-            (place[-2], alike[-2]),
-            (-2, 4),
-            textcoords="offset points",
-            color=MUTED,
-            ha="right",
-            va="bottom",
+        axes.plot(
+            place, captured, color=ACCENT, marker="o", markersize=5, linewidth=1.8, label="the chosen neurons"
         )
-        axes.plot(place, captured, color=ACCENT, marker="o", markersize=5, linewidth=1.8)
+        axes.plot(place, alike, color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label="if all changed alike")
         for x, y in zip(place, captured, strict=True):
             axes.annotate(
                 words.share(y / 100), (x, y), (-7, 6), textcoords="offset points", ha="center", color=ACCENT
             )
         axes.set_xticks(place, [point.budget for point in self.points])
         axes.set_ylim(0, max(1.0, 1.16 * float(np.nanmax(captured)), 1.16 * float(alike.max())))
-        axes.set_xlim(-0.4, len(place) - 0.6)
+        axes.set_xlim(-0.6, len(place) - 0.6)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
         axes.set_xlabel("of the scored neurons are chosen")
         axes.set_ylabel("of the change is in them")
+        legend_above(axes)
         quiet(axes, grid="y")
 
     def kinds_figure(self, id: str = "growth-by-kind") -> Figure:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import words
-from .drawing import ACCENT, CONTRAST, WIDTH, Canvas, quiet
+from .drawing import ACCENT, CONTRAST, WIDTH, Canvas, legend_above, quiet
 from .figure import Column, Figure, Table
 
 __all__ = ["loss_figure", "training_facts"]
@@ -91,5 +91,5 @@ def _draw(canvas: Canvas, points: list[dict[str, Any]]) -> None:
             )
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
-    axes.legend()
+    legend_above(axes)
     quiet(axes, grid="y")

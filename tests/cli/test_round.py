@@ -103,6 +103,7 @@ def test_in_place_and_back(neft, pair):
         ("diff", "base", "tuned", "-o", "new"),
         ("select", "s.safetensors", "--neurons", "3%", "-o", "new"),
         ("extract", "base", "tuned", "--neurons", "3%", "-o", "new"),
+        ("report", "s.safetensors", "p.safetensors", "-o", "new"),
         ("apply", "base", "p.safetensors", "-o", "new"),
         ("apply", "base", "p.safetensors", "--in-place"),
         ("revert", "tuned", "p.safetensors", "-o", "new", "--base", "base"),
@@ -197,6 +198,8 @@ def test_demo(neft, tmp_path):
     assert result.code == 0, result.err
     assert result.out.count(": yes") == 2
     assert (tmp_path / "kept" / "neuron_patch.safetensors").is_file()
+    assert (tmp_path / "kept" / "report.html").is_file()
+    assert "Open kept/report.html" in result.out
     assert neft("demo", "kept").code == 2
     assert neft("demo", "--files-only", "--json").json["ok"] is True
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept"]
@@ -206,6 +209,17 @@ def test_demo_as_a_process(tmp_path):
     result = process("demo", "--files-only", cwd=tmp_path)
     assert result.code == 0, result.err
     assert not list(tmp_path.iterdir())
+
+
+def test_demo_without_matplotlib_draws_nothing(neft, tmp_path, monkeypatch):
+    from neftsurgery.cli.demo import stage
+
+    monkeypatch.setattr(stage, "find_spec", lambda name: None)
+    result = neft("demo", "kept", "--files-only")
+    assert result.code == 0, result.err
+    assert "report" not in result.out
+    assert not (tmp_path / "kept" / "report.html").exists()
+    assert not any("report" in line for line in neft("demo", "--dry-run", "--json").json["commands"])
 
 
 def test_demo_without_torch_says_what_more_there_is(neft, tmp_path, monkeypatch):
@@ -240,3 +254,4 @@ def test_the_demo_trains(tmp_path):
     assert chosen["losses"]["new"] < base["losses"]["new"]
     assert control["losses"]["new"] < base["losses"]["new"]
     assert chosen["nbytes"] == (tmp_path / "kept" / "neuron_patch.safetensors").stat().st_size
+    assert (tmp_path / "kept" / "report.html").is_file()

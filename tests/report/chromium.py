@@ -33,8 +33,8 @@ class Page:
     """
 
     def __init__(self, send: int, receive: int) -> None:
-        self._send = os.fdopen(send, "wb", buffering=0)
-        self._receive = os.fdopen(receive, "rb")
+        self._send = send
+        self._receive = receive
         self._waiting = b""
         self._number = 0
         self._session: str | None = None
@@ -52,7 +52,7 @@ class Page:
         message = {"id": self._number, "method": method, "params": params}
         if self._session is not None:
             message["sessionId"] = self._session
-        self._send.write(json.dumps(message).encode() + b"\0")
+        os.write(self._send, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._read()
             if answer.get("id") == self._number:
@@ -61,7 +61,7 @@ class Page:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._waiting:
-            part = self._receive.read1(1 << 20)
+            part = os.read(self._receive, 1 << 20)
             assert part, "the browser has gone"
             self._waiting += part
         text, _, self._waiting = self._waiting.partition(b"\0")
@@ -110,8 +110,8 @@ def browser(program: str, profile: Path) -> Iterator[Page]:
         os.set_inheritable(fd, True)
     words = [program, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
     words += ["--remote-debugging-pipe", "--no-first-run", "--disable-background-networking"]
-    # The protocol is spoken over the descriptors 3 and 4.
-    shell = ["/bin/sh", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "sh", *words]
+    # The protocol is spoken over the descriptors 3 and 4. (bash: others know no descriptor above 9.)
+    shell = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{from_write}', "bash", *words]
     process = subprocess.Popen(shell, pass_fds=(to_read, from_write), stderr=subprocess.DEVNULL)
     os.close(to_read)
     os.close(from_write)
@@ -126,5 +126,5 @@ def browser(program: str, profile: Path) -> Iterator[Page]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        page._send.close()
-        page._receive.close()
+        os.close(to_write)
+        os.close(from_read)

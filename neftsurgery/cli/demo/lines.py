@@ -11,5 +11,5 @@ CONTROL = f"select scores.safetensors --neurons {SHARE} --policy random -o contr
 APPLY = "apply base neuron_patch.safetensors -o patched"
 VERIFY = "verify patched neuron_patch.safetensors --expect patched"
 REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
-REPORT = f"report scores.safetensors neuron_patch.safetensors --neurons {SHARE} -o report.html"
+REPORT = f"report scores.safetensors control_patch.safetensors --neurons {SHARE} -o report.html"
 LINES = tuple(f"neftsurgery {line}" for line in (DIFF, SELECT, CONTROL, APPLY, VERIFY, REVERT, REPORT))
