@@ -24,7 +24,7 @@ __all__ = ["command"]
 
 @click.command("demo")
 @click.argument("folder", required=False, metavar="[DIR]")
-@click.option("--files-only", is_flag=True, help="The round over files alone: a second, and no torch.")
+@click.option("--files-only", is_flag=True, help="The round over files alone: some seconds, and no torch.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is drawn in training.")
 @dry_run_option
 @common_options
