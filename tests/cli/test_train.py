@@ -69,6 +69,9 @@ def test_from_recipe_to_patched_checkpoint(neft: Any, recipe: Path, tmp_path: Pa
         assert training["dev_loss"] == facts["dev_loss"]
         assert training["data"] == "data.jsonl"
         assert training["probe"] == "gradients"
+        losses = ("step", "train_loss", "dev_loss")
+        curve = [{key: point[key] for key in losses if key in point} for point in points]
+        assert training["curve"] == [point for point in curve if len(point) > 1]
         assert patch.facts["score"] == "gradient"
         assert str(tmp_path) not in json.dumps(dict(patch.manifest))
         assert patch.selection.neurons == facts["selected"]
