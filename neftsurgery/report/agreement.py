@@ -87,14 +87,14 @@ class Agreement:
         taken = tuple(max(1, int(Fraction(p) * count / 100 + Fraction(1, 2))) for p in PERCENTS)
         mine = items.score.astype(np.float64)
         rank = _places(items.order)
+        # The items of each kind, without a look at all of them per kind.
+        edges = np.cumsum(np.bincount(items.kind, minlength=len(items.kinds)))[:-1]
+        parts = np.split(np.argsort(items.kind, kind="stable"), edges)
         found = []
         for name, values in _controls(items):
             other = _places(np.argsort(-values, kind="stable"))
             both = np.cumsum(np.bincount(np.maximum(rank, other), minlength=count))
-            by_kind = tuple(
-                spearman(mine[items.kind == kind], values[items.kind == kind])
-                for kind in range(len(items.kinds))
-            )
+            by_kind = tuple(spearman(mine[part], values[part]) for part in parts)
             chosen = int(items.chosen.sum())
             found.append(
                 Control(

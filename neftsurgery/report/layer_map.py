@@ -21,7 +21,8 @@ __all__ = ["OUTSIDE", "LayerMap", "Place", "natural", "places"]
 
 #: The row of tensors that lie in no layer, of a model that has layers.
 OUTSIDE = ""
-_REST = "others"
+_REST, _ALL = "others", "all kinds"
+_MOST_CELLS = 1 << 22
 
 I64 = NDArray[np.int64]
 
@@ -87,6 +88,9 @@ class LayerMap:
         )
         inside = sorted(where.values(), key=lambda at: (at.layer == OUTSIDE, natural(at.kind)))
         kinds = list(dict.fromkeys(at.kind for at in inside))
+        if len(layers) * len(kinds) > _MOST_CELLS:  # names of no model: a map would be all empty places
+            where = {name: Place(at.layer, _ALL) for name, at in where.items()}
+            kinds = [_ALL]
         rows, columns = (dict(zip(names, range(len(names)), strict=True)) for names in (layers, kinds))
         chosen, totals = np.zeros((2, len(layers), len(kinds)), np.int64)
         for name, (taken, there) in counts.items():

@@ -106,7 +106,7 @@ class Overlaps:
             }
             for name in every
         }
-        unfit = tuple(name for name in every if len(shapes[name]) > 1)
+        unfit = {name: None for name in every if len(shapes[name]) > 1}
         layers = sorted(
             {at.layer for at in where.values()}, key=lambda name: (name == OUTSIDE, natural(name))
         )
@@ -119,7 +119,7 @@ class Overlaps:
                     found[where[name].layer] += _pairing([selections[n].tensors.get(name) for n in pair])
             by_layer[pair] = tuple(found.values())
             pairs[pair] = sum(found.values(), Pairing(0, 0, 0, 0.0))
-        return cls(tuple(names), pairs, tuple(layers), by_layer, unfit)
+        return cls(tuple(names), pairs, tuple(layers), by_layer, tuple(unfit))
 
     @property
     def verdict(self) -> str:

@@ -206,7 +206,8 @@ def _items(scores: Scores, selection: Selection) -> Items:
             for values in (base_sq, delta_sq)
         )
     kinds = tuple(dict.fromkeys(named))
-    kind = np.array([kinds.index(name) for name in named])
+    numbers = {name: number for number, name in enumerate(kinds)}
+    kind = np.array([numbers[name] for name in named])
     return Items(
         "unit" if scores.by_unit else "neuron",
         tensors,

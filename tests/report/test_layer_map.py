@@ -118,3 +118,9 @@ def test_the_map_as_text():
 def test_natural_order():
     names = ["h.10", "h.9", "h", "g.1"]
     assert sorted(names, key=natural) == ["g.1", "h", "h.9", "h.10"]
+
+
+def test_names_of_no_model_make_no_huge_map():
+    found = LayerMap.of_counts({f"layers.{i}.kind{i}.weight": (1, 2) for i in range(3000)})
+    assert found.chosen.shape == (3000, 1)
+    assert found.neurons == 3000
