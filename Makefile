@@ -1,5 +1,5 @@
 # On a fresh machine with Python 3.11+ and make:
-#   make demo    installs what training needs and runs the main job (a minute, no network but the package index)
+#   make demo    installs what training and the report need and runs the main job (a minute, no network but the package index)
 #   make test    installs what the tests need, and runs all checks and tests
 #   make quick   the tests without the slow ones
 #   make check   style, types, layers
