@@ -91,7 +91,7 @@ def test_folding_keeps_every_neuron():
 )
 def test_any_name_can_be_drawn(name):
     found = LayerMap.of_counts({name: (1, 2), f"layers.0.{name}": (0, 3)})
-    figure = map_figure(found, name=name)
+    figure = map_figure(found)
     assert imread(io.BytesIO(figure.png())).ndim == 3
     assert "<script>" not in figure.svg()
     assert all(line.isprintable() for line in map_lines(found))
