@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .surgery.verify import Verification, verify
     from .tuning.attach import Attached, attach
     from .tuning.trainer import PatchSaving
+    from .utilization.measure import utilization
+    from .utilization.result import Utilization
 
 __all__ = [
     "Attached",
@@ -52,6 +54,7 @@ __all__ = [
     "Scores",
     "Selection",
     "UsageError",
+    "Utilization",
     "Verification",
     "__version__",
     "apply",
@@ -64,6 +67,7 @@ __all__ = [
     "open_checkpoint",
     "report",
     "revert",
+    "utilization",
     "verify",
 ]
 
@@ -74,6 +78,7 @@ _HOMES = {
     "PatchSaving": "tuning.trainer",
     "Scores": "selection.scores",
     "Selection": "selection.selection",
+    "Utilization": "utilization.result",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
     "attach": "tuning.attach",
@@ -85,6 +90,7 @@ _HOMES = {
     "open_checkpoint": "checkpoint.opening",
     "report": "report.report",
     "revert": "surgery.apply",
+    "utilization": "utilization.measure",
     "verify": "surgery.verify",
 }
 
