@@ -68,7 +68,7 @@ def utilization(
         weights that the patch has neurons of. Only vectors as wide as the hidden states are looked at.
     states:
         Hidden states that enter the neuron's block or an earlier one (``preceding``, the paper's words),
-        those that leave its block or a later one (``following``, the authors' code), or ``all``.
+        those that leave its block or a later one (``following``, the code published with it), or ``all``.
     strongly:
         Neurons that move by more ranks than this are strongly affected: a number, or a share of the
         neurons ranked together (``"5%"``). None: the paper's 100,000, as a share: 28.4%.
