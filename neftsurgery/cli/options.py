@@ -20,6 +20,7 @@ __all__ = [
     "force_option",
     "output_option",
     "scope_options",
+    "stack",
     "take_budget",
     "take_scope",
 ]
@@ -27,7 +28,7 @@ __all__ = [
 Command = Callable[..., Any]
 
 
-def _stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def stack(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """One decorator that stands for several, listed in help in this order."""
 
     def apply(command: Command) -> Command:
@@ -70,7 +71,7 @@ def common_options(command: Command) -> Command:
         return command(console, *args, **options)
 
     wrapped.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
-    return _stack(
+    return stack(
         click.option(
             "--threads",
             type=click.IntRange(min=1, max=256),
@@ -116,7 +117,7 @@ _BUDGET = (
     "with_bias",
 )
 
-budget_options = _stack(
+budget_options = stack(
     click.option(
         "--neurons", metavar="N|P%", help="So many neurons, or a share of the scored ones: 50000, 3%."
     ),
@@ -176,7 +177,7 @@ def _axis(
 
 _SCOPE = ("anatomy", "axis", "include", "exclude", "only")
 
-scope_options = _stack(
+scope_options = stack(
     click.option(
         "--anatomy",
         type=click.Choice(["rows", "ffn", "units"]),

@@ -108,6 +108,7 @@ def report(
     out: AnyPath | None = None,
     figures: AnyPath | None = None,
     force: bool = False,
+    more: Sequence[Section] = (),
     progress: Progress = silent,
     **budget: Any,
 ) -> Report:
@@ -123,6 +124,8 @@ def report(
         A folder to write each figure to: PNG, SVG and CSV. None: none.
     force:
         Replace ``out`` and ``figures`` if they exist.
+    more:
+        Sections to add at the end, such as `neftsurgery.utilization.figures.section_of` makes.
     progress:
         Told of the budgets chosen for and the figures drawn.
     **budget:
@@ -147,7 +150,8 @@ def report(
         If something cannot be read or written.
     """
     names = [named] if isinstance(named, str | os.PathLike) else list(named)
-    return make(plan_report(names, budget, out=out, figures=figures, force=force), progress=progress)
+    plan = plan_report(names, budget, out=out, figures=figures, force=force)
+    return make(plan, more=more, progress=progress)
 
 
 def plan_report(
@@ -157,12 +161,19 @@ def plan_report(
     out: AnyPath | None = None,
     figures: AnyPath | None = None,
     force: bool = False,
+    inputs: Sequence[AnyPath] = (),
 ) -> ReportPlan:
-    """Open, check and choose; the parameters and errors are those of `report`."""
+    """Open, check and choose; the parameters and errors are those of `report`.
+
+    ``inputs`` are what sections are about that will be added: no output may replace it, and there may be
+    nothing else to report on.
+    """
     for path, kind in ((out, "file"), (figures, "directory")):
         if path is not None:
             require_matplotlib()
-            refuse_output(path, inputs=named, force=force, kind="file" if kind == "file" else "directory")
+            refuse_output(
+                path, inputs=[*named, *inputs], force=force, kind="file" if kind == "file" else "directory"
+            )
     if out is not None and figures is not None:
         _refuse_nested(Path(os.path.realpath(out)), Path(os.path.realpath(figures)))
     like = budget.get("like")
@@ -171,7 +182,9 @@ def plan_report(
     sizes = ("neurons", "params", "threshold", "changed", "like")
     if not any(budget.get(name) for name in sizes if name != "threshold") and budget.get("threshold") is None:
         budget = budget | {"neurons": _DEFAULT}
-    return ReportPlan(open_subjects(named, Budget.of(**budget)), out, figures, force)
+    amounts = Budget.of(**budget)
+    subjects = open_subjects(named, amounts) if named or not inputs else ()
+    return ReportPlan(subjects, out, figures, force)
 
 
 def _refuse_nested(page: Path, folder: Path) -> None:
@@ -183,12 +196,13 @@ def _refuse_nested(page: Path, folder: Path) -> None:
         )
 
 
-def make(plan: ReportPlan, *, progress: Progress = silent) -> Report:
-    """Carry out a planned report."""
+def make(plan: ReportPlan, *, more: Sequence[Section] = (), progress: Progress = silent) -> Report:
+    """Carry out a planned report, with ``more`` sections at its end."""
     names = ", ".join(words.label(subject.name, 40) for subject in plan.subjects[:4])
-    more = len(plan.subjects) - 4
+    others = len(plan.subjects) - 4
+    title = names + (f" and {others} more" if others > 0 else "") if names else more[0].title
     with progress("computing", steps(plan.subjects)) as step:
-        made = Report(names + (f" and {more} more" if more > 0 else ""), sections_of(plan.subjects, step))
+        made = Report(title, (*sections_of(plan.subjects, step), *more))
     if plan.out is not None:
         with progress("drawing", len(made.figures)) as step:
             page = made.html(step).encode("utf-8", "backslashreplace")

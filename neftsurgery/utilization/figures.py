@@ -47,9 +47,14 @@ def section_of(found: Utilization, title: str, *, end: str = "") -> Section:
     )
     lead = (
         f"How training moved neurons in the ranking by their largest correlation with hidden states on "
-        f"“{words.label(text['name'])}”: {_STATES[facts['states']]}. After Xu et al., COLING 2025, section 6.1."
+        f"“{words.label(text['name'])}”: {_STATES[facts['states']]}. After Xu et al., COLING 2025, section "
+        "6.1."
     )
-    figures = (_groups(found, f"groups{end}"), _buckets(found, f"buckets{end}"), _map(found, f"moved{end}"))
+    figures = (
+        _groups(found, f"use-groups{end}"),
+        _buckets(found, f"use-buckets{end}"),
+        _map(found, f"use-map{end}"),
+    )
     return Section(
         f"utilization{end}", title, lead, tiles, figures, {"kind": "utilization", **found.describe()}
     )
@@ -74,9 +79,9 @@ def _groups(found: Utilization, id: str) -> Figure:
         id,
         "How far groups of neurons moved",
         "mean rank change, up or down, as a percentage of the neurons ranked together",
-        "A bar is how far the neurons of a group moved on average. Strongly affected ones moved further than the "
-        "limit; suppressed are those of them that fell, indirectly affected those that were not trained. The "
-        "last two overlap.",
+        "A bar is how far the neurons of a group moved on average. Strongly affected ones moved further than "
+        "the limit; suppressed are those of them that fell, indirectly affected those that were not trained. "
+        "The last two overlap.",
         Table(columns, rows),
         lambda canvas: _draw_groups(canvas, every),
         _verdict(every),
@@ -134,9 +139,9 @@ def _buckets(found: Utilization, id: str) -> Figure:
         id,
         "How far neurons moved, by their place before",
         "mean rank change, in ranks, over the place in the ranking before",
-        "From the neurons with the largest correlation on the left to those with the smallest on the right. In the "
-        "paper's figure 2 the first ones hardly move, and those in the middle, whose scores lie close together, "
-        "move most.",
+        "From the neurons with the largest correlation on the left to those with the smallest on the right. "
+        "In the paper's figure 2 the first ones hardly move, and those in the middle, whose scores lie close "
+        "together, move most.",
         Table(columns, rows),
         lambda canvas: _draw_buckets(canvas, rows),
     )
@@ -184,9 +189,9 @@ def _map(found: Utilization, id: str) -> Figure:
         id,
         "Where neurons moved",
         "mean rank change of all neurons of a weight, as a percentage of the neurons ranked together",
-        "A row is a layer, a column a kind of weight. The number is the percentage; the lighter the cell, the "
-        "further its neurons moved. Weights in which nothing was trained move as well: what reaches them has "
-        "changed, and other neurons have passed theirs.",
+        "A row is a layer, a column a kind of weight. The number is the percentage; the lighter the cell, "
+        "the further its neurons moved. Weights in which nothing was trained move as well: what reaches them "
+        "has changed, and other neurons have passed theirs.",
         Table(columns, rows),
         lambda canvas: _draw_map(canvas, found, share),
     )
@@ -210,10 +215,8 @@ def _draw_map(
     number_cells(axes, share, top, small=layers > 48)
     axes.set_ylim(layers, 0)
     axes.set_yticks(np.arange(layers) + 0.5, [words.label(name, 24) for name in found.layers[:layers]])
-    axes.set_xticks(
-        np.arange(kinds) + 0.5, [words.label(kind, 28) for kind in found.kinds[:kinds]], rotation=35, ha="left",
-        rotation_mode="anchor",
-    )  # fmt: skip
+    names = [words.label(kind, 28) for kind in found.kinds[:kinds]]
+    axes.set_xticks(np.arange(kinds) + 0.5, names, rotation=35, ha="left", rotation_mode="anchor")
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)

@@ -20,7 +20,7 @@ from ..tuning.names import live_names
 from ..version import __version__
 from .correlation import strongest
 from .models import live_model, stack_of
-from .plan import TOKENS, States, UtilizationPlan, plan_utilization
+from .plan import BATCH, TOKENS, States, UtilizationPlan, plan_utilization
 from .result import NeuronUse, Utilization, ranked
 from .states import mean_states
 from .text import batches
@@ -41,7 +41,7 @@ def utilization(
     strongly: str | int | None = None,
     tokens: int = TOKENS,
     length: int | None = None,
-    batch: int = 8,
+    batch: int = BATCH,
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress = silent,
@@ -75,9 +75,9 @@ def utilization(
     tokens:
         So many of the text, at most.
     length:
-        Tokens that go through the model together, at most; by default 512, or what the model can.
+        Tokens of a text that the model sees together, at most; by default 512, or what the model can.
     batch:
-        How many such pieces go through it at once.
+        Tokens of several texts that go through it at once.
     dtype, device:
         What the model computes in (``auto``: the type of its files) and on (``auto``: a GPU if there is one).
         Correlations are always computed in float64.

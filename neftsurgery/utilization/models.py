@@ -14,7 +14,17 @@ from ..anatomy.meaning import place
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 
-__all__ = ["DTYPES", "Stack", "device_of", "hidden_size", "live_model", "outline", "stack_of", "tokenizer_of"]
+__all__ = [
+    "DTYPES",
+    "Stack",
+    "device_of",
+    "hidden_size",
+    "live_model",
+    "outline",
+    "require_whole",
+    "stack_of",
+    "tokenizer_of",
+]
 
 DTYPES = {
     "float64": torch.float64,
@@ -110,6 +120,23 @@ def tokenizer_of(checkpoint: Checkpoint) -> Any:
         ) from error
 
 
+def require_whole(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, if it is one that can be run.
+
+    Raises
+    ------
+    UsageError
+        If it is a single file, or has no config.
+    """
+    if checkpoint.is_file or checkpoint.config is None:
+        raise UsageError(
+            "a model to run is a folder with a config.json",
+            file=checkpoint.name,
+            hint="name the whole checkpoint",
+        )
+    return checkpoint
+
+
 def outline(checkpoint: Checkpoint) -> Any:
     """The model without its weights, to plan with.
 
@@ -120,12 +147,7 @@ def outline(checkpoint: Checkpoint) -> Any:
     """
     import transformers
 
-    if checkpoint.is_file or checkpoint.config is None:
-        raise UsageError(
-            "a model to run is a folder with a config.json",
-            file=checkpoint.name,
-            hint="name the whole checkpoint",
-        )
+    require_whole(checkpoint)
     try:
         config = transformers.AutoConfig.from_pretrained(checkpoint.source.path, trust_remote_code=False)
         with torch.device("meta"):

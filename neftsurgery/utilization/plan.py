@@ -21,18 +21,18 @@ from ..surgery.diff import describe_side
 from ..surgery.extract import check_selection
 from ..surgery.verify import verify
 from ..tuning.names import live_names
-from .models import DTYPES, device_of, hidden_size, outline, stack_of, tokenizer_of
+from .models import DTYPES, device_of, hidden_size, outline, require_whole, stack_of, tokenizer_of
 from .scope import looked_at, outside
 from .text import Text, read_text
 
-__all__ = ["LENGTH", "TOKENS", "States", "UtilizationPlan", "plan_utilization"]
+__all__ = ["BATCH", "LENGTH", "TOKENS", "States", "UtilizationPlan", "plan_utilization"]
 
 States: TypeAlias = Literal["preceding", "following", "all"]
 """Which hidden states a neuron is compared with: those before its block, those from it on, or both."""
 
 TOKENS = 32_768
 LENGTH = 512
-_BATCH = 8
+BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class UtilizationPlan:
     states, strongly:
         As they were asked for.
     batch:
-        Pieces that go through the model at once.
+        Tokens that go through the model at once.
     dtype, device:
         What it computes in, and on.
     """
@@ -110,7 +110,7 @@ def plan_utilization(
     strongly: str | int | None = None,
     tokens: int = TOKENS,
     length: int | None = None,
-    batch: int = _BATCH,
+    batch: int = BATCH,
     dtype: str = "auto",
     device: str = "auto",
 ) -> UtilizationPlan:
@@ -165,7 +165,7 @@ def _other(base: Checkpoint, tuned: str | os.PathLike[str] | Patch) -> Patch | C
     if not isinstance(tuned, Patch):
         source = resolve(tuned)
         if source.path.is_dir() or PATCH_KEY not in read_header(source.path).metadata:
-            return open_checkpoint(source)
+            return require_whole(open_checkpoint(source))
         tuned = Patch.load(source.path)
     check_selection(tuned.selection, base)
     found = verify(base.source.path, tuned)

@@ -116,7 +116,13 @@ def read_text(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, leng
 
 
 def batches(text: Text, size: int) -> Iterator[list[Piece]]:
-    """Up to ``size`` pieces at a time, the longest first: neighbours are of like length, little is padded."""
+    """Pieces that go through the model together: up to ``size`` tokens with their padding, or one piece.
+
+    The longest come first: neighbours are of like length, so little is padded.
+    """
     pieces = sorted(text.pieces, key=lambda piece: -len(piece.ids))
-    for start in range(0, len(pieces), size):
-        yield pieces[start : start + size]
+    start = 0
+    while start < len(pieces):
+        stop = start + max(1, size // len(pieces[start].ids))
+        yield pieces[start:stop]
+        start = stop

@@ -152,7 +152,7 @@ def chosen(patch: Path) -> set[tuple[str, int]]:
 @pytest.mark.parametrize("states", ["preceding", "following", "all"])
 def test_a_patch_of_a_tiny_llama(tiny: Path, states: Any) -> None:
     found = ns.utilization(
-        tiny / "base", tiny / "patch.safetensors", tiny / "text.txt", states=states, batch=2
+        tiny / "base", tiny / "patch.safetensors", tiny / "text.txt", states=states, batch=30
     )
     expected = by_definition(tiny / "base", tiny / "patched", AXES, KINDS, states, LINES)
     assert found.limits == LIMITS
@@ -304,7 +304,8 @@ def test_long_texts_become_pieces_and_each_text_counts_the_same(tmp_path: Path) 
     assert [len(piece.ids) for piece in text.pieces] == [4, 4, 2, 2]
     assert [piece.weight for piece in text.pieces] == [1 / 20] * 3 + [1 / 4]
     assert (text.texts, text.tokens, text.cut) == (2, 12, False)
-    assert [[len(piece.ids) for piece in batch] for batch in batches(text, 3)] == [[4, 4, 2], [2]]
+    assert [[len(piece.ids) for piece in batch] for batch in batches(text, 9)] == [[4, 4], [2, 2]]
+    assert [[len(piece.ids) for piece in batch] for batch in batches(text, 1)] == [[4], [4], [2], [2]]
     short = read_text(path, tokenizer(), tokens=11, length=100)
     assert [len(piece.ids) for piece in short.pieces] == [10, 1]
     assert (short.texts, short.tokens, short.cut) == (2, 11, True)
