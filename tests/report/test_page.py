@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from chromium import browser, find_chromium
 from report_support import write_scores
 
 import neftsurgery as ns
+from neftsurgery.checkpoint.header import TensorInfo
+from neftsurgery.checkpoint.layout import Layout
 from neftsurgery.demo.planted import make_base, make_tuned
+from neftsurgery.report.report import make, plan_report
+from neftsurgery.utilization.figures import section_of
+from neftsurgery.utilization.result import NeuronUse, Utilization, ranked
 
 _LOOK = """({
   pictures: [...document.querySelectorAll('figure')].map(figure => {
@@ -134,3 +140,44 @@ def rng_scores():
         return tensors, dict.fromkeys(names, 4)
 
     return make
+
+
+def made_up_use(layers, kinds, count, rng):
+    """The analysis of a model that there is not, with names that mean to do harm."""
+    tensors = []
+    for layer in range(layers):
+        for kind in kinds:
+            info = TensorInfo(f"model.layers.{layer}.{kind}.weight", "F32", (count, 8))
+            before = rng.random(count)
+            after = before + 0.02 * layer * rng.standard_normal(count)
+            small, large = np.zeros(count, np.int32), np.zeros(count, np.int64)
+            place = info, Layout.of(info.shape, (0,)), f"model.layers.{layer}", kind
+            trained = rng.random(count) < 0.1
+            tensors.append(NeuronUse(*place, before, after, small, small, large, large, trained))
+    facts = {"states": "preceding", "strongly": "5%", "patch": {"outside": 3}}
+    return Utilization(ranked(tensors), facts | {"text": {"name": "<b>.txt", "texts": 3, "tokens": 60}})
+
+
+@pytest.mark.slow
+def test_the_use_of_neurons(page, demo, tmp_path):
+    found = made_up_use(32, ["mlp.up_proj", "<script>alert(1)</script>"], 40, np.random.default_rng(0))
+    assert found.groups()["indirectly_affected"].neurons > 100
+    made = ns.report(
+        demo / "neuron_patch.safetensors",
+        more=[section_of(found, "Use of neurons")],
+        out=tmp_path / "report.html",
+    )
+    assert list(made.figures) == ["map", "use-groups", "use-buckets", "use-map"]
+    seen = check(page, tmp_path / "report.html", made)
+    assert "trained, not ranked" in seen["text"]
+    assert "<script>alert(1)</script>" in seen["text"]
+
+
+@pytest.mark.slow
+def test_the_use_of_neurons_none_of_which_moved(page, tmp_path):
+    """Nothing to draw is drawn as nothing."""
+    found = made_up_use(1, ["mlp.up_proj"], 3, np.random.default_rng(0))
+    plan = plan_report([], {}, out=tmp_path / "report.html", inputs=["base"])
+    made = make(plan, more=[section_of(found, "Use of neurons")])
+    seen = check(page, tmp_path / "report.html", made)
+    assert "None is strongly affected." in seen["text"]
