@@ -26,6 +26,8 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.opening import open_checkpoint
+    from .hub.pull import pull
+    from .hub.push import Pushed, push
     from .patch.patch import Patch
     from .report.report import report
     from .selection.scores import Scores
@@ -51,6 +53,7 @@ __all__ = [
     "NeftError",
     "Patch",
     "PatchSaving",
+    "Pushed",
     "Scores",
     "Selection",
     "UsageError",
@@ -65,6 +68,8 @@ __all__ = [
     "inspect",
     "merge",
     "open_checkpoint",
+    "pull",
+    "push",
     "report",
     "revert",
     "utilization",
@@ -76,6 +81,7 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
+    "Pushed": "hub.push",
     "Scores": "selection.scores",
     "Selection": "selection.selection",
     "Utilization": "utilization.result",
@@ -88,6 +94,8 @@ _HOMES = {
     "inspect": "surgery.inspect",
     "merge": "surgery.merge",
     "open_checkpoint": "checkpoint.opening",
+    "pull": "hub.pull",
+    "push": "hub.push",
     "report": "report.report",
     "revert": "surgery.apply",
     "utilization": "utilization.measure",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 from ..errors import boundary
 from .output import staged_file
@@ -46,6 +46,14 @@ class FileBacked:
         with staged_file(path, force=force) as staged:
             require_space(Path(path).absolute().parent, self.nbytes)
             self._file.copy_to(staged.fd)
+
+    def stream(self) -> BinaryIO:
+        """The file's bytes from the start, as a file to be closed; one at a time."""
+        return self._file.stream()
+
+    def check_in_place(self) -> None:
+        """Raise a ``FileNotFoundError`` if its file was removed or replaced since it was opened."""
+        self._file.check_in_place()
 
     def close(self) -> None:
         """Close the file."""

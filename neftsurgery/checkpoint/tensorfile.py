@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,6 +265,12 @@ class TensorFile:
         """Raise a ``FileNotFoundError`` if the file was removed or replaced since it was opened."""
         if self.path is not None and not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
             raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
+
+    def stream(self) -> BinaryIO:
+        """The whole file as a buffered one, from its start; to be closed by whoever asks for it."""
+        copy = os.dup(self._file.fileno())
+        os.lseek(copy, 0, os.SEEK_SET)  # positioned reads leave it there, another stream would not
+        return os.fdopen(copy, "rb")
 
     def copy_to(self, target: int) -> None:
         """Copy the whole file to the descriptor ``target``."""

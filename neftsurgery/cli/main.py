@@ -6,6 +6,7 @@ import gc
 import importlib
 import json
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import NoReturn
 import click
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
+from ..sources.secrets import redacted
 from ..version import __version__
 from .console import printable
 
@@ -35,6 +37,8 @@ _COMMANDS = {
     "merge": "Make one patch of several patches of one base.",
     "export": "Write a patch as an exact LoRA adapter.",
     "report": "See it: an HTML page of scores and patches, with pictures.",
+    "push": "Publish a patch on the Hugging Face Hub, with a model card.",
+    "pull": "Fetch a patch from the Hugging Face Hub, and check it.",
     "train": "Find the neurons that matter, train only them, and cut the patch.",
 }
 
@@ -106,6 +110,7 @@ def run(args: list[str] | None = None) -> NoReturn:
     as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
     quiet = "-q" in options or "--quiet" in options
     _log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
+    _tell_hub_client(quiet, verbose)
 
     try:
         with _unseen("scipy") if args[:1] in _SCORING else nullcontext():
@@ -162,10 +167,18 @@ def _log_to_stderr(level: int) -> None:
     logger.setLevel(level)
 
 
+def _tell_hub_client(quiet: bool, verbose: bool) -> None:
+    """huggingface_hub draws bars and logs as its variables say when it is imported: as we do, unless told."""
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not verbose:
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
 def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
     code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
     if verbose:
-        traceback.print_exception(error)
+        click.echo(redacted("".join(traceback.format_exception(error))), err=True, nl=False)
     if isinstance(error, (_Stopped, click.exceptions.Abort)):
         message = "interrupted"
         code = int(error.code or 0) if isinstance(error, _Stopped) else 130

@@ -20,6 +20,7 @@ from ..checkpoint.tensorfile import TensorFile
 from ..checkpoint.vectors import blocks, check_index
 from ..errors import CorruptFileError, boundary
 from ..selection.selection import Chosen, Selection, followers_of
+from ..sources.resolve import Source, resolve_file
 from .digests import DigestHash, digests
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]
@@ -75,29 +76,54 @@ class Patch(FileBacked):
         The JSON document of the file.
     tensors:
         What it touches, ordered by name.
+    source:
+        What was named to open it; None for a patch that was made here.
     """
 
     def __init__(
-        self, file: TensorFile, manifest: Mapping[str, Any], tensors: Mapping[str, PatchTensor]
+        self,
+        file: TensorFile,
+        manifest: Mapping[str, Any],
+        tensors: Mapping[str, PatchTensor],
+        source: Source | None = None,
     ) -> None:
         super().__init__(file)
         self.manifest = manifest
         self.tensors = tensors
+        self.source = source
 
     @classmethod
     @boundary
-    def load(cls, path: str | os.PathLike[str]) -> Patch:
-        """Open a patch file. Its structure and indices are checked; `check` checks its hashes.
+    def load(cls, named: str | os.PathLike[str] | Source) -> Patch:
+        """Open a patch. Its structure and indices are checked; `check` checks its hashes.
+
+        Parameters
+        ----------
+        named:
+            A file; or ``org/name`` or ``org/name@revision`` of the Hub, of which the patch alone is fetched
+            into huggingface_hub's cache. A local path beats a Hub id.
 
         Raises
         ------
+        UsageError
+            If there is no such file, repository or revision.
+        MismatchError
+            If the Hub repository holds no patch.
         CorruptFileError
             If it is no patch, damaged, or of a newer version.
+        MachineError
+            If it cannot be read, or the Hub refuses or cannot be reached.
         """
-        return cls.read(TensorFile.named(path))
+        source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
+        try:
+            return cls.read(TensorFile.named(source.path), source)
+        except CorruptFileError as error:
+            if source.repo is not None and error.file == str(source.path):
+                error.file = source.named  # not where the cache keeps it
+            raise
 
     @classmethod
-    def read(cls, file: TensorFile) -> Patch:
+    def read(cls, file: TensorFile, source: Source | None = None) -> Patch:
         """The patch in an open file, which is the new object's from now on."""
         manifest = read_document(file, PATCH_KEY, _WHAT, PATCH_VERSION)
         tensors = {
@@ -107,7 +133,7 @@ class Patch(FileBacked):
         for name in file.tensors:
             if name not in known:
                 raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)
-        patch = cls(file, manifest, tensors)
+        patch = cls(file, manifest, tensors, source)
         for name, tensor in tensors.items():
             if why := check_index(patch.index(name), tensor.layout.count):
                 raise bad(file, _WHAT, why, name)
@@ -116,7 +142,12 @@ class Patch(FileBacked):
     @property
     def name(self) -> str:
         """What messages call it."""
-        return str(self.path) if self.path is not None else "the patch"
+        return str(self.place) if self.place is not None else "the patch"
+
+    @property
+    def place(self) -> str | os.PathLike[str] | None:
+        """Where errors say it is: a file, or as the Hub calls it; None for one that was never saved."""
+        return self.source.named if self.source is not None and self.source.repo is not None else self.path
 
     @cached_property
     def neurons(self) -> int:
@@ -208,7 +239,7 @@ class Patch(FileBacked):
 
     def _mismatch(self, name: str, what: str) -> CorruptFileError:
         return CorruptFileError(
-            what, file=self.path, tensor=name, hint="the patch is damaged or was altered: fetch it again"
+            what, file=self.place, tensor=name, hint="the patch is damaged or was altered: fetch it again"
         )
 
 

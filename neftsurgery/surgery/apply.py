@@ -170,7 +170,7 @@ def plan_revert(
     else:
         raise UsageError(
             "the patch does not hold the values it replaced",
-            file=patch.path,
+            file=patch.place,
             hint="name the checkpoint it was made from with --base (or make patches with --reversible)",
         )
     return _plan(checkpoint, [Rows(patch, read)], "base", out, in_place, force, limits, progress, inputs)

@@ -172,7 +172,7 @@ def _rank(patch: Patch, modules: Sequence[LoraModule], needed: int, rank: int | 
         if rank < needed:
             raise UsageError(
                 "--rank is too small for this patch",
-                file=patch.path,
+                file=patch.place,
                 tensor=next(module.tensor for module in modules if module.count == needed),
                 expected=f"at least {needed}, the neurons of its largest module",
                 found=rank,
@@ -182,7 +182,7 @@ def _rank(patch: Patch, modules: Sequence[LoraModule], needed: int, rank: int | 
     if step is None:
         raise MismatchError(
             "the patch is too large for a LoRA that can be served",
-            file=patch.path,
+            file=patch.place,
             tensor=next(module.tensor for module in modules if module.count == needed),
             expected=f"at most {STEPS[-1]} neurons of one tensor",
             found=needed,
@@ -281,7 +281,7 @@ class _Factors:
                 if not np.isfinite(differences).all():
                     raise MismatchError(
                         "a difference is infinite or NaN: a product would spread it over the whole weight",
-                        file=patch.path,
+                        file=patch.place,
                         tensor=name,
                         hint="write the patched checkpoint instead: `neftsurgery apply`",
                     )

@@ -13,12 +13,12 @@ from ..anatomy.anatomy import AxisOption, read_anatomy
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import read_header
 from ..checkpoint.opening import open_checkpoint
-from ..errors import UsageError, boundary
+from ..errors import MismatchError, UsageError, boundary
 from ..patch.overlap import overlap
-from ..patch.patch import PATCH_KEY, Patch
+from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
 from ..selection.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
-from ..sources.resolve import resolve
+from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from .files import folder_files
 from .summary import summarize
 
@@ -40,7 +40,8 @@ def inspect(
     Parameters
     ----------
     named:
-        A checkpoint (file, folder or Hub id), scores, a selection or a patch; or several patches.
+        A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or several
+        patches. A Hub repository that holds a patch is that patch.
     anatomy, axis, include, exclude, only:
         For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`.
 
@@ -62,11 +63,11 @@ def inspect(
         if len(named) != 1:
             return _patches(named)
         named = named[0]
-    source = resolve(named)
+    source = _found(named)
     if source.path.is_file():
         metadata = read_header(source.path).metadata
         if PATCH_KEY in metadata:
-            return _patch(Patch.load(source.path))
+            return _patch(Patch.load(source))
         if SCORES_KEY in metadata:
             return _scores(Scores.load(source.path))
         if SELECTION_KEY in metadata:
@@ -105,6 +106,16 @@ def inspect(
     return facts | {"tensors": sorted([*tensors, *listed], key=lambda tensor: str(tensor["name"]))}
 
 
+def _found(named: str | os.PathLike[str]) -> Source:
+    """What is to be inspected. Of a Hub repository that holds a patch nothing else is fetched."""
+    if is_hub_id(named):
+        try:
+            return resolve_file(named, PATCH_NAME)
+        except MismatchError:  # it holds none: a checkpoint, then
+            pass
+    return resolve(named)
+
+
 def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
@@ -127,7 +138,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def _patch(patch: Patch) -> dict[str, Any]:
     return {
         "kind": "patch",
-        "name": str(patch.path),
+        "name": patch.name,
         "version": patch.manifest["version"],
         "bytes": patch.nbytes,
         "neurons": patch.neurons,
@@ -156,12 +167,12 @@ def _patches(named: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
         raise UsageError("there is nothing to inspect")
     patches = []
     for path in named:
-        file = resolve(path).path
-        if not file.is_file() or PATCH_KEY not in read_header(file).metadata:
+        source = _found(path)
+        if not source.path.is_file() or PATCH_KEY not in read_header(source.path).metadata:
             raise UsageError(
                 "only patches can be inspected together", file=path, hint="name one thing, or patches only"
             )
-        patches.append(Patch.load(file))
+        patches.append(Patch.load(source))
     overlaps = [
         {"first": a, "second": b, "agree": found.agree, **_listed(asdict(found))}
         for a, b in combinations(range(len(patches)), 2)

@@ -43,7 +43,7 @@ def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[li
     if refused:
         raise _refused(patch, refused)
     if not modules:
-        raise MismatchError("the patch replaces no neuron", file=patch.path)
+        raise MismatchError("the patch replaces no neuron", file=patch.place)
     warnings = []
     if config is None and not told:
         warnings.append(
@@ -88,7 +88,7 @@ def _refused(patch: Patch, refused: list[tuple[str, str]]) -> MismatchError:
     more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
     return MismatchError(
         "some of the patch has no LoRA form",
-        file=patch.path,
+        file=patch.place,
         expected="rows or columns of linear weights",
         found=shown + more,
         hint="leave it out when neurons are chosen (--exclude, no --with-bias), "

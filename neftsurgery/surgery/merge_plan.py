@@ -252,10 +252,7 @@ def _facts(
         for key, value in patches[0].facts.items()
         if key in ("anatomy", "score") and all(patch.facts.get(key) == value for patch in patches)
     }
-    merged = [
-        {"name": patch.path.name if patch.path is not None else None, "neurons": patch.neurons}
-        for patch in patches
-    ]
+    merged = [{**_origin(patch), "neurons": patch.neurons} for patch in patches]
     # A bias goes along with its neurons unless some patch chose it for itself.
     followers = {name for patch in patches for name in followers_of(patch.facts)}
     followers &= {name for patch in patches for name in patch.tensors}
@@ -264,3 +261,11 @@ def _facts(
     how |= {"followers": sorted(followers)} if followers else {}
     facts = {"base": origin or dict(patches[0].base), "selection": how}
     return facts | {"created_by": f"neftsurgery {__version__}"}, how
+
+
+def _origin(patch: Patch) -> dict[str, Any]:
+    """What the merged patch calls one of its parts: no paths, which mean nothing elsewhere."""
+    source = patch.source
+    if source is not None and source.repo is not None:
+        return {"name": source.repo, "revision": source.revision}
+    return {"name": None if patch.path is None else patch.path.name}

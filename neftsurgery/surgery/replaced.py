@@ -64,6 +64,6 @@ def require_replaced(patch: Patch, what: str) -> None:
     if not patch.reversible:
         raise UsageError(
             f"{what} needs the values that the patch replaced, and it does not hold them",
-            file=patch.path,
+            file=patch.place,
             hint="name the checkpoint it was made from with --base (or make patches with --reversible)",
         )

@@ -30,7 +30,7 @@ __all__ = ["Attached", "attach"]
 @boundary
 def attach(
     model: nn.Module,
-    what: Selection | Patch,
+    what: Selection | Patch | str | os.PathLike[str],
     *,
     base: BaseOption = None,
     mode: ModeOption = "auto",
@@ -43,8 +43,9 @@ def attach(
     model:
         A torch model, before it is wrapped (DDP, FSDP) or compiled. Its modules, names and state dict stay.
     what:
-        A selection: its neurons become trainable, starting from what the model holds. A patch: its
-        values are put in; they are trained on only if ``trainable``.
+        A selection: its neurons become trainable, starting from what the model holds. A patch, its file or
+        its Hub id (``org/name``, ``org/name@revision``): its values are put in; they are trained on only if
+        ``trainable``.
     base:
         The checkpoint that the model was loaded from: a file, a folder, or a Hub id. It gives the
         patch its types and hashes. None: where the model says it came from, if that is on this
@@ -65,6 +66,8 @@ def attach(
         If a layer's type, or what is attached already, does not allow it. Nothing is changed.
     """
     _refuse_wrapped(model)
+    if not isinstance(what, (Selection, Patch)):
+        what = Patch.load(what)
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:
         raise UsageError("a selection has no values to put in", hint="attach a patch, or train the selection")
@@ -204,8 +207,8 @@ class Attached:
             yield start, old, to_bytes(rows[start:stop], chosen.info.dtype)
 
     @boundary
-    def switch(self, patch: Patch) -> None:
-        """Put another patch in force instead; costs what copying its vectors costs.
+    def switch(self, patch: Patch | str | os.PathLike[str]) -> None:
+        """Put another patch in force instead, or its file or Hub id; costs what copying its vectors costs.
 
         Raises
         ------
@@ -217,6 +220,8 @@ class Attached:
         self._require_live()
         if self.trainable:
             raise UsageError("neurons in training cannot be switched", hint="detach, then attach the patch")
+        if not isinstance(patch, Patch):
+            patch = Patch.load(patch)
         earlier = self._placements
         self._remove()
         try:

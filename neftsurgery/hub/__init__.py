@@ -1,0 +1,1 @@
+"""Patches that people share: the model card, push and pull."""

@@ -1,0 +1,96 @@
+"""A Hub for tests: the server as a process, and the command line against it, each run a process of its own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from support import Result
+
+WRITER, READER, PLAIN = "hf_writerwriterwriter", "hf_readerreaderreader", "plainsecretplainsecret"
+SIGNATURE = "5ec2e75167a7u2e"
+SERVER = Path(__file__).with_name("hub_server.py")
+#: Nothing a test prints may hold one of these.
+SECRETS = (WRITER, READER, PLAIN, SIGNATURE)
+
+
+@dataclass
+class Hub:
+    """The server, by its address."""
+
+    address: str
+
+    def ask(self, do: str, **what: Any) -> Any:
+        body = json.dumps({"do": do, **what}).encode()
+        with urllib.request.urlopen(f"{self.address}/_control", body, timeout=30) as answer:
+            return json.load(answer)
+
+    def make(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> str:
+        """A repository, or one more commit of it; its head."""
+        encoded = {path: base64.b64encode(data).decode() for path, data in (files or {}).items()}
+        return self.ask("make", name=name, files=encoded, **options)
+
+    def read(self, name: str, path: str, revision: str = "main") -> bytes:
+        return base64.b64decode(self.ask("read", name=name, path=path, revision=revision))
+
+    def fault(self, match: str, **what: Any) -> None:
+        """What becomes of the next calls that match ``METHOD /path``: status, code, hold, cut_upload, …"""
+        self.ask("fault", match=match, **what)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.address}/_state", timeout=30) as answer:
+            return json.load(answer)
+
+    @property
+    def repos(self) -> dict[str, Any]:
+        return self.state["repos"]
+
+    def environment(self, home: Path, token: str | None = WRITER) -> dict[str, str]:
+        """For a process that takes this for the Hub, with a cache of its own in ``home``."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        found = kept | {"HF_ENDPOINT": self.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+        return found if token is None else found | {"HF_TOKEN": token}
+
+
+@contextmanager
+def hub_process() -> Iterator[Hub]:
+    """Start the server, and end it with the context."""
+    with subprocess.Popen(
+        [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        try:
+            yield Hub(child.stdout.readline().strip())
+        finally:
+            child.stdin.close()
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def run_against(hub: Hub, words: tuple[object, ...], cwd: Path, home: Path, token: str | None) -> Result:
+    """Run a command line as a process; whatever it prints holds no secret."""
+    done = subprocess.run(
+        [sys.executable, "-m", "neftsurgery", *map(str, words)],
+        cwd=cwd,
+        env=hub.environment(home, token),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    for secret in SECRETS:
+        assert secret not in done.stdout + done.stderr, (words, secret)
+    return Result(done.returncode, done.stdout, done.stderr)
