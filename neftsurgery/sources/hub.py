@@ -168,9 +168,7 @@ def _ours(error: Exception, named: str, filename: str, doing: str) -> NeftError:
         return MismatchError(
             f"the Hub repository holds no {filename}",
             file=named,
-            hint="check the name and revision: it is not a repository of a neuron patch"
-            if filename.endswith(".safetensors")
-            else None,
+            hint="check the name and the revision: what `neftsurgery push` writes has that file",
         )
     if isinstance(error, theirs.HfHubHTTPError):
         return _answered(error, named, status)

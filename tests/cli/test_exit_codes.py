@@ -304,12 +304,13 @@ def test_a_hub_model_is_refused_in_place_without_asking_the_hub(neft, patch):
     assert (result.code, "in place" in result.err) == (2, True)
 
 
-def test_a_mistyped_patch_is_not_looked_for_on_the_hub(neft, patch):
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(neft, patch):
     for words in (
-        ("apply", "base", "org/patch", "-o", "new"),
+        ("apply", "base", "runs/neuron_patch.safetensors", "-o", "new"),
         ("select", "org/s", "--neurons", "1", "-o", "new"),
     ):
         assert neft(*words).code == 2
+    assert neft("apply", "base", "org/patch", "-o", "new").code == 5  # that one may be there, but not here
 
 
 @pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])

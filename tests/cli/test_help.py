@@ -25,7 +25,11 @@ def test_every_command_has_help_with_an_example_of_itself(neft, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "diff", "select", "extract", "merge", "apply", "revert", "export", "report", "train"]
+    "name",
+    [
+        "demo", "diff", "select", "extract", "merge", "apply", "revert", "export", "report", "train", "push",
+        "pull",
+    ],
 )
 def test_commands_that_write_have_a_dry_run(neft, name):
     assert "--dry-run" in neft(name, "--help").out

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_support import WRITER, Hub, hub_process, run_against
+from hub_support import WRITER, Hub, hub_process, run_against, run_several
 from support import Result
 
 import neftsurgery as ns
@@ -30,6 +30,18 @@ def on_hub(hub: Hub, tmp_path: Path) -> Callable[..., Result]:
 
     def call(*words: object, token: str | None = WRITER, home: str = "home") -> Result:
         return run_against(hub, words, tmp_path, tmp_path / home, token)
+
+    return call
+
+
+@pytest.fixture
+def several(hub: Hub, tmp_path: Path) -> Callable[..., list[Result]]:
+    """As ``on_hub``, for a list of command lines in one process."""
+
+    def call(
+        commands: list[tuple[object, ...]], token: str | None = WRITER, home: str = "home"
+    ) -> list[Result]:
+        return run_several(hub, commands, tmp_path, tmp_path / home, token)
 
     return call
 

@@ -1,7 +1,7 @@
-"""A Hub on loopback, a process of its own: the HTTP calls that huggingface_hub makes, over repositories in memory.
+"""A Hub on loopback, a process of its own: the calls that huggingface_hub makes, over repositories in memory.
 
-``python hub_server.py`` prints its address. It is told what to do at ``/_control`` (JSON): make a repository, fail
-the next calls that match, hold them; and tells at ``/_state`` what it holds and which calls came.
+``python hub_server.py`` prints its address. It is told what to do at ``/_control`` (JSON): make a repository,
+fail the next calls that match, hold them; and tells at ``/_state`` what it holds and which calls came.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,7 +22,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 #: Who is who. A token that is not here is refused, as the Hub does.
-USERS = {"hf_writerwriterwriter": "writer", "hf_readerreaderreader": "reader", "plainsecretplainsecret": "writer"}
+USERS = {
+    "hf_writerwriterwriter": "writer",
+    "hf_readerreaderreader": "reader",
+    "plainsecretplainsecret": "writer",
+}
 SIGNATURE = "X-Amz-Signature=5ec2e75167a7u2e"
 
 
@@ -55,6 +58,8 @@ class Hub:
     calls: list[str] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    released: threading.Event = field(default_factory=threading.Event)
+    generation: int = 0  # grows with every reset: calls from before are not for what is there now
 
     def make(self, name: str, *, private: bool = False, gated: bool = False) -> Repo:
         repo = self.repos[name] = Repo(private, gated)
@@ -72,7 +77,9 @@ class Hub:
     def commit(self, repo: Repo, branch: str, named: dict[str, str], title: str) -> Commit:
         parent = repo.refs.get(branch)
         files = {**(repo.commits[parent].files if parent else {}), **named}
-        oid = hashlib.sha1(f"{len(repo.commits)} {parent} {title} {sorted(files.items())}".encode()).hexdigest()
+        oid = hashlib.sha1(
+            f"{len(repo.commits)} {parent} {title} {sorted(files.items())}".encode()
+        ).hexdigest()
         repo.commits[oid] = Commit(oid, parent, title, files)
         repo.refs[branch] = oid
         return repo.commits[oid]
@@ -98,6 +105,15 @@ def blob_name(path: str, content: bytes) -> str:
 
 def is_lfs(path: str) -> bool:
     return path.endswith((".safetensors", ".png"))
+
+
+def card_data(readme: str) -> object:
+    """The front matter; nothing for what is none, as the Hub does."""
+    match = re.match(r"\s*---\n(.*?)\n---\n", readme, re.DOTALL)
+    try:
+        return yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return None
 
 
 HUB = Hub()
@@ -144,9 +160,11 @@ class Handler(BaseHTTPRequestHandler):
             HUB.calls.append(f"{method} {self.route}")
             if self.route.startswith("/_storage") and self.headers.get("Authorization"):
                 HUB.calls.append("a token was sent to the storage")
-            self.fault = self.matching()
+            self.fault, generation = self.matching(), HUB.generation
         if self.fault and "hold" in self.fault:
-            time.sleep(self.fault["hold"])
+            HUB.released.wait()
+            if generation != HUB.generation:
+                return self.hang_up()
         if self.fault and "cut_upload" in self.fault:  # half of what is sent is read, then the line is dead
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
             return self.hang_up()
@@ -197,7 +215,11 @@ class Handler(BaseHTTPRequestHandler):
         headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
         # The worst a server can do: it says what it was told, secrets included.
         said = refusal.message or f"no: {self.headers.get('Authorization')} https://cdn/x?{SIGNATURE}"
-        self.reply({"error": said, "errors": [{"message": said}]}, refusal.status, headers | {"X-Error-Message": said})
+        self.reply(
+            {"error": said, "errors": [{"message": said}]},
+            refusal.status,
+            headers | {"X-Error-Message": said},
+        )
 
     # What the Hub does.
 
@@ -246,20 +268,18 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"url": f"{address()}/{name}", "name": name})
 
     def validate(self, user: str | None, body: bytes) -> None:
-        content = json.loads(body)["content"]
-        match = re.match(r"\s*---\n(.*?)\n---\n", content, re.DOTALL)
-        data = yaml.safe_load(match[1]) if match else None
+        data = card_data(json.loads(body)["content"])
         if not isinstance(data, dict) or not isinstance(data.get("tags", []), list):
             raise Refusal(400, None, "front matter is not an object")
         if data.get("license") == "refuse-me":
-            return self.reply({"errors": [{"message": '"license" must be one of a list'}], "warnings": []}, 400)
+            return self.reply(
+                {"errors": [{"message": '"license" must be one of a list'}], "warnings": []}, 400
+            )
         return self.reply({"errors": [], "warnings": []})
 
     def info(self, user: str | None, body: bytes, name: str, revision: str | None = None) -> None:
         repo = self.repo(name, user)
         commit = self.commit_of(repo, revision or "main")
-        readme = HUB.blobs.get(commit.files.get("README.md", ""), b"").decode()
-        match = re.match(r"\s*---\n(.*?)\n---\n", readme, re.DOTALL)
         self.reply(
             {
                 "id": name,
@@ -267,7 +287,7 @@ class Handler(BaseHTTPRequestHandler):
                 "sha": commit.oid,
                 "private": repo.private,
                 "gated": "auto" if repo.gated else False,
-                "cardData": yaml.safe_load(match[1]) if match else {},
+                "cardData": card_data(HUB.blobs.get(commit.files.get("README.md", ""), b"").decode()),
                 "siblings": [{"rfilename": path} for path in sorted(commit.files)],
                 "tags": [],
                 "downloads": 0,
@@ -278,7 +298,12 @@ class Handler(BaseHTTPRequestHandler):
         commit = self.commit_of(self.repo(name, user), revision)
         entries = []
         for path, blob in sorted(commit.files.items()):
-            entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob[:40], "size": len(HUB.blobs[blob])}
+            entry: dict[str, Any] = {
+                "type": "file",
+                "path": path,
+                "oid": blob[:40],
+                "size": len(HUB.blobs[blob]),
+            }
             if is_lfs(path):
                 entry["lfs"] = {"oid": blob, "size": len(HUB.blobs[blob]), "pointerSize": 128}
             entries.append(entry)
@@ -408,13 +433,19 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body())
         with HUB.lock:
             match asked.pop("do"):
+                case "release":
+                    HUB.released.set()
+                    answer: object = {}
                 case "reset":
+                    HUB.released.set()
+                    HUB.generation += 1
+                    HUB.released = threading.Event()
                     HUB.repos.clear()
                     HUB.blobs.clear()
                     HUB.faults.clear()
                     HUB.calls.clear()
                     HUB.sent.clear()
-                    answer: object = {}
+                    answer = {}
                 case "make":
                     files = {path: base64.b64decode(text) for path, text in asked.pop("files", {}).items()}
                     name = asked.pop("name")

@@ -1,4 +1,4 @@
-"""A Hub for tests: the server as a process, and the command line against it, each run a process of its own."""
+"""A Hub for tests: the server as a process, and command lines against it in processes of their own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import xxhash
+from safetensors.numpy import save_file
 from support import Result
+
+import neftsurgery as ns
 
 WRITER, READER, PLAIN = "hf_writerwriterwriter", "hf_readerreaderreader", "plainsecretplainsecret"
 SIGNATURE = "5ec2e75167a7u2e"
@@ -80,6 +85,44 @@ def hub_process() -> Iterator[Hub]:
                 child.kill()
 
 
+#: Runs command lines one after the other in one process, which is started once: [[code, out, err], …].
+_SEVERAL = """
+import contextlib, io, json, sys
+from neftsurgery.cli.main import run
+results = []
+for words in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    code = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run(words)
+        except SystemExit as left:
+            code = left.code
+    results.append([code or 0, out.getvalue(), err.getvalue()])
+json.dump(results, sys.stdout)
+"""
+
+
+def run_several(
+    hub: Hub, commands: list[tuple[object, ...]], cwd: Path, home: Path, token: str | None
+) -> list[Result]:
+    """As `run_against`, for many command lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SEVERAL],
+        input=json.dumps([[str(word) for word in words] for words in commands]),
+        cwd=cwd,
+        env=hub.environment(home, token),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for secret in SECRETS:
+        assert secret not in done.stdout + done.stderr, secret
+    return [Result(*found) for found in json.loads(done.stdout)]
+
+
 def run_against(hub: Hub, words: tuple[object, ...], cwd: Path, home: Path, token: str | None) -> Result:
     """Run a command line as a process; whatever it prints holds no secret."""
     done = subprocess.run(
@@ -94,3 +137,29 @@ def run_against(hub: Hub, words: tuple[object, ...], cwd: Path, home: Path, toke
     for secret in SECRETS:
         assert secret not in done.stdout + done.stderr, (words, secret)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def patch_of(path, counts, *, width=3, **manifest):
+    """A patch file of ``{tensor: neurons}``, written from the format's text alone."""
+    arrays, tensors = {}, {}
+    for number, (name, count) in enumerate(counts.items()):
+        value = np.full((count, width), number + 1, np.float32)
+        index = np.arange(count, dtype=np.int32)
+
+        def digests(rows):
+            return np.array([list(xxhash.xxh3_128_digest(row.tobytes())) for row in rows], np.uint8).reshape(
+                -1, 16
+            )
+
+        before, after = digests(np.zeros_like(value)), digests(value)
+        arrays |= {f"{name}:index": index, f"{name}:value": value, f"{name}:base_digest": before}
+        tensors[name] = {
+            "shape": [count + 5, width],
+            "dtype": "F32",
+            "neuron_axes": [0],
+            "base_hash": "xxh3-128:" + xxhash.xxh3_128_hexdigest(before.tobytes()),
+            "patched_hash": "xxh3-128:" + xxhash.xxh3_128_hexdigest(after.tobytes()),
+        }
+    content = {"version": 1, "base": {}, "selection": {}, **manifest, "tensors": tensors}
+    save_file(arrays, path, {"neuron_patch": json.dumps(content)})
+    return ns.Patch.load(path)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -27,8 +28,8 @@ from hypothesis import strategies as st
 from support import write_file, write_folder
 
 import neftsurgery
-from neftsurgery.errors import MachineError, NeftError, UsageError
-from neftsurgery.sources.resolve import Source, resolve
+from neftsurgery.errors import MachineError, MismatchError, NeftError, UsageError
+from neftsurgery.sources.resolve import Source, resolve, resolve_file
 
 SHA, OLDER = "1f" * 20, "2e" * 20
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
@@ -285,6 +286,77 @@ def test_interrupts_pass(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupt)
     with pytest.raises(KeyboardInterrupt):
         resolve("org/name")
+
+
+# One file of a repository.
+
+
+def test_one_file_of_a_repository(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def download(repo: str, filename: str, **options: Any) -> str:
+        asked.append((repo, filename, options["revision"]))
+        return f"/cache/models--org--name/snapshots/{SHA}/{filename}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    file = Path(f"/cache/models--org--name/snapshots/{SHA}/x.safetensors")
+    for named, revision in (("org/name", None), ("org/name@v1", "v1")):
+        assert resolve_file(named, "x.safetensors") == Source(file, named, "org/name", SHA)
+        assert asked.pop() == ("org/name", "x.safetensors", revision)
+    (here / "org").mkdir()
+    (here / "org" / "name").touch()
+    for named in ("org/name", "a/b/c", "nothing", "runs/x.safetensors", "", "a\0/b", "org/na me"):
+        assert resolve_file(named, "x.safetensors") == Source(Path(named), named)
+    assert resolve_file(Path("org/other"), "x.safetensors").repo is None
+    assert asked == []
+
+
+FILE_FAILURES: dict[str, tuple[Callable[[], Exception], type[NeftError], str]] = {
+    **{name: case for name, case in FAILURES.items() if name != "not cached"},
+    "no such file": (
+        lambda: RemoteEntryNotFoundError(f"{SECRETS}\nTraceback", response=answer(404)),
+        MismatchError,
+        "holds no x.safetensors",
+    ),
+    "429": (lambda: HfHubHTTPError(SECRETS, response=answer(429)), MachineError, "fewer requests"),
+    "409": (lambda: HfHubHTTPError(SECRETS, response=answer(409)), MachineError, "HTTP 409"),
+    "412": (lambda: HfHubHTTPError(SECRETS, response=answer(412)), MismatchError, "newer commit"),
+    "503 behind the cache": (lambda: behind(answer(503)), MachineError, "HTTP 503"),
+    "behind the upload": (lambda: wrapped(answer(403)), MachineError, "HTTP 403"),
+}
+
+
+def behind(response: Any) -> Exception:
+    error = LocalEntryNotFoundError("not cached")
+    error.__cause__ = HfHubHTTPError(SECRETS, response=response)
+    return error
+
+
+def wrapped(response: Any) -> Exception:
+    error = RuntimeError(f"Error while uploading {SECRETS}")
+    error.__cause__ = HfHubHTTPError(SECRETS, response=response)
+    return error
+
+
+@pytest.mark.parametrize("name", FILE_FAILURES)
+def test_failures_of_one_file_in_our_own_words(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    make, kind, words = FILE_FAILURES[name]
+
+    def fail(repo: str, filename: str, **options: object) -> str:
+        raise make()
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(kind, match=words) as error:
+        resolve_file("org/name@main", "x.safetensors")
+    assert type(error.value) is kind
+    text = str(error.value)
+    assert "org/name" in text
+    assert TOKEN not in text
+    assert "c0ffee" not in text
+    assert len(text.splitlines()) <= 2
+    assert capfd.readouterr() == ("", "")
 
 
 # The real huggingface_hub over a cache laid out as it does, with the network off.

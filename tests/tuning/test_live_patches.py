@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -80,6 +81,31 @@ def test_on_and_off(story: Story) -> None:
         assert all(p.requires_grad for p in story.model.parameters())
     assert bits(story.model.state_dict()) == story.before
     assert torch.equal(story.live(), plain)
+
+
+def test_a_patch_by_its_path_or_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(tmp_path)
+    path = story.patch("one", PICKS).path
+    expected, plain = story.logits(ns.Patch.load(str(path))), story.live()
+    asked = []
+
+    def download(repo: str, filename: str, *, revision: str | None, force_download: bool) -> str:
+        asked.append((repo, filename, revision))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with ns.attach(story.model, str(path)):
+        assert torch.equal(story.live(), expected)
+    assert asked == []
+    with ns.attach(story.model, "org/patch@v1") as attached:
+        assert torch.equal(story.live(), expected)
+        attached.switch("org/patch")
+        assert torch.equal(story.live(), expected)
+    assert torch.equal(story.live(), plain)
+    assert asked == [
+        ("org/patch", "neuron_patch.safetensors", "v1"),
+        ("org/patch", "neuron_patch.safetensors", None),
+    ]
 
 
 def test_overlay_leaves_the_weights_alone(story: Story) -> None:

@@ -1,0 +1,223 @@
+"""What a pull fetches, and what it says of repositories and networks that are not as they should be."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hub_support import READER, WRITER, patch_of
+
+NAME = "neuron_patch.safetensors"
+PULL = ("pull", "me/patch", "-o", "q.safetensors")
+
+
+@pytest.fixture
+def published(hub, patch_file):
+    hub.make("me/patch", {NAME: patch_file.read_bytes(), "README.md": b"# A patch\n", "model.bin": b"no"})
+    return hub
+
+
+def nothing_is_left(tmp_path):
+    """No output, no staged one, and nothing half-fetched in the cache."""
+    assert not (tmp_path / "q.safetensors").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not list((tmp_path / "home").rglob("*.incomplete"))
+
+
+def test_outputs_dry_runs_and_force(published, several, patch_file, tmp_path):
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    (dry,) = several([(*PULL, "--dry-run")])
+    assert published.state["sent"] == {}
+    taken, forced, inside = several(
+        [
+            ("pull", "me/patch", "-o", "there.safetensors"),
+            ("pull", "me/patch", "-o", "there.safetensors", "--force"),
+            ("pull", "me/patch", "-o", "nowhere/q.safetensors"),
+        ]
+    )
+    assert (dry.code, taken.code, forced.code, inside.code) == (0, 2, 0, 2), (dry, taken, forced, inside)
+    assert published.repos["me/patch"]["refs"]["main"] in dry.out
+    assert "q.safetensors" in dry.out
+    assert not (tmp_path / "q.safetensors").exists()
+    assert "--force" in taken.err
+    assert (tmp_path / "there.safetensors").read_bytes() == patch_file.read_bytes()
+
+
+def test_revisions(published, several, patch_file, tmp_path):
+    older = published.repos["me/patch"]["refs"]["main"]
+    newer = published.make("me/patch", {NAME: b"something else"})
+    results = several(
+        [
+            ("pull", f"me/patch@{older}", "-o", "a.safetensors"),
+            ("pull", "me/patch@main", "-o", "b.safetensors"),
+            ("pull", "me/patch@v9", "-o", "c.safetensors"),
+            ("pull", "me/patch@", "-o", "c.safetensors"),
+        ]
+    )
+    assert [result.code for result in results] == [0, 4, 2, 2], results
+    assert newer != older
+    assert (tmp_path / "a.safetensors").read_bytes() == patch_file.read_bytes()
+    assert "'v9'" in results[2].err
+
+
+def test_what_is_not_there_or_not_ours(published, several, tmp_path):
+    """Each: who asks for what, the exit code, and what it says to do."""
+    published.make("org/model", {"config.json": b"{}"})
+    published.make("me/secret", {NAME: b"x"}, private=True)
+    published.make("org/gated", {NAME: b"x"}, gated=True)
+    (tmp_path / "local").mkdir()
+    cases = [
+        (WRITER, ("pull", "me/nothing"), 2, "check the spelling"),
+        (WRITER, ("pull", "org/model"), 3, "holds no neuron_patch.safetensors"),
+        (WRITER, ("pull", "me/patch@v9"), 2, "no revision"),
+        (WRITER, ("pull", "me"), 2, "org/name"),
+        (WRITER, ("pull", "local/file.safetensors/x"), 2, "org/name"),
+        (READER, ("pull", "me/secret"), 2, "no such model"),
+        (READER, ("pull", "org/gated"), 5, "accept the model's terms"),
+        (None, ("pull", "me/secret"), 5, "hf auth login"),
+        (None, ("pull", "org/gated"), 5, "gated"),
+        ("hf_wrongwrongwrongwrong", ("pull", "me/patch"), 5, "HTTP 401"),
+    ]
+    for token in {token for token, *_ in cases}:
+        these = [case for case in cases if case[0] == token]
+        results = several([(*words, "-o", "q.safetensors") for _, words, *_ in these], token=token)
+        for (_, words, code, said), result in zip(these, results, strict=True):
+            assert result.code == code, (words, token, result)
+            assert said in result.err, (words, token, result)
+            assert 1 <= len(result.err.strip().splitlines()) <= 2, result
+    nothing_is_left(tmp_path)
+
+
+ANSWERS = {401: "HTTP 401", 403: "HTTP 403", 429: "fewer requests", 503: "Hub's side"}
+
+
+def test_answers_of_the_hub(published, several, patch_file, tmp_path):
+    commands = []
+    for status in ANSWERS:
+        published.make(f"me/patch{status}", {NAME: patch_file.read_bytes()})
+        published.fault(f"HEAD /me/patch{status}/", status=status, times=99)
+        commands.append(("pull", f"me/patch{status}", "-o", "q.safetensors"))
+    results = several(
+        [*commands, ("verify", "base", "me/patch403"), (*commands[0], "-v"), (*commands[0], "--json")]
+    )
+    for result, said in zip(results, [*ANSWERS.values(), "HTTP 403", "HTTP 401", "HTTP 401"], strict=True):
+        assert result.code == 5, result
+        assert said in result.err
+    assert all(1 <= len(result.err.strip().splitlines()) <= 2 for result in results[: len(ANSWERS)])
+    assert "Traceback" in results[-2].err
+    assert results[-1].json["exit_code"] == 5
+    nothing_is_left(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_down_is_asked_again_and_then_given_up(published, several, tmp_path):
+    """Where nothing is in the cache, huggingface_hub tries for half a minute."""
+    published.fault("HEAD /me/patch/", status=500, times=99)
+    (result,) = several([("apply", "base", "me/patch", "-o", "out")])
+    assert result.code == 5, result
+    assert "HTTP 500" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_patch_is_4_and_not_written(hub, several, patch_file, tmp_path, neft):
+    data = patch_file.read_bytes()
+    assert neft("diff", "base", "tuned", "-o", "s.safetensors").code == 0
+    contents = {
+        "flipped": data[:-1] + bytes([data[-1] ^ 1]),
+        "cut": data[:-9],
+        "text": b"hello",
+        "scores": (tmp_path / "s.safetensors").read_bytes(),
+    }
+    commands = []
+    for kind, content in contents.items():
+        hub.make(f"me/{kind}", {NAME: content})
+        pull = ("pull", f"me/{kind}", "-o", "q.safetensors")
+        commands += [pull, ("apply", "base", f"me/{kind}", "-o", "out"), pull]
+    results = several(commands)
+    for result, (_, *words) in zip(results, commands, strict=True):
+        assert result.code == 4, (words, result)
+        assert any(f"neftsurgery: me/{kind}" in result.err for kind in contents), result.err
+        assert "blobs" not in result.err
+        assert "snapshots" not in result.err
+    assert not (tmp_path / "out").exists()
+    nothing_is_left(tmp_path)
+    sent = hub.state["sent"]
+    for content in contents.values():  # fetching it again would not help
+        assert sent[hashlib.sha256(content).hexdigest()] == len(content)
+
+
+def test_a_cache_that_was_damaged_is_mended(published, several, patch_file, tmp_path):
+    """The Hub's file is right, and the copy of it here is not: it is fetched once more."""
+    assert several([("verify", "base", "me/patch")])[0].code == 0
+    (blob,) = [path for path in (tmp_path / "home").rglob("blobs/*") if len(path.name) == 64]
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    damaged, pulled, after = several(
+        [("verify", "base", "me/patch"), PULL, ("verify", "base", "me/patch", "--expect", "base")]
+    )
+    assert (damaged.code, pulled.code, after.code) == (4, 0, 0), (damaged, pulled, after)
+    assert (tmp_path / "q.safetensors").read_bytes() == patch_file.read_bytes()
+
+
+def test_a_download_that_breaks_off_halfway_goes_on_where_it_was(hub, several, tmp_path):
+    """Where it was: huggingface_hub keeps what has arrived in steps of 10 MB."""
+    patch_of(tmp_path / "p.safetensors", {"w": 1600}, width=4096).close()
+    data = (tmp_path / "p.safetensors").read_bytes()
+    hub.make("me/patch", {NAME: data})
+    hub.fault("GET /_storage/", cut_download=0.9)
+    (result,) = several([PULL])
+    assert result.code == 0, result
+    assert (tmp_path / "q.safetensors").read_bytes() == data
+    assert (
+        len(data) < hub.state["sent"][hashlib.sha256(data).hexdigest()] < 1.5 * len(data)
+    )  # not all of it again
+
+
+@pytest.mark.slow
+def test_a_download_that_never_comes_is_5(published, several, tmp_path):
+    published.fault("GET /_storage/", cut_download=0.0, times=99)
+    (result,) = several([PULL])
+    assert result.code == 5, result
+    assert "run the command again" in result.err
+    nothing_is_left(tmp_path)
+
+
+def test_content_that_is_changed_on_the_way_is_4(published, several, tmp_path):
+    published.fault("GET /_storage/", corrupt=True, times=2)
+    (result,) = several([PULL])
+    assert result.code == 4, result
+    nothing_is_left(tmp_path)
+    (result,) = several([PULL])  # the third time it comes whole
+    assert result.code == 0, result
+
+
+def test_without_a_network_the_cache_does(published, several, patch_file, tmp_path, monkeypatch):
+    assert several([("verify", "base", "me/patch")])[0].code == 0
+    monkeypatch.setattr(type(published), "environment", offline(type(published).environment))
+    calls = len(published.state["calls"])
+    pulled, applied, missing, pushed = several(
+        [
+            PULL,
+            ("apply", "base", "me/patch", "-o", "out"),
+            ("apply", "base", "me/other", "-o", "out2"),
+            ("push", "p.safetensors", "me/other"),
+        ]
+    )
+    assert (pulled.code, applied.code, missing.code, pushed.code) == (0, 0, 5, 5), (pulled, missing, pushed)
+    assert "HF_HUB_OFFLINE" in missing.err
+    assert "HF_HUB_OFFLINE" in pushed.err
+    assert len(published.state["calls"]) == calls
+    assert (tmp_path / "q.safetensors").read_bytes() == patch_file.read_bytes()
+
+
+def offline(environment):
+    return lambda *words: environment(*words) | {"HF_HUB_OFFLINE": "1"}
+
+
+def test_a_hub_that_is_not_there_is_5(published, several, tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "address", "http://127.0.0.1:9")
+    pulled, pushed = several([PULL, ("push", "p.safetensors", "me/patch")])
+    assert (pulled.code, pushed.code) == (5, 5), (pulled, pushed)
+    assert all(1 <= len(result.err.strip().splitlines()) <= 2 for result in (pulled, pushed))
+    nothing_is_left(tmp_path)
