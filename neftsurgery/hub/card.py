@@ -121,6 +121,6 @@ def _front_matter(
             metric_value=loss,
         )
         found |= {"model_name": repo.partition("/")[2], "eval_results": [*kept, result]}
-    elif kept:
-        found["eval_results"] = kept
+    elif known.get("model-index"):  # an earlier push may have told of a loss that this patch has not
+        found |= {"eval_results": kept} if kept else {"eval_results": None, "model_name": None}
     return found

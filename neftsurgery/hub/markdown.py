@@ -9,7 +9,7 @@ __all__ = ["bar", "code", "link", "table"]
 #: What could end a code span or a table's cell, or begin a tag or comment.
 _MARKS = "`|<>"
 _CLIP = 100
-_BAR = 20
+_BAR = 12
 
 
 def code(value: object, clip: int = _CLIP) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import MismatchError, NeftError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..sources.hub import client, hub_errors, page
+from ..sources.secrets import redacted
 from ..surgery.merge_plan import check_patches
 from ..surgery.progress import Progress, silent
 from .base import Base, base_of, is_repo, licence_of
@@ -240,7 +241,8 @@ def send(plan: Push) -> Pushed:
                         parent_commit=parent,
                     )
                 except ValueError as error:
-                    raise _front_matter_refused(error, remote) from error
+                    _raise_refused_card(error, remote)
+                    raise
     return Pushed(
         remote.repo,
         remote.branch,
@@ -274,16 +276,14 @@ def _blaming_nothing(remote: Remote) -> Iterator[None]:
         raise
 
 
-def _front_matter_refused(error: ValueError, remote: Remote) -> Exception:
-    """The client asks the Hub about a card before it sends anything."""
-    from huggingface_hub.errors import HfHubHTTPError
-
+def _raise_refused_card(error: ValueError, remote: Remote) -> None:
+    """The client asks the Hub about the front matter before it sends anything, and raises what it says."""
     text = str(error)
-    if isinstance(error, HfHubHTTPError) or "README.md" not in text:
-        return error
+    if isinstance(error, client().errors.HfHubHTTPError) or "README.md" not in text:
+        return
     reasons = "; ".join(line.lstrip("- ") for line in text.splitlines()[1:] if line.strip())
-    return MismatchError(
-        f"the Hub does not take the card's front matter: {reasons[:200] or 'no reason given'}",
+    raise MismatchError(
+        f"the Hub does not take the card's front matter: {redacted(reasons)[:200] or 'no reason given'}",
         file=remote.repo,
         hint="correct it on the Hub, or write a new card over it with --replace-card",
-    )
+    ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import MachineError
+from ..errors import MachineError, MismatchError
 from ..sources.hub import client, fetch_file, hub_errors
 
 __all__ = ["MAIN", "Remote", "read_remote"]
@@ -42,11 +42,24 @@ class Remote:
     files: Sequence[str] = ()
 
     def card(self) -> str | None:
-        """Its README, as it is there."""
+        """Its README, as it is there.
+
+        Raises
+        ------
+        MismatchError
+            If it is no text.
+        """
         if self.head is None or _CARD not in self.files:
             return None
         content = fetch_file(f"{self.repo}@{self.head}", _CARD).read_bytes()
-        return content.decode("utf-8-sig", errors="replace")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise MismatchError(
+                "the README there is not UTF-8",
+                file=self.repo,
+                hint="correct it on the Hub, or write a new card over it with --replace-card",
+            ) from error
 
 
 def read_remote(repo: str, branch: str) -> Remote:

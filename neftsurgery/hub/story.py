@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from ..patch.patch import PATCH_NAME, Patch
@@ -114,22 +114,23 @@ def _facts(patch: Patch, base: Base) -> Iterator[tuple[str, str]]:
 
 def _where(places: Places, picture: str | None) -> str:
     most = max(places.totals, default=0)
-    head = [
-        "layer",
-        *(code(kind, 40) if kind is not None else "other" for kind in places.kinds),
-        "neurons",
-        "",
+    kinds = [code(kind, 40) if kind is not None else "other" for kind in places.kinds]
+    rows = [
+        [_layer(first, last), f"{total:,}", bar(total, most), *_cells(counts)]
+        for (first, last), total, counts in zip(places.layers, places.totals, places.counts, strict=True)
     ]
-    rows = []
-    for (first, last), counts, total in zip(places.layers, places.counts, places.totals, strict=True):
-        cells = [f"{count:,}" if count else "" for count in counts]
-        rows.append([_layer(first, last), *cells, f"{total:,}", bar(total, most)])
     if len(rows) > 1:
         columns = [sum(column) for column in zip(*places.counts, strict=True)]
-        rows.append(["all", *(f"{count:,}" for count in columns), f"{sum(columns):,}", ""])
-    shown = f"![Where the neurons lie]({picture})\n\n" if picture else ""
-    numbers = range(1, len(places.kinds) + 2)
-    return f"## Where its neurons lie\n\n{shown}" + "\n".join(table(head, rows, right=numbers))
+        rows.append(["all", f"{sum(columns):,}", "", *_cells(columns)])
+    shown = f"![Of each weight's neurons, the percentage that is replaced]({picture})\n\n" if picture else ""
+    right = [1, *range(3, 3 + len(kinds))]
+    return f"## Where its neurons lie\n\n{shown}" + "\n".join(
+        table(["layer", "neurons", "", *kinds], rows, right=right)
+    )
+
+
+def _cells(counts: Sequence[int]) -> list[str]:
+    return [f"{count:,}" if count else "" for count in counts]
 
 
 def _layer(first: str, last: str) -> str:

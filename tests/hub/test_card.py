@@ -111,9 +111,13 @@ def test_the_table_counts_what_the_patch_has(llama):
         for line in text.splitlines()
         if "█" in line or "all |" in line
     ]
-    assert [row[1:4] for row in rows] == [["2", "1", "3"], ["3", "2", "5"], ["4", "3", "7"], ["9", "6", "15"]]
-    lengths = [row[4].count("█") for row in rows]
-    assert lengths == [round(20 * total / 7) for total in (3, 5, 7)] + [0]
+    assert [[row[1], *row[3:]] for row in rows] == [
+        ["3", "2", "1"],
+        ["5", "3", "2"],
+        ["7", "4", "3"],
+        ["15", "9", "6"],
+    ]
+    assert [row[2].count("█") for row in rows] == [round(12 * total / 7) for total in (3, 5, 7)] + [0]
 
 
 def test_many_layers_and_kinds_stay_a_table(tmp_path):
@@ -124,7 +128,7 @@ def test_many_layers_and_kinds_stay_a_table(tmp_path):
     assert len(rows) < 50
     assert len({len(row) for row in rows}) == 1
     assert len(rows[0]) < 14
-    every = [int(row[-2].replace(",", "")) for row in rows[2:]]
+    every = [int(row[1].replace(",", "")) for row in rows[2:]]
     assert sum(every[:-1]) == every[-1] == sum(counts.values())
 
 
@@ -233,7 +237,7 @@ def test_a_code_span_is_never_left(text):
 
 
 def test_bars():
-    assert [len(bar(value, 100)) for value in (0, 0.1, 50, 100)] == [0, 1, 10, 20]
+    assert [len(bar(value, 100)) for value in (0, 0.1, 50, 100)] == [0, 1, 6, 12]
 
 
 # A card that is there already.
@@ -271,6 +275,14 @@ def test_other_results_of_the_owner_stay(llama):
         ("bleu", 28.7),
         ("loss", 1.25),
     ]
+
+
+def test_a_loss_of_an_earlier_push_goes_with_it(llama, tmp_path):
+    card = write_card(llama, "me/x", KNOWN, {})
+    other = patch_of(tmp_path / "other.safetensors", LLAMA)
+    data = ModelCard(write_card(other, "me/x", KNOWN, {}, existing=card)).data.to_dict()
+    assert "model-index" not in data
+    assert set(data) == {"base_model", "base_model_relation", "library_name", "tags"}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ REFUSED = {
     "an empty message": (("me/there", "-m", " "), WRITER, 2, "message"),
     "a card that is no YAML": (("me/badcard",), WRITER, 3, "--replace-card"),
     "a card that lost a mark": (("me/lostmark",), WRITER, 3, "one of the marks"),
+    "a card that is no text": (("me/binary",), WRITER, 3, "not UTF-8"),
     "a card the Hub does not take": (("me/badlicence",), WRITER, 3, '"license" must be one of a list'),
 }
 
@@ -85,6 +86,7 @@ def furnished(hub):
     hub.make("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
     hub.make("me/badcard", {"README.md": b"---\n{: [\n---\ntext\n"})
     hub.make("me/lostmark", {"README.md": b"---\ntags: []\n---\n<!-- neftsurgery:begin -->\nx\n"})
+    hub.make("me/binary", {"README.md": b"caf\xe9"})
     hub.make("me/badlicence", {"README.md": b"---\nlicense: refuse-me\n---\ntext\n"})
     return hub
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support import assert_same_tensors, patched_by_hand, raw_folder, raw_read, snapshot, vectors_of
 from test_round_trip import Bits, Case, cases, lossless, some_of, written
@@ -107,6 +107,23 @@ def test_patches_of_different_bases_are_refused(case: Case, data: st.DataObject)
         # The same tuned model over another base: every shared neuron was something else there.
         there = raw_folder(root / "there", {name: (kind, ~bits) for name, (kind, bits) in case.base.items()})
         theirs = lossless(case, there, tuned, root / "theirs")
+        before = snapshot(root)
+        for policy in ("error", "first", "mean"):
+            with pytest.raises(ns.MismatchError, match="different bases"):
+                ns.merge([mine, theirs], on_overlap=policy, out=root / "m")
+        assert snapshot(root) == before
+
+
+@law
+@given(cases(), st.integers(0, 2**32))
+def test_disjoint_patches_of_different_bases_are_refused_by_fingerprint(case: Case, seed: int) -> None:
+    """With no neuron in common there is no digest to compare; the manifests tell."""
+    with written(case) as (root, base, tuned):
+        chosen = dealt(lossless(case, base, tuned, root / "whole"), 2, seed)
+        assume(len(chosen) == 2)
+        there = raw_folder(root / "there", {name: (kind, ~bits) for name, (kind, bits) in case.base.items()})
+        mine = ns.extract(base, tuned, chosen[0], out=root / "mine")
+        theirs = ns.extract(there, tuned, chosen[1], out=root / "theirs")
         before = snapshot(root)
         for policy in ("error", "first", "mean"):
             with pytest.raises(ns.MismatchError, match="different bases"):

@@ -142,7 +142,7 @@ def two(models: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str) -
     return base, [first, ns.extract(base, other, first.selection, out=tmp_path / "q", reversible=True)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exports_hot_swap(models: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str) -> None:
     from peft import PeftModel
     from peft.utils.hotswap import hotswap_adapter
@@ -160,7 +160,7 @@ def test_exports_hot_swap(models: Callable[[str], tuple[Path, Path]], tmp_path: 
             torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exports_add_up_by_concatenation(
     models: Callable[[str], tuple[Path, Path]], tmp_path: Path, name: str
 ) -> None:
