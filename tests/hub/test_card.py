@@ -18,6 +18,7 @@ from neftsurgery.errors import MismatchError
 from neftsurgery.hub.base import Base, base_of
 from neftsurgery.hub.card import BEGIN, END, write_card
 from neftsurgery.hub.markdown import bar, code
+from neftsurgery.hub.picture import picture_of
 
 KNOWN = Base("org/base", "1f" * 20, "base", "xxh3-128:" + "0" * 32)
 #: As the Hub shows READMEs: tables, bare addresses made links, and HTML let through.
@@ -102,6 +103,16 @@ def test_what_a_person_reads(llama):
     ):
         assert words in page.text, words
     assert "neurons.png" in page.addresses
+
+
+def test_a_picture_where_there_is_something_to_draw_with(llama, monkeypatch):
+    pytest.importorskip("neftsurgery.report")
+    png = picture_of(llama)
+    assert png.startswith(b"\x89PNG")
+    assert picture_of(llama) == png  # else no push would ever find that nothing is new
+    monkeypatch.setattr("neftsurgery.hub.picture.find_spec", lambda name: None)
+    assert picture_of(llama) is None
+    assert "![" not in write_card(llama, "me/x", KNOWN, {})
 
 
 def test_the_table_counts_what_the_patch_has(llama):
