@@ -228,7 +228,7 @@ def send(plan: Push) -> Pushed:
         if parent is None:
             api.create_repo(remote.repo, private=plan.private)
             parent = api.model_info(remote.repo).sha
-        with _blaming_nothing(remote):
+        with _telling_what_was_made(remote):
             if not remote.has_branch and remote.branch != MAIN:
                 api.create_branch(remote.repo, branch=remote.branch, revision=parent, exist_ok=False)
             with ExitStack() as stack:
@@ -265,7 +265,7 @@ def _operations(plan: Push, stack: ExitStack) -> Iterator[Any]:
 
 
 @contextmanager
-def _blaming_nothing(remote: Remote) -> Iterator[None]:
+def _telling_what_was_made(remote: Remote) -> Iterator[None]:
     """Say of a repository that was just made, and is left without a patch, that it is there."""
     try:
         with hub_errors(f"{remote.repo}@{remote.branch}", doing="pushing to"):

@@ -39,6 +39,7 @@ class Refusal(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else every answer waits for the client to say that it has the head
 
     def log_message(self, format: str, *args: object) -> None:
         pass

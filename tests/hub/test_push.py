@@ -206,8 +206,9 @@ def test_a_line_that_stays_dead_while_sending(furnished, several, patch_file):
 
 
 def test_a_line_that_goes_dead_once_while_sending(hub, several, patch_file):
+    """With -v huggingface_hub tells of it, with the signed address: not here."""
     hub.fault("PUT /_storage/", cut_upload=True, times=1)
-    (result,) = several([("push", "p.safetensors", "me/patch")])
+    (result,) = several([("push", "p.safetensors", "me/patch", "-v")])
     assert result.code == 0, result
     assert hub.read("me/patch", NAME) == patch_file.read_bytes()
 
