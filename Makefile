@@ -10,6 +10,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
+# Tests run side by side, each process with one thread of torch's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
+
 SIZE   ?= 2.4GB
 ARGS   ?=
 
@@ -19,10 +22,10 @@ demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 quick: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

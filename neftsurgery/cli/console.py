@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..surgery.progress import Timing, process_seconds
+from ..words import printable
 
 if TYPE_CHECKING:
     from ..checkpoint.pipeline import Limits
 
-__all__ = ["Console", "amount", "can_print", "percent", "plural", "printable", "size", "table"]
+__all__ = ["Console", "can_print", "table"]
 
 
 class Console:
@@ -76,11 +77,6 @@ class Console:
             yield bar.update
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters written out: names in files must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 def can_print(text: str) -> bool:
     """Whether stdout's encoding has all characters of ``text``."""
     try:
@@ -88,34 +84,6 @@ def can_print(text: str) -> bool:
     except (UnicodeEncodeError, LookupError):
         return False
     return True
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: ``1.2 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-def amount(count: int) -> str:
-    """A number for people: ``1,376,256``."""
-    return f"{count:,}"
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def percent(share: float) -> str:
-    """A share for people: ``4.1%``; never 0% or 100% for what is not quite."""
-    if 0 < share < 0.0001:
-        return "<0.01%"
-    if 0.9999 < share < 1:
-        return ">99.99%"
-    return f"{100 * share:.3g}%" if share < 0.1 else f"{100 * share:.1f}%"
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterator[str]:

@@ -20,7 +20,7 @@ import click
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
 from ..sources.secrets import redacted
 from ..version import __version__
-from .console import printable
+from ..words import printable
 
 __all__ = ["cli", "run"]
 

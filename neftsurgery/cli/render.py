@@ -12,7 +12,8 @@ from ..report.map_figure import BLOCKS, map_lines
 from ..selection.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary
-from .console import Console, amount, can_print, percent, plural, size, table
+from ..words import amount, percent, plural, size
+from .console import Console, can_print, table
 
 __all__ = ["say_captured", "say_checkpoint", "say_map", "say_pair", "say_summary"]
 

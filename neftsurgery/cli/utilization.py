@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from .console import Console, plural
+from ..words import plural
+from .console import Console
 from .options import stack
 
 if TYPE_CHECKING:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from importlib.util import find_spec
 
 from ..patch.patch import Patch
+from ..report.layer_map import LayerMap
 
 __all__ = ["PICTURE_NAME", "picture_of"]
 
@@ -13,15 +13,10 @@ PICTURE_NAME = "neurons.png"
 
 
 def picture_of(patch: Patch) -> bytes | None:
-    """The picture as PNG; None where matplotlib is not installed, or there is nothing to draw with.
+    """The picture as PNG; None where matplotlib is not installed, or no neuron has a place."""
+    found = LayerMap.of_patch(patch)
+    if find_spec("matplotlib") is None or not found.neurons:
+        return None
+    from ..report.map_figure import map_figure
 
-    A card is whole without it, so it is asked for by name: neither is loaded, or has to be there, before.
-    """
-    if find_spec("matplotlib") is None or find_spec("neftsurgery.report") is None:
-        return None
-    found = import_module("neftsurgery.report.layer_map").LayerMap.of_patch(patch)
-    if not found.neurons:
-        return None
-    png = import_module("neftsurgery.report.map_figure").map_figure(found, word="replaced").png()
-    assert isinstance(png, bytes)
-    return png
+    return map_figure(found, word="replaced", of_patch=True).png()

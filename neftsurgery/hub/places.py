@@ -1,13 +1,15 @@
-"""Where a patch's neurons lie: how many in which layer, and of which kind of weight."""
+"""Where a patch's neurons lie, as a card tells it: rows and columns that a person reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..anatomy.meaning import place
+import numpy as np
+from numpy.typing import NDArray
+
 from ..patch.patch import Patch
-from ..selection.selection import followers_of
+from ..report.layer_map import LayerMap
 
 __all__ = ["Places", "places_of"]
 
@@ -43,55 +45,33 @@ class Places:
 
 def places_of(patch: Patch) -> Places:
     """Count a patch's neurons. Layers and kinds are told from the tensors' names alone."""
-    followers = followers_of(patch.facts)
-    counts: dict[str, dict[str, int]] = {}
-    for name, tensor in patch.tensors.items():
-        if name not in followers and tensor.count:
-            layer, kind = place(name.split("."))
-            row = counts.setdefault(layer, {})
-            row[kind] = row.get(kind, 0) + tensor.count
-    kinds = _kinds(counts)
-    rows = [(layer, [_count(counts[layer], kind, kinds) for kind in kinds]) for layer in _ordered(counts)]
-    groups = list(_together(rows))
+    found = LayerMap.of_patch(patch)
+    held = np.flatnonzero(found.chosen.sum(axis=1))
+    layers = [found.layers[row] for row in held]
+    kinds, counts = _columns(found, found.chosen[held])
+    groups = list(_together(layers, counts))
     return Places(kinds, [(first, last) for first, last, _ in groups], [row for *_, row in groups])
 
 
-def _kinds(counts: Mapping[str, Mapping[str, int]]) -> list[str | None]:
-    totals: dict[str, int] = {}
-    for row in counts.values():
-        for kind, count in row.items():
-            totals[kind] = totals.get(kind, 0) + count
-    ordered = sorted(totals, key=lambda kind: (-totals[kind], kind))
-    if len(ordered) <= _MOST_KINDS:
-        return list(ordered)
-    return [*ordered[: _MOST_KINDS - 1], None]
+def _columns(found: LayerMap, counts: NDArray[np.int64]) -> tuple[list[str | None], NDArray[np.int64]]:
+    """The kinds with most neurons, and the counts of each and of all the others."""
+    totals = counts.sum(axis=0)
+    order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
+    if len(order) <= _MOST_KINDS:
+        return [found.kinds[kind] for kind in order], counts[:, order]
+    order, others = order[: _MOST_KINDS - 1], order[_MOST_KINDS - 1 :]
+    kept = np.column_stack([counts[:, order], counts[:, others].sum(axis=1)])
+    return [*(found.kinds[kind] for kind in order), None], kept
 
 
-def _count(row: Mapping[str, int], kind: str | None, kinds: Sequence[str | None]) -> int:
-    if kind is not None:
-        return row.get(kind, 0)
-    return sum(count for name, count in row.items() if name not in kinds)
-
-
-def _ordered(layers: Mapping[str, object]) -> list[str]:
-    """Layers by number within their stack; what is in no layer comes last."""
-
-    def key(layer: str) -> tuple[bool, str, int]:
-        stack, _, number = layer.rpartition(".")
-        return not layer, stack, int(number) if number.isdecimal() and len(number) < 10 else 0
-
-    return sorted(layers, key=key)
-
-
-def _together(rows: Sequence[tuple[str, list[int]]]) -> Iterator[tuple[str, str, list[int]]]:
+def _together(layers: Sequence[str], counts: NDArray[np.int64]) -> Iterator[tuple[str, str, list[int]]]:
     """Neighbours of one stack as one row, so many that no more than `_MOST_LAYERS` or so are left."""
-    size = -(-len(rows) // _MOST_LAYERS)
+    size = -(-len(layers) // _MOST_LAYERS)
     start = 0
-    while start < len(rows):
-        stack = rows[start][0].rpartition(".")[0]
+    while start < len(layers):
+        stack = layers[start].rpartition(".")[0]
         stop = start + 1
-        while stop < min(start + size, len(rows)) and rows[stop][0].rpartition(".")[0] == stack:
+        while stop < min(start + size, len(layers)) and layers[stop].rpartition(".")[0] == stack:
             stop += 1
-        columns = zip(*(row for _, row in rows[start:stop]), strict=True)
-        yield rows[start][0], rows[stop - 1][0], [sum(column) for column in columns]
+        yield layers[start], layers[stop - 1], counts[start:stop].sum(axis=0).tolist()
         start = stop

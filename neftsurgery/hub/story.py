@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from ..patch.patch import PATCH_NAME, Patch
 from ..sources.hub import page
+from ..words import percent, plural, size
 from .base import Base
 from .markdown import bar, code, link, table
 from .places import Places, places_of
@@ -60,8 +61,8 @@ def dev_loss(patch: Patch) -> float | None:
 def _lead(patch: Patch, base: Base) -> str:
     model = link(code(base.repo), page(base.repo)) if base.repo else "the model it was made from"
     return (
-        f"A **neuron patch** for {model}: new values for {_plural(patch.neurons, 'neuron')} of "
-        f"{_plural(len(patch.tensors), 'tensor')}, {patch.parameters:,} parameters in {_size(patch.nbytes)}. "
+        f"A **neuron patch** for {model}: new values for {plural(patch.neurons, 'neuron')} of "
+        f"{plural(len(patch.tensors), 'tensor')}, {patch.parameters:,} parameters in {size(patch.nbytes)}. "
         "Every other weight of the base stays as it is, bit for bit."
     )
 
@@ -100,13 +101,13 @@ def _facts(patch: Patch, base: Base) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{patch.parameters:,}"
     dtypes = sorted({tensor.info.dtype for tensor in patch.tensors.values()})
     yield "tensors", f"{len(patch.tensors):,} ({', '.join(code(dtype) for dtype in dtypes)})"
-    yield "file", f"{code(PATCH_NAME)}, {_size(patch.nbytes)}"
+    yield "file", f"{code(PATCH_NAME)}, {size(patch.nbytes)}"
     for key, of in (
         ("captured", "the whole change"),
         ("captured_scored", "the change of the scored tensors"),
     ):
         if _is_number(share := patch.facts.get(key)):
-            yield f"share of {of}", f"{_percent(share)}: the squared difference that these neurons hold"
+            yield f"share of {of}", f"{percent(share)}: the squared difference that these neurons hold"
     yield "revert", "with the patch alone" if patch.reversible else "with the base: `--base`"
     if created := patch.manifest.get("created_by"):
         yield "made by", code(created)
@@ -170,19 +171,3 @@ def _is_number(value: Any) -> TypeGuard[float]:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%" if share < 0.9995 or share >= 1 else f"{100 * share:.6g}%"
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} GB"

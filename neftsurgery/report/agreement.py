@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from . import words
+from .. import words
 from .drawing import ACCENT, CONTRAST, INK, MUTED, WIDTH, Canvas, legend_above, quiet
 from .figure import Column, Figure, Table
 from .growth import PERCENTS
@@ -120,8 +120,8 @@ class Agreement:
         excess = (overlap - chance) / (1 - chance) if chance < 1 else 0.0
         facts = (
             f"the rank correlation with smallness is {words.signed(norm.correlation)}, and "
-            f"{words.share(overlap)} of the chosen {self.word}s are among the {words.count(self.chosen)} "
-            f"smallest, where chance would give {words.share(chance)}"
+            f"{words.percent(overlap)} of the chosen {self.word}s are among the {words.amount(self.chosen)} "
+            f"smallest, where chance would give {words.percent(chance)}"
         )
         strength = max(excess, norm.correlation) if norm.correlation == norm.correlation else excess
         if strength >= _SAME:
@@ -137,11 +137,11 @@ class Agreement:
         columns = (
             Column("budget", "budget"),
             Column("control", "control"),
-            Column("chosen", f"{self.word}s chosen", words.count),
-            Column("shared", "chosen by both", words.count),
-            Column("overlap", "share", words.share, bar=True),
-            Column("jaccard", "Jaccard", words.share),
-            Column("chance", "by chance", words.share),
+            Column("chosen", f"{self.word}s chosen", words.amount),
+            Column("shared", "chosen by both", words.amount),
+            Column("overlap", "share", words.percent, bar=True),
+            Column("jaccard", "Jaccard", words.percent),
+            Column("chance", "by chance", words.percent),
         )
         rows = tuple(
             (f"{percent}%", control.name, k, shared, shared / k, shared / (2 * k - shared), k / self.count)
@@ -189,7 +189,7 @@ class Agreement:
         columns = (
             Column("kind", "kind of weight", words.label),
             Column("control", "control"),
-            Column("count", f"{self.word}s", words.count),
+            Column("count", f"{self.word}s", words.amount),
             Column("correlation", "rank correlation", words.number),
         )
         rows = [("all", c.name, self.count, c.correlation) for c in self.controls]

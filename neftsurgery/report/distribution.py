@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from . import words
+from .. import words
 from .drawing import ACCENT, CONTRAST, FAINT, INK, MUTED, WIDTH, Canvas, log_ticks, quiet
 from .figure import Column, Figure, Table
 from .subjects import Items
@@ -87,8 +87,8 @@ class Distribution:
             Column("kind", "kind of weight", words.label),
             Column("from", f"{self.score} from", words.number),
             Column("to", "to", words.number),
-            Column("count", f"{self.word}s", words.count),
-            Column("chosen", "chosen", words.count),
+            Column("count", f"{self.word}s", words.amount),
+            Column("chosen", "chosen", words.amount),
         )
         rows: list[tuple[str, float, float, int, int]] = []
         for number, kind in enumerate(self.kinds):
@@ -135,7 +135,7 @@ class Distribution:
                 top = row + scale * np.sqrt(values[kind] / whole[kind])
                 axes.stairs(top, edges, baseline=row, fill=True, color=colour, linewidth=0)
             axes.plot(edges[[0, -1]], [row, row], color=MUTED, linewidth=0.5)
-            share = words.share(self.chosen[kind].sum() / whole[kind])
+            share = words.percent(self.chosen[kind].sum() / whole[kind])
             axes.annotate(
                 share,
                 (1, row),
@@ -147,7 +147,7 @@ class Distribution:
             )
             if self.below[kind]:
                 axes.annotate(
-                    f"{words.share(self.below[kind] / whole[kind])} at 0",
+                    f"{words.percent(self.below[kind] / whole[kind])} at 0",
                     (0, row),
                     (3, 3),
                     xycoords=("axes fraction", "data"),

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from xml.etree import ElementTree
 
+from .. import words
 from ..errors import UsageError
-from . import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from . import drawing, words
+from .. import words
+from . import drawing
 from .drawing import Draw
 
 __all__ = ["Column", "Figure", "Table"]
@@ -42,7 +43,7 @@ class Column:
     @property
     def is_number(self) -> bool:
         """Whether it is set flush right."""
-        return self.show in (words.count, words.share, words.number)
+        return self.show in (words.amount, words.percent, words.number)
 
 
 @dataclass(frozen=True, slots=True)

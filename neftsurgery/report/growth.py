@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .. import words
 from ..selection.budget import Amount, Budget
 from ..selection.scores import Scores
 from ..selection.selection import Selection
-from . import words
 from .drawing import ACCENT, MUTED, SCALE, WIDTH, Canvas, legend_above, quiet
 from .figure import Column, Figure, Table
 from .layer_map import LayerMap
@@ -88,11 +88,11 @@ class Growth:
         """The share of the change over the share of the neurons."""
         columns = (
             Column("budget", "budget"),
-            Column("neurons", "neurons", words.count),
-            Column("parameters", "parameters", words.count),
-            Column("share", "share of the scored neurons", words.share),
-            Column("captured", "share of the whole change", words.share, bar=True),
-            Column("captured_scored", "share of the scored tensors' change", words.share),
+            Column("neurons", "neurons", words.amount),
+            Column("parameters", "parameters", words.amount),
+            Column("share", "share of the scored neurons", words.percent),
+            Column("captured", "share of the whole change", words.percent, bar=True),
+            Column("captured_scored", "share of the scored tensors' change", words.percent),
         )
         rows = tuple(
             (p.budget, p.neurons, p.parameters, p.share, p.captured, p.captured_scored) for p in self.points
@@ -114,8 +114,8 @@ class Growth:
         if not known:
             return "These scores do not tell how much each neuron changed."
         return (
-            f"{known[0].budget} of the neurons hold {words.share(known[0].captured)} of the change, "
-            f"{known[-1].budget} hold {words.share(known[-1].captured)}."
+            f"{known[0].budget} of the neurons hold {words.percent(known[0].captured)} of the change, "
+            f"{known[-1].budget} hold {words.percent(known[-1].captured)}."
         )
 
     def _draw_captured(self, canvas: Canvas) -> None:
@@ -130,7 +130,7 @@ class Growth:
         axes.plot(place, alike, color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label="if all changed alike")
         for x, y in zip(place, captured, strict=True):
             axes.annotate(
-                words.share(y / 100), (x, y), (-7, 6), textcoords="offset points", ha="center", color=ACCENT
+                words.percent(y / 100), (x, y), (-7, 6), textcoords="offset points", ha="center", color=ACCENT
             )
         axes.set_xticks(place, [point.budget for point in self.points])
         axes.set_ylim(0, max(1.0, 1.16 * float(np.nanmax(captured)), 1.16 * float(alike.max())))
@@ -146,9 +146,9 @@ class Growth:
         columns = (
             Column("budget", "budget"),
             Column("kind", "kind of weight", words.label),
-            Column("chosen", "chosen", words.count),
-            Column("total", "neurons", words.count),
-            Column("share", "share", words.share, bar=True),
+            Column("chosen", "chosen", words.amount),
+            Column("total", "neurons", words.amount),
+            Column("share", "share", words.percent, bar=True),
         )
         rows = tuple(
             (point.budget, kind, taken, there, taken / there)

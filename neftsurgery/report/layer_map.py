@@ -15,7 +15,7 @@ from ..anatomy.meaning import place
 from ..patch.patch import Patch
 from ..selection.scores import Scores
 from ..selection.selection import Selection, followers_of
-from .words import label
+from ..words import label
 
 __all__ = ["OUTSIDE", "LayerMap", "Place", "natural", "places"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from . import words
+from .. import words
 from .drawing import SCALE, SURFACE, WIDTH, Canvas
 from .figure import Column, Figure, Table
 from .layer_map import LayerMap
@@ -40,9 +40,9 @@ def map_figure(found: LayerMap, *, id: str = "map", word: str = "chosen", of_pat
     columns = (
         Column("layer", "layer", words.label),
         Column("kind", "kind of weight", words.label),
-        Column("chosen", word, words.count),
-        Column("total", "neurons", words.count),
-        Column("share", "share", words.share, bar=True),
+        Column("chosen", word, words.amount),
+        Column("total", "neurons", words.amount),
+        Column("share", "share", words.percent, bar=True),
     )
     rows = tuple((*row, row[2] / row[3]) for row in found.rows())
     return Figure(
@@ -70,13 +70,13 @@ def _verdict(found: LayerMap, word: str, which: str) -> str:
     kinds, all_kinds = found.chosen.sum(axis=0), found.totals.sum(axis=0)
     most = int(np.argmax(kinds))
     text = (
-        f"{words.count(found.neurons)} of {words.count(found.total)} neurons{which} are {word} "
-        f"({words.share(found.neurons / found.total)})."
+        f"{words.amount(found.neurons)} of {words.amount(found.total)} neurons{which} are {word} "
+        f"({words.percent(found.neurons / found.total)})."
     )
     if len(found.kinds) > 1:
         text += (
-            f" {words.share(kinds[most] / found.neurons)} of them are in {found.column_labels[most]}, "
-            f"which has {words.share(all_kinds[most] / found.total)} of the neurons."
+            f" {words.percent(kinds[most] / found.neurons)} of them are in {found.column_labels[most]}, "
+            f"which has {words.percent(all_kinds[most] / found.total)} of the neurons."
         )
     return text
 
@@ -109,7 +109,7 @@ def _draw(canvas: Canvas, found: LayerMap) -> None:
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     ticks = [0.0, top / 2, top]
-    bar.set_ticks(ticks, labels=[words.share(tick) for tick in ticks])
+    bar.set_ticks(ticks, labels=[words.percent(tick) for tick in ticks])
 
 
 def number_cells(axes: Axes, share: NDArray[np.float64], top: float, *, small: bool = False) -> None:
@@ -165,10 +165,10 @@ def map_lines(found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: 
     for column, name in enumerate(folded.column_labels):
         cells = "".join(_cell(value, top, scale) for value in share[:, column])
         taken, there = int(folded.chosen[:, column].sum()), int(folded.totals[:, column].sum())
-        yield f"{name.ljust(width)}  {cells}  {words.share(taken / there).rjust(6)}"
+        yield f"{name.ljust(width)}  {cells}  {words.percent(taken / there).rjust(6)}"
     yield (
-        f"{''.ljust(width)}  {len(found.layers)} layers from left to right, {words.share(top)} at the most: "
-        f"{scale[-1]}"
+        f"{''.ljust(width)}  {len(found.layers)} layers from left to right, "
+        f"{words.percent(top)} at the most: {scale[-1]}"
     )
 
 

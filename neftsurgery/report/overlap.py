@@ -9,8 +9,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import words
 from ..selection.selection import Chosen, Selection, followers_of
-from . import words
 from .drawing import SCALE, SURFACE, WIDTH, Canvas
 from .figure import Column, Figure, Table
 from .layer_map import OUTSIDE, natural, places
@@ -128,8 +128,8 @@ class Overlaps:
         found = self.pairs[best]
         a, b = (words.label(self.names[n]) for n in best)
         text = (
-            f"{a} and {b} share {words.count(found.shared)} neurons: {words.share(found.shared_share)} of "
-            f"the smaller one, where chance would give {words.share(found.chance_share)}."
+            f"{a} and {b} share {words.amount(found.shared)} neurons: {words.percent(found.shared_share)} of "
+            f"the smaller one, where chance would give {words.percent(found.chance_share)}."
         )
         if len(self.pairs) > 1:
             text = f"Most alike: {text}"
@@ -142,12 +142,12 @@ class Overlaps:
         columns = (
             Column("first", "first", words.label),
             Column("second", "second", words.label),
-            Column("first_neurons", "neurons", words.count),
-            Column("second_neurons", "neurons", words.count),
-            Column("shared", "in both", words.count),
-            Column("jaccard", "Jaccard", words.share, bar=True),
-            Column("shared_share", "share of the smaller", words.share),
-            Column("chance_share", "by chance", words.share),
+            Column("first_neurons", "neurons", words.amount),
+            Column("second_neurons", "neurons", words.amount),
+            Column("shared", "in both", words.amount),
+            Column("jaccard", "Jaccard", words.percent, bar=True),
+            Column("shared_share", "share of the smaller", words.percent),
+            Column("chance_share", "by chance", words.percent),
         )
         rows = tuple(
             (
@@ -201,12 +201,12 @@ class Overlaps:
             Column("layer", "layer", words.label),
             Column("first", "first", words.label),
             Column("second", "second", words.label),
-            Column("first_neurons", "neurons", words.count),
-            Column("second_neurons", "neurons", words.count),
-            Column("shared", "in both", words.count),
-            Column("jaccard", "Jaccard", words.share),
-            Column("shared_share", "share of the smaller", words.share, bar=True),
-            Column("chance_share", "by chance", words.share),
+            Column("first_neurons", "neurons", words.amount),
+            Column("second_neurons", "neurons", words.amount),
+            Column("shared", "in both", words.amount),
+            Column("jaccard", "Jaccard", words.percent),
+            Column("shared_share", "share of the smaller", words.percent, bar=True),
+            Column("chance_share", "by chance", words.percent),
         )
         rows = tuple(
             (

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import words
 from ..checkpoint.output import staged_directory, staged_file
 from ..checkpoint.refusal import refuse_output
 from ..errors import UsageError, boundary
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..surgery.progress import Progress, silent
-from . import words
 from .drawing import require_matplotlib
 from .figure import Figure
 from .page import render

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import words
 from ..selection.budget import Budget
-from . import words
 from .agreement import Agreement
 from .distribution import Distribution
 from .figure import Figure
@@ -90,12 +90,12 @@ def _scored(subject: Subject, title: str, end: str, step: Step) -> Section:
     facts = [
         ("score", scores.score),
         ("anatomy", words.label(scores.anatomy)),
-        ("neurons scored", words.count(scores.neurons)),
-        *([("units", words.count(scores.units))] if scores.by_unit else []),
+        ("neurons scored", words.amount(scores.neurons)),
+        *([("units", words.amount(scores.units))] if scores.by_unit else []),
         ("budget", _told(budget)),
-        ("neurons chosen", words.count(selection.neurons)),
-        ("of the parameters", words.share(selection.parameters / scores.parameters)),
-        *([("of the change", words.share(captured))] if captured is not None else []),
+        ("neurons chosen", words.amount(selection.neurons)),
+        ("of the parameters", words.percent(selection.parameters / scores.parameters)),
+        *([("of the change", words.percent(captured))] if captured is not None else []),
     ]
     data = {
         "kind": "scores",
@@ -126,17 +126,17 @@ def _patched(subject: Subject, title: str, end: str, step: Step) -> Section:
     if loss := loss_figure(patch.manifest, id=f"loss{end}"):
         figures.append(loss)
     facts = [
-        ("neurons replaced", words.count(patch.neurons)),
-        ("tensors", words.count(len(patch.tensors))),
-        ("parameters", words.count(patch.parameters)),
-        ("size", _size(patch.nbytes)),
+        ("neurons replaced", words.amount(patch.neurons)),
+        ("tensors", words.amount(len(patch.tensors))),
+        ("parameters", words.amount(patch.parameters)),
+        ("size", words.size(patch.nbytes)),
         ("reversible", "yes" if patch.reversible else "no"),
         *(
             (key, words.label(str(patch.facts[key])))
             for key in ("score", "anatomy", "policy")
             if key in patch.facts
         ),
-        *([("of the change", words.share(captured))] if isinstance(captured, float) else []),
+        *([("of the change", words.percent(captured))] if isinstance(captured, float) else []),
         *training_facts(patch.manifest),
     ]
     data = {
@@ -191,11 +191,3 @@ def _side(facts: Mapping[str, Any], side: str, unknown: str) -> str:
     found = facts.get(side)
     names = [found.get(key) for key in ("repo", "name")] if isinstance(found, dict) else []
     return next((f"“{words.label(name)}”" for name in names if isinstance(name, str) and name), unknown)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

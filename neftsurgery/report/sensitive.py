@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import words
+from .. import words
 from .drawing import ACCENT, FAINT, INK, WIDTH, Canvas, quiet
 from .figure import Column, Figure, Table
 from .layer_map import places
@@ -48,14 +48,14 @@ def sensitive_figure(items: Items, score: str, *, id: str = "sensitive") -> Figu
             )
         )
     columns = (
-        Column("rank", "", words.count),
+        Column("rank", "", words.amount),
         Column("score", f"{score} score", words.number, bar=True),
         Column("tensor", "tensor", words.label),
-        Column("index", "index", words.count),
+        Column("index", "index", words.amount),
         Column("layer", "layer", words.label),
         Column("kind", "kind of weight", words.label),
         Column("norm", "norm of the base vector", words.number),
-        Column("smaller", "vectors smaller", words.share),
+        Column("smaller", "vectors smaller", words.percent),
         Column("relative_change", "relative change", words.number),
     )
     word = items.word

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from . import words
+from .. import words
 from .drawing import ACCENT, CONTRAST, WIDTH, Canvas, legend_above, quiet
 from .figure import Column, Figure, Table
 
@@ -31,7 +31,7 @@ def _shown(value: str | int | float) -> str:
     if isinstance(value, bool | str):
         return words.label(str(value), 80)
     return (
-        words.count(value) if isinstance(value, int) and abs(value) < 10**15 else words.number(float(value))
+        words.amount(value) if isinstance(value, int) and abs(value) < 10**15 else words.number(float(value))
     )
 
 
@@ -43,7 +43,7 @@ def loss_figure(manifest: Mapping[str, Any], *, id: str = "loss") -> Figure | No
     if not points:
         return None
     columns = (
-        Column("step", "step", words.count),
+        Column("step", "step", words.amount),
         Column("train_loss", "train loss", words.number),
         Column("dev_loss", "dev loss", words.number),
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..report import words
+from .. import words
 from ..report.drawing import ACCENT, CONTRAST, MUTED, SCALE, SURFACE, WIDTH, Canvas, quiet
 from ..report.figure import Column, Figure, Table
 from ..report.map_figure import number_cells
@@ -36,13 +36,13 @@ def section_of(found: Utilization, title: str, *, end: str = "") -> Section:
     """
     facts, text = found.facts, found.facts["text"]
     outside = facts["patch"]["outside"] if "patch" in facts else 0
-    limits = ", ".join(words.count(limit) for limit in dict.fromkeys(found.limits.values()))
+    limits = ", ".join(words.amount(limit) for limit in dict.fromkeys(found.limits.values()))
     tiles = (
-        ("neurons ranked", words.count(found.neurons)),
-        ("of them trained", words.count(found.groups()["trained"].neurons)),
-        *([("trained, not ranked", words.count(outside))] if outside else []),
-        ("texts", words.count(text["texts"])),
-        ("tokens", words.count(text["tokens"])),
+        ("neurons ranked", words.amount(found.neurons)),
+        ("of them trained", words.amount(found.groups()["trained"].neurons)),
+        *([("trained, not ranked", words.amount(outside))] if outside else []),
+        ("texts", words.amount(text["texts"])),
+        ("tokens", words.amount(text["tokens"])),
         ("strongly affected: more than", f"{limits} ranks"),
     )
     lead = (
@@ -64,9 +64,9 @@ def _groups(found: Utilization, id: str) -> Figure:
     columns = (
         Column("kind", "kind of weight", words.label),
         Column("group", "neurons", lambda name: name.replace("_", " ")),
-        Column("neurons", "how many", words.count),
+        Column("neurons", "how many", words.amount),
         Column("mean_rank_change", "mean rank change", words.number),
-        Column("mean_share", "of the ranking", words.share, bar=True),
+        Column("mean_share", "of the ranking", words.percent, bar=True),
     )
     every = found.groups()
     pools = [(_EVERY, every)] * (len(found.kinds) > 1) + [(k, found.groups(kind=k)) for k in found.kinds]
@@ -94,15 +94,15 @@ def _verdict(groups: dict[str, Group]) -> str:
     text = ""
     if trained is not None and untrained is not None:
         text = (
-            f"Trained neurons moved by {words.share(trained)} of the ranking, untrained ones by "
-            f"{words.share(untrained)}. "
+            f"Trained neurons moved by {words.percent(trained)} of the ranking, untrained ones by "
+            f"{words.percent(untrained)}. "
         )
     if not strongly.neurons:
         return f"{text}None is strongly affected."
     return (
-        f"{text}{words.count(strongly.neurons)} neurons are strongly affected: of these "
-        f"{words.share(suppressed.neurons / strongly.neurons)} fell, and "
-        f"{words.share(indirectly.neurons / strongly.neurons)} were not trained."
+        f"{text}{words.amount(strongly.neurons)} neurons are strongly affected: of these "
+        f"{words.percent(suppressed.neurons / strongly.neurons)} fell, and "
+        f"{words.percent(indirectly.neurons / strongly.neurons)} were not trained."
     )
 
 
@@ -116,7 +116,7 @@ def _draw_groups(canvas: Canvas, groups: dict[str, Group]) -> None:
         told = (
             "none"
             if not group.neurons
-            else f"{words.share(share / 100)}, {words.count(group.neurons)} neurons"
+            else f"{words.percent(share / 100)}, {words.amount(group.neurons)} neurons"
         )
         axes.annotate(told, (share, place), (5, 0), textcoords="offset points", va="center", color=MUTED)
     axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups])
@@ -129,9 +129,9 @@ def _draw_groups(canvas: Canvas, groups: dict[str, Group]) -> None:
 
 def _buckets(found: Utilization, id: str) -> Figure:
     columns = (
-        Column("from", "from", words.share),
-        Column("to", "to", words.share),
-        Column("neurons", "neurons", words.count),
+        Column("from", "from", words.percent),
+        Column("to", "to", words.percent),
+        Column("neurons", "neurons", words.amount),
         Column("mean_rank_change", "mean rank change", words.number, bar=True),
     )
     rows = tuple((b.start, b.stop, b.neurons, b.mean_rank_change) for b in found.buckets())
@@ -170,9 +170,9 @@ def _map(found: Utilization, id: str) -> Figure:
     columns = (
         Column("layer", "layer", words.label),
         Column("kind", "kind of weight", words.label),
-        *(Column(name, name.replace("_", " "), words.count) for name in GROUPS),
+        *(Column(name, name.replace("_", " "), words.amount) for name in GROUPS),
         Column("mean_rank_change", "mean rank change", words.number),
-        Column("mean_share", "of the ranking", words.share, bar=True),
+        Column("mean_share", "of the ranking", words.percent, bar=True),
     )
     cells = {
         (layer, kind): found.groups(layer=layer, kind=kind) for layer in found.layers for kind in found.kinds

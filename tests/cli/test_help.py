@@ -27,7 +27,17 @@ def test_every_command_has_help_with_an_example_of_itself(neft, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "demo", "diff", "select", "extract", "merge", "apply", "revert", "export", "report", "train", "push",
+        "demo",
+        "diff",
+        "select",
+        "extract",
+        "merge",
+        "apply",
+        "revert",
+        "export",
+        "report",
+        "train",
+        "push",
         "pull",
     ],
 )

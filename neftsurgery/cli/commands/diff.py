@@ -12,7 +12,8 @@ from ...surgery.diff import score_pair
 from ...surgery.pairing import Pair, pair
 from ...surgery.progress import Timing
 from ...surgery.summary import summarize
-from ..console import Console, size
+from ...words import size
+from ..console import Console
 from ..options import (
     common_options,
     dry_run_option,

@@ -12,7 +12,8 @@ from ...patch.write import patch_bytes
 from ...selection.scores import Scores
 from ...selection.selection import Selection
 from ...surgery.extract import cut, is_whole_change, plan_extraction
-from ..console import Console, amount, percent, plural, size
+from ...words import amount, percent, plural, size
+from ..console import Console
 from ..options import (
     budget_options,
     common_options,

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from ...surgery.inspect import inspect
-from ..console import Console, amount, percent, plural, size, table
+from ...words import amount, percent, plural, size
+from ..console import Console, table
 from ..options import common_options, scope_options, take_scope
 
 __all__ = ["command"]

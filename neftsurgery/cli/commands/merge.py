@@ -10,7 +10,8 @@ from ...patch.patch import Patch
 from ...patch.write import patch_bytes
 from ...surgery.merge import plan_merge, unite
 from ...surgery.merge_plan import Policy
-from ..console import Console, amount, plural, size
+from ...words import amount, plural, size
+from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 
 __all__ = ["command"]

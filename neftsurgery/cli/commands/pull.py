@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ...hub.pull import fetch, plan_pull
-from ..console import Console, plural, size
+from ...words import plural, size
+from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 
 __all__ = ["command"]

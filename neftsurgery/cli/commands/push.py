@@ -6,7 +6,8 @@ import click
 
 from ...hub.push import plan_push, send
 from ...patch.patch import Patch
-from ..console import Console, plural
+from ...words import plural
+from ..console import Console
 from ..options import common_options, dry_run_option
 
 __all__ = ["command"]

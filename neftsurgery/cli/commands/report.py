@@ -12,7 +12,8 @@ from ...errors import UsageError
 from ...report.report import make, plan_report
 from ...report.subjects import Patched
 from ...selection.selection import Selection
-from ..console import Console, plural, size
+from ...words import plural, size
+from ..console import Console
 from ..options import (
     budget_options,
     common_options,

@@ -10,7 +10,8 @@ from ...checkpoint.refusal import refuse_output
 from ...errors import MismatchError
 from ...selection.scores import Scores
 from ...selection.selection import Selection
-from ..console import Console, amount, percent, plural, table
+from ...words import amount, percent, plural
+from ..console import Console, table
 from ..options import (
     budget_options,
     common_options,

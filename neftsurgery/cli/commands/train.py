@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...errors import UsageError
-from ..console import Console, amount, percent, plural, size
+from ...words import amount, percent, plural, size
+from ..console import Console
 from ..options import common_options, dry_run_option, force_option
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import click
 
 from ...patch.patch import Patch
 from ...surgery.verify import verify
-from ..console import Console, plural, table
+from ...words import plural
+from ..console import Console, table
 from ..options import common_options
 
 __all__ = ["command"]
