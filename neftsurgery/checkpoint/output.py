@@ -130,9 +130,10 @@ def _create_directory(path: Path) -> int:
 def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
     final = named_output(out).absolute()  # the caller may change the current folder meanwhile
     _remove_stale(final)
-    path, fd = _reserve(final, create)
+    held = _Held()
     try:
-        yield path, fd
+        path = _reserve(final, create, held)
+        yield path, held.fd
         if force:
             _replace(path, final)
         else:
@@ -140,28 +141,42 @@ def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Ite
         fsync_folder(final.parent)
     finally:
         # After a failure this is what was written so far; after an exchange it is what OUT was before.
-        _discard(path)
-        os.close(fd)
+        held.let_go()
 
 
-def _reserve(out: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
-    """A new staging name for ``out`` with what ``create`` made there, open and locked."""
-    while True:
-        path = _staging_name(out)
+class _Held:
+    """A staging name from before it is there, so that a signal at any moment leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.fd = -1
+
+    def let_go(self) -> None:
+        """Remove what is there, and the lock with it."""
         try:
-            fd = create(path)
+            if self.path is not None:
+                _discard(self.path)
+        finally:
+            if self.fd >= 0:
+                os.close(self.fd)
+            self.path, self.fd = None, -1
+
+
+def _reserve(out: Path, create: Callable[[Path], int], held: _Held) -> Path:
+    """A new staging name for ``out`` with what ``create`` made there, open and locked; ``held`` has it."""
+    while True:
+        path = held.path = _staging_name(out)
+        try:
+            held.fd = create(path)
         except (FileExistsError, FileNotFoundError):
+            held.path = None  # somebody else's, or none
             if out.parent.is_dir():
                 continue
             raise
-        except BaseException:
-            _discard(path)
-            raise
         # Before the lock is ours another process may take it for a stale one, and remove it.
-        if _lock(fd) is not False and _identity_of(fd) == identity(path):
-            return path, fd
-        os.close(fd)
-        _discard(path)
+        if _lock(held.fd) is not False and _identity_of(held.fd) == identity(path):
+            return path
+        held.let_go()
 
 
 def _staging_name(out: Path, tag: str = "") -> Path:

@@ -570,6 +570,8 @@ def child(kind: str, who: str, *outs: Path, stderr: int | None = None) -> subpro
         stderr=stderr,
         text=True,
         env=environment,
+        # Also where it is ignored, as by the background jobs of a script.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -619,9 +621,30 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, kind: str) -> None:
         assert hear(process) == "staged"
         assert len(entries(tmp_path)) == 1
         process.send_signal(signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(60)
+        finally:
+            process.kill()  # else the context would wait for it, whatever went wrong
     assert process.returncode == -signal.SIGINT
     assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["_lock", "_identity_of", "_place", "_remove_stale"])
+def test_ctrl_c_within_any_step_leaves_nothing(
+    tmp_path: Path, kind: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal is heard when the system call that it met returns: the name is there, and not yet ours."""
+    step = getattr(output, where)
+
+    def interrupted(*arguments: object) -> None:
+        step(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, where, interrupted)
+    with pytest.raises(KeyboardInterrupt), stage(kind, tmp_path / "out") as staged:
+        fill(staged)
+    assert entries(tmp_path) == (["out"] if where == "_place" else [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
