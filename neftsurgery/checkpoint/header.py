@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, MachineError
 from .dtypes import DTYPES, DType
 
 __all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "loads", "read_header"]
@@ -127,6 +127,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         try:
             with safe_open(os.fspath(path), framework="numpy"):
                 pass
+        except FileNotFoundError as error:  # what the package says whenever it cannot open a file
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # which says why
+            raise MachineError("the file could not be opened a second time", file=path) from error
         except SafetensorError as error:
             raise CorruptFileError(
                 f"not a valid safetensors file: {_reason(error)}",
