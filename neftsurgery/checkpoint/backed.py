@@ -31,6 +31,10 @@ class FileBacked:
         """Bytes of the file."""
         return self._file.nbytes
 
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the file was edited since it was opened."""
+        self._file.check_unchanged()
+
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write it to a file of its own, whole or not at all.
@@ -46,6 +50,7 @@ class FileBacked:
         with staged_file(path, force=force) as staged:
             require_space(Path(path).absolute().parent, self.nbytes)
             self._file.copy_to(staged.fd)
+            self.check_unchanged()
 
     def stream(self) -> BinaryIO:
         """The file's bytes from the start, as a file to be closed; one at a time."""

@@ -158,6 +158,11 @@ class OpenFile:
             close(self._fd)
 
 
+def _stamp(file: OpenFile) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
 class TensorFile:
     """A safetensors file opened for positioned reads.
 
@@ -168,6 +173,7 @@ class TensorFile:
         self._file = file
         self.header = header
         self.path = path
+        self._stamp = _stamp(file)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TensorFile:
@@ -271,6 +277,18 @@ class TensorFile:
         copy = os.dup(self._file.fileno())
         os.lseek(copy, 0, os.SEEK_SET)  # positioned reads leave it there, another stream would not
         return os.fdopen(copy, "rb")
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the content was edited since the file was opened.
+
+        A file that was removed, or replaced by another of its name, is read on as it was.
+        """
+        if self.path is not None and _stamp(self._file) != self._stamp:
+            raise MachineError(
+                "the file was changed by someone else while it was in use",
+                file=self.path,
+                hint="nothing was written; run the command again when the file is at rest",
+            )
 
     def copy_to(self, target: int) -> None:
         """Copy the whole file to the descriptor ``target``."""

@@ -168,6 +168,7 @@ class Scores(FileBacked):
         else:
             chosen = dict(self._choose_neurons(budget))
         followers = self._follow(chosen, budget) if budget.with_bias else {}
+        self.check_unchanged()
         tensors = {
             name: self._chosen(name, index)
             for name, index in sorted((chosen | followers).items())

@@ -224,6 +224,7 @@ def write_adapter(
                     advance(tensor.count * tensor.vector_bytes)
             written.writer.finish({"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+        plan.patch.check_unchanged()
         if plan.base is not None:
             plan.base.check_unchanged()
     plan.nbytes = (Path(out) / WEIGHTS_NAME).stat().st_size

@@ -76,8 +76,11 @@ def _is_ours(name: str) -> bool:
 
 
 def _tree(root: Path, folder: Path) -> list[Path]:
+    def fail(error: OSError) -> None:  # os.walk passes over what it cannot list
+        raise error
+
     found: list[Path] = []
-    for path, folders, names in os.walk(root / folder, followlinks=False):
+    for path, folders, names in os.walk(root / folder, onerror=fail, followlinks=False):
         folders.sort()
         found += [Path(path, name).relative_to(root) for name in sorted(names) if Path(path, name).is_file()]
     return found

@@ -209,6 +209,8 @@ def unite(
                 written.writer.add_digests(block.name, before, after)
                 plan.timing.bytes_read += block.nbytes
                 advance(block.nbytes)
+        for patch in plan.patches:
+            patch.check_unchanged()
         if plan.base is not None:
             plan.base.check_unchanged()
             plan.timing.bytes_read += plan.base.bytes_read

@@ -103,7 +103,7 @@ def _write_copy(plan: Surgery, out: Path, limits: Limits, progress: Progress) ->
                 require_space(parent, sum(sizes))
                 shard = checkpoint.shards[0]
                 _write_shard(shard, staged.fd, touched.get(shard.path, ()), advance)
-                checkpoint.check_unchanged()
+                _check_unchanged(plan)
             return
         with staged_directory(out, force=plan.force) as folder:
             require_space(parent, sum(sizes))
@@ -129,7 +129,14 @@ def _write_copy(plan: Surgery, out: Path, limits: Limits, progress: Progress) ->
             for path in along:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(checkpoint.root / path, folder / path, progress=advance)
-            checkpoint.check_unchanged()
+            _check_unchanged(plan)
+
+
+def _check_unchanged(plan: Surgery) -> None:
+    """Raise a `MachineError` if anything that was read is not what was checked."""
+    plan.checkpoint.check_unchanged()
+    for rows in plan.rows:
+        rows.patch.check_unchanged()
 
 
 def _write_shard(shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Callable[[int], None]) -> None:
@@ -191,6 +198,8 @@ def _write_in_place(plan: Surgery, limits: Limits, progress: Progress) -> None:
                 shards = [shard for shard in checkpoint.shards if shard.path in touched]
                 for _ in in_order(write, shards, limits.workers(block_memory(layouts))):
                     pass
+                for rows in plan.rows:
+                    rows.patch.check_unchanged()
                 for shard in shards:
                     fsync(held[shard.path])
     except BaseException:

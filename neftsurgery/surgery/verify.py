@@ -71,5 +71,6 @@ def verify(
     with timing.clock(), progress("checking", loaded.value_bytes) as advance:
         found: PatchState = examine(opened, [loaded], limits=Limits.of(threads, memory), progress=advance)[0]
         opened.check_unchanged()
+        loaded.check_unchanged()
     timing.bytes_read = opened.bytes_read
     return Verification(found.state, found.tensors, timing)

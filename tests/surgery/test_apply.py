@@ -499,6 +499,43 @@ def test_a_base_that_changes_meanwhile(base: Path, patch: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "patch", "tuned"]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_patch_that_changes_meanwhile(base: Path, patch: Path, tmp_path: Path, in_place: bool) -> None:
+    """Edited after it was checked and before its values are written: none of them stays."""
+
+    @contextmanager
+    def edited(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        if what != "checking":
+            os.truncate(patch, patch.stat().st_size)
+            raw = bytearray(patch.read_bytes())
+            raw[-200:] = bytes(200)
+            with open(patch, "r+b") as file:
+                file.write(raw)
+        yield lambda done: None
+
+    before, out = snapshot(base), None if in_place else tmp_path / "out"
+    with pytest.raises(ns.MachineError, match="changed by someone else"):
+        ns.apply(base, patch, out=out, in_place=in_place, progress=edited)
+    assert snapshot(base) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subfolder_that_cannot_be_listed(base: Path, patch: Path, tmp_path: Path) -> None:
+    """os.walk passes over it in silence; the copy would lack its files."""
+    (base / "sub" / "deep").mkdir(parents=True)
+    scandir = os.scandir
+
+    def failing(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return scandir(path)
+
+    before = snapshot(tmp_path)
+    with mock.patch.object(os, "scandir", failing), pytest.raises(ns.MachineError, match="deep"):
+        ns.apply(base, patch, out=tmp_path / "out")
+    assert snapshot(tmp_path) == before
+
+
 def test_a_folder_without_permission(base: Path, patch: Path, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
