@@ -118,7 +118,8 @@ class Adapted(Checkpoint):
         if info.dtype != "F64":
             base = base.astype(np.float32)
         if name in self.factors:
-            base += self._update(name, first, last)
+            with np.errstate(all="ignore"):  # what overflows is counted where it is scored
+                base += self._update(name, first, last)
         return base
 
     def merged_rows(self, name: str, rows: NDArray[np.integer], width: int) -> NDArray[Any]:
@@ -131,7 +132,8 @@ class Adapted(Checkpoint):
         left, right, scale = self._loaded(name)
         base = widen(raw, info.dtype)
         merged: NDArray[Any] = base if info.dtype == "F64" else base.astype(np.float32)
-        merged += (left[rows] @ right) * scale
+        with np.errstate(all="ignore"):
+            merged += (left[rows] @ right) * scale
         return merged
 
     def _update(self, name: str, first: int, last: int) -> F32:
@@ -148,10 +150,13 @@ class Adapted(Checkpoint):
         @functools.lru_cache(maxsize=_KEPT)
         def load(name: str) -> tuple[F32, F32, np.float32]:
             factor = self.factors[name]
-            a, b = (
-                widen(self.adapter.array_bytes(entry), self.adapter.tensors[entry].dtype).astype(np.float32)
-                for entry in (factor.a, factor.b)
-            )
+            with np.errstate(all="ignore"):
+                a, b = (
+                    widen(self.adapter.array_bytes(entry), self.adapter.tensors[entry].dtype).astype(
+                        np.float32
+                    )
+                    for entry in (factor.a, factor.b)
+                )
             left, right = (a.T, b.T) if factor.transposed else (b, a)
             return np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(factor.scale)
 
@@ -161,6 +166,7 @@ class Adapted(Checkpoint):
         """As of `Checkpoint`, of the base and the adapter."""
         super().check_unchanged()
         self.adapter.check_in_place()
+        self.adapter.check_unchanged()
 
 
 @dataclass(frozen=True)

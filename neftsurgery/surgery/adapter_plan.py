@@ -19,6 +19,7 @@ from ..errors import CorruptFileError, MismatchError
 __all__ = ["Factor", "read_factors"]
 
 _MAX_CONFIG_BYTES = 10_000_000
+_MAX_ALPHA = 1e30  # the scale is a float32
 _ENTRY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
 #: Settings that make a LoRA something else than ``scale * B @ A``.
 _OTHER_KINDS = (
@@ -169,6 +170,6 @@ def _alpha(config: Mapping[str, Any], config_path: Path, path: str) -> float:
         if path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}")):
             value = alpha
             break
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MAX_ALPHA:
         raise CorruptFileError("its alpha is no number", file=config_path, found=str(value)[:40])
     return float(value)

@@ -187,6 +187,8 @@ def test_broken_adapters(tmp_path: Path) -> None:
         (lambda: variant(peft_type="IA3"), ns.MismatchError, "IA3"),
         (lambda: variant(lora_alpha="much"), ns.CorruptFileError, "alpha"),
         (lambda: variant(lora_alpha=1e999), ns.CorruptFileError, "alpha|JSON"),
+        (lambda: variant(lora_alpha=1e300), ns.CorruptFileError, "alpha"),
+        (lambda: variant(lora_alpha=10**400), ns.CorruptFileError, "alpha"),
         (lambda: variant({}), ns.MismatchError, "no LoRA factor"),
     ):
         with pytest.raises(kind, match=why):
