@@ -17,6 +17,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from .cutshort import watch
+
 __all__ = ["at_hand", "resident"]
 
 _SAMPLE_STEP = 2 << 20
@@ -47,6 +49,7 @@ def resident(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
     # All page tables at once, and an answer instead of a signal if the file was cut short.
     if _madvise()(pages.ctypes.data, length, _POPULATE_READ) and ctypes.get_errno() != _EINVAL:
         return None
+    watch(pages)
     return pages[skipped:]
 
 

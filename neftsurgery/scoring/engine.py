@@ -15,9 +15,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.cutshort import survived, was_cut_short
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.pipeline import Limits, in_order
 from ..checkpoint.vectors import ByteReader, block_memory, blocks, gather
+from ..errors import CorruptFileError
 from .partial import PartialSums, partial_sums
 from .pieces import Job, Piece, joined, tasks
 from .sums import Exact, Sums, exact
@@ -80,13 +82,14 @@ def stream(
     workers = limits.workers(2 * _LEAST_TASK)
     share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
     work = tasks(jobs, min(max(share, _LEAST_TASK), _LARGEST_TASK))
-    for _, results in in_order(engine.run, work, workers):
-        for piece, result in results:
-            finished = engine.collect(piece, result)
-            if progress is not None:
-                progress(2 * jobs[piece.job].info.type.nbytes(piece.stop - piece.start))
-            if finished is not None:
-                yield finished
+    with survived():
+        for _, results in in_order(engine.run, work, workers):
+            for piece, result in results:
+                finished = engine.collect(piece, result)
+                if progress is not None:
+                    progress(2 * jobs[piece.job].info.type.nbytes(piece.stop - piece.start))
+                if finished is not None:
+                    yield finished
 
 
 class _Engine:
@@ -105,6 +108,10 @@ class _Engine:
             for piece in joined(pieces, job) if at_hand else pieces:
                 a, b = self._read(job.info, pieces[0].start, piece, windows)
                 results.append((piece, partial_sums(job, piece, a, b)))
+            if any(window is not None and was_cut_short(window) for window in windows):
+                raise CorruptFileError(
+                    "the file ends too soon: it was cut short while it was read", tensor=job.info.name
+                )
         return results
 
     def _windows(self, info: TensorInfo, start: int, stop: int) -> list[NDArray[np.uint8] | None]:
