@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import types
@@ -26,6 +27,9 @@ __all__ = ["nearest", "read_recipe"]
 
 _SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}
 _TOP = {"model": str, "out": str}
+_MAX_BYTES = 100_000
+_MAX_DEPTH = 50
+_SHOWN = 100
 _PATHS = ("model", "data.train", "data.eval", "probe.path", "select.like")
 
 
@@ -50,7 +54,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise UsageError(
             "there is no such recipe", file=file, hint="recipes/quickstart.yaml is one to start from"
         )
-    content = _parse(file.read_text(encoding="utf-8"), file)
+    content = _parse(_text(file), file)
     flat = dict(_flat(content, file))
     for key, value in flat.items():
         if key in _PATHS and isinstance(value, str):
@@ -66,18 +70,51 @@ def read_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return _build(flat, file)
 
 
+def _text(file: Path) -> str:
+    with open(file, "rb") as stream:
+        raw = stream.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        raise UsageError(f"this is no recipe: it is larger than {_MAX_BYTES:,} bytes", file=file)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError("this is no recipe: it is not UTF-8 text", file=file) from error
+
+
 def _parse(text: str, file: str | Path) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise UsageError("not valid YAML: it is nested too deeply", file=file) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it cannot be read"
         raise UsageError(f"not valid YAML{where}: {problem}", file=file) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What PyYAML makes of `!!timestamp x` and the like.
+        raise UsageError("not valid YAML: a value is not what its tag says", file=file) from error
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """YAML's safe one, but a key that is there twice is an error."""
+    """YAML's safe one, but a key that is there twice is an error, and so is an alias.
+
+    A few lines of aliases of aliases are a document of any size; brackets in brackets take PyYAML a time
+    that is quadratic in their depth.
+    """
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        if self.flow_level >= _MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"*{event.anchor}: recipes do without anchors and aliases", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -113,7 +150,15 @@ def _keys() -> list[str]:
 
 def _require_key(key: str, file: str | Path) -> None:
     if key not in (known := _keys()):
-        raise UsageError(f"there is no key {key!r} in a recipe", file=file, hint=nearest(key, known))
+        raise UsageError(
+            f"there is no key {_shown(key)} in a recipe", file=file, hint=nearest(key[:_SHOWN], known)
+        )
+
+
+def _shown(value: object) -> str:
+    """A value for messages."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
@@ -137,7 +182,7 @@ def _build(flat: Mapping[str, Any], file: Path) -> Recipe:
     top = {key: _fit(key, flat.get(key), kind, file) for key, kind in _TOP.items() if _given(key, flat, file)}
     sections = {}
     for name, kind in _SECTIONS.items():
-        hints = get_type_hints(kind)
+        hints = _hints(name)
         values = {}
         for one in dataclasses.fields(kind):
             key = f"{name}.{one.name}"
@@ -152,15 +197,25 @@ def _build(flat: Mapping[str, Any], file: Path) -> Recipe:
     return recipe
 
 
+@functools.cache
+def _hints(section: str) -> dict[str, Any]:
+    return get_type_hints(_SECTIONS[section])
+
+
 def _parsed(kind: Any, values: dict[str, Any]) -> Any:
+    (section,) = _parser(kind).parse_dict(values, allow_extra_keys=False)
+    return section
+
+
+@functools.cache
+def _parser(kind: Any) -> Any:
     try:
         from transformers import HfArgumentParser
     except ImportError as error:
         raise UsageError(
             f"training needs torch and transformers: {error}", hint="pip install 'neftsurgery[train]'"
         ) from error
-    (section,) = HfArgumentParser(kind).parse_dict(values, allow_extra_keys=False)
-    return section
+    return HfArgumentParser(kind)
 
 
 def _given(key: str, flat: Mapping[str, Any], file: Path) -> bool:
@@ -181,14 +236,13 @@ def _fit(key: str, value: Any, hint: Any, file: Path) -> Any:
         (hint,) = (one for one in get_args(hint) if one is not type(None))
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise UsageError(
-                f"{key} cannot be {value!r}", file=file, hint=f"it is one of {', '.join(get_args(hint))}"
-            )
+            known = ", ".join(get_args(hint))
+            raise UsageError(f"{key} cannot be {_shown(value)}", file=file, hint=f"it is one of {known}")
         return value
     converted = _convert(value, get_origin(hint) or hint)
     if converted is None:
         raise UsageError(
-            f"{key} does not fit", file=file, expected=_KINDS[get_origin(hint) or hint], found=repr(value)
+            f"{key} does not fit", file=file, expected=_KINDS[get_origin(hint) or hint], found=_shown(value)
         )
     return converted
 

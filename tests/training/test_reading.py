@@ -78,11 +78,25 @@ def test_what_is_on_this_machine_beats_the_hub(tmp_path: Path) -> None:
         (LEAST + "train: 5\n", [], "a section of keys"),
         ("- a\n- b\n", [], "a mapping"),
         ("a: [\n", [], "not valid YAML in line"),
+        (LEAST + "train: !!timestamp x\n", [], "not what its tag says"),
+        (LEAST + "train: !!bool x\n", [], "not what its tag says"),
+        (LEAST + "train: !!python/object/apply:os.system [id]\n", [], "not valid YAML"),
+        (LEAST + "train: &a [*a]\n", [], "do without anchors"),
+        (LEAST + "train: " + "[" * 50_000 + "\n", [], "nested too deeply"),
+        (LEAST + "- " * 5_000 + "\n", [], "not valid YAML"),
+        (LEAST + "x" * 900 + ": 1\n", [], "there is no key 'x{98}…"),
+        (LEAST + "#" * 200_000, [], "larger than 100,000 bytes"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path: Path, text: str, overrides: list[str], why: str) -> None:
     with pytest.raises(ns.UsageError, match=why):
         read(tmp_path, text, *overrides)
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(LEAST.encode() + b"\xd8\n")
+    with pytest.raises(ns.UsageError, match="not UTF-8"):
+        read_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
