@@ -5,6 +5,8 @@
 #   make check   style, types, layers
 #   make bench   measures speed and memory beside limits and rivals: a quarter of an hour, 35 GB of disk; makes
 #                docs/benchmarks.md. SIZE=500MB for smaller checkpoints, ARGS="--only warm,apply" for parts
+#   make torture breaks things: signals, failing disks, hostile files; makes the table of docs/guarantees.md.
+#                TIMES=1000 for a day of it, ONLY="killed" for a part
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -15,8 +17,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --max
 
 SIZE   ?= 2.4GB
 ARGS   ?=
+TIMES  ?= 20
+ONLY   ?=
 
-.PHONY: demo test quick check bench format clean
+.PHONY: demo test quick check bench torture format clean
 
 demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
@@ -35,6 +39,9 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks files --size $(SIZE) $(ARGS)
+
+torture: $(VENV)/.test
+	nice -n 15 $(BIN)/python -m tests.torture --times $(TIMES) --only "$(ONLY)"
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -56,6 +56,17 @@ def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):
         assert f"`{key}`" in page, key
 
 
+def test_the_tests_that_prove_a_promise_are_there():
+    page = (ROOT / "docs" / "guarantees.md").read_text().partition("## Not promised")[0]
+    promises = re.findall(r"^\*\*.+?(?=^\*\*|\Z)", page, re.DOTALL | re.MULTILINE)
+    assert len(promises) > 8
+    for promise in promises:
+        named = re.findall(r"`(tests/[^`]+\.py)`", promise.partition("*Proved by*")[2])
+        assert named, promise
+        for file in named:
+            assert "def test_" in (ROOT / file).read_text(), file
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 import struct
 import tempfile
 import time
@@ -16,13 +17,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
+from torture.fuzz.oracle import agrees, packages_view, stricter
 
+from neftsurgery.checkpoint import header as header_module
 from neftsurgery.checkpoint.dtypes import DTYPES, dtype_named
 from neftsurgery.checkpoint.header import (
     MAX_HEADER_BYTES,
     FilePlan,
-    Header,
     TensorInfo,
     read_header,
 )
@@ -226,6 +228,25 @@ def test_no_tensor_data_is_read(tmp_path: Path) -> None:
     assert header.tensors["a"].nbytes == size
 
 
+def test_a_file_that_cannot_be_opened_twice_is_the_machines_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package calls a file missing, whatever kept it from opening it: here, too many open files."""
+    path = put(tmp_path, pack("{}", b""))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def few(*arguments: object, **options: object) -> object:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        return safe_open(*arguments, **options)
+
+    monkeypatch.setattr(header_module, "safe_open", few)
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_header(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_a_missing_file_is_the_machines_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_header(tmp_path / "none.safetensors")
@@ -407,37 +428,6 @@ def mutated(draw: st.DrawFn) -> bytes:
         if not raw:
             break
     return bytes(raw)
-
-
-def packages_view(raw: bytes) -> dict[str, dict[str, Any]] | None:
-    try:
-        return dict(deserialize(raw))
-    except SafetensorError:
-        return None
-
-
-def stricter(raw: bytes) -> bool:
-    """Whether the header has what we refuse on purpose: a key twice, or an entry in another form."""
-    strange = False
-
-    def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal strange
-        strange = strange or len(dict(pairs)) < len(pairs)
-        return dict(pairs)
-
-    length = struct.unpack("<Q", raw[:8])[0]
-    content = json.loads(raw[8 : 8 + length], object_pairs_hook=look)
-    content.pop("__metadata__", None)
-    return strange or not all(isinstance(e, dict) and isinstance(e["dtype"], str) for e in content.values())
-
-
-def agrees(header: Header, raw: bytes, theirs: dict[str, dict[str, Any]]) -> None:
-    assert set(header.tensors) == set(header.offsets) == set(theirs)
-    for name, info in header.tensors.items():
-        assert info.name == name
-        assert (info.dtype, list(info.shape)) == (theirs[name]["dtype"], theirs[name]["shape"])
-        begin = header.offsets[name]
-        assert raw[begin : begin + info.nbytes] == bytes(theirs[name]["data"])
 
 
 @settings(max_examples=500, deadline=None, database=None)

@@ -1,6 +1,6 @@
 """The laws of changes in place: the same bytes as in a copy, and whatever cuts them short, the old ones.
 
-A crash is simulated here at every single write and sync (``tests/surgery/test_crash.py`` kills real
+A crash is simulated here at every single write and sync (``tests/torture/test_killed.py`` kills real
 processes); a loss of power by any mix of old and new disk sectors.
 """
 

@@ -1,0 +1,115 @@
+"""What is shared runs nothing and gives nothing away: no pickle, no code, no token in any message."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from support import raw_file
+
+import neftsurgery
+from neftsurgery.cli.main import run
+
+PACKAGE = Path(neftsurgery.__file__).parent
+TOKEN = "hf_" + "AbCdEf0123" * 3
+
+#: Modules that run what they read, or another program.
+MODULES = {
+    "pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "subprocess", "pty",
+    "code", "codeop", "runpy", "multiprocessing", "xmlrpc",
+}  # fmt: skip
+#: Functions that do.
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "system",
+    "popen",
+    "execv",
+    "execve",
+    "spawnv",
+    "posix_spawn",
+}
+LOADERS = {"load", "unsafe_load", "full_load", "load_all"}
+
+
+def nodes() -> Iterator[tuple[Path, ast.AST]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            yield path, node
+
+
+def test_the_package_imports_nothing_that_runs_what_it_reads() -> None:
+    found = 0
+    for path, node in nodes():
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [str(node.module)]
+        found += len(names)
+        assert not {name.partition(".")[0] for name in names} & MODULES, path
+    assert found > 100
+
+
+def test_the_package_calls_nothing_that_runs_what_it_reads() -> None:
+    found = 0
+    for path, node in nodes():
+        if not isinstance(node, ast.Call):
+            continue
+        found += 1
+        called = node.func
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        owner = getattr(called.value, "id", "") if isinstance(called, ast.Attribute) else ""
+        where = f"{path.name}:{node.lineno}: {owner}.{name}"
+        bare = isinstance(called, ast.Name) or owner in ("os", "builtins")
+        assert not (bare and name in CALLS), where
+        if owner in ("torch", "np", "numpy", "joblib"):
+            assert name != "load", where
+        if owner == "yaml" and name in LOADERS:
+            assert [ast.unparse(k.value) for k in node.keywords if k.arg == "Loader"] == ["_Loader"], where
+        for keyword in node.keywords:
+            if keyword.arg in ("allow_pickle", "shell", "trust_remote_code"):
+                assert ast.unparse(keyword.value) == "False", where
+    assert found > 1000
+
+
+@pytest.mark.parametrize("options", [[], ["-v"], ["--json"], ["--json", "-v"]])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(f"connection to https://hub/x?token={TOKEN} lost"),
+        OSError(f"Authorization: Bearer {TOKEN}"),
+        ValueError(f"bad id, sent {TOKEN}"),
+        ConnectionError(f"https://cdn/x?X-Amz-Signature=0123abcd&token={TOKEN}"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_token_in_any_message(
+    error: Exception,
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever the Hub's client says when it fails, with the traceback of -v as well."""
+
+    def fail(*arguments: object, **more: object) -> str:
+        raise error
+
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.chdir(tmp_path)
+    raw_file(tmp_path / "patch", [])
+    with pytest.raises(SystemExit) as left:
+        run(["inspect", "org/name", *options])
+    captured = capfd.readouterr()
+    said = captured.out + captured.err
+    assert left.value.code in (2, 5)
+    assert "org/name" in said
+    assert TOKEN not in said
+    assert "Signature=" not in said

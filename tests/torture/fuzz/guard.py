@@ -1,0 +1,106 @@
+"""What a reader of hostile files must never do, watched from inside the interpreter."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+__all__ = ["Guard", "Violation", "limit_memory"]
+
+#: Running code, or something that could: none of it has a place in reading a file.
+_CODE = (
+    "compile", "exec", "import", "code.__new__", "pickle.", "marshal.", "ctypes.dlopen", "ctypes.dlsym",
+    "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.", "socket.", "urllib.",
+    "shelve.", "ftplib.", "http.",
+)  # fmt: skip
+_PATHS = ("open", "os.listdir", "os.scandir", "os.chdir", "os.remove", "os.rename", "os.rmdir", "os.mkdir",
+          "os.truncate", "os.chmod", "os.link", "os.symlink", "shutil.rmtree", "shutil.copyfile")  # fmt: skip
+SECONDS = 5.0
+
+
+class Violation(AssertionError):
+    """A promise was broken."""
+
+
+class Guard:
+    """An audit hook that is on within `watching`, a limit of memory, and a limit of time.
+
+    An audit hook cannot be taken off, so a guard is for processes of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = os.fspath(folder.resolve())
+        self._on = self._learning = False
+        self._own: set[Any] = set()
+        self._compiled = False
+        self.broken: list[str] = []
+        sys.addaudithook(self._hear)
+        signal.signal(signal.SIGALRM, self._too_long)
+
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self._learning and event == "compile":
+            self._own.add(arguments[0])
+        if not self._on:
+            return
+        # Type hints are compiled when somebody looks at them: the same ones for every file.
+        if event == "compile" and arguments[0] in self._own:
+            self._compiled = True
+            return
+        if event == "exec" and self._compiled:
+            self._compiled = False
+            return
+        if event in _PATHS:
+            two = event in ("os.rename", "os.link", "os.symlink", "shutil.copyfile")
+            for argument in arguments[: 1 + two]:
+                if isinstance(argument, (str, bytes)) and not self._inside(argument):
+                    self._note(f"{event} of {argument!r}")
+        elif event.startswith(_CODE):
+            self._note(f"{event} {str(arguments)[:200]}")
+
+    def _inside(self, path: str | bytes) -> bool:
+        text = os.path.abspath(os.fsdecode(path))  # which resolves "..", and opens nothing
+        return (text + "/").startswith(self._folder + "/")
+
+    def _note(self, what: str) -> None:
+        self.broken.append(what)
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """While valid files are read: what is compiled then is the package's own."""
+        self._learning = True
+        try:
+            yield
+        finally:
+            self._learning = False
+
+    def _too_long(self, number: int, frame: FrameType | None) -> None:
+        raise Violation(f"it takes longer than {SECONDS:g} s")
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch one input; raises a `Violation` for what was not in order."""
+        self._on = True
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._on = False
+        if self.broken:
+            broken, self.broken = self.broken, []
+            raise Violation("; ".join(broken))
+
+
+def limit_memory(nbytes: int) -> None:
+    """From now on the process may take ``nbytes`` more address space: a larger claim is a ``MemoryError``."""
+    with open("/proc/self/statm") as statm:
+        pages = int(statm.read().split()[0])
+    limit = pages * resource.getpagesize() + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

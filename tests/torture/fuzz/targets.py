@@ -1,0 +1,276 @@
+"""The readers of strangers' files, each with valid files to start from and what must hold if it takes one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support import LLAMA_CONFIG, llama, raw_file, snapshot, write_folder
+
+import neftsurgery as ns
+from neftsurgery.anatomy.anatomy import read_anatomy
+from neftsurgery.checkpoint.checkpoint import Checkpoint, weight_files
+from neftsurgery.checkpoint.header import read_header
+from neftsurgery.checkpoint.journal import heal, journal_path
+from neftsurgery.errors import CorruptFileError
+from neftsurgery.patch.patch import Patch
+from neftsurgery.selection.scores import Scores
+from neftsurgery.selection.selection import Selection
+from neftsurgery.sources.resolve import Source, resolve
+from neftsurgery.surgery.adapter import Adapted
+
+from .mutate import Mutator, mutate_bytes, mutate_safetensors, mutate_text
+from .oracle import agrees, packages_view, stricter
+
+__all__ = ["Target", "targets"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader.
+
+    Attributes
+    ----------
+    name:
+        What it reads.
+    path:
+        The file an input is written to.
+    seeds:
+        Valid inputs.
+    mutate:
+        How inputs are changed.
+    read:
+        Reads the file at ``path``: returns if it is taken, raises what the reader raises if not. The
+        input is passed along, for a second opinion.
+    share:
+        Of the inputs of a run, relative to other targets: by how fast it is.
+    """
+
+    name: str
+    path: Path
+    seeds: Sequence[bytes]
+    mutate: Mutator
+    read: Callable[[bytes], None]
+    share: float = 1.0
+
+
+def targets(root: Path, *, recipes: bool) -> Iterator[Target]:
+    """Every reader, with its files in ``root``."""
+    small = llama(hidden=4, ffn=6, layers=1, vocabulary=3, seed=0)
+    config = {**LLAMA_CONFIG, "hidden_size": 4}
+    write_folder(root / "base", small, 1, config)
+    noise = np.random.default_rng(0)
+    moved = {name: (a + noise.standard_normal(a.shape)).astype(np.float32) for name, a in small.items()}
+    write_folder(root / "tuned", moved, 1, config)
+    yield _header(root)
+    yield _index(root)
+    yield from _documents(root)
+    yield from _adapter(root)
+    yield _config(root, config)
+    yield _journal(root)
+    if recipes:
+        yield _recipe(root)
+
+
+def _header(root: Path) -> Target:
+    path = root / "header.safetensors"
+    seeds = []
+    ones = ("F64", np.ones(1, "u8"))
+    for tensors in (
+        {"a": ("F32", np.arange(6, dtype="u4").reshape(2, 3)), "b": ("BF16", np.arange(4, dtype="u2"))},
+        {"s": ("U8", np.zeros((), "u1")), "e": ("F16", np.zeros((0, 3), "u2")), "z": ones},
+        {},
+    ):
+        for metadata in (None, {"format": "pt", "k": "v"}):
+            seeds.append(raw_file(path, tensors, metadata).read_bytes())
+
+    def read(raw: bytes) -> None:
+        theirs = packages_view(raw)
+        try:
+            header = read_header(path)
+        except CorruptFileError:
+            assert theirs is None or stricter(raw), "the safetensors package takes it"
+            raise
+        assert theirs is not None, "the safetensors package refuses it"
+        agrees(header, raw, theirs)
+
+    return Target("safetensors header", path, seeds, mutate_safetensors, read, 8)
+
+
+def _index(root: Path) -> Target:
+    folder = root / "sharded"
+    write_folder(folder, {name: np.ones((2, 2), np.float32) for name in "abc"}, 2)
+    (root / "secret.safetensors").write_bytes(b"")
+    path = folder / "model.safetensors.index.json"
+    there = set(os.listdir(folder))
+
+    def read(raw: bytes) -> None:
+        found = weight_files(folder)
+        assert found
+        assert all(one.parent == folder and one.name in there for one in found), "outside its folder"
+        assert {one.name for one in found} == set(json.loads(raw)["weight_map"].values())
+
+    return Target("shard index", path, [path.read_bytes()], mutate_text, read, 8)
+
+
+def _documents(root: Path) -> Iterator[Target]:
+    base, tuned = root / "base", root / "tuned"
+    ns.diff(base, tuned, out=root / "scores.0").close()
+    ns.diff(base, tuned, anatomy="units", out=root / "scores.1").close()
+    with ns.Scores.load(root / "scores.0") as scores:
+        chosen = scores.select(neurons=9, with_bias=True)
+    chosen.save(root / "selection.0")
+    for number, reversible in enumerate((False, True)):
+        ns.extract(base, tuned, chosen, reversible=reversible, out=root / f"patch.{number}").close()
+    ns.extract(base, tuned, changed=True, include=["*"], out=root / "patch.2").close()
+
+    def seeds(kind: str) -> list[bytes]:
+        return [path.read_bytes() for path in sorted(root.glob(f"{kind}.*"))]
+
+    def read_patch(raw: bytes) -> None:
+        with Patch.load(root / "a-patch") as patch:
+            for name, tensor in patch.tensors.items():
+                _check_index(patch.index(name), tensor.layout.count)
+            patch.check()
+            ns.verify(base, patch)
+
+    def read_selection(raw: bytes) -> None:
+        for chosen in Selection.load(root / "a-selection"):
+            _check_index(chosen.index, chosen.layout.count)
+
+    def read_scores(raw: bytes) -> None:
+        with Scores.load(root / "some-scores") as scores:
+            for chosen in scores.select(neurons=2):
+                _check_index(chosen.index, chosen.layout.count)
+
+    for kind, path, read, share in (
+        ("patch", root / "a-patch", read_patch, 1.5),
+        ("selection", root / "a-selection", read_selection, 1.5),
+        ("scores", root / "some-scores", read_scores, 0.7),
+    ):
+        yield Target(kind, path, seeds(kind), mutate_safetensors, read, share)
+
+
+def _check_index(index: np.ndarray, count: int) -> None:
+    numbers = index.tolist()
+    assert numbers == sorted(set(numbers)), "not ascending and unique"
+    assert all(0 <= number < count for number in numbers), "out of range"
+
+
+def _adapter(root: Path) -> Iterator[Target]:
+    folder, base = root / "adapter", root / "base"
+    ns.export_lora(root / "patch.1", folder)
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    good = config.read_bytes(), weights.read_bytes()
+    opened = Checkpoint.read(resolve(base))
+
+    def read(raw: bytes) -> None:
+        adapted = Adapted.over(opened, folder)
+        for name, info in list(adapted.tensors.items())[:4]:
+            buffer = memoryview(bytearray(min(info.nbytes, 64)))
+            adapted.read_into(name, 0, buffer)
+        adapted.adapter.close()
+
+    def read_one(other: Path, content: bytes) -> Callable[[bytes], None]:
+        def both(raw: bytes) -> None:
+            if other.read_bytes() != content:
+                other.write_bytes(content)
+            read(raw)
+
+        return both
+
+    patterned = json.loads(good[0]) | {"alpha_pattern": {"q_proj": 3}, "use_rslora": True}
+    seeds = [good[0], json.dumps(patterned).encode()]
+    yield Target("adapter config", config, seeds, mutate_text, read_one(weights, good[1]), 0.3)
+    yield Target("adapter weights", weights, [good[1]], mutate_safetensors, read_one(config, good[0]), 0.3)
+
+
+def _config(root: Path, config: dict[str, object]) -> Target:
+    folder = root / "configured"
+    shutil.copytree(root / "base", folder)
+    seeds = [json.dumps(config | {"model_type": kind}).encode() for kind in ("llama", "gpt2", "mixtral", "?")]
+    seeds.append(json.dumps({"text_config": config, "quantization_config": {"bits": 4}}).encode())
+
+    def read(raw: bytes) -> None:
+        opened = Checkpoint.read(resolve(folder))
+        for kind in ("rows", "ffn", "units"):
+            try:
+                read_anatomy(kind, opened.tensors, opened.config)
+            except ns.MismatchError:
+                continue
+
+    return Target("config.json", folder / "config.json", seeds, mutate_text, read, 0.3)
+
+
+def _journal(root: Path) -> Target:
+    """A journal that was planted beside a model: it is applied to that model alone, or not at all."""
+    from neftsurgery.checkpoint import journal as journal_module
+
+    folder = root / "model"
+    shutil.copytree(root / "base", folder)
+    path = journal_path(Source(folder, "model"))
+    kept: list[bytes] = []
+    removed = journal_module._remove
+
+    def keep(journal: Path) -> None:
+        kept.append(journal.read_bytes())
+        raise OSError("the journal is wanted")
+
+    journal_module._remove = keep
+    try:
+        ns.apply(folder, root / "patch.1", in_place=True)
+    except ns.MachineError:
+        pass
+    finally:
+        journal_module._remove = removed
+    shutil.rmtree(folder)
+    shutil.copytree(root / "base", folder)
+    before, weights = snapshot(folder), (folder / "model.safetensors").read_bytes()
+
+    def read(raw: bytes) -> None:
+        try:
+            healed = heal(Source(folder, "model"))
+            assert healed
+        finally:
+            path.unlink(missing_ok=True)
+            if snapshot(folder) != before:
+                (folder / "model.safetensors").write_bytes(weights)
+                raise AssertionError("a journal has changed a model that was whole")
+
+    return Target("journal", path, [kept[0]], mutate_safetensors, read, 0.15)
+
+
+def _recipe(root: Path) -> Target:
+    from neftsurgery.training.reading import read_recipe
+
+    path = root / "recipe.yaml"
+    whole: dict[str, Any] = {
+        "model": "base",
+        "out": "run",
+        "data": {"train": "mine.jsonl", "eval_share": 0.1, "limit": 3},
+        "probe": {"by": "gradients", "steps": 2},
+        "select": {"neurons": "3%", "axis": {"*": 0}, "only": ["a*"], "seed": 1},
+        "train": {"epochs": 3, "learning_rate": "2e-5", "more": {"optim": "sgd"}},
+    }
+    seeds = [
+        b"model: base\nout: run\ndata: {train: mine.jsonl}\nselect: {neurons: 3%}\ntrain: {epochs: 3}\n",
+        b"model: base\nout: run\ndata:\n  train: x.jsonl\nprobe:\n  by: tuned\n  path: tuned\n"
+        b"select:\n  changed: true\n  only:\n  - '*.up_proj.*'\n",
+        json.dumps(whole, indent=1).encode(),
+    ]
+
+    def mutate(rng: Any, data: bytes, others: Sequence[bytes]) -> bytes:
+        return mutate_text(rng, data, others) if data[:1] == b"{" else mutate_bytes(rng, data, others)
+
+    def read(raw: bytes) -> None:
+        recipe = read_recipe(path)
+        assert recipe.model
+        assert recipe.describe()["out"]
+
+    return Target("recipe", path, seeds, mutate, read, 0.05)

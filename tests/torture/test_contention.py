@@ -1,0 +1,274 @@
+"""Others write while we read or write: it is noticed or refused, never silently wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import raw_folder, snapshot
+from torture.ledger import Ledger, times
+from torture.runner import Runner
+
+import neftsurgery as ns
+
+pytestmark = pytest.mark.slow
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base``, ``tuned`` (10 MB each), ``patch`` (half of the rows), ``few``, ``patched``, ``scores``."""
+    tmp_path = tmp_path_factory.mktemp("workshop")
+    rng = np.random.default_rng(0)
+    shape = (640, 1024)
+    base = {f"layers.{n}.weight": ("F32", rng.integers(1 << 29, 1 << 30, shape, "u4")) for n in range(4)}
+    tuned = {name: (kind, bits ^ np.uint32(5)) for name, (kind, bits) in base.items()}
+    raw_folder(tmp_path / "base", base)
+    raw_folder(tmp_path / "tuned", tuned)
+    sides = tmp_path / "base", tmp_path / "tuned"
+    ns.diff(*sides, out=tmp_path / "scores").close()
+    options = {"scores": ns.Scores.load(tmp_path / "scores"), "reversible": True}
+    ns.extract(*sides, neurons="50%", out=tmp_path / "patch", **options).close()
+    ns.extract(*sides, neurons="2%", out=tmp_path / "few", **options).close()
+    ns.apply(sides[0], tmp_path / "patch", out=tmp_path / "patched")
+    return tmp_path
+
+
+def edit(path: Path, rng: random.Random) -> None:
+    """Other bytes of the same length, as a program writes them that saves again in place."""
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(size // 2 + rng.randrange(size // 2 - 64) // 64 * 64)
+        file.write(rng.randbytes(64))
+
+
+def truncate(path: Path, rng: random.Random) -> None:
+    os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def replace(path: Path, rng: random.Random) -> None:
+    """Another file of that name, as an editor or a download puts it there."""
+    other = path.with_name("other")
+    shutil.copyfile(path, other)
+    edit(other, rng)
+    os.replace(other, path)
+
+
+def remove(path: Path, rng: random.Random) -> None:
+    path.unlink()
+
+
+WORKS = {
+    "diff": (("diff", "base", "tuned", "-o", "out"), f"base/{WEIGHTS}"),
+    "extract": (("extract", "base", "tuned", "--changed", "-o", "out"), f"tuned/{WEIGHTS}"),
+    "select": (("select", "scores", "--neurons", "50%", "-o", "out"), "scores"),
+    "apply": (("apply", "base", "patch", "-o", "out"), f"base/{WEIGHTS}"),
+    "apply (its patch)": (("apply", "base", "patch", "-o", "out"), "patch"),
+    "apply --in-place (its patch)": (("apply", "model", "patch", "--in-place"), "patch"),
+    "revert": (("revert", "patched", "patch", "-o", "out"), f"patched/{WEIGHTS}"),
+    "merge": (("merge", "patch", "few", "--on-overlap", "mean", "-o", "out"), "patch"),
+    "export": (("export", "few", "--to", "lora", "-o", "out"), "few"),
+}
+
+
+@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("how", [edit, truncate, replace, remove], ids=lambda how: how.__name__)
+def test_an_input_changes_while_it_is_read(
+    runner: Runner, ledger: Ledger, workshop: Path, name: str, how: Callable[[Path, random.Random], None]
+) -> None:
+    """The result is that of the old file or of the new one, or there is none and the exit code says so."""
+    words, victim = WORKS[name]
+    path, out, rng = workshop / victim, workshop / "out", random.Random(name)
+    old = path.read_bytes()
+    command = [str(workshop / word) if (workshop / word).exists() or word in ("out", "model") else word
+               for word in words]  # fmt: skip
+
+    def clear() -> None:
+        shutil.rmtree(workshop / "model", ignore_errors=True)
+        shutil.copytree(workshop / "base", workshop / "model")
+        shutil.rmtree(out, ignore_errors=True)
+        out.unlink(missing_ok=True)
+
+    clear()
+    start = time.perf_counter()
+    assert runner.command(*command).status == 0
+    took = time.perf_counter() - start
+    expected = snapshot(out) if out.exists() else snapshot(workshop / "model")
+    noticed = 0
+    for _ in range(times(1)):
+        clear()
+        other = threading.Timer(rng.uniform(0, took), how, (path, rng))
+        with ledger.trial(f"an input is changed meanwhile ({how.__name__})", name):
+            other.start()
+            outcome = runner.command(*command)
+            other.join()
+            try:
+                assert "Traceback" not in outcome.err
+                assert "internal error" not in outcome.err
+                assert outcome.status in (0, 2, 3, 4, 5), outcome
+                if "model" in words:
+                    model = {k: v for k, v in snapshot(workshop / "model").items() if "neft" not in k}
+                    states = (expected, snapshot(workshop / "base"))
+                    assert model == expected if outcome.status == 0 else model in states
+                elif outcome.status == 0 and snapshot(out) != expected:
+                    shutil.rmtree(out, ignore_errors=True)  # then it is what the new file gives
+                    kept = snapshot(out)[""] if out.exists() else None
+                    out.unlink(missing_ok=True)
+                    again = runner.command(*command)
+                    assert again.status == 0, "made of a file that gives nothing"
+                    assert kept is None or snapshot(out)[""] == kept, "made of parts of two files"
+                elif outcome.status:
+                    assert not out.exists()
+                noticed += outcome.status != 0
+            finally:
+                path.unlink(missing_ok=True)
+                path.write_bytes(old)
+                clear()
+    print(f"{name}, {how.__name__}: noticed {noticed} times")
+
+
+def test_two_processes_write_one_output(ledger: Ledger, workshop: Path) -> None:
+    """One of them wins; the other is told so, and its work is gone. What is there is whole."""
+    import subprocess
+    import sys
+
+    out = workshop / "out"
+    code = (
+        "import sys; from neftsurgery.cli.main import run\n"
+        "import neftsurgery as ns; ns.apply\nprint('ready', flush=True); sys.stdin.readline()\n"
+        "run(['apply', sys.argv[1], sys.argv[2], '-o', sys.argv[3], *sys.argv[4:]])"
+    )
+    for round in range(times(2, 0.05)):
+        with ledger.trial("two processes write one output", "apply"):
+            force = ["--force"] if round % 2 else []
+            racers = [
+                subprocess.Popen(
+                    [sys.executable, "-c", code, workshop / side, workshop / "patch", out, *force],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )
+                for side in ("base", "patched")
+            ]  # fmt: skip
+            for racer in racers:
+                assert racer.stdout.readline() == "ready\n"  # type: ignore[union-attr]
+            ends = [racer.communicate("go\n", timeout=120) for racer in racers]
+            codes = [racer.returncode for racer in racers]
+            assert sorted(codes) in ([0, 0], [0, 2]) if force else sorted(codes) == [0, 2], ends
+            assert snapshot(out) == snapshot(workshop / "patched")
+            assert [path.name for path in workshop.iterdir() if ".neft-" in path.name] == []
+            shutil.rmtree(out)
+
+
+def test_two_processes_change_one_checkpoint_in_place(ledger: Ledger, runner: Runner, workshop: Path) -> None:
+    """The one that comes second is refused, or finds it done."""
+    shutil.rmtree(workshop / "model", ignore_errors=True)
+    shutil.copytree(workshop / "base", workshop / "model")
+    ends: list[int] = []
+
+    def change() -> None:
+        try:
+            ns.apply(workshop / "model", workshop / "patch", in_place=True)
+            ends.append(0)
+        except ns.NeftError:
+            ends.append(5)
+
+    for _ in range(times(2, 0.3)):
+        with ledger.trial("two processes change one checkpoint", "apply --in-place"):
+            other = threading.Thread(target=change)
+            other.start()
+            outcome = runner.command("apply", workshop / "model", workshop / "patch", "--in-place")
+            other.join()
+            assert outcome.status in (0, 3, 4, 5), outcome.err
+            if 0 not in (outcome.status, ends[-1]):
+                ns.apply(workshop / "model", workshop / "patch", in_place=True)
+            assert snapshot(workshop / "model") == snapshot(workshop / "patched")
+            ns.revert(workshop / "model", workshop / "patch", in_place=True)
+            assert snapshot(workshop / "model") == snapshot(workshop / "base")
+
+
+def test_the_folder_vanishes(ledger: Ledger, runner: Runner, workshop: Path) -> None:
+    """The folder that is written to is moved away or removed meanwhile."""
+    rng = random.Random(0)
+    for round in range(times(4, 0.3)):
+        target = workshop / "folder"
+        target.mkdir()
+
+        def vanish(target: Path = target, moved: bool = round % 2 == 0) -> None:
+            if moved:
+                target.rename(workshop / "elsewhere")
+            else:
+                shutil.rmtree(target, ignore_errors=True)
+
+        other = threading.Timer(rng.uniform(0, 0.15), vanish)
+        with ledger.trial("the output's folder vanishes", "apply"):
+            other.start()
+            outcome = runner.command("apply", workshop / "base", workshop / "patch", "-o", target / "out")
+            other.join()
+            assert outcome.status in (0, 2, 5), outcome.err
+            assert "Traceback" not in outcome.err
+            for place in (target, workshop / "elsewhere"):
+                if (place / "out").exists():
+                    assert snapshot(place / "out") == snapshot(workshop / "patched")
+        for place in (target, workshop / "elsewhere"):
+            shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def unchanged(*paths: Path) -> Iterator[None]:
+    before = [snapshot(path) for path in paths]
+    yield
+    assert [snapshot(path) for path in paths] == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("where", ["a blob", "a link to a blob", "the snapshot", "through a linked folder"])
+def test_an_output_in_a_hub_cache_touches_no_blob(
+    runner: Runner, ledger: Ledger, workshop: Path, tmp_path: Path, where: str, force: bool
+) -> None:
+    cache = tmp_path / "hub" / "models--org--name"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    blob, link = cache / "blobs" / ("0" * 64), cache / "snapshots" / "abc" / WEIGHTS
+    shutil.copyfile(workshop / "base" / WEIGHTS, blob)
+    link.symlink_to(f"../../blobs/{blob.name}")
+    (tmp_path / "folder").symlink_to(cache / "snapshots")
+    out = {"a blob": blob, "a link to a blob": link, "the snapshot": link.parent,
+           "through a linked folder": tmp_path / "folder" / "abc"}[where]  # fmt: skip
+    source = link.parent if out.is_dir() else link
+    with ledger.trial("output in a Hub cache", "apply"), unchanged(tmp_path / "hub"):
+        options = ["--force"] if force else []
+        outcome = runner.command("apply", source, workshop / "patch", "-o", out, *options)
+        assert outcome.status == 2, outcome.err
+        outcome = runner.command("apply", source, workshop / "patch", "--in-place")
+        assert outcome.status == 2, outcome.err
+    elsewhere = tmp_path / "link"
+    elsewhere.symlink_to(blob)
+    with ledger.trial("output in a Hub cache", "apply --force over a link"), unchanged(tmp_path / "hub"):
+        file = workshop / "base" / WEIGHTS
+        outcome = runner.command("apply", file, workshop / "patch", "-o", elsewhere, "--force")
+        assert outcome.status == 0, outcome.err
+        assert not elsewhere.is_symlink(), "the link is replaced, not followed"
+
+
+def test_hard_links_are_not_written_through(runner: Runner, ledger: Ledger, workshop: Path) -> None:
+    shutil.rmtree(workshop / "model", ignore_errors=True)
+    shutil.copytree(workshop / "base", workshop / "model")
+    os.link(workshop / "model" / WEIGHTS, workshop / "same")
+    with ledger.trial("hard links", "apply --in-place"), unchanged(workshop / "model", workshop / "same"):
+        outcome = runner.command("apply", workshop / "model", workshop / "patch", "--in-place")
+        assert outcome.status == 2
+        assert "hard links" in outcome.err
+    with ledger.trial("hard links", "apply"), unchanged(workshop / "model", workshop / "same"):
+        outcome = runner.command("apply", workshop / "model", workshop / "patch", "-o", workshop / "out")
+        assert outcome.status == 0
+        assert (workshop / "out" / WEIGHTS).stat().st_nlink == 1
+    with ledger.trial("hard links", "apply --force over one"), unchanged(workshop / "same"):
+        words = (workshop / "base" / WEIGHTS, workshop / "patch", "-o", workshop / "model" / WEIGHTS)
+        assert runner.command("apply", *words, "--force").status == 0

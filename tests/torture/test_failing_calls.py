@@ -1,0 +1,250 @@
+"""Every system call of every command fails once: exit 5, nothing half-written, nothing silently wrong.
+
+`faults.c` stands below the program. A run that is left alone tells how many calls a command makes on its
+files; then one of them fails, or all from one on, or moves half of its bytes, or the process is
+stopped by a signal just before it. A run of a few hundred trials each meets every call; a test draws some.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import LLAMA_CONFIG, llama, snapshot, write_folder
+from torture.ledger import TIMES, Ledger, times
+from torture.runner import EVERY_CALL, Call, Fault, Outcome, Runner, Style
+
+import neftsurgery as ns
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command in a workshop: its words (``@``: a file there), its output, whether it changes ``model``."""
+
+    words: tuple[str, ...]
+    out: str | None = None
+    changes: bool = False
+
+
+WORKS = {
+    "inspect": Work(("inspect", "@base")),
+    "inspect patches": Work(("inspect", "@patch", "@second")),
+    "verify": Work(("verify", "@base", "@patch", "--expect", "base")),
+    "diff": Work(("diff", "@base", "@tuned", "-o", "@out"), "out"),
+    "diff of an adapter": Work(("diff", "@base", "@adapter", "-o", "@out"), "out"),
+    "select": Work(("select", "@scores", "--neurons", "9", "-o", "@out"), "out"),
+    "extract": Work(("extract", "@base", "@tuned", "--neurons", "9", "--reversible", "-o", "@out"), "out"),
+    "apply": Work(("apply", "@base", "@patch", "-o", "@out"), "out"),
+    "apply to a file": Work(("apply", "@base/model.safetensors", "@patch", "-o", "@out"), "out"),
+    "apply --force": Work(("apply", "@base", "@patch", "-o", "@old", "--force"), "old"),
+    "apply --in-place": Work(("apply", "@model", "@patch", "--in-place"), changes=True),
+    "revert": Work(("revert", "@patched", "@patch", "-o", "@out"), "out"),
+    "revert --in-place": Work(("revert", "@model", "@patch", "--in-place"), changes=True),
+    "merge": Work(("merge", "@patch", "@second", "--on-overlap", "mean", "-o", "@out"), "out"),
+    "export": Work(("export", "@patch", "--to", "lora", "-o", "@out"), "out"),
+}
+INPUTS = ("base", "tuned", "patched", "adapter", "patch", "second", "scores", "selection")
+
+
+class Workshop:
+    """A folder with everything the commands read; put back as it was after each trial."""
+
+    def __init__(self, root: Path, runner: Runner) -> None:
+        self.root, self.runner = root, runner
+        base = llama(hidden=16, ffn=24, layers=1, vocabulary=8, seed=0)
+        noise = np.random.default_rng(1)
+        tuned = {
+            name: (array + 1e-3 * noise.standard_normal(array.shape)).astype(np.float32)
+            for name, array in base.items()
+        }
+        config = {**LLAMA_CONFIG, "hidden_size": 16}
+        write_folder(root / "base", base, 1, config)
+        write_folder(root / "tuned", tuned, 2, config)
+        (root / "base" / "sub").mkdir()
+        (root / "base" / "sub" / "tokenizer.json").write_text("{}")
+        sides = (root / "base", root / "tuned")
+        ns.diff(*sides, out=root / "scores").close()
+        with ns.Scores.load(root / "scores") as scores:
+            scores.select(neurons=12).save(root / "selection")
+        ns.extract(*sides, ns.Selection.load(root / "selection"), reversible=True, out=root / "patch").close()
+        ns.extract(*sides, neurons=9, policy="random", reversible=True, out=root / "second").close()
+        ns.apply(root / "base", root / "patch", out=root / "patched")
+        ns.export_lora(root / "patch", root / "adapter")
+        self.states = {"base": snapshot(root / "base"), "patched": snapshot(root / "patched")}
+        self.expected: dict[str, object] = {}
+        self.answers: dict[str, str] = {}
+        self.inputs = self.look()
+
+    def look(self) -> dict[str, object]:
+        return {name: snapshot(self.root / name) for name in INPUTS}
+
+    def prepare(self, name: str) -> None:
+        work, root = WORKS[name], self.root
+        for one in ("out", "old", "model"):
+            shutil.rmtree(root / one, ignore_errors=True)
+            if (root / one).exists():
+                (root / one).unlink()
+        if work.changes:
+            shutil.copytree(root / ("base" if name.startswith("apply") else "patched"), root / "model")
+        if work.out == "old":
+            (root / "old").mkdir()
+            (root / "old" / "kept").write_text("old")
+        for path in sorted(root.rglob("*")):
+            if ".neft-" in path.name and path.exists():  # of a trial that has failed already
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def leftovers(self) -> list[str]:
+        return sorted(path.name for path in self.root.rglob("*") if ".neft-" in path.name)
+
+    def run(self, name: str, fault: Fault | None) -> Outcome:
+        return self.runner.command(*self.words(name), "--threads", "2", fault=fault)
+
+    def words(self, name: str) -> list[str]:
+        return [f"{self.root}/{word[1:]}" if word[0] == "@" else word for word in WORKS[name].words]
+
+    def learn(self, name: str, kinds: Call) -> int:
+        """Run it unharmed: how many calls it makes, and what it gives."""
+        self.prepare(name)
+        outcome = self.run(name, Fault(self.root, kinds, 1 << 40))
+        assert outcome.status == 0, outcome.err
+        assert outcome.hit == 0
+        work = WORKS[name]
+        self.answers[name] = outcome.out
+        if work.out is not None:
+            self.expected[name] = snapshot(self.root / work.out)
+        return outcome.seen
+
+    def judge(self, name: str, outcome: Outcome, exits: tuple[int, ...]) -> None:
+        """The promises, whatever went wrong."""
+        work, said = WORKS[name], outcome.err
+        assert outcome.status in (0, *exits), f"exit {outcome.status}: {said}"
+        assert "Traceback" not in said, said
+        assert "internal error" not in said, said
+        if outcome.status > 0:
+            assert 1 <= said.count("\n") <= 6, said
+        if outcome.status == 0 and "there is no config.json" in said:
+            return  # it vanished, it is said, and it is not needed
+        if outcome.status == 0 and work.out is None and not work.changes:
+            assert outcome.out == self.answers[name], "it says something else"
+        if work.out is not None:
+            self.judge_output(name, work.out, outcome.status == 0)
+        if work.changes:
+            self.judge_change(outcome.status == 0, "patched" if name.startswith("apply") else "base")
+        assert self.look() == self.inputs, "an input changed"
+
+    def judge_output(self, name: str, out: str, done: bool) -> None:
+        path = self.root / out
+        there = path.exists() and (out != "old" or not (path / "kept").exists())
+        assert there or not done, "it says that it is done, and there is nothing"
+        if there:
+            assert snapshot(path) == self.expected[name], "half written, or wrong"
+        elif out == "old":
+            assert path.exists(), "the old output is gone"
+
+    def judge_change(self, done: bool, goal: str) -> None:
+        model = self.root / "model"
+        state = ns.verify(model, self.root / "patch").state  # heals
+        assert state == goal or not done, "it says that it is done, and it is not"
+        left = {key: entry for key, entry in snapshot(model).items() if not key.startswith("..neft-")}
+        assert left == self.states[state], "neither the old nor the new one"
+
+    def clean(self, name: str, tolerate: bool) -> None:
+        """What is left is recognised: the next run of the command removes it, or there is none."""
+        if self.leftovers():
+            assert tolerate, f"left behind: {self.leftovers()}"
+            if WORKS[name].changes:  # stale journals are found when a journal is written
+                ns.apply(self.root / "model", self.root / "patch", in_place=True)
+                ns.revert(self.root / "model", self.root / "patch", in_place=True)
+            else:
+                words = () if "--force" in WORKS[name].words else ("--force",)
+                self.run_more(name, *words)
+            assert self.leftovers() == []
+
+    def run_more(self, name: str, *more: str) -> None:
+        outcome = self.runner.command(*self.words(name), *more)
+        assert outcome.status == 0, outcome.err
+
+
+@pytest.fixture(scope="module")
+def workshop(faulty: Runner, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"), faulty)
+
+
+CHANGING = Call.WRITE | Call.SYNC | Call.RENAME | Call.RESIZE | Call.COPY | Call.MKDIR | Call.MODE
+ASKING = Call.OPEN | Call.READ | Call.STAT | Call.LIST | Call.MAP
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What happens to a call, to which kinds of calls, and which exit codes may follow."""
+
+    kinds: Call
+    style: Style
+    number: int
+    exits: tuple[int, ...] = (5,)
+    leaves: bool = False
+
+
+TROUBLES = {
+    "disk full (ENOSPC), from a call on": Trouble(CHANGING, Style.ONWARD, errno.ENOSPC),
+    "disk full (ENOSPC), once": Trouble(CHANGING, Style.ONCE, errno.ENOSPC),
+    "quota (EDQUOT), from a call on": Trouble(CHANGING, Style.ONWARD, errno.EDQUOT),
+    "read-only (EROFS), from a call on": Trouble(
+        CHANGING | Call.UNLINK, Style.ONWARD, errno.EROFS, leaves=True
+    ),
+    "write error (EIO), once": Trouble(CHANGING, Style.ONCE, errno.EIO),
+    "write error (EIO), from a call on": Trouble(
+        CHANGING | Call.UNLINK, Style.ONWARD, errno.EIO, leaves=True
+    ),
+    "fsync fails (EIO)": Trouble(Call.SYNC, Style.ONCE, errno.EIO),
+    "rename fails (EIO)": Trouble(Call.RENAME, Style.ONCE, errno.EIO),
+    "removing fails (EIO)": Trouble(Call.UNLINK, Style.ONCE, errno.EIO, leaves=True),
+    "read error (EIO), once": Trouble(ASKING, Style.ONCE, errno.EIO),
+    "read error (EIO), from a call on": Trouble(ASKING, Style.ONWARD, errno.EIO, leaves=True),
+    "no more descriptors (EMFILE)": Trouble(Call.OPEN | Call.MAP, Style.ONWARD, errno.EMFILE, leaves=True),
+    "no locks (ENOLCK)": Trouble(Call.LOCK, Style.ONWARD, errno.ENOLCK, leaves=True),
+    "network share gone (ESTALE), from a call on": Trouble(
+        EVERY_CALL, Style.ONWARD, errno.ESTALE, leaves=True
+    ),
+    "vanished (ENOENT), from a call on": Trouble(
+        ASKING | CHANGING | Call.UNLINK, Style.ONWARD, errno.ENOENT, (2, 4, 5), leaves=True
+    ),
+    "short read or write": Trouble(Call.READ | Call.WRITE | Call.COPY, Style.SHORT, 0, ()),
+    "file ends too soon": Trouble(Call.READ, Style.END, 0, (3, 4, 5)),
+    "SIGKILL before a call": Trouble(EVERY_CALL, Style.SIGNAL, signal.SIGKILL, (-9,), leaves=True),
+    "SIGINT before a call": Trouble(EVERY_CALL, Style.SIGNAL, signal.SIGINT, (130,)),
+    "SIGTERM before a call": Trouble(EVERY_CALL, Style.SIGNAL, signal.SIGTERM, (143,)),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_call_goes_wrong(workshop: Workshop, ledger: Ledger, trouble: str) -> None:
+    works = list(WORKS) if TIMES else random.Random(trouble).sample(list(WORKS), 3)
+    for name in works:
+        try_calls(workshop, ledger, name, trouble)
+
+
+def try_calls(workshop: Workshop, ledger: Ledger, name: str, trouble: str) -> None:
+    """Let some of the calls of one command go wrong, one in each run."""
+    kind = TROUBLES[trouble]
+    calls = workshop.learn(name, kind.kinds)
+    chosen = random.Random(f"{name} {trouble}").sample(range(calls), min(calls, times(2)))
+    for nth in sorted(chosen):
+        workshop.prepare(name)
+        with ledger.trial(trouble, name):
+            fault = Fault(workshop.root, kind.kinds, nth, kind.style, kind.number)
+            outcome = workshop.run(name, fault)
+            try:
+                workshop.judge(name, outcome, kind.exits)
+                workshop.clean(name, kind.leaves)
+            except BaseException as error:
+                error.add_note(f"{name}: call {nth} of {calls}; exit {outcome.status}; {outcome.err}")
+                raise

@@ -1,0 +1,88 @@
+"""A small disk that is really full: exit 5, nothing half-written, and nothing left on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import snapshot
+from torture.ledger import Ledger, times
+from torture.runner import Runner
+
+import neftsurgery as ns
+
+pytestmark = pytest.mark.slow
+SIZE = 24 << 20
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    folder = tmp_path_factory.mktemp("disk")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("work", ["apply", "revert", "extract", "merge", "export", "apply --in-place"])
+def test_a_disk_with_too_little_room(
+    runner: Runner, ledger: Ledger, sides: tuple[Path, Path], tmp_path: Path, disk: Path, work: str
+) -> None:
+    """At any amount of free space either all of it is written, or none."""
+    base, tuned = sides
+    rows, out, filler = tmp_path / "rows", disk / "out", disk / "filler"
+    common = {"per": "tensor", "score": "random", "reversible": True}
+    ns.extract(*sides, neurons="6%", out=rows, **common).close()
+    with ns.Patch.load(rows) as patch:
+        patch.selection.save(tmp_path / "selection")
+    ns.apply(base, rows, out=tmp_path / "patched")
+    words = {
+        "apply": ("apply", base, rows, "-o", out),
+        "revert": ("revert", tmp_path / "patched", rows, "-o", out),
+        "extract": ("extract", base, tuned, "--selection", tmp_path / "selection", "-o", out),
+        "merge": ("merge", rows, "-o", out),
+        "export": ("export", rows, "--to", "lora", "-o", out),
+        "apply --in-place": ("apply", out, rows, "--in-place"),
+    }[work]
+
+    def prepare(free: int) -> None:
+        for path in (out, filler):
+            subprocess.run(["rm", "-rf", str(path)], check=True)
+        if work == "apply --in-place":
+            ns.revert(tmp_path / "patched", rows, out=out)
+        status = os.statvfs(disk)
+        size = max(0, status.f_bavail * status.f_frsize - free)
+        with open(filler, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, size))
+
+    prepare(SIZE)
+    assert runner.command(*words).status == 0
+    expected, before = snapshot(out), snapshot(base)
+    needed = sum(path.stat().st_size for path in [out, *out.rglob("*")] if path.is_file())
+    needed = rows.stat().st_size if work == "apply --in-place" else needed
+    runs = times(3, 0.2)
+    full = 0
+    for run in range(runs):
+        prepare(int(1.1 * needed * run / runs) // 4096 * 4096)
+        with ledger.trial("disk full (a small tmpfs)", work):
+            outcome = runner.command(*words)
+            assert outcome.status in (0, 5), outcome.err
+            assert "Traceback" not in outcome.err
+            if outcome.status == 0:
+                assert snapshot(out) == expected
+            elif work == "apply --in-place":
+                assert snapshot(out) == before, "the model is not as it was"
+            else:
+                assert not out.exists()
+                assert "space" in outcome.err
+                full += 1
+            assert [path.name for path in disk.rglob("*") if ".neft-" in path.name] == []
+    assert full or work == "apply --in-place", "the disk was never full"

@@ -1,0 +1,208 @@
+"""Processes stopped by signals at random moments: outputs are absent or whole, changes in place heal.
+
+``NEFT_TORTURE=1000`` makes a thousand runs of each kind (see `torture.ledger`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import raw_file, snapshot
+from torture.ledger import Ledger, times
+from torture.runner import Outcome, Runner
+
+import neftsurgery as ns
+
+pytestmark = pytest.mark.slow
+
+SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
+RUNS = times(6)
+MANY = 30
+
+
+def hidden(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_end(outcome: Outcome, number: int) -> None:
+    """It was done, or it was stopped, and said so in a line."""
+    assert outcome.status in (0, -number, *([128 + number] if number != signal.SIGKILL else [])), outcome.err
+    assert "Traceback" not in outcome.err
+    if outcome.status > 0:
+        assert outcome.err.count("neftsurgery: interrupted") == 1
+
+
+def check_aim(moments: Counter[str]) -> None:
+    """Most signals must come while something is being written, or a trial of many means little."""
+    assert RUNS < MANY or moments["midway"] >= RUNS // 5, f"too few came midway: {dict(moments)}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command that writes ``out``, and everything it reads."""
+
+    words: tuple[object, ...]
+    inputs: tuple[Path, ...]
+
+
+@pytest.fixture(scope="module")
+def works(sides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Work]:
+    """Every command that writes a new output, by name; files of 5 to 25 MB."""
+    root = tmp_path_factory.mktemp("works")
+    base, tuned = sides
+    common = {"per": "tensor", "score": "random", "reversible": True}
+    rows, columns, few = root / "rows", root / "columns", root / "few"
+    ns.extract(*sides, neurons="50%", out=rows, **common).close()
+    ns.extract(*sides, neurons="50%", out=columns, axis={"*": 1}, **common).close()
+    ns.extract(*sides, neurons="6%", out=few, seed=1, **common).close()
+    with ns.Patch.load(rows) as opened:
+        opened.selection.save(root / "selection")
+    ns.apply(base, rows, out=root / "patched")
+    return {
+        "apply": Work(("apply", base, rows), (base, rows)),
+        "apply (columns)": Work(("apply", base, columns), (base, columns)),
+        "revert": Work(("revert", root / "patched", rows), (root / "patched", rows)),
+        "extract": Work(
+            ("extract", base, tuned, "--selection", root / "selection", "--reversible"),
+            (base, tuned, root / "selection"),
+        ),
+        "merge": Work(("merge", rows, few, "--on-overlap", "mean"), (rows, few)),
+        "export": Work(("export", few, "--to", "lora"), (few,)),
+    }
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("name", ["apply", "apply (columns)", "revert", "extract", "merge", "export"])
+def test_a_new_output_is_absent_or_whole(
+    runner: Runner, ledger: Ledger, works: dict[str, Work], tmp_path: Path, name: str, number: signal.Signals
+) -> None:
+    work, out = works[name], tmp_path / "out"
+    run = functools.partial(runner.command, *work.words, "-o", out)
+    runner.calibrate(run)
+    expected, before = snapshot(out), [snapshot(path) for path in work.inputs]
+
+    def moment(outcome: Outcome) -> str:
+        if out.exists():
+            assert snapshot(out) == expected, "half written"
+            return "late"
+        assert outcome.status != 0
+        return "midway" if outcome.status > 0 or hidden(tmp_path) else "early"
+
+    for _ in range(RUNS):
+        remove(out)
+        with ledger.trial(number.name, name) as entry:
+            found, outcome = runner.strike(run, number, moment)
+            entry.notes[found] = entry.notes.get(found, 0) + 1
+            check_end(outcome, number)
+            # What SIGKILL left is removed by the next run; the other signals leave nothing.
+            assert len(hidden(tmp_path)) <= (outcome.status == -signal.SIGKILL)
+    with ledger.trial(number.name, name):
+        outcome = run_again(run, out)
+        assert outcome.status == 0, outcome.err
+        assert snapshot(out) == expected
+        assert hidden(tmp_path) == [], "what was left is recognised, and cleaned up"
+        assert [snapshot(path) for path in work.inputs] == before, "an input changed"
+    check_aim(runner.moments)
+
+
+def run_again(run: Callable[..., Outcome], out: Path) -> Outcome:
+    remove(out)
+    return run()
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_replacing_an_output(
+    runner: Runner, ledger: Ledger, sides: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    """With --force OUT is the old one or the new one, and always there."""
+    base, tuned = sides
+    source = tuned / "model-00001-of-00002.safetensors"
+    file = raw_file(tmp_path / "old", {"w": ("U8", np.zeros(9, "u1"))})
+    old, out, patch = file.read_bytes(), tmp_path / "out", tmp_path / "patch"
+    ns.extract(source, base, only=["layers.0.*"], neurons="50%", score="random", out=patch).close()
+    run = functools.partial(runner.command, "apply", source, patch, "-o", out, "--force")
+    runner.calibrate(run)
+    new = out.read_bytes()
+
+    def moment(outcome: Outcome) -> str:
+        content = out.read_bytes()
+        if content == new:
+            return "late"
+        assert content == old
+        assert outcome.status != 0
+        return "midway" if outcome.status > 0 or hidden(tmp_path) else "early"
+
+    for _ in range(RUNS):
+        out.write_bytes(old)
+        with ledger.trial(number.name, "apply --force"):
+            _, outcome = runner.strike(run, number, moment)
+            check_end(outcome, number)
+    check_aim(runner.moments)
+    assert run().status == 0
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_in_place(
+    runner: Runner,
+    ledger: Ledger,
+    sides: tuple[Path, Path],
+    patch: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    """Whatever state a signal leaves, the next command finds exactly the old or exactly the new one."""
+    model = tmp_path / "model"
+    ns.apply(sides[0], patch, out=tmp_path / "patched")
+    ns.revert(tmp_path / "patched", patch, out=model)
+    states = {"base": snapshot(model), "patched": snapshot(tmp_path / "patched")}
+    runner.calibrate(functools.partial(runner.command, "apply", model, patch, "--in-place"))
+    now, torn = "patched", 0
+    for _ in range(RUNS):
+        verb, goal = ("apply", "patched") if now == "base" else ("revert", "base")
+        run = functools.partial(runner.command, verb, model, patch, "--in-place")
+
+        def moment(outcome: Outcome, goal: str = goal, now: str = now) -> str:
+            nonlocal torn
+            files = {name: entry for name, entry in snapshot(model).items() if ".neft-" not in name}
+            if (model / ".neft-journal").exists():
+                assert outcome.status == -signal.SIGKILL, "a signal that can be caught undoes at once"
+                torn += files not in states.values()
+                return "midway"
+            if files == states[goal]:
+                return "late"
+            assert files == states[now], "it was changed without a journal"
+            return "midway" if outcome.status > 0 else "early"
+
+        with ledger.trial(number.name, f"{verb} --in-place") as entry:
+            found, outcome = runner.strike(run, number, moment)
+            entry.notes[found] = entry.notes.get(found, 0) + 1
+            check_end(outcome, number)
+            state = ns.verify(model, patch).state
+            assert state in states
+            left = {name: entry for name, entry in snapshot(model).items() if not name.startswith("..neft-")}
+            assert left == states[state], "it did not heal"
+        now = state
+    check_aim(runner.moments)
+    if number == signal.SIGKILL and RUNS >= MANY:
+        assert torn >= RUNS // 40, "no kill came between two writes"
+    if now == "base":
+        ns.apply(model, patch, in_place=True)
+    ns.revert(model, patch, in_place=True)
+    assert snapshot(model) == states["base"], "no journal, no stale staging file"
