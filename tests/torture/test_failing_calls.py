@@ -49,6 +49,7 @@ WORKS = {
     "revert": Work(("revert", "@patched", "@patch", "-o", "@out"), "out"),
     "revert --in-place": Work(("revert", "@model", "@patch", "--in-place"), changes=True),
     "merge": Work(("merge", "@patch", "@second", "--on-overlap", "mean", "-o", "@out"), "out"),
+    "report": Work(("report", "@scores", "-o", "@out"), "out"),
     "export": Work(("export", "@patch", "--to", "lora", "-o", "@out"), "out"),
 }
 INPUTS = ("base", "tuned", "patched", "adapter", "patch", "second", "scores", "selection")
