@@ -209,7 +209,7 @@ def process(*words: object, cwd: Path, **environment: str) -> Result:
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return Result(done.returncode, done.stdout, done.stderr)

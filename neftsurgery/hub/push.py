@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import MismatchError, NeftError, UsageError, boundary
+from ..errors import MachineError, MismatchError, NeftError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..sources.hub import client, hub_errors, page
 from ..sources.secrets import redacted
@@ -165,9 +165,14 @@ def plan_push(
     base: str | None = None,
     parent: str | None = None,
     replace_card: bool = False,
+    dry_run: bool = False,
     progress: Progress = silent,
 ) -> Push:
-    """Check everything that `push` needs, and write the card; nothing is sent."""
+    """Check everything that `push` needs, and write the card; nothing is sent.
+
+    A ``dry_run`` does without the Hub where that refuses or cannot be reached: the card is then the one
+    of a new repository, and a warning says so.
+    """
     if not is_repo(repo):
         raise UsageError("not the name of a repository", file=repo, hint="name it as org/name")
     origin = base_of(patch, base)
@@ -178,10 +183,19 @@ def plan_push(
     if message is not None and not message.strip():
         raise UsageError("the commit's message is empty")
     check_patches([patch], progress)
-    remote = read_remote(repo, revision or MAIN)
-    _check_remote(remote, private, parent)
-    licence, warning = licence_of(origin, required=base is not None)
-    warnings = [warning] if warning is not None else []
+    warnings = []
+    try:
+        remote = read_remote(repo, revision or MAIN)
+    except MachineError as error:
+        if not dry_run:
+            raise
+        remote = Remote(repo, revision or MAIN)
+        warnings.append(f"what is there already was not looked at: {error.what}")
+    else:
+        _check_remote(remote, private, parent)
+    licence, warning = licence_of(origin, required=base is not None and not dry_run)
+    if warning is not None:
+        warnings.append(warning)
     if origin.repo is None:
         warnings.append(
             "the patch does not know its base's Hub id, so the card names none: give it with --base"
@@ -232,10 +246,15 @@ def send(plan: Push) -> Pushed:
             if not remote.has_branch and remote.branch != MAIN:
                 api.create_branch(remote.repo, branch=remote.branch, revision=parent, exist_ok=False)
             with ExitStack() as stack:
+                operations = list(_operations(plan, stack))
+                # Large files are sent before the commit. Several at once would be sent by threads of the
+                # client's, which Ctrl-C has to wait for: so the picture, which is small, goes first.
+                for picture in operations[2:]:
+                    api.preupload_lfs_files(remote.repo, [picture], revision=remote.branch, free_memory=False)
                 try:
                     done = api.create_commit(
                         remote.repo,
-                        operations=list(_operations(plan, stack)),
+                        operations=operations,
                         commit_message=plan.message,
                         revision=remote.branch,
                         parent_commit=parent,

@@ -66,7 +66,7 @@ def attach(
         If a layer's type, or what is attached already, does not allow it. Nothing is changed.
     """
     _refuse_wrapped(model)
-    if not isinstance(what, (Selection, Patch)):
+    if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:

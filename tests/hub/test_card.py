@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from support import process
 
 from neftsurgery.errors import MismatchError
 from neftsurgery.hub.base import Base, base_of
@@ -311,3 +312,13 @@ def test_a_loss_of_an_earlier_push_goes_with_it(llama, tmp_path):
 def test_a_card_that_cannot_be_told_apart_is_refused(llama, existing):
     with pytest.raises(MismatchError, match="README"):
         write_card(llama, "me/x", KNOWN, {}, existing=existing)
+
+
+def test_a_dry_run_shows_the_card_to_anybody(patch_file, tmp_path, monkeypatch):
+    """Without a token or a network it is the card of a new repository, and that is said."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    shown = process("push", patch_file, "me/new", "--dry-run", "--json", cwd=tmp_path, HF_HOME=str(tmp_path))
+    assert shown.code == 0, shown.err
+    assert "neuron patch" in shown.json["card"]
+    assert any("nobody is logged in" in warning for warning in shown.json["warnings"])
+    assert process("push", patch_file, "me/new", cwd=tmp_path, HF_HOME=str(tmp_path)).code == 5

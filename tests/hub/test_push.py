@@ -239,7 +239,13 @@ def test_private_branches_and_messages(hub, several, patch_file):
     assert not repos["me/there"]["private"]
     assert repos["me/there"]["refs"]["main"] == main
     assert repos["me/there"]["refs"]["v2"] == results[2].json["commit"]
-    assert set(repos["me/there"]["files"]["v2"]) == {".gitattributes", "notes.txt", NAME, "README.md"}
+    assert set(repos["me/there"]["files"]["v2"]) == {
+        ".gitattributes",
+        "notes.txt",
+        NAME,
+        "README.md",
+        "neurons.png",
+    }
     assert NAME not in repos["me/new"]["files"]["main"]
     assert NAME in repos["me/new"]["files"]["v2"]
 

@@ -117,7 +117,15 @@ def test_the_recipe_of_the_documentation_can_be_read(tmp_path: Path) -> None:
 
 def test_the_quickstart_names_every_key_that_matters() -> None:
     text = (RECIPES / "quickstart.yaml").read_text()
-    rare = {"data.split", "data.eval_split", "data.limit", "probe.learning_rate", "train.clip", "train.mode"}
+    rare = {
+        "data.subset",
+        "data.split",
+        "data.eval_split",
+        "data.limit",
+        "probe.learning_rate",
+        "train.clip",
+        "train.mode",
+    }
     for key in _keys():
         section, _, name = key.rpartition(".")
         assert section == "select" or key in rare or f"{name}:" in text or f"`{name}`" in text, key

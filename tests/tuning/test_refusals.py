@@ -46,7 +46,8 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "a norm": (selection("model.norm.weight", (16,), (0,), [1]), USE, "neurons of a LlamaRMSNorm"),
     "all axes": (selection(UP, (24, 16), (0, 1), [1]), USE, r"along axes \[0, 1\] of a Linear"),
     "embedding columns": (selection(EMBEDDING, (50, 16), (1,), [1]), USE, r"along axes \[1\] of a Embedding"),
-    "no selection": ("up_proj", USE, "takes a Selection or a Patch"),
+    "no selection": (7, USE, "takes a Selection or a Patch"),
+    "no file": ("up_proj", USE, "no such file"),
 }
 
 

@@ -278,7 +278,7 @@ def test_the_trainer_of_trl(tmp_path: Path) -> None:
     from recipes_support import tokenizer
 
     def make(out: str) -> Any:
-        model: nn.Module = llama(vocab_size=64, attention_dropout=0.1)
+        model: nn.Module = llama(vocab_size=260, attention_dropout=0.1)
         args = trl.SFTConfig(
             output_dir=str(tmp_path / out), max_steps=4, save_steps=2, per_device_train_batch_size=2,
             learning_rate=1e-2, report_to="none", disable_tqdm=True, use_cpu=True, bf16=False,

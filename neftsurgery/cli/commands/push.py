@@ -64,6 +64,7 @@ def command(
             base=base,
             parent=parent,
             replace_card=replace_card,
+            dry_run=dry_run,
             progress=console.progress,
         )
         for warning in plan.warnings:

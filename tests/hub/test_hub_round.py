@@ -55,7 +55,7 @@ def test_a_push_is_one_commit_on_top_of_what_was_there(hub, several, patch_file)
     assert (first.code, again.code) == (0, 0), (first, again)
     found = hub.repos["me/patch"]
     assert found["titles"] == ["initial commit", "by hand", "The first"]
-    assert set(found["files"]["main"]) == {".gitattributes", "notes.txt", NAME, "README.md"}
+    assert set(found["files"]["main"]) == {".gitattributes", "notes.txt", NAME, "README.md", "neurons.png"}
     assert (again.json["changed"], again.json["commit"]) == (False, first.json["commit"])
 
 
