@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +110,8 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
     """
     path = journal_path(checkpoint.source)
     touched = {checkpoint.shard_of(change.info.name).path for change in changes}
-    files = [_describe(checkpoint, shard, changes) for shard in checkpoint.shards if shard.path in touched]
+    by_tensor = _by_tensor(changes)
+    files = [_describe(checkpoint, shard, by_tensor) for shard in checkpoint.shards if shard.path in touched]
     tensors: dict[str, dict[str, Any]] = {}
     entries: list[TensorInfo] = []
     for number, change in enumerate(changes):
@@ -221,8 +222,9 @@ def _undo(source: Source, journal: TensorFile, path: Path) -> None:
             found = checkpoint.tensors.get(change.info.name)
             if found != change.info or checkpoint.shard_of(found.name).path not in held:
                 raise _foreign(journal, shards[0].path.name if shards else "the checkpoint")
+        by_tensor = _by_tensor(changes)
         for shard, entry in zip(shards, files, strict=True):
-            if entry != _describe(checkpoint, shard, changes):
+            if entry != _describe(checkpoint, shard, by_tensor):
                 raise _foreign(journal, shard.path.name)
         if changes and not _any_known(checkpoint, journal, changes):
             raise _foreign(journal, shards[0].path.name)
@@ -318,7 +320,16 @@ def _telling(now: NDArray[Any], old: NDArray[Any], known: NDArray[np.bool_]) -> 
     return False
 
 
-def _describe(checkpoint: Checkpoint, shard: Shard, changes: Sequence[Change]) -> dict[str, Any]:
+def _by_tensor(changes: Sequence[Change]) -> dict[str, list[Change]]:
+    found: dict[str, list[Change]] = {}
+    for change in changes:
+        found.setdefault(change.info.name, []).append(change)
+    return found
+
+
+def _describe(
+    checkpoint: Checkpoint, shard: Shard, changes: Mapping[str, Sequence[Change]]
+) -> dict[str, Any]:
     """What tells a weight file from others, whatever the state of the change."""
     header = bytearray(shard.header.size)
     with open(shard.path, "rb") as file:
@@ -326,7 +337,7 @@ def _describe(checkpoint: Checkpoint, shard: Shard, changes: Sequence[Change]) -
     sample = xxhash.xxh3_128()
     for name in sorted(shard.header.tensors):
         info = shard.header.tensors[name]
-        mine = [change for change in changes if change.info.name == name]
+        mine = changes.get(name, ())
         if info.nbytes == 0:
             continue
         if not mine:

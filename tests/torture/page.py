@@ -20,7 +20,8 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
     for row in figures["rows"]:
         faults.setdefault(row["fault"], []).append(row)
     for fault, rows in faults.items():
-        works = ", ".join(row["work"] for row in rows) if len(rows) <= FEW else f"{len(rows)} commands"
+        what = "readers" if fault == "hostile file" else "commands"
+        works = ", ".join(row["work"] for row in rows) if len(rows) <= FEW else f"{len(rows)} {what}"
         yield f"| {fault} | {works} | {_total(rows, 'tried')} | {_total(rows, 'losses')} |"
     every = figures["rows"]
     yield f"| **all** | | **{_total(every, 'tried')}** | **{_total(every, 'losses')}** |"
