@@ -1,4 +1,4 @@
-"""``python -m benchmarks files`` and ``... training`` measure and render; ``... render`` only renders."""
+"""``files``, ``training`` and ``selection`` measure and render; ``render`` only renders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from benchmarks.files import options as files
 from benchmarks.files.suite import RESULTS, measure
 from benchmarks.page.markdown import render
+from benchmarks.page.selection import render_selection
 from benchmarks.page.training import render_training
+from benchmarks.selection import options as selection
 from benchmarks.training import options as training
 from benchmarks.training import suite as training_suite
 
@@ -21,6 +23,10 @@ def main() -> None:
     files.add_arguments(suite)
     steps = commands.add_parser("training", help="measure training steps; then render")
     training.add_arguments(steps)
+    arms = commands.add_parser(
+        "selection", help="does choosing help, or only freezing: NeFT's main table, small"
+    )
+    selection.add_arguments(arms)
     page = commands.add_parser("render", help="make the pages and the charts of what was measured")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
@@ -34,10 +40,17 @@ def main() -> None:
             steps.set_defaults(**training.QUICK)
             given = parser.parse_args()
         training_suite.measure(training.Options.of(given))
-    if given.command != "training" and (given.out / RESULTS).exists():
+    if given.command == "selection":
+        from benchmarks.selection import suite as selection_suite  # needs nothing heavy, its runs do
+
+        selection_suite.measure(selection.Options.of(given))
+    if given.command in ("files", "render") and (given.out / RESULTS).exists():
         render(given.out)
-    if given.command != "files" and (given.out / training_suite.RESULTS).exists():
+    if given.command in ("training", "render") and (given.out / training_suite.RESULTS).exists():
         render_training(given.out)
+    of_selection = given.out if given.command == "selection" else given.out.with_name("results")
+    if given.command in ("selection", "render") and any(of_selection.glob("selection-*.jsonl")):
+        render_selection(of_selection)
 
 
 if __name__ == "__main__":

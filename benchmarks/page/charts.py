@@ -38,12 +38,13 @@ def draw(parts: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         ):
             groups = [group for group in parts.get(part, {}).get("groups", []) if group.get("contestants")]
             if groups:
-                _save(chart(groups), folder / file)
+                save(chart(groups), folder / file)
                 drawn.append((file, caption))
     return drawn
 
 
-def _save(figure: Figure, file: Path) -> None:
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure as SVG: the same figure makes the same bytes."""
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
     file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
 

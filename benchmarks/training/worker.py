@@ -6,15 +6,14 @@ answers each with a JSON line on stdout; the first answer, unasked, says that it
 
 from __future__ import annotations
 
-import gc
 import json
 import os
-import re
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import memory
 
 WARM_UP = 2
 
@@ -30,9 +29,8 @@ def main() -> None:
 
     if "peft" in job["needs"]:
         import peft  # noqa: F401
-    imported = _resident("VmRSS")
+    imported = memory.resident()
     trainer = _Trainer(job)
-    gc.collect()
     _forget_peak(torch, job["device"])
     for _ in range(WARM_UP):
         trainer.step()
@@ -85,15 +83,8 @@ class _Trainer:
             if isinstance(value, self._torch.Tensor)
         )
         on_device = self._device == "cuda"
-        peak = self._torch.cuda.max_memory_allocated() if on_device else _resident("VmHWM") - imported
+        peak = self._torch.cuda.max_memory_allocated() if on_device else memory.peak() - imported
         return {"peak": peak, "trainable": self._way.trainable, "optimizer_bytes": optimizer}
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def _forget_peak(torch: Any, device: str) -> None:
@@ -102,7 +93,7 @@ def _forget_peak(torch: Any, device: str) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        memory.forget_peak()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,181 @@
+"""The tables of the selection suite, put between two marks of a page whose prose is written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.contest import say
+from benchmarks.page.arms import OLD, Result, Study
+from benchmarks.page.markdown import machines
+from benchmarks.page.paired import over_seeds, over_sentences
+from benchmarks.selection.arms import CONTROLLED
+
+BEGIN = "<!-- made by python -m benchmarks render: -->"
+END = "<!-- end of what is made -->"
+EMPTY = f"# Does choosing neurons help?\n\n{BEGIN}\n{END}\n"
+ROLES = {"ours": "**{}**", "control": "{}", "rival": "*{}*"}
+
+CAPTION = "Loss on the new task and on the old text, by share of trained parameters"
+QUALITY = "| | trained, % | rate | dev loss | test loss | BLEU | chrF | old text: loss added | seeds |"
+PAIRS = "| | against | test loss | p | test loss, by sentences | chrF, by sentences | old text: loss added |"
+COSTS = (
+    "| | trained | neurons | share of the change | choosing, s | step, ms | steps to the best | peak, MB |"
+)
+
+
+def render_selection(folder: Path) -> None:
+    """Puts the tables of all results in ``folder`` into the page ``folder.md``, and draws their figures."""
+    page = folder.with_name(f"{folder.name}.md")
+    text = page.read_text() if page.exists() else EMPTY
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    made = "\n\n".join(part for file in sorted(folder.glob("selection-*.jsonl")) for part in _section(file))
+    page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")
+    say(f"wrote {page}")
+
+
+def _section(file: Path) -> Iterator[str]:
+    study = Study.load(file)
+    yield f"## Scale {study.setting['setting']['scale']}, on {_device(study)}"
+    yield f"`{study.setting['command']}` made the [raw runs]({file.parent.name}/{file.name})."
+    if picture := _picture(study, file.with_suffix(".svg")):
+        yield f"![{CAPTION}]({file.parent.name}/{picture})"
+    yield table(QUALITY, (quality_row(study, result) for result in study.results.values()))
+    yield "### In pairs"
+    yield table(PAIRS, (row for pair in pairs(study) if (row := pair_row(study, *pair))))
+    yield "### Costs"
+    yield table(COSTS, (cost_row(result) for result in study.results.values() if result.arm.kind != "base"))
+    yield "### Settings"
+    yield "\n".join(settings(study))
+
+
+def _device(study: Study) -> str:
+    return "a GPU" if study.setting["setting"]["device"] == "cuda" else "a processor"
+
+
+def _picture(study: Study, file: Path) -> str | None:
+    try:
+        from benchmarks.page.arms_chart import draw
+    except ImportError:
+        say("no figure: matplotlib is not installed")
+        return None
+    draw(study, file)
+    return file.name
+
+
+def table(head: str, rows: Iterator[str]) -> str:
+    """A Markdown table."""
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
+
+
+def named(result: Result) -> str:
+    """An arm's name and words, set by its role."""
+    size = f", {result.arm.percent}%" if result.arm.percent else ""
+    return ROLES[result.arm.role].format(f"{result.arm.words}{size}")
+
+
+def quality_row(study: Study, result: Result) -> str:
+    """A row of the main table."""
+    first = next(iter(result.runs.values()))
+    rate = f"{first['rate']:.2g}{' (bound)' * result.at_bound}" if "rate" in first else ""
+    cells = [
+        named(result),
+        f"{study.share(result):.2f}",
+        rate,
+        f"{result.figure(lambda run: run['loss']):.3f}",
+        f"{result.figure(lambda run: run['test']):.3f}",
+        f"{result.figure(lambda run: run['bleu']):.2f}",
+        f"{result.figure(lambda run: run['chrf']):.2f}",
+        f"{result.figure(study.forgotten):+.3f}".replace("± +", "± "),
+        str(len(result.runs)),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def pairs(study: Study) -> Iterator[tuple[str, str]]:
+    """Who is compared with whom: all of a size with its random rows, and what isolates one question each."""
+    for result in study.results.values():
+        if result.arm.against:
+            yield result.arm.name, result.arm.against
+    for size in CONTROLLED:
+        for name, other in (
+            ("neft", "random-like"), ("neft", "least-like"), ("neft", "lora"), ("neft", "gradient"),
+            ("neft", "ffn"), ("neft", "units"), ("ffn", "ffn-random"), ("units", "units-random"),
+        ):  # fmt: skip
+            yield f"{name}-{size}", f"{other}-{size}"
+        yield f"neft-{size}", "full"
+        yield f"random-{size}", "full"
+
+
+def pair_row(study: Study, name: str, other: str) -> str | None:
+    """A row of the table of pairs; None where one of the two has not run."""
+    ours, theirs = study.results.get(name), study.results.get(other)
+    if ours is None or theirs is None or not (seeds := sorted(ours.runs.keys() & theirs.runs.keys())):
+        return None
+    tokens = study.base["tokens"]
+
+    def figures(of: Any) -> tuple[list[float], list[float]]:
+        return [of(ours.runs[seed]) for seed in seeds], [of(theirs.runs[seed]) for seed in seeds]
+
+    def sentences(which: str, weights: list[int]) -> str:
+        return f"{over_sentences(ours.sentences(which, seeds), theirs.sentences(which, seeds), weights):.3f}"
+
+    loss, old = over_seeds(*figures(lambda run: run["test"])), over_seeds(*figures(study.forgotten))
+    cells = [
+        named(ours),
+        named(theirs),
+        f"{loss.middle if loss.interval is None else loss.interval:.3f}",
+        "" if loss.p is None else f"{loss.p:.3f}",
+        sentences("loss", tokens),
+        sentences("chrf", [1] * len(tokens)),
+        f"{old.middle if old.interval is None else old.interval:.3f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def cost_row(result: Result) -> str:
+    """A row of the table of costs."""
+    first = next(iter(result.runs.values()))
+    selection = first.get("selection", {})
+    captured = [run["selection"]["captured"] for run in result.runs.values() if "captured" in selection]
+    neurons = selection.get("neurons")
+    cells = [
+        named(result),
+        f"{result.figure(lambda run: run['trainable']).mean:,.0f}",
+        f"rank {first['rank']}" if "rank" in first else "" if neurons is None else f"{neurons:,}",
+        f"{100 * sum(captured) / len(captured):.1f}%" if captured else "",
+        f"{result.figure(lambda run: run['choosing']).mean:.1f}" if neurons else "",
+        f"{result.figure(lambda run: 1e3 * run['step']):.0f}",
+        f"{result.figure(lambda run: run['best']).mean:.0f}",
+        f"{result.figure(lambda run: run['peak'] / 1e6):.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def settings(study: Study) -> Iterator[str]:
+    """What was done, in numbers."""
+    setting, counts = study.setting["setting"], study.setting["pairs"]
+    shape, before, tune = setting["shape"], setting["pretrain"], setting["tune"]
+    old = ", ".join(f"{kind} {study.untuned['old'][kind]:.3f}" for kind in OLD)
+    yield (
+        f"- Model: Llama, {shape['layers']} layers, hidden {shape['hidden']}, feed-forward {shape['ffn']}, "
+        f"{shape['vocabulary']} tokens, head and embedding shared; {study.base['parameters']:,} parameters, "
+        "float32."
+    )
+    yield (
+        f"- Pairs: {counts['pretrain']:,} to pre-train on, {counts['train']:,} to tune on, "
+        f"{counts['dev']} for the dev loss, {counts['test']} to examine on."
+    )
+    yield (
+        f"- Pre-training: {before['steps']} steps of {before['batch']} sequences, rate "
+        f"{setting['pretrain_rate']:g}, {study.base['seconds']:.0f} s. Its loss on held-out text, in nats a "
+        f"token: {old}."
+    )
+    yield (
+        f"- Tuning: at most {tune['steps']} steps of {tune['batch']} pairs, dev loss every {tune['look']}; "
+        f"{sum(len(result.tried) for result in study.results.values())} runs to find learning rates, "
+        f"{sum(len(result.runs) for result in study.results.values())} that count."
+    )
+    yield from machines({"all": {"machine": study.setting["machine"], "date": study.untuned["date"]}})

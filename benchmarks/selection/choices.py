@@ -1,0 +1,59 @@
+"""Which neurons an arm trains: chosen with the tool itself, from the base's checkpoint and a probe's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import neftsurgery as ns
+from benchmarks.selection.arms import Arm
+from neftsurgery import Selection
+from neftsurgery.surgery.pairing import Scope, pair
+from neftsurgery.training.gradients import gradient_scores
+
+PROBED = 16  # batches that the gradients are summed over, as `neftsurgery train` does by default
+
+
+def choose(
+    arm: Arm, base: Path, probe: Path | None, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int
+) -> Selection:
+    """The neurons of ``arm``.
+
+    Parameters
+    ----------
+    base, probe:
+        Checkpoints; the probe is the full fine-tune of the same seed. None: where there is none, which
+        suits random neurons only.
+    model, batches:
+        The live base and examples, for gradients.
+    seed:
+        Of what is random.
+    """
+    if arm.score == "gradient":
+        checkpoint = ns.open_checkpoint(base)
+        anatomy = pair(checkpoint, checkpoint, Scope(arm.anatomy)).anatomy
+        scores = gradient_scores(model, checkpoint, anatomy, batches)
+        checkpoint.close()
+    else:
+        scores = ns.diff(base, base if probe is None else probe, anatomy=arm.anatomy, score=arm.score)
+    with scores:
+        if arm.percent is None:
+            return scores.select(neurons="100%")
+        size = f"{arm.percent}%"
+        if arm.alike:
+            sensitive = scores.select(params=size)
+            return scores.select(like=sensitive, policy=arm.policy, seed=seed)
+        return scores.select(params=size, policy=arm.policy, seed=seed)
+
+
+def describe(selection: Selection) -> dict[str, Any]:
+    """What is worth keeping of a selection; JSON."""
+    facts = {name: round(selection.facts[name], 4) for name in ("captured",) if name in selection.facts}
+    where: dict[str, int] = {}
+    for name, chosen in selection.tensors.items():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        where[kind] = where.get(kind, 0) + len(chosen.index)
+    return {"neurons": selection.neurons, **facts, "where": where}

@@ -1,0 +1,197 @@
+"""Where runs are made: the text, the base that all arms start from, and the probes. Needs torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import neftsurgery as ns
+from benchmarks.harness import memory
+from benchmarks.selection import models, quality
+from benchmarks.selection.arms import ARMS, Arm
+from benchmarks.selection.choices import PROBED, choose, describe
+from benchmarks.selection.examples import Codec, Example, collate
+from benchmarks.selection.options import RATE, Options
+from benchmarks.selection.text import read
+from benchmarks.selection.tuning import Trained, batches_of, rank_of, train, trainable
+from neftsurgery import Selection
+from neftsurgery.checkpoint.fingerprint import fingerprint
+
+MIXTURE = (6, 1, 1, 1)  # batches to pre-train on: backward translation, English, Chinese, articles
+FACTS = "pretraining.json"
+
+
+class Laboratory:
+    """Makes runs. What it needs and is not there is made when it is first asked for."""
+
+    def __init__(self, options: Options) -> None:
+        torch.set_num_threads(options.threads)
+        self._options, self._sizes, self._place = options, options.sizes, options.place
+        self._place.mkdir(parents=True, exist_ok=True)
+        self.text = read(options.text, self._sizes.text)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The tokenizer; the same text always makes the same."""
+        return Codec.made(self.text, self._sizes.shape.vocabulary)
+
+    @property
+    def base(self) -> Path:
+        """The base's checkpoint."""
+        return self._place / "base"
+
+    def make_base(self, say: Callable[[str], None]) -> None:
+        """Pre-trains the base."""
+        course = self._sizes.pretrain
+        model = models.born(self._sizes.shape, self.codec.vocabulary, 0, self._options.device)
+        model.requires_grad_(True)
+
+        def tell(step: int, loss: float) -> None:
+            if step % max(1, course.steps // 20) == 0:
+                say(f"    pre-training, step {step} of {course.steps}: loss {loss:.3f}")
+
+        began = time.perf_counter()
+        train(
+            model,
+            list(model.parameters()),
+            self._mixed(course.batch),
+            course,
+            self._sizes.pretrain_rate,
+            say=tell,
+        )
+        seconds = time.perf_counter() - began
+        facts = {"parameters": models.parameters_of(model), "seconds": round(seconds, 1), "date": _today()}
+        self._save(model, self.base, facts)
+
+    def base_facts(self) -> dict[str, Any]:
+        """What is worth keeping of the base."""
+        facts = json.loads((self.base / FACTS).read_text())
+        with closing(ns.open_checkpoint(self.base)) as checkpoint:
+            return dict(facts) | {"fingerprint": fingerprint(checkpoint)}
+
+    def _mixed(self, size: int) -> Iterator[list[Example]]:
+        """Batches of all that the base learns, in turns."""
+        codec, pairs = self.codec, self.text.pretrain
+        backward = [Example(example.ids, 1) for example in codec.backward(pairs)]
+        pieces = codec.pieces(self.text.articles, self._sizes.piece)
+        parts = (backward, codec.english(pairs), codec.chinese(pairs), pieces)
+        streams = [batches_of(part, size, seed) for seed, part in enumerate(parts)]
+        turns = [number for number, share in enumerate(MIXTURE) for _ in range(share)]
+        turns = [turns[(7 * place) % len(turns)] for place in range(len(turns))]  # spread out
+        while True:
+            for turn in turns:
+                yield next(streams[turn])
+
+    def tokens(self) -> list[int]:
+        """How many tokens of each test sentence are to be foretold."""
+        return [len(example.ids) - example.start for example in self.codec.forward(self.text.test)]
+
+    def probe(self, seed: int, rung: int) -> Path:
+        """A full fine-tune's checkpoint, of this seed and rate."""
+        folder = self._place / f"probe-{seed}-{rung}"
+        if not folder.is_dir():
+            model, _, _ = self._tuned(ARMS["full"], seed, rung, None)
+            self._save(model, folder)
+        return folder
+
+    def tune(self, arm: Arm, seed: int, rung: int, probe: Path | None) -> dict[str, Any]:
+        """A run for the learning rate's sake: the dev loss alone."""
+        _, trained, _ = self._tuned(arm, seed, rung, probe)
+        return {"rate": RATE * 2**rung, "loss": round(trained.loss, 5), "best": trained.best}
+
+    def run(self, arm: Arm, seed: int, rung: int, probe: Path | None) -> dict[str, Any]:
+        """A run that counts, with all that is measured."""
+        model, trained, facts = self._tuned(arm, seed, rung, probe)
+        if arm.kind == "full":
+            self._save(model, self._place / f"probe-{seed}-{rung}")
+        dev = {str(step): round(loss, 4) for step, loss in trained.dev.items()}
+        return {
+            "rate": RATE * 2**rung, "loss": round(trained.loss, 5), "best": trained.best, "dev": dev,
+            "seconds": round(trained.seconds, 2), "step": round(trained.step, 5),
+            **facts, **self._examined(model),
+        }  # fmt: skip
+
+    def examine_base(self) -> dict[str, Any]:
+        """The base as it is."""
+        model = models.load(self.base, self._options.device)
+        loss = models.mean_loss(model, self._dev)
+        return {"loss": round(loss, 5), "trainable": 0, **self._examined(model)}
+
+    def _examined(self, model: Any) -> dict[str, Any]:
+        began = time.perf_counter()
+        found = quality.measure(model, self.codec, self.text, self._sizes)
+        return found | {"examined": round(time.perf_counter() - began, 1), "date": _today()}
+
+    def _tuned(
+        self, arm: Arm, seed: int, rung: int, probe: Path | None
+    ) -> tuple[Any, Trained, dict[str, Any]]:
+        device, course = self._options.device, self._sizes.tune
+        model = models.load(self.base, device)
+        began = time.perf_counter()
+        selection = self._chosen(arm, seed, probe, model) if arm.kind == "neurons" else None
+        choosing = time.perf_counter() - began
+        facts: dict[str, Any] = {"choosing": round(choosing, 2)}
+        if selection is not None:
+            facts["selection"] = describe(selection)
+        if arm.kind == "lora":
+            facts["rank"] = rank_of(arm, model)
+        meter = _Meter(device)
+        parameters = trainable(arm, model, selection, seed)
+        trained = train(
+            model, parameters, batches_of(self._train, course.batch, seed), course, RATE * 2**rung,
+            lambda: models.mean_loss(model, self._dev),
+        )  # fmt: skip
+        facts |= {"trainable": sum(p.numel() for p in parameters), "peak": meter.peak()}
+        return model, trained, facts
+
+    def _chosen(self, arm: Arm, seed: int, probe: Path | None, model: Any) -> Selection:
+        batches = islice(batches_of(self._train, self._sizes.tune.batch, seed), PROBED)
+        return choose(arm, self.base, probe, model, (collate(batch, model.device) for batch in batches), seed)
+
+    @cached_property
+    def _train(self) -> list[Example]:
+        return self.codec.forward(self.text.train)
+
+    @cached_property
+    def _dev(self) -> list[Example]:
+        return self.codec.forward(self.text.dev)
+
+    def _save(self, model: Any, folder: Path, facts: dict[str, Any] | None = None) -> None:
+        """Whole or not at all."""
+        fresh = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+        model.save_pretrained(fresh)
+        if facts is not None:
+            (fresh / FACTS).write_text(json.dumps(facts))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(fresh, folder)
+
+
+class _Meter:
+    """Most bytes since it was made, above those held then: of the process, or of the GPU's allocations."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        if self._cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            memory.forget_peak()
+        self._before = torch.cuda.memory_allocated() if self._cuda else memory.resident()
+
+    def peak(self) -> int:
+        return (torch.cuda.max_memory_allocated() if self._cuda else memory.peak()) - self._before
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()

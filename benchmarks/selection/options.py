@@ -1,0 +1,151 @@
+"""What a run of the suite is asked to do, and how large everything is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.selection.arms import ARMS
+from benchmarks.selection.text import Sizes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model: a Llama whose head is its embedding, with ``vocabulary`` tokens at most."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """AdamW without weight decay; warm-up over a twentieth, then a straight line to zero.
+
+    Batches have ``batch`` sequences. Every ``look`` steps the dev loss is measured, and the best state is
+    kept; after ``patience`` looks without a better one, the course is broken off.
+    """
+
+    steps: int
+    batch: int
+    look: int = 0
+    patience: int = 0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    ``old`` examples of each old task are examined for what was forgotten. ``rungs`` is where every search
+    for a learning rate starts on the ladder, and its bounds.
+    """
+
+    shape: Shape
+    text: Sizes
+    pretrain: Course
+    pretrain_rate: float
+    tune: Course
+    old: int
+    piece: int  # tokens of a piece of an article
+    answer: int  # tokens of a translation, at most
+    rungs: tuple[int, int, int] = (2, -4, 8)
+
+
+SCALES = {
+    "quick": Scale(
+        Shape(32, 88, 2, 4, 600), Sizes(64, 16, 16, 8, 10), Course(12, 16), 3e-3,
+        Course(6, 16, look=3, patience=2), old=16, piece=16, answer=8, rungs=(2, 2, 3),
+    ),
+    "small": Scale(
+        Shape(80, 216, 4, 4, 2400), Sizes(640, 160, 300, 8, 10), Course(1200, 40), 3e-3,
+        Course(120, 16, look=20, patience=2), old=100, piece=24, answer=20,
+    ),
+    "large": Scale(
+        Shape(512, 1408, 8, 8, 6000), Sizes(8000, 1000, 1500, 40, 60), Course(30_000, 128), 1e-3,
+        Course(2000, 64, look=100, patience=4), old=1000, piece=64, answer=80,
+    ),
+}  # fmt: skip
+RATE = 1e-3  # the learning rates are this times powers of two, the rungs of the ladder
+QUICK_ARMS = ("base", "full", "neft-3", "random-3", "random-like-3", "lora-3", "units-9", "gradient-9")
+
+
+@dataclass(frozen=True)
+class Options:
+    """``seeds`` runs of each of the arms ``only``; no run starts after ``minutes``."""
+
+    text: Path
+    work: Path
+    out: Path
+    scale: str
+    device: str
+    seeds: int
+    only: tuple[str, ...]
+    minutes: float
+    threads: int
+    workers: int
+    command: str
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Options:
+        """The options of a parsed command line."""
+        named = {name: getattr(given, name) for name in cls.__dataclass_fields__ if name != "command"}
+        scale = "quick" if given.quick else given.scale
+        only = given.only or (QUICK_ARMS if given.quick else tuple(ARMS))
+        flags = f" --device {given.device}" * (given.device != "cpu") + f" --seeds {given.seeds}"
+        command = f"python -m benchmarks selection --text TEXT --scale {scale}{flags}"
+        return cls(**named | {"scale": scale, "only": only, "command": command})
+
+    @property
+    def sizes(self) -> Scale:
+        """How large everything is."""
+        return SCALES[self.scale]
+
+    @property
+    def results(self) -> Path:
+        """The file of finished runs."""
+        device = "" if self.device == "cpu" else f"-{self.device}"
+        return self.out / f"selection-{self.scale}{device}.jsonl"
+
+    @property
+    def place(self) -> Path:
+        """The folder of the base and the probes."""
+        return self.work / self.results.stem
+
+    def describe(self) -> dict[str, Any]:
+        """What must be alike for runs to be comparable; JSON."""
+        sizes = json.loads(json.dumps(asdict(self.sizes)))  # as it is when it is read back
+        return {"scale": self.scale, "device": self.device, "rate": RATE, **sizes}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The suite's own options."""
+    add = parser.add_argument
+    add(
+        "--text",
+        type=Path,
+        default=Path("../shared/data/text"),
+        help="the folder of sentence pairs and articles",
+    )
+    add("--work", type=Path, default=Path("build/selection"), help="where the base and the probes are kept")
+    add("--out", type=Path, default=Path("docs/results"), help="results, a line a run; the page is OUT.md")
+    add("--scale", choices=SCALES, default="small", help="how large everything is (default: small)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
+    add("--only", type=_names, default=(), help=f"some of: {', '.join(ARMS)}")
+    add("--minutes", type=float, default=float("inf"), help="start no run after so many; go on another time")
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch, in each process")
+    add("--workers", type=int, default=1, help="processes that work off the arms side by side (default: 1)")
+    add("--quick", action="store_true", help="a smoke test: tiny, a few arms; figures mean nothing")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = set(text.split(","))
+    if unknown := names - set(ARMS):
+        raise argparse.ArgumentTypeError(f"no such arm: {', '.join(sorted(unknown))}")
+    return tuple(name for name in ARMS if name in names)

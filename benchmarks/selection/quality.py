@@ -1,0 +1,51 @@
+"""What is measured of a tuned model, on sentences nobody learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sacrebleu.metrics import BLEU, CHRF
+
+from benchmarks.selection.examples import CHINESE, Codec, Example
+from benchmarks.selection.models import examine, mean_loss, translate
+from benchmarks.selection.options import Scale
+from benchmarks.selection.text import Text
+
+SHOWN = 3  # translations that are kept, to be looked at
+
+
+def measure(model: Any, codec: Codec, text: Text, sizes: Scale) -> dict[str, Any]:
+    """Losses in nats a token, BLEU and chrF of greedy translations; each sentence's loss (a sum) and chrF."""
+    found = examine(model, codec.forward(text.test))
+    translations = translate(model, codec, text.test, CHINESE, sizes.answer)
+    references = [chinese for _, chinese in text.test]
+    bleu = BLEU(tokenize="zh").corpus_score(translations, [references])
+    chrf = CHRF()
+    old = {name: round(mean_loss(model, make()), 5) for name, make in _old(codec, text, sizes).items()}
+    return {
+        "test": round(sum(loss for loss, _ in found) / sum(count for _, count in found), 5),
+        "bleu": round(bleu.score, 3),
+        "chrf": round(chrf.corpus_score(translations, [references]).score, 3),
+        "exact": sum(map(str.__eq__, translations, references)),
+        "old": old,
+        "sentences": {
+            "loss": [round(loss, 3) for loss, _ in found],
+            "chrf": [
+                round(chrf.sentence_score(*pair).score, 1)
+                for pair in zip(translations, ([one] for one in references), strict=True)
+            ],
+        },
+        "shown": translations[:SHOWN],
+    }
+
+
+def _old(codec: Codec, text: Text, sizes: Scale) -> dict[str, Callable[[], list[Example]]]:
+    """What the base was pre-trained for."""
+    pairs = text.test[: sizes.old]
+    return {
+        "english": lambda: codec.english(pairs),
+        "chinese": lambda: codec.chinese(pairs),
+        "backward": lambda: codec.backward(pairs),
+        "articles": lambda: codec.pieces(text.unseen, sizes.piece)[: sizes.old],
+    }
