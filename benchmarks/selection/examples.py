@@ -47,7 +47,8 @@ class Codec:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator((side for pair in text.pretrain for side in pair), trainer)
+        sides = (side for english, chinese in text.pretrain for side in (f" {english}", chinese))
+        tokenizer.train_from_iterator(sides, trainer)
         return cls(tokenizer)
 
     @classmethod
@@ -66,17 +67,17 @@ class Codec:
 
     def sentence(self, sentence: str, language: int) -> Example:
         """A sentence alone, of which all is to be foretold."""
-        return Example((language, *self._encode(sentence), END), 1)
+        return Example((language, *self._encode(sentence, language), END), 1)
 
     def translation(self, source: str, target: str, into: int) -> Example:
         """A sentence, and what it is in the language ``into``, which is to be foretold."""
         prompt = self.prompt(source, into)
-        return Example((*prompt, *self._encode(target), END), len(prompt))
+        return Example((*prompt, *self._encode(target, into), END), len(prompt))
 
     def prompt(self, source: str, into: int) -> tuple[int, ...]:
         """What a translation follows."""
         other = ENGLISH if into == CHINESE else CHINESE
-        return (other, *self._encode(source), into)
+        return (other, *self._encode(source, other), into)
 
     def forward(self, pairs: Iterable[Pair]) -> list[Example]:
         """English into Chinese: what is tuned for."""
@@ -98,7 +99,7 @@ class Codec:
         """Articles in pieces of ``length`` tokens, without an end."""
         found: list[Example] = []
         for paragraph in paragraphs:
-            ids = self._encode(paragraph)
+            ids = self._encode(paragraph, ENGLISH)
             starts = range(0, len(ids) - length + 2, length - 1)
             found += [Example((ENGLISH, *ids[start : start + length - 1]), 1) for start in starts]
         return found
@@ -112,7 +113,9 @@ class Codec:
             kept.append(int(one))
         return str(self._tokenizer.decode(kept)).strip()
 
-    def _encode(self, sentence: str) -> list[int]:
+    def _encode(self, sentence: str, language: int) -> list[int]:
+        if language == ENGLISH:
+            sentence = f" {sentence}"  # its first word is the same token as anywhere else
         return list(self._tokenizer.encode(sentence, add_special_tokens=False).ids)
 
 

@@ -63,8 +63,8 @@ SCALES = {
         Course(6, 16, look=3, patience=2), old=16, piece=16, answer=8, rungs=(2, 2, 3),
     ),
     "small": Scale(
-        Shape(80, 216, 4, 4, 2400), Sizes(640, 160, 300, 8, 10), Course(1200, 40), 3e-3,
-        Course(120, 16, look=20, patience=2), old=100, piece=24, answer=20,
+        Shape(80, 216, 4, 4, 2000), Sizes(1500, 200, 300, 8, 10), Course(4000, 16), 3e-3,
+        Course(120, 12, look=30, patience=2), old=100, piece=24, answer=20,
     ),
     "large": Scale(
         Shape(512, 1408, 8, 8, 6000), Sizes(8000, 1000, 1500, 40, 60), Course(30_000, 128), 1e-3,

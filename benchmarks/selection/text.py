@@ -40,8 +40,8 @@ class Text:
     Attributes
     ----------
     pretrain, train, dev, test:
-        Pairs; a sentence of one of them, English or Chinese, is in no other, whatever its case and
-        punctuation. Of dev and test no two pairs share a sentence.
+        Pairs, English in lower case; a sentence of one of them, English or Chinese, is in no other, whatever
+        its case and punctuation. Of dev and test no two pairs share a sentence.
     articles, unseen:
         Paragraphs of English articles to learn from, and to examine on.
     """
@@ -67,12 +67,17 @@ def read(folder: Path, sizes: Sizes, seed: int = 0) -> Text:
 
 
 def short(pairs: Iterable[Pair], sizes: Sizes) -> list[Pair]:
-    """The pairs within the limits, each once."""
+    """The pairs within the limits whose Chinese is in simplified characters, each once.
+
+    Which of the two scripts a translator used cannot be told from the English: it would be noise.
+    """
     return list(
         dict.fromkeys(
             (english, chinese)
             for english, chinese in pairs
-            if len(re.findall(r"\w+|[^\w\s]", english)) <= sizes.words and len(chinese) <= sizes.characters
+            if len(re.findall(r"\w+|[^\w\s]", english)) <= sizes.words
+            and len(chinese) <= sizes.characters
+            and _simplified(chinese)
         )
     )
 
@@ -127,16 +132,25 @@ def _plain(sentence: str) -> str:
     return re.sub(r"[\W_]+", "", sentence.casefold()) or sentence
 
 
+def _simplified(sentence: str) -> bool:
+    """GB 2312 has no traditional characters where there are simplified ones."""
+    try:
+        sentence.encode("gb2312")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _pairs(file: Path) -> Iterator[Pair]:
     for line in _read(file).splitlines():
         columns = line.split("\t")
         if len(columns) >= 2:
-            yield columns[0].strip(), columns[1].strip()
+            yield columns[0].strip().lower(), columns[1].strip()
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
     """Paragraphs, without the headings."""
-    lines = (line.strip() for line in _read(file).splitlines())
+    lines = (line.strip().lower() for line in _read(file).splitlines())
     return (line for line in lines if line and not line.startswith("="))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,14 @@ def test_what_is_written_by_hand_stays_and_what_is_made_is_made_anew(tmp_path):
     render_selection(folder)
     assert page.read_text() == once
     assert (folder / "selection-small.svg").read_bytes() == picture
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_page_in_docs_is_what_its_lines_make(tmp_path):
+    shutil.copytree(ROOT / "docs" / "results", tmp_path / "results")
+    shutil.copy(ROOT / "docs" / "results.md", tmp_path)
+    render_selection(tmp_path / "results")
+    assert (tmp_path / "results.md").read_text() == (ROOT / "docs" / "results.md").read_text()
 
 
 def test_a_line_that_was_cut_off_is_none_and_gives_way_to_the_next(tmp_path):
