@@ -18,7 +18,10 @@ EMPTY = f"# Does choosing neurons help?\n\n{BEGIN}\n{END}\n"
 ROLES = {"ours": "**{}**", "control": "{}", "rival": "*{}*"}
 
 CAPTION = "Loss on the new task and on the old text, by share of trained parameters"
-QUALITY = "| | trained, % | rate | dev loss | test loss | BLEU | chrF | old text: loss added | seeds |"
+QUALITY = (
+    "| | trained, % | rate | dev loss | test loss | with another's English | BLEU | chrF "
+    "| old text: loss added | seeds |"
+)
 PAIRS = "| | against | test loss | p | test loss, by sentences | chrF, by sentences | old text: loss added |"
 COSTS = (
     "| | trained | neurons | share of the change | choosing, s | step, ms | steps to the best | peak, MB |"
@@ -86,6 +89,7 @@ def quality_row(study: Study, result: Result) -> str:
         rate,
         f"{result.figure(lambda run: run['loss']):.3f}",
         f"{result.figure(lambda run: run['test']):.3f}",
+        f"{result.figure(lambda run: run['astray'] - run['test']).mean:+.2f}",
         f"{result.figure(lambda run: run['bleu']):.2f}",
         f"{result.figure(lambda run: run['chrf']):.2f}",
         f"{result.figure(study.forgotten):+.3f}".replace("± +", "± "),

@@ -28,7 +28,6 @@ from benchmarks.selection.tuning import Trained, batches_of, rank_of, train, tra
 from neftsurgery import Selection
 from neftsurgery.checkpoint.fingerprint import fingerprint
 
-MIXTURE = (6, 1, 1, 1)  # batches to pre-train on: backward translation, English, Chinese, articles
 FACTS = "pretraining.json"
 
 
@@ -37,9 +36,10 @@ class Laboratory:
 
     def __init__(self, options: Options) -> None:
         torch.set_num_threads(options.threads)
-        self._options, self._sizes, self._place = options, options.sizes, options.place
-        self._place.mkdir(parents=True, exist_ok=True)
+        self._options, self._sizes = options, options.sizes
         self.text = read(options.text, self._sizes.text)
+        self._place = options.place(self.text.digest)
+        self._place.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def codec(self) -> Codec:
@@ -61,15 +61,8 @@ class Laboratory:
             if step % max(1, course.steps // 20) == 0:
                 say(f"    pre-training, step {step} of {course.steps}: loss {loss:.3f}")
 
-        began = time.perf_counter()
-        train(
-            model,
-            list(model.parameters()),
-            self._mixed(course.batch),
-            course,
-            self._sizes.pretrain_rate,
-            say=tell,
-        )
+        began, batches = time.perf_counter(), self._mixed(course.batch)
+        train(model, list(model.parameters()), batches, course, self._sizes.pretrain_rate, say=tell)
         seconds = time.perf_counter() - began
         facts = {"parameters": models.parameters_of(model), "seconds": round(seconds, 1), "date": _today()}
         self._save(model, self.base, facts)
@@ -83,12 +76,14 @@ class Laboratory:
     def _mixed(self, size: int) -> Iterator[list[Example]]:
         """Batches of all that the base learns, in turns."""
         codec, pairs = self.codec, self.text.pretrain
-        backward = [Example(example.ids, 1) for example in codec.backward(pairs)]
+        both = ([Example(e.ids, 1) for e in way(pairs)] for way in (codec.backward, codec.forward))
         pieces = codec.pieces(self.text.articles, self._sizes.piece)
-        parts = (backward, codec.english(pairs), codec.chinese(pairs), pieces)
+        parts = (*both, codec.english(pairs), codec.chinese(pairs), pieces)
         streams = [batches_of(part, size, seed) for seed, part in enumerate(parts)]
-        turns = [number for number, share in enumerate(MIXTURE) for _ in range(share)]
-        turns = [turns[(7 * place) % len(turns)] for place in range(len(turns))]  # spread out
+        turns = [number for number, share in enumerate(self._sizes.mixture) for _ in range(share)]
+        turns = [
+            turns[(7 * place) % len(turns)] for place in range(len(turns))
+        ]  # spread out: 7 and their number share no factor
         while True:
             for turn in turns:
                 yield next(streams[turn])

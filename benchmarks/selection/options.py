@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -43,7 +44,8 @@ class Scale:
     """How large everything is.
 
     ``old`` examples of each old task are examined for what was forgotten. ``rungs`` is where every search
-    for a learning rate starts on the ladder, and its bounds.
+    for a learning rate starts on the ladder, and its bounds. ``mixture`` says how many batches in turn are
+    pre-trained on: Chinese into English, English into Chinese, English, Chinese, articles.
     """
 
     shape: Shape
@@ -54,7 +56,8 @@ class Scale:
     old: int
     piece: int  # tokens of a piece of an article
     answer: int  # tokens of a translation, at most
-    rungs: tuple[int, int, int] = (2, -4, 8)
+    rungs: tuple[int, int, int] = (4, -4, 9)
+    mixture: tuple[int, ...] = (4, 2, 1, 1, 1)
 
 
 SCALES = {
@@ -112,15 +115,15 @@ class Options:
         device = "" if self.device == "cpu" else f"-{self.device}"
         return self.out / f"selection-{self.scale}{device}.jsonl"
 
-    @property
-    def place(self) -> Path:
-        """The folder of the base and the probes."""
-        return self.work / self.results.stem
-
-    def describe(self) -> dict[str, Any]:
-        """What must be alike for runs to be comparable; JSON."""
+    def describe(self, text: str) -> dict[str, Any]:
+        """What must be alike for runs to be comparable; JSON. ``text`` is the text's digest."""
         sizes = json.loads(json.dumps(asdict(self.sizes)))  # as it is when it is read back
-        return {"scale": self.scale, "device": self.device, "rate": RATE, **sizes}
+        return {"scale": self.scale, "device": self.device, "rate": RATE, **sizes, "text": text}
+
+    def place(self, text: str) -> Path:
+        """The folder of the base and the probes: another one for every setting."""
+        digest = hashlib.sha256(json.dumps(self.describe(text), sort_keys=True).encode()).hexdigest()
+        return self.work / f"{self.results.stem}-{digest[:12]}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,15 +16,21 @@ SHOWN = 3  # translations that are kept, to be looked at
 
 
 def measure(model: Any, codec: Codec, text: Text, sizes: Scale) -> dict[str, Any]:
-    """Losses in nats a token, BLEU and chrF of greedy translations; each sentence's loss (a sum) and chrF."""
+    """Losses in nats a token, BLEU and chrF of greedy translations; each sentence's loss (a sum) and chrF.
+
+    ``astray`` is the test loss where each Chinese sentence follows another one's English: what of it is
+    translation, and what only knowing Chinese.
+    """
     found = examine(model, codec.forward(text.test))
     translations = translate(model, codec, text.test, CHINESE, sizes.answer)
     references = [chinese for _, chinese in text.test]
+    others = [english for english, _ in (*text.test[1:], text.test[0])]
     bleu = BLEU(tokenize="zh").corpus_score(translations, [references])
     chrf = CHRF()
     old = {name: round(mean_loss(model, make()), 5) for name, make in _old(codec, text, sizes).items()}
     return {
         "test": round(sum(loss for loss, _ in found) / sum(count for _, count in found), 5),
+        "astray": round(mean_loss(model, codec.forward(zip(others, references, strict=True))), 5),
         "bleu": round(bleu.score, 3),
         "chrf": round(chrf.corpus_score(translations, [references]).score, 3),
         "exact": sum(map(str.__eq__, translations, references)),

@@ -26,19 +26,25 @@ def measure(options: Options) -> None:
     """Makes the runs that are missing, into ``options.results``."""
     os.environ.update(QUIET)
     deadline = time.monotonic() + 60 * options.minutes
+    names = [name for name in options.only if name not in ("base", "full")]
     try:
-        _Bench(options, deadline).prepare()
+        bench = _Bench(options, deadline)
+        bench.prepare()
+        bench.work_off(ARMS["full"])  # its rate and its runs are what the others' neurons are chosen by
+        if options.workers == 1:
+            for name in names:
+                bench.work_off(ARMS[name])
+        else:
+            _side_by_side(options, names, deadline)
     except TextError as error:
         sys.exit(str(error))
-    names = [name for name in options.only if name not in ("base", "full")]
-    _Bench(options, deadline).work_off(ARMS["full"])
-    if options.workers == 1 or len(names) < 2:
-        bench = _Bench(options, deadline)
-        for name in names:
-            bench.work_off(ARMS[name])
-        return
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: {options.results} has what was finished, and the same command goes on from there")
+
+
+def _side_by_side(options: Options, names: list[str], deadline: float) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, context, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(options.workers, context) as pool:
         left = deadline - time.monotonic()
         for done in [pool.submit(_in_process, options, name, left) for name in names]:
             done.result()
@@ -60,14 +66,12 @@ class _Bench:
     def prepare(self) -> None:
         """The setting, the base, and the base's own figures. Leaves with a message where they do not fit."""
         options, laboratory = self._options, self._laboratory
-        setting = options.describe() | {"text": laboratory.text.digest}
+        setting = options.describe(laboratory.text.digest)
         (known,) = self._found("setting") or (None,)
         if known is None:
-            extra = {"command": options.command, "machine": machine.describe(options.place, PACKAGES)}
-            counts = {
-                part: len(getattr(laboratory.text, part)) for part in ("pretrain", "train", "dev", "test")
-            }
-            self._keep("setting", setting=setting, pairs=counts, seeds=options.seeds, **extra)
+            here = machine.describe(laboratory.base.parent, PACKAGES)
+            pairs = laboratory.text.pairs
+            self._keep("setting", setting=setting, pairs=pairs, command=options.command, machine=here)
         elif known["setting"] != setting:
             sys.exit(
                 f"{options.results} is of another setting or other text; give another --out, or move it away"

@@ -54,6 +54,12 @@ class Text:
     unseen: tuple[str, ...]
 
     @property
+    def pairs(self) -> dict[str, int]:
+        """How many there are in each part."""
+        parts = {"pretrain": self.pretrain, "train": self.train, "dev": self.dev, "test": self.test}
+        return {name: len(part) for name, part in parts.items()}
+
+    @property
     def digest(self) -> str:
         """Names exactly this text, dealt out in this way."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
