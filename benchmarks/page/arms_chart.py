@@ -40,7 +40,7 @@ def draw(study: Study, file: Path) -> None:
         _panel(right, study, study.forgotten, "loss added on old text, nats a token")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=5, frameon=False, fontsize=8.5)
-        figure.subplots_adjust(top=0.82, wspace=0.22)
+        figure.subplots_adjust(top=0.82, wspace=0.3)
         save(figure, file)
 
 
@@ -65,7 +65,8 @@ def _panel(axes: Axes, study: Study, of: Callable[[Line], float], label: str) ->
             color=colour, marker=mark, linestyle=line, markersize=6, linewidth=1.3, capsize=2, label=words,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xticks([0.4, 1, 3, 9, 30, 100], ["0.4", "1", "3", "9", "30", "100"])
+    axes.minorticks_off()
     axes.set_xlabel("trained parameters, % of all")
     axes.set_ylabel(label)
 

@@ -23,6 +23,7 @@ QUALITY = (
     "| old text: loss added | seeds |"
 )
 PAIRS = "| | against | test loss | p | test loss, by sentences | chrF, by sentences | old text: loss added |"
+OLD_TEXT = "| loss added on | English | Chinese | Chinese-English | articles |"
 COSTS = (
     "| | trained | neurons | share of the change | choosing, s | step, ms | steps to the best | peak, MB |"
 )
@@ -48,6 +49,8 @@ def _section(file: Path) -> Iterator[str]:
     yield table(QUALITY, (quality_row(study, result) for result in study.results.values()))
     yield "### In pairs"
     yield table(PAIRS, (row for pair in pairs(study) if (row := pair_row(study, *pair))))
+    yield "### Old text, by kind"
+    yield table(OLD_TEXT, (old_row(study, result) for result in study.results.values()))
     yield "### Costs"
     yield table(COSTS, (cost_row(result) for result in study.results.values() if result.arm.kind != "base"))
     yield "### Settings"
@@ -128,8 +131,8 @@ def pair_row(study: Study, name: str, other: str) -> str | None:
 
     loss, old = over_seeds(*figures(lambda run: run["test"])), over_seeds(*figures(study.forgotten))
     cells = [
-        named(ours),
-        named(theirs),
+        named(ours).strip("*"),
+        named(theirs).strip("*"),
         f"{loss.middle if loss.interval is None else loss.interval:.3f}",
         "" if loss.p is None else f"{loss.p:.3f}",
         sentences("loss", tokens),
@@ -137,6 +140,19 @@ def pair_row(study: Study, name: str, other: str) -> str | None:
         f"{old.middle if old.interval is None else old.interval:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def old_row(study: Study, result: Result) -> str:
+    """A row of the table of what was forgotten; the base's are losses, not differences."""
+    if result.arm.kind == "base":
+        cells = [f"({study.untuned['old'][kind]:.3f})" for kind in OLD]
+    else:
+        cells = [f"{result.figure(lambda run, kind=kind: _added(study, run, kind)):+.3f}" for kind in OLD]
+    return f"| {' | '.join([named(result), *cells]).replace('± +', '± ')} |"
+
+
+def _added(study: Study, run: Any, kind: str) -> float:
+    return float(run["old"][kind] - study.untuned["old"][kind])
 
 
 def cost_row(result: Result) -> str:

@@ -24,9 +24,9 @@ def run(arm: str, seed: int, test: float, **more: Any) -> dict[str, Any]:
     """A finished run; its sentences' losses are such that the whole is ``test`` a token."""
     return {
         "kind": "run", "arm": arm, "seed": seed, "rung": 3, "rate": 8e-3, "loss": test + 0.1,
-        "test": test, "astray": test + 0.25, "bleu": 5.0, "chrf": 10.0, "best": 40, "step": 0.05, "seconds": 3.0, "peak": 5_000_000,
-        "trainable": 30,
-        "choosing": 0.2, "date": "2026-01-01", "old": dict.fromkeys(OLD, 3.0),
+        "test": test, "astray": test + 0.25, "bleu": 5.0, "chrf": 10.0,
+        "best": 40, "step": 0.05, "seconds": 3.0, "peak": 5_000_000,
+        "trainable": 30, "choosing": 0.2, "date": "2026-01-01", "old": dict.fromkeys(OLD, 3.0),
         "sentences": {"loss": [test * n for n in TOKENS], "chrf": [10.0, 20.0, 30.0]}, **more,
     }  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_pairs_are_tested_over_seeds_and_over_sentences(study):
     row = pair_row(study, "neft-3", "random-3")
     assert row is not None
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells[:2] == ["**NeFT: sensitive rows, 3%**", "random rows, 3%"]
+    assert cells[:2] == ["NeFT: sensitive rows, 3%", "random rows, 3%"]
     assert cells[2] == f"-0.200 ({-0.2 - reach:+.3f} to {-0.2 + reach:+.3f})"
     assert cells[3] == f"{1 - math.sqrt(12) / math.sqrt(14):.3f}" == "0.074"
     assert cells[4] == "**-0.200 (-0.200 to -0.200)**"  # every sentence says the same
@@ -126,6 +126,8 @@ def test_what_is_written_by_hand_stays_and_what_is_made_is_made_anew(tmp_path):
     assert once.startswith(f"# Mine\n\nbefore\n\n{BEGIN}\n\n## Scale small")
     assert once.endswith(f"{END}\n\nafter\n")
     assert "\nold\n" not in once
+    added = " | ".join(f"{3.0 - base:+.3f} ± 0.000" for base in (1.0, 2.0, 3.0, 4.0))
+    assert f"| **NeFT: sensitive rows, 3%** | {added} |" in once
     assert "| **NeFT: sensitive rows, 3%** | 30 | 4 | 12.5% | 0.2 | 50 ± 0 | 40 | 5 ± 0 |" in once
     picture = (folder / "selection-small.svg").read_bytes()
     render_selection(folder)
