@@ -9,7 +9,6 @@ from pathlib import Path
 from benchmarks.files import options as files
 from benchmarks.files.suite import RESULTS, measure
 from benchmarks.page.markdown import render
-from benchmarks.page.selection import render_selection
 from benchmarks.page.training import render_training
 from benchmarks.selection import options as selection
 from benchmarks.training import options as training
@@ -41,7 +40,7 @@ def main() -> None:
             given = parser.parse_args()
         training_suite.measure(training.Options.of(given))
     if given.command == "selection":
-        from benchmarks.selection import suite as selection_suite  # needs nothing heavy, its runs do
+        from benchmarks.selection import suite as selection_suite
 
         selection_suite.measure(selection.Options.of(given))
     if given.command in ("files", "render") and (given.out / RESULTS).exists():
@@ -50,6 +49,10 @@ def main() -> None:
         render_training(given.out)
     of_selection = given.out if given.command == "selection" else given.out.with_name("results")
     if given.command in ("selection", "render") and any(of_selection.glob("selection-*.jsonl")):
+        from benchmarks.page.selection import (
+            render_selection,
+        )  # heavy, and our peak is that of measured children
+
         render_selection(of_selection)
 
 

@@ -134,7 +134,7 @@ def pair_row(study: Study, name: str, other: str) -> str | None:
         named(ours).strip("*"),
         named(theirs).strip("*"),
         f"{loss.middle if loss.interval is None else loss.interval:.3f}",
-        "" if loss.p is None else f"{loss.p:.3f}",
+        "" if loss.p is None else "<0.001" if loss.p < 0.001 else f"{loss.p:.3f}",
         sentences("loss", tokens),
         sentences("chrf", [1] * len(tokens)),
         f"{old.middle if old.interval is None else old.interval:.3f}",

@@ -30,7 +30,8 @@ def measure(options: Options) -> None:
     try:
         bench = _Bench(options, deadline)
         bench.prepare()
-        bench.work_off(ARMS["full"])  # its rate and its runs are what the others' neurons are chosen by
+        bench.work_off(ARMS["full"])
+        bench.make_probes()
         if options.workers == 1:
             for name in names:
                 bench.work_off(ARMS[name])
@@ -100,6 +101,13 @@ class _Bench:
             if not self._found("run", arm=arm.name, seed=seed):
                 facts = self._laboratory.run(arm, seed, rung, self._probe(arm, seed))
                 self._keep("run", arm=arm.name, seed=seed, rung=rung, **facts)
+
+    def make_probes(self) -> None:
+        """The full fine-tunes that neurons are chosen by, before several processes ask for the same one."""
+        rung = self._rung(ARMS["full"])
+        for seed in range(TUNED, self._options.seeds + 1):
+            if rung is not None and not self._late():
+                self._laboratory.probe(seed, rung)
 
     def _rung(self, arm: Arm) -> int | None:
         """Where on the ladder of learning rates it stands; None: there was no time to find out."""
