@@ -56,7 +56,9 @@ def _panel(axes: Axes, study: Study, of: Callable[[Line], float], label: str) ->
         members.sort(key=study.share)
         if not members:
             continue
-        aside = 1 if line else 1 + 0.035 * (place - len(FAMILIES) / 2)  # so that marks do not hide each other
+        aside = (
+            1 if line or len(members) == 1 else 1 + 0.035 * (place - len(FAMILIES) / 2)
+        )  # so that marks do not hide each other
         figures = [result.figure(of) for result in members]
         axes.errorbar(
             [study.share(result) * aside for result in members],
@@ -67,7 +69,7 @@ def _panel(axes: Axes, study: Study, of: Callable[[Line], float], label: str) ->
     axes.set_xscale("log")
     axes.set_xticks([0.4, 1, 3, 9, 30, 100], ["0.4", "1", "3", "9", "30", "100"])
     axes.minorticks_off()
-    axes.set_xlabel("trained parameters, % of all")
+    axes.set_xlabel("trained parameters, % of all (marks of one size stand side by side)")
     axes.set_ylabel(label)
 
 

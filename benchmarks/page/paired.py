@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,14 @@ def over_sentences(
     of these very models? It tells nothing of other seeds.
     """
     difference, weight = (ours - theirs).mean(0), np.asarray(weights, np.float64)
-    rng = np.random.default_rng(0)
-    count = len(weight)
-    times = rng.multinomial(count, np.full(count, 1 / count), draws)
+    times = _times_drawn(len(weight), draws)
     drawn = (times @ difference) / (times @ weight)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Interval(float(difference.sum() / weight.sum()), float(low), float(high))
+
+
+@lru_cache(maxsize=2)
+def _times_drawn(count: int, draws: int) -> NDArray[Any]:
+    """How often each sentence is in each draw, ``[draw, sentence]``: the same draws for every comparison."""
+    times: NDArray[Any] = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
+    return times.astype(np.float64)
