@@ -462,7 +462,7 @@ def test_a_mixture_of_64000_tensors_is_read_quickly_and_small() -> None:
     config = {"model_type": "qwen3_moe", "num_attention_heads": 4}
     started = time.process_time()
     anatomy = read_anatomy("units", tensors, config)
-    assert time.process_time() - started < 20  # about 1.1 s, and hours if it were quadratic
+    assert time.process_time() - started < 5  # about 1.1 s
     assert anatomy.unit_count == 84 * 256 * 2048
     tracemalloc.start()
     read_anatomy("units", dict(list(tensors.items())[:6000]), config)
@@ -478,7 +478,7 @@ def test_thousands_of_plain_names_are_looked_up_not_searched() -> None:
     tensors = infos({f"layers.{n}.mlp.up_proj.weight": (2, 3) for n in range(20_000)})
     started = time.process_time()
     assert len(read_anatomy("rows", tensors, LLAMA, only=list(tensors)).scored) == 20_000
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 5
 
 
 def test_the_module_needs_neither_torch_nor_transformers() -> None:
