@@ -69,6 +69,10 @@ SCALES = {
         Shape(80, 216, 4, 4, 2000), Sizes(1500, 200, 300, 8, 10), Course(4000, 16), 3e-3,
         Course(120, 12, look=30, patience=2), old=100, piece=24, answer=20,
     ),
+    "medium": Scale(
+        Shape(160, 432, 4, 4, 3000), Sizes(1600, 300, 400, 12, 16), Course(5000, 32), 2e-3,
+        Course(400, 16, look=50, patience=2), old=200, piece=32, answer=28, rungs=(2, -4, 9), mixture=(4, 1, 1, 2, 1),
+    ),
     "large": Scale(
         Shape(512, 1408, 8, 8, 6000), Sizes(8000, 1000, 1500, 40, 60), Course(30_000, 128), 1e-3,
         Course(2000, 64, look=100, patience=4), old=1000, piece=64, answer=80,

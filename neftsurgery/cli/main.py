@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -101,41 +101,49 @@ def cli() -> None:
 
 def run(args: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    gc.set_threshold(_NEW_OBJECTS, 20, 100)
     args = sys.argv[1:] if args is None else args
     # What to do with an error depends on options that a wrong command line may hide: look for them.
     options = args[: args.index("--")] if "--" in args else args
     as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
     quiet = "-q" in options or "--quiet" in options
-    _log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
-    _tell_hub_client(quiet, verbose)
-
     try:
-        with _unseen("scipy") if args[:1] in _SCORING else nullcontext():
-            result = cli.main(args, prog_name="neftsurgery", standalone_mode=False)
-        sys.stdout.flush()
-        code = result if isinstance(result, int) else 0
-    except BrokenPipeError:  # whoever read our output has gone: `neftsurgery diff … | head`
-        sys.stderr.close()
-        code = 0
-    except click.exceptions.Exit as error:
-        code = error.exit_code
-    except (_Stopped, click.exceptions.Abort) as error:
-        code = _report(error, as_json, verbose)
-    except click.ClickException as error:
-        message = error.format_message()
-        context = getattr(error, "ctx", None)
-        hint = f"\nsee `{context.command_path} --help`" if context is not None else ""
-        click.echo(printable(f"neftsurgery: {message}{hint}"), err=True)
-        code = _as_json(message, error.exit_code) if as_json else error.exit_code
-    except Exception as error:
+        _on_signals(_stop)
+        gc.set_threshold(_NEW_OBJECTS, 20, 100)
+        _log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
+        _tell_hub_client(quiet, verbose)
+        code = _outcome(args, as_json, verbose)
+        _on_signals(signal.SIG_DFL)  # all is done and said: what is left of the process may be killed
+    except _Stopped as error:
+        _on_signals(signal.SIG_DFL)
         code = _report(error, as_json, verbose)
     finally:
         logging.getLogger("neftsurgery").handlers.clear()
         gc.freeze()  # the system takes all memory back at once: no need to look through it first
     sys.exit(code)
+
+
+def _outcome(args: list[str], as_json: bool, verbose: bool) -> int:
+    """Run the command that ``args`` name, say what went wrong, and return the exit code."""
+    try:
+        with _unseen("scipy") if args[:1] in _SCORING else nullcontext():
+            result = cli.main(args, prog_name="neftsurgery", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except BrokenPipeError:  # whoever read our output has gone: `neftsurgery diff … | head`
+        sys.stderr.close()
+        return 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.exceptions.Abort as error:
+        return _report(error, as_json, verbose)
+    except click.ClickException as error:
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        hint = f"\nsee `{context.command_path} --help`" if context is not None else ""
+        click.echo(printable(f"neftsurgery: {message}{hint}"), err=True)
+        return _as_json(message, error.exit_code) if as_json else error.exit_code
+    except Exception as error:
+        return _report(error, as_json, verbose)
 
 
 @contextmanager
@@ -159,6 +167,11 @@ class _Stopped(SystemExit):
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """Leave by an exception, so that what is half-written is removed on the way out."""
     raise _Stopped(128 + number)
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def _log_to_stderr(level: int) -> None:
