@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -61,7 +62,7 @@ def neft(
 ) -> Callable[..., Result]:
     """Runs a command line inside this process, in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read when it was imported
 
     def call(*words: object) -> Result:
         capfd.readouterr()

@@ -44,7 +44,7 @@ class Lesson:
     directions: tuple[Direction, ...]
     steps: int
     learning_rate: float
-    sentences: int = 48
+    sentences: int = 32
     seed: int = 0
 
 

@@ -35,17 +35,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def recipe(tiny: Path, tmp_path: Path) -> Path:
-    shutil.copytree(tiny, tmp_path / "base")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
+def write_recipe(tiny: Path, folder: Path) -> Path:
+    """A recipe with its base and examples in ``folder``."""
+    shutil.copytree(tiny, folder / "base")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
     content = (
         "model: base\nout: run\ndata: {train: data.jsonl, eval_share: 0.2}\n"
         "probe: {steps: 2}\nselect: {neurons: 5%}\n"
         "train: {steps: 6, batch_size: 4, learning_rate: 1e-2, save_every: 2}\n"
     )
-    (tmp_path / "recipe.yaml").write_text(content)
-    return tmp_path / "recipe.yaml"
+    (folder / "recipe.yaml").write_text(content)
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture
+def recipe(tiny: Path, tmp_path: Path) -> Path:
+    return write_recipe(tiny, tmp_path)
 
 
 def test_from_recipe_to_patched_checkpoint(neft: Any, recipe: Path, tmp_path: Path) -> None:
@@ -152,33 +157,45 @@ def wait_for_a_save(out: Path, process: subprocess.Popen[str]) -> None:
     raise AssertionError("no save in a minute")
 
 
+LONG = ("--set", "train.steps=150", "--set", "train.save_every=5")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a long run that nobody stopped came to."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = run_process(write_recipe(tiny, folder), *LONG)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return folder / "run"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_goes_on_to_the_same_patch(recipe: Path, tmp_path: Path, number: int) -> None:
-    long = ["--set", "train.steps=150", "--set", "train.save_every=5"]
-    process = run_process(recipe, *long)
-    wait_for_a_save(tmp_path / "run", process)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_a_stopped_run_goes_on_to_the_same_patch(
+    neft: Any, recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    process = run_process(recipe, *LONG)
+    wait_for_a_save(out, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert not (tmp_path / "run").exists()
+    assert not out.exists()
     if number == signal.SIGKILL:
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + number, errors
         assert "give the same command again" in errors
-    other = run_process(recipe, *long, "--set", "train.seed=5")
-    assert "train.seed differ" in other.communicate(timeout=60)[1]
-    assert other.returncode == 2
-    resumed = run_process(recipe, *long, "--resume", "--json")
+    other = neft("train", recipe, *LONG, "--set", "train.seed=5")
+    assert (other.code, "train.seed differ" in other.err) == (2, True)
+    resumed = run_process(recipe, *LONG, "--resume", "--json")
     answer, errors = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, errors
     assert 0 < json.loads(answer)["resumed_from"] < 150
-    whole = run_process(recipe, *long, "-o", str(tmp_path / "whole"))
-    assert whole.communicate(timeout=120)[1] is not None
-    one, two = (load_file(tmp_path / name / "neuron_patch.safetensors") for name in ("run", "whole"))
+    one, two = (load_file(folder / "neuron_patch.safetensors") for folder in (out, whole))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    curves = [(tmp_path / name / "losses.jsonl").read_text().splitlines() for name in ("run", "whole")]
+    curves = [(folder / "losses.jsonl").read_text().splitlines() for folder in (out, whole)]
     devs = [[p for line in curve if "dev_loss" in (p := json.loads(line))] for curve in curves]
     assert [p["dev_loss"] for p in devs[0]] == [p["dev_loss"] for p in devs[1]]
 

@@ -98,17 +98,23 @@ def test_no_token_in_any_message(
 ) -> None:
     """Whatever the Hub's client says when it fails, with the traceback of -v as well."""
 
+    asked = 0
+
     def fail(*arguments: object, **more: object) -> str:
+        nonlocal asked
+        asked += 1
         raise error
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, fail)
     monkeypatch.chdir(tmp_path)
     raw_file(tmp_path / "patch", [])
     with pytest.raises(SystemExit) as left:
         run(["inspect", "org/name", *options])
     captured = capfd.readouterr()
     said = captured.out + captured.err
+    assert asked
     assert left.value.code in (2, 5)
     assert "org/name" in said
     assert TOKEN not in said

@@ -65,9 +65,9 @@ def sums_of(aa: float, dd: float, ad: float, changed: int = 1) -> Sums:
     ("aa", "dd", "ad", "changed", "doubted"),
     [
         (1.0, 1e-6, 0.0, 1, False),  # at a right angle
-        (1.0, 1e-6, 0.97e-3, 1, False),
-        (1.0, 1e-6, 0.98e-3, 1, True),  # nearly parallel: 1 - .98**2 is below .05
-        (1.0, 1e-6, -0.98e-3, 1, True),
+        (1.0, 1e-6, 0.86e-3, 1, False),
+        (1.0, 1e-6, 0.87e-3, 1, True),  # too near to parallel: 1 - .87**2 is below .25
+        (1.0, 1e-6, -0.87e-3, 1, True),
         (1.0, 0.0, 0.0, 0, False),  # unchanged
         (1.0, 0.0, 0.0, 1, True),  # changed by too little for float32
         (0.0, 1.0, 0.0, 1, True),

@@ -32,7 +32,7 @@ __all__ = ["show"]
 
 _SCHOOL = Lesson(OLD, steps=200, learning_rate=3e-3, seed=1)
 # The same sentences, steps and learning rate for all that learn the new task.
-_COURSE = Lesson(NEW, steps=200, learning_rate=2e-3, seed=2)
+_COURSE = Lesson(NEW, steps=150, learning_rate=2e-3, seed=2)
 
 
 @dataclass(frozen=True)
