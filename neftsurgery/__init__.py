@@ -24,12 +24,14 @@ from .errors import CorruptFileError, MachineError, MismatchError, NeftError, Us
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .analysis.measure import utilization
+    from .analysis.result import Utilization
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
     from .hub.push import Pushed, push
     from .patch.patch import Patch
-    from .report.report import report
+    from .pictures.report import report
     from .selection.scores import Scores
     from .selection.selection import Selection
     from .surgery.apply import apply, revert
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
     from .surgery.verify import Verification, verify
     from .tuning.attach import Attached, attach
     from .tuning.trainer import PatchSaving
-    from .utilization.measure import utilization
-    from .utilization.result import Utilization
 
 __all__ = [
     "Attached",
@@ -84,7 +84,7 @@ _HOMES = {
     "Pushed": "hub.push",
     "Scores": "selection.scores",
     "Selection": "selection.selection",
-    "Utilization": "utilization.result",
+    "Utilization": "analysis.result",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
     "attach": "tuning.attach",
@@ -96,9 +96,9 @@ _HOMES = {
     "open_checkpoint": "checkpoint.opening",
     "pull": "hub.pull",
     "push": "hub.push",
-    "report": "report.report",
+    "report": "pictures.report",
     "revert": "surgery.apply",
-    "utilization": "utilization.measure",
+    "utilization": "analysis.measure",
     "verify": "surgery.verify",
 }
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 from support import LLAMA_CONFIG, Result, llama, write_folder
@@ -62,7 +62,7 @@ def neft(
 ) -> Callable[..., Result]:
     """Runs a command line inside this process, in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read when it was imported
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read when it was imported
 
     def call(*words: object) -> Result:
         capfd.readouterr()

@@ -71,7 +71,8 @@ SCALES = {
     ),
     "medium": Scale(
         Shape(160, 432, 4, 4, 3000), Sizes(1600, 300, 400, 12, 16), Course(5000, 32), 2e-3,
-        Course(400, 16, look=50, patience=2), old=200, piece=32, answer=28, rungs=(2, -4, 9), mixture=(4, 1, 1, 2, 1),
+        Course(400, 16, look=50, patience=2), old=200, piece=32, answer=28, rungs=(2, -4, 9),
+        mixture=(4, 1, 1, 2, 1),
     ),
     "large": Scale(
         Shape(512, 1408, 8, 8, 6000), Sizes(8000, 1000, 1500, 40, 60), Course(30_000, 128), 1e-3,

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..report.layer_map import LayerMap
-from ..report.map_figure import BLOCKS, map_lines
+from ..pictures.layer_map import LayerMap
+from ..pictures.map_figure import BLOCKS, map_lines
 from ..selection.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary

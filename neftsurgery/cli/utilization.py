@@ -16,8 +16,8 @@ from .console import Console
 from .options import stack
 
 if TYPE_CHECKING:
-    from ..report.sections import Section
-    from ..utilization.plan import UtilizationPlan
+    from ..analysis.plan import UtilizationPlan
+    from ..pictures.sections import Section
 
 __all__ = ["Analysis", "plan_analyses", "split_subjects", "take_utilization", "utilization_options"]
 
@@ -114,8 +114,8 @@ class Analysis:
 
     def run(self, console: Console, *, force: bool) -> Section:
         """Carry it out."""
-        from ..utilization.figures import section_of
-        from ..utilization.measure import measure
+        from ..analysis.figures import section_of
+        from ..analysis.measure import measure
 
         found = measure(self.plan, progress=partial(console.progress, unit="it"))
         if self.neurons_out is not None:
@@ -133,7 +133,7 @@ def plan_analyses(named: Sequence[str], options: dict[str, Any], *, force: bool)
         For what cannot be analysed, or where torch and transformers are not installed.
     """
     try:
-        from ..utilization.plan import plan_utilization
+        from ..analysis.plan import plan_utilization
     except ImportError as error:
         raise UsageError(
             f"--utilization needs what is not installed: {error.name}",

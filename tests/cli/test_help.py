@@ -95,6 +95,14 @@ def test_every_public_name_resolves():
         getattr(neftsurgery, "nothing")  # noqa: B009
 
 
+def test_no_module_has_the_name_of_a_verb():
+    """Python binds a module to its name in its package, over a verb, when it is first imported."""
+    import neftsurgery
+
+    folder = Path(neftsurgery.__file__).parent
+    assert not {path.stem for path in folder.iterdir()} & set(neftsurgery.__all__)
+
+
 def test_the_whole_round_loads_no_torch(tmp_path):
     """Nothing of the core may load torch, even where it is installed."""
     code = (

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from ...errors import UsageError
-from ...report.report import make, plan_report
-from ...report.subjects import Patched
+from ...pictures.report import make, plan_report
+from ...pictures.subjects import Patched
 from ...selection.selection import Selection
 from ...words import plural, size
 from ..console import Console

@@ -125,7 +125,7 @@ def report(
     force:
         Replace ``out`` and ``figures`` if they exist.
     more:
-        Sections to add at the end, such as `neftsurgery.utilization.figures.section_of` makes.
+        Sections to add at the end, such as `neftsurgery.analysis.figures.section_of` makes.
     progress:
         Told of the budgets chosen for and the figures drawn.
     **budget:

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import neftsurgery as ns
-from neftsurgery.utilization import measure
-from neftsurgery.utilization.models import Stack
-from neftsurgery.utilization.states import mean_states
-from neftsurgery.utilization.text import Piece
+from neftsurgery.analysis import measure
+from neftsurgery.analysis.models import Stack
+from neftsurgery.analysis.states import mean_states
+from neftsurgery.analysis.text import Piece
 
 WORDS = len(tokenizer())
 

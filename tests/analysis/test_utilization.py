@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tuning_support import bert, gpt2, llama, opt
 
 import neftsurgery as ns
-from neftsurgery.utilization import correlation
-from neftsurgery.utilization.models import stack_of
-from neftsurgery.utilization.result import GROUPS, Utilization
-from neftsurgery.utilization.states import mean_states
-from neftsurgery.utilization.text import Piece, batches, read_text
+from neftsurgery.analysis import correlation
+from neftsurgery.analysis.models import stack_of
+from neftsurgery.analysis.result import GROUPS, Utilization
+from neftsurgery.analysis.states import mean_states
+from neftsurgery.analysis.text import Piece, batches, read_text
 
 LINES = ["the cat sat", "a dog", "copy word: word", "Some longer line of letters than the others", "x"]
 
@@ -311,10 +310,3 @@ def test_long_texts_become_pieces_and_each_text_counts_the_same(tmp_path: Path) 
     one = read_text(path, tokenizer(), tokens=10, length=100)
     assert (one.texts, one.tokens, one.cut) == (1, 10, True)
     assert one.pieces[0].weight == 1 / 10
-
-
-def test_the_verb_is_there_whatever_was_imported_first() -> None:
-    """Python binds a package to its name in ``ns``, over the function, when a module of it is imported."""
-    for verb in (ns.utilization, sys.modules["neftsurgery.utilization"]):
-        with pytest.raises(ns.UsageError, match="nowhere/at/all"):
-            verb("nowhere/at/all", "nowhere", "nothing")

@@ -10,8 +10,8 @@ from matplotlib.image import imread
 from support import LLAMA_CONFIG, write_folder
 
 import neftsurgery as ns
-from neftsurgery.report.layer_map import OUTSIDE, LayerMap, natural
-from neftsurgery.report.map_figure import map_figure, map_lines
+from neftsurgery.pictures.layer_map import OUTSIDE, LayerMap, natural
+from neftsurgery.pictures.map_figure import map_figure, map_lines
 
 
 def test_scores_and_patch_agree_with_a_count_by_hand(pair, tmp_path):

@@ -15,7 +15,7 @@ from report_support import seven_billion
 from support import process, snapshot
 
 import neftsurgery as ns
-from neftsurgery.report.training import loss_figure, training_facts
+from neftsurgery.pictures.training import loss_figure, training_facts
 
 
 @pytest.fixture
@@ -189,18 +189,6 @@ def test_without_matplotlib_it_says_what_to_install(neft, files, monkeypatch):
     result = neft("report", "scores.safetensors", "-o", "r.html")
     assert (result.code, "pip install 'neftsurgery[report]'" in result.err) == (2, True)
     assert neft("report", "scores.safetensors", "--json").code == 0
-
-
-def test_the_verb_can_be_called_whichever_module_came_first(tmp_path):
-    for first in ("import neftsurgery.report.layer_map", "ns.report"):
-        code = (
-            f"import neftsurgery as ns\n{first}\nassert callable(ns.report)\ntry:\n    ns.report('nothing')\n"
-        )
-        code += "except ns.UsageError as error:\n    print(error.what)\n"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
-        )
-        assert "not there" in done.stdout
 
 
 def on_a_terminal(*words, cwd, **environment):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import neftsurgery as ns
+from neftsurgery.analysis.correlation import strongest
+from neftsurgery.analysis.ranking import limit_of, ranks
+from neftsurgery.analysis.result import NeuronUse, Utilization, ranked
 from neftsurgery.checkpoint.header import TensorInfo
 from neftsurgery.checkpoint.layout import Layout
 from neftsurgery.selection.budget import Amount
-from neftsurgery.utilization.correlation import strongest
-from neftsurgery.utilization.ranking import limit_of, ranks
-from neftsurgery.utilization.result import NeuronUse, Utilization, ranked
 
 NAN = float("nan")
 

@@ -114,7 +114,7 @@ def plan_utilization(
     dtype: str = "auto",
     device: str = "auto",
 ) -> UtilizationPlan:
-    """Check all that the analysis needs; see `neftsurgery.utilization.measure.utilization`."""
+    """Check all that the analysis needs; see `neftsurgery.analysis.measure.utilization`."""
     _check(states, dtype, tokens=tokens, length=length, batch=batch)
     amount = None if strongly is None else Amount.parse(strongly)
     first = open_checkpoint(base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,38 +140,30 @@ class Overlaps:
 
     def figure(self) -> Figure:
         """Each two of them, in all."""
-        columns = (
-            Column("first", "first", words.label),
-            Column("second", "second", words.label),
-            Column("first_neurons", "neurons", words.amount),
-            Column("second_neurons", "neurons", words.amount),
-            Column("shared", "in both", words.amount),
-            Column("jaccard", "Jaccard", words.percent, bar=True),
-            Column("shared_share", "share of the smaller", words.percent),
-            Column("chance_share", "by chance", words.percent),
-        )
-        rows = tuple(
-            (
-                self.names[a],
-                self.names[b],
-                found.first,
-                found.second,
-                found.shared,
-                found.jaccard,
-                found.shared_share,
-                found.chance_share,
-            )
-            for (a, b), found in self.pairs.items()
-        )
+        rows = tuple(self._row(pair, found) for pair, found in self.pairs.items())
         return Figure(
             "overlap",
             "What they have in common",
             "Jaccard index: neurons in both over neurons in either, in percent",
             "A cell is two choices beside each other: 100 if they are the same, 0 if they share nothing. By "
             "chance is what two choices with these numbers per tensor would share, drawn at random.",
-            Table(columns, rows),
+            Table(_columns("jaccard"), rows),
             self._draw,
             self.verdict,
+        )
+
+    def _row(self, pair: tuple[int, int], found: Pairing) -> tuple[Any, ...]:
+        """As `_columns` are."""
+        first, second = (self.names[number] for number in pair)
+        return (
+            first,
+            second,
+            found.first,
+            found.second,
+            found.shared,
+            found.jaccard,
+            found.shared_share,
+            found.chance_share,
         )
 
     def _draw(self, canvas: Canvas) -> None:
@@ -197,30 +190,10 @@ class Overlaps:
 
     def layers_figure(self) -> Figure:
         """Each two of them, layer by layer."""
-        columns = (
-            Column("layer", "layer", words.label),
-            Column("first", "first", words.label),
-            Column("second", "second", words.label),
-            Column("first_neurons", "neurons", words.amount),
-            Column("second_neurons", "neurons", words.amount),
-            Column("shared", "in both", words.amount),
-            Column("jaccard", "Jaccard", words.percent),
-            Column("shared_share", "share of the smaller", words.percent, bar=True),
-            Column("chance_share", "by chance", words.percent),
-        )
+        columns = (Column("layer", "layer", words.label), *_columns("shared_share"))
         rows = tuple(
-            (
-                layer,
-                self.names[a],
-                self.names[b],
-                found.first,
-                found.second,
-                found.shared,
-                found.jaccard,
-                found.shared_share,
-                found.chance_share,
-            )
-            for (a, b), pairings in self.by_layer.items()
+            (layer, *self._row(pair, found))
+            for pair, pairings in self.by_layer.items()
             for layer, found in zip(self.layers, pairings, strict=True)
             if found.first or found.second
         )
@@ -253,6 +226,21 @@ class Overlaps:
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+
+
+def _columns(drawn: str) -> tuple[Column, ...]:
+    """Of two selections beside each other; what the picture shows has a bar in the table as well."""
+    columns = (
+        ("first", "first", words.label),
+        ("second", "second", words.label),
+        ("first_neurons", "neurons", words.amount),
+        ("second_neurons", "neurons", words.amount),
+        ("shared", "in both", words.amount),
+        ("jaccard", "Jaccard", words.percent),
+        ("shared_share", "share of the smaller", words.percent),
+        ("chance_share", "by chance", words.percent),
+    )
+    return tuple(Column(key, title, show, bar=key == drawn) for key, title, show in columns)
 
 
 def _pairing(holders: Sequence[Chosen | None]) -> Pairing:

@@ -14,8 +14,8 @@ from scipy.stats import spearmanr
 from support import write_folder
 
 import neftsurgery as ns
-from neftsurgery.report.agreement import spearman
-from neftsurgery.report.figure import Table
+from neftsurgery.pictures.agreement import spearman
+from neftsurgery.pictures.figure import Table
 
 PERCENTS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20)
 

@@ -8,12 +8,12 @@ from chromium import browser, find_chromium
 from report_support import write_scores
 
 import neftsurgery as ns
+from neftsurgery.analysis.figures import section_of
+from neftsurgery.analysis.result import NeuronUse, Utilization, ranked
 from neftsurgery.checkpoint.header import TensorInfo
 from neftsurgery.checkpoint.layout import Layout
 from neftsurgery.demo.planted import make_base, make_tuned
-from neftsurgery.report.report import make, plan_report
-from neftsurgery.utilization.figures import section_of
-from neftsurgery.utilization.result import NeuronUse, Utilization, ranked
+from neftsurgery.pictures.report import make, plan_report
 
 _LOOK = """({
   pictures: [...document.querySelectorAll('figure')].map(figure => {

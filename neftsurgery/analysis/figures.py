@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from .. import words
-from ..report.drawing import ACCENT, CONTRAST, MUTED, SCALE, SURFACE, WIDTH, Canvas, quiet
-from ..report.figure import Column, Figure, Table
-from ..report.map_figure import number_cells
-from ..report.sections import Section
+from ..pictures.drawing import ACCENT, CONTRAST, MUTED, SCALE, SURFACE, WIDTH, Canvas, quiet
+from ..pictures.figure import Column, Figure, Table
+from ..pictures.map_figure import number_cells
+from ..pictures.sections import Section
 from .result import GROUPS, Group, Utilization
 
 __all__ = ["section_of"]
