@@ -10,6 +10,7 @@ Kind = Literal["base", "full", "lora", "neurons"]
 Role = Literal["ours", "control", "rival"]
 CONTROLLED = ("3", "9")  # percent at which there are controls
 SIZES = ("0.4", "1.5", "3", "6", "9", "12")  # the paper's
+LIVE = ("gradient", "fisher")  # scores of gradients
 ADAPTED = ("1.5", "3", "9", "30")  # LoRA, at the rank that comes nearest
 
 
@@ -27,7 +28,7 @@ class Arm:
         Of all parameters of the model, as the paper counts; None where that is not how it is chosen. Of
         adapters: what their rank comes nearest to.
     score:
-        Of `neftsurgery.diff`, between the base and the probe; or ``gradient``, which needs no probe.
+        Of `neftsurgery.diff`, between the base and the probe; or of the base's gradients, without a probe.
     alike:
         Whether every tensor has as many neurons as the sensitive ones of the same size have in it: what
         is left to choose is which, not where.
@@ -46,7 +47,7 @@ class Arm:
     @property
     def probed(self) -> bool:
         """Whether it needs the scores of what a full fine-tune changed, be it only to count neurons."""
-        return self.kind == "neurons" and self.score != "gradient"
+        return self.kind == "neurons" and self.score not in LIVE
 
     @property
     def against(self) -> str | None:
@@ -72,7 +73,8 @@ _WAYS: dict[str, tuple[Role, str, dict[str, Any]]] = {
         "control", "least sensitive rows, as many per tensor as NeFT", {"policy": "reversed", "alike": True},
     ),
     "norm": ("control", "rows of lowest norm", {"score": "norm"}),
-    "gradient": ("ours", "rows of largest gradients", {"score": "gradient"}),
+    "gradient": ("ours", "rows that gradients agree to turn", {"score": "gradient"}),
+    "fisher": ("control", "rows of largest gradients", {"score": "fisher"}),
     "ffn": ("ours", "sensitive, anatomy ffn (the paper's)", {"anatomy": "ffn"}),
     "units": ("ours", "sensitive, anatomy units", {"anatomy": "units"}),
     "ffn-random": ("control", "random, anatomy ffn", {"anatomy": "ffn", "policy": "random"}),
@@ -91,7 +93,7 @@ def _in_order() -> Iterator[Arm]:
     for name in ("neft", "random", "random-like", "reversed"):
         yield from (_chosen(name, percent) for percent in CONTROLLED)
     yield from (_lora(percent) for percent in CONTROLLED)
-    for name in ("ffn", "units", "gradient", "least-like", "norm"):
+    for name in ("ffn", "units", "gradient", "fisher", "least-like", "norm"):
         yield from (_chosen(name, percent) for percent in CONTROLLED)
     yield from (_chosen("neft", percent) for percent in SIZES if percent not in CONTROLLED)
     yield from (_lora(percent) for percent in ADAPTED if percent not in CONTROLLED)

@@ -9,12 +9,10 @@ from typing import Any
 from torch import Tensor
 
 import neftsurgery as ns
-from benchmarks.selection.arms import Arm
+from benchmarks.selection.arms import LIVE, Arm
 from neftsurgery import Selection
 from neftsurgery.surgery.pairing import Scope, pair
 from neftsurgery.training.gradients import gradient_scores
-
-PROBED = 16  # batches that the gradients are summed over, as `neftsurgery train` does by default
 
 
 def choose(
@@ -32,10 +30,10 @@ def choose(
     seed:
         Of what is random.
     """
-    if arm.score == "gradient":
+    if arm.score in LIVE:
         checkpoint = ns.open_checkpoint(base)
         anatomy = pair(checkpoint, checkpoint, Scope(arm.anatomy)).anatomy
-        scores = gradient_scores(model, checkpoint, anatomy, batches)
+        scores = gradient_scores(model, checkpoint, anatomy, batches, score=arm.score)
         checkpoint.close()
     else:
         scores = ns.diff(base, base if probe is None else probe, anatomy=arm.anatomy, score=arm.score)

@@ -20,13 +20,14 @@ import neftsurgery as ns
 from benchmarks.harness import memory
 from benchmarks.selection import models, quality
 from benchmarks.selection.arms import ARMS, Arm
-from benchmarks.selection.choices import PROBED, choose, describe
+from benchmarks.selection.choices import choose, describe
 from benchmarks.selection.examples import Codec, Example, collate
 from benchmarks.selection.options import RATE, Options
 from benchmarks.selection.text import read
 from benchmarks.selection.tuning import Trained, batches_of, rank_of, train, trainable
 from neftsurgery import Selection
 from neftsurgery.checkpoint.fingerprint import fingerprint
+from neftsurgery.training.probe import STEPS
 
 FACTS = "pretraining.json"
 
@@ -151,7 +152,7 @@ class Laboratory:
         return model, trained, facts
 
     def _chosen(self, arm: Arm, seed: int, probe: Path | None, model: Any) -> Selection:
-        batches = islice(batches_of(self._train, self._sizes.tune.batch, seed), PROBED)
+        batches = islice(batches_of(self._train, self._sizes.tune.batch, seed), STEPS)
         return choose(arm, self.base, probe, model, (collate(batch, model.device) for batch in batches), seed)
 
     @cached_property

@@ -1,14 +1,23 @@
-"""The gradient probe: neurons scored by their squared gradients, summed over some batches.
+"""The gradient probes: neurons scored by the base's gradients on some batches.
 
-A neuron's score is the sum over batches of the squared norm of the loss's gradient by its vector: a
-diagonal empirical Fisher information of whole neurons. It needs no second model and no optimizer; a
-weight's gradient is summed up and freed as soon as it is there.
+``gradient``: how far a descent by signs would turn the neuron. The first steps of Adam (Kingma and Ba,
+2015), like all of signSGD (Bernstein et al., 2018), move every element by the learning rate against the
+sign of its gradient, whatever the gradient's size. What turns a neuron is then not how large its
+gradients are, but how much they agree from batch to batch, and how small its vector is. With ``s`` the
+mean over batches of the gradient's signs, a step of size ``h`` from ``w`` to ``w - h s`` is, to second
+order in ``h``, a cosine distance of ``h^2 r.r / (2 w.w)``, where ``r`` is the part of ``s`` across ``w``.
+That, over ``h^2``, is the score. A byte per element is kept.
+
+``fisher``: its squared gradients, summed: the diagonal empirical Fisher information of whole neurons, as
+masks for sparse training are made of (Sung et al., 2021). A number per neuron is kept.
+
+Both need no second model and no optimizer, and free each weight's gradient when it has been counted.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,34 +28,104 @@ from torch import Tensor, nn
 
 from ..anatomy.anatomy import Anatomy
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.document import dump
-from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import Layout
-from ..checkpoint.tensorfile import written_file
 from ..errors import MismatchError
-from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
-from ..surgery.diff import describe_side, describe_tensor
+from ..selection.scores import Scores
 from ..tuning.names import live_names
+from .live_scores import write_scores
 
-__all__ = ["gradient_scores", "gradient_sums"]
+__all__ = ["gradient_scores"]
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+F64 = NDArray[np.float64]
 
 
-def gradient_sums(
-    model: nn.Module, layouts: Mapping[str, Layout], batches: Iterable[Mapping[str, Tensor]]
-) -> dict[str, NDArray[np.float64]]:
-    """Per live parameter of ``layouts`` its neurons' squared gradients, summed over ``batches``, ``[n]``.
+class _Signs:
+    """The signs of one weight's gradients, added up."""
+
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
+        self._weight, self._layout = weight.detach(), layout
+        self._total = torch.zeros_like(weight, dtype=torch.int8)
+        self._count = 0
+
+    def add(self, gradient: Tensor) -> None:
+        if self._count == torch.iinfo(torch.int8).max:
+            self._total = self._total.to(torch.int32)
+        self._total += torch.sign(gradient).to(torch.int8)
+        self._count += 1
+
+    def sums(self, batches: int) -> F64:
+        """Per neuron ``w.w``, ``s.s`` and ``w.s``, ``[3, n]``."""
+        w, s = self._weight.float(), self._total.float() / batches
+        sums = [_total(values, self._layout) for values in (w * w, s * s, w * s)]
+        return torch.stack(sums).cpu().double().numpy()
+
+    @staticmethod
+    def scores(sums: F64) -> F64:
+        """How far they turn, ``[n]``; vectors of zeros, if they move, most of all."""
+        ww, ss, ws = sums
+        with np.errstate(divide="ignore", invalid="ignore"):
+            turns = np.maximum(ss - ws * ws / ww, 0.0) / (2 * ww)
+        return np.where(ww > 0, np.minimum(turns, _LARGEST), np.where(ss > 0, _LARGEST, 0.0))
+
+
+class _Squares:
+    """The squares of one weight's gradients, added up."""
+
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
+        self._layout = layout
+        self._total = torch.zeros(layout.count, dtype=torch.float64)
+
+    def add(self, gradient: Tensor) -> None:
+        norms = _total(gradient.float().square(), self._layout)
+        self._total += norms.cpu().double()
+
+    def sums(self, batches: int) -> F64:
+        """Per neuron, ``[1, n]``."""
+        return self._total.numpy().reshape(1, -1)
+
+    @staticmethod
+    def scores(sums: F64) -> F64:
+        """The sums, ``[n]``."""
+        squares: F64 = np.minimum(sums[0], _LARGEST)
+        return squares
+
+
+_METERS: dict[str, type[_Signs] | type[_Squares]] = {"gradient": _Signs, "fisher": _Squares}
+
+
+def _total(values: Tensor, layout: Layout) -> Tensor:
+    """Over each neuron's elements, ``[n]``."""
+    others = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
+    return (values.sum(others) if others else values).reshape(-1)
+
+
+def _measure(
+    model: nn.Module, meters: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
+) -> int:
+    """Show each meter the gradients of its parameter; returns how many batches there were.
 
     Raises
     ------
     MismatchError
         If the loss is no number.
     """
+
+    def adder(meter: _Signs | _Squares) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None  # the hook comes after it
+            meter.add(parameter.grad)
+            parameter.grad = None
+
+        return add
+
     model.eval()  # no dropout: what counts is the neuron, not the draw
-    parameters: dict[str, Any] = {name: model.get_parameter(name) for name in layouts}
-    sums = {name: torch.zeros(layout.count, dtype=torch.float64) for name, layout in layouts.items()}
+    parameters: dict[str, Any] = {name: model.get_parameter(name) for name in meters}
+    count = 0
     with _only(model, parameters.values()):
         hooks = [
-            parameter.register_post_accumulate_grad_hook(_adder(sums[name], layouts[name]))
+            parameter.register_post_accumulate_grad_hook(adder(meters[name]))
             for name, parameter in parameters.items()
         ]
         try:
@@ -55,22 +134,11 @@ def gradient_sums(
                 if not torch.isfinite(loss.detach()):
                     raise MismatchError("the loss of the base model is no number", found=loss.item())
                 loss.backward()
+                count += 1
         finally:
             for hook in hooks:
                 hook.remove()
-    return {name: total.numpy() for name, total in sums.items()}
-
-
-def _adder(total: Tensor, layout: Layout) -> Any:
-    others = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
-
-    def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None  # the hook comes after it
-        norms = torch.linalg.vector_norm(parameter.grad, dim=others, dtype=torch.float32)
-        total.add_(norms.reshape(-1).cpu().double().square())
-        parameter.grad = None
-
-    return add
+    return count
 
 
 @contextmanager
@@ -94,6 +162,8 @@ def gradient_scores(
     anatomy: Anatomy,
     batches: Iterable[Mapping[str, Tensor]],
     out: str | os.PathLike[str] | None = None,
+    *,
+    score: str = "gradient",
 ) -> Scores:
     """Score the neurons of ``anatomy`` by their gradients, in a scores file.
 
@@ -105,54 +175,44 @@ def gradient_scores(
         What the model takes, ``labels`` included, on its device.
     out:
         Where to. None: a temporary file.
+    score:
+        ``gradient`` or ``fisher``.
+
+    Raises
+    ------
+    MismatchError
+        If the loss is no number.
     """
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
-    sums = gradient_sums(model, {live[t.info.name]: t.layout for t in anatomy.scored}, batches)
-    values = {t.info.name: sums[live[t.info.name]] for t in anatomy.scored}
+    kind = _METERS[score]
+    meters = {
+        name: kind(model.get_parameter(live[name]), tensor.layout)
+        for tensor in anatomy.scored
+        for name in [tensor.info.name]
+    }
+    count = _measure(model, {live[name]: meter for name, meter in meters.items()}, batches)
+    sums = {name: meters.pop(name).sums(max(count, 1)) for name in list(meters)}
+    units = _units(anatomy, sums)
+    values = {name: kind.scores(each) for name, each in sums.items()}
     for tensor in anatomy.scored:
         if tensor.part is not None:
             values[tensor.info.name][~tensor.part.mask()] = np.nan
-    units = _units(anatomy, values)
-    biases = {t.bias for t in anatomy.scored if t.bias is not None}
-    followers = [entry.info for entry in anatomy.listed if entry.info.name in biases]
-    facts = {
-        "version": SCORES_VERSION,
-        "score": "gradient",
-        "anatomy": anatomy.name,
-        "parameters": base.parameters,
-        "base": describe_side(base),
-        "nonfinite": 0,
-        "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
-        "unscored": {info.name: _follower(info) for info in followers},
-    }
-    entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
-    entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
-    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in followers]
-    metadata = dump(SCORES_KEY, facts)
-    with written_file(entries, metadata, out) as written:
-        for name, value in values.items():
-            written.writer.write(name, 0, value.astype(np.float32))
-        for name, ids in units.items():
-            written.writer.write(f"{name}:unit", 0, ids)
-        for info in followers:  # nothing changed yet; that it is listed lets it follow its neurons
-            written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
-        written.writer.finish(metadata)
-    return Scores.read(written.reader())
+        if tensor.units is not None:
+            values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
+    return write_scores(score, values, base, anatomy, units, out)
 
 
-def _units(anatomy: Anatomy, values: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.int64]]:
-    """The unit of every neuron, where there are units; each member's score becomes its unit's."""
+def _units(anatomy: Anatomy, sums: dict[str, F64]) -> dict[str, NDArray[np.int64]]:
+    """The unit of every neuron, where there are units. A unit's vector is all of its members', one after
+    another, so its sums are their total: each member gets those."""
     ids = {t.info.name: t.units.ids() for t in anatomy.scored if t.units is not None}
     if ids:
-        total = np.zeros(1 + max(int(unit.max()) for unit in ids.values()))
+        rows = len(next(iter(sums.values())))
+        total = np.zeros((rows, 1 + max(int(unit.max()) for unit in ids.values())))
         for name, unit in ids.items():
             mine = unit >= 0
-            np.add.at(total, unit[mine], values[name][mine])
+            for row, values in zip(total, sums[name], strict=True):
+                np.add.at(row, unit[mine], values[mine])
         for name, unit in ids.items():
-            values[name] = np.where(unit >= 0, total[unit], np.nan)
+            sums[name] = total[:, np.maximum(unit, 0)]
     return ids
-
-
-def _follower(info: TensorInfo) -> dict[str, Any]:
-    axes = list(range(len(info.shape)))
-    return {"reason": "bias", "shape": list(info.shape), "dtype": info.dtype, "neuron_axes": axes}

@@ -267,7 +267,7 @@ class _Choice:
 def _choose(recipe: Recipe, base: Checkpoint, limits: Limits, progress: Progress) -> _Choice:
     """The neurons, or what a probe will have to score to choose them."""
     by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
-    if by in ("gradients", "finetune"):
+    if by in ("gradients", "fisher", "finetune"):
         found = pair(base, base, select.scope)
         if select.like is not None:
             Selection.load(select.like)

@@ -22,10 +22,11 @@ from .loop import collator, language_model
 from .plan import TrainingPlan
 from .workplace import Workplace
 
-__all__ = ["probe"]
+__all__ = ["STEPS", "probe"]
 
-_BATCHES = 16
-_STEPS = 100
+#: Batches of the gradient probe, or steps of the fine-tune, where the recipe does not say.
+STEPS = 100
+_SCORES = {"gradients": "gradient", "fisher": "fisher"}
 
 
 def probe(
@@ -44,10 +45,12 @@ def probe(
     if plan.recipe.probe.by == "finetune":
         return _finetuned(plan, place, limits, say)
     assert plan.anatomy is not None  # planned for this
-    steps = plan.recipe.probe.steps or _BATCHES
+    steps = plan.recipe.probe.steps or STEPS
     say(f"scoring neurons by their gradients on {steps} batches")
     model.to(args.device)
-    scores = gradient_scores(model, plan.base, plan.anatomy, _batches(plan, steps, args.device), place.scores)
+    batches = _batches(plan, steps, args.device)
+    score = _SCORES[plan.recipe.probe.by]
+    scores = gradient_scores(model, plan.base, plan.anatomy, batches, place.scores, score=score)
     plan.base.close()
     return scores
 
@@ -68,7 +71,7 @@ def _finetuned(plan: TrainingPlan, place: Workplace, limits: Limits, say: Callab
 
     shutil.rmtree(place.probe, ignore_errors=True)
     recipe = plan.recipe
-    steps = recipe.probe.steps or _STEPS
+    steps = recipe.probe.steps or STEPS
     say(f"fine-tuning all of the model for {steps} steps, to see which neurons move")
     model = language_model(plan)
     kind = model.dtype

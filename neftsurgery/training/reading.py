@@ -313,7 +313,12 @@ def _check(recipe: Recipe, file: Path) -> None:
         raise UsageError(f"probe.path does not go with probe.by {probe.by}", file=file)
     if has_file and probe.steps is not None:
         raise UsageError(f"probe.steps does not go with probe.by {probe.by}", file=file)
-    done = {"gradients": ("score",), "scores": ("score", *_SCOPE), "selection": _ALL}.get(probe.by, ())
+    done = {
+        "gradients": ("score",),
+        "fisher": ("score",),
+        "scores": ("score", *_SCOPE),
+        "selection": _ALL,
+    }.get(probe.by, ())
     for one in dataclasses.fields(Select):
         default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
         if one.name in done and getattr(select, one.name) != default:

@@ -59,18 +59,18 @@ class Probe:
     Attributes
     ----------
     by:
-        ``gradients``: by their squared gradients, summed over some batches. ``finetune``: by a short full
-        fine-tune, which is scored and thrown away. ``tuned``: by a fine-tune that is there. ``scores``,
-        ``selection``: by a file.
+        ``gradients``: by how far steps by the signs of some batches' gradients would turn them.
+        ``fisher``: by their squared gradients. ``finetune``: by a short full fine-tune, which is scored
+        and thrown away. ``tuned``: by a fine-tune that is there. ``scores``, ``selection``: by a file.
     path:
         The fine-tune, scores or selection.
     steps:
-        Batches of the gradient probe (16), steps of the fine-tune (100).
+        Batches of the gradient probes, or steps of the fine-tune: 100.
     learning_rate:
         Of the fine-tune.
     """
 
-    by: Literal["gradients", "finetune", "tuned", "scores", "selection"] = "gradients"
+    by: Literal["gradients", "fisher", "finetune", "tuned", "scores", "selection"] = "gradients"
     path: str | None = None
     steps: int | None = None
     learning_rate: float = 2e-5

@@ -112,10 +112,14 @@ def test_the_dry_run_says_what_would_be_and_writes_nothing(neft: Any, recipe: Pa
     assert "6 steps, saved every 2" in said.out
 
 
-@pytest.mark.parametrize("by", ["finetune", "tuned", "scores", "selection", "random"])
+@pytest.mark.parametrize("by", ["fisher", "finetune", "tuned", "scores", "selection", "random"])
 def test_every_way_to_choose(neft: Any, recipe: Path, tmp_path: Path, by: str) -> None:
-    options = {"finetune": ["probe.by=finetune", "probe.steps=2", "probe.learning_rate=1e-3"]}
-    if by != "finetune":
+    options = {
+        "fisher": ["probe.by=fisher", "probe.steps=2"],
+        "finetune": ["probe.by=finetune", "probe.steps=2", "probe.learning_rate=1e-3"],
+    }
+    has_file = by not in options
+    if has_file:
         tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
         with torch.no_grad():
             tuned.model.layers[0].mlp.up_proj.weight[[3, 7]] += 0.5
@@ -128,13 +132,13 @@ def test_every_way_to_choose(neft: Any, recipe: Path, tmp_path: Path, by: str) -
             "selection": ["probe.by=selection", "probe.path=selection", "select.neurons="],
             "random": ["probe.by=scores", "probe.path=scores", "select.neurons=2", "select.policy=random"],
         }
-    words = [word for option in [*options[by], "probe.steps=" if by != "finetune" else "train.seed=1"]
+    words = [word for option in [*options[by], "probe.steps=" if has_file else "train.seed=1"]
              for word in ("--set", option)]  # fmt: skip
     result = neft("train", recipe, *words, "--json")
     assert result.code == 0, result.err
     with ns.Patch.load(tmp_path / "run" / "neuron_patch.safetensors") as patch:
         chosen = {name: patch.index(name).tolist() for name in patch.tensors}
-        assert patch.facts["score"] == "cosine"
+        assert patch.facts["score"] == ("fisher" if by == "fisher" else "cosine")
     if by in ("tuned", "scores", "selection"):
         assert chosen == {"model.layers.0.mlp.up_proj.weight": [3, 7]}
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith("model")]

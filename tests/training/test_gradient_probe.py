@@ -1,4 +1,4 @@
-"""The gradient probe against autograd's own gradients."""
+"""The gradient probes against autograd's own gradients."""
 
 from __future__ import annotations
 
@@ -18,24 +18,42 @@ from neftsurgery.training.gradients import gradient_scores
 BATCHES = [batch(seed) for seed in range(3)]
 
 
-def oracle(model: Any, name: str, axes: Any) -> torch.Tensor:
+def both(model: Any, name: str, axes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons' vectors and the mean signs of their gradients, by autograd, ``[n, width]`` in float64."""
+    weight = model.get_parameter(name)
+    every = range(int(np.prod([weight.shape[axis] for axis in axes])))
+    signs = [torch.autograd.grad(model(**one).loss, [weight])[0].sign() for one in BATCHES]
+    mean = torch.stack(signs).double().mean(0)
+    return vectors(weight.detach().double(), axes, every), vectors(mean, axes, every)
+
+
+def turned(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """Half the squared sine of a small step's angle, over the step's square."""
+    r = s - (s * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True) * w
+    return r.square().sum(1) / w.square().sum(1) / 2
+
+
+def agreement(model: Any, name: str, axes: Any) -> torch.Tensor:
+    return turned(*both(model, name, axes))
+
+
+def squares(model: Any, name: str, axes: Any) -> torch.Tensor:
     """Squared norms of the neurons' gradients, one batch at a time, in float64."""
-    count = np.prod([model.get_parameter(name).shape[axis] for axis in axes])
-    total = torch.zeros(int(count), dtype=torch.float64)
-    for one in BATCHES:
-        (gradient,) = torch.autograd.grad(model(**one).loss, [model.get_parameter(name)])
-        total += vectors(gradient.double(), axes, range(int(count))).square().sum(1)
-    return total
+    weight = model.get_parameter(name)
+    every = range(int(np.prod([weight.shape[axis] for axis in axes])))
+    gradients = [torch.autograd.grad(model(**one).loss, [weight])[0].double() for one in BATCHES]
+    return torch.stack([vectors(one, axes, every).square().sum(1) for one in gradients]).sum(0)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, bert])
-def test_scores_are_the_squared_gradients(tmp_path: Path, make: Any) -> None:
+@pytest.mark.parametrize(("score", "oracle"), [("gradient", agreement), ("fisher", squares)])
+def test_scores_are_those_of_autograd(tmp_path: Path, make: Any, score: str, oracle: Any) -> None:
     model = saved(make(), tmp_path / "base")
     before = bits(model.state_dict())
     base = ns.open_checkpoint(tmp_path / "base")
     anatomy = pair(base, base, Scope()).anatomy
-    with gradient_scores(model, base, anatomy, BATCHES, tmp_path / "scores") as scores:
-        assert scores.score == "gradient"
+    with gradient_scores(model, base, anatomy, BATCHES, tmp_path / "scores", score=score) as scores:
+        assert scores.score == score
         assert scores.tensors.keys() == {tensor.info.name for tensor in anatomy.scored}
         for tensor in anatomy.scored:
             expected = oracle(model, tensor.info.name, tensor.axes).numpy()
@@ -62,11 +80,44 @@ def test_units_score_as_one(tmp_path: Path) -> None:
     anatomy = pair(base, base, Scope("units")).anatomy
     names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("up", "gate", "down")]
     with gradient_scores(model, base, anatomy, BATCHES) as scores:
-        expected = sum(oracle(model, name, [1 if "down" in name else 0]) for name in names)
+        found = [both(model, name, [1 if "down" in name else 0]) for name in names]
+        expected = turned(*(torch.cat(side, 1) for side in zip(*found, strict=True))).numpy()
         for name in names:
-            np.testing.assert_allclose(scores.values(name), expected, rtol=1e-5)  # type: ignore[arg-type]
+            np.testing.assert_allclose(scores.values(name), expected, rtol=1e-5)
+        with gradient_scores(model, base, anatomy, BATCHES, score="fisher") as others:
+            expected = sum(squares(model, name, [1 if "down" in name else 0]) for name in names).numpy()
+            for name in names:
+                np.testing.assert_allclose(others.values(name), expected, rtol=1e-5)
         chosen = scores.select(neurons=2).tensors
     assert {name: len(part.index) for name, part in chosen.items()}
+
+
+def test_it_is_the_cosine_distance_of_a_small_step(tmp_path: Path) -> None:
+    model = saved(llama(), tmp_path / "base")
+    base = ns.open_checkpoint(tmp_path / "base")
+    name, step = "model.layers.1.self_attn.v_proj.weight", 1e-4
+    w, s = both(model, name, [0])
+    distance = 1 - torch.nn.functional.cosine_similarity(w, w - step * s)
+    with gradient_scores(model, base, pair(base, base, Scope()).anatomy, BATCHES) as scores:
+        np.testing.assert_allclose(scores.values(name), distance / step**2, rtol=0.02)
+
+
+def test_many_batches_and_vectors_of_zeros(tmp_path: Path) -> None:
+    """More batches than a byte can count; and a neuron of zeros that moves is turned more than any other."""
+    model = llama()
+    name = "model.layers.0.self_attn.v_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3] = 0
+    base = ns.open_checkpoint(saved(model, tmp_path / "base").name_or_path)
+    anatomy = pair(base, base, Scope()).anatomy
+    with (
+        gradient_scores(model, base, anatomy, BATCHES[:1]) as once,
+        gradient_scores(model, base, anatomy, BATCHES[:1] * 130) as often,
+    ):
+        for tensor in once.tensors:
+            np.testing.assert_allclose(once.values(tensor), often.values(tensor), rtol=1e-6)
+        assert once.values(name)[3] == np.finfo(np.float32).max
+        assert np.isfinite(once.values(name)).all()
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path) -> None:

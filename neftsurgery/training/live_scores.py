@@ -1,0 +1,73 @@
+"""Scores that were measured on a live model, as a scores file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..anatomy.anatomy import Anatomy
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.document import dump
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.tensorfile import written_file
+from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
+from ..surgery.diff import describe_side, describe_tensor
+
+__all__ = ["write_scores"]
+
+
+def write_scores(
+    score: str,
+    values: Mapping[str, NDArray[np.float64]],
+    base: Checkpoint,
+    anatomy: Anatomy,
+    units: Mapping[str, NDArray[np.int64]],
+    out: str | os.PathLike[str] | None = None,
+) -> Scores:
+    """Write scores of the neurons of ``anatomy``, as `neftsurgery.diff` would.
+
+    Parameters
+    ----------
+    score:
+        Its name.
+    values:
+        Per tensor of ``anatomy.scored`` its neurons' scores, ``[n]``; NaN for what is not to be chosen.
+    units:
+        Per tensor its neurons' units, ``[n]``, where the anatomy has any; all of a unit have one score.
+    out:
+        Where to. None: a temporary file.
+    """
+    biases = {t.bias for t in anatomy.scored if t.bias is not None}
+    followers = [entry.info for entry in anatomy.listed if entry.info.name in biases]
+    facts = {
+        "version": SCORES_VERSION,
+        "score": score,
+        "anatomy": anatomy.name,
+        "parameters": base.parameters,
+        "base": describe_side(base),
+        "nonfinite": 0,
+        "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
+        "unscored": {info.name: _follower(info) for info in followers},
+    }
+    entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
+    entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
+    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in followers]
+    metadata = dump(SCORES_KEY, facts)
+    with written_file(entries, metadata, out) as written:
+        for name, value in values.items():
+            written.writer.write(name, 0, value.astype(np.float32))
+        for name, ids in units.items():
+            written.writer.write(f"{name}:unit", 0, ids)
+        for info in followers:  # nothing changed yet; that it is listed lets it follow its neurons
+            written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
+        written.writer.finish(metadata)
+    return Scores.read(written.reader())
+
+
+def _follower(info: TensorInfo) -> dict[str, Any]:
+    axes = list(range(len(info.shape)))
+    return {"reason": "bias", "shape": list(info.shape), "dtype": info.dtype, "neuron_axes": axes}
