@@ -81,6 +81,11 @@ class Study:
         (run,) = self.results["base"].runs.values()
         return run
 
+    @property
+    def translates(self) -> bool:
+        """Whether the task is translation: other tasks have no BLEU."""
+        return "bleu" in self.untuned
+
     def share(self, result: Result) -> float:
         """Of the model's parameters, in percent."""
         return 100 * result.figure(lambda run: run["trainable"]).mean / float(self.base["parameters"])

@@ -22,11 +22,14 @@ FAMILIES: dict[str, tuple[str, str, str, str]] = {
     "reversed": ("#24292f", "v", "", "least sensitive rows"),
     "least-like": ("#8c959f", "1", "", "least sensitive, as many per tensor"),
     "norm": ("#8250df", "d", "", "lowest norm"),
-    "gradient": ("#1a7f37", "^", "", "largest gradients"),
+    "gradient": ("#1a7f37", "^", "", "gradients agree"),
+    "fisher": ("#7ee2a8", "^", "", "largest gradients"),
     "ffn": ("#0a3069", "<", "", "sensitive, ffn"),
     "units": ("#54aeff", ">", "", "sensitive, units"),
     "ffn-random": ("#bf8700", "<", "", "random, ffn"),
     "units-random": ("#d4a72c", ">", "", "random, units"),
+    "units-gradient": ("#0550ae", "4", "", "gradients agree, units"),
+    "units-fisher": ("#80ccff", "4", "", "largest gradients, units"),
     "linear": (LIMIT, "*", "", "all rows"),
 }
 
@@ -36,7 +39,7 @@ def draw(study: Study, file: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure((11, 5.2))
         left, right = figure.subplots(1, 2)
-        _panel(left, study, lambda run: float(run["test"]), "loss on held-out translations, nats a token")
+        _panel(left, study, lambda run: float(run["test"]), "loss on the new task, held out, nats a token")
         _panel(right, study, study.forgotten, "loss added on old text, nats a token")
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper center", ncols=5, frameon=False, fontsize=8.5)

@@ -18,11 +18,9 @@ EMPTY = f"# Does choosing neurons help?\n\n{BEGIN}\n{END}\n"
 ROLES = {"ours": "**{}**", "control": "{}", "rival": "*{}*"}
 
 CAPTION = "Loss on the new task and on the old text, by share of trained parameters"
-QUALITY = (
-    "| | trained, % | rate | dev loss | test loss | with another's English | BLEU | chrF "
-    "| old text: loss added | seeds |"
-)
-PAIRS = "| | against | test loss | p | test loss, by sentences | chrF, by sentences | old text: loss added |"
+QUALITY = "| | trained, % | rate | dev loss | test loss |{} old text: loss added | seeds |"
+PAIRS = "| | against | test loss | p | test loss, by sentences |{} old text: loss added |"
+TRANSLATION = (" with another's English | BLEU | chrF |", " chrF, by sentences |")  # columns of these
 OLD_TEXT = "| loss added on | English | Chinese | Chinese-English | articles |"
 COSTS = (
     "| | trained | neurons | share of the change | choosing, s | step, ms | steps to the best | peak, MB |"
@@ -42,13 +40,14 @@ def render_selection(folder: Path) -> None:
 
 def _section(file: Path) -> Iterator[str]:
     study = Study.load(file)
-    yield f"## Scale {study.setting['setting']['scale']}, on {_device(study)}"
+    setting, columns = study.setting["setting"], TRANSLATION if study.translates else ("", "")
+    yield f"## {setting.get('task', 'translation').title()}, scale {setting['scale']}, on {_device(study)}"
     yield f"`{study.setting['command']}` made the [raw runs]({file.parent.name}/{file.name})."
     if picture := _picture(study, file.with_suffix(".svg")):
         yield f"![{CAPTION}]({file.parent.name}/{picture})"
-    yield table(QUALITY, (quality_row(study, result) for result in study.results.values()))
+    yield table(QUALITY.format(columns[0]), (quality_row(study, result) for result in study.results.values()))
     yield "### In pairs"
-    yield table(PAIRS, (row for pair in pairs(study) if (row := pair_row(study, *pair))))
+    yield table(PAIRS.format(columns[1]), (row for pair in pairs(study) if (row := pair_row(study, *pair))))
     yield "### Old text, by kind"
     yield table(OLD_TEXT, (old_row(study, result) for result in study.results.values()))
     yield "### Costs"
@@ -92,13 +91,17 @@ def quality_row(study: Study, result: Result) -> str:
         rate,
         f"{result.figure(lambda run: run['loss']):.3f}",
         f"{result.figure(lambda run: run['test']):.3f}",
-        f"{result.figure(lambda run: run['astray'] - run['test']).mean:+.2f}",
-        f"{result.figure(lambda run: run['bleu']):.2f}",
-        f"{result.figure(lambda run: run['chrf']):.2f}",
+        *(_of_translation(result) if study.translates else ()),
         f"{result.figure(study.forgotten):+.3f}".replace("± +", "± "),
         str(len(result.runs)),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _of_translation(result: Result) -> Iterator[str]:
+    yield f"{result.figure(lambda run: run['astray'] - run['test']).mean:+.2f}"
+    yield f"{result.figure(lambda run: run['bleu']):.2f}"
+    yield f"{result.figure(lambda run: run['chrf']):.2f}"
 
 
 def pairs(study: Study) -> Iterator[tuple[str, str]]:
@@ -109,10 +112,13 @@ def pairs(study: Study) -> Iterator[tuple[str, str]]:
     for size in CONTROLLED:
         for name, other in (
             ("neft", "random-like"), ("neft", "least-like"), ("neft", "lora"), ("neft", "gradient"),
-            ("neft", "ffn"), ("neft", "units"), ("ffn", "ffn-random"), ("units", "units-random"),
+            ("neft", "fisher"), ("neft", "ffn"), ("neft", "units"), ("ffn", "ffn-random"),
+            ("units", "units-random"), ("units", "units-gradient"), ("units", "units-fisher"),
+            ("units-gradient", "units-random"), ("units-fisher", "units-random"), ("units", "lora"),
         ):  # fmt: skip
             yield f"{name}-{size}", f"{other}-{size}"
         yield f"neft-{size}", "full"
+        yield f"units-{size}", "full"
         yield f"random-{size}", "full"
 
 
@@ -136,7 +142,7 @@ def pair_row(study: Study, name: str, other: str) -> str | None:
         f"{loss.middle if loss.interval is None else loss.interval:.3f}",
         "" if loss.p is None else "<0.001" if loss.p < 0.001 else f"{loss.p:.3f}",
         sentences("loss", tokens),
-        sentences("chrf", [1] * len(tokens)),
+        *([sentences("chrf", [1] * len(tokens))] if study.translates else []),
         f"{old.middle if old.interval is None else old.interval:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -184,8 +190,9 @@ def settings(study: Study) -> Iterator[str]:
         f"{shape['vocabulary']} tokens, head and embedding shared; {study.base['parameters']:,} parameters, "
         "float32."
     )
+    what = "pairs" if study.translates else f"pieces of {setting['piece']} tokens"
     yield (
-        f"- Pairs: {counts['pretrain']:,} to pre-train on, {counts['train']:,} to tune on, "
+        f"- {counts['pretrain']:,} pairs to pre-train on; {counts['train']:,} {what} to tune on, "
         f"{counts['dev']} for the dev loss, {counts['test']} to examine on."
     )
     yield (
@@ -194,7 +201,7 @@ def settings(study: Study) -> Iterator[str]:
         f"token: {old}."
     )
     yield (
-        f"- Tuning: at most {tune['steps']} steps of {tune['batch']} pairs, dev loss every {tune['look']}; "
+        f"- Tuning: at most {tune['steps']} steps of {tune['batch']}, dev loss every {tune['look']}; "
         f"{sum(len(result.tried) for result in study.results.values())} runs to find learning rates, "
         f"{sum(len(result.runs) for result in study.results.values())} that count."
     )

@@ -77,6 +77,10 @@ _WAYS: dict[str, tuple[Role, str, dict[str, Any]]] = {
     "fisher": ("control", "rows of largest gradients", {"score": "fisher"}),
     "ffn": ("ours", "sensitive, anatomy ffn (the paper's)", {"anatomy": "ffn"}),
     "units": ("ours", "sensitive, anatomy units", {"anatomy": "units"}),
+    "units-gradient": (
+        "ours", "units that gradients agree to turn", {"anatomy": "units", "score": "gradient"},
+    ),
+    "units-fisher": ("control", "units of largest gradients", {"anatomy": "units", "score": "fisher"}),
     "ffn-random": ("control", "random, anatomy ffn", {"anatomy": "ffn", "policy": "random"}),
     "units-random": ("control", "random, anatomy units", {"anatomy": "units", "policy": "random"}),
 }  # fmt: skip
@@ -97,7 +101,7 @@ def _in_order() -> Iterator[Arm]:
         yield from (_chosen(name, percent) for percent in CONTROLLED)
     yield from (_chosen("neft", percent) for percent in SIZES if percent not in CONTROLLED)
     yield from (_lora(percent) for percent in ADAPTED if percent not in CONTROLLED)
-    for name in ("ffn-random", "units-random"):
+    for name in ("ffn-random", "units-random", "units-gradient", "units-fisher"):
         yield from (_chosen(name, percent) for percent in CONTROLLED)
     yield Arm("linear", "neurons", "rival", "all rows of the linear layers")
 

@@ -22,7 +22,8 @@ from benchmarks.selection import models, quality
 from benchmarks.selection.arms import ARMS, Arm
 from benchmarks.selection.choices import choose, describe
 from benchmarks.selection.examples import Codec, Example, collate
-from benchmarks.selection.options import RATE, Options
+from benchmarks.selection.options import RATE, TASKS, Options
+from benchmarks.selection.tasks import Task, task
 from benchmarks.selection.text import read
 from benchmarks.selection.tuning import Trained, batches_of, rank_of, train, trainable
 from neftsurgery import Selection
@@ -46,6 +47,16 @@ class Laboratory:
     def codec(self) -> Codec:
         """The tokenizer; the same text always makes the same."""
         return Codec.made(self.text, self._sizes.shape.vocabulary)
+
+    @cached_property
+    def task(self) -> Task:
+        """What is tuned for."""
+        return task(self._options.task, self._options.text, self.text, self.codec, self._sizes)
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What must be alike for runs to be comparable; JSON."""
+        return self._options.describe(self.text.digest) | self.task.setting
 
     @property
     def base(self) -> Path:
@@ -91,11 +102,11 @@ class Laboratory:
 
     def tokens(self) -> list[int]:
         """How many tokens of each test sentence are to be foretold."""
-        return [len(example.ids) - example.start for example in self.codec.forward(self.text.test)]
+        return [len(example.ids) - example.start for example in self.task.test]
 
     def probe(self, seed: int, rung: int) -> Path:
         """A full fine-tune's checkpoint, of this seed and rate."""
-        folder = self._place / f"probe-{seed}-{rung}"
+        folder = self._probe(seed, rung)
         if not folder.is_dir():
             model, _, _ = self._tuned(ARMS["full"], seed, rung, None)
             self._save(model, folder)
@@ -110,7 +121,7 @@ class Laboratory:
         """A run that counts, with all that is measured."""
         model, trained, facts = self._tuned(arm, seed, rung, probe)
         if arm.kind == "full":
-            self._save(model, self._place / f"probe-{seed}-{rung}")
+            self._save(model, self._probe(seed, rung))
         dev = {str(step): round(loss, 4) for step, loss in trained.dev.items()}
         return {
             "rate": RATE * 2**rung, "loss": round(trained.loss, 5), "best": trained.best, "dev": dev,
@@ -121,12 +132,15 @@ class Laboratory:
     def examine_base(self) -> dict[str, Any]:
         """The base as it is."""
         model = models.load(self.base, self._options.device)
-        loss = models.mean_loss(model, self._dev)
+        loss = models.mean_loss(model, self.task.dev)
         return {"loss": round(loss, 5), "trainable": 0, **self._examined(model)}
 
     def _examined(self, model: Any) -> dict[str, Any]:
         began = time.perf_counter()
-        found = quality.measure(model, self.codec, self.text, self._sizes)
+        found = quality.measure(model, self.task.test, self.codec, self.text, self._sizes)
+        more = self.task.more(model)
+        found["sentences"] |= more.pop("sentences", {})
+        found |= more
         return found | {"examined": round(time.perf_counter() - began, 1), "date": _today()}
 
     def _tuned(
@@ -145,23 +159,19 @@ class Laboratory:
         meter = _Meter(device)
         parameters = trainable(arm, model, selection, seed)
         trained = train(
-            model, parameters, batches_of(self._train, course.batch, seed), course, RATE * 2**rung,
-            lambda: models.mean_loss(model, self._dev),
+            model, parameters, batches_of(self.task.train, course.batch, seed), course, RATE * 2**rung,
+            lambda: models.mean_loss(model, self.task.dev),
         )  # fmt: skip
         facts |= {"trainable": sum(p.numel() for p in parameters), "peak": meter.peak()}
         return model, trained, facts
 
     def _chosen(self, arm: Arm, seed: int, probe: Path | None, model: Any) -> Selection:
-        batches = islice(batches_of(self._train, self._sizes.tune.batch, seed), STEPS)
+        batches = islice(batches_of(self.task.train, self._sizes.tune.batch, seed), STEPS)
         return choose(arm, self.base, probe, model, (collate(batch, model.device) for batch in batches), seed)
 
-    @cached_property
-    def _train(self) -> list[Example]:
-        return self.codec.forward(self.text.train)
-
-    @cached_property
-    def _dev(self) -> list[Example]:
-        return self.codec.forward(self.text.dev)
+    def _probe(self, seed: int, rung: int) -> Path:
+        task = self._options.task
+        return self._place / f"probe{f'-{task}' * (task != TASKS[0])}-{seed}-{rung}"
 
     def _save(self, model: Any, folder: Path, facts: dict[str, Any] | None = None) -> None:
         """Whole or not at all."""

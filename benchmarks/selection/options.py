@@ -80,6 +80,7 @@ SCALES = {
     ),
 }  # fmt: skip
 RATE = 1e-3  # the learning rates are this times powers of two, the rungs of the ladder
+TASKS = ("translation", "plays")
 QUICK_ARMS = ("base", "full", "neft-3", "random-3", "random-like-3", "lora-3", "units-9", "gradient-9")
 
 
@@ -91,6 +92,7 @@ class Options:
     work: Path
     out: Path
     scale: str
+    task: str
     device: str
     seeds: int
     only: tuple[str, ...]
@@ -105,7 +107,8 @@ class Options:
         named = {name: getattr(given, name) for name in cls.__dataclass_fields__ if name != "command"}
         scale = "quick" if given.quick else given.scale
         only = given.only or (QUICK_ARMS if given.quick else tuple(ARMS))
-        flags = f" --device {given.device}" * (given.device != "cpu") + f" --seeds {given.seeds}"
+        flags = f" --task {given.task}" * (given.task != TASKS[0])
+        flags += f" --device {given.device}" * (given.device != "cpu") + f" --seeds {given.seeds}"
         command = f"python -m benchmarks selection --text TEXT --scale {scale}{flags}"
         return cls(**named | {"scale": scale, "only": only, "command": command})
 
@@ -117,18 +120,21 @@ class Options:
     @property
     def results(self) -> Path:
         """The file of finished runs."""
-        device = "" if self.device == "cpu" else f"-{self.device}"
-        return self.out / f"selection-{self.scale}{device}.jsonl"
+        return self.out / f"selection-{self._named(self.task)}.jsonl"
+
+    def _named(self, task: str) -> str:
+        parts = [self.scale, *[task] * (task != TASKS[0]), *[self.device] * (self.device != "cpu")]
+        return "-".join(parts)
 
     def describe(self, text: str) -> dict[str, Any]:
-        """What must be alike for runs to be comparable; JSON. ``text`` is the text's digest."""
+        """What must be alike for bases to be comparable; JSON. ``text`` is the text's digest."""
         sizes = json.loads(json.dumps(asdict(self.sizes)))  # as it is when it is read back
         return {"scale": self.scale, "device": self.device, "rate": RATE, **sizes, "text": text}
 
     def place(self, text: str) -> Path:
-        """The folder of the base and the probes: another one for every setting."""
+        """The folder of the base and the probes: another one for every setting, the same for all tasks."""
         digest = hashlib.sha256(json.dumps(self.describe(text), sort_keys=True).encode()).hexdigest()
-        return self.work / f"{self.results.stem}-{digest[:12]}"
+        return self.work / f"selection-{self._named(TASKS[0])}-{digest[:12]}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--work", type=Path, default=Path("build/selection"), help="where the base and the probes are kept")
     add("--out", type=Path, default=Path("docs/results"), help="results, a line a run; the page is OUT.md")
     add("--scale", choices=SCALES, default="small", help="how large everything is (default: small)")
+    add("--task", choices=TASKS, default=TASKS[0], help="what the base is tuned to do (default: translation)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
     add("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
     add("--only", type=_names, default=(), help=f"some of: {', '.join(ARMS)}")

@@ -1,8 +1,8 @@
-"""What is measured of a tuned model, on sentences nobody learnt from."""
+"""What is measured of a tuned model, on text nobody learnt from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
@@ -10,33 +10,39 @@ from sacrebleu.metrics import BLEU, CHRF
 from benchmarks.selection.examples import CHINESE, Codec, Example
 from benchmarks.selection.models import examine, mean_loss, translate
 from benchmarks.selection.options import Scale
-from benchmarks.selection.text import Text
+from benchmarks.selection.text import Pair, Text
 
 SHOWN = 3  # translations that are kept, to be looked at
 
 
-def measure(model: Any, codec: Codec, text: Text, sizes: Scale) -> dict[str, Any]:
-    """Losses in nats a token, BLEU and chrF of greedy translations; each sentence's loss (a sum) and chrF.
-
-    ``astray`` is the test loss where each Chinese sentence follows another one's English: what of it is
-    translation, and what only knowing Chinese.
-    """
-    found = examine(model, codec.forward(text.test))
-    translations = translate(model, codec, text.test, CHINESE, sizes.answer)
-    references = [chinese for _, chinese in text.test]
-    others = [english for english, _ in (*text.test[1:], text.test[0])]
-    bleu = BLEU(tokenize="zh").corpus_score(translations, [references])
-    chrf = CHRF()
+def measure(model: Any, test: Sequence[Example], codec: Codec, text: Text, sizes: Scale) -> dict[str, Any]:
+    """Losses in nats a token, of ``test`` and of what the base knew; and the sum of each test example."""
+    found = examine(model, test)
     old = {name: round(mean_loss(model, make()), 5) for name, make in _old(codec, text, sizes).items()}
     return {
         "test": round(sum(loss for loss, _ in found) / sum(count for _, count in found), 5),
+        "old": old,
+        "sentences": {"loss": [round(loss, 3) for loss, _ in found]},
+    }
+
+
+def translation(model: Any, codec: Codec, pairs: Sequence[Pair], sizes: Scale) -> dict[str, Any]:
+    """BLEU and chrF of greedy translations into Chinese, and each sentence's chrF.
+
+    ``astray`` is the loss where each Chinese sentence follows another one's English: what of the loss is
+    translation, and what only knowing Chinese.
+    """
+    translations = translate(model, codec, pairs, CHINESE, sizes.answer)
+    references = [chinese for _, chinese in pairs]
+    others = [english for english, _ in (*pairs[1:], pairs[0])]
+    bleu = BLEU(tokenize="zh").corpus_score(translations, [references])
+    chrf = CHRF()
+    return {
         "astray": round(mean_loss(model, codec.forward(zip(others, references, strict=True))), 5),
         "bleu": round(bleu.score, 3),
         "chrf": round(chrf.corpus_score(translations, [references]).score, 3),
         "exact": sum(map(str.__eq__, translations, references)),
-        "old": old,
         "sentences": {
-            "loss": [round(loss, 3) for loss, _ in found],
             "chrf": [
                 round(chrf.sentence_score(*pair).score, 1)
                 for pair in zip(translations, ([one] for one in references), strict=True)

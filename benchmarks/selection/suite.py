@@ -67,7 +67,7 @@ class _Bench:
     def prepare(self) -> None:
         """The setting, the base, and the base's own figures. Leaves with a message where they do not fit."""
         options, laboratory = self._options, self._laboratory
-        setting = options.describe(laboratory.text.digest)
+        setting = laboratory.setting
         (known,) = self._found("setting") or (None,)
         if known is None:
             here = machine.describe(laboratory.base.parent, PACKAGES)

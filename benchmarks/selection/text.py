@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAIRS = "tatoeba_en_zh/cmn.txt"  # English, tab, Chinese, tab, attribution
+PLAYS = "tinyshakespeare.txt"  # speeches, with empty lines between them
 ARTICLES = ("wikitext2/valid.txt", "wikitext2/test.txt")  # to learn from, to examine on
 
 Pair = tuple[str, str]  # English, Chinese
@@ -70,6 +71,12 @@ def read(folder: Path, sizes: Sizes, seed: int = 0) -> Text:
     dealt = deal(short(_pairs(folder / PAIRS), sizes), sizes, seed)
     articles, unseen = (tuple(_paragraphs(folder / name)) for name in ARTICLES)
     return Text(**dealt, articles=articles, unseen=unseen)
+
+
+def read_plays(folder: Path) -> tuple[str, ...]:
+    """The speeches of the plays of ``folder``, each with its speaker, in lower case. Raises TextError."""
+    speeches = _read(folder / PLAYS).lower().split("\n\n")
+    return tuple(" ".join(speech.split()) for speech in speeches if speech.strip())
 
 
 def short(pairs: Iterable[Pair], sizes: Sizes) -> list[Pair]:
@@ -165,5 +172,6 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise TextError(
-            f"there is no {file}; --text names a folder with {PAIRS}, {' and '.join(ARTICLES)}"
+            f"there is no {file}; --text names a folder with {PAIRS}, "
+            f"{' and '.join(ARTICLES)}, and for the plays {PLAYS}"
         ) from None
