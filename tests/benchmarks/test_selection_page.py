@@ -123,7 +123,7 @@ def test_what_is_written_by_hand_stays_and_what_is_made_is_made_anew(tmp_path):
     page.write_text(f"# Mine\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     render_selection(folder)
     once = page.read_text()
-    assert once.startswith(f"# Mine\n\nbefore\n\n{BEGIN}\n\n## Scale small")
+    assert once.startswith(f"# Mine\n\nbefore\n\n{BEGIN}\n\n## Translation, scale small")
     assert once.endswith(f"{END}\n\nafter\n")
     assert "\nold\n" not in once
     added = " | ".join(f"{3.0 - base:+.3f} ± 0.000" for base in (1.0, 2.0, 3.0, 4.0))
@@ -133,6 +133,29 @@ def test_what_is_written_by_hand_stays_and_what_is_made_is_made_anew(tmp_path):
     render_selection(folder)
     assert page.read_text() == once
     assert (folder / "selection-small.svg").read_bytes() == picture
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_task_without_translations_has_no_columns_of_them(tmp_path):
+    write(tmp_path / "results" / "selection-small.jsonl")
+    for line in lines.load(tmp_path / "results" / "selection-small.jsonl"):
+        kept = {key: value for key, value in line.items() if key not in ("astray", "bleu", "chrf")}
+        if "sentences" in kept:
+            kept["sentences"] = {"loss": kept["sentences"]["loss"]}
+        if "setting" in kept:
+            kept["setting"] |= {"task": "plays", "piece": 16}
+        lines.append(tmp_path / "results" / "selection-small-plays.jsonl", kept)
+    render_selection(tmp_path / "results")
+    plays, both = (tmp_path / "results.md").read_text().split("## Translation, scale small")
+    assert "## Plays, scale small, on a processor" in plays
+    row = (
+        "| **NeFT: sensitive rows, 3%** | 3.00 | 0.008 | 2.200 ± 0.100 | 2.100 ± 0.100 | +0.500 ± 0.000 | 3 |"
+    )
+    assert row in plays
+    assert "BLEU" not in plays
+    assert "chrF" not in plays
+    assert "50 pieces of 16 tokens to tune on" in plays
+    assert both.count("chrF") == 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from benchmarks.selection import models, tuning
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.choices import choose
 from benchmarks.selection.examples import CHINESE, END, Codec, Example, collate, in_order, shuffled
-from benchmarks.selection.options import Course, Shape
-from benchmarks.selection.text import Text
+from benchmarks.selection.options import SCALES, Course, Shape
+from benchmarks.selection.tasks import task
+from benchmarks.selection.text import Sizes, Text, TextError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = tuple(
@@ -181,6 +183,20 @@ def test_the_rate_warms_up_and_falls_to_zero():
     assert max(shares) == 1.0 == shares[4] == shares[5]
     assert shares[-1] == pytest.approx(0.01 / 0.95)
     assert all(a >= b for a, b in pairwise(shares[5:]))
+
+
+def test_pieces_of_plays_are_dealt_out_whole(tmp_path, codec):
+    speeches = [f"nurse {n}: " + " ".join(f"word{(n + m) % 40} is here" for m in range(6)) for n in range(60)]
+    (tmp_path / "tinyshakespeare.txt").write_text("\n\n".join(speeches))
+    sizes = replace(SCALES["quick"], text=Sizes(20, 6, 5, 0, 0), piece=12)
+    found = task("plays", tmp_path, TEXT, codec, sizes)
+    assert [len(part) for part in (found.train, found.dev, found.test)] == [20, 6, 5]
+    assert all(len(example.ids) == 12 for example in found.train)
+    assert not set(found.test) & (set(found.train) | set(found.dev))
+    assert found.setting == task("plays", tmp_path, TEXT, codec, sizes).setting
+    assert task("translation", tmp_path, TEXT, codec, sizes).setting == {}
+    with pytest.raises(TextError, match="are too few"):
+        task("plays", tmp_path, TEXT, codec, replace(sizes, text=Sizes(9999, 6, 5, 0, 0)))
 
 
 def command(out: Path, text: Path, *words: str) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.selection.arms import ARMS, CONTROLLED
 from benchmarks.selection.ladder import best_rung, next_rung
-from benchmarks.selection.text import Sizes, TextError, deal, read, short
+from benchmarks.selection.text import Sizes, TextError, deal, read, read_plays, short
 
 SIZES = Sizes(train=30, dev=10, test=10, words=6, characters=8)
 
@@ -53,6 +53,13 @@ def test_only_short_pairs_are_kept_each_once():
 def test_a_folder_without_text_is_named(tmp_path):
     with pytest.raises(TextError, match=r"cmn\.txt; --text names a folder"):
         read(tmp_path, SIZES)
+
+
+def test_speeches_of_plays(tmp_path):
+    (tmp_path / "tinyshakespeare.txt").write_text("Romeo:\nIs love\na tender thing?\n\n\n\nNurse:\nMadam!\n")
+    assert read_plays(tmp_path) == ("romeo: is love a tender thing?", "nurse: madam!")
+    with pytest.raises(TextError, match=r"for the plays tinyshakespeare\.txt"):
+        read_plays(tmp_path / "nowhere")
 
 
 def test_the_real_text_is_dealt_out(shared_data):
