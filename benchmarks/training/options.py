@@ -22,6 +22,7 @@ CONTESTANTS = {
     "neft-1": ("ours", "NeFT, 1% of rows"),
     "neft-3": ("ours", "NeFT, 3% of rows"),
     "neft-9": ("ours", "NeFT, 9% of rows"),
+    "units-3": ("ours", "NeFT, as many parameters in whole feed-forward units"),
     "overlay-3": ("ours", "NeFT, 3% of rows, overlay"),
     "masked-3": ("rival", "full gradients, masked to 3% of rows"),
     "full": ("rival", "full fine-tune of the same modules"),

@@ -46,6 +46,7 @@ def prepare(name: str, model: Any) -> Way:
     return {
         "floor": _floor,
         "neft": _neft,
+        "units": _units,
         "overlay": _overlay,
         "masked": _masked,
         "full": _full,
@@ -65,17 +66,39 @@ def rows(model: Any, share: float) -> dict[str, Tensor]:
     return found
 
 
-def _selection(model: Any, picks: dict[str, Tensor]) -> Selection:
+def units(model: Any, share: float) -> dict[str, Tensor]:
+    """As many parameters as `rows`, in whole feed-forward units: rows of gate and up, columns of down."""
+    parameters = sum(
+        len(index) * model.get_parameter(name).shape[1] for name, index in rows(model, share).items()
+    )
+    generator, config = torch.Generator().manual_seed(3), model.config
+    count = max(1, round(parameters / (3 * config.hidden_size * config.num_hidden_layers)))
+    found = {}
+    for layer in range(config.num_hidden_layers):
+        drawn = torch.randperm(config.intermediate_size, generator=generator)[:count].sort().values
+        for kind in ("gate", "up", "down"):
+            found[f"model.layers.{layer}.mlp.{kind}_proj.weight"] = drawn
+    return found
+
+
+def _selection(model: Any, picks: dict[str, Tensor], columns: str = "") -> Selection:
+    """Rows; of weights whose names have ``columns`` in them, columns."""
     tensors = {}
     for name, index in sorted(picks.items()):
         weight = model.get_parameter(name)
         info = TensorInfo(name, KINDS[weight.dtype], tuple(weight.shape))
-        tensors[name] = Chosen(info, Layout.of(weight.shape, (0,)), index.numpy())
+        axis = int(bool(columns) and columns in name)
+        tensors[name] = Chosen(info, Layout.of(weight.shape, (axis,)), index.numpy())
     return Selection(tensors, {"policy": "random"})
 
 
 def _neft(model: Any, share: float, mode: Any = "scatter") -> Way:
     attached = attach(model, _selection(model, rows(model, share)), base=False, mode=mode)
+    return Way(model, list(attached.parameters()))
+
+
+def _units(model: Any, share: float) -> Way:
+    attached = attach(model, _selection(model, units(model, share), "down_proj"), base=False)
     return Way(model, list(attached.parameters()))
 
 

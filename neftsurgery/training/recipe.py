@@ -78,7 +78,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Select:
-    """How many neurons, of which tensors: the options of ``extract``, by their names."""
+    """How many neurons, of which tensors: the options of ``extract``, by their names.
+
+    The anatomy is ``units`` unless another is named: of equal size they learn more than rows where there is
+    much to learn (docs/results.md).
+    """
 
     neurons: str | None = None
     params: str | None = None
@@ -90,7 +94,7 @@ class Select:
     policy: Literal["sensitive", "reversed", "random"] | None = None
     with_bias: bool = False
     seed: int = 0
-    anatomy: Literal["rows", "ffn", "units"] = "rows"
+    anatomy: Literal["rows", "ffn", "units"] = "units"
     score: Literal["cosine", "l2", "relative", "changed", "random", "norm"] | None = None
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)

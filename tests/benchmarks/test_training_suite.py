@@ -65,6 +65,14 @@ def test_the_mask_leaves_the_rows_that_neft_trains():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_units_are_as_many_parameters_as_rows():
+    from benchmarks.training import models, ways
+
+    model = models.build(JOB | {"dtype": "fp32", "shape": "small"})
+    rows = sum(len(n) * model.get_parameter(w).shape[1] for w, n in ways.rows(model, 0.03).items())
+    assert ways.prepare("units-3", model).trainable == pytest.approx(rows, rel=0.03)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_the_floor_end_where_those_of_neft_do(checkpointing):
     """At the outputs of the first layer's projections; with checkpointing, at the inputs, for all alike."""
