@@ -324,17 +324,23 @@ def _check(recipe: Recipe, file: Path) -> None:
         if one.name in done and getattr(select, one.name) != default:
             raise UsageError(f"select.{one.name} does not go with probe.by {probe.by}", file=file)
     if probe.by != "selection":
-        _check_budget(select, file)
+        _check_budget(select, file, units=select.anatomy == "units" and probe.by != "scores")
 
 
 _SCOPE = ("anatomy", "include", "exclude", "only", "axis")
 _ALL = tuple(one.name for one in dataclasses.fields(Select))
 
 
-def _check_budget(select: Select, file: Path) -> None:
+def _check_budget(select: Select, file: Path, *, units: bool) -> None:
     budget = select.budget
     if not budget.keys() & {"neurons", "params", "threshold", "changed", "like"}:
         raise UsageError(
             "the recipe does not say how many neurons to train", file=file, hint="add select.neurons: 3%"
         )
-    Budget.of(**(budget | {"like": {}} if "like" in budget else budget))
+    checked = Budget.of(**(budget | {"like": {}} if "like" in budget else budget))
+    if units:
+        try:
+            checked.check_units()
+        except UsageError as error:
+            hint = "a unit lies in several tensors: say select.anatomy: rows"
+            raise UsageError(error.what, file=file, hint=hint) from None
