@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -78,6 +78,7 @@ def test_the_package_calls_nothing_that_runs_what_it_reads() -> None:
     assert found > 1000
 
 
+@pytest.mark.parametrize("command", ["inspect", "diff"])
 @pytest.mark.parametrize("options", [[], ["-v"], ["--json"], ["--json", "-v"]])
 @pytest.mark.parametrize(
     "error",
@@ -92,30 +93,37 @@ def test_the_package_calls_nothing_that_runs_what_it_reads() -> None:
 def test_no_token_in_any_message(
     error: Exception,
     options: list[str],
+    command: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Whatever the Hub's client says when it fails, with the traceback of -v as well."""
 
-    asked = 0
+    asked = set()
 
-    def fail(*arguments: object, **more: object) -> str:
-        nonlocal asked
-        asked += 1
-        raise error
+    def failing(name: str) -> Callable[..., str]:
+        def fail(*arguments: object, **more: object) -> str:
+            asked.add(name)
+            raise error
+
+        return fail
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("snapshot_download", "hf_hub_download"):
-        monkeypatch.setattr(huggingface_hub, name, fail)
+        monkeypatch.setattr(huggingface_hub, name, failing(name))
     monkeypatch.chdir(tmp_path)
     raw_file(tmp_path / "patch", [])
+    if command == "inspect":  # is it a patch?
+        words, first = ["inspect", "org/name"], "hf_hub_download"
+    else:
+        words, first = ["diff", "org/name", "patch"], "snapshot_download"
     with pytest.raises(SystemExit) as left:
-        run(["inspect", "org/name", *options])
+        run([*words, *options])
     captured = capfd.readouterr()
-    said = captured.out + captured.err
-    assert asked
+    assert asked == {first}
     assert left.value.code in (2, 5)
+    said = captured.out + captured.err
     assert "org/name" in said
     assert TOKEN not in said
     assert "Signature=" not in said
