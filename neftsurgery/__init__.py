@@ -24,15 +24,15 @@ from .errors import CorruptFileError, MachineError, MismatchError, NeftError, Us
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .analysis.measure import utilization
-    from .analysis.result import Utilization
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
     from .hub.push import Pushed, push
+    from .neuron_utilization.measure import utilization
+    from .neuron_utilization.result import Utilization
     from .patch.patch import Patch
-    from .pictures.report import report
-    from .selection.scores import Scores
+    from .reporting.report import report
+    from .scoring.scores import Scores
     from .selection.selection import Selection
     from .surgery.apply import apply, revert
     from .surgery.diff import diff
@@ -82,9 +82,9 @@ _HOMES = {
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
     "Pushed": "hub.push",
-    "Scores": "selection.scores",
+    "Scores": "scoring.scores",
     "Selection": "selection.selection",
-    "Utilization": "analysis.result",
+    "Utilization": "neuron_utilization.result",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
     "attach": "tuning.attach",
@@ -96,9 +96,9 @@ _HOMES = {
     "open_checkpoint": "checkpoint.opening",
     "pull": "hub.pull",
     "push": "hub.push",
-    "report": "pictures.report",
+    "report": "reporting.report",
     "revert": "surgery.apply",
-    "utilization": "analysis.measure",
+    "utilization": "neuron_utilization.measure",
     "verify": "surgery.verify",
 }
 

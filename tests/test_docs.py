@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from support import LLAMA_CONFIG, write_folder
 
-from neftsurgery.anatomy.families import FAMILIES
-from neftsurgery.checkpoint.tensorfile import TensorFile
+from neftsurgery.neurons.families import FAMILIES
+from neftsurgery.tensors.tensorfile import TensorFile
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.training.models import LINEAR, linears
-from neftsurgery.checkpoint.header import TensorInfo
-from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.neurons.layout import Layout
 from neftsurgery.selection.selection import Chosen, Selection
+from neftsurgery.tensors.header import TensorInfo
 from neftsurgery.tuning.attach import attach
 
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16"}

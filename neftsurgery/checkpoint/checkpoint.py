@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import Source
-from .header import Header, TensorInfo, loads, read_header
-from .resident import at_hand, resident
-from .tensorfile import OpenFile, read_exactly, read_rows_exactly
+from ..storage.page_cache import at_hand, resident
+from ..tensors.header import Header, TensorInfo, loads, read_header
+from ..tensors.tensorfile import OpenFile, read_exactly, read_rows_exactly
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
 

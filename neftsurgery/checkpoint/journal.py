@@ -21,14 +21,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import MachineError, MismatchError, NeftError
+from ..neurons.description import described_tensor
+from ..neurons.layout import Layout
+from ..neurons.vectors import blocks, check_index, gather, scatter
 from ..sources.resolve import Source
+from ..storage.output import fsync, fsync_folder
+from ..tensors.document import bad, dump, read_document
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import TensorFile, written_file
 from .checkpoint import Checkpoint, Shard, weight_files
-from .document import bad, described_tensor, dump, read_document
-from .header import TensorInfo
-from .layout import Layout
-from .output import fsync, fsync_folder
-from .tensorfile import TensorFile, written_file
-from .vectors import blocks, check_index, gather, scatter
 
 __all__ = ["JOURNAL_NAME", "Change", "heal", "journal_path", "journaled", "locked"]
 

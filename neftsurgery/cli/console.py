@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..surgery.progress import Timing, process_seconds
-from ..words import printable
+from ..progress import Timing, process_seconds
+from ..text import printable
 
 if TYPE_CHECKING:
-    from ..checkpoint.pipeline import Limits
+    from ..storage.threads import Limits
 
 __all__ = ["Console", "can_print", "table"]
 
@@ -66,7 +66,7 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal; see `neftsurgery.surgery.progress.Progress`."""
+        """A bar on a terminal; see `neftsurgery.progress.Progress`."""
         if self.quiet or not sys.stderr.isatty():
             yield lambda done: None
             return

@@ -19,8 +19,8 @@ import click
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
 from ..sources.secrets import redacted
+from ..text import printable
 from ..version import __version__
-from ..words import printable
 
 __all__ = ["cli", "run"]
 

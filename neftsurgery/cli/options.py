@@ -65,7 +65,7 @@ def common_options(command: Command) -> Command:
         memory: int | None,
         **options: Any,
     ) -> Any:
-        from ..checkpoint.pipeline import Limits
+        from ..storage.threads import Limits
 
         console = Console(as_json=as_json, quiet=quiet, limits=Limits.of(threads, memory))
         return command(console, *args, **options)

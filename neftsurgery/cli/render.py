@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..pictures.layer_map import LayerMap
-from ..pictures.map_figure import BLOCKS, map_lines
-from ..selection.scores import Scores
+from ..reporting.layer_map import LayerMap
+from ..reporting.map_figure import BLOCKS, map_lines
+from ..scoring.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary
-from ..words import amount, percent, plural, size
+from ..text import amount, percent, plural, size
 from .console import Console, can_print, table
 
 __all__ = ["say_captured", "say_checkpoint", "say_map", "say_pair", "say_summary"]

@@ -6,7 +6,7 @@ import click
 
 from ..surgery.operation import Surgery
 from ..surgery.state import summary
-from ..words import plural, size
+from ..text import plural, size
 from .console import Console
 
 __all__ = ["in_place_option", "say_surgery"]

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from ..words import plural
+from ..text import plural
 from .console import Console
 from .options import stack
 
 if TYPE_CHECKING:
-    from ..analysis.plan import UtilizationPlan
-    from ..pictures.sections import Section
+    from ..neuron_utilization.plan import UtilizationPlan
+    from ..reporting.sections import Section
 
 __all__ = ["Analysis", "plan_analyses", "split_subjects", "take_utilization", "utilization_options"]
 
@@ -114,8 +114,8 @@ class Analysis:
 
     def run(self, console: Console, *, force: bool) -> Section:
         """Carry it out."""
-        from ..analysis.figures import section_of
-        from ..analysis.measure import measure
+        from ..neuron_utilization.figures import section_of
+        from ..neuron_utilization.measure import measure
 
         found = measure(self.plan, progress=partial(console.progress, unit="it"))
         if self.neurons_out is not None:
@@ -133,7 +133,7 @@ def plan_analyses(named: Sequence[str], options: dict[str, Any], *, force: bool)
         For what cannot be analysed, or where torch and transformers are not installed.
     """
     try:
-        from ..analysis.plan import plan_utilization
+        from ..neuron_utilization.plan import plan_utilization
     except ImportError as error:
         raise UsageError(
             f"--utilization needs what is not installed: {error.name}",
@@ -144,7 +144,7 @@ def plan_analyses(named: Sequence[str], options: dict[str, Any], *, force: bool)
     if not named:
         raise UsageError("--utilization is of a patch or a checkpoint, not of scores")
     if neurons_out is not None:
-        from ..checkpoint.refusal import refuse_output
+        from ..storage.output_checks import refuse_output
 
         if len(named) > 1:
             raise UsageError("--neurons-out takes the neurons of one patch, and there are several")

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import INDEX_NAME
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.tensorfile import written_file
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import written_file
 
 __all__ = ["CONFIG", "PLANTED", "make_base", "make_tuned", "planted"]
 

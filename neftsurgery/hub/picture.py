@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from ..patch.patch import Patch
-from ..pictures.layer_map import LayerMap
+from ..reporting.layer_map import LayerMap
 
 __all__ = ["PICTURE_NAME", "picture_of"]
 
@@ -17,6 +17,6 @@ def picture_of(patch: Patch) -> bytes | None:
     found = LayerMap.of_patch(patch)
     if find_spec("matplotlib") is None or not found.neurons:
         return None
-    from ..pictures.map_figure import map_figure
+    from ..reporting.map_figure import map_figure
 
     return map_figure(found, word="replaced", of_patch=True).png()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..patch.patch import Patch
-from ..pictures.layer_map import LayerMap
+from ..reporting.layer_map import LayerMap
 
 __all__ = ["Places", "places_of"]
 

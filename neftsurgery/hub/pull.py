@@ -6,13 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.refusal import refuse_output
 from ..errors import CorruptFileError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
+from ..progress import Progress, silent
 from ..sources.hub import RemoteFile, fetch_file, is_damaged, is_offline, remote_file
 from ..sources.resolve import Source
+from ..storage.output_checks import refuse_output
 from ..surgery.merge_plan import check_patches
-from ..surgery.progress import Progress, silent
 from .base import is_repo
 
 __all__ = ["Pull", "fetch", "plan_pull", "pull"]

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..errors import MachineError, MismatchError, NeftError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
+from ..progress import Progress, silent
 from ..sources.hub import client, hub_errors, page
 from ..sources.secrets import redacted
 from ..surgery.merge_plan import check_patches
-from ..surgery.progress import Progress, silent
 from .base import Base, base_of, is_repo, licence_of
 from .card import write_card
 from .picture import PICTURE_NAME, picture_of

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from ..patch.patch import PATCH_NAME, Patch
 from ..sources.hub import page
-from ..words import percent, plural, size
+from ..text import percent, plural, size
 from .base import Base
 from .markdown import bar, code, link, table
 from .places import Places, places_of

@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..checkpoint.header import TensorInfo
+from ..tensors.header import TensorInfo
 
-__all__ = ["CONFIG_NAME", "STEPS", "WEIGHTS_NAME", "LoraModule", "adapter_config", "next_step"]
+__all__ = ["STEPS", "LoraModule", "adapter_config", "next_step"]
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
 #: The values that vLLM takes for ``max_lora_rank``.
 STEPS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

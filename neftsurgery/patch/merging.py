@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.floats import narrow, widen
+from ..tensors.floats import narrow, widen
 from .patch import Raw
 
 __all__ = ["ARITHMETIC", "DENSITY", "POLICIES", "Magnitudes", "Part", "merge_rows"]
@@ -66,7 +66,7 @@ def merge_rows(policy: str, dtype: str, parts: Sequence[Part], base: Raw | None,
     policy:
         One of `POLICIES`; ``error`` takes it that no two parts overlap.
     dtype:
-        As safetensors names it; one of `neftsurgery.checkpoint.floats.FLOATS` if anything is computed.
+        As safetensors names it; one of `neftsurgery.tensors.floats.FLOATS` if anything is computed.
     base:
         The replaced vectors, ``[count, width * itemsize]``, for ``sum`` and ``ties``.
     """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.layout import Layout
+from ..neurons.layout import Layout
 from .patch import Patch, PatchTensor, Raw
 
 __all__ = ["overlay"]

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.backed import FileBacked
-from ..checkpoint.document import bad, described_tensor, read_document
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.layout import Layout
-from ..checkpoint.tensorfile import TensorFile
-from ..checkpoint.vectors import blocks, check_index
 from ..errors import CorruptFileError, boundary
+from ..neurons.description import described_tensor
+from ..neurons.layout import Layout
+from ..neurons.vectors import blocks, check_index
 from ..selection.selection import Chosen, Selection, followers_of
 from ..sources.resolve import Source, resolve_file
+from ..tensors.document import bad, read_document
+from ..tensors.file_backed import FileBacked
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import TensorFile
 from .digests import DigestHash, digests
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]

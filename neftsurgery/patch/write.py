@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..checkpoint.document import dump
 from ..checkpoint.fingerprint import HASH_PREFIX
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.tensorfile import TensorFileWriter, written_file
 from ..selection.selection import INDEX_TYPES, Selection, index_dtype
+from ..tensors.document import dump
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import TensorFileWriter, written_file
 from .digests import DigestHash, digests
 from .patch import PATCH_KEY, PATCH_VERSION, Patch, Raw
 

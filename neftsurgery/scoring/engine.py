@@ -15,11 +15,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.cutshort import survived, was_cut_short
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.pipeline import Limits, in_order
-from ..checkpoint.vectors import ByteReader, block_memory, blocks, gather
 from ..errors import CorruptFileError
+from ..neurons.vectors import ByteReader, block_memory, blocks, gather
+from ..storage.threads import Limits, in_order
+from ..storage.truncated_maps import survived, was_cut_short
+from ..tensors.header import TensorInfo
 from .partial import PartialSums, partial_sums
 from .pieces import Job, Piece, joined, tasks
 from .sums import Exact, Sums, exact

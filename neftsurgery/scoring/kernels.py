@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ..checkpoint.dtypes import DTYPES
+from ..tensors.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

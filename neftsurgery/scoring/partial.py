@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.layout import Layout
+from ..neurons.layout import Layout
+from ..tensors.header import TensorInfo
 from . import kernels
 from .pieces import Job, Piece
 from .sums import Exact, Sums, exact

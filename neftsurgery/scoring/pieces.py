@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.layout import Layout
+from ..neurons.layout import Layout
+from ..tensors.header import TensorInfo
 from .kernels import FORMATS
 
 __all__ = ["Job", "Piece", "joined", "tasks"]

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..checkpoint.dtypes import DTYPES
+from ..tensors.dtypes import DTYPES
 from . import kernels
 
 __all__ = ["SCORES", "Exact", "Sums", "UnitSums", "exact", "random_scores"]

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.document import bad, described_tensor, dump, read_document
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.layout import Layout
-from ..checkpoint.refusal import refuse_output
-from ..checkpoint.tensorfile import TensorFile, written_file
-from ..checkpoint.vectors import check_index
 from ..errors import boundary
+from ..neurons.description import described_tensor
+from ..neurons.layout import Layout
+from ..neurons.vectors import check_index
+from ..storage.output_checks import refuse_output
+from ..tensors.document import bad, dump, read_document
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import TensorFile, written_file
 
 __all__ = [
     "INDEX_TYPES",

@@ -131,7 +131,7 @@ def is_damaged(path: Path) -> bool:
 
 @contextmanager
 def hub_errors(named: str, filename: str = "a file", *, doing: str = "fetching it from") -> Iterator[None]:
-    """Turn what huggingface_hub raises about ``named`` into errors of ours, in our own words."""
+    """Turn what huggingface_hub raises about ``named`` into errors of ours, in our own text."""
     try:
         yield
     except NeftError:

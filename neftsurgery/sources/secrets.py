@@ -13,7 +13,7 @@ __all__ = ["Redacting", "redacted"]
 
 _SHAPES = re.compile(r"hf_[A-Za-z0-9]{16,}|(?i:bearer)\s+\S+|(?<=[\w/])\?[^\s'\"<>]+=[^\s'\"<>]*")
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
-#: Shorter ones are no tokens, and would blot out words.
+#: Shorter ones are no tokens, and would blot out text.
 _SHORTEST = 8
 
 

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.folder_files import folder_files
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.pipeline import Limits
-from ..checkpoint.refusal import refuse_output
 from ..errors import MismatchError, UsageError, boundary
 from ..patch.patch import Patch
+from ..progress import Progress, Timing, silent
 from ..sources.resolve import is_hub_id
-from .files import folder_files
+from ..storage.output_checks import refuse_output
+from ..storage.threads import Limits
 from .operation import Rows, Surgery, operate, touched_files
-from .progress import Progress, Timing, silent
 from .replaced import BaseRows
 from .state import PatchState, check_fit, examine
 

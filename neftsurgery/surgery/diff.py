@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..anatomy.anatomy import AxisOption, NeuronTensor
+from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.document import dump
 from ..checkpoint.fingerprint import fingerprint
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.pipeline import Limits
-from ..checkpoint.refusal import refuse_output
-from ..checkpoint.tensorfile import TensorFileWriter, written_file
 from ..errors import UsageError, boundary
+from ..neurons.anatomy import AxisOption, NeuronTensor
+from ..progress import Progress, Timing, silent
 from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
+from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
-from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
-from .adapter import open_pair
+from ..storage.output_checks import refuse_output
+from ..storage.threads import Limits
+from ..tensors.document import dump
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import TensorFileWriter, written_file
 from .pairing import Pair, Scope, pair
-from .progress import Progress, Timing, silent
 
 __all__ = ["check_score", "describe_side", "describe_tensor", "diff", "score_pair"]
 

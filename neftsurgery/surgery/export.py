@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.floats import narrow, widen
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.output import staged_directory
-from ..checkpoint.pipeline import Limits, in_order
-from ..checkpoint.refusal import refuse_output
-from ..checkpoint.tensorfile import TensorFileWriter, written_file
-from ..checkpoint.vectors import block_memory
 from ..errors import MismatchError, UsageError, boundary
-from ..patch.lora import CONFIG_NAME, STEPS, WEIGHTS_NAME, LoraModule, adapter_config, next_step
+from ..neurons.vectors import block_memory
+from ..patch.lora import STEPS, LoraModule, adapter_config, next_step
 from ..patch.patch import Patch
+from ..progress import Progress, Timing, silent
+from ..storage.output import staged_directory
+from ..storage.output_checks import refuse_output
+from ..storage.threads import Limits, in_order
+from ..tensors.floats import narrow, widen
+from ..tensors.tensorfile import TensorFileWriter, written_file
 from .lora_plan import lora_modules, task_of
-from .progress import Progress, Timing, silent
 from .replaced import replaced_rows, require_replaced
 from .state import check_fit
 

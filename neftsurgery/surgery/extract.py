@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from ..anatomy.anatomy import AxisOption
+from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.pipeline import Limits, in_order
-from ..checkpoint.refusal import refuse_output
-from ..checkpoint.vectors import block_memory, blocks, gather
 from ..errors import MismatchError, UsageError, boundary
+from ..neurons.anatomy import AxisOption
+from ..neurons.vectors import block_memory, blocks, gather
 from ..patch.patch import Patch, Raw
 from ..patch.write import written_patch
+from ..progress import Progress, Timing, silent
+from ..scoring.scores import Scores
 from ..selection.budget import Budget
-from ..selection.scores import Scores
 from ..selection.selection import Selection
+from ..storage.output_checks import refuse_output
+from ..storage.threads import Limits, in_order
 from ..version import __version__
-from .adapter import open_pair
 from .diff import check_score, describe_side, score_pair
 from .pairing import Scope, pair
-from .progress import Progress, Timing, silent
 
 __all__ = ["Extraction", "cut", "extract", "is_whole_change", "plan_extraction"]
 

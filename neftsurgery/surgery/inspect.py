@@ -9,17 +9,17 @@ from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
-from ..anatomy.anatomy import AxisOption, read_anatomy
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.header import read_header
+from ..checkpoint.folder_files import folder_files
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
+from ..neurons.anatomy import AxisOption, read_anatomy
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
-from ..selection.scores import SCORES_KEY, Scores
+from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
-from .files import folder_files
+from ..tensors.header import read_header
 from .summary import summarize
 
 __all__ = ["inspect"]

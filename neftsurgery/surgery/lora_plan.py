@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..anatomy.anatomy import Anatomy, read_anatomy
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.floats import FLOATS
 from ..errors import MismatchError
+from ..neurons.anatomy import Anatomy, read_anatomy
 from ..patch.lora import LoraModule
 from ..patch.patch import Patch, PatchTensor
+from ..tensors.floats import FLOATS
 
 __all__ = ["lora_modules", "task_of"]
 

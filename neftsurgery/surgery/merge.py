@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.pipeline import Limits, in_order
-from ..checkpoint.refusal import refuse_output
-from ..checkpoint.vectors import block_memory, blocks, gather
 from ..errors import MismatchError, boundary
+from ..neurons.vectors import block_memory, blocks, gather
 from ..patch.digests import digests
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Patch, Raw
 from ..patch.write import written_patch
+from ..progress import Progress, Timing, silent
 from ..selection.selection import Selection
+from ..storage.output_checks import refuse_output
+from ..storage.threads import Limits, in_order
 from .merge_plan import Policy, check_patches, open_base, plan_union
-from .progress import Progress, Timing, silent
 
 __all__ = ["Merger", "merge", "plan_merge", "unite"]
 

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.floats import FLOATS
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings, same_fingerprint
 from ..patch.patch import Patch
+from ..progress import Progress
 from ..selection.selection import Chosen, Selection, followers_of
+from ..tensors.floats import FLOATS
 from ..version import __version__
-from .progress import Progress
 from .replaced import require_replaced
 from .state import check_fit
 

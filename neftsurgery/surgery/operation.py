@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
-from ..checkpoint.copying import copy_file
+from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.journal import Change, heal, journaled, locked
-from ..checkpoint.output import begin_writeback, fsync, staged_directory, staged_file
-from ..checkpoint.pipeline import Limits, in_order
-from ..checkpoint.refusal import require_space
-from ..checkpoint.vectors import block_memory, scatter
 from ..errors import NeftError
+from ..neurons.vectors import block_memory, scatter
 from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
-from .files import FolderFiles
-from .progress import Progress, Timing, silent
+from ..progress import Progress, Timing, silent
+from ..storage.copying import copy_file
+from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
+from ..storage.output_checks import require_space
+from ..storage.threads import Limits, in_order
 from .state import PatchState
 
 __all__ = ["Rows", "Surgery", "operate", "touched_files"]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..anatomy.anatomy import Anatomy, AxisOption, read_anatomy
+from ..checkpoint.adapter import Adapted, InFloat32
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.layout import Layout
 from ..errors import MismatchError
+from ..neurons.anatomy import Anatomy, AxisOption, read_anatomy
+from ..neurons.layout import Layout
 from ..scoring.engine import Job, Weights
-from .adapter import Adapted, InFloat32
+from ..tensors.header import TensorInfo
 
 __all__ = ["Pair", "Scope", "pair"]
 

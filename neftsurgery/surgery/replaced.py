@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.vectors import gather
 from ..errors import MismatchError, UsageError
+from ..neurons.vectors import gather
 from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
 

@@ -9,12 +9,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.pipeline import Limits, in_order
-from ..checkpoint.vectors import block_memory, gather
 from ..errors import MismatchError
+from ..neurons.vectors import block_memory, gather
 from ..patch.digests import DigestHash, digests
 from ..patch.overlay import overlay
 from ..patch.patch import Patch, Raw
+from ..storage.threads import Limits, in_order
 
 __all__ = ["PatchState", "State", "TensorState", "check_fit", "examine", "overall"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..anatomy.meaning import place
 from ..errors import NeftError
+from ..neurons.meaning import place
+from ..scoring.scores import Scores
 from ..selection.budget import Budget
-from ..selection.scores import Scores
 from ..selection.selection import Selection
 
 __all__ = ["Movement", "Neuron", "Summary", "summarize"]

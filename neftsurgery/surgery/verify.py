@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass, field
 
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.pipeline import Limits
 from ..errors import boundary
 from ..patch.patch import Patch
-from .progress import Progress, Timing, silent
+from ..progress import Progress, Timing, silent
+from ..storage.threads import Limits
 from .state import PatchState, State, TensorState, examine
 
 __all__ = ["Verification", "verify"]

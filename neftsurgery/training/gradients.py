@@ -26,11 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..anatomy.anatomy import Anatomy
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.layout import Layout
 from ..errors import MismatchError
-from ..selection.scores import Scores
+from ..neurons.anatomy import Anatomy
+from ..neurons.layout import Layout
+from ..scoring.scores import Scores
 from ..tuning.names import live_names
 from .live_scores import write_scores
 

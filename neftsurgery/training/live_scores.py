@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..anatomy.anatomy import Anatomy
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.document import dump
-from ..checkpoint.header import TensorInfo
-from ..checkpoint.tensorfile import written_file
-from ..selection.scores import SCORES_KEY, SCORES_VERSION, Scores
+from ..neurons.anatomy import Anatomy
+from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..surgery.diff import describe_side, describe_tensor
+from ..tensors.document import dump
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import written_file
 
 __all__ = ["write_scores"]
 

@@ -16,20 +16,20 @@ import torch
 import xxhash
 from transformers import TrainingArguments
 
-from ..anatomy.anatomy import Anatomy
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.pipeline import Limits
-from ..checkpoint.refusal import refuse_output
 from ..errors import MismatchError, UsageError, boundary
+from ..neurons.anatomy import Anatomy
+from ..progress import Progress, silent
+from ..scoring.scores import Scores
 from ..selection.budget import Budget
-from ..selection.scores import Scores
 from ..selection.selection import Selection
 from ..sources.resolve import is_hub_id
+from ..storage.output_checks import refuse_output
+from ..storage.threads import Limits
 from ..surgery.diff import describe_side
 from ..surgery.extract import check_selection, plan_extraction
 from ..surgery.pairing import pair
-from ..surgery.progress import Progress, silent
 from ..tuning.names import live_names
 from .arguments import arguments
 from .examples import Encoder, Example, read_rows

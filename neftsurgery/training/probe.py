@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer
 
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.pipeline import Limits
-from ..selection.scores import Scores
+from ..progress import Timing
+from ..scoring.scores import Scores
+from ..storage.threads import Limits
 from ..surgery.diff import score_pair
 from ..surgery.pairing import pair
-from ..surgery.progress import Timing
 from .arguments import arguments
 from .gradients import gradient_scores
 from .loop import collator, language_model

@@ -14,12 +14,12 @@ import torch
 import transformers
 import yaml
 
-from ..checkpoint.output import staged_directory
-from ..checkpoint.pipeline import Limits
 from ..errors import boundary
+from ..progress import Progress, silent
 from ..selection.selection import Selection
+from ..storage.output import staged_directory
+from ..storage.threads import Limits
 from ..surgery.extract import check_selection
-from ..surgery.progress import Progress, silent
 from ..tuning.attach import Attached, attach
 from ..tuning.trainer import PATCH_NAME, last_save
 from .curve import curve_of, draw, losses_of, write_curve

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.output import staged_file
 from ..errors import UsageError
 from ..selection.selection import Selection
+from ..storage.output import staged_file
 from ..tuning.trainer import last_save
 
 __all__ = ["Workplace", "clear", "kept_selection", "unfinished", "workplace"]

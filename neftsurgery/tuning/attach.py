@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.refusal import refuse_output
 from ..errors import MismatchError, UsageError, boundary
 from ..patch.patch import Patch
 from ..patch.write import written_patch
 from ..selection.selection import Selection
+from ..storage.output_checks import refuse_output
 from ..version import __version__
 from .base import BaseOption, base_facts, base_files, file_rows, selection_facts
 from .neurons import Neurons

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
-from ..checkpoint.vectors import gather
 from ..errors import MismatchError, NeftError
+from ..neurons.vectors import gather
 from ..patch.digests import DigestHash, digests
 from ..patch.patch import Patch, Raw
 from ..selection.selection import Chosen

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint.output import fsync, fsync_folder, staged_file
 from ..errors import CorruptFileError, MismatchError, UsageError, boundary
 from ..patch.patch import Patch
+from ..storage.output import fsync, fsync_folder, staged_file
 from .attach import Attached
 
 if TYPE_CHECKING:

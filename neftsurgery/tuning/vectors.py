@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.dtypes import dtype_named
-from ..checkpoint.layout import Layout
+from ..neurons.layout import Layout
 from ..patch.patch import Raw
+from ..tensors.dtypes import dtype_named
 
 __all__ = [
     "FLOATS",

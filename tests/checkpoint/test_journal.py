@@ -33,15 +33,16 @@ from support import write_file, write_folder
 
 import neftsurgery
 from neftsurgery.checkpoint import journal as module
-from neftsurgery.checkpoint import output, vectors
 from neftsurgery.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
 from neftsurgery.checkpoint.journal import JOURNAL_NAME, Change, heal, journal_path, journaled, locked
-from neftsurgery.checkpoint.layout import Layout
 from neftsurgery.checkpoint.opening import open_checkpoint
-from neftsurgery.checkpoint.tensorfile import TensorFile
-from neftsurgery.checkpoint.vectors import scatter
 from neftsurgery.errors import CorruptFileError, MachineError, MismatchError
+from neftsurgery.neurons import vectors
+from neftsurgery.neurons.layout import Layout
+from neftsurgery.neurons.vectors import scatter
 from neftsurgery.sources.resolve import resolve
+from neftsurgery.storage import output
+from neftsurgery.tensors.tensorfile import TensorFile
 
 Arrays = dict[str, NDArray[np.float32]]
 

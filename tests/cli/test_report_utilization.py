@@ -17,7 +17,7 @@ from support import snapshot
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import neftsurgery as ns
-from neftsurgery.analysis.result import GROUPS, Utilization
+from neftsurgery.neuron_utilization.result import GROUPS, Utilization
 
 HOW = ("--utilization", "--base", "base", "--text", "text.txt")
 
@@ -105,7 +105,7 @@ def test_a_checkpoint_and_patches_beside_scores(neft: Any, here: Path) -> None:
 def test_a_dry_run_loads_no_weights_and_writes_nothing(
     neft: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neftsurgery.analysis import measure
+    from neftsurgery.neuron_utilization import measure
 
     monkeypatch.setattr(measure, "live_model", lambda *_, **__: pytest.fail("a model was loaded"))
     before = snapshot(here)

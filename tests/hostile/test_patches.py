@@ -239,7 +239,7 @@ def test_work_by_claim_is_refused(case: Case) -> None:
 
 def test_indices_whose_differences_overflow(case: Case) -> None:
     """Ascending is compared, not subtracted: differences of wild indices wrap round."""
-    from neftsurgery.checkpoint.vectors import check_index
+    from neftsurgery.neurons.vectors import check_index
 
     wild = np.array([0, 2**63 - 1, -(2**63) + 5, -1, 5])
     assert check_index(wild, 10) is not None

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from neftsurgery.checkpoint.floats import narrow, widen
 from neftsurgery.patch.merging import Magnitudes, Part, merge_rows
+from neftsurgery.tensors.floats import narrow, widen
 
 
 def raw(values: object) -> np.ndarray:

@@ -11,12 +11,12 @@ import pytest
 from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot, vectors_of
 
 import neftsurgery as ns
-from neftsurgery.checkpoint import vectors
-from neftsurgery.checkpoint.header import TensorInfo
-from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.neurons import vectors
+from neftsurgery.neurons.layout import Layout
 from neftsurgery.patch.digests import DigestHash, digests
 from neftsurgery.patch.overlay import overlay
 from neftsurgery.patch.patch import PatchTensor
+from neftsurgery.tensors.header import TensorInfo
 
 AXES = {"a.weight": (0,), "b.weight": (1,), "c": (0, 2)}
 SHAPES = {"a.weight": (9, 5), "b.weight": (4, 30), "c": (2, 3, 4), "untouched.weight": (3, 3)}

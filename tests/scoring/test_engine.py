@@ -11,12 +11,12 @@ import pytest
 from numpy.typing import NDArray
 from test_kernels import ALL, DEFINITIONS, SMALL, Bits, decode, decoded, encode, table
 
-from neftsurgery.checkpoint.dtypes import DTYPES
-from neftsurgery.checkpoint.header import TensorInfo
-from neftsurgery.checkpoint.layout import Layout
-from neftsurgery.checkpoint.pipeline import Limits
+from neftsurgery.neurons.layout import Layout
 from neftsurgery.scoring import engine, kernels, pieces
 from neftsurgery.scoring.engine import Job, TensorResult, stream
+from neftsurgery.storage.threads import Limits
+from neftsurgery.tensors.dtypes import DTYPES
+from neftsurgery.tensors.header import TensorInfo
 
 KINDS = ("cosine", "l2", "relative", "changed", "norm")
 LARGEST = float(np.finfo(np.float32).max)

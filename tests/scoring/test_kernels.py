@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from neftsurgery.checkpoint.dtypes import DTYPES
-from neftsurgery.checkpoint.header import TensorInfo
-from neftsurgery.checkpoint.layout import Layout
-from neftsurgery.checkpoint.pipeline import Limits
+from neftsurgery.neurons.layout import Layout
 from neftsurgery.scoring import engine, kernels
+from neftsurgery.storage.threads import Limits
+from neftsurgery.tensors.dtypes import DTYPES
+from neftsurgery.tensors.header import TensorInfo
 
 #: Exponent bits, fraction bits, bias, and how the format spells what is not finite.
 DEFINITIONS = {

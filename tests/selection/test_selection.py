@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from support import raw_file
 
 from neftsurgery import CorruptFileError, Selection, UsageError
-from neftsurgery.checkpoint.header import TensorInfo
-from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.neurons.layout import Layout
 from neftsurgery.selection.selection import Chosen, check_index, index_dtype
+from neftsurgery.tensors.header import TensorInfo
 
 
 def chosen(

@@ -26,7 +26,7 @@ from support import (
 )
 
 import neftsurgery as ns
-from neftsurgery.surgery.files import folder_files
+from neftsurgery.checkpoint.folder_files import folder_files
 
 RNG = np.random.default_rng(0)
 SHAPES = {"a.weight": (8, 6), "b.weight": (5, 9), "c.weight": (4, 4), "d.weight": (3, 2)}

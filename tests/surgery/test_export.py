@@ -211,7 +211,7 @@ def test_the_portable_profile(models: Callable[[str], tuple[Path, Path]], tmp_pa
 def test_a_reversible_patch_needs_no_base_and_any_memory_gives_the_same(
     models: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from neftsurgery.checkpoint import vectors
+    from neftsurgery.neurons import vectors
     from neftsurgery.surgery import export
 
     base, tuned = models("llama")

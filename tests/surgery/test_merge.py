@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from support import LLAMA_CONFIG, Result, raw_file, raw_read, snapshot, write_file, write_folder
 
 import neftsurgery as ns
-from neftsurgery.checkpoint import vectors
+from neftsurgery.neurons import vectors
 
 Neft = Callable[..., Result]
 

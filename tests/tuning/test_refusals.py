@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tuning_support import bits, gpt2, llama, saved, select
 
 import neftsurgery as ns
-from neftsurgery.checkpoint.header import TensorInfo
-from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.neurons.layout import Layout
 from neftsurgery.selection.selection import Chosen
+from neftsurgery.tensors.header import TensorInfo
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import neftsurgery as ns
-from neftsurgery.checkpoint.header import TensorInfo
-from neftsurgery.checkpoint.layout import Layout
+from neftsurgery.neurons.layout import Layout
 from neftsurgery.selection.selection import Chosen
+from neftsurgery.tensors.header import TensorInfo
 
 KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

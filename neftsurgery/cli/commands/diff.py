@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from ...checkpoint.refusal import refuse_output
-from ...surgery.adapter import open_pair
+from ...checkpoint.adapter import open_pair
+from ...progress import Timing
+from ...storage.output_checks import refuse_output
 from ...surgery.diff import score_pair
 from ...surgery.pairing import Pair, pair
-from ...surgery.progress import Timing
 from ...surgery.summary import summarize
-from ...words import size
+from ...text import size
 from ..console import Console
 from ..options import (
     common_options,

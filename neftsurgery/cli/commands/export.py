@@ -6,7 +6,7 @@ import click
 
 from ...patch.patch import Patch
 from ...surgery.export import plan_export, write_adapter
-from ...words import amount, percent, plural, size
+from ...text import amount, percent, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 

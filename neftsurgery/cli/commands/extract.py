@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from ...checkpoint.refusal import refuse_output
 from ...errors import UsageError
 from ...patch.write import patch_bytes
-from ...selection.scores import Scores
+from ...scoring.scores import Scores
 from ...selection.selection import Selection
+from ...storage.output_checks import refuse_output
 from ...surgery.extract import cut, is_whole_change, plan_extraction
-from ...words import amount, percent, plural, size
+from ...text import amount, percent, plural, size
 from ..console import Console
 from ..options import (
     budget_options,

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ...surgery.inspect import inspect
-from ...words import amount, percent, plural, size
+from ...text import amount, percent, plural, size
 from ..console import Console, table
 from ..options import common_options, scope_options, take_scope
 

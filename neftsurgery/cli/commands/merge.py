@@ -10,7 +10,7 @@ from ...patch.patch import Patch
 from ...patch.write import patch_bytes
 from ...surgery.merge import plan_merge, unite
 from ...surgery.merge_plan import Policy
-from ...words import amount, plural, size
+from ...text import amount, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ...hub.pull import fetch, plan_pull
-from ...words import plural, size
+from ...text import plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 

@@ -6,7 +6,7 @@ import click
 
 from ...hub.push import plan_push, send
 from ...patch.patch import Patch
-from ...words import plural
+from ...text import plural
 from ..console import Console
 from ..options import common_options, dry_run_option
 

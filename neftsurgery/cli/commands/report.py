@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from ...errors import UsageError
-from ...pictures.report import make, plan_report
-from ...pictures.subjects import Patched
+from ...reporting.report import make, plan_report
+from ...reporting.subjects import Patched
 from ...selection.selection import Selection
-from ...words import plural, size
+from ...text import plural, size
 from ..console import Console
 from ..options import (
     budget_options,

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from ...checkpoint.refusal import refuse_output
 from ...errors import MismatchError
-from ...selection.scores import Scores
+from ...scoring.scores import Scores
 from ...selection.selection import Selection
-from ...words import amount, percent, plural
+from ...storage.output_checks import refuse_output
+from ...text import amount, percent, plural
 from ..console import Console, table
 from ..options import (
     budget_options,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...errors import UsageError
-from ...words import amount, percent, plural, size
+from ...text import amount, percent, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option
 

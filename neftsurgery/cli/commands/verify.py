@@ -6,7 +6,7 @@ import click
 
 from ...patch.patch import Patch
 from ...surgery.verify import verify
-from ...words import plural
+from ...text import plural
 from ..console import Console, table
 from ..options import common_options
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...demo.planted import PLANTED, make_base, make_tuned, planted
 from ...patch.patch import Patch
-from ...words import plural
+from ...text import plural
 from .stage import Stage, can_draw, digests
 
 __all__ = ["LINES", "show"]

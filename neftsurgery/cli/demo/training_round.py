@@ -23,7 +23,7 @@ from ...demo.pupil import (
     load,
     losses,
 )
-from ...words import amount, percent, size
+from ...text import amount, percent, size
 from ..console import table
 from .lines import APPLY, CONTROL, DIFF, REPORT, REVERT, SELECT, SHARE, VERIFY
 from .stage import Stage, can_draw, digests

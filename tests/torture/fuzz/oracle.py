@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from neftsurgery.checkpoint.header import Header
+from neftsurgery.tensors.header import Header
 
 __all__ = ["agrees", "packages_view", "stricter"]
 

@@ -14,16 +14,16 @@ import numpy as np
 from support import LLAMA_CONFIG, llama, raw_file, snapshot, write_folder
 
 import neftsurgery as ns
-from neftsurgery.anatomy.anatomy import read_anatomy
+from neftsurgery.checkpoint.adapter import Adapted
 from neftsurgery.checkpoint.checkpoint import Checkpoint, weight_files
-from neftsurgery.checkpoint.header import read_header
 from neftsurgery.checkpoint.journal import heal, journal_path
 from neftsurgery.errors import CorruptFileError
+from neftsurgery.neurons.anatomy import read_anatomy
 from neftsurgery.patch.patch import Patch
-from neftsurgery.selection.scores import Scores
+from neftsurgery.scoring.scores import Scores
 from neftsurgery.selection.selection import Selection
 from neftsurgery.sources.resolve import Source, resolve
-from neftsurgery.surgery.adapter import Adapted
+from neftsurgery.tensors.header import read_header
 
 from .mutate import Mutator, mutate_bytes, mutate_safetensors, mutate_text
 from .oracle import agrees, packages_view, stricter

@@ -1,0 +1,391 @@
+"""Which tensors of a checkpoint hold neurons, and along which axes.
+
+An anatomy is read from tensor names, shapes and the model's config alone: no weight is touched. What
+a name means is said by the family table (`neftsurgery.neurons.families`), never by a shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import MismatchError, UsageError
+from ..tensors.header import TensorInfo
+from .families import FeedForward
+from .globs import matching
+from .layout import Layout
+from .meaning import COLUMNS, UNKNOWN_EXPERTS, Meaning, bias_of, block_key, meaning_of, member_axes, place
+from .quantized import quantization_reasons
+from .roles import Role
+from .scopes import Scope, Scopes
+from .units import Part, Section, UnitMap, sections_of, up_part
+
+__all__ = ["ANATOMIES", "Anatomy", "Listed", "NeuronTensor", "read_anatomy"]
+
+ANATOMIES = ("rows", "ffn", "units")
+"""The names `read_anatomy` knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronTensor:
+    """One tensor that holds neurons.
+
+    Attributes
+    ----------
+    info:
+        Name, dtype, shape.
+    axes:
+        The neuron axes, ascending.
+    layer:
+        Its pool: the name up to its first number, ``"model.layers.3"``; ``""`` outside the layers.
+    kind:
+        What is left of the name, without ``.weight``: ``"mlp.up_proj"``; experts' numbers are ``*``.
+    bias:
+        The tensor whose elements belong one to one to the neurons, if there is one.
+    units:
+        Under ``units``: the unit of every neuron.
+    part:
+        The neurons that count; None: all.
+    """
+
+    info: TensorInfo
+    axes: tuple[int, ...]
+    layer: str
+    kind: str
+    bias: str | None = None
+    units: UnitMap | None = None
+    part: Part | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Where the neurons lie in the tensor."""
+        return Layout.of(self.info.shape, self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A tensor that is not scored.
+
+    Attributes
+    ----------
+    info:
+        Name, dtype, shape.
+    reason:
+        Why it is not scored.
+    axes:
+        Of neurons of one element each, which have no direction to compare but whose bits do: all
+        axes of a bias or norm. None where no neuron can be chosen.
+    included:
+        Whether it was named by ``include``.
+    """
+
+    info: TensorInfo
+    reason: str
+    axes: tuple[int, ...] | None = None
+    included: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """Every tensor of a checkpoint, as scored or as listed.
+
+    Attributes
+    ----------
+    name:
+        ``"rows"``, ``"ffn"`` or ``"units"``.
+    scored, listed:
+        Sorted by name, by code points.
+    warnings:
+        Sentences for the user.
+    unit_count:
+        How many units there are; 0 unless ``name`` is ``"units"``.
+    """
+
+    name: str
+    scored: tuple[NeuronTensor, ...]
+    listed: tuple[Listed, ...]
+    warnings: tuple[str, ...] = ()
+    unit_count: int = 0
+
+
+AxisOption = Mapping[str, int | Sequence[int]] | Sequence[tuple[str, int | Sequence[int]]]
+
+
+def read_anatomy(
+    name: str,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any] | None,
+    *,
+    axis: AxisOption = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> Anatomy:
+    """Say of every tensor whether it holds neurons, and along which axes.
+
+    Parameters
+    ----------
+    name:
+        ``"rows"``: the output units of every linear or convolution weight. ``"ffn"``: the up rows
+        and down columns of every feed-forward block, each on its own (the published NeFT
+        experiments). ``"units"``: feed-forward and attention units, whose parts lie in several tensors.
+    tensors:
+        All tensors of the checkpoint, by name.
+    config:
+        Its ``config.json``, or None.
+    axis:
+        Pattern to neuron axes, the last match wins: overrides what the family says.
+    include:
+        Patterns of tensors to add: embeddings, output head, norms, routers, and under ``ffn`` and
+        ``units`` all other weights.
+    exclude:
+        Patterns of tensors to leave out, whatever ``include`` says.
+    only:
+        If given, patterns of the only tensors to score.
+
+    Raises
+    ------
+    UsageError
+        For an unknown ``name``, axes that a tensor does not have, and patterns of ``axis``,
+        ``include`` or ``only`` that match no tensor.
+    MismatchError
+        For ``ffn`` and ``units`` if the architecture is not known, or if the tensors of a block
+        have different numbers of units.
+    """
+    if name not in ANATOMIES:
+        raise UsageError(f"there is no anatomy {name!r}", hint=f"known ones: {', '.join(ANATOMIES)}")
+    scopes = Scopes.of(config)
+    if name != "rows" and not scopes.known:
+        raise MismatchError(
+            f"the anatomy {name} needs a known architecture, and {_unknown(config)}",
+            hint="the anatomy rows works for every model",
+        )
+    reader = _Reader(
+        name=name,
+        tensors=tensors,
+        scopes=scopes,
+        config=config,
+        axes=_overrides(axis, tensors),
+        included=matching(include, tensors, option="--include"),
+        excluded=matching(exclude, tensors),
+        only=matching(only, tensors, option="only") if only else None,
+    )
+    return reader.read()
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A tensor's part in a block of units: `sections` of `outer` times `units`, under the block's `key`."""
+
+    key: tuple[str, str]
+    outer: int
+    units: int
+    sections: tuple[Section, ...]
+
+
+class _Reader:
+    """Reads one checkpoint; what it learns of a name serves all names that differ by numbers only."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tensors: Mapping[str, TensorInfo],
+        scopes: Scopes,
+        config: Mapping[str, Any] | None,
+        axes: Mapping[str, tuple[int, ...]],
+        included: set[str],
+        excluded: set[str],
+        only: set[str] | None,
+    ) -> None:
+        self.name = name
+        self.tensors = tensors
+        self.scopes = scopes
+        self.config = config
+        self.axes = axes
+        self.included = included - excluded
+        self.excluded = excluded
+        self.only = only
+        self.quantized = quantization_reasons(tensors, config)
+        self.meanings: dict[tuple[tuple[str, ...], int], Meaning] = {}
+        self.shares: dict[str, _Share] = {}
+        self.assumed: dict[str, None] = {}
+
+    def read(self) -> Anatomy:
+        scored: list[NeuronTensor] = []
+        listed: list[Listed] = []
+        for name in sorted(self.tensors):
+            found = self.judge(self.tensors[name])
+            if isinstance(found, Listed):
+                listed.append(found)
+            else:
+                scored.append(found)
+        count = 0
+        if self.name == "units":
+            scored, count = _numbered(scored, self.shares)
+        return Anatomy(self.name, tuple(scored), tuple(listed), tuple(self.warnings(listed)), count)
+
+    def judge(self, info: TensorInfo) -> NeuronTensor | Listed:
+        """Whether ``info`` is scored, and how."""
+        included = info.name in self.included
+        barred = self.barred(info)
+        if barred:
+            return Listed(info, barred, None, included)
+        parts = info.name.split(".")
+        meaning = self.meaning(parts, len(info.shape))
+        stated = None if meaning.reason == "bias" else self.axes.get(info.name)
+        if len(info.shape) < 2 or meaning.reason in ("bias", "norm"):
+            every = tuple(range(len(info.shape)))
+            return Listed(info, meaning.reason or "one element wide", every, included)
+        if meaning.reason and not included and not (meaning.open and stated):
+            return Listed(info, meaning.reason, None, False)
+        role = self.member(meaning)
+        axes = stated or (meaning.axes if role is None else member_axes(role, meaning))
+        if axes is None:
+            return Listed(info, meaning.reason, None, included)
+        if self.name != "rows" and role is None and not included:
+            what = (
+                "an up or down projection of a feed-forward block" if self.name == "ffn" else "part of a unit"
+            )
+            return Listed(info, f"not {what}")
+        if Layout.of(info.shape, axes).width == 1:
+            return Listed(info, "one element wide", axes, included)
+        if meaning.assumed and not stated:
+            main = meaning.scope is self.scopes.main
+            self.assumed.setdefault("" if main else meaning.scope.model_type)
+        return self.placed(info, parts, axes, meaning.scope, role)
+
+    def barred(self, info: TensorInfo) -> str:
+        """Why no neuron of ``info`` can be chosen at all, "" if some can."""
+        if info.name in self.quantized:
+            return self.quantized[info.name]
+        if info.type.kind != "float":
+            return info.type.kind
+        if info.elements == 0:
+            return "no elements"
+        if info.name in self.excluded:
+            return "excluded"
+        return "" if self.only is None or info.name in self.only else "not among those asked for"
+
+    def meaning(self, parts: Sequence[str], ndim: int) -> Meaning:
+        """What a name says of a tensor of ``ndim`` axes."""
+        pattern = tuple("*" if part.isdecimal() else part for part in parts)
+        key = (pattern, ndim)
+        if key not in self.meanings:
+            self.meanings[key] = meaning_of(pattern, ndim, self.scopes.scope(pattern))
+        return self.meanings[key]
+
+    def member(self, meaning: Meaning) -> Role | None:
+        """The role of a tensor in a block that this anatomy looks at."""
+        role = meaning.role
+        if role is None or role.block is None or self.name == "rows":
+            return None
+        if self.name == "ffn" and role.member not in ("up", "down", "gate_up"):
+            return None
+        return role
+
+    def placed(
+        self, info: TensorInfo, parts: Sequence[str], axes: tuple[int, ...], scope: Scope, role: Role | None
+    ) -> NeuronTensor | Listed:
+        """The tensor with its layer and bias, and its part or its share of a block."""
+        layer, kind = place(parts)
+        bias = None if role is not None and role.member in COLUMNS else bias_of(info, axes, self.tensors)
+        tensor = NeuronTensor(info, axes, layer, kind, bias)
+        inner = info.shape[axes[-1]]
+        outer = math.prod(info.shape[axis] for axis in axes[:-1])
+        if self.name == "units":
+            if role is None:
+                self.shares[info.name] = _Share(("", info.name), outer, inner, (Section(0, inner, 1),))
+                return tensor
+            heads = None if isinstance(role.block, FeedForward) else scope.heads(parts)
+            try:
+                sections = sections_of(role, inner, heads)
+            except ValueError as error:
+                return Listed(info, f"not part of a unit: {error}")
+            units = max(section.first + section.units for section in sections)
+            self.shares[info.name] = _Share(block_key(parts, role), outer, units, sections)
+        elif role is not None:
+            try:
+                return replace(tensor, part=up_part(role, outer, inner))
+            except ValueError as error:
+                return Listed(info, f"not up and gate: {error}")
+        return tensor
+
+    def warnings(self, listed: Iterable[Listed]) -> Iterable[str]:
+        """What the user should know of this reading."""
+        if self.assumed:
+            yield (
+                f"{_unknown(self.config, tuple(self.assumed))}: weights count as [out, in, ...]; "
+                "where that is wrong, say so with --axis GLOB=N"
+            )
+        for start, text in (
+            ("quantized: ", "quantized tensors and their scales are left out"),
+            (UNKNOWN_EXPERTS, "tensors of experts are left out, their axes are not known: see --axis"),
+            ("not part of a unit: ", "tensors are in no unit"),
+        ):
+            found = [entry for entry in listed if entry.reason.startswith(start)]
+            if found:
+                yield f"{len(found)} {text} (first: {found[0].info.name}, {found[0].reason})"
+        for scope in (self.scopes.main, *self.scopes.towers.values()) if self.name == "units" else ():
+            if any(family.feed_forward and not family.attention for family in scope.families):
+                yield f"attention of {scope.model_type} has no units here: only feed-forward ones are scored"
+
+
+def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> tuple[list[NeuronTensor], int]:
+    """Give every unit its id: blocks in the order of their first tensors, units in that of its neurons.
+
+    All tensors of a block have neurons of all of its units, so that is the order of first members.
+    """
+    blocks: dict[tuple[str, str], tuple[int, str]] = {}
+    numbered: list[NeuronTensor] = []
+    count = 0
+    for tensor in scored:
+        share = shares[tensor.info.name]
+        if share.key not in blocks:
+            blocks[share.key] = (count, tensor.info.name)
+            count += share.outer * share.units
+        base, first = blocks[share.key]
+        if (shares[first].outer, shares[first].units) != (share.outer, share.units):
+            raise MismatchError(
+                f"the units of this block do not match those of {first}",
+                tensor=tensor.info.name,
+                expected=shares[first].outer * shares[first].units,
+                found=share.outer * share.units,
+                hint="the anatomy rows does not need blocks",
+            )
+        numbered.append(replace(tensor, units=UnitMap(base, share.outer, share.units, share.sections)))
+    return numbered, count
+
+
+def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """The axes that ``axis`` states, by tensor; the last match wins."""
+    stated: dict[str, tuple[int, ...]] = {}
+    for glob, given in axis.items() if isinstance(axis, Mapping) else axis:
+        axes = (given,) if isinstance(given, int) else tuple(given)
+        if not axes or list(axes) != sorted(set(axes)) or any(type(n) is not int or n < 0 for n in axes):
+            raise UsageError(
+                f"--axis {glob}: {list(axes)} are not axes, which count from 0, in ascending order"
+            )
+        for name in matching((glob,), tensors, option="--axis"):
+            shape = tensors[name].shape
+            if len(shape) < 2 or name.endswith("bias"):
+                continue
+            if axes[-1] >= len(shape):
+                raise UsageError(
+                    f"--axis {glob}: there is no axis {axes[-1]} in its shape {list(shape)}", tensor=name
+                )
+            stated[name] = axes
+    return stated
+
+
+def _unknown(config: Mapping[str, Any] | None, parts: Sequence[str] = ("",)) -> str:
+    """That the model, or ``parts`` of it, is not known; "" stands for the model as a whole."""
+    if config is None:
+        return "there is no config.json to say what the model is"
+    stated = (part or config.get("model_type") for part in parts)
+    named = [repr(model_type[:80]) for model_type in stated if isinstance(model_type, str) and model_type]
+    return (
+        f"the model_type {' and '.join(named)} is not known" if named else "config.json names no model_type"
+    )

@@ -1,0 +1,123 @@
+"""Which tensors of a checkpoint are codes whose value needs a scale stored elsewhere.
+
+Rows of codes are not rows of weights, so they are never scored. Formats write a weight ``X.weight``
+as codes (8-bit floats, packed or plain integers) beside companions whose names start alike:
+``X.weight_scale``, ``X.scales``, ``X.weight.absmax``. A companion is not a weight either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ..tensors.header import TensorInfo
+
+__all__ = ["quantization_reasons"]
+
+# What formats put behind ``X.`` beside the codes. In order of how telling they are.
+_COMPANIONS = (
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_scales",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+    "weight_global_scale",
+    "scales",
+    "qzeros",
+    "g_idx",
+    "SCB",
+    "biases",
+    "codebooks",
+    "scale",
+    "zero",
+    "input_scale",
+    "input_global_scale",
+    "weight_format",
+)
+# ... and behind the whole name of the codes, "X.weight" or "experts.gate_up_proj".
+_ATTACHED = (
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    "._scale",
+    "._shift",
+    "_scale_inv",
+    "_scale",
+    "_scales",
+)
+# bitsandbytes packs its settings into a byte tensor "X.weight.quant_state.bitsandbytes__nf4".
+_STATE = ".quant_state."
+# The codes themselves, as named behind ``X.``; MXFP4 experts write "gate_up_proj_blocks".
+_CODES = ("weight", "qweight", "weight_packed", "codes", "W_q")
+_BLOCKS, _SCALES = "_blocks", "_scales"
+
+
+def quantization_reasons(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Of every quantized tensor and every companion, by name, why it is left out.
+
+    Parameters
+    ----------
+    tensors:
+        All tensors of the checkpoint.
+    config:
+        The model's ``config.json``: where it has a ``quantization_config``, 8-bit floats and
+        integers named like weights count as codes even without a companion.
+    """
+    method = _method(config)
+    codes: dict[str, str] = {}
+    companions: dict[str, str] = {}
+    for name, info in tensors.items():
+        if not _may_be_codes(info):
+            continue
+        owner, state, _ = name.partition(_STATE)
+        if state and owner in tensors:
+            companions[name] = f"quantized: belongs to {owner}"
+            continue
+        stem = _stem(name)
+        found = _companions(name, stem, tensors)
+        if found:
+            codes[name] = f"quantized: its values need {found[0]}"
+            companions.update((companion, f"quantized: belongs to {name}") for companion in found)
+        elif info.type.kind == "packed":
+            codes[name] = f"quantized: {info.dtype} elements are codes"
+        elif method is not None and (info.type.kind == "float" or stem is not None):
+            codes[name] = f"quantized: by config.json, with {method}"
+    return codes | companions
+
+
+def _method(config: Mapping[str, Any] | None) -> str | None:
+    holders = [config or {}]
+    holders += [value for value in holders[0].values() if isinstance(value, Mapping)]
+    for holder in holders:
+        for key in ("quantization_config", "compression_config", "quantization"):
+            section = holder.get(key)
+            if isinstance(section, Mapping) and section:
+                return str(section.get("quant_method", "a method it does not name"))[:40]
+    return None
+
+
+def _may_be_codes(info: TensorInfo) -> bool:
+    kind = info.type.kind
+    return kind in ("integer", "packed") or (kind == "float" and info.type.bits == 8)
+
+
+def _stem(name: str) -> str | None:
+    """``X.`` of codes named ``X.weight``, or None if ``name`` is not named like codes."""
+    head, dot, last = name.rpartition(".")
+    if last in _CODES:
+        return head + dot
+    return None
+
+
+def _companions(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:
+    candidates = [name + suffix for suffix in _ATTACHED]
+    if stem is not None:
+        candidates += [stem + companion for companion in _COMPANIONS]
+    if name.endswith(_BLOCKS):
+        candidates.append(name.removesuffix(_BLOCKS) + _SCALES)
+    return [companion for companion in candidates if companion != name and companion in tensors]

@@ -1,0 +1,167 @@
+"""Vectors of chosen neurons: gathered from any weights, scattered into a file.
+
+Whatever the layout, a neuron's vector is handled as one row of raw bytes; blocks of rows bound the
+memory. Where the vectors of a tensor are unbroken ranges, exactly their bytes are read or written;
+where they are strided (columns), their slab is read in pieces, since its pages are touched anyway.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tensors.header import TensorInfo
+from ..tensors.tensorfile import read_exactly, read_rows_exactly, stretches, write_exactly
+from .layout import Layout
+
+__all__ = ["ByteReader", "block_memory", "blocks", "check_index", "gather", "scatter"]
+
+# Bytes of vectors handled at once. Several threads hold a few such blocks each. Every block of
+# strided vectors reads their whole slab, so there fewer, larger blocks are better.
+_BLOCK_BYTES = 4 << 20
+_STRIDED_BLOCK_BYTES = 16 << 20
+_PIECE_BYTES = 4 << 20
+
+Raw = NDArray[np.uint8]
+Index = NDArray[np.integer]
+
+
+class ByteReader(Protocol):
+    """What gathering needs of a tensor's home: its bytes, from any position."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
+
+    def read_rows(self, name: str, rows: Index, out: Raw) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
+
+
+def block_memory(layouts: Iterable[Layout]) -> int:
+    """Bytes that a thread may hold at once that compares blocks of such vectors: three of them."""
+    return 3 * (_BLOCK_BYTES if all(layout.contiguous for layout in layouts) else _STRIDED_BLOCK_BYTES)
+
+
+def blocks(info: TensorInfo, layout: Layout, count: int) -> Iterator[tuple[int, int]]:
+    """Cut ``count`` vectors of a tensor into ranges ``(start, stop)`` of bounded size, at least one each."""
+    limit = _BLOCK_BYTES if layout.contiguous else _STRIDED_BLOCK_BYTES
+    step = max(1, limit // max(1, layout.width * info.type.itemsize))
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+def check_index(index: Index, count: int) -> str | None:
+    """What is wrong with ``index`` as ascending, unique neurons below ``count``; None if nothing is."""
+    if len(index) == 0:
+        return None
+    if int(index[0]) < 0 or int(index[-1]) >= count:
+        return f"an index is out of range: the tensor has {count} neurons"
+    if not np.all(index[1:] > index[:-1]):  # not by differences, which overflow
+        return "the indices are not ascending and unique"
+    return None
+
+
+def gather(source: ByteReader, info: TensorInfo, layout: Layout, index: Index) -> Raw:
+    """The vectors of neurons ``index`` (ascending) as raw bytes, shape ``[k, width * itemsize]``."""
+    size = info.type.itemsize
+    out = np.empty((len(index), layout.width * size), dtype=np.uint8)
+    if out.size == 0:
+        return out
+    if layout.contiguous:
+        source.read_rows(info.name, index, out)
+        return out
+    elements = out.view(info.type.carrier)
+    for _, member, piece, place in _pieces(source, info, layout, index):
+        elements[member, place] = piece.vectors
+    return out
+
+
+def scatter(
+    fd: int, offset: int, info: TensorInfo, layout: Layout, index: Index, vectors: Raw, path: str
+) -> int:
+    """Write ``vectors`` (as `gather` gives them) over those of neurons ``index``; returns bytes written.
+
+    ``offset`` is where the tensor's data starts in the file ``fd``.
+    """
+    if vectors.size == 0:
+        return 0
+    if layout.contiguous:
+        for first, last, neuron in stretches(index):
+            write_exactly(fd, vectors[first:last].data.cast("B"), offset + neuron * vectors.shape[1])
+        return vectors.nbytes
+    elements = np.ascontiguousarray(vectors).view(info.type.carrier)
+    written = 0
+    for start, member, piece, place in _pieces(_FileRange(fd, offset, path), info, layout, index):
+        piece.assign(elements[member, place])
+        write_exactly(fd, piece.raw.data, offset + start)
+        written += piece.raw.nbytes
+    return written
+
+
+class _FileRange:
+    """The bytes of one tensor inside an open file."""
+
+    def __init__(self, fd: int, offset: int, path: str | os.PathLike[str]) -> None:
+        self._fd, self._offset, self._path = fd, offset, path
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        read_exactly(self._fd, buffer, self._offset + start, self._path)
+
+    def read_rows(self, name: str, rows: Index, out: Raw) -> None:
+        read_rows_exactly(self._fd, self._offset, rows, out, self._path)
+
+
+class _Piece:
+    """A stretch of a slab, in memory: its bytes, and the chosen vectors' elements within it."""
+
+    def __init__(self, raw: Raw, grid: NDArray[np.unsignedinteger], chosen: tuple[Index, ...]) -> None:
+        self.raw = raw
+        self._grid = grid  # a view of raw: neuron axes first, vector axes after them
+        self._chosen = chosen
+
+    @property
+    def vectors(self) -> NDArray[np.unsignedinteger]:
+        """Shape ``[k, elements of a vector in this piece]``."""
+        picked: NDArray[np.unsignedinteger] = self._grid[self._chosen]
+        return picked.reshape(picked.shape[0], -1)
+
+    def assign(self, vectors: NDArray[np.unsignedinteger]) -> None:
+        """The inverse of `vectors`: changes `raw`."""
+        self._grid[self._chosen] = vectors.reshape(vectors.shape[0], *self._grid.shape[len(self._chosen) :])
+
+
+def _pieces(
+    source: ByteReader, info: TensorInfo, layout: Layout, index: Index
+) -> Iterator[tuple[int, slice, _Piece, slice]]:
+    """Read the slabs that hold ``index``, piece by piece along their outermost (vector) axis.
+
+    Yields the piece's first byte in the tensor, which of ``index`` lie in its slab, the piece, and
+    which elements of their vectors it holds.
+    """
+    size = info.type.itemsize
+    groups = layout.groups[1:] if layout.groups[0][0] else layout.groups
+    sizes = [n for _, n in groups]
+    neuron_axes = [axis for axis, (is_neuron, _) in enumerate(groups) if is_neuron]
+    vector_axes = [axis for axis in range(len(groups)) if axis not in neuron_axes]
+    grid_sizes = [sizes[axis] for axis in neuron_axes]
+    row_elements = layout.slab_elements // sizes[0]
+    tail = layout.width // sizes[0]
+    step = max(1, _PIECE_BYTES // (row_elements * size))
+    slab_of = np.asarray(index) // layout.neurons_per_slab
+    for slab in np.unique(slab_of):
+        low, high = np.searchsorted(slab_of, [slab, slab + 1])
+        local = np.asarray(index[low:high]) - slab * layout.neurons_per_slab
+        chosen = tuple(np.unravel_index(local, grid_sizes))
+        for row in range(0, sizes[0], step):
+            rows = min(step, sizes[0] - row)
+            raw = np.empty(rows * row_elements * size, dtype=np.uint8)
+            start = (int(slab) * layout.slab_elements + row * row_elements) * size
+            source.read_into(info.name, start, raw.data)
+            grid = (
+                raw.view(info.type.carrier).reshape([rows, *sizes[1:]]).transpose(neuron_axes + vector_axes)
+            )
+            place = slice(row * tail, (row + rows) * tail)
+            yield start, slice(int(low), int(high)), _Piece(raw, grid, chosen), place

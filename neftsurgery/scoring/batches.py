@@ -1,0 +1,92 @@
+"""The sums of a scores file, many tensors at a time: few reads, and bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tensors.tensorfile import TensorFile
+from .scored_tensors import ScoredTensor
+
+__all__ = ["Batch", "batches", "has_sums"]
+
+_NEURONS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Consecutive tensors, and their neurons one after the other.
+
+    Attributes
+    ----------
+    tensors:
+        The tensors; each has neurons.
+    starts:
+        Int64 ``[len(tensors)]``: where each one's neurons begin.
+    sums:
+        Of each asked for, a vector over all their neurons, NaN replaced by 0, and 0 where the
+        anatomy does not count the neuron.
+    outside:
+        The same for neurons that the anatomy does not count; None if it counts all.
+    """
+
+    tensors: Sequence[ScoredTensor]
+    starts: NDArray[np.int64]
+    sums: Mapping[str, NDArray[Any]]
+    outside: Mapping[str, NDArray[Any]] | None
+
+    def totals(self, which: str) -> NDArray[Any]:
+        """The sums of each tensor."""
+        return np.add.reduceat(self.sums[which], self.starts)
+
+    def total(self, which: str, chosen: Mapping[str, NDArray[np.integer]] | None = None) -> float:
+        """The sum of all, or of the neurons that ``chosen`` names by tensor; of all, the very same."""
+        if chosen is None:
+            return float(self.sums[which].sum())
+        picked = np.zeros_like(self.sums[which])
+        for start, tensor in zip(self.starts, self.tensors, strict=True):
+            if tensor.info.name in chosen:
+                index = start + chosen[tensor.info.name]
+                picked[index] = self.sums[which][index]
+        return float(picked.sum())
+
+
+def has_sums(file: TensorFile, tensor: ScoredTensor, which: Iterable[str]) -> bool:
+    """Whether the file holds all of these sums of a tensor."""
+    return all(f"{tensor.info.name}:{part}" in file.tensors for part in which)
+
+
+def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[str]) -> Iterator[Batch]:
+    """Read the sums ``which``, which all ``tensors`` have, some million neurons at a time."""
+    waiting: list[ScoredTensor] = []
+    size = 0
+    for tensor in tensors:
+        if waiting and size + tensor.layout.count > _NEURONS:
+            yield _read(file, waiting, which)
+            waiting, size = [], 0
+        waiting.append(tensor)
+        size += tensor.layout.count
+    if waiting:
+        yield _read(file, waiting, which)
+
+
+def _read(file: TensorFile, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> Batch:
+    counts = [tensor.layout.count for tensor in tensors]
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    sums = {part: file.joined([f"{tensor.info.name}:{part}" for tensor in tensors]) for part in which}
+    for values in sums.values():
+        values[np.isnan(values)] = 0
+    masks = [tensor.belongs() for tensor in tensors]
+    if all(mask is None for mask in masks):
+        return Batch(tensors, starts, sums, None)
+    counted = np.concatenate(
+        [np.ones(n, np.bool_) if mask is None else mask for n, mask in zip(counts, masks, strict=True)]
+    )
+    outside = {part: np.where(counted, 0, values) for part, values in sums.items()}
+    return Batch(
+        tensors, starts, {part: np.where(counted, values, 0) for part, values in sums.items()}, outside
+    )

@@ -1,0 +1,320 @@
+"""The scores file: one number per neuron, and from the same pass the sums all scores derive from."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UsageError, boundary
+from ..selection.budget import Budget
+from ..selection.choice import Block, choose
+from ..selection.selection import Chosen, Selection
+from ..tensors.document import bad, read_document
+from ..tensors.file_backed import FileBacked
+from ..tensors.tensorfile import TensorFile
+from .batches import Batch, batches, has_sums
+from .scored_tensors import WHAT, Follower, ScoredTensor, read_followers, read_scored
+
+__all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
+
+SCORES_KEY = "neuron_scores"
+SCORES_VERSION = 1
+_MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leaves int64
+
+
+class Scores(FileBacked):
+    """A scores file, opened: what was scored is at hand, the numbers are read when asked for.
+
+    Attributes
+    ----------
+    facts:
+        The file's JSON document: score, anatomy, parameters, base, tuned, unscored.
+    tensors:
+        The scored tensors, ordered by name.
+    followers:
+        Tensors of one-element neurons whose changes were recorded, by name.
+    """
+
+    def __init__(
+        self,
+        file: TensorFile,
+        facts: Mapping[str, Any],
+        tensors: Mapping[str, ScoredTensor],
+        followers: Mapping[str, Follower],
+    ) -> None:
+        super().__init__(file)
+        self.facts = facts
+        self.tensors = tensors
+        self.followers = followers
+
+    @classmethod
+    @boundary
+    def load(cls, path: str | os.PathLike[str]) -> Scores:
+        """Open a scores file; anyone's with a vector per tensor and ``tensors`` will do.
+
+        Raises
+        ------
+        CorruptFileError
+            If it is none, or damaged.
+        """
+        return cls.read(TensorFile.named(path))
+
+    @classmethod
+    def read(cls, file: TensorFile) -> Scores:
+        """The scores in an open file, which is the new object's from now on."""
+        facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
+        tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
+        followers = dict(read_followers(file, facts.get("unscored", {}), tensors))
+        for which, least in (("parameters", 1), ("nonfinite", 0)):
+            if which in facts and not _is_count(facts[which], least):
+                raise bad(file, WHAT, f"{which} is not a number of them")
+        if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
+            raise bad(file, WHAT, "there are more elements than a model can have")
+        return cls(file, facts, tensors, followers)
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        """The scores of tensor ``name``, float32 ``[n]``; NaN: no candidate."""
+        values: NDArray[np.float32] = self._file.array(name)
+        return values
+
+    def sums(self, name: str, which: str) -> NDArray[Any] | None:
+        """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
+
+        None where the file does not have it.
+        """
+        entry = f"{name}:{which}"
+        return self._file.array(entry) if entry in self._file.tensors else None
+
+    def batches(self, *which: str) -> Iterator[Batch]:
+        """The named sums of all tensors that have them, many tensors at a time."""
+        having = (tensor for tensor in self.tensors.values() if has_sums(self._file, tensor, which))
+        return batches(self._file, having, which)
+
+    @property
+    def score(self) -> str:
+        """Which score."""
+        return str(self.facts.get("score", "unknown"))
+
+    @property
+    def anatomy(self) -> str:
+        """Which anatomy: ``rows``, ``ffn`` or ``units``."""
+        return str(self.facts.get("anatomy", "unknown"))
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether neurons are chosen by whole units."""
+        return any(f"{name}:unit" in self._file.tensors for name in self.tensors)
+
+    @cached_property
+    def units(self) -> int:
+        """How many units the neurons form; 0 where they are scored one by one."""
+        if not self.by_unit:
+            return 0
+        return 1 + max(int(self._unit_ids(name).max(initial=-1)) for name in self.tensors)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model; of the scored tensors where the file does not say."""
+        found = self.facts.get("parameters")
+        return found if isinstance(found, int) else sum(t.info.elements for t in self.tensors.values())
+
+    @cached_property
+    def neurons(self) -> int:
+        """How many neurons the scored tensors have, those outside the anatomy's part not counted."""
+        total = 0
+        for tensor in self.tensors.values():
+            mask = tensor.belongs()
+            total += tensor.layout.count if mask is None else int(mask.sum())
+        return total
+
+    @boundary
+    def select(self, **budget: Any) -> Selection:
+        """Choose neurons.
+
+        Parameters
+        ----------
+        **budget:
+            As `Budget.of`: one of ``neurons``, ``params``, ``threshold``, ``changed``, ``like``
+            (a selection, or counts per tensor); and ``per``, ``max_per_tensor``, ``policy``, ``seed``,
+            ``with_bias``.
+
+        Raises
+        ------
+        UsageError
+            For options that make no sense, or not together.
+        MismatchError
+            If no neuron can be chosen.
+        """
+        like = budget.get("like")
+        if isinstance(like, Selection):
+            budget["like"] = like.counts
+        return self.choose(Budget.of(**budget))
+
+    def choose(self, budget: Budget) -> Selection:
+        """As `select`, for a budget that is checked already."""
+        if self.by_unit:
+            budget.check_units()
+        if budget.changed:
+            chosen = dict(self._changed())
+        elif self.by_unit:
+            chosen = dict(self._choose_units(budget))
+        else:
+            chosen = dict(self._choose_neurons(budget))
+        followers = self._follow(chosen, budget) if budget.with_bias else {}
+        self.check_unchanged()
+        tensors = {
+            name: self._chosen(name, index)
+            for name, index in sorted((chosen | followers).items())
+            if len(index)
+        }
+        facts = self._facts(budget, tensors)
+        if followers:
+            facts["followers"] = sorted(set(followers) & set(tensors))
+        return Selection(tensors, facts)
+
+    def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        def alike(tensor: ScoredTensor) -> tuple[str, str, int]:
+            """What keeps neighbours apart: a block is of one pool, and its neurons cost the same."""
+            own = budget.per == "tensor" or budget.like is not None or budget.max_per_tensor is not None
+            return (
+                tensor.info.name if own else "",
+                tensor.layer if budget.per == "layer" else "",
+                tensor.layout.width if budget.params is not None else 1,
+            )
+
+        groups = [(key, list(members)) for key, members in groupby(self.tensors.values(), key=alike)]
+        blocks = [
+            Block(name, layer, cost, self._file.joined([tensor.info.name for tensor in members]))
+            for (name, layer, cost), members in groups
+        ]
+        masks = choose(blocks, budget, parameters=self.parameters)
+        for (_, members), mask in zip(groups, masks, strict=True):
+            edges = np.cumsum([tensor.layout.count for tensor in members])
+            for tensor, part in zip(members, np.split(mask, edges[:-1]), strict=True):
+                yield tensor.info.name, np.flatnonzero(part)
+
+    def _choose_units(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        ids = {name: self._unit_ids(name) for name in self.tensors}
+        count = 1 + max(int(unit.max(initial=-1)) for unit in ids.values())
+        score = np.full(count, np.nan, np.float32)
+        cost, layer = np.zeros(count, np.int64), np.zeros(count, np.int32)
+        layers = sorted({tensor.layer for tensor in self.tensors.values()})
+        seen: list[NDArray[np.int64]] = []
+        for name, tensor in self.tensors.items():
+            mine = ids[name] >= 0
+            unit = ids[name][mine]
+            fresh = unit[cost[unit] == 0]
+            seen.append(fresh[np.sort(np.unique(fresh, return_index=True)[1])])
+            score[unit] = self.values(name)[mine]
+            layer[unit] = layers.index(tensor.layer)
+            cost += np.bincount(unit, minlength=count) * tensor.layout.width
+        order = np.concatenate(seen)  # units by first member: the order that breaks ties
+        edges = np.flatnonzero((np.diff(cost[order]) != 0) | (np.diff(layer[order]) != 0)) + 1
+        runs = [run for run in np.split(order, edges) if len(run)]
+        blocks = [Block("", layers[layer[run[0]]], int(cost[run[0]]), score[run]) for run in runs]
+        taken = np.zeros(count + 1, np.bool_)  # the last one is for neurons of no unit, whose id is -1
+        for run, mask in zip(runs, choose(blocks, budget, parameters=self.parameters), strict=True):
+            taken[run] = mask
+        for name, unit in ids.items():
+            yield name, np.flatnonzero(taken[unit])
+
+    def _unit_ids(self, name: str) -> NDArray[np.int64]:
+        ids = self.sums(name, "unit")
+        if ids is None:
+            raise bad(self._file, WHAT, "some tensors have units, and this one has none", name)
+        # The number of units bounds what is allocated for them: no more than there are neurons.
+        if len(ids) and not -1 <= int(ids.min()) <= int(ids.max()) < 1 + self.neurons:
+            raise bad(self._file, WHAT, "a unit number is out of range", name)
+        return ids
+
+    def _changed(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        for name, tensor in self.tensors.items():
+            changed = self.sums(name, "changed")
+            if changed is None:
+                raise UsageError(
+                    "--changed needs the number of changed elements, which these scores lack",
+                    file=self._file.path,
+                    tensor=name,
+                )
+            mask = tensor.belongs()
+            yield name, np.flatnonzero(changed if mask is None else (changed > 0) & mask)
+        for name, follower in self.followers.items():
+            if follower.included:
+                yield name, self._differing(name)
+
+    def _differing(self, name: str) -> NDArray[np.int64]:
+        """The elements of a follower that differ."""
+        return np.flatnonzero(self._file.array(f"{name}:changed"))
+
+    def _follow(
+        self, chosen: Mapping[str, NDArray[np.int64]], budget: Budget
+    ) -> dict[str, NDArray[np.int64]]:
+        """The bias elements that go with the chosen neurons; by ``--changed``, all that differ as well."""
+        found: dict[str, NDArray[np.int64]] = {}
+        for name, tensor in self.tensors.items():
+            bias = tensor.bias
+            if bias is None or bias not in self.followers or bias in chosen:
+                continue
+            index = chosen.get(name, np.empty(0, np.int64))
+            if budget.changed:
+                index = np.union1d(index, self._differing(bias))
+            found[bias] = np.union1d(found[bias], index) if bias in found else index
+        return found
+
+    def _chosen(self, name: str, index: NDArray[np.int64]) -> Chosen:
+        home = self.tensors[name] if name in self.tensors else self.followers[name]
+        return Chosen(home.info, home.layout, index.astype(np.int64))
+
+    def _facts(self, budget: Budget, tensors: Mapping[str, Chosen]) -> dict[str, Any]:
+        described = budget.describe()
+        if "like" in described:
+            described["like"] = "the counts per tensor of another selection"
+        facts: dict[str, Any] = {"score": self.score, "policy": budget.policy, "budget": described}
+        facts["anatomy"] = self.anatomy
+        if budget.policy == "random":
+            facts["seed"] = budget.seed
+        facts |= self.captured(tensors)
+        for side in ("base", "tuned"):
+            if isinstance(self.facts.get(side), dict):
+                facts[side] = self.facts[side]
+        return facts
+
+    def captured(self, tensors: Mapping[str, Chosen]) -> dict[str, float]:
+        """Which share of the whole change the chosen neurons hold: ``captured``, ``captured_scored``.
+
+        ``captured`` is of all common tensors, ``captured_scored`` of the scored ones. Empty where
+        the file has no sums, or nothing changed; without ``captured`` where a tensor changed whose
+        change has no size (a quantized one).
+        """
+        inside = scored = rest = 0.0
+        if not all(has_sums(self._file, tensor, ["delta_sq"]) for tensor in self.tensors.values()):
+            return {}
+        chosen = {name: part.index for name, part in tensors.items() if name in self.tensors}
+        for batch in self.batches("delta_sq"):
+            scored += batch.total("delta_sq")
+            rest += 0.0 if batch.outside is None else float(batch.outside["delta_sq"].sum())
+            inside += batch.total("delta_sq", chosen)
+        extra = 0.0
+        for name in self.followers:
+            if name in tensors and (delta := self.sums(name, "delta_sq")) is not None:
+                extra += float(np.nansum(delta[tensors[name].index]))
+        unscored = self.facts.get("unscored", {}).values()
+        known = all(entry.get("delta_sq", 0.0) is not None or not entry.get("changed") for entry in unscored)
+        whole = scored + rest + sum(entry.get("delta_sq") or 0.0 for entry in unscored)
+        result = {}
+        if known and math.isfinite(whole) and whole > 0:
+            result["captured"] = min(1.0, (inside + extra) / whole)
+        if math.isfinite(scored) and scored > 0:
+            result["captured_scored"] = min(1.0, inside / scored)
+        return result
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

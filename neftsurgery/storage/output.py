@@ -1,0 +1,411 @@
+"""All-or-nothing writing: an output appears whole, on disk, or not at all.
+
+What is being written lies beside OUT under ``.NAME.neft-<16 hex digits>``, locked with ``flock`` by
+the process that writes it. It is fsynced, renamed into place, and the folder is fsynced. A killed process
+leaves its staging name behind unlocked: the next one that writes the same OUT removes it. On file
+systems without ``flock`` nobody can tell a live name from a dead one, so there they stay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import UsageError
+from .output_checks import MAX_NAME, AnyPath, identity, named_output
+
+__all__ = ["StagedFile", "begin_writeback", "fsync", "fsync_folder", "staged_directory", "staged_file"]
+
+_log = logging.getLogger(__name__)
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_TOKEN = re.compile(r"(old-)?[0-9a-f]{16}")
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """A file that is being written beside its final place.
+
+    Attributes
+    ----------
+    path:
+        Where it lies for now.
+    fd:
+        Open for reading and writing; it carries the lock, and is not the holder's to close.
+    """
+
+    path: Path
+    fd: int
+
+    def write_at(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of ``data``, C-contiguous, at byte ``offset``; calls from several threads do not mix."""
+        view = memoryview(data)
+        if view.nbytes:  # an empty view of several dimensions cannot be cast
+            view = view.cast("B")
+            while len(view):
+                written = os.pwrite(self.fd, view, offset)
+                view, offset = view[written:], offset + written
+
+    def stream(self) -> BinaryIO:
+        """A buffered binary file over the same content, to be closed before the context ends."""
+        return os.fdopen(os.dup(self.fd), "r+b")
+
+
+@contextmanager
+def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
+    """Write the file ``out``, all or nothing.
+
+    Parameters
+    ----------
+    out:
+        Where the file appears when the context ends well. Whatever ends it otherwise,
+        nothing is left.
+    force:
+        Replace what is there, a folder included; links are replaced, not followed.
+    mode:
+        Permission bits; by default what the umask gives a new file.
+
+    Raises
+    ------
+    UsageError
+        If ``out`` exists at the end and ``force`` is false, or its folder does not exist.
+    OSError
+        If the file cannot be written.
+    """
+    with _staging(out, force=force, create=functools.partial(_create_file, mode=mode)) as (path, fd):
+        yield StagedFile(path, fd)
+        if mode is not None:
+            os.fchmod(fd, mode)
+        fsync(fd)
+
+
+@contextmanager
+def staged_directory(out: AnyPath, *, force: bool = False) -> Iterator[Path]:
+    """Write the directory ``out``, all or nothing: yields the empty directory to fill.
+
+    An empty directory in its place is replaced; ``force`` replaces anything else as well. All of
+    its files must be closed, and their writers done, when the context ends.
+
+    Raises
+    ------
+    UsageError
+        If there is something else at ``out`` at the end and ``force`` is false, or its folder
+        does not exist.
+    OSError
+        If something cannot be written.
+    """
+    with _staging(out, force=force, create=_create_directory) as (path, _):
+        yield path
+        _fsync_tree(path)
+
+
+def _create_file(path: Path, *, mode: int | None) -> int:
+    return os.open(path, _CREATE, 0o666 if mode is None else 0o600)
+
+
+def _create_directory(path: Path) -> int:
+    os.mkdir(path)
+    return os.open(path, _OPEN | os.O_DIRECTORY)
+
+
+@contextmanager
+def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    final = named_output(out).absolute()  # the caller may change the current folder meanwhile
+    _remove_stale(final)
+    held = _Held()
+    try:
+        path = _reserve(final, create, held)
+        yield path, held.fd
+        if force:
+            _replace(path, final)
+        else:
+            _place(path, final)
+        fsync_folder(final.parent)
+    finally:
+        # After a failure this is what was written so far; after an exchange it is what OUT was before.
+        held.let_go()
+
+
+class _Held:
+    """A staging name from before it is there, so that a signal at any moment leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.fd = -1
+
+    def let_go(self) -> None:
+        """Remove what is there, and the lock with it."""
+        try:
+            if self.path is not None:
+                _discard(self.path)
+        finally:
+            if self.fd >= 0:
+                os.close(self.fd)
+            self.path, self.fd = None, -1
+
+
+def _reserve(out: Path, create: Callable[[Path], int], held: _Held) -> Path:
+    """A new staging name for ``out`` with what ``create`` made there, open and locked; ``held`` has it."""
+    while True:
+        path = held.path = _staging_name(out)
+        try:
+            held.fd = create(path)
+        except (FileExistsError, FileNotFoundError):
+            held.path = None  # somebody else's, or none
+            if out.parent.is_dir():
+                continue
+            raise
+        # Before the lock is ours another process may take it for a stale one, and remove it.
+        if _lock(held.fd) is not False and _identity_of(held.fd) == identity(path):
+            return path
+        held.let_go()
+
+
+def _staging_name(out: Path, tag: str = "") -> Path:
+    return out.with_name(f"{_staging_prefix(out)}{tag}{secrets.token_hex(8)}")
+
+
+def _staging_prefix(out: Path) -> str:
+    stem = out.name
+    room = MAX_NAME - len("..neft-old-") - 16
+    if len(os.fsencode(stem)) > room:
+        digest = hashlib.blake2b(os.fsencode(stem), digest_size=8).hexdigest()
+        while len(os.fsencode(stem)) > room - 17:
+            stem = stem[:-1]
+        stem = f"{stem}~{digest}"
+    return f".{stem}.neft-"
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed processes left of earlier outputs of the same name, or put it back."""
+    prefix = _staging_prefix(out)
+    try:
+        names = os.listdir(out.parent)
+    except PermissionError:  # a folder one may write to but not list
+        return
+    for name in names:
+        if name.startswith(prefix) and (token := _TOKEN.fullmatch(name, len(prefix))):
+            with suppress(OSError):
+                _remove_if_stale(out.with_name(name), out, aside=token[1] is not None)
+
+
+def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
+    fd = os.open(path, _OPEN)  # a link is refused here: it is none of ours
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and _identity_of(fd) == identity(path):
+            _log.info("removing what an interrupted run left: %s", path)
+            if aside:
+                _settle(path, out)
+            else:
+                _discard(path)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool | None:
+    """Whether the lock is ours now; None where there are no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _identity_of(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _place(path: Path, out: Path) -> None:
+    """Rename ``path`` to ``out``, where there must be nothing, or an empty folder for a folder."""
+    try:
+        if path.is_dir():
+            os.rename(path, out)
+        elif not _rename_specially(path, out, exchange=False):
+            _link_and_unlink(path, out)
+    except OSError as error:
+        if error.errno in _IN_THE_WAY and os.path.lexists(out):
+            raise UsageError(
+                "the output appeared while it was being written",
+                file=out,
+                hint="another process wrote it; name another one, or replace it with --force",
+            ) from error
+        raise
+
+
+def _link_and_unlink(path: Path, out: Path) -> None:
+    try:
+        os.link(path, out)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        # No hard links either (FAT): the least bad is a look and a rename.
+        if os.path.lexists(out):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out)) from error
+        os.rename(path, out)
+    else:
+        os.unlink(path)
+
+
+def _replace(path: Path, out: Path) -> None:
+    """Rename ``path`` to ``out``, whatever is there; afterwards that may lie at ``path``."""
+    try:
+        os.replace(path, out)
+    except OSError as error:
+        if error.errno not in _IN_THE_WAY:
+            raise
+    else:
+        return
+    if _rename_specially(path, out, exchange=True):
+        return
+    aside = _staging_name(out, "old-")
+    try:
+        os.rename(out, aside)
+        os.rename(path, out)
+        fsync_folder(out.parent)
+    finally:
+        _settle(aside, out)
+
+
+def _settle(aside: Path, out: Path) -> None:
+    """Put what was set aside back if nothing took its place, else remove it."""
+    if os.path.lexists(out):
+        _discard(aside)
+    else:
+        os.rename(aside, out)
+
+
+def _rename_specially(path: Path, out: Path, *, exchange: bool) -> bool:
+    """Swap the two names (``exchange``), or rename where nothing is; false if the system cannot.
+
+    Raises
+    ------
+    OSError
+        As ``rename``; ``FileExistsError`` without ``exchange`` if there is something at ``out``.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    source, target = os.fsencode(path), os.fsencode(out)
+    if hasattr(libc, "renameat2"):  # Linux: AT_FDCWD, RENAME_EXCHANGE or RENAME_NOREPLACE
+        code = libc.renameat2(-100, source, -100, target, ctypes.c_uint(2 if exchange else 1))
+    elif hasattr(libc, "renamex_np"):  # macOS: RENAME_SWAP or RENAME_EXCL
+        code = libc.renamex_np(source, target, ctypes.c_uint(2 if exchange else 4))
+    else:
+        return False
+    number = ctypes.get_errno()
+    if code and number not in _UNSUPPORTED:
+        raise OSError(number, os.strerror(number), str(out))
+    return not code
+
+
+def _discard(path: Path) -> None:
+    """Remove whatever is at ``path``; what cannot be removed is logged, as the work itself is done."""
+    try:
+        _remove(path)
+    except OSError as error:
+        _log.warning("could not remove %s: %s", path, error.strerror or error)
+    except BaseException:  # an impatient second Ctrl-C
+        with suppress(OSError):
+            _remove(path)
+        raise
+
+
+def _remove(path: Path) -> None:
+    for attempt in range(3):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:  # another process removes it too, or it has read-only folders
+            if attempt == 2:
+                raise
+            if isinstance(error, PermissionError):
+                with suppress(OSError):
+                    _make_removable(path)
+        else:
+            return
+
+
+def _make_removable(folder: Path) -> None:
+    """Give the owner access to every folder of a tree."""
+    folder.chmod(0o700)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _make_removable(Path(entry.path))
+
+
+def fsync(fd: int) -> None:
+    """Make a file's content durable."""
+    # On macOS only F_FULLFSYNC reaches the disk itself.
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):
+            fcntl.fcntl(fd, full)
+            return
+    os.fsync(fd)
+
+
+def begin_writeback(fd: int, start: int, count: int) -> None:
+    """Have the disk begin with a written range while more is written: the sync at the end then waits less."""
+    if (sync_file_range := _sync_file_range()) is not None:
+        sync_file_range(fd, start, count, 2)  # SYNC_FILE_RANGE_WRITE; only a hint, so no error matters
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a folder's names durable, where the file system can."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def _fsync_tree(top: Path) -> None:
+    """Files first, then folders from the innermost out."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(top, topdown=False, onerror=fail):
+        for name in names:
+            file = os.path.join(folder, name)
+            if stat.S_ISREG(os.lstat(file).st_mode):
+                fd = os.open(file, _OPEN)
+                try:
+                    fsync(fd)
+                finally:
+                    os.close(fd)
+        fsync_folder(Path(folder))

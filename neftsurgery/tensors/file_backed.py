@@ -1,0 +1,73 @@
+"""Values that live in a safetensors file: scores and patches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from ..errors import boundary
+from ..storage.output import staged_file
+from ..storage.output_checks import refuse_output, require_space
+from .tensorfile import TensorFile
+
+__all__ = ["FileBacked"]
+
+
+class FileBacked:
+    """A value whose content stays in its file, which it holds open; saved by copying that file."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a value that was never saved, and is gone when it is closed."""
+        return self._file.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._file.nbytes
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the file was edited since it was opened."""
+        self._file.check_unchanged()
+
+    @boundary
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write it to a file of its own, whole or not at all.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, without ``force``.
+        MachineError
+            If it cannot be written.
+        """
+        refuse_output(path, inputs=[], force=force, kind="file")
+        with staged_file(path, force=force) as staged:
+            require_space(Path(path).absolute().parent, self.nbytes)
+            self._file.copy_to(staged.fd)
+            self.check_unchanged()
+
+    def stream(self) -> BinaryIO:
+        """The file's bytes from the start, as a file to be closed; one at a time."""
+        return self._file.stream()
+
+    def check_in_place(self) -> None:
+        """Raise a ``FileNotFoundError`` if its file was removed or replaced since it was opened."""
+        self._file.check_in_place()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,126 @@
+"""The map of layers by kinds of weight: its numbers, its picture, its text."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from support import LLAMA_CONFIG, write_folder
+
+import neftsurgery as ns
+from neftsurgery.reporting.layer_map import OUTSIDE, LayerMap, natural
+from neftsurgery.reporting.map_figure import map_figure, map_lines
+
+
+def test_scores_and_patch_agree_with_a_count_by_hand(pair, tmp_path):
+    scores = ns.diff(*pair)
+    selection = scores.select(neurons="10%")
+    patch = ns.extract(*pair, selection, out=tmp_path / "p.safetensors")
+    whole, part = LayerMap.of_scores(scores, selection), LayerMap.of_patch(patch)
+    assert whole.layers == ("model.layers.0", "model.layers.1")
+    assert len(whole.kinds) == 7
+    for i, layer in enumerate(whole.layers):
+        for j, kind in enumerate(whole.kinds):
+            name = f"{layer}.{kind}.weight"
+            assert whole.totals[i, j] == scores.tensors[name].info.shape[0]
+            assert whole.chosen[i, j] == len(
+                selection.tensors[name].index if name in selection.tensors else ()
+            )
+    assert whole.neurons == part.neurons == selection.neurons
+    assert whole.total == scores.neurons
+    cells = {(layer, kind): (taken, there) for layer, kind, taken, there in whole.rows()}
+    for layer, kind, taken, there in part.rows():
+        assert cells[layer, kind] == (taken, there)
+    assert whole.describe()["chosen"] == whole.chosen.tolist()
+
+
+def test_biases_that_follow_are_not_counted(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {
+        "layers.0.fc.weight": rng.standard_normal((6, 5)).astype(np.float32),
+        "layers.0.fc.bias": np.ones(6, np.float32),
+    }
+    tuned = {name: array + 1 for name, array in base.items()}
+    write_folder(tmp_path / "base", base, 1, LLAMA_CONFIG)
+    write_folder(tmp_path / "tuned", tuned, 1, LLAMA_CONFIG)
+    patch = ns.extract(
+        tmp_path / "base", tmp_path / "tuned", neurons=2, with_bias=True, out=tmp_path / "p.safetensors"
+    )
+    assert len(patch.tensors) == 2
+    assert LayerMap.of_patch(patch).neurons == 2
+
+
+def test_layers_are_in_natural_order_and_what_is_elsewhere_comes_last():
+    found = LayerMap.of_counts(
+        {
+            "h.10.fc.weight": (1, 4),
+            "lm_head.weight": (2, 8),
+            "h.9.fc.weight": (3, 4),
+            "h.9.experts.0.w.weight": (1, 4),
+            "h.9.experts.1.w.weight": (2, 4),
+        }
+    )
+    assert found.layers == ("h.9", "h.10", OUTSIDE)
+    assert found.kinds == ("experts.*.w", "fc", "lm_head")
+    assert found.chosen.tolist() == [[3, 3, 0], [0, 1, 0], [0, 0, 2]]
+    assert found.totals.tolist() == [[8, 4, 0], [0, 4, 0], [0, 0, 8]]
+    np.testing.assert_array_equal(np.isnan(found.share), found.totals == 0)
+    assert found.row_labels == ("9", "10", "elsewhere")
+
+
+def test_a_model_without_layers_is_shown_by_its_modules():
+    found = LayerMap.of_counts({"rnn_1.kernel": (1, 4), "rnn_2.kernel": (0, 4), "rnn_2.recurrent": (2, 4)})
+    assert (found.layers, found.kinds) == (("rnn_1", "rnn_2"), ("kernel", "recurrent"))
+
+
+def test_folding_keeps_every_neuron():
+    counts = {f"layers.{i}.kind{j}.weight": (i * j, 100 + i) for i in range(9) for j in range(7)}
+    whole = LayerMap.of_counts(counts)
+    folded = whole.folded(4, 3)
+    assert folded.chosen.shape == (4, 3)
+    assert (folded.neurons, folded.total) == (whole.neurons, whole.total)
+    assert folded.kinds == ("kind5", "kind6", "5 others")
+    assert whole.folded(9, 7) is not None
+    np.testing.assert_array_equal(whole.folded(9, 7).chosen, whole.chosen)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "a..b", "$x_{1$", "<script>", "\x00\x1b[2J", "\ud800", "層.0.重", "9" * 400]
+)
+def test_any_name_can_be_drawn(name):
+    found = LayerMap.of_counts({name: (1, 2), f"layers.0.{name}": (0, 3)})
+    figure = map_figure(found)
+    assert imread(io.BytesIO(figure.png())).ndim == 3
+    assert "<script>" not in figure.svg()
+    assert all(line.isprintable() for line in map_lines(found))
+
+
+def test_a_picture_is_the_same_each_time():
+    found = LayerMap.of_counts({f"layers.{i}.fc.weight": (i, 10) for i in range(5)})
+    assert map_figure(found).png() == map_figure(found).png()
+    assert map_figure(found).svg() == map_figure(found).svg()
+    assert "<dc:date>" not in map_figure(found).svg()
+
+
+def test_the_map_as_text():
+    found = LayerMap.of_counts({f"layers.{i}.fc.weight": (i, 8) for i in range(9)})
+    lines = list(map_lines(found))
+    assert lines[0] == "fc   ▁▂▃▄▅▆▇█   50.0%"
+    plain = list(map_lines(found, blocks=False))
+    assert plain[0] == "fc   .:-=+*#@   50.0%"
+    assert all(line.isascii() for line in plain)
+    assert len(next(map_lines(found, layers=3)).split("  ")[1]) == 3
+    assert list(map_lines(LayerMap.of_counts({"a.0.b": (0, 3)}))) == []
+
+
+def test_natural_order():
+    names = ["h.10", "h.9", "h", "g.1"]
+    assert sorted(names, key=natural) == ["g.1", "h", "h.9", "h.10"]
+
+
+def test_names_of_no_model_make_no_huge_map():
+    found = LayerMap.of_counts({f"layers.{i}.kind{i}.weight": (1, 2) for i in range(3000)})
+    assert found.chosen.shape == (3000, 1)
+    assert found.neurons == 3000

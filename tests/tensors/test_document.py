@@ -1,0 +1,191 @@
+"""The JSON that our files carry: read back as written, refused with reasons when it is not ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import write_file
+
+from neftsurgery.errors import CorruptFileError
+from neftsurgery.neurons.description import described_tensor
+from neftsurgery.neurons.layout import Layout
+from neftsurgery.tensors.document import bad, dump, read_document
+from neftsurgery.tensors.header import TensorInfo
+from neftsurgery.tensors.tensorfile import TensorFile, written_file
+
+GOOD = {
+    "version": 2,
+    "tensors": {"w": {"shape": [3, 4], "dtype": "BF16", "neuron_axes": [0]}},
+    "ü": ["\0", 0.5],
+}
+
+
+def carrying(folder: Path, text: str | None) -> TensorFile:
+    metadata = {"format": "pt"} | ({} if text is None else {"neuron_patch": text})
+    return TensorFile.open(write_file(folder / "p.safetensors", {"a": np.ones(2, np.float32)}, metadata))
+
+
+def read(folder: Path, text: str | None, version: int = 2) -> dict[str, Any]:
+    with carrying(folder, text) as file:
+        return read_document(file, "neuron_patch", "patch", version)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_document_of_this_or_an_older_version(tmp_path: Path, version: int) -> None:
+    assert read(tmp_path, json.dumps(GOOD), version) == GOOD
+
+
+def test_dump_is_what_is_read(tmp_path: Path) -> None:
+    metadata = dump("neuron_patch", GOOD)
+    assert list(metadata) == ["neuron_patch"]
+    assert json.loads(metadata["neuron_patch"]) == GOOD
+    with written_file([], metadata, tmp_path / "x") as written:
+        written.writer.finish(metadata)
+    with written.reader() as file:
+        assert read_document(file, "neuron_patch", "patch", 2) == GOOD
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_dump_writes_no_numbers_that_are_not_json(value: float) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        dump("k", {"value": value})
+
+
+def test_a_file_without_the_key_is_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(CorruptFileError, match="not a patch: its header has no 'neuron_patch'") as error:
+        read(tmp_path, None)
+    assert error.value.file == str(tmp_path / "p.safetensors")
+
+
+def test_a_newer_version_says_to_update(tmp_path: Path) -> None:
+    with pytest.raises(CorruptFileError, match="newer version") as error:
+        read(tmp_path, json.dumps(GOOD), 1)
+    assert (error.value.expected, error.value.found) == ("1 or older", 2)
+    assert "pip install -U neftsurgery" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"tensors":' * 100_000, "not valid JSON"),
+        ('{"version": ' + "9" * 10_000 + ', "tensors": {}}', "not valid JSON"),
+        ("[]", "not an object with tensors"),
+        ("null", "not an object with tensors"),
+        ('"tensors"', "not an object with tensors"),
+        ('{"version": 1}', "not an object with tensors"),
+        ('{"version": 1, "tensors": []}', "not an object with tensors"),
+        ('{"version": 1, "tensors": null}', "not an object with tensors"),
+        ('{"tensors": {}}', "no version"),
+        ('{"version": null, "tensors": {}}', "no version"),
+        ('{"version": "1", "tensors": {}}', "no version"),
+        ('{"version": 1.0, "tensors": {}}', "no version"),
+        ('{"version": true, "tensors": {}}', "no version"),
+        ('{"version": 0, "tensors": {}}', "no version"),
+        ('{"version": -1, "tensors": {}}', "no version"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_damaged_document(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(CorruptFileError, match=f"a damaged patch: .*{reason}") as error:
+        read(tmp_path, text)
+    assert error.value.file == str(tmp_path / "p.safetensors")
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [([3, 4], [0]), ([3, 4], [1]), ([2, 3, 4], [0, 2]), ([], []), ([0, 1 << 62], [1]), ([3], [])],
+)
+def test_a_described_tensor(tmp_path: Path, shape: list[int], axes: list[int]) -> None:
+    entry = {"shape": shape, "dtype": "F16", "neuron_axes": axes, "more": 1}
+    with carrying(tmp_path, None) as file:
+        info, layout = described_tensor(file, "patch", "w", entry)
+    assert info == TensorInfo("w", "F16", tuple(shape))
+    assert layout == Layout(tuple(shape), tuple(axes))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"shape": None}, "make no sense"),
+        ({"shape": 3}, "make no sense"),
+        ({"shape": "34"}, "make no sense"),
+        ({"shape": {"0": 3}}, "make no sense"),
+        ({"shape": [3, -4]}, "make no sense"),
+        ({"shape": [3, 4.0]}, "make no sense"),
+        ({"shape": [3, True]}, "make no sense"),
+        ({"shape": [3, "4"]}, "make no sense"),
+        ({"shape": [3, [4]]}, "make no sense"),
+        ({"shape": [3, 1 << 63]}, "make no sense"),
+        ({"neuron_axes": None}, "make no sense"),
+        ({"neuron_axes": 0}, "make no sense"),
+        ({"neuron_axes": [False]}, "make no sense"),
+        ({"neuron_axes": [-1]}, "make no sense"),
+        ({"neuron_axes": [2]}, "not ascending axes of shape"),
+        ({"neuron_axes": [1, 0]}, "not ascending axes of shape"),
+        ({"neuron_axes": [0, 0]}, "not ascending axes of shape"),
+        ({"dtype": None}, "make no sense"),
+        ({"dtype": "float32"}, "make no sense"),
+        ({"dtype": ["F32"]}, "make no sense"),
+        ({"dtype": {"F32": None}}, "make no sense"),
+        ({"dtype": "F4"}, "whole bytes"),
+        ({"dtype": "F6_E2M3"}, "whole bytes"),
+    ],
+    ids=str,
+)
+def test_a_tensor_described_badly(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    entry = {"shape": [3, 4], "dtype": "F32", "neuron_axes": [0]} | change
+    with carrying(tmp_path, None) as file:
+        with pytest.raises(CorruptFileError, match=reason) as error:
+            described_tensor(file, "patch", "w", entry)
+        assert (error.value.tensor, error.value.file) == ("w", str(tmp_path / "p.safetensors"))
+        entry = {key: value for key, value in entry.items() if key not in change}
+        with pytest.raises(CorruptFileError, match="missing"):
+            described_tensor(file, "patch", "w", entry)
+
+
+@pytest.mark.parametrize("entry", [None, [], "F32", 7])
+def test_a_description_that_is_no_object(tmp_path: Path, entry: object) -> None:
+    with carrying(tmp_path, None) as file, pytest.raises(CorruptFileError, match="not an object"):
+        described_tensor(file, "patch", "w", entry)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(["F32", "BF16"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.fixed_dictionaries({}, optional={"shape": JSON, "dtype": JSON, "neuron_axes": JSON}))
+def test_any_description_is_read_or_refused(entry: dict[str, object]) -> None:
+    file = type("File", (), {"path": Path("p.safetensors")})()
+    try:
+        info, layout = described_tensor(file, "patch", "w", entry)
+    except CorruptFileError:
+        return
+    assert (list(info.shape), info.dtype, list(layout.axes)) == (
+        entry["shape"],
+        entry["dtype"],
+        entry["neuron_axes"],
+    )
+
+
+def test_bad_says_what_and_where(tmp_path: Path) -> None:
+    with carrying(tmp_path, None) as file:
+        error = bad(file, "patch", "it is torn", "w")
+    assert str(error) == f"{tmp_path / 'p.safetensors'}, tensor w: a damaged patch: it is torn"

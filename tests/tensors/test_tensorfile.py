@@ -1,0 +1,391 @@
+"""Files written by position are what the safetensors package reads; reads are exact or fail."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import os
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors import deserialize, safe_open
+from safetensors.numpy import load_file
+from support import write_file
+
+from neftsurgery.errors import CorruptFileError, MachineError, MismatchError, UsageError
+from neftsurgery.tensors import tensorfile
+from neftsurgery.tensors.dtypes import DTYPES
+from neftsurgery.tensors.header import TensorInfo, read_header
+from neftsurgery.tensors.tensorfile import (
+    TensorFile,
+    TensorFileWriter,
+    read_exactly,
+    read_rows_exactly,
+    stretches,
+    write_exactly,
+    written_file,
+)
+
+RNG = np.random.default_rng(0)
+NUMPY = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "F64": np.float64,
+}
+WHOLE_BYTES = [name for name, dtype in DTYPES.items() if dtype.bits % 8 == 0]
+
+
+def arrays_of(entries: list[TensorInfo]) -> dict[str, NDArray[Any]]:
+    return {e.name: RNG.integers(0, 100, e.shape).astype(NUMPY[e.dtype]) for e in entries}
+
+
+ENTRIES = [
+    TensorInfo("a:index", "I32", (5,)),
+    TensorInfo("a:value", "F16", (5, 3)),
+    TensorInfo("a:base_digest", "U8", (5, 16)),
+    TensorInfo("b", "F64", (2, 3, 4)),
+    TensorInfo("scalar", "F32", ()),
+    TensorInfo("empty", "F32", (0, 7)),
+    TensorInfo("narrow", "I64", (4, 0)),
+]
+
+
+def test_what_is_written_is_what_the_package_reads(tmp_path: Path) -> None:
+    arrays, out = arrays_of(ENTRIES), tmp_path / "x.safetensors"
+    with written_file(ENTRIES, {"doc": "?" * 50}, out) as written:
+        for name, array in arrays.items():
+            written.writer.write(name, 0, array)
+        written.writer.finish({"doc": "short"})
+    theirs = load_file(out)
+    assert theirs.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert theirs[name].dtype == array.dtype
+        np.testing.assert_array_equal(theirs[name], array, strict=True)
+    with safe_open(out, framework="numpy") as file:
+        assert file.metadata() == {"doc": "short"}
+    with written.reader() as reader:
+        assert reader.header.metadata == {"doc": "short"}
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(reader.array(name), array, strict=array.shape != ())
+
+
+def test_entries_are_aligned_and_the_file_is_as_large_as_said(tmp_path: Path) -> None:
+    out = tmp_path / "x.safetensors"
+    with written_file(ENTRIES, {"doc": "x"}, out) as written:
+        written.writer.finish({})
+    header = read_header(out)
+    assert header.size % 8 == 0
+    assert {n: i.shape for n, i in header.tensors.items()} == {e.name: e.shape for e in ENTRIES}
+    for entry in ENTRIES:
+        assert header.offsets[entry.name] % entry.type.itemsize == 0
+    assert out.stat().st_size == written.writer.nbytes == header.size + sum(e.nbytes for e in ENTRIES)
+    assert not any(out.read_bytes()[header.size :])  # what was not written is zero
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[list[TensorInfo], list[tuple[str, int, NDArray[np.uint8]]]]:
+    """Entries, and writes of rows of raw bytes that cover them, in any order."""
+    entries, writes = [], []
+    for number in range(draw(st.integers(0, 4))):
+        dtype = draw(st.sampled_from(WHOLE_BYTES))
+        shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+        info = TensorInfo(f"t{number}", dtype, shape)
+        entries.append(info)
+        rows = shape[0] if shape else 1
+        row = info.nbytes // rows if rows else 0
+        raw = RNG.integers(0, 256, (rows, row), dtype=np.uint8)
+        cuts = sorted({0, rows, *draw(st.lists(st.integers(0, rows), max_size=2))})
+        writes += [(info.name, a, raw[a:b]) for a, b in itertools.pairwise(cuts)]
+    return entries, draw(st.permutations(writes))
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(plans(), st.booleans())
+def test_rows_may_come_in_any_order(
+    plan: tuple[list[TensorInfo], list[tuple[str, int, NDArray[np.uint8]]]], spooled: bool
+) -> None:
+    entries, writes = plan
+    with tempfile.TemporaryDirectory() as folder:
+        out = None if spooled else Path(folder) / "x.safetensors"
+        copy = Path(folder) / "copy.safetensors"
+        with written_file(entries, {}, out) as written:
+            for name, start, rows in writes:
+                written.writer.write(name, start, rows)
+            written.writer.finish({})
+        with written.reader() as reader, copy.open("wb") as target:
+            reader.copy_to(target.fileno())
+            assert reader.nbytes == written.writer.nbytes
+            for name, start, rows in writes:
+                np.testing.assert_array_equal(reader.array_bytes(name, start, start + len(rows)), rows)
+        assert out is None or out.read_bytes() == copy.read_bytes()
+        theirs = dict(deserialize(copy.read_bytes()))
+    assert {n: (t["dtype"], tuple(t["shape"])) for n, t in theirs.items()} == {
+        e.name: (e.dtype, e.shape) for e in entries
+    }
+    for name, start, rows in writes:
+        begin = start * rows.shape[1]
+        assert bytes(theirs[name]["data"])[begin : begin + rows.nbytes] == rows.tobytes()
+
+
+def test_a_spooled_file_has_no_name_and_goes_with_its_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = len(os.listdir("/dev/fd"))
+    with written_file([TensorInfo("a", "F32", (4,))], {"k": "?"}, None) as written:
+        assert os.listdir(tmp_path) == []
+        written.writer.write("a", 0, np.arange(4, dtype=np.float32))
+        with pytest.raises(ValueError, match="not finished"):
+            written.reader()
+        written.writer.finish({"k": "v"})
+    reader = written.reader()
+    assert reader.path is None
+    assert reader.header.metadata == {"k": "v"}
+    assert reader.array("a").tolist() == [0, 1, 2, 3]
+    assert os.listdir(tmp_path) == []
+    assert len(os.listdir("/dev/fd")) == before + 1
+    del reader, written
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_slices_of_arrays(tmp_path: Path) -> None:
+    array = np.arange(24, dtype=np.int16).reshape(6, 4)
+    path = write_file(tmp_path / "x.safetensors", {"a": array, "empty": np.zeros((0, 4), np.float32)})
+    with TensorFile.open(path) as file:
+        np.testing.assert_array_equal(file.array("a", 2, 5), array[2:5], strict=True)
+        np.testing.assert_array_equal(file.array("a", 4), array[4:], strict=True)
+        np.testing.assert_array_equal(file.array("a", 4, 99), array[4:], strict=True)
+        assert file.array("a", 3, 3).shape == (0, 4)
+        assert file.array("empty").shape == (0, 4)
+        assert file.array_bytes("a", 1, 2).tobytes() == array[1].tobytes()
+        buffer = bytearray(5)
+        file.read_into("a", 3, memoryview(buffer))
+        assert bytes(buffer) == array.tobytes()[3:8]
+    with pytest.raises(ValueError, match="closed"):
+        file.array("a")
+
+
+def test_non_contiguous_data_is_written_in_its_own_order(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    out = tmp_path / "x.safetensors"
+    with written_file([TensorInfo("a", "F32", (4, 3))], {}, out) as written:
+        written.writer.write("a", 0, array.T)
+        written.writer.finish({})
+    np.testing.assert_array_equal(load_file(out)["a"], array.T)
+
+
+def test_writes_from_several_threads(tmp_path: Path) -> None:
+    rows = RNG.integers(0, 256, (64, 1000), dtype=np.uint8)
+    out = tmp_path / "x.safetensors"
+    with written_file([TensorInfo("a", "U8", rows.shape)], {}, out) as written:
+
+        def write(first: int) -> None:
+            for row in range(first, 64, 8):
+                written.writer.write("a", row, rows[row : row + 1])
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        written.writer.finish({})
+    np.testing.assert_array_equal(load_file(out)["a"], rows)
+
+
+@pytest.mark.parametrize("held", [1, 300, 1 << 20])
+def test_small_writes_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    """They are held back and joined; large ones go past them; nothing is lost or moved."""
+    monkeypatch.setattr(tensorfile, "_HELD_BYTES", held)
+    monkeypatch.setattr(tensorfile, "_SMALL_BYTES", 100)
+    arrays = {f"t{n}": RNG.integers(0, 99, size, dtype=np.int64) for n, size in enumerate((3, 1, 40, 7, 2))}
+    out = tmp_path / "x.safetensors"
+    with written_file([TensorInfo(n, "I64", a.shape) for n, a in arrays.items()], {}, out) as written:
+        places = [(name, row) for name, array in arrays.items() if name != "t2" for row in range(len(array))]
+        for place in RNG.permutation(len(places)):
+            name, row = places[place]
+            written.writer.write(name, row, arrays[name][row : row + 1])
+        written.writer.write("t2", 0, arrays["t2"])
+        written.writer.finish({})
+    for name, array in load_file(out).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_tensors_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {name: RNG.standard_normal(size) for name, size in zip("abcde", (4, 0, 3, 9, 1), strict=True)}
+    arrays["f"] = np.arange(3, dtype=np.float32)
+    with TensorFile.open(write_file(tmp_path / "x.safetensors", arrays)) as file:
+        reads: list[int] = []
+
+        def noting(fd: int, buffer: memoryview, *rest: Any) -> None:
+            reads.append(len(buffer))
+            read_exactly(fd, buffer, *rest)
+
+        monkeypatch.setattr(tensorfile, "read_exactly", noting)
+        for names in ("a", "abcde", "ace", "edcba", "bb", ""):
+            expected = [arrays[name] for name in names]
+            found = file.joined(list(names))
+            np.testing.assert_array_equal(found, np.concatenate(expected) if names else [])
+        reads.clear()
+        assert len(file.joined(sorted("abcde", key=lambda n: file.header.offsets[n]))) == 17
+        assert [size for size in reads if size] == [17 * 8]
+        assert file.joined(["f"]).dtype == np.float32
+
+
+def test_rows_that_the_file_is_too_short_for(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(20)))
+    with open(path, "rb") as file:
+        out = np.zeros((3, 4), np.uint8)
+        read_rows_exactly(file.fileno(), 2, np.array([0, 1, 3]), out, path)
+        assert out.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [14, 15, 16, 17]]
+        with pytest.raises(CorruptFileError, match="too soon"):
+            read_rows_exactly(file.fileno(), 2, np.array([0, 3, 4]), out, path)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
+def test_stretches(dtype: type[np.integer]) -> None:
+    index = np.array([0, 1, 2, 5, 7, 8, 11], dtype)
+    assert list(stretches(index)) == [(0, 3, 0), (3, 4, 5), (4, 6, 7), (6, 7, 11)]
+    assert list(stretches(index[:0])) == []
+
+
+@pytest.mark.parametrize("start", [2, 3, -1])
+def test_a_write_outside_its_entry_is_refused(tmp_path: Path, start: int) -> None:
+    with (
+        pytest.raises(ValueError, match="do not fit entry 'a'"),
+        written_file(
+            [TensorInfo("a", "U8", (3, 4)), TensorInfo("b", "U8", (9,))], {}, tmp_path / "x"
+        ) as written,
+    ):
+        written.writer.write("a", start, np.zeros((2, 4), np.uint8))
+    assert os.listdir(tmp_path) == []
+
+
+def test_metadata_may_shrink_but_not_outgrow_its_room(tmp_path: Path) -> None:
+    entries = [TensorInfo("a", "U8", (3,))]
+    with written_file(entries, {"k": "x" * 100}, tmp_path / "good") as written:
+        written.writer.finish({"k": "y" * 100})
+    assert read_header(tmp_path / "good").metadata == {"k": "y" * 100}
+    with (
+        pytest.raises(ValueError, match="takes"),
+        written_file(entries, {"k": "x" * 100}, tmp_path / "bad") as written,
+    ):
+        written.writer.finish({"k": "y" * 200})
+    assert os.listdir(tmp_path) == ["good"]
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_names_that_clash_are_a_mismatch(tmp_path: Path, spooled: bool) -> None:
+    # A model with tensors "a" and "a:index" cannot have a patch of both.
+    entries = [TensorInfo("a:index", "I32", (2,)), TensorInfo("a:index", "F32", (2, 2))]
+    out = None if spooled else tmp_path / "x"
+    with pytest.raises(MismatchError, match="'a:index'"), written_file(entries, {}, out):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_mode_is_what_the_umask_gives(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with written_file([], {}, tmp_path / "x") as written:
+            written.writer.finish({})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+class StopError(Exception):
+    pass
+
+
+def fail_after_a_write(writer: TensorFileWriter, error: type[BaseException]) -> None:
+    writer.write("b", 0, np.zeros((2, 3, 4)))
+    raise error
+
+
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]) -> None:
+    (tmp_path / "old").write_bytes(b"old")
+    for name, force in (("new", False), ("old", True)):
+        with pytest.raises(error), written_file(ENTRIES, {}, tmp_path / name, force=force) as written:
+            fail_after_a_write(written.writer, error)
+    assert os.listdir(tmp_path) == ["old"]
+    assert (tmp_path / "old").read_bytes() == b"old"
+
+
+def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+    with pytest.raises(UsageError), written_file([], {}, tmp_path / "x") as written:
+        written.writer.finish({})
+    assert (tmp_path / "x").read_bytes() == b"old"
+    with written_file([], {}, tmp_path / "x", force=True) as written:
+        written.writer.finish({})
+    assert load_file(tmp_path / "x") == {}
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("spooled", [False, True])
+def test_a_file_that_cannot_fit_the_disk_is_refused_before_it_is_begun(tmp_path: Path, spooled: bool) -> None:
+    entries = [TensorInfo("a", "U8", (1 << 60,))]
+    out = None if spooled else tmp_path / "x"
+    with pytest.raises(MachineError, match="not enough space"), written_file(entries, {}, out):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+# Positioned reads and writes.
+
+
+def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = RNG.integers(0, 256, 100, dtype=np.uint8).tobytes()
+    path = tmp_path / "x"
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: pwrite(fd, view[:7], offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:3]], offset))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        write_exactly(fd, data, 11)
+        buffer = bytearray(100)
+        read_exactly(fd, memoryview(buffer), 11, path)
+    finally:
+        os.close(fd)
+    assert bytes(buffer) == data
+    assert path.read_bytes() == bytes(11) + data
+
+
+def test_a_file_cut_short_while_open_is_corrupt(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", {"a": np.arange(100, dtype=np.float32)})
+    with TensorFile.open(path) as file:
+        os.truncate(path, path.stat().st_size - 1)
+        assert math.isclose(file.array("a", 0, 99)[98], 98)
+        with pytest.raises(CorruptFileError, match="too soon") as error:
+            file.array("a")
+        assert error.value.file == str(path)
+
+
+def test_an_open_file_reads_on_when_it_is_replaced(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "x.safetensors", {"a": np.arange(5)})
+    with TensorFile.open(path) as file:
+        write_file(tmp_path / "y", {"a": np.zeros(5, np.int64)}).replace(path)
+        assert file.array("a").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_opening_what_is_no_file_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        TensorFile.open(tmp_path / "none")
+    (tmp_path / "x").write_text("{}")
+    with pytest.raises(CorruptFileError):
+        TensorFile.open(tmp_path / "x")
