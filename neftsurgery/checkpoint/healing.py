@@ -278,11 +278,11 @@ class Undoing:
 
     def _check_files(self) -> None:
         """The files are those the journal was written for: by their marks, and by what lies there now."""
+        self.journal.check_old()
         by_tensor = by_name(self.journal.changes)
         for shard, entry in zip(self.shards, self.journal.files, strict=True):
             if entry != describe_file(self.checkpoint, shard, by_tensor):
                 raise _foreign(self.journal, shard.path.name)
-        self.journal.check_old()
         if self.journal.changes and not _any_known(self.checkpoint, self.journal):
             raise _foreign(self.journal, self.shards[0].path.name)
 

@@ -61,8 +61,11 @@ def forget(sha256: str) -> None:
 def _folder() -> Path:
     import platformdirs
 
-    folder = platformdirs.user_state_path("neftsurgery") / "journals"
-    if not folder.is_absolute():  # no home folder is known
+    try:
+        folder = platformdirs.user_state_path("neftsurgery") / "journals"
+    except RuntimeError:  # a user without a home folder
+        folder = Path()
+    if not folder.is_absolute():
         raise MachineError(
             "there is no home folder to record a change in place in",
             hint="nothing was changed; set XDG_STATE_HOME to a folder that can be written, or write a new "
