@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from .selection.selection import Selection
     from .surgery.apply import apply, revert
     from .surgery.diff import diff
-    from .surgery.export import export_lora
+    from .surgery.export import ExportResult, export_lora
     from .surgery.extract import extract
     from .surgery.inspect import inspect
     from .surgery.merge import merge
+    from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
     from .tuning.attach import Attached, attach
     from .tuning.trainer import PatchSaving
@@ -49,6 +50,7 @@ __all__ = [
     "Attached",
     "Checkpoint",
     "CorruptFileError",
+    "ExportResult",
     "HealResult",
     "MachineError",
     "MismatchError",
@@ -56,6 +58,7 @@ __all__ = [
     "Patch",
     "PatchSaving",
     "Pushed",
+    "RewriteResult",
     "Scores",
     "Selection",
     "UsageError",
@@ -82,10 +85,12 @@ __all__ = [
 _HOMES = {
     "Attached": "tuning.attach",
     "Checkpoint": "checkpoint.checkpoint",
+    "ExportResult": "surgery.export",
     "HealResult": "checkpoint.healing",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
     "Pushed": "hub.push",
+    "RewriteResult": "surgery.rewrite",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
     "Utilization": "neuron_utilization.result",

@@ -12,7 +12,7 @@ from ..progress import Progress, silent
 from ..sources.hub import RemoteFile, fetch_file, is_damaged, is_offline, remote_file
 from ..sources.resolve import Source
 from ..storage.output_checks import refuse_output
-from ..surgery.merge_plan import check_patches
+from ..surgery.merge_checks import check_patches
 from .base import is_repo
 
 __all__ = ["Pull", "fetch", "plan_pull", "pull"]

@@ -14,7 +14,7 @@ from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
 from ..sources.hub import client, hub_errors, page
 from ..sources.secrets import redacted
-from ..surgery.merge_plan import check_patches
+from ..surgery.merge_checks import check_patches
 from .base import Base, base_of, is_repo, licence_of
 from .card import write_card
 from .picture import PICTURE_NAME, picture_of
