@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import MismatchError
 from ..patch.patch import Patch
-from ..sources.hub import client
-from .base import Base
-from .story import LOSS, dev_loss, story
+from ..sources.hub_client import client
+from .base_model import Base
+from .card_text import LOSS, dev_loss, story
 
 __all__ = ["BEGIN", "END", "write_card"]
 

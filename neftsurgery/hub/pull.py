@@ -9,11 +9,11 @@ from pathlib import Path
 from ..errors import CorruptFileError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
-from ..sources.hub import RemoteFile, fetch_file, is_damaged, is_offline, remote_file
+from ..sources.hub_client import RemoteFile, fetch_file, is_damaged, is_offline, remote_file
 from ..sources.resolve import Source
 from ..storage.output_checks import refuse_output
 from ..surgery.merge_plan import check_patches
-from .base import is_repo
+from .base_model import is_repo
 
 __all__ = ["Pull", "fetch", "plan_pull", "pull"]
 

@@ -12,13 +12,13 @@ from typing import Any
 from ..errors import MachineError, MismatchError, NeftError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
-from ..sources.hub import client, hub_errors, page
+from ..sources.hub_client import client, hub_errors, page
 from ..sources.secrets import redacted
 from ..surgery.merge_plan import check_patches
-from .base import Base, base_of, is_repo, licence_of
+from .base_model import Base, base_of, is_repo, licence_of
 from .card import write_card
-from .picture import PICTURE_NAME, picture_of
-from .remote import MAIN, Remote, read_remote
+from .card_figure import PICTURE_NAME, picture_of
+from .repository import MAIN, Remote, read_remote
 
 __all__ = ["Push", "Pushed", "plan_push", "push", "send"]
 

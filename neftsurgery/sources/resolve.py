@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from .hub import fetch_file, fetch_model
+from .hub_client import fetch_file, fetch_model
 
 __all__ = ["Source", "is_hub_id", "resolve", "resolve_file"]
 

@@ -16,10 +16,10 @@ from markdown_it import MarkdownIt
 from support import process
 
 from neftsurgery.errors import MismatchError
-from neftsurgery.hub.base import Base, base_of
+from neftsurgery.hub.base_model import Base, base_of
 from neftsurgery.hub.card import BEGIN, END, write_card
 from neftsurgery.hub.markdown import bar, code
-from neftsurgery.hub.picture import picture_of
+from neftsurgery.hub.card_figure import picture_of
 
 KNOWN = Base("org/base", "1f" * 20, "base", "xxh3-128:" + "0" * 32)
 #: As the Hub shows READMEs: tables, bare addresses made links, and HTML let through.
@@ -111,7 +111,7 @@ def test_a_picture_where_there_is_something_to_draw_with(llama, monkeypatch):
     png = picture_of(llama)
     assert png.startswith(b"\x89PNG")
     assert picture_of(llama) == png  # else no push would ever find that nothing is new
-    monkeypatch.setattr("neftsurgery.hub.picture.find_spec", lambda name: None)
+    monkeypatch.setattr("neftsurgery.hub.card_figure.find_spec", lambda name: None)
     assert picture_of(llama) is None
     assert "![" not in write_card(llama, "me/x", KNOWN, {})
 

@@ -7,7 +7,7 @@ import logging
 import huggingface_hub
 import pytest
 
-from neftsurgery.sources.hub import client
+from neftsurgery.sources.hub_client import client
 from neftsurgery.sources.secrets import redacted
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import MachineError, MismatchError
-from ..sources.hub import client, fetch_file, hub_errors
+from ..sources.hub_client import client, fetch_file, hub_errors
 
 __all__ = ["MAIN", "Remote", "read_remote"]
 

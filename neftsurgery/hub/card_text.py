@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from ..patch.patch import PATCH_NAME, Patch
-from ..sources.hub import page
+from ..sources.hub_client import page
 from ..text import percent, plural, size
-from .base import Base
+from .base_model import Base
 from .markdown import bar, code, link, table
-from .places import Places, places_of
+from .layer_counts import Places, places_of
 
 __all__ = ["LOSS", "dev_loss", "story"]
 

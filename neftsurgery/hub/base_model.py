@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import MismatchError, NeftError, UsageError
 from ..patch.patch import Patch
-from ..sources.hub import client, hub_errors, page
+from ..sources.hub_client import client, hub_errors, page
 
 __all__ = ["Base", "base_of", "is_repo", "licence_of"]
 
