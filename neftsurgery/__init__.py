@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
-    from .hub.push import Pushed, push
+    from .hub.push import PushResult, push
     from .neuron_utilization.measure import utilization
     from .neuron_utilization.result import Utilization
     from .patch.patch import Patch
@@ -53,7 +53,7 @@ __all__ = [
     "NeftError",
     "Patch",
     "PatchSaving",
-    "Pushed",
+    "PushResult",
     "Scores",
     "Selection",
     "UsageError",
@@ -81,7 +81,7 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
-    "Pushed": "hub.push",
+    "PushResult": "hub.push",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
     "Utilization": "neuron_utilization.result",

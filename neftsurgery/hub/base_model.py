@@ -1,116 +1,80 @@
-"""What is known of the model a patch was made from: its Hub id and revision, and its licence."""
+"""The base model of a patch: its Hub id, where that is known."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ..errors import MismatchError, NeftError, UsageError
+from ..errors import MismatchError, UsageError
 from ..patch.patch import Patch
-from ..sources.hub_client import client, hub_errors, page
+from ..sources.hub_id import HubId, is_repo, is_revision
 
-__all__ = ["Base", "base_of", "is_repo", "licence_of"]
-
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_REVISION = re.compile(r"[\w][\w./-]{0,199}", re.ASCII)
-_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
-_LICENCE_KEYS = ("license", "license_name", "license_link")
+__all__ = ["BaseModel"]
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
-    """A patch's base.
+class BaseModel:
+    """The model that a patch was made from.
 
     Attributes
     ----------
-    repo, revision:
-        Its Hub id and revision, as far as they are known; both are checked to be such.
+    hub_id:
+        Its Hub id; None where that is not known. Both parts are checked to be of the right form.
     name, fingerprint:
-        As the manifest has them: anything at all.
+        As the manifest has them: unchecked values.
     """
 
-    repo: str | None
-    revision: str | None
+    hub_id: HubId | None
     name: object = None
     fingerprint: object = None
 
     @property
+    def repo(self) -> str | None:
+        """``org/name``, where it is known."""
+        return None if self.hub_id is None else self.hub_id.repo
+
+    @property
+    def revision(self) -> str | None:
+        """The revision, where it is known."""
+        return None if self.hub_id is None else self.hub_id.revision
+
+    @property
     def argument(self) -> str:
-        """What to type for it on a command line: nothing that a shell would take apart."""
-        if self.repo is None:
-            return "BASE"
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+        """What to type for it on a command line; safe to paste into a shell."""
+        return "BASE" if self.hub_id is None else str(self.hub_id)
+
+    @classmethod
+    def of(cls, patch: Patch, named: str | None) -> BaseModel:
+        """The base that the patch's manifest names, completed by ``named``: ``org/name[@revision]``.
+
+        Raises
+        ------
+        UsageError
+            If ``named`` is not a Hub id.
+        MismatchError
+            If the manifest names another base or another revision.
+        """
+        origin = patch.base
+        hub_id, name, fingerprint = None, origin.get("name"), origin.get("fingerprint")
+        if is_repo(repo := origin.get("repo")):
+            revision = origin.get("revision")
+            hub_id = HubId(repo, revision if is_revision(revision) else None)
+        return cls(hub_id if named is None else _completed(hub_id, named), name, fingerprint)
 
 
-def is_repo(text: object) -> bool:
-    """Whether ``text`` is ``org/name``."""
-    return isinstance(text, str) and _REPO.fullmatch(text) is not None
-
-
-def base_of(patch: Patch, named: str | None) -> Base:
-    """The base by the patch's manifest; where that is silent, by ``named``: ``org/name`` or ``org/name@rev``.
-
-    Raises
-    ------
-    UsageError
-        If ``named`` is no Hub id.
-    MismatchError
-        If the manifest names another one.
-    """
-    known = patch.base
-    repo = known.get("repo") if is_repo(known.get("repo")) else None
-    revision = known.get("revision") if repo is not None and _is_revision(known.get("revision")) else None
-    if named is not None:
-        given, at, given_revision = named.partition("@")
-        if not is_repo(given) or (at and not _is_revision(given_revision)):
-            raise UsageError(
-                "--base is not a Hub id", file=named, hint="name it as org/name or org/name@revision"
-            )
-        if repo is not None and repo != given:
-            raise MismatchError("the patch was made from another base", expected=repo, found=given)
-        if revision is not None and given_revision and revision != given_revision:
-            raise MismatchError(
-                "the patch was made from another revision of its base",
-                expected=revision,
-                found=given_revision,
-            )
-        repo, revision = given, revision or given_revision or None
-    return Base(repo, revision, known.get("name"), known.get("fingerprint"))
-
-
-def _is_revision(text: object) -> bool:
-    return isinstance(text, str) and _REVISION.fullmatch(text) is not None and ".." not in text
-
-
-def licence_of(base: Base, *, required: bool) -> tuple[dict[str, str], str | None]:
-    """What the base's card says of its licence, and a warning where it could not be read.
-
-    Parameters
-    ----------
-    required:
-        Raise what is wrong, for a base that the user has named.
-    """
-    if base.repo is None:
-        return {}, None
-    try:
-        with hub_errors(base.argument):
-            info = client().HfApi().model_info(base.repo, revision=base.revision)
-    except NeftError as error:
-        if required:
-            raise
-        return {}, f"the card names no licence: {error.what} ({base.argument}, the base)"
-    data = info.card_data.to_dict() if info.card_data is not None else {}
-    found = _licence(data, base.repo)
-    return found, None if found else f"the card names no licence: {base.repo}, the base, names none"
-
-
-def _licence(data: Mapping[str, Any], repo: str) -> dict[str, str]:
-    found = {key: value for key in _LICENCE_KEYS if isinstance(value := data.get(key), str)}
-    if not _LICENCE.fullmatch(found.get("license", "")):
-        return {}
-    address = found.get("license_link", "")
-    if address and not address.startswith(("https://", "http://")):  # a file of the base's repository
-        found["license_link"] = f"{page(repo)}/blob/main/{address}"
-    return found
+def _completed(known: HubId | None, named: str) -> HubId:
+    given = HubId.split(named)
+    if not is_repo(given.repo) or ("@" in named and not is_revision(given.revision)):
+        raise UsageError(
+            "--base is not a Hub id", file=named, hint="name it as org/name or org/name@revision"
+        )
+    if known is None:
+        return given
+    if known.repo != given.repo:
+        raise MismatchError("the patch was made from another base", expected=known.repo, found=given.repo)
+    if known.revision and given.revision and known.revision != given.revision:
+        raise MismatchError(
+            "the patch was made from another revision of its base",
+            expected=known.revision,
+            found=given.revision,
+        )
+    return known if known.revision else given

@@ -18,8 +18,8 @@ from support import process
 from neftsurgery.errors import MismatchError
 from neftsurgery.hub.base_model import Base, base_of
 from neftsurgery.hub.card import BEGIN, END, write_card
-from neftsurgery.hub.markdown import bar, code
 from neftsurgery.hub.card_figure import picture_of
+from neftsurgery.hub.markdown import bar, code
 
 KNOWN = Base("org/base", "1f" * 20, "base", "xxh3-128:" + "0" * 32)
 #: As the Hub shows READMEs: tables, bare addresses made links, and HTML let through.
