@@ -7,6 +7,10 @@ import hashlib
 import pytest
 from hub_support import READER, WRITER, patch_of
 
+from neftsurgery.hub.pull import PullPlan
+from neftsurgery.sources.hub_client import HubFile
+from neftsurgery.sources.hub_id import HubId
+
 NAME = "neuron_patch.safetensors"
 PULL = ("pull", "me/patch", "-o", "q.safetensors")
 
@@ -43,6 +47,15 @@ def test_outputs_dry_runs_and_force(published, several, patch_file, tmp_path):
     assert (tmp_path / "there.safetensors").read_bytes() == patch_file.read_bytes()
 
 
+def test_a_plan_prints_what_it_would_fetch_and_write():
+    hub_id, commit = HubId("me/x", "v2"), "1f" * 20
+    plan = PullPlan(hub_id, "q.safetensors", False, HubFile(commit, 1234))
+    assert str(plan) == f"fetch me/x@v2 (1.2 kB, commit {commit}) and write q.safetensors"
+    assert (
+        str(PullPlan(hub_id, None, False, None)) == "fetch me/x@v2 (from the cache) and keep it in the cache"
+    )
+
+
 def test_revisions(published, several, patch_file, tmp_path):
     older = published.repos["me/patch"]["refs"]["main"]
     newer = published.make("me/patch", {NAME: b"something else"})
@@ -68,7 +81,7 @@ def test_what_is_not_there_or_not_ours(published, several, tmp_path):
     (tmp_path / "local").mkdir()
     cases = [
         (WRITER, ("pull", "me/nothing"), 2, "check the spelling"),
-        (WRITER, ("pull", "org/model"), 3, "holds no neuron_patch.safetensors"),
+        (WRITER, ("pull", "org/model"), 3, "has no file neuron_patch.safetensors"),
         (WRITER, ("pull", "me/patch@v9"), 2, "no revision"),
         (WRITER, ("pull", "me"), 2, "org/name"),
         (WRITER, ("pull", "local/file.safetensors/x"), 2, "org/name"),
@@ -88,7 +101,7 @@ def test_what_is_not_there_or_not_ours(published, several, tmp_path):
     nothing_is_left(tmp_path)
 
 
-ANSWERS = {401: "HTTP 401", 403: "HTTP 403", 429: "fewer requests", 503: "Hub's side"}
+ANSWERS = {401: "HTTP 401", 403: "HTTP 403", 429: "too many requests", 503: "Hub's side"}
 
 
 def test_answers_of_the_hub(published, several, patch_file, tmp_path):
