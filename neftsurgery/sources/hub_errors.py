@@ -18,15 +18,7 @@ _AGAIN = "check the network, and run the command again"
 
 @contextmanager
 def hub_errors(hub_id: HubId, filename: str = "a file", *, doing: str = "fetching from") -> Iterator[None]:
-    """Turn what huggingface_hub raises about ``hub_id`` into errors of this package, in its own words.
-
-    Parameters
-    ----------
-    filename:
-        The file that is asked for, where it is one.
-    doing:
-        What is going on, in words that "the Hub failed" can follow.
-    """
+    """Turn errors of huggingface_hub about ``hub_id`` into those of this package; ``doing`` begins the text."""
     try:
         yield
     except NeftError:
