@@ -18,7 +18,7 @@ _AGAIN = "check the network, and run the command again"
 
 @contextmanager
 def hub_errors(hub_id: HubId, filename: str = "a file", *, doing: str = "fetching from") -> Iterator[None]:
-    """Turn errors of huggingface_hub about ``hub_id`` into those of this package; ``doing`` begins the text."""
+    """Turn errors of huggingface_hub into those of this package; messages begin with ``doing``."""
     try:
         yield
     except NeftError:

@@ -1,4 +1,4 @@
-"""Model cards as the Hub shows them, and what most of their tests make them of."""
+"""Model cards as the Hub shows them, and the base and tensors that most tests use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LLAMA = {
     for layer in range(3)
     for number, kind in enumerate(("mlp.up_proj", "mlp.down_proj"))
 }
-#: As the Hub shows READMEs: tables, bare addresses made links, and HTML let through.
+#: As the Hub renders READMEs: with tables and HTML.
 RENDER = MarkdownIt("gfm-like", {"html": True, "linkify": False})
 
 

@@ -1,4 +1,4 @@
-"""A Hub that all tests of this folder share, emptied for each."""
+"""The Hub that the tests of this folder share, emptied before each test."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def several(hub: Hub, tmp_path: Path) -> Callable[..., list[Result]]:
 
 @pytest.fixture
 def patch_file(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A patch of 20 neurons of ``base``, which it knows as a local folder only."""
+    """A patch of 20 neurons of ``base``, which it knows only as a local folder."""
     base, tuned = pair
     ns.extract(base, tuned, neurons=20, out=tmp_path / "p.safetensors").close()
     return tmp_path / "p.safetensors"

@@ -1,4 +1,4 @@
-"""What is known of the model that a patch was made from."""
+"""The base model, from a patch's manifest and from `--base`."""
 
 from __future__ import annotations
 

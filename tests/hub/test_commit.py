@@ -1,4 +1,4 @@
-"""One commit, whole or not at all: what comes between, kills and dead connections leave behind."""
+"""One commit, all or nothing: competing commits, kills and lost connections."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hub_support import SECRETS
 NAME = "neuron_patch.safetensors"
 
 
-def test_a_commit_that_came_between_is_kept_and_the_push_refused(furnished, on_hub, patch_file):
-    """The repository moves on while the patch is being sent: the Hub itself says so."""
+def test_a_competing_commit_is_kept_and_the_push_refused(furnished, on_hub, patch_file):
+    """The repository gets a commit while the patch is sent: the Hub refuses ours."""
     furnished.fault("PUT /_storage/", hold=True)
     found = []
     push = threading.Thread(target=lambda: found.append(on_hub("push", "p.safetensors", "me/there")))
@@ -65,13 +65,13 @@ def test_a_push_killed_halfway_leaves_the_remote_as_it_was(furnished, patch_file
     out, err = child.communicate(timeout=60)
     assert child.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert not any(secret in out + err for secret in SECRETS)
-    furnished.ask("release")  # the Hub goes on with the call that it had
+    furnished.ask("release")  # the Hub continues with the call that it held
     time.sleep(0.3)
     assert furnished.repos == before
 
 
 @pytest.mark.slow
-def test_a_line_that_stays_dead_while_sending(furnished, several, patch_file):
+def test_an_upload_that_fails_every_time(furnished, several, patch_file):
     before = furnished.repos
     furnished.fault("PUT /_storage/", cut_upload=True, times=99)
     (result,) = several([("push", "p.safetensors", "me/there", "-q")])
@@ -80,15 +80,15 @@ def test_a_line_that_stays_dead_while_sending(furnished, several, patch_file):
     assert furnished.repos == before
 
 
-def test_a_line_that_goes_dead_once_while_sending(hub, several, patch_file):
-    """With -v huggingface_hub tells of it, with the signed address: not here."""
+def test_an_upload_that_fails_once(hub, several, patch_file):
+    """With -v huggingface_hub logs the signed address: it must not be shown."""
     hub.fault("PUT /_storage/", cut_upload=True, times=1)
     (result,) = several([("push", "p.safetensors", "me/patch", "-v")])
     assert result.code == 0, result
     assert hub.read("me/patch", NAME) == patch_file.read_bytes()
 
 
-def test_a_repository_that_was_made_and_left_empty_is_named(hub, several, patch_file):
+def test_an_error_names_a_repository_that_was_created_and_left_empty(hub, several, patch_file):
     hub.fault("POST /api/models/me/patch/commit", status=403)
     (result,) = several([("push", "p.safetensors", "me/patch")])
     assert result.code == 5, result

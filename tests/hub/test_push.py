@@ -1,4 +1,4 @@
-"""What a push does and refuses, and what is on the Hub afterwards."""
+"""What a push does and refuses, and the state of the Hub afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRITES = ("POST /api/repos", "POST /api/models", "PUT /", "POST /me")
 
 
 def writes(hub):
-    """The calls that change something, or prepare to."""
+    """The calls that change something, or prepare a change."""
     return [call for call in hub.state["calls"] if call.startswith(WRITES)]
 
 
@@ -101,24 +101,24 @@ def test_a_result_prints_what_was_pushed_where(created, changed, lines):
 REFUSED = {
     # what: (arguments, token, exit, words)
     "no token": (("me/patch",), None, 5, "hf auth login"),
-    "a token the Hub does not know": (("me/patch",), "hf_wrongwrongwrongwrong", 5, "HTTP 401"),
+    "a token that the Hub does not know": (("me/patch",), "hf_wrongwrongwrongwrong", 5, "HTTP 401"),
     "a token that may not write": (("me/there",), READER, 5, "HTTP 403"),
     "a token that may not create": (("me/patch",), READER, 5, "HTTP 403"),
     "no name": (("patch",), WRITER, 2, "org/name"),
-    "a name the Hub does not take": (("me/pa--tch",), WRITER, 2, "Hub id"),
+    "a name that the Hub does not allow": (("me/pa--tch",), WRITER, 2, "Hub id"),
     "a revision in the name": (("me/there@main",), WRITER, 2, "org/name"),
     "the base itself": (("org/base", "--base", "org/base"), WRITER, 2, "the base itself"),
     "a base that is not there": (("me/patch", "--base", "org/nobase"), WRITER, 2, "no such model"),
     "a base without that revision": (("me/patch", "--base", "org/base@v7"), WRITER, 2, "no revision 'v7'"),
-    "a base that is no id": (("me/patch", "--base", "base/"), WRITER, 2, "--base is not a Hub id"),
+    "a base that is not an id": (("me/patch", "--base", "base/"), WRITER, 2, "--base is not a Hub id"),
     "public, asked for private": (("me/there", "--private"), WRITER, 2, "public"),
     "an older parent": (("me/there", "--parent", "1f" * 20), WRITER, 3, "--parent"),
     "a parent of nothing": (("me/patch", "--parent", "1f" * 20), WRITER, 3, "no repository"),
     "an empty message": (("me/there", "-m", " "), WRITER, 2, "message"),
-    "a card that is no YAML": (("me/badcard",), WRITER, 3, "--replace-card"),
-    "a card that lost a mark": (("me/lostmark",), WRITER, 3, "the marks around the generated part"),
-    "a card that is no text": (("me/binary",), WRITER, 3, "not UTF-8"),
-    "a card the Hub does not take": (("me/badlicence",), WRITER, 3, '"license" must be one of a list'),
+    "a card that is not YAML": (("me/badcard",), WRITER, 3, "--replace-card"),
+    "a card without an end mark": (("me/lostmark",), WRITER, 3, "the marks around the generated part"),
+    "a card that is not text": (("me/binary",), WRITER, 3, "not UTF-8"),
+    "a card that the Hub refuses": (("me/badlicence",), WRITER, 3, '"license" must be one of a list'),
 }
 
 
@@ -137,7 +137,7 @@ def test_refusals_say_why_and_change_nothing(furnished, several, patch_file):
 
 
 ANSWERS = [
-    # the call of a push that is refused, with what, what becomes of it
+    # a call of a push, the HTTP status it gets, the exit code and words of the message
     ("GET /api/models/{}", 503, 5, "HTTP 503"),
     ("POST /api/models/{}/preupload", 403, 5, "HTTP 403"),
     ("POST /{}.git/info/lfs/objects/batch", 401, 5, "HTTP 401"),
@@ -152,7 +152,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize("verbose", [False, True])
 def test_what_the_hub_answers_becomes_an_exit_code(hub, several, patch_file, verbose):
-    """The server repeats the token in what it says; with PLAIN that does not even look like one."""
+    """The server repeats the token in its message; PLAIN does not even look like a token."""
     names = [f"me/there{number}" for number in range(len(ANSWERS))]
     for name, (call, status, *_) in zip(names, ANSWERS, strict=True):
         hub.make(name, {"notes.txt": b"mine"})
@@ -210,7 +210,7 @@ I wrote this.
 """
 
 
-def test_what_the_owner_wrote_stays_and_our_part_is_renewed(hub, several, patch_file, tmp_path):
+def test_the_owners_text_is_kept_and_our_part_is_updated(hub, several, patch_file, tmp_path):
     hub.make("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
     hub.make("me/french", {"README.md": OWNED.encode()})
     push = ("push", "p.safetensors", "me/french", "--base", "org/base")
@@ -257,7 +257,7 @@ def test_a_base_that_cannot_be_read_is_a_warning_unless_it_was_named(hub, severa
 
 
 def rewritten(patch, out, **base):
-    """The same patch, whose manifest says more of its base."""
+    """Write the same patch with a manifest that says more about its base."""
     from safetensors.numpy import load_file, save_file
 
     manifest = json.loads(json.dumps(patch.manifest))

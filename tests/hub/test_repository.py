@@ -1,4 +1,4 @@
-"""A repository before a push: on the tests' Hub, with the client in this process."""
+"""The state of a repository before a push, as huggingface_hub reports it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD = "1f" * 20
 
 @pytest.fixture
 def model_info(monkeypatch):
-    """Has the client answer with what is put into the list, which may be errors, one for each call."""
+    """Answers that the client gives to the next calls, one each; errors are raised."""
     answers = []
 
     def answer(self, repo, revision=None):

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, in our own words and without secrets."""
+"""Errors of huggingface_hub, in our own words and without secrets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def answer(status: int) -> Any:
 
 
 class ReadError(Exception):
-    """As the HTTP client's own errors: not an OSError."""
+    """Like the errors of the HTTP client, not an OSError."""
 
 
 FAILURES: dict[str, tuple[Callable[[], Exception], type[NeftError], str]] = {

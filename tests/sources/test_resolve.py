@@ -1,4 +1,4 @@
-"""What names mean: local paths, then the Hub's cache and the Hub; whatever it says, in our own words."""
+"""What a name refers to: a local path, or a Hub id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRETS = f"Authorization: Bearer {TOKEN} https://cdn.example.com/x?X-Amz-Signat
 
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids asked of the Hub, which has none."""
+    """The ids that the Hub is asked for; it has none of them."""
     asked: list[str] = []
 
     def refuse(repo: str, **options: object) -> str:
