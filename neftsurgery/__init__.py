@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .checkpoint.healing import HealResult, heal
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
-    from .hub.push import Pushed, push
+    from .hub.push import PushResult, push
     from .neuron_utilization.measure import utilization
     from .neuron_utilization.result import Utilization
     from .patch.patch import Patch
@@ -57,7 +57,7 @@ __all__ = [
     "NeftError",
     "Patch",
     "PatchSaving",
-    "Pushed",
+    "PushResult",
     "RewriteResult",
     "Scores",
     "Selection",
@@ -89,7 +89,7 @@ _HOMES = {
     "HealResult": "checkpoint.healing",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
-    "Pushed": "hub.push",
+    "PushResult": "hub.push",
     "RewriteResult": "surgery.rewrite",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
