@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from tuning_support import bert, gpt2, llama, opt
 
 import neftsurgery as ns
-from neftsurgery.neuron_utilization import correlation
-from neftsurgery.neuron_utilization.models import stack_of
+from neftsurgery.neuron_utilization import measure
+from neftsurgery.neuron_utilization.blocks import find_block_stack
+from neftsurgery.neuron_utilization.correlation import max_correlations
+from neftsurgery.neuron_utilization.hidden_states import mean_hidden_states
 from neftsurgery.neuron_utilization.result import GROUPS, Utilization
-from neftsurgery.neuron_utilization.states import mean_states
-from neftsurgery.neuron_utilization.text import Piece, batches, read_text
+from neftsurgery.neuron_utilization.tokenized_text import TokenChunk, token_batches, tokenize_file
 
 LINES = ["the cat sat", "a dog", "copy word: word", "Some longer line of letters than the others", "x"]
 
@@ -244,19 +246,19 @@ def test_minilm(tmp_path: Path) -> None:
 def test_states_are_those_of_transformers(make: Any) -> None:
     """The first enters the blocks, the last has gone through the final norm; padding counts for nothing."""
     model = make().double()
-    pieces = [Piece([5, 6, 7, 8, 9], 0.1), Piece([10, 11], 0.2), Piece([12, 13, 14], 1 / 30)]
+    pieces = [TokenChunk([5, 6, 7, 8, 9], 0.1), TokenChunk([10, 11], 0.2), TokenChunk([12, 13, 14], 1 / 30)]
     expected = 0
     for piece in pieces:
         with torch.no_grad():
             states = model(torch.tensor([piece.ids]), output_hidden_states=True).hidden_states
         expected = expected + piece.weight * torch.stack([state[0].sum(dim=0) for state in states])
     name = next(name for name, weight in model.named_parameters() if "1." in name and weight.dim() == 2)
-    stack = stack_of(model, [name])
+    stack = find_block_stack(model, [name])
     done: list[int] = []
     hooks = hooks_of(model)
     for size in (1, 2, 3):
         groups = [pieces[start : start + size] for start in range(0, 3, size)]
-        found = mean_states(model, stack, groups, padding=0, advance=done.append)
+        found = mean_hidden_states(model, stack, groups, padding=0, advance=done.append)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     assert sum(done) == 3 * 10
     assert hooks_of(model) == hooks
@@ -272,7 +274,7 @@ def test_a_layer_is_let_go_before_the_next_one(monkeypatch: pytest.MonkeyPatch) 
     import weakref
 
     model, held, most = llama(num_hidden_layers=6), [], 0
-    stack = stack_of(model, ["model.layers.0.mlp.up_proj.weight"])
+    stack = find_block_stack(model, ["model.layers.0.mlp.up_proj.weight"])
     for block in stack.blocks:
 
         def watch(module: Any, args: Any, output: Any) -> None:
@@ -281,14 +283,15 @@ def test_a_layer_is_let_go_before_the_next_one(monkeypatch: pytest.MonkeyPatch) 
             most = max(most, sum(one() is not None for one in held))
 
         block.register_forward_hook(watch)
-    mean_states(model, stack, [[Piece(list(range(40)), 1 / 40)]], padding=0)
+    mean_hidden_states(model, stack, [[TokenChunk(list(range(40)), 1 / 40)]], padding=0)
     assert len(held) == 6
     assert most <= 2  # a block's output, and its input
 
 
 def test_correlations_in_pieces_are_those_in_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ns.utilization(tiny / "base", tiny / "patch.safetensors", tiny / "text.txt")
-    monkeypatch.setattr(correlation, "_ELEMENTS", 24 * 7)  # seven neurons of the forty
+    few = partial(max_correlations, block_elements=24 * 7)  # seven of the forty neurons at a time
+    monkeypatch.setattr(measure, "max_correlations", few)
     parts = ns.utilization(tiny / "base", tiny / "patch.safetensors", tiny / "text.txt", batch=1)
     for name, tensor in whole.tensors.items():
         np.testing.assert_allclose(parts.tensors[name].after, tensor.after, rtol=1e-12)
@@ -298,15 +301,15 @@ def test_correlations_in_pieces_are_those_in_one(tiny: Path, monkeypatch: pytest
 def test_long_texts_become_pieces_and_each_text_counts_the_same(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("abcdefghij\n   \nkl\n")
-    text = read_text(path, tokenizer(), tokens=100, length=4)
-    assert [len(piece.ids) for piece in text.pieces] == [4, 4, 2, 2]
-    assert [piece.weight for piece in text.pieces] == [1 / 20] * 3 + [1 / 4]
-    assert (text.texts, text.tokens, text.cut) == (2, 12, False)
-    assert [[len(piece.ids) for piece in batch] for batch in batches(text, 9)] == [[4, 4], [2, 2]]
-    assert [[len(piece.ids) for piece in batch] for batch in batches(text, 1)] == [[4], [4], [2], [2]]
-    short = read_text(path, tokenizer(), tokens=11, length=100)
-    assert [len(piece.ids) for piece in short.pieces] == [10, 1]
-    assert (short.texts, short.tokens, short.cut) == (2, 11, True)
-    one = read_text(path, tokenizer(), tokens=10, length=100)
-    assert (one.texts, one.tokens, one.cut) == (1, 10, True)
-    assert one.pieces[0].weight == 1 / 10
+    text = tokenize_file(path, tokenizer(), tokens=100, length=4)
+    assert [len(piece.ids) for piece in text.chunks] == [4, 4, 2, 2]
+    assert [piece.weight for piece in text.chunks] == [1 / 20] * 3 + [1 / 4]
+    assert (text.texts, text.tokens, text.truncated) == (2, 12, False)
+    assert [[len(piece.ids) for piece in batch] for batch in token_batches(text, 9)] == [[4, 4], [2, 2]]
+    assert [[len(piece.ids) for piece in batch] for batch in token_batches(text, 1)] == [[4], [4], [2], [2]]
+    short = tokenize_file(path, tokenizer(), tokens=11, length=100)
+    assert [len(piece.ids) for piece in short.chunks] == [10, 1]
+    assert (short.texts, short.tokens, short.truncated) == (2, 11, True)
+    one = tokenize_file(path, tokenizer(), tokens=10, length=100)
+    assert (one.texts, one.tokens, one.truncated) == (1, 10, True)
+    assert one.chunks[0].weight == 1 / 10

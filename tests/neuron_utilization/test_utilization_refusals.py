@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import neftsurgery as ns
 from neftsurgery.neuron_utilization import measure
-from neftsurgery.neuron_utilization.models import Stack
-from neftsurgery.neuron_utilization.states import mean_states
-from neftsurgery.neuron_utilization.text import Piece
+from neftsurgery.neuron_utilization.blocks import BlockStack
+from neftsurgery.neuron_utilization.hidden_states import mean_hidden_states
+from neftsurgery.neuron_utilization.tokenized_text import TokenChunk
 
 WORDS = len(tokenizer())
 
@@ -76,16 +76,16 @@ def more_words(place: Path) -> None:
 
 
 CASES: list[tuple[str, Callable[[Path], Any], dict[str, Any], type[ns.NeftError], str]] = [
-    ("no tokenizer", no_tokenizer, {}, ns.UsageError, "no tokenizer that can be used"),
+    ("no tokenizer", no_tokenizer, {}, ns.UsageError, "no tokenizer that transformers can load"),
     ("no text", lambda p: (p / "text.txt").unlink(), {}, ns.UsageError, "no such text file"),
     ("blank text", lambda p: (p / "text.txt").write_text(" \n\n"), {}, ns.UsageError, "there is no text"),
     ("not UTF-8", lambda p: (p / "text.txt").write_bytes(b"\xff\xfe"), {}, ns.CorruptFileError, "not UTF-8"),
-    ("no config", lambda p: (p / "base/config.json").unlink(), {}, ns.UsageError, "a config.json"),
+    ("no config", lambda p: (p / "base/config.json").unlink(), {}, ns.UsageError, "with a config.json"),
     ("strange config", lambda p: spoil_config(p, model_type="never heard of"), {}, ns.UsageError,
-     "transformers cannot make a model"),
+     "transformers cannot load the model"),
     ("encoder and decoder", t5, {}, ns.UsageError, "two streams of hidden states"),
-    ("tokenizer of another model", more_words, {}, ns.MismatchError, "tokens that the model does not know"),
-    ("anatomy", None, {"anatomy": "units"}, ns.UsageError, "only single vectors"),
+    ("tokenizer of another model", more_words, {}, ns.MismatchError, "a token that the model does not have"),
+    ("anatomy", None, {"anatomy": "units"}, ns.UsageError, "only single vectors can be correlated"),
     ("states", None, {"states": "some"}, ns.UsageError, "no such states"),
     ("dtype", None, {"dtype": "int3"}, ns.UsageError, "no such dtype"),
     ("device", None, {"device": "abacus"}, ns.UsageError, "no device 'abacus'"),
@@ -101,7 +101,7 @@ CASES: list[tuple[str, Callable[[Path], Any], dict[str, Any], type[ns.NeftError]
 def test_bad_input(
     place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, options: Any, kind: Any, text: str
 ) -> None:
-    monkeypatch.setattr(measure, "live_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     if spoil is not None:
         spoil(place)
     with pytest.raises(kind, match=text) as caught:
@@ -122,7 +122,7 @@ PAIRS: list[tuple[str, str, str, str]] = [
 def test_inputs_that_do_not_fit(
     made: Path, monkeypatch: pytest.MonkeyPatch, base: str, tuned: str, text: str
 ) -> None:
-    monkeypatch.setattr(measure, "live_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ns.MismatchError, match=text):
         ns.utilization(made / base, made / tuned, made / "text.txt")
 
@@ -134,7 +134,7 @@ def test_a_base_that_is_patched_already(place: Path) -> None:
 
 
 def test_a_single_file_is_no_model_to_run(made: Path) -> None:
-    with pytest.raises(ns.UsageError, match="a folder with a config"):
+    with pytest.raises(ns.UsageError, match="a model folder with a config"):
         ns.utilization(made / "base" / "model.safetensors", made / "patch.safetensors", made / "text.txt")
 
 
@@ -185,20 +185,22 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (Twice(3, 2), "not run one after the other"),
-        (Twice(3, 0), "not run one after the other"),
-        (Twice(2, 1, value=float("nan")), "hidden state 0 of 3 is no number"),
-        (Twice(2, 1, flat=True), "do not hand on one hidden state for each token"),
+        (Twice(3, 2), "must run the blocks of layers in order and once each"),
+        (Twice(3, 0), "must run the blocks of layers in order and once each"),
+        (Twice(2, 1, value=float("nan")), "hidden state 0 of 3 is not finite"),
+        (Twice(2, 1, flat=True), "do not pass on one hidden state per token"),
     ],
 )
 def test_models_that_do_not_hand_on_hidden_states(model: Twice, text: str) -> None:
-    stack = Stack("layers", tuple(model.layers))
+    stack = BlockStack("layers", tuple(model.layers))
     with pytest.raises(ns.MismatchError, match=text):
-        mean_states(model, stack, [[Piece([1, 2], 0.5)]], padding=0)
+        mean_hidden_states(model, stack, [[TokenChunk([1, 2], 0.5)]], padding=0)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers)
 
 
 def test_a_model_that_does() -> None:
     model = Twice(2, 1, value=2.0)
-    found = mean_states(model, Stack("layers", tuple(model.layers)), [[Piece([1, 2], 0.5)]], padding=0)
+    found = mean_hidden_states(
+        model, BlockStack("layers", tuple(model.layers)), [[TokenChunk([1, 2], 0.5)]], padding=0
+    )
     assert found.tolist() == [[2.0] * 4] * 3

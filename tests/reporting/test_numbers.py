@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from support import write_folder
 
 import neftsurgery as ns
-from neftsurgery.reporting.agreement import spearman
+from neftsurgery.reporting.control_comparison import spearman
 from neftsurgery.reporting.figure import Table
 
 PERCENTS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20)

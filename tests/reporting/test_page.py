@@ -9,10 +9,10 @@ from report_support import write_scores
 
 import neftsurgery as ns
 from neftsurgery.demo.planted import make_base, make_tuned
-from neftsurgery.neuron_utilization.figures import section_of
-from neftsurgery.neuron_utilization.result import NeuronUse, Utilization, ranked
+from neftsurgery.neuron_utilization.report_section import utilization_section
+from neftsurgery.neuron_utilization.result import TensorUtilization, Utilization, with_ranks
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.reporting.report import make, plan_report
+from neftsurgery.reporting.report import plan_report
 from neftsurgery.tensors.header import TensorInfo
 
 _LOOK = """({
@@ -153,9 +153,9 @@ def made_up_use(layers, kinds, count, rng):
             small, large = np.zeros(count, np.int32), np.zeros(count, np.int64)
             place = info, Layout.of(info.shape, (0,)), f"model.layers.{layer}", kind
             trained = rng.random(count) < 0.1
-            tensors.append(NeuronUse(*place, before, after, small, small, large, large, trained))
+            tensors.append(TensorUtilization(*place, before, after, small, small, large, large, trained))
     facts = {"states": "preceding", "strongly": "5%", "patch": {"outside": 3}}
-    return Utilization(ranked(tensors), facts | {"text": {"name": "<b>.txt", "texts": 3, "tokens": 60}})
+    return Utilization(with_ranks(tensors), facts | {"text": {"name": "<b>.txt", "texts": 3, "tokens": 60}})
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_the_use_of_neurons(page, demo, tmp_path):
     assert found.groups()["indirectly_affected"].neurons > 100
     made = ns.report(
         demo / "neuron_patch.safetensors",
-        more=[section_of(found, "Use of neurons")],
+        more=[utilization_section(found, "Use of neurons")],
         out=tmp_path / "report.html",
     )
     assert list(made.figures) == ["map", "use-groups", "use-buckets", "use-map"]
@@ -177,7 +177,7 @@ def test_the_use_of_neurons(page, demo, tmp_path):
 def test_the_use_of_neurons_none_of_which_moved(page, tmp_path):
     """Nothing to draw is drawn as nothing."""
     found = made_up_use(1, ["mlp.up_proj"], 3, np.random.default_rng(0))
-    plan = plan_report([], {}, out=tmp_path / "report.html", inputs=["base"])
-    made = make(plan, more=[section_of(found, "Use of neurons")])
+    plan = plan_report([], out=tmp_path / "report.html", other_inputs=["base"])
+    made = plan.run(more=[utilization_section(found, "Use of neurons")])
     seen = check(page, tmp_path / "report.html", made)
-    assert "None is strongly affected." in seen["text"]
+    assert "No neuron is strongly affected." in seen["text"]

@@ -15,7 +15,7 @@ from report_support import seven_billion
 from support import process, snapshot
 
 import neftsurgery as ns
-from neftsurgery.reporting.training import loss_figure, training_facts
+from neftsurgery.reporting.training_record import loss_figure, training_facts
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ def test_a_dry_run_writes_nothing_and_refuses_as_the_run_does(neft, files):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("base", "-o", "r.html"), 2, "a folder"),
-        (("nothing", "-o", "r.html"), 2, "not there"),
+        (("base", "-o", "r.html"), 2, "expected a scores file or a patch, found a folder"),
+        (("nothing", "-o", "r.html"), 2, "there is no such file"),
         (("base/config.json", "-o", "r.html"), 4, "config.json"),
         (("base/model-00001-of-00002.safetensors", "-o", "r.html"), 2, "neither a scores file nor a patch"),
         (("scores.safetensors",), 2, "-o report.html"),

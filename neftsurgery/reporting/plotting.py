@@ -1,8 +1,8 @@
-"""How figures are drawn: one style, no global state, pictures that come out the same each time.
+"""Plotting with matplotlib: one style, no global state, the same bytes each time.
 
-matplotlib is imported when something is drawn, not before. Every colour that must differ between a light
-and a dark page is one of `COLOURS`; in a page's SVG it becomes a CSS variable, so one picture serves both.
-Names from files are never taken for mathematics: ``$`` is a character like any other.
+matplotlib is imported when something is drawn, not before. Every colour that differs between a light and a
+dark page is one of `COLOURS`. In the SVG of a page it becomes a CSS variable, so that one image serves both.
+Names from files are never parsed as mathematics: ``$`` is an ordinary character.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from xml.etree import ElementTree
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .. import text
 from ..errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure as MplFigure
 else:
-    Canvas = Any
+    MplFigure = Any
 
-__all__ = ["ACCENT", "COLOURS", "CONTRAST", "FAINT", "GRID", "INK", "MUTED", "SCALE", "SURFACE", "WIDTH"]
+__all__ = ["ACCENT", "COLORMAP", "COLOURS", "CONTRAST", "FAINT", "FIGURE_WIDTH", "INK", "MUTED", "SURFACE"]
 __all__ += [
-    "Canvas",
-    "Draw",
+    "DrawFunction",
+    "MplFigure",
+    "annotate_cells",
     "legend_above",
     "log_ticks",
     "png",
-    "quiet",
+    "minimal_axes",
     "require_matplotlib",
     "svg",
     "themed_svg",
@@ -39,7 +43,7 @@ __all__ += [
 
 INK, MUTED, GRID, SURFACE = "#1f2329", "#59636f", "#d5dbe1", "#fffffe"
 ACCENT, CONTRAST, FAINT = "#0067a6", "#b3480a", "#b7cbdb"
-#: Name of the CSS variable, the colour on a light page, the one on a dark page.
+#: The name of the CSS variable, its colour on a light page, its colour on a dark page.
 COLOURS = (
     ("ink", INK, "#e6edf3"),
     ("muted", MUTED, "#9aa4af"),
@@ -49,13 +53,13 @@ COLOURS = (
     ("contrast", CONTRAST, "#f2a65a"),
     ("faint", FAINT, "#34506a"),
 )
-#: Dark to light in the same order for every kind of colour vision.
-SCALE = "cividis"
-#: Of every picture, in inches; a page shows it at 576 pixels, or narrower.
-WIDTH = 5.0
+#: Ordered from dark to light for every kind of colour vision.
+COLORMAP = "cividis"
+#: The width of every figure, in inches. The page shows it at most 576 pixels wide.
+FIGURE_WIDTH = 5.0
 
 _STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
+    "svg.fonttype": "none",  # text stays text: it is searchable and uses the font of the page
     "text.parse_math": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8.5,
@@ -79,38 +83,38 @@ _STYLE: dict[str, Any] = {
 }
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
-Draw: TypeAlias = Callable[[Canvas], None]
+DrawFunction: TypeAlias = Callable[[MplFigure], None]
 
 
 def require_matplotlib() -> None:
-    """Raise a `UsageError` where pictures cannot be drawn."""
+    """Raise a `UsageError` if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "pictures need matplotlib, which is not installed", hint="pip install 'neftsurgery[report]'"
+            "figures need matplotlib, which is not installed", hint="pip install 'neftsurgery[report]'"
         ) from error
 
 
-def png(draw: Draw, *, dpi: int = 200) -> bytes:
-    """The picture as PNG, on white."""
-    with _drawn(draw) as canvas:
+def png(draw: DrawFunction, *, dpi: int = 200) -> bytes:
+    """The figure as a PNG on white."""
+    with _drawn(draw) as fig:
         file = io.BytesIO()
-        canvas.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+        fig.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
         return file.getvalue()
 
 
-def svg(draw: Draw, salt: str) -> str:
-    """The picture as an SVG file of its own, on white; its ids are made from ``salt``."""
-    with _drawn(draw, {"svg.hashsalt": salt}) as canvas:
+def svg(draw: DrawFunction, salt: str) -> str:
+    """The figure as a standalone SVG file on white. Its ids are hashed with ``salt``."""
+    with _drawn(draw, {"svg.hashsalt": salt}) as fig:
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        canvas.savefig(file, format="svg", metadata=nothing)
+        fig.savefig(file, format="svg", metadata=nothing)
         return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
 
 def themed_svg(text: str, prefix: str, title: str) -> str:
-    """An SVG file made fit for a page: ids of its own, CSS variables for colours, a name to read out."""
+    """An SVG file adapted to a page: unique ids, CSS variables for colours, a label for screen readers."""
     root = ElementTree.fromstring(text)
     for parent in root.iter():
         for child in [c for c in parent if c.tag.rpartition("}")[2] in ("metadata", "style")]:
@@ -142,25 +146,25 @@ def _themed(style: str, variables: dict[str, str]) -> str:
 
 
 @contextmanager
-def _drawn(draw: Draw, style: dict[str, Any] | None = None) -> Iterator[Canvas]:
-    """A figure that ``draw`` has drawn on, in our style whatever the user's settings."""
+def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[MplFigure]:
+    """A matplotlib figure drawn by ``draw`` in this module's style, whatever the user's settings are."""
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(), warnings.catch_warnings():
-        # A glyph that the font lacks is drawn as a box in a PNG; an SVG leaves it to the reader's fonts.
+        # A PNG shows a glyph that the font lacks as a box. An SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         mpl.rcdefaults()
         settings: Any = mpl.rcParams
         settings.update(_STYLE | (style or {}))
-        canvas = Figure((WIDTH, 3.0), layout="constrained")
-        draw(canvas)
-        yield canvas
+        fig = Figure((FIGURE_WIDTH, 3.0), layout="constrained")
+        draw(fig)
+        yield fig
 
 
-def quiet(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
-    """No box around a plot; lines across it along ``grid``."""
+def minimal_axes(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
+    """Remove the box and the ticks; draw grid lines for the axis ``grid``."""
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.grid(axis=grid)
@@ -168,17 +172,53 @@ def quiet(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
 
 
 def legend_above(axes: Axes) -> None:
-    """A legend in one line above the plot, where no curve can run into it."""
+    """A legend in one line above the plot, where no curve can overlap it."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handletextpad=0.5)
 
 
+def annotate_cells(axes: Axes, share: NDArray[np.float64], top: float, *, small: bool = False) -> None:
+    """Write the percentage into each cell of a heatmap.
+
+    Parameters
+    ----------
+    share:
+        Float64 ``[rows, columns]``; NaN for a cell without a number.
+    top:
+        The share that has the lightest colour.
+    small:
+        Whether to use the smaller font.
+    """
+    for (row, column), value in np.ndenumerate(share):
+        if value == value:
+            light = value / top > 0.55
+            axes.text(
+                column + 0.5,
+                row + 0.53,
+                _short_percent(value),
+                ha="center",
+                va="center",
+                fontsize=6.3 if small else 7.5,
+                color="#101418" if light else "#f4f6f8",
+            )
+
+
+def _short_percent(value: float) -> str:
+    """A percentage without its sign, in at most four characters."""
+    percent = 100 * value
+    if percent == 0:
+        return "0"
+    if percent < 0.01:
+        return "<.01"
+    return f"{percent:.2f}" if percent < 0.995 else f"{percent:.1f}" if percent < 99.95 else "100"
+
+
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Places and labels for an axis of decimal logarithms from ``low`` to ``high``."""
+    """Tick positions and labels for an axis of decimal logarithms from ``low`` to ``high``."""
     first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
     if last - first >= 2:
         step = -(-(last - first + 1) // 8)
         whole = range(first, last + 1, step)
-        return [float(exponent) for exponent in whole], [text.power(exponent) for exponent in whole]
+        return [float(exponent) for exponent in whole], [text.power_of_ten(exponent) for exponent in whole]
     steps = (1, 2, 5) if high - low > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
     values = [factor * 10.0**exponent for exponent in range(first - 1, last + 1) for factor in steps]
     shown = [value for value in values if low - 1e-9 <= math.log10(value) <= high + 1e-9]

@@ -1,4 +1,4 @@
-"""What several selections have in common: of each two of them, in all and by layer."""
+"""The overlap of several selections: of each pair of them, overall and by layer."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from numpy.typing import NDArray
 
 from .. import text
 from ..selection.selection import Chosen, Selection, followers_of
-from .drawing import SCALE, SURFACE, WIDTH, Canvas
-from .figure import Column, Figure, Table
-from .layer_map import OUTSIDE, natural, places
-from .map_figure import number_cells
+from .figure import Column, ReportFigure, Table
+from .layer_map import NO_LAYER, locate_tensors, sorted_layers
+from .plotting import COLORMAP, FIGURE_WIDTH, SURFACE, MplFigure, annotate_cells
 
-__all__ = ["Overlaps", "Pairing"]
+__all__ = ["PairOverlap", "SelectionOverlap"]
 
-_DRAWN = 12
-_LAYERS = 96
+_MAX_DRAWN = 12
+_MAX_LAYERS = 96
 
 
 @dataclass(frozen=True, slots=True)
-class Pairing:
-    """Two selections in one layer, or in all.
+class PairOverlap:
+    """The overlap of two selections, in one layer or overall.
 
     Attributes
     ----------
     first, second:
-        How many neurons each has there.
+        How many neurons each of them has.
     shared:
-        How many are in both.
+        How many neurons are in both.
     chance:
-        How many would be, on average, if each had drawn its number from each tensor at random.
+        The expected number of shared neurons if both chose as many neurons per tensor at random.
     """
 
     first: int
@@ -42,8 +41,8 @@ class Pairing:
     shared: int
     chance: float
 
-    def __add__(self, other: Pairing) -> Pairing:
-        return Pairing(
+    def __add__(self, other: PairOverlap) -> PairOverlap:
+        return PairOverlap(
             self.first + other.first,
             self.second + other.second,
             self.shared + other.shared,
@@ -52,53 +51,53 @@ class Pairing:
 
     @property
     def jaccard(self) -> float:
-        """Shared over either; NaN if both are empty."""
+        """Neurons in both over neurons in either; NaN if both are empty."""
         either = self.first + self.second - self.shared
         return self.shared / either if either else np.nan
 
     @property
     def shared_share(self) -> float:
-        """Shared over the smaller of the two; NaN if one is empty."""
+        """Neurons in both over the neurons of the smaller one; NaN if one is empty."""
         smaller = min(self.first, self.second)
         return self.shared / smaller if smaller else np.nan
 
     @property
     def chance_share(self) -> float:
-        """What `shared_share` would be by chance."""
+        """The expected `shared_share` of a random choice."""
         smaller = min(self.first, self.second)
         return self.chance / smaller if smaller else np.nan
 
 
 @dataclass(frozen=True, eq=False)
-class Overlaps:
-    """Several selections beside each other.
+class SelectionOverlap:
+    """The pairwise overlaps of several selections.
 
     Attributes
     ----------
     names:
-        What they are called.
+        The names of the selections.
     pairs:
-        Per two of them, by their numbers.
+        The overlap of each pair, by the numbers of its two selections.
     layers:
-        The layers that any of them touches, in natural order.
+        The layers in which any of them has neurons, in natural order.
     by_layer:
-        Per two of them, layer by layer.
+        The overlap of each pair in each layer.
     unfit:
-        Tensors that have another shape or other neuron axes in one than in another: not compared.
+        Tensors whose shape or neuron axes differ between selections. They are not compared.
     """
 
     names: tuple[str, ...]
-    pairs: dict[tuple[int, int], Pairing]
+    pairs: dict[tuple[int, int], PairOverlap]
     layers: tuple[str, ...]
-    by_layer: dict[tuple[int, int], tuple[Pairing, ...]]
+    by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]]
     unfit: tuple[str, ...]
 
     @classmethod
-    def of(cls, names: Sequence[str], selections: Sequence[Selection]) -> Overlaps:
-        """Compare selections; biases that merely follow are left out."""
-        followers = frozenset[str]().union(*(followers_of(selection.facts) for selection in selections))
-        every = sorted({name for selection in selections for name in selection.tensors} - followers)
-        where = places(every)
+    def of(cls, names: Sequence[str], selections: Sequence[Selection]) -> SelectionOverlap:
+        """Compare selections. Bias elements that go with their neurons are left out."""
+        companions = frozenset[str]().union(*(followers_of(selection.facts) for selection in selections))
+        every = sorted({name for selection in selections for name in selection.tensors} - companions)
+        locations = locate_tensors(every)
         shapes = {
             name: {
                 (chosen.info.shape, chosen.layout.axes)
@@ -108,52 +107,52 @@ class Overlaps:
             for name in every
         }
         unfit = {name: None for name in every if len(shapes[name]) > 1}
-        layers = sorted(
-            {at.layer for at in where.values()}, key=lambda name: (name == OUTSIDE, natural(name))
-        )
-        pairs: dict[tuple[int, int], Pairing] = {}
-        by_layer: dict[tuple[int, int], tuple[Pairing, ...]] = {}
+        layers = sorted_layers(locations.values())
+        pairs: dict[tuple[int, int], PairOverlap] = {}
+        by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]] = {}
         for pair in combinations(range(len(selections)), 2):
-            found = {layer: Pairing(0, 0, 0, 0.0) for layer in layers}
+            found = {layer: PairOverlap(0, 0, 0, 0.0) for layer in layers}
             for name in every:
                 if name not in unfit:
-                    found[where[name].layer] += _pairing([selections[n].tensors.get(name) for n in pair])
+                    found[locations[name].layer] += _tensor_overlap(
+                        [selections[n].tensors.get(name) for n in pair]
+                    )
             by_layer[pair] = tuple(found.values())
-            pairs[pair] = sum(found.values(), Pairing(0, 0, 0, 0.0))
+            pairs[pair] = sum(found.values(), PairOverlap(0, 0, 0, 0.0))
         return cls(tuple(names), pairs, tuple(layers), by_layer, tuple(unfit))
 
     @property
     def verdict(self) -> str:
-        """The most alike two, in a sentence."""
+        """A sentence on the most similar pair."""
         best = max(self.pairs, key=lambda pair: np.nan_to_num(self.pairs[pair].jaccard))
         found = self.pairs[best]
         a, b = (text.label(self.names[n]) for n in best)
-        text = (
+        verdict = (
             f"{a} and {b} share {text.amount(found.shared)} neurons: {text.percent(found.shared_share)} of "
-            f"the smaller one, where chance would give {text.percent(found.chance_share)}."
+            f"the smaller one (by chance: {text.percent(found.chance_share)})."
         )
         if len(self.pairs) > 1:
-            text = f"Most alike: {text}"
+            verdict = f"Most similar: {verdict}"
         if self.unfit:
-            text += f" {len(self.unfit):,} tensors of different shapes are left out."
-        return text
+            verdict += f" Tensors left out because their shapes differ: {len(self.unfit):,}."
+        return verdict
 
-    def figure(self) -> Figure:
-        """Each two of them, in all."""
+    def figure(self) -> ReportFigure:
+        """The overall overlap of each pair."""
         rows = tuple(self._row(pair, found) for pair, found in self.pairs.items())
-        return Figure(
+        return ReportFigure(
             "overlap",
-            "What they have in common",
+            "Overlap",
             "Jaccard index: neurons in both over neurons in either, in percent",
-            "A cell is two choices beside each other: 100 if they are the same, 0 if they share nothing. By "
-            "chance is what two choices with these numbers per tensor would share, drawn at random.",
+            "Each cell compares two choices: 100 if they are the same, 0 if they share no neuron. The column "
+            "“by chance” is the expected overlap of random choices with as many neurons per tensor.",
             Table(_columns("jaccard"), rows),
             self._draw,
             self.verdict,
         )
 
-    def _row(self, pair: tuple[int, int], found: Pairing) -> tuple[Any, ...]:
-        """As `_columns` are."""
+    def _row(self, pair: tuple[int, int], found: PairOverlap) -> tuple[Any, ...]:
+        """A pair as a table row with the columns of `_columns`."""
         first, second = (self.names[number] for number in pair)
         return (
             first,
@@ -166,8 +165,8 @@ class Overlaps:
             found.chance_share,
         )
 
-    def _draw(self, canvas: Canvas) -> None:
-        shown = min(len(self.names), _DRAWN)
+    def _draw(self, fig: MplFigure) -> None:
+        shown = min(len(self.names), _MAX_DRAWN)
         cells = np.full((shown, shown), np.nan)
         for (a, b), found in self.pairs.items():
             if b < shown:
@@ -175,12 +174,12 @@ class Overlaps:
         np.fill_diagonal(cells, 1.0)
         names = [text.label(name, 30) for name in self.names[:shown]]
         slanted = 0.042 * max(len(name) for name in names)
-        canvas.set_size_inches(WIDTH, 0.4 + slanted + max(0.32 * shown, 0.7))
-        axes = canvas.add_subplot()
+        fig.set_size_inches(FIGURE_WIDTH, 0.4 + slanted + max(0.32 * shown, 0.7))
+        axes = fig.add_subplot()
         axes.pcolormesh(
-            np.ma.masked_invalid(cells), cmap=SCALE, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.2
+            np.ma.masked_invalid(cells), cmap=COLORMAP, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.2
         )
-        number_cells(axes, cells, 1.0)
+        annotate_cells(axes, cells, 1.0)
         axes.set_ylim(shown, 0)
         axes.set_yticks(np.arange(shown) + 0.5, names)
         axes.set_xticks(np.arange(shown) + 0.5, names, rotation=35, ha="left", rotation_mode="anchor")
@@ -188,39 +187,39 @@ class Overlaps:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
 
-    def layers_figure(self) -> Figure:
-        """Each two of them, layer by layer."""
+    def layers_figure(self) -> ReportFigure:
+        """The overlap of each pair in each layer."""
         columns = (Column("layer", "layer", text.label), *_columns("shared_share"))
         rows = tuple(
             (layer, *self._row(pair, found))
-            for pair, pairings in self.by_layer.items()
-            for layer, found in zip(self.layers, pairings, strict=True)
+            for pair, overlaps in self.by_layer.items()
+            for layer, found in zip(self.layers, overlaps, strict=True)
             if found.first or found.second
         )
-        return Figure(
+        return ReportFigure(
             "overlap-by-layer",
-            "What they have in common, layer by layer",
+            "Overlap by layer",
             "neurons in both, percent of the smaller choice in that layer",
-            "A row is a layer, a column two choices, numbered in the order of this report. An empty place: "
-            "one of the two has chosen nothing in that layer.",
+            "Each row is a layer, each column a pair of choices, numbered in the order of this report. An "
+            "empty cell means that one of the two has no neuron in that layer.",
             Table(columns, rows),
             self._draw_layers,
         )
 
-    def _draw_layers(self, canvas: Canvas) -> None:
-        pairs = list(self.by_layer)[:_DRAWN]
-        layers = self.layers[:_LAYERS]
+    def _draw_layers(self, fig: MplFigure) -> None:
+        pairs = list(self.by_layer)[:_MAX_DRAWN]
+        layers = self.layers[:_MAX_LAYERS]
         cells = np.array(
             [[self.by_layer[pair][i].shared_share for pair in pairs] for i in range(len(layers))]
         )
-        canvas.set_size_inches(WIDTH, 0.55 + max(0.19 * len(layers), 0.5))
-        axes = canvas.add_subplot()
+        fig.set_size_inches(FIGURE_WIDTH, 0.55 + max(0.19 * len(layers), 0.5))
+        axes = fig.add_subplot()
         axes.pcolormesh(
-            np.ma.masked_invalid(cells), cmap=SCALE, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.2
+            np.ma.masked_invalid(cells), cmap=COLORMAP, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.2
         )
-        number_cells(axes, cells, 1.0, small=len(layers) > 40)
+        annotate_cells(axes, cells, 1.0, small=len(layers) > 40)
         axes.set_ylim(len(layers), 0)
-        labels = [text.label(layer, 24) if layer != OUTSIDE else "elsewhere" for layer in layers]
+        labels = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
         axes.set_yticks(np.arange(len(layers)) + 0.5, labels)
         axes.set_xticks(np.arange(len(pairs)) + 0.5, [f"{a + 1} and {b + 1}" for a, b in pairs])
         axes.xaxis.tick_top()
@@ -229,7 +228,7 @@ class Overlaps:
 
 
 def _columns(drawn: str) -> tuple[Column, ...]:
-    """Of two selections beside each other; what the picture shows has a bar in the table as well."""
+    """The columns of a pair's overlap. The column ``drawn``, which the figure shows, gets a bar."""
     columns = (
         ("first", "first", text.label),
         ("second", "second", text.label),
@@ -243,10 +242,10 @@ def _columns(drawn: str) -> tuple[Column, ...]:
     return tuple(Column(key, title, show, bar=key == drawn) for key, title, show in columns)
 
 
-def _pairing(holders: Sequence[Chosen | None]) -> Pairing:
-    """Two selections in one tensor, which at least one of them has."""
+def _tensor_overlap(pair: Sequence[Chosen | None]) -> PairOverlap:
+    """The overlap in one tensor, which at least one of the two selections has."""
     none: NDArray[np.int64] = np.empty(0, np.int64)
-    a, b = (none if chosen is None else chosen.index for chosen in holders)
-    there = max((chosen.layout.count for chosen in holders if chosen is not None), default=1)
+    a, b = (none if chosen is None else chosen.index for chosen in pair)
+    total = max((chosen.layout.count for chosen in pair if chosen is not None), default=1)
     shared = len(np.intersect1d(a, b, assume_unique=True))
-    return Pairing(len(a), len(b), shared, len(a) * len(b) / there)
+    return PairOverlap(len(a), len(b), shared, len(a) * len(b) / total)

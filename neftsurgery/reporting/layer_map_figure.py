@@ -1,41 +1,39 @@
-"""The map of layers by kinds of weight as a figure, and as a few lines of text for a terminal."""
+"""The layer map as a figure, and as lines of text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..text import amount, label, percent
-from .drawing import SCALE, SURFACE, WIDTH, Canvas
-from .figure import Column, Figure, Table
+from .figure import Column, ReportFigure, Table
 from .layer_map import LayerMap
+from .plotting import COLORMAP, FIGURE_WIDTH, SURFACE, MplFigure, annotate_cells
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["BLOCKS", "map_figure", "map_lines", "number_cells"]
+__all__ = ["BLOCKS", "layer_map_figure", "layer_map_lines"]
 
 _MOST_ROWS, _MOST_COLUMNS = 128, 16
 BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"
 
 
-def map_figure(found: LayerMap, *, id: str = "map", word: str = "chosen", of_patch: bool = False) -> Figure:
-    """The map as a figure.
+def layer_map_figure(
+    found: LayerMap, *, id: str = "map", word: str = "chosen", of_patch: bool = False
+) -> ReportFigure:
+    """The layer map as a figure of the report.
 
     Parameters
     ----------
     found:
-        The map. One with very many rows or columns is drawn with the least chosen ones folded into one.
+        The map. If it has too many rows or columns to draw, those with the fewest chosen neurons are drawn as
+        one.
     id:
-        Of the figure.
+        The id of the figure.
     word:
-        What the neurons are, for the title: ``sensitive``, ``replaced``.
+        What the neurons of the map are, for the title: ``sensitive``, ``replaced``.
     of_patch:
-        Whether it is the map of a patch, which knows only of the weights that it touches.
+        Whether it is the map of a patch, which has only the weights that the patch changes.
     """
     columns = (
         Column("layer", "layer", label),
@@ -45,22 +43,22 @@ def map_figure(found: LayerMap, *, id: str = "map", word: str = "chosen", of_pat
         Column("share", "share", percent, bar=True),
     )
     rows = tuple((*row, row[2] / row[3]) for row in found.rows())
-    return Figure(
+    return ReportFigure(
         id,
         f"Where the {word} neurons are",
         f"{word} neurons, percent of those of that weight",
-        "A row is a layer"
+        "Each row is a layer"
         + (f" ({label(found.prefix, 40)}N)" if found.prefix else "")
-        + ", a column a kind of weight, a cell the neurons of one weight (of several experts, "
-        f"all of them). The number is the percentage that is {word}; the lighter the cell, the larger it is. "
+        + ", each column a kind of weight, each cell the neurons of one weight (experts are counted "
+        f"together). The number is the percentage of {word} neurons; lighter cells have more. "
         + (
-            "An empty place is a weight that the patch leaves alone."
+            "An empty cell is a weight that the patch does not change."
             if of_patch
-            else "An empty place: no such weight."
+            else "An empty cell means that there is no such weight."
         ),
         Table(columns, rows),
-        lambda canvas: _draw(canvas, found.folded(_MOST_ROWS, _MOST_COLUMNS)),
-        _verdict(found, word, " of the weights it touches" if of_patch else ""),
+        lambda fig: _draw(fig, found.folded(_MOST_ROWS, _MOST_COLUMNS)),
+        _verdict(found, word, " of the weights that the patch changes" if of_patch else ""),
     )
 
 
@@ -81,20 +79,20 @@ def _verdict(found: LayerMap, word: str, which: str) -> str:
     return text
 
 
-def _draw(canvas: Canvas, found: LayerMap) -> None:
+def _draw(fig: MplFigure, found: LayerMap) -> None:
     from matplotlib.colors import Normalize
 
     rows, kinds = found.totals.shape
     height = 0.21 if rows <= 48 else 0.15
     slanted = 0.042 * max(len(name) for name in found.column_labels)
-    canvas.set_size_inches(WIDTH, 0.7 + slanted + max(height * rows, 0.4))
-    axes = canvas.add_subplot()
+    fig.set_size_inches(FIGURE_WIDTH, 0.7 + slanted + max(height * rows, 0.4))
+    axes = fig.add_subplot()
     share = found.share
     top = float(np.nanmax(share, initial=0.0)) or 1.0
     mesh = axes.pcolormesh(
-        np.ma.masked_invalid(share), cmap=SCALE, norm=Normalize(0.0, top), linewidth=1.2, edgecolor=SURFACE
+        np.ma.masked_invalid(share), cmap=COLORMAP, norm=Normalize(0.0, top), linewidth=1.2, edgecolor=SURFACE
     )
-    number_cells(axes, share, top, small=rows > 48 or kinds > 10)
+    annotate_cells(axes, share, top, small=rows > 48 or kinds > 10)
     axes.set_ylim(rows, 0)
     axes.set_xticks(
         np.arange(kinds) + 0.5, found.column_labels, rotation=35, ha="left", rotation_mode="anchor"
@@ -105,51 +103,27 @@ def _draw(canvas: Canvas, found: LayerMap) -> None:
     axes.set_ylabel("layer")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = canvas.colorbar(mesh, ax=axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
+    bar = fig.colorbar(mesh, ax=axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
     ticks = [0.0, top / 2, top]
     bar.set_ticks(ticks, labels=[percent(tick) for tick in ticks])
 
 
-def number_cells(axes: Axes, share: NDArray[np.float64], top: float, *, small: bool = False) -> None:
-    """Write the percentage into each cell, in what can be read there; ``top`` is the lightest cell's."""
-    for (row, column), value in np.ndenumerate(share):
-        if value == value:
-            light = value / top > 0.55
-            axes.text(
-                column + 0.5,
-                row + 0.53,
-                _percent(value),
-                ha="center",
-                va="center",
-                fontsize=6.3 if small else 7.5,
-                color="#101418" if light else "#f4f6f8",
-            )
-
-
-def _percent(value: float) -> str:
-    """A percentage without its sign, in at most four characters."""
-    percent = 100 * value
-    if percent == 0:
-        return "0"
-    if percent < 0.01:
-        return "<.01"
-    return f"{percent:.2f}" if percent < 0.995 else f"{percent:.1f}" if percent < 99.95 else "100"
-
-
-def map_lines(found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: int = 12) -> Iterator[str]:
-    """The map as lines for a terminal: a kind a line, a character a layer.
+def layer_map_lines(
+    found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: int = 12
+) -> Iterator[str]:
+    """The layer map as text for a terminal: one line per kind of weight, one character per layer.
 
     Parameters
     ----------
     found:
         The map.
     blocks:
-        Whether block characters can be printed; otherwise ASCII.
+        Whether to use block characters; otherwise ASCII.
     layers, kinds:
-        At most so many of each; neighbouring layers share a character where there are more, and the kinds
-        with the fewest chosen become one.
+        The largest number of each. If there are more layers, neighbouring ones share a character. If there
+        are more kinds, those with the fewest chosen neurons become one.
     """
     if not found.neurons:
         return
@@ -164,16 +138,16 @@ def map_lines(found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: 
     width = max(len(name) for name in folded.column_labels)
     for column, name in enumerate(folded.column_labels):
         cells = "".join(_cell(value, top, scale) for value in share[:, column])
-        taken, there = int(folded.chosen[:, column].sum()), int(folded.totals[:, column].sum())
-        yield f"{name.ljust(width)}  {cells}  {percent(taken / there).rjust(6)}"
+        chosen_share = int(folded.chosen[:, column].sum()) / int(folded.totals[:, column].sum())
+        yield f"{name.ljust(width)}  {cells}  {percent(chosen_share).rjust(6)}"
     yield (
         f"{''.ljust(width)}  {len(found.layers)} layers from left to right, "
-        f"{percent(top)} at the most: {scale[-1]}"
+        f"{scale[-1]} is the maximum: {percent(top)}"
     )
 
 
 def _cell(value: float, top: float, scale: str) -> str:
     if value != value:
         return " "
-    # The lowest mark is for any at all, the space for none.
+    # The lowest character means at least one neuron, the space means none.
     return scale[0 if value == 0 else max(1, round(value / top * (len(scale) - 1)))]

@@ -1,4 +1,4 @@
-"""Does "sensitive" mean more than "small"? A score beside the controls ``norm`` and ``random``."""
+"""Does "sensitive" mean more than "small"? A score compared with the controls ``norm`` and ``random``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import text
-from .drawing import ACCENT, CONTRAST, INK, MUTED, WIDTH, Canvas, legend_above, quiet
-from .figure import Column, Figure, Table
-from .growth import PERCENTS
-from .subjects import Items
+from .budget_sweep import PERCENTS
+from .figure import Column, ReportFigure, Table
+from .inputs import Candidates
+from .plotting import ACCENT, CONTRAST, FIGURE_WIDTH, INK, MUTED, MplFigure, legend_above, minimal_axes
 
-__all__ = ["Agreement", "Control", "spearman"]
+__all__ = ["Control", "ControlComparison", "spearman"]
 
 _LARGEST = float(np.finfo(np.float32).max)
 _KINDS = 12
-#: From these on a score is called another word for the norm, or partly so: rank correlation, or how much
-#: of the way from chance to all of the chosen ones the norm would choose too.
+#: Limits of the verdict. They apply to the larger of two numbers: the rank correlation with the norm, and the
+#: overlap with the norm's choice, scaled so that chance is 0 and a complete overlap is 1.
 _SAME, _PARTLY = 0.7, 0.35
 
 F64 = NDArray[np.float64]
@@ -29,20 +29,20 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A score beside a control.
+    """A score compared with one control.
 
     Attributes
     ----------
     name:
         ``norm`` or ``random``.
     correlation:
-        Spearman's rank correlation over all items; NaN where one of the two is constant.
+        Spearman's rank correlation over all candidates. NaN if one of the two is constant.
     by_kind:
         The same within each kind of weight.
     overlaps:
-        Per budget how many items both would choose.
+        For each budget, how many candidates both choose.
     chosen:
-        Of the chosen items, how many the control would choose as well, if it chose as many.
+        How many of the chosen candidates the control also chooses with the same budget.
     """
 
     name: str
@@ -53,21 +53,21 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """A score beside its controls.
+class ControlComparison:
+    """A score compared with its controls.
 
     Attributes
     ----------
     score, word:
-        Which score, of what: ``neuron`` or ``unit``.
+        The name of the score, and what it scores: ``neuron`` or ``unit``.
     count, chosen:
-        Items that have a score, and those that are chosen.
+        How many candidates have a score, and how many of them are chosen.
     kinds, sizes:
-        Kinds of weight, and items of each.
+        The kinds of weight, and the number of candidates of each.
     taken:
-        Per budget of `PERCENTS`, how many items it takes, of one pool.
+        For each budget in `PERCENTS`, how many candidates it chooses from one pool.
     controls:
-        ``norm``, where the scores file holds the norms, and ``random``.
+        ``norm``, if the scores file holds the norms, and ``random``.
     """
 
     score: str
@@ -80,48 +80,57 @@ class Agreement:
     controls: tuple[Control, ...]
 
     @classmethod
-    def of(cls, items: Items, score: str) -> Agreement:
-        """The agreement of the items' scores with the controls."""
-        count = len(items)
-        # As a budget of so many percent rounds.
+    def of(cls, candidates: Candidates, score: str) -> ControlComparison:
+        """Compare the candidates' scores with the controls."""
+        count = len(candidates)
+        # Rounded as a budget rounds a percentage.
         taken = tuple(max(1, int(Fraction(p) * count / 100 + Fraction(1, 2))) for p in PERCENTS)
-        mine = items.score.astype(np.float64)
-        rank = _places(items.order)
-        # The items of each kind, without a look at all of them per kind.
-        edges = np.cumsum(np.bincount(items.kind, minlength=len(items.kinds)))[:-1]
-        parts = np.split(np.argsort(items.kind, kind="stable"), edges)
+        mine = candidates.score.astype(np.float64)
+        rank = _positions(candidates.order)
+        # The candidates of each kind, from one sort instead of one pass for each kind.
+        edges = np.cumsum(np.bincount(candidates.kind, minlength=len(candidates.kinds)))[:-1]
+        parts = np.split(np.argsort(candidates.kind, kind="stable"), edges)
         found = []
-        for name, values in _controls(items):
-            other = _places(np.argsort(-values, kind="stable"))
+        for name, values in _controls(candidates):
+            other = _positions(np.argsort(-values, kind="stable"))
             both = np.cumsum(np.bincount(np.maximum(rank, other), minlength=count))
             by_kind = tuple(spearman(mine[part], values[part]) for part in parts)
-            chosen = int(items.chosen.sum())
+            chosen = int(candidates.chosen.sum())
             found.append(
                 Control(
                     name,
                     spearman(mine, values),
                     by_kind,
                     tuple(int(both[k - 1]) for k in taken),
-                    int((items.chosen & (other < chosen)).sum()),
+                    int((candidates.chosen & (other < chosen)).sum()),
                 )
             )
-        sizes = tuple(np.bincount(items.kind, minlength=len(items.kinds)).tolist())
-        return cls(score, items.word, count, int(items.chosen.sum()), items.kinds, sizes, taken, tuple(found))
+        sizes = tuple(np.bincount(candidates.kind, minlength=len(candidates.kinds)).tolist())
+        return cls(
+            score,
+            candidates.word,
+            count,
+            int(candidates.chosen.sum()),
+            candidates.kinds,
+            sizes,
+            taken,
+            tuple(found),
+        )
 
     @property
     def verdict(self) -> str:
-        """Whether sensitive means more than small, in a sentence or two."""
+        """One or two sentences: whether "sensitive" means more than "small"."""
         norm = next((control for control in self.controls if control.name == "norm"), None)
         if self.score in ("norm", "random"):
             return f"This score is the control {self.score} itself."
         if norm is None:
-            return "These scores do not tell the norms, so the control norm is missing."
+            return "The scores file does not hold the norms, so the control norm is missing."
         overlap, chance = norm.chosen / self.chosen, self.chosen / self.count
         excess = (overlap - chance) / (1 - chance) if chance < 1 else 0.0
         facts = (
-            f"the rank correlation with smallness is {text.signed(norm.correlation)}, and "
+            f"the rank correlation with smallness is {text.correlation(norm.correlation)}, and "
             f"{text.percent(overlap)} of the chosen {self.word}s are among the {text.amount(self.chosen)} "
-            f"smallest, where chance would give {text.percent(chance)}"
+            f"smallest (by chance: {text.percent(chance)})"
         )
         strength = max(excess, norm.correlation) if norm.correlation == norm.correlation else excess
         if strength >= _SAME:
@@ -132,8 +141,8 @@ class Agreement:
             return f"Here sensitive mostly means large: {facts}."
         return f"Here sensitive means more than small: {facts}."
 
-    def overlap_figure(self, id: str = "agreement") -> Figure:
-        """How many of the chosen ones the controls would choose, over the budget."""
+    def overlap_figure(self, id: str = "agreement") -> ReportFigure:
+        """The share of the chosen candidates that the controls also choose, by budget."""
         columns = (
             Column("budget", "budget"),
             Column("control", "control"),
@@ -148,22 +157,22 @@ class Agreement:
             for control in self.controls
             for percent, k, shared in zip(PERCENTS, self.taken, control.overlaps, strict=True)
         )
-        return Figure(
+        return ReportFigure(
             id,
             "Does sensitive mean more than small?",
-            f"percent of the most sensitive {self.word}s that a control would choose too, over the budget",
-            f"The control norm chooses the {self.word}s with the smallest vectors, random chooses any. A "
-            "line on the dashed one is what chance gives: the control knows nothing of the score. The nearer "
-            "to 100%, the more the score is the control under another name.",
+            f"percent of the most sensitive {self.word}s that a control also chooses, by budget",
+            f"The control norm chooses the {self.word}s with the smallest vectors; the control random "
+            "chooses at random. The dashed line is the overlap expected by chance. The closer a line is to "
+            "100%, the more the score is the same as that control.",
             Table(columns, rows),
             self._draw_overlaps,
             self.verdict,
         )
 
-    def _draw_overlaps(self, canvas: Canvas) -> None:
-        canvas.set_size_inches(WIDTH, 2.7)
-        axes = canvas.add_subplot()
-        place = np.arange(len(PERCENTS))
+    def _draw_overlaps(self, fig: MplFigure) -> None:
+        fig.set_size_inches(FIGURE_WIDTH, 2.7)
+        axes = fig.add_subplot()
+        xs = np.arange(len(PERCENTS))
         chance = 100 * np.array(self.taken) / self.count
         marks = {"norm": ("s", CONTRAST), "random": ("o", ACCENT)}
         top = float(chance.max())
@@ -171,45 +180,44 @@ class Agreement:
             mark, colour = marks[control.name]
             share = 100 * np.array(control.overlaps) / np.array(self.taken)
             top = max(top, float(share.max()))
-            axes.plot(
-                place, share, color=colour, marker=mark, markersize=5, linewidth=1.6, label=control.name
-            )
-        axes.plot(place, chance, color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label="chance")
-        axes.set_xticks(place, [f"{percent}%" for percent in PERCENTS])
+            axes.plot(xs, share, color=colour, marker=mark, markersize=5, linewidth=1.6, label=control.name)
+        axes.plot(xs, chance, color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label="chance")
+        axes.set_xticks(xs, [f"{percent}%" for percent in PERCENTS])
         axes.set_ylim(0, min(105, 1.2 * top))
-        axes.set_xlim(-0.4, len(place) - 0.6)
+        axes.set_xlim(-0.4, len(xs) - 0.6)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-        axes.set_xlabel(f"of the {self.word}s are chosen")
-        axes.set_ylabel("of these the control takes")
+        axes.set_xlabel(f"share of the {self.word}s chosen")
+        axes.set_ylabel("also chosen by the control")
         legend_above(axes)
-        quiet(axes, grid="y")
+        minimal_axes(axes, grid="y")
 
-    def correlation_figure(self, id: str = "correlation") -> Figure:
-        """Rank correlations with the controls, in all and by kind of weight."""
+    def correlation_figure(self, id: str = "correlation") -> ReportFigure:
+        """The rank correlation with each control: overall, and by kind of weight."""
         columns = (
             Column("kind", "kind of weight", text.label),
             Column("control", "control"),
             Column("count", f"{self.word}s", text.amount),
-            Column("correlation", "rank correlation", text.number),
+            Column("correlation", "rank correlation", text.four_digits),
         )
         rows = [("all", c.name, self.count, c.correlation) for c in self.controls]
         for number, kind in enumerate(self.kinds):
             rows += [(kind, c.name, self.sizes[number], c.by_kind[number]) for c in self.controls]
-        return Figure(
+        return ReportFigure(
             id,
-            "How the score ranks beside the controls",
-            "Spearman's rank correlation: 1 the same order, 0 no relation, -1 the reverse order",
-            "A square is the correlation with the control norm (small vectors first), a circle that with "
-            "random, which is 0 but for chance. A square far right: sensitive ones are the small ones; far "
-            "left: the large ones. Kinds of weight can differ from all, as their vectors differ in size.",
+            "Rank correlation with the controls",
+            "Spearman's rank correlation: 1 same order, 0 no relation, -1 reverse order",
+            "Squares show the correlation with the control norm (small vectors first). Circles show the "
+            f"control random, which is near 0. A square on the right means that the sensitive {self.word}s "
+            "have small vectors; on the left, large vectors. A kind of weight can differ from the "
+            "overall value, because its vectors differ in size.",
             Table(columns, tuple(rows)),
             self._draw_correlations,
         )
 
-    def _draw_correlations(self, canvas: Canvas) -> None:
+    def _draw_correlations(self, fig: MplFigure) -> None:
         shown = np.sort(np.argsort([-size for size in self.sizes], kind="stable")[:_KINDS])
-        canvas.set_size_inches(WIDTH, 0.65 + 0.27 * (len(shown) + 1))
-        axes = canvas.add_subplot()
+        fig.set_size_inches(FIGURE_WIDTH, 0.65 + 0.27 * (len(shown) + 1))
+        axes = fig.add_subplot()
         names = ["all", *(text.label(self.kinds[kind], 28) for kind in shown)]
         axes.axvline(0, color=MUTED, linewidth=0.8)
         marks = {"norm": ("s", CONTRAST), "random": ("o", ACCENT)}
@@ -221,7 +229,7 @@ class Agreement:
                 for row, value in enumerate(values):
                     if value == value:
                         axes.annotate(
-                            text.signed(value),
+                            text.correlation(value),
                             (value, row),
                             (8 if value >= 0 else -8, 0),
                             textcoords="offset points",
@@ -232,14 +240,14 @@ class Agreement:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-1.15, 1.15)
-        axes.set_xticks([-1, -0.5, 0, 0.5, 1], [text.signed(tick) for tick in (-1, -0.5, 0, 0.5, 1)])
+        axes.set_xticks([-1, -0.5, 0, 0.5, 1], [text.correlation(tick) for tick in (-1, -0.5, 0, 0.5, 1)])
         axes.set_xlabel("rank correlation with the control")
         legend_above(axes)
-        quiet(axes, grid="both")
+        minimal_axes(axes, grid="both")
 
 
 def spearman(one: F64, other: F64) -> float:
-    """Spearman's rank correlation of two vectors, ties given their mean rank; NaN if one is constant."""
+    """Spearman's rank correlation of two vectors. Ties get their mean rank. NaN if one vector is constant."""
     if len(one) < 2:
         return np.nan
     a, b = (ranks - ranks.mean() for ranks in (_ranks(one), _ranks(other)))
@@ -254,31 +262,31 @@ def _ranks(values: F64) -> F64:
     return mean
 
 
-def _places(order: I64) -> I64:
-    """Of each item its place in ``order``."""
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    return places
+def _positions(order: I64) -> I64:
+    """The position of each candidate in ``order``."""
+    positions = np.empty(len(order), np.int64)
+    positions[order] = np.arange(len(order))
+    return positions
 
 
-def _controls(items: Items) -> Iterator[tuple[str, F64]]:
-    """The controls' scores of the items, as `neftsurgery.diff` defines them; of units, by the same rule."""
-    if items.base_sq is not None:
+def _controls(candidates: Candidates) -> Iterator[tuple[str, F64]]:
+    """The candidates' scores under each control, by the definitions of `neftsurgery.diff`."""
+    if candidates.base_sq is not None:
         with np.errstate(divide="ignore"):
             yield (
                 "norm",
-                np.minimum(1 / np.sqrt(items.base_sq), _LARGEST).astype(np.float32).astype(np.float64),
+                np.minimum(1 / np.sqrt(candidates.base_sq), _LARGEST).astype(np.float32).astype(np.float64),
             )
-    yield "random", _random(items)
+    yield "random", _random(candidates)
 
 
-def _random(items: Items) -> F64:
-    from ..scoring.sums import random_scores  # brings the compiler of the scoring kernels with it
+def _random(candidates: Candidates) -> F64:
+    from ..scoring.sums import random_scores  # imports numba
 
-    drawn = np.empty(len(items))
-    edges = np.searchsorted(items.tensor, np.arange(len(items.tensors) + 1))
-    for number, name in enumerate(items.tensors):
-        mine = items.index[edges[number] : edges[number + 1]]
+    drawn = np.empty(len(candidates))
+    edges = np.searchsorted(candidates.tensor, np.arange(len(candidates.tensors) + 1))
+    for number, name in enumerate(candidates.tensors):
+        mine = candidates.index[edges[number] : edges[number + 1]]
         if len(mine):
             drawn[edges[number] : edges[number + 1]] = random_scores(name, int(mine.max()) + 1, 0)[mine]
     return drawn
