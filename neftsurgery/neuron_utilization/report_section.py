@@ -9,13 +9,12 @@ import numpy as np
 from ..reporting.figure import Column, ReportFigure, Table
 from ..reporting.plotting import (
     ACCENT,
-    COLORMAP,
     CONTRAST,
     FIGURE_WIDTH,
     MUTED,
-    SURFACE,
     MplFigure,
-    annotate_cells,
+    annotate,
+    heatmap,
     minimal_axes,
 )
 from ..reporting.sections import ReportSection
@@ -124,7 +123,7 @@ def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
     axes.barh(range(len(groups)), shares, color=colours, height=0.62)
     for y, (group, share) in enumerate(zip(groups.values(), shares, strict=True)):
         text = "none" if not group.neurons else f"{percent(share / 100)}, {amount(group.neurons)} neurons"
-        axes.annotate(text, (share, y), (5, 0), textcoords="offset points", va="center", color=MUTED)
+        annotate(axes, text, (share, y), (5, 0), va="center", color=MUTED)
     axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.55 * max(*shares, 0.01))
@@ -161,10 +160,8 @@ def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float 
     axes.bar(xs, moved, width=0.8, color=ACCENT)
     for x, value in zip(xs, moved, strict=True):
         if value == value:
-            axes.annotate(
-                f"{value:,.0f}" if value >= 10 else f"{value:.2g}", (x, value), (0, 3), color=MUTED,
-                textcoords="offset points", ha="center", fontsize=7,
-            )  # fmt: skip
+            text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+            annotate(axes, text, (x, value), (0, 3), color=MUTED, ha="center", fontsize=7)
     axes.set_xticks(np.arange(len(rows) + 1) - 0.5, [f"{100 * start:g}" for start, *_ in rows] + ["100"])
     axes.set_ylim(0, 1.15 * max(float(np.nanmax(moved, initial=0)), 1))
     axes.set_xlabel("percent of the ranking before training, largest correlations first")
@@ -215,14 +212,6 @@ def _draw_map(
     fig.set_size_inches(FIGURE_WIDTH, 1.0 + 0.21 * layers)
     axes = fig.add_subplot()
     top = float(np.nanmax(share, initial=0.0)) or 1.0
-    axes.pcolormesh(
-        np.ma.masked_invalid(share), cmap=COLORMAP, vmin=0, vmax=top, linewidth=1.2, edgecolor=SURFACE
-    )
-    annotate_cells(axes, share, top, small=layers > 48)
-    axes.set_ylim(layers, 0)
-    axes.set_yticks(np.arange(layers) + 0.5, [label(name, 24) for name in found.layers[:layers]])
-    names = [label(kind, 28) for kind in found.kinds[:kinds]]
-    axes.set_xticks(np.arange(kinds) + 0.5, names, rotation=35, ha="left", rotation_mode="anchor")
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    rows = [label(name, 24) for name in found.layers[:layers]]
+    columns = [label(kind, 28) for kind in found.kinds[:kinds]]
+    heatmap(axes, share, rows, columns, top=top, small=layers > 48)

@@ -119,17 +119,7 @@ class UtilizationPlan:
 
     @boundary
     def run(self, *, progress: Progress = silent) -> Utilization:
-        """Load the models, measure, rank, and write ``out``.
-
-        Raises
-        ------
-        UsageError
-            If transformers cannot load a model, or ``out`` exists.
-        MismatchError
-            If weights or hidden states do not fit each other.
-        MachineError
-            If something cannot be read or written.
-        """
+        """Measure and rank the neurons, and write ``out``; errors are those of `utilization`."""
         facts = self.facts() | {"created_by": f"neftsurgery {__version__}"}
         found = Utilization(measure(self, progress), facts)
         if self.out is not None:

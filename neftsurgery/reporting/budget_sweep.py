@@ -14,16 +14,7 @@ from ..selection.budget import Amount, Budget
 from ..selection.selection import Selection
 from .figure import Column, ReportFigure, Table
 from .layer_map import LayerMap
-from .plotting import (
-    ACCENT,
-    COLORMAP,
-    FIGURE_WIDTH,
-    MUTED,
-    MplFigure,
-    annotate_cells,
-    legend_above,
-    minimal_axes,
-)
+from .plotting import ACCENT, FIGURE_WIDTH, MUTED, MplFigure, annotate, heatmap, legend_above, minimal_axes
 
 __all__ = ["PERCENTS", "BudgetPoint", "BudgetSweep"]
 
@@ -147,9 +138,7 @@ class BudgetSweep:
         )
         axes.plot(xs, equal, color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label="if all changed equally")
         for x, y in zip(xs, captured, strict=True):
-            axes.annotate(
-                text.percent(y / 100), (x, y), (-7, 6), textcoords="offset points", ha="center", color=ACCENT
-            )
+            annotate(axes, text.percent(y / 100), (x, y), (-7, 6), ha="center", color=ACCENT)
         axes.set_xticks(xs, [point.budget for point in self.points])
         axes.set_ylim(0, max(1.0, 1.16 * float(np.nanmax(captured)), 1.16 * float(equal.max())))
         axes.set_xlim(-0.6, len(xs) - 0.6)
@@ -191,15 +180,10 @@ class BudgetSweep:
         )
         fig.set_size_inches(FIGURE_WIDTH, 0.6 + 0.24 * len(kinds))
         axes = fig.add_subplot()
-        top = float(share.max()) or 1.0
-        axes.pcolormesh(share, cmap=COLORMAP, vmin=0, vmax=top)
-        annotate_cells(axes, share, top)
-        axes.set_ylim(len(kinds), 0)
-        axes.set_yticks(np.arange(len(kinds)) + 0.5, [text.label(kind, 28) for kind in kinds])
-        axes.set_xticks(np.arange(len(self.points)) + 0.5, [point.budget for point in self.points])
+        rows, columns = [text.label(kind, 28) for kind in kinds], [point.budget for point in self.points]
+        heatmap(axes, share, rows, columns, top=float(share.max()) or 1.0, slanted=False, gaps=False)
+        axes.xaxis.tick_bottom()
         axes.set_xlabel("share of the scored neurons chosen")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
 
 
 def _largest(points: Sequence[BudgetPoint]) -> list[str]:

@@ -13,7 +13,17 @@ from .. import text
 from .budget_sweep import PERCENTS
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
-from .plotting import ACCENT, CONTRAST, FIGURE_WIDTH, INK, MUTED, MplFigure, legend_above, minimal_axes
+from .plotting import (
+    ACCENT,
+    CONTRAST,
+    FIGURE_WIDTH,
+    INK,
+    MUTED,
+    MplFigure,
+    annotate,
+    legend_above,
+    minimal_axes,
+)
 
 __all__ = ["Control", "ControlComparison", "spearman"]
 
@@ -22,6 +32,7 @@ _KINDS = 12
 #: Limits of the verdict. They apply to the larger of two numbers: the rank correlation with the norm, and the
 #: overlap with the norm's choice, scaled so that chance is 0 and a complete overlap is 1.
 _SAME, _PARTLY = 0.7, 0.35
+_MARKS = {"norm": ("s", CONTRAST), "random": ("o", ACCENT)}
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
@@ -174,10 +185,9 @@ class ControlComparison:
         axes = fig.add_subplot()
         xs = np.arange(len(PERCENTS))
         chance = 100 * np.array(self.taken) / self.count
-        marks = {"norm": ("s", CONTRAST), "random": ("o", ACCENT)}
         top = float(chance.max())
         for control in self.controls:
-            mark, colour = marks[control.name]
+            mark, colour = _MARKS[control.name]
             share = 100 * np.array(control.overlaps) / np.array(self.taken)
             top = max(top, float(share.max()))
             axes.plot(xs, share, color=colour, marker=mark, markersize=5, linewidth=1.6, label=control.name)
@@ -220,23 +230,16 @@ class ControlComparison:
         axes = fig.add_subplot()
         names = ["all", *(text.label(self.kinds[kind], 28) for kind in shown)]
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        marks = {"norm": ("s", CONTRAST), "random": ("o", ACCENT)}
         for control in self.controls:
-            mark, colour = marks[control.name]
+            mark, colour = _MARKS[control.name]
             values = [control.correlation, *(control.by_kind[kind] for kind in shown)]
             axes.plot(values, range(len(values)), mark, color=colour, markersize=5.5, label=control.name)
             if control.name == "norm":
                 for row, value in enumerate(values):
                     if value == value:
-                        axes.annotate(
-                            text.correlation(value),
-                            (value, row),
-                            (8 if value >= 0 else -8, 0),
-                            textcoords="offset points",
-                            ha="left" if value >= 0 else "right",
-                            va="center",
-                            color=INK,
-                        )
+                        side = 1 if value >= 0 else -1
+                        style = {"ha": "left" if side > 0 else "right", "va": "center", "color": INK}
+                        annotate(axes, text.correlation(value), (value, row), (8 * side, 0), **style)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(-1.15, 1.15)

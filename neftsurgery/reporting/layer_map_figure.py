@@ -9,7 +9,7 @@ import numpy as np
 from ..text import amount, label, percent
 from .figure import Column, ReportFigure, Table
 from .layer_map import LayerMap
-from .plotting import COLORMAP, FIGURE_WIDTH, SURFACE, MplFigure, annotate_cells
+from .plotting import FIGURE_WIDTH, MplFigure, heatmap
 
 __all__ = ["BLOCKS", "layer_map_figure", "layer_map_lines"]
 
@@ -80,29 +80,17 @@ def _verdict(found: LayerMap, word: str, which: str) -> str:
 
 
 def _draw(fig: MplFigure, found: LayerMap) -> None:
-    from matplotlib.colors import Normalize
-
     rows, kinds = found.totals.shape
     height = 0.21 if rows <= 48 else 0.15
     slanted = 0.042 * max(len(name) for name in found.column_labels)
     fig.set_size_inches(FIGURE_WIDTH, 0.7 + slanted + max(height * rows, 0.4))
     axes = fig.add_subplot()
-    share = found.share
-    top = float(np.nanmax(share, initial=0.0)) or 1.0
-    mesh = axes.pcolormesh(
-        np.ma.masked_invalid(share), cmap=COLORMAP, norm=Normalize(0.0, top), linewidth=1.2, edgecolor=SURFACE
-    )
-    annotate_cells(axes, share, top, small=rows > 48 or kinds > 10)
-    axes.set_ylim(rows, 0)
-    axes.set_xticks(
-        np.arange(kinds) + 0.5, found.column_labels, rotation=35, ha="left", rotation_mode="anchor"
-    )
-    axes.xaxis.tick_top()
-    step = 1 if height > 0.2 else 2
-    axes.set_yticks(np.arange(0, rows, step) + 0.5, found.row_labels[::step])
+    top = float(np.nanmax(found.share, initial=0.0)) or 1.0
+    small = rows > 48 or kinds > 10
+    mesh = heatmap(axes, found.share, found.row_labels, found.column_labels, top=top, small=small)
+    if rows > 48:  # every other label fits
+        axes.set_yticks(np.arange(0, rows, 2) + 0.5, found.row_labels[::2])
     axes.set_ylabel("layer")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     bar = fig.colorbar(mesh, ax=axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

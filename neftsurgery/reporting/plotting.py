@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from xml.etree import ElementTree
@@ -23,6 +23,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure as MplFigure
 else:
     MplFigure = Any
@@ -31,7 +32,8 @@ __all__ = ["ACCENT", "COLORMAP", "COLOURS", "CONTRAST", "FAINT", "FIGURE_WIDTH",
 __all__ += [
     "DrawFunction",
     "MplFigure",
-    "annotate_cells",
+    "annotate",
+    "heatmap",
     "legend_above",
     "log_ticks",
     "png",
@@ -176,30 +178,52 @@ def legend_above(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handletextpad=0.5)
 
 
-def annotate_cells(axes: Axes, share: NDArray[np.float64], top: float, *, small: bool = False) -> None:
-    """Write the percentage into each cell of a heatmap.
+def annotate(axes: Axes, text: str, xy: tuple[Any, Any], offset: tuple[int, int], **style: Any) -> None:
+    """Write ``text`` at ``offset`` points from the position ``xy``."""
+    axes.annotate(text, xy, offset, textcoords="offset points", **style)
+
+
+def heatmap(
+    axes: Axes,
+    share: NDArray[np.float64],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    top: float,
+    small: bool = False,
+    slanted: bool = True,
+    gaps: bool = True,
+) -> QuadMesh:
+    """Draw shares as coloured cells with their percentages.
 
     Parameters
     ----------
     share:
-        Float64 ``[rows, columns]``; NaN for a cell without a number.
+        Float64 ``[rows, columns]``; NaN for an empty cell.
+    rows, columns:
+        The labels of the rows, and of the columns above them.
     top:
         The share that has the lightest colour.
-    small:
-        Whether to use the smaller font.
+    small, slanted, gaps:
+        Whether the percentages use the smaller font, the labels of the columns are slanted, and the
+        cells have gaps.
     """
+    cells = np.ma.masked_invalid(share)
+    edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE} if gaps else {}
+    mesh = axes.pcolormesh(cells, cmap=COLORMAP, vmin=0, vmax=top, **edges)
     for (row, column), value in np.ndenumerate(share):
         if value == value:
-            light = value / top > 0.55
-            axes.text(
-                column + 0.5,
-                row + 0.53,
-                _short_percent(value),
-                ha="center",
-                va="center",
-                fontsize=6.3 if small else 7.5,
-                color="#101418" if light else "#f4f6f8",
-            )
+            color = "#101418" if value / top > 0.55 else "#f4f6f8"
+            style: Any = {"ha": "center", "va": "center", "fontsize": 6.3 if small else 7.5, "color": color}
+            axes.text(column + 0.5, row + 0.53, _short_percent(value), **style)
+    rotation: Any = {"rotation": 35, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **rotation)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_ylim(len(rows), 0)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return mesh
 
 
 def _short_percent(value: float) -> str:

@@ -122,23 +122,9 @@ class ReportPlan:
 
     @boundary
     def run(self, *, more: Sequence[ReportSection] = (), progress: Progress = silent) -> Report:
-        """Compute the report, and write its page and its figures.
+        """Compute the report with ``more`` sections at its end, and write its page and its figures.
 
-        Parameters
-        ----------
-        more:
-            Sections to append.
-        progress:
-            Called for the budgets and the figures.
-
-        Raises
-        ------
-        UsageError
-            If an output exists, or matplotlib or jinja2 is not installed.
-        CorruptFileError
-            If a file is damaged.
-        MachineError
-            If something cannot be read or written.
+        The errors are those of `report`.
         """
         made = Report(self._title(more), (*sections_of(self.inputs, progress), *more))
         if self.out is not None:

@@ -10,7 +10,18 @@ from numpy.typing import NDArray
 from .. import text
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
-from .plotting import ACCENT, CONTRAST, FAINT, FIGURE_WIDTH, INK, MUTED, MplFigure, log_ticks, minimal_axes
+from .plotting import (
+    ACCENT,
+    CONTRAST,
+    FAINT,
+    FIGURE_WIDTH,
+    INK,
+    MUTED,
+    MplFigure,
+    annotate,
+    log_ticks,
+    minimal_axes,
+)
 
 __all__ = ["ScoreDistribution"]
 
@@ -127,44 +138,22 @@ class ScoreDistribution:
         # Few neurons are chosen. The square root keeps them visible.
         height = np.sqrt(self.counts / totals[:, None])
         scale = 0.86 / max(float(height.max()), 1e-9)
+        at_edge = ("axes fraction", "data")
         for row, kind in enumerate(shown[::-1]):
             for values, colour in ((self.counts, FAINT), (self.chosen, ACCENT)):
                 top = row + scale * np.sqrt(values[kind] / totals[kind])
                 axes.stairs(top, edges, baseline=row, fill=True, color=colour, linewidth=0)
             axes.plot(edges[[0, -1]], [row, row], color=MUTED, linewidth=0.5)
             share = text.percent(self.chosen[kind].sum() / totals[kind])
-            axes.annotate(
-                share,
-                (1, row),
-                (4, 3),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                color=INK,
-                annotation_clip=False,
-            )
+            annotate(axes, share, (1, row), (4, 3), xycoords=at_edge, color=INK, annotation_clip=False)
             if self.zeros[kind]:
-                axes.annotate(
-                    f"{text.percent(self.zeros[kind] / totals[kind])} at 0",
-                    (0, row),
-                    (3, 3),
-                    xycoords=("axes fraction", "data"),
-                    textcoords="offset points",
-                    color=MUTED,
-                    fontsize=7,
-                )
+                zeros = f"{text.percent(self.zeros[kind] / totals[kind])} at 0"
+                annotate(axes, zeros, (0, row), (3, 3), xycoords=at_edge, color=MUTED, fontsize=7)
         if self.cut is not None and (self.cut > 0 or not self.log):
             at = np.log10(self.cut) if self.log else self.cut
             axes.axvline(at, color=CONTRAST, linestyle=(0, (4, 2)), linewidth=1.2)
-            axes.annotate(
-                f"cut {text.four_digits(self.cut)}",
-                (at, len(shown)),
-                (0, 2),
-                textcoords="offset points",
-                ha="center",
-                va="bottom",
-                color=CONTRAST,
-                annotation_clip=False,
-            )
+            style = {"ha": "center", "va": "bottom", "color": CONTRAST, "annotation_clip": False}
+            annotate(axes, f"cut {text.four_digits(self.cut)}", (at, len(shown)), (0, 2), **style)
         axes.set_yticks(np.arange(len(shown)) + 0.12, [text.label(self.kinds[k], 28) for k in shown[::-1]])
         axes.set_ylim(-0.05, len(shown))
         axes.set_xlim(edges[0], edges[-1])

@@ -14,7 +14,7 @@ from .. import text
 from ..selection.selection import Chosen, Selection, followers_of
 from .figure import Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
-from .plotting import COLORMAP, FIGURE_WIDTH, SURFACE, MplFigure, annotate_cells
+from .plotting import FIGURE_WIDTH, MplFigure, heatmap
 
 __all__ = ["PairOverlap", "SelectionOverlap"]
 
@@ -176,16 +176,7 @@ class SelectionOverlap:
         slanted = 0.042 * max(len(name) for name in names)
         fig.set_size_inches(FIGURE_WIDTH, 0.4 + slanted + max(0.32 * shown, 0.7))
         axes = fig.add_subplot()
-        axes.pcolormesh(
-            np.ma.masked_invalid(cells), cmap=COLORMAP, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.2
-        )
-        annotate_cells(axes, cells, 1.0)
-        axes.set_ylim(shown, 0)
-        axes.set_yticks(np.arange(shown) + 0.5, names)
-        axes.set_xticks(np.arange(shown) + 0.5, names, rotation=35, ha="left", rotation_mode="anchor")
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        heatmap(axes, cells, names, names, top=1.0)
 
     def layers_figure(self) -> ReportFigure:
         """The overlap of each pair in each layer."""
@@ -213,18 +204,9 @@ class SelectionOverlap:
             [[self.by_layer[pair][i].shared_share for pair in pairs] for i in range(len(layers))]
         )
         fig.set_size_inches(FIGURE_WIDTH, 0.55 + max(0.19 * len(layers), 0.5))
-        axes = fig.add_subplot()
-        axes.pcolormesh(
-            np.ma.masked_invalid(cells), cmap=COLORMAP, vmin=0, vmax=1, edgecolor=SURFACE, linewidth=1.2
-        )
-        annotate_cells(axes, cells, 1.0, small=len(layers) > 40)
-        axes.set_ylim(len(layers), 0)
-        labels = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
-        axes.set_yticks(np.arange(len(layers)) + 0.5, labels)
-        axes.set_xticks(np.arange(len(pairs)) + 0.5, [f"{a + 1} and {b + 1}" for a, b in pairs])
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        rows = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
+        columns = [f"{a + 1} and {b + 1}" for a, b in pairs]
+        heatmap(fig.add_subplot(), cells, rows, columns, top=1.0, small=len(layers) > 40, slanted=False)
 
 
 def _columns(drawn: str) -> tuple[Column, ...]:

@@ -10,7 +10,7 @@ from .. import text
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
 from .layer_map import locate_tensors
-from .plotting import ACCENT, FAINT, FIGURE_WIDTH, INK, MplFigure, minimal_axes
+from .plotting import ACCENT, FAINT, FIGURE_WIDTH, INK, MplFigure, annotate, minimal_axes
 
 __all__ = ["top_neurons_figure"]
 
@@ -81,9 +81,7 @@ def _draw(fig: MplFigure, rows: Sequence[tuple[object, ...]], score: str) -> Non
     axes.hlines(ys, min(0.0, values.min(initial=0.0)), values, color=FAINT, linewidth=2)
     axes.plot(values, ys, "o", color=ACCENT, markersize=5)
     for y, value in zip(ys, values, strict=True):
-        axes.annotate(
-            text.four_digits(value), (value, y), (6, 0), textcoords="offset points", va="center", color=INK
-        )
+        annotate(axes, text.four_digits(value), (value, y), (6, 0), va="center", color=INK)
     axes.set_yticks(ys, [f"{text.label(str(row[2]), 40)} [{row[3]}]" for row in rows], fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.16)

@@ -125,7 +125,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(
         (("patch.safetensors", "--utilization", "--base", "base"), 2, "--utilization needs --text"),
         (("patch.safetensors", "--text", "text.txt"), 2, "--text needs --utilization"),
         (("scores.safetensors", *HOW), 2, "--utilization needs a patch or a checkpoint, not only scores"),
-        (("patch.safetensors", "tuned", *HOW, "--neurons-out", "x"), 2, "--neurons-out needs exactly one patch"),
+        (("patch.safetensors", "tuned", *HOW, "--neurons-out", "x"), 2, "--neurons-out needs exactly one"),
         (("patch.safetensors", *HOW, "--neurons-out", "text.txt"), 2, "text.txt: "),
         (("patch.safetensors", *HOW, "--strongly", "0.5"), 2, "neither a percentage nor a whole number"),
         (("patch.safetensors", *HOW[:2], "tuned", *HOW[3:]), 3, "the patch is not of this base"),

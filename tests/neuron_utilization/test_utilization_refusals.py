@@ -1,4 +1,4 @@
-"""What the analysis refuses: before a model is loaded, in plain words, each by its class of error."""
+"""What planning and loading (utilization.py and loading.py) refuse, each with its class of error."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ import pytest
 import torch
 from recipes_support import tokenizer
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import neftsurgery as ns
 from neftsurgery.neuron_utilization import measure
-from neftsurgery.neuron_utilization.blocks import BlockStack
-from neftsurgery.neuron_utilization.hidden_states import mean_hidden_states
-from neftsurgery.neuron_utilization.tokenized_text import TokenChunk
 
 WORDS = len(tokenizer())
 
@@ -157,50 +153,3 @@ def test_neurons_without_a_direction_come_last(place: Path) -> None:
     assert found.tensors["model.layers.1.mlp.up_proj.weight"].rank_before[5] == 48
     assert found.tensors["model.layers.1.mlp.down_proj.weight"].rank_after[3] == 48
     assert not found.tensors["model.layers.1.mlp.up_proj.weight"].trained[5]
-
-
-class Twice(nn.Module):
-    """A model that runs its first block twice."""
-
-    def __init__(self, blocks: int, times: int, value: float = 1.0, flat: bool = False) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Identity() for _ in range(blocks))
-        self.weight = nn.Parameter(torch.full((7, 4), value))
-        self.times, self.flat = times, flat
-
-    @property
-    def base_model(self) -> nn.Module:
-        return self
-
-    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-        states = self.weight[input_ids]
-        states = states.reshape(-1, 4) if self.flat else states
-        for _ in range(self.times):
-            states = self.layers[0](states)
-        for layer in self.layers[1:]:
-            states = layer(states)
-        return type("Output", (), {"last_hidden_state": states})()
-
-
-@pytest.mark.parametrize(
-    ("model", "text"),
-    [
-        (Twice(3, 2), "must run the blocks of layers in order and once each"),
-        (Twice(3, 0), "must run the blocks of layers in order and once each"),
-        (Twice(2, 1, value=float("nan")), "hidden state 0 of 3 is not finite"),
-        (Twice(2, 1, flat=True), "do not pass on one hidden state per token"),
-    ],
-)
-def test_models_that_do_not_hand_on_hidden_states(model: Twice, text: str) -> None:
-    stack = BlockStack("layers", tuple(model.layers))
-    with pytest.raises(ns.MismatchError, match=text):
-        mean_hidden_states(model, stack, [[TokenChunk([1, 2], 0.5)]], padding=0)
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers)
-
-
-def test_a_model_that_does() -> None:
-    model = Twice(2, 1, value=2.0)
-    found = mean_hidden_states(
-        model, BlockStack("layers", tuple(model.layers)), [[TokenChunk([1, 2], 0.5)]], padding=0
-    )
-    assert found.tolist() == [[2.0] * 4] * 3

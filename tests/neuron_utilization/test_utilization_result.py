@@ -1,4 +1,4 @@
-"""Ranks, groups and buckets of neurons whose numbers are made up, so that the answer is known."""
+"""Ranks, groups and buckets of made-up neurons, for which the answer is known; and the file."""
 
 from __future__ import annotations
 
@@ -7,54 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import neftsurgery as ns
-from neftsurgery.neuron_utilization.correlation import max_correlations
-from neftsurgery.neuron_utilization.ranking import rank_limit, ranks
 from neftsurgery.neuron_utilization.result import TensorUtilization, Utilization, with_ranks
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.selection.budget import Amount
 from neftsurgery.tensors.header import TensorInfo
 
 NAN = float("nan")
-
-
-def test_ranks() -> None:
-    assert ranks(np.array([0.2, 0.9, 0.2, NAN, 0.5])).tolist() == [3, 1, 4, 0, 2]
-    assert ranks(np.zeros(0)).tolist() == []
-
-
-def test_the_papers_limit_is_100_000_ranks_of_its_model() -> None:
-    assert rank_limit(None, 32 * 11_008) == 100_000
-    assert rank_limit(None, 0) == 0
-    assert rank_limit(Amount.parse("10%"), 209) == 20
-    assert rank_limit(Amount.parse(50), 7) == 50
-
-
-def test_correlation_is_pearsons() -> None:
-    rng = np.random.default_rng(0)
-    weight, states = rng.standard_normal((3, 9, 5)), rng.standard_normal((4, 9))
-    values, which = max_correlations(torch.tensor(weight), Layout.of((3, 9, 5), (0, 2)), torch.tensor(states))
-    vectors = weight.transpose(0, 2, 1).reshape(15, 9)
-    for vector, value, at in zip(vectors, values.tolist(), which.tolist(), strict=True):
-        expected = [abs(np.corrcoef(vector, state)[0, 1]) for state in states]
-        assert value == pytest.approx(max(expected), rel=1e-12)
-        assert at == int(np.argmax(expected))
-
-
-def test_degenerate_vectors() -> None:
-    states = torch.tensor([[1.0, 2.0, 4.0], [0.1, 0.1, 0.1]], dtype=torch.float64)
-    weight = torch.tensor(
-        [[0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [1.0, NAN, 2.0], [1.0, float("inf"), 2.0], [-2e30, -4e30, -8e30],
-         [2e-30, 4e-30, 8e-30]]
-    )  # fmt: skip
-    values, _ = max_correlations(weight, Layout.of((6, 3), (0,)), states)
-    assert values[:2].tolist() == [0, 0]  # all elements equal: no alignment, whatever rounding leaves
-    assert values[2:4].isnan().all()
-    assert values[4:].tolist() == pytest.approx([1, 1], rel=1e-6)
-    nothing, _ = max_correlations(weight[4:], Layout.of((2, 3), (0,)), states[1:])
-    assert nothing.tolist() == [0, 0]
 
 
 def neurons(name: str, before: list[float], after: list[float], trained: list[int]) -> TensorUtilization:
