@@ -101,32 +101,18 @@ class ControlComparison:
         # The candidates of each kind, from one sort instead of one pass for each kind.
         edges = np.cumsum(np.bincount(candidates.kind, minlength=len(candidates.kinds)))[:-1]
         parts = np.split(np.argsort(candidates.kind, kind="stable"), edges)
+        chosen = int(candidates.chosen.sum())
         found = []
         for name, values in _controls(candidates):
             other = _positions(np.argsort(-values, kind="stable"))
             both = np.cumsum(np.bincount(np.maximum(rank, other), minlength=count))
             by_kind = tuple(spearman(mine[part], values[part]) for part in parts)
-            chosen = int(candidates.chosen.sum())
-            found.append(
-                Control(
-                    name,
-                    spearman(mine, values),
-                    by_kind,
-                    tuple(int(both[k - 1]) for k in taken),
-                    int((candidates.chosen & (other < chosen)).sum()),
-                )
-            )
+            overlaps = tuple(int(both[k - 1]) for k in taken)
+            shared = int((candidates.chosen & (other < chosen)).sum())
+            found.append(Control(name, spearman(mine, values), by_kind, overlaps, shared))
         sizes = tuple(np.bincount(candidates.kind, minlength=len(candidates.kinds)).tolist())
-        return cls(
-            score,
-            candidates.word,
-            count,
-            int(candidates.chosen.sum()),
-            candidates.kinds,
-            sizes,
-            taken,
-            tuple(found),
-        )
+        kinds, word = candidates.kinds, candidates.word
+        return cls(score, word, count, chosen, kinds, sizes, taken, tuple(found))
 
     @property
     def verdict(self) -> str:
@@ -145,12 +131,12 @@ class ControlComparison:
         )
         strength = max(excess, norm.correlation) if norm.correlation == norm.correlation else excess
         if strength >= _SAME:
-            return f"Here sensitive says little more than small: {facts}."
+            return f'Here "sensitive" means little more than "small": {facts}.'
         if strength >= _PARTLY:
-            return f"Here sensitive partly means small: {facts}."
+            return f'Here "sensitive" partly means "small": {facts}.'
         if norm.correlation <= -_SAME:
-            return f"Here sensitive mostly means large: {facts}."
-        return f"Here sensitive means more than small: {facts}."
+            return f'Here "sensitive" mostly means "large": {facts}.'
+        return f'Here "sensitive" means more than "small": {facts}.'
 
     def overlap_figure(self, id: str = "agreement") -> ReportFigure:
         """The share of the chosen candidates that the controls also choose, by budget."""
@@ -170,7 +156,7 @@ class ControlComparison:
         )
         return ReportFigure(
             id,
-            "Does sensitive mean more than small?",
+            'Does "sensitive" mean more than "small"?',
             f"percent of the most sensitive {self.word}s that a control also chooses, by budget",
             f"The control norm chooses the {self.word}s with the smallest vectors; the control random "
             "chooses at random. The dashed line is the overlap expected by chance. The closer a line is to "

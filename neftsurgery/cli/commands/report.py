@@ -91,17 +91,18 @@ def command(
         sections = plan_utilization_sections([*patches, *checkpoints], utilization, force=force)
     for section in sections:
         section.say(console)
+    described = {**plan.describe(), "subjects": list(subjects)}
     if dry_run:
         for what, path in (("the page", out), ("the figures", figures)):
             if path is not None:
                 console.say(f"would write {what} to {path}")
-        described = {"subjects": list(subjects), "utilization": [s.plan.describe() for s in sections]}
-        console.answer({"dry_run": True, **plan.describe(), **described})
+        described |= {"utilization": [section.plan.describe() for section in sections]}
+        console.answer({"dry_run": True, **described})
         return
     more = [section.run(console) for section in sections]
     made = plan.run(more=more, progress=functools.partial(console.progress, unit="step"))
     _say_report(console, plan, made)
-    console.answer({**plan.describe(), **made.describe(), "dry_run": False})
+    console.answer({**described, **made.describe(), "dry_run": False})
 
 
 def _say_report(console: Console, plan: ReportPlan, made: Report) -> None:
