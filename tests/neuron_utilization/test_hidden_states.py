@@ -17,7 +17,7 @@ from neftsurgery.neuron_utilization.tokenized_text import TokenChunk
 
 @pytest.mark.parametrize("make", [llama, gpt2, bert, opt])
 def test_states_are_those_of_transformers(make: Any) -> None:
-    """The first enters the blocks, the last has gone through the final norm; padding counts for nothing."""
+    """The first enters the blocks, the last has passed through the final norm, and padding does not count."""
     model = make().double()
     pieces = [TokenChunk([5, 6, 7, 8, 9], 0.1), TokenChunk([10, 11], 0.2), TokenChunk([12, 13, 14], 1 / 30)]
     expected = 0
@@ -42,7 +42,7 @@ def hooks_of(model: torch.nn.Module) -> list[tuple[int, int]]:
     return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
 
 
-def test_a_layer_is_let_go_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_layers_hidden_states_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than one layer's hidden states are alive at once, besides what the model holds itself."""
     import weakref
 
@@ -93,14 +93,14 @@ class Twice(nn.Module):
         (Twice(2, 1, flat=True), "do not pass on one hidden state per token"),
     ],
 )
-def test_models_that_do_not_hand_on_hidden_states(model: Twice, text: str) -> None:
+def test_models_that_do_not_pass_on_hidden_states(model: Twice, text: str) -> None:
     stack = BlockStack("layers", tuple(model.layers))
     with pytest.raises(ns.MismatchError, match=text):
         mean_hidden_states(model, stack, [[TokenChunk([1, 2], 0.5)]], padding=0)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers)
 
 
-def test_a_model_that_does() -> None:
+def test_a_model_that_passes_on_hidden_states() -> None:
     model = Twice(2, 1, value=2.0)
     found = mean_hidden_states(
         model, BlockStack("layers", tuple(model.layers)), [[TokenChunk([1, 2], 0.5)]], padding=0

@@ -13,7 +13,7 @@ from neftsurgery.neuron_utilization import measure
 from neftsurgery.neuron_utilization.correlation import max_correlations
 
 
-def test_correlations_in_pieces_are_those_in_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correlations_do_not_depend_on_the_block_size(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ns.utilization(tiny / "base", tiny / "patch.safetensors", tiny / "text.txt")
     few = partial(max_correlations, block_elements=24 * 7)  # seven of the forty neurons at a time
     monkeypatch.setattr(measure, "max_correlations", few)

@@ -7,7 +7,7 @@ from pathlib import Path
 import neftsurgery as ns
 
 
-def test_the_kinds_of_weights_of_the_patch_are_looked_at_too(tiny: Path, tmp_path: Path) -> None:
+def test_the_kinds_of_weight_that_the_patch_changes_are_ranked_too(tiny: Path, tmp_path: Path) -> None:
     patch = ns.extract(
         tiny / "base", tiny / "tuned", anatomy="rows", neurons=9, out=tmp_path / "rows.safetensors",
         only=["*gate_proj*", "*1.mlp.down_proj*"], per="tensor",

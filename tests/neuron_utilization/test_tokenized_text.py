@@ -9,7 +9,7 @@ from recipes_support import tokenizer
 from neftsurgery.neuron_utilization.tokenized_text import token_batches, tokenize_file
 
 
-def test_long_texts_become_pieces_and_each_text_counts_the_same(tmp_path: Path) -> None:
+def test_long_texts_become_chunks_and_all_texts_count_equally(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("abcdefghij\n   \nkl\n")
     text = tokenize_file(path, tokenizer(), tokens=100, length=4)

@@ -136,7 +136,7 @@ def test_a_patch_is_as_good_as_the_checkpoint_it_makes(tiny: Path) -> None:
             np.testing.assert_array_equal(getattr(tensor, part), getattr(disk.tensors[name], part))
 
 
-def test_a_limit_of_ones_own(tiny: Path) -> None:
+def test_a_limit_given_by_the_user(tiny: Path) -> None:
     expected = by_definition(tiny / "base", tiny / "patched", AXES, KINDS, "preceding", LINES)
     for strongly, limit in (("10%", 12), (7, 7)):
         found = ns.utilization(
@@ -181,6 +181,6 @@ def test_minilm(tmp_path: Path) -> None:
     check(used, expected, chosen(tmp_path / "patch.safetensors"), used.limits)
     assert used.limits == dict.fromkeys(("intermediate.dense", "output.dense"), 184)  # of 6 x 1536
     narrow = ns.utilization(base, patch, tmp_path / "text.txt", strongly="2%")
-    for group, one in used.groups().items():  # float32 is enough for the picture, if not for every rank
+    for group, one in used.groups().items():  # float32 is enough for the groups, if not for every rank
         assert narrow.groups()[group].neurons == pytest.approx(one.neurons, rel=0.01)
         assert narrow.groups()[group].mean_rank_change == pytest.approx(one.mean_rank_change, rel=0.01)

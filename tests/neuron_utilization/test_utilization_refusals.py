@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path) -> Path:
-    """A copy that may be spoiled."""
+    """A copy that the test may change."""
     shutil.copytree(made, tmp_path / "place")
     return tmp_path / "place"
 
@@ -129,12 +129,12 @@ def test_a_base_that_is_patched_already(place: Path) -> None:
         ns.utilization(place / "base", place / "patch.safetensors", place / "text.txt")
 
 
-def test_a_single_file_is_no_model_to_run(made: Path) -> None:
+def test_a_single_file_is_not_a_model_folder(made: Path) -> None:
     with pytest.raises(ns.UsageError, match="a model folder with a config"):
         ns.utilization(made / "base" / "model.safetensors", made / "patch.safetensors", made / "text.txt")
 
 
-def test_weights_that_transformers_would_make_up(place: Path) -> None:
+def test_weights_that_are_missing_from_the_files(place: Path) -> None:
     weights = load_file(place / "base" / "model.safetensors")
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, place / "base" / "model.safetensors", {"format": "pt"})
@@ -143,7 +143,7 @@ def test_weights_that_transformers_would_make_up(place: Path) -> None:
     assert caught.value.tensor == "model.layers.1.self_attn.q_proj.weight"
 
 
-def test_neurons_without_a_direction_come_last(place: Path) -> None:
+def test_constant_vectors_rank_last(place: Path) -> None:
     for folder in ("base", "tuned"):
         weights = load_file(place / folder / "model.safetensors")
         weights["model.layers.1.mlp.down_proj.weight"][:, 3] = 0.1

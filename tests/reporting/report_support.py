@@ -16,7 +16,7 @@ Sums = Mapping[str, Mapping[str, NDArray[Any]]]
 
 
 def write_scores(path: Path, tensors: Sums, widths: Mapping[str, int], **facts: Any) -> Path:
-    """A scores file of tensors ``[n, width]``, each given as ``score`` and any of the sums."""
+    """A scores file of tensors ``[n, width]``, each with its ``score`` and any of the sums."""
     entries: dict[str, NDArray[Any]] = {}
     for name, parts in tensors.items():
         entries[name] = parts["score"].astype(np.float32)
@@ -31,7 +31,7 @@ def write_scores(path: Path, tensors: Sums, widths: Mapping[str, int], **facts: 
 
 
 def seven_billion(path: Path, seed: int = 0) -> Path:
-    """Scores as of a Llama-2-7B: 1,359,872 neurons of 224 tensors."""
+    """Scores like those of a Llama-2-7B: 1,359,872 neurons of 224 tensors."""
     rng = np.random.default_rng(seed)
     tensors, widths = {}, {}
     for layer in range(32):
@@ -71,7 +71,7 @@ def read(path):
 
 
 def best(score, count):
-    """A mask of the first ``count`` in order."""
+    """A mask of the ``count`` highest scores."""
     mask = np.zeros(len(score), bool)
     mask[np.argsort(-score, kind="stable")[:count]] = True
     return mask

@@ -8,7 +8,7 @@ from report_support import best, kinds_of, read
 PERCENTS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20)
 
 
-def test_the_growth(told, scores):
+def test_the_captured_change(told, scores):
     score, _, delta, tensor, _, rest, width = read(scores)
     kinds = kinds_of(tensor)
     rows = told["figures"]["growth"]["rows"]

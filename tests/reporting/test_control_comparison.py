@@ -11,7 +11,7 @@ import neftsurgery as ns
 from neftsurgery.reporting.control_comparison import spearman
 
 
-def test_the_agreement_with_the_controls(told, scores, pair, tmp_path):
+def test_the_overlap_and_correlation_with_the_controls(told, scores, pair, tmp_path):
     score, _, _, tensor, _, _, _ = read(scores)
     kinds = kinds_of(tensor)
     controls = {}
@@ -41,12 +41,12 @@ def test_rank_correlation_with_ties(ties):
     assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
 
 
-def test_what_has_no_ranks_has_no_correlation():
+def test_a_constant_vector_has_no_correlation():
     assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
     assert np.isnan(spearman(np.ones(1), np.ones(1)))
 
 
-def test_a_score_that_is_the_norm_is_called_so(neft, pair, tmp_path):
+def test_the_verdict_names_a_score_that_is_a_control(neft, pair, tmp_path):
     for score, said in (("norm", "is the control norm itself"), ("l2", "sensitive")):
         ns.diff(*pair, score=score, out=tmp_path / f"{score}.safetensors").close()
         verdict = neft("report", f"{score}.safetensors", "--json").json["sections"][0]["verdict"]

@@ -10,7 +10,7 @@ from neftsurgery.reporting.figure import Table
 
 
 def test_figures_and_json_hold_the_same_numbers(scores):
-    """Of every figure the CSV, the table on the page and the JSON come from one table."""
+    """The CSV, the table on the page and the JSON of a figure come from one table."""
     made = ns.report(scores)
     told = made.describe()
     for name, figure in made.figures.items():

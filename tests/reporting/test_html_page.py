@@ -1,4 +1,4 @@
-"""The page in a browser: no complaint, no request beyond itself, every figure there, at any width."""
+"""The page in a browser: no errors, no requests, and every figure at every width."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def test_two_fine_tunes_of_textgenrnn(page, shared_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_names_cannot_do_anything(page, tmp_path, rng_scores):
-    """Tensor names, file names and facts are text, whatever they look like."""
+def test_hostile_names_are_only_text(page, tmp_path, rng_scores):
+    """Tensor names, file names and facts are text, whatever they contain."""
     hostile = "<script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=alert(1)>"
     tensors, widths = rng_scores(
         [f"layers.{i}.{hostile}" for i in range(2)] + ["$x^{$", "{{ 7*7 }}", "\x1b[2J", "a&b;"]
@@ -142,8 +142,8 @@ def rng_scores():
     return make
 
 
-def made_up_use(layers, kinds, count, rng):
-    """The analysis of a model that there is not, with names that mean to do harm."""
+def made_up_utilization(layers, kinds, count, rng):
+    """The utilization of a made-up model with hostile names."""
     tensors = []
     for layer in range(layers):
         for kind in kinds:
@@ -159,8 +159,10 @@ def made_up_use(layers, kinds, count, rng):
 
 
 @pytest.mark.slow
-def test_the_use_of_neurons(page, demo, tmp_path):
-    found = made_up_use(32, ["mlp.up_proj", "<script>alert(1)</script>"], 40, np.random.default_rng(0))
+def test_a_utilization(page, demo, tmp_path):
+    found = made_up_utilization(
+        32, ["mlp.up_proj", "<script>alert(1)</script>"], 40, np.random.default_rng(0)
+    )
     assert found.groups()["indirectly_affected"].neurons > 100
     made = ns.report(
         demo / "neuron_patch.safetensors",
@@ -174,9 +176,9 @@ def test_the_use_of_neurons(page, demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_use_of_neurons_none_of_which_moved(page, tmp_path):
-    """Nothing to draw is drawn as nothing."""
-    found = made_up_use(1, ["mlp.up_proj"], 3, np.random.default_rng(0))
+def test_a_utilization_in_which_no_neuron_moved(page, tmp_path):
+    """Figures without data are drawn empty."""
+    found = made_up_utilization(1, ["mlp.up_proj"], 3, np.random.default_rng(0))
     plan = plan_report([], out=tmp_path / "report.html", other_inputs=["base"])
     made = plan.run(more=[utilization_section(found, "Use of neurons")])
     seen = check(page, tmp_path / "report.html", made)

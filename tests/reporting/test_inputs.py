@@ -27,7 +27,7 @@ def test_units_are_counted_as_units(neft, pair, tmp_path):
     assert sum(row["count"] for row in result.json["figures"]["distribution"]["rows"]) == len(of_unit)
 
 
-def test_scores_of_other_makers_may_lack_the_sums(neft, tmp_path):
+def test_scores_of_other_programs_may_lack_the_sums(neft, tmp_path):
     rng = np.random.default_rng(0)
     names = [f"layers.{i}.fc.weight" for i in range(3)]
     tensors = {name: {"score": rng.random(50) - 0.5} for name in names}
@@ -42,7 +42,7 @@ def test_scores_of_other_makers_may_lack_the_sums(neft, tmp_path):
     assert "lack" in result.json["sections"][0]["verdict"] or "norm" in result.json["sections"][0]["verdict"]
 
 
-def test_two_files_of_one_name_are_told_apart(neft, files):
+def test_files_with_the_same_name_get_different_names(neft, files):
     (files / "a").mkdir()
     (files / "a" / "scores.safetensors").write_bytes((files / "scores.safetensors").read_bytes())
     result = neft("report", "scores.safetensors", "a/scores.safetensors", "a/scores.safetensors", "--json")

@@ -100,7 +100,7 @@ def test_natural_order():
     assert sorted(names, key=natural_key) == ["g.1", "h", "h.9", "h.10"]
 
 
-def test_names_of_no_model_make_no_huge_map():
+def test_unusual_names_do_not_make_a_huge_map():
     found = LayerMap.of_counts({f"layers.{i}.kind{i}.weight": (1, 2) for i in range(3000)})
     assert found.chosen.shape == (3000, 1)
     assert found.neurons == 3000

@@ -26,7 +26,7 @@ def test_any_name_can_be_drawn(name):
     assert all(line.isprintable() for line in layer_map_lines(found))
 
 
-def test_a_picture_is_the_same_each_time():
+def test_a_figure_has_the_same_bytes_each_time():
     found = LayerMap.of_counts({f"layers.{i}.fc.weight": (i, 10) for i in range(5)})
     assert layer_map_figure(found).png() == layer_map_figure(found).png()
     assert layer_map_figure(found).svg() == layer_map_figure(found).svg()

@@ -89,7 +89,7 @@ def test_a_dry_run_writes_nothing_and_refuses_as_the_run_does(neft, files):
         (("scores.safetensors", "-o", "no/r.html"), 2, "does not exist"),
     ],
 )
-def test_what_is_wrong_is_said(neft, files, words, code, said):
+def test_errors_name_the_problem(neft, files, words, code, said):
     result = neft("report", *words)
     assert (result.code, said in result.err) == (code, True), result.err
     assert not (files / "r.html").exists()

@@ -27,7 +27,7 @@ def test_a_patch_alone(neft, files):
         ("--neurons", "5%", "--policy", "reversed"),
     ],
 )
-def test_every_budget_goes(neft, files, words):
+def test_every_budget_works(neft, files, words):
     result = neft("report", "scores.safetensors", "--json", *words)
     assert result.code == 0, result.err
     chosen = neft("select", "scores.safetensors", "-o", "selection", "--json", *words).json

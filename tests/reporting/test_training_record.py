@@ -34,6 +34,6 @@ def test_the_loss_curve_of_a_manifest():
         {"curve": [{"step": -1, "train_loss": 1.0}]},
     ],
 )
-def test_a_manifest_may_say_anything_of_its_training(training):
+def test_a_manifest_may_hold_any_training_record(training):
     assert loss_figure({"training": training}) is None
     training_facts({"training": training})
