@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
     from .hub.push import PushResult, push
-    from .neuron_utilization.measure import utilization
     from .neuron_utilization.result import Utilization
+    from .neuron_utilization.utilization import utilization
     from .patch.patch import Patch
     from .reporting.report import report
     from .scoring.scores import Scores
@@ -108,7 +108,7 @@ _HOMES = {
     "push": "hub.push",
     "report": "reporting.report",
     "revert": "surgery.apply",
-    "utilization": "neuron_utilization.measure",
+    "utilization": "neuron_utilization.utilization",
     "verify": "surgery.verify",
 }
 

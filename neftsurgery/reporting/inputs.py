@@ -1,4 +1,4 @@
-"""What a report is about: scores files with what a budget chooses of them, and patches."""
+"""The inputs of a report: scores files, each with what a budget chooses, and patches."""
 
 from __future__ import annotations
 
@@ -18,38 +18,42 @@ from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..tensors.header import read_header
-from .layer_map import LayerMap, places
+from .layer_map import LayerMap, locate_tensors
 
-__all__ = ["Items", "Patched", "Scored", "Subject", "open_subjects"]
+__all__ = ["Candidates", "PatchInput", "ReportInput", "ScoresInput", "open_inputs"]
+
+_DIFF_HINT = "make scores first: neftsurgery diff BASE TUNED -o scores.safetensors"
 
 I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Items:
-    """What a budget chooses from: the neurons that have a score, or the units they form.
+class Candidates:
+    """What a budget chooses from: the neurons that have a score, or the units that they form.
 
-    In the order that breaks ties: by tensor name, then index; units by their first neuron.
+    They are ordered as ties are broken: by tensor name, then by index. A unit is placed by its first neuron.
 
     Attributes
     ----------
     word:
         ``neuron`` or ``unit``.
     tensors:
-        Names of all scored tensors.
+        The names of all scored tensors.
     tensor, index:
-        Int64 ``[n]``: of each item the number of the tensor and the neuron in it; of a unit, its first.
+        Int64 ``[n]``: the number of the tensor, and the index of the neuron in it. For a unit, those of its
+        first neuron.
     score:
-        Float32 ``[n]``.
+        Float32 ``[n]``: the scores.
     base_sq, delta_sq:
-        Float64 ``[n]``, of a unit the sums over it; None where the file does not have them.
+        Float64 ``[n]``: the squared norms of the base vector and of the change. For a unit, their sums. None
+        if the file does not hold them.
     chosen:
-        Bool ``[n]``.
+        Bool ``[n]``: whether the budget chooses it.
     kinds:
-        Names of the kinds of weight; of units, of the blocks they lie in.
+        The names of the kinds of weight. For units, the names of the blocks.
     kind:
-        Int64 ``[n]``: of each item the number of its kind.
+        Int64 ``[n]``: the number of the kind.
     """
 
     word: str
@@ -68,13 +72,13 @@ class Items:
 
     @cached_property
     def order(self) -> I64:
-        """The items, the most sensitive first."""
+        """The candidates, the most sensitive first."""
         return np.argsort(-self.score, kind="stable")
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """A scores file and what a budget chooses of it."""
+class ScoresInput:
+    """A scores file, and what a budget chooses from it."""
 
     name: str
     scores: Scores
@@ -83,22 +87,22 @@ class Scored:
 
     @property
     def word(self) -> str:
-        """What its neurons in the map are."""
+        """The word for the neurons of its layer map."""
         return "sensitive" if self.budget.policy == "sensitive" else "chosen"
 
     @cached_property
     def map(self) -> LayerMap:
-        """Where the chosen neurons are."""
+        """The layer map of the chosen neurons."""
         return LayerMap.of_scores(self.scores, self.selection)
 
     @cached_property
-    def items(self) -> Items:
-        """What can be chosen, read into memory: some 40 bytes a neuron."""
-        return _items(self.scores, self.selection)
+    def candidates(self) -> Candidates:
+        """The candidates, read into memory: about 40 bytes per neuron."""
+        return _candidates(self.scores, self.selection)
 
 
 @dataclass(frozen=True, eq=False)
-class Patched:
+class PatchInput:
     """A patch."""
 
     name: str
@@ -106,81 +110,75 @@ class Patched:
 
     @property
     def word(self) -> str:
-        """What its neurons in the map are."""
+        """The word for the neurons of its layer map."""
         return "replaced"
 
     @cached_property
     def map(self) -> LayerMap:
-        """Where the replaced neurons are."""
+        """The layer map of the replaced neurons."""
         return LayerMap.of_patch(self.patch)
 
     @cached_property
     def selection(self) -> Selection:
-        """Which neurons it replaces."""
+        """The replaced neurons."""
         return self.patch.selection
 
 
-Subject = Scored | Patched
+ReportInput = ScoresInput | PatchInput
 
 
-def open_subjects(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list[Subject]:
-    """Open what a report shall be about, and choose from each of the scores.
+def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list[ReportInput]:
+    """Open the inputs of a report, and choose neurons from each scores file.
 
     Raises
     ------
     UsageError
-        If there is nothing of a name, or it is neither scores nor a patch.
+        If there is no input, or a path is neither a scores file nor a patch.
     MismatchError
-        If the budget chooses nothing of some scores.
+        If the budget chooses no neuron from a scores file.
     CorruptFileError
-        If one is damaged.
+        If a file is damaged.
     """
     if not paths:
         raise UsageError("there is nothing to report on", hint="name scores files or patches")
-    found: list[Subject] = []
+    found: list[ReportInput] = []
     for path, name in zip(paths, _names([Path(path) for path in paths]), strict=True):
         if not Path(path).is_file():
-            what = "a folder" if Path(path).is_dir() else "not there"
+            folder = "expected a scores file or a patch, found a folder"
             raise UsageError(
-                f"a report is about scores files and patches, and this is {what}",
-                file=path,
-                hint="make scores first: neftsurgery diff BASE TUNED -o scores.safetensors",
+                folder if Path(path).is_dir() else "there is no such file", file=path, hint=_DIFF_HINT
             )
         metadata = read_header(Path(path)).metadata
         if SCORES_KEY in metadata:
-            found.append(_scored(name, Scores.load(path), budget))
+            found.append(_scores_input(name, Scores.load(path), budget))
         elif PATCH_KEY in metadata:
-            found.append(Patched(name, Patch.load(path)))
+            found.append(PatchInput(name, Patch.load(path)))
         else:
-            raise UsageError(
-                "neither a scores file nor a patch",
-                file=path,
-                hint="make scores first: neftsurgery diff BASE TUNED -o scores.safetensors",
-            )
+            raise UsageError("this is neither a scores file nor a patch", file=path, hint=_DIFF_HINT)
     return found
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """A name for each: the file's, with its folder's or a number where that is not enough."""
+    """A unique name for each path: the file's name, if necessary with its folder's name and a number."""
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path.absolute().parent.name}/{path.name}" for path in paths]
     seen: Counter[str] = Counter()
-    told = []
+    unique = []
     for name in names:
         seen[name] += 1
-        told.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return told
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique
 
 
-def _scored(name: str, scores: Scores, budget: Budget) -> Scored:
+def _scores_input(name: str, scores: Scores, budget: Budget) -> ScoresInput:
     selection = scores.choose(budget)
     if not selection.tensors:
         raise MismatchError("no neuron is chosen", file=scores.path, hint="the threshold may be too high")
-    return Scored(name, scores, budget, selection)
+    return ScoresInput(name, scores, budget, selection)
 
 
-def _items(scores: Scores, selection: Selection) -> Items:
+def _candidates(scores: Scores, selection: Selection) -> Candidates:
     tensors = tuple(scores.tensors)
     counts = [tensor.layout.count for tensor in scores.tensors.values()]
     tensor = np.repeat(np.arange(len(tensors)), counts)
@@ -192,11 +190,11 @@ def _items(scores: Scores, selection: Selection) -> Items:
     for number, name in enumerate(tensors):
         if name in selection.tensors:
             chosen[starts[number] + selection.tensors[name].index] = True
-    at = places(tensors)
-    named = [at[name].kind for name in tensors]
-    keep = np.flatnonzero(score == score)  # NaN differs from itself
+    locations = locate_tensors(tensors)
+    tensor_kinds = [locations[name].kind for name in tensors]
+    keep = np.flatnonzero(score == score)  # not NaN
     if scores.by_unit:
-        named = [name.rpartition(".")[0] or name for name in named]
+        tensor_kinds = [name.rpartition(".")[0] or name for name in tensor_kinds]
         unit = np.concatenate([_units(scores, name) for name in tensors])
         keep = keep[unit[keep] >= 0]
         keep = keep[np.sort(np.unique(unit[keep], return_index=True)[1])]
@@ -205,10 +203,10 @@ def _items(scores: Scores, selection: Selection) -> Items:
             None if values is None else np.bincount(group, values)[group].astype(np.float64)
             for values in (base_sq, delta_sq)
         )
-    kinds = tuple(dict.fromkeys(named))
+    kinds = tuple(dict.fromkeys(tensor_kinds))
     numbers = {name: number for number, name in enumerate(kinds)}
-    kind = np.array([numbers[name] for name in named])
-    return Items(
+    kind = np.array([numbers[name] for name in tensor_kinds])
+    return Candidates(
         "unit" if scores.by_unit else "neuron",
         tensors,
         tensor[keep],
@@ -223,7 +221,7 @@ def _items(scores: Scores, selection: Selection) -> Items:
 
 
 def _joined(scores: Scores, which: str) -> F64 | None:
-    """A sum of all neurons, without NaN; None unless every tensor has it."""
+    """One of the sums for all neurons, NaN as 0; None unless every tensor has it."""
     parts = [scores.sums(name, which) for name in scores.tensors]
     known = [part for part in parts if part is not None]
     return np.nan_to_num(np.concatenate(known)) if len(known) == len(parts) else None

@@ -1,4 +1,4 @@
-"""Ranks, groups and buckets of neurons whose numbers are made up, so that the answer is known."""
+"""Ranks, groups and buckets of made-up neurons, for which the answer is known; and the file."""
 
 from __future__ import annotations
 
@@ -7,61 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import neftsurgery as ns
-from neftsurgery.neuron_utilization.correlation import strongest
-from neftsurgery.neuron_utilization.ranking import limit_of, ranks
-from neftsurgery.neuron_utilization.result import NeuronUse, Utilization, ranked
+from neftsurgery.neuron_utilization.result import TensorUtilization, Utilization, with_ranks
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.selection.budget import Amount
 from neftsurgery.tensors.header import TensorInfo
 
 NAN = float("nan")
 
 
-def test_ranks() -> None:
-    assert ranks(np.array([0.2, 0.9, 0.2, NAN, 0.5])).tolist() == [3, 1, 4, 0, 2]
-    assert ranks(np.zeros(0)).tolist() == []
-
-
-def test_the_papers_limit_is_100_000_ranks_of_its_model() -> None:
-    assert limit_of(None, 32 * 11_008) == 100_000
-    assert limit_of(None, 0) == 0
-    assert limit_of(Amount.parse("10%"), 209) == 20
-    assert limit_of(Amount.parse(50), 7) == 50
-
-
-def test_correlation_is_pearsons() -> None:
-    rng = np.random.default_rng(0)
-    weight, states = rng.standard_normal((3, 9, 5)), rng.standard_normal((4, 9))
-    values, which = strongest(torch.tensor(weight), Layout.of((3, 9, 5), (0, 2)), torch.tensor(states))
-    vectors = weight.transpose(0, 2, 1).reshape(15, 9)
-    for vector, value, at in zip(vectors, values.tolist(), which.tolist(), strict=True):
-        expected = [abs(np.corrcoef(vector, state)[0, 1]) for state in states]
-        assert value == pytest.approx(max(expected), rel=1e-12)
-        assert at == int(np.argmax(expected))
-
-
-def test_degenerate_vectors() -> None:
-    states = torch.tensor([[1.0, 2.0, 4.0], [0.1, 0.1, 0.1]], dtype=torch.float64)
-    weight = torch.tensor(
-        [[0.1, 0.1, 0.1], [0.0, 0.0, 0.0], [1.0, NAN, 2.0], [1.0, float("inf"), 2.0], [-2e30, -4e30, -8e30],
-         [2e-30, 4e-30, 8e-30]]
-    )  # fmt: skip
-    values, _ = strongest(weight, Layout.of((6, 3), (0,)), states)
-    assert values[:2].tolist() == [0, 0]  # all elements equal: no alignment, whatever rounding leaves
-    assert values[2:4].isnan().all()
-    assert values[4:].tolist() == pytest.approx([1, 1], rel=1e-6)
-    nothing, _ = strongest(weight[4:], Layout.of((2, 3), (0,)), states[1:])
-    assert nothing.tolist() == [0, 0]
-
-
-def neurons(name: str, before: list[float], after: list[float], trained: list[int]) -> NeuronUse:
+def neurons(name: str, before: list[float], after: list[float], trained: list[int]) -> TensorUtilization:
     info = TensorInfo(name, "F32", (len(before), 4))
     parts = name.split(".")
     zeros = np.zeros(len(before), np.int32)
-    return NeuronUse(
+    return TensorUtilization(
         info, Layout.of(info.shape, (0,)), ".".join(parts[:2]), ".".join(parts[2:-1]),
         np.array(before), np.array(after), zeros, zeros, zeros.astype(np.int64), zeros.astype(np.int64),
         np.isin(np.arange(len(before)), trained),
@@ -76,7 +35,7 @@ def made_up() -> Utilization:
         neurons("layers.2.up.weight", [0.9, 0.8, 0.7, 0.6, 0.5], [0.01, 0.8, 0.7, 0.6, 0.45], [1]),
         neurons("layers.2.down.weight", [0.5, 0.4], [0.4, 0.5], []),
     ]
-    return Utilization(ranked(tensors), {"strongly": 3})
+    return Utilization(with_ranks(tensors), {"strongly": 3})
 
 
 def test_ranks_changes_and_groups(made_up: Utilization) -> None:
@@ -113,7 +72,7 @@ def test_buckets() -> None:
     before, after = np.linspace(1, 0, 200), np.linspace(1, 0, 200)
     after[[0, 1]] = after[[1, 0]]  # the top percent changes places, and so do two in the middle
     after[[100, 110]] = after[[110, 100]]
-    use = Utilization(ranked([neurons("layers.0.up.weight", list(before), list(after), [])]), {})
+    use = Utilization(with_ranks([neurons("layers.0.up.weight", list(before), list(after), [])]), {})
     buckets = use.buckets()
     assert [bucket.neurons for bucket in buckets] == [2, 4, 14, 40, 40, 40, 40, 14, 4, 2]
     assert sum(bucket.neurons for bucket in buckets) == use.neurons

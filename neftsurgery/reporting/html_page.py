@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing but itself."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from ..errors import UsageError
 from ..version import __version__
-from .drawing import COLOURS
-from .figure import Column, Figure, Table
-from .sections import Section
+from .figure import Column, ReportFigure, Table
+from .plotting import COLOURS
+from .sections import ReportSection
 
-__all__ = ["render"]
+__all__ = ["render_html"]
 
-#: More rows than these are left to the CSV and JSON.
-_ROWS = 300
+#: The page shows this many rows of a table. The CSV and the JSON have all of them.
+_MAX_ROWS = 300
 
 
-def render(title: str, sections: Sequence[Section], step: Callable[[int], object] = int) -> str:
-    """The page; ``step`` is told of each figure drawn.
+def render_html(title: str, sections: Sequence[ReportSection], advance: Callable[[int], None]) -> str:
+    """The page as text; ``advance`` is called with 1 after each figure.
 
-    Everything that comes from a file is escaped, and a policy in the page forbids it scripts and network.
+    All text from files is escaped. The page's content security policy forbids scripts and network requests.
 
     Raises
     ------
@@ -41,18 +41,18 @@ def render(title: str, sections: Sequence[Section], step: Callable[[int], object
     )
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
 
-    def picture(figure: Figure) -> Markup:
-        drawn = Markup(figure.inline_svg())  # escaped by the XML writer that made it
-        step(1)
+    def image(figure: ReportFigure) -> Markup:
+        drawn = Markup(figure.inline_svg())  # the XML writer has escaped it
+        advance(1)
         return drawn
 
     return template.render(
         title=title,
         sections=sections,
-        picture=picture,
+        image=image,
         rows=_rows,
-        most=_ROWS,
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),  # our own file
+        max_rows=_MAX_ROWS,
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),  # a file of this package
         light=[(name, colour) for name, colour, _ in COLOURS],
         dark=[(name, colour) for name, _, colour in COLOURS],
         version=__version__,
@@ -61,18 +61,18 @@ def render(title: str, sections: Sequence[Section], step: Callable[[int], object
 
 def _rows(table: Table) -> list[list[dict[str, Any]]]:
     """The cells of a table's first rows: text, whether it is a number, and the length of its bar."""
-    shown = table.rows[:_ROWS]
-    longest = [_longest(table, place) if column.bar else 0.0 for place, column in enumerate(table.columns)]
-    return [[_cell(*found) for found in zip(table.columns, row, longest, strict=True)] for row in shown]
+    shown = table.rows[:_MAX_ROWS]
+    tops = [_largest(table, index) if column.bar else 0.0 for index, column in enumerate(table.columns)]
+    return [[_cell(*cell) for cell in zip(table.columns, row, tops, strict=True)] for row in shown]
 
 
-def _longest(table: Table, place: int) -> float:
-    numbers = [abs(cell) for row in table.rows if isinstance(cell := row[place], int | float)]
+def _largest(table: Table, index: int) -> float:
+    numbers = [abs(cell) for row in table.rows if isinstance(cell := row[index], int | float)]
     return max((number for number in numbers if number == number), default=0.0)
 
 
-def _cell(column: Column, value: Any, longest: float) -> dict[str, Any]:
+def _cell(column: Column, value: Any, top: float) -> dict[str, Any]:
     text = "-" if value is None else column.show(value)
     known = isinstance(value, int | float) and value == value
-    bar = round(100 * abs(value) / longest, 1) if longest and known else None
+    bar = round(100 * abs(value) / top, 1) if top and known else None
     return {"text": text, "number": column.is_number, "bar": bar}

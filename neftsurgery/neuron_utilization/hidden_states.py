@@ -1,8 +1,8 @@
-"""Mean hidden states of a live model over a text, summed up layer by layer as the model runs.
+"""The mean hidden states of a live model over a text, added up layer by layer while the model runs.
 
-The hidden states are those that transformers calls ``hidden_states``: number 0 enters the first block,
-number ``i`` leaves block ``i - 1``, and the last one has gone through the final norm, if there is one. No
-more than one layer's are held beside what the model itself holds.
+They are numbered like ``hidden_states`` in transformers: number 0 enters the first block, number ``i`` leaves
+block ``i - 1``, and the last one has passed through the final norm, if there is one. In addition to what the
+model holds, only one layer's hidden states are in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from ..errors import MismatchError
-from .models import Stack
-from .text import Piece
+from .blocks import BlockStack
+from .tokenized_text import TokenChunk
 
-__all__ = ["mean_states"]
+__all__ = ["mean_hidden_states"]
 
 
-def mean_states(
+def mean_hidden_states(
     model: Any,
-    stack: Stack,
-    batches: Iterable[Sequence[Piece]],
+    stack: BlockStack,
+    batches: Iterable[Sequence[TokenChunk]],
     *,
     padding: int,
     advance: Callable[[int], None] = lambda tokens: None,
@@ -33,55 +33,57 @@ def mean_states(
     Parameters
     ----------
     model:
-        A model of transformers, of which ``stack`` is a part; its head, if it has one, is not run.
+        A transformers model that contains ``stack``. Its head is not run.
+    batches:
+        The chunks of tokens that go through the model together.
     padding:
-        The id that short pieces are filled up with, behind; it is masked.
+        The token id that fills up short chunks at the end. It is masked.
     advance:
-        Told of the tokens done.
+        Called with the number of tokens after each batch.
 
     Raises
     ------
     MismatchError
-        If the blocks do not hand on hidden states, or these are no numbers.
+        If the blocks do not pass on hidden states, or a hidden state is not finite.
     """
-    sums = _Sums(stack)
+    sums = _StateSums(stack)
     body, device = model.base_model, next(model.parameters()).device
-    hooks = sums.listen()
+    hooks = sums.register_hooks()
     try:
         with torch.inference_mode():
             for batch in batches:
                 ids, mask, weights = _padded(batch, padding)
                 sums.begin(weights)
-                found = body(input_ids=ids.to(device), attention_mask=mask.to(device))
-                sums.end(found.last_hidden_state)
-                advance(sum(len(piece.ids) for piece in batch))
+                output = body(input_ids=ids.to(device), attention_mask=mask.to(device))
+                sums.end(output.last_hidden_state)
+                advance(sum(len(chunk.ids) for chunk in batch))
     finally:
         for hook in hooks:
             hook.remove()
     return sums.result()
 
 
-def _padded(batch: Sequence[Piece], padding: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and mask int64, and weights float64, each ``[pieces, tokens of the longest]``."""
-    width = max(len(piece.ids) for piece in batch)
+def _padded(batch: Sequence[TokenChunk], padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and mask int64, and weights float64, each ``[chunks, tokens of the longest chunk]``."""
+    width = max(len(chunk.ids) for chunk in batch)
     ids = torch.full((len(batch), width), padding)
     weights = torch.zeros(len(batch), width, dtype=torch.float64)
-    for row, piece in enumerate(batch):
-        ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
-        weights[row, : len(piece.ids)] = piece.weight
+    for row, chunk in enumerate(batch):
+        ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
+        weights[row, : len(chunk.ids)] = chunk.weight
     return ids, (weights > 0).long(), weights
 
 
-class _Sums:
-    """Listens to the blocks, and adds up what they hand on."""
+class _StateSums:
+    """The sums of the hidden states that enter and leave the blocks, taken by hooks."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: BlockStack) -> None:
         self._stack = stack
         self._sums: dict[int, Tensor] = {}
         self._seen: list[int] = []
         self._weights = torch.empty(0)
 
-    def listen(self) -> list[Any]:
+    def register_hooks(self) -> list[Any]:
         first, *_ = blocks = self._stack.blocks
         hooks: list[Any] = [first.register_forward_pre_hook(self._enters, with_kwargs=True)]
         for number, block in enumerate(blocks[:-1], 1):
@@ -95,7 +97,7 @@ class _Sums:
         self._add(len(self._stack.blocks), last)
         if self._seen != list(range(len(self._stack.blocks) + 1)):
             raise MismatchError(
-                f"the blocks of {self._stack.path} are not run one after the other, each once",
+                f"the model must run the blocks of {self._stack.path} in order and once each",
                 expected=f"{len(self._stack.blocks)} blocks",
                 found=f"{len(self._seen) - 1} runs",
             )
@@ -105,8 +107,8 @@ class _Sums:
         wrong = (~torch.isfinite(means).all(dim=1)).nonzero().flatten()
         if len(wrong):
             raise MismatchError(
-                f"hidden state {int(wrong[0])} of {len(means)} is no number",
-                hint="a wider type may hold it: float32",
+                f"hidden state {int(wrong[0])} of {len(means)} is not finite",
+                hint="compute in a wider dtype, such as float32",
             )
         return means
 
@@ -123,12 +125,12 @@ class _Sums:
         shape = tuple(states.shape) if isinstance(states, Tensor) else None
         if shape is None or len(shape) != 3 or shape[:2] != tuple(self._weights.shape):
             raise MismatchError(
-                f"the blocks of {self._stack.path} do not hand on one hidden state for each token",
+                f"the blocks of {self._stack.path} do not pass on one hidden state per token",
                 expected=[*self._weights.shape, "hidden"],
                 found=type(states).__name__ if shape is None else list(shape),
             )
         self._seen.append(number)
         total = self._sums.setdefault(number, torch.zeros(shape[2], dtype=torch.float64))
-        for row, weights in zip(states, self._weights, strict=True):  # one piece at a time in float64
+        for row, weights in zip(states, self._weights, strict=True):  # one chunk at a time in float64
             count = int(torch.count_nonzero(weights))
             total += weights[:count] @ row[:count].cpu().double()

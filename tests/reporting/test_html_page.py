@@ -1,4 +1,4 @@
-"""The page in a browser: no complaint, no request beyond itself, every figure there, at any width."""
+"""The page in a browser: no errors, no requests, and every figure at every width."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from report_support import write_scores
 
 import neftsurgery as ns
 from neftsurgery.demo.planted import make_base, make_tuned
-from neftsurgery.neuron_utilization.figures import section_of
-from neftsurgery.neuron_utilization.result import NeuronUse, Utilization, ranked
+from neftsurgery.neuron_utilization.report_section import utilization_section
+from neftsurgery.neuron_utilization.result import TensorUtilization, Utilization, with_ranks
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.reporting.report import make, plan_report
+from neftsurgery.reporting.report import plan_report
 from neftsurgery.tensors.header import TensorInfo
 
 _LOOK = """({
@@ -105,8 +105,8 @@ def test_two_fine_tunes_of_textgenrnn(page, shared_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_names_cannot_do_anything(page, tmp_path, rng_scores):
-    """Tensor names, file names and facts are text, whatever they look like."""
+def test_hostile_names_are_only_text(page, tmp_path, rng_scores):
+    """Tensor names, file names and facts are text, whatever they contain."""
     hostile = "<script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=alert(1)>"
     tensors, widths = rng_scores(
         [f"layers.{i}.{hostile}" for i in range(2)] + ["$x^{$", "{{ 7*7 }}", "\x1b[2J", "a&b;"]
@@ -142,8 +142,8 @@ def rng_scores():
     return make
 
 
-def made_up_use(layers, kinds, count, rng):
-    """The analysis of a model that there is not, with names that mean to do harm."""
+def made_up_utilization(layers, kinds, count, rng):
+    """The utilization of a made-up model with hostile names."""
     tensors = []
     for layer in range(layers):
         for kind in kinds:
@@ -153,18 +153,20 @@ def made_up_use(layers, kinds, count, rng):
             small, large = np.zeros(count, np.int32), np.zeros(count, np.int64)
             place = info, Layout.of(info.shape, (0,)), f"model.layers.{layer}", kind
             trained = rng.random(count) < 0.1
-            tensors.append(NeuronUse(*place, before, after, small, small, large, large, trained))
+            tensors.append(TensorUtilization(*place, before, after, small, small, large, large, trained))
     facts = {"states": "preceding", "strongly": "5%", "patch": {"outside": 3}}
-    return Utilization(ranked(tensors), facts | {"text": {"name": "<b>.txt", "texts": 3, "tokens": 60}})
+    return Utilization(with_ranks(tensors), facts | {"text": {"name": "<b>.txt", "texts": 3, "tokens": 60}})
 
 
 @pytest.mark.slow
-def test_the_use_of_neurons(page, demo, tmp_path):
-    found = made_up_use(32, ["mlp.up_proj", "<script>alert(1)</script>"], 40, np.random.default_rng(0))
+def test_a_utilization(page, demo, tmp_path):
+    found = made_up_utilization(
+        32, ["mlp.up_proj", "<script>alert(1)</script>"], 40, np.random.default_rng(0)
+    )
     assert found.groups()["indirectly_affected"].neurons > 100
     made = ns.report(
         demo / "neuron_patch.safetensors",
-        more=[section_of(found, "Use of neurons")],
+        more=[utilization_section(found, "Use of neurons")],
         out=tmp_path / "report.html",
     )
     assert list(made.figures) == ["map", "use-groups", "use-buckets", "use-map"]
@@ -174,10 +176,10 @@ def test_the_use_of_neurons(page, demo, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_use_of_neurons_none_of_which_moved(page, tmp_path):
-    """Nothing to draw is drawn as nothing."""
-    found = made_up_use(1, ["mlp.up_proj"], 3, np.random.default_rng(0))
-    plan = plan_report([], {}, out=tmp_path / "report.html", inputs=["base"])
-    made = make(plan, more=[section_of(found, "Use of neurons")])
+def test_a_utilization_in_which_no_neuron_moved(page, tmp_path):
+    """Figures without data are drawn empty."""
+    found = made_up_utilization(1, ["mlp.up_proj"], 3, np.random.default_rng(0))
+    plan = plan_report([], out=tmp_path / "report.html", other_inputs=["base"])
+    made = plan.run(more=[utilization_section(found, "Use of neurons")])
     seen = check(page, tmp_path / "report.html", made)
-    assert "None is strongly affected." in seen["text"]
+    assert "No neuron is strongly affected." in seen["text"]
