@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .surgery.inspect import inspect
     from .surgery.merge import merge
     from .surgery.verify import Verification, verify
+    from .training.train import train
+    from .training.train_result import TrainResult
     from .tuning.attach import Attached, attach
     from .tuning.trainer import PatchSaving
 
@@ -56,6 +58,7 @@ __all__ = [
     "Pushed",
     "Scores",
     "Selection",
+    "TrainResult",
     "UsageError",
     "Utilization",
     "Verification",
@@ -72,6 +75,7 @@ __all__ = [
     "push",
     "report",
     "revert",
+    "train",
     "utilization",
     "verify",
 ]
@@ -84,6 +88,7 @@ _HOMES = {
     "Pushed": "hub.push",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
+    "TrainResult": "training.train_result",
     "Utilization": "neuron_utilization.result",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
@@ -98,6 +103,7 @@ _HOMES = {
     "push": "hub.push",
     "report": "reporting.report",
     "revert": "surgery.apply",
+    "train": "training.train",
     "utilization": "neuron_utilization.measure",
     "verify": "surgery.verify",
 }

@@ -247,7 +247,7 @@ def _journal(root: Path) -> Target:
 
 
 def _recipe(root: Path) -> Target:
-    from neftsurgery.training.reading import read_recipe
+    from neftsurgery.training.recipe_reader import read_recipe
 
     path = root / "recipe.yaml"
     whole: dict[str, Any] = {
