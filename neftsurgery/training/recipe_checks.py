@@ -14,25 +14,12 @@ from .recipe import Probe, Recipe, Select
 __all__ = ["check_recipe"]
 
 _POSITIVE = (
-    "data.max_length",
-    "data.limit",
-    "probe.steps",
-    "probe.learning_rate",
-    "train.steps",
-    "train.epochs",
-    "train.batch_size",
-    "train.accumulate",
-    "train.learning_rate",
-    "train.save_every",
-)
+    "data.max_length", "data.limit", "probe.steps", "probe.learning_rate", "train.steps", "train.epochs",
+    "train.batch_size", "train.accumulate", "train.learning_rate", "train.save_every",
+)  # fmt: skip
 _NOT_NEGATIVE = (
-    "train.warmup",
-    "train.weight_decay",
-    "train.clip",
-    "train.seed",
-    "select.seed",
-    "data.eval_share",
-)
+    "train.warmup", "train.weight_decay", "train.clip", "train.seed", "select.seed", "data.eval_share",
+)  # fmt: skip
 
 
 def check_recipe(recipe: Recipe, file: Path | None) -> None:

@@ -112,7 +112,7 @@ class _Stop:
 
 @contextmanager
 def _asked_to_stop(console: Console) -> Iterator[_Stop]:
-    """Within the context, the first SIGINT or SIGTERM asks the run to save and stop; the second kills it."""
+    """Within the context, the first SIGINT or SIGTERM asks the run to save and stop; the second stops it."""
     stop = _Stop(console)
     if threading.current_thread() is not threading.main_thread():
         yield stop

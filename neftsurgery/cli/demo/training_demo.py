@@ -87,7 +87,7 @@ class _TrainingDemo:
 
         session.heading("The control: as many random neurons")
         session.run_command(CONTROL)
-        self._train_selection(f"{SHARE} of the neurons, random", base, "control", "control_patch")
+        self._train_selection(f"{SHARE} of the neurons at random", base, "control", "control_patch")
 
         session.heading("Apply the patch to the files of the base, load them, and revert it")
         session.run_command(APPLY)

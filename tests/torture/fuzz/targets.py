@@ -271,6 +271,6 @@ def _recipe(root: Path) -> Target:
     def read(raw: bytes) -> None:
         recipe = read_recipe(path)
         assert recipe.model
-        assert recipe.describe()["out"]
+        assert recipe.to_json()["out"]
 
     return Target("recipe", path, seeds, mutate, read, 0.05)
