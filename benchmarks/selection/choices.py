@@ -12,7 +12,7 @@ import neftsurgery as ns
 from benchmarks.selection.arms import LIVE, Arm
 from neftsurgery import Selection
 from neftsurgery.surgery.pairing import Scope, pair
-from neftsurgery.training.gradients import gradient_scores
+from neftsurgery.training.gradient_probe import gradient_scores
 
 
 def choose(

@@ -29,10 +29,10 @@ def main() -> None:
         import torch
         import transformers
 
-        import neftsurgery.training.run
+        import neftsurgery.training.train_plan
 
         torch.set_num_threads(1)  # a fork does not take the threads of a pool along
-        assert all((transformers.Trainer, neftsurgery.training.run))
+        assert all((transformers.Trainer, neftsurgery.training.train_plan))
     shared = mmap.mmap(-1, 16)
     with contextlib.suppress(OSError):
         sys.stdin.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -248,7 +248,7 @@ def _journal(root: Path) -> Target:
 
 
 def _recipe(root: Path) -> Target:
-    from neftsurgery.training.reading import read_recipe
+    from neftsurgery.training.recipe_reader import read_recipe
 
     path = root / "recipe.yaml"
     whole: dict[str, Any] = {
@@ -272,6 +272,6 @@ def _recipe(root: Path) -> Target:
     def read(raw: bytes) -> None:
         recipe = read_recipe(path)
         assert recipe.model
-        assert recipe.describe()["out"]
+        assert recipe.to_json()["out"]
 
     return Target("recipe", path, seeds, mutate, read, 0.05)

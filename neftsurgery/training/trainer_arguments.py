@@ -10,24 +10,24 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import UsageError
-from .reading import nearest
 from .recipe import Recipe
+from .recipe_reader import nearest
 
-__all__ = ["arguments"]
+__all__ = ["trainer_arguments"]
 
-_LOGS = 100  # points of the loss curve, about
-_KEPT = 2  # saves: the last, and the best
+_LOG_POINTS = 100  # about as many points of the loss curve
+_KEPT_SAVES = 2  # the last, and the best
 
 
-def arguments(
+def trainer_arguments(
     recipe: Recipe, saves: Path, *, steps: int, save_every: int, dev: bool, **options: Any
 ) -> TrainingArguments:
-    """What a Trainer is told; ``options`` beat the recipe's.
+    """The Trainer's arguments; ``options`` replace the recipe's.
 
     Raises
     ------
     UsageError
-        If ``train.more`` names what there is not, or what the recipe has a key for.
+        If ``train.more`` has an unknown argument, or one that the recipe has a key for.
     """
     train = recipe.train
     ours: dict[str, Any] = {
@@ -45,27 +45,29 @@ def arguments(
         "seed": train.seed,
         "save_strategy": "steps",
         "save_steps": save_every,
-        "save_total_limit": _KEPT,
+        "save_total_limit": _KEPT_SAVES,
         "eval_strategy": "steps" if dev else "no",
         "eval_steps": save_every,
         "load_best_model_at_end": dev,
         "metric_for_best_model": "eval_loss" if dev else None,
         "greater_is_better": False if dev else None,
-        "logging_steps": max(1, steps // _LOGS),
+        "logging_steps": max(1, steps // _LOG_POINTS),
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
         "report_to": "none",
     }  # fmt: skip
-    known = {one.name for one in dataclasses.fields(TrainingArguments) if one.init}
+    known = sorted(one.name for one in dataclasses.fields(TrainingArguments) if one.init)
     for name in train.more:
         if name in ours:
-            raise UsageError(f"train.more.{name} is the recipe's own to say", hint="see the keys of train")
+            raise UsageError(
+                f"train.more.{name} is set by the recipe", hint="use the recipe's own keys of train"
+            )
         if name not in known:
-            raise UsageError(f"there is no training argument {name!r}", hint=nearest(name, sorted(known)))
+            raise UsageError(f"there is no training argument {name!r}", hint=nearest(name, known))
+    pinned = {} if torch.accelerator.is_available() else {"dataloader_pin_memory": False}
     try:
-        pinned = {} if torch.accelerator.is_available() else {"dataloader_pin_memory": False}
         return TrainingArguments(**(ours | pinned | train.more | options))
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Where a round is shown: titles, commands as they are typed and done, claims that hold or do not."""
+"""The session that a demo runs in: headings, commands that are shown and run, and checks."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 
 from ..console import Console
 
-__all__ = ["Stage", "can_draw", "digests", "yes"]
+__all__ = ["DemoSession", "can_draw", "digests"]
 
 
-class Stage:
-    """A console and a folder to work in.
+class DemoSession:
+    """A console and a working folder.
 
     Attributes
     ----------
     console:
-        Where it is shown.
-    place:
-        The folder.
+        The console that shows the demo.
+    folder:
+        The folder that the commands run in.
     """
 
-    def __init__(self, console: Console, place: Path) -> None:
+    def __init__(self, console: Console, folder: Path) -> None:
         self.console = console
-        self.place = place
+        self.folder = folder
 
-    def title(self, text: str) -> None:
-        """What comes next."""
+    def heading(self, text: str) -> None:
+        """Begin a part of the demo."""
         self.console.say(f"\n== {text}")
 
-    def type(self, line: str) -> None:
-        """Show a command, and do what it does."""
+    def run_command(self, line: str) -> None:
+        """Show a command and run it."""
         from ..main import cli
 
         self.console.say(f"$ neftsurgery {line}")
@@ -41,28 +41,23 @@ class Stage:
         if self.console.quiet or self.console.as_json:
             words.append("--quiet")
         before = Path.cwd()
-        os.chdir(self.place)
+        os.chdir(self.folder)
         try:
             cli.main(words, prog_name="neftsurgery", standalone_mode=False)
         finally:
             os.chdir(before)
 
-    def claim(self, text: str, held: bool) -> bool:
-        """Say whether it held; returns that."""
-        self.console.say(f"  -> {text}: {yes(held)}")
-        return held
+    def check(self, text: str, passed: bool) -> bool:
+        """Show whether a check passed; returns ``passed``."""
+        self.console.say(f"  -> {text}: {'yes' if passed else 'NO'}")
+        return passed
 
 
 def can_draw() -> bool:
-    """Whether what a report needs is installed."""
+    """Whether the packages that a report needs are installed."""
     return all(find_spec(name) is not None for name in ("jinja2", "matplotlib"))
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The files of a folder by name."""
+    """The SHA-256 of each file in a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-
-
-def yes(held: bool) -> str:
-    """For people."""
-    return "yes" if held else "NO"

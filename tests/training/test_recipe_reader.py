@@ -1,4 +1,4 @@
-"""Recipes: what they may say, and what is said of what they may not."""
+"""Recipes (with `recipe_yaml` and `recipe_checks`, which it calls): what they may say, and the errors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 from recipes_support import RECIPES
 
 import neftsurgery as ns
-from neftsurgery.training.reading import _keys, read_recipe
 from neftsurgery.training.recipe import Recipe
+from neftsurgery.training.recipe_reader import known_keys, parse_overrides, read_recipe
 
 LEAST = "model: m\nout: o\ndata: {train: d.jsonl}\nselect: {neurons: 3%}\n"
 
 
 def read(tmp_path: Path, text: str, *overrides: str) -> Recipe:
     (tmp_path / "recipe.yaml").write_text(text)
-    return read_recipe(tmp_path / "recipe.yaml", overrides)
+    return read_recipe(tmp_path / "recipe.yaml", parse_overrides(overrides))
 
 
 def test_the_least_recipe(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_values_and_overrides(tmp_path: Path) -> None:
     assert recipe.train.more == {"optim": "sgd"}
 
 
-def test_what_is_on_this_machine_beats_the_hub(tmp_path: Path) -> None:
+def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
     text = LEAST.replace("model: m", "model: org/name")
     assert read(tmp_path, text).model == "org/name"
     (tmp_path / "org" / "name").mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_what_is_on_this_machine_beats_the_hub(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "why"),
     [
-        (LEAST + "modle: x", [], "no key 'modle'.*\n?.*did you mean model"),
+        (LEAST + "modle: x", [], "a recipe has no key 'modle'.*\n?.*did you mean model"),
         (LEAST + "train: {learningrate: 1}", [], "did you mean train.learning_rate"),
         (LEAST + "train: {lr: 1}", [], "no key 'train.lr'"),
         (LEAST, ["learning_rate=1"], "did you mean probe.learning_rate or train.learning_rate"),
@@ -75,17 +75,17 @@ def test_what_is_on_this_machine_beats_the_hub(tmp_path: Path) -> None:
         (LEAST, ["data.eval_share=1"], "nothing to train on"),
         (LEAST.replace("model: m\n", ""), [], "does not say model"),
         (LEAST.replace("data: {train: d.jsonl}\n", ""), [], "does not say data.train"),
-        (LEAST + "out: again\n", [], "'out' is there twice"),
-        (LEAST + "train: 5\n", [], "a section of keys"),
+        (LEAST + "out: again\n", [], "'out' is given twice"),
+        (LEAST + "train: 5\n", [], "a section with keys of its own"),
         ("- a\n- b\n", [], "a mapping"),
         ("a: [\n", [], "not valid YAML in line"),
-        (LEAST + "train: !!timestamp x\n", [], "not what its tag says"),
-        (LEAST + "train: !!bool x\n", [], "not what its tag says"),
+        (LEAST + "train: !!timestamp x\n", [], "a value does not match its tag"),
+        (LEAST + "train: !!bool x\n", [], "a value does not match its tag"),
         (LEAST + "train: !!python/object/apply:os.system [id]\n", [], "not valid YAML"),
-        (LEAST + "train: &a [*a]\n", [], "do without anchors"),
+        (LEAST + "train: &a [*a]\n", [], "have no anchors"),
         (LEAST + "train: " + "[" * 50_000 + "\n", [], "nested too deeply"),
         (LEAST + "- " * 5_000 + "\n", [], "not valid YAML"),
-        (LEAST + "x" * 900 + ": 1\n", [], "there is no key 'x{98}…"),
+        (LEAST + "x" * 900 + ": 1\n", [], "a recipe has no key 'x{98}…"),
         (LEAST + "#" * 200_000, [], "larger than 100,000 bytes"),
     ],
 )
@@ -94,13 +94,33 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, overrides: list[str], 
         read(tmp_path, text, *overrides)
 
 
-def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+def test_a_mapping_is_a_recipe_too(tmp_path: Path) -> None:
+    """Paths in a mapping start from the current folder; overrides come by section or by dotted key."""
+    recipe = {"model": Path("m"), "out": "o", "data": {"train": "d.jsonl"}, "select": {"neurons": 50}}
+    made = read_recipe(recipe, {"train": {"steps": 7}, "select.include": ("a*", "b"), "out": Path("p")})
+    assert (made.model, made.out, made.data.train) == ("m", "p", "d.jsonl")
+    assert (made.train.steps, made.select.include, made.select.neurons) == (7, ["a*", "b"], "50")
+    assert read_recipe(recipe, {"data": None}).data.train == "d.jsonl"
+    for overrides, why in (
+        ({"lr": 1}, "a recipe has no key 'lr'"),
+        ({"train": 5}, "a section with keys of its own"),
+        ({"train.more": {"optim": object()}}, "expected a mapping of plain values"),
+        ({"train.epochs": 10**400}, "train.epochs does not fit"),
+    ):
+        with pytest.raises(ns.UsageError, match=why) as caught:
+            read_recipe(recipe, overrides)
+        assert caught.value.file is None
+    with pytest.raises(ns.UsageError, match="does not say out"):
+        read_recipe({"model": "m"})
+
+
+def test_a_recipe_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(LEAST.encode() + b"\xd8\n")
     with pytest.raises(ns.UsageError, match="not UTF-8"):
         read_recipe(tmp_path / "recipe.yaml")
 
 
-def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(ns.UsageError, match="no such recipe"):
         read_recipe(tmp_path / "no.yaml")
 
@@ -127,6 +147,6 @@ def test_the_quickstart_names_every_key_that_matters() -> None:
         "train.clip",
         "train.mode",
     }
-    for key in _keys():
+    for key in known_keys():
         section, _, name = key.rpartition(".")
         assert section == "select" or key in rare or f"{name}:" in text or f"`{name}`" in text, key

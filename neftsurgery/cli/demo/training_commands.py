@@ -1,4 +1,4 @@
-"""The commands of the round with training, apart from it so that they can be shown without torch."""
+"""The commands of the demo with training, in a module of their own so that a dry run needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A form: texts with fields in braces, which turn any row of a data set into prompt and completion."""
+"""Prompt templates: texts with fields in braces, which make prompt and completion from a row of data."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 
 from ..errors import UsageError
 
-__all__ = ["Form"]
+__all__ = ["PromptTemplate"]
 
 _FORMATTER = string.Formatter()
 
 
 @dataclass(frozen=True)
-class Form:
+class PromptTemplate:
     """Prompt and completion with fields of a row in braces, as in ``Question: {question}``.
 
-    ``{translation[en]}`` is the entry ``en`` of the field ``translation``; ``{{`` is a brace.
+    ``{translation[en]}`` is the entry ``en`` of the field ``translation``. ``{{`` is a literal brace.
     """
 
     prompt: str
     completion: str
 
     @classmethod
-    def of(cls, prompt: str | None, completion: str | None) -> Form | None:
-        """The form of a recipe, checked; None if it has none.
+    def of(cls, prompt: str | None, completion: str | None) -> PromptTemplate | None:
+        """The checked template of a recipe; None if it has none.
 
         Raises
         ------
         UsageError
-            If one of the two is missing, or a text is no form.
+            If one of the two texts is missing, or one is not a template.
         """
         if prompt is None and completion is None:
             return None
@@ -47,7 +47,7 @@ class Form:
         Raises
         ------
         LookupError
-            For a field that the row lacks, with its name.
+            If the row lacks a field. The argument is the field's name.
         """
         return {"prompt": _filled(self.prompt, row), "completion": _filled(self.completion, row)}
 
@@ -57,16 +57,16 @@ def _check(key: str, text: str) -> None:
         fields = [part[1:] for part in _FORMATTER.parse(text) if part[1] is not None]
     except ValueError as error:
         raise UsageError(
-            f"{key} is not a form: {error}", hint="write {{ for a brace that is no field"
+            f"{key} is not a prompt template: {error}", hint="write {{ for a literal brace"
         ) from error
     for name, spec, conversion in fields:
         if not name or name[0] in "[." or "." in name or spec or conversion:
             raise UsageError(
-                f"{key} has a field that is no name: {{{name}}}",
-                hint="a field is {name} or {name[key]}; write {{ for a brace that is no field",
+                f"{key} has a field that is not a name: {{{name}}}",
+                hint="a field is {name} or {name[key]}; write {{ for a literal brace",
             )
     if not fields:
-        raise UsageError(f"{key} names no field", found=repr(text), hint="as in 'Question: {question}'")
+        raise UsageError(f"{key} has no field", found=repr(text), hint="as in 'Question: {question}'")
 
 
 def _filled(text: str, row: Mapping[str, Any]) -> str:

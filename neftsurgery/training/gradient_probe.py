@@ -1,17 +1,17 @@
-"""The gradient probes: neurons scored by the base's gradients on some batches.
+"""The gradient probes: they score neurons by the gradients of the base on some batches.
 
-``gradient``: how far a descent by signs would turn the neuron. The first steps of Adam (Kingma and Ba,
-2015), like all of signSGD (Bernstein et al., 2018), move every element by the learning rate against the
-sign of its gradient, whatever the gradient's size. What turns a neuron is then not how large its
-gradients are, but how much they agree from batch to batch, and how small its vector is. With ``s`` the
-mean over batches of the gradient's signs, a step of size ``h`` from ``w`` to ``w - h s`` is, to second
-order in ``h``, a cosine distance of ``h^2 r.r / (2 w.w)``, where ``r`` is the part of ``s`` across ``w``.
-That, over ``h^2``, is the score. A byte per element is kept.
+``gradient``: how far sign descent would turn the neuron. The first steps of Adam (Kingma and Ba, 2015),
+and all steps of signSGD (Bernstein et al., 2018), move every element by the learning rate against the
+sign of its gradient, whatever the gradient's size. How far a neuron turns then depends on how much its
+gradients agree from batch to batch and on how small its vector is, not on how large its gradients are.
+With ``s`` the mean over batches of the gradient's signs, a step of size ``h`` from ``w`` to ``w - h s`` is,
+to second order in ``h``, a cosine distance of ``h^2 r.r / (2 w.w)``, where ``r`` is the component of ``s``
+orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte per element.
 
-``fisher``: its squared gradients, summed: the diagonal empirical Fisher information of whole neurons, as
-masks for sparse training are made of (Sung et al., 2021). A number per neuron is kept.
+``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
+which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
 
-Both need no second model and no optimizer, and free each weight's gradient when it has been counted.
+Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ F64 = NDArray[np.float64]
 
 
 class _Signs:
-    """The signs of one weight's gradients, added up."""
+    """The sum over batches of the signs of one weight's gradient."""
 
     def __init__(self, weight: Tensor, layout: Layout) -> None:
         self._weight, self._layout = weight.detach(), layout
@@ -63,7 +63,7 @@ class _Signs:
 
     @staticmethod
     def scores(sums: F64) -> F64:
-        """How far they turn, ``[n]``; vectors of zeros, if they move, most of all."""
+        """How far each neuron turns, ``[n]``. A zero vector that moves gets the largest score."""
         ww, ss, ws = sums
         with np.errstate(divide="ignore", invalid="ignore"):
             turns = np.maximum(ss - ws * ws / ww, 0.0) / (2 * ww)
@@ -71,7 +71,7 @@ class _Signs:
 
 
 class _Squares:
-    """The squares of one weight's gradients, added up."""
+    """The sum over batches of one weight's squared gradient, per neuron."""
 
     def __init__(self, weight: Tensor, layout: Layout) -> None:
         self._layout = layout
@@ -92,47 +92,47 @@ class _Squares:
         return squares
 
 
-_METERS: dict[str, type[_Signs] | type[_Squares]] = {"gradient": _Signs, "fisher": _Squares}
+_SUMS: dict[str, type[_Signs] | type[_Squares]] = {"gradient": _Signs, "fisher": _Squares}
 
 
 def _total(values: Tensor, layout: Layout) -> Tensor:
-    """Over each neuron's elements, ``[n]``."""
+    """The sum over each neuron's elements, ``[n]``."""
     others = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
     return (values.sum(others) if others else values).reshape(-1)
 
 
-def _measure(
-    model: nn.Module, meters: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
+def _accumulate(
+    model: nn.Module, sums: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
 ) -> int:
-    """Show each meter the gradients of its parameter; returns how many batches there were.
+    """Add the gradients of all batches to the sums, by parameter; returns the number of batches.
 
     Raises
     ------
     MismatchError
-        If the loss is no number.
+        If the loss is not a number.
     """
 
-    def adder(meter: _Signs | _Squares) -> Callable[[Tensor], None]:
+    def adder(one: _Signs | _Squares) -> Callable[[Tensor], None]:
         def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None  # the hook comes after it
-            meter.add(parameter.grad)
+            assert parameter.grad is not None  # the hook runs after accumulation
+            one.add(parameter.grad)
             parameter.grad = None
 
         return add
 
-    model.eval()  # no dropout: what counts is the neuron, not the draw
-    parameters: dict[str, Any] = {name: model.get_parameter(name) for name in meters}
+    model.eval()  # without dropout, equal batches give equal scores
+    parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
     count = 0
-    with _only(model, parameters.values()):
+    with _gradients_of(model, parameters.values()):
         hooks = [
-            parameter.register_post_accumulate_grad_hook(adder(meters[name]))
+            parameter.register_post_accumulate_grad_hook(adder(sums[name]))
             for name, parameter in parameters.items()
         ]
         try:
             for batch in batches:
                 loss = model(**batch).loss
                 if not torch.isfinite(loss.detach()):
-                    raise MismatchError("the loss of the base model is no number", found=loss.item())
+                    raise MismatchError("the loss of the base model is not a number", found=loss.item())
                 loss.backward()
                 count += 1
         finally:
@@ -142,8 +142,8 @@ def _measure(
 
 
 @contextmanager
-def _only(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Have gradients of these parameters and no others, for a while."""
+def _gradients_of(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the context, exactly these parameters require gradients."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     wanted = {id(parameter) for parameter in chosen}
     for parameter, _ in flags:
@@ -165,34 +165,34 @@ def gradient_scores(
     *,
     score: str = "gradient",
 ) -> Scores:
-    """Score the neurons of ``anatomy`` by their gradients, in a scores file.
+    """Score the neurons of ``anatomy`` by their gradients, into a scores file.
 
     Parameters
     ----------
     model:
         The live model of ``base``.
     batches:
-        What the model takes, ``labels`` included, on its device.
+        The model's keyword arguments, ``labels`` included, on its device.
     out:
-        Where to. None: a temporary file.
+        The scores file. None: a temporary file.
     score:
         ``gradient`` or ``fisher``.
 
     Raises
     ------
     MismatchError
-        If the loss is no number.
+        If the loss is not a number.
     """
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
-    kind = _METERS[score]
-    meters = {
+    kind = _SUMS[score]
+    running = {
         name: kind(model.get_parameter(live[name]), tensor.layout)
         for tensor in anatomy.scored
         for name in [tensor.info.name]
     }
-    count = _measure(model, {live[name]: meter for name, meter in meters.items()}, batches)
-    sums = {name: meters.pop(name).sums(max(count, 1)) for name in list(meters)}
-    units = _units(anatomy, sums)
+    count = _accumulate(model, {live[name]: one for name, one in running.items()}, batches)
+    sums = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}
+    units = _sum_units(anatomy, sums)
     values = {name: kind.scores(each) for name, each in sums.items()}
     for tensor in anatomy.scored:
         if tensor.part is not None:
@@ -202,9 +202,12 @@ def gradient_scores(
     return write_scores(score, values, base, anatomy, units, out)
 
 
-def _units(anatomy: Anatomy, sums: dict[str, F64]) -> dict[str, NDArray[np.int64]]:
-    """The unit of every neuron, where there are units. A unit's vector is all of its members', one after
-    another, so its sums are their total: each member gets those."""
+def _sum_units(anatomy: Anatomy, sums: dict[str, F64]) -> dict[str, NDArray[np.int64]]:
+    """Replace the sums of each neuron by those of its unit; returns the unit of every neuron, per tensor.
+
+    A unit's vector is the concatenation of its neurons' vectors, so its sums are the totals of theirs.
+    Without units, nothing changes.
+    """
     ids = {t.info.name: t.units.ids() for t in anatomy.scored if t.units is not None}
     if ids:
         rows = len(next(iter(sums.values())))
