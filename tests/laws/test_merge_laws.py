@@ -1,4 +1,4 @@
-"""The laws of merging, over random checkpoints and patches, with numpy and torch on whole tensors as oracles."""
+"""The laws of merging, over random checkpoints and patches. Oracles: numpy and torch on whole tensors."""
 
 from __future__ import annotations
 
