@@ -7,6 +7,7 @@ first three are written by `written_file`, block by block and in any order.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import tempfile
@@ -31,6 +32,7 @@ __all__ = [
     "TensorFileWriter",
     "read_exactly",
     "read_rows_exactly",
+    "sha256_of",
     "stretches",
     "write_exactly",
     "written_file",
@@ -117,6 +119,14 @@ def write_exactly(fd: int, data: memoryview | bytes, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The SHA-256 of what is left to read of ``file``, in hex, as ``sha256sum`` shows it."""
+    state = hashlib.sha256()
+    while block := file.read(_COPY_BYTES):
+        state.update(block)
+    return state.hexdigest()
 
 
 class OpenFile:
@@ -355,6 +365,12 @@ class TensorFileWriter:
             write_exactly(self._fd, part, position)
             position += len(part)
         self.header = self._plan.header(metadata)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the finished file, in hex."""
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            return sha256_of(file)
 
 
 class _SmallWrites:
