@@ -12,4 +12,7 @@ the pages again from stored results. All take ``--help``. The folders:
 * ``selection``: the experiment on which neurons to train.
 * ``page``: turns results into ``docs/benchmarks.md``, ``docs/benchmarks-training.md``, ``docs/results.md``
   and charts.
+
+Tests run each suite once, very small (``tests/benchmarks``). Not tested are the parts of the files suite that
+only repeat commands at other sizes, and the rivals that need mergekit, which the tests do not install.
 """

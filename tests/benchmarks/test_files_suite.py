@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ import pytest
 from benchmarks.files.options import PARTS
 from benchmarks.harness import page_cache, results
 from benchmarks.harness.side_by_side import Contestant, run_side_by_side
+from benchmarks.page.files import render
+from benchmarks.page.training import render_training
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"wall", "cpu", "peak", "handed", "dirtied", "seconds", "printed"}
@@ -95,3 +98,12 @@ def test_the_page_cache_is_filled_and_emptied(tmp_path):
     except page_cache.PageCacheError:
         pytest.skip("this file system keeps its pages")
     assert page_cache.resident_share(tmp_path) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_pages_in_docs_match_their_results(tmp_path):
+    shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "benchmarks")
+    render(tmp_path / "benchmarks")
+    render_training(tmp_path / "benchmarks")
+    for page in ("benchmarks.md", "benchmarks-training.md"):
+        assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text(), page
