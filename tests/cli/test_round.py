@@ -1,4 +1,4 @@
-"""The commands on a real pair: what they write, what they print, what they report as JSON."""
+"""The commands on a real pair: what they write, what they print, and their JSON."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_whole_round(neft, pair, tmp_path):
     assert (digest(base), digest(tuned)) == before
 
 
-def test_a_lossless_patch_says_that_it_is_the_tuned_model(neft, pair, tmp_path):
+def test_extract_says_that_a_lossless_patch_gives_the_tuned_model(neft, pair, tmp_path):
     base, tuned = pair
     result = neft("extract", base, tuned, "--changed", "--include", "*", "--with-bias", "-o", "p.safetensors")
     assert result.code == 0, result.err
@@ -128,7 +128,7 @@ def test_a_dry_run_still_refuses(neft, pair):
 
 
 @pytest.mark.parametrize("kind", ["base", "s.safetensors", "selection.safetensors", "p.safetensors"])
-def test_inspect_tells_all_kinds_apart(neft, pair, kind):
+def test_inspect_recognises_every_kind_of_file(neft, pair, kind):
     neft("diff", "base", "tuned", "-o", "s.safetensors")
     neft("select", "s.safetensors", "--neurons", "3%", "-o", "selection.safetensors")
     neft("extract", "base", "tuned", "--neurons", "3%", "-o", "p.safetensors")
@@ -143,7 +143,7 @@ def test_inspect_tells_all_kinds_apart(neft, pair, kind):
 
 
 @pytest.mark.parametrize("anatomy", ["rows", "ffn", "units"])
-def test_all_anatomies_go_all_the_way(neft, pair, anatomy):
+def test_every_anatomy_works_in_every_command(neft, pair, anatomy):
     result = neft(
         "extract", "base", "tuned", "--anatomy", anatomy, "--neurons", "10%", "-o", "p.safetensors", "--json"
     )
@@ -154,7 +154,7 @@ def test_all_anatomies_go_all_the_way(neft, pair, anatomy):
     assert neft("verify", "tuned", "p.safetensors", "--expect", "patched").code == 0
 
 
-def test_quiet_says_nothing(neft, pair):
+def test_quiet_prints_nothing(neft, pair):
     for words in (
         ("diff", "base", "tuned"),
         ("extract", "base", "tuned", "--neurons", "3", "-o", "p.safetensors"),
@@ -163,7 +163,7 @@ def test_quiet_says_nothing(neft, pair):
         assert (result.code, result.out, result.err) == (0, "", "")
 
 
-def test_unrelated_models_are_called_so(neft, pair, llama_arrays, tmp_path):
+def test_unrelated_models_are_reported_as_unrelated(neft, pair, llama_arrays, tmp_path):
     from support import LLAMA_CONFIG, write_folder
 
     write_folder(tmp_path / "other", llama_arrays(seed=9), 1, LLAMA_CONFIG)
@@ -173,11 +173,11 @@ def test_unrelated_models_are_called_so(neft, pair, llama_arrays, tmp_path):
     assert neft("diff", "base", "other", "--json").json["related"] is False
 
 
-def test_identical_models_are_called_so(neft, pair):
+def test_identical_models_are_reported_as_identical(neft, pair):
     assert "identical in every scored neuron" in neft("diff", "base", "base").out
 
 
-def test_a_closed_pipe_is_no_error(pair, tmp_path):
+def test_a_closed_pipe_is_not_an_error(pair, tmp_path):
     import subprocess
 
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Where runs are made: the text, the base that all arms start from, and the probes. Needs torch."""
+"""The experiment: the text, the base that all arms start from, the probes, and the runs. Needs torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from benchmarks.selection.examples import Codec, Example, collate
 from benchmarks.selection.options import RATE, TASKS, Options
 from benchmarks.selection.tasks import Task, task
 from benchmarks.selection.text import read
-from benchmarks.selection.tuning import Trained, batches_of, rank_of, train, trainable
+from benchmarks.selection.tuning import TrainingResult, batches_of, make_trainable, rank_of, train
 from neftsurgery import Selection
 from neftsurgery.checkpoint.fingerprint import fingerprint
 from neftsurgery.training.probe import STEPS
@@ -33,109 +33,108 @@ from neftsurgery.training.probe import STEPS
 FACTS = "pretraining.json"
 
 
-class Laboratory:
-    """Makes runs. What it needs and is not there is made when it is first asked for."""
+class Experiment:
+    """Makes runs. What a run needs (base, probe) is made on first use."""
 
     def __init__(self, options: Options) -> None:
         torch.set_num_threads(options.threads)
         self._options, self._sizes = options, options.sizes
         self.text = read(options.text, self._sizes.text)
-        self._place = options.place(self.text.digest)
-        self._place.mkdir(parents=True, exist_ok=True)
+        self._folder = options.folder(self.text.digest)
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def codec(self) -> Codec:
-        """The tokenizer; the same text always makes the same."""
-        return Codec.made(self.text, self._sizes.shape.vocabulary)
+        """The tokenizer. The same text always gives the same one."""
+        return Codec.train(self.text, self._sizes.shape.vocabulary)
 
     @cached_property
     def task(self) -> Task:
-        """What is tuned for."""
+        """The task of fine-tuning."""
         return task(self._options.task, self._options.text, self.text, self.codec, self._sizes)
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What must be alike for runs to be comparable; JSON."""
+        """What must be equal for runs to be comparable, as JSON values."""
         return self._options.describe(self.text.digest) | self.task.setting
 
     @property
     def base(self) -> Path:
         """The base's checkpoint."""
-        return self._place / "base"
+        return self._folder / "base"
 
-    def make_base(self, say: Callable[[str], None]) -> None:
+    def pretrain_base(self, log: Callable[[str], None]) -> None:
         """Pre-trains the base."""
-        course = self._sizes.pretrain
-        model = models.born(self._sizes.shape, self.codec.vocabulary, 0, self._options.device)
+        schedule = self._sizes.pretrain
+        model = models.initialize(self._sizes.shape, self.codec.vocabulary, 0, self._options.device)
         model.requires_grad_(True)
 
-        def tell(step: int, loss: float) -> None:
-            if step % max(1, course.steps // 20) == 0:
-                say(f"    pre-training, step {step} of {course.steps}: loss {loss:.3f}")
+        def report(step: int, loss: float) -> None:
+            if step % max(1, schedule.steps // 20) == 0:
+                log(f"    pre-training, step {step} of {schedule.steps}: loss {loss:.3f}")
 
-        began, batches = time.perf_counter(), self._mixed(course.batch)
-        train(model, list(model.parameters()), batches, course, self._sizes.pretrain_rate, say=tell)
+        began, batches = time.perf_counter(), self._pretraining_batches(schedule.batch)
+        train(model, list(model.parameters()), batches, schedule, self._sizes.pretrain_rate, log=report)
         seconds = time.perf_counter() - began
         facts = {"parameters": models.parameters_of(model), "seconds": round(seconds, 1), "date": _today()}
         self._save(model, self.base, facts)
 
     def base_facts(self) -> dict[str, Any]:
-        """What is worth keeping of the base."""
+        """The facts stored about the base."""
         facts = json.loads((self.base / FACTS).read_text())
         with closing(ns.open_checkpoint(self.base)) as checkpoint:
             return dict(facts) | {"fingerprint": fingerprint(checkpoint)}
 
-    def _mixed(self, size: int) -> Iterator[list[Example]]:
-        """Batches of all that the base learns, in turns."""
+    def _pretraining_batches(self, size: int) -> Iterator[list[Example]]:
+        """Batches of all pre-training tasks, in turns."""
         codec, pairs = self.codec, self.text.pretrain
-        both = ([Example(e.ids, 1) for e in way(pairs)] for way in (codec.backward, codec.forward))
+        both = ([Example(e.ids, 1) for e in make(pairs)] for make in (codec.backward, codec.forward))
         pieces = codec.pieces(self.text.articles, self._sizes.piece)
         parts = (*both, codec.english(pairs), codec.chinese(pairs), pieces)
         streams = [batches_of(part, size, seed) for seed, part in enumerate(parts)]
         turns = [number for number, share in enumerate(self._sizes.mixture) for _ in range(share)]
-        turns = [
-            turns[(7 * place) % len(turns)] for place in range(len(turns))
-        ]  # spread out: 7 and their number share no factor
+        # Spread the tasks out. 7 and the number of turns have no common factor.
+        turns = [turns[(7 * place) % len(turns)] for place in range(len(turns))]
         while True:
             for turn in turns:
                 yield next(streams[turn])
 
     def tokens(self) -> list[int]:
-        """How many tokens of each test sentence are to be foretold."""
+        """How many tokens of each test example are predicted."""
         return [len(example.ids) - example.start for example in self.task.test]
 
-    def probe(self, seed: int, rung: int) -> Path:
-        """A full fine-tune's checkpoint, of this seed and rate."""
-        folder = self._probe(seed, rung)
+    def probe(self, seed: int, exponent: int) -> Path:
+        """The checkpoint of a full fine-tune with this seed and rate."""
+        folder = self._probe(seed, exponent)
         if not folder.is_dir():
-            model, _, _ = self._tuned(ARMS["full"], seed, rung, None)
+            model, _, _ = self._fine_tune(ARMS["full"], seed, exponent, None)
             self._save(model, folder)
         return folder
 
-    def tune(self, arm: Arm, seed: int, rung: int, probe: Path | None) -> dict[str, Any]:
-        """A run for the learning rate's sake: the dev loss alone."""
-        _, trained, _ = self._tuned(arm, seed, rung, probe)
-        return {"rate": RATE * 2**rung, "loss": round(trained.loss, 5), "best": trained.best}
+    def tune(self, arm: Arm, seed: int, exponent: int, probe: Path | None) -> dict[str, Any]:
+        """A run of the search for the learning rate: only the dev loss counts."""
+        _, trained, _ = self._fine_tune(arm, seed, exponent, probe)
+        return {"rate": RATE * 2**exponent, "loss": round(trained.loss, 5), "best": trained.best}
 
-    def run(self, arm: Arm, seed: int, rung: int, probe: Path | None) -> dict[str, Any]:
-        """A run that counts, with all that is measured."""
-        model, trained, facts = self._tuned(arm, seed, rung, probe)
+    def run(self, arm: Arm, seed: int, exponent: int, probe: Path | None) -> dict[str, Any]:
+        """A run whose figures count, with everything that is measured."""
+        model, trained, facts = self._fine_tune(arm, seed, exponent, probe)
         if arm.kind == "full":
-            self._save(model, self._probe(seed, rung))
+            self._save(model, self._probe(seed, exponent))
         dev = {str(step): round(loss, 4) for step, loss in trained.dev.items()}
         return {
-            "rate": RATE * 2**rung, "loss": round(trained.loss, 5), "best": trained.best, "dev": dev,
+            "rate": RATE * 2**exponent, "loss": round(trained.loss, 5), "best": trained.best, "dev": dev,
             "seconds": round(trained.seconds, 2), "step": round(trained.step, 5),
-            **facts, **self._examined(model),
+            **facts, **self._evaluate(model),
         }  # fmt: skip
 
-    def examine_base(self) -> dict[str, Any]:
-        """The base as it is."""
+    def evaluate_base(self) -> dict[str, Any]:
+        """Measures the base without fine-tuning."""
         model = models.load(self.base, self._options.device)
         loss = models.mean_loss(model, self.task.dev)
-        return {"loss": round(loss, 5), "trainable": 0, **self._examined(model)}
+        return {"loss": round(loss, 5), "trainable": 0, **self._evaluate(model)}
 
-    def _examined(self, model: Any) -> dict[str, Any]:
+    def _evaluate(self, model: Any) -> dict[str, Any]:
         began = time.perf_counter()
         found = quality.measure(model, self.task.test, self.codec, self.text, self._sizes)
         more = self.task.more(model)
@@ -143,38 +142,42 @@ class Laboratory:
         found |= more
         return found | {"examined": round(time.perf_counter() - began, 1), "date": _today()}
 
-    def _tuned(
-        self, arm: Arm, seed: int, rung: int, probe: Path | None
-    ) -> tuple[Any, Trained, dict[str, Any]]:
-        device, course = self._options.device, self._sizes.tune
+    def _fine_tune(
+        self, arm: Arm, seed: int, exponent: int, probe: Path | None
+    ) -> tuple[Any, TrainingResult, dict[str, Any]]:
+        device, schedule = self._options.device, self._sizes.tune
         model = models.load(self.base, device)
         began = time.perf_counter()
-        selection = self._chosen(arm, seed, probe, model) if arm.kind == "neurons" else None
+        selection = self._select(arm, seed, probe, model) if arm.kind == "neurons" else None
         choosing = time.perf_counter() - began
         facts: dict[str, Any] = {"choosing": round(choosing, 2)}
         if selection is not None:
             facts["selection"] = describe(selection)
         if arm.kind == "lora":
             facts["rank"] = rank_of(arm, model)
-        meter = _Meter(device)
-        parameters = trainable(arm, model, selection, seed)
+        meter = _PeakMemory(device)
+        parameters = make_trainable(arm, model, selection, seed)
         trained = train(
-            model, parameters, batches_of(self.task.train, course.batch, seed), course, RATE * 2**rung,
+            model,
+            parameters,
+            batches_of(self.task.train, schedule.batch, seed),
+            schedule,
+            RATE * 2**exponent,
             lambda: models.mean_loss(model, self.task.dev),
-        )  # fmt: skip
+        )
         facts |= {"trainable": sum(p.numel() for p in parameters), "peak": meter.peak()}
         return model, trained, facts
 
-    def _chosen(self, arm: Arm, seed: int, probe: Path | None, model: Any) -> Selection:
+    def _select(self, arm: Arm, seed: int, probe: Path | None, model: Any) -> Selection:
         batches = islice(batches_of(self.task.train, self._sizes.tune.batch, seed), STEPS)
         return choose(arm, self.base, probe, model, (collate(batch, model.device) for batch in batches), seed)
 
-    def _probe(self, seed: int, rung: int) -> Path:
+    def _probe(self, seed: int, exponent: int) -> Path:
         task = self._options.task
-        return self._place / f"probe{f'-{task}' * (task != TASKS[0])}-{seed}-{rung}"
+        return self._folder / f"probe{f'-{task}' * (task != TASKS[0])}-{seed}-{exponent}"
 
     def _save(self, model: Any, folder: Path, facts: dict[str, Any] | None = None) -> None:
-        """Whole or not at all."""
+        """Writes a checkpoint whole or not at all."""
         fresh = folder.with_name(f"{folder.name}.{os.getpid()}.new")
         model.save_pretrained(fresh)
         if facts is not None:
@@ -183,8 +186,8 @@ class Laboratory:
         os.replace(fresh, folder)
 
 
-class _Meter:
-    """Most bytes since it was made, above those held then: of the process, or of the GPU's allocations."""
+class _PeakMemory:
+    """Peak bytes since its creation, above those in use then: of the process, or of the GPU's allocations."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
@@ -192,7 +195,7 @@ class _Meter:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            memory.forget_peak()
+            memory.reset_peak()
         self._before = torch.cuda.memory_allocated() if self._cuda else memory.resident()
 
     def peak(self) -> int:

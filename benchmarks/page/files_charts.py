@@ -1,4 +1,4 @@
-"""The charts: throughput of everything that compares two checkpoints, and memory as files grow."""
+"""The charts of the files suite: throughput of all that compare two checkpoints, and memory by file size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.page.figures import Group, Run, limit, peak, spread, work
+from benchmarks.page.metrics import Group, Run, limit, peak, spread, work
 
 OURS, LIMIT, RIVAL = "#1f6feb", "#57606a", "#d0a215"
 COLOURS = {"ours": OURS, "limit": LIMIT, "rival": RIVAL}
@@ -24,7 +24,7 @@ STYLE: Any = {
 
 
 def draw(parts: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """Draws what there are results for; returns file names and captions."""
+    """Draws the charts that have results. Returns file names and captions."""
     drawn = []
     with mpl.rc_context(STYLE):
         for part, file, caption, chart in (
@@ -44,7 +44,7 @@ def draw(parts: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Writes a figure as SVG: the same figure makes the same bytes."""
+    """Writes a figure as SVG. The same figure gives the same bytes."""
     figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
     file.write_text("\n".join(line.rstrip() for line in file.read_text().splitlines()) + "\n")
 
@@ -55,7 +55,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _rates(groups: list[Group]) -> Figure:
-    """GB/s of each contestant, fastest on top, with the range; the limit as a line."""
+    """GB/s of each contestant with its range, fastest on top; the limit is a line."""
     group = groups[0]
 
     def rate(run: Run) -> float:
@@ -65,12 +65,12 @@ def _rates(groups: list[Group]) -> Figure:
     rows.sort(key=lambda row: row[1].median)
     figure, axes = _axes(7.5, 0.6 + 0.42 * len(rows))
     for place, (entry, found) in enumerate(rows):
-        error = [[found.median - found.least], [found.most - found.median]]
+        error = [[found.median - found.minimum], [found.maximum - found.median]]
         axes.barh(
             place, found.median, xerr=error, color=COLOURS[entry["role"]], ecolor="#24292f", height=0.65
         )
         axes.annotate(
-            f"{found.median:.3g}", (found.most, place), (5, 0), textcoords="offset points", va="center"
+            f"{found.median:.3g}", (found.maximum, place), (5, 0), textcoords="offset points", va="center"
         )
     if found := spread(limit(group), rate):
         axes.axvline(found.median, color=LIMIT, linestyle="--", linewidth=1)
@@ -82,7 +82,7 @@ def _rates(groups: list[Group]) -> Figure:
 
 
 def _memory(groups: list[Group]) -> Figure:
-    """Peak megabytes of each of our commands over the bytes a side."""
+    """Peak megabytes of each of this tool's commands, by bytes per side."""
     figure, axes = _axes(7.5, 3.2)
     lines: dict[str, list[tuple[str, float]]] = {}
     for group in groups:

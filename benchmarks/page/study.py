@@ -1,4 +1,4 @@
-"""What a results file of the selection suite says of each arm: means and spreads over seeds."""
+"""A results file of the selection suite, read by arm: means and standard deviations over seeds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import lines
+from benchmarks.harness import json_lines
 from benchmarks.selection.arms import ARMS, Arm
 
 Line = dict[str, Any]
@@ -19,49 +19,49 @@ OLD = ("english", "chinese", "backward", "articles")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """The mean over seeds, and the standard deviation (of n - 1); None of a single run."""
+class Mean:
+    """The mean over seeds and the standard deviation (with n - 1); no deviation for a single run."""
 
     mean: float
     deviation: float | None
 
     @classmethod
-    def of(cls, figures: Sequence[float]) -> Figure:
-        """Of one or more."""
+    def of(cls, figures: Sequence[float]) -> Mean:
+        """The mean of one or more figures."""
         return cls(mean(figures), stdev(figures) if len(figures) > 1 else None)
 
     def __format__(self, spec: str) -> str:
         """``2.345 ± 0.012``."""
-        middle = format(self.mean, spec)
-        return middle if self.deviation is None else f"{middle} ± {format(self.deviation, spec)}"
+        text = format(self.mean, spec)
+        return text if self.deviation is None else f"{text} ± {format(self.deviation, spec)}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """An arm's runs by seed, and the learning rates that were tried for it, by rung."""
+    """An arm's runs by seed, and the runs of its search for a learning rate, by exponent."""
 
     arm: Arm
     runs: dict[int, Line]
     tried: dict[int, Line]
 
-    def figure(self, of: Callable[[Line], float]) -> Figure:
-        """A figure over the seeds."""
-        return Figure.of([of(run) for run in self.runs.values()])
+    def figure(self, of: Callable[[Line], float]) -> Mean:
+        """A figure's mean over the seeds."""
+        return Mean.of([of(run) for run in self.runs.values()])
 
     def sentences(self, which: str, seeds: Sequence[int]) -> NDArray[Any]:
-        """Per seed and test sentence, ``[seed, sentence]``."""
+        """A figure of each seed and test sentence, ``[seed, sentence]``."""
         return np.array([self.runs[seed]["sentences"][which] for seed in seeds])
 
     @property
     def at_bound(self) -> bool:
-        """Whether the learning rate found is the highest or lowest that was tried."""
-        rungs = {run["rung"] for run in self.runs.values() if "rung" in run}
-        return bool(rungs & {min(self.tried, default=None), max(self.tried, default=None)})
+        """Whether the chosen learning rate is the highest or lowest one that was tried."""
+        chosen = {run["rung"] for run in self.runs.values() if "rung" in run}
+        return bool(chosen & {min(self.tried, default=None), max(self.tried, default=None)})
 
 
 @dataclass(frozen=True)
 class Study:
-    """A results file."""
+    """The content of a results file."""
 
     setting: Line
     base: Line
@@ -70,7 +70,7 @@ class Study:
     @classmethod
     def load(cls, file: Path) -> Study:
         """Reads a file; arms without a finished run are left out."""
-        found = lines.load(file)
+        found = json_lines.load(file)
         (setting,) = (line for line in found if line["kind"] == "setting")
         (base,) = (line for line in found if line["kind"] == "base")
         return cls(setting, base, {result.arm.name: result for result in _results(found)})
@@ -87,11 +87,11 @@ class Study:
         return "bleu" in self.untuned
 
     def share(self, result: Result) -> float:
-        """Of the model's parameters, in percent."""
+        """The trained share of the model's parameters, in percent."""
         return 100 * result.figure(lambda run: run["trainable"]).mean / float(self.base["parameters"])
 
     def forgotten(self, run: Line) -> float:
-        """Nats a token that were lost on the old text: the mean over its four kinds."""
+        """The loss added on old text, in nats per token: the mean over its four kinds."""
         return mean(run["old"][kind] - self.untuned["old"][kind] for kind in OLD)
 
 

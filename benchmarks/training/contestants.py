@@ -1,4 +1,4 @@
-"""The ways to train: each makes the frozen model its own, and says what the optimizer gets. Needs torch."""
+"""The contestants' training methods: each prepares the frozen model and names its parameters. Needs torch."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ KINDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @dataclass
-class Way:
+class TrainingMethod:
     """How a contestant trains.
 
-    ``before_step`` runs between the backward pass and the optimizer's step; ``of_parameters`` is how many
+    ``before_step`` runs between the backward pass and the optimizer's step. ``changeable`` is how many
     numbers can change, where that is fewer than the optimizer holds.
     """
 
     model: Any
     parameters: list[nn.Parameter]
     before_step: Callable[[], None] = field(default=lambda: None)
-    of_parameters: int | None = None
+    changeable: int | None = None
 
     @property
     def trainable(self) -> int:
-        return self.of_parameters or sum(p.numel() for p in self.parameters)
+        return self.changeable or sum(p.numel() for p in self.parameters)
 
 
-def prepare(name: str, model: Any) -> Way:
-    """The way that contestants' names tell."""
+def prepare(name: str, model: Any) -> TrainingMethod:
+    """The training method of the contestant ``name``."""
     kind, _, rest = name.partition("-")
     if kind == "tokens":
         return _tokens_neft(model) if rest == "neft" else _tokens_peft(model)
@@ -56,7 +56,7 @@ def prepare(name: str, model: Any) -> Way:
 
 
 def rows(model: Any, share: float) -> dict[str, Tensor]:
-    """``share`` of the rows of every weight, at random: ascending, by the weight's name."""
+    """A random ``share`` of the rows of each weight: ascending indices by the weight's name."""
     generator = torch.Generator().manual_seed(2)
     found = {}
     for name, module in linears(model).items():
@@ -67,7 +67,7 @@ def rows(model: Any, share: float) -> dict[str, Tensor]:
 
 
 def units(model: Any, share: float) -> dict[str, Tensor]:
-    """As many parameters as `rows`, in whole feed-forward units: rows of gate and up, columns of down."""
+    """As many parameters as `rows` in whole feed-forward units: rows of gate and up, columns of down."""
     parameters = sum(
         len(index) * model.get_parameter(name).shape[1] for name, index in rows(model, share).items()
     )
@@ -82,7 +82,7 @@ def units(model: Any, share: float) -> dict[str, Tensor]:
 
 
 def _selection(model: Any, picks: dict[str, Tensor], columns: str = "") -> Selection:
-    """Rows; of weights whose names have ``columns`` in them, columns."""
+    """A selection of rows; of columns in weights whose names contain ``columns``."""
     tensors = {}
     for name, index in sorted(picks.items()):
         weight = model.get_parameter(name)
@@ -92,25 +92,25 @@ def _selection(model: Any, picks: dict[str, Tensor], columns: str = "") -> Selec
     return Selection(tensors, {"policy": "random"})
 
 
-def _neft(model: Any, share: float, mode: Any = "scatter") -> Way:
+def _neft(model: Any, share: float, mode: Any = "scatter") -> TrainingMethod:
     attached = attach(model, _selection(model, rows(model, share)), base=False, mode=mode)
-    return Way(model, list(attached.parameters()))
+    return TrainingMethod(model, list(attached.parameters()))
 
 
-def _units(model: Any, share: float) -> Way:
+def _units(model: Any, share: float) -> TrainingMethod:
     attached = attach(model, _selection(model, units(model, share), "down_proj"), base=False)
-    return Way(model, list(attached.parameters()))
+    return TrainingMethod(model, list(attached.parameters()))
 
 
-def _overlay(model: Any, share: float) -> Way:
+def _overlay(model: Any, share: float) -> TrainingMethod:
     return _neft(model, share, "overlay")
 
 
-def _floor(model: Any, share: float) -> Way:
-    """Nothing is trained; gradients flow back to exactly where those of the others end.
+def _floor(model: Any, share: float) -> TrainingMethod:
+    """Trains nothing. Gradients flow back exactly as far as those of the other contestants.
 
-    The lowest trained modules are the first layer's query, key and value projections: the gradient of
-    what they give is needed, that of what they take is not, as what is below them is frozen for all.
+    The first trained modules are the first layer's query, key and value projections. The gradients of their
+    outputs are needed. Those of their inputs are not, since everything before them is frozen for all.
     """
 
     def start(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -119,19 +119,19 @@ def _floor(model: Any, share: float) -> Way:
     first = model.model.layers[0].self_attn
     for module in (first.q_proj, first.k_proj, first.v_proj):
         module.register_forward_hook(start)
-    return Way(model, [])
+    return TrainingMethod(model, [])
 
 
-def _full(model: Any, share: float) -> Way:
+def _full(model: Any, share: float) -> TrainingMethod:
     weights = [module.weight for module in linears(model).values()]
     for weight in weights:
         weight.requires_grad_(True)
-    return Way(model, weights)
+    return TrainingMethod(model, weights)
 
 
-def _masked(model: Any, share: float) -> Way:
-    """As published: gradients of whole weights, multiplied by a mask before the optimizer's step."""
-    way, masks, count = _full(model, share), [], 0
+def _masked(model: Any, share: float) -> TrainingMethod:
+    """The published method: gradients of whole weights, multiplied by a mask before the optimizer's step."""
+    method, masks, count = _full(model, share), [], 0
     for name, index in rows(model, share).items():
         weight = model.get_parameter(name)
         mask = torch.zeros(len(weight), 1, dtype=weight.dtype, device=weight.device)
@@ -144,11 +144,11 @@ def _masked(model: Any, share: float) -> Way:
             assert weight.grad is not None
             weight.grad.mul_(mask)
 
-    return Way(model, way.parameters, before_step, count)
+    return TrainingMethod(model, method.parameters, before_step, count)
 
 
 def _rank(model: Any, share: float) -> int:
-    """The rank at which adapters have as many parameters as NeFT, to the nearest."""
+    """The rank whose number of parameters is nearest to NeFT's."""
     modules = linears(model)
     wanted = sum(
         len(index) * modules[name.removesuffix(".weight")].in_features
@@ -157,7 +157,7 @@ def _rank(model: Any, share: float) -> int:
     return max(1, round(wanted / sum(m.in_features + m.out_features for m in modules.values())))
 
 
-def _lora(model: Any, share: float) -> Way:
+def _lora(model: Any, share: float) -> TrainingMethod:
     from peft import LoraConfig, get_peft_model
 
     rank = _rank(model, share)
@@ -165,7 +165,7 @@ def _lora(model: Any, share: float) -> Way:
     return _adapted(get_peft_model(model, config))
 
 
-def _shira(model: Any, share: float) -> Way:
+def _shira(model: Any, share: float) -> TrainingMethod:
     from peft import ShiraConfig, get_peft_model
 
     smallest = min(
@@ -181,12 +181,12 @@ def _entries(model: Any) -> Tensor:
     return torch.randperm(count, generator=generator)[: math.ceil(0.03 * count)].sort().values
 
 
-def _tokens_neft(model: Any) -> Way:
+def _tokens_neft(model: Any) -> TrainingMethod:
     selection = _selection(model, {"model.embed_tokens.weight": _entries(model)})
-    return Way(model, list(attach(model, selection, base=False).parameters()))
+    return TrainingMethod(model, list(attach(model, selection, base=False).parameters()))
 
 
-def _tokens_peft(model: Any) -> Way:
+def _tokens_peft(model: Any) -> TrainingMethod:
     from peft import TrainableTokensConfig, get_peft_model
 
     indices = _entries(model).tolist()
@@ -195,6 +195,6 @@ def _tokens_peft(model: Any) -> Way:
     )
 
 
-def _adapted(model: Any) -> Way:
+def _adapted(model: Any) -> TrainingMethod:
     parameters: Iterable[nn.Parameter] = model.parameters()
-    return Way(model.train(), [p for p in parameters if p.requires_grad])
+    return TrainingMethod(model.train(), [p for p in parameters if p.requires_grad])

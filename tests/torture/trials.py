@@ -1,4 +1,4 @@
-"""How often each fault was tried, and how often a promise was broken by it: what the table is made of."""
+"""Counts how often each fault was tried, and how often it broke a promise. The page's table shows this."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["TIMES", "Ledger", "times"]
+__all__ = ["TIMES", "Trials", "times"]
 
-#: How often to try each fault; 0: as a short test does.
+#: How often to try each fault; 0: as often as a short test does.
 TIMES = int(os.environ.get("NEFT_TORTURE", "0"))
 
 
@@ -22,15 +22,15 @@ def times(short: int, share: float = 1.0) -> int:
 
 @dataclass
 class Entry:
-    """One fault: times tried, times that something was lost, and what it says beside these."""
+    """One fault: how often it was tried, how often it broke a promise, and other counts."""
 
     tried: int = 0
     losses: int = 0
     notes: dict[str, int] = field(default_factory=dict)
 
 
-class Ledger:
-    """Counts trials by ``(what was done to it, what it was doing)``."""
+class Trials:
+    """Counts trials by ``(fault, work)``: what went wrong, and which command was running."""
 
     def __init__(self) -> None:
         self.entries: dict[tuple[str, str], Entry] = {}
@@ -40,7 +40,7 @@ class Ledger:
 
     @contextmanager
     def trial(self, fault: str, work: str) -> Iterator[Entry]:
-        """One trial. Whatever is raised inside is a loss, and fails the test as well."""
+        """One trial. An exception inside counts as a loss, and fails the test too."""
         entry = self.entry(fault, work)
         entry.tried += 1
         try:

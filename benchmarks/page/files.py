@@ -1,38 +1,39 @@
-"""The page: what was asked, then every part with its command and its table."""
+"""The page of the files suite: the requirements, then every part with its command and its table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.files.options import PARTS
 from benchmarks.files.suite import RESULTS
 from benchmarks.harness import results
-from benchmarks.harness.contest import say
-from benchmarks.page.claims import Claim, claims
-from benchmarks.page.figures import Entry, Figure, Group, first, limit, peak, ratio, spread, wall, work
+from benchmarks.harness.log import log
+from benchmarks.page.metrics import Entry, Group, Metric, first, limit, peak, ratio, spread, wall, work
+from benchmarks.page.requirements import Requirement, requirements
 
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `make bench`, on checkpoints that it makes itself: bf16 Llamas of real geometry, tuned = base plus
-noise everywhere. `make bench SIZE=500MB` measures smaller ones; `python -m benchmarks files --help` tells the
-rest. The [raw runs]({folder}/{results}) are kept, and `python -m benchmarks render` makes this page of them.
+`make bench` makes this page, on checkpoints that it writes itself: bf16 Llamas of real geometry, where tuned
+is base plus noise everywhere. `make bench SIZE=500MB` measures smaller ones;
+`python -m benchmarks files --help` lists all options. The [raw runs]({folder}/{results}) are kept;
+`python -m benchmarks render` makes this page from them.
 
-- Every contestant is a process of its own, and they take turns, A B C A B C, so that drift hits all alike.
-  Figures are medians, with the least and the most in brackets; ratios are taken within each round. The limit
-  is the fastest plain read, copy or write of the round.
-- *Whole* is the process from start to exit. *Work* is the same without its start and imports, as the process
-  itself tells (`seconds` of `--json`). GB/s are the bytes of the files (of both sides, or of the one that is
-  copied) by *work*.
-- Peak memory counts mapped file pages; 25 MB and less cannot be told apart.
-- Files are in the page cache, but for the cold part, where they are not: both are checked with `mincore`.
-  What lies below the page cache, as in the host of a virtual machine, is out of reach.
-- What writes ends with fsync, the rivals too. Bytes written are those handed to write calls. The kernel's own
-  account of dirty pages is told beside them: it counts whole folios, of up to megabytes where a file system
-  has large ones, of which only the blocks that were changed reach the disk.
-- Nothing of this is asserted in tests: machines are noisy."""
+- Each contestant is its own process. The contestants take turns, A B C A B C, so that drift affects all
+  alike. Figures are medians, with minimum and maximum in brackets. Ratios are taken within each round. The
+  limit is the fastest plain read, copy or write of the round.
+- *Whole* is the time of the process from start to exit. *Work* excludes its start and imports, as the process
+  itself reports (`seconds` of `--json`). GB/s is the size of the files (both sides, or the copied one)
+  divided by *work*.
+- Peak memory counts mapped file pages. The measurement cannot see peaks below 25 MB.
+- Files are in the page cache, except in the cold part, where they are not. Both are checked with `mincore`.
+  Caches below the page cache, such as that of a virtual machine's host, are not controlled.
+- Contestants that write end with fsync, rivals too. Bytes written are those passed to write calls. The
+  kernel's count of dirty pages is shown beside them. It counts whole folios, of up to megabytes on file
+  systems with large ones; only their changed blocks reach the disk.
+- No test asserts these figures: machines are noisy."""
 
 COLUMNS = "| | whole, s | work, s | GB/s | CPU, s | peak, MB | whole, ours = 1 | work, limit = 1 |"
 RULE = "|---|---|---|---|---|---|---|---|"
@@ -45,23 +46,23 @@ def render(folder: Path) -> None:
     pictures = _charts(parts, folder)
     page = folder.with_name(f"{folder.name}.md")
     page.write_text("\n\n".join(_page(parts, folder.name, pictures)) + "\n")
-    say(f"wrote {page}")
+    log(f"wrote {page}")
 
 
 def _charts(parts: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
-    """File names and captions of what could be drawn."""
+    """Draws the charts. Returns their file names and captions."""
     try:
-        from benchmarks.page.charts import draw
+        from benchmarks.page.files_charts import draw
     except ImportError:
-        say("no charts: matplotlib is not installed")
+        log("no charts: matplotlib is not installed")
         return []
     return draw(parts, folder)
 
 
 def _page(parts: dict[str, Any], folder: str, pictures: list[tuple[str, str]]) -> Iterator[str]:
     yield INTRODUCTION.format(folder=folder, results=RESULTS)
-    yield "## What was asked, and what was found"
-    yield "\n".join(["| asked | found | |", "|---|---|---|", *map(claim_row, claims(parts))])
+    yield "## Requirements"
+    yield requirement_table(requirements(parts))
     for file, caption in pictures:
         yield f"![{caption}]({folder}/{file})"
     for name, part in parts.items():
@@ -70,10 +71,11 @@ def _page(parts: dict[str, Any], folder: str, pictures: list[tuple[str, str]]) -
     yield "\n".join(machines(parts))
 
 
-def claim_row(claim: Claim) -> str:
-    """A row of the table of demands."""
-    verdict = {True: "yes", False: "**no**", None: ""}[claim.met]
-    return f"| {claim.asked} | {claim.found} | {verdict} |"
+def requirement_table(requirements: Iterable[Requirement]) -> str:
+    """A table of requirements, what was measured, and whether it meets them."""
+    verdicts = {True: "yes", False: "**no**", None: ""}
+    rows = (f"| {one.statement} | {one.measured} | {verdicts[one.met]} |" for one in requirements)
+    return "\n".join(["| requirement | measured | met |", "|---|---|---|", *rows])
 
 
 def _section(name: str, part: dict[str, Any]) -> Iterator[str]:
@@ -93,7 +95,7 @@ def _section(name: str, part: dict[str, Any]) -> Iterator[str]:
 
 
 def _rows(group: Group) -> Iterator[str]:
-    """A group's rows of the table, under its label."""
+    """A group's rows of the table, below its label."""
     skipped = f": not measured, {group['skipped']}" if "skipped" in group else ""
     yield f"| *{group['label']}{skipped}* | | | | | | | |"
     ours, bound = first(group, "ours"), limit(group)
@@ -109,40 +111,40 @@ def _row(entry: Entry, nbytes: int, ours: Entry | None, bound: Entry | None) -> 
     cells = [
         _spread(entry, wall, ".2f"),
         _spread(entry, work, ".2f") if weights else "",
-        _middle(entry, lambda run: nbytes / work(run) / 1e9, ".3g") if weights else "",
-        _middle(entry, lambda run: run["cpu"], ".2f"),
-        _middle(entry, lambda run: peak(run) / 1e6, ".0f"),
+        _median(entry, lambda run: nbytes / work(run) / 1e9, ".3g") if weights else "",
+        _median(entry, lambda run: run["cpu"], ".2f"),
+        _median(entry, lambda run: peak(run) / 1e6, ".0f"),
         _ratio(entry, ours, wall),
         _ratio(entry, bound, work) if weights else "",
     ]
     return f"| {' | '.join([name, *cells])} |"
 
 
-def _spread(entry: Entry, figure: Figure, spec: str) -> str:
-    return format(spread(entry, figure), spec)
+def _spread(entry: Entry, metric: Metric, spec: str) -> str:
+    return format(spread(entry, metric), spec)
 
 
-def _middle(entry: Entry, figure: Figure, spec: str) -> str:
-    found = spread(entry, figure)
+def _median(entry: Entry, metric: Metric, spec: str) -> str:
+    found = spread(entry, metric)
     return format(found.median, spec) if found else ""
 
 
-def _ratio(entry: Entry, one: Entry | None, figure: Figure) -> str:
-    found = ratio(entry, one, figure)
+def _ratio(entry: Entry, one: Entry | None, metric: Metric) -> str:
+    found = ratio(entry, one, metric)
     return "" if found is None or entry is one else f"{found:.2f}"
 
 
 def _written(group: Group) -> Iterator[str]:
-    """What runs in place wrote, against what they had to."""
+    """What runs in place wrote, relative to the minimum."""
     for entry in group.get("contestants", []):
         for key, what in (("patch_bytes", "patch"), ("tensor_bytes", "tensors touched")):
             if entry["runs"] and key in entry:
                 size = entry[key]
-                handed = _middle(entry, lambda run, size=size: run["handed"] / size, ".2f")
-                folios = _middle(entry, lambda run, size=size: run["dirtied"] / size, ".2f")
+                handed = _median(entry, lambda run, size=size: run["handed"] / size, ".2f")
+                folios = _median(entry, lambda run, size=size: run["dirtied"] / size, ".2f")
                 yield (
                     f"- {entry['name']}: {what} {size / 1e6:.1f} MB; "
-                    f"times that, handed to write calls {handed}, by folios dirtied {folios}"
+                    f"passed to write calls {handed} times that, in dirty folios {folios} times"
                 )
 
 
@@ -168,7 +170,7 @@ def _hashes(files: dict[str, dict[str, str]]) -> str:
 
 
 def machines(parts: dict[str, Any]) -> Iterator[str]:
-    """Each machine once, with the parts measured on it."""
+    """One line for each machine, with the parts measured on it."""
     found: dict[str, list[str]] = {}
     for name, part in parts.items():
         here = part["machine"]

@@ -1,4 +1,4 @@
-"""A results file of JSON lines, one for everything that was finished: a killed run loses one thing only."""
+"""A results file of JSON lines, one for each finished run: a killed process loses one run only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def load(file: Path) -> list[dict[str, Any]]:
-    """The finished lines, in the order they were finished; a last one that was cut off is none."""
+    """The complete lines, in order. A truncated last line is ignored."""
     return list(_lines(file.read_bytes())) if file.exists() else []
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """Adds a line, to the disk, in the place of one that was cut off; several processes may."""
+    """Adds a line and syncs it. It replaces a truncated last line. Several processes may append."""
     file.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     with open(fd, "r+b") as stream:

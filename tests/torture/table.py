@@ -1,4 +1,4 @@
-"""The table of faults, times tried and losses, in Markdown."""
+"""The Markdown table of faults, with how often each was tried and how many losses it caused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BEGIN, END = "<!-- table: made by `make torture` -->", "<!-- end of table -->"
 
 
 def table(figures: dict[str, Any]) -> Iterator[str]:
-    """Lines: each fault with what it was tried on, and the sum."""
+    """The table's lines: each fault with what it was tried on, then the sum."""
     yield "| fault | while | tried | losses |"
     yield "|---|---|--:|--:|"
     faults: dict[str, list[dict[str, Any]]] = {}
@@ -32,7 +32,7 @@ def _total(rows: list[dict[str, Any]], key: str) -> str:
 
 
 def put_table(page: Path, figures: dict[str, Any]) -> None:
-    """Replace the table between its marks."""
+    """Replace the table between its markers."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     lines = "\n".join([f"On {figures['machine']}:", "", *table(figures)])

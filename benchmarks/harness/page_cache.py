@@ -1,4 +1,4 @@
-"""The page cache: put files into it, get them out, and check which of the two is so."""
+"""The page cache: loads files into it, drops them from it, and checks both."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 WINDOW = 1 << 30
 CHUNK = 1 << 20
-WARM, COLD = 0.999, 0.001  # a stray page is no matter
+WARM, COLD = 0.999, 0.001  # a stray page does not matter
 
 
-class PagesError(Exception):
-    """The system keeps file pages in memory, or out of it, against our will: another measurement."""
+class PageCacheError(Exception):
+    """The system does not keep file pages in memory, or does not drop them, as the measurement needs."""
 
 
 def files_of(*folders: Path) -> list[Path]:
@@ -24,8 +24,8 @@ def files_of(*folders: Path) -> list[Path]:
 
 
 def warm(*folders: Path) -> None:
-    """Reads what is not in memory yet. Raises PagesError where it does not stay there."""
-    for attempt in range(4):  # what is read once may go again before what others left, which was read twice
+    """Reads what is not in memory yet. Raises PageCacheError if it does not stay there."""
+    for attempt in range(4):  # the kernel may evict pages read once before older ones that were read twice
         if resident_share(*folders) >= WARM:
             return
         if attempt == 1:
@@ -37,11 +37,11 @@ def warm(*folders: Path) -> None:
                     pass
     share = resident_share(*folders)
     if share < WARM:
-        raise PagesError(f"only {share:.1%} of the files stay in the page cache: too little free memory")
+        raise PageCacheError(f"only {share:.1%} of the files stay in the page cache: too little free memory")
 
 
 def drop(*folders: Path) -> None:
-    """Gets the files out of memory: by anyone's means, else by root's. Raises PagesError if neither does."""
+    """Drops the files from memory, by root's means if others do not suffice. Raises PageCacheError."""
     for file in files_of(*folders):
         with _opened(file) as fd:
             os.fsync(fd)  # a dirty page cannot be dropped
@@ -50,17 +50,17 @@ def drop(*folders: Path) -> None:
         _drop_all()
     share = resident_share(*folders)
     if share > COLD:
-        raise PagesError(f"{share:.1%} of the files stay in the page cache, whatever is done to drop them")
+        raise PageCacheError(f"{share:.1%} of the files stay in the page cache: they could not be dropped")
 
 
 def _drop_all() -> None:
-    """Empties the page cache, if we may."""
+    """Empties the page cache, if this process may."""
     with contextlib.suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("1")
 
 
 def resident_share(*folders: Path) -> float:
-    """Which share of the files' pages is in memory, by ``mincore``, which asks without touching them."""
+    """The share of the files' pages that is in memory, by ``mincore``, which does not touch them."""
     resident = total = 0
     for file in files_of(*folders):
         for window in _windows(file):
@@ -75,14 +75,14 @@ def _resident_pages(window: mmap.mmap, pages: int) -> int:
     start = ctypes.c_char.from_buffer(window)
     try:
         if _libc.mincore(ctypes.byref(start), ctypes.c_size_t(len(window)), flags):
-            raise PagesError(f"mincore: {os.strerror(ctypes.get_errno())}")
+            raise PageCacheError(f"mincore: {os.strerror(ctypes.get_errno())}")
     finally:
-        del start  # a mapping that is still pointed into cannot be closed
+        del start  # a mapping with an exported pointer cannot be closed
     return pages - bytes(flags).count(0)
 
 
 def _windows(file: Path) -> Iterator[mmap.mmap]:
-    """The file in bounded mappings: writable, as ctypes asks, and private, so that nothing is written."""
+    """The file in bounded mappings: writable, as ctypes requires, and private, so that nothing is written."""
     size = file.stat().st_size
     with _opened(file) as fd:
         for offset in range(0, size, WINDOW):
@@ -100,13 +100,13 @@ def _opened(file: Path) -> Iterator[int]:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that can still be written beside ``folder``."""
+    """Free bytes of the file system of ``folder``."""
     space = os.statvfs(folder)
     return space.f_bavail * space.f_frsize
 
 
 def total_size(folders: Iterable[Path]) -> int:
-    """Bytes of all files under ``folders``, by length."""
+    """The summed lengths of all files under ``folders``."""
     return sum(file.stat().st_size for file in files_of(*folders))
 
 

@@ -1,8 +1,9 @@
-"""The suite as anyone runs it, very small: the structure of results and page. No figure is asserted."""
+"""The files suite run as a user runs it, very small: the structure of results and page, but no figures."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.files.options import PARTS
-from benchmarks.harness import pages, results
-from benchmarks.harness.contest import Contestant, compete
+from benchmarks.harness import page_cache, results
+from benchmarks.harness.side_by_side import Contestant, run_side_by_side
+from benchmarks.page.files import render
+from benchmarks.page.training import render_training
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"wall", "cpu", "peak", "handed", "dirtied", "seconds", "printed"}
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks ask Linux for what they tell")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks need Linux")
 
 
 def bench(*words: object) -> subprocess.CompletedProcess[str]:
@@ -26,7 +29,7 @@ def bench(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_parts_are_measured_and_the_page_tells_them(tmp_path):
+def test_parts_are_measured_and_shown_on_the_page(tmp_path):
     out, work, only = (
         tmp_path / "docs" / "benchmarks",
         tmp_path / "work",
@@ -50,7 +53,7 @@ def test_parts_are_measured_and_the_page_tells_them(tmp_path):
 
 def check_page(out: Path, parts: dict[str, dict[str, object]]) -> None:
     page = (out.parent / "benchmarks.md").read_text()
-    assert "## What was asked, and what was found" in page
+    assert "## Requirements\n\n| requirement | measured | met |" in page
     for part in parts.values():
         assert f"## {part['title']}\n\n`{part['command']}`" in page
     assert str(out.parent) not in page
@@ -60,13 +63,13 @@ def check_page(out: Path, parts: dict[str, dict[str, object]]) -> None:
             assert (out / chart).read_text().startswith("<?xml")
 
 
-def test_an_unknown_part_is_refused():
+def test_an_unknown_part_is_an_error():
     done = bench("files", "--only", "warm,nonsense")
     assert done.returncode == 2
     assert "no such part: nonsense" in done.stderr
 
 
-def test_a_part_measured_again_leaves_the_others(tmp_path):
+def test_measuring_a_part_again_keeps_the_others(tmp_path):
     file = tmp_path / "new" / "files.json"
     runs = [{"wall": 1.0}, {"wall": 2.0}]
     for part, walls in (("warm", runs), ("cold", runs), ("warm", runs[:1])):
@@ -76,22 +79,31 @@ def test_a_part_measured_again_leaves_the_others(tmp_path):
     assert stored["warm"]["groups"][0]["contestants"][0]["runs"] == runs[:1]
 
 
-def test_what_cannot_run_is_skipped_with_a_sentence():
+def test_a_contestant_that_cannot_run_is_skipped_with_the_reason():
     absent = Contestant("absent", "rival", ["true"], needs=("no_such_package",))
     broken = Contestant("broken", "rival", ["sh", "-c", "echo no luck with /some/where/file >&2; exit 3"])
     fine = Contestant("fine", "limit", ["true"])
-    entries = {entry["name"]: entry for entry in compete([absent, broken, fine], rounds=2)}
+    entries = {entry["name"]: entry for entry in run_side_by_side([absent, broken, fine], rounds=2)}
     assert entries["absent"]["skipped"] == "not installed: no_such_package"
     assert entries["broken"]["skipped"] == "failed: no luck with file"
     assert len(entries["fine"]["runs"]) == 2
 
 
-def test_the_page_cache_is_filled_emptied_and_asked(tmp_path):
+def test_the_page_cache_is_filled_and_emptied(tmp_path):
     (tmp_path / "file").write_bytes(bytes(3_000_000))
-    pages.warm(tmp_path)
-    assert pages.resident_share(tmp_path) == 1
+    page_cache.warm(tmp_path)
+    assert page_cache.resident_share(tmp_path) == 1
     try:
-        pages.drop(tmp_path)
-    except pages.PagesError:
+        page_cache.drop(tmp_path)
+    except page_cache.PageCacheError:
         pytest.skip("this file system keeps its pages")
-    assert pages.resident_share(tmp_path) == 0
+    assert page_cache.resident_share(tmp_path) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_pages_in_docs_match_their_results(tmp_path):
+    shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "benchmarks")
+    render(tmp_path / "benchmarks")
+    render_training(tmp_path / "benchmarks")
+    for page in ("benchmarks.md", "benchmarks-training.md"):
+        assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text(), page

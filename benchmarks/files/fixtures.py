@@ -1,4 +1,4 @@
-"""The folder in which checkpoints are made and outputs come and go."""
+"""The folder with the checkpoints that are measured, and the outputs of commands."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import pages
-from benchmarks.harness.contest import say
+from benchmarks.harness import page_cache
+from benchmarks.harness.log import log
 from benchmarks.harness.process import run
-from benchmarks.harness.units import human
+from benchmarks.harness.sizes import format_size
 
-MARGIN = 2_000_000_000  # bytes of the disk that are left alone
+MARGIN = 2_000_000_000  # bytes of the disk that stay free
 
 
-class NoRoomError(Exception):
+class DiskSpaceError(Exception):
     """The disk cannot hold what a part needs."""
 
 
 @dataclass(frozen=True)
-class Pair:
+class CheckpointPair:
     """A base and a fine-tune of it."""
 
     folder: Path
@@ -37,43 +37,43 @@ class Pair:
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
-        return pages.total_size([self.folder])
+        return page_cache.total_size([self.folder])
 
     def warm(self) -> None:
-        pages.warm(self.folder)
+        page_cache.warm(self.folder)
 
     def drop(self) -> None:
-        pages.drop(self.folder)
+        page_cache.drop(self.folder)
 
 
-class Workshop:
-    """Makes pairs when asked for, keeps them while the disk has room, and names places for outputs."""
+class Fixtures:
+    """Writes pairs on demand, keeps them while the disk has room, and names paths for outputs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def pair(self, nbytes: int, *words: object, outputs: int = 0) -> Pair:
+    def pair(self, nbytes: int, *words: object, outputs: int = 0) -> CheckpointPair:
         """The pair of this size and kind (see ``python -m benchmarks.checkpoints --help``).
 
         Raises:
-            NoRoomError: The disk does not hold it together with ``outputs`` bytes.
+            DiskSpaceError: The disk cannot hold the pair and ``outputs`` bytes more.
         """
         name = "-".join(["pair", str(nbytes), *(str(word).strip("-") for word in words)])
-        pair = Pair(self.folder / name)
+        pair = CheckpointPair(self.folder / name)
         if not pair.folder.exists():
             self._make_room(outputs if "--sparse" in words else 2 * nbytes + outputs)
-            say(f"  making a pair of {human(nbytes)} {' '.join(map(str, words))}")
+            log(f"  writing a pair of {format_size(nbytes)} {' '.join(map(str, words))}")
             run(_maker(pair.folder, nbytes, words))
         return pair
 
-    def place(self, name: str) -> Path:
-        """Where an output goes; what was there is gone."""
+    def output(self, name: str) -> Path:
+        """The path of an output. Removes what is there."""
         path = self.folder / name
-        self.clear(name)
+        self.remove(name)
         return path
 
-    def clear(self, name: str) -> None:
-        """Removes an output, if it is there."""
+    def remove(self, name: str) -> None:
+        """Removes an output, if there is one."""
         path = self.folder / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -81,11 +81,11 @@ class Workshop:
             path.unlink(missing_ok=True)
 
     def _make_room(self, needed: int) -> None:
-        """Other pairs go, the oldest first, until there is room."""
+        """Removes pairs, the oldest first, until there is room."""
         old = sorted(self.folder.glob("pair-*"), key=lambda folder: folder.stat().st_mtime)
-        while (free := pages.free_space(self.folder)) < needed + MARGIN:
+        while (free := page_cache.free_space(self.folder)) < needed + MARGIN:
             if not old:
-                raise NoRoomError(f"needs {human(needed)} of disk, and {human(free)} are free")
+                raise DiskSpaceError(f"needs {format_size(needed)} of disk; {format_size(free)} are free")
             shutil.rmtree(old.pop(0))
 
 
