@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from .surgery.inspect import inspect
     from .surgery.merge import merge
     from .surgery.verify import Verification, verify
-    from .tuning.attach import Attached, attach
+    from .tuning.attach import attach
+    from .tuning.attached import Attached
     from .tuning.trainer import PatchSaving
 
 __all__ = [
@@ -77,7 +78,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Attached": "tuning.attach",
+    "Attached": "tuning.attached",
     "Checkpoint": "checkpoint.checkpoint",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, boundary
+from ..live.names import live_names
 from ..patch.patch import Patch
 from ..progress import Progress, silent
 from ..surgery.diff import diff
 from ..tuning.attach import attach
-from ..tuning.names import live_names
 from ..version import __version__
 from .correlation import strongest
 from .models import live_model, stack_of

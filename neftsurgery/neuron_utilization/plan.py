@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
+from ..live.names import live_names
 from ..neurons.anatomy import NeuronTensor
 from ..patch.patch import PATCH_KEY, Patch
 from ..selection.budget import Amount
@@ -20,7 +21,6 @@ from ..surgery.diff import describe_side
 from ..surgery.extract import check_selection
 from ..surgery.verify import verify
 from ..tensors.header import read_header
-from ..tuning.names import live_names
 from .models import DTYPES, device_of, hidden_size, outline, require_whole, stack_of, tokenizer_of
 from .scope import looked_at, outside
 from .text import Text, read_text

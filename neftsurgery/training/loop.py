@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import MismatchError, UsageError
-from ..tuning.attach import Attached
+from ..tuning.attached import Attached
 from ..tuning.trainer import PatchSaving
 from .examples import collate
 from .plan import TrainingPlan

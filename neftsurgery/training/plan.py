@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
+from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..progress import Progress, silent
 from ..scoring.scores import Scores
@@ -30,7 +31,6 @@ from ..storage.threads import Limits
 from ..surgery.diff import describe_side
 from ..surgery.extract import check_selection, plan_extraction
 from ..surgery.pairing import pair
-from ..tuning.names import live_names
 from .arguments import arguments
 from .examples import Encoder, Example, read_rows
 from .form import Form

@@ -20,7 +20,8 @@ from ..selection.selection import Selection
 from ..storage.output import staged_directory
 from ..storage.threads import Limits
 from ..surgery.extract import check_selection
-from ..tuning.attach import Attached, attach
+from ..tuning.attach import attach
+from ..tuning.attached import Attached
 from ..tuning.trainer import PATCH_NAME, last_save
 from .curve import curve_of, draw, losses_of, write_curve
 from .loop import language_model, trainer_of

@@ -159,3 +159,12 @@ def saved(model: Any, folder: Path) -> Any:
 def rows_of(attached: ns.Attached, live: str) -> nn.Parameter:
     """The trainable values of a live weight."""
     return dict(attached.named_parameters())[f"{live}_neurons"]
+
+
+def train(model: nn.Module, attached: ns.Attached, steps: int, **options: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(attached.parameters(), **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+    return optimizer
