@@ -1,7 +1,7 @@
 """Transformers models of checkpoints: the tokenizer, the model without weights, the model with weights.
 
-This is the only place that calls ``from_pretrained``. It never runs a checkpoint's own code, it shows no
-progress bars, and what transformers cannot load is a `UsageError` that gives the reason.
+Only this module calls ``from_pretrained``. It never runs a checkpoint's own code and shows no progress bars.
+If transformers cannot load a model, the `UsageError` gives transformers' reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 
-__all__ = ["ModelClass", "check_loadable", "load_model", "load_tokenizer", "meta_model"]
+__all__ = ["ModelClass", "load_model", "load_tokenizer", "meta_model", "require_model_folder"]
 
 ModelClass: TypeAlias = Literal["causal_lm", "saved"]
 """``causal_lm``: transformers' ``AutoModelForCausalLM``. ``saved``: the class that the checkpoint was saved
@@ -30,8 +30,8 @@ _FAILURES = (
 )  # fmt: skip
 
 
-def check_loadable(checkpoint: Checkpoint) -> None:
-    """Check that ``checkpoint`` is a folder with a config.
+def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, if it is a folder with a config.
 
     Raises
     ------
@@ -40,11 +40,12 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     """
     if checkpoint.is_file or checkpoint.config is None:
         raise UsageError(
-            "a model is loaded from a folder with a config.json",
+            "expected a model folder with a config.json",
             file=checkpoint.name,
             found="a single file" if checkpoint.is_file else "no config.json",
             hint="name the folder of the whole checkpoint",
         )
+    return checkpoint
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -57,12 +58,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_loadable(checkpoint)
+    require_model_folder(checkpoint)
     try:
         return AutoTokenizer.from_pretrained(checkpoint.source.path, trust_remote_code=False)
     except _FAILURES as error:
         raise UsageError(
-            "the checkpoint's folder has no tokenizer that can be used",
+            "the checkpoint has no tokenizer that transformers can load",
             file=checkpoint.name,
             hint="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it",
         ) from error
@@ -76,7 +77,7 @@ def meta_model(checkpoint: Checkpoint, model_class: ModelClass) -> Any:
     UsageError
         If the checkpoint is not a folder with a config, or transformers cannot build the model.
     """
-    check_loadable(checkpoint)
+    require_model_folder(checkpoint)
     try:
         config = _config(checkpoint)
         found = _class_of(config, model_class)
@@ -85,7 +86,7 @@ def meta_model(checkpoint: Checkpoint, model_class: ModelClass) -> Any:
             if issubclass(found, nn.Module):
                 return found(config)
             return found.from_config(config, trust_remote_code=False)
-    except (*_FAILURES, RuntimeError) as error:  # torch's, for a size that cannot be
+    except (*_FAILURES, RuntimeError) as error:  # torch raises RuntimeErrors for impossible sizes
         raise _load_error(checkpoint, error) from error
 
 
@@ -113,7 +114,7 @@ def load_model(
     MismatchError
         If a weight in the files has another shape, or the files lack a weight of ``required``.
     """
-    check_loadable(checkpoint)
+    require_model_folder(checkpoint)
     try:
         with _no_progress_bar():
             model, info = _class_of(_config(checkpoint), model_class).from_pretrained(
@@ -144,7 +145,7 @@ def _check_loaded(checkpoint: Checkpoint, info: Mapping[str, Any], required: str
         return
     if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{required}.")):
         raise MismatchError(
-            f"weights of the model are not in its files: {len(missing)}, this one first",
+            f"this weight of the model is not in its files (missing weights: {len(missing)})",
             file=checkpoint.name,
             tensor=missing[0],
             hint=hint,
@@ -168,9 +169,11 @@ def _class_of(config: Any, model_class: ModelClass) -> Any:
 
 
 def _load_error(checkpoint: Checkpoint, error: Exception) -> UsageError:
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error  # the machine's; transformers raises OSErrors of its own without a number
     first, *rest = str(error).splitlines() or [type(error).__name__]
     reason = " ".join([first, *(line.strip() for line in rest[:1])]) if first.endswith(":") else first
-    return UsageError(f"transformers cannot load this model: {reason}", file=checkpoint.name)
+    return UsageError(f"transformers cannot load the model: {reason}", file=checkpoint.name)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 from tuning_support import bert, bits, llama
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
-from neftsurgery.live.loading import check_loadable, load_model, load_tokenizer, meta_model
+from neftsurgery.live.loading import load_model, load_tokenizer, meta_model, require_model_folder
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
 def test_what_transformers_cannot_load(folder: Path, damage: Any, load: Any) -> None:
     damage(folder)
-    with pytest.raises(ns.UsageError, match=r"transformers cannot load this model: \w") as caught:
+    with pytest.raises(ns.UsageError, match=r"transformers cannot load the model: \w") as caught:
         load(ns.open_checkpoint(folder))
     assert str(folder) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -131,25 +132,26 @@ def test_weights_of_another_size(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "load", [*LOADERS.values(), load_tokenizer, check_loadable], ids=[*LOADERS, "tokenizer", "check"]
+    "load", [*LOADERS.values(), load_tokenizer, require_model_folder], ids=[*LOADERS, "tokenizer", "check"]
 )
 def test_what_is_not_a_folder_with_a_config(folder: Path, load: Any) -> None:
-    with pytest.raises(ns.UsageError, match=r"a folder with a config.json \(found a single file\)"):
+    expected = "expected a model folder with a config.json"
+    with pytest.raises(ns.UsageError, match=f"{expected} .found a single file"):
         load(ns.open_checkpoint(folder / "model.safetensors"))
     (folder / "config.json").unlink()
-    with pytest.raises(ns.UsageError, match=r"a folder with a config.json \(found no config.json\)"):
+    with pytest.raises(ns.UsageError, match=f"{expected} .found no config.json"):
         load(ns.open_checkpoint(folder))
 
 
 def test_a_tokenizer_that_cannot_be_used(folder: Path) -> None:
-    with pytest.raises(ns.UsageError, match="no tokenizer that can be used") as caught:
+    with pytest.raises(ns.UsageError, match="no tokenizer that transformers can load") as caught:
         load_tokenizer(ns.open_checkpoint(folder))
     assert "tokenizer.json" in str(caught.value)
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
     )
     (folder / "own.py").write_text("raise SystemExit('this code was run')")
-    with pytest.raises(ns.UsageError, match="no tokenizer that can be used"):
+    with pytest.raises(ns.UsageError, match="no tokenizer that transformers can load"):
         load_tokenizer(ns.open_checkpoint(folder))
 
 
@@ -161,6 +163,18 @@ def test_weights_that_are_required(folder: Path) -> None:
     assert load_model(ns.open_checkpoint(folder), "saved", required="model.layers") is not None
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ns.MismatchError, match="weights of the model are not in its files: 1,") as caught:
+    with pytest.raises(ns.MismatchError, match=r"is not in its files \(missing weights: 1\)") as caught:
         load_model(ns.open_checkpoint(folder), "saved", required="model.layers")
     assert caught.value.tensor == "model.layers.1.mlp.up_proj.weight"
+
+
+def test_a_failure_of_the_machine_is_not_blamed_on_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
+    for load in LOADERS.values():
+        with pytest.raises(OSError, match="Input/output error"):
+            load(ns.open_checkpoint(folder))
