@@ -82,7 +82,7 @@ def meta_model(checkpoint: Checkpoint, model_class: ModelClass) -> Any:
         config = _config(checkpoint)
         found = _class_of(config, model_class)
         with torch.device("meta"):
-            # A class of models is called; one of the auto classes cannot be.
+            # A model class is called with the config; an auto class cannot be called.
             if issubclass(found, nn.Module):
                 return found(config)
             return found.from_config(config, trust_remote_code=False)

@@ -58,7 +58,7 @@ LOADED: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize(("make", "cls"), LOADED.values(), ids=LOADED)
 def test_the_loader_is_right(tmp_path: Path, make: Any, cls: Any) -> None:
-    """Each tensor of the files is filled with a number of its own: where that turns up is its live name."""
+    """Each tensor of the files is filled with its own number; that number's parameter is the live name."""
     make().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for number, (name, tensor) in enumerate(sorted(tensors.items()), 1):
@@ -93,7 +93,7 @@ def test_merged_experts_are_refused_and_the_rest_is_not() -> None:
 
 
 def test_a_model_that_was_never_loaded() -> None:
-    """Its files would be renamed, so their names are understood."""
+    """Loading would rename its files' tensors, so their names are understood."""
     assert live_names(neox(), ["embed_out.weight"]) == {"embed_out.weight": "lm_head.weight"}
 
 

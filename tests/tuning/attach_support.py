@@ -43,10 +43,10 @@ class ModelOnDisk:
             self.folder, self.root / f"{name} tuned", select(model, picks), out=self.root / name
         )
 
-    def logits(self, patch: ns.Patch) -> Tensor:
-        """Of the patched files."""
+    def patched_logits(self, patch: ns.Patch) -> Tensor:
+        """The logits of a model loaded from the patched files."""
         ns.apply(self.folder, patch, out=self.root / "patched", force=True)
         return type(self.model).from_pretrained(self.root / "patched", dtype="auto")(**batch()).logits
 
-    def live(self) -> Tensor:
+    def live_logits(self) -> Tensor:
         return self.model(**batch()).logits

@@ -18,10 +18,10 @@ MODES = ("scatter", "overlay")
 
 def test_on_and_off(on_disk: ModelOnDisk) -> None:
     patch = on_disk.patch("one", PICKS | MORE)
-    expected = on_disk.logits(patch)
-    plain = on_disk.live()
+    expected = on_disk.patched_logits(patch)
+    plain = on_disk.live_logits()
     with ns.attach(on_disk.model, patch) as attached:
-        assert torch.equal(on_disk.live(), expected)
+        assert torch.equal(on_disk.live_logits(), expected)
         assert not torch.equal(expected, plain)
         assert list(attached.parameters()) == []
         assert list(on_disk.model.state_dict()) == list(on_disk.before)
@@ -30,13 +30,13 @@ def test_on_and_off(on_disk: ModelOnDisk) -> None:
         )
         assert all(p.requires_grad for p in on_disk.model.parameters())
     assert bits(on_disk.model.state_dict()) == on_disk.before
-    assert torch.equal(on_disk.live(), plain)
+    assert torch.equal(on_disk.live_logits(), plain)
 
 
 def test_a_patch_by_its_path_or_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_disk = ModelOnDisk(tmp_path)
     path = on_disk.patch("one", PICKS).path
-    expected, plain = on_disk.logits(ns.Patch.load(str(path))), on_disk.live()
+    expected, plain = on_disk.patched_logits(ns.Patch.load(str(path))), on_disk.live_logits()
     asked = []
 
     def download(repo: str, filename: str, *, revision: str | None, force_download: bool) -> str:
@@ -45,13 +45,13 @@ def test_a_patch_by_its_path_or_hub_id(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with ns.attach(on_disk.model, str(path)):
-        assert torch.equal(on_disk.live(), expected)
+        assert torch.equal(on_disk.live_logits(), expected)
     assert asked == []
     with ns.attach(on_disk.model, "org/patch@v1") as attached:
-        assert torch.equal(on_disk.live(), expected)
+        assert torch.equal(on_disk.live_logits(), expected)
         attached.switch("org/patch")
-        assert torch.equal(on_disk.live(), expected)
-    assert torch.equal(on_disk.live(), plain)
+        assert torch.equal(on_disk.live_logits(), expected)
+    assert torch.equal(on_disk.live_logits(), plain)
     assert asked == [
         ("org/patch", "neuron_patch.safetensors", "v1"),
         ("org/patch", "neuron_patch.safetensors", None),
@@ -60,10 +60,10 @@ def test_a_patch_by_its_path_or_hub_id(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_overlay_leaves_the_weights_alone(on_disk: ModelOnDisk) -> None:
     patch = on_disk.patch("one", PICKS)
-    expected = on_disk.logits(patch)
+    expected = on_disk.patched_logits(patch)
     attached = ns.attach(on_disk.model, patch, mode="overlay")
     tolerance = 1e-5 if expected.dtype == torch.float32 else 3e-2
-    assert (on_disk.live() - expected).norm() <= tolerance * expected.norm()
+    assert (on_disk.live_logits() - expected).norm() <= tolerance * expected.norm()
     assert bits(on_disk.model.state_dict()) == on_disk.before
     attached.detach()
     assert not any("forward" in module.__dict__ for module in on_disk.model.modules())
@@ -71,7 +71,7 @@ def test_overlay_leaves_the_weights_alone(on_disk: ModelOnDisk) -> None:
 
 @pytest.mark.parametrize("modes", [("scatter", "scatter"), ("overlay", "overlay"), ("scatter", "overlay")])
 def test_several_at_once(on_disk: ModelOnDisk, modes: Any) -> None:
-    """Neurons of the same weights, none in common; they come off in any order."""
+    """Two patches of the same weights, without common neurons, are detached in either order."""
     one = on_disk.patch("one", PICKS)
     apart = {
         name: (axes, [index[0] + 1, *([index[-1] + 1] if axes == [1] else [])])
@@ -87,10 +87,10 @@ def test_several_at_once(on_disk: ModelOnDisk, modes: Any) -> None:
     ns.apply(on_disk.folder, [one, two], out=on_disk.root / "both")
     expected = type(on_disk.model).from_pretrained(on_disk.root / "both", dtype="auto")(**batch()).logits
     tolerance = 1e-5 if expected.dtype == torch.float32 else 3e-2
-    assert (on_disk.live() - expected).norm() <= tolerance * expected.norm()
+    assert (on_disk.live_logits() - expected).norm() <= tolerance * expected.norm()
     first.detach()
-    remaining = on_disk.logits(two)
-    assert (on_disk.live() - remaining).norm() <= tolerance * remaining.norm()
+    remaining = on_disk.patched_logits(two)
+    assert (on_disk.live_logits() - remaining).norm() <= tolerance * remaining.norm()
     second.detach()
     assert bits(on_disk.model.state_dict()) == on_disk.before
 
@@ -112,12 +112,12 @@ def test_neurons_in_common_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_training_on_from_a_patch(tmp_path: Path, mode: Any) -> None:
-    """The values start as the patch's; what comes out is a patch on the base, not on the patch."""
+    """Training starts from the patch's values; the result is a patch on the base, not on the patch."""
     on_disk = ModelOnDisk(tmp_path)
     patch = on_disk.patch("one", PICKS)
-    expected = on_disk.logits(patch)
+    expected = on_disk.patched_logits(patch)
     attached = ns.attach(on_disk.model, patch, mode=mode, trainable=True)
-    torch.testing.assert_close(on_disk.live(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(on_disk.live_logits(), expected, rtol=1e-4, atol=1e-5)
     same = attached.patch(tmp_path / "same")
     for name, tensor in patch.tensors.items():
         assert (same.values(name) == patch.values(name)).all()
@@ -129,7 +129,7 @@ def test_training_on_from_a_patch(tmp_path: Path, mode: Any) -> None:
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
-    """The file has one tensor for both; the live model too."""
+    """The file has one tensor for both uses; so has the live model."""
     model = saved(gpt2(), tmp_path / "base")
     before = bits(model.state_dict())
     picks = {"transformer.wte.weight": ([0], [4, 48])}
@@ -146,8 +146,8 @@ def test_tied_weights_are_written_once(tmp_path: Path) -> None:
     assert bits(model.state_dict()) == before
 
 
-def test_experts_in_one_tensor_go_live(tmp_path: Path) -> None:
-    """Whatever the axes: only training asks how a module computes."""
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    """A patch may have any axes: only training depends on how a module computes."""
     model = torch.nn.Module()
     torch.manual_seed(0)
     model.experts = torch.nn.Parameter(torch.randn(3, 4, 5))

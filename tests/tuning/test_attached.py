@@ -75,18 +75,18 @@ def test_a_state_of_another_selection() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_switching(on_disk: ModelOnDisk, mode: Any) -> None:
-    """Also where the two have neurons in common; and back, and off."""
+    """Between patches with common neurons, back, and off."""
     one, two = on_disk.patch("one", PICKS, 1), on_disk.patch("two", OTHER, 2)
     expected = {}
     for patch in (one, two):
         with ns.attach(on_disk.model, patch, mode=mode):
-            expected[patch] = on_disk.live()
+            expected[patch] = on_disk.live_logits()
         if mode == "scatter":
-            assert torch.equal(expected[patch], on_disk.logits(patch))
+            assert torch.equal(expected[patch], on_disk.patched_logits(patch))
     attached = ns.attach(on_disk.model, one, mode=mode)
     for patch in (two, one, one, two):
         attached.switch(patch)
-        assert torch.equal(on_disk.live(), expected[patch])
+        assert torch.equal(on_disk.live_logits(), expected[patch])
         assert attached.selection.neurons == patch.neurons
     attached.detach()
     assert bits(on_disk.model.state_dict()) == on_disk.before
@@ -101,17 +101,17 @@ def test_a_switch_that_fails_leaves_the_earlier_patch(tmp_path: Path, mode: Any)
         foreign.model.lm_head.weight.add_(1)
     foreign.model.save_pretrained(foreign.folder)
     attached = ns.attach(on_disk.model, one, mode=mode)
-    expected = on_disk.live()
+    expected = on_disk.live_logits()
     with pytest.raises(ns.MismatchError, match="another base"):
         attached.switch(foreign.patch("two", {"lm_head.weight": ([0], [1])}))
-    assert torch.equal(on_disk.live(), expected)
+    assert torch.equal(on_disk.live_logits(), expected)
     attached.detach()
     assert bits(on_disk.model.state_dict()) == on_disk.before
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_resuming_is_going_on(mode: Any) -> None:
-    """Values and optimizer state saved, and both loaded into new objects: the same bits after more steps."""
+    """Values and optimizer state, loaded into new objects, give the same bits after more steps."""
     picks = FAMILIES["llama"][1]
     model = llama()
     attached = ns.attach(model, select(model, picks), mode=mode)
@@ -133,7 +133,7 @@ def test_resuming_is_going_on(mode: Any) -> None:
 
 
 def test_a_patch_of_a_wider_live_type(tmp_path: Path) -> None:
-    """bfloat16 files loaded as float32: the patch has the files' type and fits them."""
+    """bfloat16 files loaded as float32: the patch has the files' dtype and fits them."""
     saved(llama().to(torch.bfloat16), tmp_path / "base")
     model = type(llama()).from_pretrained(tmp_path / "base", dtype=torch.float32)
     picks = FAMILIES["llama"][1]

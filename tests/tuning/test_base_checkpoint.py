@@ -44,7 +44,7 @@ def test_a_base_whose_files_are_gone(tmp_path: Path) -> None:
 
 
 def test_the_hub_cache_is_found_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of the Hub says its id; its files are in the cache, and nothing is fetched."""
+    """A model from the Hub names its repository. Its files are in the cache; nothing is downloaded."""
     import huggingface_hub
 
     snapshot = tmp_path / "snapshots" / "0123abcd"
@@ -65,7 +65,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture
 
 
 def test_a_wider_live_type(tmp_path: Path, lines: pytest.LogCaptureFixture) -> None:
-    """A patch of bfloat16 files on the model as float32 is checked by its digests all the same."""
+    """A patch of bfloat16 files is checked by its digests also on a float32 model."""
     on_disk = ModelOnDisk(tmp_path, torch.bfloat16)
     patch = on_disk.patch("one", PICKS | MORE)
     model = type(on_disk.model).from_pretrained(on_disk.folder, dtype=torch.float32)
@@ -83,7 +83,7 @@ def test_a_wider_live_type(tmp_path: Path, lines: pytest.LogCaptureFixture) -> N
 
 
 def test_a_narrower_live_type(tmp_path: Path, lines: pytest.LogCaptureFixture) -> None:
-    """A patch of float32 files on the model as bfloat16: files check it; without them a warning says so."""
+    """A patch of float32 files on a bfloat16 model is checked against the files, or there is a warning."""
     on_disk = ModelOnDisk(tmp_path)
     patch = on_disk.patch("one", PICKS | MORE)
     model = type(on_disk.model).from_pretrained(on_disk.folder, dtype=torch.bfloat16)
@@ -101,7 +101,7 @@ def test_a_narrower_live_type(tmp_path: Path, lines: pytest.LogCaptureFixture) -
         ns.attach(model, patch)
 
 
-def test_a_damaged_patch_does_not_go_live(tmp_path: Path) -> None:
+def test_a_damaged_patch_is_refused(tmp_path: Path) -> None:
     on_disk = ModelOnDisk(tmp_path)
     on_disk.patch("one", {"lm_head.weight": ([0], [1])}).close()
     content = bytearray((tmp_path / "one").read_bytes())

@@ -1,4 +1,4 @@
-"""Two processes that each see half of every batch arrive where one process does."""
+"""Two processes that each see half of every batch give the values that one process gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient of the chosen neurons is the dense gradient's slice: every mode, layer type and side."""
+"""The gradient of the chosen neurons is the dense gradient's slice: any mode, layer type and kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training the chosen neurons is training a full model whose other weights are held fixed, bit for bit."""
+"""Training the chosen neurons equals training the full model and restoring the rest after each step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import neftsurgery as ns
 MODES = ("scatter", "overlay")
 
 
-def held_fixed(model: nn.Module, picks: Any, steps: int, **options: Any) -> nn.Module:
-    """The oracle: a full model, full gradients, AdamW; after each step all that is not chosen is put back."""
+def train_and_restore(model: nn.Module, picks: Any, steps: int, **options: Any) -> nn.Module:
+    """The oracle: AdamW with full gradients; after each step, everything that is not chosen is restored."""
     twin = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in twin.named_parameters()}
     optimizer = torch.optim.AdamW([twin.get_parameter(name) for name in picks], **options)
@@ -44,7 +44,7 @@ def test_ten_steps_with_weight_decay(family: str, mode: Any) -> None:
     model = make()
     before = bits(model.state_dict())
     tensors = {name: t.clone() for name, t in model.state_dict().items()}
-    oracle = held_fixed(model, picks, 10, **ADAM)
+    oracle = train_and_restore(model, picks, 10, **ADAM)
     attached = ns.attach(model, select(model, picks), mode=mode)
     train(model, attached, 10, **ADAM)
     for name, (axes, index) in picks.items():
@@ -141,7 +141,7 @@ def test_autocast(family: str, mode: Any) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_small_steps_are_not_lost_in_bfloat16(mode: Any) -> None:
-    """The values are float32 whatever the base is; the weight holds them rounded, as it is computed with."""
+    """The values are float32 whatever the base is; the weight holds them rounded to its own dtype."""
     model = llama().to(torch.bfloat16)
     picks = {"model.layers.0.mlp.up_proj.weight": ([0], [1, 5])}
     attached = ns.attach(model, select(model, picks), mode=mode)
@@ -161,7 +161,7 @@ def test_small_steps_are_not_lost_in_bfloat16(mode: Any) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch of itself
 def test_compiled_without_graph_breaks(mode: Any, backend: str) -> None:
-    """One graph, and it sees what the optimizer has written since."""
+    """There is one graph, and it sees the values that the optimizer writes between its runs."""
     torch.compiler.reset()
     model, twin = gpt2(), gpt2()
     picks = FAMILIES["gpt2"][1]
@@ -188,7 +188,7 @@ def test_compiled_without_graph_breaks(mode: Any, backend: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch of itself
 def test_a_model_that_is_compiled_already(mode: Any) -> None:
-    """Its graph is not used for what it does not know of: neither after attach nor after detach."""
+    """torch compiles it again after attach, and again after detach."""
     torch.compiler.reset()
     model, ids = llama(), batch()["input_ids"]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -215,7 +215,7 @@ def _loss(model: Any, seed: int) -> Tensor:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patch_then_apply_then_load(tmp_path: Path, family: str, mode: Any) -> None:
-    """The files with the patch are the live model: logits, bit for bit where the weights hold the values."""
+    """The patched files give the live model's logits: to the bit in scatter mode."""
     make, picks = FAMILIES[family]
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)

@@ -1,4 +1,4 @@
-"""What does not fit is refused with a clear error, and nothing has changed by then."""
+"""A selection that does not fit is refused with a clear error, before anything changes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_wrapped_models() -> None:
         ns.attach(nn.DataParallel(model), chosen)
 
 
-def test_a_mode_that_is_none() -> None:
+def test_an_unknown_mode() -> None:
     model = llama()
     with pytest.raises(ns.UsageError, match="no such mode"):
         ns.attach(model, select(model, {UP: ([0], [1])}), mode="additive")  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ class _Int8(nn.Linear):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_quantized_base(tmp_path: Path, axis: int) -> None:
-    """The chosen neurons start from the files' values, and train over a base that stays as it is."""
+    """The neurons start from the files' values, and train over a base that does not change."""
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
