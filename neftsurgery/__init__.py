@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from .surgery.verify import Verification, verify
     from .training.train import train
     from .training.train_result import TrainResult
-    from .tuning.attach import Attached, attach
+    from .tuning.attach import attach
+    from .tuning.attached import Attached
     from .tuning.trainer import PatchSaving
 
 __all__ = [
@@ -87,7 +88,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Attached": "tuning.attach",
+    "Attached": "tuning.attached",
     "Checkpoint": "checkpoint.checkpoint",
     "ExportResult": "surgery.export",
     "HealResult": "checkpoint.healing",

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from ..checkpoint.opening import open_checkpoint
+from ..live import loading
 from ..selection.selection import Selection
 from ..tuning.attach import attach
 from .languages import NEW, OLD, Direction, Languages
@@ -102,7 +104,7 @@ def new_model(languages: Languages, seed: int) -> Any:
 
 def load_model(folder: Path) -> Any:
     """The model of a checkpoint, by transformers."""
-    return AutoModelForCausalLM.from_pretrained(folder)
+    return loading.load_model(open_checkpoint(folder), "causal_lm")
 
 
 def train_parameters(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..live.weights import read_vectors
 from ..neurons.layout import Layout
-from ..tuning.vectors import gather
 
 __all__ = ["max_correlations"]
 
@@ -43,7 +43,7 @@ def max_correlations(
     step = max(1, block_elements // max(1, layout.width))
     for start in range(0, layout.count, step):
         index = torch.arange(start, min(start + step, layout.count), device=weight.device)
-        vectors = gather(weight.detach(), layout, index).to(device).double()
+        vectors = read_vectors(weight.detach(), layout, index).to(device).double()
         found, at = (_directions(vectors) @ directions.T).abs().max(dim=1)
         found[~torch.isfinite(vectors).all(dim=1)] = torch.nan
         values[start : start + len(index)] = found.clamp_(max=1).cpu()

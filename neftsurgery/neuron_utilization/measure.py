@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
+from ..live.names import live_names
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..surgery.diff import diff
 from ..tuning.attach import attach
-from ..tuning.names import live_names
 from .blocks import find_block_stack
 from .correlation import max_correlations
 from .hidden_states import mean_hidden_states

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
+from ..live.names import live_names
 from ..neurons.anatomy import NeuronTensor
 from ..patch.patch import PATCH_KEY, Patch
 from ..progress import Progress, silent
@@ -22,7 +23,6 @@ from ..surgery.diff import describe_side
 from ..surgery.extract import check_selection
 from ..surgery.verify import verify
 from ..tensors.header import read_header
-from ..tuning.names import live_names
 from ..version import __version__
 from .blocks import find_block_stack, hidden_size
 from .loading import load_tokenizer, meta_model, require_model_folder, resolve_device

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
+from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
 from ..scoring.scores import Scores
-from ..tuning.names import live_names
 from .live_scores import write_scores
 
 __all__ = ["gradient_scores"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import MismatchError
-from ..tuning.attach import Attached
+from ..tuning.attached import Attached
 from ..tuning.trainer import PatchSaving
 from .examples import collator
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer
 
 from ..checkpoint.opening import open_checkpoint
+from ..live.loading import load_model
 from ..scoring.scores import Scores
 from ..storage.threads import Limits
 from ..surgery.diff import DiffPlan
 from ..surgery.pairing import pair
-from .base_model import load_model
 from .examples import collator
 from .gradient_probe import gradient_scores
 from .run_directory import RunDirectory
@@ -77,7 +77,7 @@ def _finetune_scores(plan: TrainPlan, directory: RunDirectory, steps: int, limit
     """Fine-tune a copy of the whole model, score its change, and delete it."""
     shutil.rmtree(directory.probe, ignore_errors=True)
     recipe = plan.recipe
-    model = load_model(plan.base)
+    model = load_model(plan.base, "causal_lm")
     dtype = model.dtype
     model.to(torch.float32)  # the steps of a short fine-tune are smaller than the rounding of bfloat16
     args = plan.trainer_arguments(

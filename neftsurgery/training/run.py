@@ -14,14 +14,15 @@ import torch
 import transformers
 import yaml
 
+from ..live.loading import load_model
 from ..progress import Progress
 from ..selection.selection import Selection
 from ..storage.output import staged_directory
 from ..storage.threads import Limits
 from ..surgery.extract import check_selection
-from ..tuning.attach import Attached, attach
+from ..tuning.attach import attach
+from ..tuning.attached import Attached
 from ..tuning.trainer import PATCH_NAME, last_save
-from .base_model import load_model
 from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
 from .neuron_choice import budget_of
 from .patch_trainer import make_trainer
@@ -50,7 +51,7 @@ def run_training(
     with directory.opened(plan.identity, restart=plan.restart), _quiet_transformers():
         save = last_save(directory.saves)
         args = plan.trainer_arguments(directory.saves, eval_on_start=bool(plan.examples.dev) and save is None)
-        model = load_model(plan.base)
+        model = load_model(plan.base, "causal_lm")
         selection = directory.load_selection()
         if selection is None:
             selection = _choose(plan, directory, model, args.device, limits, note)

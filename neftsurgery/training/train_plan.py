@@ -14,13 +14,13 @@ from transformers import TrainingArguments
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..errors import UsageError, boundary
+from ..live.loading import load_tokenizer, meta_model
+from ..live.names import live_names
 from ..progress import Progress, silent
 from ..sources.resolve import is_hub_id
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from ..surgery.diff import describe_side
-from ..tuning.names import live_names
-from .base_model import load_tokenizer, outline_model
 from .examples import Examples, read_examples
 from .neuron_choice import NeuronChoice, choose_from_files
 from .recipe import Recipe
@@ -213,7 +213,7 @@ def plan_train(
             choice = NeuronChoice(kept)
         else:
             choice = choose_from_files(asked, base, limits or Limits.of(), progress)
-        live_names(outline_model(base), choice.tensors)  # refuses names that the live model lacks
+        live_names(meta_model(base, "causal_lm"), choice.tensors)  # refuses names that the live model lacks
     finally:
         base.close()
     steps = asked.train.steps or _steps(asked, len(examples.train))

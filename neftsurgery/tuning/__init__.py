@@ -1,1 +1,1 @@
-"""The live side: chosen neurons of a torch model, trained or swapped while everything else stays."""
+"""Training chosen neurons of a live torch model, or replacing them by those of a patch."""

@@ -1,10 +1,10 @@
-"""Trainer glue: a mixin that has a Trainer save, resume and compare the chosen neurons alone.
+"""A mixin for transformers' Trainer that saves, resumes and compares only the chosen neurons.
 
-A save is the folder ``checkpoint-N`` that the Trainer makes, with the patch, the values in float32 and
-what the Trainer keeps for itself (optimizer, schedule, random state), and nothing of the model. A
-mark, written last, names its files: a folder without it was not finished, and is never picked up.
+A save is the folder ``checkpoint-N`` that the Trainer makes. It holds the patch, the values in float32 and
+the Trainer's own state (optimizer, schedule, random state), and nothing of the model. A completion marker,
+written last, lists its files: a folder without one is incomplete, and is never resumed from.
 
-This is the only place that knows private methods of the Trainer.
+This is the only module that uses private methods of the Trainer.
 """
 
 from __future__ import annotations
@@ -23,68 +23,68 @@ from safetensors.torch import load_file, save_file
 from ..errors import CorruptFileError, MismatchError, UsageError, boundary
 from ..patch.patch import Patch
 from ..storage.output import fsync, fsync_folder, staged_file
-from .attach import Attached
+from .attached import Attached
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
     from transformers.trainer_utils import TrainOutput
-else:  # whichever Trainer stands behind it; importing one takes seconds
+else:  # the class after the mixin, any Trainer; importing one takes seconds
     _Trainer = object
 
 __all__ = ["PATCH_NAME", "PatchSaving", "last_save"]
 
 PATCH_NAME = "neuron_patch.safetensors"
 _STATE_NAME = "neuron_state.safetensors"
-_MARK_NAME = "neuron_save.json"
+_MARKER_NAME = "neuron_save.json"
 _SAVE = re.compile(r"checkpoint-(\d+)")
 
 
 class PatchSaving(_Trainer):
-    """Put it before a Trainer, and give that ``attached``::
+    """A base class to put before a Trainer, which then takes ``attached``::
 
         class PatchTrainer(PatchSaving, Trainer): ...
 
         attached = ns.attach(model, selection)
         trainer = PatchTrainer(attached=attached, args=args, train_dataset=data)
-        trainer.train(resume_from_checkpoint=False)     # True: go on from the last complete save
+        trainer.train(resume_from_checkpoint=False)     # True: from the last complete save
         attached.patch("neuron_patch.safetensors")
 
     Works with ``transformers.Trainer`` and TRL's ``SFTTrainer``, in one process or under DDP. Saves hold the
-    patch and what resuming needs; ``load_best_model_at_end`` puts the best values in force.
+    patch and what resuming needs; ``load_best_model_at_end`` loads the best values.
 
     Parameters
     ----------
     attached:
-        The neurons in training. ``model`` is theirs, and need not be given.
+        The trainable neurons. Their model is the Trainer's; ``model`` may be left out.
 
     Raises
     ------
     UsageError
-        If ``model`` is another one, nothing is in training, or the Trainer shards or copies the model.
+        If ``model`` is another model, no neuron is trainable, or the Trainer shards or copies the model.
     """
 
     def __init__(self, model: Any = None, *args: Any, attached: Attached, **kwargs: Any) -> None:
         if model is not None and model is not attached.model:
-            raise UsageError("the model is not the one that the neurons are attached to")
+            raise UsageError("the neurons are attached to another model")
         if not any(True for _ in attached.parameters()):
             raise UsageError(
-                "no neuron is in training", hint="attach a selection, or a patch with trainable=True"
+                "no neuron is trainable", hint="attach a selection, or a patch with trainable=True"
             )
         self.attached = attached
         super().__init__(attached.model, *args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UsageError(
-                "saving patches from a Trainer that shards the model is not supported",
-                hint="train in one process or under DDP, or shard the model in a loop of your own",
+                "a Trainer that shards the model cannot save patches",
+                hint="train in one process or under DDP, or shard the model in your own training loop",
             )
         if self.args.n_gpu > 1:
             raise UsageError(
-                "the Trainer would copy the model to several GPUs in one process",
-                hint="start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one of them",
+                "this Trainer would copy the model to several GPUs in one process",
+                hint="start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU",
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. ``resume_from_checkpoint`` True: from the last complete save.
+        """The Trainer's ``train``. With ``resume_from_checkpoint=True``, from the last complete save.
 
         Raises
         ------
@@ -96,15 +96,15 @@ class PatchSaving(_Trainer):
             if found is None:
                 raise UsageError("there is no complete save to resume from", file=self.args.output_dir)
             resume_from_checkpoint = str(found)
-        if resume_from_checkpoint and (done := self._done(Path(resume_from_checkpoint))) is not None:
+        if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))) is not None:
             return done
         model: Any = self.attached.model
         if self._inputs_need_gradients():
             model.enable_input_require_grads()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _done(self, save: Path) -> TrainOutput | None:
-        """The end of a run that was saved after its last step, where the Trainer would make one more."""
+    def _finished(self, save: Path) -> TrainOutput | None:
+        """The output of a run that was saved after its last step; the Trainer would make one step more."""
         from transformers import TrainerState
         from transformers.trainer_utils import TrainOutput
 
@@ -116,14 +116,14 @@ class PatchSaving(_Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
         else:
-            self._take(save)
+            self._load_values(save)
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})
 
     def _inputs_need_gradients(self) -> bool:
-        """Reentrant checkpointing yields no gradient unless one of its inputs asks for one."""
+        """Whether reentrant checkpointing is on: it gives no gradient unless one of its inputs needs one."""
         args: Any = self.args
-        for kind in ("activation_checkpointing", "gradient_checkpointing"):  # the new name, and the old
+        for kind in ("activation_checkpointing", "gradient_checkpointing"):  # the new name and the old one
             if getattr(args, kind, None):
                 options = getattr(args, f"{kind}_kwargs", None)
                 return bool(options and options.get("use_reentrant"))
@@ -142,10 +142,10 @@ class PatchSaving(_Trainer):
         args: Any = self.args
         saves = Path(self._get_output_dir(trial))
         save = saves / f"checkpoint-{self.state.global_step}"
-        if args.should_save and save.exists():  # half a one, or another run's
+        if args.should_save and save.exists():  # incomplete, or of another run
             _remove(save)
         self.accelerator.wait_for_everyone()
-        # The Trainer removes old saves before this one is marked; so it is done here, after.
+        # The Trainer would remove old saves before this one is complete; they are removed below instead.
         limit, args.save_total_limit = args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -153,40 +153,38 @@ class PatchSaving(_Trainer):
             args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every process adds its random state
         if args.should_save:
-            _mark(save)
+            _mark_complete(save)
             _rotate(saves, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._require_complete(Path(resume_from_checkpoint))
-        self._take(Path(resume_from_checkpoint))
+        self._load_values(Path(resume_from_checkpoint))
 
     def _require_complete(self, save: Path) -> None:
         if not _is_complete(save):
             raise UsageError(
-                "this save is not complete: the run was stopped while it was written",
+                "this save is not complete: the run was stopped while writing it",
                 file=save,
-                hint="resume_from_checkpoint=True takes the last complete one",
+                hint="use resume_from_checkpoint=True for the last complete save",
             )
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
         if not best.exists():  # the run was moved
             best = Path(str(self.args.output_dir)) / best.name
-        self._take(best)
+        self._load_values(best)
 
     @boundary
-    def _take(self, save: Path) -> None:
-        """Put the values of a save in force."""
+    def _load_values(self, save: Path) -> None:
+        """Load the neurons' values of a save."""
         with Patch.load(save / PATCH_NAME) as patch:
-            there, here = patch.base.get("fingerprint"), self.attached.base.get("fingerprint")
-        if there is not None and here is not None and there != here:
-            raise MismatchError(
-                "the save is of neurons of another base", file=save, expected=there, found=here
-            )
+            theirs, ours = patch.base.get("fingerprint"), self.attached.base.get("fingerprint")
+        if theirs is not None and ours is not None and theirs != ours:
+            raise MismatchError("the save belongs to another base", file=save, expected=ours, found=theirs)
         try:
             state = load_file(save / _STATE_NAME)
         except SafetensorError as error:
-            raise CorruptFileError(f"the values in training cannot be read: {error}", file=save) from error
+            raise CorruptFileError(f"the saved values cannot be read: {error}", file=save) from error
         self.attached.load_state_dict(state)
 
 
@@ -197,14 +195,14 @@ def last_save(folder: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _saves(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The saves in ``folder`` with their steps, the last first, complete or not."""
+    """The saves in ``folder`` with their steps, latest first, complete or not."""
     names = os.listdir(folder) if folder.is_dir() else []
     found = ((int(match[1]), folder / match[0]) for match in map(_SAVE.fullmatch, names) if match)
     yield from sorted(found, reverse=True)
 
 
-def _mark(save: Path) -> None:
-    """Have everything on disk, then say so."""
+def _mark_complete(save: Path) -> None:
+    """Sync every file to disk, then write the completion marker."""
     files = {}
     for path in sorted(save.rglob("*")):
         if path.is_file():
@@ -212,20 +210,20 @@ def _mark(save: Path) -> None:
                 fsync(file.fileno())
             files[path.relative_to(save).as_posix()] = path.stat().st_size
     fsync_folder(save)
-    with staged_file(save / _MARK_NAME, force=True) as mark:
-        mark.write_at(json.dumps({"version": 1, "files": files}).encode(), 0)
+    with staged_file(save / _MARKER_NAME, force=True) as marker:
+        marker.write_at(json.dumps({"version": 1, "files": files}).encode(), 0)
 
 
 def _is_complete(save: Path) -> bool:
     try:
-        files = json.loads((save / _MARK_NAME).read_bytes())["files"]
+        files = json.loads((save / _MARKER_NAME).read_bytes())["files"]
         return bool(files) and all((save / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """Keep ``limit`` saves: the last, the best, and the latest others; half ones go."""
+    """Keep ``limit`` complete saves: the last, the best, and the latest others. Remove the rest."""
     if limit is None or limit < 1:
         return
     saves = [save for _, save in _saves(folder)]
@@ -238,6 +236,6 @@ def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
 
 
 def _remove(save: Path) -> None:
-    """Take a save away, its mark first: half of it must not look whole."""
-    (save / _MARK_NAME).unlink(missing_ok=True)
+    """Remove a save, its marker first, so that a half-removed save is incomplete."""
+    (save / _MARKER_NAME).unlink(missing_ok=True)
     shutil.rmtree(save)

@@ -1,4 +1,4 @@
-"""Two processes that each see half of every batch arrive where one process does."""
+"""Two processes that each see half of every batch give the values that one process gives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distributed_script import ADAM, STEPS
 from tuning_support import FAMILIES, batch, llama, rows_of, select
 
 import neftsurgery as ns
-from neftsurgery.tuning.vectors import from_bytes
+from neftsurgery.live.weights import from_bytes
 
 # torchrun, and `accelerate launch`, whose other way to two processes on CPUs needs MPI.
 LAUNCHERS = (

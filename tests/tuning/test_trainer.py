@@ -207,11 +207,11 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     trainer.train()
     model = llama()
     other = trainer_of(tmp_path / "run", model)
-    with pytest.raises(ns.UsageError, match="not the one"):
+    with pytest.raises(ns.UsageError, match="attached to another model"):
         type(other)(llama(), attached=other.attached, args=arguments(tmp_path))
     patch = other.attached.patch()
     other.attached.detach()
-    with pytest.raises(ns.UsageError, match="in training"):
+    with pytest.raises(ns.UsageError, match="no neuron is trainable"):
         type(other)(attached=ns.attach(model, patch), args=arguments(tmp_path))
 
     picks = dict(list(PICKS.items())[:1])

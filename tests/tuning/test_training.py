@@ -1,25 +1,23 @@
-"""Training the chosen neurons is training a full model whose other weights are held fixed, bit for bit."""
+"""Training the chosen neurons equals training the full model and restoring the rest after each step."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from tuning_support import FAMILIES, batch, bits, gpt2, llama, others, rows_of, saved, select, vectors
+from tuning_support import FAMILIES, batch, bits, gpt2, llama, others, rows_of, saved, select, train, vectors
 
 import neftsurgery as ns
 
 MODES = ("scatter", "overlay")
 
 
-def held_fixed(model: nn.Module, picks: Any, steps: int, **options: Any) -> nn.Module:
-    """The oracle: a full model, full gradients, AdamW; after each step all that is not chosen is put back."""
+def train_and_restore(model: nn.Module, picks: Any, steps: int, **options: Any) -> nn.Module:
+    """The oracle: AdamW with full gradients; after each step, everything that is not chosen is restored."""
     twin = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in twin.named_parameters()}
     optimizer = torch.optim.AdamW([twin.get_parameter(name) for name in picks], **options)
@@ -36,15 +34,6 @@ def held_fixed(model: nn.Module, picks: Any, steps: int, **options: Any) -> nn.M
     return twin
 
 
-def train(model: nn.Module, attached: ns.Attached, steps: int, **options: Any) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW(attached.parameters(), **options)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(**batch(step)).loss.backward()
-        optimizer.step()
-    return optimizer
-
-
 ADAM = {"lr": 1e-2, "weight_decay": 0.1}
 
 
@@ -55,7 +44,7 @@ def test_ten_steps_with_weight_decay(family: str, mode: Any) -> None:
     model = make()
     before = bits(model.state_dict())
     tensors = {name: t.clone() for name, t in model.state_dict().items()}
-    oracle = held_fixed(model, picks, 10, **ADAM)
+    oracle = train_and_restore(model, picks, 10, **ADAM)
     attached = ns.attach(model, select(model, picks), mode=mode)
     train(model, attached, 10, **ADAM)
     for name, (axes, index) in picks.items():
@@ -152,7 +141,7 @@ def test_autocast(family: str, mode: Any) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_small_steps_are_not_lost_in_bfloat16(mode: Any) -> None:
-    """The values are float32 whatever the base is; the weight holds them rounded, as it is computed with."""
+    """The values are float32 whatever the base is; the weight holds them rounded to its own dtype."""
     model = llama().to(torch.bfloat16)
     picks = {"model.layers.0.mlp.up_proj.weight": ([0], [1, 5])}
     attached = ns.attach(model, select(model, picks), mode=mode)
@@ -172,7 +161,7 @@ def test_small_steps_are_not_lost_in_bfloat16(mode: Any) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch of itself
 def test_compiled_without_graph_breaks(mode: Any, backend: str) -> None:
-    """One graph, and it sees what the optimizer has written since."""
+    """There is one graph, and it sees the values that the optimizer writes between its runs."""
     torch.compiler.reset()
     model, twin = gpt2(), gpt2()
     picks = FAMILIES["gpt2"][1]
@@ -199,7 +188,7 @@ def test_compiled_without_graph_breaks(mode: Any, backend: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch of itself
 def test_a_model_that_is_compiled_already(mode: Any) -> None:
-    """Its graph is not used for what it does not know of: neither after attach nor after detach."""
+    """torch compiles it again after attach, and again after detach."""
     torch.compiler.reset()
     model, ids = llama(), batch()["input_ids"]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -223,122 +212,10 @@ def _loss(model: Any, seed: int) -> Tensor:
     )
 
 
-CHANGES: dict[str, Callable[[ns.Attached, nn.Parameter], Any]] = {
-    "in place": lambda attached, rows: rows.add_(1),
-    "copied": lambda attached, rows: rows.copy_(rows + 1),
-    "by an optimizer": lambda attached, rows: _step(rows),
-    "by an optimizer that writes to data": lambda attached, rows: _DataStep([rows], {}).step(),
-    "loaded": lambda attached, rows: attached.load_state_dict(
-        {n: t + 1 if not n.endswith("index") else t for n, t in attached.state_dict().items()}
-    ),
-    "behind torch's back": lambda attached, rows: (rows.data.add_(1), attached.refresh()),
-}
-
-
-class _DataStep(torch.optim.Optimizer):
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data.add_(1)
-
-
-def _step(rows: nn.Parameter) -> None:
-    rows.grad = torch.full_like(rows, -1)
-    torch.optim.SGD([rows], lr=1).step()
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("mode", MODES)
-def test_every_way_to_change_the_values_is_noticed(mode: Any, change: Any) -> None:
-    model = nn.Sequential(nn.Linear(3, 4, bias=False))
-    attached = ns.attach(model, select(model, {"0.weight": ([0], [1, 3])}), mode=mode)
-    expected = model[0].weight.detach().clone()
-    expected[[1, 3]] += 1
-    (rows,) = attached.parameters()
-    with torch.no_grad():
-        change(attached, rows)
-    torch.testing.assert_close(model(torch.eye(3)).detach(), expected.t(), rtol=0, atol=0)
-
-
-def test_the_weight_is_written_when_it_is_stale_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3)
-    attached = ns.attach(model, select(model, {"0.weight": ([0], [1])}))
-    versions = [model[0].weight._version]
-    for _ in range(3):
-        model(x).sum().backward()
-        versions.append(model[0].weight._version)
-    assert len(set(versions)) == 1
-    _step(next(attached.parameters()))
-    model(x)
-    model(x)
-    assert model[0].weight._version == versions[0] + 1
-
-
-def test_loading_a_base_does_not_take_the_values_out() -> None:
-    model = llama()
-    base = {name: t.clone() for name, t in model.state_dict().items()}
-    attached = ns.attach(model, select(model, {"lm_head.weight": ([0], [4])}))
-    train(model, attached, 1, **ADAM)
-    logits = model(**batch()).logits
-    assert not model.load_state_dict(base).missing_keys
-    assert torch.equal(model(**batch()).logits, logits)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_resuming_is_going_on(mode: Any) -> None:
-    """Values and optimizer state saved, and both loaded into new objects: the same bits after more steps."""
-    picks = FAMILIES["llama"][1]
-    model = llama()
-    attached = ns.attach(model, select(model, picks), mode=mode)
-    optimizer = train(model, attached, 3, **ADAM)
-    state = pickle.loads(pickle.dumps((attached.state_dict(), optimizer.state_dict())))
-    again = llama()
-    resumed = ns.attach(again, select(again, picks), mode=mode)
-    resumed.load_state_dict(state[0])
-    continued = torch.optim.AdamW(resumed.parameters(), **ADAM)
-    continued.load_state_dict(state[1])
-    for one, step in ((model, optimizer), (again, continued)):
-        for seed in (7, 8):
-            step.zero_grad()
-            one(**batch(seed)).loss.backward()
-            step.step()
-    for mine, theirs in zip(attached.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-    assert bits(model.state_dict()) == bits(again.state_dict())
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_deep_copy_is_a_model_of_its_own(mode: Any) -> None:
-    model = llama()
-    attached = ns.attach(model, select(model, FAMILIES["llama"][1]), mode=mode)
-    twin = copy.deepcopy(model)
-    logits = model(**batch()).logits
-    assert torch.equal(twin(**batch()).logits, logits)
-    rows = [p for n, p in twin.named_parameters() if n.endswith("_neurons")]
-    assert len(rows) == len(list(attached.parameters()))
-    twin(**batch()).loss.backward()
-    assert all(p.grad is None for p in attached.parameters())
-    with torch.no_grad():
-        for parameter in rows:
-            assert parameter.grad is not None
-            parameter.add_(1)
-    assert not torch.equal(twin(**batch()).logits, logits)
-    assert torch.equal(model(**batch()).logits, logits)
-
-
-def test_a_model_with_neurons_cannot_be_pickled() -> None:
-    model = llama()
-    attached = ns.attach(model, select(model, {"lm_head.weight": ([0], [4])}))
-    with pytest.raises(ns.UsageError, match="cannot be pickled"):
-        pickle.dumps(model)
-    attached.detach()
-    pickle.dumps(model)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patch_then_apply_then_load(tmp_path: Path, family: str, mode: Any) -> None:
-    """The files with the patch are the live model: logits, bit for bit where the weights hold the values."""
+    """The patched files give the live model's logits: to the bit in scatter mode."""
     make, picks = FAMILIES[family]
     for dtype in (torch.float32, torch.bfloat16):
         folder = tmp_path / str(dtype)
@@ -356,49 +233,3 @@ def test_patch_then_apply_then_load(tmp_path: Path, family: str, mode: Any) -> N
         ns.revert(folder.with_name("patched"), patch, out=folder.with_name("back"), force=True)
         assert ns.verify(folder.with_name("back"), patch).state == "base"
         patch.close()
-
-
-def test_the_model_can_be_saved_while_its_neurons_train(tmp_path: Path) -> None:
-    """As a full model: its own tensors and no others; a scatter's are those of the trained model."""
-    model = saved(llama(), tmp_path / "base")
-    attached = ns.attach(model, select(model, FAMILIES["llama"][1]))
-    train(model, attached, 2, **ADAM)
-    logits = model(**batch()).logits
-    again = saved(model, tmp_path / "whole")
-    assert torch.equal(again(**batch()).logits, logits)
-    model.load_state_dict(again.state_dict(), strict=True)
-
-
-def test_a_patch_of_a_wider_live_type(tmp_path: Path) -> None:
-    """bfloat16 files loaded as float32: the patch has the files' type and fits them."""
-    saved(llama().to(torch.bfloat16), tmp_path / "base")
-    model = type(llama()).from_pretrained(tmp_path / "base", dtype=torch.float32)
-    picks = FAMILIES["llama"][1]
-    attached = ns.attach(model, select(model, picks, "BF16"))
-    train(model, attached, 2, **ADAM)
-    with attached.patch() as patch:
-        assert {tensor.info.dtype for tensor in patch.tensors.values()} == {"BF16"}
-        ns.apply(tmp_path / "base", patch, out=tmp_path / "patched")
-    loaded = type(model).from_pretrained(tmp_path / "patched", dtype=torch.float32)
-    for name, (axes, index) in picks.items():
-        expected = rows_of(attached, name).detach().to(torch.bfloat16).float()
-        assert torch.equal(vectors(loaded.get_parameter(name), axes, index), expected)
-
-
-def test_a_patch_of_a_model_without_files(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    before: dict[str, Tensor] = {n: t.clone() for n, t in model.state_dict().items()}
-    from safetensors.torch import load_file, save_file
-
-    save_file(before, tmp_path / "base.safetensors")
-    attached = ns.attach(model, select(model, {"0.weight": ([1], [0, 2]), "0.bias": ([0], [3])}))
-    with torch.no_grad():
-        for parameter in attached.parameters():
-            parameter.mul_(2)
-    attached.refresh()
-    with attached.patch() as patch:
-        assert patch.base["fingerprint"] is None
-        ns.apply(tmp_path / "base.safetensors", patch, out=tmp_path / "out.safetensors")
-    assert bits(dict(sorted(load_file(tmp_path / "out.safetensors").items()))) == bits(
-        dict(sorted(model.state_dict().items()))
-    )

@@ -1,4 +1,4 @@
-"""What the tests of the live side are made with: small models, selections made by hand, and their bits."""
+"""Support for tests of live models: small models, selections made by hand, and bits to compare."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def batch(seed: int = 0, size: int = 2, length: int = 9) -> dict[str, Tensor]:
 
 
 def saved(model: Any, folder: Path) -> Any:
-    """The model as it comes back from its files."""
+    """The model, saved to ``folder`` and loaded from it."""
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder, dtype="auto").eval()
 
@@ -159,3 +159,12 @@ def saved(model: Any, folder: Path) -> Any:
 def rows_of(attached: ns.Attached, live: str) -> nn.Parameter:
     """The trainable values of a live weight."""
     return dict(attached.named_parameters())[f"{live}_neurons"]
+
+
+def train(model: nn.Module, attached: ns.Attached, steps: int, **options: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(attached.parameters(), **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+    return optimizer

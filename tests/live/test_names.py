@@ -14,7 +14,7 @@ from torch import nn
 from tuning_support import bert, gpt2, llama, opt, select
 
 import neftsurgery as ns
-from neftsurgery.tuning.names import live_names
+from neftsurgery.live.names import live_names
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -58,7 +58,7 @@ LOADED: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize(("make", "cls"), LOADED.values(), ids=LOADED)
 def test_the_loader_is_right(tmp_path: Path, make: Any, cls: Any) -> None:
-    """Each tensor of the files is filled with a number of its own: where that turns up is its live name."""
+    """Each tensor of the files is filled with its own number; that number's parameter is the live name."""
     make().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     for number, (name, tensor) in enumerate(sorted(tensors.items()), 1):
@@ -87,13 +87,13 @@ def test_merged_experts_are_refused_and_the_rest_is_not() -> None:
     model = mixtral()
     with pytest.raises(ns.MismatchError, match="merges, splits or transposes") as caught:
         live_names(model, ["model.layers.0.block_sparse_moe.experts.0.w1.weight"])
-    assert "live as model.layers.0.mlp.experts.gate_up_proj" in str(caught.value)
+    assert "loaded as model.layers.0.mlp.experts.gate_up_proj" in str(caught.value)
     names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.block_sparse_moe.gate.weight"]
     assert list(live_names(model, names).values()) == [names[0], "model.layers.0.mlp.gate.weight"]
 
 
 def test_a_model_that_was_never_loaded() -> None:
-    """Its files would be renamed, so their names are understood."""
+    """Loading would rename its files' tensors, so their names are understood."""
     assert live_names(neox(), ["embed_out.weight"]) == {"embed_out.weight": "lm_head.weight"}
 
 
@@ -107,7 +107,7 @@ def test_a_plain_module_has_plain_names() -> None:
 
 def test_two_names_of_one_weight() -> None:
     names = ["model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"]
-    with pytest.raises(ns.MismatchError, match="the same live weight"):
+    with pytest.raises(ns.MismatchError, match="are the same weight of the model"):
         live_names(llama(), names)
 
 

@@ -1,9 +1,8 @@
-"""What does not fit is refused with a clear error, and nothing has changed by then."""
+"""A selection that does not fit is refused with a clear error, before anything changes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,110 +75,11 @@ def test_the_second_tensor_is_wrong() -> None:
     assert len(list(model.parameters())) == len(list(llama().parameters()))
 
 
-def test_a_base_that_is_another(tmp_path: Path) -> None:
-    model = saved(llama(), tmp_path / "base")
-    chosen = select(model, {UP: ([0], [1, 2, 3])})
-    with torch.no_grad():
-        model.get_parameter(UP)[2, 0] += 1
-    with pytest.raises(ns.MismatchError, match="1 of 3 that differ") as caught:
-        ns.attach(model, chosen)
-    assert "base=False" in str(caught.value)
-    assert str(tmp_path / "base") in str(caught.value)
-    with ns.attach(model, chosen, base=False) as attached, attached.patch() as patch:
-        assert patch.base["fingerprint"] is None
-    model = saved(llama(intermediate_size=32), tmp_path / "other")
-    with pytest.raises(ns.MismatchError, match=r"found F32 \[24, 16\]"):
-        ns.attach(model, select(model, {UP: ([0], [1])}), base=tmp_path / "base")
-    with pytest.raises(ns.UsageError, match="no such file"):
-        ns.attach(model, select(model, {UP: ([0], [1])}), base=tmp_path / "nowhere")
-
-
-def test_a_base_whose_files_are_gone(tmp_path: Path) -> None:
-    """Then the live weights are the base."""
-    model = saved(llama(), tmp_path / "base")
-    (tmp_path / "base").rename(tmp_path / "moved")
-    with ns.attach(model, select(model, {UP: ([0], [1])})) as attached, attached.patch() as patch:
-        assert patch.base == {"name": "base", "fingerprint": None}
-        assert ns.verify(tmp_path / "moved", patch).state == "patched"  # nothing was trained: both
-
-
-def test_a_base_that_changes_meanwhile(tmp_path: Path) -> None:
-    model = saved(llama(), tmp_path / "base")
-    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
-    llama(initializer_range=0.1).save_pretrained(tmp_path / "base")
-    with pytest.raises(ns.MachineError, match="changed by someone else"):
-        attached.patch(tmp_path / "patch")
-    assert not (tmp_path / "patch").exists()
-
-
-def test_a_file_in_the_way(tmp_path: Path) -> None:
-    model = llama()
-    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
-    attached.patch(tmp_path / "patch").close()
-    with pytest.raises(ns.UsageError, match="exists"):
-        attached.patch(tmp_path / "patch")
-    attached.patch(tmp_path / "patch", force=True).close()
-
-
-def test_after_detach() -> None:
-    model = llama()
-    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
-    optimizer = torch.optim.AdamW(attached.parameters())
-    attached.detach()
-    before = bits(model.state_dict())
-    calls: list[Callable[[], Any]] = [
-        attached.detach,
-        attached.patch,
-        attached.refresh,
-        attached.state_dict,
-        lambda: list(attached.parameters()),
-    ]
-    for call in calls:
-        with pytest.raises(ns.UsageError, match="detached"):
-            call()
-    with pytest.raises(ns.UsageError, match="an optimizer steps on neurons that were detached"):
-        optimizer.step()
-    assert bits(model.state_dict()) == before
-    again = ns.attach(model, select(model, {UP: ([0], [1])}))
-    torch.optim.AdamW(again.parameters()).step()
-    with pytest.raises(ns.UsageError, match="detached"):
-        optimizer.step()
-
-
 def test_twice() -> None:
     model = llama()
     ns.attach(model, select(model, {UP: ([0], [1])}))
-    with pytest.raises(ns.UsageError, match="being trained already"):
+    with pytest.raises(ns.UsageError, match="already has trainable neurons"):
         ns.attach(model, select(model, {"lm_head.weight": ([0], [1])}))
-
-
-def test_a_state_of_another_selection() -> None:
-    first, second = llama(), llama()
-    state = ns.attach(first, select(first, {UP: ([0], [1, 2])})).state_dict()
-    attached = ns.attach(second, select(second, {UP: ([0], [1, 3])}))
-    with pytest.raises(ns.MismatchError, match="other neurons"):
-        attached.load_state_dict(state)
-    with pytest.raises(ns.MismatchError, match="another selection"):
-        attached.load_state_dict({})
-
-
-def test_casting_the_model_afterwards() -> None:
-    model = llama()
-    attached = ns.attach(model, select(model, {UP: ([0], [1])}))
-    optimizer = torch.optim.SGD(attached.parameters())
-    model.to(torch.bfloat16)
-    with pytest.raises(ns.UsageError, match="were cast"):
-        optimizer.step()
-    attached.detach()
-    assert bits(model.state_dict()) == bits(llama().to(torch.bfloat16).state_dict())
-
-
-def test_a_weight_that_is_replaced() -> None:
-    model = nn.Sequential(nn.Linear(3, 4))
-    ns.attach(model, select(model, {"0.weight": ([0], [1])}))
-    model[0].weight = nn.Parameter(torch.zeros(4, 3))
-    with pytest.raises(ns.UsageError, match="replaced"):
-        model(torch.zeros(1, 3))
 
 
 class _Scaled(nn.Linear):
@@ -198,9 +98,9 @@ LAYERS: dict[str, tuple[Any, str]] = {
     "another tool's forward": (_offloaded, "replaced by another tool"),
     "offloaded": (lambda: nn.Linear(3, 4, device="meta"), "not in memory"),
     "circular": (lambda: nn.Conv1d(3, 4, 3, padding=1, padding_mode="circular"), "padding is 'circular'"),
-    "lopsided": (lambda: nn.Conv1d(3, 4, 2, padding="same"), "on one side more"),
+    "lopsided": (lambda: nn.Conv1d(3, 4, 2, padding="same"), "not the same on both sides"),
     "transposed": (lambda: nn.ConvTranspose1d(3, 4, 3), "neurons of a ConvTranspose1d"),
-    "renormalising": (lambda: nn.Embedding(4, 3, max_norm=1.0), "renormalises"),
+    "renormalising": (lambda: nn.Embedding(4, 3, max_norm=1.0), "it uses max_norm"),
     "attention": (lambda: nn.MultiheadAttention(4, 2).out_proj, "NonDynamicallyQuantizableLinear"),
 }
 
@@ -222,7 +122,7 @@ def test_wrapped_models() -> None:
         ns.attach(nn.DataParallel(model), chosen)
 
 
-def test_a_mode_that_is_none() -> None:
+def test_an_unknown_mode() -> None:
     model = llama()
     with pytest.raises(ns.UsageError, match="no such mode"):
         ns.attach(model, select(model, {UP: ([0], [1])}), mode="additive")  # type: ignore[arg-type]
@@ -247,7 +147,7 @@ class _Int8(nn.Linear):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_quantized_base(tmp_path: Path, axis: int) -> None:
-    """The chosen neurons start from the files' values, and train over a base that stays as it is."""
+    """The neurons start from the files' values, and train over a base that does not change."""
     from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
@@ -258,7 +158,7 @@ def test_a_quantized_base(tmp_path: Path, axis: int) -> None:
     before = bits(model.state_dict())
     with pytest.raises(ns.UsageError, match="is quantized"):
         ns.attach(model, chosen)
-    with pytest.raises(ns.UsageError, match="cannot hold values"):
+    with pytest.raises(ns.UsageError, match="cannot be written into a quantized"):
         ns.attach(model, chosen, base=tmp_path / "base", mode="scatter")
     attached = ns.attach(model, chosen, base=tmp_path / "base")
     x = torch.randn(4, 5)
@@ -280,21 +180,6 @@ def test_a_quantized_base(tmp_path: Path, axis: int) -> None:
     assert torch.equal(patched[[1, 3]], rows.detach())
     attached.detach()
     assert bits(model.state_dict()) == before
-
-
-def test_the_hub_cache_is_found_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model of the Hub says its id; its files are in the cache, and nothing is fetched."""
-    import huggingface_hub
-
-    snapshot = tmp_path / "snapshots" / "0123abcd"
-    model = saved(llama(), snapshot)
-    model.name_or_path = model.config._name_or_path = "org/name"
-    found = str(snapshot / "config.json")
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args, **kwargs: found)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
-    with ns.attach(model, select(model, {UP: ([0], [1])})) as attached, attached.patch() as patch:
-        assert (patch.base["repo"], patch.base["revision"]) == ("org/name", "0123abcd")
-        assert patch.base["fingerprint"] is not None
 
 
 def test_nothing_is_said_where_nothing_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,11 @@
-"""From the tensor names of a checkpoint's files to the parameter names of the live model.
+"""From the tensor names in a checkpoint's files to the parameter names of the live model.
 
-Most models keep their names. Where transformers renames tensors as it loads them (GPT-NeoX, ViT), or
-adds or drops the ``base_model_prefix``, its own function for that is asked, so that the answer is the
-loader's. Where it merges, splits or transposes tensors (most mixtures of experts), a neuron of the
-file is no neuron of the model: that is refused. Nothing is guessed.
+Most models keep their names. Where transformers renames tensors as it loads them (GPT-NeoX, ViT), or adds
+or drops the ``base_model_prefix``, this module calls transformers' own renaming function, so the answer is
+the loader's. Where transformers merges, splits or transposes tensors (most mixtures of experts), the model
+has no neurons that correspond to those of the file, and this is an error. Nothing is guessed.
 
-`_Renaming` is the only place that knows transformers' private modules.
+`_Renaming` is the only class that uses transformers' private modules.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["live_names"]
 
 
 def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The live parameter of each tensor.
+    """The parameter of ``model`` that each tensor of the files becomes.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     Raises
     ------
     MismatchError
-        If the model has no such parameter, or the loader makes another tensor of it.
+        If the model has no such parameter, the loader makes another tensor of it, or two tensors become
+        the same parameter.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     renaming = _Renaming(model, parameters) if _is_transformers(model) else None
@@ -45,24 +46,24 @@ def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
                 "the model has no such weight",
                 tensor=name,
                 expected=live if live != name else None,
-                found=_alike(live, parameters),
-                hint="the names must be those of the checkpoint that the model was loaded from",
+                found=_similar(live, parameters),
+                hint="use the tensor names of the checkpoint that the model was loaded from",
             )
         found[name] = live
     taken: dict[str, str] = {}
     for name, live in found.items():
         if (other := taken.setdefault(live, name)) != name:
             raise MismatchError(
-                f"it is the same live weight as {other}",
+                f"this tensor and {other} are the same weight of the model",
                 tensor=name,
                 found=live,
-                hint="choose one of the two",
+                hint="choose neurons of only one of the two",
             )
     return found
 
 
-def _alike(name: str, parameters: Mapping[str, nn.Parameter]) -> str:
-    """Some names with the same ending, or the first ones."""
+def _similar(name: str, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Some names with the same ending as ``name``, or the first names of all."""
     for parts in (3, 2):
         ending = ".".join(name.split(".")[-parts:])
         if same := [other for other in parameters if other.endswith(ending)]:
@@ -71,13 +72,13 @@ def _alike(name: str, parameters: Mapping[str, nn.Parameter]) -> str:
 
 
 def _is_transformers(model: nn.Module) -> bool:
-    """Whether it is loaded by transformers' rules. Does not import transformers."""
+    """Whether transformers' loading rules apply to ``model``. Does not import transformers."""
     module = sys.modules.get("transformers.modeling_utils")
     return module is not None and isinstance(model, module.PreTrainedModel)
 
 
 class _Renaming:
-    """What ``from_pretrained`` does to a tensor's name, by transformers' own functions."""
+    """How ``from_pretrained`` renames tensors, by transformers' own functions."""
 
     def __init__(self, model: Any, parameters: dict[str, nn.Parameter]) -> None:
         self._parameters = parameters
@@ -86,7 +87,7 @@ class _Renaming:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-            # What loading has really used; a model that was never loaded has what would be used.
+            # The conversions that loading used; for a model that was never loaded, those it would use.
             used = getattr(model, "_weight_conversions", None)
             mapping = get_model_conversion_mapping(model) if used is None else copy.deepcopy(used)
             self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -94,26 +95,32 @@ class _Renaming:
             if len(self._renamings) + len(self._converters) != len(mapping):
                 raise TypeError("a conversion of an unknown kind")
             self._rename = rename_source_key
-            self.live("weight")  # tells now whether the function still is what this was written for
+            self.live("weight")  # fails here, not later, if the function's signature has changed
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise MismatchError(
-                f"how this version of transformers names a model's weights is not known here: {error}",
+                f"cannot tell how this version of transformers renames a model's weights: {error}",
                 hint="use a version of transformers that neftsurgery was tested with (see pyproject.toml)",
             ) from error
 
     def live(self, name: str) -> str:
-        """The parameter that tensor ``name`` becomes; refuses what is merged, split or transposed."""
+        """The parameter that tensor ``name`` becomes.
+
+        Raises
+        ------
+        MismatchError
+            If the tensor is merged, split or transposed.
+        """
         live, converted = self._rename(
             name, self._renamings, self._converters, self._prefix, self._parameters
         )
-        if live not in self._parameters and name in self._parameters:  # as the loader has it
+        if live not in self._parameters and name in self._parameters:  # as the loader does
             live, converted = self._rename(name, [], [], self._prefix, self._parameters)
         if converted is not None:
             raise MismatchError(
                 "transformers merges, splits or transposes this tensor when it loads the file, "
-                "so its neurons are none of the live model",
+                "so the model does not have its neurons",
                 tensor=name,
-                found=f"live as {live}",
+                found=f"loaded as {live}",
                 hint="choose neurons of other tensors",
             )
         return str(live)

@@ -1,11 +1,11 @@
-"""Autograd functions of a frozen weight that holds some trainable vectors. Pure: tensors in, tensors out.
+"""Autograd functions for frozen weights with trainable vectors. Pure: tensors in, tensors out.
 
-In all of them the forward pass computes with the whole weight ``W``, which already holds the
-trainable vectors, and never looks at ``rows``; the backward pass gives the input's gradient from the
-whole weight, and the gradient of ``rows`` alone. What is saved for it is the weight (by reference),
-and what the rows need of the input: all of it for outputs, only the chosen features for inputs.
+In each of them the forward pass computes with the whole weight ``W``, which already contains the trainable
+vectors, and never reads ``rows``. The backward pass gives the gradient of the input from the whole weight,
+and the gradient of ``rows`` alone. It saves the weight by reference, and the part of the input that the
+gradient of ``rows`` needs: all of it for outputs, only the chosen features for inputs.
 
-``rows`` is ``[k, width]`` of any float type, ``index`` int64 ``[k]``.
+``rows`` is ``[k, width]`` of any float dtype, ``index`` int64 ``[k]``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,24 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["HeldBias", "HeldConvolution", "HeldEmbedding", "HeldInputs", "HeldOutputs", "apply", "matmul"]
+__all__ = [
+    "FrozenBias",
+    "FrozenConvolution",
+    "FrozenEmbedding",
+    "FrozenLinearInputs",
+    "FrozenLinearOutputs",
+    "apply_function",
+    "linear",
+]
 
-# The forward pass may run under autocast, the backward pass does not: the output's type is the one
-# that was computed in, and what is saved takes it, as torch's own functions do.
+# The forward pass may run under autocast, the backward pass does not. So tensors are saved in the dtype of
+# the output, which is the one computed in, as torch's own functions do.
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
     """``x @ W.T + bias`` for ``W [out, in]``, or ``x @ W + bias`` for a transposed ``W [in, out]``.
 
-    Each by the very operation of `torch.nn.Linear` and of transformers' ``Conv1D``: equal to the bit.
+    The operations are those of `torch.nn.Linear` and transformers' ``Conv1D``: results are equal to the bit.
     """
     if not transposed:
         return functional.linear(x, weight, bias)
@@ -36,8 +44,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
-def apply(function: type[Function], *arguments: Any) -> Tensor:
-    """Call one of the functions below."""
+def apply_function(function: type[Function], *arguments: Any) -> Tensor:
+    """``function.apply(*arguments)``, typed."""
     out: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
 
@@ -51,8 +59,8 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-class HeldOutputs(Function):
-    """Output units of a linear map: ``rows [k, in]`` are rows of ``W [out, in]``."""
+class FrozenLinearOutputs(Function):
+    """Chosen outputs of a linear layer: ``rows [k, in]`` are rows of ``W [out, in]``."""
 
     @staticmethod
     def forward(
@@ -65,7 +73,7 @@ class HeldOutputs(Function):
         transposed: bool,
     ) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        out = matmul(x, weight, bias, transposed)
+        out = linear(x, weight, bias, transposed)
         ctx.save_for_backward(
             x.to(out.dtype) if ctx.needs_input_grad[1] else None,
             weight if ctx.needs_input_grad[0] else None,
@@ -90,8 +98,8 @@ class HeldOutputs(Function):
         return of_x, of_rows, None, of_bias, None, None
 
 
-class HeldInputs(Function):
-    """Input features of a linear map: ``rows [k, out]`` are columns of ``W [out, in]``."""
+class FrozenLinearInputs(Function):
+    """Chosen inputs of a linear layer: ``rows [k, out]`` are columns of ``W [out, in]``."""
 
     @staticmethod
     def forward(
@@ -104,7 +112,7 @@ class HeldInputs(Function):
         transposed: bool,
     ) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        out = matmul(x, weight, bias, transposed)
+        out = linear(x, weight, bias, transposed)
         ctx.save_for_backward(
             _flat(x).index_select(1, index).to(out.dtype) if ctx.needs_input_grad[1] else None,
             weight if ctx.needs_input_grad[0] else None,
@@ -130,8 +138,8 @@ class HeldInputs(Function):
 Sizes = tuple[int, ...]
 
 
-class HeldConvolution(Function):
-    """Output channels of a convolution: ``rows [k, in / groups * kernel]``."""
+class FrozenConvolution(Function):
+    """Chosen output channels of a convolution: ``rows [k, in / groups * kernel]``."""
 
     @staticmethod
     def forward(
@@ -170,7 +178,7 @@ class HeldConvolution(Function):
                 of_rows = differentiate(
                     chosen, x, weight[: len(index)], None, *ctx.geometry, [False, True, False]
                 )[1]
-            else:  # a chosen channel sees its own group's input only: such weights are small, take them whole
+            else:  # a channel sees only its own group's input; such weights are small: compute the whole
                 whole = differentiate(grad, x, weight, None, *ctx.geometry, [False, True, False])[1]
                 of_rows = whole.index_select(0, index)
             of_rows = of_rows.flatten(1).to(ctx.rows_dtype)
@@ -179,15 +187,18 @@ class HeldConvolution(Function):
         return of_x, of_rows, None, of_bias, None, None, None, None, None
 
 
-class HeldEmbedding(Function):
-    """Entries of an embedding: ``rows [k, width]``; ``slots`` int64 ``[entries]`` says which, or k."""
+class FrozenEmbedding(Function):
+    """Chosen entries of an embedding: ``rows [k, width]``.
+
+    ``inverse_index``, int64 ``[entries]``: the position of each entry in ``rows``, or k if it is not chosen.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, rows: Tensor, weight: Tensor, slots: Tensor, padding: int | None
+        ctx: Any, ids: Tensor, rows: Tensor, weight: Tensor, inverse_index: Tensor, padding: int | None
     ) -> Tensor:
         """``[...]`` to ``[..., width]``."""
-        ctx.save_for_backward(ids, slots)
+        ctx.save_for_backward(ids, inverse_index)
         ctx.count, ctx.rows_dtype, ctx.padding = rows.shape[0], rows.dtype, padding
         return functional.embedding(ids, weight)
 
@@ -195,19 +206,19 @@ class HeldEmbedding(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``rows``."""
-        ids, slots = ctx.saved_tensors
-        slot = slots[ids]
-        if ctx.padding is not None:  # its entry gets no gradient
-            slot = slot.masked_fill(ids == ctx.padding, ctx.count)
+        ids, inverse_index = ctx.saved_tensors
+        position = inverse_index[ids]
+        if ctx.padding is not None:  # the padding entry gets no gradient
+            position = position.masked_fill(ids == ctx.padding, ctx.count)
         flat = _flat(grad).to(ctx.rows_dtype)
-        # What is not chosen adds up in one more row: that needs no sizes that depend on the ids.
+        # Entries that are not chosen are summed in an extra row, so that no size depends on the ids.
         sums = flat.new_zeros(ctx.count + 1, flat.shape[1])
-        sums.index_add_(0, slot.flatten(), flat)
+        sums.index_add_(0, position.flatten(), flat)
         return None, sums[: ctx.count], None, None, None
 
 
-class HeldBias(Function):
-    """Elements of a bias: ``rows [k, 1]``. Gives the bias itself, which holds them."""
+class FrozenBias(Function):
+    """Chosen elements of a bias: ``rows [k, 1]``. Returns the bias itself, which contains them."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, rows: Tensor, index: Tensor) -> Tensor:

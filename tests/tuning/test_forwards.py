@@ -1,4 +1,4 @@
-"""The gradient of the chosen neurons is the dense gradient's slice: every mode, layer type and side."""
+"""The gradient of the chosen neurons is the dense gradient's slice: any mode, layer type and kind."""
 
 from __future__ import annotations
 
@@ -161,36 +161,3 @@ def test_a_module_called_twice_and_by_keyword(mode: Any, axis: int) -> None:
     torch.testing.assert_close(
         rows_of(attached, "inner.weight").grad, vectors(gradients["inner.weight"], [axis], [1, 4])
     )
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_only_what_is_needed_is_saved(mode: Any) -> None:
-    """For columns the chosen input features and no others; in evaluation nothing."""
-    model, x = nn.Sequential(nn.Linear(50, 40)), torch.randn(60, 50)
-    ns.attach(model, select(model, {"0.weight": ([1], [7, 8])}), mode="scatter")
-    saved: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(x)
-        assert [tuple(tensor.shape) for tensor in saved] == [(60, 2)]
-        saved.clear()
-        model(x.requires_grad_())
-        assert [tuple(tensor.shape) for tensor in saved] == [(60, 2), (40, 50)]
-        assert saved[1].data_ptr() == model[0].weight.data_ptr()
-        saved.clear()
-        with torch.no_grad():
-            model(x)
-        assert saved == []
-
-
-def test_a_second_derivative_is_refused() -> None:
-    """Not silently wrong: the backward pass is no function that is differentiated again."""
-    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), torch.randn(2, 3, requires_grad=True)
-    ns.attach(model, select(model, {"0.weight": ([0], [1])}))
-    (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()

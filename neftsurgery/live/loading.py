@@ -1,0 +1,189 @@
+"""Transformers models of checkpoints: the tokenizer, the model without weights, the model with weights.
+
+Only this module calls ``from_pretrained``. It never runs a checkpoint's own code and shows no progress bars.
+If transformers cannot load a model, the `UsageError` gives transformers' reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import MismatchError, UsageError
+
+__all__ = ["ModelClass", "load_model", "load_tokenizer", "meta_model", "require_model_folder"]
+
+ModelClass: TypeAlias = Literal["causal_lm", "saved"]
+"""``causal_lm``: transformers' ``AutoModelForCausalLM``. ``saved``: the class that the checkpoint was saved
+from, so that every weight of its files is loaded; ``AutoModel`` where its config does not name one."""
+
+# What transformers raises for configs, tokenizers and classes that it cannot use.
+_FAILURES = (
+    OSError, ValueError, LookupError, ImportError, AttributeError, TypeError, ArithmeticError,
+    StrictDataclassError,
+)  # fmt: skip
+
+
+def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint, if it is a folder with a config.
+
+    Raises
+    ------
+    UsageError
+        If it is a single file, or has no config.
+    """
+    if checkpoint.is_file or checkpoint.config is None:
+        raise UsageError(
+            "expected a model folder with a config.json",
+            file=checkpoint.name,
+            found="a single file" if checkpoint.is_file else "no config.json",
+            hint="name the folder of the whole checkpoint",
+        )
+    return checkpoint
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of ``checkpoint``.
+
+    Raises
+    ------
+    UsageError
+        If the checkpoint is not a folder with a config, or transformers cannot load its tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    require_model_folder(checkpoint)
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.source.path, trust_remote_code=False)
+    except _FAILURES as error:
+        raise UsageError(
+            "the checkpoint has no tokenizer that transformers can load",
+            file=checkpoint.name,
+            hint="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into it",
+        ) from error
+
+
+def meta_model(checkpoint: Checkpoint, model_class: ModelClass) -> Any:
+    """The model without its weights, on the meta device. Reads only the config.
+
+    Raises
+    ------
+    UsageError
+        If the checkpoint is not a folder with a config, or transformers cannot build the model.
+    """
+    require_model_folder(checkpoint)
+    try:
+        config = _config(checkpoint)
+        found = _class_of(config, model_class)
+        with torch.device("meta"):
+            # A model class is called with the config; an auto class cannot be called.
+            if issubclass(found, nn.Module):
+                return found(config)
+            return found.from_config(config, trust_remote_code=False)
+    except (*_FAILURES, RuntimeError) as error:  # torch raises RuntimeErrors for impossible sizes
+        raise _load_error(checkpoint, error) from error
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    model_class: ModelClass,
+    *,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    required: str | None = None,
+) -> Any:
+    """The model with its weights, on the CPU, in evaluation mode.
+
+    Parameters
+    ----------
+    dtype:
+        The dtype of the weights; ``auto``: as in the files.
+    required:
+        The path of a module, such as ``model.layers``: the files must have every weight in it. Without
+        this, transformers initialises missing weights at random, and warns.
+
+    Raises
+    ------
+    UsageError
+        If the checkpoint is not a folder with a config, or transformers cannot load the model.
+    MismatchError
+        If a weight in the files has another shape, or the files lack a weight of ``required``.
+    """
+    require_model_folder(checkpoint)
+    try:
+        with _no_progress_bar():
+            model, info = _class_of(_config(checkpoint), model_class).from_pretrained(
+                checkpoint.source.path,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
+    except _FAILURES as error:
+        raise _load_error(checkpoint, error) from error
+    _check_loaded(checkpoint, info, required)
+    return model.eval()
+
+
+def _check_loaded(checkpoint: Checkpoint, info: Mapping[str, Any], required: str | None) -> None:
+    hint = "check that config.json belongs to these weights"
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise MismatchError(
+            "the model that config.json describes has a weight of another shape",
+            file=checkpoint.name,
+            tensor=name,
+            expected=list(expected),
+            found=list(found),
+            hint=hint,
+        )
+    if required is None:
+        return
+    if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{required}.")):
+        raise MismatchError(
+            f"this weight of the model is not in its files (missing weights: {len(missing)})",
+            file=checkpoint.name,
+            tensor=missing[0],
+            hint=hint,
+        )
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(checkpoint.source.path, trust_remote_code=False)
+
+
+def _class_of(config: Any, model_class: ModelClass) -> Any:
+    import transformers
+
+    if model_class == "causal_lm":
+        return transformers.AutoModelForCausalLM
+    named = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, str(named), None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else transformers.AutoModel
+
+
+def _load_error(checkpoint: Checkpoint, error: Exception) -> UsageError:
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error  # the machine's; transformers raises OSErrors of its own without a number
+    first, *rest = str(error).splitlines() or [type(error).__name__]
+    reason = " ".join([first, *(line.strip() for line in rest[:1])]) if first.endswith(":") else first
+    return UsageError(f"transformers cannot load the model: {reason}", file=checkpoint.name)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

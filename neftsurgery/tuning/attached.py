@@ -1,0 +1,312 @@
+"""Neurons attached to a live model: their parameters, patch and state; detaching undoes everything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import MismatchError, UsageError, boundary
+from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
+from ..patch.patch import Patch
+from ..patch.write import written_patch
+from ..selection.selection import Chosen, Selection
+from ..storage.output_checks import refuse_output
+from ..text import amount, plural
+from ..version import __version__
+from .attached_neurons import AttachedNeurons
+from .base_checkpoint import base_vectors, describe_base, describe_selection
+from .install import install, remove
+from .module_repr import update_extra_repr
+from .optimizer_hooks import register_optimizer_hooks
+from .weight_plans import ModeOption, WeightPlan, plan_weights
+
+__all__ = ["Attached"]
+
+
+class Attached:
+    """Neurons attached to a live model, until `detach`. Made by `attach`; a context manager.
+
+    Attributes
+    ----------
+    model:
+        The model.
+    mode:
+        The mode that was asked for.
+    trainable:
+        Whether the neurons are trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        what: Selection | Patch,
+        base: Checkpoint | None,
+        mode: ModeOption,
+        trainable: bool,
+    ) -> None:
+        self.model = model
+        self.mode = mode
+        self.trainable = trainable
+        self._base = base
+        self._what = what
+        self._plans: list[WeightPlan] = []
+        self._requires_grad: list[tuple[nn.Parameter, bool]] = []  # before the model was frozen
+        self._attached = False
+
+    def __repr__(self) -> str:
+        model = type(self.model).__name__
+        if not self._attached:
+            return f"Attached({model}, detached)"
+        owners = {id(neurons.module) for neurons in self._neurons}
+        modes = sorted({neurons.mode for neurons in self._neurons})
+        parts = (
+            model,
+            f"{plural(self.selection.neurons, 'neuron')} in {plural(len(owners), 'module')}",
+            f"{amount(self.selection.parameters)} {'trainable' if self.trainable else 'patched'} parameters",
+            f"mode={'+'.join(modes)}",
+            f"base={'live weights' if self._base is None else self._base.name}",
+        )
+        return f"Attached({', '.join(parts)})"
+
+    @property
+    def selection(self) -> Selection:
+        """Which neurons."""
+        return self._what if isinstance(self._what, Selection) else self._what.selection
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What a patch records of its base: name, repository and fingerprint, as far as they are known."""
+        try:
+            return describe_base(self._base, self.model)
+        finally:
+            self._close_base()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable values, float32 ``[k, width]`` per weight: give these to an optimizer."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable values, by their names in ``model.named_parameters()``."""
+        self._require_attached()
+        ours = {id(neurons.rows) for neurons in self._neurons if neurons.trainable}
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in ours:
+                yield name, parameter
+
+    @boundary
+    def patch(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        reversible: bool = False,
+        facts: Mapping[str, Any] | None = None,
+        force: bool = False,
+    ) -> Patch:
+        """The neurons as they are now, as a patch on the base.
+
+        Parameters
+        ----------
+        path:
+            Where to write it. None: to a temporary file, until it is saved.
+        reversible:
+            Keep the replaced values in it.
+        facts:
+            More entries of its manifest, such as ``training``; JSON.
+        force:
+            Replace ``path`` if it exists.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, the neurons are detached, or they are not trained.
+        MachineError
+            If it cannot be written, or the base's files have changed.
+        """
+        self._require_attached()
+        if not self.trainable:
+            raise UsageError("these neurons are not trained: their values are those of the attached patch")
+        if path is not None:
+            inputs = [] if self._base is None else [self._base.source.path]
+            refuse_output(path, inputs=inputs, force=force, kind="file")
+        tensors = {neurons.name: neurons.chosen for neurons in self._neurons}
+        selection = Selection(dict(sorted(tensors.items())), self.selection.facts)
+        document = {
+            "base": describe_base(self._base, self.model),
+            "selection": describe_selection(self.selection.facts),
+            "created_by": f"neftsurgery {__version__}",
+            **(facts or {}),
+        }
+        by_name = {neurons.name: neurons for neurons in self._neurons}
+        with written_patch(selection, document, path, reversible=reversible, force=force) as written:
+            for name in selection.tensors:
+                for start, old, new in self._blocks(by_name[name]):
+                    written.writer.add_digests(name, *written.writer.write_rows(name, start, old, new))
+            if self._base is not None:
+                self._base.check_unchanged()
+        self._close_base()
+        return written.result()
+
+    def _blocks(self, neurons: AttachedNeurons) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Where each block starts, and the bytes of its vectors before and after."""
+        chosen, rows, saved = neurons.chosen, full_tensor(neurons.rows.detach()), neurons.saved
+        for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
+            if self._base is not None:
+                block = Chosen(chosen.info, chosen.layout, chosen.index[start:stop])
+                old = base_vectors(self._base, block)
+            else:
+                assert saved is not None  # without base files, the weight was not quantized
+                old = to_bytes(saved[start:stop], chosen.info.dtype)
+            yield start, old, to_bytes(rows[start:stop], chosen.info.dtype)
+
+    @boundary
+    def switch(self, patch: Patch | str | os.PathLike[str]) -> None:
+        """Attach another patch (or its file, or its Hub id) instead. Takes as long as copying its vectors.
+
+        Raises
+        ------
+        UsageError
+            If the neurons are detached, or trained.
+        MismatchError, CorruptFileError
+            If the new patch does not fit. The earlier one stays attached.
+        """
+        self._require_attached()
+        if self.trainable:
+            raise UsageError("trainable neurons cannot be switched", hint="detach, then attach the patch")
+        if not isinstance(patch, Patch):
+            patch = Patch.load(patch)
+        earlier, plans = self._what, self._plans
+        self._remove()
+        try:
+            self._attach(patch)
+        except BaseException:
+            self._install(earlier, plans)
+            raise
+
+    def refresh(self) -> None:
+        """Write the values into the weights after a change that torch does not record.
+
+        Optimizer steps, `load_state_dict` and changes in place are noticed without this. Call it after
+        writing to ``parameter.data``, or after a change in place while the model runs compiled.
+        """
+        self._require_attached()
+        for neurons in self._neurons:
+            neurons.refresh(force=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trainable values: ``NAME`` float32 ``[k, width]``, and ``NAME:index`` int64 ``[k]``.
+
+        If the model is sharded, every process must call this. The same holds for `patch`.
+        """
+        self._require_attached()
+        state = {}
+        for neurons in self._neurons:
+            if neurons.trainable:
+                state[neurons.name] = full_tensor(neurons.rows.detach())
+                state[f"{neurons.name}:index"] = torch.from_numpy(neurons.chosen.index)
+        return state
+
+    @boundary
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load an earlier `state_dict` of the same selection.
+
+        Raises
+        ------
+        MismatchError
+            If it belongs to another selection. Nothing is changed.
+        """
+        own = self.state_dict()
+        for name in sorted(own.keys() | state.keys()):
+            mine, theirs = own.get(name), state.get(name)
+            if mine is None or theirs is None or mine.shape != theirs.shape:
+                raise MismatchError(
+                    "the state belongs to another selection",
+                    tensor=name,
+                    expected="no such entry" if mine is None else list(mine.shape),
+                    found="no such entry" if theirs is None else list(theirs.shape),
+                )
+            if name.endswith(":index") and not torch.equal(mine, theirs.cpu()):
+                raise MismatchError("the state belongs to other neurons", tensor=name.removesuffix(":index"))
+        for neurons in self._neurons:
+            if neurons.trainable:
+                copy_into(neurons.rows, state[neurons.name])
+        self.refresh()
+
+    def detach(self) -> None:
+        """Undo `attach`: weights, ``requires_grad`` flags and forward passes are as before, to the bit.
+
+        Raises
+        ------
+        UsageError
+            If the neurons are detached already.
+        """
+        self._require_attached()
+        self._remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._attached:
+            self.detach()
+
+    @property
+    def _neurons(self) -> Iterator[AttachedNeurons]:
+        return (plan.neurons for plan in self._plans)
+
+    def _attach(self, what: Selection | Patch) -> None:
+        """Plan and install ``what``. If that fails, nothing is changed."""
+        try:
+            plans = plan_weights(self.model, what, base=self._base, mode=self.mode, trainable=self.trainable)
+        finally:
+            self._close_base()
+        self._install(what, plans)
+
+    def _install(self, what: Selection | Patch, plans: list[WeightPlan]) -> None:
+        self._what = what
+        try:
+            if self.trainable:
+                self._freeze()
+            for plan in plans:
+                self._plans.append(plan)
+                install(plan.neurons, plan.values, plan.layers)
+                if self.trainable:
+                    register_optimizer_hooks(plan.neurons)
+            update_extra_repr(self.model)
+        except BaseException:  # out of memory, or interrupted
+            self._remove()
+            raise
+        self._attached = True
+
+    def _remove(self) -> None:
+        for plan in reversed(self._plans):
+            remove(plan.neurons, plan.layers)
+        for parameter, flag in self._requires_grad:
+            parameter.requires_grad_(flag)
+        self._plans, self._requires_grad, self._attached = [], [], False
+        update_extra_repr(self.model)
+
+    def _freeze(self) -> None:
+        for parameter in self.model.parameters():
+            self._requires_grad.append((parameter, parameter.requires_grad))
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer made earlier would step on a gradient left here
+
+    def _close_base(self) -> None:
+        """Close the base's files. They are opened again when they are read."""
+        if self._base is not None:
+            self._base.close()
+
+    def _require_attached(self) -> None:
+        if not self._attached:
+            raise UsageError("the neurons are detached", hint="attach again")

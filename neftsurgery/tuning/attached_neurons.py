@@ -1,0 +1,189 @@
+"""The neurons attached to one weight of a live model: which ones, and their values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..live.weights import is_plain, read_vectors, write_vectors
+from ..selection.selection import Chosen
+
+__all__ = ["AttachedNeurons", "Mode", "NeuronKind", "refuse_pickling"]
+
+Mode: TypeAlias = Literal["scatter", "overlay"]
+NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
+
+
+class AttachedNeurons:
+    """The chosen neurons of one weight of a live model, and their values.
+
+    Attributes
+    ----------
+    name:
+        The checkpoint's name of the tensor.
+    chosen:
+        Which neurons, and of which tensor.
+    module, attribute:
+        The module that owns the weight, and its attribute there: ``weight`` or ``bias``. A tied weight has
+        one owner.
+    kind:
+        What the neurons are to their layer; None if no forward pass is replaced.
+    mode:
+        ``scatter``: the values are written into the weight. ``overlay``: the weight is never written.
+    trainable:
+        Whether the values are a parameter of ``module``, named ``weight_neurons`` or ``bias_neurons``.
+    active:
+        Whether they are installed.
+    index:
+        int64 ``[k]``, on the weight's device.
+    inverse_index:
+        int64: for each neuron of the weight its position in ``rows``, or k if it is not chosen. Only for
+        embeddings.
+    saved:
+        The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
+        quantized, or nothing needs them.
+    rows_dtype:
+        The dtype of trainable values: float32, or float64 where the weight's is.
+    """
+
+    def __init__(
+        self,
+        chosen: Chosen,
+        module: nn.Module,
+        attribute: str,
+        kind: NeuronKind | None,
+        mode: Mode,
+        trainable: bool,
+    ) -> None:
+        self.name = chosen.info.name
+        self.chosen = chosen
+        self.module = module
+        self.attribute = attribute
+        self.kind = kind
+        self.mode = mode
+        self.trainable = trainable
+        self.active = False
+        self.parameter_name = f"{attribute}_neurons"
+        self.rows_dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.index = torch.from_numpy(chosen.index).to(self.weight.device)
+        self.inverse_index: Tensor | None = None
+        self.saved: Tensor | None = None
+        self._values: Tensor | None = None  # of an overlay that is not trainable
+        self._written: Tensor | None = None  # the very weight that the values were written to
+        self._versions = (-1, -1)  # of the rows and the weight, when they were last equal
+
+    def __repr__(self) -> str:
+        how = ("trainable" if self.trainable else "patched", self.mode)
+        return f"{self.parameter_name}={len(self.index)} of {self.chosen.layout.count} ({', '.join(how)})"
+
+    @property
+    def weight(self) -> Tensor:
+        """The live weight."""
+        # Looked up each time: wrappers such as FSDP replace the module's tensor, and an overlay that kept
+        # a reference to the whole weight would keep it in memory.
+        weight: Tensor = getattr(self.module, self.attribute)
+        return weight
+
+    @property
+    def rows(self) -> Tensor:
+        """The values, ``[k, width]``: a parameter if they are trainable."""
+        if self.trainable:
+            values: Tensor = getattr(self.module, self.parameter_name)
+            return values
+        assert self._values is not None  # only asked for while they are installed
+        return self._values
+
+    def make_inverse_index(self) -> None:
+        """Set `inverse_index`."""
+        count, device = len(self.index), self.index.device
+        self.inverse_index = torch.full((self.chosen.layout.count,), count, device=device)
+        self.inverse_index[self.index] = torch.arange(count, device=device)
+
+    def install(self, values: Tensor | None) -> None:
+        """Install ``values``, ``[k, width]``; None: the vectors that the weight holds."""
+        weight = self.weight
+        if is_plain(weight) and (self.trainable or self.mode == "scatter"):
+            self.saved = read_vectors(weight.detach(), self.chosen.layout, self.index)
+        start = self.saved if values is None else values.to(weight.device)
+        assert start is not None  # a quantized weight always comes with values
+        if self.trainable:
+            rows = nn.Parameter(start.to(self.rows_dtype, copy=True))
+            self.module.register_parameter(self.parameter_name, rows)
+        elif self.mode == "overlay":
+            self._values = start
+        if self.mode == "scatter":
+            self._written = weight
+            if values is not None:
+                self._write(start)
+        self.active = True
+        self._record_versions()
+
+    def remove(self) -> None:
+        """Undo `install`, complete or not: the weight's bits are what they were before."""
+        if self._written is not None:
+            assert self.saved is not None  # scatter mode reads it before it writes
+            self._write(self.saved)
+        if self.trainable:
+            self.module._parameters.pop(self.parameter_name, None)
+        self.saved = self._values = self._written = None
+        self.active = False
+
+    def refresh(self, force: bool = False) -> None:
+        """Write the values into the weight if either has changed in place; ``force``: in any case.
+
+        Costs a few comparisons if nothing has changed. An overlay writes nothing.
+        """
+        weight = self.weight
+        if self.index.device != weight.device:
+            self._move(weight.device)
+        if self._written is None or not self.trainable:
+            return
+        if weight is not self._written:
+            raise UsageError(
+                "the weight was replaced while neurons were attached to it",
+                tensor=self.name,
+                hint='detach before replacing it, or attach with mode="overlay", which sharded weights need',
+            )
+        if force or self._versions != (self.rows._version, weight._version):
+            self._write(self.rows.detach())
+            self._record_versions()
+
+    def _move(self, device: torch.device) -> None:
+        """Follow the weight to another device."""
+        self.index = self.index.to(device)
+        for name in ("inverse_index", "saved", "_values"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(device))
+
+    def _record_versions(self) -> None:
+        if self._written is not None and self.trainable:
+            self._versions = (self.rows._version, self._written._version)
+
+    def _write(self, rows: Tensor) -> None:
+        with torch.no_grad():
+            write_vectors(self.weight, self.chosen.layout, self.index, rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttachedNeurons:
+        twin = object.__new__(AttachedNeurons)
+        memo[id(self)] = twin
+        shared = {"name", "chosen", "attribute", "kind", "mode", "trainable", "parameter_name", "active"}
+        for key, value in self.__dict__.items():
+            twin.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
+        if self.trainable:
+            twin._versions = (-1, -1)  # version counters of copies start at zero
+        return twin
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        refuse_pickling()
+
+
+def refuse_pickling() -> NoReturn:
+    """Raise a `UsageError`: a pickle would contain this package's objects, and the whole frozen base."""
+    raise UsageError(
+        "a model with attached neurons cannot be pickled",
+        hint="save attached.patch() and detach, or save model.state_dict()",
+    )

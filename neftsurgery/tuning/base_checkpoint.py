@@ -1,0 +1,242 @@
+"""The base of a live model: the checkpoint it was loaded from, if that is available, else its own weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.opening import open_checkpoint
+from ..errors import MismatchError, NeftError
+from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
+from ..neurons.vectors import gather
+from ..patch.digests import DigestHash, digests
+from ..patch.patch import Patch
+from ..selection.selection import Chosen
+from ..sources.resolve import Source
+from ..surgery.diff import describe_side
+
+__all__ = [
+    "BaseOption",
+    "base_vectors",
+    "check_weights",
+    "checked_values",
+    "describe_base",
+    "describe_selection",
+    "find_base",
+    "float_dtype",
+]
+
+log = logging.getLogger(__name__)
+
+BaseOption: TypeAlias = str | os.PathLike[str] | Literal[False] | None
+
+
+def find_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
+    """The checkpoint that the model was loaded from.
+
+    Parameters
+    ----------
+    base:
+        Its path or Hub id. None: what the model itself names, if that is on this machine. False: none.
+
+    Raises
+    ------
+    NeftError
+        If ``base`` names a checkpoint that does not exist or is damaged.
+    """
+    if base is False:
+        return None
+    if base is not None:
+        return open_checkpoint(base)
+    named = getattr(model, "name_or_path", None) or getattr(
+        getattr(model, "config", None), "_name_or_path", None
+    )
+    if not isinstance(named, str) or not named:
+        return None
+    try:
+        source = _local_source(named, getattr(model.config, "_commit_hash", None))
+        return None if source is None else open_checkpoint(source)
+    except NeftError as error:
+        log.debug("the base that the model names cannot be opened: %s", error)
+        return None
+
+
+def _local_source(named: str, commit: object) -> Source | None:
+    """The path or cached Hub repository that a model names; nothing is downloaded."""
+    if Path(named).exists():
+        return Source(Path(named), named)
+    if named.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(named, "config.json", revision=commit if isinstance(commit, str) else None)
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parent
+    return Source(folder, named, named, folder.name)
+
+
+def describe_base(base: Checkpoint | None, model: nn.Module) -> dict[str, Any]:
+    """The ``base`` entry of a patch's manifest."""
+    if base is not None:
+        return describe_side(base)
+    named = getattr(model, "name_or_path", None)
+    return {"name": Path(named).name if named else type(model).__name__, "fingerprint": None}
+
+
+def describe_selection(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``selection`` entry of a patch's manifest: how its neurons were chosen.
+
+    What the selection captured of another fine-tune is left out: the patch has values of its own.
+    """
+    return {
+        key: value
+        for key, value in facts.items()
+        if key not in ("base", "tuned") and not key.startswith("captured")
+    }
+
+
+def base_vectors(base: Checkpoint, chosen: Chosen) -> NDArray[np.uint8]:
+    """The bytes of the chosen vectors in the base's files, ``[k, width * itemsize]``."""
+    return gather(base, chosen.info, chosen.layout, chosen.index)
+
+
+def float_dtype(chosen: Chosen) -> torch.dtype:
+    """The torch dtype of the chosen neurons' tensor.
+
+    Raises
+    ------
+    MismatchError
+        If it is not a dtype of plain numbers.
+    """
+    dtype = torch_dtype(chosen.info.dtype)
+    if dtype is None:
+        raise MismatchError(
+            "only plain floating-point values can be attached to a model",
+            tensor=chosen.info.name,
+            expected="F64, F32, F16 or BF16",
+            found=chosen.info.dtype,
+        )
+    return dtype
+
+
+def _representable(vectors: Tensor, dtype: torch.dtype) -> NDArray[np.bool_]:
+    """Which of ``vectors`` the dtype represents exactly, ``[k]``."""
+    if can_represent(dtype, vectors.dtype):
+        return np.ones(len(vectors), np.bool_)
+    return equal_vectors(vectors, vectors.to(dtype).to(vectors.dtype))
+
+
+def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> None:
+    """Check that ``vectors``, ``[k, width]`` of a live weight, are those of the base.
+
+    With a ``base`` they must equal its vectors, cast to the live dtype. Without one they must be values of
+    the selection's dtype.
+
+    Raises
+    ------
+    MismatchError
+        If they are not.
+    """
+    name, dtype = chosen.info.name, chosen.info.dtype
+    for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
+        block = vectors[start:stop]
+        if base is None:
+            if not _representable(block, float_dtype(chosen)).all():
+                raise MismatchError(
+                    "the model's weights are not those of a checkpoint of the selection's dtype",
+                    tensor=name,
+                    expected=f"values of {dtype}",
+                    found=f"{vectors.dtype} values that {dtype} cannot hold",
+                    hint="the model was changed after it was loaded: load it again, or save it and use that",
+                )
+            continue
+        theirs = base_vectors(base, Chosen(chosen.info, chosen.layout, chosen.index[start:stop]))
+        equal = equal_vectors(block, from_bytes(theirs, dtype).to(vectors.dtype))
+        if not equal.all():
+            raise MismatchError(
+                "the model's weights differ from the base's",
+                file=base.name,
+                tensor=name,
+                expected="equal vectors",
+                found=f"{np.count_nonzero(~equal)} of {len(equal)} that differ",
+                hint="load the model again, name the checkpoint it was loaded from with base=FOLDER, "
+                "or use base=False for a patch on the weights as they are",
+            )
+
+
+def checked_values(patch: Patch, name: str, vectors: Tensor | None, base: Checkpoint | None) -> Tensor:
+    """A patch's values of one tensor, ``[k, width]`` in its dtype, after checking that the patch fits.
+
+    Parameters
+    ----------
+    vectors:
+        The vectors that the live weight holds; None if it is quantized.
+    base:
+        The base, which is read where the live vectors cannot tell.
+
+    Raises
+    ------
+    MismatchError
+        If the patch was not made from this model's base.
+    CorruptFileError
+        If the patch's content does not match its hashes.
+    """
+    tensor = patch.tensors[name]
+    before, after = DigestHash(), DigestHash()
+    values, different, unknown = [], 0, False
+    for start, stop in tensor.blocks():
+        stored = patch.base_digests(name, start, stop)
+        new = patch.values(name, start, stop)
+        before.update(stored)
+        after.update(digests(new))
+        values.append(from_bytes(new, tensor.info.dtype))
+        chosen = Chosen(tensor.info, tensor.layout, patch.index(name)[start:stop])
+        found = _base_digests(chosen, None if vectors is None else vectors[start:stop], base)
+        if found is None:
+            unknown = True
+        else:
+            different += int(np.count_nonzero((found != stored).any(axis=1)))
+    patch.check_hashes(name, before, after)
+    if different:
+        raise MismatchError(
+            f"{patch.name} was made from another base",
+            tensor=name,
+            expected="the vectors of its base",
+            found=f"{different} of {tensor.count} vectors that differ",
+            hint="detach() other patches first; `neftsurgery verify` tells which base a checkpoint is",
+        )
+    if unknown:
+        log.warning(
+            "%s: %s: the model's dtype is narrower than the patch's, so its base cannot be checked",
+            patch.name,
+            name,
+        )
+    return torch.cat(values)
+
+
+def _base_digests(
+    chosen: Chosen, vectors: Tensor | None, base: Checkpoint | None
+) -> NDArray[np.uint8] | None:
+    """Digests of the base's vectors; zeros where the live ones differ. None if nothing can tell them."""
+    dtype = float_dtype(chosen)
+    if vectors is not None and can_represent(vectors.dtype, dtype):
+        found = digests(to_bytes(vectors, chosen.info.dtype)).copy()
+        found[~_representable(vectors, dtype)] = 0
+        return found
+    if base is None:
+        return None
+    raw = base_vectors(base, chosen)
+    found = digests(raw).copy()
+    if vectors is not None:
+        found[~equal_vectors(vectors, from_bytes(raw, chosen.info.dtype).to(vectors.dtype))] = 0
+    return found

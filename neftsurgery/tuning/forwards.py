@@ -1,0 +1,255 @@
+"""Forward passes of the supported layer types, with neurons attached to their weights.
+
+In scatter mode the frozen weight already contains the neurons' values, so the forward pass only gives them
+gradients (see `frozen_weights`). In overlay mode the weight is left alone: chosen outputs are computed
+separately and replace those of the weight; chosen inputs are zeroed before the weight is applied, and their
+contribution is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..live.weights import FLOAT_DTYPES
+from .attached_neurons import AttachedNeurons, Mode, NeuronKind
+from .frozen_weights import (
+    FrozenBias,
+    FrozenConvolution,
+    FrozenEmbedding,
+    FrozenLinearInputs,
+    FrozenLinearOutputs,
+    apply_function,
+    linear,
+)
+
+__all__ = ["LayerForward", "LayerNeurons", "forward_of"]
+
+
+@dataclass
+class LayerNeurons:
+    """The attached neurons that the forward pass of one module computes with."""
+
+    scattered: list[AttachedNeurons] = field(default_factory=list)
+    overlaid_outputs: list[AttachedNeurons] = field(default_factory=list)
+    overlaid_inputs: list[AttachedNeurons] = field(default_factory=list)
+    biases: list[AttachedNeurons] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[AttachedNeurons]:
+        """All of them."""
+        return [*self.scattered, *self.overlaid_outputs, *self.overlaid_inputs, *self.biases]
+
+    def list_for(self, neurons: AttachedNeurons) -> list[AttachedNeurons]:
+        """The list that ``neurons`` belong in."""
+        if neurons.kind == "bias":
+            return self.biases
+        if neurons.mode == "scatter":
+            return self.scattered
+        return self.overlaid_inputs if neurons.kind == "inputs" else self.overlaid_outputs
+
+    def bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias with the values of its neurons."""
+        for neurons in self.biases:
+            assert bias is not None  # it has neurons
+            if neurons.mode == "scatter":
+                bias = apply_function(FrozenBias, bias, neurons.rows, neurons.index)
+            else:
+                bias = bias.index_copy(0, neurons.index, neurons.rows.squeeze(1).to(bias.dtype))
+        return bias
+
+    @property
+    def frozen(self) -> AttachedNeurons | None:
+        """The scattered neurons that need a gradient now, if any: one weight has at most one such set."""
+        if not self.scattered or not torch.is_grad_enabled():
+            return None
+        (neurons,) = self.scattered
+        return neurons
+
+
+class LayerForward:
+    """How layers of one type compute.
+
+    Attributes
+    ----------
+    quantized:
+        Whether the weight is quantized.
+    is_lookup:
+        Whether the layer looks rows of the weight up by their number.
+    """
+
+    quantized = False
+    is_lookup = False
+
+    def kind_of(self, axes: Sequence[int]) -> NeuronKind | None:
+        """What neurons along ``axes`` of the weight are to the layer; None if they are not supported."""
+        return "outputs" if tuple(axes) == (0,) else None
+
+    def unsupported(self, module: Any, mode: Mode) -> str | None:
+        """Why neurons of this one layer cannot be trained; None if they can."""
+
+    def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
+        """The forward pass."""
+        raise NotImplementedError
+
+
+class _Linear(LayerForward):
+    """`torch.nn.Linear`; with ``transposed``, transformers' ``Conv1D``."""
+
+    def __init__(self, transposed: bool) -> None:
+        self.transposed = transposed
+
+    def kind_of(self, axes: Sequence[int]) -> NeuronKind | None:
+        if len(axes) != 1:
+            return None
+        return "outputs" if (axes[0] == 1) is self.transposed else "inputs"
+
+    def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
+        bias = layer.bias(module.bias)
+        kept, neurons = _without_overlaid_inputs(layer, x), layer.frozen
+        if neurons is None:
+            out = linear(kept, module.weight, bias, self.transposed)
+        else:
+            function = FrozenLinearOutputs if neurons.kind == "outputs" else FrozenLinearInputs
+            out = apply_function(
+                function, kept, neurons.rows, module.weight, bias, neurons.index, self.transposed
+            )
+        return _overlay(layer, x, out, bias)
+
+
+class _QuantizedLinear(LayerForward):
+    """A linear layer with a quantized weight; it computes in its own way, so it supports only overlays."""
+
+    quantized = True
+
+    def kind_of(self, axes: Sequence[int]) -> NeuronKind | None:
+        if len(axes) != 1:
+            return None
+        return "outputs" if axes[0] == 0 else "inputs"
+
+    def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
+        out: Tensor = type(module).forward(module, _without_overlaid_inputs(layer, x))
+        bias = layer.bias(module.bias)
+        if bias is not None and layer.biases:  # the module has added its own bias
+            out = out + (bias - module.bias).to(out.dtype)
+        return _overlay(layer, x, out, bias)
+
+
+def _without_overlaid_inputs(layer: LayerNeurons, x: Tensor) -> Tensor:
+    for neurons in layer.overlaid_inputs:
+        x = x.index_fill(-1, neurons.index, 0)
+    return x
+
+
+def _overlay(layer: LayerNeurons, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+    """Add the overlaid inputs' contributions to ``out``, and replace its overlaid outputs."""
+    for neurons in layer.overlaid_inputs:
+        chosen = x.index_select(-1, neurons.index)
+        out = out + chosen @ neurons.rows.to(chosen.dtype)
+    for neurons in layer.overlaid_outputs:
+        chosen = functional.linear(x, neurons.rows.to(x.dtype), _chosen_bias(neurons, bias, x))
+        out = out.index_copy(-1, neurons.index, chosen.to(out.dtype))
+    return out
+
+
+def _chosen_bias(neurons: AttachedNeurons, bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.index_select(0, neurons.index).to(x.dtype)
+
+
+class _Convolution(LayerForward):
+    """`torch.nn.Conv1d`, ``Conv2d`` and ``Conv3d``, with even zero padding."""
+
+    def unsupported(self, module: Any, mode: Mode) -> str | None:
+        if module.padding_mode != "zeros":
+            return f"its padding is {module.padding_mode!r}; only zero padding is supported"
+        if module.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
+        ):
+            return "its padding is not the same on both sides"
+        if module.groups > 1 and mode == "overlay":
+            return "it is a grouped convolution, which overlay mode does not support"
+        return None
+
+    def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
+        if x.dim() == module.weight.dim() - 1:
+            return self.run(module, layer, x.unsqueeze(0)).squeeze(0)
+        bias, neurons = layer.bias(module.bias), layer.frozen
+        geometry = (module.stride, _padding(module), module.dilation, module.groups)
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[module.weight.dim() - 3]
+        if neurons is None:
+            out: Tensor = convolve(x, module.weight, bias, *geometry)
+        else:
+            arguments = (x, neurons.rows, module.weight, bias, neurons.index, *geometry)
+            out = apply_function(FrozenConvolution, *arguments)
+        for neurons in layer.overlaid_outputs:
+            kernel = neurons.rows.to(x.dtype).view(-1, *module.weight.shape[1:])
+            chosen: Tensor = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry)
+            out = out.index_copy(1, neurons.index, chosen.to(out.dtype))
+        return out
+
+
+def _padding(module: Any) -> tuple[int, ...]:
+    """The padding as numbers."""
+    if module.padding == "valid":
+        return tuple(0 for _ in module.kernel_size)
+    if module.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    padding: tuple[int, ...] = module.padding
+    return padding
+
+
+class _Embedding(LayerForward):
+    """`torch.nn.Embedding`."""
+
+    is_lookup = True
+
+    def unsupported(self, module: Any, mode: Mode) -> str | None:
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return "it uses max_norm, scale_grad_by_freq or sparse"
+        return None
+
+    def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
+        neurons, padding = layer.frozen, module.padding_idx
+        if neurons is None:
+            out = functional.embedding(x, module.weight)
+        else:
+            arguments = (x, neurons.rows, module.weight, neurons.inverse_index, padding)
+            out = apply_function(FrozenEmbedding, *arguments)
+        for neurons in layer.overlaid_outputs:
+            assert neurons.inverse_index is not None  # made when the forward pass was replaced
+            position, count = neurons.inverse_index[x], len(neurons.index)
+            chosen = functional.embedding(position.clamp(max=count - 1), neurons.rows).to(out.dtype)
+            if padding is not None:  # the padding entry gets no gradient
+                chosen = torch.where((x == padding).unsqueeze(-1), chosen.detach(), chosen)
+            out = torch.where((position < count).unsqueeze(-1), chosen, out)
+        return out
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def forward_of(module: nn.Module) -> LayerForward | None:
+    """How ``module`` computes; None if that is not known.
+
+    The class's forward method decides, not its name: a subclass that overrides it is another layer type.
+    A linear layer with a quantized weight is taken for a linear map of the dequantized weight.
+    """
+    cls: Any = type(module)
+    if isinstance(module, nn.Linear):
+        if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
+            return None  # nn.MultiheadAttention uses its weight without calling it
+        if module.weight.dtype not in FLOAT_DTYPES:
+            return _QuantizedLinear()
+        return _Linear(transposed=False) if cls.forward is nn.Linear.forward else None
+    if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
+        return _Linear(transposed=True)
+    if any(isinstance(module, c) and cls.forward is c.forward for c in _CONVOLUTIONS):
+        return _Convolution()
+    if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward:
+        return _Embedding()
+    return None

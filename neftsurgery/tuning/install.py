@@ -1,0 +1,176 @@
+"""Installing neurons in the modules of a model, and removing them without a trace.
+
+A module keeps its class, its name, its weights and its hooks; only the ``forward`` of the instance is
+replaced. Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``), so that
+everything that looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave these
+parameters out, so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .attached_neurons import AttachedNeurons, refuse_pickling
+from .forwards import LayerForward, LayerNeurons
+
+__all__ = [
+    "Layers",
+    "has_foreign_forward",
+    "has_trainable_neurons",
+    "install",
+    "neurons_in",
+    "neurons_of_weight",
+    "remove",
+]
+
+Layers: TypeAlias = Iterable[tuple[nn.Module, LayerForward]]
+
+_KEY = "_neurons"  # in the module's __dict__
+
+
+class _ModuleState:
+    """What is installed in one module.
+
+    Attributes
+    ----------
+    owned:
+        Neurons of the weights that the module owns.
+    forward, layer:
+        How it computes, and with which neurons; ``forward`` is None if its forward pass is its own.
+    handles:
+        Of its state-dict hooks, while it owns trainable neurons.
+    """
+
+    def __init__(self) -> None:
+        self.owned: list[AttachedNeurons] = []
+        self.forward: LayerForward | None = None
+        self.layer = LayerNeurons()
+        self.handles: list[RemovableHandle] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ModuleState:
+        twin = _ModuleState()
+        memo[id(self)] = twin
+        twin.owned = copy.deepcopy(self.owned, memo)
+        twin.forward, twin.layer = self.forward, copy.deepcopy(self.layer, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        refuse_pickling()
+
+
+def neurons_in(module: nn.Module) -> list[AttachedNeurons]:
+    """The attached neurons that ``module`` owns or computes with."""
+    state: _ModuleState | None = module.__dict__.get(_KEY)
+    return [] if state is None else list(dict.fromkeys([*state.owned, *state.layer.all]))
+
+
+def neurons_of_weight(module: nn.Module, attribute: str) -> list[AttachedNeurons]:
+    """The neurons attached to the weight ``attribute``, which ``module`` owns."""
+    state: _ModuleState | None = module.__dict__.get(_KEY)
+    return [] if state is None else [n for n in state.owned if n.attribute == attribute]
+
+
+def has_trainable_neurons(model: nn.Module) -> bool:
+    """Whether any attached neurons of the model are trainable."""
+    return any(neurons.trainable for module in model.modules() for neurons in neurons_in(module))
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether another tool (accelerate's offloading, for one) has replaced the forward of this instance."""
+    state: _ModuleState | None = module.__dict__.get(_KEY)
+    return "forward" in module.__dict__ and (state is None or state.forward is None)
+
+
+def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers) -> None:
+    """Attach ``neurons`` with ``values`` (see `AttachedNeurons.install`); have ``layers`` compute with them.
+
+    If this is interrupted, `remove` undoes what was done.
+    """
+    neurons.install(values)
+    state = _state(neurons.module)
+    state.owned.append(neurons)
+    if neurons.trainable and not state.handles:
+        module: Any = neurons.module  # torch has no types for these two
+        state.handles = [
+            module.register_state_dict_post_hook(_leave_out),
+            module.register_load_state_dict_post_hook(_do_not_miss),
+        ]
+    for layer, forward in layers:
+        if forward.is_lookup and neurons.inverse_index is None:
+            neurons.make_inverse_index()
+        _replace_forward(layer, neurons, forward)
+
+
+def remove(neurons: AttachedNeurons, layers: Layers) -> None:
+    """The inverse of `install`; also of one that was interrupted."""
+    for layer, _ in layers:
+        _restore_forward(layer, neurons)
+    neurons.remove()
+    state = _state(neurons.module)
+    if neurons in state.owned:
+        state.owned.remove(neurons)
+    if not any(other.trainable for other in state.owned):
+        for handle in state.handles:
+            handle.remove()
+        state.handles = []
+    _drop_empty_state(neurons.module)
+
+
+def _replace_forward(module: nn.Module, neurons: AttachedNeurons, forward: LayerForward) -> None:
+    """Have the forward pass of ``module``, which uses the weight of ``neurons``, compute with them."""
+    state = _state(module)
+    state.layer.list_for(neurons).append(neurons)
+    if state.forward is None:
+        module.forward = types.MethodType(_forward, module)
+        state.forward = forward
+
+
+def _restore_forward(module: nn.Module, neurons: AttachedNeurons) -> None:
+    state = _state(module)
+    if neurons in (installed := state.layer.list_for(neurons)):
+        installed.remove(neurons)
+    if state.forward is not None and not state.layer.all:
+        state.forward = None
+        del module.forward
+    _drop_empty_state(module)
+
+
+def _state(module: nn.Module) -> _ModuleState:
+    state: _ModuleState = module.__dict__.setdefault(_KEY, _ModuleState())
+    return state
+
+
+def _drop_empty_state(module: nn.Module) -> None:
+    if not neurons_in(module):
+        module.__dict__.pop(_KEY, None)
+
+
+def _forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """The forward pass of a module with neurons: it takes one tensor, whatever its name is."""
+    (x,) = (*args, *kwargs.values())
+    state: _ModuleState = self._neurons
+    layer = state.layer
+    if not torch.compiler.is_compiling():
+        # A compiled graph writes no weights; there, the hook after the optimizer's step or `refresh` does.
+        for neurons in layer.all:
+            neurons.refresh()
+    assert state.forward is not None  # set together with this forward
+    return state.forward.run(self, layer, x)
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+    for neurons in module.__dict__[_KEY].owned:
+        state.pop(prefix + neurons.parameter_name, None)
+
+
+def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
+    ours = {neurons.parameter_name for neurons in module.__dict__[_KEY].owned}
+    missing: list[str] = incompatible.missing_keys
+    missing[:] = [key for key in missing if key.rpartition(".")[2] not in ours]

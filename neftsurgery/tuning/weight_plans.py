@@ -1,0 +1,243 @@
+"""Planning an attachment: find every tensor in the model and check that it fits, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import MismatchError, UsageError
+from ..live.names import live_names
+from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
+from ..patch.patch import Patch
+from ..selection.selection import Chosen, Selection
+from .attached_neurons import AttachedNeurons, Mode, NeuronKind
+from .base_checkpoint import base_vectors, check_weights, checked_values, float_dtype
+from .forwards import LayerForward, forward_of
+from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
+
+__all__ = ["ModeOption", "WeightPlan", "plan_weights"]
+
+ModeOption: TypeAlias = Literal["auto", "scatter", "overlay"]
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """How the chosen neurons of one tensor are attached.
+
+    Attributes
+    ----------
+    neurons:
+        The neurons, not yet installed.
+    values:
+        Their values, ``[k, width]``; None: the vectors that the weight holds.
+    layers:
+        The modules whose forward pass is replaced, and how they compute; none where a patch's values are
+        written into the weight.
+    """
+
+    neurons: AttachedNeurons
+    values: Tensor | None
+    layers: tuple[tuple[nn.Module, LayerForward], ...]
+
+
+@dataclass(frozen=True)
+class _ParameterUse:
+    """A module that has the parameter: its path in the model, and the attribute."""
+
+    module: nn.Module
+    attribute: str
+    path: str
+
+
+def plan_weights(
+    model: nn.Module,
+    what: Selection | Patch,
+    *,
+    base: Checkpoint | None,
+    mode: ModeOption,
+    trainable: bool,
+) -> list[WeightPlan]:
+    """Plan how each tensor of ``what`` is attached to the model.
+
+    Raises
+    ------
+    MismatchError
+        If the selection or the patch does not fit the model or its base.
+    UsageError
+        If the layers' types, or neurons that are already attached, do not allow it.
+    """
+    if mode not in ("auto", "scatter", "overlay"):
+        raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)
+    if not isinstance(what, (Selection, Patch)):
+        raise UsageError("attach takes a Selection or a Patch", found=type(what).__name__)
+    tensors = (what.selection if isinstance(what, Patch) else what).tensors
+    if not any(len(chosen.index) for chosen in tensors.values()):
+        raise MismatchError("no neuron is chosen", hint="attach a selection that is not empty")
+    if trainable and has_trainable_neurons(model):
+        raise UsageError(
+            "this model already has trainable neurons",
+            hint="detach() them, or attach one selection of all neurons",
+        )
+    names = live_names(model, tensors)
+    all_uses = _parameter_uses(model)
+    plans = []
+    for name, chosen in tensors.items():
+        if len(chosen.index):
+            uses = all_uses[id(model.get_parameter(names[name]))]
+            neurons, layers = _plan_neurons(chosen, uses, mode, trainable)
+            _check_overlap(neurons)
+            plans.append(WeightPlan(neurons, _values(neurons, what, base), layers))
+    return plans
+
+
+def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:
+    """The modules that have each parameter, by its id: several for tied weights."""
+    uses: dict[int, list[_ParameterUse]] = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                uses.setdefault(id(parameter), []).append(_ParameterUse(module, attribute, path))
+    return uses
+
+
+def _plan_neurons(
+    chosen: Chosen, uses: Iterable[_ParameterUse], mode: ModeOption, trainable: bool
+) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...]]:
+    owner, *others = uses
+    weight = getattr(owner.module, owner.attribute)
+    name = chosen.info.name
+    if weight.is_meta:
+        raise UsageError(
+            "the weight is not in memory", tensor=name, hint="load the model without offloading (device_map)"
+        )
+    plain = is_plain(weight)
+    if mode == "scatter" and not plain:
+        raise UsageError(
+            "values cannot be written into a quantized or sharded weight",
+            tensor=name,
+            found=f"{weight.dtype} {type(weight.data).__name__}",
+            hint='attach with mode="overlay"',
+        )
+    if mode == "auto":
+        mode = "scatter" if plain else "overlay"
+    float_dtype(chosen)  # refuses codes
+    if plain:
+        _check_shape(chosen, tuple(weight.shape))
+    if mode == "scatter" and not trainable:
+        return AttachedNeurons(chosen, owner.module, owner.attribute, None, mode, trainable), ()
+    layers, kinds = [], set[NeuronKind]()
+    for use in (owner, *others):
+        forward, kind = _plan_layer(chosen, use, mode)
+        layers.append((use.module, forward))
+        kinds.add(kind)
+    if len(kinds) > 1:
+        raise UsageError(
+            "the weight is tied: the neurons are outputs of one layer and inputs of another", tensor=name
+        )
+    return AttachedNeurons(chosen, owner.module, owner.attribute, kinds.pop(), mode, trainable), tuple(layers)
+
+
+def _check_shape(chosen: Chosen, found: tuple[int, ...]) -> None:
+    if found != chosen.info.shape:
+        raise MismatchError(
+            "the model's weight has another shape",
+            tensor=chosen.info.name,
+            expected=list(chosen.info.shape),
+            found=list(found),
+        )
+
+
+def _plan_layer(chosen: Chosen, use: _ParameterUse, mode: Mode) -> tuple[LayerForward, NeuronKind]:
+    module: Any = use.module
+    axes = chosen.layout.axes
+    forward = forward_of(module)
+    cls = type(module).__name__
+    if forward is None or use.attribute not in ("weight", "bias"):
+        raise UsageError(
+            f"neurons of a {cls} cannot be trained: only those of linear, Conv1D, convolution "
+            "and embedding layers can",
+            tensor=chosen.info.name,
+            found=f"{use.path or cls}.{use.attribute}",
+        )
+    if (reason := forward.unsupported(module, mode)) is not None:
+        raise UsageError(f"neurons of {use.path} cannot be trained: {reason}", tensor=chosen.info.name)
+    if has_foreign_forward(module):
+        raise UsageError(
+            f"the forward pass of {use.path} was replaced by another tool, perhaps for offloading",
+            tensor=chosen.info.name,
+            hint="load the model without device_map",
+        )
+    kind: NeuronKind | None = "bias" if tuple(axes) == (0,) else None
+    if use.attribute == "weight":
+        kind = forward.kind_of(axes)
+    if kind is None:
+        raise UsageError(
+            f"neurons along axes {list(axes)} of a {cls}'s {use.attribute} cannot be trained",
+            tensor=chosen.info.name,
+        )
+    if forward.quantized and use.attribute == "weight":
+        _check_shape(chosen, (module.out_features, module.in_features))
+    return forward, kind
+
+
+def _check_overlap(neurons: AttachedNeurons) -> None:
+    for other in neurons_of_weight(neurons.module, neurons.attribute):
+        if other.chosen.layout.axes == neurons.chosen.layout.axes:
+            shared = np.intersect1d(other.chosen.index, neurons.chosen.index)
+            if not len(shared):
+                continue
+            problem = f"{len(shared)} of these neurons are attached already"
+        else:
+            problem = "neurons along the other axis of this weight are attached already"
+        raise UsageError(
+            problem,
+            tensor=neurons.name,
+            hint="detach() or switch() the attached patch, or merge the two patches",
+        )
+
+
+def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint | None) -> Tensor | None:
+    """The values to install, after checking what the weight holds."""
+    chosen, weight = neurons.chosen, neurons.weight.detach()
+    dtype = float_dtype(chosen)
+    vectors = read_vectors(weight, chosen.layout, neurons.index) if is_plain(neurons.weight) else None
+    exact = vectors is not None and can_represent(vectors.dtype, dtype)
+    if base is not None and (neurons.trainable or not exact):
+        _check_base(chosen, base)
+    if vectors is not None and neurons.trainable and not exact:
+        raise MismatchError(
+            "the model's dtype cannot hold the checkpoint's values exactly",
+            tensor=chosen.info.name,
+            expected=chosen.info.dtype,
+            found=vectors.dtype,
+            hint='load the model with dtype="auto" or a wider one',
+        )
+    if isinstance(what, Patch):
+        return checked_values(what, chosen.info.name, vectors, base)
+    if vectors is not None:
+        check_weights(vectors, chosen, base)
+        return None
+    if base is None:
+        raise UsageError(
+            "the weight is quantized, so its neurons' first values must come from the base's files",
+            tensor=chosen.info.name,
+            hint="name the checkpoint before quantization with base=FOLDER",
+        )
+    return from_bytes(base_vectors(base, chosen), chosen.info.dtype).float()
+
+
+def _check_base(chosen: Chosen, base: Checkpoint) -> None:
+    found = base.tensors.get(chosen.info.name)
+    if found is None or (found.dtype, found.shape) != (chosen.info.dtype, chosen.info.shape):
+        raise MismatchError(
+            "the selection is not of this base",
+            file=base.name,
+            tensor=chosen.info.name,
+            expected=chosen.info.describe(),
+            found=found.describe() if found else "no such tensor",
+        )
