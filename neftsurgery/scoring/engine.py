@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError
 from ..neurons.vectors import ByteReader, block_memory, blocks, gather
 from ..storage.threads import Limits, in_order
-from ..storage.truncated_maps import survived, was_cut_short
+from ..storage.truncated_maps import is_truncated, sigbus_guard
 from ..tensors.header import TensorInfo
 from .partial import PartialSums, partial_sums
 from .pieces import Job, Piece, joined, tasks
@@ -74,15 +75,15 @@ def stream(
 ) -> Iterator[TensorResult]:
     """Compare ``jobs`` one after the other; yields a result a job, in order.
 
-    What is in the page cache is summed where it lies, in windows that together keep to ``limits``;
-    else each thread reads into two buffers of 2 MiB. ``progress`` is told the bytes read, from
+    Each thread reads into two buffers of 2 MiB. If ``limits.mapped``, what is in the page cache is summed
+    where it lies, in windows that together keep to ``limits``. ``progress`` is given the bytes read, on
     the caller's thread.
     """
     engine = _Engine(base, tuned, jobs, limits)
     workers = limits.workers(2 * _LEAST_TASK)
     share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
     work = tasks(jobs, min(max(share, _LEAST_TASK), _LARGEST_TASK))
-    with survived():
+    with sigbus_guard() if limits.mapped else nullcontext():
         for _, results in in_order(engine.run, work, workers):
             for piece, result in results:
                 finished = engine.collect(piece, result)
@@ -108,7 +109,7 @@ class _Engine:
             for piece in joined(pieces, job) if at_hand else pieces:
                 a, b = self._read(job.info, pieces[0].start, piece, windows)
                 results.append((piece, partial_sums(job, piece, a, b)))
-            if any(window is not None and was_cut_short(window) for window in windows):
+            if any(window is not None and is_truncated(window) for window in windows):
                 raise CorruptFileError(
                     "the file ends too soon: it was cut short while it was read", tensor=job.info.name
                 )
@@ -117,7 +118,7 @@ class _Engine:
     def _windows(self, info: TensorInfo, start: int, stop: int) -> list[NDArray[np.uint8] | None]:
         """The part of a tensor on both sides, each if it is in memory."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
-        if size < _LEAST_WINDOW:
+        if size < _LEAST_WINDOW or not self._limits.mapped:
             return [None, None]
         found = [side.window(info.name, first, size) for side in (self._base, self._tuned)]
         # Compiled code takes elements to lie where their size divides the address.

@@ -25,7 +25,7 @@ Values = NDArray[np.float64]
 
 
 class Memory:
-    """Weights at hand, as the engine sees those of a file."""
+    """Weights in memory, as the engine sees those of a file."""
 
     def __init__(self, arrays: Mapping[str, tuple[TensorInfo, bytes]]) -> None:
         self._arrays = arrays
@@ -43,8 +43,8 @@ class Memory:
         return None
 
 
-class AtHand(Memory):
-    """The same, some of it in windows; every third one is not there."""
+class Mapped(Memory):
+    """The same, mapped: every third window is refused."""
 
     asked = 0
 
@@ -302,7 +302,7 @@ def test_layouts(layout, piece, monkeypatch):
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, None])
 def test_windows_give_the_bits_that_reads_give(layout, monkeypatch):
-    """Whatever is in memory, however much of it is mapped at once: the same bits."""
+    """Whatever is mapped, and however much of it at once: the same bits."""
     monkeypatch.setattr(pieces, "_PIECE_BYTES", 64)
     monkeypatch.setattr(engine, "_LEAST_WINDOW", 1)
     shape, axes = LAYOUTS[layout] if layout else ((24, 35), None)
@@ -315,10 +315,10 @@ def test_windows_give_the_bits_that_reads_give(layout, monkeypatch):
         info = TensorInfo("t", dtype, shape)
         data = [{"t": (info, np.ascontiguousarray(shaped(s, shape, axes or (0,))).tobytes())} for s in sides]
         jobs = [Job(info, None if axes is None else Layout(shape, axes))]
-        found = []
-        for kind_of_weights, least in ((Memory, 64), (AtHand, 64), (AtHand, 200), (AtHand, 1 << 20)):
+        found, limits = [], Limits.of(2, mapped=True)
+        for kind_of_weights, least in ((Memory, 64), (Mapped, 64), (Mapped, 200), (Mapped, 1 << 20)):
             monkeypatch.setattr(engine, "_LEAST_TASK", least)
-            (result,) = stream(*(kind_of_weights(side) for side in data), jobs, limits=Limits.of(2))
+            (result,) = stream(*(kind_of_weights(side) for side in data), jobs, limits=limits)
             sums = () if result.sums is None else (result.sums.aa, result.sums.dd, result.sums.ad)
             found.append((result.base_sq, result.delta_sq, result.changed, *(s.tobytes() for s in sums)))
         assert [repr(one) for one in found[1:]] == [repr(found[0])] * 3
