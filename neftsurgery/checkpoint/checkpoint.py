@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import Source
 from ..storage.page_cache import is_cached, map_cached
+from ..storage.positioned import OpenFile, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
-from ..tensors.tensorfile import OpenFile, read_exactly, read_rows_exactly
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
 

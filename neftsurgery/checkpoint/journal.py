@@ -28,7 +28,8 @@ from ..sources.resolve import Source
 from ..storage.output import fsync, fsync_folder
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile, written_file
+from ..tensors.reader import TensorFile
+from ..tensors.writer import written_file
 from .checkpoint import Checkpoint, Shard, weight_files
 
 __all__ = ["JOURNAL_NAME", "Change", "heal", "journal_path", "journaled", "locked"]

@@ -8,7 +8,7 @@ from typing import TypeGuard
 from ..tensors.document import bad
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from .layout import Layout
 
 __all__ = ["described_tensor"]

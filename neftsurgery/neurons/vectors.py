@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..storage.positioned import consecutive_runs, read_exactly, read_rows_exactly, write_exactly
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import read_exactly, read_rows_exactly, stretches, write_exactly
 from .layout import Layout
 
 __all__ = ["ByteReader", "block_memory", "blocks", "check_index", "gather", "scatter"]
@@ -89,7 +89,7 @@ def scatter(
     if vectors.size == 0:
         return 0
     if layout.contiguous:
-        for first, last, neuron in stretches(index):
+        for first, last, neuron in consecutive_runs(index):
             write_exactly(fd, vectors[first:last].data.cast("B"), offset + neuron * vectors.shape[1])
         return vectors.nbytes
     elements = np.ascontiguousarray(vectors).view(info.type.carrier)

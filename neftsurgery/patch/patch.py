@@ -21,7 +21,7 @@ from ..sources.resolve import Source, resolve_file
 from ..tensors.document import bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from .digests import DigestHash, digests
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]

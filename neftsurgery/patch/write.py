@@ -11,7 +11,7 @@ from ..checkpoint.fingerprint import HASH_PREFIX
 from ..selection.selection import INDEX_TYPES, Selection, index_dtype
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFileWriter, written_file
+from ..tensors.writer import TensorFileWriter, written_file
 from .digests import DigestHash, digests
 from .patch import PATCH_KEY, PATCH_VERSION, Patch, Raw
 

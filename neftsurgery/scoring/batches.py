@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from .scored_tensors import ScoredTensor
 
 __all__ = ["Batch", "batches", "has_sums"]

@@ -13,7 +13,7 @@ from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..tensors.document import bad
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 
 __all__ = ["WHAT", "Follower", "ScoredTensor", "check_vector", "read_followers", "read_scored"]
 

@@ -18,7 +18,7 @@ from ..selection.choice import Block, choose
 from ..selection.selection import Chosen, Selection
 from ..tensors.document import bad, read_document
 from ..tensors.file_backed import FileBacked
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from .batches import Batch, batches, has_sums
 from .scored_tensors import WHAT, Follower, ScoredTensor, read_followers, read_scored
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CorruptFileError
 from .header import loads
-from .tensorfile import TensorFile
+from .reader import TensorFile
 
 __all__ = ["Document", "bad", "dump", "read_document"]
 

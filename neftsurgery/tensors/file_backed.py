@@ -10,7 +10,7 @@ from typing import BinaryIO, Self
 from ..errors import boundary
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
-from .tensorfile import TensorFile
+from .reader import TensorFile
 
 __all__ = ["FileBacked"]
 

@@ -42,7 +42,7 @@ from neftsurgery.neurons.layout import Layout
 from neftsurgery.neurons.vectors import scatter
 from neftsurgery.sources.resolve import resolve
 from neftsurgery.storage import output
-from neftsurgery.tensors.tensorfile import TensorFile
+from neftsurgery.tensors.reader import TensorFile
 
 Arrays = dict[str, NDArray[np.float32]]
 

@@ -17,7 +17,8 @@ from neftsurgery.neurons.description import described_tensor
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.tensors.document import bad, dump, read_document
 from neftsurgery.tensors.header import TensorInfo
-from neftsurgery.tensors.tensorfile import TensorFile, written_file
+from neftsurgery.tensors.reader import TensorFile
+from neftsurgery.tensors.writer import written_file
 
 GOOD = {
     "version": 2,
