@@ -21,24 +21,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ..tensors.dtypes import DTYPES
+from ..tensors.dtypes import DTYPES, DType, FloatFormat
+from ..tensors.floats import FLOATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 __all__ = ["FORMATS", "exact_sums", "lane_sums", "prepare", "run_sums"]
 
-#: Element types that can be scored, by safetensors' name, and the code the kernels know them by.
-FORMATS = {
-    "BF16": 0,
-    "F16": 1,
-    "F32": 2,
-    "F8_E4M3": 3,
-    "F8_E5M2": 4,
-    "F8_E4M3FNUZ": 5,
-    "F8_E5M2FNUZ": 6,
-    "F64": 7,
-}
+#: Element types that can be scored, by safetensors' name, and the code by which the kernels know them.
+FORMATS = {name: code for code, name in enumerate(sorted(FLOATS))}
 
 # Sums may be reordered and contracted, or nothing vectorises; NaN and Inf must survive, so
 # neither "nnan" nor "ninf".
@@ -105,45 +97,49 @@ def _widen(code, bits):  # type: ignore[no-untyped-def]
     raise TypeError("only for compiled code")
 
 
-def _small_float(shift: int, bias: int, subnormal: int, fraction_bits: int, width: int, special: int) -> Any:
+def _small_float(bits: int, format: FloatFormat) -> Any:
     """A decoder for floats narrower than 32 bits.
 
-    A normal number's bits, moved up by ``shift``, are those of a float32 but for the exponent's
-    bias; a subnormal one is its bits times ``2**subnormal``. No arithmetic on float32 subnormals,
-    which is slow on x86. NaN and Inf, which start at the magnitude ``special``, all become NaN;
-    ``special`` 0 stands for the FNUZ types, whose only NaN is the pattern of negative zero.
+    A normal number's bits, moved up to where a float32 has its fraction, are those of that float32 but for
+    the exponent's bias; a subnormal number is its bits times a power of two. No arithmetic is done on
+    float32 subnormals, which is slow on x86. NaN and Inf all become NaN.
     """
-    magnitude = u32((1 << (width - 1)) - 1)
-    sign_shift = u32(32 - width)
-    shift_, rebias, least = u32(shift), u32(bias << 23), u32(1 << fraction_bits)
-    unit = np.float32(2.0**subnormal)
+    magnitude = u32((1 << (bits - 1)) - 1)
+    sign_shift = u32(32 - bits)
+    shift, rebias = u32(23 - format.fraction_bits), u32((127 - format.bias) << 23)
+    least_normal = u32(1 << format.fraction_bits)
+    unit = np.float32(2.0 ** (1 - format.bias - format.fraction_bits))
     sign_bit, nan = u32(0x80000000), u32(0x7FC00000)
-    # Flipping the magnitude of the FNUZ NaN, 0x80, makes it the one pattern of all ones.
-    flip, kept = (u32(0), magnitude) if special else (magnitude, u32(0xFF))
-    limit = u32(special or 0xFF)
+    # The FNUZ types have one NaN, the pattern of negative zero: flipping its magnitude makes it all ones.
+    fnuz = format.nonfinite > magnitude
+    flip, kept = (magnitude, u32(0xFF)) if fnuz else (u32(0), magnitude)
+    limit = u32(0xFF if fnuz else format.nonfinite)
 
     def decode(code, bits):  # type: ignore[no-untyped-def]
         word = u32(bits)
         low = u32(word & magnitude)
-        normal = u32(u32(low << shift_) + rebias)
+        normal = u32(u32(low << shift) + rebias)
         tiny = _as_uint32(np.float32(np.float32(np.int32(low)) * unit))
-        value = tiny if low < least else normal
+        value = tiny if low < least_normal else normal
         value = nan if u32(u32(word ^ flip) & kept) >= limit else value
         return _as_float32(u32(value | u32(u32(word << sign_shift) & sign_bit)))
 
     return decode
 
 
-_DECODERS: dict[int, Any] = {
-    0: lambda code, bits: _as_float32(u32(u32(bits) << u32(16))),
-    1: _small_float(13, 112, -24, 10, 16, 0x7C00),
-    2: lambda code, bits: _as_float32(u32(bits)),
-    3: _small_float(20, 120, -9, 3, 8, 0x7F),
-    4: _small_float(21, 112, -16, 2, 8, 0x7C),
-    5: _small_float(20, 119, -10, 3, 8, 0),
-    6: _small_float(21, 111, -17, 2, 8, 0),
-    7: lambda code, bits: _as_float64(u64(bits)),
-}
+def _decoder(dtype: DType) -> Any:
+    """How the compiled code widens an element of a type."""
+    if dtype.name == "F64":
+        return lambda code, bits: _as_float64(u64(bits))
+    if dtype.name == "F32":
+        return lambda code, bits: _as_float32(u32(bits))
+    if dtype.name == "BF16":
+        return lambda code, bits: _as_float32(u32(u32(bits) << u32(16)))
+    assert dtype.format is not None  # it is a float
+    return _small_float(dtype.bits, dtype.format)
+
+
+_DECODERS: dict[int, Any] = {code: _decoder(DTYPES[name]) for name, code in FORMATS.items()}
 
 
 @overload(_widen)

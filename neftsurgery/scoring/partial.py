@@ -120,18 +120,18 @@ def _finite_sums(info: TensorInfo, a: Raw, b: Raw) -> list[float]:
 
 
 _PLAIN_ELEMENTS = 1 << 15
-_PLAIN = {"BOOL": "u1", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4"}
-_PLAIN |= {"I64": "<i8", "U64": "<u8", "C64": "<c8"}
 
 
 def _plain_sums(
     info: TensorInfo, a: NDArray[np.uint8], b: NDArray[np.uint8]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """As `_whole_sums` for integers and complex numbers; codes of a packed type only count as changed."""
-    if info.dtype not in _PLAIN:
+    if info.type.kind == "packed":
         bits = np.unpackbits(a ^ b, bitorder="little").reshape(-1, info.type.bits)
         return np.zeros((3, 1)), np.array([np.count_nonzero(bits.any(axis=1))])
     raw_a, raw_b = a.view(info.type.carrier), b.view(info.type.carrier)
+    # A byte of a bool may hold any number.
+    plain = info.type.carrier if info.type.kind == "bool" else info.type.numpy
     # float64 does not hold every 64-bit integer; x86's long double does, and is slow.
     large = np.longdouble if info.type.itemsize == 8 else np.float64
     wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else large)
@@ -139,7 +139,7 @@ def _plain_sums(
     for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # widened in small parts: they take much more memory
         part = slice(start, start + _PLAIN_ELEMENTS)
         with np.errstate(all="ignore"):  # signalling NaNs, and squares out of range
-            x, y = (side[part].view(_PLAIN[info.dtype]).astype(wide) for side in (raw_a, raw_b))
+            x, y = (side[part].view(plain).astype(wide) for side in (raw_a, raw_b))
             for total, values in zip(sums, (x, y - x), strict=False):
                 squares = np.abs(values) ** 2
                 total += float(np.where(np.isfinite(squares), squares, 0).sum())

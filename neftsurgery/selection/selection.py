@@ -17,12 +17,12 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.document import bad, dump, read_document
+from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 
 __all__ = [
-    "INDEX_TYPES",
     "SELECTION_KEY",
     "Chosen",
     "Selection",
@@ -33,8 +33,6 @@ __all__ = [
 SELECTION_KEY = "neuron_selection"
 _VERSION = 1
 _WHAT = "selection"
-
-INDEX_TYPES: dict[str, np.dtype[np.signedinteger[Any]]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 
 Index = NDArray[np.integer[Any]]
 
@@ -133,7 +131,7 @@ class Selection:
         metadata = dump(SELECTION_KEY, content)
         with written_file(entries, metadata, path, force=force) as written:
             for name, chosen in self.tensors.items():
-                kind = INDEX_TYPES[index_dtype(chosen.layout.count)]
+                kind = DTYPES[index_dtype(chosen.layout.count)].numpy
                 written.writer.write(f"{name}:index", 0, chosen.index.astype(kind))
             written.writer.finish(metadata)
 

@@ -22,22 +22,6 @@ from .header import Header, TensorInfo, read_header
 
 __all__ = ["TensorFile"]
 
-_NUMPY = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I16": np.dtype("<i2"),
-    "U16": np.dtype("<u2"),
-    "F16": np.dtype("<f2"),
-    "I32": np.dtype("<i4"),
-    "U32": np.dtype("<u4"),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "I64": np.dtype("<i8"),
-    "U64": np.dtype("<u8"),
-    "C64": np.dtype("<c8"),
-}
-
 _COPY_BYTES = 8 << 20
 
 
@@ -113,7 +97,7 @@ class TensorFile:
         """
         info = self.tensors[name]
         raw = self.array_bytes(name, start, stop)
-        return raw.reshape(-1).view(_NUMPY[info.dtype]).reshape((len(raw), *info.shape[1:]))
+        return raw.reshape(-1).view(info.type.numpy).reshape((len(raw), *info.shape[1:]))
 
     def array_bytes(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
         """As `array`, as raw bytes: shape ``[stop - start, bytes of a row]``, for any type of whole bytes."""
@@ -143,7 +127,7 @@ class TensorFile:
             position += size
             end = offset + size
         read_exactly(self._file.fileno(), raw.data[filled:], start, self.path)
-        return raw.view(_NUMPY[self.tensors[names[0]].dtype] if names else np.uint8)
+        return raw.view(self.tensors[names[0]].type.numpy if names else np.uint8)
 
     @property
     def nbytes(self) -> int:
