@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
-from ..neurons.meaning import place
+from ..neurons.tensor_names import layer_and_kind
 
 __all__ = [
     "DTYPES",
@@ -52,7 +52,7 @@ class Stack:
 
     def block_of(self, live: str) -> int | None:
         """Which block a live parameter lies in; None: in none of them."""
-        parent, _, number = place(live.split("."))[0].rpartition(".")
+        parent, _, number = layer_and_kind(live.split("."))[0].rpartition(".")
         return int(number) if parent == self.path and number.isdecimal() else None
 
 
@@ -64,7 +64,7 @@ def stack_of(model: nn.Module, names: Iterable[str]) -> Stack:
     MismatchError
         If there is no such stack, or none that stands out.
     """
-    paths = dict.fromkeys(place(name.split("."))[0].rpartition(".")[0] for name in names)
+    paths = dict.fromkeys(layer_and_kind(name.split("."))[0].rpartition(".")[0] for name in names)
     modules = dict(model.named_modules())
     found = {}
     for path in paths:

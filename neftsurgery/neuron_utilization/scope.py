@@ -8,8 +8,8 @@ from dataclasses import replace
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import NeuronTensor, read_anatomy
-from ..neurons.meaning import place
-from ..selection.selection import Selection, followers_of
+from ..neurons.tensor_names import layer_and_kind
+from ..selection.selection import Selection, companion_biases
 
 __all__ = ["looked_at", "outside"]
 
@@ -64,9 +64,9 @@ def looked_at(
 
 def _kinds(chosen: Selection, width: int) -> dict[str, tuple[int, ...]]:
     """The neuron axes of every kind of tensor that has chosen neurons of this width."""
-    followers = followers_of(chosen.facts)
+    followers = companion_biases(chosen.facts)
     return {
-        place(name.split("."))[1]: one.layout.axes
+        layer_and_kind(name.split("."))[1]: one.layout.axes
         for name, one in chosen.tensors.items()
         if name not in followers and one.layout.width == width
     }
@@ -74,7 +74,7 @@ def _kinds(chosen: Selection, width: int) -> dict[str, tuple[int, ...]]:
 
 def outside(chosen: Selection, tensors: Mapping[str, NeuronTensor]) -> int:
     """How many chosen neurons are not among those of ``tensors``; bias elements are not counted."""
-    followers = followers_of(chosen.facts)
+    followers = companion_biases(chosen.facts)
     count = 0
     for name, one in chosen.tensors.items():
         tensor = tensors.get(name)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .families import EMBEDDINGS, FAMILIES, HEADS, Attention, Family, FeedForward, Layout
+from .families import EMBEDDINGS, FAMILIES, HEADS, Attention, AxisOrder, Family, FeedForward
 
 __all__ = ["Role", "family_of", "roles"]
 
@@ -20,7 +20,7 @@ class Role:
     ----------
     what:
         ``"embedding"``, ``"output head"`` and ``"router"`` are left out, ``"weight"`` counts.
-    layout:
+    order:
         The order of the axes.
     block, member:
         The block the tensor is part of and as what (a field name of the block); None and ``""`` if none.
@@ -32,7 +32,7 @@ class Role:
     """
 
     what: Literal["embedding", "output head", "router", "weight"]
-    layout: Layout
+    order: AxisOrder
     block: FeedForward | Attention | None
     member: str
     depth: int
@@ -66,7 +66,7 @@ def roles(family: Family) -> dict[tuple[str, ...], Role]:
         members = {member: tuple(pattern.split(".")) for member, pattern in _members(block)}
         shared = _common(list(members.values()))
         for member, parts in members.items():
-            found[parts] = Role("weight", block.layout, block, member, len(parts), shared)
+            found[parts] = Role("weight", block.order, block, member, len(parts), shared)
     return found
 
 

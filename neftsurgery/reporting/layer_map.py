@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..neurons.meaning import place
+from ..neurons.tensor_names import layer_and_kind
 from ..patch.patch import Patch
 from ..scoring.scores import Scores
-from ..selection.selection import Selection, followers_of
+from ..selection.selection import Selection, companion_biases
 from ..text import label
 
 __all__ = ["OUTSIDE", "LayerMap", "Place", "natural", "places"]
@@ -41,7 +41,7 @@ def places(names: Iterable[str]) -> dict[str, Place]:
     Where no name has a number in it, as in small networks, there are no layers to tell apart: then
     the rows are the modules, and the columns the names within one.
     """
-    found = {name: Place(*place(name.split("."))) for name in names}
+    found = {name: Place(*layer_and_kind(name.split("."))) for name in names}
     if any(at.layer for at in found.values()):
         return found
     return {name: Place(*_parted(name)) for name in found}
@@ -105,7 +105,7 @@ class LayerMap:
 
         Bias elements, which follow their neurons, are not counted.
         """
-        followers = followers_of(patch.facts)
+        followers = companion_biases(patch.facts)
         return cls.of_counts(
             {
                 name: (tensor.count, tensor.layout.count)

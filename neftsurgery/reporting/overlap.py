@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import text
-from ..selection.selection import Chosen, Selection, followers_of
+from ..selection.selection import Chosen, Selection, companion_biases
 from .drawing import SCALE, SURFACE, WIDTH, Canvas
 from .figure import Column, Figure, Table
 from .layer_map import OUTSIDE, natural, places
@@ -96,7 +96,7 @@ class Overlaps:
     @classmethod
     def of(cls, names: Sequence[str], selections: Sequence[Selection]) -> Overlaps:
         """Compare selections; biases that merely follow are left out."""
-        followers = frozenset[str]().union(*(followers_of(selection.facts) for selection in selections))
+        followers = frozenset[str]().union(*(companion_biases(selection.facts) for selection in selections))
         every = sorted({name for selection in selections for name in selection.tensors} - followers)
         where = places(every)
         shapes = {

@@ -7,40 +7,25 @@ of the pieces: the outcome has the same bits for any number of threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..neurons.vectors import ByteReader, block_memory, blocks, gather
+from ..neurons.vectors import block_memory, blocks, gather
 from ..storage.threads import Limits, in_order
 from ..storage.truncated_maps import is_truncated, sigbus_guard
+from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
-from .partial import PartialSums, partial_sums
-from .pieces import Job, Piece, joined, tasks
+from ..tensors.weights import WeightReader
+from .partial_sums import PartialSums, partial_sums
+from .pieces import CUT_SIZES, CutSizes, Job, TensorPiece, joined, tasks
 from .sums import Exact, Sums, exact
 
-__all__ = ["Job", "TensorResult", "Weights", "stream"]
-
-# Of each side: what a thread takes at once, and what is mapped at once where it is in memory.
-_LEAST_TASK, _LARGEST_TASK = 2 << 20, 32 << 20
-_LEAST_WINDOW = 256 << 10  # below, a copy costs less than a mapping
-
-
-class Weights(ByteReader, Protocol):
-    """What scoring sees of a model: tensors by name, and any bytes of them. Must be thread-safe."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The tensors, by name."""
-
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of tensor ``name`` that need not be read, as they are in memory; else None."""
+__all__ = ["Job", "TensorResult", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +51,12 @@ class TensorResult:
 
 
 def stream(
-    base: Weights,
-    tuned: Weights,
+    base: WeightReader,
+    tuned: WeightReader,
     jobs: Sequence[Job],
     *,
     limits: Limits,
+    sizes: CutSizes = CUT_SIZES,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[TensorResult]:
     """Compare ``jobs`` one after the other; yields a result a job, in order.
@@ -79,10 +65,10 @@ def stream(
     where it lies, in windows that together keep to ``limits``. ``progress`` is given the bytes read, on
     the caller's thread.
     """
-    engine = _Engine(base, tuned, jobs, limits)
-    workers = limits.workers(2 * _LEAST_TASK)
+    engine = _Engine(base, tuned, jobs, limits, sizes)
+    workers = limits.workers(2 * sizes.least_task)
     share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
-    work = tasks(jobs, min(max(share, _LEAST_TASK), _LARGEST_TASK))
+    work = tasks(jobs, min(max(share, sizes.least_task), sizes.largest_task), sizes.piece)
     with sigbus_guard() if limits.mapped else nullcontext():
         for _, results in in_order(engine.run, work, workers):
             for piece, result in results:
@@ -94,12 +80,15 @@ def stream(
 
 
 class _Engine:
-    def __init__(self, base: Weights, tuned: Weights, jobs: Sequence[Job], limits: Limits) -> None:
+    def __init__(
+        self, base: WeightReader, tuned: WeightReader, jobs: Sequence[Job], limits: Limits, sizes: CutSizes
+    ) -> None:
         self._base, self._tuned, self._jobs, self._limits = base, tuned, jobs, limits
+        self._least_window = sizes.least_window
         self._local = threading.local()
         self._open: _Collector | None = None
 
-    def run(self, task: Sequence[Piece]) -> list[tuple[Piece, PartialSums]]:
+    def run(self, task: Sequence[TensorPiece]) -> list[tuple[TensorPiece, PartialSums]]:
         """Read and sum the pieces of a task; called in the worker threads."""
         results = []
         for number, group in groupby(task, key=lambda piece: piece.job):
@@ -115,18 +104,18 @@ class _Engine:
                 )
         return results
 
-    def _windows(self, info: TensorInfo, start: int, stop: int) -> list[NDArray[np.uint8] | None]:
+    def _windows(self, info: TensorInfo, start: int, stop: int) -> list[RawBytes | None]:
         """The part of a tensor on both sides, each if it is in memory."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
-        if size < _LEAST_WINDOW or not self._limits.mapped:
+        if size < self._least_window or not self._limits.mapped:
             return [None, None]
         found = [side.window(info.name, first, size) for side in (self._base, self._tuned)]
         # Compiled code takes elements to lie where their size divides the address.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
     def _read(
-        self, info: TensorInfo, origin: int, piece: Piece, windows: Sequence[NDArray[np.uint8] | None]
-    ) -> list[NDArray[np.uint8]]:
+        self, info: TensorInfo, origin: int, piece: TensorPiece, windows: Sequence[RawBytes | None]
+    ) -> list[RawBytes]:
         """The bytes of a piece on both sides; ``windows`` start at element ``origin``."""
         start, size = info.type.nbytes(piece.start), info.type.nbytes(piece.stop - piece.start)
         skipped = start - info.type.nbytes(origin)
@@ -141,14 +130,14 @@ class _Engine:
             read.append(part)
         return read
 
-    def _buffers(self, size: int) -> NDArray[np.uint8]:
+    def _buffers(self, size: int) -> RawBytes:
         """Two buffers of this thread, of ``size`` bytes at least."""
-        buffers: NDArray[np.uint8] | None = getattr(self._local, "buffers", None)
+        buffers: RawBytes | None = getattr(self._local, "buffers", None)
         if buffers is None or buffers.shape[1] < size:
             buffers = self._local.buffers = np.empty((2, size), np.uint8)
         return buffers
 
-    def collect(self, piece: Piece, result: PartialSums) -> TensorResult | None:
+    def collect(self, piece: TensorPiece, result: PartialSums) -> TensorResult | None:
         """Join the result of ``piece``; after a tensor's last piece, the tensor's result."""
         job = self._jobs[piece.job]
         if self._open is None:
@@ -167,7 +156,7 @@ class _Collector:
     def __init__(self, job: Job, first: PartialSums) -> None:
         self._job = job
         count = 1 if job.layout is None else job.layout.count
-        self._refined: list[tuple[NDArray[np.int64], Exact]] = []
+        self._refined: list[tuple[Int64Array, Exact]] = []
         self._settled = True
         if first.index is None and len(first.changed) == count:  # all of it: small tensors come by thousands
             self._sums, self._changed = first.sums + 0.0, first.changed
@@ -193,7 +182,7 @@ class _Collector:
                     np.add.at(row, result.index, values)
                 np.add.at(self._changed, result.index, result.changed)
 
-    def finish(self, base: Weights, tuned: Weights, limits: Limits) -> TensorResult:
+    def finish(self, base: WeightReader, tuned: WeightReader, limits: Limits) -> TensorResult:
         if self._job.layout is None:
             (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
             return TensorResult(self._job, None, float(aa), float(dd), changed)
@@ -207,7 +196,7 @@ class _Collector:
             totals = sums.aa[good].sum(), sums.dd[good].sum()
         return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
-    def _settle(self, sums: Sums, base: Weights, tuned: Weights, limits: Limits) -> None:
+    def _settle(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
         """Read the vectors that are in doubt once more, whole, and refine their sums."""
         info, layout = self._job.info, self._job.layout
         assert layout is not None  # only neurons are refined

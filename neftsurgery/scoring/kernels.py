@@ -4,7 +4,7 @@ Per neuron, of its vectors ``a`` in the base and ``b`` in the tuned checkpoint a
 sums ``a.a``, ``d.d``, ``a.d`` and the number of elements whose bits differ. Everything a score needs
 follows from them (`neftsurgery.scoring.sums`).
 
-`run_sums` and `lane_sums` are the fast kernels: elements are widened to float32 on the way in,
+`run_sums` and `column_sums` are the fast kernels: elements are widened to float32 on the way in,
 differences taken per element, and sums kept in float32 over short blocks and in float64 beyond.
 That is exact enough unless ``d`` is nearly parallel to ``a``, a sum leaves float32's range, or an
 element is not finite. `exact_sums` is for those vectors, and for all of F64.
@@ -27,7 +27,7 @@ from ..tensors.floats import FLOATS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["FORMATS", "exact_sums", "lane_sums", "prepare", "run_sums"]
+__all__ = ["FORMATS", "exact_sums", "column_sums", "prepare", "run_sums"]
 
 #: Element types that can be scored, by safetensors' name, and the code by which the kernels know them.
 FORMATS = {name: code for code, name in enumerate(sorted(FLOATS))}
@@ -38,8 +38,8 @@ _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 _BLOCK = 1024  # elements per float32 partial sum
 _AHEAD = 1024  # bytes: how far memory is asked for what comes next
 _LINE = 64  # bytes
-_LANES = 2048  # neurons per tile of lane_sums: three float32 accumulators of it stay in L1
-_LANE_BLOCK = 64  # runs per float32 partial sum
+_TILE = 2048  # neurons per tile of column_sums: three float32 accumulators of it stay in L1
+_COLUMN_BLOCK = 64  # runs per float32 partial sum
 
 u32, u64 = np.uint32, np.uint64
 
@@ -194,7 +194,7 @@ def run_sums(dtype: str) -> Callable[..., None]:
 
 
 @functools.cache
-def lane_sums(dtype: str) -> Callable[..., None]:
+def column_sums(dtype: str) -> Callable[..., None]:
     """Sums of ``length`` neurons that lie side by side: element ``i`` of every run is neuron ``i``'s.
 
     As `run_sums`, but ``a`` and ``b`` hold any number of runs, ``sums`` is ``[3, length]`` and
@@ -207,19 +207,19 @@ def lane_sums(dtype: str) -> Callable[..., None]:
     @_compiled(fastmath=_FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
         runs = a.size // length
-        aa = np.empty(_LANES, partial)
-        dd = np.empty(_LANES, partial)
-        ad = np.empty(_LANES, partial)
-        count = np.empty(_LANES, np.uint32)
-        for low in range(0, length, _LANES):
-            lanes = min(_LANES, length - low)
-            for first in range(0, runs, _LANE_BLOCK):
-                for i in range(lanes):
+        aa = np.empty(_TILE, partial)
+        dd = np.empty(_TILE, partial)
+        ad = np.empty(_TILE, partial)
+        count = np.empty(_TILE, np.uint32)
+        for low in range(0, length, _TILE):
+            columns = min(_TILE, length - low)
+            for first in range(0, runs, _COLUMN_BLOCK):
+                for i in range(columns):
                     aa[i], dd[i], ad[i], count[i] = 0, 0, 0, 0
-                for run in range(first, min(first + _LANE_BLOCK, runs)):
-                    row_a = a[run * length + low : run * length + low + lanes]
-                    row_b = b[run * length + low : run * length + low + lanes]
-                    for soon in range((run + 1) * length + low, (run + 1) * length + low + lanes, line):
+                for run in range(first, min(first + _COLUMN_BLOCK, runs)):
+                    row_a = a[run * length + low : run * length + low + columns]
+                    row_b = b[run * length + low : run * length + low + columns]
+                    for soon in range((run + 1) * length + low, (run + 1) * length + low + columns, line):
                         _prefetch(a, soon)
                         _prefetch(b, soon)
                     for i in range(row_a.size):
@@ -230,7 +230,7 @@ def lane_sums(dtype: str) -> Callable[..., None]:
                         ad[i] += x * d
                         if row_a[i] != row_b[i]:
                             count[i] = u32(count[i] + u32(1))
-                for i in range(lanes):
+                for i in range(columns):
                     sums[0, low + i] += aa[i]
                     sums[1, low + i] += dd[i]
                     sums[2, low + i] += ad[i]
@@ -310,5 +310,5 @@ def prepare(dtypes: Iterable[str]) -> None:
         a = np.zeros((1, 2), DTYPES[dtype].carrier)
         sums, changed = np.zeros((3, 2)), np.zeros(2, np.int64)
         run_sums(dtype)(a[0], a[0], 1, sums, changed)
-        lane_sums(dtype)(a[0], a[0], 2, sums, changed)
+        column_sums(dtype)(a[0], a[0], 2, sums, changed)
         exact_sums(dtype)(a, a, changed[:1], 1.0, np.zeros((7, 1)), changed[:1], np.zeros(1, np.bool_))

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
+from ..tensors.arrays import Mask
 from ..tensors.document import bad
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
-__all__ = ["WHAT", "Follower", "ScoredTensor", "check_vector", "read_followers", "read_scored"]
+__all__ = ["WHAT", "CompanionBias", "ScoredTensor", "check_vector", "read_companion_biases", "read_scored"]
 
 #: What messages call the file.
 WHAT = "scores file"
@@ -43,7 +43,7 @@ class ScoredTensor:
     bias: str | None
     part: tuple[int, int, int] | None
 
-    def belongs(self) -> NDArray[np.bool_] | None:
+    def belongs(self) -> Mask | None:
         """Per neuron whether the anatomy counts it; None for all."""
         if self.part is None:
             return None
@@ -54,10 +54,10 @@ class ScoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Follower:
-    """A tensor of neurons one element wide, recorded but not scored.
+class CompanionBias:
+    """A tensor of one-element neurons, whose changes are recorded and not scored.
 
-    ``included`` tells one that the user named from a bias, which only follows its neurons.
+    It goes with the neurons of its weight. If ``included``, the user named it, and it may be any such tensor.
     """
 
     info: TensorInfo
@@ -110,9 +110,9 @@ def check_vector(file: TensorFile, name: str, dtype: str, count: int) -> None:
         )
 
 
-def read_followers(
+def read_companion_biases(
     file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
-) -> Iterator[tuple[str, Follower]]:
+) -> Iterator[tuple[str, CompanionBias]]:
     """The unscored tensors whose changes the file tells element by element.
 
     Raises
@@ -138,4 +138,4 @@ def read_followers(
                 check_vector(file, f"{name}:delta_sq", "F64", layout.count)
             if counts.get(name, {layout.count}) != {layout.count}:
                 raise bad(file, WHAT, "a bias has other neurons than its weight", name)
-            yield name, Follower(info, layout, entry.get("included") is True)
+            yield name, CompanionBias(info, layout, entry.get("included") is True)

@@ -13,20 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import MismatchError, UsageError
+from ..tensors.arrays import Float32Array, Mask
 from .budget import Amount, Budget
 
 __all__ = ["Block", "choose"]
 
-Scores = NDArray[np.float32]
-Mask = NDArray[np.bool_]
 
-# Elements looked at together: what a round reads and writes stays in the processor's cache.
+# Elements compared at once: what a round reads and writes stays in a core's cache.
 _CHUNK = 1 << 18
-# Pools up to this many neurons are sorted: their cost is calls, not elements or memory.
-_SORTED = 1 << 14
+# Pools of up to so many neurons are sorted: for them calls cost more than elements.
+_SORTED_POOL = 1 << 14
 # The ordered image of a float32 is its magnitude's bits as an integer, negated for a negative
 # number. Both zeros have image 0, and this is the image of infinity.
 _INFINITY = 0x7F80_0000
@@ -54,7 +52,7 @@ class Block:
     tensor: str
     layer: str
     cost: int
-    scores: Scores
+    scores: Float32Array
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 1 or self.scores.dtype != np.float32:
@@ -63,7 +61,14 @@ class Block:
             raise ValueError(f"a neuron must have at least one parameter, not {self.cost}")
 
 
-def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[Mask]:
+def choose(
+    blocks: Sequence[Block],
+    budget: Budget,
+    *,
+    parameters: int,
+    chunk: int = _CHUNK,
+    sorted_pool: int = _SORTED_POOL,
+) -> list[Mask]:
     """The neurons that ``budget`` chooses, as one mask per block.
 
     The order of the blocks, then the position in a block, breaks ties. Memory on top of the scores:
@@ -78,7 +83,11 @@ def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[
         Anything but ``changed``, which is not about scores. A number of neurons above what there is
         chooses all.
     parameters:
-        Of the whole model: what a percentage in ``budget.params`` is of.
+        Of the whole model: what a percentage in ``budget.params`` refers to.
+    chunk:
+        How many neurons are compared at once. The result does not depend on it.
+    sorted_pool:
+        Up to how many neurons a pool is sorted instead of searched. The result does not depend on it.
 
     Raises
     ------
@@ -91,7 +100,7 @@ def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[
     """
     if budget.changed:
         raise ValueError("which neurons changed is not a matter of scores")
-    counts = [_count_candidates(block.scores) for block in blocks]
+    counts = [_count_candidates(block.scores, chunk) for block in blocks]
     if not any(counts):
         raise MismatchError(
             "no neuron can be scored",
@@ -99,14 +108,15 @@ def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[
         )
     keys = [block.scores for block in blocks]
     if budget.policy == "random":
-        keys = _random_keys(keys, budget.seed)
+        keys = _random_keys(keys, budget.seed, chunk)
     highest = budget.policy != "reversed"
     allowed: list[Mask] | None = None
     if budget.max_per_tensor is not None:
         ones = [1] * len(blocks)
         pools = _pools(block.tensor for block in blocks)
         caps = [budget.max_per_tensor] * len(pools)
-        allowed = _best(_Ranking(keys, counts, ones, None, highest), pools.values(), caps)
+        ranking = _Ranking(keys, counts, ones, None, highest, chunk, sorted_pool)
+        allowed = _best(ranking, pools.values(), caps)
     if budget.threshold is not None:
         return _above(keys, allowed, _float32_floor(budget.threshold))
     sizes, costs = counts, [1] * len(blocks)
@@ -117,14 +127,15 @@ def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[
     limits = _limits(pools, sizes, budget, parameters)
     if allowed is not None:
         counts = [int(np.count_nonzero(mask)) for mask in allowed]
-    masks = _best(_Ranking(keys, counts, costs, allowed, highest), pools.values(), limits)
+    ranking = _Ranking(keys, counts, costs, allowed, highest, chunk, sorted_pool)
+    masks = _best(ranking, pools.values(), limits)
     if budget.params is not None and not any(mask.any() for mask in masks):
         raise _no_room(budget.params, limits, [c for c, n in zip(costs, counts, strict=True) if n])
     return masks
 
 
-def _count_candidates(scores: Scores) -> int:
-    parts = (scores[start : start + _CHUNK] for start in range(0, len(scores), _CHUNK))
+def _count_candidates(scores: Float32Array, chunk: int) -> int:
+    parts = (scores[start : start + chunk] for start in range(0, len(scores), chunk))
     return sum(int(np.count_nonzero(part == part)) for part in parts)  # NaN differs from itself
 
 
@@ -214,7 +225,7 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
 # Keys: what the neurons are ordered by.
 
 
-def _random_keys(scores: Sequence[Scores], seed: int) -> list[Scores]:
+def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[Float32Array]:
     """A random number for every candidate, NaN for the others.
 
     Uniform over the images of all float32 numbers, so that two neurons hardly ever draw the same one
@@ -223,15 +234,15 @@ def _random_keys(scores: Sequence[Scores], seed: int) -> list[Scores]:
     generator = np.random.Generator(np.random.PCG64(seed))
     keys = [np.full(len(block), np.nan, np.float32) for block in scores]
     for key, block in zip(keys, scores, strict=True):
-        for start in range(0, len(block), _CHUNK):
-            part = block[start : start + _CHUNK]
+        for start in range(0, len(block), chunk):
+            part = block[start : start + chunk]
             candidates = part == part
             images = generator.integers(
                 -_INFINITY, _INFINITY, np.count_nonzero(candidates), np.int32, endpoint=True
             )
             drawn = np.abs(images).view(np.float32)
             np.negative(drawn, out=drawn, where=images < 0)
-            key[start : start + _CHUNK][candidates] = drawn
+            key[start : start + chunk][candidates] = drawn
     return keys
 
 
@@ -247,7 +258,7 @@ def _float32_floor(value: float) -> np.float32:
     return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
 
 
-def _above(keys: Sequence[Scores], allowed: Sequence[Mask] | None, cut: np.float32) -> list[Mask]:
+def _above(keys: Sequence[Float32Array], allowed: Sequence[Mask] | None, cut: np.float32) -> list[Mask]:
     masks: list[Mask] = [key > cut for key in keys]
     for mask, permitted in zip(masks, allowed or (), strict=False):
         mask &= permitted
@@ -259,15 +270,17 @@ def _above(keys: Sequence[Scores], allowed: Sequence[Mask] | None, cut: np.float
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
-    """Blocks to choose from: per block the keys, and how many may be chosen at which cost each."""
+    """Blocks to choose from: per block the keys, and how many neurons may be chosen, at which cost each."""
 
-    keys: Sequence[Scores]
+    keys: Sequence[Float32Array]
     counts: Sequence[int]
     costs: Sequence[int]
     allowed: Sequence[Mask] | None
     highest: bool
+    chunk: int
+    sorted_pool: int
 
-    def beyond(self, keys: Scores, cut: np.float32, out: Mask) -> Mask:
+    def beyond(self, keys: Float32Array, cut: np.float32, out: Mask) -> Mask:
         """Which of ``keys`` come before ``cut`` in order; NaN never does."""
         return np.greater(keys, cut, out=out) if self.highest else np.less(keys, cut, out=out)
 
@@ -280,7 +293,7 @@ def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[in
             continue
         if sum(ranking.counts[i] * ranking.costs[i] for i in members) <= limit:
             _take_all(ranking, members, masks)
-        elif sum(len(ranking.keys[i]) for i in members) <= _SORTED:
+        elif sum(len(ranking.keys[i]) for i in members) <= ranking.sorted_pool:
             _take_sorted(ranking, members, limit, masks)
         else:
             _take_to_cut(ranking, members, limit, masks)
@@ -319,8 +332,8 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
         if ranking.allowed is not None:
             masks[i] &= ranking.allowed[i]
     for i in members:
-        for start in range(0, len(ranking.keys[i]), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, len(ranking.keys[i]), ranking.chunk):
+            part = slice(start, start + ranking.chunk)
             tied = ranking.keys[i][part] == cut
             if ranking.allowed is not None:
                 tied &= ranking.allowed[i][part]
@@ -352,23 +365,24 @@ def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """Up to ``_CHUNK`` neurons of the same cost, of one block or of many small ones."""
+    """Up to ``chunk`` neurons of the same cost, of one block or of many small ones."""
 
     cost: int
-    keys: list[Scores]
+    keys: list[Float32Array]
     allowed: list[Mask]
 
 
 def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
     """The blocks ``members`` in pieces to count in; for counting, their order does not matter."""
     batches: list[_Batch] = []
+    chunk = ranking.chunk
     latest: dict[int, tuple[_Batch, int]] = {}
     for i in members:
         keys, cost = ranking.keys[i], ranking.costs[i]
-        for start in range(0, len(keys), _CHUNK):
-            size = min(_CHUNK, len(keys) - start)
+        for start in range(0, len(keys), chunk):
+            size = min(chunk, len(keys) - start)
             batch, filled = latest.get(cost, (None, 0))
-            if batch is None or filled + size > _CHUNK:
+            if batch is None or filled + size > chunk:
                 batch, filled = _Batch(cost, [], []), 0
                 batches.append(batch)
             whole = size == len(keys)
@@ -381,7 +395,7 @@ def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
 
 
 def _cost_beyond(ranking: _Ranking, batches: Sequence[_Batch], cut: np.float32) -> int:
-    flags = np.empty(_CHUNK, np.bool_)
+    flags = np.empty(ranking.chunk, np.bool_)
     total = 0
     for batch in batches:
         keys = batch.keys[0] if len(batch.keys) == 1 else np.concatenate(batch.keys)

@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import check_index
 from ..storage.output_checks import refuse_output
+from ..tensors.arrays import Int64Array
 from ..tensors.document import bad, dump, read_document
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
@@ -26,7 +26,7 @@ __all__ = [
     "SELECTION_KEY",
     "Chosen",
     "Selection",
-    "followers_of",
+    "companion_biases",
     "index_dtype",
 ]
 
@@ -34,15 +34,13 @@ SELECTION_KEY = "neuron_selection"
 _VERSION = 1
 _WHAT = "selection"
 
-Index = NDArray[np.integer[Any]]
-
 
 def index_dtype(count: int) -> str:
     """The element type of indices into ``count`` neurons: ``"I32"``, or ``"I64"`` past 2**31."""
     return "I32" if count <= 1 << 31 else "I64"
 
 
-def followers_of(facts: Mapping[str, Any]) -> frozenset[str]:
+def companion_biases(facts: Mapping[str, Any]) -> frozenset[str]:
     """The tensors whose neurons only go along with others (biases), by a file's own account."""
     found = facts.get("followers")
     return (
@@ -56,7 +54,7 @@ class Chosen:
 
     info: TensorInfo
     layout: Layout
-    index: NDArray[np.int64]
+    index: Int64Array
 
     @property
     def parameters(self) -> int:
@@ -96,7 +94,7 @@ class Selection:
     @cached_property
     def neurons(self) -> int:
         """How many neurons are chosen, bias elements not counted."""
-        biases = followers_of(self.facts)
+        biases = companion_biases(self.facts)
         return sum(len(chosen.index) for name, chosen in self.tensors.items() if name not in biases)
 
     @cached_property
@@ -107,7 +105,7 @@ class Selection:
     @property
     def counts(self) -> dict[str, int]:
         """Per tensor, how many: what ``like=`` takes. Bias elements that merely follow are left out."""
-        biases = followers_of(self.facts)
+        biases = companion_biases(self.facts)
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
     @boundary

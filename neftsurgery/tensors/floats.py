@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Float64Array, RawBytes
 from .dtypes import DTYPES, FloatFormat
 
 __all__ = ["FLOATS", "narrow", "widen"]
 
-F64 = NDArray[np.float64]
-Raw = NDArray[np.uint8]
 
 #: The types that `widen` and `narrow` know, by safetensors' name.
 FLOATS = frozenset(name for name, dtype in DTYPES.items() if dtype.format is not None)
 
 
-def widen(raw: Raw, dtype: str) -> F64:
+def widen(raw: RawBytes, dtype: str) -> Float64Array:
     """The values of raw elements, exactly: uint8 ``[..., k * itemsize]`` to float64 ``[..., k]``."""
     native = DTYPES[dtype].native
     bits = np.ascontiguousarray(raw).view(DTYPES[dtype].carrier)
@@ -32,11 +31,11 @@ def widen(raw: Raw, dtype: str) -> F64:
             return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
         if native is not None:
             return bits.view(native).astype(np.float64)
-    table: F64 = _values(dtype)[bits]
+    table: Float64Array = _values(dtype)[bits]
     return table
 
 
-def narrow(values: NDArray[Any], dtype: str) -> Raw:
+def narrow(values: NDArray[Any], dtype: str) -> RawBytes:
     """Raw elements nearest to ``values``: float ``[..., k]`` to uint8 ``[..., k * itemsize]``.
 
     What is too large becomes an infinity, or the largest number of a type that has none; infinities
@@ -52,7 +51,7 @@ def narrow(values: NDArray[Any], dtype: str) -> Raw:
     return _to_byte(wide, dtype)
 
 
-def _to_bfloat16(values: F64) -> NDArray[np.uint16]:
+def _to_bfloat16(values: Float64Array) -> NDArray[np.uint16]:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         near = values.astype(np.float32)
         back = near.astype(np.float64)
@@ -65,7 +64,7 @@ def _to_bfloat16(values: F64) -> NDArray[np.uint16]:
     return np.where(np.isnan(values), nan, rounded).astype(np.uint16)
 
 
-def _to_byte(values: F64, dtype: str) -> Raw:
+def _to_byte(values: Float64Array, dtype: str) -> RawBytes:
     format = _format(dtype)
     special, magnitudes = format.nonfinite, _magnitudes(dtype)
     size = np.abs(values)
@@ -90,7 +89,7 @@ def _format(dtype: str) -> FloatFormat:
 
 
 @functools.cache
-def _magnitudes(dtype: str) -> F64:
+def _magnitudes(dtype: str) -> Float64Array:
     """The values of codes 0 to the first special one; that one's as if the numbers went on."""
     format = _format(dtype)
     fraction_bits, bias = format.fraction_bits, format.bias
@@ -102,7 +101,7 @@ def _magnitudes(dtype: str) -> F64:
 
 
 @functools.cache
-def _values(dtype: str) -> F64:
+def _values(dtype: str) -> Float64Array:
     """The values of all 256 codes."""
     format = _format(dtype)
     special = format.nonfinite

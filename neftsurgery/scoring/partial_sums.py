@@ -10,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..neurons.layout import Layout
+from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from . import kernels
-from .pieces import Job, Piece
+from .pieces import Job, TensorPiece
 from .sums import Exact, Sums, exact
 
 __all__ = ["PartialSums", "partial_sums"]
 
 _LEAST_SQUARE = 1e-30  # of a sum: below, float32 squares may have vanished
-
-Raw = NDArray[np.uint8]
 
 
 @dataclass(slots=True)
@@ -30,14 +29,14 @@ class PartialSums:
     """
 
     first: int
-    index: NDArray[np.int64] | None
-    sums: NDArray[np.float64]
-    changed: NDArray[np.int64]
-    refined: tuple[NDArray[np.int64], Exact] | None = None
+    index: Int64Array | None
+    sums: Float64Array
+    changed: Int64Array
+    refined: tuple[Int64Array, Exact] | None = None
     settled: bool = False  # whether all that are in doubt among them are refined
 
 
-def partial_sums(job: Job, piece: Piece, a: Raw, b: Raw) -> PartialSums:
+def partial_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
     """The sums of ``piece``, whose bytes are ``a`` in the base and ``b`` in the tuned checkpoint."""
     info = job.info
     if info.dtype not in kernels.FORMATS:
@@ -47,15 +46,15 @@ def partial_sums(job: Job, piece: Piece, a: Raw, b: Raw) -> PartialSums:
     if job.across:
         first, offset = divmod(piece.start, job.run)
         owners = job.layout.run_neurons(first, first + (piece.stop - piece.start) // piece.grain)
-        return _lane_sums(info, owners + offset, piece.grain, *_carried(info, a, b))
+        return _column_sums(info, owners + offset, piece.grain, *_carried(info, a, b))
     return _run_sums(info, job.layout, piece, a, b)
 
 
-def _carried(info: TensorInfo, a: Raw, b: Raw) -> tuple[NDArray[Any], NDArray[Any]]:
+def _carried(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[NDArray[Any], NDArray[Any]]:
     return a.view(info.type.carrier), b.view(info.type.carrier)
 
 
-def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) -> PartialSums:
+def _run_sums(info: TensorInfo, layout: Layout, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
     """Runs of one neuron each, or parts of runs."""
     count = (piece.stop - piece.start) // piece.grain
     sums, changed = np.empty((3, count)), np.empty(count, np.int64)
@@ -76,11 +75,11 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) ->
     return result
 
 
-def _lane_sums(
-    info: TensorInfo, owners: NDArray[np.int64], length: int, a: NDArray[Any], b: NDArray[Any]
+def _column_sums(
+    info: TensorInfo, owners: Int64Array, length: int, a: NDArray[Any], b: NDArray[Any]
 ) -> PartialSums:
     """Runs across neurons: those that start at the same neuron are summed together."""
-    kernel = kernels.lane_sums(info.dtype)
+    kernel = kernels.column_sums(info.dtype)
     edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
     sums = np.zeros((len(edges) - 1, 3, length))
     changed = np.zeros((len(edges) - 1, length), np.int64)
@@ -93,7 +92,7 @@ def _lane_sums(
     return PartialSums(0, index, sums.transpose(1, 0, 2).reshape(3, -1), changed.ravel())
 
 
-def _whole_sums(info: TensorInfo, grain: int, a: Raw, b: Raw) -> PartialSums:
+def _whole_sums(info: TensorInfo, grain: int, a: RawBytes, b: RawBytes) -> PartialSums:
     """Sums over all elements of each grain, NaN and Inf left out."""
     x, y = _carried(info, a, b)
     count = len(x) // grain
@@ -108,7 +107,7 @@ def _whole_sums(info: TensorInfo, grain: int, a: Raw, b: Raw) -> PartialSums:
     return PartialSums(0, np.zeros(count, np.int64), sums, changed)
 
 
-def _finite_sums(info: TensorInfo, a: Raw, b: Raw) -> list[float]:
+def _finite_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> list[float]:
     """Float64 sums over one grain, shape ``[1, bytes]``, NaN and Inf left out."""
     whole = exact(info.dtype, a, b)
     if not whole.finite[0]:
@@ -122,9 +121,7 @@ def _finite_sums(info: TensorInfo, a: Raw, b: Raw) -> list[float]:
 _PLAIN_ELEMENTS = 1 << 15
 
 
-def _plain_sums(
-    info: TensorInfo, a: NDArray[np.uint8], b: NDArray[np.uint8]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _plain_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[Float64Array, Int64Array]:
     """As `_whole_sums` for integers and complex numbers; codes of a packed type only count as changed."""
     if info.type.kind == "packed":
         bits = np.unpackbits(a ^ b, bitorder="little").reshape(-1, info.type.bits)

@@ -13,7 +13,7 @@ from typing import Any
 from .families import Family
 from .roles import Role, family_of, roles
 
-__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Scope", "Scopes"]
+__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Submodel", "Submodels"]
 
 TOWERS: dict[str, tuple[str, ...]] = {
     "vision_config": ("vision_tower", "vision_model", "visual"),
@@ -111,7 +111,7 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Scope:
+class Submodel:
     """A part of a model that one config describes.
 
     Attributes
@@ -120,7 +120,7 @@ class Scope:
         As the config, or the composite it is part of, says; "" if neither does.
     families:
         Those whose patterns apply, the most specific first; none if ``model_type`` is not known.
-    sure:
+    fully_known:
         Whether the whole part is known, so that a weight no pattern names is ``[out, in, ...]``.
     config:
         Where the numbers of heads are.
@@ -128,7 +128,7 @@ class Scope:
 
     model_type: str
     families: tuple[Family, ...]
-    sure: bool
+    fully_known: bool
     config: Mapping[str, Any]
 
     def role(self, stem: Sequence[str]) -> Role | None:
@@ -175,7 +175,7 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Scopes:
+class Submodels:
     """The parts of a model.
 
     Attributes
@@ -186,25 +186,25 @@ class Scopes:
         By a part of the name.
     """
 
-    main: Scope
-    towers: Mapping[str, Scope]
+    main: Submodel
+    towers: Mapping[str, Submodel]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any] | None) -> Scopes:
-        """The scopes of a ``config.json``, read leniently: what it does not say is not known."""
+    def of(cls, config: Mapping[str, Any] | None) -> Submodels:
+        """The submodels of a ``config.json``, read leniently: what it does not say is not known."""
         config = config or {}
         whole = _text(config.get("model_type"))
         sections = {key: value for key in TOWERS if isinstance(value := config.get(key), Mapping)}
         types = {key: _section_type(key, section, whole) for key, section in sections.items()}
         towers = {
-            part: Scope(types[key], _families(types[key]), bool(_families(types[key])), section)
+            part: Submodel(types[key], _families(types[key]), bool(_families(types[key])), section)
             for key, section in sections.items()
             for part in TOWERS[key]
         }
         text = types.get("text_config", "")
         nested = _families(text)
         own = _families(whole)
-        main = Scope(
+        main = Submodel(
             text if nested else whole,
             (*nested, *(family for family in own if family not in nested)),
             bool(own),
@@ -215,9 +215,14 @@ class Scopes:
     @property
     def known(self) -> bool:
         """Whether a family is known for any part of the model."""
-        return any(scope.families for scope in (self.main, *self.towers.values()))
+        return any(submodel.families for submodel in self.all)
 
-    def scope(self, parts: Sequence[str]) -> Scope:
+    @property
+    def all(self) -> tuple[Submodel, ...]:
+        """The main part and the towers."""
+        return (self.main, *self.towers.values())
+
+    def of_name(self, parts: Sequence[str]) -> Submodel:
         """The part of the model that a name lies in."""
         return next((self.towers[part] for part in parts if part in self.towers), self.main)
 
