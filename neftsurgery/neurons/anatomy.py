@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint hold neurons, and along which axes.
 
-An anatomy is read from tensor names, shapes and the model's config alone: no weight is touched. What
-a name means is said by the family table (`neftsurgery.neurons.families`), never by a shape.
+An anatomy is read from tensor names, shapes and the model's config alone: no weight is read. The family
+table (`neftsurgery.neurons.families`) says what a name means; a shape never does.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class NeuronTensor:
     layer:
         Its pool: the name up to its first number, ``"model.layers.3"``; ``""`` outside the layers.
     kind:
-        What is left of the name, without ``.weight``: ``"mlp.up_proj"``; experts' numbers are ``*``.
+        The rest of the name, without ``.weight``: ``"mlp.up_proj"``. Numbers of experts become ``*``.
     bias:
-        The tensor whose elements belong one to one to the neurons, if there is one.
+        The tensor with one element per neuron that is added to their outputs, if there is one.
     units:
         Under ``units``: the unit of every neuron.
     part:
@@ -84,10 +84,10 @@ class Listed:
     reason:
         Why it is not scored.
     axes:
-        Of neurons of one element each, which have no direction to compare but whose bits do: all
-        axes of a bias or norm. None where no neuron can be chosen.
+        The neuron axes, if its neurons have one element each: all axes of a bias or norm. Such neurons have
+        no direction to score, but they can change. None where no neuron can be chosen.
     included:
-        Whether it was named by ``include``.
+        Whether ``include`` names it.
     """
 
     info: TensorInfo
@@ -98,7 +98,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Every tensor of a checkpoint, as scored or as listed.
+    """Every tensor of a checkpoint: either scored, or listed with the reason.
 
     Attributes
     ----------
@@ -132,7 +132,7 @@ def read_anatomy(
     exclude: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Anatomy:
-    """Say of every tensor whether it holds neurons, and along which axes.
+    """Decide for every tensor whether it holds neurons, and along which axes.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def read_anatomy(
     config:
         Its ``config.json``, or None.
     axis:
-        Pattern to neuron axes, the last match wins: overrides what the family says.
+        Patterns to neuron axes; the last match wins. Overrides the family table.
     include:
         Patterns of tensors to add: embeddings, output head, norms, routers, and under ``ffn`` and
         ``units`` all other weights.
@@ -195,7 +195,7 @@ class _Share:
 
 
 class _Reader:
-    """Reads one checkpoint; what it learns of a name serves all names that differ by numbers only."""
+    """Reads one checkpoint. A name is read once for all names that differ from it only in numbers."""
 
     def __init__(
         self,
@@ -287,7 +287,7 @@ class _Reader:
         return self.readings[key]
 
     def member(self, reading: NameReading) -> Role | None:
-        """The role of a tensor in a block that this anatomy looks at."""
+        """The role of a tensor in a block of this anatomy, if it has one."""
         role = reading.role
         if role is None or role.block is None or self.name == "rows":
             return None
@@ -328,7 +328,7 @@ class _Reader:
         return tensor
 
     def warnings(self, listed: Iterable[Listed]) -> Iterable[str]:
-        """What the user should know of this reading."""
+        """What the user should know about this anatomy."""
         if self.assumed:
             yield (
                 f"{_unknown(self.config, tuple(self.assumed))}: weights count as [out, in, ...]; "
@@ -336,7 +336,10 @@ class _Reader:
             )
         for start, text in (
             ("quantized: ", "quantized tensors and their scales are left out"),
-            (UNKNOWN_EXPERTS, "tensors of experts are left out, their axes are not known: see --axis"),
+            (
+                UNKNOWN_EXPERTS,
+                "tensors of experts are left out, because their axes are not known: see --axis",
+            ),
             ("not part of a unit: ", "tensors are in no unit"),
         ):
             found = [entry for entry in listed if entry.reason.startswith(start)]
@@ -349,10 +352,7 @@ class _Reader:
 
 
 def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> tuple[list[NeuronTensor], int]:
-    """Give every unit its id: blocks in the order of their first tensors, units in that of its neurons.
-
-    All tensors of a block have neurons of all of its units, so that is the order of first members.
-    """
+    """Give every unit its id: by the first tensor of its block, then by the order of its neurons."""
     blocks: dict[tuple[str, str], tuple[int, str]] = {}
     numbered: list[NeuronTensor] = []
     count = 0
@@ -368,7 +368,7 @@ def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> t
                 tensor=tensor.info.name,
                 expected=shares[first].outer * shares[first].units,
                 found=share.outer * share.units,
-                hint="the anatomy rows does not need blocks",
+                hint="the anatomy rows has no blocks: use it",
             )
         numbered.append(replace(tensor, units=UnitMap(base, share.outer, share.units, share.spans)))
     return numbered, count
@@ -380,9 +380,7 @@ def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str,
     for glob, given in axis.items() if isinstance(axis, Mapping) else axis:
         axes = (given,) if isinstance(given, int) else tuple(given)
         if not axes or list(axes) != sorted(set(axes)) or any(type(n) is not int or n < 0 for n in axes):
-            raise UsageError(
-                f"--axis {glob}: {list(axes)} are not axes, which count from 0, in ascending order"
-            )
+            raise UsageError(f"--axis {glob}: {list(axes)} are not axes: they count from 0 and must ascend")
         for name in matching((glob,), tensors, option="--axis"):
             shape = tensors[name].shape
             if len(shape) < 2 or name.endswith("bias"):
@@ -396,7 +394,7 @@ def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str,
 
 
 def _unknown(config: Mapping[str, Any] | None, parts: Sequence[str] = ("",)) -> str:
-    """That the model, or ``parts`` of it, is not known; "" stands for the model as a whole."""
+    """Says that the model, or ``parts`` of it, is not known; "" stands for the whole model."""
     if config is None:
         return "there is no config.json to say what the model is"
     stated = (part or config.get("model_type") for part in parts)

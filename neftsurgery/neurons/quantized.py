@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint are codes whose value needs a scale stored elsewhere.
 
 Rows of codes are not rows of weights, so they are never scored. Formats write a weight ``X.weight``
-as codes (8-bit floats, packed or plain integers) beside scales whose names start alike:
-``X.weight_scale``, ``X.scales``, ``X.weight.absmax``. A scale is not a weight either.
+as codes (8-bit floats, packed or plain integers) beside scales (and zero points and the
+like) with similar names: ``X.weight_scale``, ``X.scales``, ``X.weight.absmax``. Those are not weights either.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..tensors.header import TensorInfo
 
 __all__ = ["quantization_reasons"]
 
-# What formats put behind ``X.`` beside the codes. In order of how telling they are.
+# Names of scales after ``X.``, the most certain first.
 _SCALE_SUFFIXES = (
     "weight_scale",
     "weight_scale_inv",
@@ -36,7 +36,7 @@ _SCALE_SUFFIXES = (
     "input_global_scale",
     "weight_format",
 )
-# ... and behind the whole name of the codes, "X.weight" or "experts.gate_up_proj".
+# Names of scales after the whole name of the codes, "X.weight" or "experts.gate_up_proj".
 _SCALE_ENDINGS = (
     ".absmax",
     ".quant_map",
@@ -50,7 +50,7 @@ _SCALE_ENDINGS = (
 )
 # bitsandbytes packs its settings into a byte tensor "X.weight.quant_state.bitsandbytes__nf4".
 _STATE = ".quant_state."
-# The codes themselves, as named behind ``X.``; MXFP4 experts write "gate_up_proj_blocks".
+# Names of the codes themselves after ``X.``; MXFP4 experts write "gate_up_proj_blocks".
 _CODES = ("weight", "qweight", "weight_packed", "codes", "W_q")
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
@@ -58,7 +58,7 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 def quantization_reasons(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
 ) -> dict[str, str]:
-    """Of every quantized tensor and every scale, by name, why it is left out.
+    """Why each quantized tensor and each scale is left out, by name.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The family table, compiled: from the parts of a name's ending to what that tensor is."""
+"""The family table, compiled: the last parts of a name to the role of its tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Role", "family_of", "roles"]
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a pattern says of the tensors it matches.
+    """What a pattern of the family table says about the tensors it matches.
 
     Attributes
     ----------
@@ -23,12 +23,12 @@ class Role:
     order:
         The order of the axes.
     block, member:
-        The block the tensor is part of and as what (a field name of the block); None and ``""`` if none.
+        The block that the tensor is part of, and its field in the block; None and ``""`` if there is none.
     depth:
-        Components of the pattern.
+        How many parts the pattern has.
     container:
-        How many of these all patterns of the block have in common: tensors that share them, and
-        what stands before them, form one block.
+        How many leading parts all patterns of the block share: tensors that agree in these, and in
+        everything before the pattern, form one block.
     """
 
     what: Literal["embedding", "output head", "router", "weight"]
@@ -81,7 +81,7 @@ def _members(block: FeedForward | Attention) -> Iterator[tuple[str, str]]:
 
 
 def _common(paths: list[tuple[str, ...]]) -> int:
-    """How many leading components, the last ones aside, all ``paths`` share."""
+    """How many leading parts all ``paths`` share, their last parts not counted."""
     count = 0
     for parts in zip(*(path[:-1] for path in paths), strict=False):
         if len(set(parts)) > 1:

@@ -1,4 +1,4 @@
-"""What a tensor's name says of it: whether it counts, its axes, its layer, its block, its bias."""
+"""What a tensor's name says about it: whether it counts, its axes, its layer, its block, its bias."""
 
 from __future__ import annotations
 
@@ -42,10 +42,22 @@ _MOST_AXES = 5
 
 @dataclass(frozen=True, slots=True)
 class NameReading:
-    """What a name says, the same in every layer and for every expert.
+    """What a name says: the same in every layer and for every expert.
 
-    ``reason`` is why the tensor is left out, "" if it counts; ``axes`` those of its output units,
-    None if not known; ``needs_axis`` whether ``axis`` alone makes it count.
+    Attributes
+    ----------
+    reason:
+        Why the tensor is left out; "" if it counts.
+    axes:
+        Those of its output units; None if not known.
+    submodel:
+        The part of the model that it lies in.
+    role:
+        Its entry in the family table, if it has one.
+    needs_axis:
+        Whether the option ``axis`` alone makes it count.
+    assumed:
+        Whether ``axes`` are a guess, as the model is not known.
     """
 
     reason: str
@@ -57,7 +69,7 @@ class NameReading:
 
 
 def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameReading:
-    """What a name says of a tensor of ``ndim`` axes; ``pattern`` are its parts with ``*`` for numbers."""
+    """What a name says about a tensor of ``ndim`` axes; ``pattern`` is its parts, with ``*`` for numbers."""
     if pattern[-1].endswith("bias"):
         return NameReading("bias", None, submodel)
     stem = pattern[:-1] if pattern[-1] == "weight" and len(pattern) > 1 else pattern
@@ -66,7 +78,9 @@ def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameRe
         return NameReading(role.what, (0,), submodel)
     if role is not None and ndim >= 2:
         if ndim != (3 if role.order.startswith("E") else 2):
-            return NameReading(f"{ndim} axes, its family has another number", None, submodel, needs_axis=True)
+            return NameReading(
+                f"{ndim} axes, which its family does not expect", None, submodel, needs_axis=True
+            )
         axes = _OUTPUT_AXES.get(role.order)
         return NameReading("" if axes else UNKNOWN_EXPERTS, axes, submodel, role, needs_axis=axes is None)
     if (submodel.fully_known or ndim < 2) and _NORM.search(stem[-1]):
@@ -83,12 +97,12 @@ def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameRe
 
 
 def member_axes(role: Role, reading: NameReading) -> tuple[int, ...] | None:
-    """The axes of the neurons that a member gives its block: columns of down and o, else rows."""
+    """The neuron axes of a member of a block: columns of down and o, else rows."""
     return _INPUT_AXES.get(role.order) if role.member in COLUMNS else reading.axes
 
 
 def layer_and_kind(parts: Sequence[str]) -> tuple[str, str]:
-    """Layer and kind of a name, given as its parts; see `neftsurgery.neurons.anatomy.NeuronTensor`."""
+    """The layer and kind of a name, given as its parts: see `neftsurgery.neurons.anatomy.NeuronTensor`."""
     first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
     layer = "" if first is None else ".".join(parts[: first + 1])
     rest = list(parts if first is None else parts[first + 1 :])
@@ -101,7 +115,7 @@ def layer_and_kind(parts: Sequence[str]) -> tuple[str, str]:
 
 
 def bias_of(info: TensorInfo, axes: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The tensor of one element per neuron that is added to what the neurons give."""
+    """The tensor with one element per neuron that is added to their outputs."""
     stem, dot, last = info.name.rpartition(".")
     if last in ("weight", "kernel") and dot:
         name = f"{stem}.bias"

@@ -1,7 +1,7 @@
-"""Which unit each neuron of a tensor belongs to, and which part of a tensor counts: as formulas.
+"""Which unit each neuron of a tensor belongs to, and which neurons of a tensor count: as formulas.
 
-A checkpoint can hold hundreds of millions of neurons. So the two values here say in a few integers
-what an array per neuron would say, and build that array for one tensor at a time, on demand.
+A checkpoint can hold hundreds of millions of neurons. So the values here hold a few integers instead of
+an array with an entry per neuron, and build that array for one tensor at a time, on demand.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CountedSlice:
 
 @dataclass(frozen=True, slots=True)
 class UnitSpan:
-    """A stretch along the last neuron axis: ``repeat`` neurons of each of ``units`` units, from ``first``."""
+    """A range of the last neuron axis: ``repeat`` neurons of each of ``units`` units, from unit ``first``."""
 
     first: int
     units: int
@@ -72,7 +72,7 @@ class UnitMap:
     units:
         Units of the block per step of the outer axes.
     spans:
-        What the last neuron axis is made of, in order.
+        The ranges of the last neuron axis, in order.
     """
 
     base: int
@@ -84,7 +84,7 @@ class UnitMap:
         return self.outer * sum(span.units * span.repeat for span in self.spans)
 
     def ids(self) -> NDArray[np.int64]:
-        """The ids by neuron, int64 ``[len(self)]``: 8 bytes a neuron, built anew at each call."""
+        """The unit of each neuron, int64 ``[len(self)]``; built at each call, 8 bytes per neuron."""
         inner = np.concatenate(
             [np.repeat(np.arange(s.first, s.first + s.units, dtype=np.int64), s.repeat) for s in self.spans]
         )
@@ -110,7 +110,7 @@ def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
 
 
 def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, ...]:
-    """How the ``inner`` neurons of a member of a block are dealt to the block's units.
+    """How the ``inner`` neurons of a member of a block are divided among the block's units.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, .
     inner:
         Size of the tensor's last neuron axis.
     heads:
-        Of the attention block; None if the config does not say.
+        Of the attention block; None if the config does not state them.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Vectors of chosen neurons: gathered from any weights, scattered into a file.
 
-Whatever the layout, a neuron's vector is handled as one row of raw bytes; blocks of rows bound the
-memory. Where the vectors of a tensor are unbroken ranges, exactly their bytes are read or written;
-where they are strided (columns), their slab is read in pieces, since its pages are touched anyway.
+Whatever the layout, a neuron's vector is handled as one row of raw bytes, and blocks of rows bound the
+memory. Where vectors are contiguous, exactly their bytes are read or written. Where they are strided
+(columns), their slab is read in pieces, since its pages are read anyway.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .layout import Layout
 
 __all__ = ["block_memory", "blocks", "check_index", "gather", "scatter"]
 
-# Bytes of vectors handled at once. Several threads hold a few such blocks each. Every block of
-# strided vectors reads their whole slab, so there fewer, larger blocks are better.
+# Bytes of vectors handled at once; each thread holds a few such blocks. Every block of strided vectors
+# reads their whole slab, so for these fewer and larger blocks are better.
 _BLOCK_BYTES = 4 << 20
 _STRIDED_BLOCK_BYTES = 16 << 20
 _PIECE_BYTES = 4 << 20
 
 
 def block_memory(layouts: Iterable[Layout]) -> int:
-    """Bytes that a thread may hold at once that compares blocks of such vectors: three of them."""
+    """Bytes that a thread holds at most when it compares blocks of such vectors: three blocks."""
     return 3 * (_BLOCK_BYTES if all(layout.contiguous for layout in layouts) else _STRIDED_BLOCK_BYTES)
 
 
@@ -44,7 +44,7 @@ def blocks(
 
 
 def check_index(index: IndexArray, count: int) -> str | None:
-    """What is wrong with ``index`` as ascending, unique neurons below ``count``; None if nothing is."""
+    """Why ``index`` is not an ascending list of unique neurons below ``count``; None if it is."""
     if len(index) == 0:
         return None
     if int(index[0]) < 0 or int(index[-1]) >= count:
@@ -122,7 +122,7 @@ class _FileRange:
 
 
 class _SlabPiece:
-    """A stretch of a slab, in memory: its bytes, and the chosen vectors' elements within it."""
+    """A piece of a slab, in memory: its bytes, and the elements of the chosen vectors within it."""
 
     def __init__(
         self, raw: RawBytes, grid: NDArray[np.unsignedinteger], chosen: tuple[IndexArray, ...]
@@ -145,10 +145,10 @@ class _SlabPiece:
 def _pieces(
     source: RowReader, info: TensorInfo, layout: Layout, index: IndexArray, piece_bytes: int | None
 ) -> Iterator[tuple[int, slice, _SlabPiece, slice]]:
-    """Read the slabs that hold ``index``, piece by piece along their outermost (vector) axis.
+    """Read the slabs that hold the neurons ``index``, piece by piece along their outermost (vector) axis.
 
-    Yields the piece's first byte in the tensor, which of ``index`` lie in its slab, the piece, and
-    which elements of their vectors it holds.
+    Yields the piece's first byte in the tensor, which of the neurons lie in its slab, the piece, and which
+    elements of their vectors it holds.
     """
     size = info.type.itemsize
     groups = layout.groups[1:] if layout.groups[0][0] else layout.groups

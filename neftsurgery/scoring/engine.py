@@ -1,7 +1,7 @@
-"""Streams two sets of weights past the kernels: bounded reads, several in flight, results in order.
+"""Streams two sets of weights through the kernels: bounded reads, several in flight, results in order.
 
-The work is cut into pieces by the shapes of the tensors alone, and results are joined in the order
-of the pieces: the outcome has the same bits for any number of threads.
+The work is cut into pieces by the shapes of the tensors alone, and results are joined in the order of the
+pieces. So the result has the same bits for any number of threads.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ __all__ = ["Job", "TensorResult", "stream"]
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """What comparing one tensor gave.
+    """The result of comparing one tensor.
 
     Attributes
     ----------
     job:
-        What was asked.
+        What was compared.
     sums:
         Per neuron, if the job has a layout.
     base_sq, delta_sq, changed:
-        Over the whole tensor: squared norms of the base and of the difference (finite elements only;
-        0 for types that are no plain numbers), and elements whose bits differ.
+        Over the whole tensor: squared norms of the base and of the difference (of finite elements only; 0 for
+        packed types), and the number of elements whose bits differ.
     """
 
     job: Job
@@ -59,7 +59,7 @@ def stream(
     sizes: CutSizes = CUT_SIZES,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[TensorResult]:
-    """Compare ``jobs`` one after the other; yields a result a job, in order.
+    """Compare the tensors of ``jobs``; yields one result per job, in order.
 
     Each thread reads into two buffers of 2 MiB. If ``limits.mapped``, what is in the page cache is summed
     where it lies, in windows that together keep to ``limits``. ``progress`` is given the bytes read, on
@@ -105,18 +105,18 @@ class _Engine:
         return results
 
     def _windows(self, info: TensorInfo, start: int, stop: int) -> list[RawBytes | None]:
-        """The part of a tensor on both sides, each if it is in memory."""
+        """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
         if size < self._least_window or not self._limits.mapped:
             return [None, None]
         found = [side.window(info.name, first, size) for side in (self._base, self._tuned)]
-        # Compiled code takes elements to lie where their size divides the address.
+        # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
     def _read(
         self, info: TensorInfo, origin: int, piece: TensorPiece, windows: Sequence[RawBytes | None]
     ) -> list[RawBytes]:
-        """The bytes of a piece on both sides; ``windows`` start at element ``origin``."""
+        """The bytes of a piece on both sides. The windows start at element ``origin``."""
         start, size = info.type.nbytes(piece.start), info.type.nbytes(piece.stop - piece.start)
         skipped = start - info.type.nbytes(origin)
         read = []
@@ -131,14 +131,14 @@ class _Engine:
         return read
 
     def _buffers(self, size: int) -> RawBytes:
-        """Two buffers of this thread, of ``size`` bytes at least."""
+        """Two buffers of this thread, each of at least ``size`` bytes."""
         buffers: RawBytes | None = getattr(self._local, "buffers", None)
         if buffers is None or buffers.shape[1] < size:
             buffers = self._local.buffers = np.empty((2, size), np.uint8)
         return buffers
 
     def collect(self, piece: TensorPiece, result: PartialSums) -> TensorResult | None:
-        """Join the result of ``piece``; after a tensor's last piece, the tensor's result."""
+        """Add the result of ``piece``; returns the tensor's result after its last piece."""
         job = self._jobs[piece.job]
         if self._open is None:
             self._open = _Collector(job, result)
@@ -151,14 +151,14 @@ class _Engine:
 
 
 class _Collector:
-    """The sums of the tensor whose pieces are coming in."""
+    """Adds up the sums of one tensor, piece by piece."""
 
     def __init__(self, job: Job, first: PartialSums) -> None:
         self._job = job
         count = 1 if job.layout is None else job.layout.count
         self._refined: list[tuple[Int64Array, Exact]] = []
-        self._settled = True
-        if first.index is None and len(first.changed) == count:  # all of it: small tensors come by thousands
+        self._all_refined = True
+        if first.index is None and len(first.changed) == count:  # one piece: small tensors come by thousands
             self._sums, self._changed = first.sums + 0.0, first.changed
             self._take(first)
         else:
@@ -166,13 +166,13 @@ class _Collector:
             self.add(first)
 
     def _take(self, result: PartialSums) -> None:
-        self._settled = self._settled and result.settled
+        self._all_refined = self._all_refined and result.all_refined
         if result.refined is not None:
             self._refined.append(result.refined)
 
     def add(self, result: PartialSums) -> None:
         self._take(result)
-        with np.errstate(all="ignore"):  # NaN, Inf and overflow are looked at in `finish`
+        with np.errstate(all="ignore"):  # NaN, Inf and overflow are handled in `finish`
             if result.index is None:
                 here = slice(result.first, result.first + len(result.changed))
                 self._sums[:, here] += result.sums
@@ -189,26 +189,26 @@ class _Collector:
         sums = Sums(self._sums, self._changed)
         for index, values in self._refined:
             sums.refine(index, values)
-        if not self._settled:
-            self._settle(sums, base, tuned, limits)
+        if not self._all_refined:
+            self._refine(sums, base, tuned, limits)
         good = sums.finite
         with np.errstate(over="ignore"):
             totals = sums.aa[good].sum(), sums.dd[good].sum()
         return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
-    def _settle(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
-        """Read the vectors that are in doubt once more, whole, and refine their sums."""
+    def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
+        """Read the vectors whose sums are doubtful again, whole, and refine their sums."""
         info, layout = self._job.info, self._job.layout
         assert layout is not None  # only neurons are refined
         doubtful = sums.doubtful(info.dtype)
         if not len(doubtful):
             return
 
-        def settle(block: tuple[int, int]) -> Exact:
+        def refined(block: tuple[int, int]) -> Exact:
             some = doubtful[slice(*block)]
             a, b = (gather(side, info, layout, some) for side in (base, tuned))
             return exact(info.dtype, a, b)
 
         workers = limits.workers(block_memory([layout]))
-        for block, values in in_order(settle, blocks(info, layout, len(doubtful)), workers):
+        for block, values in in_order(refined, blocks(info, layout, len(doubtful)), workers):
             sums.refine(doubtful[slice(*block)], values)

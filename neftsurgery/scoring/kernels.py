@@ -32,11 +32,11 @@ __all__ = ["FORMATS", "exact_sums", "column_sums", "prepare", "run_sums"]
 #: Element types that can be scored, by safetensors' name, and the code by which the kernels know them.
 FORMATS = {name: code for code, name in enumerate(sorted(FLOATS))}
 
-# Sums may be reordered and contracted, or nothing vectorises; NaN and Inf must survive, so
-# neither "nnan" nor "ninf".
+# Sums may be reordered and contracted, or nothing vectorises. NaN and Inf must be kept, so neither "nnan"
+# nor "ninf".
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 _BLOCK = 1024  # elements per float32 partial sum
-_AHEAD = 1024  # bytes: how far memory is asked for what comes next
+_AHEAD = 1024  # bytes: how far ahead memory is prefetched
 _LINE = 64  # bytes
 _TILE = 2048  # neurons per tile of column_sums: three float32 accumulators of it stay in L1
 _COLUMN_BLOCK = 64  # runs per float32 partial sum
@@ -48,7 +48,7 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # no folder to cache in can be written: compile anew in each process
+        except RuntimeError:  # no cache folder is writable: compile again in each process
             return numba.njit(nogil=True, **options)(function)  # type: ignore[no-any-return]
 
     return wrap
@@ -72,10 +72,10 @@ _as_uint32 = _bitcast(types.float32, types.uint32)
 
 @intrinsic
 def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of an element that is needed soon; an index out of range does no harm.
+    """Prefetch the cache line of an element. An index out of range does no harm.
 
-    In pages of 4 KiB that lie anywhere in memory, as those of files do, the processor's own prefetcher
-    stops at each page's end.
+    The processor's own prefetcher stops at the end of each 4 KiB page, as the pages of a file may lie
+    anywhere in memory.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -169,7 +169,7 @@ def run_sums(dtype: str) -> Callable[..., None]:
         for run in range(changed.size):
             aa, dd, ad, differing = 0.0, 0.0, 0.0, 0
             for start in range(run * length, (run + 1) * length, _BLOCK):
-                # Slices of their own let the compiler see that no index is negative, and vectorise.
+                # With slices the compiler sees that no index is negative, and vectorises.
                 block_a = a[start : min(start + _BLOCK, (run + 1) * length)]
                 block_b = b[start : min(start + _BLOCK, (run + 1) * length)]
                 for soon in range(start + ahead, start + ahead + block_a.size, line):
@@ -195,7 +195,7 @@ def run_sums(dtype: str) -> Callable[..., None]:
 
 @functools.cache
 def column_sums(dtype: str) -> Callable[..., None]:
-    """Sums of ``length`` neurons that lie side by side: element ``i`` of every run is neuron ``i``'s.
+    """Sums of ``length`` neurons that lie side by side: element ``i`` of every run belongs to neuron ``i``.
 
     As `run_sums`, but ``a`` and ``b`` hold any number of runs, ``sums`` is ``[3, length]`` and
     ``changed`` ``[length]``, and both are added to.
@@ -269,7 +269,7 @@ def exact_sums(dtype: str) -> Callable[..., None]:
             bits = row_a[0] ^ row_a[0]
             for i in range(row_a.size):
                 bits |= row_a[i] | row_b[i]
-            if bits == 0:  # all zeros on both sides, as in pruned or sparse weights: nothing to sum
+            if bits == 0:  # both sides are all zeros, as in pruned weights: nothing to sum
                 out[:, row] = 0.0
                 changed[row], finite[row] = 0, True
                 continue
@@ -288,7 +288,7 @@ def exact_sums(dtype: str) -> Callable[..., None]:
                 ab += x * y
                 if row_a[i] != row_b[i]:
                     differing += 1
-            # The same r is b - (a.b / a.a) a: exact where b is so small beside a that d loses it.
+            # r is also b - (a.b / a.a) a, which is exact where b is so small beside a that d loses it.
             small = bb < dd
             along = (ab if small else ad) / aa if aa > 0.0 else 0.0
             rr = 0.0

@@ -18,14 +18,15 @@ from .sums import Exact, Sums, exact
 
 __all__ = ["PartialSums", "partial_sums"]
 
-_LEAST_SQUARE = 1e-30  # of a sum: below, float32 squares may have vanished
+_LEAST_SQUARE = 1e-30  # of a sum: below it, float32 squares may have underflowed
 
 
 @dataclass(slots=True)
 class PartialSums:
-    """A piece's sums: over consecutive neurons from ``first``, or, with ``index``, over those named.
+    """A piece's sums: of consecutive neurons from ``first``, or, if there is an ``index``, of its neurons.
 
-    An index may name a neuron several times: its grains, to be added one after the other.
+    A neuron may occur in ``index`` several times, once per grain: these sums are added one after the other.
+    ``all_refined`` means that `refined` holds every doubtful neuron of the piece.
     """
 
     first: int
@@ -33,7 +34,7 @@ class PartialSums:
     sums: Float64Array
     changed: Int64Array
     refined: tuple[Int64Array, Exact] | None = None
-    settled: bool = False  # whether all that are in doubt among them are refined
+    all_refined: bool = False
 
 
 def partial_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
@@ -55,7 +56,7 @@ def _carried(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[NDArray[Any], 
 
 
 def _run_sums(info: TensorInfo, layout: Layout, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
-    """Runs of one neuron each, or parts of runs."""
+    """Sums of runs of one neuron each, or of parts of such runs."""
     count = (piece.stop - piece.start) // piece.grain
     sums, changed = np.empty((3, count)), np.empty(count, np.int64)
     kernels.run_sums(info.dtype)(*_carried(info, a, b), piece.grain, sums, changed)
@@ -66,8 +67,8 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: TensorPiece, a: RawBytes,
         return PartialSums(0, layout.run_neurons(first, int(runs[-1]) + 1)[runs - first], sums, changed)
     if not layout.contiguous:
         return PartialSums(0, layout.run_neurons(first, first + count), sums, changed)
-    result = PartialSums(first, None, sums, changed, settled=True)
-    # Whole vectors, still at hand: settle the doubtful ones here and now.
+    result = PartialSums(first, None, sums, changed, all_refined=True)
+    # These are whole vectors, still in memory: refine the doubtful ones now.
     doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
     if len(doubtful):
         rows_a, rows_b = (side.reshape(count, -1) for side in (a, b))
@@ -78,7 +79,7 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: TensorPiece, a: RawBytes,
 def _column_sums(
     info: TensorInfo, owners: Int64Array, length: int, a: NDArray[Any], b: NDArray[Any]
 ) -> PartialSums:
-    """Runs across neurons: those that start at the same neuron are summed together."""
+    """Sums of runs across neurons; runs that start at the same neuron are summed together."""
     kernel = kernels.column_sums(info.dtype)
     edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
     sums = np.zeros((len(edges) - 1, 3, length))
@@ -93,7 +94,7 @@ def _column_sums(
 
 
 def _whole_sums(info: TensorInfo, grain: int, a: RawBytes, b: RawBytes) -> PartialSums:
-    """Sums over all elements of each grain, NaN and Inf left out."""
+    """Sums over all elements of each grain, without NaN and Inf."""
     x, y = _carried(info, a, b)
     count = len(x) // grain
     sums, changed = np.empty((3, count)), np.empty(count, np.int64)
@@ -108,7 +109,7 @@ def _whole_sums(info: TensorInfo, grain: int, a: RawBytes, b: RawBytes) -> Parti
 
 
 def _finite_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> list[float]:
-    """Float64 sums over one grain, shape ``[1, bytes]``, NaN and Inf left out."""
+    """Float64 sums over one grain, shape ``[1, bytes]``, without NaN and Inf."""
     whole = exact(info.dtype, a, b)
     if not whole.finite[0]:
         each_a, each_b = (side.reshape(-1, info.type.itemsize) for side in (a, b))
@@ -133,7 +134,9 @@ def _plain_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[Float64Arra
     large = np.longdouble if info.type.itemsize == 8 else np.float64
     wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else large)
     sums = np.zeros((3, 1))
-    for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # widened in small parts: they take much more memory
+    for start in range(
+        0, len(raw_a), _PLAIN_ELEMENTS
+    ):  # widened in small parts, as that takes much more memory
         part = slice(start, start + _PLAIN_ELEMENTS)
         with np.errstate(all="ignore"):  # signalling NaNs, and squares out of range
             x, y = (side[part].view(plain).astype(wide) for side in (raw_a, raw_b))

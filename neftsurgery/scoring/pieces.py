@@ -1,8 +1,8 @@
 """How the work of scoring is cut: by the shapes of the tensors alone, never by threads or memory.
 
-A tensor is a sequence of *grains*: runs of elements that are summed on their own. Grains of one size
-lie side by side in a *piece*, and a *task* is a few pieces that a thread takes at once. Results are joined
-grain by grain in the order of the tensor, so the outcome has the same bits however they were grouped.
+A tensor is a sequence of *grains*: runs of elements with a sum of their own. Neighbouring grains of one
+size form a *piece*, and a *task* is the pieces that a thread takes at once. Sums are added grain by grain
+in the order of the tensor, so the result has the same bits however grains are grouped.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def across(self) -> bool:
-        """Whether neighbouring elements belong to different neurons, so that many runs are summed as one."""
+        """Whether neighbouring elements belong to different neurons: then columns of runs are summed."""
         return self.layout is not None and self.layout.run[0]
 
     @property
@@ -90,7 +90,7 @@ def tasks(jobs: Sequence[Job], task_bytes: int, piece_bytes: int) -> Iterator[li
 
 
 def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
-    """Neighbouring pieces of one job as few large ones; only where that changes no sum."""
+    """Neighbouring pieces of one job merged into few large ones, where that changes no sum."""
     # Column sums start again with each piece, and so do the sums of types that are not floats.
     if job.across or job.info.dtype not in FORMATS:
         yield from pieces
@@ -103,7 +103,7 @@ def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
 def _pieces(number: int, job: Job, nbytes: int) -> Iterator[TensorPiece]:
     """Cut a tensor into pieces of about ``nbytes``: whole runs, or, where a run is longer, parts of one."""
     total, run = job.info.elements, job.run
-    if job.across:  # their sums take 32 bytes an element of a run: worth it only for many runs
+    if job.across:  # their sums take 32 bytes per element of a run: worth it only for many runs
         nbytes = min(max(nbytes, _LEAST_RUNS * job.info.type.nbytes(run)), 8 * nbytes)
     limit = max(8, nbytes * 8 // job.info.type.bits // 8 * 8)  # whole bytes for packed types
     if run <= limit:

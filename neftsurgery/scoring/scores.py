@@ -31,7 +31,7 @@ _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leave
 
 
 class Scores(FileBacked):
-    """A scores file, opened: what was scored is at hand, the numbers are read when asked for.
+    """An open scores file: what was scored is in memory, the numbers are read when asked for.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Scores(FileBacked):
     tensors:
         The scored tensors, ordered by name.
     companion_biases:
-        Tensors of one-element neurons whose changes were recorded, by name.
+        Tensors of one-element neurons whose changes are recorded, by name.
     """
 
     def __init__(
@@ -58,37 +58,37 @@ class Scores(FileBacked):
     @classmethod
     @boundary
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Open a scores file; anyone's with a vector per tensor and ``tensors`` will do.
+        """Open a scores file. A vector per tensor and ``tensors`` suffice, so it may be made by others.
 
         Raises
         ------
         CorruptFileError
-            If it is none, or damaged.
+            If it is not a scores file, or damaged.
         """
         return cls.read(TensorFile.named(path))
 
     @classmethod
     def read(cls, file: TensorFile) -> Scores:
-        """The scores in an open file, which is the new object's from now on."""
+        """The scores in an open file, which the new object takes over."""
         facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
         tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
         companion_biases = dict(read_companion_biases(file, facts.get("unscored", {}), tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
             if which in facts and not _is_count(facts[which], least):
-                raise bad(file, WHAT, f"{which} is not a number of them")
+                raise bad(file, WHAT, f"{which} is not a count")
         if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
             raise bad(file, WHAT, "there are more elements than a model can have")
         return cls(file, facts, tensors, companion_biases)
 
     def values(self, name: str) -> Float32Array:
-        """The scores of tensor ``name``, float32 ``[n]``; NaN: no candidate."""
+        """The scores of tensor ``name``, float32 ``[n]``; NaN for neurons that cannot be chosen."""
         values: Float32Array = self._file.array(name)
         return values
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
         """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
 
-        None where the file does not have it.
+        None where the file does not hold it.
         """
         entry = f"{name}:{which}"
         return self._file.array(entry) if entry in self._file.tensors else None
@@ -128,7 +128,7 @@ class Scores(FileBacked):
 
     @cached_property
     def neurons(self) -> int:
-        """How many neurons the scored tensors have, those outside the anatomy's part not counted."""
+        """How many neurons the scored tensors have, without those that the anatomy does not count."""
         total = 0
         for tensor in self.tensors.values():
             mask = tensor.belongs()
@@ -149,7 +149,7 @@ class Scores(FileBacked):
         Raises
         ------
         UsageError
-            For options that make no sense, or not together.
+            For options that make no sense, or do not go together.
         MismatchError
             If no neuron can be chosen.
         """
@@ -159,7 +159,7 @@ class Scores(FileBacked):
         return self.choose(Budget.of(**budget))
 
     def choose(self, budget: Budget) -> Selection:
-        """As `select`, for a budget that is checked already."""
+        """As `select`, for a budget that is already checked."""
         if self.by_unit:
             budget.check_units()
         if budget.changed:
@@ -182,7 +182,7 @@ class Scores(FileBacked):
 
     def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
         def alike(tensor: ScoredTensor) -> tuple[str, str, int]:
-            """What keeps neighbours apart: a block is of one pool, and its neurons cost the same."""
+            """The same for neighbours that may share a block: one pool, and one cost per neuron."""
             own = budget.per == "tensor" or budget.like is not None or budget.max_per_tensor is not None
             return (
                 tensor.info.name if own else "",
@@ -240,7 +240,7 @@ class Scores(FileBacked):
             changed = self.sums(name, "changed")
             if changed is None:
                 raise UsageError(
-                    "--changed needs the number of changed elements, which these scores lack",
+                    "--changed needs the number of changed elements, and these scores do not have it",
                     file=self._file.path,
                     tensor=name,
                 )
@@ -286,7 +286,7 @@ class Scores(FileBacked):
         return facts
 
     def captured(self, tensors: Mapping[str, Chosen]) -> dict[str, float]:
-        """Which share of the whole change the chosen neurons hold: ``captured``, ``captured_scored``.
+        """The share of the whole change that the chosen neurons hold: ``captured``, ``captured_scored``.
 
         ``captured`` is of all common tensors, ``captured_scored`` of the scored ones. Empty where
         the file has no sums, or nothing changed; without ``captured`` where a tensor changed whose

@@ -1,4 +1,4 @@
-"""The sums of a scores file, many tensors at a time: few reads, and bounded memory."""
+"""The sums of a scores file, read for many tensors at a time: few reads, bounded memory."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SumBatch:
     Attributes
     ----------
     tensors:
-        The tensors; each has neurons.
+        The tensors, each with at least one neuron.
     starts:
         Int64 ``[len(tensors)]``: where each one's neurons begin.
     sums:
-        Of each asked for, a vector over all their neurons, NaN replaced by 0, and 0 where the
-        anatomy does not count the neuron.
+        By the name of the sum, a vector over all their neurons, with 0 for NaN and for neurons that the
+        anatomy does not count.
     uncounted:
-        The same for neurons that the anatomy does not count; None if it counts all.
+        The same for the neurons that the anatomy does not count; None if it counts all.
     """
 
     tensors: Sequence[ScoredTensor]
@@ -45,7 +45,10 @@ class SumBatch:
         return np.add.reduceat(self.sums[which], self.starts)
 
     def total(self, which: str, chosen: Mapping[str, IndexArray] | None = None) -> float:
-        """The sum of all, or of the neurons that ``chosen`` names by tensor; of all, the very same."""
+        """The sum over all neurons, or over those in ``chosen``, by tensor.
+
+        If ``chosen`` names all neurons, the two are equal to the bit.
+        """
         if chosen is None:
             return float(self.sums[which].sum())
         picked = np.zeros_like(self.sums[which])
@@ -62,7 +65,7 @@ def has_sums(file: TensorFile, tensor: ScoredTensor, which: Iterable[str]) -> bo
 
 
 def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[str]) -> Iterator[SumBatch]:
-    """Read the sums ``which``, which all ``tensors`` have, some million neurons at a time."""
+    """Read the sums ``which``, which all ``tensors`` have, about a million neurons at a time."""
     waiting: list[ScoredTensor] = []
     size = 0
     for tensor in tensors:

@@ -23,8 +23,8 @@ __all__ = ["SCORES", "Exact", "Sums", "UnitSums", "exact", "random_scores"]
 
 SCORES: Final = ("cosine", "l2", "relative", "changed", "random", "norm")
 _LARGEST = float(np.finfo(np.float32).max)
-#: Below this share of ``d.d`` not parallel to ``a``, float32 sums lose the cosine: its relative error is
-#: theirs, which is 2e-7 or so, times a few over this share.
+#: Below this share of ``d.d`` not parallel to ``a``, float32 sums lose the cosine. Its relative error is that
+#: of the sums, about 2e-7, times a few, divided by this share.
 _LEAST_ACROSS = 0.25
 
 
@@ -101,7 +101,7 @@ class Sums:
         self._refined: list[tuple[Int64Array, Exact]] = []
 
     def doubtful(self, dtype: str) -> Int64Array:
-        """The neurons whose float32 sums do not tell their scores: to be given to `refine`."""
+        """The neurons whose float32 sums are not accurate enough for their scores: give them to `refine`."""
         low, high = (1e-140, 1e140) if dtype == "F64" else (1e-30, 1e37)
         with np.errstate(all="ignore"):
             across = self.aa * self.dd - self.ad * self.ad
@@ -169,7 +169,7 @@ def _score(
 
 
 def _cosine_distance(aa: Float64Array, bb: Float64Array, ab: Float64Array, rr: Float64Array) -> Float64Array:
-    """``1 - cos(a, b)`` without cancellation: from the sine for small angles, from the cosine else."""
+    """``1 - cos(a, b)`` without cancellation: from the sine for small angles, else from the cosine."""
     cos = np.clip(ab / (np.sqrt(aa) * np.sqrt(bb)), -1.0, 1.0)
     small = np.minimum(rr / bb, 1.0) / (1.0 + cos)
     result = np.where(cos > 0.7, small, 1.0 - cos)
@@ -178,7 +178,7 @@ def _cosine_distance(aa: Float64Array, bb: Float64Array, ab: Float64Array, rr: F
 
 
 class UnitSums:
-    """Running sums of units, each the concatenation of vectors that arrive one tensor at a time.
+    """Running sums of units. A unit is the concatenation of vectors, which arrive one tensor at a time.
 
     The parts of ``d`` across ``a`` do not simply add up: joining vectors with ratios
     ``c = a.d / a.a`` of their own adds ``(c1 - c2)^2 a1.a1 a2.a2 / (a.a)`` (the update of Chan,
@@ -238,6 +238,6 @@ class UnitSums:
 
 
 def random_scores(name: str, count: int, seed: int) -> Float32Array:
-    """Uniform scores in [0, 1) for the control, float32 ``[count]``; they depend on name and seed only."""
+    """Uniform scores in [0, 1), float32 ``[count]``: the control. They depend on name and seed only."""
     words = [seed, xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))]
     return np.random.Generator(np.random.PCG64(words)).random(count, dtype=np.float32)

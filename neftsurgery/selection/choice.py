@@ -1,10 +1,9 @@
 """Which neurons a budget chooses, given their scores: arrays in, masks out.
 
-A selection is "the first so many in order", where the order is by score and then by position. The
-order itself is never made: sorting hundreds of millions of scores would take several times the
-memory of the scores. Instead the score at which the budget ends, the *cut*, is found by bisection
-over all float32 numbers. Each round counts what lies beyond one number; the neurons that
-score exactly the cut are then walked in their order.
+A budget takes the first neurons in order, by score and then by position. They are not sorted: sorting
+hundreds of millions of scores would take several times the memory of the scores. Instead the score at
+which the budget ends, the *cut*, is found by bisection over all float32 numbers. Each round counts the
+neurons beyond one number. The neurons that score exactly the cut are then taken in their order.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Block:
     Raises
     ------
     ValueError
-        If the scores are no vector of float32, or a neuron costs nothing.
+        If the scores are not a float32 vector, or a neuron costs nothing.
     """
 
     tensor: str
@@ -80,7 +79,7 @@ def choose(
     blocks:
         The scored neurons, ordered by tensor name, then index. Pools are ordered by their first block.
     budget:
-        Anything but ``changed``, which is not about scores. A number of neurons above what there is
+        Anything but ``changed``, which does not depend on scores. A number above that of all neurons
         chooses all.
     parameters:
         Of the whole model: what a percentage in ``budget.params`` refers to.
@@ -94,12 +93,12 @@ def choose(
     MismatchError
         If no neuron has a score.
     UsageError
-        If a budget of parameters has no room for one neuron, or ``like`` does not fit the blocks.
+        If a budget of parameters is too small for one neuron, or ``like`` does not fit the blocks.
     ValueError
         For a budget by ``changed``.
     """
     if budget.changed:
-        raise ValueError("which neurons changed is not a matter of scores")
+        raise ValueError("a budget by changed does not depend on scores")
     counts = [_count_candidates(block.scores, chunk) for block in blocks]
     if not any(counts):
         raise MismatchError(
@@ -146,7 +145,7 @@ def _pool_names(blocks: Sequence[Block], budget: Budget) -> Iterable[str]:
 
 
 def _pools(names: Iterable[str]) -> dict[str, list[int]]:
-    """Per pool the numbers of its blocks, the pools in order of their first block."""
+    """The numbers of the blocks of each pool; pools in the order of their first blocks."""
     pools: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         pools.setdefault(name, []).append(number)
@@ -157,7 +156,7 @@ def _no_room(params: Amount, limits: Sequence[int], costs: Sequence[int]) -> Usa
     least, most = min(costs), max(costs)
     sizes = f"{least}" if least == most else f"{least} (the smallest) to {most}"
     return UsageError(
-        f"--params {params} has no room for a single neuron",
+        f"--params {params} is too small for a single neuron",
         expected=f"neurons of {sizes} parameters",
         found=f"a budget of {sum(limits)}" + (f", split over {len(limits)} pools" if len(limits) > 1 else ""),
         hint="give a larger --params" + (", or --per model" if len(limits) > 1 else ""),
@@ -168,7 +167,7 @@ def _no_room(params: Amount, limits: Sequence[int], costs: Sequence[int]) -> Usa
 
 
 def _limits(pools: dict[str, list[int]], sizes: Sequence[int], budget: Budget, parameters: int) -> list[int]:
-    """Per pool how much of it to choose, in the unit of ``sizes``, which are per block."""
+    """How much of each pool to choose, in the unit of ``sizes``, which are per block."""
     totals = [sum(sizes[number] for number in members) for members in pools.values()]
     if budget.neurons is not None:
         percent, count = budget.neurons.percent, budget.neurons.count
@@ -228,8 +227,8 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
 def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[Float32Array]:
     """A random number for every candidate, NaN for the others.
 
-    Uniform over the images of all float32 numbers, so that two neurons hardly ever draw the same one
-    (a uniform float32 in [0, 1) has only 2**24 values).
+    Uniform over the ordered images of all float32 numbers, so that two neurons hardly ever draw the same
+    one: a uniform float32 in [0, 1) has only 2**24 values.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     keys = [np.full(len(block), np.nan, np.float32) for block in scores]
@@ -252,7 +251,7 @@ def _float32_at(image: int) -> np.float32:
 
 
 def _float32_floor(value: float) -> np.float32:
-    """The largest float32 not above ``value``: a float32 is above the one if above the other."""
+    """The largest float32 not above ``value``: a float32 above the one is above the other."""
     with np.errstate(over="ignore"):
         nearest = np.float32(value)
     return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
@@ -286,7 +285,7 @@ class _Ranking:
 
 
 def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[int]) -> list[Mask]:
-    """Per pool the first neurons in order, as long as their costs stay within the pool's limit."""
+    """The first neurons of each pool in order, as long as their costs stay within the pool's limit."""
     masks: list[Mask] = [np.zeros(len(keys), np.bool_) for keys in ranking.keys]
     for members, limit in zip(pools, limits, strict=True):
         if limit < 1:
@@ -346,9 +345,9 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
 
 
 def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
-    """The least extreme key beyond which everything fits ``limit``, and what is left of the limit.
+    """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit.
 
-    Needs that not everything fits: then the keys that equal the cut are where the limit ends.
+    Only if not everything fits: then the limit ends among the keys that equal the cut.
     """
     batches = _batches(ranking, members)
     direction = 1 if ranking.highest else -1
@@ -373,7 +372,7 @@ class _Batch:
 
 
 def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
-    """The blocks ``members`` in pieces to count in; for counting, their order does not matter."""
+    """The blocks ``members`` in batches for counting, where order does not matter."""
     batches: list[_Batch] = []
     chunk = ranking.chunk
     latest: dict[int, tuple[_Batch, int]] = {}

@@ -41,7 +41,7 @@ def index_dtype(count: int) -> str:
 
 
 def companion_biases(facts: Mapping[str, Any]) -> frozenset[str]:
-    """The tensors whose neurons only go along with others (biases), by a file's own account."""
+    """The tensors (biases) whose elements only go with the neurons of others, as a file's facts name them."""
     found = facts.get("followers")
     return (
         frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
@@ -50,7 +50,7 @@ def companion_biases(facts: Mapping[str, Any]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chosen:
-    """The chosen neurons of one tensor: ``index`` is ascending, int64 ``[k]``."""
+    """The chosen neurons of one tensor; ``index`` is ascending, int64 ``[k]``."""
 
     info: TensorInfo
     layout: Layout
@@ -62,7 +62,7 @@ class Chosen:
         return len(self.index) * self.layout.width
 
     def describe(self) -> dict[str, Any]:
-        """As the files' ``tensors`` say it."""
+        """Its entry in the ``tensors`` of a file."""
         return {
             "shape": list(self.info.shape),
             "dtype": self.info.dtype,
@@ -79,7 +79,8 @@ class Selection:
     tensors:
         What is chosen, ordered by name (code points).
     facts:
-        How: ``score``, ``anatomy``, ``policy``, ``budget``, ``captured`` and so on, what is known. JSON.
+        How they were chosen: ``score``, ``anatomy``, ``policy``, ``budget``, ``captured`` and so on, as
+        far as known. JSON values.
     """
 
     tensors: Mapping[str, Chosen]
@@ -104,7 +105,7 @@ class Selection:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Per tensor, how many: what ``like=`` takes. Bias elements that merely follow are left out."""
+        """How many per tensor: what ``like=`` takes. Companion biases are left out."""
         biases = companion_biases(self.facts)
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
@@ -141,7 +142,7 @@ class Selection:
         Raises
         ------
         CorruptFileError
-            If it is none, or damaged.
+            If it is not a selection file, or damaged.
         """
         with TensorFile.named(path) as file:
             content = read_document(file, SELECTION_KEY, _WHAT, _VERSION)
@@ -150,7 +151,7 @@ class Selection:
                 info, layout = described_tensor(file, _WHAT, name, content["tensors"][name])
                 entry = file.tensors.get(f"{name}:index")
                 if entry is None or entry.dtype not in ("I32", "I64") or len(entry.shape) != 1:
-                    raise bad(file, _WHAT, "it has no index, or not one of whole numbers", name)
+                    raise bad(file, _WHAT, "its index is missing, or not a vector of integers", name)
                 index = file.array(entry.name).astype(np.int64)
                 if why := check_index(index, layout.count):
                     raise bad(file, _WHAT, why, name)

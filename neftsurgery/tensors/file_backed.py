@@ -23,7 +23,7 @@ class FileBacked:
 
     @property
     def path(self) -> Path | None:
-        """The file; None for a value that was never saved, and is gone when it is closed."""
+        """The file; None for a value that was never saved, which ends with its last reference."""
         return self._file.path
 
     @property
@@ -37,7 +37,7 @@ class FileBacked:
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write it to a file of its own, whole or not at all.
+        """Copy it to the file ``path``, whole or not at all.
 
         Raises
         ------
@@ -53,7 +53,7 @@ class FileBacked:
             self.check_unchanged()
 
     def stream(self) -> BinaryIO:
-        """The file's bytes from the start, as a file to be closed; one at a time."""
+        """The file's bytes from the start, as a file that the caller closes; open one at a time."""
         return self._file.stream()
 
     def check_in_place(self) -> None:

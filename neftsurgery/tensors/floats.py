@@ -1,7 +1,7 @@
-"""Numbers from raw bits and back: every plain float of the safetensors format, numpy's missing ones included.
+"""Floats of the safetensors format to float64 and back, with the types that numpy lacks.
 
-Narrowing rounds once, to nearest, ties to even, also from float64 to the short types: a detour through
-float32 that rounded there as well would round twice.
+Narrowing rounds once, to nearest, ties to even. That holds from float64 to the short types too: going
+through float32 would round twice.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def widen(raw: RawBytes, dtype: str) -> Float64Array:
 def narrow(values: NDArray[Any], dtype: str) -> RawBytes:
     """Raw elements nearest to ``values``: float ``[..., k]`` to uint8 ``[..., k * itemsize]``.
 
-    What is too large becomes an infinity, or the largest number of a type that has none; infinities
-    of such a type are NaN.
+    Numbers that are too large become an infinity. In a type without infinities they become the largest
+    number, and infinities become NaN.
     """
     native = DTYPES[dtype].native
     wide = np.ascontiguousarray(values, np.float64)
@@ -55,7 +55,8 @@ def _to_bfloat16(values: Float64Array) -> NDArray[np.uint16]:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         near = values.astype(np.float32)
         back = near.astype(np.float64)
-        # To odd first: toward zero, the last bit set if anything was lost. Then nearest is nearest.
+        # Rounded to odd first: toward zero, with the last bit set if anything was lost. Rounding that to
+        # nearest gives what rounding once would.
         lost, beyond = back != values, np.abs(back) > np.abs(values)
     bits = near.view(np.uint32) - (lost & beyond).astype(np.uint32)
     bits |= lost
@@ -69,7 +70,7 @@ def _to_byte(values: Float64Array, dtype: str) -> RawBytes:
     special, magnitudes = format.nonfinite, _magnitudes(dtype)
     size = np.abs(values)
     codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, size)
-    # A size on the border between two went down: half of those, from odd codes, belong up.
+    # A size midway between two codes was rounded down; from odd codes it must be rounded up.
     low, high = magnitudes[np.minimum(codes, special - 1)], magnitudes[np.minimum(codes + 1, special)]
     codes = codes + ((size == (low + high) / 2) & (codes % 2 == 1) & (codes < special))
     nan = np.isnan(values)
@@ -90,7 +91,7 @@ def _format(dtype: str) -> FloatFormat:
 
 @functools.cache
 def _magnitudes(dtype: str) -> Float64Array:
-    """The values of codes 0 to the first special one; that one's as if the numbers went on."""
+    """The values of codes 0 to ``nonfinite``; the last as if the finite numbers went on."""
     format = _format(dtype)
     fraction_bits, bias = format.fraction_bits, format.bias
     codes = np.arange(format.nonfinite + 1)

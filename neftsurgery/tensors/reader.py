@@ -61,7 +61,7 @@ class TensorFile:
 
     @classmethod
     def named(cls, path: str | os.PathLike[str]) -> TensorFile:
-        """As `open`, for a path that a user gave.
+        """As `open`, for a path given by a user.
 
         Raises
         ------
@@ -78,7 +78,7 @@ class TensorFile:
             raise UsageError(f"not a usable path: {error}", file=repr(os.fspath(path))) from error
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             folder = isinstance(error, IsADirectoryError)
-            what = "this is a folder, where a file is wanted" if folder else "there is no such file"
+            what = "expected a file, found a folder" if folder else "there is no such file"
             raise UsageError(what, file=path) from error
 
     @property
@@ -111,13 +111,13 @@ class TensorFile:
         return raw
 
     def joined(self, names: Sequence[str]) -> NDArray[Any]:
-        """The elements of several tensors of one type, one after the other; neighbours are read at once.
+        """The elements of several tensors of one type, concatenated; neighbours in the file are read at once.
 
         Only for element types that numpy has.
         """
         sizes = [self.tensors[name].nbytes for name in names]
         raw = np.empty(sum(sizes), np.uint8)
-        start = filled = end = 0  # of the stretch that is being collected: where in the file, where in `raw`
+        start = filled = end = 0  # of the range being collected: its place in the file, and in `raw`
         position = 0
         for name, size in zip(names, sizes, strict=True):
             offset = self.header.offsets[name]
@@ -140,15 +140,15 @@ class TensorFile:
             raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
 
     def stream(self) -> BinaryIO:
-        """The whole file as a buffered one, from its start; to be closed by whoever asks for it."""
+        """The whole file from its start, as a buffered file that the caller closes."""
         copy = os.dup(self._file.fileno())
-        os.lseek(copy, 0, os.SEEK_SET)  # positioned reads leave it there, another stream would not
+        os.lseek(copy, 0, os.SEEK_SET)  # another stream may have moved it; positioned reads do not
         return os.fdopen(copy, "rb")
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if the content was edited since the file was opened.
 
-        A file that was removed, or replaced by another of its name, is read on as it was.
+        A file that was removed or replaced since then still reads as it was.
         """
         if self.path is not None and _stamp(self._file) != self._stamp:
             raise MachineError(
@@ -167,7 +167,7 @@ class TensorFile:
             write_exactly(target, part, start)
 
     def close(self) -> None:
-        """Close the file; a spooled one is gone with it."""
+        """Close the file; a nameless temporary one is deleted by that."""
         self._file.close()
 
     def __enter__(self) -> TensorFile:
