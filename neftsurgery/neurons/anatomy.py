@@ -34,7 +34,7 @@ from .units import CountedSlice, UnitMap, UnitSpan, unit_spans, up_slice
 __all__ = ["ANATOMIES", "Anatomy", "Listed", "NeuronTensor", "read_anatomy"]
 
 ANATOMIES = ("rows", "ffn", "units")
-"""The names `read_anatomy` knows."""
+_NO_ROLE = {"ffn": "not an up or down projection of a feed-forward block", "units": "not part of a unit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +255,7 @@ class _Reader:
         if axes is None:
             return Listed(info, reading.reason, None, included)
         if self.name != "rows" and role is None and not included:
-            what = (
-                "an up or down projection of a feed-forward block" if self.name == "ffn" else "part of a unit"
-            )
-            return Listed(info, f"not {what}")
+            return Listed(info, _NO_ROLE[self.name])
         if Layout.of(info.shape, axes).width == 1:
             return Listed(info, "one element wide", axes, included)
         if reading.assumed and not stated:
@@ -347,8 +344,7 @@ class _Reader:
                 yield f"{len(found)} {text} (first: {found[0].info.name}, {found[0].reason})"
         for submodel in self.submodels.all if self.name == "units" else ():
             if any(family.feed_forward and not family.attention for family in submodel.families):
-                model_type = submodel.model_type
-                yield f"attention of {model_type} has no units here: only feed-forward ones are scored"
+                yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
 
 
 def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> tuple[list[NeuronTensor], int]:

@@ -23,7 +23,7 @@ __all__ = ["Block", "choose"]
 # Elements compared at once: what a round reads and writes stays in a core's cache.
 _CHUNK = 1 << 18
 # Pools of up to so many neurons are sorted: for them calls cost more than elements.
-_SORTED_POOL = 1 << 14
+_SORTED = 1 << 14
 # The ordered image of a float32 is its magnitude's bits as an integer, negated for a negative
 # number. Both zeros have image 0, and this is the image of infinity.
 _INFINITY = 0x7F80_0000
@@ -66,7 +66,7 @@ def choose(
     *,
     parameters: int,
     chunk: int = _CHUNK,
-    sorted_pool: int = _SORTED_POOL,
+    sorted_pool: int = _SORTED,
 ) -> list[Mask]:
     """The neurons that ``budget`` chooses, as one mask per block.
 
@@ -83,10 +83,9 @@ def choose(
         chooses all.
     parameters:
         Of the whole model: what a percentage in ``budget.params`` refers to.
-    chunk:
-        How many neurons are compared at once. The result does not depend on it.
-    sorted_pool:
-        Up to how many neurons a pool is sorted instead of searched. The result does not depend on it.
+    chunk, sorted_pool:
+        How many neurons are compared at once, and the largest pool that is sorted instead of searched. The
+        result depends on neither.
 
     Raises
     ------
@@ -161,9 +160,6 @@ def _no_room(params: Amount, limits: Sequence[int], costs: Sequence[int]) -> Usa
         found=f"a budget of {sum(limits)}" + (f", split over {len(limits)} pools" if len(limits) > 1 else ""),
         hint="give a larger --params" + (", or --per model" if len(limits) > 1 else ""),
     )
-
-
-# How much of each pool.
 
 
 def _limits(pools: dict[str, list[int]], sizes: Sequence[int], budget: Budget, parameters: int) -> list[int]:
@@ -262,9 +258,6 @@ def _above(keys: Sequence[Float32Array], allowed: Sequence[Mask] | None, cut: np
     for mask, permitted in zip(masks, allowed or (), strict=False):
         mask &= permitted
     return masks
-
-
-# The first of a pool, in order.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
