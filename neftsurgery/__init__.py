@@ -25,6 +25,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
+    from .checkpoint.healing import HealResult, heal
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
     from .hub.push import Pushed, push
@@ -48,6 +49,7 @@ __all__ = [
     "Attached",
     "Checkpoint",
     "CorruptFileError",
+    "HealResult",
     "MachineError",
     "MismatchError",
     "NeftError",
@@ -65,6 +67,7 @@ __all__ = [
     "diff",
     "export_lora",
     "extract",
+    "heal",
     "inspect",
     "merge",
     "open_checkpoint",
@@ -79,6 +82,7 @@ __all__ = [
 _HOMES = {
     "Attached": "tuning.attach",
     "Checkpoint": "checkpoint.checkpoint",
+    "HealResult": "checkpoint.healing",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
     "Pushed": "hub.push",
@@ -91,6 +95,7 @@ _HOMES = {
     "diff": "surgery.diff",
     "export_lora": "surgery.export",
     "extract": "surgery.extract",
+    "heal": "checkpoint.healing",
     "inspect": "surgery.inspect",
     "merge": "surgery.merge",
     "open_checkpoint": "checkpoint.opening",

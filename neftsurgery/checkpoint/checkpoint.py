@@ -55,11 +55,15 @@ class Shard:
         except FileNotFoundError:
             same = False
         if not same:
-            raise MachineError(
-                "the file was changed by someone else while it was in use",
-                file=self.path,
-                hint="nothing was written; run the command again when the file is at rest",
-            )
+            raise self.changed()
+
+    def changed(self) -> MachineError:
+        """The error for a file that is not the one that was opened."""
+        return MachineError(
+            "the file was changed by someone else while it was in use",
+            file=self.path,
+            hint="nothing was written; run the command again when the file is at rest",
+        )
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import INDEX_NAME, Checkpoint
-from .journal import JOURNAL_NAME
+from .unfinished import JOURNAL_NAME
 
 __all__ = ["FolderFiles", "folder_files"]
 

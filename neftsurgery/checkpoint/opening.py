@@ -1,36 +1,30 @@
-"""The way every command opens a checkpoint: find it, heal it, read its headers."""
+"""The way commands open a checkpoint: find it, refuse it if a change in place was cut short, read headers."""
 
 from __future__ import annotations
 
-import logging
 import os
 
 from ..errors import boundary
 from ..sources.resolve import Source, resolve
 from .checkpoint import Checkpoint
-from .journal import heal
+from .unfinished import refuse_unfinished
 
 __all__ = ["open_checkpoint"]
-
-log = logging.getLogger(__name__)
 
 
 @boundary
 def open_checkpoint(named: str | os.PathLike[str] | Source) -> Checkpoint:
-    """Open the checkpoint at a path or of a Hub id; a change in place that was cut short is undone first.
+    """Open the checkpoint at a path or of a Hub id.
 
     Raises
     ------
     UsageError
         If there is no such checkpoint.
     CorruptFileError
-        If a header, the index or a journal is damaged, or points outside its folder.
-    MismatchError
-        If a journal lies there that belongs to other files.
+        If a header or the index is damaged, or points outside its folder.
     MachineError
-        If something cannot be read, or the checkpoint needs healing and cannot be written.
+        If something cannot be read, or a change in place was cut short: see `neftsurgery.heal`.
     """
     source = named if isinstance(named, Source) else resolve(named)
-    if heal(source):
-        log.warning("%s: a change in place was cut short; it is undone", source.named)
+    refuse_unfinished(source)
     return Checkpoint.read(source)

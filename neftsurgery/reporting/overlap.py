@@ -128,15 +128,15 @@ class Overlaps:
         best = max(self.pairs, key=lambda pair: np.nan_to_num(self.pairs[pair].jaccard))
         found = self.pairs[best]
         a, b = (text.label(self.names[n]) for n in best)
-        text = (
+        sentence = (
             f"{a} and {b} share {text.amount(found.shared)} neurons: {text.percent(found.shared_share)} of "
             f"the smaller one, where chance would give {text.percent(found.chance_share)}."
         )
         if len(self.pairs) > 1:
-            text = f"Most alike: {text}"
+            sentence = f"Most alike: {sentence}"
         if self.unfit:
-            text += f" {len(self.unfit):,} tensors of different shapes are left out."
-        return text
+            sentence += f" {len(self.unfit):,} tensors of different shapes are left out."
+        return sentence
 
     def figure(self) -> Figure:
         """Each two of them, in all."""

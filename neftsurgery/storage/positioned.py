@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
 
-__all__ = ["OpenFile", "consecutive_runs", "read_exactly", "read_rows_exactly", "write_exactly"]
+__all__ = ["OpenFile", "consecutive_runs", "read_exactly", "read_rows_exactly", "sha256_of", "write_exactly"]
+
+_HASH_BYTES = 8 << 20
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str] | None) -> None:
@@ -75,6 +79,14 @@ def write_exactly(fd: int, data: memoryview | bytes, offset: int) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The SHA-256 of the rest of ``file``, in hex, as ``sha256sum`` shows it."""
+    state = hashlib.sha256()
+    while block := file.read(_HASH_BYTES):
+        state.update(block)
+    return state.hexdigest()
 
 
 class OpenFile:

@@ -5,12 +5,14 @@ Both are one operation: put every touched vector into one of its two known state
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
+from ..checkpoint.healing import heal_recorded
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..patch.patch import Patch
@@ -20,11 +22,13 @@ from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from .operation import Rows, Surgery, operate, touched_files
 from .replaced import BaseRows
-from .state import PatchState, check_fit, examine
+from .state import LEFT_BEHIND, PatchState, check_fit, examine
 
-__all__ = ["apply", "plan_apply", "plan_revert", "revert"]
+__all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
 
 _Out = str | os.PathLike[str]
+
+log = logging.getLogger(__name__)
 
 
 @boundary
@@ -69,6 +73,8 @@ def apply(
         If something cannot be read or written; ``base`` is as it was.
     """
     limits = Limits.of(threads, memory)
+    if in_place:
+        undo_unfinished(base)
     several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
     loaded = [_load(patch) for patch in several]
     operate(
@@ -110,6 +116,8 @@ def revert(
         As `apply`; a `UsageError` also if the replaced values are neither in the patch nor in ``base``.
     """
     limits = Limits.of(threads, memory)
+    if in_place:
+        undo_unfinished(checkpoint)
     operate(
         plan_revert(
             checkpoint,
@@ -124,6 +132,18 @@ def revert(
         limits=limits,
         progress=progress,
     )
+
+
+def undo_unfinished(checkpoint: _Out) -> None:
+    """Before a change in place: undo an earlier one that was cut short, if this user's commands made it.
+
+    Raises
+    ------
+    MachineError
+        If a journal is there that this user's commands did not write.
+    """
+    if (healed := heal_recorded(checkpoint)) is not None:
+        log.warning("%s: a change in place was cut short; it is undone", healed.checkpoint)
 
 
 def _load(patch: Patch | _Out) -> Patch:
@@ -220,7 +240,7 @@ def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> 
                 tensor=name,
                 expected="the vectors of its base, or its own",
                 found=f"{tensor.neither} of {patch.tensors[name].count} that are neither",
-                hint="nothing was written; see `neftsurgery verify` for every tensor",
+                hint=f"nothing was written; `neftsurgery verify` tells of every tensor; {LEFT_BEHIND}",
             )
 
 

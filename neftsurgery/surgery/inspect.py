@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
-from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.anatomy import AxisOption, read_anatomy
 from ..patch.overlap import overlap
@@ -72,7 +72,7 @@ def inspect(
             return _scores(Scores.load(source.path))
         if SELECTION_KEY in metadata:
             return _selection(Selection.load(source.path), os.fspath(named))
-    checkpoint = open_checkpoint(source)
+    checkpoint = Checkpoint.read(source)
     found = read_anatomy(
         anatomy, checkpoint.tensors, checkpoint.config, axis=axis, include=include, exclude=exclude, only=only
     )
@@ -129,6 +129,7 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "dtypes": dict(dtypes.most_common()),
         "model_type": config.get("model_type"),
+        "unfinished": [str(journal_path(one)) for one in find_journals(checkpoint.source)],
     }
     if not checkpoint.is_file:
         facts["left_behind_by_apply"] = [str(path) for path in folder_files(checkpoint).left]

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.folder_files import FolderFiles
-from ..checkpoint.journal import Change, heal, journaled, locked
+from ..checkpoint.healing import heal_recorded
+from ..checkpoint.journal import Change, journaled, locked
 from ..errors import NeftError
 from ..neurons.vectors import block_memory, scatter
 from ..patch.digests import digests
@@ -186,16 +187,16 @@ def _write_in_place(plan: Surgery, limits: Limits, progress: Progress) -> None:
     ]
     layouts = [change.layout for change in changes]
     touched = _touched(plan)
+    shards = [shard for shard in checkpoint.shards if shard.path in touched]
     total = sum(rows.patch.value_bytes for rows in plan.rows)
     try:
-        with progress("writing in place", total) as advance, locked(checkpoint.shards) as held:
+        with progress("writing in place", total) as advance, locked(checkpoint, shards) as held:
             checkpoint.check_unchanged()  # since it was examined, which needed no lock
 
             def write(shard: Shard) -> None:
                 _write_rows(shard, held[shard.path], touched[shard.path], advance)
 
             with journaled(checkpoint, changes):
-                shards = [shard for shard in checkpoint.shards if shard.path in touched]
                 for _ in in_order(write, shards, limits.workers(block_memory(layouts))):
                     pass
                 for rows in plan.rows:
@@ -205,7 +206,7 @@ def _write_in_place(plan: Surgery, limits: Limits, progress: Progress) -> None:
     except BaseException:
         # The journal, if it was begun, is still there: undo at once what can be undone at once.
         with suppress(NeftError, OSError):
-            heal(checkpoint.source)
+            heal_recorded(checkpoint.source)
         raise
 
 

@@ -16,7 +16,13 @@ from ..patch.overlay import overlay
 from ..patch.patch import Patch, Raw
 from ..storage.threads import Limits, in_order
 
-__all__ = ["PatchState", "State", "TensorState", "check_fit", "examine", "overall"]
+__all__ = ["LEFT_BEHIND", "PatchState", "State", "TensorState", "check_fit", "examine", "overall"]
+
+#: What may explain vectors that are neither old nor new.
+LEFT_BEHIND = (
+    "if the checkpoint was copied or renamed, the journal of a change in place that was cut short may "
+    "have been left behind: look for a .neft-journal where it came from, move it along, run neftsurgery heal"
+)
 
 State: TypeAlias = Literal["base", "patched", "mixed", "neither"]
 Progress: TypeAlias = Callable[[int], None]

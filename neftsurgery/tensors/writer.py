@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import MismatchError
 from ..storage.output import begin_writeback, staged_file
 from ..storage.output_checks import require_space
-from ..storage.positioned import OpenFile, write_exactly
+from ..storage.positioned import OpenFile, sha256_of, write_exactly
 from .header import FilePlan, Header, TensorInfo
 from .reader import TensorFile
 
@@ -74,6 +74,12 @@ class TensorFileWriter:
             write_exactly(self._fd, part, position)
             position += len(part)
         self.header = self._plan.header(metadata)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the finished file, in hex."""
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            return sha256_of(file)
 
 
 class _SmallWrites:

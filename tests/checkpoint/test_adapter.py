@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft_support import tiny
 from safetensors.numpy import load_file, save_file
 from support import Result, raw_folder, raw_read, snapshot, write_folder
-from test_export import tiny
 
 import neftsurgery as ns
 

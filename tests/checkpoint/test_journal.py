@@ -6,6 +6,7 @@ Run as a program, this file is the process that is killed: see `main`.
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import os
@@ -15,8 +16,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,17 @@ from safetensors.numpy import load_file, save_file
 from support import write_file, write_folder
 
 import neftsurgery
-from neftsurgery.checkpoint import journal as module
 from neftsurgery.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
-from neftsurgery.checkpoint.journal import JOURNAL_NAME, Change, heal, journal_path, journaled, locked
-from neftsurgery.checkpoint.opening import open_checkpoint
-from neftsurgery.errors import CorruptFileError, MachineError, MismatchError
+from neftsurgery.checkpoint.healing import heal, heal_recorded, plan_heal
+from neftsurgery.checkpoint.journal import Change, journaled, locked
+from neftsurgery.checkpoint.unfinished import JOURNAL_NAME, journal_path
+from neftsurgery.errors import CorruptFileError, MachineError, MismatchError, UsageError
 from neftsurgery.neurons import vectors
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.neurons.vectors import scatter
 from neftsurgery.sources.resolve import resolve
 from neftsurgery.storage import output
+from neftsurgery.surgery.apply import undo_unfinished
 from neftsurgery.tensors.reader import TensorFile
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -72,7 +74,7 @@ def change_in_place(path: Path, steps: list[Step]) -> None:
         index = np.array(step.index, np.int64)
         changes.append(Change(info, Layout(info.shape, tuple(step.axes)), index, np.array(digests)))
     shards = {shard.path: shard for shard in (checkpoint.shard_of(step.name) for step in steps)}
-    with locked(list(shards.values())) as held, journaled(checkpoint, changes):
+    with locked(checkpoint, list(shards.values())) as held, journaled(checkpoint, changes):
         for change, values in zip(changes, rows, strict=True):
             shard = checkpoint.shard_of(change.info.name)
             for start, stop in change.blocks():
@@ -224,7 +226,9 @@ def test_a_change_killed_at_any_step_is_healed(tmp_path: Path, name: str) -> Non
     for run in killed_everywhere(base, tmp_path / "runs", steps):
         journal = (run / JOURNAL_NAME).exists()
         half_done = journal and {n: b for n, b in content(run).items() if n != JOURNAL_NAME} != old
-        open_checkpoint(run)
+        assert (heal_recorded(run) is not None) == journal, (
+            "wherever it was killed, the journal is known as ours"
+        )
         healed += half_done
         results.append(content(run))
         assert results[-1].keys() == old.keys()  # no journal either
@@ -245,7 +249,7 @@ def test_what_a_killed_change_left_goes_with_the_next_one(tmp_path: Path) -> Non
     steps = CHANGES["rows"]
     base = write_folder(tmp_path / "base", ARRAYS)
     for run in killed_everywhere(base, tmp_path / "runs", steps):
-        open_checkpoint(run)
+        heal_recorded(run)
         change_in_place(run, steps)
         assert sorted(os.listdir(run)) == sorted(os.listdir(base))
         assert load(run) == {n: a.tobytes() for n, a in changed(ARRAYS, steps).items()}
@@ -302,7 +306,7 @@ def test_power_loss_leaves_any_sectors_written(name: str, seed: int, tenths: int
             if rng.integers(10) < tenths:
                 mixed[begin : begin + sector] = new[begin : begin + sector]
         (base / SINGLE_NAME).write_bytes(mixed)
-        open_checkpoint(base)
+        heal(base)
         assert content(base) == {SINGLE_NAME: old}
 
 
@@ -322,7 +326,7 @@ def test_one_column_of_which_only_scattered_elements_are_still_old(tmp_path: Pat
     mixed = changed(arrays, steps)["w"]
     mixed[::10] = arrays["w"][::10]
     half_written(folder, mixed)
-    open_checkpoint(folder)
+    heal(folder)
     assert content(folder) == old
 
 
@@ -344,7 +348,7 @@ def test_weights_of_few_values_of_which_only_the_last_row_is_still_old(
     mixed = new.copy()
     mixed[-1] = arrays["w"][-1]
     half_written(folder, mixed)
-    open_checkpoint(folder)
+    heal(folder)
     assert content(folder) == old
 
 
@@ -354,7 +358,7 @@ def test_another_model_of_few_values_is_left_alone(tmp_path: Path) -> None:
     half_written(folder, ternary(2))
     before = content(folder)
     with pytest.raises(MismatchError):
-        open_checkpoint(folder)
+        heal(folder)
     assert content(folder) == before
 
 
@@ -364,16 +368,16 @@ def test_a_single_file_and_a_folder(tmp_path: Path, shards: int) -> None:
     old = content(base)
     start(base, CHANGES["everything"])
     assert JOURNAL_NAME in os.listdir(base)
-    assert heal(resolve(base))
+    assert heal(base).journals == (base / JOURNAL_NAME,)
     assert content(base) == old
-    assert not heal(resolve(base))
+    assert heal(base).journals == ()
 
     file = write_file(tmp_path / "x.safetensors", ARRAYS)
     raw = file.read_bytes()
     start(file, CHANGES["everything"])
     assert (tmp_path / ".x.safetensors.neft-journal").exists()
     scribble(file, "a.rows")
-    open_checkpoint(file)
+    heal(file)
     assert file.read_bytes() == raw
     assert sorted(os.listdir(tmp_path)) == ["m", "x.safetensors"]
 
@@ -389,18 +393,24 @@ def scribble(path: Path, name: str) -> None:
 
 
 def test_the_same_files_named_otherwise_are_healed_too(tmp_path: Path) -> None:
-    """A folder's file opened by itself, a file's folder, and a link to either."""
+    """A folder's file opened by itself, and a file's folder; through a link to either nothing is written."""
     folder = write_folder(tmp_path / "m", ARRAYS)
     file = folder / SINGLE_NAME
     raw = file.read_bytes()
     (tmp_path / "folder").symlink_to(folder)
     (tmp_path / "link.safetensors").symlink_to(file)
-    names = [folder, file, tmp_path / "folder", tmp_path / "link.safetensors"]
-    for begun, opened in itertools.product([folder, file], names):
+    for begun, opened in itertools.product([folder, file], [folder, file]):
         start(begun, CHANGES["rows"])
         scribble(file, "a.rows")
-        assert file.read_bytes() != raw
-        open_checkpoint(opened)
+        torn = file.read_bytes()
+        assert torn != raw
+        for link in (tmp_path / "folder", tmp_path / "link.safetensors"):
+            for verb in (heal, heal_recorded):
+                with pytest.raises(UsageError, match="through a symlink") as error:
+                    verb(link)
+                assert str(link) in str(error.value)
+                assert file.read_bytes() == torn
+        assert heal(opened).journals
         assert file.read_bytes() == raw
         assert os.listdir(folder) == [SINGLE_NAME]
 
@@ -409,12 +419,12 @@ def test_a_file_beside_the_model_does_not_stand_in_its_way(tmp_path: Path) -> No
     folder = write_folder(tmp_path / "m", ARRAYS)
     other = write_file(folder / "other.safetensors", ARRAYS)
     start(other, CHANGES["rows"])
-    open_checkpoint(folder)
+    heal(folder)
     assert journal_path(resolve(other)).exists()
-    open_checkpoint(other)
+    heal(other)
     assert not journal_path(resolve(other)).exists()
     start(folder, CHANGES["rows"])
-    open_checkpoint(other)
+    heal(other)
     assert (folder / JOURNAL_NAME).exists()
 
 
@@ -424,7 +434,7 @@ def test_a_copy_of_the_folder_heals_like_the_folder(tmp_path: Path) -> None:
     start(folder, CHANGES["everything"])
     scribble(folder, "a.rows")
     copy = shutil.copytree(folder, tmp_path / "copy")
-    open_checkpoint(copy)
+    heal(copy)
     assert content(copy) == old
     assert (folder / JOURNAL_NAME).exists()
 
@@ -462,7 +472,9 @@ def test_the_journal_holds_the_old_vectors_and_is_synced_before_the_first_write(
     monkeypatch.setattr(output, "_rename_specially", noted_rename)
     monkeypatch.setattr(sys.modules[__name__], "scatter", noted_scatter)
     change_in_place(folder, CHANGES["rows"])
-    assert calls == ["sync file", "rename", "sync folder", "write", "sync file", "sync folder"]
+    recorded = ["sync file", "sync folder"]
+    journal = ["sync file", "rename", "sync folder"]
+    assert calls == [*recorded, *journal, "write", "sync file", "sync folder"]
 
 
 # Journals that belong to other files.
@@ -489,7 +501,7 @@ def test_another_model_of_the_same_architecture_is_left_alone(tmp_path: Path, na
         path.replace(folder / path.name)
     before = content(folder)
     with pytest.raises(MismatchError, match="not the file it was written for") as error:
-        open_checkpoint(folder)
+        heal(folder)
     assert content(folder) == before
     assert (folder / JOURNAL_NAME).read_bytes() == journal
     assert error.value.file == str(folder / JOURNAL_NAME)
@@ -505,7 +517,7 @@ def test_a_model_that_shares_all_but_the_changed_rows_is_left_alone(tmp_path: Pa
     (other / SINGLE_NAME).replace(folder / SINGLE_NAME)
     before = content(folder)
     with pytest.raises(MismatchError):
-        open_checkpoint(folder)
+        heal(folder)
     assert content(folder) == before
 
 
@@ -514,7 +526,7 @@ def test_an_unchanged_norm_of_ones_is_no_other_model(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
     old = content(folder)
     start(folder, CHANGES["a norm of ones"])
-    open_checkpoint(folder)
+    heal(folder)
     assert content(folder) == old
 
 
@@ -549,7 +561,7 @@ def test_files_that_are_others_are_left_alone(tmp_path: Path, how: Callable[[Pat
     how(folder)
     before = content(folder)
     with pytest.raises(MismatchError):
-        open_checkpoint(folder)
+        heal(folder)
     assert content(folder) == before
 
 
@@ -567,52 +579,44 @@ def test_a_locked_checkpoint_is_the_machines_error(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(MachineError, match="another process is changing this checkpoint") as error:
-            open_checkpoint(folder)
+            heal(folder)
         with pytest.raises(MachineError, match="another process"):
             change_in_place(folder, CHANGES["rows"])
         assert content(folder) == before
         other.communicate(b"\n")
     assert error.value.file == str(folder / SINGLE_NAME)
-    open_checkpoint(folder)
+    heal(folder)
     assert not (folder / JOURNAL_NAME).exists()
 
 
 def test_locks_are_released(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=3)
-    shards = Checkpoint.read(resolve(folder)).shards
+    checkpoint = Checkpoint.read(resolve(folder))
+    shards = checkpoint.shards
+    gc.collect()  # files of earlier tests
     descriptors = len(os.listdir("/dev/fd"))
-    with locked(shards) as held:
+    with locked(checkpoint, shards) as held:
         assert list(held) == [shard.path for shard in shards]
-        with pytest.raises(MachineError), locked(shards[2:]):
+        with pytest.raises(MachineError), locked(checkpoint, shards[2:]):
             pass
-    with locked(shards[:2]), locked(shards[2:]):
+    with locked(checkpoint, shards[:2]), locked(checkpoint, shards[2:]):
         pass
-    with pytest.raises(MachineError), locked(shards[2:]), locked(shards):
+    with pytest.raises(MachineError), locked(checkpoint, shards[2:]), locked(checkpoint, shards):
         pass
     assert len(os.listdir("/dev/fd")) == descriptors
-    with pytest.raises(StopError), locked(shards):
+    with pytest.raises(StopError), locked(checkpoint, shards):
         _stop()
-    with locked(shards):
+    with locked(checkpoint, shards):
         pass
 
 
-def test_a_journal_that_another_process_has_dealt_with_meanwhile_is_not_applied(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_journal_that_another_process_has_dealt_with_meanwhile_is_not_applied(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
     start(folder, CHANGES["rows"])
-    real = module.locked
-
-    @contextmanager
-    def late(shards: Any) -> Iterator[dict[Path, int]]:
-        monkeypatch.setattr(module, "locked", real)
-        assert heal(resolve(folder))
-        change_in_place(folder, CHANGES["rows"])
-        with real(shards) as held:
-            yield held
-
-    monkeypatch.setattr(module, "locked", late)
-    assert not heal(resolve(folder))
+    plan = plan_heal(folder)
+    assert heal(folder).journals
+    change_in_place(folder, CHANGES["rows"])
+    assert not plan.run().journals
     assert load(folder) == {n: a.tobytes() for n, a in changed(ARRAYS, CHANGES["rows"]).items()}
 
 
@@ -626,14 +630,16 @@ def test_a_journal_that_goes_before_it_is_read(tmp_path: Path, monkeypatch: pyte
         return real(path)
 
     monkeypatch.setattr(TensorFile, "open", late)
-    assert not heal(resolve(folder))
+    assert not heal(folder).journals
 
 
 def test_a_hub_model_is_never_healed(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
     start(folder, CHANGES["rows"])
     source = resolve(folder)
-    assert not heal(type(source)(source.path, "org/name", "org/name", "0" * 40))
+    hub = type(source)(source.path, "org/name", "org/name", "0" * 40)
+    assert not plan_heal(hub).run().journals
+    assert heal_recorded(hub) is None
     assert (folder / JOURNAL_NAME).exists()
 
 
@@ -693,7 +699,7 @@ def test_a_damaged_journal(tmp_path: Path, name: str) -> None:
     rewrite(folder, BAD[name])
     before = content(folder)
     with pytest.raises(CorruptFileError) as error:
-        open_checkpoint(folder)
+        heal(folder)
     assert error.value.file == str(folder / JOURNAL_NAME)
     assert content(folder) == before
 
@@ -705,7 +711,7 @@ def test_a_journal_rewritten_as_it_was_still_heals(tmp_path: Path) -> None:
     start(folder, [*CHANGES["rows"], *CHANGES["columns"]])
     scribble(folder, "a.rows")
     rewrite(folder, lambda d, a: None)
-    open_checkpoint(folder)
+    heal(folder)
     assert content(folder) == old
 
 
@@ -715,7 +721,7 @@ def test_a_journal_of_garbage(tmp_path: Path, raw: bytes) -> None:
     (folder / JOURNAL_NAME).write_bytes(raw)
     before = content(folder)
     with pytest.raises(CorruptFileError) as error:
-        open_checkpoint(folder)
+        heal(folder)
     assert error.value.file == str(folder / JOURNAL_NAME)
     assert content(folder) == before
 
@@ -724,7 +730,7 @@ def test_another_file_of_ours_is_no_journal(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
     write_file(folder / JOURNAL_NAME, {"a:index": np.zeros(1, np.int32)}, {"neuron_patch": "{}"})
     with pytest.raises(CorruptFileError, match="not a journal"):
-        open_checkpoint(folder)
+        heal(folder)
 
 
 @settings(max_examples=150, deadline=None, database=None)
@@ -740,7 +746,7 @@ def test_any_damage_to_a_journals_header_is_refused_or_harmless(data: st.DataObj
             raw[data.draw(st.integers(0, size - 1))] = data.draw(st.sampled_from(b' 0179",:{}[]aXF\x00\xff'))
         (folder / JOURNAL_NAME).write_bytes(raw)
         with suppress(CorruptFileError, MismatchError):
-            open_checkpoint(folder)
+            heal(folder)
         assert {n: b for n, b in content(folder).items() if n != JOURNAL_NAME} == old
 
 
@@ -762,8 +768,8 @@ def test_a_read_only_file_system_is_the_machines_error(
 
     monkeypatch.setattr(os, "open", refusing)
     with pytest.raises(MachineError, match="read-only file system") as error:
-        open_checkpoint(folder)
-    assert error.value.file == str(folder / JOURNAL_NAME)
+        heal(folder)
+    assert error.value.file == str(folder / SINGLE_NAME)
     assert "the journal is kept" in str(error.value.hint)
     assert content(folder) == before
 
@@ -783,10 +789,10 @@ def test_a_disk_that_fails_while_healing_keeps_the_journal(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
         with pytest.raises(MachineError, match="input/output error") as error:
-            open_checkpoint(folder)
+            heal(folder)
     assert error.value.file == str(folder / JOURNAL_NAME)
     assert (folder / JOURNAL_NAME).exists()
-    open_checkpoint(folder)
+    heal(folder)
     assert content(folder) == old
 
 
@@ -805,15 +811,15 @@ def test_without_permission_to_write(what: str) -> None:
             if root:
                 os.seteuid(65534)
             with pytest.raises(MachineError, match="permission denied") as error:
-                open_checkpoint(folder)
+                heal(folder)
         finally:
             if root:
                 os.seteuid(0)
             folder.chmod(0o755)
             (folder / SINGLE_NAME).chmod(0o644)
-        assert error.value.file == str(folder / JOURNAL_NAME)
+        assert error.value.file == str(folder / (SINGLE_NAME if what == "file" else JOURNAL_NAME))
         assert (folder / JOURNAL_NAME).exists()
-        open_checkpoint(folder)
+        heal(folder)
         assert content(folder) == old
 
 
@@ -833,14 +839,15 @@ def test_a_journal_that_cannot_be_written_leaves_the_files_alone(
     assert os.listdir(folder) == [SINGLE_NAME]
 
 
-def test_healing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_healing_before_a_change_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
-    open_checkpoint(folder)
+    undo_unfinished(folder)
     assert caplog.records == []
     start(folder, CHANGES["rows"])
-    open_checkpoint(folder)
+    undo_unfinished(folder)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "cut short" in caplog.text
+    assert os.listdir(folder) == [SINGLE_NAME]
 
 
 if __name__ == "__main__":

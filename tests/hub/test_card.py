@@ -107,7 +107,7 @@ def test_what_a_person_reads(llama):
 
 
 def test_a_picture_where_there_is_something_to_draw_with(llama, monkeypatch):
-    pytest.importorskip("neftsurgery.pictures")
+    pytest.importorskip("neftsurgery.reporting")
     png = picture_of(llama)
     assert png.startswith(b"\x89PNG")
     assert picture_of(llama) == png  # else no push would ever find that nothing is new

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from support import raw_file, raw_folder, snapshot, write_file
 
 import neftsurgery as ns
+from neftsurgery.checkpoint.healing import heal_recorded
 from neftsurgery.surgery import operation as verbs
 
 law = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -63,7 +64,7 @@ def killed_at(number: int, part: float = 0.5) -> Iterator[list[int]]:
     with (
         mock.patch.object(os, "pwrite", pwrite),
         mock.patch.object(os, "fsync", fsync),
-        mock.patch.object(verbs, "heal"),
+        mock.patch.object(verbs, "heal_recorded"),
     ):
         yield calls
 
@@ -171,7 +172,7 @@ def test_a_crash_at_any_write_leaves_the_old_bytes(
             ns.apply(base, patches, in_place=True)
         journal = (base / ".neft-journal").exists()
         outcomes += journal
-        ns.verify(base, patches[0])
+        assert (heal_recorded(base) is not None) == journal
         if journal:
             assert snapshot(base) == before, f"killed at write {number}"
     assert snapshot(base) == after
@@ -190,7 +191,7 @@ def test_a_crash_of_revert_leaves_the_patched_bytes(tmp_path: Path, cuts: list[t
         number += 1
         with suppress(Killed), killed_at(number):
             ns.revert(base, patch, in_place=True)
-        ns.verify(base, patch)
+        heal_recorded(base)
     assert snapshot(base) == before
     assert number > 5
 
@@ -207,7 +208,7 @@ def test_healing_can_be_cut_short_as_well(tmp_path: Path, cuts: list[tuple[int, 
     while (base / ".neft-journal").exists():
         number += 1
         with suppress(Killed), killed_at(number):
-            ns.verify(base, patches[0])
+            ns.heal(base)
     assert snapshot(base) == before
     assert number > 1
 
@@ -228,7 +229,7 @@ def changed_data(number: int, base: Path, patches: list[Path]) -> bool:
     """Whether the crash came after data was written: its journal is kept only then."""
     journal = (base / ".neft-journal").read_bytes()
     torn = {path: path.read_bytes() for path in base.glob("*.safetensors")}
-    ns.verify(base, patches[0])
+    heal_recorded(base)
     if all(path.read_bytes() == data for path, data in torn.items()):
         return False
     for path, data in torn.items():
@@ -264,7 +265,7 @@ def test_any_mix_of_old_and_new_sectors_heals(
         half_written(base, [root / "p"])
         sectors = [slice(start, start + 512) for start in range(0, len(old), 512)]
         file.write_bytes(b"".join((new if rng.random() < share else old)[part] for part in sectors))
-        ns.verify(base, root / "p")
+        ns.heal(base)
         assert snapshot(base) == before
 
 
@@ -348,7 +349,7 @@ def test_the_disk_has_it_in_the_right_order(tmp_path: Path, cuts: list[tuple[int
     ns.revert(base, patches[0], in_place=True)
     half_written(base, patches)
     with watched(base / ".neft-journal") as events:
-        ns.verify(base, patches[0])
+        ns.heal(base)
     assert_synced_last(events, data)
 
 
@@ -479,33 +480,34 @@ def test_the_journal_goes_where_it_is_moved_with_its_folder(setting: tuple[Path,
     before = snapshot(base)
     half_written(base, [patch])
     shutil.copytree(base, base.parent / "elsewhere")
-    ns.verify(base.parent / "elsewhere", patch)
+    ns.heal(base.parent / "elsewhere")
     assert snapshot(base.parent / "elsewhere") == before
 
 
 def test_the_journal_is_removed_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a process that healed could remove the journal of another, which began after it."""
 
-    from neftsurgery.checkpoint import journal
+    from neftsurgery.checkpoint import healing, journal
 
     arrays = {"a.weight": np.arange(12, dtype=np.float32).reshape(4, 3)}
     base = write_file(tmp_path / "base.safetensors", arrays)
     tuned = write_file(tmp_path / "tuned.safetensors", {"a.weight": arrays["a.weight"] + 1})
     patch = ns.extract(base, tuned, neurons=2, out=tmp_path / "p.safetensors")
-    original, remove, held = base.read_bytes(), journal._remove, []
+    original, remove, held = base.read_bytes(), journal.remove_journal, []
 
-    def noted(path: Path) -> None:
+    def noted(path: Path, sha256: str) -> None:
         with open(base, "rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 held.append(path)
-        remove(path)
+        remove(path, sha256)
 
     def torn(*arguments: object) -> None:
         raise OSError(5, "injected")
 
-    monkeypatch.setattr(journal, "_remove", noted)
+    for module in (journal, healing):
+        monkeypatch.setattr(module, "remove_journal", noted)
     ns.apply(base, patch, in_place=True)
     assert len(held) == 1
     base.write_bytes(original)

@@ -20,6 +20,7 @@ from torture.ledger import Ledger, times
 from torture.runner import Outcome, Runner
 
 import neftsurgery as ns
+from neftsurgery.checkpoint.healing import heal_recorded
 
 pytestmark = pytest.mark.slow
 
@@ -198,6 +199,13 @@ def test_in_place(
             found, outcome = runner.strike(run, number, moment)
             entry.notes[found] = entry.notes.get(found, 0) + 1
             check_end(outcome, number)
+            if (model / ".neft-journal").exists():
+                assert runner.command("verify", model, patch).status == 5, "a command that reads never heals"
+                # By whoever asks, or by the next command that changes it: what a kill leaves is recorded.
+                if entry.notes[found] % 2:
+                    assert runner.command("heal", model, "--yes").status == 0
+                else:
+                    assert heal_recorded(model) is not None
             state = ns.verify(model, patch).state
             assert state in states
             left = {name: entry for name, entry in snapshot(model).items() if not name.startswith("..neft-")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ...patch.patch import Patch
-from ...surgery.apply import plan_apply
+from ...surgery.apply import plan_apply, undo_unfinished
 from ...surgery.operation import operate
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
@@ -41,6 +41,8 @@ def command(
       neftsurgery apply base/ neuron_patch.safetensors -o patched/
       neftsurgery apply base.safetensors neuron_patch.safetensors --in-place
     """
+    if in_place and not dry_run:
+        undo_unfinished(base)
     plan = plan_apply(
         base,
         [Patch.load(patch) for patch in patches],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,11 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
         return
     for line in table(_head(facts)):
         console.say(line)
+    for journal in facts.get("unfinished", ()):
+        console.note(
+            f"warning: {journal}: a change in place was cut short, or is under way; "
+            f"see what it would write back: neftsurgery heal {shlex.quote(str(facts['name']))} --dry-run"
+        )
     for warning in facts.get("warnings", ()):
         console.note(f"warning: {warning}")
     console.say()

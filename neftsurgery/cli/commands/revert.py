@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ...patch.patch import Patch
-from ...surgery.apply import plan_revert
+from ...surgery.apply import plan_revert, undo_unfinished
 from ...surgery.operation import operate
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
@@ -42,6 +42,8 @@ def command(
       neftsurgery revert patched/ neuron_patch.safetensors --base base/ -o restored/
       neftsurgery revert patched.safetensors reversible_patch.safetensors --in-place
     """
+    if in_place and not dry_run:
+        undo_unfinished(checkpoint)
     plan = plan_revert(
         checkpoint,
         Patch.load(patch),

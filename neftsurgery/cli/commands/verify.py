@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ...patch.patch import Patch
+from ...surgery.state import LEFT_BEHIND
 from ...surgery.verify import verify
 from ...text import plural
 from ..console import Console, table
@@ -41,6 +42,8 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
             console.say(line)
         if len(odd) > _SHOWN:
             console.say(f"  and {plural(len(odd) - _SHOWN, 'more tensor')}; all of them with --json")
+    if any(tensor.neither for tensor in found.tensors.values()):
+        console.note(f"note: {LEFT_BEHIND}")
     if not good:
         console.note(f"neftsurgery: {checkpoint} is {found.state}" + (f", not {expect}" if expect else ""))
     console.answer(

@@ -16,7 +16,8 @@ from support import LLAMA_CONFIG, llama, raw_file, snapshot, write_folder
 import neftsurgery as ns
 from neftsurgery.checkpoint.adapter import Adapted
 from neftsurgery.checkpoint.checkpoint import Checkpoint, weight_files
-from neftsurgery.checkpoint.journal import heal, journal_path
+from neftsurgery.checkpoint.healing import plan_heal
+from neftsurgery.checkpoint.unfinished import journal_path
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.neurons.anatomy import read_anatomy
 from neftsurgery.patch.patch import Patch
@@ -210,33 +211,33 @@ def _config(root: Path, config: dict[str, object]) -> Target:
 
 def _journal(root: Path) -> Target:
     """A journal that was planted beside a model: it is applied to that model alone, or not at all."""
+    from neftsurgery.checkpoint import healing
     from neftsurgery.checkpoint import journal as journal_module
 
     folder = root / "model"
     shutil.copytree(root / "base", folder)
     path = journal_path(Source(folder, "model"))
     kept: list[bytes] = []
-    removed = journal_module._remove
+    removed = journal_module.remove_journal
 
-    def keep(journal: Path) -> None:
+    def keep(journal: Path, sha256: str) -> None:
         kept.append(journal.read_bytes())
         raise OSError("the journal is wanted")
 
-    journal_module._remove = keep
+    journal_module.remove_journal = healing.remove_journal = keep
     try:
         ns.apply(folder, root / "patch.1", in_place=True)
     except ns.MachineError:
         pass
     finally:
-        journal_module._remove = removed
+        journal_module.remove_journal = healing.remove_journal = removed
     shutil.rmtree(folder)
     shutil.copytree(root / "base", folder)
     before, weights = snapshot(folder), (folder / "model.safetensors").read_bytes()
 
     def read(raw: bytes) -> None:
         try:
-            healed = heal(Source(folder, "model"))
-            assert healed
+            assert plan_heal(Source(folder, "model")).run().journals
         finally:
             path.unlink(missing_ok=True)
             if snapshot(folder) != before:

@@ -1,0 +1,372 @@
+"""Healing: the old vectors of a change in place that was cut short are written back.
+
+A journal names what it would write, and a stranger may have written it. So it is followed only if a person
+asks for it (`plan_heal`), or if this user's own commands wrote it (`heal_recorded`), and only into regular
+files of the checkpoint itself: through no symlink, into no file with other hard links.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary
+from ..neurons.vectors import gather, scatter
+from ..sources.resolve import Source, is_hub_id, resolve
+from ..storage.output import fsync
+from ..text import plural
+from .checkpoint import Checkpoint, Shard
+from .journal import Journal, by_name, describe_file, locked, remove_journal
+from .journal_record import is_recorded
+from .unfinished import find_journals, journal_path, refuse_unfinished
+
+__all__ = ["HealPlan", "HealResult", "heal", "heal_recorded", "plan_heal"]
+
+# So many equal bytes are no accident: of random weights, and in a row of ones with few distinct values.
+_TELLING_BYTES = 16
+_TELLING_STRETCH = 64
+#: A change keeps a tensor's old vectors once per patch; a journal of more than this is a bomb.
+_MOST_COPIES = 16
+_RANGES = 20
+
+
+@dataclass(frozen=True)
+class HealResult:
+    """What `heal` did.
+
+    Attributes
+    ----------
+    checkpoint:
+        As it was named.
+    journals:
+        Those that were followed, and are gone; none if the checkpoint was whole.
+    neurons:
+        How many vectors were written back.
+    """
+
+    checkpoint: str
+    journals: tuple[Path, ...]
+    neurons: int
+
+    def __str__(self) -> str:
+        if not self.journals:
+            return f"{self.checkpoint}: no change in place was cut short, nothing to heal"
+        return f"{self.checkpoint}: {plural(self.neurons, 'neuron')} are as they were before the change"
+
+
+@dataclass(frozen=True)
+class HealPlan:
+    """Which vectors would be written back. Made by `plan_heal`; nothing is written yet.
+
+    Attributes
+    ----------
+    source:
+        The checkpoint.
+    undoings:
+        One per journal, in the order in which they are followed.
+    """
+
+    source: Source
+    undoings: tuple[Undoing, ...]
+
+    @property
+    def neurons(self) -> int:
+        """How many vectors would be written."""
+        return sum(undoing.neurons for undoing in self.undoings)
+
+    def describe(self) -> dict[str, Any]:
+        """For ``--dry-run`` and JSON: which files, tensors and neurons would be written."""
+        return {
+            "checkpoint": self.source.named,
+            "neurons": self.neurons,
+            "journals": [undoing.describe() for undoing in self.undoings],
+        }
+
+    def run(self) -> HealResult:
+        """Write the old vectors back, sync them, and remove the journals.
+
+        Raises
+        ------
+        MismatchError, MachineError
+            As `heal`; the journal is kept.
+        """
+        done = [undoing for undoing in self.undoings if undoing.run()]
+        return HealResult(
+            self.source.named,
+            tuple(undoing.journal.path for undoing in done),
+            sum(undoing.neurons for undoing in done),
+        )
+
+
+@boundary
+def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
+    """Undo a change in place that was cut short: the replaced vectors come back, bit for bit.
+
+    Only call this for a checkpoint whose journal you trust: `plan_heal` says what it would write.
+
+    Raises
+    ------
+    UsageError
+        If there is no such checkpoint, or a file of it is reached through a symlink, or has several hard
+        links.
+    CorruptFileError
+        If the journal is damaged.
+    MismatchError
+        If the journal belongs to other files.
+    MachineError
+        If another process is changing the checkpoint now, or it cannot be written.
+    """
+    return plan_heal(checkpoint).run()
+
+
+@boundary
+def plan_heal(checkpoint: str | os.PathLike[str] | Source) -> HealPlan:
+    """Read and check the journals of a checkpoint; nothing is written.
+
+    Raises
+    ------
+    UsageError, CorruptFileError, MismatchError, MachineError
+        As `heal`.
+    """
+    source = checkpoint if isinstance(checkpoint, Source) else resolve(checkpoint)
+    found = find_journals(source)
+    if found and source.path.is_symlink():
+        raise UsageError(
+            "nothing is healed through a symlink",
+            file=source.named,
+            expected="the checkpoint itself",
+            found=f"a link to {os.path.realpath(source.path)}",
+            hint="look at what lies there, and name it if you want it healed",
+        )
+    undoings = []
+    for one in found:
+        try:
+            undoings.append(Undoing.of(one, Journal.open(journal_path(one))))
+        except FileNotFoundError:  # another process healed it meanwhile
+            continue
+    return HealPlan(source, tuple(undoings))
+
+
+def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | None:
+    """Heal what this user's own commands left; for commands that are about to change ``checkpoint``.
+
+    None if there was nothing to heal.
+
+    Raises
+    ------
+    MachineError
+        If there is a journal that this user's commands did not write here, or healing fails.
+    UsageError, CorruptFileError, MismatchError
+        As `heal`.
+    """
+    if isinstance(checkpoint, str | os.PathLike) and is_hub_id(checkpoint):
+        return None
+    source = checkpoint if isinstance(checkpoint, Source) else resolve(checkpoint)
+    for one in find_journals(source):
+        try:
+            journal = Journal.open(journal_path(one))
+        except FileNotFoundError:
+            continue
+        except CorruptFileError:
+            refuse_unfinished(one)
+            raise
+        if not is_recorded(journal.sha256):
+            refuse_unfinished(one)
+    result = plan_heal(source).run()
+    return result if result.journals else None
+
+
+@dataclass(frozen=True)
+class Undoing:
+    """What one journal would write into one checkpoint: everything is checked."""
+
+    checkpoint: Checkpoint
+    journal: Journal
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, source: Source, journal: Journal) -> Undoing:
+        """Check that a journal belongs to the files of a checkpoint, and that these may be changed."""
+        checkpoint = Checkpoint.read(source)
+        shards = []
+        for entry in journal.files:
+            shard = next((s for s in checkpoint.shards if s.path.name == entry.get("name")), None)
+            if shard is None:
+                raise _foreign(journal, str(entry.get("name"))[:200])
+            shards.append(shard)
+        undoing = cls(checkpoint, journal, tuple(shards))
+        undoing._check_tensors()
+        with _journal_kept(journal), locked(checkpoint, undoing.shards):
+            undoing._check_files()
+        return undoing
+
+    @property
+    def neurons(self) -> int:
+        """How many vectors it would write."""
+        return sum(len(change.index) for change in self.journal.changes)
+
+    def describe(self) -> dict[str, Any]:
+        """For ``--dry-run`` and JSON."""
+        return {
+            "journal": str(self.journal.path),
+            "sha256": self.journal.sha256,
+            "recorded": is_recorded(self.journal.sha256),
+            "files": [str(shard.path) for shard in self.shards],
+            "bytes": sum(len(c.index) * c.layout.width * c.info.type.itemsize for c in self.journal.changes),
+            "tensors": [
+                {
+                    "name": change.info.name,
+                    "dtype": change.info.dtype,
+                    "shape": list(change.info.shape),
+                    "neuron_axes": list(change.layout.axes),
+                    "neurons": len(change.index),
+                    "of": change.layout.count,
+                    "ranges": _ranges(change.index)[:_RANGES],
+                }
+                for change in self.journal.changes
+            ],
+        }
+
+    def run(self) -> bool:
+        """Write the old vectors back; False if another process did so meanwhile."""
+        try:
+            with _journal_kept(self.journal):
+                self._write()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _write(self) -> None:
+        journal = self.journal
+        with locked(self.checkpoint, self.shards) as held:
+            # Before the lock was ours, another process may have healed, and begun a change of its own.
+            journal.check_in_place()
+            self._check_files()
+            for number, change in enumerate(journal.changes):
+                shard = self.checkpoint.shard_of(change.info.name)
+                fd, offset = held[shard.path], shard.header.offsets[change.info.name]
+                for start, stop in change.blocks():
+                    old, index = journal.old(number, start, stop), change.index[start:stop]
+                    scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
+            for fd in held.values():
+                fsync(fd)
+            # While the lock is held: a later journal at the same path is another's.
+            remove_journal(journal.path, journal.sha256)
+
+    def _check_tensors(self) -> None:
+        """Every change is about a tensor of these files, and no larger than it can be."""
+        paths = {shard.path for shard in self.shards}
+        for name, changes in by_name(self.journal.changes).items():
+            info = self.checkpoint.tensors.get(name)
+            if any(change.info != info for change in changes) or (
+                self.checkpoint.shard_of(name).path not in paths
+            ):
+                raise _foreign(self.journal, next((s.path.name for s in self.shards), "the checkpoint"))
+            if len(changes) > _MOST_COPIES:
+                raise CorruptFileError(
+                    "a damaged journal: it is larger than the checkpoint", file=self.journal.path, tensor=name
+                )
+
+    def _check_files(self) -> None:
+        """The files are those the journal was written for: by their marks, and by what lies there now."""
+        self.journal.check_old()
+        by_tensor = by_name(self.journal.changes)
+        for shard, entry in zip(self.shards, self.journal.files, strict=True):
+            if entry != describe_file(self.checkpoint, shard, by_tensor):
+                raise _foreign(self.journal, shard.path.name)
+        if self.journal.changes and not _any_known(self.checkpoint, self.journal):
+            raise _foreign(self.journal, self.shards[0].path.name)
+
+
+@contextmanager
+def _journal_kept(journal: Journal) -> Iterator[None]:
+    """Say of an error of the system that nothing is lost."""
+    try:
+        yield
+    except (NeftError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise MachineError(
+            f"healing failed: {(error.strerror or str(error)).lower()}",
+            file=error.filename or journal.path,
+            hint="the journal is kept: make the checkpoint writable and run neftsurgery heal again",
+        ) from error
+
+
+def _foreign(journal: Journal, name: str) -> MismatchError:
+    return MismatchError(
+        f"a journal of a change in place is here, but {name} is not the file it was written for",
+        file=journal.path,
+        hint="if you replaced the checkpoint's files since, delete the journal; otherwise restore them",
+    )
+
+
+def _ranges(index: NDArray[np.int64]) -> list[list[int]]:
+    """Ascending numbers as ranges ``[first, last]``."""
+    found = []
+    for _, run in groupby(enumerate(index.tolist()), key=lambda pair: pair[1] - pair[0]):
+        numbers = [number for _, number in run]
+        found.append([numbers[0], numbers[-1]])
+    return found
+
+
+def _any_known(checkpoint: Checkpoint, journal: Journal) -> bool:
+    """Whether what lies there now is the old, the new, or something in between.
+
+    Where a change touches every vector there is nothing to sample, so this is the last guard.
+    """
+    all_known = True
+    for number, change in enumerate(journal.changes):
+        carrier = change.info.type.carrier
+        for start, stop in change.blocks():
+            now = gather(checkpoint, change.info, change.layout, change.index[start:stop])
+            old = journal.old(number, start, stop)
+            known = _known(now, old, change.new_digests[start:stop])
+            all_known = all_known and bool(known.all())
+            if _telling(now.view(carrier), old.view(carrier), known):
+                return True
+    return all_known
+
+
+def _known(now: NDArray[np.uint8], old: NDArray[np.uint8], digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which vectors are the old or the new ones, whole."""
+    known: NDArray[np.bool_] = (now == old).all(axis=1)
+    for row in np.flatnonzero(~known):
+        known[row] = xxhash.xxh3_128_digest(now[row]) == digests[row].tobytes()
+    return known
+
+
+def _telling(now: NDArray[Any], old: NDArray[Any], known: NDArray[np.bool_]) -> bool:
+    """Whether elements show that a block of vectors is the journal's own, perhaps half written.
+
+    Vectors of one repeated element (the zeros of a bias, the ones of a norm) are alike in many
+    models and tell nothing. A change that stopped half way along columns leaves no vector whole: then
+    a stretch of one vector, or the same element of all vectors, is still old.
+    """
+    enough = -(-_TELLING_BYTES // now.itemsize)
+    if now.shape[1] >= enough:
+        if bool((known & (now != now[:, :1]).any(axis=1)).any()):
+            return True
+    elif 4 * int(known.sum()) >= 3 * len(known) and bool((now[known] != now[known][:1]).any()):
+        return True  # elements on their own: one may be alike by accident, but not most
+    same = now == old
+    by_chance = int((now.reshape(-1) == np.roll(old, 1).reshape(-1)).sum())
+    if int(same.sum()) >= 2 * by_chance + enough:
+        return True
+    stretch = _TELLING_STRETCH // now.itemsize
+    for equal, values in ((same, old), (same.T, old.T)):
+        size = equal.size // stretch * stretch
+        whole = np.ascontiguousarray(equal).reshape(-1)[:size].reshape(-1, stretch).all(axis=1)
+        parts = np.ascontiguousarray(values).reshape(-1)[:size].reshape(-1, stretch)[whole]
+        if bool((parts != parts[:, :1]).any()):
+            return True
+    return False

@@ -1,0 +1,65 @@
+"""Changes in place that were cut short: where their journals lie, and what a command does that finds one.
+
+While its journal exists, a change is not complete, and the weights are neither the old nor the new ones. A
+command that reads refuses such a checkpoint. It never heals it: a journal is a file that strangers can ship.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from ..errors import MachineError, NeftError
+from ..sources.resolve import Source
+from .checkpoint import weight_files
+
+__all__ = ["JOURNAL_NAME", "find_journals", "journal_path", "refuse_unfinished"]
+
+JOURNAL_NAME = ".neft-journal"
+
+
+def journal_path(source: Source) -> Path:
+    """Where the journal of a checkpoint lies: inside its folder, or beside its file."""
+    path = source.path
+    return path / JOURNAL_NAME if path.is_dir() else path.with_name(f".{path.name}{JOURNAL_NAME}")
+
+
+def find_journals(source: Source) -> list[Source]:
+    """The folders and files whose journals concern the checkpoint ``source``.
+
+    A folder's weight files may have been changed one by one, and a file together with its folder. Where a
+    symlink was named, the journal lies beside what it points to. A Hub model has none.
+    """
+    if source.repo is not None:
+        return []
+    path, named = source.path, source.named
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+        named = str(path)
+    found = [Source(path, named)]
+    if path.is_dir():
+        for journal in sorted(path.glob(f".*{JOURNAL_NAME}")):
+            file = path / journal.name[1 : -len(JOURNAL_NAME)]
+            if _belongs(file, path):
+                found.append(Source(file, str(file)))
+    elif os.path.lexists(path.parent / JOURNAL_NAME) and _belongs(path, path.parent):
+        found.append(Source(path.parent, str(path.parent)))
+    return [one for one in found if os.path.lexists(journal_path(one))]
+
+
+def refuse_unfinished(source: Source) -> None:
+    """Raise a `MachineError` if a change in place of ``source`` is not complete."""
+    for one in find_journals(source):
+        raise MachineError(
+            "a change in place was cut short, or is under way: its journal is here",
+            file=journal_path(one),
+            hint=f"see what it would write back, and then do so: neftsurgery heal {shlex.quote(one.named)}",
+        )
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    try:
+        return file in weight_files(folder)
+    except NeftError:
+        return False
