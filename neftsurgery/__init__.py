@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .checkpoint.healing import HealResult, heal
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
-    from .hub.push import Pushed, push
+    from .hub.push import PushResult, push
     from .neuron_utilization.measure import utilization
     from .neuron_utilization.result import Utilization
     from .patch.patch import Patch
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
     from .selection.selection import Selection
     from .surgery.apply import apply, revert
     from .surgery.diff import diff
-    from .surgery.export import export_lora
+    from .surgery.export import ExportResult, export_lora
     from .surgery.extract import extract
     from .surgery.inspect import inspect
     from .surgery.merge import merge
+    from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
     from .tuning.attach import Attached, attach
     from .tuning.trainer import PatchSaving
@@ -49,13 +50,15 @@ __all__ = [
     "Attached",
     "Checkpoint",
     "CorruptFileError",
+    "ExportResult",
     "HealResult",
     "MachineError",
     "MismatchError",
     "NeftError",
     "Patch",
     "PatchSaving",
-    "Pushed",
+    "PushResult",
+    "RewriteResult",
     "Scores",
     "Selection",
     "UsageError",
@@ -82,10 +85,12 @@ __all__ = [
 _HOMES = {
     "Attached": "tuning.attach",
     "Checkpoint": "checkpoint.checkpoint",
+    "ExportResult": "surgery.export",
     "HealResult": "checkpoint.healing",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
-    "Pushed": "hub.push",
+    "PushResult": "hub.push",
+    "RewriteResult": "surgery.rewrite",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
     "Utilization": "neuron_utilization.result",

@@ -2,12 +2,16 @@
 
 The class says what kind of failure it is (and so, in the command line, which exit code: see
 ``neftsurgery.cli``); the fields say where it happened. Nothing here does I/O.
+
+A message names an option as ``[[max_per_tensor]]`` or ``[[policy=random]]``. Whoever shows it spells the
+option as its user does: a keyword in Python, a flag on the command line, a key in a recipe.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import re
 from collections.abc import Callable
 from os import PathLike
 from typing import ParamSpec, TypeVar
@@ -18,11 +22,27 @@ __all__ = [
     "MismatchError",
     "NeftError",
     "UsageError",
+    "Spelling",
     "boundary",
+    "keyword",
+    "spelled",
 ]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+#: Spells an option, given its Python name and, where the message names one, its value.
+Spelling = Callable[[str, str | None], str]
+_OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
+
+
+def keyword(name: str, value: str | None) -> str:
+    """An option as Python spells it: ``policy``, ``policy='random'``."""
+    return name if value is None else f"{name}={value}" if _is_literal(value) else f"{name}={value!r}"
+
+
+def _is_literal(value: str) -> bool:
+    return value in ("True", "False", "None", "...") or value.replace(".", "", 1).isdigit()
 
 
 class NeftError(Exception):
@@ -31,7 +51,7 @@ class NeftError(Exception):
     Parameters
     ----------
     what:
-        What went wrong, one clause, no full stop.
+        What went wrong, one clause, no full stop; options as ``[[name]]``.
     file, tensor:
         Where: the file and, if it is about one tensor, its name.
     expected, found:
@@ -58,14 +78,28 @@ class NeftError(Exception):
         self.found = found
         self.hint = hint
 
+    @property
+    def option(self) -> tuple[str, ...]:
+        """The options that the message is about, by their Python names."""
+        return tuple(dict.fromkeys(name for name, _ in _OPTION.findall(self.what)))
+
     def __str__(self) -> str:
+        return self.text(keyword)
+
+    def text(self, spell: Spelling) -> str:
+        """The message, with options spelled by ``spell``."""
         where = [part for part in (self.file, self.tensor and f"tensor {_clip(self.tensor)}") if part]
         text = (", ".join(where) + ": " if where else "") + self.what
         if self.expected is not None:
             text += f" (expected {self.expected}, found {self.found})"
         elif self.found is not None:
             text += f" (found {self.found})"
-        return f"{text}\n{self.hint}" if self.hint else text
+        return spelled(f"{text}\n{self.hint}" if self.hint else text, spell)
+
+
+def spelled(text: str, spell: Spelling) -> str:
+    """A message with its options spelled by ``spell``."""
+    return _OPTION.sub(lambda match: spell(match[1], match[2]), text)
 
 
 class UsageError(NeftError, ValueError):

@@ -1,15 +1,14 @@
-"""How long work tells how far it is, without knowing who listens."""
+"""How long work tells how far it is, without knowing who listens, and what it took."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Progress", "Timing", "silent"]
+__all__ = ["Progress", "Stopwatch", "Timing", "silent"]
 
 
 class Progress(Protocol):
@@ -25,7 +24,7 @@ def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda done: None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Timing:
     """What the work took.
 
@@ -40,21 +39,27 @@ class Timing:
     bytes_read: int = 0
     seconds: float = 0.0
 
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.bytes_read + other.bytes_read, self.seconds + other.seconds)
+
+
+class Stopwatch:
+    """Measures what some work takes."""
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self._seconds = 0.0
+
     @contextmanager
-    def clock(self) -> Iterator[None]:
-        """Add the time the context takes."""
+    def running(self) -> Iterator[None]:
+        """Count the time the context takes."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds += time.perf_counter() - start
+            self._seconds += time.perf_counter() - start
 
-
-def process_seconds() -> float:
-    """Seconds since this process was started, by the system's account where it keeps one."""
-    try:
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, ValueError, IndexError, AttributeError):
-        return time.perf_counter()
+    @property
+    def timing(self) -> Timing:
+        """What was measured so far."""
+        return Timing(self.bytes_read, self._seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from ..sources.resolve import Source
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
+from ..text import plural, size
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
 
@@ -70,7 +71,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """Tensors by name, wherever their shards are. Made by `Checkpoint.read`; holds no weights.
 
@@ -126,6 +127,19 @@ class Checkpoint:
                     )
                 tensors[name], home[name] = info, number
         return cls(source, root, not source.path.is_dir(), shards, tensors, home)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.name}: {plural(len(self.tensors), 'tensor')}, {size(self.nbytes)}>"
+
+    def __str__(self) -> str:
+        dtypes = Counter(info.dtype for info in self.tensors.values())
+        kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common(3))
+        return "\n".join(
+            [
+                f"checkpoint {self.name}: {plural(len(self.shards), 'file')}, {size(self.nbytes)}",
+                f"  {plural(len(self.tensors), 'tensor')} ({kinds}), {plural(self.parameters, 'parameter')}",
+            ]
+        )
 
     @property
     def name(self) -> str:

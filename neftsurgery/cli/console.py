@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..progress import Timing, process_seconds
+from ..errors import spelled
+from ..progress import Timing
 from ..text import printable
 
 if TYPE_CHECKING:
     from ..storage.threads import Limits
 
-__all__ = ["Console", "can_print", "table"]
+__all__ = ["Console", "can_print", "flag", "table"]
+
+
+def flag(name: str, value: str | None) -> str:
+    """An option of a message as the command line spells it."""
+    if name == "out":
+        return "-o OUT"
+    spelled = f"--{name.replace('_', '-')}"
+    return spelled if value in (None, "True") else f"{spelled} {name.upper() if value == '...' else value}"
 
 
 class Console:
@@ -50,17 +61,26 @@ class Console:
     def note(self, text: str) -> None:
         """A remark beside the result: a warning, what comes next."""
         if not self.quiet:
-            click.echo(printable(text), err=True)
+            click.echo(printable(spelled(text, flag)), err=True)
 
-    def answer(self, facts: dict[str, Any], timing: Timing | None = None) -> None:
-        """The result as JSON, if that was asked for; with what the work took."""
+    def answer(
+        self, facts: Mapping[str, Any], timing: Timing | None = None, *, dry_run: bool | None = None
+    ) -> None:
+        """The result as JSON, if that was asked for; with what the work took. A dry run has no ``out``."""
         if not self.as_json:
             return
+        facts = dict(facts)
+        if "warnings" in facts:
+            facts["warnings"] = [spelled(warning, flag) for warning in facts["warnings"]]
+        if dry_run is not None:
+            facts["dry_run"] = dry_run
+            if dry_run and "out" in facts:
+                facts["out"] = None
         if timing is not None:
             facts = facts | {
                 "bytes_read": timing.bytes_read,
                 "seconds": round(timing.seconds, 6),
-                "wall_seconds": round(process_seconds(), 6),
+                "wall_seconds": round(_process_seconds(), 6),
             }
         click.echo(json.dumps(facts, allow_nan=False))
 
@@ -75,6 +95,16 @@ class Console:
         scale = unit == "B"
         with tqdm(total=total, desc=what, unit=unit, unit_scale=scale, leave=False, file=sys.stderr) as bar:
             yield bar.update
+
+
+def _process_seconds() -> float:
+    """Seconds since this process was started, by the system's account where it keeps one."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    except (OSError, ValueError, IndexError, AttributeError):
+        return time.perf_counter()
 
 
 def can_print(text: str) -> bool:

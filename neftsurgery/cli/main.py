@@ -17,10 +17,11 @@ from typing import Any, NoReturn
 
 import click
 
-from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, spelled
 from ..sources.secrets import redacted
 from ..text import printable
 from ..version import __version__
+from .console import flag
 
 __all__ = ["cli", "run"]
 
@@ -197,7 +198,7 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
         message = "interrupted"
         code = int(error.code or 0) if isinstance(error, _Stopped) else 130
     elif isinstance(error, NeftError):
-        message = str(error)
+        message = error.text(flag)
     elif isinstance(error, OSError):
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     elif isinstance(error, MemoryError):
@@ -215,7 +216,7 @@ def _as_json(message: str, code: int, error: BaseException | None = None) -> int
     facts: dict[str, object] = {"error": message, "exit_code": code}
     if isinstance(error, NeftError):
         facts |= {
-            key: str(value)
+            key: spelled(str(value), flag)
             for key in ("file", "tensor", "expected", "found", "hint")
             if (value := getattr(error, key)) is not None
         }

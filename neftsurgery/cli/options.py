@@ -5,24 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, get_origin
 
 import click
 
-from ..surgery.pairing import Scope
+from ..options import AxisOption, Option, RunOptions, declared
 from .console import Console
 
 __all__ = [
-    "budget_options",
     "common_options",
     "dry_run_option",
     "force_option",
+    "options_of",
     "output_option",
-    "scope_options",
     "stack",
-    "take_budget",
-    "take_scope",
+    "take",
 ]
 
 Command = Callable[..., Any]
@@ -72,19 +70,7 @@ def common_options(command: Command) -> Command:
 
     wrapped.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
     return stack(
-        click.option(
-            "--threads",
-            type=click.IntRange(min=1, max=256),
-            metavar="N",
-            help="Reading and computing threads. Default: two a processor. Results do not depend on it.",
-        ),
-        click.option(
-            "--memory",
-            callback=_size,
-            metavar="SIZE",
-            help="Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 192MiB. "
-            "Results do not depend on it.",
-        ),
+        options_of(RunOptions),
         click.option(
             "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."
         ),
@@ -97,7 +83,7 @@ dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Check and plan everything, say what would be written, write nothing."
 )
 
-force_option = click.option("--force", is_flag=True, help="Replace the output if it exists, all at once.")
+force_option = click.option("--force", is_flag=True, help="Replace an existing output atomically.")
 
 
 def output_option(metavar: str, *, required: bool = False, text: str) -> Callable[[Command], Command]:
@@ -105,57 +91,41 @@ def output_option(metavar: str, *, required: bool = False, text: str) -> Callabl
     return click.option("-o", "--out", "out", metavar=metavar, required=required, help=text)
 
 
-_BUDGET = (
-    "neurons",
-    "params",
-    "threshold",
-    "changed",
-    "per",
-    "max_per_tensor",
-    "policy",
-    "like",
-    "with_bias",
-)
-
-budget_options = stack(
-    click.option(
-        "--neurons", metavar="N|P%", help="So many neurons, or a share of the scored ones: 50000, 3%."
-    ),
-    click.option("--params", metavar="N|P%", help="So many parameters, or a share of the model's: 200M, 3%."),
-    click.option("--threshold", type=float, metavar="X", help="Every neuron that scores above X."),
-    click.option(
-        "--changed", is_flag=True, help="Every neuron with any differing bit: lossless where it reaches."
-    ),
-    click.option(
-        "--like", metavar="SELECTION", help="As many per tensor as in another selection, for controls."
-    ),
-    click.option(
-        "--per",
-        type=click.Choice(["model", "layer", "tensor"]),
-        help="Choose from one pool (model), or from each layer's or tensor's. Default: model.",
-    ),
-    click.option("--max-per-tensor", type=int, metavar="N", help="At most so many neurons of any tensor."),
-    click.option(
-        "--policy",
-        type=click.Choice(["sensitive", "reversed", "random"]),
-        help="The most sensitive first, the least sensitive first, or any. Default: sensitive.",
-    ),
-    click.option("--with-bias", is_flag=True, help="Take the bias elements of the chosen neurons as well."),
-)
-
-seed_option = click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="For --policy random and --score random.",
-)
+def options_of(*groups: type, **defaults: Any) -> Callable[[Command], Command]:
+    """The flags of options declared in `neftsurgery.options`; ``defaults`` replace those declared there."""
+    return stack(
+        *(
+            _flag(name, kind, option, defaults.get(name, option.default))
+            for group in groups
+            for name, (kind, option) in declared(group).items()
+        )
+    )
 
 
-def take_budget(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove the budget options from ``options``; only those that were given."""
-    taken = {name: options.pop(name) for name in _BUDGET}
-    return {name: value for name, value in taken.items() if value is not None and value is not False}
+def _flag(name: str, kind: Any, option: Option, default: Any) -> Callable[[Command], Command]:
+    settings: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
+    if default is not None:
+        settings |= {"default": default, "show_default": True}
+    if kind is bool:
+        settings["is_flag"] = True
+    elif option.choices:
+        settings["type"] = click.Choice(option.choices)
+    elif kind == AxisOption:
+        settings |= {"multiple": True, "callback": _axis}
+    elif get_origin(kind) is Sequence:
+        settings["multiple"] = True
+    elif name == "memory":
+        settings["callback"] = _size
+    elif name in _RANGES:
+        settings["type"] = click.IntRange(**_RANGES[name])
+    elif kind is int:
+        settings["type"] = int
+    elif kind is float:
+        settings["type"] = float
+    return click.option(f"--{name.replace('_', '-')}", **settings)
+
+
+_RANGES: dict[str, dict[str, Any]] = {"threads": {"min": 1, "max": 256}, "seed": {"min": 0}}
 
 
 def _axis(
@@ -175,42 +145,7 @@ def _axis(
     return pairs
 
 
-_SCOPE = ("anatomy", "axis", "include", "exclude", "only")
-
-scope_options = stack(
-    click.option(
-        "--anatomy",
-        type=click.Choice(["rows", "ffn", "units"]),
-        default="rows",
-        show_default=True,
-        help="What a neuron is: an output unit of a linear or convolution weight (rows); an up row or "
-        "down column of a feed-forward block (ffn); all weights of a feed-forward or attention unit (units).",
-    ),
-    click.option(
-        "--include", multiple=True, metavar="GLOB", help="Score these too: embeddings, head, norms, routers."
-    ),
-    click.option(
-        "--exclude", multiple=True, metavar="GLOB", help="Leave these out, whatever --include says."
-    ),
-    click.option("--only", multiple=True, metavar="GLOB", help="Score nothing but these."),
-    click.option(
-        "--axis",
-        multiple=True,
-        callback=_axis,
-        metavar="GLOB=N[,M]",
-        help="The neuron axes of tensors that no config explains, such as '*.kernel=1'. The last match wins.",
-    ),
-)
-
-score_option = click.option(
-    "--score",
-    type=click.Choice(["cosine", "l2", "relative", "changed", "random", "norm"]),
-    default="cosine",
-    show_default=True,
-    help="How sensitivity is measured; random and norm are controls.",
-)
-
-
-def take_scope(options: dict[str, Any]) -> Scope:
-    """Remove the options of `scope_options` from ``options`` and make them one value."""
-    return Scope(**{name: options.pop(name) for name in _SCOPE})
+def take(options: dict[str, Any], group: type) -> dict[str, Any]:
+    """Remove a group's options from ``options``; only those that were given, or have a default."""
+    taken = {name: options.pop(name) for name in declared(group) if name in options}
+    return {name: value for name, value in taken.items() if value not in (None, False, ())}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ..surgery.operation import Surgery
-from ..surgery.state import summary
+from ..surgery.rewrite import RewritePlan
 from ..text import plural, size
 from .console import Console
 
-__all__ = ["in_place_option", "say_surgery"]
+__all__ = ["in_place_option", "rewrite"]
 
 in_place_option = click.option(
     "--in-place",
@@ -18,39 +17,35 @@ in_place_option = click.option(
 )
 
 
-def say_surgery(console: Console, plan: Surgery, goal: str, dry_run: bool) -> None:
-    """Say what an apply or revert did, or would do."""
-    tensors = {name for rows in plan.rows for name in rows.patch.tensors}
-    what = f"{plural(plan.neurons, 'neuron')} in {plural(len(tensors), 'tensor')}"
+def rewrite(console: Console, plan: RewritePlan, dry_run: bool) -> None:
+    """Carry out an apply or revert, or say what it would do."""
+    facts = plan.describe()
+    if dry_run:
+        _say_planned(console, plan)
+        console.answer({**facts, "written": False}, plan.timing, dry_run=True)
+        return
+    result = plan.run(limits=console.limits, progress=console.progress)
+    console.say(str(result).partition("\n")[0])
+    _note(console, plan)
+    console.answer({**facts, "written": result.written}, result.timing, dry_run=False)
+
+
+def _say_planned(console: Console, plan: RewritePlan) -> None:
     where = str(plan.out) if plan.out is not None else plan.checkpoint.name
-    was = plan.states[0].state if len(plan.states) == 1 else None
     if plan.out is None and not plan.needed:
-        console.say(f"{where} is {goal} already: nothing to write")
-    elif dry_run:
-        console.say(f"would write {what} of {where}")
+        console.say(f"{where} is {plan.goal} already: nothing to write")
     else:
-        console.say(f"{where}: {what} are now as {'patched' if goal == 'patched' else 'in the base'}")
-    if was is not None and was != ("base" if goal == "patched" else "patched") and plan.needed:
-        console.note(f"note: it was partly {goal} already")
-    if plan.files is not None and plan.files.left:
-        names = ", ".join(str(path) for path in plan.files.left)
+        what = f"{plural(plan.neurons, 'neuron')} in {plural(plan.tensors, 'tensor')}"
+        console.say(f"would write {what} of {where}")
+    _note(console, plan)
+    if plan.out is not None:
+        console.say(f"it takes {size(sum(shard.size for shard in plan.checkpoint.shards))}")
+
+
+def _note(console: Console, plan: RewritePlan) -> None:
+    was = plan.states[0].state if len(plan.states) == 1 else None
+    if was is not None and was != ("base" if plan.goal == "patched" else "patched") and plan.needed:
+        console.note(f"note: it was partly {plan.goal} already")
+    if plan.left_behind:
+        names = ", ".join(str(path) for path in plan.left_behind)
         console.note(f"left behind (other forms of the weights, or not part of the model): {names}")
-    nbytes = sum(shard.size for shard in plan.checkpoint.shards)
-    if plan.out is not None and dry_run:
-        console.say(f"it takes {size(nbytes)}")
-    console.answer(
-        {
-            "checkpoint": plan.checkpoint.name,
-            "out": None if dry_run or plan.out is None else str(plan.out),
-            "in_place": plan.out is None,
-            "state_before": [summary(state.tensors) for state in plan.states],
-            "written": plan.needed and not dry_run,
-            "tensors": len(tensors),
-            "neurons": plan.neurons,
-            "selected": plan.neurons,
-            "captured": plan.rows[0].patch.facts.get("captured") if len(plan.rows) == 1 else None,
-            "left_behind": [str(path) for path in plan.files.left] if plan.files is not None else [],
-            "dry_run": dry_run,
-        },
-        plan.timing,
-    )

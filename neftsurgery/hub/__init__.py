@@ -1,1 +1,1 @@
-"""Patches that people share: the model card, push and pull."""
+"""Sharing patches on the Hugging Face Hub: push, pull and the model card."""

@@ -1,36 +1,39 @@
-"""The model card of a patch: front matter that the Hub understands, and a text for people."""
+"""The model card of a patch: front matter for the Hub, and a text for people."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import MismatchError
 from ..patch.patch import Patch
-from ..sources.hub import client
-from .base import Base
-from .story import LOSS, dev_loss, story
+from ..sources.hub_client import client
+from .base_model import BaseModel
+from .card_text import card_text, dev_loss
+from .repository import CARD_HINT
 
 __all__ = ["BEGIN", "END", "write_card"]
 
-#: What stands between these is written anew by every push; everything else of a card is its owner's.
-BEGIN = "<!-- neftsurgery:begin, written by `neftsurgery push`: what you change here is overwritten -->"
-END = "<!-- neftsurgery:end, what you write below or above is kept -->"
+#: Every push rewrites what is between these marks; the rest of a card belongs to its owner.
+BEGIN = "<!-- neftsurgery:begin, `neftsurgery push` overwrites the text up to the end mark -->"
+END = "<!-- neftsurgery:end: text outside the two marks is kept -->"
 
 _MARKED = re.compile(r"<!-- neftsurgery:begin\b.*?-->.*?<!-- neftsurgery:end\b.*?-->", re.DOTALL)
 _MARK = re.compile(r"<!-- neftsurgery:(begin|end)\b")
 _TAGS = ["neftsurgery", "neuron-patch", "neft"]
 _LIBRARY = "neftsurgery"
+#: The name of the result that holds the recorded loss. It tells our result from those of the card's owner.
+_LOSS = "loss on held-out examples"
 
 
 def write_card(
     patch: Patch,
     repo: str,
-    base: Base,
+    base: BaseModel,
     licence: Mapping[str, str],
     *,
-    picture: str | None = None,
+    figure: str | None = None,
     existing: str | None = None,
 ) -> str:
     """The README of a patch's repository.
@@ -38,26 +41,26 @@ def write_card(
     Parameters
     ----------
     licence:
-        The front matter's ``license``, ``license_name`` and ``license_link``, as far as they are known.
-    picture:
-        The name of a picture of where the neurons lie, beside the card.
+        The front matter of the base's licence, where it is known. An existing card keeps its own.
+    figure:
+        The file name of a figure of where the neurons are, beside the card.
     existing:
-        The card that is there. Its text stays, but for what an earlier push wrote; of its front matter
-        everything stays that is not about the base.
+        The card to update. All of its text is kept except the part that an earlier push wrote, and all of
+        its front matter except the fields that describe the patch and its base.
 
     Raises
     ------
     MismatchError
-        If ``existing`` is no card, or it cannot be told what of it an earlier push wrote.
+        If ``existing`` is not a card, or the part that an earlier push wrote is not clear.
     """
-    block = f"{BEGIN}\n\n{story(patch, repo, base, picture)}\n\n{END}"
+    block = f"{BEGIN}\n\n{card_text(patch, repo, base, figure)}\n\n{END}"
     hub = client()
     if existing is None:
         found = _front_matter(patch, repo, base, licence, {}, [])
         front = hub.ModelCardData(**found).to_yaml(original_order=list(found))
         return str(hub.ModelCard(f"---\n{front}\n---\n\n# {repo.partition('/')[2]}\n\n{block}\n"))
     card = _read(existing, repo)
-    kept = [result for result in card.data.get("eval_results") or [] if result.metric_name != LOSS]
+    kept = [result for result in card.data.get("eval_results") or [] if result.metric_name != _LOSS]
     for key, value in _front_matter(patch, repo, base, licence, card.data.to_dict(), kept).items():
         card.data[key] = value
     card.text = _with_block(card.text, block, repo)
@@ -65,30 +68,31 @@ def write_card(
 
 
 def _read(text: str, repo: str) -> Any:
-    """A card of huggingface_hub."""
+    """``text`` as a `huggingface_hub.ModelCard`."""
     import yaml
 
     try:
         return client().ModelCard(text)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise MismatchError(
-            f"the README there has front matter that cannot be read ({type(error).__name__})",
+            f"the front matter of the README on the Hub cannot be read ({type(error).__name__})",
             file=repo,
-            hint="correct it on the Hub, or write a new card over it with --replace-card",
+            hint=CARD_HINT,
         ) from error
 
 
 def _with_block(text: str, block: str, repo: str) -> str:
+    """``text`` with ``block`` in place of the marked part; at the end if there is none."""
     marks = _MARK.findall(text)
     if not marks:
         return f"{text.rstrip()}\n\n{block}\n" if text.strip() else f"\n{block}\n"
     if marks != ["begin", "end"]:
         raise MismatchError(
-            "the README there has lost one of the marks around what an earlier push wrote",
+            "the marks around the generated part of the README on the Hub are incomplete",
             file=repo,
-            expected="one neftsurgery:begin and one neftsurgery:end",
+            expected="one neftsurgery:begin, then one neftsurgery:end",
             found=", ".join(marks),
-            hint="correct it on the Hub, or write a new card over it with --replace-card",
+            hint=CARD_HINT,
         )
     return _MARKED.sub(lambda _: block, text, count=1)
 
@@ -96,12 +100,12 @@ def _with_block(text: str, block: str, repo: str) -> str:
 def _front_matter(
     patch: Patch,
     repo: str,
-    base: Base,
+    base: BaseModel,
     licence: Mapping[str, str],
     known: Mapping[str, Any],
-    kept: list[Any],
+    kept: Sequence[object],
 ) -> dict[str, Any]:
-    """What a push says in the front matter, beside what is ``known`` there already."""
+    """The fields that a push writes, given those that the card has (``known``) and the results to keep."""
     found: dict[str, Any] = {}
     if base.repo is not None:
         found |= {"base_model": base.repo, "base_model_relation": "adapter"}
@@ -117,10 +121,10 @@ def _front_matter(
             dataset_type="custom",
             dataset_name="development split of the training data",
             metric_type="loss",
-            metric_name=LOSS,
+            metric_name=_LOSS,
             metric_value=loss,
         )
         found |= {"model_name": repo.partition("/")[2], "eval_results": [*kept, result]}
-    elif known.get("model-index"):  # an earlier push may have told of a loss that this patch has not
-        found |= {"eval_results": kept} if kept else {"eval_results": None, "model_name": None}
+    elif known.get("model-index"):  # an earlier push may have written a loss that this patch does not have
+        found |= {"eval_results": list(kept)} if kept else {"eval_results": None, "model_name": None}
     return found

@@ -1,4 +1,4 @@
-"""pull: a patch of the Hub becomes a local file, once all its hashes are checked."""
+"""pull: fetch a patch from the Hub into a local file, once all its hashes are checked."""
 
 from __future__ import annotations
 
@@ -9,32 +9,91 @@ from pathlib import Path
 from ..errors import CorruptFileError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
-from ..sources.hub import RemoteFile, fetch_file, is_damaged, is_offline, remote_file
+from ..sources.hub_client import HubFile, fetch_file, find_file, is_damaged, is_offline
+from ..sources.hub_id import HubId, is_repo
 from ..sources.resolve import Source
 from ..storage.output_checks import refuse_output
-from ..surgery.merge_plan import check_patches
-from .base import is_repo
+from ..surgery.merge_checks import check_patches
+from ..text import size
 
-__all__ = ["Pull", "fetch", "plan_pull", "pull"]
+__all__ = ["PullPlan", "plan_pull", "pull"]
 
 
 @dataclass(frozen=True, slots=True)
-class Pull:
-    """A planned pull: nothing is fetched.
+class PullPlan:
+    """A planned pull: the names are checked, and nothing is fetched.
 
     Attributes
     ----------
-    named:
-        As the user named it.
-    remote:
-        What the Hub says of the file; None where the Hub is switched off and the cache is to have it.
+    hub_id:
+        The repository, and the revision if one was named.
+    out:
+        Where the patch is written; None: it stays in the cache.
+    force:
+        Whether ``out`` may be replaced.
+    file:
+        The file on the Hub; None in offline mode, where only the cache is read.
     """
 
-    named: str
-    remote: RemoteFile | None
+    hub_id: HubId
+    out: str | os.PathLike[str] | None
+    force: bool
+    file: HubFile | None
+
+    def __str__(self) -> str:
+        found = "from the cache"
+        if self.file is not None:
+            found = f"{size(self.file.nbytes or 0)}, commit {self.file.commit}"
+        then = "keep it in the cache" if self.out is None else f"write {os.fspath(self.out)}"
+        return f"fetch {self.hub_id} ({found}) and {then}"
+
+    def describe(self) -> dict[str, object]:
+        """For JSON. What only `run` can tell is None."""
+        return {
+            "named": str(self.hub_id),
+            "commit": None if self.file is None else self.file.commit,
+            "out": None,
+            "bytes": None if self.file is None else self.file.nbytes,
+            "neurons": None,
+            "selected": None,
+        }
+
+    @boundary
+    def run(self, *, progress: Progress = silent) -> Patch:
+        """Fetch the patch, check it and write it; raises as `pull`."""
+        source = self._fetched()
+        try:
+            patch = _checked(source, progress)
+        except CorruptFileError:
+            if self.file is None or not is_damaged(source.path):
+                raise
+            # The copy in the cache differs from the Hub's file: fetch that again.
+            patch = _checked(self._fetched(again=True), progress)
+        if self.out is None:
+            return patch
+        with patch:
+            patch.save(self.out, force=self.force)
+        return Patch.load(Path(self.out))
+
+    def _fetched(self, *, again: bool = False) -> Source:
+        """The file in the cache, of the very commit that was planned for, even if the branch has moved."""
+        commit = None if self.file is None else self.file.commit
+        pinned = self.hub_id if commit is None else HubId(self.hub_id.repo, commit)
+        path = fetch_file(pinned, PATCH_NAME, again=again)
+        return Source(path, str(self.hub_id), self.hub_id.repo, path.parent.name)
 
 
 @boundary
+def plan_pull(named: str, out: str | os.PathLike[str] | None = None, *, force: bool = False) -> PullPlan:
+    """Check what `pull` needs without fetching the file; arguments and errors as there."""
+    hub_id = HubId.split(str(named))
+    if not is_repo(hub_id.repo) or ("@" in str(named) and hub_id.revision is None):
+        raise UsageError("not a Hub id", file=named, hint="name it as org/name or org/name@revision")
+    if out is not None:
+        refuse_output(out, inputs=[], force=force, kind="file")
+    return PullPlan(hub_id, out, force, None if is_offline() else find_file(hub_id, PATCH_NAME))
+
+
 def pull(
     named: str,
     out: str | os.PathLike[str] | None = None,
@@ -44,81 +103,34 @@ def pull(
 ) -> Patch:
     """Fetch a patch from the Hugging Face Hub, and check all hashes of its content.
 
-    Nothing but the patch is fetched, into huggingface_hub's cache; what is there is not fetched again.
+    Only the patch is fetched, into huggingface_hub's cache, unless it is there already.
 
     Parameters
     ----------
     named:
         ``org/name`` or ``org/name@revision``.
     out:
-        Where to write it, whole or not at all. None: it stays in the cache.
+        The file to write, all or nothing. None: the patch stays in the cache.
     force:
         Replace ``out`` if it exists.
 
     Returns
     -------
     Patch
-        The file at ``out``, or that in the cache; opened.
+        The patch at ``out``, or in the cache; opened.
 
     Raises
     ------
     UsageError
-        If there is no such repository or revision, or ``out`` exists.
+        If the repository or the revision does not exist, or ``out`` exists.
     MismatchError
-        If the repository holds no patch.
+        If the repository has no patch.
     CorruptFileError
         If the patch is damaged; nothing is written.
     MachineError
         If the Hub refuses (401, 403, gated) or cannot be reached, or ``out`` cannot be written.
     """
-    return fetch(plan_pull(named, out, force=force), out, force=force, progress=progress)
-
-
-def plan_pull(named: str, out: str | os.PathLike[str] | None = None, *, force: bool = False) -> Pull:
-    """Check everything that `pull` needs without fetching the file."""
-    repo, at, revision = str(named).partition("@")
-    if not is_repo(repo) or bool(at) != bool(revision):
-        raise UsageError("not a Hub id", file=named, hint="name it as org/name or org/name@revision")
-    if out is not None:
-        refuse_output(out, inputs=[], force=force, kind="file")
-    return Pull(str(named), None if is_offline() else remote_file(str(named), PATCH_NAME))
-
-
-def fetch(
-    plan: Pull,
-    out: str | os.PathLike[str] | None = None,
-    *,
-    force: bool = False,
-    progress: Progress = silent,
-) -> Patch:
-    """Carry out a planned pull."""
-    source = _source(plan)
-    try:
-        patch = _checked(source, progress)
-    except CorruptFileError:
-        if plan.remote is None or not is_damaged(source.path):
-            raise
-        # The Hub's file is another one: what was damaged is the cache's copy of it.
-        fetch_file(_pinned(plan), PATCH_NAME, again=True)
-        patch = _checked(source, progress)
-    if out is None:
-        return patch
-    with patch:
-        patch.save(out, force=force)
-    return Patch.load(Path(out))
-
-
-def _pinned(plan: Pull) -> str:
-    """The file at the very commit that was planned for, whatever becomes of the branch."""
-    repo = plan.named.partition("@")[0]
-    commit = plan.remote.commit if plan.remote is not None else None
-    return plan.named if commit is None else f"{repo}@{commit}"
-
-
-def _source(plan: Pull) -> Source:
-    repo = plan.named.partition("@")[0]
-    file = fetch_file(_pinned(plan), PATCH_NAME)
-    return Source(file, plan.named, repo, file.parent.name)
+    return plan_pull(named, out, force=force).run(progress=progress)
 
 
 def _checked(source: Source, progress: Progress) -> Patch:

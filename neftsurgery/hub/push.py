@@ -1,69 +1,33 @@
-"""push: a patch and its card, in one commit of a repository of the Hub."""
+"""push: publish a patch and its model card in one commit of a repository of the Hub."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
-from ..errors import MachineError, MismatchError, NeftError, UsageError, boundary
+from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
-from ..sources.hub import client, hub_errors, page
-from ..sources.secrets import redacted
-from ..surgery.merge_plan import check_patches
-from .base import Base, base_of, is_repo, licence_of
+from ..sources.hub_client import page
+from ..sources.hub_id import is_repo
+from ..surgery.merge_checks import check_patches
+from ..text import plural
+from .base_model import BaseModel
 from .card import write_card
-from .picture import PICTURE_NAME, picture_of
-from .remote import MAIN, Remote, read_remote
+from .card_figure import card_figure
+from .commit import send_commit
+from .licence import read_licence
+from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository
 
-__all__ = ["Push", "Pushed", "plan_push", "push", "send"]
+__all__ = ["PushPlan", "PushResult", "plan_push", "push"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Push:
-    """A planned push: everything is checked, nothing is sent.
-
-    Attributes
-    ----------
-    patch, base:
-        What is pushed, and what is known of the model it was made from.
-    remote:
-        Where to, as it is now.
-    private:
-        Whether a repository that has to be made is private; None: as the Hub's settings say.
-    message:
-        Of the commit.
-    card:
-        The README.
-    picture:
-        PNG, where there was something to draw it with.
-    warnings:
-        Sentences for the user.
-    """
-
-    patch: Patch
-    base: Base
-    remote: Remote
-    private: bool | None
-    message: str
-    card: str
-    picture: bytes | None
-    warnings: tuple[str, ...]
-
-    @property
-    def files(self) -> list[str]:
-        """The names of what is sent."""
-        return [PATCH_NAME, "README.md", *([PICTURE_NAME] if self.picture else [])]
-
-
 @dataclass(frozen=True, slots=True)
-class Pushed:
+class PushResult:
     """What a push did.
 
     Attributes
@@ -73,11 +37,13 @@ class Pushed:
     url:
         The repository's page.
     created:
-        Whether the repository was made.
+        Whether the repository was created.
     changed:
-        Whether there is a new commit: there is none if all was there already.
+        Whether there is a new commit. There is none if all files were there already.
     card:
         The README.
+    neurons, tensors:
+        How many the patch has.
     """
 
     repo: str
@@ -86,10 +52,112 @@ class Pushed:
     url: str
     created: bool
     changed: bool
-    card: str
+    card: str = field(repr=False)
+    neurons: int
+    tensors: int
+
+    def __str__(self) -> str:
+        head = f"branch {self.branch}, commit {self.commit}"
+        if not self.changed:
+            return f"nothing to push: {self.repo} has this patch and this card already\n{head}"
+        created = f"created {self.repo}\n" if self.created else ""
+        return f"{created}pushed {_what(self.neurons, self.tensors)} to {self.url}\n{head}"
 
 
-@boundary
+@dataclass(frozen=True)
+class PushPlan:
+    """A planned push: everything is checked, and nothing is sent.
+
+    Attributes
+    ----------
+    patch, base:
+        The patch, and the model it was made from.
+    repository:
+        Where the patch goes, as it is now.
+    private:
+        Whether a new repository is private; None: as the user's settings on the Hub say.
+    message:
+        The commit message.
+    card:
+        The README.
+    figure:
+        PNG; None if there is nothing to draw it with.
+    warnings:
+        Sentences for the user.
+    """
+
+    patch: Patch
+    base: BaseModel
+    repository: Repository
+    private: bool | None
+    message: str
+    card: str = field(repr=False)
+    figure: bytes | None = field(repr=False)
+    warnings: tuple[str, ...]
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that are sent."""
+        return [PATCH_NAME, CARD_NAME, *([FIGURE_NAME] if self.figure else [])]
+
+    def __str__(self) -> str:
+        what = _what(self.patch.neurons, len(self.patch.tensors))
+        new = "" if self.repository.exists else ", a new repository"
+        return (
+            f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
+            f"base: {self.base.hub_id or 'unknown'}\n"
+            f"files: {', '.join(self.files)}\n"
+            f"commit message: {self.message}"
+        )
+
+    def describe(self) -> dict[str, object]:
+        """For JSON. What only `run` can tell is None or False."""
+        repository, source = self.repository, self.patch.source
+        return {
+            "patch": None if source is None else source.named,
+            "repo": repository.repo,
+            "revision": repository.branch,
+            "parent": repository.head,
+            "commit": None,
+            "url": None,
+            "created": False,
+            "changed": False,
+            "private": repository.private if repository.exists else self.private,
+            "files": self.files,
+            "message": self.message,
+            "base": self.base.repo,
+            "base_revision": self.base.revision,
+            "neurons": self.patch.neurons,
+            "selected": self.patch.neurons,
+            "card": self.card,
+            "warnings": list(self.warnings),
+        }
+
+    @boundary
+    def run(self) -> PushResult:
+        """Send the patch and its card; raises as `push`."""
+        patch, repository = self.patch, self.repository
+        with ExitStack() as stack:
+            if patch.path is not None:
+                patch.check_in_place()  # what is sent is what was checked
+            content = patch.path or stack.enter_context(patch.stream())
+            files = {PATCH_NAME: content, CARD_NAME: self.card.encode()}
+            if self.figure:
+                files[FIGURE_NAME] = self.figure
+            commit, parent = send_commit(repository, files, self.message, private=self.private)
+        return PushResult(
+            repo=repository.repo,
+            branch=repository.branch,
+            commit=commit,
+            url=page(repository.repo),
+            created=not repository.exists,
+            changed=commit != parent,
+            card=self.card,
+            neurons=patch.neurons,
+            tensors=len(patch.tensors),
+        )
+
+
 def push(
     patch: Patch | str | os.PathLike[str],
     repo: str,
@@ -101,46 +169,45 @@ def push(
     parent: str | None = None,
     replace_card: bool = False,
     progress: Progress = silent,
-) -> Pushed:
-    """Publish a patch on the Hugging Face Hub, with a model card: one commit, whole or not at all.
+) -> PushResult:
+    """Publish a patch on the Hugging Face Hub, with a model card: one commit, all or nothing.
 
-    The token is the one that huggingface_hub finds (``HF_TOKEN``, or ``hf auth login``).
+    huggingface_hub finds the token: ``HF_TOKEN``, or that of ``hf auth login``.
 
     Parameters
     ----------
     patch:
         A patch, its file, or the Hub id of another repository.
     repo:
-        ``org/name``. Made if it is not there.
+        ``org/name``; created if it does not exist.
     private:
-        Make it private. A public repository that is there already is then refused.
+        Create the repository as private. An existing public one is refused.
     revision:
-        A branch; made from main's head if it is not there. Default: main.
+        A branch; created from main if it does not exist. Default: main.
     message:
-        Of the commit.
+        The commit message.
     base:
-        ``org/name`` or ``org/name@revision`` of the base, where the patch does not know it.
+        ``org/name`` or ``org/name@revision`` of the base, if the patch does not name it.
     parent:
-        The commit that the branch must be at: what you looked at last.
+        The commit that must be the branch's head: the one that you looked at last.
     replace_card:
-        Write the card anew. Otherwise only the part that an earlier push wrote is, and the rest of a card
-        stays as its owner has it.
+        Write a new card. By default only the part that an earlier push wrote is updated, and the owner's
+        text is kept.
 
     Raises
     ------
     UsageError
-        If a name makes no sense, ``private`` does not fit the repository, or a named base is not there.
+        If a name is not valid, ``private`` does not fit the repository, or a named base does not exist.
     MismatchError
         If the branch is not at ``parent``, or moves on while the patch is sent; if ``base`` is not the one
-        the patch names; if the card that is there cannot be read.
+        that the patch names; if the card on the Hub cannot be read.
     CorruptFileError
-        If the patch's hashes do not match its content; nothing was sent.
+        If the patch's hashes do not match its content; nothing is sent.
     MachineError
         If the Hub refuses or cannot be reached. The branch is as it was.
     """
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
     plan = plan_push(
-        loaded,
+        patch,
         repo,
         private=private,
         revision=revision,
@@ -152,11 +219,12 @@ def push(
     )
     for warning in plan.warnings:
         log.warning("%s", warning)
-    return send(plan)
+    return plan.run()
 
 
+@boundary
 def plan_push(
-    patch: Patch,
+    patch: Patch | str | os.PathLike[str],
     repo: str,
     *,
     private: bool | None = None,
@@ -167,142 +235,71 @@ def plan_push(
     replace_card: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
-) -> Push:
-    """Check everything that `push` needs, and write the card; nothing is sent.
+) -> PushPlan:
+    """Check what `push` needs, and write the card; arguments and errors as there.
 
-    A ``dry_run`` does without the Hub where that refuses or cannot be reached: the card is then the one
-    of a new repository, and a warning says so.
+    With ``dry_run``, a Hub that refuses or cannot be reached is a warning: the card is then that of a
+    new repository.
     """
+    patch = patch if isinstance(patch, Patch) else Patch.load(patch)
     if not is_repo(repo):
         raise UsageError("not the name of a repository", file=repo, hint="name it as org/name")
-    origin = base_of(patch, base)
-    if repo == origin.repo:
+    base_model = BaseModel.of(patch, base)
+    if repo == base_model.repo:
         raise UsageError(
-            "that is the repository of the base itself", file=repo, hint="name one of the patch's own"
+            "this is the repository of the base itself", file=repo, hint="name a repository for the patch"
         )
     if message is not None and not message.strip():
-        raise UsageError("the commit's message is empty")
+        raise UsageError("the commit message is empty")
     check_patches([patch], progress)
     warnings = []
     try:
-        remote = read_remote(repo, revision or MAIN)
+        repository = read_repository(repo, revision or MAIN)
     except MachineError as error:
         if not dry_run:
             raise
-        remote = Remote(repo, revision or MAIN)
-        warnings.append(f"what is there already was not looked at: {error.what}")
+        repository = Repository(repo, revision or MAIN)
+        warnings.append(f"the repository on the Hub was not read: {error.what}")
     else:
-        _check_remote(remote, private, parent)
-    licence, warning = licence_of(origin, required=base is not None and not dry_run)
+        _check_repository(repository, private, parent)
+    licence, warning = read_licence(base_model, required=base is not None and not dry_run)
     if warning is not None:
         warnings.append(warning)
-    if origin.repo is None:
+    if base_model.hub_id is None:
         warnings.append(
-            "the patch does not know its base's Hub id, so the card names none: give it with --base"
+            "the patch does not say which Hub model is its base, so the card names none: name it with --base"
         )
-    picture = picture_of(patch)
+    figure = card_figure(patch)
     card = write_card(
         patch,
         repo,
-        origin,
+        base_model,
         licence,
-        picture=PICTURE_NAME if picture else None,
-        existing=None if replace_card else remote.card(),
+        figure=FIGURE_NAME if figure else None,
+        existing=None if replace_card else repository.card(),
     )
-    verb = "Update" if PATCH_NAME in remote.files else "Add"
-    said = message or f"{verb} neuron patch: {patch.neurons:,} neurons of {len(patch.tensors):,} tensors"
-    return Push(patch, origin, remote, private, said, card, picture, tuple(warnings))
+    if message is None:
+        verb = "Update" if PATCH_NAME in repository.files else "Add"
+        message = f"{verb} neuron patch: {_what(patch.neurons, len(patch.tensors))}"
+    return PushPlan(patch, base_model, repository, private, message, card, figure, tuple(warnings))
 
 
-def _check_remote(remote: Remote, private: bool | None, parent: str | None) -> None:
-    if private and remote.exists and not remote.private:
+def _check_repository(repository: Repository, private: bool | None, parent: str | None) -> None:
+    if private and repository.exists and not repository.private:
         raise UsageError(
-            "the repository is there already, and it is public",
-            file=remote.repo,
-            hint="push without --private, name another one, or make it private on its page",
+            "the repository exists already, and it is public",
+            file=repository.repo,
+            hint="push without --private, name another repository, or make this one private on its page",
         )
-    if parent is not None and parent != remote.head:
+    if parent is not None and parent != repository.head:
         raise MismatchError(
             "the repository is not at the commit that --parent names",
-            file=f"{remote.repo}@{remote.branch}",
+            file=str(repository.hub_id),
             expected=parent,
-            found=remote.head or "no repository",
-            hint="nothing was changed: look at what is new there, and name its commit",
+            found=repository.head or "no repository",
+            hint="nothing was changed: look at the new commit, and name it with --parent",
         )
 
 
-def send(plan: Push) -> Pushed:
-    """Carry out a planned push."""
-    if plan.patch.path is not None:
-        plan.patch.check_in_place()  # what is sent is what was checked
-    api, remote = client().HfApi(), plan.remote
-    named = f"{remote.repo}@{remote.branch}"
-    with hub_errors(named, doing="pushing to"):
-        parent = remote.head
-        if parent is None:
-            api.create_repo(remote.repo, private=plan.private)
-            parent = api.model_info(remote.repo).sha
-        with _telling_what_was_made(remote):
-            if not remote.has_branch and remote.branch != MAIN:
-                api.create_branch(remote.repo, branch=remote.branch, revision=parent, exist_ok=False)
-            with ExitStack() as stack:
-                operations = list(_operations(plan, stack))
-                # Large files are sent before the commit. Several at once would be sent by threads of the
-                # client's, which Ctrl-C has to wait for: so the picture, which is small, goes first.
-                for picture in operations[2:]:
-                    api.preupload_lfs_files(remote.repo, [picture], revision=remote.branch, free_memory=False)
-                try:
-                    done = api.create_commit(
-                        remote.repo,
-                        operations=operations,
-                        commit_message=plan.message,
-                        revision=remote.branch,
-                        parent_commit=parent,
-                    )
-                except ValueError as error:
-                    _raise_refused_card(error, remote)
-                    raise
-    return Pushed(
-        remote.repo,
-        remote.branch,
-        done.oid,
-        page(remote.repo),
-        not remote.exists,
-        done.oid != parent,
-        plan.card,
-    )
-
-
-def _operations(plan: Push, stack: ExitStack) -> Iterator[Any]:
-    """What the commit adds. A patch that was never saved is sent from where it lies."""
-    add = client().CommitOperationAdd
-    patch = plan.patch
-    yield add(PATCH_NAME, patch.path or stack.enter_context(patch.stream()))
-    yield add("README.md", plan.card.encode())
-    if plan.picture:
-        yield add(PICTURE_NAME, plan.picture)
-
-
-@contextmanager
-def _telling_what_was_made(remote: Remote) -> Iterator[None]:
-    """Say of a repository that was just made, and is left without a patch, that it is there."""
-    try:
-        with hub_errors(f"{remote.repo}@{remote.branch}", doing="pushing to"):
-            yield
-    except NeftError as error:
-        if not remote.exists:
-            error.hint = "; ".join(filter(None, [error.hint, "the repository was made, and is still empty"]))
-        raise
-
-
-def _raise_refused_card(error: ValueError, remote: Remote) -> None:
-    """The client asks the Hub about the front matter before it sends anything, and raises what it says."""
-    text = str(error)
-    if isinstance(error, client().errors.HfHubHTTPError) or "README.md" not in text:
-        return
-    reasons = "; ".join(line.lstrip("- ") for line in text.splitlines()[1:] if line.strip())
-    raise MismatchError(
-        f"the Hub does not take the card's front matter: {redacted(reasons)[:200] or 'no reason given'}",
-        file=remote.repo,
-        hint="correct it on the Hub, or write a new card over it with --replace-card",
-    ) from error
+def _what(neurons: int, tensors: int) -> str:
+    return f"{plural(neurons, 'neuron')} of {plural(tensors, 'tensor')}"

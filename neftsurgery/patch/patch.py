@@ -22,6 +22,7 @@ from ..tensors.document import bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
+from ..text import plural, size
 from .digests import DigestHash, digests
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]
@@ -92,6 +93,23 @@ class Patch(FileBacked):
         self.manifest = manifest
         self.tensors = tensors
         self.source = source
+
+    def __repr__(self) -> str:
+        return (
+            f"<Patch {self.name}: {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}>"
+        )
+
+    def __str__(self) -> str:
+        base = self.base.get("repo") or self.base.get("name") or "unknown"
+        undo = "reversible" if self.reversible else "not reversible: revert needs the base"
+        return "\n".join(
+            [
+                f"patch {self.name}, {size(self.nbytes)}",
+                f"  {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}, "
+                f"{plural(self.parameters, 'parameter')}",
+                f"  made from {base}; {undo}",
+            ]
+        )
 
     @classmethod
     @boundary

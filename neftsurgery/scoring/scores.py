@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, boundary
+from ..options import SelectOptions, split
 from ..selection.budget import Budget
 from ..selection.choice import Block, choose
 from ..selection.selection import Chosen, Selection
@@ -20,6 +21,7 @@ from ..tensors.arrays import Float32Array, Int64Array
 from ..tensors.document import bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.reader import TensorFile
+from ..text import plural, size
 from .scored_tensors import WHAT, CompanionBias, ScoredTensor, read_companion_biases, read_scored
 from .sum_batches import SumBatch, batches, has_sums
 
@@ -80,6 +82,21 @@ class Scores(FileBacked):
             raise bad(file, WHAT, "there are more elements than a model can have")
         return cls(file, facts, tensors, companion_biases)
 
+    def __repr__(self) -> str:
+        return f"<Scores {self.path or 'not saved'}: {self.score} of {self.neurons:,} neurons>"
+
+    def __str__(self) -> str:
+        units = f" in {plural(self.units, 'unit')}" if self.by_unit else ""
+        names = [side["name"] for key in ("base", "tuned") if isinstance(side := self.facts.get(key), dict)]
+        return "\n".join(
+            [
+                f"scores {self.path or '(not saved)'}, {size(self.nbytes)}",
+                f"  {self.score} of {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
+                f"{units} (anatomy {self.anatomy})",
+                *([f"  base {names[0]}, tuned {names[1]}"] if len(names) == 2 else []),
+            ]
+        )
+
     def values(self, name: str) -> Float32Array:
         """The scores of tensor ``name``, float32 ``[n]``; NaN for neurons that cannot be chosen."""
         values: Float32Array = self._file.array(name)
@@ -136,7 +153,7 @@ class Scores(FileBacked):
         return total
 
     @boundary
-    def select(self, **budget: Any) -> Selection:
+    def select(self, **budget: Unpack[SelectOptions]) -> Selection:
         """Choose neurons.
 
         Parameters
@@ -153,9 +170,7 @@ class Scores(FileBacked):
         MismatchError
             If no neuron can be chosen.
         """
-        like = budget.get("like")
-        if isinstance(like, Selection):
-            budget["like"] = like.counts
+        split("select", budget, SelectOptions)
         return self.choose(Budget.of(**budget))
 
     def choose(self, budget: Budget) -> Selection:
@@ -240,7 +255,7 @@ class Scores(FileBacked):
             changed = self.sums(name, "changed")
             if changed is None:
                 raise UsageError(
-                    "--changed needs the number of changed elements, and these scores do not have it",
+                    "[[changed]] needs the number of changed elements, and these scores do not have it",
                     file=self._file.path,
                     tensor=name,
                 )

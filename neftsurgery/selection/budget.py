@@ -1,7 +1,6 @@
 """How much to choose, and by which rule: values that are checked once, where they are made.
 
-Messages name the options as the command line spells them; in Python ``--max-per-tensor`` is
-``max_per_tensor``.
+Their options are declared in `neftsurgery.options`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from fractions import Fraction
 from typing import Any, Literal, cast, get_args
 
 from ..errors import UsageError
+from ..options import HasCounts
 
 __all__ = ["Amount", "Budget", "Per", "Policy"]
 
@@ -183,7 +183,7 @@ class Budget:
         params: Amount | str | int | None = None,
         threshold: float | None = None,
         changed: bool = False,
-        like: Mapping[str, int] | None = None,
+        like: HasCounts | Mapping[str, int] | None = None,
         per: str = "model",
         max_per_tensor: int | None = None,
         policy: str = "sensitive",
@@ -197,31 +197,32 @@ class Budget:
         UsageError
             As for the class, and for amounts that cannot be read.
         """
+        counts = like if like is None or isinstance(like, Mapping) else like.counts
         return cls(
-            neurons=_amount("--neurons", neurons),
-            params=_amount("--params", params),
-            threshold=None if threshold is None else _number("--threshold", threshold),
+            neurons=_amount("[[neurons]]", neurons),
+            params=_amount("[[params]]", params),
+            threshold=None if threshold is None else _number("[[threshold]]", threshold),
             changed=changed,
-            like=None if like is None else {name: _whole("--like", n) for name, n in like.items()},
+            like=None if counts is None else {name: _whole("[[like]]", n) for name, n in counts.items()},
             per=cast(Per, per),
-            max_per_tensor=None if max_per_tensor is None else _whole("--max-per-tensor", max_per_tensor),
+            max_per_tensor=None if max_per_tensor is None else _whole("[[max_per_tensor]]", max_per_tensor),
             policy=cast(Policy, policy),
-            seed=_whole("--seed", seed),
+            seed=_whole("[[seed]]", seed),
             with_bias=with_bias,
         )
 
     @property
     def option(self) -> str:
-        """The option that says how much, as the command line spells it: ``"--neurons"``."""
+        """The option that says how much, by its Python name."""
         return self._sizes()[0]
 
     def _sizes(self) -> list[str]:
         given = {
-            "--neurons": self.neurons is not None,
-            "--params": self.params is not None,
-            "--threshold": self.threshold is not None,
-            "--changed": self.changed,
-            "--like": self.like is not None,
+            "neurons": self.neurons is not None,
+            "params": self.params is not None,
+            "threshold": self.threshold is not None,
+            "changed": self.changed,
+            "like": self.like is not None,
         }
         return [option for option, is_given in given.items() if is_given]
 
@@ -230,34 +231,37 @@ class Budget:
         if not given:
             raise UsageError(
                 "nothing says how many neurons to choose",
-                hint="give one of --neurons, --params, --threshold, --changed and --like",
+                hint="give one of [[neurons]], [[params]], [[threshold]], [[changed]] and [[like]]",
             )
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} do not go together", hint="give only one of them")
+            raise UsageError(
+                f"{' and '.join(f'[[{name}]]' for name in given)} do not go together",
+                hint="give only one of them",
+            )
 
     def _check_values(self) -> None:
         if self.threshold is not None and not math.isfinite(self.threshold):
-            raise UsageError("--threshold must be a finite number", found=self.threshold)
+            raise UsageError("[[threshold]] must be a finite number", found=self.threshold)
         if self.max_per_tensor is not None and self.max_per_tensor < 1:
-            raise UsageError("--max-per-tensor must be at least 1", found=self.max_per_tensor)
+            raise UsageError("[[max_per_tensor]] must be at least 1", found=self.max_per_tensor)
         if self.seed < 0:
-            raise UsageError("--seed must not be negative", found=self.seed)
+            raise UsageError("[[seed]] must not be negative", found=self.seed)
         if self.per not in get_args(Per):
-            raise UsageError("--per must be model, layer or tensor", found=self.per)
+            raise UsageError("[[per]] must be model, layer or tensor", found=self.per)
         if self.policy not in get_args(Policy):
-            raise UsageError("--policy must be sensitive, reversed or random", found=self.policy)
+            raise UsageError("[[policy]] must be sensitive, reversed or random", found=self.policy)
         for name, count in (self.like or {}).items():
             if count < 0:
-                raise UsageError("--like asks for a negative number of neurons", tensor=name, found=count)
+                raise UsageError("[[like]] asks for a negative number of neurons", tensor=name, found=count)
 
     def _check_combinations(self) -> None:
         option = self.option
-        if option in ("--threshold", "--changed") and self.policy != "sensitive":
-            raise UsageError(f"{option} does not go with --policy {self.policy}")
-        if option in ("--changed", "--like") and self.per != "model":
-            raise UsageError(f"{option} does not go with --per {self.per}")
-        if option in ("--changed", "--like") and self.max_per_tensor is not None:
-            raise UsageError(f"{option} does not go with --max-per-tensor")
+        if option in ("threshold", "changed") and self.policy != "sensitive":
+            raise UsageError(f"[[{option}]] does not go with [[policy={self.policy}]]")
+        if option in ("changed", "like") and self.per != "model":
+            raise UsageError(f"[[{option}]] does not go with [[per={self.per}]]")
+        if option in ("changed", "like") and self.max_per_tensor is not None:
+            raise UsageError(f"[[{option}]] does not go with [[max_per_tensor]]")
 
     def check_units(self) -> None:
         """Refuse what the anatomy ``units`` has no meaning for: a unit lies in several tensors.
@@ -265,16 +269,16 @@ class Budget:
         Raises
         ------
         UsageError
-            For ``--per tensor``, ``--max-per-tensor`` and ``--like``.
+            For ``per="tensor"``, ``max_per_tensor`` and ``like``.
         """
         for option, is_given in (
-            ("--per tensor", self.per == "tensor"),
-            ("--max-per-tensor", self.max_per_tensor is not None),
-            ("--like", self.like is not None),
+            ("per=tensor", self.per == "tensor"),
+            ("max_per_tensor", self.max_per_tensor is not None),
+            ("like", self.like is not None),
         ):
             if is_given:
                 raise UsageError(
-                    f"{option} does not go with --anatomy units", hint="a unit lies in several tensors"
+                    f"[[{option}]] does not go with [[anatomy=units]]", hint="a unit lies in several tensors"
                 )
 
     def describe(self) -> dict[str, Any]:

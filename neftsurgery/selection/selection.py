@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
-from ..neurons.vectors import check_index
+from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array
 from ..tensors.document import bad, dump, read_document
@@ -21,10 +21,12 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
+from ..text import percent, plural
 
 __all__ = [
     "SELECTION_KEY",
     "Chosen",
+    "RowBlock",
     "Selection",
     "companion_biases",
     "index_dtype",
@@ -70,7 +72,17 @@ class Chosen:
         }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Chosen vectors ``[start, stop)`` (positions in the index) of one tensor, and their size."""
+
+    name: str
+    start: int
+    stop: int
+    nbytes: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Selection:
     """Chosen neurons by tensor name, with at least one each.
 
@@ -85,6 +97,25 @@ class Selection:
 
     tensors: Mapping[str, Chosen]
     facts: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"<Selection of {plural(self.neurons, 'neuron')} in {plural(len(self.tensors), 'tensor')}>"
+
+    def __str__(self) -> str:
+        facts = self.facts
+        budget = facts.get("budget")
+        how = [str(facts[key]) for key in ("policy", "score", "anatomy") if facts.get(key)]
+        if isinstance(budget, dict):
+            how += [f"{key} {value}" for key, value in budget.items() if key not in ("policy", "seed")]
+        lines = [
+            f"selection of {plural(self.neurons, 'neuron')} in {plural(len(self.tensors), 'tensor')}, "
+            f"{plural(self.parameters, 'parameter')}"
+        ]
+        if how:
+            lines.append(f"  chosen by {', '.join(how)}")
+        if isinstance(captured := facts.get("captured"), float):
+            lines.append(f"  it captures {percent(captured)} of the whole change")
+        return "\n".join(lines)
 
     def __iter__(self) -> Iterator[Chosen]:
         return iter(self.tensors.values())
@@ -102,6 +133,18 @@ class Selection:
     def parameters(self) -> int:
         """How many elements are chosen, bias elements included."""
         return sum(chosen.parameters for chosen in self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chosen vectors."""
+        return sum(chosen.parameters * chosen.info.type.itemsize for chosen in self)
+
+    def blocks(self) -> Iterator[RowBlock]:
+        """All chosen vectors, tensor by tensor, in ranges of bounded size."""
+        for name, chosen in self.tensors.items():
+            size = chosen.layout.width * chosen.info.type.itemsize
+            for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index)):
+                yield RowBlock(name, start, stop, (stop - start) * size)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""Where bytes come from: local paths, or a Hub id resolved to local files."""
+"""Where bytes come from: local paths, and Hub ids resolved to local files."""

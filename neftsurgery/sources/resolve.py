@@ -1,4 +1,4 @@
-"""From what a user names to a local path: a file, a folder, or a model of the Hugging Face Hub."""
+"""From the name that a user gives to a local path: a file, a folder, or a model of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from .hub import fetch_file, fetch_model
+from .hub_client import fetch_file, fetch_model
+from .hub_id import HubId
 
 __all__ = ["Source", "is_hub_id", "resolve", "resolve_file"]
 
@@ -25,9 +26,9 @@ class Source:
     path:
         The local file or folder.
     named:
-        As the user named it.
+        The name that the user gave.
     repo, revision:
-        For a Hub model its id and the commit that was resolved; otherwise ``None``.
+        Of a Hub model: ``org/name``, and the commit that the name stood for; otherwise ``None``.
     """
 
     path: Path
@@ -37,46 +38,47 @@ class Source:
 
     @property
     def local_name(self) -> str:
-        """The last part of the name: what a person calls it."""
+        """The name a person would use: the last part of a local path, or ``org/name`` of a Hub model."""
         return Path(os.path.abspath(self.path)).name if self.repo is None else self.repo
 
 
 def resolve(named: str | os.PathLike[str]) -> Source:
-    """Find what ``named`` means. An existing local path beats a Hub id.
+    """Find what ``named`` refers to. An existing local path takes precedence over a Hub id.
 
-    A Hub id (``org/name`` or ``org/name@revision``) is fetched into huggingface_hub's cache, or
-    found there.
+    The model of a Hub id (``org/name`` or ``org/name@revision``) is fetched into huggingface_hub's
+    cache, unless it is there already.
 
     Raises
     ------
     UsageError
-        If there is no such path, and no such repository or revision.
+        If there is no such path, repository or revision.
     MachineError
         If the Hub refuses (401, 403, gated) or cannot be reached.
     """
     text = os.fspath(named)
     path = Path(text)
-    if text and _is_there(path):
+    if text and _exists(path):
         if not path.exists():
-            raise UsageError("this is a link that leads nowhere", file=text)
+            raise UsageError("the symlink is broken: its target does not exist", file=text)
         if not (path.is_file() or path.is_dir()):
-            raise UsageError("this is a device, pipe or socket, not a file or folder", file=text)
+            raise UsageError("expected a file or folder, found a device, pipe or socket", file=text)
         return Source(path, text)
     if is_hub_id(named):
-        folder = fetch_model(text)
-        return Source(folder, text, text.partition("@")[0], folder.name)
+        hub_id = HubId.split(text)
+        folder = fetch_model(hub_id)
+        return Source(folder, text, hub_id.repo, folder.name)
     raise UsageError(
         "there is no such file or folder" + (", and it is not a Hub id" if text.count("/") == 1 else ""),
         file=text,
-        hint="name a .safetensors file, a folder of shards with their index, or org/name of the Hub",
+        hint="name a .safetensors file, a folder of shards with their index, or org/name on the Hub",
     )
 
 
 def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
-    """As `resolve`, where one file is wanted: of a Hub repository, ``filename`` and nothing else is fetched.
+    """As `resolve`, for one file: only ``filename`` is fetched from a Hub repository.
 
-    Whether a local path is a file, and there at all, is for whoever opens it to say. A name that ends in
-    ``.safetensors`` is always a path.
+    A local path is not checked: opening it will tell whether it exists and is a file. A name that ends
+    in ``.safetensors`` is always a path.
 
     Raises
     ------
@@ -88,8 +90,9 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
     text = os.fspath(named)
     if text.endswith(".safetensors") or not is_hub_id(named):
         return Source(Path(text), text)
-    file = fetch_file(text, filename)
-    return Source(file, text, text.partition("@")[0], file.parent.name)
+    hub_id = HubId.split(text)
+    file = fetch_file(hub_id, filename)
+    return Source(file, text, hub_id.repo, file.parent.name)
 
 
 def is_hub_id(named: str | os.PathLike[str]) -> bool:
@@ -98,13 +101,13 @@ def is_hub_id(named: str | os.PathLike[str]) -> bool:
     return (
         isinstance(named, str)
         and _HUB_ID.fullmatch(named) is not None
-        and not _is_there(path)
+        and not _exists(path)
         and not path.parent.is_file()
         and not (path.parent.is_dir() and named.endswith(".safetensors"))
     )
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         return path.exists() or path.is_symlink()
     except OSError as error:

@@ -1,6 +1,6 @@
-"""apply and revert: rows written into a copy of a checkpoint, or in place; checked before, never after.
+"""apply and revert: put every vector that patches touch into one of its two known states.
 
-Both are one operation: put every touched vector into one of its two known states.
+Everything is checked before the first byte is written.
 """
 
 from __future__ import annotations
@@ -9,40 +9,42 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
+from ..options import RunOptions, split
 from ..patch.patch import Patch
-from ..progress import Progress, Timing, silent
+from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import is_hub_id
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
-from .operation import Rows, Surgery, operate, touched_files
-from .replaced import BaseRows
+from .replaced import BaseRows, require_replaced
+from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
 from .state import LEFT_BEHIND, PatchState, check_fit, examine
+from .verb import running
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
 
-_Out = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
+_Rewrite = TypeVar("_Rewrite", bound=RewritePlan)
 
 log = logging.getLogger(__name__)
 
 
 @boundary
 def apply(
-    base: _Out,
-    patches: Patch | _Out | Sequence[Patch | _Out],
+    base: AnyPath,
+    patches: Patch | AnyPath | Sequence[Patch | AnyPath],
     *,
-    out: _Out | None = None,
+    out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Progress = silent,
-) -> None:
+    **options: Unpack[RunOptions],
+) -> RewriteResult:
     """Write a patched checkpoint.
 
     Parameters
@@ -58,7 +60,7 @@ def apply(
         Change ``base`` itself: only the touched rows are written, their old bytes journaled first.
     force:
         Replace ``out`` if it exists.
-    threads, memory:
+    threads, memory, progress:
         As in `diff`.
 
     Raises
@@ -70,33 +72,30 @@ def apply(
     CorruptFileError
         If a patch's hashes do not match its content, or a file is damaged.
     MachineError
-        If something cannot be read or written; ``base`` is as it was.
+        If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
+        ``base`` was cut short, and this user's commands did not make it: see `heal`.
     """
-    limits = Limits.of(threads, memory)
+    (run,) = split("apply", options, RunOptions)
+    limits, progress = running(run)
     if in_place:
         undo_unfinished(base)
     several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
     loaded = [_load(patch) for patch in several]
-    operate(
-        plan_apply(base, loaded, out=out, in_place=in_place, force=force, limits=limits, progress=progress),
-        limits=limits,
-        progress=progress,
-    )
+    plan = plan_apply(base, loaded, out=out, in_place=in_place, force=force, limits=limits, progress=progress)
+    return plan.run(limits=limits, progress=progress)
 
 
 @boundary
 def revert(
-    checkpoint: _Out,
-    patch: Patch | _Out,
+    checkpoint: AnyPath,
+    patch: Patch | AnyPath,
     *,
-    out: _Out | None = None,
+    out: AnyPath | None = None,
     in_place: bool = False,
-    base: _Out | None = None,
+    base: AnyPath | None = None,
     force: bool = False,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Progress = silent,
-) -> None:
+    **options: Unpack[RunOptions],
+) -> RewriteResult:
     """Take a patch out again: the replaced vectors come back, bit for bit.
 
     Parameters
@@ -107,7 +106,7 @@ def revert(
         The patch; if it is not reversible, ``base`` must be given.
     base:
         The checkpoint the patch was made from.
-    out, in_place, force, threads, memory:
+    out, in_place, force, threads, memory, progress:
         As in `apply`.
 
     Raises
@@ -115,26 +114,24 @@ def revert(
     UsageError, MismatchError, CorruptFileError, MachineError
         As `apply`; a `UsageError` also if the replaced values are neither in the patch nor in ``base``.
     """
-    limits = Limits.of(threads, memory)
+    (run,) = split("revert", options, RunOptions)
+    limits, progress = running(run)
     if in_place:
         undo_unfinished(checkpoint)
-    operate(
-        plan_revert(
-            checkpoint,
-            _load(patch),
-            base=base,
-            out=out,
-            in_place=in_place,
-            force=force,
-            limits=limits,
-            progress=progress,
-        ),
+    plan = plan_revert(
+        checkpoint,
+        _load(patch),
+        base=base,
+        out=out,
+        in_place=in_place,
+        force=force,
         limits=limits,
         progress=progress,
     )
+    return plan.run(limits=limits, progress=progress)
 
 
-def undo_unfinished(checkpoint: _Out) -> None:
+def undo_unfinished(checkpoint: AnyPath) -> None:
     """Before a change in place: undo an earlier one that was cut short, if this user's commands made it.
 
     Raises
@@ -146,38 +143,38 @@ def undo_unfinished(checkpoint: _Out) -> None:
         log.warning("%s: a change in place was cut short; it is undone", healed.checkpoint)
 
 
-def _load(patch: Patch | _Out) -> Patch:
+def _load(patch: Patch | AnyPath) -> Patch:
     return patch if isinstance(patch, Patch) else Patch.load(patch)
 
 
 def plan_apply(
-    base: _Out,
+    base: AnyPath,
     patches: Sequence[Patch],
     *,
-    out: _Out | None,
-    in_place: bool,
-    force: bool,
-    limits: Limits,
-    progress: Progress,
-) -> Surgery:
+    out: AnyPath | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> ApplyPlan:
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
-    rows = [Rows(patch, patch.values) for patch in patches]
-    return _plan(base, rows, "patched", out, in_place, force, limits, progress)
+    rows = [RowSource(patch, patch.values) for patch in patches]
+    return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
 def plan_revert(
-    checkpoint: _Out,
+    checkpoint: AnyPath,
     patch: Patch,
     *,
-    base: _Out | None,
-    out: _Out | None,
-    in_place: bool,
-    force: bool,
-    limits: Limits,
-    progress: Progress,
-) -> Surgery:
+    base: AnyPath | None = None,
+    out: AnyPath | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> RevertPlan:
     """Check everything that `revert` needs; nothing is written."""
     inputs = []
     if base is not None:
@@ -185,30 +182,27 @@ def plan_revert(
         check_fit(original, patch)
         inputs.append(original.source.path)
         read = BaseRows(patch, original).read
-    elif patch.reversible:
-        read = patch.base_values
     else:
-        raise UsageError(
-            "the patch does not hold the values it replaced",
-            file=patch.place,
-            hint="name the checkpoint it was made from with --base (or make patches with --reversible)",
-        )
-    return _plan(checkpoint, [Rows(patch, read)], "base", out, in_place, force, limits, progress, inputs)
+        require_replaced(patch, "revert")
+        read = patch.base_values
+    return _plan(
+        RevertPlan, checkpoint, [RowSource(patch, read)], out, in_place, force, limits, progress, inputs
+    )
 
 
 def _plan(
-    named: _Out,
-    rows: Sequence[Rows],
-    goal: str,
-    out: _Out | None,
+    kind: type[_Rewrite],
+    named: AnyPath,
+    rows: Sequence[RowSource],
+    out: AnyPath | None,
     in_place: bool,
     force: bool,
-    limits: Limits,
+    limits: Limits | None,
     progress: Progress,
     inputs: Sequence[Path] = (),
-) -> Surgery:
+) -> _Rewrite:
     if (out is None) == (not in_place):
-        raise UsageError("say where the result goes: either -o OUT or --in-place")
+        raise UsageError("say where the result goes: either [[out=...]] or [[in_place=True]]")
     if out is None and is_hub_id(named):
         raise _hub_in_place(os.fspath(named))
     checkpoint = open_checkpoint(named)
@@ -222,13 +216,14 @@ def _plan(
         sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
         refuse_output(out, inputs=sources, force=force, kind="file" if checkpoint.is_file else "directory")
         files = None if checkpoint.is_file else folder_files(checkpoint)
-    timing = Timing()
-    with timing.clock(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        states = examine(checkpoint, patches, limits=limits, progress=advance)
+    watch = Stopwatch()
+    with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
+        states = examine(checkpoint, patches, limits=limits or Limits.of(), progress=advance)
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
-    needed = not all(state.state == goal or _all_equal(state) for state in states)
-    return Surgery(checkpoint, rows, states, None if out is None else Path(out), force, files, needed, timing)
+    watch.bytes_read = checkpoint.bytes_read
+    place = None if out is None else Path(out)
+    return kind(checkpoint, rows, states, place, force, files, watch.timing)
 
 
 def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> None:
@@ -244,15 +239,11 @@ def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> 
             )
 
 
-def _all_equal(state: PatchState) -> bool:
-    return not any(tensor.base or tensor.patched for tensor in state.tensors.values())
-
-
 def _hub_in_place(named: str) -> UsageError:
     return UsageError(
         "a Hub model cannot be changed in place: its files belong to the cache",
         file=named,
-        hint="write a new checkpoint with -o OUT",
+        hint="write a new checkpoint with [[out=...]]",
     )
 
 
@@ -265,11 +256,11 @@ def _refuse_in_place(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
             raise UsageError(
                 "a symlink cannot be changed in place: what it points to may be shared",
                 file=path,
-                hint="write a new checkpoint with -o OUT, or name the real file",
+                hint="write a new checkpoint with [[out=...]], or name the real file",
             )
         if path.is_file() and path.stat().st_nlink > 1:
             raise UsageError(
                 "a file with several hard links cannot be changed in place: all of them would change",
                 file=path,
-                hint="write a new checkpoint with -o OUT",
+                hint="write a new checkpoint with [[out=...]]",
             )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,9 @@ from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fingerprint import fingerprint
 from ..errors import UsageError, boundary
-from ..neurons.anatomy import AxisOption, NeuronTensor
-from ..progress import Progress, Timing, silent
+from ..neurons.anatomy import NeuronTensor
+from ..options import DiffOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, split
+from ..progress import Progress, Stopwatch, silent
 from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
@@ -25,9 +28,10 @@ from ..storage.threads import Limits
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
-from .pairing import Pair, Scope, pair
+from .pairing import Pair, pair
+from .verb import running, warn
 
-__all__ = ["check_score", "describe_side", "describe_tensor", "diff", "score_pair"]
+__all__ = ["DiffPlan", "check_score", "describe_side", "describe_tensor", "diff", "plan_diff"]
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +39,99 @@ _SUMS = (("base_sq", "F64"), ("delta_sq", "F64"), ("dot", "F64"), ("changed", "I
 _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e-300, "changed": 1 << 62}
 
 
+@dataclass(frozen=True)
+class DiffPlan:
+    """Which checkpoints are compared and how; headers are read, no weight is. Made by `plan_diff`.
+
+    Attributes
+    ----------
+    pair:
+        The two checkpoints, and what is scored of them.
+    score, seed:
+        By which score; the seed is for ``random``.
+    out, force:
+        Where the scores go, and whether what is there is replaced. None: a temporary file.
+    """
+
+    pair: Pair
+    score: str = "cosine"
+    seed: int = 0
+    out: Path | None = None
+    force: bool = False
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Sentences for the user."""
+        return self.pair.anatomy.warnings
+
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        return {
+            "base": self.pair.base.name,
+            "tuned": self.pair.tuned.name,
+            "score": self.score,
+            "anatomy": self.pair.anatomy.name,
+            "scored_tensors": len(self.pair.anatomy.scored),
+            "common_tensors": len(self.pair.jobs),
+            "neurons": self.pair.neurons,
+            "units": self.pair.anatomy.unit_count,
+            "selected": 0,
+            "bytes_to_read": self.pair.nbytes,
+            "out": None if self.out is None else str(self.out),
+            "warnings": list(self.warnings),
+            **self.pair.describe(),
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Scores:
+        """Read both sides once, and write the scores."""
+        limits = limits or Limits.of()
+        base, tuned, jobs = self.pair.compared
+        kernels.prepare(job.info.dtype for job in jobs)
+        watch = Stopwatch()
+        before = self.pair.bytes_read
+        with watch.running():
+            facts = self._facts()
+            room = dump(
+                SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
+            )
+            with written_file(list(_entries(self.pair)), room, self.out, force=self.force) as written:
+                sink = _Sink(self.pair, self.score, self.seed, written.writer)
+                with progress("scoring", self.pair.nbytes) as advance:
+                    for result in stream(base, tuned, jobs, limits=limits, progress=advance):
+                        sink.take(result)
+                sink.finish()
+                for side in (self.pair.base, self.pair.tuned):
+                    side.check_unchanged()
+                written.writer.finish(
+                    dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
+                )
+            scores = Scores.read(written.reader())
+        watch.bytes_read = self.pair.bytes_read - before
+        scores.timing = watch.timing
+        return scores
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "version": SCORES_VERSION,
+            "score": self.score,
+            "anatomy": self.pair.anatomy.name,
+            "parameters": self.pair.base.parameters,
+            "base": describe_side(self.pair.base),
+            "tuned": describe_side(self.pair.tuned),
+            **({"seed": self.seed} if self.score == "random" else {}),
+            **self.pair.describe(),
+            "tensors": {t.info.name: describe_tensor(t) for t in self.pair.anatomy.scored},
+        }
+
+
 @boundary
 def diff(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
     *,
-    anatomy: str = "rows",
-    score: str = "cosine",
-    axis: AxisOption = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    only: Sequence[str] = (),
-    seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Progress = silent,
+    **options: Unpack[DiffOptions],
 ) -> Scores:
     """Score every neuron of a tuned checkpoint against its base.
 
@@ -60,22 +140,22 @@ def diff(
     base, tuned:
         Checkpoints: a file, a folder, or a Hub id. They may be sharded differently. ``tuned`` may be the
         folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32.
-    anatomy:
-        What counts as a neuron: ``rows``, ``ffn`` or ``units``.
-    score:
-        ``cosine``, ``l2``, ``relative``, ``changed``, ``random`` or ``norm``.
-    axis:
-        Patterns of tensor names to neuron axes (``{"*.kernel": 1}``), the last match wins.
-    include, exclude, only:
-        Patterns of tensors to score in addition, to leave out, and of the only ones to score.
-    seed:
-        For the score ``random``.
     out:
         Where to write the scores file. None: the scores live in a temporary file until saved.
     force:
         Replace ``out`` if it exists.
+    anatomy:
+        What counts as a neuron: ``rows`` (default), ``ffn`` or ``units``.
+    axis:
+        Patterns of tensor names to neuron axes (``{"*.kernel": 1}``), the last match wins.
+    include, exclude, only:
+        Patterns of tensors to score in addition, to leave out, and of the only ones to score.
+    score:
+        ``cosine`` (default), ``l2``, ``relative``, ``changed``, ``random`` or ``norm``.
+    seed:
+        For the score ``random``; by default 0.
     threads:
-        That read and score; by default two a processor. The result does not depend on it.
+        That read and score; by default two per core. The result does not depend on it.
     memory:
         Bytes of buffers and mapped files, by default 192 MiB. The result does not depend on it.
     progress:
@@ -92,21 +172,35 @@ def diff(
     MachineError
         If something cannot be read or written.
     """
+    scope, score, seed, run = split("diff", options, ScopeOptions, ScoreOptions, SeedOptions, RunOptions)
+    limits, progress = running(run)
+    plan = plan_diff(base, tuned, scope=Scope(**scope), **score, **seed, out=out, force=force)
+    warn(log, plan.warnings)
+    return plan.run(limits=limits, progress=progress)
+
+
+def plan_diff(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    scope: Scope,
+    score: str = "cosine",
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> DiffPlan:
+    """Read the headers of two checkpoints and check everything that `diff` needs."""
     check_score(score)
-    limits = Limits.of(threads, memory)
+    if seed < 0:
+        raise UsageError("[[seed]] must not be negative", found=seed)
     first, second = open_pair(base, tuned)
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    plan = pair(first, second, Scope(anatomy, axis, include, exclude, only))
-    for warning in plan.anatomy.warnings:
-        log.warning("%s", warning)
-    return score_pair(
-        plan, score, seed=seed, out=out, force=force, limits=limits, progress=progress, timing=Timing()
-    )
+    return DiffPlan(pair(first, second, scope), score, seed, None if out is None else Path(out), force)
 
 
 def check_score(score: str) -> None:
-    """Raise a `UsageError` for a score that there is not."""
+    """Raise a `UsageError` for an unknown score."""
     if score not in SCORES:
         raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
 
@@ -117,52 +211,6 @@ def describe_side(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.source.repo is not None:
         facts |= {"repo": checkpoint.source.repo, "revision": checkpoint.source.revision}
     return facts | {"fingerprint": fingerprint(checkpoint)}
-
-
-def score_pair(
-    plan: Pair,
-    score: str,
-    *,
-    seed: int = 0,
-    out: str | os.PathLike[str] | None = None,
-    force: bool = False,
-    limits: Limits,
-    progress: Progress = silent,
-    timing: Timing,
-) -> Scores:
-    """Carry out a planned comparison; adds to ``timing``."""
-    if seed < 0:
-        raise UsageError("--seed must not be negative", found=seed)
-    base, tuned, jobs = plan.compared
-    kernels.prepare(job.info.dtype for job in jobs)
-    before = plan.base.bytes_read + plan.tuned.bytes_read
-    with timing.clock():
-        sides = {"base": describe_side(plan.base), "tuned": describe_side(plan.tuned)}
-        facts = {
-            "version": SCORES_VERSION,
-            "score": score,
-            "anatomy": plan.anatomy.name,
-            "parameters": plan.base.parameters,
-            **sides,
-            **({"seed": seed} if score == "random" else {}),
-            **plan.describe(),
-            "tensors": {t.info.name: describe_tensor(t) for t in plan.anatomy.scored},
-        }
-        room = dump(SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(plan, _WIDEST)})
-        with written_file(list(_entries(plan)), room, out, force=force) as written:
-            sink = _Sink(plan, score, seed, written.writer)
-            with progress("scoring", plan.nbytes) as advance:
-                for result in stream(base, tuned, jobs, limits=limits, progress=advance):
-                    sink.take(result)
-            sink.finish()
-            for side in (plan.base, plan.tuned):
-                side.check_unchanged()
-            written.writer.finish(
-                dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
-            )
-        scores = Scores.read(written.reader())
-    timing.bytes_read += plan.base.bytes_read + plan.tuned.bytes_read - before
-    return scores
 
 
 def describe_tensor(tensor: NeuronTensor) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +18,22 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.vectors import block_memory
+from ..options import RunOptions, split
 from ..patch.lora import STEPS, LoraModule, adapter_config, next_step
 from ..patch.patch import Patch
-from ..progress import Progress, Timing, silent
+from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.output import staged_directory
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
 from ..tensors.writer import TensorFileWriter, written_file
-from .lora_plan import lora_modules, task_of
+from ..text import amount, percent, plural, size
+from .lora_modules import lora_modules, task_of
 from .replaced import replaced_rows, require_replaced
 from .state import check_fit
+from .verb import running, warn
 
-__all__ = ["Export", "export_lora", "plan_export", "write_adapter"]
+__all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +41,52 @@ _CHUNK_BYTES = 16 << 20  # of a factor that is filled column by column
 _BATCH_BYTES = 1 << 20  # of raw vectors, computed with at once
 
 
-@dataclass
-class Export:
-    """A planned export; what it gives is filled in as it is carried out.
+@dataclass(frozen=True)
+class ExportResult:
+    """The adapter that was written.
+
+    Attributes
+    ----------
+    out:
+        The adapter folder.
+    modules, rank:
+        What it changes, and at which rank.
+    elements, inexact:
+        Replaced elements; those which base plus update, added in float32 and rounded to the base's
+        dtype, does not give.
+    nbytes:
+        Bytes of the adapter's weights.
+    timing:
+        What it took.
+    """
+
+    out: Path
+    modules: Sequence[LoraModule] = field(repr=False)
+    rank: int
+    elements: int
+    inexact: int
+    nbytes: int
+    timing: Timing = field(default_factory=Timing, repr=False)
+
+    @property
+    def exactness(self) -> str:
+        """How exact base plus adapter is, in a sentence."""
+        if not self.inexact:
+            return f"base plus adapter is base plus patch in all {amount(self.elements)} elements"
+        share = percent(self.inexact / self.elements)
+        return (
+            f"{amount(self.inexact)} of {amount(self.elements)} elements ({share}) do not round back in the "
+            "float32 sum: they are off by the rounding of the difference"
+        )
+
+    def __str__(self) -> str:
+        what = f"{plural(len(self.modules), 'module')} at rank {self.rank}, {size(self.nbytes)}"
+        return f"{self.out}: {what}; {self.exactness}"
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything is checked, nothing is written. Made by `plan_export`.
 
     Attributes
     ----------
@@ -52,15 +98,10 @@ class Export:
         The rank that the patch needs, and the one that all modules are padded to.
     config:
         The content of ``adapter_config.json``.
+    out, force:
+        The adapter folder, and whether what is there is replaced.
     warnings:
         Sentences for the user.
-    elements, inexact:
-        Replaced elements; those which base plus update, added in float32 and rounded to the base's
-        dtype, does not give.
-    nbytes:
-        Bytes of the adapter's weights.
-    timing:
-        What it took so far.
     """
 
     patch: Patch
@@ -68,12 +109,64 @@ class Export:
     modules: Sequence[LoraModule]
     needed: int
     rank: int
-    config: dict[str, Any]
+    config: Mapping[str, Any]
+    out: Path
+    force: bool
     warnings: Sequence[str]
-    elements: int
-    nbytes: int
-    inexact: int = 0
-    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapter's weights, its header not counted."""
+        return sum(entry.nbytes for module in self.modules for entry in module.entries(self.rank))
+
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        return {
+            "patch": self.patch.name,
+            "out": str(self.out),
+            "modules": len(self.modules),
+            "neurons": self.patch.neurons,
+            "selected": self.patch.neurons,
+            "rank": self.rank,
+            "rank_needed": self.needed,
+            "elements": self.patch.parameters,
+            "bytes": self.nbytes,
+            "patch_bytes": self.patch.nbytes,
+            "warnings": list(self.warnings),
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> ExportResult:
+        """Write the adapter folder."""
+        limits = limits or Limits.of()
+        layouts = [tensor.layout for tensor in self.patch.tensors.values()]
+        workers = limits.workers(block_memory(layouts) + _CHUNK_BYTES)
+        entries = [entry for module in self.modules for entry in module.entries(self.rank)]
+        touched = [self.patch.tensors[module.tensor] for module in self.modules]
+        total = sum(tensor.count * tensor.vector_bytes for tensor in touched)
+        watch, inexact = Stopwatch(), 0
+        with watch.running(), staged_directory(self.out, force=self.force) as folder:
+            self.patch.check()
+            with written_file(entries, {"format": "pt"}, folder / WEIGHTS_NAME) as written:
+
+                def write(module: LoraModule) -> int:
+                    factors = _Factors(self, module, written.writer)
+                    return factors.write_rows() if module.rows else factors.write_columns()
+
+                with progress("exporting", total) as advance:
+                    for module, lost in in_order(write, self.modules, workers):
+                        inexact += lost
+                        tensor = self.patch.tensors[module.tensor]
+                        advance(tensor.count * tensor.vector_bytes)
+                written.writer.finish({"format": "pt"})
+            (folder / CONFIG_NAME).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+            self.patch.check_unchanged()
+            if self.base is not None:
+                self.base.check_unchanged()
+        watch.bytes_read = 2 * total
+        nbytes = (self.out / WEIGHTS_NAME).stat().st_size
+        return ExportResult(
+            self.out, self.modules, self.rank, self.patch.parameters, inexact, nbytes, watch.timing
+        )
 
 
 @boundary
@@ -85,10 +178,8 @@ def export_lora(
     rank: int | None = None,
     prefix: str = "",
     force: bool = False,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Progress = silent,
-) -> Export:
+    **options: Unpack[RunOptions],
+) -> ExportResult:
     """Write a patch as a LoRA adapter folder that PEFT loads.
 
     Parameters
@@ -107,12 +198,12 @@ def export_lora(
         for a GPT-2 that was saved without its head.
     force:
         Replace ``out`` if it exists.
-    threads, memory:
+    threads, memory, progress:
         As in `diff`.
 
     Returns
     -------
-    Export
+    ExportResult
         What was written, and how many elements the float32 sum does not round back.
 
     Raises
@@ -126,24 +217,23 @@ def export_lora(
     MachineError
         If something cannot be read or written.
     """
-    limits = Limits.of(threads, memory)
+    (run,) = split("export_lora", options, RunOptions)
+    limits, progress = running(run)
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
     plan = plan_export(loaded, out, base=base, rank=rank, prefix=prefix, force=force)
-    for warning in plan.warnings:
-        log.warning("%s", warning)
-    write_adapter(plan, out, force=force, limits=limits, progress=progress)
-    return plan
+    warn(log, plan.warnings)
+    return plan.run(limits=limits, progress=progress)
 
 
 def plan_export(
     patch: Patch,
     out: str | os.PathLike[str],
     *,
-    base: str | os.PathLike[str] | None,
-    rank: int | None,
-    prefix: str,
-    force: bool,
-) -> Export:
+    base: str | os.PathLike[str] | None = None,
+    rank: int | None = None,
+    prefix: str = "",
+    force: bool = False,
+) -> ExportPlan:
     """Check everything that `export_lora` needs; nothing is written."""
     original = None if base is None else open_checkpoint(base)
     inputs = [] if original is None else [original.source.path]
@@ -159,20 +249,19 @@ def plan_export(
     if next_step(chosen) != chosen:
         step = next_step(chosen)
         serve = f"serve it with --max-lora-rank {step}" if step else "vLLM will not serve it"
-        warnings.append(f"{chosen} is none of vLLM's ranks, {', '.join(map(str, STEPS))}: {serve}")
+        warnings.append(f"{chosen} is not one of vLLM's ranks, {', '.join(map(str, STEPS))}: {serve}")
     known = patch.base.get("repo") or patch.base.get("name")
     if original is not None and original.source.repo is not None:
         known = original.source.repo
     config = adapter_config(modules, chosen, known, task_of(original))
-    nbytes = sum(entry.nbytes for module in modules for entry in module.entries(chosen))
-    return Export(patch, original, modules, needed, chosen, config, warnings, patch.parameters, nbytes)
+    return ExportPlan(patch, original, modules, needed, chosen, config, Path(out), force, warnings)
 
 
 def _rank(patch: Patch, modules: Sequence[LoraModule], needed: int, rank: int | None) -> int:
     if rank is not None:
         if rank < needed:
             raise UsageError(
-                "--rank is too small for this patch",
+                "[[rank]] is too small for this patch",
                 file=patch.place,
                 tensor=next(module.tensor for module in modules if module.count == needed),
                 expected=f"at least {needed}, the neurons of its largest module",
@@ -188,54 +277,15 @@ def _rank(patch: Patch, modules: Sequence[LoraModule], needed: int, rank: int | 
             expected=f"at most {STEPS[-1]} neurons of one tensor",
             found=needed,
             hint="write the patched checkpoint: `neftsurgery apply BASE PATCH -o OUT`; or choose fewer with "
-            f"--max-per-tensor {STEPS[-1]}; for PEFT alone, --rank {needed}",
+            f"[[max_per_tensor={STEPS[-1]}]]; for PEFT alone, [[rank={needed}]]",
         )
     return step
-
-
-def write_adapter(
-    plan: Export,
-    out: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    limits: Limits,
-    progress: Progress = silent,
-) -> None:
-    """Carry out a planned export; fills in ``inexact``."""
-    patch, rank = plan.patch, plan.rank
-    layouts = [tensor.layout for tensor in patch.tensors.values()]
-    workers = limits.workers(block_memory(layouts) + _CHUNK_BYTES)
-    entries = [entry for module in plan.modules for entry in module.entries(rank)]
-    total = sum(
-        patch.tensors[module.tensor].count * patch.tensors[module.tensor].vector_bytes
-        for module in plan.modules
-    )
-    with plan.timing.clock(), staged_directory(out, force=force) as folder:
-        patch.check()
-        with written_file(entries, {"format": "pt"}, folder / WEIGHTS_NAME) as written:
-
-            def write(module: LoraModule) -> int:
-                factors = _Factors(plan, module, written.writer)
-                return factors.write_rows() if module.rows else factors.write_columns()
-
-            with progress("exporting", total) as advance:
-                for module, inexact in in_order(write, plan.modules, workers):
-                    plan.inexact += inexact
-                    tensor = patch.tensors[module.tensor]
-                    advance(tensor.count * tensor.vector_bytes)
-            written.writer.finish({"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        plan.patch.check_unchanged()
-        if plan.base is not None:
-            plan.base.check_unchanged()
-    plan.nbytes = (Path(out) / WEIGHTS_NAME).stat().st_size
-    plan.timing.bytes_read += 2 * total
 
 
 class _Factors:
     """Fills the two factors of one module. What is not written is zero."""
 
-    def __init__(self, plan: Export, module: LoraModule, writer: TensorFileWriter) -> None:
+    def __init__(self, plan: ExportPlan, module: LoraModule, writer: TensorFileWriter) -> None:
         self._plan, self._module, self._writer = plan, module, writer
         self._tensor = plan.patch.tensors[module.tensor]
         self._index = plan.patch.index(module.tensor)

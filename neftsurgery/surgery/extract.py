@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError, boundary
-from ..neurons.anatomy import AxisOption
-from ..neurons.vectors import block_memory, blocks, gather
+from ..neurons.vectors import block_memory, gather
+from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
 from ..patch.patch import Patch, Raw
-from ..patch.write import written_patch
-from ..progress import Progress, Timing, silent
+from ..patch.write import patch_bytes, written_patch
+from ..progress import Progress, Stopwatch, Timing, silent
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
-from ..selection.selection import Selection
+from ..selection.selection import RowBlock, Selection
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
 from ..version import __version__
-from .diff import check_score, describe_side, score_pair
-from .pairing import Scope, pair
+from .diff import DiffPlan, check_score, describe_side
+from .pairing import pair
+from .verb import running, warn
 
-__all__ = ["Extraction", "cut", "extract", "is_whole_change", "plan_extraction"]
+__all__ = ["ExtractPlan", "check_selection", "extract", "is_whole_change", "plan_extract"]
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Extraction:
-    """A planned extraction: the neurons are chosen, none is cut yet.
+@dataclass(frozen=True)
+class ExtractPlan:
+    """The neurons are chosen, none is cut out yet. Made by `plan_extract`, which scores first if need be.
 
     Attributes
     ----------
@@ -42,26 +44,95 @@ class Extraction:
         The checkpoints.
     selection:
         The neurons to cut out.
-    base_facts:
+    origin:
         What the manifest says of the base.
     captured_known:
         Whether the selection's captured share is about these checkpoints.
     scores:
         What they were chosen by, if they were scored here or in a file.
-    timing:
-        What it took so far.
+    reversible:
+        Whether the replaced values are kept.
+    out, force:
+        Where the patch goes, and whether what is there is replaced. None: a temporary file.
     warnings:
         Sentences for the user.
+    timing:
+        What choosing took.
     """
 
     base: Checkpoint
     tuned: Checkpoint
     selection: Selection
-    base_facts: dict[str, Any]
+    origin: Mapping[str, object]
     captured_known: bool
     scores: Scores | None = None
-    timing: Timing = field(default_factory=Timing)
+    reversible: bool = False
+    out: Path | None = None
+    force: bool = False
     warnings: Sequence[str] = ()
+    timing: Timing = field(default_factory=Timing)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the patch, as far as they are known beforehand."""
+        return patch_bytes(self.selection, self.reversible)
+
+    @property
+    def captured(self) -> Mapping[str, float]:
+        """``captured`` and ``captured_scored``, where they are known of these checkpoints."""
+        facts = self.selection.facts if self.captured_known else {}
+        return {key: facts[key] for key in ("captured", "captured_scored") if key in facts}
+
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        chosen = self.selection
+        return {
+            "base": self.base.name,
+            "tuned": self.tuned.name,
+            "neurons": self.scores.neurons if self.scores is not None else chosen.neurons,
+            "selected": chosen.neurons,
+            "selected_parameters": chosen.parameters,
+            "parameters": self.base.parameters,
+            "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
+            "captured": self.captured.get("captured"),
+            "captured_scored": self.captured.get("captured_scored"),
+            "whole_change": is_whole_change(self),
+            "reversible": self.reversible,
+            "bytes": self.nbytes,
+            "out": None if self.out is None else str(self.out),
+            "warnings": list(self.warnings),
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Patch:
+        """Cut the chosen neurons out, and write the patch."""
+        limits = limits or Limits.of()
+        chosen, sides = self.selection, (self.base, self.tuned)
+        watch = Stopwatch()
+        before = sum(side.bytes_read for side in sides)
+        with (
+            watch.running(),
+            written_patch(
+                chosen, _facts(self), self.out, reversible=self.reversible, force=self.force
+            ) as written,
+        ):
+
+            def copy(block: RowBlock) -> tuple[Raw, Raw]:
+                part = chosen.tensors[block.name]
+                index = part.index[block.start : block.stop]
+                rows = [gather(side, part.info, part.layout, index) for side in sides]
+                return written.writer.write_rows(block.name, block.start, rows[0], rows[1])
+
+            workers = limits.workers(block_memory(part.layout for part in chosen))
+            with progress("cutting out", 2 * chosen.nbytes) as advance:
+                for block, (old, new) in in_order(copy, chosen.blocks(), workers):
+                    written.writer.add_digests(block.name, old, new)
+                    advance(2 * block.nbytes)
+            for side in sides:
+                side.check_unchanged()
+        patch = written.result()
+        watch.bytes_read = sum(side.bytes_read for side in sides) - before
+        patch.timing = self.timing + watch.timing
+        return patch
 
 
 @boundary
@@ -71,19 +142,10 @@ def extract(
     selection: Selection | None = None,
     *,
     scores: Scores | None = None,
-    anatomy: str = "rows",
-    score: str = "cosine",
-    axis: AxisOption = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    only: Sequence[str] = (),
     reversible: bool = False,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Progress = silent,
-    **budget: Any,
+    **options: Unpack[CutOptions],
 ) -> Patch:
     """Cut the chosen neurons of a tuned checkpoint out as a patch on its base.
 
@@ -93,18 +155,20 @@ def extract(
         Checkpoints: a file, a folder, or a Hub id; ``tuned`` may be a PEFT LoRA adapter of the base, and
         counts as merged into it.
     selection:
-        The neurons to cut out. None: choose them by ``scores`` and ``budget``.
+        The neurons to cut out. None: choose them by ``scores`` and a budget.
     scores:
         Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``axis``,
         ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
     reversible:
         Keep the replaced values in the patch, so that it can be reverted without the base.
-    threads, memory:
-        As in `diff`.
     out:
         Where to write the patch. None: it lives in a temporary file until saved.
-    **budget:
-        As `Scores.select`: ``neurons="3%"`` and so on.
+    force:
+        Replace ``out`` if it exists.
+    neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias:
+        The budget, as in `Scores.select`: ``neurons="3%"`` and so on.
+    threads, memory, progress:
+        As in `diff`.
 
     Raises
     ------
@@ -117,55 +181,60 @@ def extract(
     MachineError
         If something cannot be read or written.
     """
-    limits = Limits.of(threads, memory)
-    plan = plan_extraction(
+    scope, score, budget, run = split(
+        "extract", options, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
+    )
+    limits, progress = running(run)
+    plan = plan_extract(
         base,
         tuned,
         selection,
         scores=scores,
-        scope=Scope(anatomy, axis, include, exclude, only),
-        score=score,
+        scope=Scope(**scope),
+        **score,
         budget=budget,
+        reversible=reversible,
         out=out,
         force=force,
         limits=limits,
         progress=progress,
     )
-    for warning in plan.warnings:
-        log.warning("%s", warning)
-    return cut(plan, reversible=reversible, out=out, force=force, limits=limits, progress=progress)
+    warn(log, plan.warnings)
+    return plan.run(limits=limits, progress=progress)
 
 
-def plan_extraction(
+def plan_extract(
     base: str | os.PathLike[str],
     tuned: str | os.PathLike[str],
-    selection: Selection | None,
+    selection: Selection | None = None,
     *,
-    scores: Scores | None,
-    scope: Scope,
-    score: str,
-    budget: dict[str, Any],
-    out: str | os.PathLike[str] | None,
-    force: bool,
-    limits: Limits,
-    progress: Progress,
-) -> Extraction:
-    """Choose the neurons, scoring the checkpoints first if need be."""
+    scores: Scores | None = None,
+    scope: Scope | None = None,
+    score: str = "cosine",
+    budget: Mapping[str, Any] | None = None,
+    reversible: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> ExtractPlan:
+    """Choose the neurons, scoring the checkpoints first if need be; ``budget`` as `SelectOptions`."""
     if selection is not None and (budget or scores is not None):
         raise UsageError("a selection does not go with scores or a budget", hint="give one or the other")
-    checked = None if selection is not None else _budget(budget)
+    checked = None if selection is not None else Budget.of(**(budget or {}))
     check_score(score)
     first, second = open_pair(base, tuned)
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    timing = Timing()
-    given, warnings = scores, list[str]()
+    given, warnings, timing = scores, list[str](), Timing()
     if selection is None and scores is None:
-        plan = pair(first, second, scope)
-        warnings += plan.anatomy.warnings
-        seed = int(budget.get("seed", 0))
-        scores = score_pair(plan, score, seed=seed, limits=limits, progress=progress, timing=timing)
-    with timing.clock():
+        seed = 0 if checked is None else checked.seed
+        comparison = DiffPlan(pair(first, second, scope or Scope()), score, seed)
+        warnings += comparison.warnings
+        scores = comparison.run(limits=limits, progress=progress)
+        timing = scores.timing
+    watch = Stopwatch()
+    with watch.running():
         if given is None and scores is not None:
             here = {"base": scores.facts["base"], "tuned": scores.facts["tuned"]}
         else:
@@ -181,13 +250,19 @@ def plan_extraction(
     check_selection(selection, first, second)
     if _same_files(selection.facts, "base", here["base"]) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
-    known = _same_files(selection.facts, "tuned", here["tuned"]) is True
-    return Extraction(first, second, selection, here["base"], known, scores, timing, warnings)
-
-
-def _budget(options: dict[str, Any]) -> Budget:
-    like = options.get("like")
-    return Budget.of(**(options | {"like": like.counts} if isinstance(like, Selection) else options))
+    return ExtractPlan(
+        first,
+        second,
+        selection,
+        here["base"],
+        _same_files(selection.facts, "tuned", here["tuned"]) is True,
+        scores,
+        reversible,
+        None if out is None else Path(out),
+        force,
+        warnings,
+        timing + watch.timing,
+    )
 
 
 def check_selection(selection: Selection, *sides: Checkpoint) -> None:
@@ -207,65 +282,15 @@ def check_selection(selection: Selection, *sides: Checkpoint) -> None:
                 )
 
 
-def cut(
-    plan: Extraction,
-    *,
-    reversible: bool = False,
-    out: str | os.PathLike[str] | None = None,
-    force: bool = False,
-    limits: Limits,
-    progress: Progress = silent,
-) -> Patch:
-    """Carry out a planned extraction."""
-    before = plan.base.bytes_read + plan.tuned.bytes_read
-    with plan.timing.clock():
-        facts = _facts(plan)
-        with written_patch(plan.selection, facts, out, reversible=reversible, force=force) as written:
-            writer = written.writer
-
-            def copy(block: _Block) -> tuple[Raw, Raw]:
-                chosen = plan.selection.tensors[block.name]
-                index = chosen.index[block.start : block.stop]
-                rows = [gather(side, chosen.info, chosen.layout, index) for side in (plan.base, plan.tuned)]
-                return writer.write_rows(block.name, block.start, rows[0], rows[1])
-
-            total = 2 * sum(len(c.index) * c.layout.width * c.info.type.itemsize for c in plan.selection)
-            workers = limits.workers(block_memory(chosen.layout for chosen in plan.selection))
-            with progress("cutting out", total) as advance:
-                for block, (old, new) in in_order(copy, _blocks(plan.selection), workers):
-                    writer.add_digests(block.name, old, new)
-                    advance(2 * block.nbytes)
-            for side in (plan.base, plan.tuned):
-                side.check_unchanged()
-        patch = written.result()
-    plan.timing.bytes_read += plan.base.bytes_read + plan.tuned.bytes_read - before
-    return patch
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    name: str
-    start: int
-    stop: int
-    nbytes: int
-
-
-def _blocks(selection: Selection) -> Iterator[_Block]:
-    for name, chosen in selection.tensors.items():
-        size = chosen.layout.width * chosen.info.type.itemsize
-        for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index)):
-            yield _Block(name, start, stop, (stop - start) * size)
-
-
-def _facts(plan: Extraction) -> dict[str, Any]:
+def _facts(plan: ExtractPlan) -> dict[str, Any]:
     """The manifest's ``base``, ``selection`` and ``created_by``."""
     facts = {key: value for key, value in plan.selection.facts.items() if key not in ("base", "tuned")}
     if not plan.captured_known:
         facts = {key: value for key, value in facts.items() if not key.startswith("captured")}
-    return {"base": plan.base_facts, "selection": facts, "created_by": f"neftsurgery {__version__}"}
+    return {"base": dict(plan.origin), "selection": facts, "created_by": f"neftsurgery {__version__}"}
 
 
-def is_whole_change(plan: Extraction) -> bool | None:
+def is_whole_change(plan: ExtractPlan) -> bool | None:
     """Whether base plus patch is the tuned model bit for bit; None if only a selection is known."""
     scores, chosen = plan.scores, plan.selection.tensors
     if scores is None or not plan.captured_known:

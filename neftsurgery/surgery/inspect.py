@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
-from typing import Any
+from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import MismatchError, UsageError, boundary
-from ..neurons.anatomy import AxisOption, read_anatomy
+from ..neurons.anatomy import read_anatomy
+from ..options import Scope, ScopeOptions, split
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
 from ..scoring.scores import SCORES_KEY, Scores
@@ -28,12 +29,7 @@ __all__ = ["inspect"]
 @boundary
 def inspect(
     named: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    *,
-    anatomy: str = "rows",
-    axis: AxisOption = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    only: Sequence[str] = (),
+    **options: Unpack[ScopeOptions],
 ) -> dict[str, Any]:
     """Tell what a file or folder holds; its ``kind`` first.
 
@@ -59,6 +55,8 @@ def inspect(
     CorruptFileError
         If it is damaged.
     """
+    (given,) = split("inspect", options, ScopeOptions)
+    scope = Scope(**given)
     if not isinstance(named, (str, os.PathLike)):
         if len(named) != 1:
             return _patches(named)
@@ -73,9 +71,7 @@ def inspect(
         if SELECTION_KEY in metadata:
             return _selection(Selection.load(source.path), os.fspath(named))
     checkpoint = Checkpoint.read(source)
-    found = read_anatomy(
-        anatomy, checkpoint.tensors, checkpoint.config, axis=axis, include=include, exclude=exclude, only=only
-    )
+    found = read_anatomy(scope.anatomy, checkpoint.tensors, checkpoint.config, **scope.patterns)
     facts = _checkpoint(checkpoint)
     tensors: list[dict[str, Any]] = [
         {

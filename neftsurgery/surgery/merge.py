@@ -5,27 +5,30 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, boundary
-from ..neurons.vectors import block_memory, blocks, gather
+from ..neurons.vectors import block_memory, gather
+from ..options import RunOptions, split
 from ..patch.digests import digests
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Patch, Raw
-from ..patch.write import written_patch
-from ..progress import Progress, Timing, silent
-from ..selection.selection import Selection
+from ..patch.write import patch_bytes, written_patch
+from ..progress import Progress, Stopwatch, Timing, silent
+from ..selection.selection import RowBlock, Selection
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
-from .merge_plan import Policy, check_patches, open_base, plan_union
+from .merge_checks import OverlapRule, check_patches, open_base, plan_union
+from .verb import running, warn
 
-__all__ = ["Merger", "merge", "plan_merge", "unite"]
+__all__ = ["MergePlan", "merge", "plan_merge"]
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +36,14 @@ I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Merger:
-    """A planned merge: everything is checked, nothing is written.
+class MergePlan:
+    """Everything is checked, nothing is written. Made by `plan_merge`.
 
     Attributes
     ----------
     patches:
         What is merged, in order.
-    policy:
+    rule:
         What is done with neurons that several replace.
     base:
         The checkpoint they were made from, where it was named.
@@ -52,21 +55,25 @@ class Merger:
         The rest of the manifest.
     reversible:
         Whether the result holds the replaced values.
+    out, force:
+        Where the result goes, and whether what is there is replaced. None: a temporary file.
     warnings:
         Sentences for the user.
     timing:
-        What it took so far.
+        What checking took.
     """
 
     patches: Sequence[Patch]
-    policy: Policy
+    rule: OverlapRule
     base: Checkpoint | None
     meetings: Mapping[str, Meeting]
     selection: Selection
     facts: Mapping[str, Any]
     reversible: bool
+    out: Path | None
+    force: bool
     warnings: Sequence[str]
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing
 
     @property
     def shared(self) -> int:
@@ -76,7 +83,65 @@ class Merger:
     @property
     def reads_base(self) -> bool:
         """Whether replaced values are read: to compute with, to keep, or to check a base that was named."""
-        return self.base is not None or self.reversible or self.policy.needs_base
+        return self.base is not None or self.reversible or self.rule.needs_base
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result, as far as they are known beforehand."""
+        return patch_bytes(self.selection, self.reversible)
+
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        return {
+            "patches": [patch.name for patch in self.patches],
+            **self.rule.describe(),
+            "neurons": self.selection.neurons,
+            "selected": self.selection.neurons,
+            "selected_parameters": self.selection.parameters,
+            "shared": self.shared,
+            "tensors": {name: len(part.index) for name, part in self.selection.tensors.items()},
+            "reversible": self.reversible,
+            "bytes": self.nbytes,
+            "out": None if self.out is None else str(self.out),
+            "warnings": list(self.warnings),
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Patch:
+        """Write the merged patch."""
+        limits = limits or Limits.of()
+        layouts = [chosen.layout for chosen in self.selection]
+        workers = limits.workers((len(self.patches) + 2) * block_memory(layouts) // 3)
+        watch = Stopwatch()
+        with (
+            watch.running(),
+            written_patch(
+                self.selection, self.facts, self.out, reversible=self.reversible, force=self.force
+            ) as written,
+        ):
+            least = _thresholds(self) if self.rule.name == "ties" else None
+
+            def join(block: RowBlock) -> tuple[Raw, Raw]:
+                tensor = _Rows(self, block.name, self.meetings[block.name].union[block.start : block.stop])
+                before = tensor.before()
+                old = tensor.old(before) if self.reads_base else None
+                parts = [part for _, part in tensor.held(least)]
+                dtype = self.selection.tensors[block.name].info.dtype
+                values = merge_rows(self.rule.name, dtype, parts, old, len(before))
+                return before, written.writer.write_values(block.name, block.start, before, values, old)
+
+            with progress("merging", self.selection.nbytes) as advance:
+                for block, (before, after) in in_order(join, self.selection.blocks(), workers):
+                    written.writer.add_digests(block.name, before, after)
+                    watch.bytes_read += block.nbytes
+                    advance(block.nbytes)
+            for patch in self.patches:
+                patch.check_unchanged()
+            if self.base is not None:
+                self.base.check_unchanged()
+                watch.bytes_read += self.base.bytes_read
+        merged = written.result()
+        merged.timing = self.timing + watch.timing
+        return merged
 
 
 @boundary
@@ -90,9 +155,7 @@ def merge(
     reversible: bool | None = None,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Patch:
     """Make one patch of several patches of one base.
 
@@ -121,7 +184,7 @@ def merge(
         Keep the replaced values; by default if every patch has them.
     out:
         Where to write the result. None: it lives in a temporary file until saved.
-    force, threads, memory:
+    force, threads, memory, progress:
         As in `diff`.
 
     Raises
@@ -137,105 +200,53 @@ def merge(
     MachineError
         If something cannot be read or written.
     """
-    limits = Limits.of(threads, memory)
+    (run,) = split("merge", options, RunOptions)
+    limits, progress = running(run)
     plan = plan_merge(
         [patch if isinstance(patch, Patch) else Patch.load(patch) for patch in patches],
-        Policy.of(on_overlap, weights, density, len(patches)),
+        OverlapRule.of(on_overlap, weights, density, len(patches)),
         base=base,
         reversible=reversible,
         out=out,
         force=force,
         progress=progress,
     )
-    for warning in plan.warnings:
-        log.warning("%s", warning)
-    return unite(plan, out=out, force=force, limits=limits, progress=progress)
+    warn(log, plan.warnings)
+    return plan.run(limits=limits, progress=progress)
 
 
 def plan_merge(
     patches: Sequence[Patch],
-    policy: Policy,
+    rule: OverlapRule,
     *,
-    base: str | os.PathLike[str] | None,
-    reversible: bool | None,
-    out: str | os.PathLike[str] | None,
-    force: bool,
+    base: str | os.PathLike[str] | None = None,
+    reversible: bool | None = None,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
     progress: Progress = silent,
-) -> Merger:
+) -> MergePlan:
     """Check everything that `merge` needs; nothing is written."""
     original = None if base is None else open_base(base, patches)
     if out is not None:
         inputs = [patch.path for patch in patches if patch.path is not None]
         inputs += [] if original is None else [original.source.path]
         refuse_output(out, inputs=inputs, force=force, kind="file")
-    timing = Timing()
+    watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
-    with timing.clock():
-        meetings, selection, facts, warnings = plan_union(patches, policy, original, keep)
+    with watch.running():
+        meetings, selection, facts, warnings = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
-    timing.bytes_read += sum(patch.value_bytes for patch in patches)
-    return Merger(patches, policy, original, meetings, selection, facts, keep, warnings, timing)
-
-
-def unite(
-    plan: Merger,
-    *,
-    out: str | os.PathLike[str] | None = None,
-    force: bool = False,
-    limits: Limits,
-    progress: Progress = silent,
-) -> Patch:
-    """Carry out a planned merge."""
-    layouts = [chosen.layout for chosen in plan.selection]
-    workers = limits.workers((len(plan.patches) + 2) * block_memory(layouts) // 3)
-    with (
-        plan.timing.clock(),
-        written_patch(plan.selection, plan.facts, out, reversible=plan.reversible, force=force) as written,
-    ):
-        least = _thresholds(plan) if plan.policy.name == "ties" else None
-
-        def join(block: _Block) -> tuple[Raw, Raw]:
-            tensor = _Rows(plan, block.name, plan.meetings[block.name].union[block.start : block.stop])
-            before = tensor.before()
-            old = tensor.old(before) if plan.reads_base else None
-            parts = [part for _, part in tensor.held(least)]
-            dtype = plan.selection.tensors[block.name].info.dtype
-            values = merge_rows(plan.policy.name, dtype, parts, old, len(before))
-            return before, written.writer.write_values(block.name, block.start, before, values, old)
-
-        total = sum(block.nbytes for block in _blocks(plan.selection))
-        with progress("merging", total) as advance:
-            for block, (before, after) in in_order(join, _blocks(plan.selection), workers):
-                written.writer.add_digests(block.name, before, after)
-                plan.timing.bytes_read += block.nbytes
-                advance(block.nbytes)
-        for patch in plan.patches:
-            patch.check_unchanged()
-        if plan.base is not None:
-            plan.base.check_unchanged()
-            plan.timing.bytes_read += plan.base.bytes_read
-    return written.result()
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    name: str
-    start: int
-    stop: int
-    nbytes: int
-
-
-def _blocks(selection: Selection) -> Iterator[_Block]:
-    for name, chosen in selection.tensors.items():
-        size = chosen.layout.width * chosen.info.type.itemsize
-        for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index)):
-            yield _Block(name, start, stop, (stop - start) * size)
+    watch.bytes_read = sum(patch.value_bytes for patch in patches)
+    place = None if out is None else Path(out)
+    return MergePlan(
+        patches, rule, original, meetings, selection, facts, keep, place, force, warnings, watch.timing
+    )
 
 
 class _Rows:
     """Some neurons of one tensor, as the patches that replace them have them."""
 
-    def __init__(self, plan: Merger, name: str, index: I64) -> None:
+    def __init__(self, plan: MergePlan, name: str, index: I64) -> None:
         self._plan, self._name, self._index = plan, name, index
         # All neurons that a patch has between the first and the last one are among them: they are of a union.
         self._held: list[tuple[int, I64, int, int]] = []
@@ -263,7 +274,7 @@ class _Rows:
                     "this is not the base that the patches were made from",
                     file=self._plan.base.name,
                     tensor=self._name,
-                    hint="name the right one with --base",
+                    hint="name the right one with [[base=...]]",
                 )
             return rows
         rows = np.zeros((len(self._index), chosen.layout.width * chosen.info.type.itemsize), np.uint8)
@@ -276,17 +287,17 @@ class _Rows:
         """The number of each patch that replaces any of them, with its new values."""
         for n, slots, low, high in self._held:
             values = self._plan.patches[n].values(self._name, low, high)
-            yield n, Part(slots, values, self._plan.policy.weights[n], least[n] if least else 0.0)
+            yield n, Part(slots, values, self._plan.rule.weights[n], least[n] if least else 0.0)
 
 
-def _thresholds(plan: Merger) -> list[float]:
+def _thresholds(plan: MergePlan) -> list[float]:
     """Per patch how large a difference must be for ``ties`` to keep it."""
-    found = [Magnitudes(plan.policy.density) for _ in plan.patches]
+    found = [Magnitudes(plan.rule.density) for _ in plan.patches]
     for again in (False, True):
         if again:
             for magnitudes in found:
                 magnitudes.settle()
-        for block in _blocks(plan.selection):
+        for block in plan.selection.blocks():
             meeting = plan.meetings[block.name]
             index = meeting.union[block.start : block.stop]
             common = np.isin(index, meeting.shared, assume_unique=True)

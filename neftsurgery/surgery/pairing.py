@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,34 +10,14 @@ from typing import Any
 from ..checkpoint.adapter import Adapted, InFloat32
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
-from ..neurons.anatomy import Anatomy, AxisOption, read_anatomy
+from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout
+from ..options import Scope
 from ..scoring.engine import Job
 from ..tensors.header import TensorInfo
 from ..tensors.weights import WeightReader
 
-__all__ = ["Pair", "Scope", "pair"]
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Which neurons are looked at.
-
-    Attributes
-    ----------
-    anatomy:
-        ``rows``, ``ffn`` or ``units``.
-    axis:
-        Patterns of tensor names to neuron axes, the last match wins.
-    include, exclude, only:
-        Patterns of tensors to add, to leave out, and of the only ones to score.
-    """
-
-    anatomy: str = "rows"
-    axis: AxisOption = ()
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    only: Sequence[str] = ()
+__all__ = ["Pair", "pair"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +81,16 @@ class Pair:
         return base, tuned, [Job(base.tensors[job.info.name], job.layout) for job in self.jobs]
 
     @property
+    def neurons(self) -> int:
+        """How many neurons are scored."""
+        return sum(t.layout.count if t.part is None else t.part.count for t in self.anatomy.scored)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read so far, of both."""
+        return self.base.bytes_read + self.tuned.bytes_read
+
+    @property
     def nbytes(self) -> int:
         """Bytes that comparing them reads."""
         return 2 * sum(job.info.nbytes for job in self.jobs)
@@ -127,15 +117,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     common = {name: info for name, info in base.tensors.items() if _same(info, tuned.tensors.get(name))}
     if not common:
         raise _nothing_common(base, tuned)
-    anatomy = read_anatomy(
-        scope.anatomy,
-        common,
-        base.config,
-        axis=scope.axis,
-        include=scope.include,
-        exclude=scope.exclude,
-        only=scope.only,
-    )
+    anatomy = read_anatomy(scope.anatomy, common, base.config, **scope.patterns)
     both = sorted(name for name in base.tensors.keys() & tuned.tensors.keys() if name not in common)
     result = Pair(
         base,
@@ -195,5 +177,5 @@ def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:
         f"no neuron of the anatomy {anatomy.name} can be scored",
         file=base.name,
         found=found,
-        hint="see --include, --axis and --anatomy",
+        hint="see [[include]], [[axis]] and [[anatomy]]",
     )

@@ -37,7 +37,7 @@ class BaseRows:
                 "this is not the base that the patch was made from",
                 file=self._base.name,
                 tensor=name,
-                hint="name the right one with --base",
+                hint="name the right one with [[base=...]]",
             )
         return rows
 
@@ -63,7 +63,8 @@ def require_replaced(patch: Patch, what: str) -> None:
     """Raise a `UsageError` unless the patch holds the vectors it replaced, which ``what`` needs."""
     if not patch.reversible:
         raise UsageError(
-            f"{what} needs the values that the patch replaced, and it does not hold them",
+            f"{what} needs the values that the patch replaced, and the patch does not hold them",
             file=patch.place,
-            hint="name the checkpoint it was made from with --base (or make patches with --reversible)",
+            hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
+            "that hold them",
         )

@@ -58,6 +58,11 @@ class PatchState:
         """The state of all touched tensors together."""
         return overall(self.tensors.values())
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether old and new vectors are equal throughout."""
+        return not any(tensor.base or tensor.patched for tensor in self.tensors.values())
+
 
 def overall(tensors: Iterable[TensorState]) -> State:
     """The state of several tensors together."""

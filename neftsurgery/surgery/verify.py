@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Unpack
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..errors import boundary
+from ..options import RunOptions, split
 from ..patch.patch import Patch
-from ..progress import Progress, Timing, silent
+from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.threads import Limits
-from .state import PatchState, State, TensorState, examine
+from ..text import plural
+from .state import State, TensorState, check_fit, examine
+from .verb import running
 
-__all__ = ["Verification", "verify"]
+__all__ = ["Verification", "VerifyPlan", "plan_verify", "verify"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify` found.
 
@@ -32,6 +37,17 @@ class Verification:
     tensors: dict[str, TensorState]
     timing: Timing = field(default_factory=Timing)
 
+    @property
+    def neurons(self) -> int:
+        """How many vectors were compared."""
+        return sum(t.base + t.patched + t.both + t.neither for t in self.tensors.values())
+
+    def __str__(self) -> str:
+        return f"{self.state}: {plural(self.neurons, 'neuron')} in {plural(len(self.tensors), 'tensor')}"
+
+    def __repr__(self) -> str:
+        return f"<Verification {self}>"
+
     def holds(self, expected: str | None = None) -> bool:
         """Whether all vectors are as in the base, or all as patched; or as ``expected``."""
         if expected is None:
@@ -40,14 +56,38 @@ class Verification:
         return not any(tensor.neither or getattr(tensor, wrong) for tensor in self.tensors.values())
 
 
+@dataclass(frozen=True)
+class VerifyPlan:
+    """What is compared: a checkpoint, and a patch that fits it. Made by `plan_verify`."""
+
+    checkpoint: Checkpoint
+    patch: Patch
+
+    def describe(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "checkpoint": self.checkpoint.name,
+            "patch": self.patch.name,
+            "neurons": self.patch.neurons,
+            "tensors": list(self.patch.tensors),
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
+        """Compare every vector that the patch touches."""
+        watch = Stopwatch()
+        with watch.running(), progress("checking", self.patch.value_bytes) as advance:
+            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), progress=advance)
+            self.checkpoint.check_unchanged()
+            self.patch.check_unchanged()
+        watch.bytes_read = self.checkpoint.bytes_read
+        return Verification(found.state, found.tensors, watch.timing)
+
+
 @boundary
 def verify(
     checkpoint: str | os.PathLike[str],
     patch: Patch | str | os.PathLike[str],
-    *,
-    threads: int | None = None,
-    memory: int | None = None,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Verification:
     """Compare every vector that a patch touches with its state before and after.
 
@@ -55,7 +95,7 @@ def verify(
     ----------
     checkpoint, patch:
         A checkpoint, and a patch or its path.
-    threads, memory:
+    threads, memory, progress:
         As in `diff`.
 
     Raises
@@ -65,12 +105,14 @@ def verify(
     CorruptFileError
         If the patch does not match its own hashes, or a file is damaged.
     """
-    timing = Timing()
+    (run,) = split("verify", options, RunOptions)
+    limits, progress = running(run)
+    return plan_verify(checkpoint, patch).run(limits=limits, progress=progress)
+
+
+def plan_verify(checkpoint: str | os.PathLike[str], patch: Patch | str | os.PathLike[str]) -> VerifyPlan:
+    """Read the headers of both and check that they fit each other."""
     opened = open_checkpoint(checkpoint)
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    with timing.clock(), progress("checking", loaded.value_bytes) as advance:
-        found: PatchState = examine(opened, [loaded], limits=Limits.of(threads, memory), progress=advance)[0]
-        opened.check_unchanged()
-        loaded.check_unchanged()
-    timing.bytes_read = opened.bytes_read
-    return Verification(found.state, found.tensors, timing)
+    check_fit(opened, loaded)
+    return VerifyPlan(opened, loaded)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from ..errors import boundary
+from ..progress import Timing
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
 from .reader import TensorFile
@@ -17,6 +18,9 @@ __all__ = ["FileBacked"]
 
 class FileBacked:
     """A value whose content stays in its file, which it holds open; saved by copying that file."""
+
+    #: What making it took, where a verb made it.
+    timing: Timing = Timing()
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file

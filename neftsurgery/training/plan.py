@@ -28,7 +28,7 @@ from ..sources.resolve import is_hub_id
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from ..surgery.diff import describe_side
-from ..surgery.extract import check_selection, plan_extraction
+from ..surgery.extract import check_selection, plan_extract
 from ..surgery.pairing import pair
 from ..tuning.names import live_names
 from .arguments import arguments
@@ -274,9 +274,9 @@ def _choose(recipe: Recipe, base: Checkpoint, limits: Limits, progress: Progress
         return _Choice(found.anatomy, warnings=list(found.anatomy.warnings))
     assert path is not None  # the recipe was checked
     if by == "tuned":
-        plan = plan_extraction(
-            recipe.model, path, None, scores=None, scope=select.scope, score=select.score or "cosine",
-            budget=budget_of(recipe), out=None, force=False, limits=limits, progress=progress,
+        plan = plan_extract(
+            recipe.model, path, scope=select.scope, score=select.score or "cosine",
+            budget=budget_of(recipe), limits=limits, progress=progress,
         )  # fmt: skip
         return _Choice(None, plan.selection, plan.scores, list(plan.warnings))
     if by == "scores":

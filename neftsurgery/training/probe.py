@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer
 
 from ..checkpoint.opening import open_checkpoint
-from ..progress import Timing
 from ..scoring.scores import Scores
 from ..storage.threads import Limits
-from ..surgery.diff import score_pair
+from ..surgery.diff import DiffPlan
 from ..surgery.pairing import pair
 from .arguments import arguments
 from .gradients import gradient_scores
@@ -86,10 +85,9 @@ def _finetuned(plan: TrainingPlan, place: Workplace, limits: Limits, say: Callab
     model.to(device="cpu", dtype=kind).save_pretrained(place.probe / "tuned")
     del trainer, model
     tuned = open_checkpoint(place.probe / "tuned")
-    scores = score_pair(
-        pair(plan.base, tuned, recipe.select.scope), recipe.select.score or "cosine", seed=recipe.select.seed,
-        out=place.scores, limits=limits, timing=Timing(),
-    )  # fmt: skip
+    sides = pair(plan.base, tuned, recipe.select.scope)
+    comparison = DiffPlan(sides, recipe.select.score or "cosine", recipe.select.seed, place.scores)
+    scores = comparison.run(limits=limits)
     plan.base.close()
     tuned.close()
     shutil.rmtree(place.probe)

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..options import Scope
 from ..sources.resolve import is_hub_id
-from ..surgery.pairing import Scope
 
 __all__ = ["Data", "Probe", "Recipe", "Select", "Train"]
 

@@ -18,7 +18,7 @@ from support import Result, snapshot, write_folder
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.healing import heal_recorded, plan_heal
-from neftsurgery.surgery import operation
+from neftsurgery.surgery import rewrite
 
 Run = Callable[..., Result]
 
@@ -32,7 +32,7 @@ def cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pa
     tuned = write_folder(tmp_path / "tuned", {n: a + 1 for n, a in arrays.items()}, 2)
     ns.extract(base, tuned, neurons="40%", out=tmp_path / "patch").close()
     before = snapshot(base)
-    write, calls = operation._write_rows, []
+    write, calls = rewrite._write_rows, []
 
     def torn(*args: object) -> None:
         calls.append(args)
@@ -41,8 +41,8 @@ def cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pa
         write(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as broken:
-        broken.setattr(operation, "_write_rows", torn)
-        broken.setattr(operation, "heal_recorded", lambda source: None)
+        broken.setattr(rewrite, "_write_rows", torn)
+        broken.setattr(rewrite, "heal_recorded", lambda source: None)
         with pytest.raises(KeyboardInterrupt):
             ns.apply(base, tmp_path / "patch", in_place=True, threads=1)
     assert snapshot(base) != before

@@ -14,7 +14,7 @@ from support import snapshot, write_folder
 import neftsurgery as ns
 from neftsurgery.checkpoint import journal_record
 from neftsurgery.checkpoint.journal_record import forget, is_recorded, record
-from neftsurgery.surgery import operation
+from neftsurgery.surgery import rewrite
 
 SHA = "ab" * 32
 
@@ -61,14 +61,14 @@ def test_the_record_is_there_before_the_first_weight_byte_and_gone_afterwards(
 ) -> None:
     base, patch = setting
     seen = []
-    write = operation._write_rows
+    write = rewrite._write_rows
 
     def noted(*args: object) -> None:
         journal = (base / ".neft-journal").read_bytes()
         seen.append((hashlib.sha256(journal).hexdigest(), os.listdir(state)))
         write(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(operation, "_write_rows", noted)
+    monkeypatch.setattr(rewrite, "_write_rows", noted)
     ns.apply(base, patch, in_place=True)
     assert len(seen) == 1
     assert seen[0][1] == [seen[0][0]]
@@ -120,8 +120,8 @@ def test_without_a_home_heal_still_works(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(operation, "_write_rows", torn)
-        broken.setattr(operation, "heal_recorded", lambda source: None)
+        broken.setattr(rewrite, "_write_rows", torn)
+        broken.setattr(rewrite, "heal_recorded", lambda source: None)
         with pytest.raises(KeyboardInterrupt):
             ns.apply(base, patch, in_place=True)
     no_home(state, monkeypatch)

@@ -1,4 +1,4 @@
-"""A Hub that all tests of this folder share, emptied for each."""
+"""The Hub that the tests of this folder share, emptied before each test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_support import WRITER, Hub, hub_process, run_against, run_several
+from card_support import LLAMA
+from hub_support import WRITER, Hub, hub_process, patch_of, run_against, run_several
 from support import Result
 
 import neftsurgery as ns
@@ -48,7 +49,33 @@ def several(hub: Hub, tmp_path: Path) -> Callable[..., list[Result]]:
 
 @pytest.fixture
 def patch_file(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A patch of 20 neurons of ``base``, which it knows as a local folder only."""
+    """A patch of 20 neurons of ``base``, which it knows only as a local folder."""
     base, tuned = pair
     ns.extract(base, tuned, neurons=20, out=tmp_path / "p.safetensors").close()
     return tmp_path / "p.safetensors"
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> ns.Patch:
+    """A patch of `LLAMA` that says how it was chosen and trained."""
+    training = {"data": "mine.jsonl", "steps": 30, "learning_rate": 2e-5, "dev_loss": 1.25}
+    selection = {"score": "cosine", "budget": {"neurons": "3%"}, "captured": 0.6687, "captured_scored": 0.731}
+    return patch_of(
+        tmp_path / "llama.safetensors",
+        LLAMA,
+        selection=selection,
+        training=training,
+        created_by="neftsurgery",
+    )
+
+
+@pytest.fixture
+def furnished(hub: Hub) -> Hub:
+    """A Hub with repositories that a refused push must leave unchanged."""
+    hub.make("me/there", {"notes.txt": b"mine"})
+    hub.make("org/base", {"README.md": b"---\nlicense: mit\n---\n"})
+    hub.make("me/badcard", {"README.md": b"---\n{: [\n---\ntext\n"})
+    hub.make("me/lostmark", {"README.md": b"---\ntags: []\n---\n<!-- neftsurgery:begin -->\nx\n"})
+    hub.make("me/binary", {"README.md": b"caf\xe9"})
+    hub.make("me/badlicence", {"README.md": b"---\nlicense: refuse-me\n---\ntext\n"})
+    return hub

@@ -1,4 +1,4 @@
-"""A Hub on loopback, a process of its own: the calls that huggingface_hub makes, over repositories in memory.
+"""A Hub on loopback, in its own process: it answers the calls of huggingface_hub from repositories in memory.
 
 ``python hub_server.py`` prints its address. It is told what to do at ``/_control`` (JSON): make a repository,
 fail the next calls that match, hold them; and tells at ``/_state`` what it holds and which calls came.
@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_store import Commit, Hub, Repo, blob_name, card_data, is_lfs
 
-#: Who is who. A token that is not here is refused, as the Hub does.
+#: Users by token. Other tokens are refused, as on the Hub.
 USERS = {
     "hf_writerwriterwriter": "writer",
     "hf_readerreaderreader": "reader",
@@ -39,7 +39,7 @@ class Refusal(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else every answer waits for the client to say that it has the head
+    disable_nagle_algorithm = True  # else every answer waits until the client has acknowledged the header
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
             HUB.released.wait()
             if generation != HUB.generation:
                 return self.hang_up()
-        if self.fault and "cut_upload" in self.fault:  # half of what is sent is read, then the line is dead
+        if self.fault and "cut_upload" in self.fault:  # read half of the upload, then drop the connection
             self.rfile.read(int(self.headers["Content-Length"]) // 2)
             return self.hang_up()
         body = self.body()
@@ -127,7 +127,7 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, refusal: Refusal) -> None:
         headers = {"Retry-After": "0"} if refusal.status in (429, 500, 502, 503, 504) else {}
         headers |= {"X-Error-Code": refusal.code} if refusal.code else {}
-        # The worst a server can do: it says what it was told, secrets included.
+        # The worst that a server can do: repeat what it was told, secrets included.
         said = refusal.message or f"no: {self.headers.get('Authorization')} https://cdn/x?{SIGNATURE}"
         self.reply(
             {"error": said, "errors": [{"message": said}]},
@@ -306,7 +306,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit.oid})
         blob = commit.files[path]
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob}"', "Accept-Ranges": "bytes"}
-        if is_lfs(path):  # kept elsewhere, at an address that is signed
+        if is_lfs(path):  # stored elsewhere, at a signed address
             headers |= {"X-Linked-Etag": f'"{blob}"', "X-Linked-Size": str(len(HUB.blobs[blob]))}
             headers["Location"] = f"{storage()}/{name}/{blob}?{SIGNATURE}"
             return self.reply(b"", 302, headers)
@@ -409,7 +409,7 @@ def address() -> str:
 
 
 def storage() -> str:
-    """Where large files are: for a client that is another host, to which no token may go."""
+    """Where large files are stored. For a client this is another host, to which no token may be sent."""
     return f"http://localhost:{SERVER[0].server_port}/_storage"
 
 
@@ -422,7 +422,7 @@ def main() -> None:
 
 
 def _leave_with_parent() -> None:
-    """Whoever started it holds its standard input: when that closes, nobody needs it any more."""
+    """End when standard input closes: the process that started the server has ended."""
     sys.stdin.read()
     SERVER[0].shutdown()
 

@@ -1,4 +1,4 @@
-"""What the tests' Hub holds: repositories with commits and branches, and the content of files by its hash."""
+"""The data of the tests' Hub: repositories with commits and branches, and the content of files by hash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Repo:
     gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
-    lfs: set[str] = field(default_factory=set)  # blobs that were uploaded as such, committed or not
+    lfs: set[str] = field(default_factory=set)  # uploaded large files, committed or not
 
     def commit_of(self, revision: str) -> Commit | None:
         return self.commits.get(self.refs.get(revision, revision))
@@ -40,7 +40,7 @@ class Hub:
     sent: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     released: threading.Event = field(default_factory=threading.Event)
-    generation: int = 0  # grows with every reset: calls from before are not for what is there now
+    generation: int = 0  # incremented by every reset, so that calls from before it are dropped
 
     def make(self, name: str, *, private: bool = False, gated: bool = False) -> Repo:
         repo = self.repos[name] = Repo(private, gated)
@@ -89,7 +89,7 @@ def is_lfs(path: str) -> bool:
 
 
 def card_data(readme: str) -> object:
-    """The front matter; nothing for what is none, as the Hub does."""
+    """The front matter; None if there is none, as on the Hub."""
     match = re.match(r"\s*---\n(.*?)\n---\n", readme, re.DOTALL)
     try:
         return yaml.safe_load(match[1]) if match else None

@@ -24,7 +24,7 @@ import neftsurgery as ns
 WRITER, READER, PLAIN = "hf_writerwriterwriter", "hf_readerreaderreader", "plainsecretplainsecret"
 SIGNATURE = "5ec2e75167a7u2e"
 SERVER = Path(__file__).with_name("hub_server.py")
-#: Nothing a test prints may hold one of these.
+#: No output may contain one of these.
 SECRETS = (WRITER, READER, PLAIN, SIGNATURE)
 
 
@@ -40,7 +40,7 @@ class Hub:
             return json.load(answer)
 
     def make(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> str:
-        """A repository, or one more commit of it; its head."""
+        """Create a repository, or add a commit to it; returns its head."""
         encoded = {path: base64.b64encode(data).decode() for path, data in (files or {}).items()}
         return self.ask("make", name=name, files=encoded, **options)
 
@@ -48,7 +48,7 @@ class Hub:
         return base64.b64decode(self.ask("read", name=name, path=path, revision=revision))
 
     def fault(self, match: str, **what: Any) -> None:
-        """What becomes of the next calls that match ``METHOD /path``: status, code, hold, cut_upload, …"""
+        """Have the next calls that match ``METHOD /path`` fail by status, code, hold, cut_upload, …"""
         self.ask("fault", match=match, **what)
 
     @property
@@ -61,7 +61,7 @@ class Hub:
         return self.state["repos"]
 
     def environment(self, home: Path, token: str | None = WRITER) -> dict[str, str]:
-        """For a process that takes this for the Hub, with a cache of its own in ``home``."""
+        """The environment of a process that uses this Hub, with its own cache in ``home``."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         found = kept | {"HF_ENDPOINT": self.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
         return found if token is None else found | {"HF_TOKEN": token}
@@ -69,7 +69,7 @@ class Hub:
 
 @contextmanager
 def hub_process() -> Iterator[Hub]:
-    """Start the server, and end it with the context."""
+    """Run the server while the context lasts."""
     with subprocess.Popen(
         [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
@@ -85,7 +85,7 @@ def hub_process() -> Iterator[Hub]:
                 child.kill()
 
 
-#: Runs command lines one after the other in one process, which is started once: [[code, out, err], …].
+#: Runs several command lines in one process, to start it only once; prints [[code, out, err], …].
 _SEVERAL = """
 import contextlib, io, json, sys
 from neftsurgery.cli.main import run
@@ -124,7 +124,7 @@ def run_several(
 
 
 def run_against(hub: Hub, words: tuple[object, ...], cwd: Path, home: Path, token: str | None) -> Result:
-    """Run a command line as a process; whatever it prints holds no secret."""
+    """Run a command line as a process, and check that it prints no secret."""
     done = subprocess.run(
         [sys.executable, "-m", "neftsurgery", *map(str, words)],
         cwd=cwd,
@@ -140,7 +140,7 @@ def run_against(hub: Hub, words: tuple[object, ...], cwd: Path, home: Path, toke
 
 
 def patch_of(path, counts, *, width=3, **manifest):
-    """A patch file of ``{tensor: neurons}``, written from the format's text alone."""
+    """A patch file of ``{tensor: neurons}``, written as docs/patch-format.md says."""
     arrays, tensors = {}, {}
     for number, (name, count) in enumerate(counts.items()):
         value = np.full((count, width), number + 1, np.float32)

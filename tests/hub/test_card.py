@@ -1,76 +1,20 @@
-"""The model card: front matter that reads back, a text that hostile files cannot leave their place in."""
+"""The model card: front matter that reads back, and a text that hostile files cannot break out of."""
 
 from __future__ import annotations
 
 import html
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
+from card_support import KNOWN, LLAMA, PLAIN_TAGS, RENDER, Tags, rendered
 from hub_support import patch_of
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from support import process
 
 from neftsurgery.errors import MismatchError
-from neftsurgery.hub.base import Base, base_of
+from neftsurgery.hub.base_model import BaseModel
 from neftsurgery.hub.card import BEGIN, END, write_card
-from neftsurgery.hub.markdown import bar, code
-from neftsurgery.hub.picture import picture_of
-
-KNOWN = Base("org/base", "1f" * 20, "base", "xxh3-128:" + "0" * 32)
-#: As the Hub shows READMEs: tables, bare addresses made links, and HTML let through.
-RENDER = MarkdownIt("gfm-like", {"html": True, "linkify": False})
-
-
-class Tags(HTMLParser):
-    """The tags of a page, with their attributes, and its text."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.addresses, self.text = set(), set(), ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        assert not any(key.startswith("on") for key, _ in attrs), attrs
-        self.addresses |= {value for key, value in attrs if key in ("href", "src")}
-
-    def handle_data(self, data):
-        self.text += data
-
-
-PLAIN = {
-    *("h1", "h2", "p", "a", "img", "strong", "code", "pre"),
-    *("table", "thead", "tbody", "tr", "th", "td"),
-}
-
-
-def rendered(card):
-    return Tags(RENDER.render(ModelCard(card).text))
-
-
-LLAMA = {
-    f"model.layers.{layer}.{kind}.weight": layer + number + 1
-    for layer in range(3)
-    for number, kind in enumerate(("mlp.up_proj", "mlp.down_proj"))
-}
-
-
-@pytest.fixture
-def llama(tmp_path):
-    training = {"data": "mine.jsonl", "steps": 30, "learning_rate": 2e-5, "dev_loss": 1.25}
-    selection = {"score": "cosine", "budget": {"neurons": "3%"}, "captured": 0.6687, "captured_scored": 0.731}
-    return patch_of(
-        tmp_path / "llama.safetensors",
-        LLAMA,
-        selection=selection,
-        training=training,
-        created_by="neftsurgery",
-    )
 
 
 def test_the_front_matter_reads_back(llama):
@@ -87,70 +31,6 @@ def test_the_front_matter_reads_back(llama):
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("loss", 1.25)
     assert card.data.model_name == "french"
-
-
-def test_what_a_person_reads(llama):
-    page = rendered(write_card(llama, "me/french", KNOWN, {}, picture="neurons.png"))
-    assert page.tags <= PLAIN
-    for words in (
-        "new values for 15 neurons of 6 tensors, 45 parameters",
-        f"neftsurgery apply org/base@{'1f' * 20} me/french -o patched",
-        'ns.attach(model, "me/french")',
-        "66.9%",
-        "73.1%",
-        "mine.jsonl",
-        "2e-05",
-        "neurons 3%",
-    ):
-        assert words in page.text, words
-    assert "neurons.png" in page.addresses
-
-
-def test_a_picture_where_there_is_something_to_draw_with(llama, monkeypatch):
-    pytest.importorskip("neftsurgery.reporting")
-    png = picture_of(llama)
-    assert png.startswith(b"\x89PNG")
-    assert picture_of(llama) == png  # else no push would ever find that nothing is new
-    monkeypatch.setattr("neftsurgery.hub.picture.find_spec", lambda name: None)
-    assert picture_of(llama) is None
-    assert "![" not in write_card(llama, "me/x", KNOWN, {})
-
-
-def test_the_table_counts_what_the_patch_has(llama):
-    text = ModelCard(write_card(llama, "me/french", KNOWN, {})).text
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if "█" in line or "all |" in line
-    ]
-    assert [[row[1], *row[3:]] for row in rows] == [
-        ["3", "2", "1"],
-        ["5", "3", "2"],
-        ["7", "4", "3"],
-        ["15", "9", "6"],
-    ]
-    assert [row[2].count("█") for row in rows] == [round(12 * total / 7) for total in (3, 5, 7)] + [0]
-
-
-def test_many_layers_and_kinds_stay_a_table(tmp_path):
-    counts = {f"h.{layer}.kind{kind}.weight": 1 + kind for layer in range(100) for kind in range(12)}
-    counts["wte.weight"] = 3
-    text = ModelCard(write_card(patch_of(tmp_path / "p.safetensors", counts), "me/x", KNOWN, {})).text
-    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.count("|") > 6]
-    assert len(rows) < 50
-    assert len({len(row) for row in rows}) == 1
-    assert len(rows[0]) < 14
-    every = [int(row[1].replace(",", "")) for row in rows[2:]]
-    assert sum(every[:-1]) == every[-1] == sum(counts.values())
-
-
-def test_a_base_that_nobody_knows(tmp_path):
-    patch = patch_of(tmp_path / "p.safetensors", {"w": 1}, base={"name": "my-base"})
-    card = ModelCard(write_card(patch, "me/x", base_of(patch, None), {}))
-    assert "base_model" not in card.data.to_dict()
-    assert "base_model_relation" not in card.data.to_dict()
-    assert "neftsurgery apply BASE me/x" in card.text
-    assert "`my-base`" in card.text
 
 
 # Hostile files.
@@ -183,7 +63,7 @@ ATTACKS = [
 
 
 def hostile(path, text):
-    """A patch that says ``text`` wherever a patch may say something."""
+    """A patch that has ``text`` wherever a patch can have text."""
     return patch_of(
         path,
         {f"model.layers.0.{text or 'x'}.weight": 2, f"{text or 'y'}.1.b": 1},
@@ -208,10 +88,10 @@ def check_harmless(card, text):
     assert card.count(BEGIN) == card.count(END) == 1
     assert card.isprintable() or all(c.isprintable() or c == "\n" for c in card)
     page = rendered(card)
-    assert page.tags <= PLAIN
+    assert page.tags <= PLAIN_TAGS
     known = ("https://github.com/neftsurgery/", "https://huggingface.co/org/")
     assert all(address.startswith(known) for address in page.addresses)
-    # With addresses made links wherever they stand, there are no more of them.
+    # A renderer that turns bare addresses into links finds no others.
     linked = Tags(MarkdownIt("gfm-like", {"html": True}).render(read.text))
     assert linked.addresses == page.addresses
     headings = re.findall(r"<h\d>(.*?)</h\d>", RENDER.render(read.text))
@@ -219,9 +99,9 @@ def check_harmless(card, text):
         "x",
         "How to use it",
         "What is in it",
-        "Where its neurons lie",
-        "How its neurons were chosen",
-        "How they were trained",
+        "Where the neurons are",
+        "How the neurons were chosen",
+        "How the neurons were trained",
     ]
     for line in read.text.splitlines():
         if line.startswith("|"):
@@ -229,33 +109,20 @@ def check_harmless(card, text):
 
 
 @pytest.mark.parametrize("text", ATTACKS, ids=lambda text: ascii(text)[:24])
-def test_what_a_hostile_patch_says_stays_in_its_place(tmp_path, text):
-    writable = text.encode("utf-8", "replace").decode()  # a header is UTF-8, its JSON may have anything
+def test_a_hostile_patch_cannot_break_out_of_its_code_spans(tmp_path, text):
+    writable = text.encode("utf-8", "replace").decode()  # a header is UTF-8; its JSON may escape anything
     patch = hostile(tmp_path / "p.safetensors", writable)
     patch.manifest["created_by"] = text
-    card = write_card(patch, "me/x", base_of(patch, None), {})
+    card = write_card(patch, "me/x", BaseModel.of(patch, None), {})
     check_harmless(card, text)
-    # And again over that card, as a second push has it: marks in names are not taken for ours.
-    assert write_card(patch, "me/x", base_of(patch, None), {}, existing=card) == card
+    # And again over that card, as in a second push: marks in names do not count as marks.
+    assert write_card(patch, "me/x", BaseModel.of(patch, None), {}, existing=card) == card
 
 
-@settings(max_examples=60)
-@given(st.text(max_size=30))
-def test_a_code_span_is_never_left(text):
-    (paragraph,) = re.findall(r"<p>(.*?)</p>", RENDER.render(f"a {code(text)} b"), re.DOTALL)
-    assert re.fullmatch(r"a <code>[^<]*</code> b", paragraph)
-    cells = RENDER.render(f"|x|y|\n|---|---|\n| {code(text)} | b |").count("<td>")
-    assert cells == 2
+# An existing card.
 
 
-def test_bars():
-    assert [len(bar(value, 100)) for value in (0, 0.1, 50, 100)] == [0, 1, 6, 12]
-
-
-# A card that is there already.
-
-
-def test_text_of_the_owner_between_two_pushes(llama):
+def test_the_text_of_the_owner_is_kept(llama):
     first = write_card(llama, "me/x", KNOWN, {}, existing="---\nlanguage: fr\n---\nHello.\n")
     assert ModelCard(first).data.language == "fr"
     assert "Hello." in first
@@ -264,7 +131,7 @@ def test_text_of_the_owner_between_two_pushes(llama):
     assert second.index("Hello.") < second.index(BEGIN) < second.index(END) < second.index("Bye.")
 
 
-def test_other_results_of_the_owner_stay(llama):
+def test_other_results_of_the_owner_are_kept(llama):
     mine = {
         "model-index": [
             {
@@ -289,7 +156,7 @@ def test_other_results_of_the_owner_stay(llama):
     ]
 
 
-def test_a_loss_of_an_earlier_push_goes_with_it(llama, tmp_path):
+def test_the_loss_of_an_earlier_push_is_removed(llama, tmp_path):
     card = write_card(llama, "me/x", KNOWN, {})
     other = patch_of(tmp_path / "other.safetensors", LLAMA)
     data = ModelCard(write_card(other, "me/x", KNOWN, {}, existing=card)).data.to_dict()
@@ -309,16 +176,6 @@ def test_a_loss_of_an_earlier_push_goes_with_it(llama, tmp_path):
         "---\nmodel-index: 3\n---\n",
     ],
 )
-def test_a_card_that_cannot_be_told_apart_is_refused(llama, existing):
+def test_an_unclear_card_is_refused(llama, existing):
     with pytest.raises(MismatchError, match="README"):
         write_card(llama, "me/x", KNOWN, {}, existing=existing)
-
-
-def test_a_dry_run_shows_the_card_to_anybody(patch_file, tmp_path, monkeypatch):
-    """Without a token or a network it is the card of a new repository, and that is said."""
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    shown = process("push", patch_file, "me/new", "--dry-run", "--json", cwd=tmp_path, HF_HOME=str(tmp_path))
-    assert shown.code == 0, shown.err
-    assert "neuron patch" in shown.json["card"]
-    assert any("nobody is logged in" in warning for warning in shown.json["warnings"])
-    assert process("push", patch_file, "me/new", cwd=tmp_path, HF_HOME=str(tmp_path)).code == 5

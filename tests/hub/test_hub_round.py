@@ -1,4 +1,4 @@
-"""Push, pull, and Hub ids wherever a patch is named: the real client, and a Hub in another process."""
+"""Push, pull, and Hub ids in place of patch files: the real client, and a Hub in another process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_push_then_pull_elsewhere_then_apply_is_as_the_local_file(hub, on_hub, s
     assert (
         hub.state["sent"][hashlib.sha256(patch_file.read_bytes()).hexdigest()] == patch_file.stat().st_size
     )  # fetched once, then cached
-    assert "README.md" not in hub.state["sent"]  # nothing but the patch is fetched
+    assert "README.md" not in hub.state["sent"]  # only the patch is fetched
 
 
 def test_a_push_is_one_commit_on_top_of_what_was_there(hub, several, patch_file):
@@ -83,7 +83,7 @@ def test_every_command_that_takes_a_patch_takes_a_hub_id(hub, several, patch_fil
     assert results[3].json["name"] == "org/one"
     assert [one["name"] for one in results[4].json["patches"]] == ["org/one", f"org/two@{older}"]
     assert "org/two" in results[9].err
-    assert "snapshots" not in results[9].err  # where the cache keeps it is nobody's business
+    assert "snapshots" not in results[9].err  # errors do not name files of the cache
     assert snapshot(tmp_path / "back") == snapshot(tmp_path / "base")
     assert hub.read("me/copy", NAME) == patch_file.read_bytes()
     with ns.Patch.load(tmp_path / "m.safetensors") as merged:

@@ -1,4 +1,4 @@
-"""What a pull fetches, and what it says of repositories and networks that are not as they should be."""
+"""What a pull fetches, and its errors about repositories and networks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import hashlib
 
 import pytest
 from hub_support import READER, WRITER, patch_of
+
+from neftsurgery.hub.pull import PullPlan
+from neftsurgery.sources.hub_client import HubFile
+from neftsurgery.sources.hub_id import HubId
 
 NAME = "neuron_patch.safetensors"
 PULL = ("pull", "me/patch", "-o", "q.safetensors")
@@ -18,7 +22,7 @@ def published(hub, patch_file):
 
 
 def nothing_is_left(tmp_path):
-    """No output, no staged one, and nothing half-fetched in the cache."""
+    """There is no output, no staged output, and no incomplete file in the cache."""
     assert not (tmp_path / "q.safetensors").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert not list((tmp_path / "home").rglob("*.incomplete"))
@@ -43,6 +47,15 @@ def test_outputs_dry_runs_and_force(published, several, patch_file, tmp_path):
     assert (tmp_path / "there.safetensors").read_bytes() == patch_file.read_bytes()
 
 
+def test_a_plan_prints_what_it_would_fetch_and_write():
+    hub_id, commit = HubId("me/x", "v2"), "1f" * 20
+    plan = PullPlan(hub_id, "q.safetensors", False, HubFile(commit, 1234))
+    assert str(plan) == f"fetch me/x@v2 (1.2 kB, commit {commit}) and write q.safetensors"
+    assert (
+        str(PullPlan(hub_id, None, False, None)) == "fetch me/x@v2 (from the cache) and keep it in the cache"
+    )
+
+
 def test_revisions(published, several, patch_file, tmp_path):
     older = published.repos["me/patch"]["refs"]["main"]
     newer = published.make("me/patch", {NAME: b"something else"})
@@ -60,15 +73,15 @@ def test_revisions(published, several, patch_file, tmp_path):
     assert "'v9'" in results[2].err
 
 
-def test_what_is_not_there_or_not_ours(published, several, tmp_path):
-    """Each: who asks for what, the exit code, and what it says to do."""
+def test_repositories_that_do_not_exist_or_are_not_accessible(published, several, tmp_path):
+    """Each case: token, command, exit code, and words of the message."""
     published.make("org/model", {"config.json": b"{}"})
     published.make("me/secret", {NAME: b"x"}, private=True)
     published.make("org/gated", {NAME: b"x"}, gated=True)
     (tmp_path / "local").mkdir()
     cases = [
         (WRITER, ("pull", "me/nothing"), 2, "check the spelling"),
-        (WRITER, ("pull", "org/model"), 3, "holds no neuron_patch.safetensors"),
+        (WRITER, ("pull", "org/model"), 3, "has no file neuron_patch.safetensors"),
         (WRITER, ("pull", "me/patch@v9"), 2, "no revision"),
         (WRITER, ("pull", "me"), 2, "org/name"),
         (WRITER, ("pull", "local/file.safetensors/x"), 2, "org/name"),
@@ -88,7 +101,7 @@ def test_what_is_not_there_or_not_ours(published, several, tmp_path):
     nothing_is_left(tmp_path)
 
 
-ANSWERS = {401: "HTTP 401", 403: "HTTP 403", 429: "fewer requests", 503: "Hub's side"}
+ANSWERS = {401: "HTTP 401", 403: "HTTP 403", 429: "too many requests", 503: "Hub's side"}
 
 
 def test_answers_of_the_hub(published, several, patch_file, tmp_path):
@@ -110,8 +123,8 @@ def test_answers_of_the_hub(published, several, patch_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_is_down_is_asked_again_and_then_given_up(published, several, tmp_path):
-    """Where nothing is in the cache, huggingface_hub tries for half a minute."""
+def test_a_hub_that_is_down_is_retried_and_then_5(published, several, tmp_path):
+    """If the cache is empty, huggingface_hub retries for half a minute."""
     published.fault("HEAD /me/patch/", status=500, times=99)
     (result,) = several([("apply", "base", "me/patch", "-o", "out")])
     assert result.code == 5, result
@@ -146,8 +159,8 @@ def test_a_damaged_patch_is_4_and_not_written(hub, several, patch_file, tmp_path
         assert sent[hashlib.sha256(content).hexdigest()] == len(content)
 
 
-def test_a_cache_that_was_damaged_is_mended(published, several, patch_file, tmp_path):
-    """The Hub's file is right, and the copy of it here is not: it is fetched once more."""
+def test_a_damaged_cache_is_repaired(published, several, patch_file, tmp_path):
+    """The Hub's file is right and the copy in the cache is not: the file is fetched once more."""
     assert several([("verify", "base", "me/patch")])[0].code == 0
     (blob,) = [path for path in (tmp_path / "home").rglob("blobs/*") if len(path.name) == 64]
     data = bytearray(blob.read_bytes())
@@ -160,8 +173,8 @@ def test_a_cache_that_was_damaged_is_mended(published, several, patch_file, tmp_
     assert (tmp_path / "q.safetensors").read_bytes() == patch_file.read_bytes()
 
 
-def test_a_download_that_breaks_off_halfway_goes_on_where_it_was(hub, several, tmp_path):
-    """Where it was: huggingface_hub keeps what has arrived in steps of 10 MB."""
+def test_an_interrupted_download_is_resumed(hub, several, tmp_path):
+    """It resumes at a multiple of 10 MB, which huggingface_hub has kept."""
     patch_of(tmp_path / "p.safetensors", {"w": 1600}, width=4096).close()
     data = (tmp_path / "p.safetensors").read_bytes()
     hub.make("me/patch", {NAME: data})
@@ -175,7 +188,7 @@ def test_a_download_that_breaks_off_halfway_goes_on_where_it_was(hub, several, t
 
 
 @pytest.mark.slow
-def test_a_download_that_never_comes_is_5(published, several, tmp_path):
+def test_a_download_that_always_fails_is_5(published, several, tmp_path):
     published.fault("GET /_storage/", cut_download=0.0, times=99)
     (result,) = several([PULL])
     assert result.code == 5, result
@@ -183,16 +196,16 @@ def test_a_download_that_never_comes_is_5(published, several, tmp_path):
     nothing_is_left(tmp_path)
 
 
-def test_content_that_is_changed_on_the_way_is_4(published, several, tmp_path):
+def test_content_that_is_changed_in_transit_is_4(published, several, tmp_path):
     published.fault("GET /_storage/", corrupt=True, times=2)
     (result,) = several([PULL])
     assert result.code == 4, result
     nothing_is_left(tmp_path)
-    (result,) = several([PULL])  # the third time it comes whole
+    (result,) = several([PULL])  # the third download is complete
     assert result.code == 0, result
 
 
-def test_without_a_network_the_cache_does(published, several, patch_file, tmp_path, monkeypatch):
+def test_without_a_network_the_cache_is_used(published, several, patch_file, tmp_path, monkeypatch):
     assert several([("verify", "base", "me/patch")])[0].code == 0
     monkeypatch.setattr(type(published), "environment", offline(type(published).environment))
     calls = len(published.state["calls"])
@@ -215,7 +228,7 @@ def offline(environment):
     return lambda *words: environment(*words) | {"HF_HUB_OFFLINE": "1"}
 
 
-def test_a_hub_that_is_not_there_is_5(published, several, tmp_path, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_5(published, several, tmp_path, monkeypatch):
     monkeypatch.setattr(published, "address", "http://127.0.0.1:9")
     pulled, pushed = several([PULL, ("push", "p.safetensors", "me/patch")])
     assert (pulled.code, pushed.code) == (5, 5), (pulled, pushed)

@@ -24,7 +24,7 @@ from support import raw_file, raw_folder, snapshot, write_file
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.healing import heal_recorded
-from neftsurgery.surgery import operation as verbs
+from neftsurgery.surgery import rewrite as verbs
 
 law = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 

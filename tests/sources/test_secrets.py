@@ -1,4 +1,4 @@
-"""Tokens and signatures do not get out."""
+"""Tokens and signatures are never printed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import huggingface_hub
 import pytest
 
-from neftsurgery.sources.hub import client
+from neftsurgery.sources.hub_client import client
 from neftsurgery.sources.secrets import redacted
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
@@ -55,7 +55,7 @@ def test_the_token_that_is_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_log_of_the_client(caplog: pytest.LogCaptureFixture) -> None:
-    """huggingface_hub tells of retries with the address, which may be signed."""
+    """huggingface_hub logs the address of a retry, which may be signed."""
     client()
     client()
     logger = logging.getLogger("huggingface_hub")

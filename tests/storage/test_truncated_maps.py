@@ -15,15 +15,13 @@ from click.testing import CliRunner
 from support import raw_folder
 
 import neftsurgery as ns
-from neftsurgery.checkpoint.opening import open_checkpoint
 from neftsurgery.cli.main import cli
-from neftsurgery.progress import Timing
+from neftsurgery.options import Scope
 from neftsurgery.scoring import engine
 from neftsurgery.storage.page_cache import map_cached
 from neftsurgery.storage.threads import Limits
 from neftsurgery.storage.truncated_maps import is_truncated, sigbus_guard
-from neftsurgery.surgery.diff import score_pair
-from neftsurgery.surgery.pairing import Scope, pair
+from neftsurgery.surgery.diff import plan_diff
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux maps files here")
 SIZE = 1 << 20
@@ -89,9 +87,7 @@ def pair_of_files(tmp_path: Path) -> list[Path]:
 
 
 def scored(sides: list[Path], out: Path, *, mapped: bool) -> None:
-    compared = pair(*(open_checkpoint(side) for side in sides), Scope())
-    limits = Limits.of(mapped=mapped)
-    score_pair(compared, "cosine", out=out, limits=limits, timing=Timing()).close()
+    plan_diff(*sides, scope=Scope(), out=out).run(limits=Limits.of(mapped=mapped)).close()
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -58,7 +58,7 @@ def test_overlapping_patches_of_one_tuned_model(
     assert merged.base == ns.Patch.load(patches[0]).base
     assert merged.facts["anatomy"] == "rows"
     assert str(tmp_path) not in json.dumps(merged.manifest)
-    with pytest.raises(ns.MismatchError, match=r"(?s)p0 and .*p[12] overlap.*--on-overlap"):
+    with pytest.raises(ns.MismatchError, match=r"(?s)p0 and .*p[12] overlap.*with on_overlap: first"):
         ns.merge(patches)
 
 
@@ -92,7 +92,7 @@ def test_a_weight_scales_what_one_patch_alone_replaces(pair: tuple[Path, Path], 
         old, new = patch.base_values(name).view("f4"), patch.values(name).view("f4")
         np.testing.assert_allclose(half.values(name).view("f4"), old + (new - old) / 2, rtol=1e-6)
     ns.extract(*pair, neurons=20, out=tmp_path / "q")
-    with pytest.raises(ns.UsageError, match="--base"):
+    with pytest.raises(ns.UsageError, match=r"base=\.\.\."):
         ns.merge([tmp_path / "q"], on_overlap="sum", weights=[0.5])
 
 
@@ -136,7 +136,7 @@ def test_reversible_if_every_patch_is_or_if_asked(
     with pytest.raises(ns.UsageError, match=r"p0: a reversible patch needs the values.*"):
         ns.merge(patches, on_overlap="last", reversible=True)
     for policy in ("sum", "ties"):
-        with pytest.raises(ns.UsageError, match=f"--on-overlap {policy} needs the values"):
+        with pytest.raises(ns.UsageError, match=f"on_overlap='{policy}' needs the values"):
             ns.merge(patches, on_overlap=policy)
         # Each shared neuron's base is in one patch that holds it: that is enough.
         ns.merge([patches[0], patches[2]], on_overlap=policy).check()

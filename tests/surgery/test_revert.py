@@ -87,9 +87,9 @@ def test_without_the_replaced_values_and_without_a_base(s: Setting) -> None:
             ns.UsageError,
             lambda options=options: ns.revert(s.patched, s.plain, **options),
             str(s.plain),
-            "does not hold the values it replaced",
-            "--base",
-            "--reversible",
+            "needs the values that the patch replaced, and the patch does not hold them",
+            "base=...",
+            "reversible=True",
         )
 
 
@@ -101,7 +101,7 @@ def test_a_wrong_base(s: Setting) -> None:
                 lambda options=options, patch=patch: ns.revert(s.patched, patch, base=s.tuned, **options),
                 str(s.tuned),
                 "not the base that the patch was made from",
-                "--base",
+                "name the right one with base=...",
             )
 
 

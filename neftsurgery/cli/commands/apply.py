@@ -6,10 +6,9 @@ import click
 
 from ...patch.patch import Patch
 from ...surgery.apply import plan_apply, undo_unfinished
-from ...surgery.operation import operate
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
-from ..surgery import in_place_option, say_surgery
+from ..surgery import in_place_option, rewrite
 
 __all__ = ["command"]
 
@@ -52,6 +51,4 @@ def command(
         limits=console.limits,
         progress=console.progress,
     )
-    if not dry_run:
-        operate(plan, limits=console.limits, progress=console.progress)
-    say_surgery(console, plan, "patched", dry_run)
+    rewrite(console, plan, dry_run)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from ...patch.patch import Patch
-from ...surgery.export import plan_export, write_adapter
-from ...text import amount, percent, plural, size
+from ...progress import Timing
+from ...surgery.export import plan_export
+from ...text import amount, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 
@@ -58,41 +59,20 @@ def command(
     plan = plan_export(loaded, out, base=base, rank=rank, prefix=prefix, force=force)
     for warning in plan.warnings:
         console.note(f"warning: {warning}")
-    if not dry_run:
-        write_adapter(plan, out, force=force, limits=console.limits, progress=console.progress)
+    facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
     columns = sum(not module.rows for module in plan.modules)
     console.say(
         f"{plural(len(plan.modules), 'module')} ({amount(columns)} of columns) at rank {plan.rank}; "
         f"the largest needs {plan.needed}"
     )
-    if not dry_run and plan.inexact:
-        share = percent(plan.inexact / plan.elements)
-        console.say(
-            f"{amount(plan.inexact)} of {amount(plan.elements)} elements ({share}) do not round back in the "
-            "float32 sum: they are off by the rounding of the difference"
-        )
-    elif not dry_run:
-        console.say(f"base plus adapter is base plus patch in all {amount(plan.elements)} elements")
+    nbytes, timing = plan.nbytes, Timing()
+    if not dry_run:
+        result = plan.run(limits=console.limits, progress=console.progress)
+        nbytes, timing = result.nbytes, result.timing
+        facts |= {"bytes": nbytes, "inexact": result.inexact}
+        console.say(result.exactness)
     console.say(
-        f"{'would write' if dry_run else 'wrote'} {out} ({size(plan.nbytes)}, "
-        f"{plan.nbytes / loaded.nbytes:.1f} times the patch's {size(loaded.nbytes)})"
+        f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)}, "
+        f"{nbytes / loaded.nbytes:.1f} times the patch's {size(loaded.nbytes)})"
     )
-    console.answer(
-        {
-            "patch": patch,
-            "to": form,
-            "out": None if dry_run else out,
-            "dry_run": dry_run,
-            "modules": len(plan.modules),
-            "neurons": loaded.neurons,
-            "selected": loaded.neurons,
-            "rank": plan.rank,
-            "rank_needed": plan.needed,
-            "elements": plan.elements,
-            "inexact": None if dry_run else plan.inexact,
-            "bytes": plan.nbytes,
-            "patch_bytes": loaded.nbytes,
-            "warnings": list(plan.warnings),
-        },
-        plan.timing,
-    )
+    console.answer(facts, timing, dry_run=dry_run)

@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from ...options import ScopeOptions
 from ...surgery.inspect import inspect
 from ...text import amount, percent, plural, size
 from ..console import Console, table
-from ..options import common_options, scope_options, take_scope
+from ..options import common_options, options_of, take
 
 __all__ = ["command"]
 
@@ -21,7 +22,7 @@ _SHOWN = 40
 @click.command("inspect")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor, not only the first ones.")
-@scope_options
+@options_of(ScopeOptions)
 @common_options
 def command(console: Console, paths: tuple[str, ...], show_all: bool, **options: Any) -> None:
     """What is in PATH: a checkpoint, scores, a selection or a patch. Of several patches: where they overlap.
@@ -32,15 +33,7 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
       neftsurgery inspect base/ --anatomy units
       neftsurgery inspect german.safetensors french.safetensors
     """
-    scope = take_scope(options)
-    facts = inspect(
-        paths,
-        anatomy=scope.anatomy,
-        axis=scope.axis,
-        include=scope.include,
-        exclude=scope.exclude,
-        only=scope.only,
-    )
+    facts = inspect(paths, **take(options, ScopeOptions))
     if facts["kind"] == "patches":
         _say_patches(console, facts)
         console.answer(facts)

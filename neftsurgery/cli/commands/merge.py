@@ -7,9 +7,8 @@ import click
 from ...errors import UsageError
 from ...patch.merging import DENSITY, POLICIES
 from ...patch.patch import Patch
-from ...patch.write import patch_bytes
-from ...surgery.merge import plan_merge, unite
-from ...surgery.merge_plan import Policy
+from ...surgery.merge import plan_merge
+from ...surgery.merge_checks import OverlapRule
 from ...text import amount, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
@@ -28,7 +27,7 @@ __all__ = ["command"]
     help="What becomes of neurons that several patches replace: the first or last patch wins, the mean of "
     "their values, the sum of their differences from the base, or TIES-Merging of these.",
 )
-@click.option("--weights", metavar="A,B,...", help="One number a patch, for mean, sum and ties.")
+@click.option("--weights", metavar="A,B,...", help="One number per patch, for mean, sum and ties.")
 @click.option(
     "--density", type=float, metavar="X", help=f"Of the differences, what ties keeps. Default: {DENSITY}."
 )
@@ -67,10 +66,9 @@ def command(
       neftsurgery merge client*.safetensors -o round1.safetensors --on-overlap mean --weights 120,80,310
       neftsurgery merge a.safetensors b.safetensors -o ab.safetensors --on-overlap ties --base base/
     """
-    policy = Policy.of(on_overlap, _numbers(weights), density, len(patches))
     plan = plan_merge(
         [Patch.load(patch) for patch in patches],
-        policy,
+        OverlapRule.of(on_overlap, _numbers(weights), density, len(patches)),
         base=base,
         reversible=reversible,
         out=out,
@@ -79,33 +77,18 @@ def command(
     )
     for warning in plan.warnings:
         console.note(f"warning: {warning}")
-    chosen = plan.selection
-    nbytes = patch_bytes(chosen, plan.reversible)
+    facts, timing = plan.describe(), plan.timing
     if not dry_run:
-        nbytes = unite(plan, out=out, force=force, limits=console.limits, progress=console.progress).nbytes
+        merged = plan.run(limits=console.limits, progress=console.progress)
+        facts["bytes"], timing = merged.nbytes, merged.timing
+    chosen, rule = plan.selection, f" ({on_overlap})" if plan.shared else ""
     console.say(
         f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
         f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
-        f"{amount(plan.shared)} in several of them" + (f" ({policy.name})" if plan.shared else "")
+        f"{amount(plan.shared)} in several of them{rule}"
     )
-    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)})")
-    console.answer(
-        {
-            "patches": list(patches),
-            **policy.describe(),
-            "neurons": chosen.neurons,
-            "selected": chosen.neurons,
-            "selected_parameters": chosen.parameters,
-            "shared": plan.shared,
-            "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
-            "reversible": plan.reversible,
-            "bytes": nbytes,
-            "out": None if dry_run else out,
-            "dry_run": dry_run,
-            "warnings": list(plan.warnings),
-        },
-        plan.timing,
-    )
+    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(int(str(facts['bytes'])))})")
+    console.answer({**facts, "patches": list(patches)}, timing, dry_run=dry_run)
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -115,5 +98,5 @@ def _numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(
-            f"--weights {text!r} are not numbers with commas between them, as in 1,0.5"
+            f"[[weights]]: {text!r} is not a list of numbers with commas between them, as in 1,0.5"
         ) from None

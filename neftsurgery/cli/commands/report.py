@@ -9,20 +9,13 @@ from typing import Any
 import click
 
 from ...errors import UsageError
+from ...options import BudgetOptions, SeedOptions
 from ...reporting.report import make, plan_report
 from ...reporting.subjects import Patched
 from ...selection.selection import Selection
 from ...text import plural, size
 from ..console import Console
-from ..options import (
-    budget_options,
-    common_options,
-    dry_run_option,
-    force_option,
-    output_option,
-    seed_option,
-    take_budget,
-)
+from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
 from ..utilization import plan_analyses, split_subjects, take_utilization, utilization_options
 
 __all__ = ["command"]
@@ -32,8 +25,7 @@ __all__ = ["command"]
 @click.argument("subjects", nargs=-1, required=True, metavar="SCORES|PATCH|CHECKPOINT...")
 @output_option("HTML", text="Write the page to this file.")
 @click.option("--figures", metavar="DIR", help="Write each figure to this folder: PNG, SVG, CSV.")
-@budget_options
-@seed_option
+@options_of(BudgetOptions, SeedOptions)
 @utilization_options
 @force_option
 @dry_run_option
@@ -66,7 +58,7 @@ def command(
     """
     if out is None and figures is None and not console.as_json:
         raise UsageError("nothing says where the report goes", hint="name a page: -o report.html")
-    budget, wanted = take_budget(options), take_utilization(options)
+    budget, wanted = take(options, BudgetOptions), take_utilization(options)
     if "like" in budget:
         budget["like"] = Selection.load(budget["like"])
     files, checkpoints = (subjects, []) if wanted is None else split_subjects(subjects)

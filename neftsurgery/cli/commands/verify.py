@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ...patch.patch import Patch
 from ...surgery.state import LEFT_BEHIND
-from ...surgery.verify import verify
+from ...surgery.verify import plan_verify
 from ...text import plural
 from ..console import Console, table
 from ..options import common_options
@@ -31,11 +30,9 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     Example:
       neftsurgery verify patched/ neuron_patch.safetensors --expect patched
     """
-    threads, memory = console.limits.threads, console.limits.memory
-    found = verify(checkpoint, Patch.load(patch), threads=threads, memory=memory, progress=console.progress)
+    found = plan_verify(checkpoint, patch).run(limits=console.limits, progress=console.progress)
     good = found.holds(expect)
-    neurons = sum(t.base + t.patched + t.both + t.neither for t in found.tensors.values())
-    console.say(f"{found.state}: {plural(neurons, 'neuron')} in {plural(len(found.tensors), 'tensor')}")
+    console.say(str(found))
     if found.state in ("mixed", "neither"):
         odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in found.tensors.items()]
         for line in table(odd[:_SHOWN]):
@@ -45,13 +42,14 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     if any(tensor.neither for tensor in found.tensors.values()):
         console.note(f"note: {LEFT_BEHIND}")
     if not good:
-        console.note(f"neftsurgery: {checkpoint} is {found.state}" + (f", not {expect}" if expect else ""))
+        wanted = expect or "base or patched"
+        console.note(f"neftsurgery: {checkpoint}: expected {wanted}, found {found.state}")
     console.answer(
         {
             "state": found.state,
             "expected": expect,
             "ok": good,
-            "neurons": neurons,
+            "neurons": found.neurons,
             "tensors": {
                 name: {
                     "state": t.state,

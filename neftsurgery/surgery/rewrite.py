@@ -1,4 +1,4 @@
-"""Carrying out a planned apply or revert: into a copy of the checkpoint, or in place."""
+"""apply and revert are one thing: vectors are written into a copy of a checkpoint, or in place."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,18 +20,19 @@ from ..errors import NeftError
 from ..neurons.vectors import block_memory, scatter
 from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
-from ..progress import Progress, Timing, silent
+from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
 from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
-from .state import PatchState
+from ..text import plural
+from .state import PatchState, summary
 
-__all__ = ["Rows", "Surgery", "operate", "touched_files"]
+__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "RowSource", "touched_files"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowSource:
     """The vectors to write for one patch, by tensor: its values, or the ones they replaced."""
 
     patch: Patch
@@ -38,42 +40,140 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Surgery:
-    """A planned apply or revert: everything is checked, nothing is written yet.
+class RewriteResult:
+    """What `apply` or `revert` did.
 
     Attributes
     ----------
     checkpoint:
-        What is operated on.
+        Where the result is: ``out``, or what was changed in place.
+    goal:
+        ``patched`` or ``base``: the state it is in now.
+    written:
+        Whether anything had to be written.
+    neurons, tensors:
+        How many neurons of how many tensors the patches touch.
+    left_behind:
+        Files and folders of the base that were not copied: other forms of the weights, which no longer match.
+    timing:
+        What it took.
+    """
+
+    checkpoint: Path
+    goal: str
+    written: bool
+    neurons: int
+    tensors: int
+    left_behind: tuple[Path, ...] = ()
+    timing: Timing = field(default_factory=Timing, repr=False)
+
+    def __str__(self) -> str:
+        what = f"{plural(self.neurons, 'neuron')} in {plural(self.tensors, 'tensor')}"
+        if not self.written:
+            return f"{self.checkpoint} is {self.goal} already: nothing was written"
+        now = "patched" if self.goal == "patched" else "in the base"
+        text = f"{self.checkpoint}: {what} are now as {now}"
+        if self.left_behind:
+            text += f"\nleft behind: {', '.join(str(path) for path in self.left_behind)}"
+        return text
+
+
+@dataclass(frozen=True)
+class RewritePlan:
+    """Everything is checked, nothing is written yet. Made by `plan_apply` and `plan_revert`.
+
+    Attributes
+    ----------
+    checkpoint:
+        What is changed, or copied.
     rows:
         What is written, in order; later ones win.
     states:
         The state the checkpoint is in, per patch.
-    out:
-        Where the result goes; None: in place.
-    force:
-        Whether ``out`` may be replaced.
+    out, force:
+        Where the result goes, and whether what is there is replaced. None: in place.
     files:
         The other files of the folder; None for a single file or in place.
-    needed:
-        Whether any vector differs from what it shall be.
     timing:
-        What it took so far.
+        What checking took.
     """
 
+    goal: ClassVar[str]
+
     checkpoint: Checkpoint
-    rows: Sequence[Rows]
+    rows: Sequence[RowSource]
     states: Sequence[PatchState]
     out: Path | None
     force: bool
     files: FolderFiles | None
-    needed: bool
     timing: Timing
 
     @property
     def neurons(self) -> int:
         """Neurons of all patches together."""
         return sum(rows.patch.neurons for rows in self.rows)
+
+    @property
+    def tensors(self) -> int:
+        """Tensors that any patch touches."""
+        return len({name for rows in self.rows for name in rows.patch.tensors})
+
+    @property
+    def needed(self) -> bool:
+        """Whether any vector differs from what it shall be."""
+        return not all(state.state == self.goal or state.changes_nothing for state in self.states)
+
+    @property
+    def left_behind(self) -> tuple[Path, ...]:
+        """What of the folder is not copied."""
+        return () if self.files is None else self.files.left
+
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        return {
+            "checkpoint": self.checkpoint.name,
+            "out": None if self.out is None else str(self.out),
+            "in_place": self.out is None,
+            "state_before": [summary(state.tensors) for state in self.states],
+            "tensors": self.tensors,
+            "neurons": self.neurons,
+            "selected": self.neurons,
+            "captured": self.rows[0].patch.facts.get("captured") if len(self.rows) == 1 else None,
+            "left_behind": [str(path) for path in self.left_behind],
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
+        """Write the vectors, into a copy or in place."""
+        limits = limits or Limits.of()
+        watch = Stopwatch()
+        before = self.checkpoint.bytes_read
+        with watch.running():
+            if self.out is not None:
+                _write_copy(self, self.out, limits, progress)
+            elif self.needed:
+                _write_in_place(self, limits, progress)
+        read = self.checkpoint.bytes_read - before + sum(r.patch.value_bytes for r in self.rows)
+        return RewriteResult(
+            self.checkpoint.source.path if self.out is None else self.out,
+            self.goal,
+            self.out is not None or self.needed,
+            self.neurons,
+            self.tensors,
+            self.left_behind,
+            self.timing + watch.timing + Timing(read),
+        )
+
+
+class ApplyPlan(RewritePlan):
+    """The vectors of patches go into their base."""
+
+    goal = "patched"
+
+
+class RevertPlan(RewritePlan):
+    """The vectors that a patch replaced come back."""
+
+    goal = "base"
 
 
 def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shard]:
@@ -82,17 +182,7 @@ def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shar
     return [shard for shard in checkpoint.shards if shard.path in paths]
 
 
-def operate(plan: Surgery, *, limits: Limits, progress: Progress = silent) -> None:
-    """Carry out a planned apply or revert."""
-    with plan.timing.clock():
-        if plan.out is not None:
-            _write_copy(plan, plan.out, limits, progress)
-        elif plan.needed:
-            _write_in_place(plan, limits, progress)
-    plan.timing.bytes_read = plan.checkpoint.bytes_read + sum(r.patch.value_bytes for r in plan.rows)
-
-
-def _write_copy(plan: Surgery, out: Path, limits: Limits, progress: Progress) -> None:
+def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     along = () if plan.files is None else plan.files.along
     sizes = [shard.size for shard in checkpoint.shards]
@@ -133,7 +223,7 @@ def _write_copy(plan: Surgery, out: Path, limits: Limits, progress: Progress) ->
             _check_unchanged(plan)
 
 
-def _check_unchanged(plan: Surgery) -> None:
+def _check_unchanged(plan: RewritePlan) -> None:
     """Raise a `MachineError` if anything that was read is not what was checked."""
     plan.checkpoint.check_unchanged()
     for rows in plan.rows:
@@ -151,11 +241,11 @@ def _write_shard(shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Ca
 class _Touched:
     """One tensor's rows of one patch."""
 
-    rows: Rows
+    rows: RowSource
     name: str
 
 
-def _touched(plan: Surgery) -> dict[Path, list[_Touched]]:
+def _touched(plan: RewritePlan) -> dict[Path, list[_Touched]]:
     """By weight file what is written there, patch by patch."""
     found: dict[Path, list[_Touched]] = {}
     for rows in plan.rows:
@@ -178,7 +268,7 @@ def _write_rows(
         begin_writeback(fd, offset, tensor.info.nbytes)
 
 
-def _write_in_place(plan: Surgery, limits: Limits, progress: Progress) -> None:
+def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     changes = [
         Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name))
@@ -210,6 +300,6 @@ def _write_in_place(plan: Surgery, limits: Limits, progress: Progress) -> None:
         raise
 
 
-def _digests(rows: Rows, name: str) -> Raw:
+def _digests(rows: RowSource, name: str) -> Raw:
     blocks = [digests(rows.read(name, start, stop)) for start, stop in rows.patch.tensors[name].blocks()]
     return np.concatenate(blocks) if blocks else np.empty((0, 16), np.uint8)

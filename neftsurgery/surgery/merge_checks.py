@@ -24,11 +24,11 @@ from ..version import __version__
 from .replaced import require_replaced
 from .state import check_fit
 
-__all__ = ["Policy", "check_patches", "open_base", "plan_union"]
+__all__ = ["OverlapRule", "check_patches", "open_base", "plan_union"]
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class OverlapRule:
     """What is done with neurons that several patches replace. Made by `of`.
 
     Attributes
@@ -46,7 +46,9 @@ class Policy:
     density: float = DENSITY
 
     @classmethod
-    def of(cls, name: str, weights: Sequence[float] | None, density: float | None, patches: int) -> Policy:
+    def of(
+        cls, name: str, weights: Sequence[float] | None, density: float | None, patches: int
+    ) -> OverlapRule:
         """Check what a user wishes for so many patches.
 
         Raises
@@ -57,7 +59,10 @@ class Policy:
         if not patches:
             raise UsageError("there is no patch to merge")
         if name not in POLICIES:
-            raise UsageError(f"there is no way {name!r} to merge", hint=f"known ones: {', '.join(POLICIES)}")
+            raise UsageError(
+                f"there is no rule {name!r} for neurons that several patches replace",
+                hint=f"known ones: {', '.join(POLICIES)}",
+            )
         if weights is not None and name not in ARITHMETIC:
             raise UsageError(f"weights do not go with {name}", hint="they are for mean, sum and ties")
         if density is not None and name != "ties":
@@ -66,7 +71,7 @@ class Policy:
             raise UsageError("the density must be above 0 and at most 1", found=density)
         given = tuple(float(weight) for weight in weights) if weights is not None else (1.0,) * patches
         if len(given) != patches:
-            raise UsageError("there must be one weight a patch", expected=patches, found=len(given))
+            raise UsageError("expected one weight per patch", expected=patches, found=len(given))
         if not all(math.isfinite(weight) and (weight > 0 or name == "sum") for weight in given):
             what = "finite numbers" if name == "sum" else "finite and above 0"
             raise UsageError(f"weights must be {what}", found=", ".join(f"{weight:g}" for weight in given))
@@ -102,7 +107,7 @@ def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
 
 
 def plan_union(
-    patches: Sequence[Patch], policy: Policy, base: Checkpoint | None, reversible: bool
+    patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None, reversible: bool
 ) -> tuple[dict[str, Meeting], Selection, dict[str, Any], list[str]]:
     """Who replaces what, the neurons of the result, the rest of its manifest, and warnings.
 
@@ -116,7 +121,7 @@ def plan_union(
     found: dict[str, Meeting] = {}
     chosen: dict[str, Chosen] = {}
     for meeting in meetings(patches):
-        _check_meeting(meeting, patches, policy)
+        _check_meeting(meeting, patches, rule)
         if len(meeting.union):
             owner = tensors[meeting.name].tensors[meeting.name]
             found[meeting.name] = meeting
@@ -124,8 +129,8 @@ def plan_union(
     if not chosen:
         raise MismatchError("the patches replace no neuron", file=patches[0].path)
     if base is None:
-        _check_replaced(patches, policy, found, reversible)
-    facts, how = _facts(patches, policy, base)
+        _check_replaced(patches, rule, found, reversible)
+    facts, how = _facts(patches, rule, base)
     return found, Selection(chosen, how), facts, warnings
 
 
@@ -177,7 +182,7 @@ def _check_tensors(patches: Sequence[Patch]) -> dict[str, Patch]:
     return {name: patches[n] for name, n in first.items()}
 
 
-def _check_meeting(meeting: Meeting, patches: Sequence[Patch], policy: Policy) -> None:
+def _check_meeting(meeting: Meeting, patches: Sequence[Patch], rule: OverlapRule) -> None:
     if len(meeting.foreign):
         raise MismatchError(
             f"{_two(meeting, patches, meeting.foreign[0])} were made from different bases",
@@ -186,20 +191,20 @@ def _check_meeting(meeting: Meeting, patches: Sequence[Patch], policy: Policy) -
             found=f"{len(meeting.foreign)} of {len(meeting.shared)} that were not, "
             f"the first is {meeting.foreign[0]}",
         )
-    if policy.name == "error" and len(meeting.shared):
+    if rule.name == "error" and len(meeting.shared):
         raise MismatchError(
             f"{_two(meeting, patches, meeting.shared[0])} overlap",
             tensor=meeting.name,
             expected="no neuron in common",
             found=f"{len(meeting.shared)}, the first is {meeting.shared[0]}",
-            hint="choose what becomes of them with --on-overlap first, last, mean, sum or ties",
+            hint="choose what becomes of them with [[on_overlap]]: first, last, mean, sum or ties",
         )
     dtype = patches[meeting.holders[0]].tensors[meeting.name].info.dtype
-    if policy.name in ARITHMETIC and len(_computed(meeting, patches, policy)) and dtype not in FLOATS:
+    if rule.name in ARITHMETIC and len(_computed(meeting, patches, rule)) and dtype not in FLOATS:
         raise MismatchError(
-            f"{dtype} elements are no numbers to compute a {policy.name} of",
+            f"{dtype} elements are not numbers: there is no {rule.name} of them",
             tensor=meeting.name,
-            hint="choose --on-overlap first or last",
+            hint="choose [[on_overlap=first]] or [[on_overlap=last]]",
         )
 
 
@@ -209,23 +214,23 @@ def _two(meeting: Meeting, patches: Sequence[Patch], neuron: int) -> str:
     return " and ".join(_called(patches, n) for n in holders[:2])
 
 
-def _computed(meeting: Meeting, patches: Sequence[Patch], policy: Policy) -> NDArray[np.int64]:
+def _computed(meeting: Meeting, patches: Sequence[Patch], rule: OverlapRule) -> NDArray[np.int64]:
     """The neurons that are computed with, ascending."""
-    if policy.name != "sum":
+    if rule.name != "sum":
         return meeting.shared
-    scaled = [patches[n].index(meeting.name) for n in meeting.holders if policy.weights[n] != 1]
+    scaled = [patches[n].index(meeting.name) for n in meeting.holders if rule.weights[n] != 1]
     return np.unique(np.concatenate([meeting.shared, *scaled]))
 
 
 def _check_replaced(
-    patches: Sequence[Patch], policy: Policy, found: Mapping[str, Meeting], reversible: bool
+    patches: Sequence[Patch], rule: OverlapRule, found: Mapping[str, Meeting], reversible: bool
 ) -> None:
     """Refuse a merge that needs replaced values which no patch holds."""
-    if not (reversible or policy.needs_base):
+    if not (reversible or rule.needs_base):
         return
-    what = "a reversible patch" if reversible else f"--on-overlap {policy.name}"
+    what = "a reversible patch" if reversible else f"[[on_overlap={rule.name}]]"
     for name, meeting in found.items():
-        needed = meeting.union if reversible else _computed(meeting, patches, policy)
+        needed = meeting.union if reversible else _computed(meeting, patches, rule)
         for n in meeting.holders:
             if patches[n].tensors[name].reversible:
                 needed = np.setdiff1d(needed, patches[n].index(name), assume_unique=True)
@@ -235,10 +240,10 @@ def _check_replaced(
 
 
 def _facts(
-    patches: Sequence[Patch], policy: Policy, base: Checkpoint | None
+    patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the manifest says besides the tensors, and of that how the neurons were chosen."""
-    if len(patches) == 1 and policy.weights == (1.0,):  # the patch itself
+    if len(patches) == 1 and rule.weights == (1.0,):  # the patch itself
         manifest = patches[0].manifest
         rest = {key: value for key, value in manifest.items() if key not in ("version", "tensors")}
         return rest, dict(patches[0].facts)
@@ -257,7 +262,7 @@ def _facts(
     followers = {name for patch in patches for name in companion_biases(patch.facts)}
     followers &= {name for patch in patches for name in patch.tensors}
     followers -= {n for patch in patches for n in patch.tensors if n not in companion_biases(patch.facts)}
-    how = same | {"merged": {**policy.describe(), "patches": merged}}
+    how = same | {"merged": {**rule.describe(), "patches": merged}}
     how |= {"followers": sorted(followers)} if followers else {}
     facts = {"base": origin or dict(patches[0].base), "selection": how}
     return facts | {"created_by": f"neftsurgery {__version__}"}, how

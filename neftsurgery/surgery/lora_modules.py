@@ -91,7 +91,7 @@ def _refused(patch: Patch, refused: list[tuple[str, str]]) -> MismatchError:
         file=patch.place,
         expected="rows or columns of linear weights",
         found=shown + more,
-        hint="leave it out when neurons are chosen (--exclude, no --with-bias), "
+        hint="leave it out when neurons are chosen ([[exclude]], no [[with_bias]]), "
         "or write the patched checkpoint: `neftsurgery apply BASE PATCH -o OUT`",
     )
 

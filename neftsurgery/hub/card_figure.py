@@ -1,4 +1,4 @@
-"""The picture of a card: where a patch's neurons lie, where there is something to draw it with."""
+"""The figure of a card: a map of the neurons that the patch replaces."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from importlib.util import find_spec
 from ..patch.patch import Patch
 from ..reporting.layer_map import LayerMap
 
-__all__ = ["PICTURE_NAME", "picture_of"]
-
-PICTURE_NAME = "neurons.png"
+__all__ = ["card_figure"]
 
 
-def picture_of(patch: Patch) -> bytes | None:
-    """The picture as PNG; None where matplotlib is not installed, or no neuron has a place."""
+def card_figure(patch: Patch) -> bytes | None:
+    """The figure as PNG; None if matplotlib is not installed or there is nothing to draw."""
     found = LayerMap.of_patch(patch)
     if find_spec("matplotlib") is None or not found.neurons:
         return None

@@ -1,0 +1,232 @@
+"""The options that commands, recipes and Python share, each declared once: its type, its help, its choices.
+
+A `TypedDict` per group is the keywords of the Python verbs (``**options: Unpack[ScopeOptions]``). The command
+line makes its flags of the same declarations (`declared`), a recipe its keys, and the values `Scope`,
+`selection.budget.Budget` and `storage.threads.Limits` are made of what was given.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, TypedDict, get_args, get_type_hints
+
+from .progress import Progress
+
+__all__ = [
+    "AxisOption",
+    "BudgetOptions",
+    "CutOptions",
+    "DiffOptions",
+    "HasCounts",
+    "Option",
+    "RunOptions",
+    "Scope",
+    "ScopeOptions",
+    "ScoreOptions",
+    "SeedOptions",
+    "SelectOptions",
+    "declared",
+    "split",
+]
+
+#: Patterns of tensor names to neuron axes: ``{"*.kernel": 1}``, or pairs; the last match wins.
+AxisOption = Mapping[str, int | Sequence[int]] | Sequence[tuple[str, int | Sequence[int]]]
+
+
+class HasCounts(Protocol):
+    """What ``like`` takes besides counts: a `Selection`."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Per tensor name, how many neurons."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What every surface needs to know of an option besides its name and type.
+
+    Attributes
+    ----------
+    help:
+        One or two sentences.
+    metavar:
+        What stands for the value on the command line.
+    choices:
+        The only values, if they are few.
+    default:
+        What an option that is not given counts as; shown in help.
+    """
+
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    default: str | int | None = None
+
+
+class ScopeOptions(TypedDict, total=False):
+    """Which neurons are looked at."""
+
+    anatomy: Annotated[
+        str,
+        Option(
+            "What a neuron is: an output unit of a linear or convolution weight (rows); an up row or down "
+            "column of a feed-forward block (ffn); all weights of a feed-forward or attention unit (units).",
+            choices=("rows", "ffn", "units"),
+            default="rows",
+        ),
+    ]
+    include: Annotated[
+        Sequence[str], Option("Score these too: embeddings, head, norms, routers.", metavar="GLOB")
+    ]
+    exclude: Annotated[Sequence[str], Option("Leave these out, whatever --include says.", metavar="GLOB")]
+    only: Annotated[Sequence[str], Option("Score nothing but these.", metavar="GLOB")]
+    axis: Annotated[
+        AxisOption,
+        Option(
+            "The neuron axes of tensors that no config explains, such as '*.kernel=1'. The last match wins.",
+            metavar="GLOB=N[,M]",
+        ),
+    ]
+
+
+class ScoreOptions(TypedDict, total=False):
+    """How sensitivity is measured."""
+
+    score: Annotated[
+        str,
+        Option(
+            "How sensitivity is measured; random and norm are controls.",
+            choices=("cosine", "l2", "relative", "changed", "random", "norm"),
+            default="cosine",
+        ),
+    ]
+
+
+class BudgetOptions(TypedDict, total=False):
+    """How many neurons are chosen, out of which pools, and which first."""
+
+    neurons: Annotated[
+        str | int, Option("So many neurons, or a share of the scored ones: 50000, 3%.", metavar="N|P%")
+    ]
+    params: Annotated[
+        str | int, Option("So many parameters, or a share of the model's: 200M, 3%.", metavar="N|P%")
+    ]
+    threshold: Annotated[float, Option("Every neuron that scores above X.", metavar="X")]
+    changed: Annotated[bool, Option("Every neuron with any differing bit: lossless where it reaches.")]
+    like: Annotated[
+        HasCounts | Mapping[str, int],
+        Option("As many per tensor as in another selection, for controls.", metavar="SELECTION"),
+    ]
+    per: Annotated[
+        str,
+        Option(
+            "Choose from one pool (model), or from each layer's or tensor's. Default: model.",
+            choices=("model", "layer", "tensor"),
+        ),
+    ]
+    max_per_tensor: Annotated[int, Option("At most so many neurons of any tensor.", metavar="N")]
+    policy: Annotated[
+        str,
+        Option(
+            "The most sensitive first, the least sensitive first, or any. Default: sensitive.",
+            choices=("sensitive", "reversed", "random"),
+        ),
+    ]
+    with_bias: Annotated[bool, Option("Take the bias elements of the chosen neurons as well.")]
+
+
+class SeedOptions(TypedDict, total=False):
+    """The seed of everything random."""
+
+    seed: Annotated[int, Option("For --policy random and --score random.", default=0)]
+
+
+class RunOptions(TypedDict, total=False):
+    """How much of the machine the work takes, and who is told how far it is. No result depends on them."""
+
+    threads: Annotated[
+        int | None, Option("Reading and computing threads. Default: two per core.", metavar="N")
+    ]
+    memory: Annotated[
+        int | None,
+        Option(
+            "Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 192MiB.", metavar="SIZE"
+        ),
+    ]
+    progress: Progress
+
+
+class SelectOptions(BudgetOptions, SeedOptions):
+    """The keywords of `Scores.select`."""
+
+
+class DiffOptions(ScopeOptions, ScoreOptions, SeedOptions, RunOptions):
+    """The keywords of `diff` besides its output."""
+
+
+class CutOptions(ScopeOptions, ScoreOptions, SelectOptions, RunOptions):
+    """The keywords of `extract` besides its inputs and output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which neurons are looked at.
+
+    Attributes
+    ----------
+    anatomy:
+        ``rows``, ``ffn`` or ``units``.
+    axis:
+        Patterns of tensor names to neuron axes, the last match wins.
+    include, exclude, only:
+        Patterns of tensors to add, to leave out, and of the only ones to score.
+    """
+
+    anatomy: str = "rows"
+    axis: AxisOption = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    only: Sequence[str] = ()
+
+    @property
+    def patterns(self) -> _Patterns:
+        """All but the anatomy, as keywords."""
+        return {"axis": self.axis, "include": self.include, "exclude": self.exclude, "only": self.only}
+
+
+class _Patterns(TypedDict):
+    axis: AxisOption
+    include: Sequence[str]
+    exclude: Sequence[str]
+    only: Sequence[str]
+
+
+def declared(group: type) -> dict[str, tuple[Any, Option]]:
+    """By name, the type and the declaration of every option of a group, in order."""
+    hints = get_type_hints(group, include_extras=True)
+    return {
+        name: (get_args(hint)[0], extra)
+        for name, hint in hints.items()
+        for extra in get_args(hint)[1:]
+        if isinstance(extra, Option)
+    }
+
+
+def split(verb: str, options: Mapping[str, Any], *groups: type) -> list[dict[str, Any]]:
+    """Sort the keywords a verb was called with by group.
+
+    Raises
+    ------
+    TypeError
+        For a keyword of none of them, as Python does; the message suggests the nearest one.
+    """
+    names = [tuple(get_type_hints(group)) for group in groups]
+    known = [name for group in names for name in group]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{verb}() got an unexpected keyword argument {name!r}{hint}")
+    return [{name: options[name] for name in group if name in options} for group in names]

@@ -1,0 +1,120 @@
+"""The client of the Hugging Face Hub: models and single files, fetched into its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from .hub_errors import hub_errors
+from .hub_id import HubId
+from .secrets import Redacting
+
+__all__ = [
+    "HubFile",
+    "client",
+    "fetch_file",
+    "fetch_model",
+    "find_file",
+    "is_damaged",
+    "is_offline",
+    "page",
+]
+
+#: Never fetched: weights in formats that are not read here. `apply` leaves such files behind as well.
+_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack"]
+_OTHER_FOLDERS = ["original/*", "onnx/*", "openvino/*", "coreml/*"]
+
+_READ_BYTES = 1 << 20
+
+
+def client() -> ModuleType:
+    """The package huggingface_hub, with tokens and signatures of addresses removed from its log."""
+    import huggingface_hub
+
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        if not any(isinstance(one, Redacting) for one in handler.filters):
+            handler.addFilter(Redacting())
+    return huggingface_hub
+
+
+def page(repo: str) -> str:
+    """The address of a repository's page."""
+    return f"{client().HfApi().endpoint}/{repo}"
+
+
+def is_offline() -> bool:
+    """Whether the user has switched the client to offline mode: it then reads its cache only."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def fetch_model(hub_id: HubId) -> Path:
+    """Fetch a model into huggingface_hub's cache; returns its folder, which is named after the commit.
+
+    Raises
+    ------
+    UsageError
+        If the repository or the revision does not exist.
+    MachineError
+        If the Hub refuses (401, 403, gated) or cannot be reached.
+    """
+    with hub_errors(hub_id):
+        folder = client().snapshot_download(
+            hub_id.repo, revision=hub_id.revision, ignore_patterns=[*_OTHER_WEIGHTS, *_OTHER_FOLDERS]
+        )
+    return Path(folder)
+
+
+def fetch_file(hub_id: HubId, filename: str, *, again: bool = False) -> Path:
+    """Fetch one file into huggingface_hub's cache; its folder is named after the commit.
+
+    Parameters
+    ----------
+    again:
+        Fetch the file even if it is in the cache.
+
+    Raises
+    ------
+    UsageError, MachineError
+        As `fetch_model`.
+    MismatchError
+        If the repository has no such file.
+    """
+    with hub_errors(hub_id, filename):
+        path = client().hf_hub_download(hub_id.repo, filename, revision=hub_id.revision, force_download=again)
+    return Path(path)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file on the Hub, not fetched: the commit it was found at, and its size in bytes."""
+
+    commit: str | None
+    nbytes: int | None
+
+
+def find_file(hub_id: HubId, filename: str) -> HubFile:
+    """Ask the Hub for a file without fetching it. Raises as `fetch_file`."""
+    with hub_errors(hub_id, filename):
+        hub = client()
+        found = hub.HfApi().get_hf_file_metadata(
+            url=hub.hf_hub_url(hub_id.repo, filename, revision=hub_id.revision)
+        )
+    return HubFile(found.commit_hash, found.size)
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a large file in the cache differs from the Hub's: its blob is named after its SHA-256."""
+    blob = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
+        return False
+    state = hashlib.sha256()
+    with blob.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            state.update(block)
+    return state.hexdigest() != blob.name

@@ -1,0 +1,47 @@
+"""A repository of the Hugging Face Hub at a revision: ``org/name@revision``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TypeGuard
+
+__all__ = ["HubId", "is_repo", "is_revision"]
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"[\w][\w./-]{0,199}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A repository of the Hub, at a revision.
+
+    Attributes
+    ----------
+    repo:
+        ``org/name``.
+    revision:
+        A branch, a tag or a commit; None for the main branch.
+    """
+
+    repo: str
+    revision: str | None = None
+
+    @classmethod
+    def split(cls, text: str) -> HubId:
+        """Split ``text`` at its first ``@``; the parts are not checked."""
+        repo, _, revision = text.partition("@")
+        return cls(repo, revision or None)
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def is_repo(text: object) -> TypeGuard[str]:
+    """Whether ``text`` is ``org/name``."""
+    return isinstance(text, str) and _REPO.fullmatch(text) is not None
+
+
+def is_revision(text: object) -> TypeGuard[str]:
+    """Whether ``text`` can name a branch, a tag or a commit."""
+    return isinstance(text, str) and _REVISION.fullmatch(text) is not None and ".." not in text

@@ -1,0 +1,80 @@
+"""select: choose neurons from scores, within a budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import MismatchError
+from ..scoring.scores import Scores
+from ..selection.selection import Selection
+from ..storage.output_checks import refuse_output
+
+__all__ = ["SelectPlan", "plan_select"]
+
+
+@dataclass(frozen=True)
+class SelectPlan:
+    """The neurons are chosen, nothing is written. Made by `plan_select`.
+
+    Attributes
+    ----------
+    scores:
+        What they were chosen by.
+    selection:
+        The chosen neurons.
+    out, force:
+        Where the selection goes, and whether what is there is replaced.
+    """
+
+    scores: Scores
+    selection: Selection
+    out: Path
+    force: bool = False
+
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        chosen = self.selection
+        return {
+            "neurons": self.scores.neurons,
+            "selected": chosen.neurons,
+            "selected_parameters": chosen.parameters,
+            "parameters": self.scores.parameters,
+            "captured": chosen.facts.get("captured"),
+            "captured_scored": chosen.facts.get("captured_scored"),
+            "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
+            "out": str(self.out),
+        }
+
+    def run(self) -> Selection:
+        """Write the selection file."""
+        self.selection.save(self.out, force=self.force)
+        return self.selection
+
+
+def plan_select(
+    scores: Scores,
+    budget: Mapping[str, Any],
+    *,
+    out: str | os.PathLike[str],
+    inputs: Sequence[str | os.PathLike[str]] = (),
+    force: bool = False,
+) -> SelectPlan:
+    """Choose neurons by scores; ``budget`` as the keywords of `Scores.select`.
+
+    Raises
+    ------
+    UsageError
+        For options that make no sense, or not together, or an ``out`` that exists.
+    MismatchError
+        If no neuron is chosen.
+    """
+    here = [scores.path] if scores.path is not None else []
+    refuse_output(out, inputs=[*here, *inputs], force=force, kind="file")
+    selection = scores.select(**budget)
+    if not selection.tensors:
+        raise MismatchError("no neuron is chosen", file=scores.path, hint="the threshold may be too high")
+    return SelectPlan(scores, selection, Path(out), force)

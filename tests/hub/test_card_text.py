@@ -1,0 +1,64 @@
+"""What a card tells people."""
+
+from __future__ import annotations
+
+from card_support import COMMIT, KNOWN, PLAIN_TAGS, rendered
+from hub_support import patch_of
+from huggingface_hub import ModelCard
+
+from neftsurgery.hub.base_model import BaseModel
+from neftsurgery.hub.card import write_card
+
+
+def test_what_a_person_reads(llama):
+    page = rendered(write_card(llama, "me/french", KNOWN, {}, figure="neurons.png"))
+    assert page.tags <= PLAIN_TAGS
+    for words in (
+        "new values for 15 neurons of 6 tensors (45 parameters",
+        f"neftsurgery apply org/base@{COMMIT} me/french -o patched",
+        'ns.attach(model, "me/french")',
+        "66.9% of the squared difference",
+        "73.1% of the squared difference",
+        "mine.jsonl",
+        "2e-05",
+        "neurons 3%",
+    ):
+        assert words in page.text, words
+    assert "neurons.png" in page.addresses
+
+
+def test_the_table_counts_what_the_patch_has(llama):
+    text = ModelCard(write_card(llama, "me/french", KNOWN, {})).text
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if "█" in line or "all |" in line
+    ]
+    assert [[row[1], *row[3:]] for row in rows] == [
+        ["3", "2", "1"],
+        ["5", "3", "2"],
+        ["7", "4", "3"],
+        ["15", "9", "6"],
+    ]
+    assert [row[2].count("█") for row in rows] == [round(12 * total / 7) for total in (3, 5, 7)] + [0]
+
+
+def test_many_layers_and_kinds_stay_a_table(tmp_path):
+    counts = {f"h.{layer}.kind{kind}.weight": 1 + kind for layer in range(100) for kind in range(12)}
+    counts["wte.weight"] = 3
+    text = ModelCard(write_card(patch_of(tmp_path / "p.safetensors", counts), "me/x", KNOWN, {})).text
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.count("|") > 6]
+    assert len(rows) < 50
+    assert len({len(row) for row in rows}) == 1
+    assert len(rows[0]) < 14
+    every = [int(row[1].replace(",", "")) for row in rows[2:]]
+    assert sum(every[:-1]) == every[-1] == sum(counts.values())
+
+
+def test_an_unknown_base(tmp_path):
+    patch = patch_of(tmp_path / "p.safetensors", {"w": 1}, base={"name": "my-base"})
+    card = ModelCard(write_card(patch, "me/x", BaseModel.of(patch, None), {}))
+    assert "base_model" not in card.data.to_dict()
+    assert "base_model_relation" not in card.data.to_dict()
+    assert "neftsurgery apply BASE me/x" in card.text
+    assert "`my-base`" in card.text
