@@ -9,7 +9,7 @@ import numpy as np
 from support import LLAMA_CONFIG, write_folder
 
 from neftsurgery.neurons.families import FAMILIES
-from neftsurgery.tensors.tensorfile import TensorFile
+from neftsurgery.tensors.reader import TensorFile
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 import neftsurgery as ns
 from benchmarks.selection.arms import GRADIENT_SCORES, Arm
 from neftsurgery import Selection
-from neftsurgery.surgery.pairing import Scope, pair
+from neftsurgery.options import Scope
+from neftsurgery.surgery.pairing import pair
 from neftsurgery.training.gradient_probe import gradient_scores
 
 

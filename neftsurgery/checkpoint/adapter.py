@@ -20,7 +20,7 @@ from ..errors import CorruptFileError
 from ..sources.resolve import Source
 from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from .adapter_config import CONFIG_NAME, WEIGHTS_NAME, Factor, read_factors
 from .checkpoint import Checkpoint
 from .opening import open_checkpoint

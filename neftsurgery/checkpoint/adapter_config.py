@@ -13,7 +13,7 @@ from ..errors import CorruptFileError, MismatchError
 from ..neurons.anatomy import read_anatomy
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo, loads
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from .checkpoint import Checkpoint
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Factor", "read_factors"]

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import Source
-from ..storage.page_cache import at_hand, resident
+from ..storage.page_cache import is_cached, map_cached
+from ..storage.positioned import OpenFile, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
-from ..tensors.tensorfile import OpenFile, read_exactly, read_rows_exactly
 from ..text import plural, size
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
@@ -193,7 +193,7 @@ class Checkpoint:
         fd, offset, row = file.fileno(), shard.header.offsets[name], out.shape[1]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, 0)
         # Thousands of calls that never wait: threads that make them at once only hand each other the GIL.
-        warm = len(rows) >= _MANY_ROWS and at_hand(fd, offset + first * row, (last - first + 1) * row)
+        warm = len(rows) >= _MANY_ROWS and is_cached(fd, offset + first * row, (last - first + 1) * row)
         with _TURN if warm else nullcontext():
             read_rows_exactly(fd, offset, rows, out, shard.path)
 
@@ -204,7 +204,7 @@ class Checkpoint:
         """
         shard = self.shard_of(name)
         file = self._handles.get(shard)
-        found = resident(file.fileno(), shard.header.offsets[name] + start, size)
+        found = map_cached(file.fileno(), shard.header.offsets[name] + start, size)
         if found is not None:
             self._handles.count(size)
         return found

@@ -29,9 +29,11 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index, gather
 from ..storage.no_follow import open_to_change
 from ..storage.output import fsync_folder
+from ..storage.positioned import sha256_of
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile, sha256_of, written_file
+from ..tensors.reader import TensorFile
+from ..tensors.writer import written_file
 from .checkpoint import Checkpoint, Shard
 from .journal_record import forget, record
 from .unfinished import journal_path

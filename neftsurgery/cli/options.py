@@ -65,7 +65,7 @@ def common_options(command: Command) -> Command:
     ) -> Any:
         from ..storage.threads import Limits
 
-        console = Console(as_json=as_json, quiet=quiet, limits=Limits.of(threads, memory))
+        console = Console(as_json=as_json, quiet=quiet, limits=Limits.of(threads, memory, mapped=True))
         return command(console, *args, **options)
 
     wrapped.__signature__ = inspect.Signature()  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import INDEX_NAME
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import written_file
+from ..tensors.writer import written_file
 
 __all__ = ["CONFIG", "PLANTED", "make_base", "make_tuned", "planted"]
 

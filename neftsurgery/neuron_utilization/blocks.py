@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import MismatchError
-from ..neurons.meaning import place
+from ..neurons.tensor_names import layer_and_kind
 
 __all__ = ["BlockStack", "find_block_stack", "hidden_size"]
 
@@ -31,7 +31,7 @@ class BlockStack:
 
     def block_of(self, parameter: str) -> int | None:
         """The number of the block that contains a parameter of the live model; None if no block does."""
-        parent, _, number = place(parameter.split("."))[0].rpartition(".")
+        parent, _, number = layer_and_kind(parameter.split("."))[0].rpartition(".")
         return int(number) if parent == self.path and number.isdecimal() else None
 
 
@@ -43,7 +43,7 @@ def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
     MismatchError
         If there is no such stack, or more than one.
     """
-    paths = dict.fromkeys(place(name.split("."))[0].rpartition(".")[0] for name in parameters)
+    paths = dict.fromkeys(layer_and_kind(name.split("."))[0].rpartition(".")[0] for name in parameters)
     modules = dict(model.named_modules())
     found = {}
     for path in paths:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import NeuronTensor, read_anatomy
-from ..neurons.meaning import place
-from ..selection.selection import Selection, followers_of
+from ..neurons.tensor_names import layer_and_kind
+from ..selection.selection import Selection, companion_biases
 from .options import ANATOMIES
 
 __all__ = ["count_unranked", "ranked_tensors"]
@@ -69,9 +69,9 @@ def ranked_tensors(
 
 def _axes_by_kind(trained: Selection, width: int) -> dict[str, tuple[int, ...]]:
     """The neuron axes of every kind of tensor that has trained neurons of this width."""
-    companions = followers_of(trained.facts)
+    companions = companion_biases(trained.facts)
     return {
-        place(name.split("."))[1]: chosen.layout.axes
+        layer_and_kind(name.split("."))[1]: chosen.layout.axes
         for name, chosen in trained.tensors.items()
         if name not in companions and chosen.layout.width == width
     }
@@ -79,7 +79,7 @@ def _axes_by_kind(trained: Selection, width: int) -> dict[str, tuple[int, ...]]:
 
 def count_unranked(trained: Selection, tensors: Mapping[str, NeuronTensor]) -> int:
     """How many trained neurons are not among those of ``tensors``. Bias elements are not counted."""
-    companions = followers_of(trained.facts)
+    companions = companion_biases(trained.facts)
     count = 0
     for name, chosen in trained.tensors.items():
         tensor = tensors.get(name)

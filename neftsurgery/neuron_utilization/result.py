@@ -18,7 +18,8 @@ from ..selection.budget import Amount
 from ..storage.output_checks import refuse_output
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile, written_file
+from ..tensors.reader import TensorFile
+from ..tensors.writer import written_file
 from .ranking import rank_limit, ranks
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint hold neurons, and along which axes.
 
-An anatomy is read from tensor names, shapes and the model's config alone: no weight is touched. What
-a name means is said by the family table (`neftsurgery.neurons.families`), never by a shape.
+An anatomy is read from tensor names, shapes and the model's config alone: no weight is read. The family
+table (`neftsurgery.neurons.families`) says what a name means; a shape never does.
 """
 
 from __future__ import annotations
@@ -16,16 +16,25 @@ from ..tensors.header import TensorInfo
 from .families import FeedForward
 from .globs import matching
 from .layout import Layout
-from .meaning import COLUMNS, UNKNOWN_EXPERTS, Meaning, bias_of, block_key, meaning_of, member_axes, place
 from .quantized import quantization_reasons
 from .roles import Role
-from .scopes import Scope, Scopes
-from .units import Part, Section, UnitMap, sections_of, up_part
+from .submodels import Submodel, Submodels
+from .tensor_names import (
+    COLUMNS,
+    UNKNOWN_EXPERTS,
+    NameReading,
+    bias_of,
+    block_key,
+    layer_and_kind,
+    member_axes,
+    read_name,
+)
+from .units import CountedSlice, UnitMap, UnitSpan, unit_spans, up_slice
 
 __all__ = ["ANATOMIES", "Anatomy", "Listed", "NeuronTensor", "read_anatomy"]
 
 ANATOMIES = ("rows", "ffn", "units")
-"""The names `read_anatomy` knows."""
+_NO_ROLE = {"ffn": "not an up or down projection of a feed-forward block", "units": "not part of a unit"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,9 @@ class NeuronTensor:
     layer:
         Its pool: the name up to its first number, ``"model.layers.3"``; ``""`` outside the layers.
     kind:
-        What is left of the name, without ``.weight``: ``"mlp.up_proj"``; experts' numbers are ``*``.
+        The rest of the name, without ``.weight``: ``"mlp.up_proj"``. Numbers of experts become ``*``.
     bias:
-        The tensor whose elements belong one to one to the neurons, if there is one.
+        The tensor with one element per neuron that is added to their outputs, if there is one.
     units:
         Under ``units``: the unit of every neuron.
     part:
@@ -56,7 +65,7 @@ class NeuronTensor:
     kind: str
     bias: str | None = None
     units: UnitMap | None = None
-    part: Part | None = None
+    part: CountedSlice | None = None
 
     @property
     def layout(self) -> Layout:
@@ -75,10 +84,10 @@ class Listed:
     reason:
         Why it is not scored.
     axes:
-        Of neurons of one element each, which have no direction to compare but whose bits do: all
-        axes of a bias or norm. None where no neuron can be chosen.
+        The neuron axes, if its neurons have one element each: all axes of a bias or norm. Such neurons have
+        no direction to score, but they can change. None where no neuron can be chosen.
     included:
-        Whether it was named by ``include``.
+        Whether ``include`` names it.
     """
 
     info: TensorInfo
@@ -89,7 +98,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Every tensor of a checkpoint, as scored or as listed.
+    """Every tensor of a checkpoint: either scored, or listed with the reason.
 
     Attributes
     ----------
@@ -123,7 +132,7 @@ def read_anatomy(
     exclude: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Anatomy:
-    """Say of every tensor whether it holds neurons, and along which axes.
+    """Decide for every tensor whether it holds neurons, and along which axes.
 
     Parameters
     ----------
@@ -136,7 +145,7 @@ def read_anatomy(
     config:
         Its ``config.json``, or None.
     axis:
-        Pattern to neuron axes, the last match wins: overrides what the family says.
+        Patterns to neuron axes; the last match wins. Overrides the family table.
     include:
         Patterns of tensors to add: embeddings, output head, norms, routers, and under ``ffn`` and
         ``units`` all other weights.
@@ -156,8 +165,8 @@ def read_anatomy(
     """
     if name not in ANATOMIES:
         raise UsageError(f"there is no anatomy {name!r}", hint=f"known ones: {', '.join(ANATOMIES)}")
-    scopes = Scopes.of(config)
-    if name != "rows" and not scopes.known:
+    submodels = Submodels.of(config)
+    if name != "rows" and not submodels.known:
         raise MismatchError(
             f"the anatomy {name} needs a known architecture, and {_unknown(config)}",
             hint="the anatomy rows works for every model",
@@ -165,7 +174,7 @@ def read_anatomy(
     reader = _Reader(
         name=name,
         tensors=tensors,
-        scopes=scopes,
+        submodels=submodels,
         config=config,
         axes=_overrides(axis, tensors),
         included=matching(include, tensors, option="--include"),
@@ -177,23 +186,23 @@ def read_anatomy(
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """A tensor's part in a block of units: `sections` of `outer` times `units`, under the block's `key`."""
+    """The neurons that a tensor gives to a block of units: ``spans``, of ``outer`` times ``units`` units."""
 
     key: tuple[str, str]
     outer: int
     units: int
-    sections: tuple[Section, ...]
+    spans: tuple[UnitSpan, ...]
 
 
 class _Reader:
-    """Reads one checkpoint; what it learns of a name serves all names that differ by numbers only."""
+    """Reads one checkpoint. A name is read once for all names that differ from it only in numbers."""
 
     def __init__(
         self,
         *,
         name: str,
         tensors: Mapping[str, TensorInfo],
-        scopes: Scopes,
+        submodels: Submodels,
         config: Mapping[str, Any] | None,
         axes: Mapping[str, tuple[int, ...]],
         included: set[str],
@@ -202,14 +211,14 @@ class _Reader:
     ) -> None:
         self.name = name
         self.tensors = tensors
-        self.scopes = scopes
+        self.submodels = submodels
         self.config = config
         self.axes = axes
         self.included = included - excluded
         self.excluded = excluded
         self.only = only
         self.quantized = quantization_reasons(tensors, config)
-        self.meanings: dict[tuple[tuple[str, ...], int], Meaning] = {}
+        self.readings: dict[tuple[tuple[str, ...], int], NameReading] = {}
         self.shares: dict[str, _Share] = {}
         self.assumed: dict[str, None] = {}
 
@@ -234,28 +243,25 @@ class _Reader:
         if barred:
             return Listed(info, barred, None, included)
         parts = info.name.split(".")
-        meaning = self.meaning(parts, len(info.shape))
-        stated = None if meaning.reason == "bias" else self.axes.get(info.name)
-        if len(info.shape) < 2 or meaning.reason in ("bias", "norm"):
+        reading = self.reading(parts, len(info.shape))
+        stated = None if reading.reason == "bias" else self.axes.get(info.name)
+        if len(info.shape) < 2 or reading.reason in ("bias", "norm"):
             every = tuple(range(len(info.shape)))
-            return Listed(info, meaning.reason or "one element wide", every, included)
-        if meaning.reason and not included and not (meaning.open and stated):
-            return Listed(info, meaning.reason, None, False)
-        role = self.member(meaning)
-        axes = stated or (meaning.axes if role is None else member_axes(role, meaning))
+            return Listed(info, reading.reason or "one element wide", every, included)
+        if reading.reason and not included and not (reading.needs_axis and stated):
+            return Listed(info, reading.reason, None, False)
+        role = self.member(reading)
+        axes = stated or (reading.axes if role is None else member_axes(role, reading))
         if axes is None:
-            return Listed(info, meaning.reason, None, included)
+            return Listed(info, reading.reason, None, included)
         if self.name != "rows" and role is None and not included:
-            what = (
-                "an up or down projection of a feed-forward block" if self.name == "ffn" else "part of a unit"
-            )
-            return Listed(info, f"not {what}")
+            return Listed(info, _NO_ROLE[self.name])
         if Layout.of(info.shape, axes).width == 1:
             return Listed(info, "one element wide", axes, included)
-        if meaning.assumed and not stated:
-            main = meaning.scope is self.scopes.main
-            self.assumed.setdefault("" if main else meaning.scope.model_type)
-        return self.placed(info, parts, axes, meaning.scope, role)
+        if reading.assumed and not stated:
+            main = reading.submodel is self.submodels.main
+            self.assumed.setdefault("" if main else reading.submodel.model_type)
+        return self.placed(info, parts, axes, reading.submodel, role)
 
     def barred(self, info: TensorInfo) -> str:
         """Why no neuron of ``info`` can be chosen at all, "" if some can."""
@@ -269,17 +275,17 @@ class _Reader:
             return "excluded"
         return "" if self.only is None or info.name in self.only else "not among those asked for"
 
-    def meaning(self, parts: Sequence[str], ndim: int) -> Meaning:
+    def reading(self, parts: Sequence[str], ndim: int) -> NameReading:
         """What a name says of a tensor of ``ndim`` axes."""
         pattern = tuple("*" if part.isdecimal() else part for part in parts)
         key = (pattern, ndim)
-        if key not in self.meanings:
-            self.meanings[key] = meaning_of(pattern, ndim, self.scopes.scope(pattern))
-        return self.meanings[key]
+        if key not in self.readings:
+            self.readings[key] = read_name(pattern, ndim, self.submodels.of_name(pattern))
+        return self.readings[key]
 
-    def member(self, meaning: Meaning) -> Role | None:
-        """The role of a tensor in a block that this anatomy looks at."""
-        role = meaning.role
+    def member(self, reading: NameReading) -> Role | None:
+        """The role of a tensor in a block of this anatomy, if it has one."""
+        role = reading.role
         if role is None or role.block is None or self.name == "rows":
             return None
         if self.name == "ffn" and role.member not in ("up", "down", "gate_up"):
@@ -287,34 +293,39 @@ class _Reader:
         return role
 
     def placed(
-        self, info: TensorInfo, parts: Sequence[str], axes: tuple[int, ...], scope: Scope, role: Role | None
+        self,
+        info: TensorInfo,
+        parts: Sequence[str],
+        axes: tuple[int, ...],
+        submodel: Submodel,
+        role: Role | None,
     ) -> NeuronTensor | Listed:
         """The tensor with its layer and bias, and its part or its share of a block."""
-        layer, kind = place(parts)
+        layer, kind = layer_and_kind(parts)
         bias = None if role is not None and role.member in COLUMNS else bias_of(info, axes, self.tensors)
         tensor = NeuronTensor(info, axes, layer, kind, bias)
         inner = info.shape[axes[-1]]
         outer = math.prod(info.shape[axis] for axis in axes[:-1])
         if self.name == "units":
             if role is None:
-                self.shares[info.name] = _Share(("", info.name), outer, inner, (Section(0, inner, 1),))
+                self.shares[info.name] = _Share(("", info.name), outer, inner, (UnitSpan(0, inner, 1),))
                 return tensor
-            heads = None if isinstance(role.block, FeedForward) else scope.heads(parts)
+            heads = None if isinstance(role.block, FeedForward) else submodel.heads(parts)
             try:
-                sections = sections_of(role, inner, heads)
+                spans = unit_spans(role, inner, heads)
             except ValueError as error:
                 return Listed(info, f"not part of a unit: {error}")
-            units = max(section.first + section.units for section in sections)
-            self.shares[info.name] = _Share(block_key(parts, role), outer, units, sections)
+            units = max(span.first + span.units for span in spans)
+            self.shares[info.name] = _Share(block_key(parts, role), outer, units, spans)
         elif role is not None:
             try:
-                return replace(tensor, part=up_part(role, outer, inner))
+                return replace(tensor, part=up_slice(role, outer, inner))
             except ValueError as error:
                 return Listed(info, f"not up and gate: {error}")
         return tensor
 
     def warnings(self, listed: Iterable[Listed]) -> Iterable[str]:
-        """What the user should know of this reading."""
+        """What the user should know about this anatomy."""
         if self.assumed:
             yield (
                 f"{_unknown(self.config, tuple(self.assumed))}: weights count as [out, in, ...]; "
@@ -322,22 +333,22 @@ class _Reader:
             )
         for start, text in (
             ("quantized: ", "quantized tensors and their scales are left out"),
-            (UNKNOWN_EXPERTS, "tensors of experts are left out, their axes are not known: see --axis"),
+            (
+                UNKNOWN_EXPERTS,
+                "tensors of experts are left out, because their axes are not known: see --axis",
+            ),
             ("not part of a unit: ", "tensors are in no unit"),
         ):
             found = [entry for entry in listed if entry.reason.startswith(start)]
             if found:
                 yield f"{len(found)} {text} (first: {found[0].info.name}, {found[0].reason})"
-        for scope in (self.scopes.main, *self.scopes.towers.values()) if self.name == "units" else ():
-            if any(family.feed_forward and not family.attention for family in scope.families):
-                yield f"attention of {scope.model_type} has no units here: only feed-forward ones are scored"
+        for submodel in self.submodels.all if self.name == "units" else ():
+            if any(family.feed_forward and not family.attention for family in submodel.families):
+                yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
 
 
 def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> tuple[list[NeuronTensor], int]:
-    """Give every unit its id: blocks in the order of their first tensors, units in that of its neurons.
-
-    All tensors of a block have neurons of all of its units, so that is the order of first members.
-    """
+    """Give every unit its id: by the first tensor of its block, then by the order of its neurons."""
     blocks: dict[tuple[str, str], tuple[int, str]] = {}
     numbered: list[NeuronTensor] = []
     count = 0
@@ -353,9 +364,9 @@ def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> t
                 tensor=tensor.info.name,
                 expected=shares[first].outer * shares[first].units,
                 found=share.outer * share.units,
-                hint="the anatomy rows does not need blocks",
+                hint="the anatomy rows has no blocks: use it",
             )
-        numbered.append(replace(tensor, units=UnitMap(base, share.outer, share.units, share.sections)))
+        numbered.append(replace(tensor, units=UnitMap(base, share.outer, share.units, share.spans)))
     return numbered, count
 
 
@@ -365,9 +376,7 @@ def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str,
     for glob, given in axis.items() if isinstance(axis, Mapping) else axis:
         axes = (given,) if isinstance(given, int) else tuple(given)
         if not axes or list(axes) != sorted(set(axes)) or any(type(n) is not int or n < 0 for n in axes):
-            raise UsageError(
-                f"--axis {glob}: {list(axes)} are not axes, which count from 0, in ascending order"
-            )
+            raise UsageError(f"--axis {glob}: {list(axes)} are not axes: they count from 0 and must ascend")
         for name in matching((glob,), tensors, option="--axis"):
             shape = tensors[name].shape
             if len(shape) < 2 or name.endswith("bias"):
@@ -381,7 +390,7 @@ def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str,
 
 
 def _unknown(config: Mapping[str, Any] | None, parts: Sequence[str] = ("",)) -> str:
-    """That the model, or ``parts`` of it, is not known; "" stands for the model as a whole."""
+    """Says that the model, or ``parts`` of it, is not known; "" stands for the whole model."""
     if config is None:
         return "there is no config.json to say what the model is"
     stated = (part or config.get("model_type") for part in parts)

@@ -1,4 +1,4 @@
-"""How scores, selections, patches and journals describe a tensor with neurons: read and checked."""
+"""Reads and checks how scores, selections, patches and journals describe a tensor with neurons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeGuard
 from ..tensors.document import bad
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from .layout import Layout
 
 __all__ = ["described_tensor"]
@@ -18,7 +18,7 @@ _MAX_ELEMENTS = 1 << 62
 
 
 def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> tuple[TensorInfo, Layout]:
-    """A tensor's ``shape``, ``dtype`` and ``neuron_axes`` as an entry of ``tensors`` tells them.
+    """A tensor's ``shape``, ``dtype`` and ``neuron_axes``, from its entry in ``tensors``.
 
     Raises
     ------

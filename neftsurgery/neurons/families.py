@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["EMBEDDINGS", "FAMILIES", "HEADS", "Attention", "Family", "FeedForward", "Layout"]
+__all__ = ["EMBEDDINGS", "FAMILIES", "HEADS", "Attention", "Family", "FeedForward", "AxisOrder"]
 
-Layout = Literal["out in", "in out", "E out in", "E in out", "E ? ?"]
+AxisOrder = Literal["out in", "in out", "E out in", "E in out", "E ? ?"]
 """The order of a weight's axes; ``E`` are experts, ``?`` is not known and never guessed."""
 
 
@@ -33,7 +33,7 @@ class FeedForward:
     down: str = ""
     gate_up: str = ""
     fused: Literal["halves", "pairs"] = "halves"
-    layout: Layout = "out in"
+    order: AxisOrder = "out in"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Attention:
     o: str = ""
     qkv: str = ""
     fused: Literal["sections", "heads", "quarters"] = "sections"
-    layout: Layout = "out in"
+    order: AxisOrder = "out in"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,10 @@ def _experts(
     return FeedForward(f"{path}.{up}", f"{path}.{gate}", f"{path}.{down}")
 
 
-def _stacked(block: str, layout: Layout, fused: Literal["halves", "pairs"] = "halves") -> FeedForward:
+def _stacked(block: str, order: AxisOrder, fused: Literal["halves", "pairs"] = "halves") -> FeedForward:
     """All experts in one tensor: ``block.experts.gate_up_proj``."""
     return FeedForward(
-        gate_up=f"{block}.experts.gate_up_proj", down=f"{block}.experts.down_proj", fused=fused, layout=layout
+        gate_up=f"{block}.experts.gate_up_proj", down=f"{block}.experts.down_proj", fused=fused, order=order
     )
 
 
@@ -195,7 +195,7 @@ FAMILIES: tuple[Family, ...] = (
             FeedForward(
                 gate_up="block_sparse_moe.input_linear",
                 down="block_sparse_moe.output_linear",
-                layout="E out in",
+                order="E out in",
             ),
             _stacked("block_sparse_moe", "E out in"),
         ),
@@ -228,8 +228,8 @@ FAMILIES: tuple[Family, ...] = (
     # The GPTs and their kin.
     Family(
         "gpt2",
-        feed_forward=(FeedForward(up="mlp.c_fc", down="mlp.c_proj", layout="in out"),),
-        attention=(Attention(qkv="attn.c_attn", o="attn.c_proj", layout="in out"),),
+        feed_forward=(FeedForward(up="mlp.c_fc", down="mlp.c_proj", order="in out"),),
+        attention=(Attention(qkv="attn.c_attn", o="attn.c_proj", order="in out"),),
         embeddings=("wte", "wpe"),
         transposed=("crossattention.q_attn", "crossattention.c_attn", "crossattention.c_proj"),
     ),

@@ -1,4 +1,4 @@
-"""Names of tensors by pattern: ``fnmatch`` on the whole name, case kept."""
+"""Tensor names by pattern: ``fnmatch`` on the whole name, case-sensitive."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def matching(globs: Iterable[str], names: Collection[str], *, option: str | None
     Parameters
     ----------
     globs:
-        Patterns (one alone may be a string), or plain names: thousands of these cost no more than
-        looking each up.
+        Patterns, or plain names, of which each costs one lookup. A single one may be a string.
     names:
-        All names there are; membership in it should be fast.
+        All names; membership in it should be fast.
     option:
         If given, every glob must match something; the error names this option.
 

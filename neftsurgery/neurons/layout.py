@@ -42,7 +42,7 @@ class Layout:
 
     @classmethod
     def of(cls, shape: Sequence[int], axes: Sequence[int]) -> Layout:
-        """The layout of any two sequences; tensors of one kind share it, and what it has worked out."""
+        """The layout of any two sequences; equal ones share one object and its cached properties."""
         return _shared(tuple(shape), tuple(axes))
 
     @cached_property
@@ -62,20 +62,20 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[tuple[bool, int], ...]:
-        """The axes with neighbours of one sort merged: ``(is a neuron axis, size)``, outermost first.
+        """The axes, neighbours of one kind merged: ``(is a neuron axis, size)``, outermost first.
 
-        Axes of size 1 are dropped: they move nothing. A linear weight is
+        Axes of size 1 are dropped, as they do not change the order. A linear weight is
         ``((True, out), (False, in))``; a ``Conv1D`` weight ``((False, in), (True, out))``.
         """
         merged: list[tuple[bool, int]] = []
         for axis, size in enumerate(self.shape):
-            sort = axis in self.axes
+            is_neuron = axis in self.axes
             if size == 1:
                 continue
-            if merged and merged[-1][0] is sort:
-                merged[-1] = (sort, merged[-1][1] * size)
+            if merged and merged[-1][0] is is_neuron:
+                merged[-1] = (is_neuron, merged[-1][1] * size)
             else:
-                merged.append((sort, size))
+                merged.append((is_neuron, size))
         return tuple(merged)
 
     @property
@@ -92,7 +92,7 @@ class Layout:
         return self.groups[-1] if self.groups else (False, 1)
 
     def run_neurons(self, start: int, stop: int) -> NDArray[np.int64]:
-        """For runs ``[start, stop)`` the neuron their first element belongs to, shape ``[stop-start]``."""
+        """The neuron of the first element of each of the runs ``[start, stop)``, shape ``[stop - start]``."""
         runs = np.arange(start, stop, dtype=np.int64)
         neuron = np.zeros(len(runs), dtype=np.int64)
         stride = 1
@@ -115,9 +115,9 @@ class Layout:
     def slabs(self) -> int:
         """How many equal, unbroken ranges of the tensor hold whole vectors.
 
-        The outermost group, when it is a neuron group, cuts the tensor into as many *slabs*: the
-        experts of ``[E, in, out]`` with axes 0 and 2, or the rows of a linear weight. A tensor
-        whose outermost group is not (a ``Conv1D`` weight) is one slab.
+        If the outermost group is a neuron group, each of its steps is a *slab*: an expert of
+        ``[E, in, out]`` with axes 0 and 2, or a row of a linear weight. Any other tensor, such as a
+        ``Conv1D`` weight, is one slab.
         """
         return self.groups[0][1] if self.groups and self.groups[0][0] else 1
 

@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint are codes whose value needs a scale stored elsewhere.
 
 Rows of codes are not rows of weights, so they are never scored. Formats write a weight ``X.weight``
-as codes (8-bit floats, packed or plain integers) beside companions whose names start alike:
-``X.weight_scale``, ``X.scales``, ``X.weight.absmax``. A companion is not a weight either.
+as codes (8-bit floats, packed or plain integers) beside scales (and zero points and the
+like) with similar names: ``X.weight_scale``, ``X.scales``, ``X.weight.absmax``. Those are not weights either.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..tensors.header import TensorInfo
 
 __all__ = ["quantization_reasons"]
 
-# What formats put behind ``X.`` beside the codes. In order of how telling they are.
-_COMPANIONS = (
+# Names of scales after ``X.``, the most certain first.
+_SCALE_SUFFIXES = (
     "weight_scale",
     "weight_scale_inv",
     "weight_scale_2",
@@ -36,8 +36,8 @@ _COMPANIONS = (
     "input_global_scale",
     "weight_format",
 )
-# ... and behind the whole name of the codes, "X.weight" or "experts.gate_up_proj".
-_ATTACHED = (
+# Names of scales after the whole name of the codes, "X.weight" or "experts.gate_up_proj".
+_SCALE_ENDINGS = (
     ".absmax",
     ".quant_map",
     ".nested_absmax",
@@ -50,7 +50,7 @@ _ATTACHED = (
 )
 # bitsandbytes packs its settings into a byte tensor "X.weight.quant_state.bitsandbytes__nf4".
 _STATE = ".quant_state."
-# The codes themselves, as named behind ``X.``; MXFP4 experts write "gate_up_proj_blocks".
+# Names of the codes themselves after ``X.``; MXFP4 experts write "gate_up_proj_blocks".
 _CODES = ("weight", "qweight", "weight_packed", "codes", "W_q")
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
@@ -58,7 +58,7 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 def quantization_reasons(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
 ) -> dict[str, str]:
-    """Of every quantized tensor and every companion, by name, why it is left out.
+    """Why each quantized tensor and each scale is left out, by name.
 
     Parameters
     ----------
@@ -66,28 +66,28 @@ def quantization_reasons(
         All tensors of the checkpoint.
     config:
         The model's ``config.json``: where it has a ``quantization_config``, 8-bit floats and
-        integers named like weights count as codes even without a companion.
+        integers named like weights count as codes even without a scale.
     """
     method = _method(config)
     codes: dict[str, str] = {}
-    companions: dict[str, str] = {}
+    scales: dict[str, str] = {}
     for name, info in tensors.items():
         if not _may_be_codes(info):
             continue
         owner, state, _ = name.partition(_STATE)
         if state and owner in tensors:
-            companions[name] = f"quantized: belongs to {owner}"
+            scales[name] = f"quantized: belongs to {owner}"
             continue
         stem = _stem(name)
-        found = _companions(name, stem, tensors)
+        found = _scales_of(name, stem, tensors)
         if found:
             codes[name] = f"quantized: its values need {found[0]}"
-            companions.update((companion, f"quantized: belongs to {name}") for companion in found)
+            scales.update((scale, f"quantized: belongs to {name}") for scale in found)
         elif info.type.kind == "packed":
             codes[name] = f"quantized: {info.dtype} elements are codes"
         elif method is not None and (info.type.kind == "float" or stem is not None):
             codes[name] = f"quantized: by config.json, with {method}"
-    return codes | companions
+    return codes | scales
 
 
 def _method(config: Mapping[str, Any] | None) -> str | None:
@@ -114,10 +114,10 @@ def _stem(name: str) -> str | None:
     return None
 
 
-def _companions(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:
-    candidates = [name + suffix for suffix in _ATTACHED]
+def _scales_of(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:
+    candidates = [name + suffix for suffix in _SCALE_ENDINGS]
     if stem is not None:
-        candidates += [stem + companion for companion in _COMPANIONS]
+        candidates += [stem + scale for scale in _SCALE_SUFFIXES]
     if name.endswith(_BLOCKS):
         candidates.append(name.removesuffix(_BLOCKS) + _SCALES)
-    return [companion for companion in candidates if companion != name and companion in tensors]
+    return [scale for scale in candidates if scale != name and scale in tensors]

@@ -1,4 +1,4 @@
-"""The family table, compiled: from the parts of a name's ending to what that tensor is."""
+"""The family table, compiled: the last parts of a name to the role of its tensor."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .families import EMBEDDINGS, FAMILIES, HEADS, Attention, Family, FeedForward, Layout
+from .families import EMBEDDINGS, FAMILIES, HEADS, Attention, AxisOrder, Family, FeedForward
 
 __all__ = ["Role", "family_of", "roles"]
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a pattern says of the tensors it matches.
+    """What a pattern of the family table says about the tensors it matches.
 
     Attributes
     ----------
     what:
         ``"embedding"``, ``"output head"`` and ``"router"`` are left out, ``"weight"`` counts.
-    layout:
+    order:
         The order of the axes.
     block, member:
-        The block the tensor is part of and as what (a field name of the block); None and ``""`` if none.
+        The block that the tensor is part of, and its field in the block; None and ``""`` if there is none.
     depth:
-        Components of the pattern.
+        How many parts the pattern has.
     container:
-        How many of these all patterns of the block have in common: tensors that share them, and
-        what stands before them, form one block.
+        How many leading parts all patterns of the block share: tensors that agree in these, and in
+        everything before the pattern, form one block.
     """
 
     what: Literal["embedding", "output head", "router", "weight"]
-    layout: Layout
+    order: AxisOrder
     block: FeedForward | Attention | None
     member: str
     depth: int
@@ -66,7 +66,7 @@ def roles(family: Family) -> dict[tuple[str, ...], Role]:
         members = {member: tuple(pattern.split(".")) for member, pattern in _members(block)}
         shared = _common(list(members.values()))
         for member, parts in members.items():
-            found[parts] = Role("weight", block.layout, block, member, len(parts), shared)
+            found[parts] = Role("weight", block.order, block, member, len(parts), shared)
     return found
 
 
@@ -81,7 +81,7 @@ def _members(block: FeedForward | Attention) -> Iterator[tuple[str, str]]:
 
 
 def _common(paths: list[tuple[str, ...]]) -> int:
-    """How many leading components, the last ones aside, all ``paths`` share."""
+    """How many leading parts all ``paths`` share, their last parts not counted."""
     count = 0
     for parts in zip(*(path[:-1] for path in paths), strict=False):
         if len(set(parts)) > 1:

@@ -1,7 +1,7 @@
-"""Which unit each neuron of a tensor belongs to, and which part of a tensor counts: as formulas.
+"""Which unit each neuron of a tensor belongs to, and which neurons of a tensor count: as formulas.
 
-A checkpoint can hold hundreds of millions of neurons. So the two values here say in a few integers
-what an array per neuron would say, and build that array for one tensor at a time, on demand.
+A checkpoint can hold hundreds of millions of neurons. So the values here hold a few integers instead of
+an array with an entry per neuron, and build that array for one tensor at a time, on demand.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from .families import Attention, FeedForward
 from .roles import Role
-from .scopes import Heads
+from .submodels import Heads
 
-__all__ = ["Part", "Section", "UnitMap", "sections_of", "up_part"]
+__all__ = ["CountedSlice", "UnitSpan", "UnitMap", "unit_spans", "up_slice"]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CountedSlice:
     """The neurons of a tensor that count: positions ``start:stop:step`` of its last neuron axis.
 
     Attributes
@@ -51,8 +51,8 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """A stretch along the last neuron axis: ``repeat`` neurons of each of ``units`` units, from ``first``."""
+class UnitSpan:
+    """A range of the last neuron axis: ``repeat`` neurons of each of ``units`` units, from unit ``first``."""
 
     first: int
     units: int
@@ -71,32 +71,29 @@ class UnitMap:
         Product of the sizes of the neuron axes but the last: the experts of a stacked tensor, else 1.
     units:
         Units of the block per step of the outer axes.
-    sections:
-        What the last neuron axis is made of, in order.
+    spans:
+        The ranges of the last neuron axis, in order.
     """
 
     base: int
     outer: int
     units: int
-    sections: tuple[Section, ...]
+    spans: tuple[UnitSpan, ...]
 
     def __len__(self) -> int:
-        return self.outer * sum(section.units * section.repeat for section in self.sections)
+        return self.outer * sum(span.units * span.repeat for span in self.spans)
 
     def ids(self) -> NDArray[np.int64]:
-        """The ids by neuron, int64 ``[len(self)]``: 8 bytes a neuron, built anew at each call."""
+        """The unit of each neuron, int64 ``[len(self)]``; built at each call, 8 bytes per neuron."""
         inner = np.concatenate(
-            [
-                np.repeat(np.arange(s.first, s.first + s.units, dtype=np.int64), s.repeat)
-                for s in self.sections
-            ]
+            [np.repeat(np.arange(s.first, s.first + s.units, dtype=np.int64), s.repeat) for s in self.spans]
         )
         starts = self.base + np.arange(self.outer, dtype=np.int64) * self.units
         ids: NDArray[np.int64] = (starts[:, None] + inner).reshape(-1)
         return ids
 
 
-def up_part(role: Role, outer: int, inner: int) -> Part | None:
+def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
     """Which neurons of a tensor are up rows or down columns: None for all of them.
 
     Raises
@@ -108,12 +105,12 @@ def up_part(role: Role, outer: int, inner: int) -> Part | None:
         return None
     _divide(inner, 2, "gate and up")
     if role.block.fused == "pairs":
-        return Part(outer, inner, 1, inner, 2)
-    return Part(outer, inner, inner // 2, inner)
+        return CountedSlice(outer, inner, 1, inner, 2)
+    return CountedSlice(outer, inner, inner // 2, inner)
 
 
-def sections_of(role: Role, inner: int, heads: Heads | None) -> tuple[Section, ...]:
-    """How the ``inner`` neurons of a member of a block are dealt to the block's units.
+def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, ...]:
+    """How the ``inner`` neurons of a member of a block are divided among the block's units.
 
     Parameters
     ----------
@@ -122,7 +119,7 @@ def sections_of(role: Role, inner: int, heads: Heads | None) -> tuple[Section, .
     inner:
         Size of the tensor's last neuron axis.
     heads:
-        Of the attention block; None if the config does not say.
+        Of the attention block; None if the config does not state them.
 
     Raises
     ------
@@ -131,25 +128,25 @@ def sections_of(role: Role, inner: int, heads: Heads | None) -> tuple[Section, .
     """
     if isinstance(role.block, FeedForward):
         if role.member != "gate_up":
-            return (Section(0, inner, 1),)
+            return (UnitSpan(0, inner, 1),)
         units = _divide(inner, 2, "gate and up")
         if role.block.fused == "pairs":
-            return (Section(0, units, 2),)
-        return (Section(0, units, 1), Section(0, units, 1))
+            return (UnitSpan(0, units, 2),)
+        return (UnitSpan(0, units, 1), UnitSpan(0, units, 1))
     if heads is None:
         raise ValueError("the config does not say how many heads attention has")
     if role.member in ("q", "o"):
-        return (Section(0, heads.kv, _divide(inner, heads.query, "query heads") * heads.query // heads.kv),)
+        return (UnitSpan(0, heads.kv, _divide(inner, heads.query, "query heads") * heads.query // heads.kv),)
     if role.member in ("k", "v"):
-        return (Section(0, heads.kv, _divide(inner, heads.kv, "key/value heads")),)
+        return (UnitSpan(0, heads.kv, _divide(inner, heads.kv, "key/value heads")),)
     width = _divide(inner, heads.query + 2 * heads.kv, "heads")
     group = width * heads.query // heads.kv
     if not isinstance(role.block, Attention) or role.block.fused == "sections":
-        return (Section(0, heads.kv, group), *(Section(0, heads.kv, width) for _ in "kv"))
+        return (UnitSpan(0, heads.kv, group), *(UnitSpan(0, heads.kv, width) for _ in "kv"))
     if role.block.fused == "heads":
-        return (Section(0, heads.kv, group + 2 * width),)
+        return (UnitSpan(0, heads.kv, group + 2 * width),)
     part = _divide(heads.kv, 4, "quarters")
-    return tuple(Section(quarter * part, part, width) for quarter in range(4) for _ in "qvk")
+    return tuple(UnitSpan(quarter * part, part, width) for quarter in range(4) for _ in "qvk")
 
 
 def _divide(neurons: int, parts: int, what: str) -> int:

@@ -1,60 +1,50 @@
 """Vectors of chosen neurons: gathered from any weights, scattered into a file.
 
-Whatever the layout, a neuron's vector is handled as one row of raw bytes; blocks of rows bound the
-memory. Where the vectors of a tensor are unbroken ranges, exactly their bytes are read or written;
-where they are strided (columns), their slab is read in pieces, since its pages are touched anyway.
+Whatever the layout, a neuron's vector is handled as one row of raw bytes, and blocks of rows bound the
+memory. Where vectors are contiguous, exactly their bytes are read or written. Where they are strided
+(columns), their slab is read in pieces, since its pages are read anyway.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..storage.positioned import consecutive_runs, read_exactly, read_rows_exactly, write_exactly
+from ..tensors.arrays import IndexArray, RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import read_exactly, read_rows_exactly, stretches, write_exactly
+from ..tensors.weights import RowReader
 from .layout import Layout
 
-__all__ = ["ByteReader", "block_memory", "blocks", "check_index", "gather", "scatter"]
+__all__ = ["block_memory", "blocks", "check_index", "gather", "scatter"]
 
-# Bytes of vectors handled at once. Several threads hold a few such blocks each. Every block of
-# strided vectors reads their whole slab, so there fewer, larger blocks are better.
+# Bytes of vectors handled at once; each thread holds a few such blocks. Every block of strided vectors
+# reads their whole slab, so for these fewer and larger blocks are better.
 _BLOCK_BYTES = 4 << 20
 _STRIDED_BLOCK_BYTES = 16 << 20
 _PIECE_BYTES = 4 << 20
 
-Raw = NDArray[np.uint8]
-Index = NDArray[np.integer]
-
-
-class ByteReader(Protocol):
-    """What gathering needs of a tensor's home: its bytes, from any position."""
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
-
-    def read_rows(self, name: str, rows: Index, out: Raw) -> None:
-        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
-
 
 def block_memory(layouts: Iterable[Layout]) -> int:
-    """Bytes that a thread may hold at once that compares blocks of such vectors: three of them."""
+    """Bytes that a thread holds at most when it compares blocks of such vectors: three blocks."""
     return 3 * (_BLOCK_BYTES if all(layout.contiguous for layout in layouts) else _STRIDED_BLOCK_BYTES)
 
 
-def blocks(info: TensorInfo, layout: Layout, count: int) -> Iterator[tuple[int, int]]:
+def blocks(
+    info: TensorInfo, layout: Layout, count: int, *, block_bytes: int | None = None
+) -> Iterator[tuple[int, int]]:
     """Cut ``count`` vectors of a tensor into ranges ``(start, stop)`` of bounded size, at least one each."""
-    limit = _BLOCK_BYTES if layout.contiguous else _STRIDED_BLOCK_BYTES
+    limit = block_bytes or (_BLOCK_BYTES if layout.contiguous else _STRIDED_BLOCK_BYTES)
     step = max(1, limit // max(1, layout.width * info.type.itemsize))
     for start in range(0, count, step):
         yield start, min(start + step, count)
 
 
-def check_index(index: Index, count: int) -> str | None:
-    """What is wrong with ``index`` as ascending, unique neurons below ``count``; None if nothing is."""
+def check_index(index: IndexArray, count: int) -> str | None:
+    """Why ``index`` is not an ascending list of unique neurons below ``count``; None if it is."""
     if len(index) == 0:
         return None
     if int(index[0]) < 0 or int(index[-1]) >= count:
@@ -64,7 +54,14 @@ def check_index(index: Index, count: int) -> str | None:
     return None
 
 
-def gather(source: ByteReader, info: TensorInfo, layout: Layout, index: Index) -> Raw:
+def gather(
+    source: RowReader,
+    info: TensorInfo,
+    layout: Layout,
+    index: IndexArray,
+    *,
+    piece_bytes: int | None = None,
+) -> RawBytes:
     """The vectors of neurons ``index`` (ascending) as raw bytes, shape ``[k, width * itemsize]``."""
     size = info.type.itemsize
     out = np.empty((len(index), layout.width * size), dtype=np.uint8)
@@ -74,13 +71,21 @@ def gather(source: ByteReader, info: TensorInfo, layout: Layout, index: Index) -
         source.read_rows(info.name, index, out)
         return out
     elements = out.view(info.type.carrier)
-    for _, member, piece, place in _pieces(source, info, layout, index):
+    for _, member, piece, place in _pieces(source, info, layout, index, piece_bytes):
         elements[member, place] = piece.vectors
     return out
 
 
 def scatter(
-    fd: int, offset: int, info: TensorInfo, layout: Layout, index: Index, vectors: Raw, path: str
+    fd: int,
+    offset: int,
+    info: TensorInfo,
+    layout: Layout,
+    index: IndexArray,
+    vectors: RawBytes,
+    path: str,
+    *,
+    piece_bytes: int | None = None,
 ) -> int:
     """Write ``vectors`` (as `gather` gives them) over those of neurons ``index``; returns bytes written.
 
@@ -89,12 +94,14 @@ def scatter(
     if vectors.size == 0:
         return 0
     if layout.contiguous:
-        for first, last, neuron in stretches(index):
+        for first, last, neuron in consecutive_runs(index):
             write_exactly(fd, vectors[first:last].data.cast("B"), offset + neuron * vectors.shape[1])
         return vectors.nbytes
     elements = np.ascontiguousarray(vectors).view(info.type.carrier)
     written = 0
-    for start, member, piece, place in _pieces(_FileRange(fd, offset, path), info, layout, index):
+    for start, member, piece, place in _pieces(
+        _FileRange(fd, offset, path), info, layout, index, piece_bytes
+    ):
         piece.assign(elements[member, place])
         write_exactly(fd, piece.raw.data, offset + start)
         written += piece.raw.nbytes
@@ -110,14 +117,16 @@ class _FileRange:
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         read_exactly(self._fd, buffer, self._offset + start, self._path)
 
-    def read_rows(self, name: str, rows: Index, out: Raw) -> None:
+    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
         read_rows_exactly(self._fd, self._offset, rows, out, self._path)
 
 
-class _Piece:
-    """A stretch of a slab, in memory: its bytes, and the chosen vectors' elements within it."""
+class _SlabPiece:
+    """A piece of a slab, in memory: its bytes, and the elements of the chosen vectors within it."""
 
-    def __init__(self, raw: Raw, grid: NDArray[np.unsignedinteger], chosen: tuple[Index, ...]) -> None:
+    def __init__(
+        self, raw: RawBytes, grid: NDArray[np.unsignedinteger], chosen: tuple[IndexArray, ...]
+    ) -> None:
         self.raw = raw
         self._grid = grid  # a view of raw: neuron axes first, vector axes after them
         self._chosen = chosen
@@ -134,12 +143,12 @@ class _Piece:
 
 
 def _pieces(
-    source: ByteReader, info: TensorInfo, layout: Layout, index: Index
-) -> Iterator[tuple[int, slice, _Piece, slice]]:
-    """Read the slabs that hold ``index``, piece by piece along their outermost (vector) axis.
+    source: RowReader, info: TensorInfo, layout: Layout, index: IndexArray, piece_bytes: int | None
+) -> Iterator[tuple[int, slice, _SlabPiece, slice]]:
+    """Read the slabs that hold the neurons ``index``, piece by piece along their outermost (vector) axis.
 
-    Yields the piece's first byte in the tensor, which of ``index`` lie in its slab, the piece, and
-    which elements of their vectors it holds.
+    Yields the piece's first byte in the tensor, which of the neurons lie in its slab, the piece, and which
+    elements of their vectors it holds.
     """
     size = info.type.itemsize
     groups = layout.groups[1:] if layout.groups[0][0] else layout.groups
@@ -149,7 +158,7 @@ def _pieces(
     grid_sizes = [sizes[axis] for axis in neuron_axes]
     row_elements = layout.slab_elements // sizes[0]
     tail = layout.width // sizes[0]
-    step = max(1, _PIECE_BYTES // (row_elements * size))
+    step = max(1, (piece_bytes or _PIECE_BYTES) // (row_elements * size))
     slab_of = np.asarray(index) // layout.neurons_per_slab
     for slab in np.unique(slab_of):
         low, high = np.searchsorted(slab_of, [slab, slab + 1])
@@ -164,4 +173,4 @@ def _pieces(
                 raw.view(info.type.carrier).reshape([rows, *sizes[1:]]).transpose(neuron_axes + vector_axes)
             )
             place = slice(row * tail, (row + rows) * tail)
-            yield start, slice(int(low), int(high)), _Piece(raw, grid, chosen), place
+            yield start, slice(int(low), int(high)), _SlabPiece(raw, grid, chosen), place

@@ -16,12 +16,12 @@ from ..errors import CorruptFileError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index
-from ..selection.selection import Chosen, Selection, followers_of
+from ..selection.selection import Chosen, Selection, companion_biases
 from ..sources.resolve import Source, resolve_file
 from ..tensors.document import bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from ..text import plural, size
 from .digests import DigestHash, digests
 
@@ -171,7 +171,7 @@ class Patch(FileBacked):
     @cached_property
     def neurons(self) -> int:
         """How many neurons it replaces, bias elements that follow one not counted."""
-        followers = followers_of(self.facts)
+        followers = companion_biases(self.facts)
         return sum(tensor.count for name, tensor in self.tensors.items() if name not in followers)
 
     @cached_property

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..checkpoint.fingerprint import HASH_PREFIX
-from ..selection.selection import INDEX_TYPES, Selection, index_dtype
+from ..selection.selection import Selection, index_dtype
 from ..tensors.document import dump
+from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFileWriter, written_file
+from ..tensors.writer import TensorFileWriter, written_file
 from .digests import DigestHash, digests
 from .patch import PATCH_KEY, PATCH_VERSION, Patch, Raw
 
@@ -48,7 +49,7 @@ class PatchWriter:
         self._reversible = reversible
         self._hashes = {name: (DigestHash(), DigestHash()) for name in selection.tensors}
         for name, chosen in selection.tensors.items():
-            kind = INDEX_TYPES[index_dtype(chosen.layout.count)]
+            kind = DTYPES[index_dtype(chosen.layout.count)].numpy
             writer.write(f"{name}:index", 0, chosen.index.astype(kind))
 
     def write_rows(self, name: str, start: int, base: Raw, values: Raw) -> tuple[Raw, Raw]:

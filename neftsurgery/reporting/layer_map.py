@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..neurons.meaning import place
+from ..neurons.tensor_names import layer_and_kind
 from ..patch.patch import Patch
 from ..scoring.scores import Scores
-from ..selection.selection import Selection, followers_of
+from ..selection.selection import Selection, companion_biases
 from ..text import label
 
 __all__ = ["NO_LAYER", "LayerMap", "TensorLocation", "locate_tensors", "natural_key", "sorted_layers"]
@@ -41,7 +41,7 @@ def locate_tensors(names: Iterable[str]) -> dict[str, TensorLocation]:
     If no name has a layer number, as in small networks, each module counts as a layer, and a tensor's name
     within its module as its kind.
     """
-    found = {name: TensorLocation(*place(name.split("."))) for name in names}
+    found = {name: TensorLocation(*layer_and_kind(name.split("."))) for name in names}
     if any(location.layer for location in found.values()):
         return found
     return {name: TensorLocation(*name.rpartition(".")[::2]) for name in found}
@@ -105,7 +105,7 @@ class LayerMap:
 
         Bias elements that go with their neurons are not counted.
         """
-        companions = followers_of(patch.facts)
+        companions = companion_biases(patch.facts)
         return cls.of_counts(
             {
                 name: (tensor.count, tensor.layout.count)

@@ -1,60 +1,46 @@
-"""Streams two sets of weights past the kernels: bounded reads, several in flight, results in order.
+"""Streams two sets of weights through the kernels: bounded reads, several in flight, results in order.
 
-The work is cut into pieces by the shapes of the tensors alone, and results are joined in the order
-of the pieces: the outcome has the same bits for any number of threads.
+The work is cut into pieces by the shapes of the tensors alone, and results are joined in the order of the
+pieces. So the result has the same bits for any number of threads.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..neurons.vectors import ByteReader, block_memory, blocks, gather
+from ..neurons.vectors import block_memory, blocks, gather
 from ..storage.threads import Limits, in_order
-from ..storage.truncated_maps import survived, was_cut_short
+from ..storage.truncated_maps import is_truncated, sigbus_guard
+from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
-from .partial import PartialSums, partial_sums
-from .pieces import Job, Piece, joined, tasks
+from ..tensors.weights import WeightReader
+from .partial_sums import PartialSums, partial_sums
+from .pieces import CUT_SIZES, CutSizes, Job, TensorPiece, joined, tasks
 from .sums import Exact, Sums, exact
 
-__all__ = ["Job", "TensorResult", "Weights", "stream"]
-
-# Of each side: what a thread takes at once, and what is mapped at once where it is in memory.
-_LEAST_TASK, _LARGEST_TASK = 2 << 20, 32 << 20
-_LEAST_WINDOW = 256 << 10  # below, a copy costs less than a mapping
-
-
-class Weights(ByteReader, Protocol):
-    """What scoring sees of a model: tensors by name, and any bytes of them. Must be thread-safe."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The tensors, by name."""
-
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of tensor ``name`` that need not be read, as they are in memory; else None."""
+__all__ = ["Job", "TensorResult", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """What comparing one tensor gave.
+    """The result of comparing one tensor.
 
     Attributes
     ----------
     job:
-        What was asked.
+        What was compared.
     sums:
         Per neuron, if the job has a layout.
     base_sq, delta_sq, changed:
-        Over the whole tensor: squared norms of the base and of the difference (finite elements only;
-        0 for types that are no plain numbers), and elements whose bits differ.
+        Over the whole tensor: squared norms of the base and of the difference (of finite elements only; 0 for
+        packed types), and the number of elements whose bits differ.
     """
 
     job: Job
@@ -65,24 +51,25 @@ class TensorResult:
 
 
 def stream(
-    base: Weights,
-    tuned: Weights,
+    base: WeightReader,
+    tuned: WeightReader,
     jobs: Sequence[Job],
     *,
     limits: Limits,
+    sizes: CutSizes = CUT_SIZES,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[TensorResult]:
-    """Compare ``jobs`` one after the other; yields a result a job, in order.
+    """Compare the tensors of ``jobs``; yields one result per job, in order.
 
-    What is in the page cache is summed where it lies, in windows that together keep to ``limits``;
-    else each thread reads into two buffers of 2 MiB. ``progress`` is told the bytes read, from
+    Each thread reads into two buffers of 2 MiB. If ``limits.mapped``, what is in the page cache is summed
+    where it lies, in windows that together keep to ``limits``. ``progress`` is given the bytes read, on
     the caller's thread.
     """
-    engine = _Engine(base, tuned, jobs, limits)
-    workers = limits.workers(2 * _LEAST_TASK)
+    engine = _Engine(base, tuned, jobs, limits, sizes)
+    workers = limits.workers(2 * sizes.least_task)
     share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
-    work = tasks(jobs, min(max(share, _LEAST_TASK), _LARGEST_TASK))
-    with survived():
+    work = tasks(jobs, min(max(share, sizes.least_task), sizes.largest_task), sizes.piece)
+    with sigbus_guard() if limits.mapped else nullcontext():
         for _, results in in_order(engine.run, work, workers):
             for piece, result in results:
                 finished = engine.collect(piece, result)
@@ -93,12 +80,15 @@ def stream(
 
 
 class _Engine:
-    def __init__(self, base: Weights, tuned: Weights, jobs: Sequence[Job], limits: Limits) -> None:
+    def __init__(
+        self, base: WeightReader, tuned: WeightReader, jobs: Sequence[Job], limits: Limits, sizes: CutSizes
+    ) -> None:
         self._base, self._tuned, self._jobs, self._limits = base, tuned, jobs, limits
+        self._least_window = sizes.least_window
         self._local = threading.local()
         self._open: _Collector | None = None
 
-    def run(self, task: Sequence[Piece]) -> list[tuple[Piece, PartialSums]]:
+    def run(self, task: Sequence[TensorPiece]) -> list[tuple[TensorPiece, PartialSums]]:
         """Read and sum the pieces of a task; called in the worker threads."""
         results = []
         for number, group in groupby(task, key=lambda piece: piece.job):
@@ -108,25 +98,25 @@ class _Engine:
             for piece in joined(pieces, job) if at_hand else pieces:
                 a, b = self._read(job.info, pieces[0].start, piece, windows)
                 results.append((piece, partial_sums(job, piece, a, b)))
-            if any(window is not None and was_cut_short(window) for window in windows):
+            if any(window is not None and is_truncated(window) for window in windows):
                 raise CorruptFileError(
                     "the file ends too soon: it was cut short while it was read", tensor=job.info.name
                 )
         return results
 
-    def _windows(self, info: TensorInfo, start: int, stop: int) -> list[NDArray[np.uint8] | None]:
-        """The part of a tensor on both sides, each if it is in memory."""
+    def _windows(self, info: TensorInfo, start: int, stop: int) -> list[RawBytes | None]:
+        """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
-        if size < _LEAST_WINDOW:
+        if size < self._least_window or not self._limits.mapped:
             return [None, None]
         found = [side.window(info.name, first, size) for side in (self._base, self._tuned)]
-        # Compiled code takes elements to lie where their size divides the address.
+        # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
     def _read(
-        self, info: TensorInfo, origin: int, piece: Piece, windows: Sequence[NDArray[np.uint8] | None]
-    ) -> list[NDArray[np.uint8]]:
-        """The bytes of a piece on both sides; ``windows`` start at element ``origin``."""
+        self, info: TensorInfo, origin: int, piece: TensorPiece, windows: Sequence[RawBytes | None]
+    ) -> list[RawBytes]:
+        """The bytes of a piece on both sides. The windows start at element ``origin``."""
         start, size = info.type.nbytes(piece.start), info.type.nbytes(piece.stop - piece.start)
         skipped = start - info.type.nbytes(origin)
         read = []
@@ -140,15 +130,15 @@ class _Engine:
             read.append(part)
         return read
 
-    def _buffers(self, size: int) -> NDArray[np.uint8]:
-        """Two buffers of this thread, of ``size`` bytes at least."""
-        buffers: NDArray[np.uint8] | None = getattr(self._local, "buffers", None)
+    def _buffers(self, size: int) -> RawBytes:
+        """Two buffers of this thread, each of at least ``size`` bytes."""
+        buffers: RawBytes | None = getattr(self._local, "buffers", None)
         if buffers is None or buffers.shape[1] < size:
             buffers = self._local.buffers = np.empty((2, size), np.uint8)
         return buffers
 
-    def collect(self, piece: Piece, result: PartialSums) -> TensorResult | None:
-        """Join the result of ``piece``; after a tensor's last piece, the tensor's result."""
+    def collect(self, piece: TensorPiece, result: PartialSums) -> TensorResult | None:
+        """Add the result of ``piece``; returns the tensor's result after its last piece."""
         job = self._jobs[piece.job]
         if self._open is None:
             self._open = _Collector(job, result)
@@ -161,14 +151,14 @@ class _Engine:
 
 
 class _Collector:
-    """The sums of the tensor whose pieces are coming in."""
+    """Adds up the sums of one tensor, piece by piece."""
 
     def __init__(self, job: Job, first: PartialSums) -> None:
         self._job = job
         count = 1 if job.layout is None else job.layout.count
-        self._refined: list[tuple[NDArray[np.int64], Exact]] = []
-        self._settled = True
-        if first.index is None and len(first.changed) == count:  # all of it: small tensors come by thousands
+        self._refined: list[tuple[Int64Array, Exact]] = []
+        self._all_refined = True
+        if first.index is None and len(first.changed) == count:  # one piece: small tensors come by thousands
             self._sums, self._changed = first.sums + 0.0, first.changed
             self._take(first)
         else:
@@ -176,13 +166,13 @@ class _Collector:
             self.add(first)
 
     def _take(self, result: PartialSums) -> None:
-        self._settled = self._settled and result.settled
+        self._all_refined = self._all_refined and result.all_refined
         if result.refined is not None:
             self._refined.append(result.refined)
 
     def add(self, result: PartialSums) -> None:
         self._take(result)
-        with np.errstate(all="ignore"):  # NaN, Inf and overflow are looked at in `finish`
+        with np.errstate(all="ignore"):  # NaN, Inf and overflow are handled in `finish`
             if result.index is None:
                 here = slice(result.first, result.first + len(result.changed))
                 self._sums[:, here] += result.sums
@@ -192,33 +182,33 @@ class _Collector:
                     np.add.at(row, result.index, values)
                 np.add.at(self._changed, result.index, result.changed)
 
-    def finish(self, base: Weights, tuned: Weights, limits: Limits) -> TensorResult:
+    def finish(self, base: WeightReader, tuned: WeightReader, limits: Limits) -> TensorResult:
         if self._job.layout is None:
             (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
             return TensorResult(self._job, None, float(aa), float(dd), changed)
         sums = Sums(self._sums, self._changed)
         for index, values in self._refined:
             sums.refine(index, values)
-        if not self._settled:
-            self._settle(sums, base, tuned, limits)
+        if not self._all_refined:
+            self._refine(sums, base, tuned, limits)
         good = sums.finite
         with np.errstate(over="ignore"):
             totals = sums.aa[good].sum(), sums.dd[good].sum()
         return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
-    def _settle(self, sums: Sums, base: Weights, tuned: Weights, limits: Limits) -> None:
-        """Read the vectors that are in doubt once more, whole, and refine their sums."""
+    def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
+        """Read the vectors whose sums are doubtful again, whole, and refine their sums."""
         info, layout = self._job.info, self._job.layout
         assert layout is not None  # only neurons are refined
         doubtful = sums.doubtful(info.dtype)
         if not len(doubtful):
             return
 
-        def settle(block: tuple[int, int]) -> Exact:
+        def refined(block: tuple[int, int]) -> Exact:
             some = doubtful[slice(*block)]
             a, b = (gather(side, info, layout, some) for side in (base, tuned))
             return exact(info.dtype, a, b)
 
         workers = limits.workers(block_memory([layout]))
-        for block, values in in_order(settle, blocks(info, layout, len(doubtful)), workers):
+        for block, values in in_order(refined, blocks(info, layout, len(doubtful)), workers):
             sums.refine(doubtful[slice(*block)], values)

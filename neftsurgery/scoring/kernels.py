@@ -4,7 +4,7 @@ Per neuron, of its vectors ``a`` in the base and ``b`` in the tuned checkpoint a
 sums ``a.a``, ``d.d``, ``a.d`` and the number of elements whose bits differ. Everything a score needs
 follows from them (`neftsurgery.scoring.sums`).
 
-`run_sums` and `lane_sums` are the fast kernels: elements are widened to float32 on the way in,
+`run_sums` and `column_sums` are the fast kernels: elements are widened to float32 on the way in,
 differences taken per element, and sums kept in float32 over short blocks and in float64 beyond.
 That is exact enough unless ``d`` is nearly parallel to ``a``, a sum leaves float32's range, or an
 element is not finite. `exact_sums` is for those vectors, and for all of F64.
@@ -21,33 +21,25 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ..tensors.dtypes import DTYPES
+from ..tensors.dtypes import DTYPES, DType, FloatFormat
+from ..tensors.floats import FLOATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["FORMATS", "exact_sums", "lane_sums", "prepare", "run_sums"]
+__all__ = ["FORMATS", "exact_sums", "column_sums", "prepare", "run_sums"]
 
-#: Element types that can be scored, by safetensors' name, and the code the kernels know them by.
-FORMATS = {
-    "BF16": 0,
-    "F16": 1,
-    "F32": 2,
-    "F8_E4M3": 3,
-    "F8_E5M2": 4,
-    "F8_E4M3FNUZ": 5,
-    "F8_E5M2FNUZ": 6,
-    "F64": 7,
-}
+#: Element types that can be scored, by safetensors' name, and the code by which the kernels know them.
+FORMATS = {name: code for code, name in enumerate(sorted(FLOATS))}
 
-# Sums may be reordered and contracted, or nothing vectorises; NaN and Inf must survive, so
-# neither "nnan" nor "ninf".
+# Sums may be reordered and contracted, or nothing vectorises. NaN and Inf must be kept, so neither "nnan"
+# nor "ninf".
 _FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 _BLOCK = 1024  # elements per float32 partial sum
-_AHEAD = 1024  # bytes: how far memory is asked for what comes next
+_AHEAD = 1024  # bytes: how far ahead memory is prefetched
 _LINE = 64  # bytes
-_LANES = 2048  # neurons per tile of lane_sums: three float32 accumulators of it stay in L1
-_LANE_BLOCK = 64  # runs per float32 partial sum
+_TILE = 2048  # neurons per tile of column_sums: three float32 accumulators of it stay in L1
+_COLUMN_BLOCK = 64  # runs per float32 partial sum
 
 u32, u64 = np.uint32, np.uint64
 
@@ -56,7 +48,7 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # no folder to cache in can be written: compile anew in each process
+        except RuntimeError:  # no cache folder is writable: compile again in each process
             return numba.njit(nogil=True, **options)(function)  # type: ignore[no-any-return]
 
     return wrap
@@ -80,10 +72,10 @@ _as_uint32 = _bitcast(types.float32, types.uint32)
 
 @intrinsic
 def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of an element that is needed soon; an index out of range does no harm.
+    """Prefetch the cache line of an element. An index out of range does no harm.
 
-    In pages of 4 KiB that lie anywhere in memory, as those of files do, the processor's own prefetcher
-    stops at each page's end.
+    The processor's own prefetcher stops at the end of each 4 KiB page, as the pages of a file may lie
+    anywhere in memory.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -105,45 +97,49 @@ def _widen(code, bits):  # type: ignore[no-untyped-def]
     raise TypeError("only for compiled code")
 
 
-def _small_float(shift: int, bias: int, subnormal: int, fraction_bits: int, width: int, special: int) -> Any:
+def _small_float(bits: int, format: FloatFormat) -> Any:
     """A decoder for floats narrower than 32 bits.
 
-    A normal number's bits, moved up by ``shift``, are those of a float32 but for the exponent's
-    bias; a subnormal one is its bits times ``2**subnormal``. No arithmetic on float32 subnormals,
-    which is slow on x86. NaN and Inf, which start at the magnitude ``special``, all become NaN;
-    ``special`` 0 stands for the FNUZ types, whose only NaN is the pattern of negative zero.
+    A normal number's bits, moved up to where a float32 has its fraction, are those of that float32 but for
+    the exponent's bias; a subnormal number is its bits times a power of two. No arithmetic is done on
+    float32 subnormals, which is slow on x86. NaN and Inf all become NaN.
     """
-    magnitude = u32((1 << (width - 1)) - 1)
-    sign_shift = u32(32 - width)
-    shift_, rebias, least = u32(shift), u32(bias << 23), u32(1 << fraction_bits)
-    unit = np.float32(2.0**subnormal)
+    magnitude = u32((1 << (bits - 1)) - 1)
+    sign_shift = u32(32 - bits)
+    shift, rebias = u32(23 - format.fraction_bits), u32((127 - format.bias) << 23)
+    least_normal = u32(1 << format.fraction_bits)
+    unit = np.float32(2.0 ** (1 - format.bias - format.fraction_bits))
     sign_bit, nan = u32(0x80000000), u32(0x7FC00000)
-    # Flipping the magnitude of the FNUZ NaN, 0x80, makes it the one pattern of all ones.
-    flip, kept = (u32(0), magnitude) if special else (magnitude, u32(0xFF))
-    limit = u32(special or 0xFF)
+    # The FNUZ types have one NaN, the pattern of negative zero: flipping its magnitude makes it all ones.
+    fnuz = format.nonfinite > magnitude
+    flip, kept = (magnitude, u32(0xFF)) if fnuz else (u32(0), magnitude)
+    limit = u32(0xFF if fnuz else format.nonfinite)
 
     def decode(code, bits):  # type: ignore[no-untyped-def]
         word = u32(bits)
         low = u32(word & magnitude)
-        normal = u32(u32(low << shift_) + rebias)
+        normal = u32(u32(low << shift) + rebias)
         tiny = _as_uint32(np.float32(np.float32(np.int32(low)) * unit))
-        value = tiny if low < least else normal
+        value = tiny if low < least_normal else normal
         value = nan if u32(u32(word ^ flip) & kept) >= limit else value
         return _as_float32(u32(value | u32(u32(word << sign_shift) & sign_bit)))
 
     return decode
 
 
-_DECODERS: dict[int, Any] = {
-    0: lambda code, bits: _as_float32(u32(u32(bits) << u32(16))),
-    1: _small_float(13, 112, -24, 10, 16, 0x7C00),
-    2: lambda code, bits: _as_float32(u32(bits)),
-    3: _small_float(20, 120, -9, 3, 8, 0x7F),
-    4: _small_float(21, 112, -16, 2, 8, 0x7C),
-    5: _small_float(20, 119, -10, 3, 8, 0),
-    6: _small_float(21, 111, -17, 2, 8, 0),
-    7: lambda code, bits: _as_float64(u64(bits)),
-}
+def _decoder(dtype: DType) -> Any:
+    """How the compiled code widens an element of a type."""
+    if dtype.name == "F64":
+        return lambda code, bits: _as_float64(u64(bits))
+    if dtype.name == "F32":
+        return lambda code, bits: _as_float32(u32(bits))
+    if dtype.name == "BF16":
+        return lambda code, bits: _as_float32(u32(u32(bits) << u32(16)))
+    assert dtype.format is not None  # it is a float
+    return _small_float(dtype.bits, dtype.format)
+
+
+_DECODERS: dict[int, Any] = {code: _decoder(DTYPES[name]) for name, code in FORMATS.items()}
 
 
 @overload(_widen)
@@ -173,7 +169,7 @@ def run_sums(dtype: str) -> Callable[..., None]:
         for run in range(changed.size):
             aa, dd, ad, differing = 0.0, 0.0, 0.0, 0
             for start in range(run * length, (run + 1) * length, _BLOCK):
-                # Slices of their own let the compiler see that no index is negative, and vectorise.
+                # With slices the compiler sees that no index is negative, and vectorises.
                 block_a = a[start : min(start + _BLOCK, (run + 1) * length)]
                 block_b = b[start : min(start + _BLOCK, (run + 1) * length)]
                 for soon in range(start + ahead, start + ahead + block_a.size, line):
@@ -198,8 +194,8 @@ def run_sums(dtype: str) -> Callable[..., None]:
 
 
 @functools.cache
-def lane_sums(dtype: str) -> Callable[..., None]:
-    """Sums of ``length`` neurons that lie side by side: element ``i`` of every run is neuron ``i``'s.
+def column_sums(dtype: str) -> Callable[..., None]:
+    """Sums of ``length`` neurons that lie side by side: element ``i`` of every run belongs to neuron ``i``.
 
     As `run_sums`, but ``a`` and ``b`` hold any number of runs, ``sums`` is ``[3, length]`` and
     ``changed`` ``[length]``, and both are added to.
@@ -211,19 +207,19 @@ def lane_sums(dtype: str) -> Callable[..., None]:
     @_compiled(fastmath=_FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
         runs = a.size // length
-        aa = np.empty(_LANES, partial)
-        dd = np.empty(_LANES, partial)
-        ad = np.empty(_LANES, partial)
-        count = np.empty(_LANES, np.uint32)
-        for low in range(0, length, _LANES):
-            lanes = min(_LANES, length - low)
-            for first in range(0, runs, _LANE_BLOCK):
-                for i in range(lanes):
+        aa = np.empty(_TILE, partial)
+        dd = np.empty(_TILE, partial)
+        ad = np.empty(_TILE, partial)
+        count = np.empty(_TILE, np.uint32)
+        for low in range(0, length, _TILE):
+            columns = min(_TILE, length - low)
+            for first in range(0, runs, _COLUMN_BLOCK):
+                for i in range(columns):
                     aa[i], dd[i], ad[i], count[i] = 0, 0, 0, 0
-                for run in range(first, min(first + _LANE_BLOCK, runs)):
-                    row_a = a[run * length + low : run * length + low + lanes]
-                    row_b = b[run * length + low : run * length + low + lanes]
-                    for soon in range((run + 1) * length + low, (run + 1) * length + low + lanes, line):
+                for run in range(first, min(first + _COLUMN_BLOCK, runs)):
+                    row_a = a[run * length + low : run * length + low + columns]
+                    row_b = b[run * length + low : run * length + low + columns]
+                    for soon in range((run + 1) * length + low, (run + 1) * length + low + columns, line):
                         _prefetch(a, soon)
                         _prefetch(b, soon)
                     for i in range(row_a.size):
@@ -234,7 +230,7 @@ def lane_sums(dtype: str) -> Callable[..., None]:
                         ad[i] += x * d
                         if row_a[i] != row_b[i]:
                             count[i] = u32(count[i] + u32(1))
-                for i in range(lanes):
+                for i in range(columns):
                     sums[0, low + i] += aa[i]
                     sums[1, low + i] += dd[i]
                     sums[2, low + i] += ad[i]
@@ -273,7 +269,7 @@ def exact_sums(dtype: str) -> Callable[..., None]:
             bits = row_a[0] ^ row_a[0]
             for i in range(row_a.size):
                 bits |= row_a[i] | row_b[i]
-            if bits == 0:  # all zeros on both sides, as in pruned or sparse weights: nothing to sum
+            if bits == 0:  # both sides are all zeros, as in pruned weights: nothing to sum
                 out[:, row] = 0.0
                 changed[row], finite[row] = 0, True
                 continue
@@ -292,7 +288,7 @@ def exact_sums(dtype: str) -> Callable[..., None]:
                 ab += x * y
                 if row_a[i] != row_b[i]:
                     differing += 1
-            # The same r is b - (a.b / a.a) a: exact where b is so small beside a that d loses it.
+            # r is also b - (a.b / a.a) a, which is exact where b is so small beside a that d loses it.
             small = bb < dd
             along = (ab if small else ad) / aa if aa > 0.0 else 0.0
             rr = 0.0
@@ -314,5 +310,5 @@ def prepare(dtypes: Iterable[str]) -> None:
         a = np.zeros((1, 2), DTYPES[dtype].carrier)
         sums, changed = np.zeros((3, 2)), np.zeros(2, np.int64)
         run_sums(dtype)(a[0], a[0], 1, sums, changed)
-        lane_sums(dtype)(a[0], a[0], 2, sums, changed)
+        column_sums(dtype)(a[0], a[0], 2, sums, changed)
         exact_sums(dtype)(a, a, changed[:1], 1.0, np.zeros((7, 1)), changed[:1], np.zeros(1, np.bool_))

@@ -1,4 +1,4 @@
-"""The tensors of a scores file: what it says of each, read and checked."""
+"""The tensors of a scores file: what it says about each, read and checked."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
+from ..tensors.arrays import Mask
 from ..tensors.document import bad
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 
-__all__ = ["WHAT", "Follower", "ScoredTensor", "check_vector", "read_followers", "read_scored"]
+__all__ = ["WHAT", "CompanionBias", "ScoredTensor", "check_vector", "read_companion_biases", "read_scored"]
 
-#: What messages call the file.
+#: The name of the file in messages.
 WHAT = "scores file"
 
 
@@ -34,7 +34,7 @@ class ScoredTensor:
     bias:
         The tensor whose elements go with these neurons.
     part:
-        ``(start, stop, step)`` along the last neuron axis, if only these neurons belong to the anatomy.
+        ``(start, stop, step)`` along the last neuron axis, if the anatomy counts only these neurons.
     """
 
     info: TensorInfo
@@ -43,8 +43,8 @@ class ScoredTensor:
     bias: str | None
     part: tuple[int, int, int] | None
 
-    def belongs(self) -> NDArray[np.bool_] | None:
-        """Per neuron whether the anatomy counts it; None for all."""
+    def belongs(self) -> Mask | None:
+        """Whether the anatomy counts each neuron; None if it counts all."""
         if self.part is None:
             return None
         inner = self.info.shape[self.layout.axes[-1]]
@@ -54,10 +54,10 @@ class ScoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Follower:
-    """A tensor of neurons one element wide, recorded but not scored.
+class CompanionBias:
+    """A tensor of one-element neurons, whose changes are recorded and not scored.
 
-    ``included`` tells one that the user named from a bias, which only follows its neurons.
+    It goes with the neurons of its weight. If ``included``, the user named it, and it may be any such tensor.
     """
 
     info: TensorInfo
@@ -66,12 +66,12 @@ class Follower:
 
 
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
-    """The scored tensor ``name``, as its entry of ``tensors`` and the vectors beside it tell.
+    """The scored tensor ``name``, from its entry in ``tensors`` and the vectors beside it.
 
     Raises
     ------
     CorruptFileError
-        If they are missing, or do not fit each other.
+        If one is missing, or they do not fit each other.
     """
     info, layout = described_tensor(file, WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
@@ -110,15 +110,15 @@ def check_vector(file: TensorFile, name: str, dtype: str, count: int) -> None:
         )
 
 
-def read_followers(
+def read_companion_biases(
     file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
-) -> Iterator[tuple[str, Follower]]:
-    """The unscored tensors whose changes the file tells element by element.
+) -> Iterator[tuple[str, CompanionBias]]:
+    """The unscored tensors whose changes the file records element by element.
 
     Raises
     ------
     CorruptFileError
-        If what the file says of an unscored tensor makes no sense.
+        If the file's entry of an unscored tensor makes no sense.
     """
     if not isinstance(unscored, dict):
         raise bad(file, WHAT, "unscored is not an object")
@@ -127,7 +127,7 @@ def read_followers(
         counts.setdefault(tensor.bias, set()).add(tensor.layout.count)
     for name, entry in sorted(unscored.items()):
         if not isinstance(entry, dict) or name in tensors:
-            raise bad(file, WHAT, "what it says of an unscored tensor makes no sense", name)
+            raise bad(file, WHAT, "its entry of an unscored tensor makes no sense", name)
         delta = 0.0 if entry.get("delta_sq") is None else entry["delta_sq"]
         if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
             raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
@@ -137,5 +137,5 @@ def read_followers(
             if f"{name}:delta_sq" in file.tensors:
                 check_vector(file, f"{name}:delta_sq", "F64", layout.count)
             if counts.get(name, {layout.count}) != {layout.count}:
-                raise bad(file, WHAT, "a bias has other neurons than its weight", name)
-            yield name, Follower(info, layout, entry.get("included") is True)
+                raise bad(file, WHAT, "a bias does not have as many neurons as its weight", name)
+            yield name, CompanionBias(info, layout, entry.get("included") is True)

@@ -17,12 +17,13 @@ from ..options import SelectOptions, split
 from ..selection.budget import Budget
 from ..selection.choice import Block, choose
 from ..selection.selection import Chosen, Selection
+from ..tensors.arrays import Float32Array, Int64Array
 from ..tensors.document import bad, read_document
 from ..tensors.file_backed import FileBacked
-from ..tensors.tensorfile import TensorFile
+from ..tensors.reader import TensorFile
 from ..text import plural, size
-from .batches import Batch, batches, has_sums
-from .scored_tensors import WHAT, Follower, ScoredTensor, read_followers, read_scored
+from .scored_tensors import WHAT, CompanionBias, ScoredTensor, read_companion_biases, read_scored
+from .sum_batches import SumBatch, batches, has_sums
 
 __all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
 
@@ -32,7 +33,7 @@ _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leave
 
 
 class Scores(FileBacked):
-    """A scores file, opened: what was scored is at hand, the numbers are read when asked for.
+    """An open scores file: what was scored is in memory, the numbers are read when asked for.
 
     Attributes
     ----------
@@ -40,8 +41,8 @@ class Scores(FileBacked):
         The file's JSON document: score, anatomy, parameters, base, tuned, unscored.
     tensors:
         The scored tensors, ordered by name.
-    followers:
-        Tensors of one-element neurons whose changes were recorded, by name.
+    companion_biases:
+        Tensors of one-element neurons whose changes are recorded, by name.
     """
 
     def __init__(
@@ -49,37 +50,37 @@ class Scores(FileBacked):
         file: TensorFile,
         facts: Mapping[str, Any],
         tensors: Mapping[str, ScoredTensor],
-        followers: Mapping[str, Follower],
+        companion_biases: Mapping[str, CompanionBias],
     ) -> None:
         super().__init__(file)
         self.facts = facts
         self.tensors = tensors
-        self.followers = followers
+        self.companion_biases = companion_biases
 
     @classmethod
     @boundary
     def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Open a scores file; anyone's with a vector per tensor and ``tensors`` will do.
+        """Open a scores file. A vector per tensor and ``tensors`` suffice, so it may be made by others.
 
         Raises
         ------
         CorruptFileError
-            If it is none, or damaged.
+            If it is not a scores file, or damaged.
         """
         return cls.read(TensorFile.named(path))
 
     @classmethod
     def read(cls, file: TensorFile) -> Scores:
-        """The scores in an open file, which is the new object's from now on."""
+        """The scores in an open file, which the new object takes over."""
         facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
         tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
-        followers = dict(read_followers(file, facts.get("unscored", {}), tensors))
+        companion_biases = dict(read_companion_biases(file, facts.get("unscored", {}), tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
             if which in facts and not _is_count(facts[which], least):
-                raise bad(file, WHAT, f"{which} is not a number of them")
+                raise bad(file, WHAT, f"{which} is not a count")
         if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
             raise bad(file, WHAT, "there are more elements than a model can have")
-        return cls(file, facts, tensors, followers)
+        return cls(file, facts, tensors, companion_biases)
 
     def __repr__(self) -> str:
         return f"<Scores {self.path or 'not saved'}: {self.score} of {self.neurons:,} neurons>"
@@ -96,20 +97,20 @@ class Scores(FileBacked):
             ]
         )
 
-    def values(self, name: str) -> NDArray[np.float32]:
-        """The scores of tensor ``name``, float32 ``[n]``; NaN: no candidate."""
-        values: NDArray[np.float32] = self._file.array(name)
+    def values(self, name: str) -> Float32Array:
+        """The scores of tensor ``name``, float32 ``[n]``; NaN for neurons that cannot be chosen."""
+        values: Float32Array = self._file.array(name)
         return values
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
         """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
 
-        None where the file does not have it.
+        None where the file does not hold it.
         """
         entry = f"{name}:{which}"
         return self._file.array(entry) if entry in self._file.tensors else None
 
-    def batches(self, *which: str) -> Iterator[Batch]:
+    def batches(self, *which: str) -> Iterator[SumBatch]:
         """The named sums of all tensors that have them, many tensors at a time."""
         having = (tensor for tensor in self.tensors.values() if has_sums(self._file, tensor, which))
         return batches(self._file, having, which)
@@ -144,7 +145,7 @@ class Scores(FileBacked):
 
     @cached_property
     def neurons(self) -> int:
-        """How many neurons the scored tensors have, those outside the anatomy's part not counted."""
+        """How many neurons the scored tensors have, without those that the anatomy does not count."""
         total = 0
         for tensor in self.tensors.values():
             mask = tensor.belongs()
@@ -165,7 +166,7 @@ class Scores(FileBacked):
         Raises
         ------
         UsageError
-            For options that make no sense, or not together.
+            For options that make no sense, or do not go together.
         MismatchError
             If no neuron can be chosen.
         """
@@ -173,7 +174,7 @@ class Scores(FileBacked):
         return self.choose(Budget.of(**budget))
 
     def choose(self, budget: Budget) -> Selection:
-        """As `select`, for a budget that is checked already."""
+        """As `select`, for a budget that is already checked."""
         if self.by_unit:
             budget.check_units()
         if budget.changed:
@@ -182,21 +183,21 @@ class Scores(FileBacked):
             chosen = dict(self._choose_units(budget))
         else:
             chosen = dict(self._choose_neurons(budget))
-        followers = self._follow(chosen, budget) if budget.with_bias else {}
+        companion_biases = self._bias_elements(chosen, budget) if budget.with_bias else {}
         self.check_unchanged()
         tensors = {
             name: self._chosen(name, index)
-            for name, index in sorted((chosen | followers).items())
+            for name, index in sorted((chosen | companion_biases).items())
             if len(index)
         }
         facts = self._facts(budget, tensors)
-        if followers:
-            facts["followers"] = sorted(set(followers) & set(tensors))
+        if companion_biases:
+            facts["followers"] = sorted(set(companion_biases) & set(tensors))
         return Selection(tensors, facts)
 
-    def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    def _choose_neurons(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
         def alike(tensor: ScoredTensor) -> tuple[str, str, int]:
-            """What keeps neighbours apart: a block is of one pool, and its neurons cost the same."""
+            """The same for neighbours that may share a block: one pool, and one cost per neuron."""
             own = budget.per == "tensor" or budget.like is not None or budget.max_per_tensor is not None
             return (
                 tensor.info.name if own else "",
@@ -215,13 +216,13 @@ class Scores(FileBacked):
             for tensor, part in zip(members, np.split(mask, edges[:-1]), strict=True):
                 yield tensor.info.name, np.flatnonzero(part)
 
-    def _choose_units(self, budget: Budget) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    def _choose_units(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
         ids = {name: self._unit_ids(name) for name in self.tensors}
         count = 1 + max(int(unit.max(initial=-1)) for unit in ids.values())
         score = np.full(count, np.nan, np.float32)
         cost, layer = np.zeros(count, np.int64), np.zeros(count, np.int32)
         layers = sorted({tensor.layer for tensor in self.tensors.values()})
-        seen: list[NDArray[np.int64]] = []
+        seen: list[Int64Array] = []
         for name, tensor in self.tensors.items():
             mine = ids[name] >= 0
             unit = ids[name][mine]
@@ -240,7 +241,7 @@ class Scores(FileBacked):
         for name, unit in ids.items():
             yield name, np.flatnonzero(taken[unit])
 
-    def _unit_ids(self, name: str) -> NDArray[np.int64]:
+    def _unit_ids(self, name: str) -> Int64Array:
         ids = self.sums(name, "unit")
         if ids is None:
             raise bad(self._file, WHAT, "some tensors have units, and this one has none", name)
@@ -249,33 +250,31 @@ class Scores(FileBacked):
             raise bad(self._file, WHAT, "a unit number is out of range", name)
         return ids
 
-    def _changed(self) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    def _changed(self) -> Iterator[tuple[str, Int64Array]]:
         for name, tensor in self.tensors.items():
             changed = self.sums(name, "changed")
             if changed is None:
                 raise UsageError(
-                    "[[changed]] needs the number of changed elements, which these scores lack",
+                    "[[changed]] needs the number of changed elements, and these scores do not have it",
                     file=self._file.path,
                     tensor=name,
                 )
             mask = tensor.belongs()
             yield name, np.flatnonzero(changed if mask is None else (changed > 0) & mask)
-        for name, follower in self.followers.items():
-            if follower.included:
+        for name, bias in self.companion_biases.items():
+            if bias.included:
                 yield name, self._differing(name)
 
-    def _differing(self, name: str) -> NDArray[np.int64]:
-        """The elements of a follower that differ."""
+    def _differing(self, name: str) -> Int64Array:
+        """The elements of a bias that differ."""
         return np.flatnonzero(self._file.array(f"{name}:changed"))
 
-    def _follow(
-        self, chosen: Mapping[str, NDArray[np.int64]], budget: Budget
-    ) -> dict[str, NDArray[np.int64]]:
+    def _bias_elements(self, chosen: Mapping[str, Int64Array], budget: Budget) -> dict[str, Int64Array]:
         """The bias elements that go with the chosen neurons; by ``--changed``, all that differ as well."""
-        found: dict[str, NDArray[np.int64]] = {}
+        found: dict[str, Int64Array] = {}
         for name, tensor in self.tensors.items():
             bias = tensor.bias
-            if bias is None or bias not in self.followers or bias in chosen:
+            if bias is None or bias not in self.companion_biases or bias in chosen:
                 continue
             index = chosen.get(name, np.empty(0, np.int64))
             if budget.changed:
@@ -283,8 +282,8 @@ class Scores(FileBacked):
             found[bias] = np.union1d(found[bias], index) if bias in found else index
         return found
 
-    def _chosen(self, name: str, index: NDArray[np.int64]) -> Chosen:
-        home = self.tensors[name] if name in self.tensors else self.followers[name]
+    def _chosen(self, name: str, index: Int64Array) -> Chosen:
+        home = self.tensors[name] if name in self.tensors else self.companion_biases[name]
         return Chosen(home.info, home.layout, index.astype(np.int64))
 
     def _facts(self, budget: Budget, tensors: Mapping[str, Chosen]) -> dict[str, Any]:
@@ -302,7 +301,7 @@ class Scores(FileBacked):
         return facts
 
     def captured(self, tensors: Mapping[str, Chosen]) -> dict[str, float]:
-        """Which share of the whole change the chosen neurons hold: ``captured``, ``captured_scored``.
+        """The share of the whole change that the chosen neurons hold: ``captured``, ``captured_scored``.
 
         ``captured`` is of all common tensors, ``captured_scored`` of the scored ones. Empty where
         the file has no sums, or nothing changed; without ``captured`` where a tensor changed whose
@@ -314,10 +313,10 @@ class Scores(FileBacked):
         chosen = {name: part.index for name, part in tensors.items() if name in self.tensors}
         for batch in self.batches("delta_sq"):
             scored += batch.total("delta_sq")
-            rest += 0.0 if batch.outside is None else float(batch.outside["delta_sq"].sum())
+            rest += 0.0 if batch.uncounted is None else float(batch.uncounted["delta_sq"].sum())
             inside += batch.total("delta_sq", chosen)
         extra = 0.0
-        for name in self.followers:
+        for name in self.companion_biases:
             if name in tensors and (delta := self.sums(name, "delta_sq")) is not None:
                 extra += float(np.nansum(delta[tensors[name].index]))
         unscored = self.facts.get("unscored", {}).values()

@@ -14,8 +14,8 @@ from typing import Final
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from ..tensors.arrays import Float32Array, Float64Array, Int64Array, Mask, RawBytes
 from ..tensors.dtypes import DTYPES
 from . import kernels
 
@@ -23,12 +23,9 @@ __all__ = ["SCORES", "Exact", "Sums", "UnitSums", "exact", "random_scores"]
 
 SCORES: Final = ("cosine", "l2", "relative", "changed", "random", "norm")
 _LARGEST = float(np.finfo(np.float32).max)
-#: Below this share of ``d.d`` not parallel to ``a``, float32 sums lose the cosine: its relative error is
-#: theirs, which is 2e-7 or so, times a few over this share.
+#: Below this share of ``d.d`` not parallel to ``a``, float32 sums lose the cosine. Its relative error is that
+#: of the sums, about 2e-7, times a few, divided by this share.
 _LEAST_ACROSS = 0.25
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +35,18 @@ class Exact:
     ``scale`` is 1 unless squares would have left float64's range.
     """
 
-    aa: F64
-    dd: F64
-    ad: F64
-    bb: F64
-    ab: F64
-    rr: F64
-    changed: I64
-    finite: NDArray[np.bool_]
-    scale: F64
+    aa: Float64Array
+    dd: Float64Array
+    ad: Float64Array
+    bb: Float64Array
+    ab: Float64Array
+    rr: Float64Array
+    changed: Int64Array
+    finite: Mask
+    scale: Float64Array
 
 
-def exact(dtype: str, a: NDArray[np.uint8], b: NDArray[np.uint8], rows: I64 | None = None) -> Exact:
+def exact(dtype: str, a: RawBytes, b: RawBytes, rows: Int64Array | None = None) -> Exact:
     """Float64 sums of whole vectors: of those in ``rows``, all by default.
 
     Parameters
@@ -97,14 +94,14 @@ class Sums:
         Bool ``[n]``: every element of both vectors is finite.
     """
 
-    def __init__(self, sums: F64, changed: I64) -> None:
+    def __init__(self, sums: Float64Array, changed: Int64Array) -> None:
         self.aa, self.dd, self.ad = sums
         self.changed = changed
         self.finite = np.ones(len(changed), np.bool_)
-        self._refined: list[tuple[I64, Exact]] = []
+        self._refined: list[tuple[Int64Array, Exact]] = []
 
-    def doubtful(self, dtype: str) -> I64:
-        """The neurons whose float32 sums do not tell their scores: to be given to `refine`."""
+    def doubtful(self, dtype: str) -> Int64Array:
+        """The neurons whose float32 sums are not accurate enough for their scores: give them to `refine`."""
         low, high = (1e-140, 1e140) if dtype == "F64" else (1e-30, 1e37)
         with np.errstate(all="ignore"):
             across = self.aa * self.dd - self.ad * self.ad
@@ -112,7 +109,7 @@ class Sums:
             moved = (self.dd >= low) & (self.dd <= high) & (across >= _LEAST_ACROSS * self.aa * self.dd)
             return np.flatnonzero(~(good & (moved | (self.changed == 0))))
 
-    def refine(self, index: I64, values: Exact) -> None:
+    def refine(self, index: Int64Array, values: Exact) -> None:
         """Take the exact values for the neurons ``index``."""
         with np.errstate(all="ignore"):
             factor = values.scale**-2
@@ -121,7 +118,7 @@ class Sums:
         self.finite[index] = values.finite
         self._refined.append((index, values))
 
-    def score(self, kind: str, width: int) -> NDArray[np.float32]:
+    def score(self, kind: str, width: int) -> Float32Array:
         """The score ``kind`` (not ``random``) of each neuron, float32 ``[n]``; NaN where not finite."""
         with np.errstate(all="ignore"):
             bb, ab, rr = self._derived()
@@ -131,7 +128,7 @@ class Sums:
             result[~self.finite] = np.nan
             return result.astype(np.float32)
 
-    def parts(self) -> tuple[F64, F64, F64]:
+    def parts(self) -> tuple[Float64Array, Float64Array, Float64Array]:
         """``b.b``, ``a.b`` and ``r.r``, the refined ones included; for sums over units."""
         with np.errstate(all="ignore"):
             bb, ab, rr = self._derived()
@@ -140,15 +137,23 @@ class Sums:
                 bb[index], ab[index], rr[index] = v.bb * factor, v.ab * factor, v.rr * factor
             return bb, ab, rr
 
-    def _derived(self) -> tuple[F64, F64, F64]:
+    def _derived(self) -> tuple[Float64Array, Float64Array, Float64Array]:
         safe = np.where(self.aa > 0, self.aa, 1.0)
         rr = np.where(self.aa > 0, self.dd - self.ad * (self.ad / safe), self.dd)
         return self.aa + 2 * self.ad + self.dd, self.aa + self.ad, rr
 
 
 def _score(
-    kind: str, aa: F64, dd: F64, bb: F64, ab: F64, rr: F64, changed: I64, width: int, scale: F64 | float
-) -> F64:
+    kind: str,
+    aa: Float64Array,
+    dd: Float64Array,
+    bb: Float64Array,
+    ab: Float64Array,
+    rr: Float64Array,
+    changed: Int64Array,
+    width: int,
+    scale: Float64Array | float,
+) -> Float64Array:
     if kind == "cosine":
         return _cosine_distance(aa, bb, ab, rr)
     if kind == "l2":
@@ -163,8 +168,8 @@ def _score(
     raise ValueError(f"unknown score {kind!r}")
 
 
-def _cosine_distance(aa: F64, bb: F64, ab: F64, rr: F64) -> F64:
-    """``1 - cos(a, b)`` without cancellation: from the sine for small angles, from the cosine else."""
+def _cosine_distance(aa: Float64Array, bb: Float64Array, ab: Float64Array, rr: Float64Array) -> Float64Array:
+    """``1 - cos(a, b)`` without cancellation: from the sine for small angles, else from the cosine."""
     cos = np.clip(ab / (np.sqrt(aa) * np.sqrt(bb)), -1.0, 1.0)
     small = np.minimum(rr / bb, 1.0) / (1.0 + cos)
     result = np.where(cos > 0.7, small, 1.0 - cos)
@@ -173,7 +178,7 @@ def _cosine_distance(aa: F64, bb: F64, ab: F64, rr: F64) -> F64:
 
 
 class UnitSums:
-    """Running sums of units, each the concatenation of vectors that arrive one tensor at a time.
+    """Running sums of units. A unit is the concatenation of vectors, which arrive one tensor at a time.
 
     The parts of ``d`` across ``a`` do not simply add up: joining vectors with ratios
     ``c = a.d / a.a`` of their own adds ``(c1 - c2)^2 a1.a1 a2.a2 / (a.a)`` (the update of Chan,
@@ -187,11 +192,11 @@ class UnitSums:
         self._finite = np.ones(count, np.bool_)
 
     @property
-    def width(self) -> I64:
+    def width(self) -> Int64Array:
         """Elements of each unit so far, ``[count]``."""
         return self._width
 
-    def add(self, unit: I64, sums: Sums, width: int) -> None:
+    def add(self, unit: Int64Array, sums: Sums, width: int) -> None:
         """Join the neurons of ``sums``, each ``width`` wide, to their units (``unit`` ``[n]``, -1: none)."""
         count = len(self._aa)
         mine = unit >= 0
@@ -200,7 +205,7 @@ class UnitSums:
         aa, dd, ad = sums.aa[mine], sums.dd[mine], sums.ad[mine]
         good = sums.finite[mine]
 
-        def total(values: F64 | I64) -> F64:
+        def total(values: Float64Array | Int64Array) -> Float64Array:
             return np.bincount(unit, np.where(good, values, 0.0), minlength=count).astype(np.float64)
 
         with np.errstate(all="ignore"):
@@ -220,7 +225,7 @@ class UnitSums:
         self._width += np.bincount(unit, minlength=count) * width
         self._finite &= np.bincount(unit, ~good, minlength=count) == 0
 
-    def score(self, kind: str) -> NDArray[np.float32]:
+    def score(self, kind: str) -> Float32Array:
         """As `Sums.score`, per unit."""
         with np.errstate(all="ignore"):
             width = np.maximum(self._width, 1)
@@ -232,7 +237,7 @@ class UnitSums:
             return result.astype(np.float32)
 
 
-def random_scores(name: str, count: int, seed: int) -> NDArray[np.float32]:
-    """Uniform scores in [0, 1) for the control, float32 ``[count]``; they depend on name and seed only."""
+def random_scores(name: str, count: int, seed: int) -> Float32Array:
+    """Uniform scores in [0, 1), float32 ``[count]``: the control. They depend on name and seed only."""
     words = [seed, xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))]
     return np.random.Generator(np.random.PCG64(words)).random(count, dtype=np.float32)

@@ -1,10 +1,9 @@
 """Which neurons a budget chooses, given their scores: arrays in, masks out.
 
-A selection is "the first so many in order", where the order is by score and then by position. The
-order itself is never made: sorting hundreds of millions of scores would take several times the
-memory of the scores. Instead the score at which the budget ends, the *cut*, is found by bisection
-over all float32 numbers. Each round counts what lies beyond one number; the neurons that
-score exactly the cut are then walked in their order.
+A budget takes the first neurons in order, by score and then by position. They are not sorted: sorting
+hundreds of millions of scores would take several times the memory of the scores. Instead the score at
+which the budget ends, the *cut*, is found by bisection over all float32 numbers. Each round counts the
+neurons beyond one number. The neurons that score exactly the cut are then taken in their order.
 """
 
 from __future__ import annotations
@@ -13,19 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import MismatchError, UsageError
+from ..tensors.arrays import Float32Array, Mask
 from .budget import Amount, Budget
 
 __all__ = ["Block", "choose"]
 
-Scores = NDArray[np.float32]
-Mask = NDArray[np.bool_]
 
-# Elements looked at together: what a round reads and writes stays in the processor's cache.
+# Elements compared at once: what a round reads and writes stays in a core's cache.
 _CHUNK = 1 << 18
-# Pools up to this many neurons are sorted: their cost is calls, not elements or memory.
+# Pools of up to so many neurons are sorted: for them calls cost more than elements.
 _SORTED = 1 << 14
 # The ordered image of a float32 is its magnitude's bits as an integer, negated for a negative
 # number. Both zeros have image 0, and this is the image of infinity.
@@ -48,13 +45,13 @@ class Block:
     Raises
     ------
     ValueError
-        If the scores are no vector of float32, or a neuron costs nothing.
+        If the scores are not a float32 vector, or a neuron costs nothing.
     """
 
     tensor: str
     layer: str
     cost: int
-    scores: Scores
+    scores: Float32Array
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 1 or self.scores.dtype != np.float32:
@@ -63,7 +60,14 @@ class Block:
             raise ValueError(f"a neuron must have at least one parameter, not {self.cost}")
 
 
-def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[Mask]:
+def choose(
+    blocks: Sequence[Block],
+    budget: Budget,
+    *,
+    parameters: int,
+    chunk: int = _CHUNK,
+    sorted_pool: int = _SORTED,
+) -> list[Mask]:
     """The neurons that ``budget`` chooses, as one mask per block.
 
     The order of the blocks, then the position in a block, breaks ties. Memory on top of the scores:
@@ -75,23 +79,26 @@ def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[
     blocks:
         The scored neurons, ordered by tensor name, then index. Pools are ordered by their first block.
     budget:
-        Anything but ``changed``, which is not about scores. A number of neurons above what there is
+        Anything but ``changed``, which does not depend on scores. A number above that of all neurons
         chooses all.
     parameters:
-        Of the whole model: what a percentage in ``budget.params`` is of.
+        Of the whole model: what a percentage in ``budget.params`` refers to.
+    chunk, sorted_pool:
+        How many neurons are compared at once, and the largest pool that is sorted instead of searched. The
+        result depends on neither.
 
     Raises
     ------
     MismatchError
         If no neuron has a score.
     UsageError
-        If a budget of parameters has no room for one neuron, or ``like`` does not fit the blocks.
+        If a budget of parameters is too small for one neuron, or ``like`` does not fit the blocks.
     ValueError
         For a budget by ``changed``.
     """
     if budget.changed:
-        raise ValueError("which neurons changed is not a matter of scores")
-    counts = [_count_candidates(block.scores) for block in blocks]
+        raise ValueError("a budget by changed does not depend on scores")
+    counts = [_count_candidates(block.scores, chunk) for block in blocks]
     if not any(counts):
         raise MismatchError(
             "no neuron can be scored",
@@ -99,14 +106,15 @@ def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[
         )
     keys = [block.scores for block in blocks]
     if budget.policy == "random":
-        keys = _random_keys(keys, budget.seed)
+        keys = _random_keys(keys, budget.seed, chunk)
     highest = budget.policy != "reversed"
     allowed: list[Mask] | None = None
     if budget.max_per_tensor is not None:
         ones = [1] * len(blocks)
         pools = _pools(block.tensor for block in blocks)
         caps = [budget.max_per_tensor] * len(pools)
-        allowed = _best(_Ranking(keys, counts, ones, None, highest), pools.values(), caps)
+        ranking = _Ranking(keys, counts, ones, None, highest, chunk, sorted_pool)
+        allowed = _best(ranking, pools.values(), caps)
     if budget.threshold is not None:
         return _above(keys, allowed, _float32_floor(budget.threshold))
     sizes, costs = counts, [1] * len(blocks)
@@ -117,14 +125,15 @@ def choose(blocks: Sequence[Block], budget: Budget, *, parameters: int) -> list[
     limits = _limits(pools, sizes, budget, parameters)
     if allowed is not None:
         counts = [int(np.count_nonzero(mask)) for mask in allowed]
-    masks = _best(_Ranking(keys, counts, costs, allowed, highest), pools.values(), limits)
+    ranking = _Ranking(keys, counts, costs, allowed, highest, chunk, sorted_pool)
+    masks = _best(ranking, pools.values(), limits)
     if budget.params is not None and not any(mask.any() for mask in masks):
         raise _no_room(budget.params, limits, [c for c, n in zip(costs, counts, strict=True) if n])
     return masks
 
 
-def _count_candidates(scores: Scores) -> int:
-    parts = (scores[start : start + _CHUNK] for start in range(0, len(scores), _CHUNK))
+def _count_candidates(scores: Float32Array, chunk: int) -> int:
+    parts = (scores[start : start + chunk] for start in range(0, len(scores), chunk))
     return sum(int(np.count_nonzero(part == part)) for part in parts)  # NaN differs from itself
 
 
@@ -135,7 +144,7 @@ def _pool_names(blocks: Sequence[Block], budget: Budget) -> Iterable[str]:
 
 
 def _pools(names: Iterable[str]) -> dict[str, list[int]]:
-    """Per pool the numbers of its blocks, the pools in order of their first block."""
+    """The numbers of the blocks of each pool; pools in the order of their first blocks."""
     pools: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         pools.setdefault(name, []).append(number)
@@ -146,18 +155,15 @@ def _no_room(params: Amount, limits: Sequence[int], costs: Sequence[int]) -> Usa
     least, most = min(costs), max(costs)
     sizes = f"{least}" if least == most else f"{least} (the smallest) to {most}"
     return UsageError(
-        f"--params {params} has no room for a single neuron",
+        f"--params {params} is too small for a single neuron",
         expected=f"neurons of {sizes} parameters",
         found=f"a budget of {sum(limits)}" + (f", split over {len(limits)} pools" if len(limits) > 1 else ""),
         hint="give a larger --params" + (", or --per model" if len(limits) > 1 else ""),
     )
 
 
-# How much of each pool.
-
-
 def _limits(pools: dict[str, list[int]], sizes: Sequence[int], budget: Budget, parameters: int) -> list[int]:
-    """Per pool how much of it to choose, in the unit of ``sizes``, which are per block."""
+    """How much of each pool to choose, in the unit of ``sizes``, which are per block."""
     totals = [sum(sizes[number] for number in members) for members in pools.values()]
     if budget.neurons is not None:
         percent, count = budget.neurons.percent, budget.neurons.count
@@ -214,24 +220,24 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
 # Keys: what the neurons are ordered by.
 
 
-def _random_keys(scores: Sequence[Scores], seed: int) -> list[Scores]:
+def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[Float32Array]:
     """A random number for every candidate, NaN for the others.
 
-    Uniform over the images of all float32 numbers, so that two neurons hardly ever draw the same one
-    (a uniform float32 in [0, 1) has only 2**24 values).
+    Uniform over the ordered images of all float32 numbers, so that two neurons hardly ever draw the same
+    one: a uniform float32 in [0, 1) has only 2**24 values.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     keys = [np.full(len(block), np.nan, np.float32) for block in scores]
     for key, block in zip(keys, scores, strict=True):
-        for start in range(0, len(block), _CHUNK):
-            part = block[start : start + _CHUNK]
+        for start in range(0, len(block), chunk):
+            part = block[start : start + chunk]
             candidates = part == part
             images = generator.integers(
                 -_INFINITY, _INFINITY, np.count_nonzero(candidates), np.int32, endpoint=True
             )
             drawn = np.abs(images).view(np.float32)
             np.negative(drawn, out=drawn, where=images < 0)
-            key[start : start + _CHUNK][candidates] = drawn
+            key[start : start + chunk][candidates] = drawn
     return keys
 
 
@@ -241,46 +247,45 @@ def _float32_at(image: int) -> np.float32:
 
 
 def _float32_floor(value: float) -> np.float32:
-    """The largest float32 not above ``value``: a float32 is above the one if above the other."""
+    """The largest float32 not above ``value``: a float32 above the one is above the other."""
     with np.errstate(over="ignore"):
         nearest = np.float32(value)
     return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
 
 
-def _above(keys: Sequence[Scores], allowed: Sequence[Mask] | None, cut: np.float32) -> list[Mask]:
+def _above(keys: Sequence[Float32Array], allowed: Sequence[Mask] | None, cut: np.float32) -> list[Mask]:
     masks: list[Mask] = [key > cut for key in keys]
     for mask, permitted in zip(masks, allowed or (), strict=False):
         mask &= permitted
     return masks
 
 
-# The first of a pool, in order.
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
-    """Blocks to choose from: per block the keys, and how many may be chosen at which cost each."""
+    """Blocks to choose from: per block the keys, and how many neurons may be chosen, at which cost each."""
 
-    keys: Sequence[Scores]
+    keys: Sequence[Float32Array]
     counts: Sequence[int]
     costs: Sequence[int]
     allowed: Sequence[Mask] | None
     highest: bool
+    chunk: int
+    sorted_pool: int
 
-    def beyond(self, keys: Scores, cut: np.float32, out: Mask) -> Mask:
+    def beyond(self, keys: Float32Array, cut: np.float32, out: Mask) -> Mask:
         """Which of ``keys`` come before ``cut`` in order; NaN never does."""
         return np.greater(keys, cut, out=out) if self.highest else np.less(keys, cut, out=out)
 
 
 def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[int]) -> list[Mask]:
-    """Per pool the first neurons in order, as long as their costs stay within the pool's limit."""
+    """The first neurons of each pool in order, as long as their costs stay within the pool's limit."""
     masks: list[Mask] = [np.zeros(len(keys), np.bool_) for keys in ranking.keys]
     for members, limit in zip(pools, limits, strict=True):
         if limit < 1:
             continue
         if sum(ranking.counts[i] * ranking.costs[i] for i in members) <= limit:
             _take_all(ranking, members, masks)
-        elif sum(len(ranking.keys[i]) for i in members) <= _SORTED:
+        elif sum(len(ranking.keys[i]) for i in members) <= ranking.sorted_pool:
             _take_sorted(ranking, members, limit, masks)
         else:
             _take_to_cut(ranking, members, limit, masks)
@@ -319,8 +324,8 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
         if ranking.allowed is not None:
             masks[i] &= ranking.allowed[i]
     for i in members:
-        for start in range(0, len(ranking.keys[i]), _CHUNK):
-            part = slice(start, start + _CHUNK)
+        for start in range(0, len(ranking.keys[i]), ranking.chunk):
+            part = slice(start, start + ranking.chunk)
             tied = ranking.keys[i][part] == cut
             if ranking.allowed is not None:
                 tied &= ranking.allowed[i][part]
@@ -333,9 +338,9 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
 
 
 def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
-    """The least extreme key beyond which everything fits ``limit``, and what is left of the limit.
+    """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit.
 
-    Needs that not everything fits: then the keys that equal the cut are where the limit ends.
+    Only if not everything fits: then the limit ends among the keys that equal the cut.
     """
     batches = _batches(ranking, members)
     direction = 1 if ranking.highest else -1
@@ -352,23 +357,24 @@ def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """Up to ``_CHUNK`` neurons of the same cost, of one block or of many small ones."""
+    """Up to ``chunk`` neurons of the same cost, of one block or of many small ones."""
 
     cost: int
-    keys: list[Scores]
+    keys: list[Float32Array]
     allowed: list[Mask]
 
 
 def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
-    """The blocks ``members`` in pieces to count in; for counting, their order does not matter."""
+    """The blocks ``members`` in batches for counting, where order does not matter."""
     batches: list[_Batch] = []
+    chunk = ranking.chunk
     latest: dict[int, tuple[_Batch, int]] = {}
     for i in members:
         keys, cost = ranking.keys[i], ranking.costs[i]
-        for start in range(0, len(keys), _CHUNK):
-            size = min(_CHUNK, len(keys) - start)
+        for start in range(0, len(keys), chunk):
+            size = min(chunk, len(keys) - start)
             batch, filled = latest.get(cost, (None, 0))
-            if batch is None or filled + size > _CHUNK:
+            if batch is None or filled + size > chunk:
                 batch, filled = _Batch(cost, [], []), 0
                 batches.append(batch)
             whole = size == len(keys)
@@ -381,7 +387,7 @@ def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
 
 
 def _cost_beyond(ranking: _Ranking, batches: Sequence[_Batch], cut: np.float32) -> int:
-    flags = np.empty(_CHUNK, np.bool_)
+    flags = np.empty(ranking.chunk, np.bool_)
     total = 0
     for batch in batches:
         keys = batch.keys[0] if len(batch.keys) == 1 else np.concatenate(batch.keys)

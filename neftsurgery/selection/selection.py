@@ -9,25 +9,26 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
+from ..tensors.arrays import Int64Array
 from ..tensors.document import bad, dump, read_document
+from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFile, written_file
+from ..tensors.reader import TensorFile
+from ..tensors.writer import written_file
 from ..text import percent, plural
 
 __all__ = [
-    "INDEX_TYPES",
     "SELECTION_KEY",
     "Chosen",
     "RowBlock",
     "Selection",
-    "followers_of",
+    "companion_biases",
     "index_dtype",
 ]
 
@@ -35,18 +36,14 @@ SELECTION_KEY = "neuron_selection"
 _VERSION = 1
 _WHAT = "selection"
 
-INDEX_TYPES: dict[str, np.dtype[np.signedinteger[Any]]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
-
-Index = NDArray[np.integer[Any]]
-
 
 def index_dtype(count: int) -> str:
     """The element type of indices into ``count`` neurons: ``"I32"``, or ``"I64"`` past 2**31."""
     return "I32" if count <= 1 << 31 else "I64"
 
 
-def followers_of(facts: Mapping[str, Any]) -> frozenset[str]:
-    """The tensors whose neurons only go along with others (biases), by a file's own account."""
+def companion_biases(facts: Mapping[str, Any]) -> frozenset[str]:
+    """The tensors (biases) whose elements only go with the neurons of others, as a file's facts name them."""
     found = facts.get("followers")
     return (
         frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
@@ -55,11 +52,11 @@ def followers_of(facts: Mapping[str, Any]) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chosen:
-    """The chosen neurons of one tensor: ``index`` is ascending, int64 ``[k]``."""
+    """The chosen neurons of one tensor; ``index`` is ascending, int64 ``[k]``."""
 
     info: TensorInfo
     layout: Layout
-    index: NDArray[np.int64]
+    index: Int64Array
 
     @property
     def parameters(self) -> int:
@@ -67,7 +64,7 @@ class Chosen:
         return len(self.index) * self.layout.width
 
     def describe(self) -> dict[str, Any]:
-        """As the files' ``tensors`` say it."""
+        """Its entry in the ``tensors`` of a file."""
         return {
             "shape": list(self.info.shape),
             "dtype": self.info.dtype,
@@ -94,7 +91,8 @@ class Selection:
     tensors:
         What is chosen, ordered by name (code points).
     facts:
-        How: ``score``, ``anatomy``, ``policy``, ``budget``, ``captured`` and so on, what is known. JSON.
+        How they were chosen: ``score``, ``anatomy``, ``policy``, ``budget``, ``captured`` and so on, as
+        far as known. JSON values.
     """
 
     tensors: Mapping[str, Chosen]
@@ -128,7 +126,7 @@ class Selection:
     @cached_property
     def neurons(self) -> int:
         """How many neurons are chosen, bias elements not counted."""
-        biases = followers_of(self.facts)
+        biases = companion_biases(self.facts)
         return sum(len(chosen.index) for name, chosen in self.tensors.items() if name not in biases)
 
     @cached_property
@@ -150,8 +148,8 @@ class Selection:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Per tensor, how many: what ``like=`` takes. Bias elements that merely follow are left out."""
-        biases = followers_of(self.facts)
+        """How many per tensor: what ``like=`` takes. Companion biases are left out."""
+        biases = companion_biases(self.facts)
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
     @boundary
@@ -175,7 +173,7 @@ class Selection:
         metadata = dump(SELECTION_KEY, content)
         with written_file(entries, metadata, path, force=force) as written:
             for name, chosen in self.tensors.items():
-                kind = INDEX_TYPES[index_dtype(chosen.layout.count)]
+                kind = DTYPES[index_dtype(chosen.layout.count)].numpy
                 written.writer.write(f"{name}:index", 0, chosen.index.astype(kind))
             written.writer.finish(metadata)
 
@@ -187,7 +185,7 @@ class Selection:
         Raises
         ------
         CorruptFileError
-            If it is none, or damaged.
+            If it is not a selection file, or damaged.
         """
         with TensorFile.named(path) as file:
             content = read_document(file, SELECTION_KEY, _WHAT, _VERSION)
@@ -196,7 +194,7 @@ class Selection:
                 info, layout = described_tensor(file, _WHAT, name, content["tensors"][name])
                 entry = file.tensors.get(f"{name}:index")
                 if entry is None or entry.dtype not in ("I32", "I64") or len(entry.shape) != 1:
-                    raise bad(file, _WHAT, "it has no index, or not one of whole numbers", name)
+                    raise bad(file, _WHAT, "its index is missing, or not a vector of integers", name)
                 index = file.array(entry.name).astype(np.int64)
                 if why := check_index(index, layout.count):
                     raise bad(file, _WHAT, why, name)

@@ -32,14 +32,18 @@ class Limits:
         That read and compute at once.
     memory:
         Bytes of buffers and of files mapped into memory.
+    mapped:
+        Whether files in the page cache may be mapped instead of read. That is faster, and needs a signal
+        handler (`neftsurgery.storage.truncated_maps`): only the command line sets it.
     """
 
     threads: int
     memory: int
+    mapped: bool = False
 
     @classmethod
-    def of(cls, threads: int | None = None, memory: int | None = None) -> Limits:
-        """By default two threads a processor, so that reads are in flight while processors work, and 192 MiB.
+    def of(cls, threads: int | None = None, memory: int | None = None, *, mapped: bool = False) -> Limits:
+        """By default two threads per core, so that reads are in flight while cores compute, and 192 MiB.
 
         Raises
         ------
@@ -50,7 +54,7 @@ class Limits:
             raise UsageError("--threads must be at least 1", found=threads)
         if memory is not None and memory < _LEAST_MEMORY:
             raise UsageError("--memory must be at least 16 MiB", found=f"{memory} bytes")
-        return cls(threads or _default_threads(), memory or DEFAULT_MEMORY)
+        return cls(threads or _default_threads(), memory or DEFAULT_MEMORY, mapped)
 
     def workers(self, nbytes: int) -> int:
         """Threads that may work at once if each holds ``nbytes``."""

@@ -1,7 +1,9 @@
-"""A mapped file that somebody cuts short: an error of ours, where the system would end the process.
+"""The command line's guard against mapped files that are truncated: an error instead of a killed process.
 
-Touching mapped pages that the file no longer has raises SIGBUS. While `survived` lasts, such pages of
-watched mappings become zeros instead, and `was_cut_short` says so; any other SIGBUS is what it was before.
+Touching mapped pages that the file no longer has raises SIGBUS. Inside `sigbus_guard`, the pages of
+registered mappings become zeros instead, and `is_truncated` reports it. Any other SIGBUS is handled as
+before.
+The guard installs a signal handler, so only a process that is ours uses it: see `Limits.mapped`.
 """
 
 from __future__ import annotations
@@ -19,22 +21,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["survived", "was_cut_short", "watch"]
+__all__ = ["is_truncated", "register", "sigbus_guard"]
 
-_Range = tuple[int, int]
-_FIXED = 0x10  # MAP_FIXED, which the mmap module does not name
+_AddressRange = tuple[int, int]
+_MAP_FIXED = 0x10  # missing from the mmap module
 _SA_SIGINFO = 4
-_ADDRESS = 16  # of si_addr in a siginfo_t, where pointers have 8 bytes
+_SI_ADDR_OFFSET = 16  # of si_addr in a siginfo_t, where pointers have 8 bytes
 _SUPPORTED = sys.platform == "linux" and ctypes.sizeof(ctypes.c_void_p) == 8
 
-# Replaced, never changed: the handler reads them in the midst of anything.
-_watched: tuple[_Range, ...] = ()
-_cut: tuple[_Range, ...] = ()
+# Replaced, never changed: the handler may read them at any point of any other code.
+_registered: tuple[_AddressRange, ...] = ()
+_truncated: tuple[_AddressRange, ...] = ()
 _lock = threading.RLock()
 _depth = 0
 
 
-class _Action(ctypes.Structure):
+class _SigAction(ctypes.Structure):
     """The C library's struct sigaction."""
 
     _fields_ = (
@@ -45,8 +47,8 @@ class _Action(ctypes.Structure):
     )
 
 
-_before = _Action()
-_libc: Any = ctypes.PyDLL(None)  # keeps the GIL: a handler is no place to wait for it
+_previous = _SigAction()
+_libc: Any = ctypes.PyDLL(None)  # keeps the GIL: a handler must not wait for it
 if _SUPPORTED:
     _libc.mmap.restype = ctypes.c_void_p
     _libc.mmap.argtypes = (
@@ -59,38 +61,38 @@ if _SUPPORTED:
     )
 
 
-def watch(pages: NDArray[np.uint8]) -> None:
-    """Have a mapping survive, for as long as the array of all its pages lives."""
-    global _watched
-    here = (pages.ctypes.data, pages.ctypes.data + pages.nbytes)
+def register(pages: NDArray[np.uint8]) -> None:
+    """Guard a mapping for as long as the array of all its pages lives."""
+    global _registered
+    own = (pages.ctypes.data, pages.ctypes.data + pages.nbytes)
     with _lock:
-        _watched = (*_watched, here)
-    weakref.finalize(pages, _forget, here).atexit = False
+        _registered = (*_registered, own)
+    weakref.finalize(pages, _forget, own).atexit = False
 
 
-def _forget(here: _Range) -> None:
-    global _watched, _cut
+def _forget(own: _AddressRange) -> None:
+    global _registered, _truncated
     with _lock:
-        _watched = tuple(one for one in _watched if one != here)
-        _cut = tuple(one for one in _cut if one != here)
+        _registered = tuple(one for one in _registered if one != own)
+        _truncated = tuple(one for one in _truncated if one != own)
 
 
-def was_cut_short(part: NDArray[np.uint8]) -> bool:
-    """Whether bytes of the mapping that ``part`` lies in were missing when they were touched."""
-    return any(start <= part.ctypes.data < stop for start, stop in _cut)
+def is_truncated(part: NDArray[np.uint8]) -> bool:
+    """Whether the mapping that holds ``part`` was touched where its file had already ended."""
+    return any(start <= part.ctypes.data < stop for start, stop in _truncated)
 
 
 @contextmanager
-def survived() -> Iterator[None]:
-    """Survive the loss of watched mappings; without effect where the system is another."""
+def sigbus_guard() -> Iterator[None]:
+    """Handle SIGBUS in registered mappings; without effect on any system but 64-bit Linux."""
     global _depth
     if not _SUPPORTED:
         yield
         return
     with _lock:
         if _depth == 0:
-            action = _Action(ctypes.cast(_on_bus_error, ctypes.c_void_p), flags=_SA_SIGINFO)
-            _libc.sigaction(int(signal.SIGBUS), ctypes.byref(action), ctypes.byref(_before))
+            action = _SigAction(ctypes.cast(_handler, ctypes.c_void_p), flags=_SA_SIGINFO)
+            _libc.sigaction(int(signal.SIGBUS), ctypes.byref(action), ctypes.byref(_previous))
         _depth += 1
     try:
         yield
@@ -98,22 +100,22 @@ def survived() -> Iterator[None]:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                _libc.sigaction(int(signal.SIGBUS), ctypes.byref(_before), None)
+                _libc.sigaction(int(signal.SIGBUS), ctypes.byref(_previous), None)
 
 
-def _bus_error(number: int, info: int, context: int) -> None:
+def _on_sigbus(number: int, info: int, context: int) -> None:
     """Called on the thread that touched the page, between two of its instructions."""
-    global _cut
-    address = ctypes.c_void_p.from_address(info + _ADDRESS).value or 0
-    for start, stop in _watched:
+    global _truncated
+    address = ctypes.c_void_p.from_address(info + _SI_ADDR_OFFSET).value or 0
+    for start, stop in _registered:
         if start <= address < stop:
-            _cut = (*_cut, (start, stop))
+            _truncated = (*_truncated, (start, stop))
             access = mmap.PROT_READ | mmap.PROT_WRITE
-            kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED
+            kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
             _libc.mmap(start, stop - start, access, kind, -1, 0)
             return
-    # Not ours: the instruction is tried again, and meets what was there before.
-    _libc.sigaction(int(signal.SIGBUS), ctypes.byref(_before), None)
+    # Not ours: the instruction is tried again, under the previous handler.
+    _libc.sigaction(int(signal.SIGBUS), ctypes.byref(_previous), None)
 
 
-_on_bus_error = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_bus_error)
+_handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(_on_sigbus)

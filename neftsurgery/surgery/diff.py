@@ -27,7 +27,7 @@ from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import TensorFileWriter, written_file
+from ..tensors.writer import TensorFileWriter, written_file
 from .pairing import Pair, pair
 from .verb import running, warn
 

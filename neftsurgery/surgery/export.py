@@ -26,7 +26,7 @@ from ..storage.output import staged_directory
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
-from ..tensors.tensorfile import TensorFileWriter, written_file
+from ..tensors.writer import TensorFileWriter, written_file
 from ..text import amount, percent, plural, size
 from .lora_modules import lora_modules, task_of
 from .replaced import replaced_rows, require_replaced

@@ -18,7 +18,7 @@ from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings, same_fingerprint
 from ..patch.patch import Patch
 from ..progress import Progress
-from ..selection.selection import Chosen, Selection, followers_of
+from ..selection.selection import Chosen, Selection, companion_biases
 from ..tensors.floats import FLOATS
 from ..version import __version__
 from .replaced import require_replaced
@@ -259,9 +259,9 @@ def _facts(
     }
     merged = [{**_origin(patch), "neurons": patch.neurons} for patch in patches]
     # A bias goes along with its neurons unless some patch chose it for itself.
-    followers = {name for patch in patches for name in followers_of(patch.facts)}
+    followers = {name for patch in patches for name in companion_biases(patch.facts)}
     followers &= {name for patch in patches for name in patch.tensors}
-    followers -= {n for patch in patches for n in patch.tensors if n not in followers_of(patch.facts)}
+    followers -= {n for patch in patches for n in patch.tensors if n not in companion_biases(patch.facts)}
     how = same | {"merged": {**rule.describe(), "patches": merged}}
     how |= {"followers": sorted(followers)} if followers else {}
     facts = {"base": origin or dict(patches[0].base), "selection": how}

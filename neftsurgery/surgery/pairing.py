@@ -13,8 +13,9 @@ from ..errors import MismatchError
 from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout
 from ..options import Scope
-from ..scoring.engine import Job, Weights
+from ..scoring.engine import Job
 from ..tensors.header import TensorInfo
+from ..tensors.weights import WeightReader
 
 __all__ = ["Pair", "pair"]
 
@@ -71,7 +72,7 @@ class Pair:
         return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
 
     @cached_property
-    def compared(self) -> tuple[Weights, Weights, list[Job]]:
+    def compared(self) -> tuple[WeightReader, WeightReader, list[Job]]:
         """The two sides and the jobs as they are scored: beside an adapter in float32, as it is computed."""
         if not isinstance(self.tuned, Adapted):
             return self.base, self.tuned, self.jobs

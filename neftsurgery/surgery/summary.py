@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import NeftError
-from ..neurons.meaning import place
+from ..neurons.tensor_names import layer_and_kind
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
@@ -151,7 +151,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
     for batch in scores.batches(*_SUMS):
         totals = [batch.totals(which).tolist() for which in _SUMS]
         for tensor, *sums in zip(batch.tensors, *totals, strict=True):
-            groups = [whole, kinds.setdefault(place(tensor.info.name.split("."))[1], _Totals())]
+            groups = [whole, kinds.setdefault(layer_and_kind(tensor.info.name.split("."))[1], _Totals())]
             if tensor.layer:
                 groups.append(layers.setdefault(tensor.layer, _Totals()))
             for group in groups:

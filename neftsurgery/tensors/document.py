@@ -1,7 +1,7 @@
 """The JSON document that scores, selections and patches carry in a safetensors header.
 
-Each of these files is a safetensors file whose ``__metadata__`` has one key with a JSON object of a
-``version`` and the ``tensors`` it speaks of. This module reads and checks what they share.
+Each of these files is a safetensors file whose ``__metadata__`` has one key. Its value is a JSON object
+with a ``version`` and the ``tensors`` that it describes. This module reads and checks what they share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import CorruptFileError
 from .header import loads
-from .tensorfile import TensorFile
+from .reader import TensorFile
 
 __all__ = ["Document", "bad", "dump", "read_document"]
 
@@ -30,7 +30,7 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
     Raises
     ------
     CorruptFileError
-        If there is none, it is damaged, or of a version above ``version``.
+        If there is none, it is damaged, or its version is above ``version``.
     """
     text = file.header.metadata.get(key)
     if text is None:
@@ -46,7 +46,7 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
         raise bad(file, what, "it has no version number")
     if found > version:
         raise CorruptFileError(
-            f"the {what} is of a newer version",
+            f"the {what} has a newer version",
             file=file.path,
             expected=f"{version} or older",
             found=found,

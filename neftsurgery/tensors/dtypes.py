@@ -1,15 +1,38 @@
-"""The element types of the safetensors format, numpy's missing ones included."""
+"""The element types of the safetensors format: the one table of them, from which all others derive."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["DTYPES", "DType", "dtype_named"]
+__all__ = ["DTYPES", "DType", "FloatFormat", "dtype_named"]
 
 Kind = Literal["float", "integer", "bool", "complex", "packed"]
+
+
+@dataclass(frozen=True, slots=True)
+class FloatFormat:
+    """The meaning of a float's bits: a sign, an exponent, a fraction, from high to low.
+
+    Attributes
+    ----------
+    fraction_bits:
+        Bits of the fraction.
+    bias:
+        What the stored exponent exceeds the true one by.
+    nonfinite:
+        The first magnitude (the bits without the sign) that is not a finite number. The FNUZ types have none
+        there: their only NaN is the pattern of negative zero, and ``nonfinite`` is the sign bit.
+    infinity:
+        Whether ``nonfinite`` is an infinity. Else it is a NaN.
+    """
+
+    fraction_bits: int
+    bias: int
+    nonfinite: int
+    infinity: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,59 +44,80 @@ class DType:
     name:
         As safetensors writes it: ``"BF16"``.
     bits:
-        Bits an element takes; below 8 several elements share a byte.
+        Bits of an element; below 8, several elements share a byte.
     kind:
-        ``"float"`` can be scored. ``"packed"`` elements are codes whose value needs a scale that
-        lives elsewhere, or that do not fill whole bytes.
+        ``"float"`` can be scored. ``"packed"`` elements are codes whose value needs a scale stored elsewhere,
+        or that do not fill whole bytes.
+    native:
+        The same type in numpy, little-endian; None where numpy has none.
+    format:
+        Of the kind ``"float"``; else None.
     """
 
     name: str
     bits: int
     kind: Kind
+    native: np.dtype[Any] | None = None
+    format: FloatFormat | None = None
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """`native`, for types that numpy has."""
+        if self.native is None:
+            raise ValueError(f"numpy has no type for {self.name}")
+        return self.native
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element takes; only for types of whole bytes."""
+        """Bytes of an element; only for types of whole bytes."""
         if self.bits % 8:
             raise ValueError(f"{self.name} elements do not fill whole bytes")
         return self.bits // 8
 
     @property
     def carrier(self) -> np.dtype[np.unsignedinteger]:
-        """The unsigned integer type of the same size, which carries the bits unread."""
+        """The unsigned integer type of the same size, which carries the bits unchanged."""
         return np.dtype(f"u{self.itemsize}")
 
     def nbytes(self, elements: int) -> int:
-        """Bytes that ``elements`` elements take."""
+        """Bytes of ``elements`` elements."""
         return (elements * self.bits + 7) // 8
 
 
-_TABLE: tuple[tuple[str, int, Kind], ...] = (
-    ("BOOL", 8, "bool"),
-    ("F4", 4, "packed"),
-    ("F6_E2M3", 6, "packed"),
-    ("F6_E3M2", 6, "packed"),
-    ("U8", 8, "integer"),
-    ("I8", 8, "integer"),
-    ("F8_E5M2", 8, "float"),
-    ("F8_E4M3", 8, "float"),
-    ("F8_E8M0", 8, "packed"),
-    ("F8_E4M3FNUZ", 8, "float"),
-    ("F8_E5M2FNUZ", 8, "float"),
-    ("I16", 16, "integer"),
-    ("U16", 16, "integer"),
-    ("F16", 16, "float"),
-    ("BF16", 16, "float"),
-    ("I32", 32, "integer"),
-    ("U32", 32, "integer"),
-    ("F32", 32, "float"),
-    ("C64", 64, "complex"),
-    ("F64", 64, "float"),
-    ("I64", 64, "integer"),
-    ("U64", 64, "integer"),
+def _float(name: str, bits: int, format: FloatFormat, native: str | None = None) -> DType:
+    return DType(name, bits, "float", None if native is None else np.dtype(native), format)
+
+
+def _native(name: str, kind: Kind, native: str) -> DType:
+    return DType(name, 8 * np.dtype(native).itemsize, kind, np.dtype(native))
+
+
+_TABLE = (
+    _native("BOOL", "bool", "?"),
+    DType("F4", 4, "packed"),
+    DType("F6_E2M3", 6, "packed"),
+    DType("F6_E3M2", 6, "packed"),
+    _native("U8", "integer", "u1"),
+    _native("I8", "integer", "i1"),
+    _float("F8_E5M2", 8, FloatFormat(2, 15, 0x7C, True)),
+    _float("F8_E4M3", 8, FloatFormat(3, 7, 0x7F, False)),
+    DType("F8_E8M0", 8, "packed"),
+    _float("F8_E4M3FNUZ", 8, FloatFormat(3, 8, 0x80, False)),
+    _float("F8_E5M2FNUZ", 8, FloatFormat(2, 16, 0x80, False)),
+    _native("I16", "integer", "<i2"),
+    _native("U16", "integer", "<u2"),
+    _float("F16", 16, FloatFormat(10, 15, 0x7C00, True), "<f2"),
+    _float("BF16", 16, FloatFormat(7, 127, 0x7F80, True)),
+    _native("I32", "integer", "<i4"),
+    _native("U32", "integer", "<u4"),
+    _float("F32", 32, FloatFormat(23, 127, 0x7F800000, True), "<f4"),
+    _native("C64", "complex", "<c8"),
+    _float("F64", 64, FloatFormat(52, 1023, 0x7FF0000000000000, True), "<f8"),
+    _native("I64", "integer", "<i8"),
+    _native("U64", "integer", "<u8"),
 )
 
-DTYPES: dict[str, DType] = {name: DType(name, bits, kind) for name, bits, kind in _TABLE}
+DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _TABLE}
 
 
 def dtype_named(name: str) -> DType:

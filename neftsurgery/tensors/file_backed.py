@@ -11,7 +11,7 @@ from ..errors import boundary
 from ..progress import Timing
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
-from .tensorfile import TensorFile
+from .reader import TensorFile
 
 __all__ = ["FileBacked"]
 
@@ -27,7 +27,7 @@ class FileBacked:
 
     @property
     def path(self) -> Path | None:
-        """The file; None for a value that was never saved, and is gone when it is closed."""
+        """The file; None for a value that was never saved, which ends with its last reference."""
         return self._file.path
 
     @property
@@ -41,7 +41,7 @@ class FileBacked:
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write it to a file of its own, whole or not at all.
+        """Copy it to the file ``path``, whole or not at all.
 
         Raises
         ------
@@ -57,7 +57,7 @@ class FileBacked:
             self.check_unchanged()
 
     def stream(self) -> BinaryIO:
-        """The file's bytes from the start, as a file to be closed; one at a time."""
+        """The file's bytes from the start, as a file that the caller closes; open one at a time."""
         return self._file.stream()
 
     def check_in_place(self) -> None:

@@ -1,7 +1,7 @@
-"""Numbers from raw bits and back: every plain float of the safetensors format, numpy's missing ones included.
+"""Floats of the safetensors format to float64 and back, with the types that numpy lacks.
 
-Narrowing rounds once, to nearest, ties to even, also from float64 to the short types: a detour through
-float32 that rounded there as well would round twice.
+Narrowing rounds once, to nearest, ties to even. That holds from float64 to the short types too: going
+through float32 would round twice.
 """
 
 from __future__ import annotations
@@ -12,57 +12,51 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dtypes import DTYPES
+from .arrays import Float64Array, RawBytes
+from .dtypes import DTYPES, FloatFormat
 
 __all__ = ["FLOATS", "narrow", "widen"]
 
-F64 = NDArray[np.float64]
-Raw = NDArray[np.uint8]
 
-_NATIVE: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
-#: Fraction bits, exponent bias, and the first magnitude's code that is no finite number.
-_BYTES = {
-    "F8_E4M3": (3, 7, 0x7F),
-    "F8_E5M2": (2, 15, 0x7C),
-    "F8_E4M3FNUZ": (3, 8, 0x80),
-    "F8_E5M2FNUZ": (2, 16, 0x80),
-}
 #: The types that `widen` and `narrow` know, by safetensors' name.
-FLOATS = frozenset({"BF16", *_NATIVE, *_BYTES})
+FLOATS = frozenset(name for name, dtype in DTYPES.items() if dtype.format is not None)
 
 
-def widen(raw: Raw, dtype: str) -> F64:
+def widen(raw: RawBytes, dtype: str) -> Float64Array:
     """The values of raw elements, exactly: uint8 ``[..., k * itemsize]`` to float64 ``[..., k]``."""
+    native = DTYPES[dtype].native
     bits = np.ascontiguousarray(raw).view(DTYPES[dtype].carrier)
     with np.errstate(invalid="ignore"):  # a signalling NaN is only a NaN
         if dtype == "BF16":
             return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-        if dtype in _NATIVE:
-            return bits.view(_NATIVE[dtype]).astype(np.float64)
-    table: F64 = _values(dtype)[bits]
+        if native is not None:
+            return bits.view(native).astype(np.float64)
+    table: Float64Array = _values(dtype)[bits]
     return table
 
 
-def narrow(values: NDArray[Any], dtype: str) -> Raw:
+def narrow(values: NDArray[Any], dtype: str) -> RawBytes:
     """Raw elements nearest to ``values``: float ``[..., k]`` to uint8 ``[..., k * itemsize]``.
 
-    What is too large becomes an infinity, or the largest number of a type that has none; infinities
-    of such a type are NaN.
+    Numbers that are too large become an infinity. In a type without infinities they become the largest
+    number, and infinities become NaN.
     """
+    native = DTYPES[dtype].native
     wide = np.ascontiguousarray(values, np.float64)
     if dtype == "BF16":
         return _to_bfloat16(wide).view(np.uint8)
-    if dtype in _NATIVE:
+    if native is not None:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            return np.ascontiguousarray(wide.astype(_NATIVE[dtype])).view(np.uint8)
+            return np.ascontiguousarray(wide.astype(native)).view(np.uint8)
     return _to_byte(wide, dtype)
 
 
-def _to_bfloat16(values: F64) -> NDArray[np.uint16]:
+def _to_bfloat16(values: Float64Array) -> NDArray[np.uint16]:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         near = values.astype(np.float32)
         back = near.astype(np.float64)
-        # To odd first: toward zero, the last bit set if anything was lost. Then nearest is nearest.
+        # Rounded to odd first: toward zero, with the last bit set if anything was lost. Rounding that to
+        # nearest gives what rounding once would.
         lost, beyond = back != values, np.abs(back) > np.abs(values)
     bits = near.view(np.uint32) - (lost & beyond).astype(np.uint32)
     bits |= lost
@@ -71,16 +65,16 @@ def _to_bfloat16(values: F64) -> NDArray[np.uint16]:
     return np.where(np.isnan(values), nan, rounded).astype(np.uint16)
 
 
-def _to_byte(values: F64, dtype: str) -> Raw:
-    special = _BYTES[dtype][2]
-    magnitudes = _magnitudes(dtype)
+def _to_byte(values: Float64Array, dtype: str) -> RawBytes:
+    format = _format(dtype)
+    special, magnitudes = format.nonfinite, _magnitudes(dtype)
     size = np.abs(values)
     codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, size)
-    # A size on the border between two went down: half of those, from odd codes, belong up.
+    # A size midway between two codes was rounded down; from odd codes it must be rounded up.
     low, high = magnitudes[np.minimum(codes, special - 1)], magnitudes[np.minimum(codes + 1, special)]
     codes = codes + ((size == (low + high) / 2) & (codes % 2 == 1) & (codes < special))
     nan = np.isnan(values)
-    if dtype != "F8_E5M2":
+    if not format.infinity:
         nan |= np.isinf(values)
         codes = np.minimum(codes, special - 1)
     # The FNUZ types have no negative zero: its pattern is their one NaN.
@@ -89,11 +83,18 @@ def _to_byte(values: F64, dtype: str) -> Raw:
     return bits.astype(np.uint8)
 
 
+def _format(dtype: str) -> FloatFormat:
+    format = DTYPES[dtype].format
+    assert format is not None  # `FLOATS` are those that have one
+    return format
+
+
 @functools.cache
-def _magnitudes(dtype: str) -> F64:
-    """The values of codes 0 to the first special one; that one's as if the numbers went on."""
-    fraction_bits, bias, special = _BYTES[dtype]
-    codes = np.arange(special + 1)
+def _magnitudes(dtype: str) -> Float64Array:
+    """The values of codes 0 to ``nonfinite``; the last as if the finite numbers went on."""
+    format = _format(dtype)
+    fraction_bits, bias = format.fraction_bits, format.bias
+    codes = np.arange(format.nonfinite + 1)
     exponent, fraction = codes >> fraction_bits, codes & ((1 << fraction_bits) - 1)
     normal = np.ldexp(1.0 + fraction / (1 << fraction_bits), exponent - bias)
     subnormal = np.ldexp(fraction / (1 << fraction_bits), 1 - bias)
@@ -101,13 +102,14 @@ def _magnitudes(dtype: str) -> F64:
 
 
 @functools.cache
-def _values(dtype: str) -> F64:
+def _values(dtype: str) -> Float64Array:
     """The values of all 256 codes."""
-    special = _BYTES[dtype][2]
+    format = _format(dtype)
+    special = format.nonfinite
     half = np.full(128, np.nan)
     finite = _magnitudes(dtype)[: min(special, 128)]
     half[: len(finite)] = finite
-    if dtype == "F8_E5M2":
+    if format.infinity:
         half[special] = np.inf
     values = np.concatenate([half, -half])
     if special == 0x80:

@@ -1,8 +1,8 @@
-"""The header of a safetensors file: read with suspicion, written with room to spare.
+"""The header of a safetensors file: untrusted when read, written with space for the final metadata.
 
-The safetensors package is the authority on what a valid file is: it opens every file first. What it
-does not tell, the byte offsets, is then read from the same header. Duplicate keys, which it
-accepts (the last one wins), are refused here: two readers of such a file could see two models.
+The safetensors package decides what a valid file is: it opens every file first. It does not report byte
+offsets, so these are read from the same header afterwards. It accepts duplicate keys (the last one wins);
+they are refused here, because two readers of such a file could see two models.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _DuplicateKeyError(ValueError):
 
 
 def loads(text: str | bytes) -> Any:
-    """JSON from a stranger: duplicate keys and numbers that are none (NaN, 1e999) are refused.
+    """Parse untrusted JSON: duplicate keys and numbers that are not finite (NaN, 1e999) are refused.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def loads(text: str | bytes) -> Any:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is no finite number")
+        raise ValueError(f"{text[:40]} is not a finite number")
     return value
 
 
@@ -127,8 +127,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         try:
             with safe_open(os.fspath(path), framework="numpy"):
                 pass
-        except FileNotFoundError as error:  # what the package says whenever it cannot open a file
-            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # which says why
+        except FileNotFoundError as error:  # raised by the package whenever it cannot open a file
+            os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # raises the true reason
             raise MachineError("the file could not be opened a second time", file=path) from error
         except SafetensorError as error:
             raise CorruptFileError(
@@ -156,10 +156,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     tensors: dict[str, TensorInfo] = {}
     offsets: dict[str, int] = {}
     for name, entry in content.items():
-        # The safetensors package also takes an entry as a list of its fields, and a dtype as an
-        # object with one key: no writer makes those, and other readers see something else.
+        # The safetensors package also accepts an entry as a list of its fields, and a dtype as an object
+        # with one key. No writer makes those, and other readers understand them differently.
         if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
-            raise CorruptFileError("the tensor is not described as the format says", file=path, tensor=name)
+            raise CorruptFileError(
+                "the header entry of the tensor does not follow the format", file=path, tensor=name
+            )
     for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
         tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]))
         offsets[name] = start + entry["data_offsets"][0]
@@ -172,9 +174,9 @@ def _reason(error: SafetensorError) -> str:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """Where everything lies in a safetensors file that is about to be written.
+    """Where everything lies in a safetensors file that is about to be written. Made by `of`.
 
-    Made by `FilePlan.of`; the metadata may change until it is written, within the room kept for it.
+    The metadata may change until it is written, within the space reserved for it.
 
     Attributes
     ----------
@@ -196,7 +198,7 @@ class FilePlan:
 
     @classmethod
     def of(cls, entries: Iterable[TensorInfo], room: Mapping[str, str]) -> FilePlan:
-        """Place ``entries`` one after the other, behind a header with room for metadata like ``room``.
+        """Place ``entries`` one after the other, after a header with space for metadata as long as ``room``.
 
         Larger element types come first, so that every entry is aligned.
 
@@ -221,33 +223,33 @@ class FilePlan:
         size = 2 + packed.tell() + len(_metadata_text(room, bool(tensors)))
         start = _PREFIX.size + (size + 7) // 8 * 8
         if start - _PREFIX.size > MAX_HEADER_BYTES:
-            raise ValueError(f"the header takes {start - _PREFIX.size} bytes, where {MAX_HEADER_BYTES} fit")
+            raise ValueError(f"the header takes {start - _PREFIX.size} bytes; at most {MAX_HEADER_BYTES} fit")
         for name in offsets:
             offsets[name] += start
         return cls(tensors, offsets, start, start + position, packed.getbuffer())
 
     def pack(self, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-        """Prefix and header as bytes, in parts to be written one after the other, padded with spaces.
+        """Prefix and header as bytes, padded with spaces, in parts to write one after the other.
 
         Raises
         ------
         ValueError
-            If ``metadata`` is larger than the room that was kept.
+            If ``metadata`` is larger than the reserved space.
         """
         text = _metadata_text(metadata, bool(self.tensors))
         room = self.start - _PREFIX.size
         size = 2 + len(text) + len(self._entries)
         if size > room:
-            raise ValueError(f"the header takes {size} bytes, where {room} fit")
+            raise ValueError(f"the header takes {size} bytes; at most {room} fit")
         return [_PREFIX.pack(room), b"{", text, self._entries, b"}", b" " * (room - size)]
 
     def header(self, metadata: Mapping[str, str]) -> Header:
-        """The header as a reader will find it."""
+        """The header that a reader will find."""
         return Header(self.tensors, self.offsets, dict(metadata), self.start)
 
 
 def _metadata_text(metadata: Mapping[str, str], followed: bool) -> bytes:
-    """The metadata as the header's first entry; ``followed`` by others, or not."""
+    """The metadata as the header's first entry, ``followed`` by others or not."""
     if not metadata:
         return b""
     text = json.dumps(dict(metadata), separators=(",", ":"))

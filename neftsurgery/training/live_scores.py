@@ -15,7 +15,7 @@ from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..surgery.diff import describe_side, describe_tensor
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
-from ..tensors.tensorfile import written_file
+from ..tensors.writer import written_file
 
 __all__ = ["write_scores"]
 

@@ -44,7 +44,7 @@ from neftsurgery.neurons.vectors import scatter
 from neftsurgery.sources.resolve import resolve
 from neftsurgery.storage import output
 from neftsurgery.surgery.apply import undo_unfinished
-from neftsurgery.tensors.tensorfile import TensorFile
+from neftsurgery.tensors.reader import TensorFile
 
 Arrays = dict[str, NDArray[np.float32]]
 

@@ -17,7 +17,7 @@ import pytest
 
 from neftsurgery.neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
 from neftsurgery.neurons.families import FAMILIES
-from neftsurgery.neurons.scopes import DEFAULT_HEADS
+from neftsurgery.neurons.submodels import DEFAULT_HEADS
 from neftsurgery.tensors.header import TensorInfo, read_header
 
 torch = pytest.importorskip("torch")

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from neftsurgery.errors import CorruptFileError
-from neftsurgery.neurons import vectors
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.neurons.vectors import blocks, gather, scatter
 from neftsurgery.tensors.header import TensorInfo
@@ -51,13 +50,6 @@ class Case:
             rows.append(np.frombuffer(np.asarray(array[tuple(where)]).tobytes(), np.uint8))
         width = self.layout.width * self.info.type.itemsize
         return np.array([rows[i] for i in self.index], np.uint8).reshape(len(self.index), width)
-
-    def limits(self) -> pytest.MonkeyPatch:
-        patch = pytest.MonkeyPatch()
-        if self.limit is not None:
-            for name in ("_PIECE_BYTES", "_BLOCK_BYTES", "_STRIDED_BLOCK_BYTES"):
-                patch.setattr(vectors, name, self.limit)
-        return patch
 
 
 class Memory:
@@ -126,11 +118,7 @@ KNOWN = [
 @example(KNOWN[4])
 def test_gather(case: Case) -> None:
     memory = Memory(case.array)
-    patch = case.limits()
-    try:
-        found = gather(memory, case.info, case.layout, case.index)
-    finally:
-        patch.undo()
+    found = gather(memory, case.info, case.layout, case.index, piece_bytes=case.limit)
     expected = case.vectors()
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, expected, strict=True)
@@ -155,13 +143,10 @@ def test_scatter(case: Case) -> None:
     with tempfile.TemporaryFile() as file:
         file.write(before)
         file.flush()
-        patch = case.limits()
-        try:
-            written = scatter(file.fileno(), PAD, case.info, case.layout, case.index, new, "w")
-            after = os.pread(file.fileno(), 1 << 20, 0)
-            scatter(file.fileno(), PAD, case.info, case.layout, case.index, old, "w")
-        finally:
-            patch.undo()
+        place = (file.fileno(), PAD, case.info, case.layout, case.index)
+        written = scatter(*place, new, "w", piece_bytes=case.limit)
+        after = os.pread(file.fileno(), 1 << 20, 0)
+        scatter(*place, old, "w", piece_bytes=case.limit)
         assert os.pread(file.fileno(), 1 << 20, 0) == before
     assert len(after) == len(before)
     assert (after[:PAD], after[-PAD:]) == (before[:PAD], before[-PAD:])
@@ -185,11 +170,7 @@ def test_scatter_of_what_was_gathered_changes_no_byte(case: Case) -> None:
 @settings(max_examples=200, deadline=None, database=None)
 @given(cases(), st.integers(0, 200))
 def test_blocks_cover_the_count_in_order(case: Case, count: int) -> None:
-    patch = case.limits()
-    try:
-        cut = list(blocks(case.info, case.layout, count))
-    finally:
-        patch.undo()
+    cut = list(blocks(case.info, case.layout, count, block_bytes=case.limit))
     edges = [0, *(stop for _, stop in cut)]
     assert [start for start, _ in cut] == edges[:-1]
     assert edges[-1] == count
@@ -209,8 +190,7 @@ def test_blocks_bound_the_memory() -> None:
         assert len(sizes) > 1
 
 
-def test_pieces_bound_the_memory_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "_PIECE_BYTES", 64)
+def test_pieces_bound_the_memory_of_columns() -> None:
     case = make((40, 8), (1,), "BF16", [2, 5], None)
     sizes = []
 
@@ -219,9 +199,8 @@ def test_pieces_bound_the_memory_of_columns(monkeypatch: pytest.MonkeyPatch) -> 
             sizes.append(len(buffer))
             super().read_into(name, start, buffer)
 
-    np.testing.assert_array_equal(
-        gather(Noting(case.array), case.info, case.layout, case.index), case.vectors()
-    )
+    found = gather(Noting(case.array), case.info, case.layout, case.index, piece_bytes=64)
+    np.testing.assert_array_equal(found, case.vectors())
     assert sizes == [64] * 10
 
 

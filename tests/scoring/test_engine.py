@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from test_kernels import ALL, DEFINITIONS, SMALL, Bits, decode, decoded, encode, table
 
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.scoring import engine, kernels, pieces
+from neftsurgery.scoring import kernels
 from neftsurgery.scoring.engine import Job, TensorResult, stream
+from neftsurgery.scoring.pieces import CUT_SIZES, CutSizes
 from neftsurgery.storage.threads import Limits
 from neftsurgery.tensors.dtypes import DTYPES
 from neftsurgery.tensors.header import TensorInfo
@@ -25,7 +26,7 @@ Values = NDArray[np.float64]
 
 
 class Memory:
-    """Weights at hand, as the engine sees those of a file."""
+    """Weights in memory, as the engine sees those of a file."""
 
     def __init__(self, arrays: Mapping[str, tuple[TensorInfo, bytes]]) -> None:
         self._arrays = arrays
@@ -43,8 +44,8 @@ class Memory:
         return None
 
 
-class AtHand(Memory):
-    """The same, some of it in windows; every third one is not there."""
+class Mapped(Memory):
+    """The same, mapped: every third window is refused."""
 
     asked = 0
 
@@ -56,13 +57,20 @@ class AtHand(Memory):
 
 
 def compare(
-    dtype: str, a: Bits, b: Bits, axes: tuple[int, ...] | None, *, threads: int | None = None
+    dtype: str,
+    a: Bits,
+    b: Bits,
+    axes: tuple[int, ...] | None,
+    *,
+    threads: int | None = None,
+    piece: int = CUT_SIZES.piece,
 ) -> TensorResult:
     """The engine's result for one tensor."""
     info = TensorInfo("t", dtype, a.shape)
     sides = [Memory({"t": (info, np.ascontiguousarray(side).tobytes())}) for side in (a, b)]
     layout = None if axes is None else Layout(a.shape, axes)
-    (result,) = stream(sides[0], sides[1], [Job(info, layout)], limits=Limits.of(threads))
+    limits, sizes = Limits.of(threads), CutSizes(piece=piece)
+    (result,) = stream(sides[0], sides[1], [Job(info, layout)], limits=limits, sizes=sizes)
     return result
 
 
@@ -286,25 +294,24 @@ def of_all_sorts(dtype: str, rows: int, width: int) -> tuple[Bits, Bits]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("piece", [pieces._PIECE_BYTES, 1000, 64])
-def test_layouts(layout, piece, monkeypatch):
+@pytest.mark.parametrize("piece", [CUT_SIZES.piece, 1000, 64])
+def test_layouts(layout, piece):
     """However the vectors lie, and wherever pieces end: also in the middle of a vector."""
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
     shape, axes = LAYOUTS[layout]
     rows = math.prod(shape[axis] for axis in axes)
     for dtype in ("F32", "BF16", "F8_E5M2", "F64"):
         a, b = of_all_sorts(dtype, rows, math.prod(shape) // rows)
         expected = reference(decode(dtype, a), decode(dtype, b), a != b)
         for threads in (1, 3):
-            result = scores(dtype, shaped(a, shape, axes), shaped(b, shape, axes), axes, threads=threads)
+            result = scores(
+                dtype, shaped(a, shape, axes), shaped(b, shape, axes), axes, threads=threads, piece=piece
+            )
             assert_scores(result, expected)
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, None])
-def test_windows_give_the_bits_that_reads_give(layout, monkeypatch):
-    """Whatever is in memory, however much of it is mapped at once: the same bits."""
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 64)
-    monkeypatch.setattr(engine, "_LEAST_WINDOW", 1)
+def test_windows_give_the_bits_that_reads_give(layout):
+    """Whatever is mapped, and however much of it at once: the same bits."""
     shape, axes = LAYOUTS[layout] if layout else ((24, 35), None)
     rows = math.prod(shape[axis] for axis in axes or (0,))
     for dtype in ("BF16", "F64", "I16", "C64"):
@@ -315,10 +322,10 @@ def test_windows_give_the_bits_that_reads_give(layout, monkeypatch):
         info = TensorInfo("t", dtype, shape)
         data = [{"t": (info, np.ascontiguousarray(shaped(s, shape, axes or (0,))).tobytes())} for s in sides]
         jobs = [Job(info, None if axes is None else Layout(shape, axes))]
-        found = []
-        for kind_of_weights, least in ((Memory, 64), (AtHand, 64), (AtHand, 200), (AtHand, 1 << 20)):
-            monkeypatch.setattr(engine, "_LEAST_TASK", least)
-            (result,) = stream(*(kind_of_weights(side) for side in data), jobs, limits=Limits.of(2))
+        found, limits = [], Limits.of(2, mapped=True)
+        for kind_of_weights, least in ((Memory, 64), (Mapped, 64), (Mapped, 200), (Mapped, 1 << 20)):
+            sizes = CutSizes(piece=64, least_task=least, least_window=1)
+            (result,) = stream(*(kind_of_weights(side) for side in data), jobs, limits=limits, sizes=sizes)
             sums = () if result.sums is None else (result.sums.aa, result.sums.dd, result.sums.ad)
             found.append((result.base_sq, result.delta_sq, result.changed, *(s.tobytes() for s in sums)))
         assert [repr(one) for one in found[1:]] == [repr(found[0])] * 3
@@ -327,17 +334,17 @@ def test_windows_give_the_bits_that_reads_give(layout, monkeypatch):
 def test_vectors_longer_than_a_piece():
     """Of the true size: more than 2 MiB a vector."""
     a, b = of_all_sorts("F16", 2, (2 << 20) // 2 + 7)
-    assert a[0].nbytes > pieces._PIECE_BYTES
+    assert a[0].nbytes > CUT_SIZES.piece
     check("F16", a, b)
 
 
-@pytest.mark.parametrize("piece", [pieces._PIECE_BYTES, 200])
-def test_the_sums_that_are_stored(piece, monkeypatch):
+@pytest.mark.parametrize("piece", [CUT_SIZES.piece, 200])
+def test_the_sums_that_are_stored(piece):
     """The refined ones are those of float64, and all are within float32's precision of it."""
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
     a, b = of_all_sorts("F32", 90, 77)
     x, y = decode("F32", a), decode("F32", b)
-    for sums in (compare("F32", a, b, (0,)).sums, compare("F32", a.T, b.T, (1,)).sums):
+    rows, columns = (compare("F32", a, b, (0,), piece=piece), compare("F32", a.T, b.T, (1,), piece=piece))
+    for sums in (rows.sums, columns.sums):
         assert sums is not None
         np.testing.assert_allclose(sums.aa, (x * x).sum(1), rtol=1e-6)
         np.testing.assert_allclose(sums.dd, ((y - x) ** 2).sum(1), rtol=1e-6)
@@ -349,8 +356,7 @@ def test_the_sums_that_are_stored(piece, monkeypatch):
         np.testing.assert_allclose(sums.dd[parallel], exact[parallel], rtol=1e-14)
 
 
-def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 700)
+def test_any_number_of_threads_gives_the_same_bits():
     infos, sides = [], ({}, {})
     for number, (dtype, (shape, axes)) in enumerate(itertools.product(ALL, LAYOUTS.values())):
         info = TensorInfo(f"t{number}", dtype, shape)
@@ -363,7 +369,8 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
 
     def outcome(threads: int) -> list[bytes]:
         found = []
-        for job, result in zip(infos, stream(base, tuned, infos, limits=Limits.of(threads)), strict=True):
+        results = stream(base, tuned, infos, limits=Limits.of(threads), sizes=CutSizes(piece=700))
+        for job, result in zip(infos, results, strict=True):
             assert result.job is job  # in order
             found.append(repr((result.base_sq, result.delta_sq, result.changed)).encode())
             if result.sums is not None:
@@ -396,7 +403,7 @@ NOT_FINITE = [
 
 @pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
 @pytest.mark.parametrize("sides", ["base", "tuned", "both"])
-def test_one_element_that_is_not_finite_marks_its_neuron(dtype, value, sides, monkeypatch):
+def test_one_element_that_is_not_finite_marks_its_neuron(dtype, value, sides):
     word = special_word(dtype, value)
     assert decoded(dtype, word) == value or math.isnan(decoded(dtype, word)) == math.isnan(value)
     a, b = of_all_sorts(dtype, 40, 50)
@@ -410,11 +417,10 @@ def test_one_element_that_is_not_finite_marks_its_neuron(dtype, value, sides, mo
             b[row, column] = word
     clean = np.setdiff1d(np.arange(40), hit)
     expected = reference(decode(dtype, a[clean]), decode(dtype, b[clean]), (a != b)[clean])
-    for piece in (pieces._PIECE_BYTES, 128):
-        monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
+    for piece in (CUT_SIZES.piece, 128):
         for axes, transpose in (((0,), False), ((1,), True)):
             tensors = (a.T, b.T) if transpose else (a, b)
-            sums = compare(dtype, *tensors, axes).sums
+            sums = compare(dtype, *tensors, axes, piece=piece).sums
             assert sums is not None
             np.testing.assert_array_equal(np.flatnonzero(~sums.finite), hit)
             found = {kind: sums.score(kind, 50) for kind in KINDS}
@@ -428,9 +434,8 @@ def test_one_element_that_is_not_finite_marks_its_neuron(dtype, value, sides, mo
 
 
 @pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("piece", [pieces._PIECE_BYTES, 256])
-def test_whole_tensors(dtype, piece, monkeypatch):
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", piece)
+@pytest.mark.parametrize("piece", [CUT_SIZES.piece, 256])
+def test_whole_tensors(dtype, piece):
     a, b = of_all_sorts(dtype, 40, 50)
     for scale in (None, *SCALES[dtype]):
         if scale is not None:
@@ -440,7 +445,7 @@ def test_whole_tensors(dtype, piece, monkeypatch):
                 encode(dtype, side * scale) for side in np.random.default_rng(1).standard_normal((2, 40, 50))
             )
         x, y = decode(dtype, a), decode(dtype, b)
-        result = compare(dtype, a, b, None)
+        result = compare(dtype, a, b, None, piece=piece)
         assert result.sums is None
         assert result.base_sq == pytest.approx((x * x).sum(), rel=1e-5, abs=0), scale
         assert result.delta_sq == pytest.approx(((y - x) ** 2).sum(), rel=1e-5, abs=0), scale
@@ -477,8 +482,7 @@ def test_whole_tensors_leave_out_what_is_not_finite(dtype):
         ("C64", "c8"),
     ],
 )
-def test_whole_tensors_of_other_numbers(dtype, kind, monkeypatch):
-    monkeypatch.setattr(pieces, "_PIECE_BYTES", 128)
+def test_whole_tensors_of_other_numbers(dtype, kind):
     rng = np.random.default_rng(9)
     a, b = (rng.integers(0, 2, (30, 7)) if kind == "?" else rng.integers(0, 120, (30, 7)) for _ in "ab")
     a, b = a.astype(kind), np.where(rng.random((30, 7)) < 0.5, a, b).astype(kind)
@@ -488,7 +492,7 @@ def test_whole_tensors_of_other_numbers(dtype, kind, monkeypatch):
     with np.errstate(invalid="ignore"):
         x, d = a.astype(np.complex128), b.astype(np.complex128) - a
     good = np.isfinite(d)
-    result = compare(dtype, a, b, None)
+    result = compare(dtype, a, b, None, piece=128)
     assert result.base_sq == pytest.approx((np.abs(x) ** 2).sum(), rel=1e-12, abs=0)
     assert result.delta_sq == pytest.approx((np.abs(d[good]) ** 2).sum(), rel=1e-12, abs=0)
     assert result.changed == (a != b).sum()

@@ -155,16 +155,16 @@ def test_the_fast_kernels_decode_alike(dtype):
         square = (value * value).astype(np.float64)
     sums, changed = np.empty((3, len(bits))), np.empty(len(bits), np.int64)
     kernels.run_sums(dtype)(zeros, bits, 1, sums, changed)
-    lanes, lane_changed = np.zeros((3, len(bits))), np.zeros(len(bits), np.int64)
-    kernels.lane_sums(dtype)(bits, zeros, len(bits), lanes, lane_changed)
+    columns, column_changed = np.zeros((3, len(bits))), np.zeros(len(bits), np.int64)
+    kernels.column_sums(dtype)(bits, zeros, len(bits), columns, column_changed)
     good = np.isfinite(value)
     np.testing.assert_array_equal(sums[1][good], square[good])
-    np.testing.assert_array_equal(lanes[0][good], square[good])
-    np.testing.assert_array_equal(lanes[1][good], square[good])
+    np.testing.assert_array_equal(columns[0][good], square[good])
+    np.testing.assert_array_equal(columns[1][good], square[good])
     assert not np.isfinite(sums[1][~good]).any()
-    assert not np.isfinite(lanes[0][~good]).any()
+    assert not np.isfinite(columns[0][~good]).any()
     np.testing.assert_array_equal(changed, bits != 0)
-    np.testing.assert_array_equal(lane_changed, bits != 0)
+    np.testing.assert_array_equal(column_changed, bits != 0)
 
 
 def pair(dtype: str, shape: tuple[int, ...], seed: int) -> tuple[Bits, Bits]:
@@ -200,11 +200,11 @@ def test_sums_of_runs(dtype, length):
 
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize(("runs", "length"), [(1, 5), (63, 31), (64, 1), (65, 2049), (200, 2048), (5, 4099)])
-def test_sums_of_lanes_are_added(dtype, runs, length):
+def test_column_sums_are_added(dtype, runs, length):
     a, b = pair(dtype, (runs, length), seed=runs)
     sums, changed = np.zeros((3, length)), np.zeros(length, np.int64)
     for _ in range(2):
-        kernels.lane_sums(dtype)(a.reshape(-1), b.reshape(-1), length, sums, changed)
+        kernels.column_sums(dtype)(a.reshape(-1), b.reshape(-1), length, sums, changed)
     assert_sums(sums, 2 * expected_sums(dtype, a.T, b.T), 1e-12 if dtype == "F64" else 2e-6)
     np.testing.assert_array_equal(changed, 2 * (a != b).sum(0))
 
@@ -251,11 +251,11 @@ def test_no_fast_sum_swallows_what_is_not_finite(dtype, special, sides):
     sums, changed = np.empty((3, width)), np.empty(width, np.int64)
     kernels.run_sums(dtype)(a.reshape(-1), b.reshape(-1), width, sums, changed)
     assert not np.isfinite(sums[:2]).all(0).any()
-    lanes, lane_changed = np.zeros((3, width)), np.zeros(width, np.int64)
-    kernels.lane_sums(dtype)(a.T.copy().reshape(-1), b.T.copy().reshape(-1), width, lanes, lane_changed)
-    assert not np.isfinite(lanes[:2]).all(0).any()
+    columns, column_changed = np.zeros((3, width)), np.zeros(width, np.int64)
+    kernels.column_sums(dtype)(a.T.copy().reshape(-1), b.T.copy().reshape(-1), width, columns, column_changed)
+    assert not np.isfinite(columns[:2]).all(0).any()
     np.testing.assert_array_equal(changed, (a != b).sum(1))
-    np.testing.assert_array_equal(lane_changed, changed)
+    np.testing.assert_array_equal(column_changed, changed)
     assert not exact(dtype, a, b)[2].any()
 
 
@@ -297,7 +297,7 @@ class _Zeros:
 
 def test_prepared_kernels_are_the_ones_that_are_used():
     """`prepare` compiles for the very argument types of the engine: nothing is compiled under way."""
-    makers = (kernels.run_sums, kernels.lane_sums, kernels.exact_sums)
+    makers = (kernels.run_sums, kernels.column_sums, kernels.exact_sums)
     for maker in makers:
         maker.cache_clear()
     kernels.prepare(["F8_E4M3", "I32", "F4", "F8_E4M3"])

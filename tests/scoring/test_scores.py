@@ -266,7 +266,7 @@ def test_saved_and_loaded_it_is_the_same(load, make, tmp_path):
             scores.save(tmp_path / "again.safetensors")
         with Scores.load(tmp_path / "again.safetensors") as again:
             assert (again.facts, again.tensors) == (scores.facts, scores.tensors)
-            assert again.followers == scores.followers
+            assert again.companion_biases == scores.companion_biases
             for name in scores.tensors:
                 np.testing.assert_array_equal(again.values(name), scores.values(name))
             assert counts(again.select(neurons=2)) == counts(scores.select(neurons=2))

@@ -181,10 +181,10 @@ def entry(**changes: object) -> dict[str, object]:
         (GOOD, [-1], "out of range"),
         (GOOD, [2, 1], "ascending"),
         (GOOD, [1, 1], "ascending"),
-        (GOOD, [[1]], "no index"),
-        (GOOD, np.array([1], np.float32), "no index"),
-        (GOOD, np.array([1], np.uint8), "no index"),
-        ({"version": 1, "tensors": {"v": GOOD["tensors"]["w"]}}, [1], "no index"),
+        (GOOD, [[1]], "its index is missing"),
+        (GOOD, np.array([1], np.float32), "its index is missing"),
+        (GOOD, np.array([1], np.uint8), "its index is missing"),
+        ({"version": 1, "tensors": {"v": GOOD["tensors"]["w"]}}, [1], "its index is missing"),
     ],
 )
 def test_damaged_files(tmp_path, content, index, why):

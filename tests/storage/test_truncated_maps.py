@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,12 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from support import raw_folder
 
 import neftsurgery as ns
+from neftsurgery.cli.main import cli
+from neftsurgery.options import Scope
 from neftsurgery.scoring import engine
-from neftsurgery.storage.page_cache import resident
-from neftsurgery.storage.truncated_maps import survived, was_cut_short
+from neftsurgery.storage.page_cache import map_cached
+from neftsurgery.storage.threads import Limits
+from neftsurgery.storage.truncated_maps import is_truncated, sigbus_guard
+from neftsurgery.surgery.diff import plan_diff
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux maps files here")
 SIZE = 1 << 20
@@ -26,40 +32,41 @@ def window(tmp_path: Path) -> np.ndarray:
     path = tmp_path / "file"
     path.write_bytes(b"x" * SIZE)
     with open(path, "rb") as opened:
-        found = resident(opened.fileno(), 0, SIZE)
+        found = map_cached(opened.fileno(), 0, SIZE)
     if found is None:
         pytest.skip("this file system does not tell what is in memory")
     return found
 
 
 def test_a_mapping_that_loses_its_file_reads_as_zeros_and_says_so(tmp_path: Path, window: np.ndarray) -> None:
-    with survived(), survived():
+    with sigbus_guard(), sigbus_guard():
         assert int(window.sum()) == SIZE * ord("x")
-        assert not was_cut_short(window)
+        assert not is_truncated(window)
         os.truncate(tmp_path / "file", 0)
         assert int(window.sum()) == 0
-        assert was_cut_short(window[5:6])
+        assert is_truncated(window[5:6])
 
 
 def test_a_new_mapping_at_an_old_place_is_whole(tmp_path: Path, window: np.ndarray) -> None:
-    with survived():
+    with sigbus_guard():
         os.truncate(tmp_path / "file", 0)
         assert window[0] == 0
-    assert was_cut_short(window)
+    assert is_truncated(window)
     place = window[:]
     del window
-    assert was_cut_short(place), "a part keeps the mapping"
+    assert is_truncated(place), "a part keeps the mapping"
     del place
     again = np.zeros(SIZE, np.uint8)
-    assert not was_cut_short(again)
+    assert not is_truncated(again)
 
 
 OTHERS = """
 import mmap, os, sys
-from neftsurgery.storage.truncated_maps import survived
+from neftsurgery.storage.threads import Limits
+from neftsurgery.storage.truncated_maps import sigbus_guard
 with open(sys.argv[1], "rb") as file:
     mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-with survived():
+with sigbus_guard():
     os.truncate(sys.argv[1], 0)
     mapping[0]
 """
@@ -71,10 +78,23 @@ def test_a_mapping_that_is_not_ours_is_left_to_the_system(tmp_path: Path) -> Non
     assert done.returncode == -signal.SIGBUS
 
 
-def test_a_model_that_is_cut_short_while_it_is_scored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def pair_of_files(tmp_path: Path) -> list[Path]:
+    rng = np.random.default_rng(0)
+    return [
+        raw_folder(tmp_path / name, {"w": ("F32", rng.standard_normal((1024, 512), "f4").view("u4"))})
+        for name in "ab"
+    ]
+
+
+def scored(sides: list[Path], out: Path, *, mapped: bool) -> None:
+    plan_diff(*sides, scope=Scope(), out=out).run(limits=Limits.of(mapped=mapped)).close()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_model_that_is_truncated_while_it_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
 ) -> None:
-    sides = [raw_folder(tmp_path / name, {"w": ("F32", np.ones((1024, 512), "u4"))}) for name in "ab"]
+    sides = pair_of_files(tmp_path)
     file, sums = sides[1] / "model.safetensors", engine.partial_sums
 
     def late(*arguments: object) -> object:
@@ -83,5 +103,38 @@ def test_a_model_that_is_cut_short_while_it_is_scored(
 
     monkeypatch.setattr(engine, "partial_sums", late)
     with pytest.raises((ns.CorruptFileError, ns.MachineError), match=r"cut short|changed by someone"):
-        ns.diff(*sides, out=tmp_path / "scores")
+        scored(sides, tmp_path / "scores", mapped=mapped)
     assert not (tmp_path / "scores").exists()
+
+
+def handler_of_the_system() -> bytes:
+    """What the C library says of SIGBUS: Python's `signal` does not see handlers that others install."""
+    action = (ctypes.c_ubyte * 256)()
+    assert ctypes.CDLL(None).sigaction(int(signal.SIGBUS), None, ctypes.byref(action)) == 0
+    return bytes(action[:8])  # the handler's address; some of the rest is never filled in
+
+
+def test_only_the_command_line_installs_a_handler_and_the_bits_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = pair_of_files(tmp_path)
+    before, python_before = handler_of_the_system(), signal.getsignal(signal.SIGBUS)
+    during: list[bytes] = []
+    sums = engine.partial_sums
+
+    def noting(*arguments: object) -> object:
+        during.append(handler_of_the_system())
+        return sums(*arguments)
+
+    monkeypatch.setattr(engine, "partial_sums", noting)
+    ns.diff(*sides, out=tmp_path / "library").close()
+    assert during
+    assert set(during) == {before}, "a library leaves the signals of its process alone"
+    during.clear()
+    done = CliRunner().invoke(cli, ["diff", *map(str, sides), "-o", str(tmp_path / "command")])
+    assert done.exit_code == 0, done.output
+    assert during
+    assert before not in during
+    assert handler_of_the_system() == before
+    assert signal.getsignal(signal.SIGBUS) == python_before
+    assert (tmp_path / "command").read_bytes() == (tmp_path / "library").read_bytes()

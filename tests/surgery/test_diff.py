@@ -522,7 +522,7 @@ def biased(tmp_path) -> tuple[Tensors, Tensors, Path, Path]:
 def test_biases_follow(biased):
     base, tuned, *files = biased
     scores = ns.diff(*files)
-    assert sorted(scores.followers) == ["h.0.fc.bias", "h.1.fc.bias"]
+    assert sorted(scores.companion_biases) == ["h.0.fc.bias", "h.1.fc.bias"]
     delta = (tuned["h.0.fc.bias"].astype(np.float64) - base["h.0.fc.bias"]) ** 2
     np.testing.assert_allclose(scores.sums("h.0.fc.bias", "delta_sq"), delta)
     np.testing.assert_array_equal(scores.sums("h.0.fc.bias", "changed"), delta > 0)

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from tuning_support import batch, bert, bits, gpt2, llama, saved, vectors
 
 import neftsurgery as ns
-from neftsurgery.surgery.pairing import Scope, pair
+from neftsurgery.options import Scope
+from neftsurgery.surgery.pairing import pair
 from neftsurgery.training.gradient_probe import gradient_scores
 
 BATCHES = [batch(seed) for seed in range(3)]

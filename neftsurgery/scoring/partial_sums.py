@@ -10,34 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..neurons.layout import Layout
+from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from . import kernels
-from .pieces import Job, Piece
+from .pieces import Job, TensorPiece
 from .sums import Exact, Sums, exact
 
 __all__ = ["PartialSums", "partial_sums"]
 
-_LEAST_SQUARE = 1e-30  # of a sum: below, float32 squares may have vanished
-
-Raw = NDArray[np.uint8]
+_LEAST_SQUARE = 1e-30  # of a sum: below it, float32 squares may have underflowed
 
 
 @dataclass(slots=True)
 class PartialSums:
-    """A piece's sums: over consecutive neurons from ``first``, or, with ``index``, over those named.
+    """A piece's sums: of consecutive neurons from ``first``, or, if there is an ``index``, of its neurons.
 
-    An index may name a neuron several times: its grains, to be added one after the other.
+    A neuron may occur in ``index`` several times, once per grain: these sums are added one after the other.
+    ``all_refined`` means that `refined` holds every doubtful neuron of the piece.
     """
 
     first: int
-    index: NDArray[np.int64] | None
-    sums: NDArray[np.float64]
-    changed: NDArray[np.int64]
-    refined: tuple[NDArray[np.int64], Exact] | None = None
-    settled: bool = False  # whether all that are in doubt among them are refined
+    index: Int64Array | None
+    sums: Float64Array
+    changed: Int64Array
+    refined: tuple[Int64Array, Exact] | None = None
+    all_refined: bool = False
 
 
-def partial_sums(job: Job, piece: Piece, a: Raw, b: Raw) -> PartialSums:
+def partial_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
     """The sums of ``piece``, whose bytes are ``a`` in the base and ``b`` in the tuned checkpoint."""
     info = job.info
     if info.dtype not in kernels.FORMATS:
@@ -47,16 +47,16 @@ def partial_sums(job: Job, piece: Piece, a: Raw, b: Raw) -> PartialSums:
     if job.across:
         first, offset = divmod(piece.start, job.run)
         owners = job.layout.run_neurons(first, first + (piece.stop - piece.start) // piece.grain)
-        return _lane_sums(info, owners + offset, piece.grain, *_carried(info, a, b))
+        return _column_sums(info, owners + offset, piece.grain, *_carried(info, a, b))
     return _run_sums(info, job.layout, piece, a, b)
 
 
-def _carried(info: TensorInfo, a: Raw, b: Raw) -> tuple[NDArray[Any], NDArray[Any]]:
+def _carried(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[NDArray[Any], NDArray[Any]]:
     return a.view(info.type.carrier), b.view(info.type.carrier)
 
 
-def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) -> PartialSums:
-    """Runs of one neuron each, or parts of runs."""
+def _run_sums(info: TensorInfo, layout: Layout, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
+    """Sums of runs of one neuron each, or of parts of such runs."""
     count = (piece.stop - piece.start) // piece.grain
     sums, changed = np.empty((3, count)), np.empty(count, np.int64)
     kernels.run_sums(info.dtype)(*_carried(info, a, b), piece.grain, sums, changed)
@@ -67,8 +67,8 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) ->
         return PartialSums(0, layout.run_neurons(first, int(runs[-1]) + 1)[runs - first], sums, changed)
     if not layout.contiguous:
         return PartialSums(0, layout.run_neurons(first, first + count), sums, changed)
-    result = PartialSums(first, None, sums, changed, settled=True)
-    # Whole vectors, still at hand: settle the doubtful ones here and now.
+    result = PartialSums(first, None, sums, changed, all_refined=True)
+    # These are whole vectors, still in memory: refine the doubtful ones now.
     doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
     if len(doubtful):
         rows_a, rows_b = (side.reshape(count, -1) for side in (a, b))
@@ -76,11 +76,11 @@ def _run_sums(info: TensorInfo, layout: Layout, piece: Piece, a: Raw, b: Raw) ->
     return result
 
 
-def _lane_sums(
-    info: TensorInfo, owners: NDArray[np.int64], length: int, a: NDArray[Any], b: NDArray[Any]
+def _column_sums(
+    info: TensorInfo, owners: Int64Array, length: int, a: NDArray[Any], b: NDArray[Any]
 ) -> PartialSums:
-    """Runs across neurons: those that start at the same neuron are summed together."""
-    kernel = kernels.lane_sums(info.dtype)
+    """Sums of runs across neurons; runs that start at the same neuron are summed together."""
+    kernel = kernels.column_sums(info.dtype)
     edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
     sums = np.zeros((len(edges) - 1, 3, length))
     changed = np.zeros((len(edges) - 1, length), np.int64)
@@ -93,8 +93,8 @@ def _lane_sums(
     return PartialSums(0, index, sums.transpose(1, 0, 2).reshape(3, -1), changed.ravel())
 
 
-def _whole_sums(info: TensorInfo, grain: int, a: Raw, b: Raw) -> PartialSums:
-    """Sums over all elements of each grain, NaN and Inf left out."""
+def _whole_sums(info: TensorInfo, grain: int, a: RawBytes, b: RawBytes) -> PartialSums:
+    """Sums over all elements of each grain, without NaN and Inf."""
     x, y = _carried(info, a, b)
     count = len(x) // grain
     sums, changed = np.empty((3, count)), np.empty(count, np.int64)
@@ -108,8 +108,8 @@ def _whole_sums(info: TensorInfo, grain: int, a: Raw, b: Raw) -> PartialSums:
     return PartialSums(0, np.zeros(count, np.int64), sums, changed)
 
 
-def _finite_sums(info: TensorInfo, a: Raw, b: Raw) -> list[float]:
-    """Float64 sums over one grain, shape ``[1, bytes]``, NaN and Inf left out."""
+def _finite_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> list[float]:
+    """Float64 sums over one grain, shape ``[1, bytes]``, without NaN and Inf."""
     whole = exact(info.dtype, a, b)
     if not whole.finite[0]:
         each_a, each_b = (side.reshape(-1, info.type.itemsize) for side in (a, b))
@@ -120,26 +120,26 @@ def _finite_sums(info: TensorInfo, a: Raw, b: Raw) -> list[float]:
 
 
 _PLAIN_ELEMENTS = 1 << 15
-_PLAIN = {"BOOL": "u1", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4"}
-_PLAIN |= {"I64": "<i8", "U64": "<u8", "C64": "<c8"}
 
 
-def _plain_sums(
-    info: TensorInfo, a: NDArray[np.uint8], b: NDArray[np.uint8]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _plain_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[Float64Array, Int64Array]:
     """As `_whole_sums` for integers and complex numbers; codes of a packed type only count as changed."""
-    if info.dtype not in _PLAIN:
+    if info.type.kind == "packed":
         bits = np.unpackbits(a ^ b, bitorder="little").reshape(-1, info.type.bits)
         return np.zeros((3, 1)), np.array([np.count_nonzero(bits.any(axis=1))])
     raw_a, raw_b = a.view(info.type.carrier), b.view(info.type.carrier)
+    # A byte of a bool may hold any number.
+    plain = info.type.carrier if info.type.kind == "bool" else info.type.numpy
     # float64 does not hold every 64-bit integer; x86's long double does, and is slow.
     large = np.longdouble if info.type.itemsize == 8 else np.float64
     wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else large)
     sums = np.zeros((3, 1))
-    for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # widened in small parts: they take much more memory
+    for start in range(
+        0, len(raw_a), _PLAIN_ELEMENTS
+    ):  # widened in small parts, as that takes much more memory
         part = slice(start, start + _PLAIN_ELEMENTS)
         with np.errstate(all="ignore"):  # signalling NaNs, and squares out of range
-            x, y = (side[part].view(_PLAIN[info.dtype]).astype(wide) for side in (raw_a, raw_b))
+            x, y = (side[part].view(plain).astype(wide) for side in (raw_a, raw_b))
             for total, values in zip(sums, (x, y - x), strict=False):
                 squares = np.abs(values) ** 2
                 total += float(np.where(np.isfinite(squares), squares, 0).sum())

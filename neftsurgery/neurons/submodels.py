@@ -1,7 +1,7 @@
-"""What a model's config says of each tensor: the family that serves it, and its number of heads.
+"""The submodels that a config describes: the family that serves each, and its numbers of heads.
 
-A config may nest others, for an image tower or a language model. Which one a tensor is under is
-read from the parts of its name.
+A config may nest others, for an image tower or a language model. The parts of a tensor's name tell which
+one it belongs to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from .families import Family
 from .roles import Role, family_of, roles
 
-__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Scope", "Scopes"]
+__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Submodel", "Submodels"]
 
 TOWERS: dict[str, tuple[str, ...]] = {
     "vision_config": ("vision_tower", "vision_model", "visual"),
@@ -22,7 +22,7 @@ TOWERS: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder",),
     "decoder": ("decoder",),
 }
-"""Which parts of a name put a tensor under which nested config."""
+"""By nested config, the parts of a name that put a tensor under it."""
 
 COMPOSITES: dict[str, dict[str, str]] = {
     "clip": {"text_config": "clip_text_model", "vision_config": "clip_vision_model"},
@@ -36,7 +36,7 @@ COMPOSITES: dict[str, dict[str, str]] = {
     "qwen3_vl": {"text_config": "qwen3_vl_text", "vision_config": "qwen3_vl_vision"},
     "qwen3_vl_moe": {"text_config": "qwen3_vl_moe_text", "vision_config": "qwen3_vl_moe_vision"},
 }
-"""The model types of nested configs that do not say theirs, or say that of the whole model."""
+"""The model types of nested configs that do not state their own, or state that of the whole model."""
 
 
 _HEAD_COUNTS: tuple[tuple[str, int, int | None], ...] = (
@@ -91,9 +91,9 @@ _HEAD_COUNTS: tuple[tuple[str, int, int | None], ...] = (
 DEFAULT_HEADS: dict[str, tuple[int, int | None]] = {
     name: (heads, kv_heads) for names, heads, kv_heads in _HEAD_COUNTS for name in names.split()
 }
-"""By model type, what a config means that omits its query and key/value heads (None: as many).
+"""By model type, the query and key/value heads (None: as many) of a config that omits them.
 
-Nested configs are written without the values that equal their class's defaults.
+Nested configs are written without values that equal the defaults of their class.
 """
 
 _QUERY_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
@@ -111,28 +111,28 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class Scope:
+class Submodel:
     """A part of a model that one config describes.
 
     Attributes
     ----------
     model_type:
-        As the config, or the composite it is part of, says; "" if neither does.
+        As stated by the config or by the composite it is part of; "" if neither does.
     families:
         Those whose patterns apply, the most specific first; none if ``model_type`` is not known.
-    sure:
-        Whether the whole part is known, so that a weight no pattern names is ``[out, in, ...]``.
+    fully_known:
+        Whether the family is known, so that a weight that no pattern matches is ``[out, in, ...]``.
     config:
         Where the numbers of heads are.
     """
 
     model_type: str
     families: tuple[Family, ...]
-    sure: bool
+    fully_known: bool
     config: Mapping[str, Any]
 
     def role(self, stem: Sequence[str]) -> Role | None:
-        """What the families say of a name, given as parts with numbers as ``*`` and no ``weight``."""
+        """The role of a name, given as its parts, with ``*`` for numbers and without ``weight``."""
         for depth in range(min(len(stem), _LONGEST_PATTERN), 0, -1):
             tail = tuple(stem[-depth:])
             for family in self.families:
@@ -142,9 +142,9 @@ class Scope:
         return None
 
     def heads(self, parts: Sequence[str]) -> Heads | None:
-        """The heads of the attention block that ``parts``, a name, lies in; None if not known.
+        """The heads of the attention block that holds a name, given as its parts; None if not known.
 
-        Where encoder and decoder may differ, the name says which one it is.
+        Where encoder and decoder may differ, the name tells which one it is.
         """
         side = next((part for part in parts if part in _SIDES), None)
         own = () if side is None else (f"{side}_attention_heads",)
@@ -175,36 +175,36 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Scopes:
-    """The parts of a model.
+class Submodels:
+    """The submodels of a model.
 
     Attributes
     ----------
     main:
-        For tensors that lie in no tower.
+        For tensors outside the towers.
     towers:
         By a part of the name.
     """
 
-    main: Scope
-    towers: Mapping[str, Scope]
+    main: Submodel
+    towers: Mapping[str, Submodel]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any] | None) -> Scopes:
-        """The scopes of a ``config.json``, read leniently: what it does not say is not known."""
+    def of(cls, config: Mapping[str, Any] | None) -> Submodels:
+        """The submodels of a ``config.json``, read leniently: what it does not state is unknown."""
         config = config or {}
         whole = _text(config.get("model_type"))
         sections = {key: value for key in TOWERS if isinstance(value := config.get(key), Mapping)}
         types = {key: _section_type(key, section, whole) for key, section in sections.items()}
         towers = {
-            part: Scope(types[key], _families(types[key]), bool(_families(types[key])), section)
+            part: Submodel(types[key], _families(types[key]), bool(_families(types[key])), section)
             for key, section in sections.items()
             for part in TOWERS[key]
         }
         text = types.get("text_config", "")
         nested = _families(text)
         own = _families(whole)
-        main = Scope(
+        main = Submodel(
             text if nested else whole,
             (*nested, *(family for family in own if family not in nested)),
             bool(own),
@@ -215,10 +215,15 @@ class Scopes:
     @property
     def known(self) -> bool:
         """Whether a family is known for any part of the model."""
-        return any(scope.families for scope in (self.main, *self.towers.values()))
+        return any(submodel.families for submodel in self.all)
 
-    def scope(self, parts: Sequence[str]) -> Scope:
-        """The part of the model that a name lies in."""
+    @property
+    def all(self) -> tuple[Submodel, ...]:
+        """The main part and the towers."""
+        return (self.main, *self.towers.values())
+
+    def of_name(self, parts: Sequence[str]) -> Submodel:
+        """The submodel that a name, given as its parts, belongs to."""
         return next((self.towers[part] for part in parts if part in self.towers), self.main)
 
 

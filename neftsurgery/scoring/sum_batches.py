@@ -1,4 +1,4 @@
-"""The sums of a scores file, many tensors at a time: few reads, and bounded memory."""
+"""The sums of a scores file, read for many tensors at a time: few reads, bounded memory."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tensors.tensorfile import TensorFile
+from ..tensors.arrays import IndexArray, Int64Array
+from ..tensors.reader import TensorFile
 from .scored_tensors import ScoredTensor
 
-__all__ = ["Batch", "batches", "has_sums"]
+__all__ = ["SumBatch", "batches", "has_sums"]
 
 _NEURONS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class SumBatch:
     """Consecutive tensors, and their neurons one after the other.
 
     Attributes
     ----------
     tensors:
-        The tensors; each has neurons.
+        The tensors, each with at least one neuron.
     starts:
         Int64 ``[len(tensors)]``: where each one's neurons begin.
     sums:
-        Of each asked for, a vector over all their neurons, NaN replaced by 0, and 0 where the
-        anatomy does not count the neuron.
-    outside:
-        The same for neurons that the anatomy does not count; None if it counts all.
+        By the name of the sum, a vector over all their neurons, with 0 for NaN and for neurons that the
+        anatomy does not count.
+    uncounted:
+        The same for the neurons that the anatomy does not count; None if it counts all.
     """
 
     tensors: Sequence[ScoredTensor]
-    starts: NDArray[np.int64]
+    starts: Int64Array
     sums: Mapping[str, NDArray[Any]]
-    outside: Mapping[str, NDArray[Any]] | None
+    uncounted: Mapping[str, NDArray[Any]] | None
 
     def totals(self, which: str) -> NDArray[Any]:
         """The sums of each tensor."""
         return np.add.reduceat(self.sums[which], self.starts)
 
-    def total(self, which: str, chosen: Mapping[str, NDArray[np.integer]] | None = None) -> float:
-        """The sum of all, or of the neurons that ``chosen`` names by tensor; of all, the very same."""
+    def total(self, which: str, chosen: Mapping[str, IndexArray] | None = None) -> float:
+        """The sum over all neurons, or over those in ``chosen``, by tensor.
+
+        If ``chosen`` names all neurons, the two are equal to the bit.
+        """
         if chosen is None:
             return float(self.sums[which].sum())
         picked = np.zeros_like(self.sums[which])
@@ -60,8 +64,8 @@ def has_sums(file: TensorFile, tensor: ScoredTensor, which: Iterable[str]) -> bo
     return all(f"{tensor.info.name}:{part}" in file.tensors for part in which)
 
 
-def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[str]) -> Iterator[Batch]:
-    """Read the sums ``which``, which all ``tensors`` have, some million neurons at a time."""
+def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[str]) -> Iterator[SumBatch]:
+    """Read the sums ``which``, which all ``tensors`` have, about a million neurons at a time."""
     waiting: list[ScoredTensor] = []
     size = 0
     for tensor in tensors:
@@ -74,7 +78,7 @@ def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[s
         yield _read(file, waiting, which)
 
 
-def _read(file: TensorFile, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> Batch:
+def _read(file: TensorFile, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:
     counts = [tensor.layout.count for tensor in tensors]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
     sums = {part: file.joined([f"{tensor.info.name}:{part}" for tensor in tensors]) for part in which}
@@ -82,11 +86,11 @@ def _read(file: TensorFile, tensors: Sequence[ScoredTensor], which: Sequence[str
         values[np.isnan(values)] = 0
     masks = [tensor.belongs() for tensor in tensors]
     if all(mask is None for mask in masks):
-        return Batch(tensors, starts, sums, None)
+        return SumBatch(tensors, starts, sums, None)
     counted = np.concatenate(
         [np.ones(n, np.bool_) if mask is None else mask for n, mask in zip(counts, masks, strict=True)]
     )
-    outside = {part: np.where(counted, 0, values) for part, values in sums.items()}
-    return Batch(
-        tensors, starts, {part: np.where(counted, values, 0) for part, values in sums.items()}, outside
+    uncounted = {part: np.where(counted, 0, values) for part, values in sums.items()}
+    return SumBatch(
+        tensors, starts, {part: np.where(counted, values, 0) for part, values in sums.items()}, uncounted
     )

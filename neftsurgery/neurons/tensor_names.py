@@ -1,4 +1,4 @@
-"""What a tensor's name says of it: whether it counts, its axes, its layer, its block, its bias."""
+"""What a tensor's name says about it: whether it counts, its axes, its layer, its block, its bias."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from ..tensors.header import TensorInfo
 from .families import FeedForward
 from .roles import Role
-from .scopes import Scope
+from .submodels import Submodel
 
 __all__ = [
     "COLUMNS",
     "UNKNOWN_EXPERTS",
-    "Meaning",
+    "NameReading",
     "bias_of",
     "block_key",
-    "meaning_of",
+    "read_name",
     "member_axes",
-    "place",
+    "layer_and_kind",
 ]
 
 _OUTPUT_AXES: dict[str, tuple[int, ...]] = {
@@ -41,52 +41,68 @@ _MOST_AXES = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Meaning:
-    """What a name says, the same in every layer and for every expert.
+class NameReading:
+    """What a name says: the same in every layer and for every expert.
 
-    ``reason`` is why the tensor is left out, "" if it counts; ``axes`` those of its output units,
-    None if not known; ``open`` whether ``axis`` alone makes it count.
+    Attributes
+    ----------
+    reason:
+        Why the tensor is left out; "" if it counts.
+    axes:
+        Those of its output units; None if not known.
+    submodel:
+        The part of the model that it lies in.
+    role:
+        Its entry in the family table, if it has one.
+    needs_axis:
+        Whether the option ``axis`` alone makes it count.
+    assumed:
+        Whether ``axes`` are a guess, as the model is not known.
     """
 
     reason: str
     axes: tuple[int, ...] | None
-    scope: Scope
+    submodel: Submodel
     role: Role | None = None
-    open: bool = False
+    needs_axis: bool = False
     assumed: bool = False
 
 
-def meaning_of(pattern: tuple[str, ...], ndim: int, scope: Scope) -> Meaning:
-    """What a name says of a tensor of ``ndim`` axes; ``pattern`` are its parts with ``*`` for numbers."""
+def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameReading:
+    """What a name says about a tensor of ``ndim`` axes; ``pattern`` is its parts, with ``*`` for numbers."""
     if pattern[-1].endswith("bias"):
-        return Meaning("bias", None, scope)
+        return NameReading("bias", None, submodel)
     stem = pattern[:-1] if pattern[-1] == "weight" and len(pattern) > 1 else pattern
-    role = scope.role(stem)
+    role = submodel.role(stem)
     if role is not None and role.what != "weight":
-        return Meaning(role.what, (0,), scope)
+        return NameReading(role.what, (0,), submodel)
     if role is not None and ndim >= 2:
-        if ndim != (3 if role.layout.startswith("E") else 2):
-            return Meaning(f"{ndim} axes, its family has another number", None, scope, open=True)
-        axes = _OUTPUT_AXES.get(role.layout)
-        return Meaning("" if axes else UNKNOWN_EXPERTS, axes, scope, role, open=axes is None)
-    if (scope.sure or ndim < 2) and _NORM.search(stem[-1]):
-        return Meaning("norm", None, scope)
+        if ndim != (3 if role.order.startswith("E") else 2):
+            return NameReading(
+                f"{ndim} axes, which its family does not expect", None, submodel, needs_axis=True
+            )
+        axes = _OUTPUT_AXES.get(role.order)
+        return NameReading("" if axes else UNKNOWN_EXPERTS, axes, submodel, role, needs_axis=axes is None)
+    if (submodel.fully_known or ndim < 2) and _NORM.search(stem[-1]):
+        return NameReading("norm", None, submodel)
     if ndim > 2 and any("expert" in part for part in pattern):
-        return Meaning(UNKNOWN_EXPERTS, None, scope, open=True)
+        return NameReading(UNKNOWN_EXPERTS, None, submodel, needs_axis=True)
     if ndim > _MOST_AXES:
-        return Meaning("too many axes for a linear or convolution weight", None, scope, open=True)
-    if scope.sure and pattern[-1] != "weight" and ndim >= 2:
-        return Meaning("not a linear or convolution weight", (0,), scope, open=True)
-    return Meaning("", (0,), scope, assumed=not scope.sure)
+        return NameReading(
+            "too many axes for a linear or convolution weight", None, submodel, needs_axis=True
+        )
+    if submodel.fully_known and pattern[-1] != "weight" and ndim >= 2:
+        return NameReading("not a linear or convolution weight", (0,), submodel, needs_axis=True)
+    return NameReading("", (0,), submodel, assumed=not submodel.fully_known)
 
 
-def member_axes(role: Role, meaning: Meaning) -> tuple[int, ...] | None:
-    """The axes of the neurons that a member gives its block: columns of down and o, else rows."""
-    return _INPUT_AXES.get(role.layout) if role.member in COLUMNS else meaning.axes
+def member_axes(role: Role, reading: NameReading) -> tuple[int, ...] | None:
+    """The neuron axes of a member of a block: columns of down and o, else rows."""
+    return _INPUT_AXES.get(role.order) if role.member in COLUMNS else reading.axes
 
 
-def place(parts: Sequence[str]) -> tuple[str, str]:
-    """Layer and kind of a name, given as its parts; see `neftsurgery.neurons.anatomy.NeuronTensor`."""
+def layer_and_kind(parts: Sequence[str]) -> tuple[str, str]:
+    """The layer and kind of a name, given as its parts: see `neftsurgery.neurons.anatomy.NeuronTensor`."""
     first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
     layer = "" if first is None else ".".join(parts[: first + 1])
     rest = list(parts if first is None else parts[first + 1 :])
@@ -99,7 +115,7 @@ def place(parts: Sequence[str]) -> tuple[str, str]:
 
 
 def bias_of(info: TensorInfo, axes: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The tensor of one element per neuron that is added to what the neurons give."""
+    """The tensor with one element per neuron that is added to their outputs."""
     stem, dot, last = info.name.rpartition(".")
     if last in ("weight", "kernel") and dot:
         name = f"{stem}.bias"

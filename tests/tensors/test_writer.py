@@ -1,10 +1,9 @@
-"""Files written by position are what the safetensors package reads; reads are exact or fail."""
+"""Files written by position are what the safetensors package reads."""
 
 from __future__ import annotations
 
 import gc
 import itertools
-import math
 import os
 import tempfile
 import threading
@@ -18,21 +17,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import deserialize, safe_open
 from safetensors.numpy import load_file
-from support import write_file
 
-from neftsurgery.errors import CorruptFileError, MachineError, MismatchError, UsageError
-from neftsurgery.tensors import tensorfile
+from neftsurgery.errors import MachineError, MismatchError, UsageError
 from neftsurgery.tensors.dtypes import DTYPES
-from neftsurgery.tensors.header import TensorInfo, read_header
-from neftsurgery.tensors.tensorfile import (
-    TensorFile,
-    TensorFileWriter,
-    read_exactly,
-    read_rows_exactly,
-    stretches,
-    write_exactly,
-    written_file,
-)
+from neftsurgery.tensors.header import FilePlan, TensorInfo, read_header
+from neftsurgery.tensors.writer import TensorFileWriter, written_file
 
 RNG = np.random.default_rng(0)
 NUMPY = {
@@ -160,23 +149,6 @@ def test_a_spooled_file_has_no_name_and_goes_with_its_reader(
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_slices_of_arrays(tmp_path: Path) -> None:
-    array = np.arange(24, dtype=np.int16).reshape(6, 4)
-    path = write_file(tmp_path / "x.safetensors", {"a": array, "empty": np.zeros((0, 4), np.float32)})
-    with TensorFile.open(path) as file:
-        np.testing.assert_array_equal(file.array("a", 2, 5), array[2:5], strict=True)
-        np.testing.assert_array_equal(file.array("a", 4), array[4:], strict=True)
-        np.testing.assert_array_equal(file.array("a", 4, 99), array[4:], strict=True)
-        assert file.array("a", 3, 3).shape == (0, 4)
-        assert file.array("empty").shape == (0, 4)
-        assert file.array_bytes("a", 1, 2).tobytes() == array[1].tobytes()
-        buffer = bytearray(5)
-        file.read_into("a", 3, memoryview(buffer))
-        assert bytes(buffer) == array.tobytes()[3:8]
-    with pytest.raises(ValueError, match="closed"):
-        file.array("a")
-
-
 def test_non_contiguous_data_is_written_in_its_own_order(tmp_path: Path) -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     out = tmp_path / "x.safetensors"
@@ -204,61 +176,22 @@ def test_writes_from_several_threads(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_file(out)["a"], rows)
 
 
-@pytest.mark.parametrize("held", [1, 300, 1 << 20])
-def test_small_writes_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
-    """They are held back and joined; large ones go past them; nothing is lost or moved."""
-    monkeypatch.setattr(tensorfile, "_HELD_BYTES", held)
-    monkeypatch.setattr(tensorfile, "_SMALL_BYTES", 100)
+@pytest.mark.parametrize("buffer_bytes", [1, 300, 1 << 20])
+def test_small_writes_in_any_order(tmp_path: Path, buffer_bytes: int) -> None:
+    """They are collected and joined; large ones are written past them; nothing is lost or moved."""
     arrays = {f"t{n}": RNG.integers(0, 99, size, dtype=np.int64) for n, size in enumerate((3, 1, 40, 7, 2))}
     out = tmp_path / "x.safetensors"
-    with written_file([TensorInfo(n, "I64", a.shape) for n, a in arrays.items()], {}, out) as written:
+    plan = FilePlan.of([TensorInfo(n, "I64", a.shape) for n, a in arrays.items()], {})
+    with out.open("wb") as file:
+        writer = TensorFileWriter(plan, file.fileno(), small_bytes=100, buffer_bytes=buffer_bytes)
         places = [(name, row) for name, array in arrays.items() if name != "t2" for row in range(len(array))]
         for place in RNG.permutation(len(places)):
             name, row = places[place]
-            written.writer.write(name, row, arrays[name][row : row + 1])
-        written.writer.write("t2", 0, arrays["t2"])
-        written.writer.finish({})
+            writer.write(name, row, arrays[name][row : row + 1])
+        writer.write("t2", 0, arrays["t2"])
+        writer.finish({})
     for name, array in load_file(out).items():
         np.testing.assert_array_equal(array, arrays[name])
-
-
-def test_tensors_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = {name: RNG.standard_normal(size) for name, size in zip("abcde", (4, 0, 3, 9, 1), strict=True)}
-    arrays["f"] = np.arange(3, dtype=np.float32)
-    with TensorFile.open(write_file(tmp_path / "x.safetensors", arrays)) as file:
-        reads: list[int] = []
-
-        def noting(fd: int, buffer: memoryview, *rest: Any) -> None:
-            reads.append(len(buffer))
-            read_exactly(fd, buffer, *rest)
-
-        monkeypatch.setattr(tensorfile, "read_exactly", noting)
-        for names in ("a", "abcde", "ace", "edcba", "bb", ""):
-            expected = [arrays[name] for name in names]
-            found = file.joined(list(names))
-            np.testing.assert_array_equal(found, np.concatenate(expected) if names else [])
-        reads.clear()
-        assert len(file.joined(sorted("abcde", key=lambda n: file.header.offsets[n]))) == 17
-        assert [size for size in reads if size] == [17 * 8]
-        assert file.joined(["f"]).dtype == np.float32
-
-
-def test_rows_that_the_file_is_too_short_for(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(bytes(range(20)))
-    with open(path, "rb") as file:
-        out = np.zeros((3, 4), np.uint8)
-        read_rows_exactly(file.fileno(), 2, np.array([0, 1, 3]), out, path)
-        assert out.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [14, 15, 16, 17]]
-        with pytest.raises(CorruptFileError, match="too soon"):
-            read_rows_exactly(file.fileno(), 2, np.array([0, 3, 4]), out, path)
-
-
-@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
-def test_stretches(dtype: type[np.integer]) -> None:
-    index = np.array([0, 1, 2, 5, 7, 8, 11], dtype)
-    assert list(stretches(index)) == [(0, 3, 0), (3, 4, 5), (4, 6, 7), (6, 7, 11)]
-    assert list(stretches(index[:0])) == []
 
 
 @pytest.mark.parametrize("start", [2, 3, -1])
@@ -344,48 +277,3 @@ def test_a_file_that_cannot_fit_the_disk_is_refused_before_it_is_begun(tmp_path:
     with pytest.raises(MachineError, match="not enough space"), written_file(entries, {}, out):
         pass
     assert os.listdir(tmp_path) == []
-
-
-# Positioned reads and writes.
-
-
-def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = RNG.integers(0, 256, 100, dtype=np.uint8).tobytes()
-    path = tmp_path / "x"
-    pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: pwrite(fd, view[:7], offset))
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:3]], offset))
-    fd = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        write_exactly(fd, data, 11)
-        buffer = bytearray(100)
-        read_exactly(fd, memoryview(buffer), 11, path)
-    finally:
-        os.close(fd)
-    assert bytes(buffer) == data
-    assert path.read_bytes() == bytes(11) + data
-
-
-def test_a_file_cut_short_while_open_is_corrupt(tmp_path: Path) -> None:
-    path = write_file(tmp_path / "x.safetensors", {"a": np.arange(100, dtype=np.float32)})
-    with TensorFile.open(path) as file:
-        os.truncate(path, path.stat().st_size - 1)
-        assert math.isclose(file.array("a", 0, 99)[98], 98)
-        with pytest.raises(CorruptFileError, match="too soon") as error:
-            file.array("a")
-        assert error.value.file == str(path)
-
-
-def test_an_open_file_reads_on_when_it_is_replaced(tmp_path: Path) -> None:
-    path = write_file(tmp_path / "x.safetensors", {"a": np.arange(5)})
-    with TensorFile.open(path) as file:
-        write_file(tmp_path / "y", {"a": np.zeros(5, np.int64)}).replace(path)
-        assert file.array("a").tolist() == [0, 1, 2, 3, 4]
-
-
-def test_opening_what_is_no_file_of_ours(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        TensorFile.open(tmp_path / "none")
-    (tmp_path / "x").write_text("{}")
-    with pytest.raises(CorruptFileError):
-        TensorFile.open(tmp_path / "x")

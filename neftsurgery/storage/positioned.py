@@ -1,0 +1,128 @@
+"""Positioned reads and writes: all of the bytes asked for, or an error."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptFileError
+
+__all__ = ["OpenFile", "consecutive_runs", "read_exactly", "read_rows_exactly", "sha256_of", "write_exactly"]
+
+_HASH_BYTES = 8 << 20
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str] | None) -> None:
+    """Fill ``buffer`` from byte ``offset`` of ``fd``.
+
+    Raises
+    ------
+    CorruptFileError
+        If the file ends before: it was cut short after it was opened.
+    """
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            raise CorruptFileError(
+                "the file ends too soon: it was cut short while it was read",
+                file=path,
+                expected=f"{len(buffer)} bytes at {offset}",
+                found=f"{done}",
+            )
+        done += got
+
+
+def read_rows_exactly(
+    fd: int,
+    offset: int,
+    rows: NDArray[np.integer],
+    out: NDArray[np.uint8],
+    path: str | os.PathLike[str] | None,
+) -> None:
+    """Fill ``out``, shape ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``.
+
+    Raises
+    ------
+    CorruptFileError
+        As `read_exactly`.
+    """
+    row = out.shape[1]
+    buffer = out.data.cast("B")
+    for first, last, number in consecutive_runs(rows):
+        part, position = buffer[first * row : last * row], offset + number * row
+        # One bare call, as there may be thousands; the loop is only for what it did not read.
+        got = os.preadv(fd, (part,), position)
+        if got < len(part):
+            read_exactly(fd, part[got:], position + got, path)
+
+
+def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
+    """Maximal runs of consecutive numbers in ``index``, ascending.
+
+    Yields ``(first, last, number)``: the run is ``index[first:last]`` and starts with ``number``.
+    """
+    index = np.asarray(index, np.int64)
+    edges = np.flatnonzero(np.diff(index, prepend=-2, append=-2) != 1)
+    firsts = edges[:-1]
+    return zip(firsts.tolist(), edges[1:].tolist(), index[firsts].tolist(), strict=True)
+
+
+def write_exactly(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of ``data`` at byte ``offset`` of ``fd``."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The SHA-256 of the rest of ``file``, in hex, as ``sha256sum`` shows it."""
+    state = hashlib.sha256()
+    while block := file.read(_HASH_BYTES):
+        state.update(block)
+    return state.hexdigest()
+
+
+class OpenFile:
+    """A file open for reading, closed with its last reference.
+
+    Checkpoints and patches live as long as someone uses them, so their files are not closed by a
+    ``with`` block. A file object of Python would warn about that.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> OpenFile:
+        """Open the file at ``path``."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def fileno(self) -> int:
+        """The descriptor.
+
+        Raises
+        ------
+        ValueError
+            If the file is closed.
+        """
+        if self._fd < 0:
+            raise ValueError("the file is closed")
+        return self._fd
+
+    def close(self) -> None:
+        """Close the file, if it is open."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # ``close`` is bound early: at interpreter exit, modules may be gone before their objects.
+        if self._fd >= 0:
+            close(self._fd)

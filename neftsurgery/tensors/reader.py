@@ -1,0 +1,179 @@
+"""One safetensors file, open: positioned reads of parts of its tensors.
+
+Scores, selections, patches and the factors of LoRA adapters are read through `TensorFile`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MachineError, NeftError, UsageError
+from ..storage.positioned import OpenFile, read_exactly, write_exactly
+from .header import Header, TensorInfo, read_header
+
+__all__ = ["TensorFile"]
+
+_COPY_BYTES = 8 << 20
+
+
+def _stamp(file: OpenFile) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+class TensorFile:
+    """A safetensors file opened for positioned reads.
+
+    Nothing but the header is held; every read asks for the bytes it needs.
+    """
+
+    def __init__(self, file: OpenFile, header: Header, path: Path | None) -> None:
+        self._file = file
+        self.header = header
+        self.path = path
+        self._stamp = _stamp(file)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TensorFile:
+        """Open and check the file at ``path``.
+
+        Raises
+        ------
+        CorruptFileError
+            If it is not a valid safetensors file.
+        OSError
+            If it cannot be read.
+        """
+        file = OpenFile.at(path)
+        header = read_header(path)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise MachineError("the file was replaced while it was opened", file=path, hint="try again")
+        return cls(file, header, Path(path))
+
+    @classmethod
+    def named(cls, path: str | os.PathLike[str]) -> TensorFile:
+        """As `open`, for a path given by a user.
+
+        Raises
+        ------
+        UsageError
+            If there is no such file.
+        """
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+                raise UsageError("this is a device, pipe or socket, not a file", file=path)
+            return cls.open(path)
+        except ValueError as error:
+            if isinstance(error, NeftError):
+                raise
+            raise UsageError(f"not a usable path: {error}", file=repr(os.fspath(path))) from error
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            folder = isinstance(error, IsADirectoryError)
+            what = "expected a file, found a folder" if folder else "there is no such file"
+            raise UsageError(what, file=path) from error
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors of the file, by name."""
+        return self.header.tensors
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
+        read_exactly(self._file.fileno(), buffer, self.header.offsets[name] + start, self.path)
+
+    def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows ``[start, stop)`` of tensor ``name`` along its first axis, in memory.
+
+        Only for element types that numpy has.
+        """
+        info = self.tensors[name]
+        raw = self.array_bytes(name, start, stop)
+        return raw.reshape(-1).view(info.type.numpy).reshape((len(raw), *info.shape[1:]))
+
+    def array_bytes(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+        """As `array`, as raw bytes: shape ``[stop - start, bytes of a row]``, for any type of whole bytes."""
+        info = self.tensors[name]
+        rows = info.shape[0] if info.shape else 1
+        stop = rows if stop is None else min(stop, rows)
+        row = info.nbytes // rows if rows else 0
+        raw = np.empty((stop - start, row), dtype=np.uint8)
+        if raw.size:
+            self.read_into(name, start * row, raw.data.cast("B"))
+        return raw
+
+    def joined(self, names: Sequence[str]) -> NDArray[Any]:
+        """The elements of several tensors of one type, concatenated; neighbours in the file are read at once.
+
+        Only for element types that numpy has.
+        """
+        sizes = [self.tensors[name].nbytes for name in names]
+        raw = np.empty(sum(sizes), np.uint8)
+        start = filled = end = 0  # of the range being collected: its place in the file, and in `raw`
+        position = 0
+        for name, size in zip(names, sizes, strict=True):
+            offset = self.header.offsets[name]
+            if offset != end:
+                read_exactly(self._file.fileno(), raw.data[filled:position], start, self.path)
+                start, filled = offset, position
+            position += size
+            end = offset + size
+        read_exactly(self._file.fileno(), raw.data[filled:], start, self.path)
+        return raw.view(self.tensors[names[0]].type.numpy if names else np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def check_in_place(self) -> None:
+        """Raise a ``FileNotFoundError`` if the file was removed or replaced since it was opened."""
+        if self.path is not None and not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
+
+    def stream(self) -> BinaryIO:
+        """The whole file from its start, as a buffered file that the caller closes."""
+        copy = os.dup(self._file.fileno())
+        os.lseek(copy, 0, os.SEEK_SET)  # another stream may have moved it; positioned reads do not
+        return os.fdopen(copy, "rb")
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the content was edited since the file was opened.
+
+        A file that was removed or replaced since then still reads as it was.
+        """
+        if self.path is not None and _stamp(self._file) != self._stamp:
+            raise MachineError(
+                "the file was changed by someone else while it was in use",
+                file=self.path,
+                hint="nothing was written; run the command again when the file is at rest",
+            )
+
+    def copy_to(self, target: int) -> None:
+        """Copy the whole file to the descriptor ``target``."""
+        fd, size = self._file.fileno(), self.nbytes
+        buffer = memoryview(bytearray(min(size, _COPY_BYTES)))
+        for start in range(0, size, _COPY_BYTES):
+            part = buffer[: min(_COPY_BYTES, size - start)]
+            read_exactly(fd, part, start, self.path)
+            write_exactly(target, part, start)
+
+    def close(self) -> None:
+        """Close the file; a nameless temporary one is deleted by that."""
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

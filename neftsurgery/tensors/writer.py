@@ -1,0 +1,175 @@
+"""Writes safetensors files by position: block by block, in any order, all or nothing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MismatchError
+from ..storage.output import begin_writeback, staged_file
+from ..storage.output_checks import require_space
+from ..storage.positioned import OpenFile, sha256_of, write_exactly
+from .header import FilePlan, Header, TensorInfo
+from .reader import TensorFile
+
+__all__ = ["TensorFileWriter", "written_file"]
+
+_SMALL_BYTES = 32 << 10
+_BUFFER_BYTES = 4 << 20
+_WRITEBACK_BYTES = 512 << 10
+
+
+class TensorFileWriter:
+    """Writes a safetensors file whose entries are known, and whose metadata may still change.
+
+    Made by `written_file`. Writes may come in any order, and from several threads. Those below
+    ``small_bytes`` are collected, up to ``buffer_bytes`` of them.
+    """
+
+    def __init__(
+        self, plan: FilePlan, fd: int, *, small_bytes: int = _SMALL_BYTES, buffer_bytes: int = _BUFFER_BYTES
+    ) -> None:
+        self._plan = plan
+        self._fd = fd
+        self._small_bytes = small_bytes
+        self._small = _SmallWrites(fd, buffer_bytes)
+        self.header: Header | None = None
+        os.ftruncate(fd, plan.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self._plan.nbytes
+
+    def write(self, name: str, start: int, data: NDArray[Any]) -> None:
+        """Write ``data`` into entry ``name`` from its row ``start`` (along the first axis)."""
+        info = self._plan.tensors[name]
+        rows = info.shape[0] if info.shape else 1
+        if data.nbytes == 0:
+            return
+        begin = start * (info.nbytes // rows) if rows else 0
+        if start < 0 or begin + data.nbytes > info.nbytes:
+            raise ValueError(f"{data.nbytes} bytes at row {start} do not fit entry {name!r}")
+        position = self._plan.offsets[name] + begin
+        if data.nbytes < self._small_bytes:
+            self._small.add(position, data.tobytes())
+        else:
+            write_exactly(self._fd, np.ascontiguousarray(data).data.cast("B"), position)
+            if data.nbytes >= _WRITEBACK_BYTES:
+                begin_writeback(self._fd, position, data.nbytes)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header with the final ``metadata``, which must fit the space reserved for it."""
+        self._small.flush()
+        position = 0
+        for part in self._plan.pack(metadata):
+            write_exactly(self._fd, part, position)
+            position += len(part)
+        self.header = self._plan.header(metadata)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the finished file, in hex."""
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            return sha256_of(file)
+
+
+class _SmallWrites:
+    """Collects small writes and joins neighbours, so that few calls are made. Thread-safe."""
+
+    def __init__(self, fd: int, buffer_bytes: int) -> None:
+        self._fd = fd
+        self._buffer_bytes = buffer_bytes
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[int, bytes]] = []
+        self._size = 0
+
+    def add(self, position: int, data: bytes) -> None:
+        with self._lock:
+            self._waiting.append((position, data))
+            self._size += len(data)
+            if self._size < self._buffer_bytes:
+                return
+            waiting, self._waiting, self._size = self._waiting, [], 0
+        self._write(waiting)
+
+    def flush(self) -> None:
+        with self._lock:
+            waiting, self._waiting, self._size = self._waiting, [], 0
+        self._write(waiting)
+
+    def _write(self, waiting: list[tuple[int, bytes]]) -> None:
+        start, end, parts = 0, 0, list[bytes]()
+        for position, data in sorted(waiting):
+            if position != end:
+                write_exactly(self._fd, b"".join(parts), start)
+                start, parts = position, []
+            parts.append(data)
+            end = position + len(data)
+        write_exactly(self._fd, b"".join(parts), start)
+
+
+class _Written:
+    """What `written_file` yields: the writer, and after the context a reader of the file."""
+
+    def __init__(self, writer: TensorFileWriter, spool: OpenFile | None, out: Path | None) -> None:
+        self.writer = writer
+        self._spool, self._out = spool, out
+
+    def reader(self) -> TensorFile:
+        """The finished file, after the context has ended. Its header is not read and checked again."""
+        if self.writer.header is None:
+            raise ValueError("the file is not finished")
+        file = OpenFile.at(self._out) if self._out is not None else self._spool
+        assert file is not None  # one of the two is given
+        return TensorFile(file, self.writer.header, self._out)
+
+
+@contextmanager
+def written_file(
+    entries: Sequence[TensorInfo],
+    room: Mapping[str, str],
+    out: str | os.PathLike[str] | None,
+    *,
+    force: bool = False,
+) -> Iterator[_Written]:
+    """Write a safetensors file, all or nothing.
+
+    Parameters
+    ----------
+    entries:
+        The tensors the file will hold.
+    room:
+        Metadata as large as the final metadata can get: it only reserves space in the header.
+    out:
+        The path. None: a nameless temporary file, which lives as long as its reader.
+
+    Raises
+    ------
+    UsageError
+        If ``out`` exists, without ``force``.
+    MismatchError
+        If the entries' names clash or do not fit a header.
+    """
+    try:
+        plan = FilePlan.of(entries, room)
+    except ValueError as error:
+        raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error
+    if out is None:
+        with tempfile.TemporaryFile(prefix="neft-", buffering=0) as nameless:
+            spool = OpenFile(os.dup(nameless.fileno()))
+        require_space(tempfile.gettempdir(), plan.nbytes)
+        yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
+        return
+    path = Path(out).absolute()  # the caller may change the current folder meanwhile
+    with staged_file(path, force=force) as staged:
+        require_space(path.parent, plan.nbytes)
+        yield _Written(TensorFileWriter(plan, staged.fd), None, path)
