@@ -1,18 +1,18 @@
 # On a fresh machine with Python 3.11+ and make:
-#   make demo    installs what training and the report need and runs the main job (a minute, no network but the package index)
+#   make demo    installs what training and the report need, and runs the demo (a minute; network only for the package index)
 #   make test    installs what the tests need, and runs all checks and tests
-#   make quick   the tests without the slow ones
-#   make check   style, types, layers
-#   make bench   measures speed and memory beside limits and rivals: a quarter of an hour, 35 GB of disk; makes
-#                docs/benchmarks.md. SIZE=500MB for smaller checkpoints, ARGS="--only warm,apply" for parts
-#   make torture breaks things: signals, failing disks, hostile files; makes the table of docs/guarantees.md.
-#                TIMES=1000 for a day of it, ONLY="killed" for a part
+#   make quick   runs the tests without the slow ones
+#   make check   checks style, types and layers
+#   make bench   measures speed and memory beside limits and rivals (a quarter of an hour, 35 GB of disk), and makes
+#                docs/benchmarks.md. SIZE=500MB: smaller checkpoints; ARGS="--only warm,apply": some parts
+#   make torture tests with faults (signals, failing disks, hostile files), and makes the table of docs/guarantees.md.
+#                TIMES=1000: a day of trials; ONLY="killed": a part
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-# Tests run side by side, each process with one thread of torch's.
+# Tests run in parallel processes, each with one torch thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 SIZE   ?= 2.4GB

@@ -1,13 +1,18 @@
 """Benchmarks that anyone can run: this tool, the physical limit, and what people use instead, in one run.
 
-``python -m benchmarks files`` and ``python -m benchmarks training`` measure, ``python -m benchmarks render``
-makes the pages again from what was measured; all take ``--help``. The folders:
+``python -m benchmarks files``, ``training`` and ``selection`` measure. ``python -m benchmarks render`` makes
+the pages again from stored results. All take ``--help``. The folders:
 
-* ``harness``: one process measured, contestants taking turns, the page cache, the results file. Standard
-  library only, so that the process that measures stays small (see ``harness.process``).
-* ``checkpoints``: makes the checkpoints.
-* ``limits``, ``rivals``: what is compared with, every one a script and a process of its own.
+* ``harness``: measures one process, runs contestants side by side, controls the page cache, stores results.
+  Standard library only, so that the measuring process stays small (see ``harness.process``).
+* ``checkpoints``: writes the checkpoints.
+* ``limits``, ``rivals``: what this tool is compared with. Each is a script that runs in its own process.
 * ``files``: the suite for commands on files: diff, extract, apply, in place.
 * ``training``: the suite for training steps.
-* ``page``: results to ``docs/benchmarks.md``, ``docs/benchmarks-training.md`` and charts.
+* ``selection``: the experiment on which neurons to train.
+* ``page``: turns results into ``docs/benchmarks.md``, ``docs/benchmarks-training.md``, ``docs/results.md``
+  and charts.
+
+Tests run each suite once, very small (``tests/benchmarks``). Not tested are the parts of the files suite that
+only repeat commands at other sizes, and the rivals that need mergekit, which the tests do not install.
 """

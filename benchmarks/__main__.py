@@ -1,4 +1,4 @@
-"""``files``, ``training`` and ``selection`` measure and render; ``render`` only renders."""
+"""``files``, ``training`` and ``selection`` measure, then render; ``render`` only renders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.files import options as files
 from benchmarks.files.suite import RESULTS, measure
-from benchmarks.page.markdown import render
+from benchmarks.page.files import render
 from benchmarks.page.training import render_training
 from benchmarks.selection import options as selection
 from benchmarks.training import options as training
@@ -23,10 +23,10 @@ def main() -> None:
     steps = commands.add_parser("training", help="measure training steps; then render")
     training.add_arguments(steps)
     arms = commands.add_parser(
-        "selection", help="does choosing help, or only freezing: NeFT's main table, small"
+        "selection", help="does choosing neurons help, or only freezing: NeFT's main table in miniature"
     )
     selection.add_arguments(arms)
-    page = commands.add_parser("render", help="make the pages and the charts of what was measured")
+    page = commands.add_parser("render", help="make the pages and the charts from stored results")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
     if given.command == "files":
@@ -49,14 +49,13 @@ def main() -> None:
         render_training(given.out)
     of_selection = given.out if given.command == "selection" else given.out.with_name("results")
     if given.command in ("selection", "render") and any(of_selection.glob("selection-*.jsonl")):
-        from benchmarks.page.selection import (
-            render_selection,
-        )  # heavy, and our peak is that of measured children
+        # Imported late: it is large, and the memory of this process counts in that of the measured ones.
+        from benchmarks.page.selection import render_selection
 
         render_selection(of_selection)
 
 
 if __name__ == "__main__":
     if sys.platform != "linux":
-        sys.exit("the benchmarks ask Linux for peak memory, written bytes and the page cache")
+        sys.exit("the benchmarks need Linux: they read peak memory, written bytes and the page cache from it")
     main()

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
     from .hub.push import PushResult, push
-    from .neuron_utilization.measure import utilization
     from .neuron_utilization.result import Utilization
+    from .neuron_utilization.utilization import utilization
     from .patch.patch import Patch
     from .reporting.report import report
     from .scoring.scores import Scores
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .surgery.merge import merge
     from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
+    from .training.train import train
+    from .training.train_result import TrainResult
     from .tuning.attach import Attached, attach
     from .tuning.trainer import PatchSaving
 
@@ -61,6 +63,7 @@ __all__ = [
     "RewriteResult",
     "Scores",
     "Selection",
+    "TrainResult",
     "UsageError",
     "Utilization",
     "Verification",
@@ -78,6 +81,7 @@ __all__ = [
     "push",
     "report",
     "revert",
+    "train",
     "utilization",
     "verify",
 ]
@@ -93,6 +97,7 @@ _HOMES = {
     "RewriteResult": "surgery.rewrite",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
+    "TrainResult": "training.train_result",
     "Utilization": "neuron_utilization.result",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
@@ -108,7 +113,8 @@ _HOMES = {
     "push": "hub.push",
     "report": "reporting.report",
     "revert": "surgery.apply",
-    "utilization": "neuron_utilization.measure",
+    "train": "training.train",
+    "utilization": "neuron_utilization.utilization",
     "verify": "surgery.verify",
 }
 

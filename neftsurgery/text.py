@@ -1,29 +1,39 @@
-"""Names and numbers as people read them; names come from files, and may be anything."""
+"""Formatting of names and numbers for people. Names come from files and may hold any character."""
 
 from __future__ import annotations
 
-__all__ = ["amount", "label", "number", "percent", "plural", "power", "printable", "signed", "size"]
+__all__ = [
+    "amount",
+    "correlation",
+    "four_digits",
+    "label",
+    "percent",
+    "plural",
+    "power_of_ten",
+    "printable",
+    "size",
+]
 
-_LONGEST = 60
+_LABEL_LENGTH = 60
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters written out: names in files must not steer the terminal."""
+    """``text`` with its control characters escaped, so that a name from a file cannot steer the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def label(name: str, longest: int = _LONGEST) -> str:
-    """``name`` fit to be shown on one line: nothing unprintable, shortened in the middle, never empty."""
+def label(name: str, length: int = _LABEL_LENGTH) -> str:
+    """``name`` on one line: printable, shortened in the middle to ``length`` characters, never empty."""
     clean = printable(name.replace("\n", "\\n"))
-    if len(clean) > longest:
-        half = (longest - 1) // 2
-        clean = f"{clean[: longest - 1 - half]}…{clean[len(clean) - half :]}"
+    if len(clean) > length:
+        half = (length - 1) // 2
+        clean = f"{clean[: length - 1 - half]}…{clean[len(clean) - half :]}"
     return clean or "(no name)"
 
 
 def size(nbytes: float) -> str:
-    """Bytes: ``1.2 GB``."""
+    """A number of bytes: ``1.2 GB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -32,17 +42,17 @@ def size(nbytes: float) -> str:
 
 
 def amount(count: int) -> str:
-    """A whole number: ``1,376,256``."""
+    """A whole number with thousands separators: ``1,376,256``."""
     return f"{count:,}"
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
+    """A count with its noun: ``1 tensor``, ``2 tensors``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def percent(share: float) -> str:
-    """A share: ``4.1%``; ``-`` for one that is not known, never 0% or 100% for what is not quite."""
+    """A share as a percentage: ``4.1%``; ``-`` for NaN. Only exactly 0 and 1 print as 0% and 100%."""
     if share != share:
         return "-"
     if share in (0, 1):
@@ -54,19 +64,19 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%" if share < 0.1 else f"{100 * share:.1f}%"
 
 
-def number(value: float) -> str:
-    """A measured number, to four digits: ``0.03125``, or times a power of ten; ``-`` if not known."""
+def four_digits(value: float) -> str:
+    """A number to four significant digits: ``0.03125``, or times a power of ten; ``-`` for NaN."""
     if value != value:
         return "-"
     digits, e, exponent = f"{value:.4g}".partition("e")
-    return f"{digits}\N{MULTIPLICATION SIGN}{power(int(exponent))}" if e else digits
+    return f"{digits}\N{MULTIPLICATION SIGN}{power_of_ten(int(exponent))}" if e else digits
 
 
-def power(exponent: int) -> str:
+def power_of_ten(exponent: int) -> str:
     """A power of ten: ``10⁻⁵``."""
     return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
-def signed(value: float) -> str:
-    """A correlation, to two digits, with a proper minus sign; ``-`` for one that is not known."""
+def correlation(value: float) -> str:
+    """A correlation to two decimals, with a true minus sign; a hyphen for NaN."""
     return "-" if value != value else f"{round(value, 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")

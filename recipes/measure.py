@@ -1,4 +1,4 @@
-"""What a patch is worth: answers of the base and of the patched model, beside the right ones.
+"""Measure a patch: compare the answers of the base and of the patched model with the right ones.
 
 $ python measure.py maths/run --by number             # is the last number of the answer the right one?
 $ python measure.py translation/run --by bleu         # BLEU and chrF: pip install sacrebleu
@@ -20,7 +20,7 @@ import neftsurgery as ns
 
 
 def score(by: str, answers: list[str], right: list[str]) -> str:
-    """How good the answers are, in words."""
+    """The score of the answers, as text."""
     if by == "bleu":
         import sacrebleu
 
@@ -34,11 +34,11 @@ def score(by: str, answers: list[str], right: list[str]) -> str:
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-parser.add_argument("run", type=Path, help="what `neftsurgery train` made")
+parser.add_argument("run", type=Path, help="the folder that `neftsurgery train` made")
 parser.add_argument("--by", choices=["exact", "number", "bleu"], default="exact")
-parser.add_argument("--patch", type=Path, help="default: the run's")
+parser.add_argument("--patch", type=Path, help="default: the patch of the run")
 parser.add_argument("--examples", type=int, default=200)
-parser.add_argument("--tokens", type=int, default=256, help="of an answer, at most")
+parser.add_argument("--tokens", type=int, default=256, help="maximum length of an answer")
 given = parser.parse_args()
 recipe = yaml.safe_load((given.run / "recipe.yaml").read_text())
 data, device = recipe["data"], "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,7 @@ model = AutoModelForCausalLM.from_pretrained(recipe["model"]).to(device)
 
 
 def measure(name: str) -> None:
-    """Answer all prompts with the model as it is now."""
+    """Answer all prompts with the model in its current state, and print the score."""
     answers = []
     for start in range(0, len(prompts), 16):
         batch = tokenizer(prompts[start : start + 16], padding=True, return_tensors="pt").to(device)

@@ -1,4 +1,4 @@
-"""Makes tiny-model/, the base of the recipes in small: a Llama of 150,000 parameters that copies words.
+"""Make tiny-model/, the base of the small recipes: a Llama with 150,000 parameters that copies words.
 
 $ python recipes/tiny_model.py
 """
@@ -21,7 +21,7 @@ CHAT = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token to a byte, so that it takes any text, and three that mean no byte."""
+    """A byte-level tokenizer, which takes any text, with three special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {text: number for number, text in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     letters = Tokenizer(models.BPE(vocabulary, []))
@@ -33,13 +33,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def words(count: int, letters: str, seed: int) -> list[str]:
-    """Words of four letters."""
+    """``count`` random words of four letters."""
     draw = random.Random(seed)
     return ["".join(draw.choices(letters, k=4)) for _ in range(count)]
 
 
 def make(folder: Path, steps: int = 300) -> None:
-    """Train the model and save it, in bfloat16."""
+    """Train the model and save it in bfloat16."""
     torch.manual_seed(0)
     letters = tokenizer()
     config = LlamaConfig(
@@ -58,7 +58,7 @@ def make(folder: Path, steps: int = 300) -> None:
         lines = [f"copy {word}: {word}</s>" for word in drawn]
         ids = letters(lines, return_tensors="pt")["input_ids"]
         labels = ids.clone()
-        labels[:, :10] = -100  # "copy word:" is not to be learned
+        labels[:, :10] = -100  # "copy word:" is not learned
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""The documentation says what is so."""
+"""The documentation agrees with the code."""
 
 from __future__ import annotations
 
@@ -71,3 +71,10 @@ def test_links_between_pages_lead_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_the_glossary_is_alphabetical_and_defines_a_word_once():
+    rows = (ROOT / "docs" / "glossary.md").read_text().partition("|---|---|---|\n")[2].splitlines()
+    words = [row.split("|")[1].strip().lower().replace("_", " ") for row in rows]
+    assert len(words) > 40
+    assert words == sorted(set(words))

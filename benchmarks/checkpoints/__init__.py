@@ -1,1 +1,1 @@
-"""Makes the checkpoints that are measured: ``python -m benchmarks.checkpoints --help``."""
+"""Writes the checkpoints that benchmarks read: ``python -m benchmarks.checkpoints --help``."""

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from benchmarks.checkpoints.shapes import deep_llama, llama, many_experts
 from benchmarks.checkpoints.write import write_pair
-from benchmarks.harness.units import size
+from benchmarks.harness.sizes import parse_size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoints", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=size, default=size("2.4GB"), help="bytes a side (default: 2.4GB)")
+    parser.add_argument("--size", type=parse_size, default="2.4GB", help="bytes per side (default: 2.4GB)")
     parser.add_argument("--shards", type=int, default=1)
-    parser.add_argument("--sparse", action="store_true", help="holes instead of most data")
+    parser.add_argument("--sparse", action="store_true", help="sparse files: holes instead of most data")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
-        "--least-tensors", type=int, help="small layers, so many that there are this many tensors"
+        "--least-tensors", type=int, help="small layers, until there are at least this many tensors"
     )
-    kind.add_argument("--experts", type=int, help="about so many tensors of 8 kB; --size is ignored")
+    kind.add_argument("--experts", type=int, help="about this many tensors of 8 kB; --size is ignored")
     options = parser.parse_args()
     if options.experts:
         model = many_experts(options.experts)

@@ -1,4 +1,4 @@
-"""What a checkpoint of a given size looks like: names, shapes, config. Nothing is made here."""
+"""What a checkpoint of a given size looks like: names, shapes, config. Writes nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 Shape = tuple[int, ...]
 BF16 = 2  # bytes an element
 
-# The geometry of real models: hidden size, feed-forward size, vocabulary; from this many bytes on.
+# Geometries of real models: from this many bytes on, hidden size, feed-forward size, vocabulary.
 GEOMETRIES = (
     (0, (256, 1024, 4_000)),
     (100e6, (1024, 4096, 32_000)),
@@ -22,7 +22,7 @@ GEOMETRIES = (
 
 @dataclass(frozen=True)
 class Model:
-    """A model to be written: its config.json and the shapes of its bf16 tensors, in file order."""
+    """A model to write: its config.json and the shapes of its bf16 tensors, in file order."""
 
     config: dict[str, Any]
     tensors: dict[str, Shape]
@@ -34,7 +34,7 @@ class Model:
 
 
 def llama(nbytes: float, geometry: tuple[int, int, int] | None = None) -> Model:
-    """A Llama of about ``nbytes``: a real geometry, as many layers as come nearest, tied embeddings."""
+    """A Llama of about ``nbytes``: a real geometry, the nearest number of layers, tied embeddings."""
     hidden, ffn, vocabulary = geometry or next(g for least, g in reversed(GEOMETRIES) if nbytes >= least)
     layer = dict(_llama_layer(hidden, ffn))
     layer_bytes = BF16 * sum(map(math.prod, layer.values()))
@@ -47,7 +47,7 @@ def llama(nbytes: float, geometry: tuple[int, int, int] | None = None) -> Model:
 
 
 def deep_llama(nbytes: float, least_tensors: int) -> Model:
-    """A Llama of small layers, so that it has ``least_tensors`` at least: one for each of many shards."""
+    """A Llama of small layers with at least ``least_tensors`` tensors: one for each of many shards."""
     hidden = 512
     while len((model := llama(nbytes, (hidden, 4 * hidden, 8_000))).tensors) < least_tensors and hidden > 16:
         hidden //= 2
@@ -55,7 +55,7 @@ def deep_llama(nbytes: float, least_tensors: int) -> Model:
 
 
 def many_experts(count: int) -> Model:
-    """A mixture of fine-grained experts: ``count`` tensors of 8 kB, or a few more, in a long header."""
+    """A mixture of small experts: ``count`` tensors of 8 kB, or a few more, in a long header."""
     hidden = ffn = 64
     vocabulary, layers = 8_000, min(32, max(1, count // 100))
     experts = max(1, math.ceil((count / layers - 7) / 3))

@@ -1,7 +1,7 @@
 """Writes a model's files: base, and tuned, which is base plus a little noise everywhere.
 
-The bytes are the format's own, by hand: a benchmark of files must not depend on what it measures, and a few
-megabytes of numbers repeated are as good as fresh ones for every reader, and much faster to write.
+The files are written without a library, since a benchmark must not depend on what it measures. A block of a
+few megabytes of numbers is repeated: readers cannot tell, and writing is much faster.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from benchmarks.checkpoints.shapes import BF16, Model, Shape
 
 Side = Literal["base", "tuned"]
-BLOCK = (1 << 24) + 4_321  # elements; no multiple of a row, so that rows of a tensor differ
-STRIDE = 6_700_417  # how far the next tensor starts in the block, so that tensors differ
-SPREAD, CHANGE = 0.02, 1e-4  # of the weights, and of what a fine-tune added to them
+BLOCK = (1 << 24) + 4_321  # elements; not a multiple of a row, so that rows of a tensor differ
+STRIDE = 6_700_417  # offset in the block from one tensor's start to the next one's, so that tensors differ
+SPREAD, CHANGE = 0.02, 1e-4  # standard deviations of the weights, and of what the fine-tune adds
 SPARSE_DATA = 1 << 20  # bytes of numbers at the start of a sparse tensor; the rest is a hole
 
 
@@ -58,7 +58,7 @@ def write_side(folder: Path, model: Model, source: memoryview, shards: int, spar
 
 
 def _deal(tensors: dict[str, Shape], shards: int) -> Iterator[tuple[str, dict[str, Shape]]]:
-    """File names and their tensors: neighbours stay together, and no shard is empty."""
+    """File names and their tensors: neighbours stay together, no shard is empty."""
     if shards > len(tensors):
         raise ValueError(f"{len(tensors)} tensors do not fill {shards} shards")
     names = list(tensors)
@@ -92,7 +92,7 @@ def _write_shard(
 
 
 def _pieces(source: memoryview, start: int, size: int) -> Iterator[memoryview]:
-    """``size`` bytes of ``source`` from ``start`` on, over and over."""
+    """``size`` bytes of ``source`` from ``start`` on; continues at its start when it ends."""
     while size:
         piece = source[start : start + size]
         yield piece
@@ -101,7 +101,7 @@ def _pieces(source: memoryview, start: int, size: int) -> Iterator[memoryview]:
 
 
 def _bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Rounded to the nearest, halves up: what is off from torch's ties to even is no matter here."""
+    """Rounded to the nearest, halves up. torch rounds ties to even; the difference does not matter here."""
     bits = values.view(np.uint32)
     bits += 0x8000
     return (bits >> 16).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""Who takes part: this tool by its public commands, the limits, the rivals."""
+"""The contestants of the files suite: this tool's public commands, the limits, the rivals."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.files.workshop import Pair
-from benchmarks.harness.contest import Contestant, say
+from benchmarks.files.fixtures import CheckpointPair
+from benchmarks.harness.log import log
 from benchmarks.harness.process import run
-from benchmarks.harness.units import human
+from benchmarks.harness.side_by_side import Contestant
+from benchmarks.harness.sizes import format_size
 
-# Sweeps of the plain reads: threads and bytes a buffer. Warm reads like buffers that stay in the processor's
-# cache, cold ones many requests in flight.
+# Sweeps of the plain reads: threads and bytes per buffer. Warm reads are fastest with buffers that fit the
+# processor's cache, cold reads with many requests in flight.
 Settings = tuple[tuple[int, int], ...]
 WARM_SWEEP: Settings = tuple(product((1, 2, 4), (1 << 18, 1 << 19, 1 << 20, 1 << 21, 1 << 22)))
 COLD_SWEEP: Settings = tuple(product((2, 4, 8, 16), (1 << 20, 1 << 21, 1 << 22, 1 << 23)))
-SWEPT = 400_000_000  # bytes a side that a setting is tried on
+SWEPT = 400_000_000  # bytes per side that each setting of a sweep reads
 
 
 def neftsurgery(verb: str, *words: object, threads: int | None = None) -> list[str]:
@@ -33,13 +34,13 @@ def script(module: str, *words: object) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{module}", *map(str, words)]
 
 
-def diff(pair: Pair, before: Callable[[], None], threads: int | None) -> Contestant:
+def diff(pair: CheckpointPair, before: Callable[[], None], threads: int | None) -> Contestant:
     """This tool's diff."""
     command = neftsurgery("diff", pair.base, pair.tuned, threads=threads)
     return Contestant("neftsurgery diff", "ours", command, before)
 
 
-def reads(pair: Pair, before: Callable[[], None], setting: tuple[int, int]) -> Contestant:
+def reads(pair: CheckpointPair, before: Callable[[], None], setting: tuple[int, int]) -> Contestant:
     """Plain parallel reads of both sides."""
     threads, buffer = setting
     flags = ("--threads", threads, "--buffer", buffer)
@@ -48,11 +49,11 @@ def reads(pair: Pair, before: Callable[[], None], setting: tuple[int, int]) -> C
 
 
 def best_reads(
-    pair: Pair, before: Callable[[], None], sweep: Settings, tries: int
+    pair: CheckpointPair, before: Callable[[], None], sweep: Settings, tries: int
 ) -> tuple[list[Contestant], list[dict[str, Any]]]:
-    """The plain reads with the two fastest settings, and the whole sweep: threads, buffer, bytes a second.
+    """The plain reads with the two fastest settings, and the whole sweep: threads, buffer, bytes per second.
 
-    Two, because a sweep is short and machines are noisy: the limit is the faster one of each round.
+    There are two because a sweep is short and machines are noisy. The limit is the faster one of each round.
     """
     found = []
     for threads, buffer in sweep:
@@ -64,19 +65,21 @@ def best_reads(
             rates.append(printed["bytes_read"] / printed["seconds"])
         found.append({"threads": threads, "buffer": buffer, "bytes_per_second": round(median(rates))})
     best = sorted(found, key=lambda one: one["bytes_per_second"], reverse=True)[:2]
-    say(f"  best plain read: {human(best[0]['bytes_per_second'])}/s")
+    log(f"  best plain read: {format_size(best[0]['bytes_per_second'])}/s")
     return [reads(pair, before, (one["threads"], one["buffer"])) for one in best], found
 
 
-def torch_cosine(pair: Pair, before: Callable[[], None], rounds: int, dtype: str = "float32") -> Contestant:
+def torch_cosine(
+    pair: CheckpointPair, before: Callable[[], None], rounds: int, dtype: str = "float32"
+) -> Contestant:
     """Per-tensor cosine similarity with torch."""
     command = script("rivals.torch_cosine", pair.base, pair.tuned, "--dtype", dtype)
     name = f"torch cosine_similarity, {dtype}"
     return Contestant(name, "rival", command, before, rounds=rounds, needs=("torch",))
 
 
-def readers(pair: Pair, before: Callable[[], None], rounds: int) -> list[Contestant]:
-    """What people compare two checkpoints with."""
+def readers(pair: CheckpointPair, before: Callable[[], None], rounds: int) -> list[Contestant]:
+    """The tools with which people compare two checkpoints."""
 
     def rival(name: str, module: str, package: str) -> Contestant:
         command = script(f"rivals.{module}", pair.base, pair.tuned)
@@ -93,7 +96,7 @@ def readers(pair: Pair, before: Callable[[], None], rounds: int) -> list[Contest
 def writers(
     base: Path, patch: Path, adapter: Path, out: Path, before: Callable[[], None], rounds: int
 ) -> list[Contestant]:
-    """How people put other weights into a checkpoint."""
+    """The tools with which people write changed weights into a checkpoint."""
 
     def rival(name: str, module: str, source: Path, *needs: str) -> Contestant:
         command = script(f"rivals.{module}", base, source, out)

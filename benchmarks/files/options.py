@@ -1,4 +1,4 @@
-"""What a run of the suite is asked to do."""
+"""The options of the files suite."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks.harness.units import human, size
+from benchmarks.harness.sizes import format_size, parse_size
 
-# Every part, in an order that shares checkpoints, with the options that it goes by.
+# Every part with the options that it depends on, in an order in which parts share checkpoints.
 PARTS = {
     "warm": ("size", "threads", "repeat"),
     "cold": ("size", "repeat"),
@@ -24,7 +24,7 @@ PARTS = {
 }
 GROUPS = {"growth": ("sizes", "threads", "shards", "tensors", "sparse"), "diff": ("warm", "cold")}
 WITH_RIVALS = ("warm", "cold", "apply", "tensors")
-QUICK = {  # other defaults: what is given beside --quick holds
+QUICK = {  # the defaults with --quick; options given beside it win
     "size": "20MB",
     "sizes": "10MB,20MB,40MB",
     "in_place_size": "20MB",
@@ -37,7 +37,7 @@ QUICK = {  # other defaults: what is given beside --quick holds
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes are bytes a side; ``threads`` those of this tool; ``repeat`` the rounds of a contest."""
+    """Sizes are bytes per side; ``threads`` are this tool's; ``repeat`` is the number of rounds."""
 
     size: int
     sizes: tuple[int, ...]
@@ -61,11 +61,11 @@ class Options:
 
     @property
     def few(self) -> int:
-        """The rounds of what takes long: slow rivals, and growth."""
+        """The rounds of slow rivals and of the scaling parts."""
         return min(self.repeat, 3)
 
     def command(self, part: str) -> str:
-        """The command that measures this part again, as anyone would type it."""
+        """The command line that measures this part again."""
         flags = [f"--{name.replace('_', '-')} {_typed(name, getattr(self, name))}" for name in PARTS[part]]
         if part in WITH_RIVALS and not self.rivals:
             flags.append("--no-rivals")
@@ -75,24 +75,24 @@ class Options:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own options."""
     add = parser.add_argument
-    add("--size", type=size, default="2.4GB", help="bytes a side of most parts (default: 2.4GB)")
+    add("--size", type=parse_size, default="2.4GB", help="bytes per side of most parts (default: 2.4GB)")
     add("--sizes", type=_sizes, default="0.5GB,2GB,8GB", help="part sizes (default: 0.5GB,2GB,8GB)")
-    add("--in-place-size", type=size, default="8GB", help="part inplace (default: 8GB)")
-    add("--sparse-size", type=size, default="100GB", help="part sparse, files of holes (default: 100GB)")
+    add("--in-place-size", type=parse_size, default="8GB", help="part inplace (default: 8GB)")
+    add("--sparse-size", type=parse_size, default="100GB", help="part sparse: sparse files (default: 100GB)")
     add("--shards", type=_numbers, default="1,20,100,500", help="part shards (default: 1,20,100,500)")
     add("--tensors", type=int, default=64_000, help="part tensors: entries of one header (default: 64000)")
     add("--threads", type=int, default=2, help="this tool's threads (default: 2)")
-    add("--repeat", type=int, default=5, help="rounds of every contest (default: 5)")
-    add("--no-rivals", dest="rivals", action="store_false", help="only this tool and the limits")
+    add("--repeat", type=int, default=5, help="rounds of every side-by-side run (default: 5)")
+    add("--no-rivals", dest="rivals", action="store_false", help="measure only this tool and the limits")
     add("--only", type=_parts, default=tuple(PARTS), help=f"some of: {', '.join((*PARTS, *GROUPS))}")
     add("--skip", type=_parts, default=(), help="all but these")
-    add("--quick", action="store_true", help="a smoke test: megabytes, one round; figures mean nothing")
-    add("--work", type=Path, help="where checkpoints are made and removed (default: the temporary folder)")
+    add("--quick", action="store_true", help="smoke test: megabytes, one round; the figures mean nothing")
+    add("--work", type=Path, help="folder for temporary checkpoints (default: the temporary folder)")
     add("--out", type=Path, default=Path("docs/benchmarks"), help="results and charts; the page is OUT.md")
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(size(word) for word in text.split(","))
+    return tuple(parse_size(word) for word in text.split(","))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -109,4 +109,4 @@ def _parts(text: str) -> tuple[str, ...]:
 def _typed(name: str, value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(_typed(name, item) for item in value)
-    return human(value).replace(" ", "") if "size" in name and isinstance(value, int) else str(value)
+    return format_size(value).replace(" ", "") if "size" in name and isinstance(value, int) else str(value)

@@ -9,27 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.files.contestants import copy, neftsurgery, script, writers
+from benchmarks.files.fixtures import CheckpointPair, Fixtures
 from benchmarks.files.options import Options
-from benchmarks.files.workshop import Pair, Workshop
-from benchmarks.harness import pages
-from benchmarks.harness.contest import Contestant, compete, say
+from benchmarks.harness import page_cache
+from benchmarks.harness.log import log
 from benchmarks.harness.process import CommandError, run
-from benchmarks.harness.units import human
+from benchmarks.harness.side_by_side import Contestant, run_side_by_side
+from benchmarks.harness.sizes import format_size
 
 Part = dict[str, Any]
-DOWN = "*.down_proj.weight"  # the tensors whose neurons are columns in the anatomy ffn
+DOWN = "*.down_proj.weight"  # tensors whose neurons are columns in the anatomy ffn
 
 
-def apply(shop: Workshop, options: Options) -> Part:
-    """A patch of 3% into a new checkpoint, beside what else writes one."""
-    pair = shop.pair(options.size, outputs=options.size)
-    patch, adapter, out = (shop.place(name) for name in ("patch.safetensors", "adapter", "out"))
+def apply(fixtures: Fixtures, options: Options) -> Part:
+    """Writes a checkpoint with a patch of 3%, beside the rivals that write one."""
+    pair = fixtures.pair(options.size, outputs=options.size)
+    patch, adapter, out = (fixtures.output(name) for name in ("patch.safetensors", "adapter", "out"))
     run(neftsurgery("extract", pair.base, pair.tuned, "--neurons", "3%", "-o", patch))
-    nbytes = pages.total_size([pair.base])
+    nbytes = page_cache.total_size([pair.base])
 
     def before() -> None:
-        shop.clear(out.name)
-        pages.warm(pair.base)
+        fixtures.remove(out.name)
+        page_cache.warm(pair.base)
 
     command = neftsurgery("apply", pair.base, patch, "-o", out, threads=options.threads)
     plain = script("limits.writes", out, "--size", nbytes)
@@ -41,24 +42,24 @@ def apply(shop: Workshop, options: Options) -> Part:
     if options.rivals:
         _make_adapter(pair, adapter)
         contestants += writers(pair.base, patch, adapter, out, before, options.few)
-    entries = compete(contestants, options.repeat)
+    entries = run_side_by_side(contestants, options.repeat)
     for left in (patch, adapter, out):
-        shop.clear(left.name)
-    group = {"label": human(nbytes), "bytes": nbytes, "contestants": entries}
+        fixtures.remove(left.name)
+    group = {"label": format_size(nbytes), "bytes": nbytes, "contestants": entries}
     return {"title": "apply: a patched checkpoint", "groups": [group]}
 
 
-def in_place(shop: Workshop, options: Options) -> Part:
-    """1% of the rows, and of down_proj's columns, changed in place: beside apply to a new checkpoint."""
-    pair = shop.pair(options.in_place_size, outputs=options.in_place_size * 5 // 4)
-    rows = _Reversible(shop, pair, "rows", "--neurons", "1%")
-    columns = _Reversible(shop, pair, "columns", "--neurons", "1%", "--anatomy", "ffn", "--only", DOWN)
-    out = shop.place("out")
+def in_place(fixtures: Fixtures, options: Options) -> Part:
+    """Changes 1% of the rows, and of down_proj's columns, in place, beside apply to a new checkpoint."""
+    pair = fixtures.pair(options.in_place_size, outputs=options.in_place_size * 5 // 4)
+    rows = _Reversible(fixtures, pair, "rows", "--neurons", "1%")
+    columns = _Reversible(fixtures, pair, "columns", "--neurons", "1%", "--anatomy", "ffn", "--only", DOWN)
+    out = fixtures.output("out")
     command = neftsurgery("apply", pair.base, rows.patch, "-o", out, threads=options.threads)
 
     def before() -> None:
-        shop.clear(out.name)
-        pages.warm(pair.base)
+        fixtures.remove(out.name)
+        page_cache.warm(pair.base)
 
     contestants = [
         Contestant("neftsurgery apply, 1% of rows", "ours", command, before),
@@ -66,27 +67,27 @@ def in_place(shop: Workshop, options: Options) -> Part:
         columns.contestant("1% of down_proj's columns", options.threads, {"tensor_bytes": columns.touched()}),
     ]
     try:
-        entries = compete(contestants, options.few)
+        entries = run_side_by_side(contestants, options.few)
         run(neftsurgery("verify", pair.base, rows.patch, "--expect", "base"))
     except BaseException:
-        shutil.rmtree(pair.folder)  # it may be half of either: no other part must measure it
+        shutil.rmtree(pair.folder)  # it may be half patched: no other part must measure it
         raise
-    for left in (out, rows.patch, rows.way_back, columns.patch, columns.way_back):
-        shop.clear(left.name)
-    nbytes = pages.total_size([pair.base])
-    group = {"label": human(nbytes), "bytes": nbytes, "contestants": entries}
+    for left in (out, rows.patch, rows.undo, columns.patch, columns.undo):
+        fixtures.remove(left.name)
+    nbytes = page_cache.total_size([pair.base])
+    group = {"label": format_size(nbytes), "bytes": nbytes, "contestants": entries}
     return {"title": "apply --in-place", "groups": [group]}
 
 
 class _Reversible:
-    """A patch to apply in place, and a reversible one of the same neurons to take it out again, untimed."""
+    """A patch to apply in place, and a reversible one of the same neurons to revert it, untimed."""
 
-    def __init__(self, shop: Workshop, pair: Pair, name: str, *words: str) -> None:
+    def __init__(self, fixtures: Fixtures, pair: CheckpointPair, name: str, *words: str) -> None:
         self.base = pair.base
-        self.patch = shop.place(f"{name}.safetensors")
-        self.way_back = shop.place(f"{name}-reversible.safetensors")
+        self.patch = fixtures.output(f"{name}.safetensors")
+        self.undo = fixtures.output(f"{name}-reversible.safetensors")
         run(neftsurgery("extract", pair.base, pair.tuned, *words, "-o", self.patch))
-        run(neftsurgery("extract", pair.base, pair.tuned, *words, "--reversible", "-o", self.way_back))
+        run(neftsurgery("extract", pair.base, pair.tuned, *words, "--reversible", "-o", self.undo))
 
     def contestant(self, what: str, threads: int, facts: dict[str, int]) -> Contestant:
         name = f"neftsurgery apply --in-place, {what}"
@@ -100,10 +101,10 @@ class _Reversible:
         return sum(2 * math.prod(tensors[name]["shape"]) for name in names)
 
     def _warm(self) -> None:
-        pages.warm(self.base)
+        page_cache.warm(self.base)
 
     def _revert(self) -> None:
-        run(neftsurgery("revert", self.base, self.way_back, "--in-place"))
+        run(neftsurgery("revert", self.base, self.undo, "--in-place"))
 
 
 def _header(file: Path) -> dict[str, Any]:
@@ -111,9 +112,9 @@ def _header(file: Path) -> dict[str, Any]:
         return dict(json.loads(stream.read(int.from_bytes(stream.read(8), "little"))))
 
 
-def _make_adapter(pair: Pair, adapter: Path) -> None:
-    """For PEFT; where it is not installed, its contestant says so."""
+def _make_adapter(pair: CheckpointPair, adapter: Path) -> None:
+    """Writes an adapter with PEFT. Without PEFT its contestant reports why it is skipped."""
     try:
         run(script("rivals.peft_merge", pair.base, adapter, "--make-adapter"))
     except CommandError as failure:
-        say(f"  no adapter: {failure.reason}")
+        log(f"  no adapter: {failure.reason}")

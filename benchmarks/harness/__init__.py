@@ -1,1 +1,1 @@
-"""What every suite measures with; nothing but the standard library."""
+"""The tools every suite measures with. Standard library only."""

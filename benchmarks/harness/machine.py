@@ -1,4 +1,4 @@
-"""The machine in words: what a reader needs to weigh the figures, and nothing that names it."""
+"""A description of the machine: what a reader needs to judge the figures, and nothing that identifies it."""
 
 from __future__ import annotations
 

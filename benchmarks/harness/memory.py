@@ -1,4 +1,4 @@
-"""Memory of this process: what is resident, and what was at most."""
+"""Resident memory of this process: now, and its peak."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 
 def resident() -> int:
-    """Bytes now."""
+    """Resident bytes now."""
     return _field("VmRSS")
 
 
 def peak() -> int:
-    """Most bytes since the start, or since `forget_peak`."""
+    """Peak resident bytes since the start, or since `reset_peak`."""
     return _field("VmHWM")
 
 
-def forget_peak() -> None:
-    """From here on. What was freed goes back to the system first, where the C library can."""
+def reset_peak() -> None:
+    """Starts a new peak. Freed memory goes back to the system first, where the C library can do that."""
     gc.collect()
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""One command as a process of its own, and what it cost."""
+"""Runs one command in its own process and measures what it costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# What a child must not do on its own: ask the network, or write progress bars into our progress lines.
+# A child must not use the network, and must not write progress bars between our progress lines.
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -27,10 +27,10 @@ QUIET = {
 class Run:
     """What one process cost.
 
-    ``wall`` and ``cpu`` are seconds, from before the process starts to after it ends; ``peak`` is the most
-    resident memory in bytes, mapped file pages included; ``handed`` are the bytes given to write calls and
-    ``dirtied`` those of the pages they touched; ``seconds`` is what the command itself says its work took,
-    without its start (None if it says nothing); ``printed`` is the JSON object it printed.
+    ``wall`` and ``cpu`` are seconds from before the process starts to after it ends. ``peak`` is the peak
+    resident memory in bytes, mapped file pages included. ``handed`` counts the bytes passed to write calls,
+    ``dirtied`` those of the pages that became dirty. ``seconds`` is the time that the command itself reports
+    for its work, without its start (None if it reports none). ``printed`` is the JSON object it printed.
     """
 
     wall: float
@@ -43,7 +43,7 @@ class Run:
 
 
 class CommandError(Exception):
-    """A measured command ended with another exit code than 0."""
+    """A measured command did not exit with 0."""
 
     def __init__(self, command: Sequence[str], code: int, error: str) -> None:
         self.code, self.error = code, error.strip()
@@ -51,7 +51,7 @@ class CommandError(Exception):
 
     @property
     def reason(self) -> str:
-        """The last line of what it wrote to stderr; of paths the last part, as the rest is this machine's."""
+        """The last line it wrote to stderr. Paths are shortened to their last part."""
         line = self.error.splitlines()[-1] if self.error else f"exit code {self.code}"
         return re.sub(r"(?<!\S)/(\S+/)+", "", line)
 
@@ -59,8 +59,8 @@ class CommandError(Exception):
 def run(command: Sequence[str]) -> Run:
     """Runs ``command`` and waits for it.
 
-    Peak memory is the system's account of the process. It starts from the peak of this one, which Linux
-    counts as the child's until that becomes its program: 25 MB as long as nothing heavy is imported here.
+    Peak memory is what the system reports. It includes the peak of this process, which Linux counts as the
+    child's until the child executes its program: 25 MB as long as nothing large is imported here.
 
     Raises:
         CommandError: The command did not exit with 0.
@@ -75,7 +75,7 @@ def run(command: Sequence[str]) -> Run:
         )
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         wall = time.perf_counter() - began
-        written = _written(pid)  # ended but not yet reaped: the account still stands, and is complete
+        written = _written(pid)  # ended but not yet reaped: its counters are still there, and final
         _, status, usage = os.wait4(pid, 0)
         code = os.waitstatus_to_exitcode(status)
         if code:
@@ -105,7 +105,7 @@ def _text(file: BinaryIO | tempfile._TemporaryFileWrapper[bytes]) -> str:
 
 
 def _last_object(text: str) -> dict[str, Any]:
-    """The JSON object on the last line, if there is one; libraries may have chatted before."""
+    """The JSON object on the last line, if there is one. Libraries may have printed lines before it."""
     lines = text.strip().splitlines()
     if lines and lines[-1].startswith("{"):
         with contextlib.suppress(json.JSONDecodeError):

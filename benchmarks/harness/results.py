@@ -1,4 +1,4 @@
-"""The results file: raw runs by part, so that a part can be run again alone, and the page made from all."""
+"""The results file: raw runs by part. One part can be measured again; the page is made from all parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-ONE_LINE = ("runs", "sweep", "machine")  # what is kept together
+ONE_LINE = ("runs", "sweep", "machine")  # objects under these keys are written on one line
 
 
 def load(file: Path) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def load(file: Path) -> dict[str, Any]:
 
 
 def store(file: Path, part: str, result: dict[str, Any]) -> None:
-    """Puts a part's result in the place of its last one; at once: an interrupted run loses one part only."""
+    """Replaces a part's result in the file, atomically: an interrupted run loses one part only."""
     file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_suffix(".new")
     fresh.write_text(_dumps(load(file) | {part: result}))
@@ -25,7 +25,7 @@ def store(file: Path, part: str, result: dict[str, Any]) -> None:
 
 
 def _dumps(parts: dict[str, Any]) -> str:
-    """JSON with a line for every run and every row of a sweep: for people to read, and diffs that tell."""
+    """JSON with one line for each run and each row of a sweep: readable, with useful diffs."""
     lines: list[str] = []
 
     def fold(value: Any, name: str = "") -> Any:

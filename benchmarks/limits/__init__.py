@@ -1,1 +1,1 @@
-"""What the machine allows: every limit is a script, run as a process of its own."""
+"""What the machine allows. Each limit is a script that runs in its own process."""

@@ -1,4 +1,4 @@
-"""Plain parallel reads of all files of some folders into reused buffers: the least a reader must do."""
+"""Plain parallel reads of all files of some folders into reused buffers: the minimum work of a reader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from benchmarks.harness.units import size
+from benchmarks.harness.sizes import parse_size
 
 Piece = tuple[int, int]  # file descriptor, offset
 
@@ -21,8 +21,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--buffer", type=size, required=True)
-    parser.add_argument("--head", type=size, default=size("1TB"), help="only so much of each folder")
+    parser.add_argument("--buffer", type=parse_size, required=True)
+    parser.add_argument(
+        "--head", type=parse_size, default="1TB", help="read only this many bytes of each folder"
+    )
     options = parser.parse_args()
     began = time.perf_counter()
     pieces = list(_interleaved([_pieces(folder, options.buffer, options.head) for folder in options.folders]))
@@ -43,12 +45,12 @@ def _pieces(folder: Path, buffer: int, head: int) -> Iterator[Piece]:
 
 
 def _interleaved(sides: list[Iterator[Piece]]) -> Iterator[Piece]:
-    """The sides in step, as whoever compares them must read them."""
+    """The sides in turns, as a comparison must read them."""
     return (piece for together in zip_longest(*sides) for piece in together if piece)
 
 
 def _read(pieces: list[Piece], threads: int, buffer: int) -> int:
-    """Every thread takes the next piece; taking one from a shared iterator is atomic."""
+    """Each thread takes the next piece. Taking one from a shared iterator is atomic."""
     todo = iter(pieces)
     totals = []
 

@@ -1,4 +1,4 @@
-"""Plain writes of one new file from a reused buffer, and fsync: the least a writer must do."""
+"""Plain writes of one new file from a reused buffer, and fsync: the minimum work of a writer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from benchmarks.harness.units import size
+from benchmarks.harness.sizes import parse_size
 
 BUFFER = 4 << 20
 
@@ -16,7 +16,7 @@ BUFFER = 4 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--size", type=size, required=True)
+    parser.add_argument("--size", type=parse_size, required=True)
     options = parser.parse_args()
     source = memoryview(os.urandom(BUFFER))
     began = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Results to a page and charts; nothing is measured here."""
+"""Makes pages and charts from stored results. Measures nothing."""

@@ -1,4 +1,4 @@
-"""The tables of the selection suite, put between two marks of a page whose prose is written by hand."""
+"""The tables of the selection suite, put between two markers of a page whose prose is written by hand."""
 
 from __future__ import annotations
 
@@ -6,36 +6,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.contest import say
-from benchmarks.page.arms import OLD, Result, Study
-from benchmarks.page.markdown import machines
+from benchmarks.harness.log import log
+from benchmarks.page.files import machines
 from benchmarks.page.paired import over_seeds, over_sentences
-from benchmarks.selection.arms import CONTROLLED
+from benchmarks.page.study import OLD, Result, Study
+from benchmarks.selection.arms import CONTROL_SIZES
 
-BEGIN = "<!-- made by python -m benchmarks render: -->"
-END = "<!-- end of what is made -->"
+BEGIN = "<!-- begin: made by python -m benchmarks render -->"
+END = "<!-- end: made by python -m benchmarks render -->"
 EMPTY = f"# Does choosing neurons help?\n\n{BEGIN}\n{END}\n"
 ROLES = {"ours": "**{}**", "control": "{}", "rival": "*{}*"}
 
 CAPTION = "Loss on the new task and on the old text, by share of trained parameters"
 QUALITY = "| | trained, % | rate | dev loss | test loss |{} old text: loss added | seeds |"
-PAIRS = "| | against | test loss | p | test loss, by sentences |{} old text: loss added |"
-TRANSLATION = (" with another's English | BLEU | chrF |", " chrF, by sentences |")  # columns of these
+PAIRS = "| | compared with | test loss | p | test loss, by sentences |{} old text: loss added |"
+TRANSLATION = (
+    " with another's English | BLEU | chrF |",
+    " chrF, by sentences |",
+)  # their columns
 OLD_TEXT = "| loss added on | English | Chinese | Chinese-English | articles |"
-COSTS = (
-    "| | trained | neurons | share of the change | choosing, s | step, ms | steps to the best | peak, MB |"
-)
+COSTS = "| | trained | neurons | share of the change | choosing, s | step, ms | best step | peak, MB |"
 
 
 def render_selection(folder: Path) -> None:
-    """Puts the tables of all results in ``folder`` into the page ``folder.md``, and draws their figures."""
+    """Puts the tables of all results in ``folder`` into the page ``folder.md``, and draws the figures."""
     page = folder.with_name(f"{folder.name}.md")
     text = page.read_text() if page.exists() else EMPTY
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     made = "\n\n".join(part for file in sorted(folder.glob("selection-*.jsonl")) for part in _section(file))
     page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}")
-    say(f"wrote {page}")
+    log(f"wrote {page}")
 
 
 def _section(file: Path) -> Iterator[str]:
@@ -62,9 +63,9 @@ def _device(study: Study) -> str:
 
 def _picture(study: Study, file: Path) -> str | None:
     try:
-        from benchmarks.page.arms_chart import draw
+        from benchmarks.page.selection_chart import draw
     except ImportError:
-        say("no figure: matplotlib is not installed")
+        log("no figure: matplotlib is not installed")
         return None
     draw(study, file)
     return file.name
@@ -76,9 +77,9 @@ def table(head: str, rows: Iterator[str]) -> str:
 
 
 def named(result: Result) -> str:
-    """An arm's name and words, set by its role."""
+    """An arm's label and size, formatted by its role."""
     size = f", {result.arm.percent}%" if result.arm.percent else ""
-    return ROLES[result.arm.role].format(f"{result.arm.words}{size}")
+    return ROLES[result.arm.role].format(f"{result.arm.label}{size}")
 
 
 def quality_row(study: Study, result: Result) -> str:
@@ -105,11 +106,11 @@ def _of_translation(result: Result) -> Iterator[str]:
 
 
 def pairs(study: Study) -> Iterator[tuple[str, str]]:
-    """Who is compared with whom: all of a size with its random rows, and what isolates one question each."""
+    """The pairs of arms to compare: each arm with its random control, and pairs that isolate one question."""
     for result in study.results.values():
-        if result.arm.against:
-            yield result.arm.name, result.arm.against
-    for size in CONTROLLED:
+        if result.arm.random_control:
+            yield result.arm.name, result.arm.random_control
+    for size in CONTROL_SIZES:
         for name, other in (
             ("neft", "random-like"), ("neft", "least-like"), ("neft", "lora"), ("neft", "gradient"),
             ("neft", "fisher"), ("neft", "ffn"), ("neft", "units"), ("ffn", "ffn-random"),
@@ -123,7 +124,7 @@ def pairs(study: Study) -> Iterator[tuple[str, str]]:
 
 
 def pair_row(study: Study, name: str, other: str) -> str | None:
-    """A row of the table of pairs; None where one of the two has not run."""
+    """A row of the table of pairs; None if one of the two has not run."""
     ours, theirs = study.results.get(name), study.results.get(other)
     if ours is None or theirs is None or not (seeds := sorted(ours.runs.keys() & theirs.runs.keys())):
         return None
@@ -139,17 +140,17 @@ def pair_row(study: Study, name: str, other: str) -> str | None:
     cells = [
         named(ours).strip("*"),
         named(theirs).strip("*"),
-        f"{loss.middle if loss.interval is None else loss.interval:.3f}",
+        f"{loss.mean if loss.interval is None else loss.interval:.3f}",
         "" if loss.p is None else "<0.001" if loss.p < 0.001 else f"{loss.p:.3f}",
         sentences("loss", tokens),
         *([sentences("chrf", [1] * len(tokens))] if study.translates else []),
-        f"{old.middle if old.interval is None else old.interval:.3f}",
+        f"{old.mean if old.interval is None else old.interval:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def old_row(study: Study, result: Result) -> str:
-    """A row of the table of what was forgotten; the base's are losses, not differences."""
+    """A row of the table of forgetting. The base's row has losses, not differences."""
     if result.arm.kind == "base":
         cells = [f"({study.untuned['old'][kind]:.3f})" for kind in OLD]
     else:
@@ -181,28 +182,28 @@ def cost_row(result: Result) -> str:
 
 
 def settings(study: Study) -> Iterator[str]:
-    """What was done, in numbers."""
+    """The settings of the experiment, as list items."""
     setting, counts = study.setting["setting"], study.setting["pairs"]
     shape, before, tune = setting["shape"], setting["pretrain"], setting["tune"]
     old = ", ".join(f"{kind} {study.untuned['old'][kind]:.3f}" for kind in OLD)
     yield (
         f"- Model: Llama, {shape['layers']} layers, hidden {shape['hidden']}, feed-forward {shape['ffn']}, "
-        f"{shape['vocabulary']} tokens, head and embedding shared; {study.base['parameters']:,} parameters, "
+        f"{shape['vocabulary']} tokens, tied embeddings; {study.base['parameters']:,} parameters, "
         "float32."
     )
     what = "pairs" if study.translates else f"pieces of {setting['piece']} tokens"
     yield (
-        f"- {counts['pretrain']:,} pairs to pre-train on; {counts['train']:,} {what} to tune on, "
-        f"{counts['dev']} for the dev loss, {counts['test']} to examine on."
+        f"- {counts['pretrain']:,} pairs for pre-training; {counts['train']:,} {what} for fine-tuning, "
+        f"{counts['dev']} for the dev loss, {counts['test']} for the test."
     )
     yield (
         f"- Pre-training: {before['steps']} steps of {before['batch']} sequences, rate "
-        f"{setting['pretrain_rate']:g}, {study.base['seconds']:.0f} s. Its loss on held-out text, in nats a "
-        f"token: {old}."
+        f"{setting['pretrain_rate']:g}, {study.base['seconds']:.0f} s. Its loss on held-out text, in nats "
+        f"per token: {old}."
     )
     yield (
-        f"- Tuning: at most {tune['steps']} steps of {tune['batch']}, dev loss every {tune['look']}; "
-        f"{sum(len(result.tried) for result in study.results.values())} runs to find learning rates, "
-        f"{sum(len(result.runs) for result in study.results.values())} that count."
+        f"- Fine-tuning: at most {tune['steps']} steps of {tune['batch']} sequences, dev loss every "
+        f"{tune['look']} steps; {sum(len(result.tried) for result in study.results.values())} runs to find "
+        f"learning rates, {sum(len(result.runs) for result in study.results.values())} runs that count."
     )
     yield from machines({"all": {"machine": study.setting["machine"], "date": study.untuned["date"]}})

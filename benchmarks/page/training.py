@@ -1,4 +1,4 @@
-"""The page on training: what was asked of a step, and a table for every setting that was measured."""
+"""The page of the training suite: for every measured setting the requirements on a step, and a table."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import results
-from benchmarks.harness.contest import say
-from benchmarks.page.claims import Claim
-from benchmarks.page.figures import Entry, Spread, ratio, spread
-from benchmarks.page.markdown import claim_row, machines
+from benchmarks.harness.log import log
+from benchmarks.page.files import machines, requirement_table
+from benchmarks.page.metrics import Entry, Spread, ratio, spread
+from benchmarks.page.requirements import Requirement
 from benchmarks.training.suite import RESULTS
 
 INTRODUCTION = """\
 # Benchmarks of training
 
-Made by `python -m benchmarks training`; `--help` tells the settings. The [raw runs]({folder}/{results}) are
-kept, and `python -m benchmarks render` makes this page of them.
+`python -m benchmarks training` makes this page; `--help` lists the settings. The
+[raw runs]({folder}/{results}) are kept; `python -m benchmarks render` makes this page from them.
 
-- Every contestant is a process of its own with a Llama of the same shape, weights at random, and the same
-  batch. They live side by side and step in turns, A B C A B C, so that drift hits all alike. Figures are
-  medians over the turns, with the least and the most in brackets; ratios are taken within each turn.
-- A step is forward, loss, backward, AdamW (fused, as the Trainer's default is) and zeroing the gradients;
-  NeFT's includes writing the rows.
-- All train the same modules: every linear layer but the head. Rows are drawn at random, as many in each.
-- The floor trains nothing. Its gradient starts where that of the others ends: at the outputs of the first
+- Each contestant is its own process, with a Llama of the same shape, random weights, and the same batch. The
+  processes run side by side and step in turns, A B C A B C, so that drift affects all alike. Figures are
+  medians over the turns, with minimum and maximum in brackets. Ratios are taken within each turn.
+- A step is forward, loss, backward, AdamW (fused, the Trainer's default) and zeroing the gradients. NeFT's
+  step includes writing the rows.
+- All train the same modules: every linear layer except the head. Rows are drawn at random, the same share of
+  each weight.
+- The floor trains nothing. Its backward pass ends where that of the others ends: at the outputs of the first
   layer's query, key and value projections.
-- Adapters have the rank that brings them nearest to NeFT's number of parameters.
-- Peak memory, of the steps: on a processor the most resident bytes, above what the process held after its
-  imports; on a GPU the most allocated.
-- Nothing of this is asserted in tests: machines are noisy."""
-HEAD = "| | ms a step | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 |"
+- Adapters have the rank whose number of parameters is nearest to NeFT's.
+- Peak memory is that of the steps: on a processor the peak resident bytes above what the process held after
+  its imports, on a GPU the peak of allocated bytes.
+- No test asserts these figures: machines are noisy."""
+HEAD = "| | step, ms | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 |"
 RULE = "|---|---|---|---|---|---|---|---|"
 Part = dict[str, Any]
 
@@ -41,7 +42,7 @@ def render_training(folder: Path) -> None:
     parts = results.load(folder / RESULTS)
     page = folder.with_name(f"{folder.name}-training.md")
     page.write_text("\n\n".join(_page(parts, folder.name)) + "\n")
-    say(f"wrote {page}")
+    log(f"wrote {page}")
 
 
 def _page(parts: dict[str, Part], folder: str) -> Iterator[str]:
@@ -49,30 +50,36 @@ def _page(parts: dict[str, Part], folder: str) -> Iterator[str]:
     for part in parts.values():
         yield f"## {part['title']}"
         yield f"`{part['command']}`"
-        yield "\n".join(["| asked | found | |", "|---|---|---|", *map(claim_row, claims(part))])
+        yield requirement_table(requirements(part))
         yield "\n".join([HEAD, RULE, *(_row(entry, part) for entry in part["contestants"])])
     yield "## Machines"
     yield "\n".join(machines(parts))
 
 
-def claims(part: Part) -> Iterator[Claim]:
-    """What was asked of NeFT, of one setting."""
+def requirements(part: Part) -> Iterator[Requirement]:
+    """The requirements on NeFT in one setting."""
     ours, lora, masked = (_named(part, name) for name in ("neft-3", "lora-3", "masked-3"))
     bound = 1.05 if part["device"] == "cuda" else 1.10
     steps = (
-        ("NeFT 3%: a step at or under PEFT LoRA's at equal parameters", lora, 1.0),
-        (f"NeFT 3%: a step within {bound:.2f} of the frozen floor's", _named(part, "floor"), bound),
-        ("NeFT 3%: a step well under that of full gradients plus mask (under 0.9)", masked, 0.9),
+        ("NeFT 3%: a step takes at most the time of PEFT LoRA's at equal parameters", lora, 1.0),
+        (
+            f"NeFT 3%: a step takes at most {bound:.2f} of the floor's time",
+            _named(part, "floor"),
+            bound,
+        ),
+        ("NeFT 3%: a step takes at most 0.9 of the time of full gradients with a mask", masked, 0.9),
     )
-    for asked, other, most in steps:
-        yield Claim.of(asked, "of its time", ratio(ours, other, _seconds), lambda x, most=most: x <= most)
+    for statement, other, most in steps:
+        yield Requirement.of(
+            statement, "of its time", ratio(ours, other, _seconds), lambda x, most=most: x <= most
+        )
     memory = (
-        ("NeFT 3%: peak memory at or under LoRA's", lora, 1.0),
-        ("NeFT 3%: peak memory well under that of full gradients plus mask (under 0.9)", masked, 0.9),
+        ("NeFT 3%: peak memory is at most LoRA's", lora, 1.0),
+        ("NeFT 3%: peak memory is at most 0.9 of that of full gradients with a mask", masked, 0.9),
     )
-    for asked, other, most in memory:
+    for statement, other, most in memory:
         found = Spread.of([ours["peak"] / other["peak"]]) if ours and other else None
-        yield Claim.of(asked, "of its memory", found, lambda x, most=most: x <= most)
+        yield Requirement.of(statement, "of its memory", found, lambda x, most=most: x <= most)
 
 
 def _row(entry: Entry, part: Part) -> str:

@@ -1,5 +1,5 @@
-"""What people use instead: every rival is a script that does what a user would, in its own process.
+"""What people use instead. Each rival is a script that does what a user would do, in its own process.
 
-Each prints ``{"seconds": ...}``: its work without its imports. Those that write end with fsync of what they
-wrote, as ``apply`` does: else they would be timed for a promise they did not keep.
+Each prints ``{"seconds": ...}``: the time of its work without its imports. Those that write end with fsync,
+as ``apply`` does, so that all are timed for the same durability.
 """

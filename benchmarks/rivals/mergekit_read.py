@@ -1,6 +1,6 @@
-"""Every tensor of both checkpoints through mergekit's reader, into memory; nothing is computed.
+"""Reads every tensor of both checkpoints into memory with mergekit's reader. Computes nothing.
 
-The reader hands out views of a mapped file, so each is copied once: else nothing would have been read.
+The reader returns views of a mapped file. Each is copied once: otherwise nothing would be read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every tensor through mergekit's reader and writer, rows replaced on the way."""
+"""Copies every tensor with mergekit's reader and writer, and replaces rows on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A patch's rows, read by the documented format alone; and the end of every rival that writes."""
+"""Reads a patch's rows by the documented format alone, and syncs what a rival wrote."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-Rows = tuple[torch.Tensor, torch.Tensor]  # which, and what they become
+Rows = tuple[torch.Tensor, torch.Tensor]  # indices, new values
 
 
 def rows_of(patch: str) -> dict[str, Rows]:
-    """Per touched tensor, the indices and values of its rows."""
+    """The indices and values of the rows of each touched tensor."""
     entries = load_file(patch)
     names = [key.removesuffix(":index") for key in entries if key.endswith(":index")]
     return {name: (entries[f"{name}:index"].long(), entries[f"{name}:value"]) for name in names}
 
 
 def sync(folder: str) -> None:
-    """Every file of ``folder`` reaches the disk."""
+    """Flushes every file of ``folder`` to the disk."""
     for file in Path(folder).iterdir():
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)

@@ -1,6 +1,6 @@
-"""A LoRA adapter merged into its base with PEFT and saved: how a LoRA becomes a checkpoint.
+"""Merges a LoRA adapter into its base with PEFT and saves the result: how a LoRA becomes a checkpoint.
 
-``--make-adapter`` writes an adapter of rank 16 on every linear layer first, with numbers as they come.
+``--make-adapter`` only writes the adapter: rank 16 on every linear layer, with random numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Per-tensor ``cosine_similarity`` over ``safe_open``: what most scripts that compare two checkpoints do."""
+"""Per-tensor ``cosine_similarity`` over ``safe_open``: how most scripts compare two checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _tensors(folder: Path, stack: ExitStack) -> dict[str, safe_open]:
-    """Every tensor's open file."""
+    """The open file of each tensor."""
     files = [stack.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a mapping
 

@@ -1,4 +1,4 @@
-"""Both models loaded with transformers, then the cosine of every row: what a notebook does."""
+"""Loads both models with transformers, then computes the cosine of every row: what a notebook does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load the model, replace rows, ``save_pretrained``."""
+"""Loads the model with transformers, replaces rows, calls ``save_pretrained``."""
 
 from __future__ import annotations
 

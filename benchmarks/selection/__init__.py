@@ -1,7 +1,7 @@
 """Does choosing sensitive neurons help, or only the freezing? The NeFT paper's main table in miniature.
 
-``python -m benchmarks selection --help``. A small Llama learns English and Chinese text and translation from
-Chinese into English; then it is tuned to translate English into Chinese, in every way there is to choose
-what is trained, each with a learning rate of its own found by the same rule. Finished runs are lines of a
-file: a run of the suite that was stopped goes on where it was.
+``python -m benchmarks selection --help``. A small Llama is pre-trained on English and Chinese text and on
+translation from Chinese into English. Then it is fine-tuned to translate English into Chinese. The arms
+differ in what is trained; each has its own learning rate, found by the same rule. Every finished run is a
+line of a file, so a stopped suite resumes where it was.
 """

@@ -1,4 +1,4 @@
-"""What is compared: an arm is a way to choose what is trained."""
+"""The arms of the experiment: what each one trains."""
 
 from __future__ import annotations
 
@@ -8,79 +8,81 @@ from typing import Any, Literal
 
 Kind = Literal["base", "full", "lora", "neurons"]
 Role = Literal["ours", "control", "rival"]
-CONTROLLED = ("3", "9")  # percent at which there are controls
-SIZES = ("0.4", "1.5", "3", "6", "9", "12")  # the paper's
-LIVE = ("gradient", "fisher")  # scores of gradients
-ADAPTED = ("1.5", "3", "9", "30")  # LoRA, at the rank that comes nearest
+CONTROL_SIZES = ("3", "9")  # sizes with controls; like all sizes, in percent of the model's parameters
+SIZES = ("0.4", "1.5", "3", "6", "9", "12")  # the paper's sizes
+GRADIENT_SCORES = ("gradient", "fisher")
+LORA_SIZES = ("1.5", "3", "9", "30")  # of LoRA, which gets the nearest rank
 
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of the comparison.
+    """An arm of the experiment.
 
     Attributes
     ----------
     name:
-        In results and on the command line.
-    words:
-        For the table.
+        Its name in results and on the command line.
+    label:
+        Its name in tables.
     percent:
-        Of all parameters of the model, as the paper counts; None where that is not how it is chosen. Of
-        adapters: what their rank comes nearest to.
+        Its size in percent of all parameters of the model, as the paper counts; None if it has no such size.
+        Adapters get the rank that comes nearest.
     score:
-        Of `neftsurgery.diff`, between the base and the probe; or of the base's gradients, without a probe.
-    alike:
-        Whether every tensor has as many neurons as the sensitive ones of the same size have in it: what
-        is left to choose is which, not where.
+        A score of `neftsurgery.diff` between the base and the probe; or of the base's gradients, without a
+        probe.
+    same_counts:
+        Whether each tensor gets as many neurons as the sensitive selection of the same size has in it. The
+        arm then differs in which neurons are chosen, not in where.
     """
 
     name: str
     kind: Kind
     role: Role
-    words: str
+    label: str
     percent: str | None = None
     anatomy: str = "rows"
     score: str = "cosine"
     policy: str = "sensitive"
-    alike: bool = False
+    same_counts: bool = False
 
     @property
-    def probed(self) -> bool:
-        """Whether it needs the scores of what a full fine-tune changed, be it only to count neurons."""
-        return self.kind == "neurons" and self.score not in LIVE
+    def needs_probe(self) -> bool:
+        """Whether it needs the scores of a full fine-tune, if only to count neurons."""
+        return self.kind == "neurons" and self.score not in GRADIENT_SCORES
 
     @property
-    def against(self) -> str | None:
-        """The arm of random neurons of the same size, where there is one and this is another."""
+    def random_control(self) -> str | None:
+        """The arm with random neurons of the same size; None if there is none, and for that arm itself."""
         random = f"random-{self.percent}"
-        return random if self.percent in CONTROLLED and self.name != random else None
+        return random if self.percent in CONTROL_SIZES and self.name != random else None
 
 
 def _chosen(name: str, percent: str) -> Arm:
-    """Neurons of one size, chosen in the way that ``name`` says."""
-    role, words, how = _WAYS[name]
-    return Arm(f"{name}-{percent}", "neurons", role, words, percent, **how)
+    """The arm that trains neurons chosen by the method ``name``, at one size."""
+    role, label, options = _CHOICES[name]
+    return Arm(f"{name}-{percent}", "neurons", role, label, percent, **options)
 
 
-_WAYS: dict[str, tuple[Role, str, dict[str, Any]]] = {
+_CHOICES: dict[str, tuple[Role, str, dict[str, Any]]] = {
     "neft": ("ours", "NeFT: sensitive rows", {}),
     "random": ("control", "random rows", {"policy": "random"}),
     "random-like": (
-        "control", "random rows, as many per tensor as NeFT", {"policy": "random", "alike": True},
+        "control", "random rows, as many per tensor as NeFT", {"policy": "random", "same_counts": True},
     ),
     "reversed": ("control", "least sensitive rows", {"policy": "reversed"}),
     "least-like": (
-        "control", "least sensitive rows, as many per tensor as NeFT", {"policy": "reversed", "alike": True},
+        "control", "least sensitive rows, as many per tensor as NeFT",
+        {"policy": "reversed", "same_counts": True},
     ),
     "norm": ("control", "rows of lowest norm", {"score": "norm"}),
-    "gradient": ("ours", "rows that gradients agree to turn", {"score": "gradient"}),
-    "fisher": ("control", "rows of largest gradients", {"score": "fisher"}),
+    "gradient": ("ours", "rows by gradient signs", {"score": "gradient"}),
+    "fisher": ("control", "rows by squared gradients", {"score": "fisher"}),
     "ffn": ("ours", "sensitive, anatomy ffn (the paper's)", {"anatomy": "ffn"}),
     "units": ("ours", "sensitive, anatomy units", {"anatomy": "units"}),
     "units-gradient": (
-        "ours", "units that gradients agree to turn", {"anatomy": "units", "score": "gradient"},
+        "ours", "units by gradient signs", {"anatomy": "units", "score": "gradient"},
     ),
-    "units-fisher": ("control", "units of largest gradients", {"anatomy": "units", "score": "fisher"}),
+    "units-fisher": ("control", "units by squared gradients", {"anatomy": "units", "score": "fisher"}),
     "ffn-random": ("control", "random, anatomy ffn", {"anatomy": "ffn", "policy": "random"}),
     "units-random": ("control", "random, anatomy units", {"anatomy": "units", "policy": "random"}),
 }  # fmt: skip
@@ -90,20 +92,20 @@ def _lora(percent: str) -> Arm:
     return Arm(f"lora-{percent}", "lora", "rival", "LoRA", percent)
 
 
-def _in_order() -> Iterator[Arm]:
-    """The most telling first: a run that is short of time leaves out the last."""
+def _all_arms() -> Iterator[Arm]:
+    """The most informative arms first: a run with too little time leaves out the last ones."""
     yield Arm("base", "base", "rival", "base, untuned")
     yield Arm("full", "full", "rival", "full fine-tune")
     for name in ("neft", "random", "random-like", "reversed"):
-        yield from (_chosen(name, percent) for percent in CONTROLLED)
-    yield from (_lora(percent) for percent in CONTROLLED)
+        yield from (_chosen(name, percent) for percent in CONTROL_SIZES)
+    yield from (_lora(percent) for percent in CONTROL_SIZES)
     for name in ("ffn", "units", "gradient", "fisher", "least-like", "norm"):
-        yield from (_chosen(name, percent) for percent in CONTROLLED)
-    yield from (_chosen("neft", percent) for percent in SIZES if percent not in CONTROLLED)
-    yield from (_lora(percent) for percent in ADAPTED if percent not in CONTROLLED)
+        yield from (_chosen(name, percent) for percent in CONTROL_SIZES)
+    yield from (_chosen("neft", percent) for percent in SIZES if percent not in CONTROL_SIZES)
+    yield from (_lora(percent) for percent in LORA_SIZES if percent not in CONTROL_SIZES)
     for name in ("ffn-random", "units-random", "units-gradient", "units-fisher"):
-        yield from (_chosen(name, percent) for percent in CONTROLLED)
+        yield from (_chosen(name, percent) for percent in CONTROL_SIZES)
     yield Arm("linear", "neurons", "rival", "all rows of the linear layers")
 
 
-ARMS = {arm.name: arm for arm in _in_order()}
+ARMS = {arm.name: arm for arm in _all_arms()}

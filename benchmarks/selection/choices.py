@@ -1,4 +1,4 @@
-"""Which neurons an arm trains: chosen with the tool itself, from the base's checkpoint and a probe's."""
+"""Chooses the neurons an arm trains, with the tool itself, from the checkpoints of the base and a probe."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 from torch import Tensor
 
 import neftsurgery as ns
-from benchmarks.selection.arms import LIVE, Arm
+from benchmarks.selection.arms import GRADIENT_SCORES, Arm
 from neftsurgery import Selection
 from neftsurgery.options import Scope
 from neftsurgery.surgery.pairing import pair
-from neftsurgery.training.gradients import gradient_scores
+from neftsurgery.training.gradient_probe import gradient_scores
 
 
 def choose(
     arm: Arm, base: Path, probe: Path | None, model: Any, batches: Iterable[Mapping[str, Tensor]], seed: int
 ) -> Selection:
-    """The neurons of ``arm``.
+    """The neurons that ``arm`` trains.
 
     Parameters
     ----------
     base, probe:
-        Checkpoints; the probe is the full fine-tune of the same seed. None: where there is none, which
-        suits random neurons only.
+        Checkpoints. The probe is the full fine-tune of the same seed. Without one (None) only random neurons
+        can be chosen.
     model, batches:
-        The live base and examples, for gradients.
+        The live base and examples, for gradient scores.
     seed:
-        Of what is random.
+        The seed of random choices.
     """
-    if arm.score in LIVE:
+    if arm.score in GRADIENT_SCORES:
         checkpoint = ns.open_checkpoint(base)
         anatomy = pair(checkpoint, checkpoint, Scope(arm.anatomy)).anatomy
         scores = gradient_scores(model, checkpoint, anatomy, batches, score=arm.score)
@@ -42,14 +42,14 @@ def choose(
         if arm.percent is None:
             return scores.select(neurons="100%")
         size = f"{arm.percent}%"
-        if arm.alike:
+        if arm.same_counts:
             sensitive = scores.select(params=size)
             return scores.select(like=sensitive, policy=arm.policy, seed=seed)
         return scores.select(params=size, policy=arm.policy, seed=seed)
 
 
 def describe(selection: Selection) -> dict[str, Any]:
-    """What is worth keeping of a selection; JSON."""
+    """The facts stored about a selection, as JSON values."""
     facts = {name: round(selection.facts[name], 4) for name in ("captured",) if name in selection.facts}
     where: dict[str, int] = {}
     for name, chosen in selection.tensors.items():

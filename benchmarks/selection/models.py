@@ -1,4 +1,4 @@
-"""The model: made, loaded, asked for losses and for translations. Needs torch and transformers."""
+"""The model: creates and loads it, computes losses and translations. Needs torch and transformers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.selection.examples import END, IGNORED, PADDING, Codec, Example, collate, in_order
+from benchmarks.selection.examples import END, IGNORED, PADDING, Codec, Example, batches_by_length, collate
 from benchmarks.selection.options import Shape
-from benchmarks.selection.text import Pair
+from benchmarks.selection.text import SentencePair
 
-BATCH = 100  # to examine with
+BATCH = 100  # examples per batch of an evaluation
 
 
-def born(shape: Shape, vocabulary: int, seed: int, device: str) -> Any:
-    """A model that has learnt nothing yet."""
+def initialize(shape: Shape, vocabulary: int, seed: int, device: str) -> Any:
+    """A model with random weights."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=shape.hidden,
@@ -43,9 +43,9 @@ def load(folder: Path, device: str) -> Any:
 
 
 def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy in nats, of every token to be foretold; the head is asked for these alone.
+    """Cross-entropy in nats of every predicted token. The head computes only these tokens.
 
-    Padding is on the right, where no real token sees it: no mask is needed.
+    Padding is on the right, where no real token attends to it, so no mask is needed.
     """
     hidden = model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
@@ -54,11 +54,11 @@ def losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def examine(model: Any, examples: Sequence[Example]) -> list[tuple[float, int]]:
-    """Per example the sum of its tokens' losses, and how many they are."""
+def evaluate(model: Any, examples: Sequence[Example]) -> list[tuple[float, int]]:
+    """For each example, the sum of its tokens' losses and the number of tokens."""
     model.eval()
     found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    for places, batch in in_order(examples, BATCH):
+    for places, batch in batches_by_length(examples, BATCH):
         inputs = collate(batch, model.device)
         counts = [len(example.ids) - example.start for example in batch]
         parts = losses(model, inputs).double().split(counts)
@@ -68,16 +68,16 @@ def examine(model: Any, examples: Sequence[Example]) -> list[tuple[float, int]]:
 
 
 def mean_loss(model: Any, examples: Sequence[Example]) -> float:
-    """Nats a token."""
-    found = examine(model, examples)
+    """The mean loss in nats per token."""
+    found = evaluate(model, examples)
     return sum(loss for loss, _ in found) / sum(count for _, count in found)
 
 
 @torch.no_grad()
-def translate(model: Any, codec: Codec, pairs: Sequence[Pair], into: int, most: int) -> list[str]:
-    """Greedy translations of the English sides, of ``most`` tokens at most.
+def translate(model: Any, codec: Codec, pairs: Sequence[SentencePair], into: int, most: int) -> list[str]:
+    """Greedy translations of the English sentences, of at most ``most`` tokens.
 
-    Prompts of one length go together, so that there is no padding to be masked.
+    Prompts of equal length form a batch, so there is no padding to mask.
     """
     model.eval()
     by_length: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
@@ -105,5 +105,5 @@ def _greedy(model: Any, prompts: Tensor, most: int) -> Tensor:
 
 
 def parameters_of(model: Any) -> int:
-    """How many numbers it holds; shared ones count once."""
+    """The number of parameters; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

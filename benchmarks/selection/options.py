@@ -1,4 +1,4 @@
-"""What a run of the suite is asked to do, and how large everything is."""
+"""The options of the selection suite, and its scales."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.selection.text import Sizes
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model: a Llama whose head is its embedding, with ``vocabulary`` tokens at most."""
+    """The model's shape: a Llama with tied embeddings and at most ``vocabulary`` tokens."""
 
     hidden: int
     ffn: int
@@ -26,67 +26,68 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Course:
-    """AdamW without weight decay; warm-up over a twentieth, then a straight line to zero.
+class Schedule:
+    """AdamW without weight decay. The rate warms up linearly over a twentieth of the steps, then decays to 0.
 
-    Batches have ``batch`` sequences. Every ``look`` steps the dev loss is measured, and the best state is
-    kept; after ``patience`` looks without a better one, the course is broken off.
+    Batches have ``batch`` sequences. The dev loss is measured every ``evaluate_every`` steps, and the best
+    state is kept. Training stops after ``patience`` measurements without a better one.
     """
 
     steps: int
     batch: int
-    look: int = 0
+    evaluate_every: int = 0
     patience: int = 0
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """The scale of an experiment.
 
-    ``old`` examples of each old task are examined for what was forgotten. ``rungs`` is where every search
-    for a learning rate starts on the ladder, and its bounds. ``mixture`` says how many batches in turn are
-    pre-trained on: Chinese into English, English into Chinese, English, Chinese, articles.
+    Forgetting is measured on ``old`` examples of each pre-training task. ``exponents`` are the start and the
+    bounds of every search for a learning rate. ``mixture`` is the number of batches of each pre-training
+    task in turn: Chinese into English, English into Chinese, English, Chinese, articles.
     """
 
     shape: Shape
     text: Sizes
-    pretrain: Course
+    pretrain: Schedule
     pretrain_rate: float
-    tune: Course
+    tune: Schedule
     old: int
     piece: int  # tokens of a piece of an article
-    answer: int  # tokens of a translation, at most
-    rungs: tuple[int, int, int] = (4, -4, 9)
+    answer: int  # most tokens of a translation
+    exponents: tuple[int, int, int] = (4, -4, 9)
     mixture: tuple[int, ...] = (4, 2, 1, 1, 1)
 
 
 SCALES = {
     "quick": Scale(
-        Shape(32, 88, 2, 4, 600), Sizes(64, 16, 16, 8, 10), Course(12, 16), 3e-3,
-        Course(6, 16, look=3, patience=2), old=16, piece=16, answer=8, rungs=(2, 2, 3),
+        Shape(32, 88, 2, 4, 600), Sizes(64, 16, 16, 8, 10), Schedule(12, 16), 3e-3,
+        Schedule(6, 16, evaluate_every=3, patience=2), old=16, piece=16, answer=8, exponents=(2, 2, 3),
     ),
     "small": Scale(
-        Shape(80, 216, 4, 4, 2000), Sizes(1500, 200, 300, 8, 10), Course(4000, 16), 3e-3,
-        Course(120, 12, look=30, patience=2), old=100, piece=24, answer=20,
+        Shape(80, 216, 4, 4, 2000), Sizes(1500, 200, 300, 8, 10), Schedule(4000, 16), 3e-3,
+        Schedule(120, 12, evaluate_every=30, patience=2), old=100, piece=24, answer=20,
     ),
     "medium": Scale(
-        Shape(160, 432, 4, 4, 3000), Sizes(1600, 300, 400, 12, 16), Course(5000, 32), 2e-3,
-        Course(400, 16, look=50, patience=2), old=200, piece=32, answer=28, rungs=(2, -4, 9),
+        Shape(160, 432, 4, 4, 3000), Sizes(1600, 300, 400, 12, 16), Schedule(5000, 32), 2e-3,
+        Schedule(400, 16, evaluate_every=50, patience=2), old=200, piece=32, answer=28, exponents=(2, -4, 9),
         mixture=(4, 1, 1, 2, 1),
     ),
     "large": Scale(
-        Shape(512, 1408, 8, 8, 6000), Sizes(8000, 1000, 1500, 40, 60), Course(30_000, 128), 1e-3,
-        Course(2000, 64, look=100, patience=4), old=1000, piece=64, answer=80,
+        Shape(512, 1408, 8, 8, 6000), Sizes(8000, 1000, 1500, 40, 60), Schedule(30_000, 128), 1e-3,
+        Schedule(2000, 64, evaluate_every=100, patience=4), old=1000, piece=64, answer=80,
     ),
 }  # fmt: skip
-RATE = 1e-3  # the learning rates are this times powers of two, the rungs of the ladder
+RATE = 1e-3  # learning rates are this times powers of two
+STORED_AS = {"exponents": "rungs", "evaluate_every": "look"}  # keys in results files, kept for old ones
 TASKS = ("translation", "plays")
 QUICK_ARMS = ("base", "full", "neft-3", "random-3", "random-like-3", "lora-3", "units-9", "gradient-9")
 
 
 @dataclass(frozen=True)
 class Options:
-    """``seeds`` runs of each of the arms ``only``; no run starts after ``minutes``."""
+    """``seeds`` runs of each arm in ``only``; no run starts after ``minutes``."""
 
     text: Path
     work: Path
@@ -114,7 +115,7 @@ class Options:
 
     @property
     def sizes(self) -> Scale:
-        """How large everything is."""
+        """The chosen scale."""
         return SCALES[self.scale]
 
     @property
@@ -127,14 +128,18 @@ class Options:
         return "-".join(parts)
 
     def describe(self, text: str) -> dict[str, Any]:
-        """What must be alike for bases to be comparable; JSON. ``text`` is the text's digest."""
-        sizes = json.loads(json.dumps(asdict(self.sizes)))  # as it is when it is read back
+        """What must be equal for bases to be comparable, as JSON values. ``text`` is the text's digest."""
+        sizes = json.loads(json.dumps(asdict(self.sizes)), object_hook=_stored)  # as it is read back
         return {"scale": self.scale, "device": self.device, "rate": RATE, **sizes, "text": text}
 
-    def place(self, text: str) -> Path:
-        """The folder of the base and the probes: another one for every setting, the same for all tasks."""
+    def folder(self, text: str) -> Path:
+        """The folder of the base and the probes. Each setting has its own; all tasks share it."""
         digest = hashlib.sha256(json.dumps(self.describe(text), sort_keys=True).encode()).hexdigest()
         return self.work / f"selection-{self._named(TASKS[0])}-{digest[:12]}"
+
+
+def _stored(scale: dict[str, Any]) -> dict[str, Any]:
+    return {STORED_AS.get(key, key): value for key, value in scale.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,17 +151,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("../shared/data/text"),
         help="the folder of sentence pairs and articles",
     )
-    add("--work", type=Path, default=Path("build/selection"), help="where the base and the probes are kept")
-    add("--out", type=Path, default=Path("docs/results"), help="results, a line a run; the page is OUT.md")
-    add("--scale", choices=SCALES, default="small", help="how large everything is (default: small)")
-    add("--task", choices=TASKS, default=TASKS[0], help="what the base is tuned to do (default: translation)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add("--work", type=Path, default=Path("build/selection"), help="folder for the base and the probes")
+    add("--out", type=Path, default=Path("docs/results"), help="results, a line per run; the page is OUT.md")
+    add("--scale", choices=SCALES, default="small", help="size of the experiment (default: small)")
+    add("--task", choices=TASKS, default=TASKS[0], help="the task of fine-tuning (default: translation)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device (default: cpu)")
     add("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
     add("--only", type=_names, default=(), help=f"some of: {', '.join(ARMS)}")
-    add("--minutes", type=float, default=float("inf"), help="start no run after so many; go on another time")
-    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of torch, in each process")
-    add("--workers", type=int, default=1, help="processes that work off the arms side by side (default: 1)")
-    add("--quick", action="store_true", help="a smoke test: tiny, a few arms; figures mean nothing")
+    add("--minutes", type=float, default=float("inf"), help="start no run after this; resume later")
+    add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch threads per process")
+    add("--workers", type=int, default=1, help="processes that run arms in parallel (default: 1)")
+    add("--quick", action="store_true", help="smoke test: tiny, a few arms; the figures mean nothing")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What is measured of a tuned model, on text nobody learnt from."""
+"""What is measured of a tuned model, on held-out text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF
 
 from benchmarks.selection.examples import CHINESE, Codec, Example
-from benchmarks.selection.models import examine, mean_loss, translate
+from benchmarks.selection.models import evaluate, mean_loss, translate
 from benchmarks.selection.options import Scale
-from benchmarks.selection.text import Pair, Text
+from benchmarks.selection.text import SentencePair, Text
 
-SHOWN = 3  # translations that are kept, to be looked at
+SHOWN = 3  # translations that are stored for readers
 
 
 def measure(model: Any, test: Sequence[Example], codec: Codec, text: Text, sizes: Scale) -> dict[str, Any]:
-    """Losses in nats a token, of ``test`` and of what the base knew; and the sum of each test example."""
-    found = examine(model, test)
+    """Losses in nats per token on ``test`` and the pre-training tasks; each test example's summed loss."""
+    found = evaluate(model, test)
     old = {name: round(mean_loss(model, make()), 5) for name, make in _old(codec, text, sizes).items()}
     return {
         "test": round(sum(loss for loss, _ in found) / sum(count for _, count in found), 5),
@@ -26,11 +26,11 @@ def measure(model: Any, test: Sequence[Example], codec: Codec, text: Text, sizes
     }
 
 
-def translation(model: Any, codec: Codec, pairs: Sequence[Pair], sizes: Scale) -> dict[str, Any]:
+def translation(model: Any, codec: Codec, pairs: Sequence[SentencePair], sizes: Scale) -> dict[str, Any]:
     """BLEU and chrF of greedy translations into Chinese, and each sentence's chrF.
 
-    ``astray`` is the loss where each Chinese sentence follows another one's English: what of the loss is
-    translation, and what only knowing Chinese.
+    ``astray`` is the loss when each Chinese sentence follows the English of another one. It shows how much
+    of the loss is due to translation and how much to Chinese alone.
     """
     translations = translate(model, codec, pairs, CHINESE, sizes.answer)
     references = [chinese for _, chinese in pairs]
@@ -53,7 +53,7 @@ def translation(model: Any, codec: Codec, pairs: Sequence[Pair], sizes: Scale) -
 
 
 def _old(codec: Codec, text: Text, sizes: Scale) -> dict[str, Callable[[], list[Example]]]:
-    """What the base was pre-trained for."""
+    """Examples of each pre-training task."""
     pairs = text.test[: sizes.old]
     return {
         "english": lambda: codec.english(pairs),

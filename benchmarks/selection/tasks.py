@@ -1,4 +1,4 @@
-"""What the base is tuned to do: examples to learn from and to examine on, and what is measured of it."""
+"""The tasks of fine-tuning: their examples, and what is measured besides losses."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Task:
     train, dev, test:
         Its examples.
     setting:
-        What sets its results file apart from those of other tasks; JSON.
+        What tells its results from those of other tasks, as JSON values.
     more:
-        What is measured of a tuned model beside losses.
+        Measures more than losses of a tuned model.
     """
 
     train: Sequence[Example]
@@ -38,12 +38,12 @@ class Task:
 
 
 def task(name: str, folder: Path, text: Text, codec: Codec, sizes: Scale) -> Task:
-    """The task of a name. Raises TextError."""
+    """The task called ``name``. Raises TextError."""
     return dict(zip(TASKS, (_translation, _plays), strict=True))[name](folder, text, codec, sizes)
 
 
 def _translation(folder: Path, text: Text, codec: Codec, sizes: Scale) -> Task:
-    """English into Chinese, of which the base knows a little."""
+    """Translation from English into Chinese, which the base knows a little."""
     train, dev, test = (codec.forward(part) for part in (text.train, text.dev, text.test))
     return Task(
         train, dev, test, more=partial(quality.translation, codec=codec, pairs=text.test, sizes=sizes)
@@ -51,16 +51,16 @@ def _translation(folder: Path, text: Text, codec: Codec, sizes: Scale) -> Task:
 
 
 def _plays(folder: Path, text: Text, codec: Codec, sizes: Scale) -> Task:
-    """English of four centuries ago, of which the base knows nothing: pieces of long speeches.
+    """English of four centuries ago, which the base has never seen: pieces of long speeches.
 
-    They are dealt out speech by speech, so that but for the two at the seams a speech is in one part.
+    The split goes speech by speech: only the two speeches at its boundaries can be in two parts.
     """
     speeches = read_plays(folder)
     order = random.Random(0).sample(speeches, len(speeches))
     pieces = codec.pieces(order, sizes.piece)
     counts = (sizes.text.test, sizes.text.dev, sizes.text.train)
     if len(pieces) < sum(counts):
-        raise TextError(f"{len(pieces)} pieces of plays are too few: {sum(counts)} are asked for")
+        raise TextError(f"{len(pieces)} pieces of plays are too few: {sum(counts)} are needed")
     test, dev, train = (pieces[sum(counts[:n]) : sum(counts[: n + 1])] for n in range(3))
     digest = hashlib.sha256(repr(speeches).encode()).hexdigest()[:16]
     return Task(train, dev, test, {"task": "plays", "plays": digest})

@@ -1,4 +1,4 @@
-"""The text: sentence pairs and articles, dealt out so that no sentence is on two sides."""
+"""The text: sentence pairs and articles, split so that no sentence is in two parts."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 PAIRS = "tatoeba_en_zh/cmn.txt"  # English, tab, Chinese, tab, attribution
 PLAYS = "tinyshakespeare.txt"  # speeches, with empty lines between them
-ARTICLES = ("wikitext2/valid.txt", "wikitext2/test.txt")  # to learn from, to examine on
+ARTICLES = ("wikitext2/valid.txt", "wikitext2/test.txt")  # for training, for evaluation
 
-Pair = tuple[str, str]  # English, Chinese
+SentencePair = tuple[str, str]  # English, Chinese
 
 
 class TextError(Exception):
-    """The folder of text lacks something, or has too little of it."""
+    """The folder of text lacks a file, or has too little text."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many pairs to tune on, for the dev loss, and to examine on; the rest is learnt before that.
+    """How many pairs are for fine-tuning, for the dev loss and for the test; the rest is for pre-training.
 
-    ``words`` of English and ``characters`` of Chinese are the most that a pair may have.
+    A pair has at most ``words`` of English and ``characters`` of Chinese.
     """
 
     train: int
@@ -36,41 +36,41 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Text:
-    """What there is to read.
+    """All text of an experiment.
 
     Attributes
     ----------
     pretrain, train, dev, test:
-        Pairs, English in lower case; a sentence of one of them, English or Chinese, is in no other, whatever
-        its case and punctuation. Of dev and test no two pairs share a sentence.
+        Pairs, English in lower case. A sentence of one part, English or Chinese, is in no other part,
+        whatever its case and punctuation. No two pairs of dev and test share a sentence.
     articles, unseen:
-        Paragraphs of English articles to learn from, and to examine on.
+        Paragraphs of English articles, for training and for evaluation.
     """
 
-    pretrain: tuple[Pair, ...]
-    train: tuple[Pair, ...]
-    dev: tuple[Pair, ...]
-    test: tuple[Pair, ...]
+    pretrain: tuple[SentencePair, ...]
+    train: tuple[SentencePair, ...]
+    dev: tuple[SentencePair, ...]
+    test: tuple[SentencePair, ...]
     articles: tuple[str, ...]
     unseen: tuple[str, ...]
 
     @property
     def pairs(self) -> dict[str, int]:
-        """How many there are in each part."""
+        """The number of pairs in each part."""
         parts = {"pretrain": self.pretrain, "train": self.train, "dev": self.dev, "test": self.test}
         return {name: len(part) for name, part in parts.items()}
 
     @property
     def digest(self) -> str:
-        """Names exactly this text, dealt out in this way."""
+        """Identifies this text and its split. It depends on the names of the class and its fields."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
 def read(folder: Path, sizes: Sizes, seed: int = 0) -> Text:
-    """The text of ``folder``, dealt out by ``seed``. Raises TextError."""
-    dealt = deal(short(_pairs(folder / PAIRS), sizes), sizes, seed)
+    """The text of ``folder``, split by ``seed``. Raises TextError."""
+    parts = split(short(_pairs(folder / PAIRS), sizes), sizes, seed)
     articles, unseen = (tuple(_paragraphs(folder / name)) for name in ARTICLES)
-    return Text(**dealt, articles=articles, unseen=unseen)
+    return Text(**parts, articles=articles, unseen=unseen)
 
 
 def read_plays(folder: Path) -> tuple[str, ...]:
@@ -79,10 +79,10 @@ def read_plays(folder: Path) -> tuple[str, ...]:
     return tuple(" ".join(speech.split()) for speech in speeches if speech.strip())
 
 
-def short(pairs: Iterable[Pair], sizes: Sizes) -> list[Pair]:
-    """The pairs within the limits whose Chinese is in simplified characters, each once.
+def short(pairs: Iterable[SentencePair], sizes: Sizes) -> list[SentencePair]:
+    """The pairs within the limits whose Chinese is in simplified characters, without duplicates.
 
-    Which of the two scripts a translator used cannot be told from the English: it would be noise.
+    The English does not tell which script a translator used, so two scripts would only add noise.
     """
     return list(
         dict.fromkeys(
@@ -95,35 +95,35 @@ def short(pairs: Iterable[Pair], sizes: Sizes) -> list[Pair]:
     )
 
 
-def deal(pairs: Sequence[Pair], sizes: Sizes, seed: int) -> dict[str, tuple[Pair, ...]]:
-    """Deals pairs to the four parts, those that share a sentence to the same part.
+def split(pairs: Sequence[SentencePair], sizes: Sizes, seed: int) -> dict[str, tuple[SentencePair, ...]]:
+    """Splits pairs into the four parts. Pairs that share a sentence go to the same part.
 
     Raises
     ------
     TextError
-        If the pairs do not suffice.
+        If there are too few pairs.
     """
-    families = list(_families(pairs))
-    random.Random(seed).shuffle(families)
-    dealt: dict[str, tuple[Pair, ...]] = {}
+    groups = list(_connected(pairs))
+    random.Random(seed).shuffle(groups)
+    parts: dict[str, tuple[SentencePair, ...]] = {}
     for part, count in (("test", sizes.test), ("dev", sizes.dev)):
-        taken, families = families[:count], families[count:]
-        dealt[part] = tuple(family[0] for family in taken)
-    train: list[Pair] = []
-    while families and len(train) < sizes.train:
-        train += families.pop()
-    dealt["train"] = tuple(train[: sizes.train])
-    dealt["pretrain"] = tuple(pair for family in families for pair in family)
-    if not dealt["pretrain"]:
+        taken, groups = groups[:count], groups[count:]
+        parts[part] = tuple(group[0] for group in taken)
+    train: list[SentencePair] = []
+    while groups and len(train) < sizes.train:
+        train += groups.pop()
+    parts["train"] = tuple(train[: sizes.train])
+    parts["pretrain"] = tuple(pair for group in groups for pair in group)
+    if not parts["pretrain"]:
         asked = sizes.train + sizes.dev + sizes.test
         raise TextError(
-            f"{len(pairs)} short pairs are too few: {asked} are asked for, and more to learn before"
+            f"{len(pairs)} short pairs are too few: {asked} are needed, and more for pre-training"
         )
-    return dealt
+    return parts
 
 
-def _families(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
-    """Pairs that share a sentence, directly or through others."""
+def _connected(pairs: Sequence[SentencePair]) -> Iterator[list[SentencePair]]:
+    """Groups of pairs that share a sentence, directly or through others."""
     above: dict[tuple[int, str], tuple[int, str]] = {}
 
     def head(key: tuple[int, str]) -> tuple[int, str]:
@@ -134,19 +134,19 @@ def _families(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
 
     for english, chinese in pairs:
         above[head((0, _plain(english)))] = head((1, _plain(chinese)))
-    families: dict[tuple[int, str], list[Pair]] = {}
+    groups: dict[tuple[int, str], list[SentencePair]] = {}
     for pair in pairs:
-        families.setdefault(head((0, _plain(pair[0]))), []).append(pair)
-    yield from families.values()
+        groups.setdefault(head((0, _plain(pair[0]))), []).append(pair)
+    yield from groups.values()
 
 
 def _plain(sentence: str) -> str:
-    """Without case and punctuation, unless that is all there is."""
+    """The sentence without case and punctuation, unless nothing would be left."""
     return re.sub(r"[\W_]+", "", sentence.casefold()) or sentence
 
 
 def _simplified(sentence: str) -> bool:
-    """GB 2312 has no traditional characters where there are simplified ones."""
+    """Whether all characters are in GB 2312, which has no traditional form of a simplified character."""
     try:
         sentence.encode("gb2312")
     except UnicodeEncodeError:
@@ -154,7 +154,7 @@ def _simplified(sentence: str) -> bool:
     return True
 
 
-def _pairs(file: Path) -> Iterator[Pair]:
+def _pairs(file: Path) -> Iterator[SentencePair]:
     for line in _read(file).splitlines():
         columns = line.split("\t")
         if len(columns) >= 2:
@@ -162,7 +162,7 @@ def _pairs(file: Path) -> Iterator[Pair]:
 
 
 def _paragraphs(file: Path) -> Iterator[str]:
-    """Paragraphs, without the headings."""
+    """Paragraphs without the headings."""
     lines = (line.strip().lower() for line in _read(file).splitlines())
     return (line for line in lines if line and not line.startswith("="))
 
@@ -172,6 +172,6 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise TextError(
-            f"there is no {file}; --text names a folder with {PAIRS}, "
+            f"there is no {file}; --text must name a folder with {PAIRS}, "
             f"{' and '.join(ARTICLES)}, and for the plays {PLAYS}"
         ) from None

@@ -1,4 +1,4 @@
-"""Training: one course, whatever is trained; the state with the lowest dev loss is the one that stays."""
+"""Training: the same schedule for every arm. The state with the lowest dev loss is kept."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import neftsurgery as ns
 from benchmarks.selection.arms import Arm
-from benchmarks.selection.examples import Example, collate, shuffled
+from benchmarks.selection.examples import Example, collate, shuffled_batches
 from benchmarks.selection.models import losses, parameters_of
-from benchmarks.selection.options import Course
+from benchmarks.selection.options import Schedule
 from neftsurgery import Selection
 
 WARM_UP, CLIP = 0.05, 1.0
@@ -26,8 +26,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 @dataclass(frozen=True)
-class Trained:
-    """How a course went: dev losses by step; seconds of all steps, and of the median one."""
+class TrainingResult:
+    """Dev losses by step; the step with the lowest one; seconds of all steps, and of the median step."""
 
     dev: dict[int, float]
     best: int
@@ -40,8 +40,8 @@ class Trained:
         return self.dev[self.best]
 
 
-def trainable(arm: Arm, model: Any, selection: Selection | None, seed: int) -> list[nn.Parameter]:
-    """Makes the model the arm's, and says what is trained of it."""
+def make_trainable(arm: Arm, model: Any, selection: Selection | None, seed: int) -> list[nn.Parameter]:
+    """Prepares the model for the arm, and returns the parameters to train."""
     if arm.kind == "full":
         return list(model.requires_grad_(True).parameters())
     if arm.kind == "lora":
@@ -68,34 +68,34 @@ def train(
     model: Any,
     parameters: Sequence[nn.Parameter],
     batches: Iterator[list[Example]],
-    course: Course,
+    schedule: Schedule,
     rate: float,
-    examine: Callable[[], float] | None = None,
-    say: Callable[[int, float], object] = lambda step, loss: None,
-) -> Trained:
-    """Trains; with ``examine``, keeps the best state by what it returns, that of the start included."""
+    evaluate: Callable[[], float] | None = None,
+    log: Callable[[int, float], object] = lambda step, loss: None,
+) -> TrainingResult:
+    """Trains. With ``evaluate``, keeps the state for which it returns the least, the start included."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     dev: dict[int, float] = {}
-    best, kept = 0, _copy(parameters) if examine else []
-    if examine:
-        dev[0] = examine()
+    best, kept = 0, _copy(parameters) if evaluate else []
+    if evaluate:
+        dev[0] = evaluate()
     times = []
-    for step, batch in enumerate(islice(batches, course.steps), 1):
+    for step, batch in enumerate(islice(batches, schedule.steps), 1):
         began = time.perf_counter()
-        loss = _step(model, parameters, optimizer, batch, rate * _share(step, course.steps))
+        loss = _step(model, parameters, optimizer, batch, rate * _rate_factor(step, schedule.steps))
         times.append(time.perf_counter() - began)
-        say(step, loss)
-        if examine and (step % course.look == 0 or step == course.steps):
-            dev[step] = examine()
+        log(step, loss)
+        if evaluate and (step % schedule.evaluate_every == 0 or step == schedule.steps):
+            dev[step] = evaluate()
             if dev[step] < dev[best]:
                 best, kept = step, _copy(parameters)
-            if not math.isfinite(dev[step]) or step - best >= course.patience * course.look:
+            if not math.isfinite(dev[step]) or step - best >= schedule.patience * schedule.evaluate_every:
                 break
     with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=bool(examine)):
+        for parameter, value in zip(parameters, kept, strict=bool(evaluate)):
             parameter.copy_(value)
     model.eval()
-    return Trained(dev, best, sum(times), median(times))
+    return TrainingResult(dev, best, sum(times), median(times))
 
 
 def _step(
@@ -112,8 +112,8 @@ def _step(
     return loss.item()
 
 
-def _share(step: int, steps: int) -> float:
-    """Of the learning rate, at ``step`` of 1 to ``steps``."""
+def _rate_factor(step: int, steps: int) -> float:
+    """The factor of the learning rate at ``step`` of 1 to ``steps``."""
     return min(step / max(1.0, WARM_UP * steps), (1 - (step - 1) / steps) / (1 - WARM_UP), 1.0)
 
 
@@ -122,5 +122,5 @@ def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def batches_of(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Batches without end, by a seed."""
-    return shuffled(examples, size, random.Random(seed))
+    """Endless shuffled batches, by a seed."""
+    return shuffled_batches(examples, size, random.Random(seed))

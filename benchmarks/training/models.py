@@ -1,4 +1,4 @@
-"""The model all contestants train: a Llama of a given shape, weights at random. Needs torch."""
+"""The model that all contestants train: a Llama of a given shape with random weights. Needs torch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build(job: dict[str, Any]) -> Any:
 
 
 def batch(job: dict[str, Any]) -> Tensor:
-    """Token ids ``[batch, length]``; every contestant gets the same."""
+    """Token ids ``[batch, length]``, the same for every contestant."""
     generator = torch.Generator().manual_seed(1)
     vocabulary = SHAPES[job["shape"]][4]
     ids = torch.randint(vocabulary, (job["batch"], job["length"]), generator=generator)
@@ -53,7 +53,7 @@ def batch(job: dict[str, Any]) -> Tensor:
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:
-    """The modules whose weights are trained: all linear layers but the head."""
+    """The modules whose weights are trained: all linear layers except the head."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""What a run of the suite is asked to do."""
+"""The options of the training suite, and its contestants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = {
 }
 DTYPES = ("fp32", "bf16")
 
-# Name: role and what it is. A number in a name is the share of rows, in percent, that decides the size.
+# Name: role and label. A number in a name is the share of rows in percent, which decides the size.
 CONTESTANTS = {
     "floor": ("limit", "frozen floor: forward and input gradients only"),
     "neft-1": ("ours", "NeFT, 1% of rows"),
@@ -38,7 +38,7 @@ QUICK = {"shape": "tiny", "layers": 2, "batch": 2, "length": 16, "rounds": 2, "s
 
 @dataclass(frozen=True)
 class Options:
-    """``rounds`` of ``steps`` each; ``batch`` sequences of ``length`` tokens."""
+    """Each contestant takes ``rounds`` turns of ``steps`` steps on ``batch`` x ``length`` tokens."""
 
     device: str
     dtype: str
@@ -59,12 +59,12 @@ class Options:
 
     @property
     def part(self) -> str:
-        """Under what name the result is stored: one for each setting worth comparing."""
+        """The result's name in the results file, one for each setting."""
         checkpointing = " checkpointing" if self.checkpointing else ""
         return f"{self.device} {self.shape} x {self.layers} {self.dtype}{checkpointing}"
 
     def command(self) -> str:
-        """The command that measures this again, as anyone would type it."""
+        """The command line that measures this again."""
         names = ("device", "dtype", "shape", "layers", "batch", "length", "rounds", "steps")
         flags = [f"--{name} {getattr(self, name)}" for name in names]
         flags += ["--checkpointing"] * self.checkpointing
@@ -73,7 +73,7 @@ class Options:
         return " ".join(["python -m benchmarks training", *flags])
 
     def job(self, contestant: str) -> dict[str, Any]:
-        """What a worker has to know."""
+        """The job of a worker, as JSON values."""
         kept = ("device", "dtype", "shape", "layers", "batch", "length", "checkpointing")
         return {"contestant": contestant} | {key: value for key, value in asdict(self).items() if key in kept}
 
@@ -81,17 +81,17 @@ class Options:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The suite's own options."""
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the frozen weights (default: fp32)")
-    add("--shape", choices=SHAPES, default="small", help="of the model's layers (default: small)")
-    add("--layers", type=int, default=4, help="how many of them (default: 4)")
-    add("--batch", type=int, default=4, help="sequences a step (default: 4)")
-    add("--length", type=int, default=128, help="tokens a sequence (default: 128)")
-    add("--rounds", type=int, default=7, help="turns of every contestant (default: 7)")
-    add("--steps", type=int, default=2, help="steps a turn (default: 2)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device (default: cpu)")
+    add("--dtype", choices=DTYPES, default="fp32", help="dtype of the frozen weights (default: fp32)")
+    add("--shape", choices=SHAPES, default="small", help="shape of the model's layers (default: small)")
+    add("--layers", type=int, default=4, help="number of layers (default: 4)")
+    add("--batch", type=int, default=4, help="sequences per step (default: 4)")
+    add("--length", type=int, default=128, help="tokens per sequence (default: 128)")
+    add("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
+    add("--steps", type=int, default=2, help="steps per turn (default: 2)")
     add("--checkpointing", action="store_true", help="gradient checkpointing, for all")
     add("--only", type=_names, default=tuple(CONTESTANTS), help=f"some of: {', '.join(CONTESTANTS)}")
-    add("--quick", action="store_true", help="a smoke test: tiny, two rounds; figures mean nothing")
+    add("--quick", action="store_true", help="smoke test: tiny, two rounds; the figures mean nothing")
     add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-training.md")
 
 

@@ -1,4 +1,4 @@
-"""Starts the workers, has them step in turns, and stores what they told."""
+"""Starts the workers, lets them step in turns, and stores their answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.harness import machine, results
-from benchmarks.harness.contest import say
+from benchmarks.harness.log import log
 from benchmarks.harness.process import QUIET, CommandError
 from benchmarks.training.options import CONTESTANTS, Options
 
@@ -22,20 +22,20 @@ RESULTS = "training.json"
 
 
 def measure(options: Options) -> None:
-    """Measures one setting, into ``options.out/training.json``."""
+    """Measures one setting; writes ``options.out/training.json``."""
     here = machine.describe(options.out.parent if options.out.parent.exists() else options.out)
     began = time.perf_counter()
-    say(f"starting {len(options.only)} workers")
+    log(f"starting {len(options.only)} workers")
     workers = [Worker(name, options) for name in options.only]
     try:
         for worker in workers:
-            worker.settle()
+            worker.wait_until_ready()
         if all(worker.skipped for worker in workers):
             sys.exit("nothing could be measured: every contestant failed")
         for number in range(options.rounds):
             for worker in workers:
                 worker.take_turn(options.steps)
-            say(f"    round {number + 1}/{options.rounds}  (at {time.perf_counter() - began:.0f} s)")
+            log(f"    round {number + 1}/{options.rounds}  (at {time.perf_counter() - began:.0f} s)")
     finally:
         for worker in workers:
             worker.close()
@@ -61,15 +61,15 @@ def _device(device: str) -> str:
 
 
 class Worker:
-    """A contestant's process, and what it has told."""
+    """A contestant's process, and its answers so far."""
 
     def __init__(self, name: str, options: Options) -> None:
         self.name = name
-        self.role, self.words = CONTESTANTS[name]
+        self.role, self.label = CONTESTANTS[name]
         self.runs: list[dict[str, float]] = []
         self.facts: dict[str, int] = {}
         self.skipped: str | None = None
-        needs = ["torch", "transformers"] + ["peft"] * ("PEFT" in self.words)
+        needs = ["torch", "transformers"] + ["peft"] * ("PEFT" in self.label)
         missing = [package for package in needs if find_spec(package) is None]
         self._process: subprocess.Popen[str] | None = None
         if missing:
@@ -87,12 +87,12 @@ class Worker:
             env=os.environ | QUIET,
         )
 
-    def settle(self) -> None:
-        """Wait until it has built its model and made its first steps."""
-        self._hear()
+    def wait_until_ready(self) -> None:
+        """Waits until the worker has built its model and made its first steps."""
+        self._read_answer()
 
     def take_turn(self, steps: int) -> None:
-        """Have it make ``steps`` steps."""
+        """Lets the worker make ``steps`` steps."""
         if self._process is None or self._process.stdin is None:
             return
         try:
@@ -101,13 +101,13 @@ class Worker:
         except BrokenPipeError:
             self._fail()
             return
-        told = self._hear()
-        if told:
-            seconds = told.pop("seconds")
+        answer = self._read_answer()
+        if answer:
+            seconds = answer.pop("seconds")
             self.runs.append({"seconds": round(sum(seconds) / len(seconds), 6)})
-            self.facts = told
+            self.facts = answer
 
-    def _hear(self) -> dict[str, Any]:
+    def _read_answer(self) -> dict[str, Any]:
         if self._process is None or self._process.stdout is None:
             return {}
         line = self._process.stdout.readline()
@@ -121,13 +121,13 @@ class Worker:
         code = self._process.wait()
         self._error.seek(0)
         failure = CommandError(["worker", self.name], code, self._error.read())
-        say(f"    {self.words}: {failure}")
+        log(f"    {self.label}: {failure}")
         self.skipped = f"failed: {failure.reason}"
         self.runs = []
         self._process = None
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         if self._process is None:
             return
         if self._process.stdin is not None:
@@ -136,9 +136,9 @@ class Worker:
         if self.runs:
             middle = median(run["seconds"] for run in self.runs)
             peak = self.facts["peak"] / 1e6
-            say(f"    {middle * 1e3:9.1f} ms  {peak:8.0f} MB  {self.words}")
+            log(f"    {middle * 1e3:9.1f} ms  {peak:8.0f} MB  {self.label}")
 
     def result(self) -> dict[str, Any]:
-        """As it is stored."""
-        shown = {"id": self.name, "name": self.words, "role": self.role, "skipped": self.skipped}
+        """The result as it is stored."""
+        shown = {"id": self.name, "name": self.label, "role": self.role, "skipped": self.skipped}
         return shown | self.facts | {"runs": self.runs}

@@ -1,7 +1,7 @@
-"""One contestant, as a process: it builds its model, then steps when it is told to.
+"""One contestant as a process: builds its model, then steps on request.
 
-``python -m benchmarks.training.worker JOB``, JOB as JSON. Reads lines of stdin, a number of steps each, and
-answers each with a JSON line on stdout; the first answer, unasked, says that it is ready.
+``python -m benchmarks.training.worker JOB``, with JOB as JSON. Each line of stdin is a number of steps; the
+answer is a JSON line on stdout. The first line of stdout says that the worker is ready.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ WARM_UP = 2
 
 
 def main() -> None:
-    told = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to stderr
     job = json.loads(sys.argv[1])
     warnings.filterwarnings("ignore")
     import torch
 
-    import benchmarks.training.ways  # noqa: F401  imports are no part of the memory that is measured
+    import benchmarks.training.contestants  # noqa: F401  the measured memory excludes imports
 
     if "peft" in job["needs"]:
         import peft  # noqa: F401
     imported = memory.resident()
     trainer = _Trainer(job)
-    _forget_peak(torch, job["device"])
+    _reset_peak(torch, job["device"])
     for _ in range(WARM_UP):
         trainer.step()
-    print(json.dumps({"ready": True}), file=told)
+    print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         seconds = [trainer.step() for _ in range(int(line))]
-        print(json.dumps({"seconds": seconds, **trainer.facts(imported)}), file=told)
+        print(json.dumps({"seconds": seconds, **trainer.facts(imported)}), file=answers)
 
 
 class _Trainer:
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
 
-        from benchmarks.training import models, ways
+        from benchmarks.training import contestants, models
 
         self._torch, self._device = torch, job["device"]
         self._ids = models.batch(job)
         model = models.build(job)
-        self._way = ways.prepare(job["contestant"], model)
+        self._method = contestants.prepare(job["contestant"], model)
         self._optimizer = (
-            torch.optim.AdamW(self._way.parameters, lr=1e-5, weight_decay=0.0, fused=True)
-            if self._way.parameters
+            torch.optim.AdamW(self._method.parameters, lr=1e-5, weight_decay=0.0, fused=True)
+            if self._method.parameters
             else None
         )
 
@@ -60,9 +60,9 @@ class _Trainer:
         """One whole step; returns its seconds."""
         self._wait()
         began = time.perf_counter()
-        loss = self._way.model(input_ids=self._ids, labels=self._ids).loss
+        loss = self._method.model(input_ids=self._ids, labels=self._ids).loss
         loss.backward()
-        self._way.before_step()
+        self._method.before_step()
         if self._optimizer is not None:
             self._optimizer.step()
             self._optimizer.zero_grad()
@@ -74,7 +74,7 @@ class _Trainer:
             self._torch.cuda.synchronize()
 
     def facts(self, imported: int) -> dict[str, int]:
-        """What was held so far: peak bytes of the process (or device) since the model was built."""
+        """Peak bytes of the process or device since the model was built, and sizes of what is trained."""
         states = self._optimizer.state.values() if self._optimizer is not None else ()
         optimizer = sum(
             value.numel() * value.element_size()
@@ -84,16 +84,16 @@ class _Trainer:
         )
         on_device = self._device == "cuda"
         peak = self._torch.cuda.max_memory_allocated() if on_device else memory.peak() - imported
-        return {"peak": peak, "trainable": self._way.trainable, "optimizer_bytes": optimizer}
+        return {"peak": peak, "trainable": self._method.trainable, "optimizer_bytes": optimizer}
 
 
-def _forget_peak(torch: Any, device: str) -> None:
-    """From here on: building a model takes more for a moment, in each way alike."""
+def _reset_peak(torch: Any, device: str) -> None:
+    """Starts a new peak, since building the model briefly takes more memory, with every method."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        memory.forget_peak()
+        memory.reset_peak()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..reporting.layer_map import LayerMap
-from ..reporting.map_figure import BLOCKS, map_lines
+from ..reporting.layer_map_figure import BLOCKS, layer_map_lines
 from ..scoring.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary
@@ -143,7 +143,7 @@ def say_map(console: Console, scores: Scores) -> None:
         return
     found = LayerMap.of_scores(scores, scores.select(neurons=_MAPPED))
     console.say(f"where the most sensitive {_MAPPED} are")
-    for line in map_lines(found, blocks=can_print(BLOCKS)):
+    for line in layer_map_lines(found, blocks=can_print(BLOCKS)):
         console.say(f"  {line}")
     console.say()
 

@@ -1,4 +1,4 @@
-"""The part of ``neftsurgery report`` that needs a live model: ``--utilization``."""
+"""The options of ``neftsurgery report --utilization``, and the sections that they add to the report."""
 
 from __future__ import annotations
 
@@ -6,76 +6,93 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ..errors import UsageError
+from ..neuron_utilization.options import ANATOMIES, BATCH, DTYPES, TOKENS, States, UtilizationOptions
 from ..text import plural
 from .console import Console
 from .options import stack
 
 if TYPE_CHECKING:
-    from ..neuron_utilization.plan import UtilizationPlan
-    from ..reporting.sections import Section
+    from ..neuron_utilization.utilization import UtilizationPlan
+    from ..reporting.sections import ReportSection
 
-__all__ = ["Analysis", "plan_analyses", "split_subjects", "take_utilization", "utilization_options"]
-
-_OWN = ("base", "text", "states", "strongly", "anatomy", "tokens", "batch", "dtype", "device", "neurons_out")
+__all__ = [
+    "SectionPlan",
+    "plan_utilization_sections",
+    "split_checkpoints",
+    "take_utilization",
+    "utilization_options",
+]
 
 utilization_options = stack(
     click.option(
         "--utilization",
         is_flag=True,
-        help="The NeFT paper's analysis: run the model on a text, and tell how training moved neurons in the "
-        "ranking by their correlation with hidden states.",
+        help="Add the analysis of the NeFT paper: run the model on a text, and show how training moved "
+        "neurons in the ranking by correlation with hidden states.",
     ),
     click.option("--base", metavar="BASE", help="The checkpoint before training: a folder or Hub id."),
     click.option("--text", metavar="FILE", help="A UTF-8 file with a text on each line."),
     click.option(
         "--states",
-        type=click.Choice(["preceding", "following", "all"]),
-        help="Compare with states before the neuron's block, from it on, or all. Default: preceding.",
+        type=click.Choice(get_args(States)),
+        help="Compare with hidden states that enter the neuron's block or an earlier one (preceding), that "
+        "leave its block or a later one (following), or with all. Default: preceding.",
     ),
     click.option(
         "--strongly",
         metavar="N|P%",
-        help="Strongly affected: moved by more ranks. Default: the paper's, 28.4%.",
+        help="The rank change above which a neuron is strongly affected. Default: 28.4%, as in the paper.",
     ),
     click.option(
         "--anatomy",
-        type=click.Choice(["ffn", "rows"]),
-        help="Which neurons. Default: ffn, and the kinds of weights that the patch has neurons of.",
+        type=click.Choice(ANATOMIES),
+        help="Which neurons are ranked. Default: ffn, and the kinds of weight that the patch changes.",
     ),
     click.option(
-        "--tokens", type=click.IntRange(min=1), metavar="N", help="Of the text, at most. Default: 32768."
+        "--tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help=f"The largest number of tokens of the text. Default: {TOKENS}.",
     ),
-    click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Tokens at once. Default: 4096."),
+    click.option(
+        "--batch",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help=f"The number of tokens that go through the model at once. Default: {BATCH}.",
+    ),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", "float64", "float32", "float16", "bfloat16"]),
-        help="What the model computes in. Default: auto, the type of its files.",
+        type=click.Choice(["auto", *DTYPES]),
+        help="What the model computes in. Default: auto, the dtype of its files.",
     ),
-    click.option("--device", metavar="NAME", help="Where: cpu, cuda. Default: a GPU if there is one."),
     click.option(
-        "--neurons-out", metavar="FILE", help="Write every neuron's numbers to this safetensors file."
+        "--device", metavar="NAME", help="Where the model runs: cpu, cuda. Default: a GPU if there is one."
+    ),
+    click.option(
+        "--neurons-out", metavar="FILE", help="Write the numbers of every neuron to this safetensors file."
     ),
 )
 
 
 def take_utilization(options: dict[str, Any]) -> dict[str, Any] | None:
-    """Remove the options of `utilization_options` from ``options``; None where it is not asked for.
+    """Remove the options of `utilization_options` from ``options``; None without ``--utilization``.
 
     Raises
     ------
     UsageError
-        If some are given that go with others which are not.
+        If options are given without those that they need.
     """
     wanted = options.pop("utilization")
-    taken = {name: value for name in _OWN if (value := options.pop(name)) is not None}
+    names = ("base", "text", "neurons_out", *UtilizationOptions.__annotations__)
+    taken = {name: value for name in names if (value := options.pop(name, None)) is not None}
     if not wanted:
         if taken:
-            raise UsageError(f"--{next(iter(taken)).replace('_', '-')} goes with --utilization")
+            raise UsageError(f"--{next(iter(taken)).replace('_', '-')} needs --utilization")
         return None
     for name in ("base", "text"):
         if name not in taken:
@@ -83,78 +100,72 @@ def take_utilization(options: dict[str, Any]) -> dict[str, Any] | None:
     return taken
 
 
-def split_subjects(subjects: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Files of ours, which the report pictures, and checkpoints, which it only analyses."""
-    checkpoints = [one for one in subjects if os.path.isdir(one) or not os.path.exists(one)]
-    return [one for one in subjects if one not in checkpoints], checkpoints
+def split_checkpoints(subjects: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The scores files and patches, which get figures of their own, and the checkpoints, which do not."""
+    checkpoints = [path for path in subjects if os.path.isdir(path) or not os.path.exists(path)]
+    return [path for path in subjects if path not in checkpoints], checkpoints
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """The planned analysis of one patch or checkpoint, by its name."""
+class SectionPlan:
+    """The planned utilization of one patch or checkpoint, and the section of the report that shows it."""
 
     name: str
-    end: str
+    suffix: str
     plan: UtilizationPlan
-    neurons_out: str | None
 
     def say(self, console: Console) -> None:
-        """What is going to be looked at."""
+        """Say what will be ranked."""
         text = self.plan.text
         console.say(
             f"{self.name}: {plural(self.plan.neurons, 'neuron')} to rank, before and after, on "
             f"{plural(text.tokens, 'token')} of {plural(text.texts, 'text')}"
-            f"{' (there are more)' if text.cut else ''}"
+            f"{' (there are more)' if text.truncated else ''}"
         )
-        if self.plan.outside:
+        if self.plan.unranked:
             console.note(
-                f"warning: {plural(self.plan.outside, 'neuron')} of {self.name} cannot be ranked: they have "
-                "another width than hidden states, or lie in no block"
+                f"warning: {plural(self.plan.unranked, 'neuron')} of {self.name} cannot be ranked: their "
+                "width is not that of the hidden states, or they are in no block"
             )
 
-    def run(self, console: Console, *, force: bool) -> Section:
-        """Carry it out."""
-        from ..neuron_utilization.figures import section_of
-        from ..neuron_utilization.measure import measure
+    def run(self, console: Console) -> ReportSection:
+        """Run the plan, and make the section."""
+        from ..neuron_utilization.report_section import utilization_section
 
-        found = measure(self.plan, progress=partial(console.progress, unit="it"))
-        if self.neurons_out is not None:
-            found.save(self.neurons_out, force=force)
-            console.say(f"wrote {self.neurons_out}: every neuron's correlations and ranks")
-        return section_of(found, f"Use of neurons: {self.name}", end=self.end)
+        found = self.plan.run(progress=partial(console.progress, unit="it"))
+        if self.plan.out is not None:
+            console.say(f"wrote {self.plan.out}: the correlations and ranks of every neuron")
+        return utilization_section(found, f"Use of neurons: {self.name}", suffix=self.suffix)
 
 
-def plan_analyses(named: Sequence[str], options: dict[str, Any], *, force: bool) -> list[Analysis]:
-    """Plan the analysis of each patch or checkpoint of ``named``.
+def plan_utilization_sections(
+    paths: Sequence[str], options: dict[str, Any], *, force: bool
+) -> list[SectionPlan]:
+    """Plan a section for each patch or checkpoint of ``paths``.
 
     Raises
     ------
     NeftError
-        For what cannot be analysed, or where torch and transformers are not installed.
+        If one of them cannot be measured, or torch and transformers are not installed.
     """
     try:
-        from ..neuron_utilization.plan import plan_utilization
+        from ..neuron_utilization.utilization import plan_utilization
     except ImportError as error:
         raise UsageError(
-            f"--utilization needs what is not installed: {error.name}",
+            f"--utilization needs {error.name}, which is not installed",
             hint="pip install 'neftsurgery[train]'",
         ) from error
     options = dict(options)
-    base, text, neurons_out = options.pop("base"), options.pop("text"), options.pop("neurons_out", None)
-    if not named:
-        raise UsageError("--utilization is of a patch or a checkpoint, not of scores")
-    if neurons_out is not None:
-        from ..storage.output_checks import refuse_output
-
-        if len(named) > 1:
-            raise UsageError("--neurons-out takes the neurons of one patch, and there are several")
-        refuse_output(neurons_out, inputs=[base, text, *named], force=force, kind="file")
+    base, text, out = options.pop("base"), options.pop("text"), options.pop("neurons_out", None)
+    if not paths:
+        raise UsageError("--utilization needs a patch or a checkpoint, not only scores")
+    if out is not None and len(paths) > 1:
+        raise UsageError("--neurons-out needs exactly one patch or checkpoint", found=len(paths))
     return [
-        Analysis(
-            os.path.basename(os.path.normpath(one)),
-            f"-{number}" if len(named) > 1 else "",
-            plan_utilization(base, one, text, **options),
-            neurons_out,
+        SectionPlan(
+            os.path.basename(os.path.normpath(path)),
+            f"-{number}" if len(paths) > 1 else "",
+            plan_utilization(base, path, text, out=out, force=force, **options),
         )
-        for number, one in enumerate(named, 1)
+        for number, path in enumerate(paths, 1)
     ]

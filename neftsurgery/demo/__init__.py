@@ -1,1 +1,1 @@
-"""What `neftsurgery demo` works on, made on the spot: checkpoints, languages, a model that learns them."""
+"""The checkpoints, languages and models that `neftsurgery demo` generates."""

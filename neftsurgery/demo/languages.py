@@ -1,8 +1,7 @@
-"""Three made-up languages, and word-for-word translation between them: what the demo's model learns.
+"""Three toy languages and word-for-word translation between them: the task of the demo's tiny model.
 
-A sentence is some words of one language, the sign of the language to translate into, and the same
-words in that one. Words are numbers; which word means what is drawn, so a direction of translation is
-a map that has to be learnt by heart.
+A sequence is a sentence in one language, the token of the target language, and the translation. Words are
+numbers. Which word has which meaning is random, so a model has to memorize each direction of translation.
 """
 
 from __future__ import annotations
@@ -17,29 +16,29 @@ from numpy.typing import NDArray
 __all__ = ["NEW", "OLD", "Direction", "Languages"]
 
 Direction: TypeAlias = tuple[int, int]
-"""From which language into which."""
+"""The source language and the target language."""
 
 OLD: tuple[Direction, ...] = ((0, 1), (1, 2), (2, 0))
-"""The directions that the base model knows: every word of every language occurs on both sides."""
+"""The directions that the base model is trained on. Every word of every language occurs on both sides."""
 
 NEW: tuple[Direction, ...] = ((0, 2),)
-"""The direction that is new to it."""
+"""The direction that the fine-tune adds."""
 
 _COUNT = 3
 
 
 @dataclass(frozen=True)
 class Languages:
-    """The languages of one world.
+    """Three languages with random vocabularies.
 
     Attributes
     ----------
     words:
-        Of each language.
+        Words per language.
     length:
-        Words of a sentence.
+        Words per sentence.
     seed:
-        What the world is drawn from.
+        The seed of the vocabularies.
     """
 
     words: int = 16
@@ -48,13 +47,13 @@ class Languages:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are: the words of all languages, and a sign for each."""
+        """The number of tokens: the words of all languages, and one token per language."""
         return _COUNT * (self.words + 1)
 
     def draw(
         self, rng: np.random.Generator, directions: Sequence[Direction], count: int
     ) -> NDArray[np.int64]:
-        """``count`` sentences, int64 ``[count, 2 * length + 1]``, each direction in turn."""
+        """``count`` sequences, int64 ``[count, 2 * length + 1]``, cycling through the directions."""
         words = self._words()
         meaning = rng.integers(0, self.words, (count, self.length))
         which = np.arange(count) % len(directions)
@@ -69,6 +68,6 @@ class Languages:
         )
 
     def _words(self) -> NDArray[np.int64]:
-        """The word of each language for each meaning, ``[language, meaning]``."""
+        """The word for each meaning in each language, ``[language, meaning]``."""
         rng = np.random.default_rng(self.seed)
         return np.stack([number * self.words + rng.permutation(self.words) for number in range(_COUNT)])

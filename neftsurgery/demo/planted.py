@@ -1,10 +1,11 @@
-"""Checkpoints to find neurons in: a small Llama in bfloat16, in shards, and a fine-tune that is known."""
+"""A small sharded Llama checkpoint in bfloat16, and a fine-tune whose changed neurons are known."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +30,14 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-#: How many neurons the demo's fine-tune really moves.
+#: How many neurons the synthetic fine-tune changes.
 PLANTED = 64
 _SHARDS = 3
 
-Weights = dict[str, NDArray[np.float32]]
+Arrays: TypeAlias = dict[str, NDArray[np.float32]]
 
 
-def make_base(folder: Path, seed: int = 0) -> Weights:
+def make_base(folder: Path, seed: int = 0) -> Arrays:
     """Write the base checkpoint; returns its weights, rounded to bfloat16."""
     rng = np.random.default_rng(seed)
     weights = {}
@@ -48,7 +49,7 @@ def make_base(folder: Path, seed: int = 0) -> Weights:
 
 
 def planted(seed: int = 0) -> dict[str, NDArray[np.int64]]:
-    """The neurons that the demo's fine-tune moves, by tensor: ascending output units."""
+    """The neurons that the synthetic fine-tune changes: per tensor, ascending output rows."""
     rng = np.random.default_rng(seed + 1)
     rows = [
         (name, row)
@@ -64,7 +65,7 @@ def planted(seed: int = 0) -> dict[str, NDArray[np.int64]]:
 
 
 def make_tuned(folder: Path, base: Mapping[str, NDArray[np.float32]], seed: int = 0) -> None:
-    """Write a fine-tune of ``base``: noise everywhere, and `planted` neurons turned by some degrees."""
+    """Write a synthetic fine-tune of ``base``: slight noise, and much more of it in the `planted` neurons."""
     rng = np.random.default_rng(seed + 2)
     moved = planted(seed)
     tuned = {}
@@ -98,13 +99,13 @@ def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _round(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """To the nearest bfloat16, ties to even, still stored as float32."""
+    """Round to the nearest bfloat16, ties to even; the result is still float32."""
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)
 
 
-def _write(folder: Path, weights: Weights) -> None:
+def _write(folder: Path, weights: Arrays) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (folder / "README.md").write_text("Random weights, made by `neftsurgery demo`.\n")

@@ -1,1 +1,1 @@
-"""How a fine-tune moved each neuron in a ranking: its correlation with hidden states (NeFT, section 5)."""
+"""How a fine-tune changes the correlation of neurons with hidden states: section 6.1 of the NeFT paper."""

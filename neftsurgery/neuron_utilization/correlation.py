@@ -1,4 +1,4 @@
-"""Pearson correlation of neurons' vectors with hidden states, in blocks. Tensors in, tensors out."""
+"""The Pearson correlation of neurons' vectors with hidden states: tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from torch import Tensor
 from ..neurons.layout import Layout
 from ..tuning.vectors import gather
 
-__all__ = ["strongest"]
+__all__ = ["max_correlations"]
 
-_ELEMENTS = 1 << 22  # in float64 at once, at most: 32 MiB
+_BLOCK_ELEMENTS = 1 << 22  # of float64: 32 MiB
 
 
-def strongest(weight: Tensor, layout: Layout, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Per neuron its largest absolute correlation with any of the states, and with which one.
+def max_correlations(
+    weight: Tensor, layout: Layout, states: Tensor, *, block_elements: int = _BLOCK_ELEMENTS
+) -> tuple[Tensor, Tensor]:
+    """The largest absolute correlation of each neuron with any of the states, and the number of that state.
 
-    The correlation of a vector ``w`` with a state ``h`` is taken across their elements, the hidden
-    dimension: ``(w - mean w).(h - mean h) / (|w - mean w| |h - mean h|)``, in float64. Where all elements
-    of one of them are equal it is not defined: it counts as 0, no alignment.
+    The correlation of a vector ``w`` with a state ``h`` is taken over their elements, the hidden dimension:
+    ``(w - mean w).(h - mean h) / (|w - mean w| |h - mean h|)``, in float64. If all elements of ``w`` or of
+    ``h`` are equal, the correlation is undefined and counts as 0.
 
     Parameters
     ----------
@@ -26,6 +28,8 @@ def strongest(weight: Tensor, layout: Layout, states: Tensor) -> tuple[Tensor, T
         A live weight of ``layout``.
     states:
         Float64 ``[states, width]``, finite, on the CPU, at least one.
+    block_elements:
+        The largest number of elements of the weight that are in float64 at once.
 
     Returns
     -------
@@ -33,24 +37,24 @@ def strongest(weight: Tensor, layout: Layout, states: Tensor) -> tuple[Tensor, T
         Float64 ``[n]`` in [0, 1], NaN for vectors with a NaN or Inf; int64 ``[n]``, the first such state.
     """
     device = weight.device if weight.device.type == "cuda" else torch.device("cpu")  # others lack float64
-    units = _units(states).to(device)
+    directions = _directions(states).to(device)
     values = torch.empty(layout.count, dtype=torch.float64)
     which = torch.empty(layout.count, dtype=torch.int64)
-    step = max(1, _ELEMENTS // max(1, layout.width))
+    step = max(1, block_elements // max(1, layout.width))
     for start in range(0, layout.count, step):
         index = torch.arange(start, min(start + step, layout.count), device=weight.device)
         vectors = gather(weight.detach(), layout, index).to(device).double()
-        found, at = (_units(vectors) @ units.T).abs().max(dim=1)
+        found, at = (_directions(vectors) @ directions.T).abs().max(dim=1)
         found[~torch.isfinite(vectors).all(dim=1)] = torch.nan
         values[start : start + len(index)] = found.clamp_(max=1).cpu()
         which[start : start + len(index)] = at.cpu()
     return values, which
 
 
-def _units(vectors: Tensor) -> Tensor:
-    """Centred and of length 1; all zeros where every element is the same."""
+def _directions(vectors: Tensor) -> Tensor:
+    """The vectors centred and scaled to length 1; zeros for a vector whose elements are all equal."""
     centred = vectors - vectors.mean(dim=1, keepdim=True)
-    centred /= centred.abs().amax(dim=1, keepdim=True)  # no square of what is left under- or overflows
+    centred /= centred.abs().amax(dim=1, keepdim=True)  # so that no square under- or overflows
     centred /= torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     constant = vectors.amax(dim=1) == vectors.amin(dim=1)
     centred[constant] = 0

@@ -1,10 +1,10 @@
-"""What the analysis found, as a value and as a file: numbers of every neuron, and their summary."""
+"""The result of ``utilization``, as a value and as a file: the numbers of every neuron, and their summary."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,19 +20,28 @@ from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
-from .ranking import limit_of, ranks
+from .ranking import rank_limit, ranks
 
-__all__ = ["EDGES", "GROUPS", "Bucket", "Group", "NeuronUse", "Utilization", "ranked"]
+__all__ = [
+    "BUCKET_EDGES",
+    "GROUPS",
+    "NeuronGroup",
+    "RankBucket",
+    "TensorUtilization",
+    "Utilization",
+    "with_ranks",
+]
 
 UTILIZATION_KEY = "neuron_utilization"
 _VERSION = 1
 _WHAT = "utilization file"
 
 GROUPS = ("all", "trained", "untrained", "strongly_affected", "suppressed", "indirectly_affected")
-"""What neurons are grouped into. The last three are the paper's, and overlap: see `Utilization.groups`."""
+"""The groups of neurons. The last three are the paper's and overlap: see `Utilization.masks`."""
 
-EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1.0)
-"""The bounds of the buckets of figure 2 of the paper: shares of the ranking before, the strongest first."""
+BUCKET_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1.0)
+"""The bounds of the buckets in figure 2 of the paper: shares of the ranking before training, the largest
+correlations first."""
 
 _ENTRIES = (
     ("before", "F64"), ("after", "F64"), ("state_before", "I32"), ("state_after", "I32"),
@@ -42,21 +51,21 @@ _TYPES = {"F64": np.dtype("<f8"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class NeuronUse:
-    """The neurons of one tensor, ``[n]`` each.
+class TensorUtilization:
+    """The neurons of one tensor. Each array has the shape ``[n]``.
 
     Attributes
     ----------
     info, layout, layer, kind:
-        The tensor and its place. Neurons of one ``kind`` are ranked together.
+        The tensor, its layer and its kind of weight. Neurons of one ``kind`` are ranked together.
     before, after:
-        Float64: the largest absolute correlation with a hidden state, in the base and after training.
+        Float64: the largest absolute correlation with a hidden state, before and after training.
     state_before, state_after:
         Int32: the number of that hidden state.
     rank_before, rank_after:
-        Int64, from 1 for the largest correlation of the kind; 0 for neurons that are not ranked.
+        Int64: 1 for the largest correlation of the kind; 0 for a neuron that is not ranked.
     trained:
-        Bool: whether the patch replaces the neuron.
+        Bool: whether the neuron was trained.
     """
 
     info: TensorInfo
@@ -73,28 +82,28 @@ class NeuronUse:
 
     @property
     def change(self) -> NDArray[np.int64]:
-        """How many ranks each neuron rose; negative: fell."""
+        """How many ranks each neuron rose; negative if it fell."""
         return self.rank_before - self.rank_after
 
     @property
-    def counted(self) -> NDArray[np.bool_]:
-        """Which neurons are ranked."""
+    def is_ranked(self) -> NDArray[np.bool_]:
+        """Whether each neuron is ranked."""
         return self.rank_before > 0
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Some neurons together.
+class NeuronGroup:
+    """The summary of a group of neurons.
 
     Attributes
     ----------
     neurons:
-        How many.
+        How many neurons the group has.
     mean_rank_change:
-        The mean number of ranks they moved, up or down; None of no neurons.
+        The mean of the absolute rank changes; None for an empty group.
     mean_share:
-        The same as a share of the neurons that they are ranked among, which compares models of
-        different size.
+        The mean rank change as a share of the neurons ranked together, which compares models
+        of different size; None for an empty group.
     """
 
     neurons: int
@@ -102,17 +111,13 @@ class Group:
     mean_share: float | None
 
     def describe(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "neurons": self.neurons,
-            "mean_rank_change": self.mean_rank_change,
-            "mean_share": self.mean_share,
-        }
+        """The group as JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
-    """The neurons between two shares of the ranking before, the strongest first."""
+class RankBucket:
+    """The neurons between two shares of the ranking before training, the largest correlations first."""
 
     start: float
     stop: float
@@ -120,20 +125,20 @@ class Bucket:
     mean_rank_change: float | None
 
 
-def ranked(tensors: Iterable[NeuronUse]) -> dict[str, NeuronUse]:
-    """The same neurons with their ranks: kind by kind, in the order of tensor names where equal.
+def with_ranks(tensors: Iterable[TensorUtilization]) -> dict[str, TensorUtilization]:
+    """The same neurons with their ranks, kind by kind. Equal correlations rank in the order of tensor names.
 
-    A neuron without a correlation, before or after, is ranked in neither.
+    A neuron whose correlation is NaN before or after training is not ranked in either.
     """
-    kinds: dict[str, list[NeuronUse]] = {}
+    kinds: dict[str, list[TensorUtilization]] = {}
     for tensor in sorted(tensors, key=lambda tensor: tensor.info.name):
         kinds.setdefault(tensor.kind, []).append(tensor)
     found = {}
     for pool in kinds.values():
         before, after = (np.concatenate([getattr(t, side) for t in pool]) for side in ("before", "after"))
-        neither = np.isnan(before) | np.isnan(after)
+        unranked = np.isnan(before) | np.isnan(after)
         bounds = np.cumsum([0, *(len(t.before) for t in pool)])
-        first, second = (ranks(np.where(neither, np.nan, side)) for side in (before, after))
+        first, second = (ranks(np.where(unranked, np.nan, side)) for side in (before, after))
         for tensor, start, stop in zip(pool, bounds, bounds[1:], strict=False):
             found[tensor.info.name] = replace(
                 tensor, rank_before=first[start:stop], rank_after=second[start:stop]
@@ -141,23 +146,29 @@ def ranked(tensors: Iterable[NeuronUse]) -> dict[str, NeuronUse]:
     return dict(sorted(found.items()))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Utilization:
     """How a fine-tune moved neurons in the ranking by correlation with hidden states.
 
-    The measure of Xu et al., section 6.1 of https://aclanthology.org/2025.coling-main.630/;
+    The measure of Xu et al., section 6.1 of https://aclanthology.org/2025.coling-main.630/.
     ``docs/utilization.md`` has the definitions.
 
     Attributes
     ----------
     tensors:
-        By name, ordered by code points.
+        The tensors by name, ordered by code points.
     facts:
-        What was compared and how: ``base``, ``tuned`` or ``patch``, ``text``, ``states``, ``strongly``; JSON.
+        What was compared, and how, as JSON: ``base``, ``tuned`` or ``patch``, ``text``, ``states``,
+        ``strongly``.
     """
 
-    tensors: Mapping[str, NeuronUse]
+    tensors: Mapping[str, TensorUtilization]
     facts: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        groups = self.groups()
+        counts = {name: groups[name].neurons for name in ("trained", "strongly_affected")}
+        return f"Utilization(neurons={self.neurons}, {', '.join(f'{k}={n}' for k, n in counts.items())})"
 
     @property
     def neurons(self) -> int:
@@ -166,38 +177,38 @@ class Utilization:
 
     @cached_property
     def pools(self) -> dict[str, int]:
-        """Per kind, how many neurons are ranked together."""
+        """The number of neurons ranked together, by kind of weight."""
         found: dict[str, int] = {}
         for tensor in self.tensors.values():
-            found[tensor.kind] = found.get(tensor.kind, 0) + int(np.count_nonzero(tensor.counted))
+            found[tensor.kind] = found.get(tensor.kind, 0) + int(np.count_nonzero(tensor.is_ranked))
         return dict(sorted(found.items()))
 
     @cached_property
     def limits(self) -> dict[str, int]:
-        """Per kind, the number of ranks that a strongly affected neuron moves more than."""
+        """The rank change that a strongly affected neuron exceeds, by kind of weight."""
         stated = self.facts.get("strongly")
         amount = None if stated is None else Amount.parse(stated)
-        return {kind: limit_of(amount, pool) for kind, pool in self.pools.items()}
+        return {kind: rank_limit(amount, pool) for kind, pool in self.pools.items()}
 
-    def masks(self, tensor: NeuronUse) -> dict[str, NDArray[np.bool_]]:
-        """Per group which neurons of a tensor are in it, bool ``[n]``.
+    def masks(self, tensor: TensorUtilization) -> dict[str, NDArray[np.bool_]]:
+        """Which neurons of a tensor are in each group, bool ``[n]``.
 
-        *Strongly affected* ones moved by more ranks than the limit; *suppressed* ones are those of them
-        that fell; *indirectly affected* ones those of them that were not trained.
+        *Strongly affected* neurons moved by more ranks than the limit. *Suppressed* neurons are strongly
+        affected and fell. *Indirectly affected* neurons are strongly affected and were not trained.
         """
-        counted, change = tensor.counted, tensor.change
-        strongly = counted & (np.abs(change) > self.limits[tensor.kind])
+        is_ranked, change = tensor.is_ranked, tensor.change
+        strongly = is_ranked & (np.abs(change) > self.limits[tensor.kind])
         return {
-            "all": counted,
-            "trained": counted & tensor.trained,
-            "untrained": counted & ~tensor.trained,
+            "all": is_ranked,
+            "trained": is_ranked & tensor.trained,
+            "untrained": is_ranked & ~tensor.trained,
             "strongly_affected": strongly,
             "suppressed": strongly & (change < 0),
             "indirectly_affected": strongly & ~tensor.trained,
         }
 
-    def groups(self, *, layer: str | None = None, kind: str | None = None) -> dict[str, Group]:
-        """Every one of `GROUPS`, of all neurons or of one layer's or one kind's."""
+    def groups(self, *, layer: str | None = None, kind: str | None = None) -> dict[str, NeuronGroup]:
+        """Each of `GROUPS`, for all neurons or for one layer or one kind of weight."""
         counts, moved, shares = (dict.fromkeys(GROUPS, 0.0) for _ in range(3))
         for tensor in self.tensors.values():
             if layer not in (None, tensor.layer) or kind not in (None, tensor.kind):
@@ -209,7 +220,7 @@ class Utilization:
                 moved[name] += total
                 shares[name] += total / self.pools[tensor.kind] if total else 0.0
         return {
-            name: Group(
+            name: NeuronGroup(
                 int(counts[name]), _mean(moved[name], counts[name]), _mean(shares[name], counts[name])
             )
             for name in GROUPS
@@ -217,29 +228,29 @@ class Utilization:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers, in the model's order."""
+        """The layers in the model's order."""
         found = {tensor.layer for tensor in self.tensors.values()}
         return tuple(sorted(found, key=lambda layer: (int(layer.rpartition(".")[2]), layer)))
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of weights, by name."""
+        """The kinds of weight, sorted by name."""
         return tuple(self.pools)
 
-    def buckets(self) -> tuple[Bucket, ...]:
-        """The mean rank change along the ranking before: figure 2 of the paper."""
-        counts, moved = np.zeros((2, len(EDGES) - 1))
+    def buckets(self) -> tuple[RankBucket, ...]:
+        """The mean rank change along the ranking before training: figure 2 of the paper."""
+        counts, moved = np.zeros((2, len(BUCKET_EDGES) - 1))
         for tensor in self.tensors.values():
-            counted = tensor.counted
-            place = (tensor.rank_before[counted] - 1) / max(1, self.pools[tensor.kind])
-            bucket = np.searchsorted(EDGES, place, side="right") - 1
+            is_ranked = tensor.is_ranked
+            share = (tensor.rank_before[is_ranked] - 1) / max(1, self.pools[tensor.kind])
+            bucket = np.searchsorted(BUCKET_EDGES, share, side="right") - 1
             counts += np.bincount(bucket, minlength=len(counts))
-            moved += np.bincount(bucket, np.abs(tensor.change[counted]), minlength=len(moved))
-        bounds = zip(EDGES, EDGES[1:], counts, moved, strict=False)
-        return tuple(Bucket(start, stop, int(n), _mean(total, n)) for start, stop, n, total in bounds)
+            moved += np.bincount(bucket, np.abs(tensor.change[is_ranked]), minlength=len(moved))
+        bounds = zip(BUCKET_EDGES, BUCKET_EDGES[1:], counts, moved, strict=False)
+        return tuple(RankBucket(start, stop, int(n), _mean(total, n)) for start, stop, n, total in bounds)
 
     def describe(self) -> dict[str, Any]:
-        """For JSON: the facts, and the summary by group, kind, layer and bucket."""
+        """The result as JSON: the facts, and the summary by group, kind, layer and bucket."""
         return {
             **self.facts,
             "neurons": self.neurons,
@@ -260,12 +271,12 @@ class Utilization:
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write every neuron's numbers to a safetensors file, whole or not at all.
+        """Write the numbers of every neuron to a safetensors file, atomically.
 
         Raises
         ------
         UsageError
-            If ``path`` exists, without ``force``.
+            If ``path`` exists and ``force`` is not set.
         MachineError
             If it cannot be written.
         """
@@ -296,18 +307,18 @@ class Utilization:
     @classmethod
     @boundary
     def load(cls, path: str | os.PathLike[str]) -> Utilization:
-        """Read a file that `save` wrote.
+        """Read a file written by `save`.
 
         Raises
         ------
         CorruptFileError
-            If it is none, or damaged.
+            If it is not such a file, or is damaged.
         """
         with TensorFile.named(path) as file:
             content = read_document(file, UTILIZATION_KEY, _WHAT, _VERSION)
             found = [_read(file, name, content["tensors"][name]) for name in sorted(content["tensors"])]
             facts = {key: value for key, value in content.items() if key not in ("version", "tensors")}
-            result = cls(ranked(found), facts)
+            result = cls(with_ranks(found), facts)
             try:
                 result.limits  # noqa: B018
             except UsageError as error:
@@ -319,24 +330,24 @@ def _mean(total: float, count: float) -> float | None:
     return float(total / count) if count else None
 
 
-def _described(groups: Mapping[str, Group]) -> dict[str, Any]:
+def _described(groups: Mapping[str, NeuronGroup]) -> dict[str, Any]:
     return {name: group.describe() for name, group in groups.items()}
 
 
-def _read(file: TensorFile, name: str, entry: object) -> NeuronUse:
+def _read(file: TensorFile, name: str, entry: object) -> TensorUtilization:
     info, layout = described_tensor(file, _WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
     layer, kind = entry.get("layer"), entry.get("kind")
     if not isinstance(layer, str) or not isinstance(kind, str) or not layer.rpartition(".")[2].isdecimal():
-        raise bad(file, _WHAT, "its layer or kind is missing", name)
+        raise bad(file, _WHAT, "the layer or kind is missing", name)
     values = dict(_vectors(file, name, layout.count))
-    return NeuronUse(info, layout, layer, kind, **values)
+    return TensorUtilization(info, layout, layer, kind, **values)
 
 
 def _vectors(file: TensorFile, name: str, count: int) -> Iterator[tuple[str, NDArray[Any]]]:
     for which, dtype in _ENTRIES:
         found = file.tensors.get(f"{name}:{which}")
         if found is None or (found.dtype, found.shape) != (dtype, (count,)):
-            raise bad(file, _WHAT, f"its entry {which} is missing or does not fit", name)
+            raise bad(file, _WHAT, f"the entry {which} is missing or does not fit", name)
         values = file.array(f"{name}:{which}")
         yield which, values.astype(np.bool_) if which == "trained" else values

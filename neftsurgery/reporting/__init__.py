@@ -1,1 +1,1 @@
-"""The report: figures, and the HTML page they stand on."""
+"""The report: its figures and its HTML page."""

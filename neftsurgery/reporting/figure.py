@@ -1,4 +1,4 @@
-"""A figure of the report: what is shown, how to read it, its numbers, and how it is drawn."""
+"""A figure of the report: its captions, its table of numbers, and the function that draws it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from .. import text
-from . import drawing
-from .drawing import Draw
+from . import plotting
+from .plotting import DrawFunction
 
-__all__ = ["Column", "Figure", "Table"]
+__all__ = ["Column", "ReportFigure", "Table"]
 
 Cell = str | int | float | None
 
@@ -26,13 +26,13 @@ class Column:
     Attributes
     ----------
     key:
-        Its name in CSV and JSON.
+        The name in CSV and JSON.
     title:
-        Its name on the page.
+        The heading on the page.
     show:
-        How a value that is there is shown to people.
+        Formats a value other than None.
     bar:
-        Whether the page draws a bar behind the number, in proportion to the column's largest.
+        Whether the page draws a bar behind the number, in proportion to the largest number of the column.
     """
 
     key: str
@@ -42,19 +42,19 @@ class Column:
 
     @property
     def is_number(self) -> bool:
-        """Whether it is set flush right."""
-        return self.show in (text.amount, text.percent, text.number)
+        """Whether the column is aligned right."""
+        return self.show in (text.amount, text.percent, text.four_digits)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Numbers as rows; a cell is a string, a number, or None for what is not known."""
+    """A table of numbers. A cell is a string, a number, or None for an unknown value."""
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
     def csv(self) -> str:
-        """As CSV with a header; floats in full."""
+        """The table as CSV with a header and full-precision floats."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([column.key for column in self.columns])
@@ -62,7 +62,7 @@ class Table:
         return file.getvalue()
 
     def describe(self) -> list[dict[str, Cell]]:
-        """For JSON: an object a row. What is not finite has no place there and becomes None."""
+        """The table as JSON, one object per row. NaN and infinities become None."""
         keys = [column.key for column in self.columns]
         return [dict(zip(keys, (_finite(cell) for cell in row), strict=True)) for row in self.rows]
 
@@ -72,25 +72,25 @@ def _finite(cell: Cell) -> Cell:
 
 
 @dataclass(frozen=True, eq=False)
-class Figure:
-    """One figure.
+class ReportFigure:
+    """One figure of a report.
 
     Attributes
     ----------
     id:
-        A file name without its end and a place on the page; unique in a report.
+        The anchor on the page, and the file name without its suffix; unique in a report.
     title, units:
-        What is shown, and in which units.
+        What the figure shows, and in which units.
     reading:
         One or two sentences on how to read it.
     table:
-        Its numbers.
+        The numbers of the figure.
     draw:
-        Draws it on an empty figure of matplotlib's; None for a figure that is its table.
+        Draws on an empty matplotlib figure; None for a figure that has only its table.
     verdict:
-        What it says here, in a sentence; may be empty.
+        The result in one sentence; may be empty.
     as_table:
-        Whether a page shows the table in the picture's place.
+        Whether the page shows the table instead of the image.
     """
 
     id: str
@@ -98,40 +98,40 @@ class Figure:
     units: str
     reading: str
     table: Table
-    draw: Draw | None = None
+    draw: DrawFunction | None = None
     verdict: str = ""
     as_table: bool = False
 
     def png(self) -> bytes:
-        """The picture as PNG, on white.
+        """The image as a PNG on white.
 
         Raises
         ------
         UsageError
             If matplotlib is not installed.
         """
-        return drawing.png(self._draw(), dpi=200)
+        return plotting.png(self._draw(), dpi=200)
 
     def svg(self) -> str:
-        """The picture as an SVG file, on white; raises as `png`."""
+        """The image as an SVG file on white. Raises like `png`."""
         return self._svg
 
     @cached_property
-    def _svg(self) -> str:  # drawn once for the page and the folder
-        return drawing.svg(self._draw(), self.id)
+    def _svg(self) -> str:  # drawn once, for the page and for the folder of figures
+        return plotting.svg(self._draw(), self.id)
 
     def inline_svg(self) -> str:
-        """The picture as an ``svg`` element for a page that defines the colours; raises as `png`."""
-        return drawing.themed_svg(self.svg(), self.id, self.title)
+        """The image as an ``svg`` element for a page that defines the colours. Raises like `png`."""
+        return plotting.themed_svg(self.svg(), self.id, self.title)
 
-    def _draw(self) -> Draw:
+    def _draw(self) -> DrawFunction:
         if self.draw is None:
-            raise ValueError(f"the figure {self.id} is a table, and has no picture")
+            raise ValueError(f"the figure {self.id} has only a table and no image")
         return self.draw
 
     def describe(self) -> dict[str, Any]:
-        """For JSON."""
-        told: dict[str, Any] = {"title": self.title, "units": self.units, "reading": self.reading}
+        """The figure as JSON: its captions and the rows of its table."""
+        captions = {"title": self.title, "units": self.units, "reading": self.reading}
         if self.verdict:
-            told["verdict"] = self.verdict
-        return told | {"rows": self.table.describe()}
+            captions["verdict"] = self.verdict
+        return {**captions, "rows": self.table.describe()}

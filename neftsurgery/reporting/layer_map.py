@@ -1,4 +1,4 @@
-"""Where in a model the chosen neurons lie: layers by kinds of weight, as numbers."""
+"""The layer map: how many neurons are chosen in each layer and kind of weight."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from ..scoring.scores import Scores
 from ..selection.selection import Selection, companion_biases
 from ..text import label
 
-__all__ = ["OUTSIDE", "LayerMap", "Place", "natural", "places"]
+__all__ = ["NO_LAYER", "LayerMap", "TensorLocation", "locate_tensors", "natural_key", "sorted_layers"]
 
-#: The row of tensors that lie in no layer, of a model that has layers.
-OUTSIDE = ""
+#: The row of the tensors outside all layers, in a model that has layers.
+NO_LAYER = ""
 _REST, _ALL = "others", "all kinds"
-_MOST_CELLS = 1 << 22
+_MAX_CELLS = 1 << 22
 
 I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """Where a tensor lies: its row and its column of the map."""
+class TensorLocation:
+    """The layer and the kind of a tensor: its row and its column in the layer map."""
 
     layer: str
     kind: str
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
-    """The place of each of a model's tensors, by name.
+def locate_tensors(names: Iterable[str]) -> dict[str, TensorLocation]:
+    """The layer and the kind of each tensor of a model, by name.
 
-    Where no name has a number in it, as in small networks, there are no layers to tell apart: then
-    the rows are the modules, and the columns the names within one.
+    If no name has a layer number, as in small networks, each module counts as a layer, and a tensor's name
+    within its module as its kind.
     """
-    found = {name: Place(*layer_and_kind(name.split("."))) for name in names}
-    if any(at.layer for at in found.values()):
+    found = {name: TensorLocation(*layer_and_kind(name.split("."))) for name in names}
+    if any(location.layer for location in found.values()):
         return found
-    return {name: Place(*_parted(name)) for name in found}
+    return {name: TensorLocation(*name.rpartition(".")[::2]) for name in found}
 
 
-def _parted(name: str) -> tuple[str, str]:
-    module, _, last = name.rpartition(".")
-    return module, last
-
-
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """A key that sorts ``layers.2`` before ``layers.10``."""
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key that puts ``layers.2`` before ``layers.10``."""
     return tuple(
         (0, int(part), part) if part.isascii() and part.isdecimal() and len(part) < 19 else (1, 0, part)
         for part in re.split(r"([0-9]+)", name)
     )
+
+
+def sorted_layers(locations: Iterable[TensorLocation]) -> list[str]:
+    """The layers of tensors in natural order, `NO_LAYER` last."""
+    return sorted({at.layer for at in locations}, key=lambda name: (name == NO_LAYER, natural_key(name)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +67,13 @@ class LayerMap:
     Attributes
     ----------
     layers:
-        Names of the rows, in natural order; `OUTSIDE`, the last if there, holds what lies in no layer.
+        The names of the rows, in natural order. If there are tensors outside all layers,
+        `NO_LAYER` comes last.
     kinds:
-        Names of the columns, in natural order; those found in no layer come last.
+        The names of the columns, in natural order. Kinds that are in no layer come last.
     chosen, totals:
-        Int64 ``[layers, kinds]``: neurons chosen, and neurons there are. No neurons, no tensor.
+        Int64 ``[layers, kinds]``: the chosen neurons, and all neurons. A total of 0 means that there is no
+        such tensor.
     """
 
     layers: tuple[str, ...]
@@ -81,70 +83,68 @@ class LayerMap:
 
     @classmethod
     def of_counts(cls, counts: Mapping[str, tuple[int, int]]) -> LayerMap:
-        """The map of tensors by name, each with its neurons chosen and its neurons in all."""
-        where = places(counts)
-        layers = sorted(
-            {at.layer for at in where.values()}, key=lambda name: (name == OUTSIDE, natural(name))
-        )
-        inside = sorted(where.values(), key=lambda at: (at.layer == OUTSIDE, natural(at.kind)))
-        kinds = list(dict.fromkeys(at.kind for at in inside))
-        if len(layers) * len(kinds) > _MOST_CELLS:  # names of no model: a map would be all empty places
-            where = {name: Place(at.layer, _ALL) for name, at in where.items()}
+        """The map of tensors by name, each with its number of chosen neurons and of all neurons."""
+        locations = locate_tensors(counts)
+        layers = sorted_layers(locations.values())
+        by_kind = sorted(locations.values(), key=lambda at: (at.layer == NO_LAYER, natural_key(at.kind)))
+        kinds = list(dict.fromkeys(at.kind for at in by_kind))
+        if len(layers) * len(kinds) > _MAX_CELLS:  # not the names of a model: almost all cells would be empty
+            locations = {name: TensorLocation(at.layer, _ALL) for name, at in locations.items()}
             kinds = [_ALL]
         rows, columns = (dict(zip(names, range(len(names)), strict=True)) for names in (layers, kinds))
         chosen, totals = np.zeros((2, len(layers), len(kinds)), np.int64)
-        for name, (taken, there) in counts.items():
-            cell = rows[where[name].layer], columns[where[name].kind]
-            chosen[cell] += taken
-            totals[cell] += there
+        for name, (tensor_chosen, tensor_total) in counts.items():
+            cell = rows[locations[name].layer], columns[locations[name].kind]
+            chosen[cell] += tensor_chosen
+            totals[cell] += tensor_total
         return cls(tuple(layers), tuple(kinds), chosen, totals)
 
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerMap:
-        """The map of the neurons a patch replaces; of tensors that it does not touch, it knows nothing.
+        """The map of the neurons that a patch replaces. It has only the tensors that the patch changes.
 
-        Bias elements, which follow their neurons, are not counted.
+        Bias elements that go with their neurons are not counted.
         """
-        followers = companion_biases(patch.facts)
+        companions = companion_biases(patch.facts)
         return cls.of_counts(
             {
                 name: (tensor.count, tensor.layout.count)
                 for name, tensor in patch.tensors.items()
-                if name not in followers
+                if name not in companions
             }
         )
 
     @classmethod
     def of_scores(cls, scores: Scores, selection: Selection) -> LayerMap:
-        """The map of the neurons that a selection takes of the scored ones."""
-        taken = selection.counts
+        """The map of the scored neurons, and of those that a selection chooses."""
+        chosen = selection.counts
         counts = {}
         for name, tensor in scores.tensors.items():
             mask = tensor.belongs()
-            there = tensor.layout.count if mask is None else int(np.count_nonzero(mask))
-            counts[name] = taken.get(name, 0), there
+            total = tensor.layout.count if mask is None else int(np.count_nonzero(mask))
+            counts[name] = chosen.get(name, 0), total
         return cls.of_counts(counts)
 
     @property
     def share(self) -> NDArray[np.float64]:
-        """Chosen over all, float64 ``[layers, kinds]``; NaN where there are no neurons."""
+        """The chosen share of each cell, float64 ``[layers, kinds]``; NaN for a cell without neurons."""
         with np.errstate(invalid="ignore"):
             return self.chosen / self.totals
 
     @property
     def neurons(self) -> int:
-        """Neurons chosen."""
+        """How many neurons are chosen."""
         return int(self.chosen.sum())
 
     @property
     def total(self) -> int:
-        """Neurons there are."""
+        """How many neurons there are."""
         return int(self.totals.sum())
 
     @cached_property
     def prefix(self) -> str:
-        """What the names of all layers begin with, up to a dot; it can be left out of labels."""
-        inside = [name.split(".") for name in self.layers if name != OUTSIDE]
+        """The common prefix of the layers' names, up to a dot. Labels leave it out."""
+        inside = [name.split(".") for name in self.layers if name != NO_LAYER]
         shared = 0
         while inside and all(
             len(parts) > shared + 1 and parts[shared] == inside[0][shared] for parts in inside
@@ -154,25 +154,25 @@ class LayerMap:
 
     @property
     def row_labels(self) -> tuple[str, ...]:
-        """Short names of the layers, fit to be shown."""
+        """Short, printable names of the layers."""
         return tuple(
-            "elsewhere" if name == OUTSIDE else label(name.removeprefix(self.prefix), 24)
+            "elsewhere" if name == NO_LAYER else label(name.removeprefix(self.prefix), 24)
             for name in self.layers
         )
 
     @property
     def column_labels(self) -> tuple[str, ...]:
-        """Short names of the kinds, fit to be shown."""
+        """Short, printable names of the kinds."""
         return tuple(label(name, 28) for name in self.kinds)
 
     def folded(self, layers: int, kinds: int) -> LayerMap:
-        """At most so many rows and columns: those with the fewest neurons chosen become one."""
+        """The map with at most so many rows and columns. Those with the fewest chosen neurons become one."""
         return self._folded_columns(kinds)._transposed()._folded_columns(layers)._transposed()
 
-    def _folded_columns(self, most: int) -> LayerMap:
-        if len(self.kinds) <= most:
+    def _folded_columns(self, count: int) -> LayerMap:
+        if len(self.kinds) <= count:
             return self
-        largest = np.argsort(-self.chosen.sum(axis=0), kind="stable")[: most - 1]
+        largest = np.argsort(-self.chosen.sum(axis=0), kind="stable")[: count - 1]
         kept = np.sort(largest)
         rest = np.setdiff1d(np.arange(len(self.kinds)), kept)
 
@@ -186,14 +186,14 @@ class LayerMap:
         return LayerMap(self.kinds, self.layers, self.chosen.T, self.totals.T)
 
     def rows(self) -> Iterator[tuple[str, str, int, int]]:
-        """Every cell that has neurons: layer, kind, chosen, total."""
+        """The layer, kind, chosen neurons and all neurons of every cell that has neurons."""
         for i, layer in enumerate(self.layers):
             for j, kind in enumerate(self.kinds):
                 if self.totals[i, j]:
                     yield layer, kind, int(self.chosen[i, j]), int(self.totals[i, j])
 
     def describe(self) -> dict[str, Any]:
-        """For JSON."""
+        """The map as JSON."""
         return {
             "layers": list(self.layers),
             "kinds": list(self.kinds),

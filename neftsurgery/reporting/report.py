@@ -1,9 +1,9 @@
-"""report: pictures of scores and patches, as one page, as files, as numbers."""
+"""The verb ``report``: figures of scores files and patches, as a page, as files, and as numbers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,50 +16,56 @@ from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.output import staged_directory, staged_file
 from ..storage.output_checks import refuse_output
-from .drawing import require_matplotlib
-from .figure import Figure
-from .page import render
-from .sections import Section, sections_of, steps
-from .subjects import Subject, open_subjects
+from .figure import ReportFigure
+from .html_page import render_html
+from .inputs import ReportInput, open_inputs
+from .plotting import require_matplotlib
+from .sections import ReportSection, sections_of
 
-__all__ = ["Report", "ReportPlan", "make", "plan_report", "report"]
+__all__ = ["Report", "ReportPlan", "plan_report", "report"]
 
 AnyPath = str | os.PathLike[str]
-_DEFAULT = "3%"
+_DEFAULT_NEURONS = "3%"
+_TITLE_NAMES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """A report: its sections, and everything that is computed for them.
+    """A report: its sections with all their numbers and figures.
 
     Attributes
     ----------
     title:
-        Of the page.
+        The title of the page.
     sections:
-        In the order of the page.
+        The sections in the order of the page.
     """
 
     title: str
-    sections: tuple[Section, ...]
+    sections: tuple[ReportSection, ...]
+
+    def __repr__(self) -> str:
+        counts = text.plural(len(self.sections), "section"), text.plural(len(self.figures), "figure")
+        return f"Report({self.title}: {', '.join(counts)})"
 
     @cached_property
-    def figures(self) -> dict[str, Figure]:
-        """All figures by their ids."""
+    def figures(self) -> dict[str, ReportFigure]:
+        """All figures by id."""
         return {figure.id: figure for section in self.sections for figure in section.figures}
 
-    def html(self, step: Callable[[int], object] = int) -> str:
-        """The page; ``step`` is told of each figure drawn.
+    def html(self, *, progress: Progress = silent) -> str:
+        """The page as text.
 
         Raises
         ------
         UsageError
             If matplotlib or jinja2 is not installed.
         """
-        return render(self.title, self.sections, step)
+        with progress("drawing", len(self.figures)) as advance:
+            return render_html(self.title, self.sections, advance)
 
     def describe(self) -> dict[str, Any]:
-        """For JSON: per section what it is about, per figure its numbers."""
+        """The report as JSON: what each section is about, and the numbers of each figure."""
         return {
             "sections": [
                 {"id": section.id, **section.data, "figures": [figure.id for figure in section.figures]}
@@ -68,79 +74,116 @@ class Report:
             "figures": {name: figure.describe() for name, figure in self.figures.items()},
         }
 
-    def write_figures(self, folder: Path, step: Callable[[int], object] = int) -> None:
+    def write_figures(self, folder: Path, *, progress: Progress = silent) -> None:
         """Write each figure into an existing folder: ``ID.png``, ``ID.svg`` and ``ID.csv``."""
-        for name, figure in self.figures.items():
-            if figure.draw is not None:
-                (folder / f"{name}.png").write_bytes(figure.png())
-                (folder / f"{name}.svg").write_text(figure.svg(), encoding="utf-8")
-            # A name can hold what UTF-8 cannot: half of a surrogate pair.
-            (folder / f"{name}.csv").write_text(
-                figure.table.csv(), encoding="utf-8", errors="backslashreplace"
-            )
-            step(1)
+        with progress("writing figures", len(self.figures)) as advance:
+            for name, figure in self.figures.items():
+                if figure.draw is not None:
+                    (folder / f"{name}.png").write_bytes(figure.png())
+                    (folder / f"{name}.svg").write_text(figure.svg(), encoding="utf-8")
+                # A name can hold half of a surrogate pair, which UTF-8 cannot encode.
+                (folder / f"{name}.csv").write_text(
+                    figure.table.csv(), encoding="utf-8", errors="backslashreplace"
+                )
+                advance(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReportPlan:
-    """A planned report: everything is opened, checked and chosen; nothing is computed or written yet.
+    """A planned report: the inputs are open and checked, the neurons are chosen, nothing is written.
 
     Attributes
     ----------
-    subjects:
-        What it is about.
+    inputs:
+        The scores files and patches.
     out, figures:
-        Where the page and the pictures go; None: nowhere.
+        Where the page and the folder of figures are written; None: not at all.
     force:
-        Whether these may be replaced.
+        Whether to replace existing ones.
     """
 
-    subjects: Sequence[Subject]
+    inputs: tuple[ReportInput, ...]
     out: AnyPath | None
     figures: AnyPath | None
     force: bool
 
+    def __repr__(self) -> str:
+        names = ", ".join(entry.name for entry in self.inputs)
+        outputs = [os.fspath(path) for path in (self.out, self.figures) if path is not None]
+        return f"ReportPlan({names} -> {', '.join(outputs) or 'nothing written'})"
 
-@boundary
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        return {
+            "subjects": [entry.name for entry in self.inputs],
+            "out": None if self.out is None else os.fspath(self.out),
+            "figures_folder": None if self.figures is None else os.fspath(self.figures),
+        }
+
+    @boundary
+    def run(self, *, more: Sequence[ReportSection] = (), progress: Progress = silent) -> Report:
+        """Compute the report with ``more`` sections at its end, and write its page and its figures.
+
+        The errors are those of `report`.
+        """
+        made = Report(self._title(more), (*sections_of(self.inputs, progress), *more))
+        if self.out is not None:
+            page = made.html(progress=progress).encode("utf-8", "backslashreplace")
+            with staged_file(self.out, force=self.force) as staged:
+                staged.write_at(page, 0)
+        if self.figures is not None:
+            with staged_directory(self.figures, force=self.force) as folder:
+                made.write_figures(folder, progress=progress)
+        return made
+
+    def _title(self, more: Sequence[ReportSection]) -> str:
+        if not self.inputs:
+            return more[0].title
+        names = ", ".join(text.label(entry.name, 40) for entry in self.inputs[:_TITLE_NAMES])
+        others = len(self.inputs) - _TITLE_NAMES
+        return f"{names} and {others} more" if others > 0 else names
+
+
 def report(
     named: AnyPath | Sequence[AnyPath],
     *,
     out: AnyPath | None = None,
     figures: AnyPath | None = None,
     force: bool = False,
-    more: Sequence[Section] = (),
+    more: Sequence[ReportSection] = (),
     progress: Progress = silent,
     **budget: Any,
 ) -> Report:
-    """Picture one or several scores files or patches.
+    """Report on scores files and patches.
 
     Parameters
     ----------
     named:
-        Scores files and patches.
+        One or several scores files and patches.
     out:
         Where to write the page, one HTML file that opens from disk. None: no page.
     figures:
-        A folder to write each figure to: PNG, SVG and CSV. None: none.
+        A folder for the figures, each as PNG, SVG and CSV. None: no figures.
     force:
         Replace ``out`` and ``figures`` if they exist.
     more:
-        Sections to add at the end, such as `neftsurgery.neuron_utilization.figures.section_of` makes.
+        Sections to append, such as those that `utilization_section` of
+        `neftsurgery.neuron_utilization.report_section` makes.
     progress:
-        Told of the budgets chosen for and the figures drawn.
+        Called for the budgets and the figures.
     **budget:
-        Which neurons of the scores count as sensitive, as `neftsurgery.Scores.select`; by default
-        ``neurons="3%"``.
+        Which neurons of the scores count as sensitive: the keywords of `neftsurgery.Scores.select`. The
+        default is ``neurons="3%"``.
 
     Returns
     -------
     Report
-        ``describe()`` gives all its numbers, ``figures`` its figures.
+        ``describe()`` returns all its numbers, ``figures`` its figures.
 
     Raises
     ------
     UsageError
-        For a file that is neither, options that make no sense, an output that exists, or where
+        If a file is neither scores nor a patch, options do not go together, an output exists, or
         matplotlib or jinja2 is needed and not installed.
     MismatchError
         If no neuron can be chosen.
@@ -149,69 +192,54 @@ def report(
     MachineError
         If something cannot be read or written.
     """
-    names = [named] if isinstance(named, str | os.PathLike) else list(named)
-    plan = plan_report(names, budget, out=out, figures=figures, force=force)
-    return make(plan, more=more, progress=progress)
+    plan = plan_report(named, out=out, figures=figures, force=force, **budget)
+    return plan.run(more=more, progress=progress)
 
 
+@boundary
 def plan_report(
-    named: Sequence[AnyPath],
-    budget: dict[str, Any],
+    named: AnyPath | Sequence[AnyPath],
     *,
     out: AnyPath | None = None,
     figures: AnyPath | None = None,
     force: bool = False,
-    inputs: Sequence[AnyPath] = (),
+    other_inputs: Sequence[AnyPath] = (),
+    **budget: Any,
 ) -> ReportPlan:
-    """Open, check and choose; the parameters and errors are those of `report`.
+    """Open and check the inputs, and choose the neurons; parameters and errors are those of `report`.
 
-    ``inputs`` are what sections are about that will be added: no output may replace it, and there may be
-    nothing else to report on.
+    ``other_inputs`` are the inputs of the sections that `ReportPlan.run` will append. No output may replace
+    them. With them, ``named`` may be empty.
     """
-    for path, kind in ((out, "file"), (figures, "directory")):
-        if path is not None:
-            require_matplotlib()
-            refuse_output(
-                path, inputs=[*named, *inputs], force=force, kind="file" if kind == "file" else "directory"
-            )
-    if out is not None and figures is not None:
-        _refuse_nested(Path(os.path.realpath(out)), Path(os.path.realpath(figures)))
-    like = budget.get("like")
+    paths = [named] if isinstance(named, str | os.PathLike) else list(named)
+    if out is not None:
+        require_matplotlib()
+        refuse_output(out, inputs=[*paths, *other_inputs], force=force, kind="file")
+    if figures is not None:
+        require_matplotlib()
+        refuse_output(figures, inputs=[*paths, *other_inputs], force=force, kind="directory")
+        if out is not None:
+            _refuse_nested(Path(os.path.realpath(out)), Path(os.path.realpath(figures)))
+    chosen_budget = _budget(budget)
+    inputs = open_inputs(paths, chosen_budget) if paths or not other_inputs else []
+    return ReportPlan(tuple(inputs), out, figures, force)
+
+
+def _budget(options: dict[str, Any]) -> Budget:
+    """The budget of the given options, by default `_DEFAULT_NEURONS`."""
+    like = options.get("like")
     if isinstance(like, Selection):
-        budget = budget | {"like": like.counts}
-    sizes = ("neurons", "params", "threshold", "changed", "like")
-    if not any(budget.get(name) for name in sizes if name != "threshold") and budget.get("threshold") is None:
-        budget = budget | {"neurons": _DEFAULT}
-    amounts = Budget.of(**budget)
-    subjects = open_subjects(named, amounts) if named or not inputs else ()
-    return ReportPlan(subjects, out, figures, force)
+        options = options | {"like": like.counts}
+    given = any(options.get(name) for name in ("neurons", "params", "changed", "like"))
+    if not given and options.get("threshold") is None:
+        options = options | {"neurons": _DEFAULT_NEURONS}
+    return Budget.of(**options)
 
 
 def _refuse_nested(page: Path, folder: Path) -> None:
     if folder == page or folder in page.parents:
         raise UsageError(
-            "the page would lie inside the folder of figures, which is written as a whole",
+            "the page would be inside the folder of figures, which is replaced as a whole",
             file=page,
-            hint="name a page beside the folder",
+            hint="name a page outside of that folder",
         )
-
-
-def make(plan: ReportPlan, *, more: Sequence[Section] = (), progress: Progress = silent) -> Report:
-    """Carry out a planned report, with ``more`` sections at its end."""
-    names = ", ".join(text.label(subject.name, 40) for subject in plan.subjects[:4])
-    others = len(plan.subjects) - 4
-    title = names + (f" and {others} more" if others > 0 else "") if names else more[0].title
-    with progress("computing", steps(plan.subjects)) as step:
-        made = Report(title, (*sections_of(plan.subjects, step), *more))
-    if plan.out is not None:
-        with progress("drawing", len(made.figures)) as step:
-            page = made.html(step).encode("utf-8", "backslashreplace")
-        with staged_file(plan.out, force=plan.force) as staged:
-            staged.write_at(page, 0)
-    if plan.figures is not None:
-        with (
-            progress("writing figures", len(made.figures)) as step,
-            staged_directory(plan.figures, force=plan.force) as folder,
-        ):
-            made.write_figures(folder, step)
-    return made

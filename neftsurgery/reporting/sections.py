@@ -1,90 +1,85 @@
-"""The sections of a report: what is told of each scores file and patch, and of several together."""
+"""The sections of a report: one for each scores file and each patch, and one for their overlap."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .. import text
+from ..progress import Progress
 from ..selection.budget import Budget
-from .agreement import Agreement
-from .distribution import Distribution
-from .figure import Figure
-from .growth import PERCENTS, Growth
-from .map_figure import map_figure
-from .overlap import Overlaps
-from .sensitive import sensitive_figure
-from .subjects import Patched, Scored, Subject
-from .training import loss_figure, training_facts
+from .budget_sweep import BudgetSweep
+from .control_comparison import ControlComparison
+from .figure import ReportFigure
+from .inputs import PatchInput, ReportInput, ScoresInput
+from .layer_map_figure import layer_map_figure
+from .score_distribution import ScoreDistribution
+from .selection_overlap import SelectionOverlap
+from .top_neurons import top_neurons_figure
+from .training_record import loss_figure, training_facts
 
-__all__ = ["Section", "sections_of", "steps"]
-
-Step = Callable[[int], object]
+__all__ = ["ReportSection", "sections_of"]
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """A part of the page.
+class ReportSection:
+    """A section of the page.
 
     Attributes
     ----------
     id:
-        Its place on the page; unique in a report.
+        The anchor on the page; unique in a report.
     title:
-        Its heading.
+        The heading.
     lead:
-        What it is about, in a sentence.
+        One sentence on what the section is about.
     facts:
-        Names and values, shown as tiles; ready to be shown.
+        Formatted names and values, which the page shows as tiles.
     figures:
-        Its figures.
+        The figures of the section.
     data:
-        What the JSON says of it beside the figures' numbers.
+        What the JSON holds in addition to the numbers of the figures.
     """
 
     id: str
     title: str
     lead: str
     facts: tuple[tuple[str, str], ...]
-    figures: tuple[Figure, ...]
+    figures: tuple[ReportFigure, ...]
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-def steps(subjects: Sequence[Subject]) -> int:
-    """How often `sections_of` tells of progress."""
-    return sum(len(PERCENTS) for subject in subjects if isinstance(subject, Scored))
-
-
-def sections_of(subjects: Sequence[Subject], step: Step = int) -> tuple[Section, ...]:
-    """Compute everything; ``step`` is told of each budget that was chosen for."""
+def sections_of(inputs: Sequence[ReportInput], progress: Progress) -> tuple[ReportSection, ...]:
+    """Compute the sections: one for each input, and one for the overlap of several."""
     sections = []
-    for number, subject in enumerate(subjects, 1):
-        end = f"-{number}" if len(subjects) > 1 else ""
-        title = f"{number}. {text.label(subject.name)}" if end else text.label(subject.name)
-        make = _scored if isinstance(subject, Scored) else _patched
-        sections.append(make(subject, title, end, step))
-    if len(subjects) > 1:
-        sections.append(_together(subjects))
+    for number, entry in enumerate(inputs, 1):
+        suffix = f"-{number}" if len(inputs) > 1 else ""
+        title = f"{number}. {text.label(entry.name)}" if suffix else text.label(entry.name)
+        if isinstance(entry, ScoresInput):
+            sections.append(_scores_section(entry, title, suffix, progress))
+        else:
+            sections.append(_patch_section(entry, title, suffix))
+    if len(inputs) > 1:
+        sections.append(_overlap_section(inputs))
     return tuple(sections)
 
 
-def _scored(subject: Subject, title: str, end: str, step: Step) -> Section:
-    assert isinstance(subject, Scored)  # chosen for it
-    scores, selection, items = subject.scores, subject.selection, subject.items
-    budget = subject.budget
+def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progress) -> ReportSection:
+    scores, selection, candidates = entry.scores, entry.selection, entry.candidates
+    budget = entry.budget
     one_cut = budget.policy == "sensitive" and budget.per == "model" and budget.max_per_tensor is None
     one_cut &= not budget.changed and budget.like is None and budget.params is None
-    growth = Growth.of(scores, budget, step)
-    agreement = Agreement.of(items, scores.score)
+    sweep = BudgetSweep.of(scores, budget, progress)
+    controls = ControlComparison.of(candidates, scores.score)
     figures = [
-        map_figure(subject.map, id=f"map{end}", word=subject.word),
-        Distribution.of(items, scores.score, one_cut=one_cut).figure(f"distribution{end}"),
-        growth.captured_figure(f"growth{end}"),
-        growth.kinds_figure(f"growth-by-kind{end}"),
-        sensitive_figure(items, scores.score, id=f"sensitive{end}"),
-        agreement.overlap_figure(f"agreement{end}"),
-        agreement.correlation_figure(f"correlation{end}"),
+        layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word),
+        ScoreDistribution.of(candidates, scores.score, one_cut=one_cut).figure(f"distribution{suffix}"),
+        sweep.captured_figure(f"growth{suffix}"),
+        sweep.kinds_figure(f"growth-by-kind{suffix}"),
+        top_neurons_figure(candidates, scores.score, id=f"sensitive{suffix}"),
+        controls.overlap_figure(f"agreement{suffix}"),
+        controls.correlation_figure(f"correlation{suffix}"),
     ]
     captured = selection.facts.get("captured")
     facts = [
@@ -92,14 +87,14 @@ def _scored(subject: Subject, title: str, end: str, step: Step) -> Section:
         ("anatomy", text.label(scores.anatomy)),
         ("neurons scored", text.amount(scores.neurons)),
         *([("units", text.amount(scores.units))] if scores.by_unit else []),
-        ("budget", _told(budget)),
+        ("budget", _budget_text(budget)),
         ("neurons chosen", text.amount(selection.neurons)),
-        ("of the parameters", text.percent(selection.parameters / scores.parameters)),
-        *([("of the change", text.percent(captured))] if captured is not None else []),
+        ("share of the parameters", text.percent(selection.parameters / scores.parameters)),
+        *([("share of the change", text.percent(captured))] if captured is not None else []),
     ]
     data = {
         "kind": "scores",
-        "name": subject.name,
+        "name": entry.name,
         "score": scores.score,
         "anatomy": scores.anatomy,
         "neurons": scores.neurons,
@@ -110,20 +105,19 @@ def _scored(subject: Subject, title: str, end: str, step: Step) -> Section:
         "selected_parameters": selection.parameters,
         "captured": captured,
         "captured_scored": selection.facts.get("captured_scored"),
-        "verdict": agreement.verdict,
+        "verdict": controls.verdict,
         **_origin(scores.facts),
     }
-    sides = _side(scores.facts, "tuned", "a fine-tune"), _side(scores.facts, "base", "its base")
-    lead = f"Scores of {sides[0]} beside {sides[1]}."
-    return Section(f"scores{end}", title, lead, tuple(facts), tuple(figures), data)
+    tuned, base = _side(scores.facts, "tuned", "a fine-tune"), _side(scores.facts, "base", "its base")
+    lead = f"Scores of {tuned} compared with {base}."
+    return ReportSection(f"scores{suffix}", title, lead, tuple(facts), tuple(figures), data)
 
 
-def _patched(subject: Subject, title: str, end: str, step: Step) -> Section:
-    assert isinstance(subject, Patched)  # chosen for it
-    patch = subject.patch
+def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
+    patch = entry.patch
     captured = patch.facts.get("captured")
-    figures = [map_figure(subject.map, id=f"map{end}", word=subject.word, of_patch=True)]
-    if loss := loss_figure(patch.manifest, id=f"loss{end}"):
+    figures = [layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word, of_patch=True)]
+    if loss := loss_figure(patch.manifest, id=f"loss{suffix}"):
         figures.append(loss)
     facts = [
         ("neurons replaced", text.amount(patch.neurons)),
@@ -136,12 +130,12 @@ def _patched(subject: Subject, title: str, end: str, step: Step) -> Section:
             for key in ("score", "anatomy", "policy")
             if key in patch.facts
         ),
-        *([("of the change", text.percent(captured))] if isinstance(captured, float) else []),
+        *([("share of the change", text.percent(captured))] if isinstance(captured, float) else []),
         *training_facts(patch.manifest),
     ]
     data = {
         "kind": "patch",
-        "name": subject.name,
+        "name": entry.name,
         "neurons": patch.neurons,
         "parameters": patch.parameters,
         "tensors": len(patch.tensors),
@@ -152,34 +146,34 @@ def _patched(subject: Subject, title: str, end: str, step: Step) -> Section:
         "training": patch.manifest.get("training"),
     }
     lead = (
-        f"A patch of {_side(patch.manifest, 'base', 'a checkpoint')}. It knows of the weights that it "
-        "touches, and has no scores."
+        f"A patch of {_side(patch.manifest, 'base', 'a checkpoint')}. It holds only the weights that it "
+        "changes, and no scores."
     )
-    return Section(f"patch{end}", title, lead, tuple(facts), tuple(figures), data)
+    return ReportSection(f"patch{suffix}", title, lead, tuple(facts), tuple(figures), data)
 
 
-def _together(subjects: Sequence[Subject]) -> Section:
-    found = Overlaps.of([subject.name for subject in subjects], [subject.selection for subject in subjects])
-    figures = [found.figure()]
-    if len(found.layers) > 1:
-        figures.append(found.layers_figure())
-    return Section(
+def _overlap_section(inputs: Sequence[ReportInput]) -> ReportSection:
+    overlap = SelectionOverlap.of([entry.name for entry in inputs], [entry.selection for entry in inputs])
+    figures = [overlap.figure()]
+    if len(overlap.layers) > 1:
+        figures.append(overlap.layers_figure())
+    return ReportSection(
         "together",
-        "All of them together",
-        "Which neurons several of them choose or replace.",
+        "Overlap of all inputs",
+        "The neurons that several of them choose or replace.",
         (),
         tuple(figures),
-        {"kind": "overlap", "unfit": list(found.unfit)},
+        {"kind": "overlap", "unfit": list(overlap.unfit)},
     )
 
 
-def _told(budget: Budget) -> str:
-    told = [
+def _budget_text(budget: Budget) -> str:
+    options = [
         f"{key.replace('_', ' ')} {value}" if value is not True else key.replace("_", " ")
         for key, value in budget.describe().items()
         if key != "like"
     ]
-    return text.label(", ".join(told + ["like another selection"] * (budget.like is not None)), 80)
+    return text.label(", ".join(options + ["like another selection"] * (budget.like is not None)), 80)
 
 
 def _origin(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +181,7 @@ def _origin(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _side(facts: Mapping[str, Any], side: str, unknown: str) -> str:
-    """What a file calls its base or tuned checkpoint."""
+    """The name of the base or tuned checkpoint as a file records it; ``unknown`` if it records none."""
     found = facts.get(side)
     names = [found.get(key) for key in ("repo", "name")] if isinstance(found, dict) else []
     return next((f"“{text.label(name)}”" for name in names if isinstance(name, str) and name), unknown)

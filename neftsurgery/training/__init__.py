@@ -1,1 +1,1 @@
-"""The whole of NeFT from a recipe: find the neurons that matter, train them and nothing else, cut a patch."""
+"""Recipes: probe, choose, train the chosen neurons and nothing else, and cut the patch."""

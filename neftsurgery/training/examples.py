@@ -1,218 +1,139 @@
-"""Training examples: rows of a jsonl file or a Hub dataset, as tokens with the loss where it belongs."""
+"""Training examples: tokens, with the loss on those that are to be learned."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from ..errors import CorruptFileError, MachineError, MismatchError, UsageError
-from ..sources.resolve import is_hub_id
-from .form import Form
+from ..errors import MismatchError, UsageError
+from .prompt_template import PromptTemplate
+from .raw_examples import RawExample, first_line, read_raw_examples
+from .recipe import Recipe
 
-__all__ = ["Encoder", "Example", "Row", "collate", "read_rows"]
+__all__ = ["Encoder", "Example", "Examples", "collate", "collator", "read_examples"]
 
 IGNORED = -100
-"""The label of a token without loss, by torch's custom."""
+"""The label of a token without loss, as torch expects it."""
 
 Example: TypeAlias = dict[str, list[int]]
 """``input_ids``, and ``labels`` of the same length: the token, or `IGNORED`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a data set, checked: what kind it is and where it stands.
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a run.
 
     Attributes
     ----------
-    file, number:
-        Where: the line of the file, or the row of the data set, from 1.
-    content:
-        Its object.
-    kind:
-        ``prompt``, ``messages`` or ``text``.
+    train, dev:
+        The examples to learn, and those that the dev loss is measured on. ``dev`` may be empty.
+    warnings:
+        Sentences for the user.
     """
 
-    file: str
-    number: int
-    content: Mapping[str, Any]
-    kind: str
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    warnings: tuple[str, ...] = ()
 
-    def error(self, why: str) -> CorruptFileError:
-        """That something about this row is wrong."""
-        return CorruptFileError(f"line {self.number}: {why}", file=self.file)
+    @property
+    def tokens(self) -> int:
+        """Tokens of the training examples."""
+        return sum(len(example["input_ids"]) for example in self.train)
 
+    @property
+    def learned(self) -> int:
+        """Tokens of the training examples that have a loss."""
+        return sum(label >= 0 for example in self.train for label in example["labels"])
 
-def read_rows(
-    named: str, split: str, *, subset: str | None = None, form: Form | None = None, limit: int | None = None
-) -> list[Row]:
-    """The rows of a jsonl file, or of a data set of the Hub.
-
-    Parameters
-    ----------
-    split, subset:
-        Of a data set of the Hub.
-    form:
-        Makes prompt and completion of a row's fields.
-    limit:
-        The most rows to read.
-
-    Raises
-    ------
-    UsageError
-        If there is no such file, or it holds nothing.
-    CorruptFileError
-        For a line that is no object, or none of the known kinds: with its number.
-    MachineError
-        If the Hub cannot be reached.
-    """
-    lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
-    rows = []
-    for number, content in lines:
-        rows.append(_checked(named, number, content, form))
-        if len(rows) == limit:
-            break
-    if not rows:
-        raise UsageError("there are no examples in it", file=named)
-    return rows
+    def digest(self) -> str:
+        """A hash of all tokens and labels."""
+        digest = xxhash.xxh3_128()
+        for example in (*self.train, {"input_ids": [-1], "labels": [-1]}, *self.dev):
+            for ids in (example["input_ids"], example["labels"]):
+                digest.update(np.array([len(ids), *ids], np.int64).tobytes())
+        return digest.hexdigest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    if not path.is_file():
-        raise UsageError(
-            "there is no such file of examples", file=path, hint="name a .jsonl file, or a Hub dataset"
+def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
+    """The examples of a recipe. Without ``data.eval``, a share of them is held back for the dev loss."""
+    data = recipe.data
+    encoder = Encoder(tokenizer, loss_on=data.loss_on, max_length=data.max_length)
+    template = PromptTemplate.of(data.prompt, data.completion)
+    read = partial(read_raw_examples, subset=data.subset, template=template)
+    train = encoder.encode(read(data.train, data.split, limit=data.limit))
+    dev: list[Example] = []
+    if data.eval is not None:
+        dev = encoder.encode(read(data.eval, data.eval_split))
+    elif held := round(data.eval_share * len(train)):
+        order = list(range(len(train)))
+        random.Random(recipe.train.seed).shuffle(order)
+        dev = [train[n] for n in sorted(order[:held])]
+        train = [train[n] for n in sorted(order[held:])]
+    warnings = []
+    if encoder.truncated:
+        warnings.append(f"{encoder.truncated} examples are longer than data.max_length and were truncated")
+    if encoder.dropped:
+        warnings.append(f"{encoder.dropped} examples have no token to learn and were left out")
+    if not dev and data.eval_share:
+        warnings.append(
+            "there are too few examples to hold any back: there is no dev loss, and no best patch"
         )
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise CorruptFileError(f"line {number}: not valid JSON: {error}", file=path) from error
-
-
-def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UsageError(
-            "a data set of the Hub needs datasets", file=named, hint="pip install datasets"
-        ) from error
-    repo, _, revision = named.partition("@")
-    try:
-        rows = load_dataset(repo, subset, split=split, revision=revision or None)
-    except ValueError as error:  # no such split, or several configurations
-        raise UsageError(f"the data set cannot be used: {_first_line(error)}", file=named) from error
-    except Exception as error:  # the client's own, and those of several libraries under it
-        raise MachineError(
-            f"the data set cannot be fetched: {type(error).__name__}: {_first_line(error)}",
-            file=named,
-            hint="check the spelling and the network, or name a .jsonl file",
-        ) from error
-    yield from enumerate(rows, 1)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-def _checked(named: str, number: int, content: Any, form: Form | None) -> Row:
-    if not isinstance(content, dict):
-        raise CorruptFileError(
-            f"line {number}: an example is an object", file=named, found=type(content).__name__
-        )
-    if form is not None:
-        try:
-            content = form.fill(content)
-        except LookupError as error:
-            raise CorruptFileError(
-                f"line {number}: there is no text in the field {{{error.args[0]}}} of the recipe's form",
-                file=named,
-                found=_keys(content),
-            ) from error
-    kind = next((kind for kind in ("prompt", "messages", "text") if content.get(kind) is not None), "")
-    row = Row(named, number, content, kind)
-    if kind == "prompt" and not all(isinstance(content.get(key), str) for key in ("prompt", "completion")):
-        raise row.error("prompt and completion are two texts")
-    if kind == "prompt" and not content["completion"]:
-        raise row.error("the completion is empty")
-    if kind == "messages":
-        _check_messages(row)
-    if kind == "text" and not isinstance(content["text"], str):
-        raise row.error("text is a text")
-    if not kind:
-        raise CorruptFileError(
-            f"line {number}: expected prompt and completion, or messages, or text; found {_keys(content)}",
-            file=named,
-            hint="data.prompt and data.completion of a recipe make them of other fields",
-        )
-    return row
-
-
-def _keys(content: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, list(content)[:5])) or "no keys"
-
-
-def _check_messages(row: Row) -> None:
-    messages = row.content["messages"]
-    good = isinstance(messages, list) and all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-        for one in messages
-    )
-    if not good:
-        raise row.error("messages is a list of objects with role and content")
-    if not any(one["role"] == "assistant" for one in messages):
-        raise row.error("no message is from the assistant")
+    return Examples(train, dev, tuple(warnings))
 
 
 class Encoder:
-    """Makes examples of rows.
+    """Turns raw examples into tokens and labels.
 
     Attributes
     ----------
-    cut:
+    truncated:
         How many examples were longer than ``max_length``.
     dropped:
-        How many had no token to learn left then.
+        How many examples had no token to learn, after truncation.
     """
 
     def __init__(self, tokenizer: Any, *, loss_on: str, max_length: int) -> None:
         self._tokenizer = tokenizer
-        self._all = loss_on == "all"
+        self._learns_all = loss_on == "all"
         self._max_length = max_length
-        self.cut = 0
+        self.truncated = 0
         self.dropped = 0
 
-    def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """The examples of ``rows``.
+    def encode(self, raw_examples: Sequence[RawExample]) -> list[Example]:
+        """The examples that have a token to learn.
 
         Raises
         ------
         UsageError
-            If the tokenizer lacks what they need, or nothing is left to learn.
+            If the tokenizer lacks a chat template that is needed, or no example is left.
         """
-        made = {"prompt": self._completion, "messages": self._chat, "text": self._text}
+        encoders = {"prompt": self._completion, "messages": self._chat, "text": self._text}
         examples = []
-        for row in rows:
-            ids, learned = made[row.kind](row)
+        for raw in raw_examples:
+            ids, learned = encoders[raw.kind](raw)
             labels = [
-                token if self._all or keep else IGNORED for token, keep in zip(ids, learned, strict=True)
+                token if self._learns_all or keep else IGNORED
+                for token, keep in zip(ids, learned, strict=True)
             ]
-            self.cut += len(ids) > self._max_length
+            self.truncated += len(ids) > self._max_length
             ids, labels = ids[: self._max_length], labels[: self._max_length]
-            if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first
+            if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first token
                 examples.append({"input_ids": ids, "labels": labels})
             else:
                 self.dropped += 1
         if not examples:
             raise UsageError(
-                "no example has a token to learn", file=rows[0].file, hint="data.max_length may be too small"
+                "no example has a token to learn",
+                file=raw_examples[0].file,
+                hint="data.max_length may be too small",
             )
         return examples
 
@@ -220,46 +141,46 @@ class Encoder:
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
-    def _text(self, row: Row) -> tuple[list[int], list[bool]]:
-        ids = self._ended(self._ids(row.content["text"]))
+    def _text(self, raw: RawExample) -> tuple[list[int], list[bool]]:
+        ids = self._ended(self._ids(raw.content["text"]))
         return ids, [True] * len(ids)
 
-    def _completion(self, row: Row) -> tuple[list[int], list[bool]]:
-        prompt, completion = row.content["prompt"], row.content["completion"]
-        # Together, as they will be read; a token that lies across the border belongs to the completion.
+    def _completion(self, raw: RawExample) -> tuple[list[int], list[bool]]:
+        prompt, completion = raw.content["prompt"], raw.content["completion"]
+        # Tokenized together, as the model will see them. A token across the border belongs to the completion.
         ids = self._ended(self._ids(prompt + completion))
-        known = _common(self._ids(prompt), ids)
+        known = _common_prefix(self._ids(prompt), ids)
         return ids, [n >= known for n in range(len(ids))]
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self._tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
-    def _chat(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _chat(self, raw: RawExample) -> tuple[list[int], list[bool]]:
         if not self._tokenizer.chat_template:
             raise UsageError(
-                "the tokenizer has no chat template, which messages need",
-                file=row.file,
+                "messages need a chat template, and the tokenizer has none",
+                file=raw.file,
                 hint="write prompt and completion instead",
             )
-        messages = row.content["messages"]
-        ids = self._template(row, messages)
+        messages = raw.content["messages"]
+        ids = self._template(raw, messages)
         learned = [False] * len(ids)
         for number, message in enumerate(messages):
-            if message["role"] == "assistant" and not self._all:
-                before = self._template(row, messages[:number], add_generation_prompt=True)
-                after = self._template(row, messages[: number + 1])
-                if _common(after, ids) < len(after) - 1:
+            if message["role"] == "assistant" and not self._learns_all:
+                before = self._template(raw, messages[:number], add_generation_prompt=True)
+                after = self._template(raw, messages[: number + 1])
+                if _common_prefix(after, ids) < len(after) - 1:
                     raise MismatchError(
-                        f"line {row.number}: the chat template rewrites earlier answers",
-                        file=row.file,
-                        hint="set data.loss_on: all, or keep one answer to an example",
+                        f"line {raw.line}: the chat template rewrites earlier answers",
+                        file=raw.file,
+                        hint="set data.loss_on: all, or write one answer per example",
                     )
-                start, stop = _common(before, ids), min(len(after), len(ids))
+                start, stop = _common_prefix(before, ids), min(len(after), len(ids))
                 learned[start:stop] = [True] * (stop - start)
         return ids, learned
 
-    def _template(self, row: Row, messages: Sequence[Any], **options: Any) -> list[int]:
+    def _template(self, raw: RawExample, messages: Sequence[Any], **options: Any) -> list[int]:
         from jinja2 import TemplateError
 
         if not messages:
@@ -267,15 +188,15 @@ class Encoder:
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:
-            raise row.error(
-                f"the chat template does not take these messages: {_first_line(error)}"
+            raise raw.error(
+                f"the chat template does not accept these messages: {first_line(error)}"
             ) from error
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 
-def _common(some: Sequence[int], others: Sequence[int]) -> int:
-    """How long they are equal."""
+def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
+    """The length of their common prefix."""
     pairs = enumerate(zip(some, others, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(some), len(others)))
 
@@ -292,3 +213,9 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
         "attention_mask": padded(([1] * len(e["input_ids"]) for e in examples), 0),
         "labels": padded((e["labels"] for e in examples), IGNORED),
     }
+
+
+def collator(tokenizer: Any) -> Callable[[Any], dict[str, Tensor]]:
+    """`collate` with the padding token of a tokenizer."""
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return partial(collate, padding=padding or 0)

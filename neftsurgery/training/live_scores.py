@@ -1,4 +1,4 @@
-"""Scores that were measured on a live model, as a scores file."""
+"""Scores files from scores that were computed on a live model."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ def write_scores(
     units: Mapping[str, NDArray[np.int64]],
     out: str | os.PathLike[str] | None = None,
 ) -> Scores:
-    """Write scores of the neurons of ``anatomy``, as `neftsurgery.diff` would.
+    """Write the scores of the neurons of ``anatomy`` in the format of `neftsurgery.diff`.
 
     Parameters
     ----------
     score:
-        Its name.
+        The name of the score.
     values:
-        Per tensor of ``anatomy.scored`` its neurons' scores, ``[n]``; NaN for what is not to be chosen.
+        The neurons' scores, ``[n]``, per tensor of ``anatomy.scored``. A neuron with NaN is never chosen.
     units:
-        Per tensor its neurons' units, ``[n]``, where the anatomy has any; all of a unit have one score.
+        The neurons' units, ``[n]``, per tensor, if the anatomy has units. The neurons of a unit have
+        the same score.
     out:
-        Where to. None: a temporary file.
+        The scores file. None: a temporary file.
     """
     biases = {t.bias for t in anatomy.scored if t.bias is not None}
-    followers = [entry.info for entry in anatomy.listed if entry.info.name in biases]
+    companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]
     facts = {
         "version": SCORES_VERSION,
         "score": score,
@@ -51,23 +52,23 @@ def write_scores(
         "base": describe_side(base),
         "nonfinite": 0,
         "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
-        "unscored": {info.name: _follower(info) for info in followers},
+        "unscored": {info.name: _describe_bias(info) for info in companions},
     }
     entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
     entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
-    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in followers]
+    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in companions]
     metadata = dump(SCORES_KEY, facts)
     with written_file(entries, metadata, out) as written:
         for name, value in values.items():
             written.writer.write(name, 0, value.astype(np.float32))
         for name, ids in units.items():
             written.writer.write(f"{name}:unit", 0, ids)
-        for info in followers:  # nothing changed yet; that it is listed lets it follow its neurons
+        for info in companions:  # nothing has changed yet; being listed lets a bias go with its neurons
             written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
         written.writer.finish(metadata)
     return Scores.read(written.reader())
 
 
-def _follower(info: TensorInfo) -> dict[str, Any]:
+def _describe_bias(info: TensorInfo) -> dict[str, Any]:
     axes = list(range(len(info.shape)))
     return {"reason": "bias", "shape": list(info.shape), "dtype": info.dtype, "neuron_axes": axes}

@@ -1,12 +1,13 @@
-"""The probe: what tells which neurons matter, where no file does. The base is what is trained afterwards."""
+"""The probe of the live model: it scores neurons on the training examples."""
 
 from __future__ import annotations
 
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer
 
@@ -15,80 +16,84 @@ from ..scoring.scores import Scores
 from ..storage.threads import Limits
 from ..surgery.diff import DiffPlan
 from ..surgery.pairing import pair
-from .arguments import arguments
-from .gradients import gradient_scores
-from .loop import collator, language_model
-from .plan import TrainingPlan
-from .workplace import Workplace
+from .base_model import load_model
+from .examples import collator
+from .gradient_probe import gradient_scores
+from .run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from .train_plan import TrainPlan
 
 __all__ = ["STEPS", "probe"]
 
-#: Batches of the gradient probe, or steps of the fine-tune, where the recipe does not say.
+#: Batches of a gradient probe, or steps of the fine-tune, if the recipe gives no number.
 STEPS = 100
 _SCORES = {"gradients": "gradient", "fisher": "fisher"}
 
 
 def probe(
-    plan: TrainingPlan, place: Workplace, model: Any, args: Any, limits: Limits, say: Callable[[str], None]
+    plan: TrainPlan,
+    directory: RunDirectory,
+    model: Any,
+    device: torch.device,
+    *,
+    limits: Limits,
+    note: Callable[[str], None],
 ) -> Scores:
-    """Score the neurons on the training examples; the scores stay in the run's folder.
+    """Score the neurons on the training examples; the scores file stays in the run directory.
 
     Parameters
     ----------
     model:
-        The base, live; it is as before afterwards.
-    args:
-        The Trainer's arguments, which know the device.
+        The live base. A gradient probe moves it to ``device`` and leaves its weights as they are.
     """
-    place.scores.unlink(missing_ok=True)
-    if plan.recipe.probe.by == "finetune":
-        return _finetuned(plan, place, limits, say)
-    assert plan.anatomy is not None  # planned for this
+    directory.scores.unlink(missing_ok=True)
     steps = plan.recipe.probe.steps or STEPS
-    say(f"scoring neurons by their gradients on {steps} batches")
-    model.to(args.device)
-    batches = _batches(plan, steps, args.device)
-    score = _SCORES[plan.recipe.probe.by]
-    scores = gradient_scores(model, plan.base, plan.anatomy, batches, place.scores, score=score)
-    plan.base.close()
-    return scores
+    try:
+        if plan.recipe.probe.by == "finetune":
+            note(f"fine-tuning the whole model for {steps} steps to see which neurons change")
+            return _finetune_scores(plan, directory, steps, limits)
+        assert plan.choice.anatomy is not None  # planned for a probe
+        note(f"scoring neurons by their gradients on {steps} batches")
+        model.to(device)
+        score = _SCORES[plan.recipe.probe.by]
+        batches = _batches(plan, steps, device)
+        return gradient_scores(model, plan.base, plan.choice.anatomy, batches, directory.scores, score=score)
+    finally:
+        plan.base.close()
 
 
-def _batches(plan: TrainingPlan, count: int, device: Any) -> Iterator[dict[str, Tensor]]:
-    """Batches of examples drawn without repetition, as long as there are some."""
-    make, size = collator(plan), plan.recipe.train.batch_size
-    order = list(range(len(plan.train)))
+def _batches(plan: TrainPlan, count: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """At most ``count`` batches; no example is drawn twice."""
+    collate, size, examples = collator(plan.tokenizer), plan.recipe.train.batch_size, plan.examples.train
+    order = list(range(len(examples)))
     random.Random(plan.recipe.train.seed).shuffle(order)
     for start in range(0, min(len(order), count * size), size):
-        batch = make([plan.train[n] for n in order[start : start + size]])
+        batch = collate([examples[n] for n in order[start : start + size]])
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _finetuned(plan: TrainingPlan, place: Workplace, limits: Limits, say: Callable[[str], None]) -> Scores:
-    """Fine-tune all of a copy for some steps, score what that changed, and throw it away."""
-    import torch
-
-    shutil.rmtree(place.probe, ignore_errors=True)
+def _finetune_scores(plan: TrainPlan, directory: RunDirectory, steps: int, limits: Limits) -> Scores:
+    """Fine-tune a copy of the whole model, score its change, and delete it."""
+    shutil.rmtree(directory.probe, ignore_errors=True)
     recipe = plan.recipe
-    steps = recipe.probe.steps or STEPS
-    say(f"fine-tuning all of the model for {steps} steps, to see which neurons move")
-    model = language_model(plan)
-    kind = model.dtype
-    model.to(torch.float32)  # steps of a light fine-tune are smaller than the rounding of bfloat16
-    args = arguments(
-        recipe, place.probe / "trainer", steps=steps, save_every=steps, dev=False,
+    model = load_model(plan.base)
+    dtype = model.dtype
+    model.to(torch.float32)  # the steps of a short fine-tune are smaller than the rounding of bfloat16
+    args = plan.trainer_arguments(
+        directory.probe / "trainer", steps=steps, save_every=steps, dev=False,
         learning_rate=recipe.probe.learning_rate, save_strategy="no", logging_strategy="no",
     )  # fmt: skip
-    trainer = Trainer(model=model, args=args, train_dataset=plan.train, data_collator=collator(plan))
+    examples = plan.examples.train
+    trainer = Trainer(model=model, args=args, train_dataset=examples, data_collator=collator(plan.tokenizer))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    model.to(device="cpu", dtype=kind).save_pretrained(place.probe / "tuned")
+    model.to(device="cpu", dtype=dtype).save_pretrained(directory.probe / "tuned")
     del trainer, model
-    tuned = open_checkpoint(place.probe / "tuned")
+    tuned = open_checkpoint(directory.probe / "tuned")
     sides = pair(plan.base, tuned, recipe.select.scope)
-    comparison = DiffPlan(sides, recipe.select.score or "cosine", recipe.select.seed, place.scores)
+    comparison = DiffPlan(sides, recipe.select.score or "cosine", recipe.select.seed, directory.scores)
     scores = comparison.run(limits=limits)
-    plan.base.close()
     tuned.close()
-    shutil.rmtree(place.probe)
+    shutil.rmtree(directory.probe)
     return scores

@@ -1,6 +1,6 @@
-"""A recipe: what to train on what, and how. `neftsurgery.training.reading` makes one of YAML.
+"""A recipe as a value: the model, the data, which neurons to train, and how.
 
-Importing this loads neither torch nor transformers.
+`neftsurgery.training.recipe_reader` reads recipes. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..options import Scope
+from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 
-__all__ = ["Data", "Probe", "Recipe", "Select", "Train"]
+__all__ = ["PATH_KEYS", "Data", "Probe", "Recipe", "Select", "Train"]
+
+PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "select.like")
+"""The keys whose values are paths. All but ``out`` may also be Hub ids."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """What to learn from.
+    """The examples to learn from.
 
     Attributes
     ----------
@@ -26,17 +30,19 @@ class Data:
         A ``.jsonl`` file, or the Hub id of a dataset. Each line, or row, has ``prompt`` and ``completion``,
         or ``messages``, or ``text``.
     prompt, completion:
-        For rows of other fields: the two texts, with the fields in braces, as in ``Question: {question}``.
+        The prompt template for rows with other fields: two texts with the fields in braces, as in
+        ``Question: {question}``.
     subset, split, eval_split:
-        Of a Hub dataset.
+        The configuration and the splits of a Hub dataset.
     eval_share:
-        The share of ``train`` to hold back for the dev loss where there is no ``eval``; 0: no dev loss.
+        The share of ``train`` to hold back for the dev loss if there is no ``eval``. 0: no dev loss.
     loss_on:
-        ``completions``: what comes after the prompt, or from the assistant. ``all``: every token.
+        ``completions``: the loss is on what follows the prompt, or on what the assistant says. ``all``: it is
+        on every token.
     max_length:
-        Tokens of an example; what is longer is cut.
+        The maximum number of tokens in an example. Longer examples are truncated.
     limit:
-        Use so many examples at most.
+        The maximum number of examples to read from ``train``.
     """
 
     train: str
@@ -59,15 +65,15 @@ class Probe:
     Attributes
     ----------
     by:
-        ``gradients``: by how far steps by the signs of some batches' gradients would turn them.
-        ``fisher``: by their squared gradients. ``finetune``: by a short full fine-tune, which is scored
-        and thrown away. ``tuned``: by a fine-tune that is there. ``scores``, ``selection``: by a file.
+        ``gradients``: how far sign-gradient steps on some batches would turn each neuron.
+        ``fisher``: the squared gradients of each neuron. ``finetune``: a short full fine-tune, which is
+        scored and then deleted. ``tuned``: an existing fine-tune. ``scores``, ``selection``: a file.
     path:
-        The fine-tune, scores or selection.
+        The fine-tune, the scores file or the selection file.
     steps:
-        Batches of the gradient probes, or steps of the fine-tune: 100.
+        The number of batches of a gradient probe, or of steps of the fine-tune. Default: 100.
     learning_rate:
-        Of the fine-tune.
+        The learning rate of the fine-tune.
     """
 
     by: Literal["gradients", "fisher", "finetune", "tuned", "scores", "selection"] = "gradients"
@@ -78,10 +84,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Select:
-    """How many neurons, of which tensors: the options of ``extract``, by their names.
+    """Which neurons to train and how many: the options of ``extract``, under the same names.
 
-    The anatomy is ``units`` unless another is named: of equal size they learn more than rows where there is
-    much to learn (docs/results.md).
+    The fields of this class are the only list of these keys in this package: those of `Budget`, those of
+    `Scope`, and ``score``. The default anatomy is ``units``: units learn more than rows at the same number of
+    parameters if there is much to learn (docs/results.md).
     """
 
     neurons: str | None = None
@@ -103,27 +110,14 @@ class Select:
 
     @property
     def scope(self) -> Scope:
-        """Which neurons are looked at."""
-        return Scope(self.anatomy, self.axis, self.include, self.exclude, self.only)
+        """Which neurons are scored."""
+        return Scope(**{one.name: getattr(self, one.name) for one in dataclasses.fields(Scope)})
 
     @property
     def budget(self) -> dict[str, Any]:
-        """What `Budget.of` takes; ``like`` still is a path."""
-        names = (
-            "neurons",
-            "params",
-            "threshold",
-            "changed",
-            "like",
-            "per",
-            "max_per_tensor",
-            "policy",
-            "with_bias",
-        )
-        given = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in given.items() if value not in (None, False)} | {
-            "seed": self.seed
-        }
+        """The arguments of `Budget.of` that are set. ``like`` is still a path."""
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(Budget)}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
@@ -133,19 +127,19 @@ class Train:
     Attributes
     ----------
     steps, epochs:
-        Optimizer steps; None: as many as ``epochs`` rounds over the examples take.
+        The number of optimizer steps. ``steps`` None: as many as ``epochs`` passes over the examples take.
     batch_size, accumulate:
-        Examples at once, and batches to a step.
+        Examples per batch, and batches per optimizer step.
     learning_rate, schedule, warmup, weight_decay, clip:
-        Of AdamW; ``warmup`` is a number of steps, or below 1 a share of them.
+        The settings of AdamW. ``warmup`` is a number of steps or, below 1, a share of the steps.
     save_every:
-        Save, and measure the dev loss, every so many steps; None: ten times in all.
+        The number of steps between two saves. Each save measures the dev loss. None: ten saves per run.
     mode:
         As in `neftsurgery.attach`.
     seed:
-        Of everything that is drawn.
+        The seed of the order of examples, the held-back share and dropout.
     more:
-        Anything else that ``transformers.TrainingArguments`` takes, by its names there.
+        Any other argument of ``transformers.TrainingArguments``, by its name.
     """
 
     steps: int | None = None
@@ -165,14 +159,16 @@ class Train:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe.
+    """A recipe.
 
     Attributes
     ----------
     model:
         The base: a folder, or a Hub id.
     out:
-        The folder to make.
+        The folder to create.
+    data, probe, select, train:
+        The sections.
     """
 
     model: str
@@ -182,17 +178,15 @@ class Recipe:
     select: Select
     train: Train
 
-    def describe(self) -> dict[str, Any]:
-        """As it would be written, with whole paths, so that it means the same wherever it lies."""
+    def to_json(self) -> dict[str, Any]:
+        """All keys, defaults included. Paths are absolute, so that the recipe means the same in any folder.
+
+        `neftsurgery.training.recipe_reader.read_recipe` reads it back.
+        """
         described = dataclasses.asdict(self)
-        for home, key in (
-            (described, "model"),
-            (described, "out"),
-            (described["data"], "train"),
-            (described["data"], "eval"),
-            (described["probe"], "path"),
-            (described["select"], "like"),
-        ):
-            if home[key] is not None and (key == "out" or not is_hub_id(home[key])):
-                home[key] = os.path.abspath(home[key])
+        for key in PATH_KEYS:
+            section, _, name = key.rpartition(".")
+            home = described[section] if section else described
+            if home[name] is not None and (key == "out" or not is_hub_id(home[name])):
+                home[name] = os.path.abspath(home[name])
         return described

@@ -1,4 +1,4 @@
-"""Federated averaging of neuron patches: clients train on data that they keep, and send a patch.
+"""Federated averaging of neuron patches: clients train on private data and send a patch.
 
 $ python federate.py MODEL SELECTION DATA.jsonl OUT --clients 3 --rounds 2
 """
@@ -16,7 +16,7 @@ import neftsurgery as ns
 
 
 def train(base: Path, rows: list[dict[str, str]], given: argparse.Namespace, out: Path) -> ns.Patch:
-    """What one client does: it starts from the round's base, and its rows never leave it."""
+    """One client's round: train from the round's base on the client's own rows, and return the patch."""
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     with ns.attach(model, ns.Selection.load(given.selection)) as attached:
         optimizer = torch.optim.AdamW(attached.parameters(), lr=given.learning_rate, weight_decay=0.0)

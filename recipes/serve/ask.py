@@ -1,4 +1,4 @@
-"""Loads an exported adapter with PEFT, beside the base, and asks it something.
+"""Load an exported adapter with PEFT, and compare its answer with the base's.
 
 $ python ask.py MODEL ADAPTER "shout bird:"
 """
@@ -18,7 +18,7 @@ ids = tokenizer(question, return_tensors="pt")
 
 
 def answer() -> str:
-    """With the model as it is now."""
+    """The answer of the model in its current state."""
     out = model.generate(**ids, max_new_tokens=32, do_sample=False)
     return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
 

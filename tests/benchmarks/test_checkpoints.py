@@ -1,4 +1,4 @@
-"""The checkpoints that benchmarks make are what the libraries take for checkpoints."""
+"""The libraries accept the checkpoints that benchmarks write."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_safetensors_finds_every_tensor(tmp_path, shards, sparse):
         assert len(list(side.glob("*.safetensors"))) == shards
 
 
-def test_transformers_loads_one_with_nothing_missing(tmp_path):
+def test_transformers_loads_a_checkpoint_without_missing_weights(tmp_path):
     transformers = pytest.importorskip("transformers")
     write_pair(tmp_path, llama(5e6))
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -43,13 +43,13 @@ def test_transformers_loads_one_with_nothing_missing(tmp_path):
     assert model.config.model_type == "llama"
 
 
-def test_a_mixture_of_experts_is_one_to_transformers(tmp_path):
+def test_transformers_accepts_the_config_of_a_mixture_of_experts(tmp_path):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps(many_experts(600).config))
     assert transformers.AutoConfig.from_pretrained(tmp_path).num_experts > 1
 
 
-def test_every_neuron_was_tuned(tmp_path):
+def test_every_neuron_is_tuned(tmp_path):
     write_pair(tmp_path, llama(5e6), shards=2)
     scores = ns.diff(tmp_path / "base", tmp_path / "tuned")
     assert scores.select(threshold=0.0).neurons == scores.neurons > 1000
@@ -62,6 +62,6 @@ def test_a_model_has_about_the_bytes_asked_for(nbytes):
     assert model.nbytes == sum(BF16 * math.prod(shape) for shape in model.tensors.values())
 
 
-def test_models_of_many_tensors():
+def test_models_with_many_tensors():
     assert len(deep_llama(0.5e9, 500).tensors) >= 500
     assert 64_000 <= len(many_experts(64_000).tensors) < 64_200

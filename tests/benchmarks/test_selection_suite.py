@@ -1,4 +1,4 @@
-"""The selection suite, tiny: what each arm trains, which state stays, and a run that was killed."""
+"""The selection suite, tiny: what each arm trains, which state is kept, and a run that is killed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ import pytest
 import torch
 
 import neftsurgery as ns
-from benchmarks.harness import lines
+from benchmarks.harness import json_lines
 from benchmarks.selection import models, tuning
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.choices import choose
-from benchmarks.selection.examples import CHINESE, END, Codec, Example, collate, in_order, shuffled
-from benchmarks.selection.options import SCALES, Course, Shape
+from benchmarks.selection.examples import (
+    CHINESE,
+    END,
+    Codec,
+    Example,
+    batches_by_length,
+    collate,
+    shuffled_batches,
+)
+from benchmarks.selection.options import SCALES, Schedule, Shape
 from benchmarks.selection.tasks import task
 from benchmarks.selection.text import Sizes, Text, TextError
 
@@ -39,7 +47,7 @@ SHAPE = Shape(32, 48, 2, 4, 400)
 
 @pytest.fixture(scope="module")
 def codec() -> Codec:
-    return Codec.made(TEXT, SHAPE.vocabulary)
+    return Codec.train(TEXT, SHAPE.vocabulary)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +57,14 @@ def examples(codec: Codec) -> list[Example]:
 
 @pytest.fixture
 def model(codec: Codec) -> Any:
-    return models.born(SHAPE, codec.vocabulary, 0, "cpu")
+    return models.initialize(SHAPE, codec.vocabulary, 0, "cpu")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, codec: Codec) -> tuple[Path, Path]:
-    """The base, and one that differs from it everywhere."""
+    """The base, and a probe that differs from it everywhere."""
     folder = tmp_path_factory.mktemp("selection")
-    base = models.born(SHAPE, codec.vocabulary, 0, "cpu")
+    base = models.initialize(SHAPE, codec.vocabulary, 0, "cpu")
     base.save_pretrained(folder / "base")
     with torch.no_grad():
         for parameter in base.parameters():
@@ -65,7 +73,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, codec: Codec) -> tuple
     return folder / "base", folder / "probe"
 
 
-def test_sentences_come_back_and_only_the_answer_is_foretold(codec):
+def test_sentences_decode_to_themselves_and_only_the_answer_is_predicted(codec):
     for english, chinese in PAIRS[:5]:
         example = codec.translation(english, chinese, CHINESE)
         assert codec.decode(example.ids[1 : example.start - 1]) == english
@@ -75,15 +83,17 @@ def test_sentences_come_back_and_only_the_answer_is_foretold(codec):
         assert labels == [-100] * example.start + list(example.ids[example.start :])
 
 
-def test_an_epoch_has_every_example_once_in_batches_of_like_length(examples):
-    batches = shuffled(examples, 8, random.Random(0))
+def test_an_epoch_has_every_example_once_in_batches_of_similar_length(examples):
+    batches = shuffled_batches(examples, 8, random.Random(0))
     seen = [example for batch in islice(batches, 5) for example in batch]
     assert sorted(seen, key=lambda e: e.ids) == sorted(examples, key=lambda e: e.ids)
-    assert sorted(place for places, _ in in_order(examples, 7) for place in places) == list(range(40))
+    assert sorted(place for places, _ in batches_by_length(examples, 7) for place in places) == list(
+        range(40)
+    )
 
 
-def test_losses_and_translations_agree_with_the_model_asked_one_by_one(codec, model, examples):
-    found = models.examine(model, examples)
+def test_losses_and_translations_agree_with_the_model_run_one_by_one(codec, model, examples):
+    found = models.evaluate(model, examples)
     for example, (loss, count) in zip(examples[:6], found, strict=False):
         batch = collate([example])
         assert loss / count == pytest.approx(model(**batch).loss.item(), rel=1e-5)
@@ -103,12 +113,12 @@ def test_every_arm_trains_its_share_of_the_parameters_and_nothing_else(name, mod
     arm = ARMS[name]
     whole, batches = models.parameters_of(model), [collate(examples[:8])]
     selection = choose(arm, *checkpoints, model, batches, 3)
-    parameters = tuning.trainable(arm, model, selection, 3)
+    parameters = tuning.make_trainable(arm, model, selection, 3)
     share = sum(p.numel() for p in parameters) / whole
     largest = 5 * 32 if arm.anatomy != "units" else 4 * 32 * 32  # one neuron or unit may be missing
     assert 0.09 - largest / whole <= share <= 0.09
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    tuning.train(model, parameters, iter([examples[:8]] * 3), Course(3, 8), 1e-2)
+    tuning.train(model, parameters, iter([examples[:8]] * 3), Schedule(3, 8), 1e-2)
     for key, value in model.state_dict().items():
         moved = (value != before[key]).nonzero()
         if key in selection.tensors:
@@ -149,28 +159,28 @@ def test_adapters_have_the_nearest_rank_and_full_is_all(model):
     whole = models.parameters_of(model)
     each = 2 * (4 * 64 + 3 * 80)
     assert tuning.rank_of(ARMS["lora-30"], model) == round(0.3 * whole / each) > 1
-    assert sum(p.numel() for p in tuning.trainable(ARMS["full"], model, None, 0)) == whole
-    adapters = tuning.trainable(ARMS["lora-30"], model, None, 0)
+    assert sum(p.numel() for p in tuning.make_trainable(ARMS["full"], model, None, 0)) == whole
+    adapters = tuning.make_trainable(ARMS["lora-30"], model, None, 0)
     assert sum(p.numel() for p in adapters) == round(0.3 * whole / each) * each
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["full", "lora-9", "neft-9"])
-def test_the_best_state_stays_and_a_course_that_gets_nowhere_is_broken_off(
-    name, model, checkpoints, examples
-):
+def test_the_best_state_is_kept_and_training_without_progress_stops(name, model, checkpoints, examples):
     arm = ARMS[name]
     selection = choose(arm, *checkpoints, model, [], 0) if arm.kind == "neurons" else None
-    parameters = tuning.trainable(arm, model, selection, 0)
+    parameters = tuning.make_trainable(arm, model, selection, 0)
     held = examples[30:]
     told: list[float] = []
 
-    def examine() -> float:
+    def evaluate() -> float:
         told.append(models.mean_loss(model, held) if len(told) < 3 else 99.0)
         return told[-1]
 
-    course = Course(100, 8, look=2, patience=3)
-    trained = tuning.train(model, parameters, tuning.batches_of(examples[:30], 8, 0), course, 3e-3, examine)
+    schedule = Schedule(100, 8, evaluate_every=2, patience=3)
+    trained = tuning.train(
+        model, parameters, tuning.batches_of(examples[:30], 8, 0), schedule, 3e-3, evaluate
+    )
     assert trained.best == 4
     assert list(trained.dev) == [0, 2, 4, 6, 8, 10]
     assert trained.loss == told[2] < told[0]
@@ -178,14 +188,14 @@ def test_the_best_state_stays_and_a_course_that_gets_nowhere_is_broken_off(
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
-    shares = [tuning._share(step, 100) for step in range(1, 101)]
+    shares = [tuning._rate_factor(step, 100) for step in range(1, 101)]
     assert shares[0] == pytest.approx(0.2)
     assert max(shares) == 1.0 == shares[4] == shares[5]
     assert shares[-1] == pytest.approx(0.01 / 0.95)
     assert all(a >= b for a, b in pairwise(shares[5:]))
 
 
-def test_pieces_of_plays_are_dealt_out_whole(tmp_path, codec):
+def test_plays_are_split_into_whole_pieces(tmp_path, codec):
     speeches = [f"nurse {n}: " + " ".join(f"word{(n + m) % 40} is here" for m in range(6)) for n in range(60)]
     (tmp_path / "tinyshakespeare.txt").write_text("\n\n".join(speeches))
     sizes = replace(SCALES["quick"], text=Sizes(20, 6, 5, 0, 0), piece=12)
@@ -212,35 +222,35 @@ def done(words: list[str], code: int = 0) -> str:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_lines(tmp_path, shared_data):
+def test_a_killed_run_resumes_and_ends_with_the_same_lines(tmp_path, shared_data):
     text, only = shared_data / "text", ("--only", "base,full,neft-3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done(command(whole, text, *only))
     file = killed / "results" / "selection-quick.jsonl"
     process = subprocess.Popen(command(killed, text, *only), cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and sum(line["kind"] == "run" for line in lines.load(file)) < 2:
+    while process.poll() is None and sum(line["kind"] == "run" for line in json_lines.load(file)) < 2:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = file.read_bytes()
-    assert 2 <= sum(line["kind"] == "run" for line in lines.load(file)) < 5
+    assert 2 <= sum(line["kind"] == "run" for line in json_lines.load(file)) < 5
     done(command(killed, text, *only, "--workers", "2"))
     assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    results = [lines.load(folder / "results" / "selection-quick.jsonl") for folder in (whole, killed)]
+    results = [json_lines.load(folder / "results" / "selection-quick.jsonl") for folder in (whole, killed)]
     ours, again = ([same(line) for line in found if line["kind"] in ("run", "tuning")] for found in results)
-    assert sorted(map(repr, ours)) == sorted(map(repr, again))  # two workers end in any order
+    assert sorted(map(repr, ours)) == sorted(map(repr, again))  # two workers finish in any order
     assert [line["arm"] for line in ours if line["kind"] == "run"] == ["base"] + [
         arm for arm in ("full", "neft-3") for _ in range(2)
     ]
     page = (whole / "results.md").read_text()
-    assert all(ARMS[name].words in page for name in only[1].split(","))
+    assert all(ARMS[name].label in page for name in only[1].split(","))
     assert str(tmp_path) not in page + json.dumps(results[0])
-    done(command(whole, text, *only))  # nothing is left to do
-    assert len(lines.load(whole / "results" / "selection-quick.jsonl")) == len(results[0])
+    done(command(whole, text, *only))  # everything is done already
+    assert len(json_lines.load(whole / "results" / "selection-quick.jsonl")) == len(results[0])
 
 
 def same(line: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on the clock."""
+    """The parts of a line that do not depend on timing."""
     return {
         key: value
         for key, value in line.items()

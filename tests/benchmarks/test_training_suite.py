@@ -1,4 +1,4 @@
-"""The suite for training, very small: what each contestant trains, and the structure of results and page."""
+"""The training suite, very small: what each contestant trains, and the structure of results and page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.page.training import claims
+from benchmarks.page.training import requirements
 from benchmarks.training.options import CONTESTANTS, QUICK, Options, add_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,34 +25,34 @@ PEFT = [name for name in CONTESTANTS if name not in OURS]
 
 def prepared(name: str, dtype: str, **more: Any) -> tuple[Any, Any]:
     """The contestant, after a backward pass."""
-    from benchmarks.training import models, ways
+    from benchmarks.training import contestants, models
 
     job = JOB | {"dtype": dtype} | more
-    way = ways.prepare(name, models.build(job))
+    method = contestants.prepare(name, models.build(job))
     ids = models.batch(job)
-    way.model(input_ids=ids, labels=ids).loss.backward()
-    way.before_step()
-    return way, ids
+    method.model(input_ids=ids, labels=ids).loss.backward()
+    method.before_step()
+    return method, ids
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", [name for name in OURS if name != "floor"])
-def test_all_that_is_trained_gets_a_gradient(name, dtype):
-    way, _ = prepared(name, dtype)
-    assert way.parameters
-    assert all(parameter.grad is not None for parameter in way.parameters)
+def test_all_trained_parameters_get_a_gradient(name, dtype):
+    method, _ = prepared(name, dtype)
+    assert method.parameters
+    assert all(parameter.grad is not None for parameter in method.parameters)
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")
-@pytest.mark.filterwarnings("ignore")  # PEFT calls what transformers has renamed, and more
+@pytest.mark.filterwarnings("ignore")  # PEFT calls deprecated functions of transformers
 @pytest.mark.parametrize("name", PEFT)
 def test_rivals_train(name):
-    way, _ = prepared(name, "fp32")
-    assert way.trainable > 0
-    assert any(parameter.grad is not None for parameter in way.parameters)
+    method, _ = prepared(name, "fp32")
+    assert method.trainable > 0
+    assert any(parameter.grad is not None for parameter in method.parameters)
 
 
-def test_the_mask_leaves_the_rows_that_neft_trains():
+def test_the_mask_keeps_the_rows_that_neft_trains():
     import torch
 
     neft, _ = prepared("neft-3", "fp32")
@@ -65,32 +65,32 @@ def test_the_mask_leaves_the_rows_that_neft_trains():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_units_are_as_many_parameters_as_rows():
-    from benchmarks.training import models, ways
+def test_units_have_as_many_parameters_as_rows():
+    from benchmarks.training import contestants, models
 
     model = models.build(JOB | {"dtype": "fp32", "shape": "small"})
-    rows = sum(len(n) * model.get_parameter(w).shape[1] for w, n in ways.rows(model, 0.03).items())
-    assert ways.prepare("units-3", model).trainable == pytest.approx(rows, rel=0.03)
+    rows = sum(len(n) * model.get_parameter(w).shape[1] for w, n in contestants.rows(model, 0.03).items())
+    assert contestants.prepare("units-3", model).trainable == pytest.approx(rows, rel=0.03)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_of_the_floor_end_where_those_of_neft_do(checkpointing):
-    """At the outputs of the first layer's projections; with checkpointing, at the inputs, for all alike."""
+def test_the_floors_backward_pass_ends_where_nefts_does(checkpointing):
+    """It ends at the outputs of the first layer's projections; with checkpointing, at their inputs."""
     seen: dict[str, list[tuple[bool, bool]]] = {}
     for name in ("floor", "neft-3"):
-        from benchmarks.training import models, ways
+        from benchmarks.training import contestants, models
 
         job = JOB | {"dtype": "fp32", "checkpointing": checkpointing}
-        way = ways.prepare(name, models.build(job))
+        method = contestants.prepare(name, models.build(job))
         needs: list[tuple[bool, bool]] = []
 
         def watch(module, inputs, output, needs=needs):
             needs.append((inputs[0].requires_grad, output.requires_grad))
 
-        for module in models.linears(way.model).values():
+        for module in models.linears(method.model).values():
             module.register_forward_hook(watch)
         ids = models.batch(job)
-        way.model(input_ids=ids, labels=ids).loss.backward()
+        method.model(input_ids=ids, labels=ids).loss.backward()
         seen[name] = needs
         assert needs[:3] == [(checkpointing, True)] * 3
     assert seen["floor"] == seen["neft-3"]
@@ -109,7 +109,7 @@ def test_the_command_measures_the_same_again():
     assert asked.only == ("floor", "neft-3")
 
 
-def test_claims_are_judged_by_ratios_within_turns():
+def test_requirements_are_judged_by_ratios_within_turns():
     def entry(name: str, peak: int, *seconds: float) -> dict[str, Any]:
         return {"id": name, "peak": peak, "runs": [{"seconds": s} for s in seconds]}
 
@@ -118,15 +118,17 @@ def test_claims_are_judged_by_ratios_within_turns():
         entry("neft-3", 100, 1.08, 10.8),
         entry("lora-3", 110, 1.2, 12.0),
     ]
-    judged = {device: list(claims({"device": device, "contestants": entries})) for device in ("cpu", "cuda")}
-    assert [claim.met for claim in judged["cpu"]] == [True, True, None, True, None]
-    assert [claim.met for claim in judged["cuda"]] == [True, False, None, True, None]
-    assert judged["cpu"][1].found == "of its time: 1.08"
+    judged = {
+        device: list(requirements({"device": device, "contestants": entries})) for device in ("cpu", "cuda")
+    }
+    assert [requirement.met for requirement in judged["cpu"]] == [True, True, None, True, None]
+    assert [requirement.met for requirement in judged["cuda"]] == [True, False, None, True, None]
+    assert judged["cpu"][1].measured == "of its time: 1.08"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks ask Linux for what they tell")
-def test_workers_take_turns_and_the_page_tells_them(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks need Linux")
+def test_workers_take_turns_and_the_page_shows_them(tmp_path):
     out = tmp_path / "docs" / "benchmarks"
     only = ["floor", "neft-3"] + ["lora-3"] * (find_spec("peft") is not None)
     words = ["training", "--quick", "--dtype", "bf16", "--only", ",".join(only), "--out", str(out)]
@@ -148,11 +150,11 @@ def test_workers_take_turns_and_the_page_tells_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_in_which_nothing_works_says_so_and_stores_nothing(tmp_path):
+def test_a_run_without_a_working_contestant_is_an_error_and_stores_nothing(tmp_path):
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("this machine has a GPU")
     words = ["training", "--quick", "--device", "cuda", "--only", "neft-3", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "benchmarks", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Every refusal: its exit code, one or two plain lines, no traceback, nothing written."""
+"""Every refusal: its exit code, a message of one or two lines, no traceback, nothing written."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_module_entry(tmp_path):
 
 
 def test_names_cannot_steer_the_terminal(neft, tmp_path):
-    """A tensor may be called anything; what is printed of it is printable."""
+    """A tensor may have any name; what is printed of it is printable."""
     name = "layer.\x1b[2J\x07.weight"
     write_file(tmp_path / "a.safetensors", {name: np.ones((4, 3), np.float32)})
     write_file(tmp_path / "b.safetensors", {name: np.full((4, 3), 2, np.float32)})
@@ -277,14 +277,14 @@ def test_names_cannot_steer_the_terminal(neft, tmp_path):
     assert "\x1b" not in wrong.err
 
 
-def test_a_pipe_is_no_checkpoint(neft, tmp_path):
+def test_a_pipe_is_not_a_checkpoint(neft, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     result = neft("inspect", "pipe")
     assert (result.code, "pipe or socket" in result.err) == (2, True)
 
 
 def test_no_input_is_overwritten_even_by_force(neft, patch, tmp_path):
-    """Scores, selections and controls are inputs, too."""
+    """Scores, selections and controls are inputs too."""
     assert neft("select", "s.safetensors", "--neurons", "3", "-o", "c.safetensors").code == 0
     before = {name: (tmp_path / name).read_bytes() for name in ("s.safetensors", "c.safetensors")}
     extract = ("extract", "base", "tuned", "--force", "-o")
@@ -314,6 +314,6 @@ def test_a_mistyped_file_is_not_looked_for_on_the_hub(neft, patch):
 
 
 @pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity"])
-def test_numbers_that_are_none_are_refused(neft, patch, tmp_path, number):
+def test_values_that_are_not_numbers_are_refused(neft, patch, tmp_path, number):
     (tmp_path / "base" / "config.json").write_text(f'{{"model_type": "llama", "x": {number}}}')
     assert neft("inspect", "base").code == 4

@@ -107,7 +107,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(
 ) -> None:
     from neftsurgery.neuron_utilization import measure
 
-    monkeypatch.setattr(measure, "live_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     before = snapshot(here)
     result = neft("report", "patch.safetensors", "-o", "page.html", *HOW, "--dry-run")
     assert result.code == 0
@@ -123,9 +123,9 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(
     [
         (("patch.safetensors", "--utilization", "--text", "text.txt"), 2, "--utilization needs --base"),
         (("patch.safetensors", "--utilization", "--base", "base"), 2, "--utilization needs --text"),
-        (("patch.safetensors", "--text", "text.txt"), 2, "--text goes with --utilization"),
-        (("scores.safetensors", *HOW), 2, "a patch or a checkpoint, not of scores"),
-        (("patch.safetensors", "tuned", *HOW, "--neurons-out", "x"), 2, "takes the neurons of one patch"),
+        (("patch.safetensors", "--text", "text.txt"), 2, "--text needs --utilization"),
+        (("scores.safetensors", *HOW), 2, "--utilization needs a patch or a checkpoint, not only scores"),
+        (("patch.safetensors", "tuned", *HOW, "--neurons-out", "x"), 2, "--neurons-out needs exactly one"),
         (("patch.safetensors", *HOW, "--neurons-out", "text.txt"), 2, "text.txt: "),
         (("patch.safetensors", *HOW, "--strongly", "0.5"), 2, "neither a percentage nor a whole number"),
         (("patch.safetensors", *HOW[:2], "tuned", *HOW[3:]), 3, "the patch is not of this base"),
@@ -153,6 +153,6 @@ def test_without_the_training_extra(here: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "neftsurgery: --utilization needs what is not installed: torch\npip install 'neftsurgery[train]'\n"
+        "neftsurgery: --utilization needs torch, which is not installed\npip install 'neftsurgery[train]'\n"
     )
     assert not (here / "page.html").exists()

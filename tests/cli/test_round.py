@@ -1,4 +1,4 @@
-"""The commands on a real pair: what they write, what they print, what they report as JSON."""
+"""The commands on a real pair: what they write, what they print, and their JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from safetensors.numpy import load_file
-from support import process
 
 TIMED = {"bytes_read", "seconds", "wall_seconds", "neurons", "selected"}
 
@@ -73,7 +72,7 @@ def test_the_whole_round(neft, pair, tmp_path):
     assert (digest(base), digest(tuned)) == before
 
 
-def test_a_lossless_patch_says_that_it_is_the_tuned_model(neft, pair, tmp_path):
+def test_extract_says_that_a_lossless_patch_gives_the_tuned_model(neft, pair, tmp_path):
     base, tuned = pair
     result = neft("extract", base, tuned, "--changed", "--include", "*", "--with-bias", "-o", "p.safetensors")
     assert result.code == 0, result.err
@@ -129,7 +128,7 @@ def test_a_dry_run_still_refuses(neft, pair):
 
 
 @pytest.mark.parametrize("kind", ["base", "s.safetensors", "selection.safetensors", "p.safetensors"])
-def test_inspect_tells_all_kinds_apart(neft, pair, kind):
+def test_inspect_recognises_every_kind_of_file(neft, pair, kind):
     neft("diff", "base", "tuned", "-o", "s.safetensors")
     neft("select", "s.safetensors", "--neurons", "3%", "-o", "selection.safetensors")
     neft("extract", "base", "tuned", "--neurons", "3%", "-o", "p.safetensors")
@@ -144,7 +143,7 @@ def test_inspect_tells_all_kinds_apart(neft, pair, kind):
 
 
 @pytest.mark.parametrize("anatomy", ["rows", "ffn", "units"])
-def test_all_anatomies_go_all_the_way(neft, pair, anatomy):
+def test_every_anatomy_works_in_every_command(neft, pair, anatomy):
     result = neft(
         "extract", "base", "tuned", "--anatomy", anatomy, "--neurons", "10%", "-o", "p.safetensors", "--json"
     )
@@ -155,7 +154,7 @@ def test_all_anatomies_go_all_the_way(neft, pair, anatomy):
     assert neft("verify", "tuned", "p.safetensors", "--expect", "patched").code == 0
 
 
-def test_quiet_says_nothing(neft, pair):
+def test_quiet_prints_nothing(neft, pair):
     for words in (
         ("diff", "base", "tuned"),
         ("extract", "base", "tuned", "--neurons", "3", "-o", "p.safetensors"),
@@ -164,7 +163,7 @@ def test_quiet_says_nothing(neft, pair):
         assert (result.code, result.out, result.err) == (0, "", "")
 
 
-def test_unrelated_models_are_called_so(neft, pair, llama_arrays, tmp_path):
+def test_unrelated_models_are_reported_as_unrelated(neft, pair, llama_arrays, tmp_path):
     from support import LLAMA_CONFIG, write_folder
 
     write_folder(tmp_path / "other", llama_arrays(seed=9), 1, LLAMA_CONFIG)
@@ -174,11 +173,11 @@ def test_unrelated_models_are_called_so(neft, pair, llama_arrays, tmp_path):
     assert neft("diff", "base", "other", "--json").json["related"] is False
 
 
-def test_identical_models_are_called_so(neft, pair):
+def test_identical_models_are_reported_as_identical(neft, pair):
     assert "identical in every scored neuron" in neft("diff", "base", "base").out
 
 
-def test_a_closed_pipe_is_no_error(pair, tmp_path):
+def test_a_closed_pipe_is_not_an_error(pair, tmp_path):
     import subprocess
 
     done = subprocess.run(
@@ -191,67 +190,3 @@ def test_a_closed_pipe_is_no_error(pair, tmp_path):
     )
     assert "checkpoint" in done.stdout
     assert "Traceback" not in done.stderr
-
-
-def test_demo(neft, tmp_path):
-    result = neft("demo", "kept", "--files-only")
-    assert result.code == 0, result.err
-    assert result.out.count(": yes") == 2
-    assert (tmp_path / "kept" / "neuron_patch.safetensors").is_file()
-    assert (tmp_path / "kept" / "report.html").is_file()
-    assert "Open kept/report.html" in result.out
-    assert neft("demo", "kept").code == 2
-    assert neft("demo", "--files-only", "--json").json["ok"] is True
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept"]
-
-
-def test_demo_as_a_process(tmp_path):
-    result = process("demo", "--files-only", cwd=tmp_path)
-    assert result.code == 0, result.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_demo_without_matplotlib_draws_nothing(neft, tmp_path, monkeypatch):
-    from neftsurgery.cli.demo import stage
-
-    monkeypatch.setattr(stage, "find_spec", lambda name: None)
-    result = neft("demo", "kept", "--files-only")
-    assert result.code == 0, result.err
-    assert "report" not in result.out
-    assert not (tmp_path / "kept" / "report.html").exists()
-    assert not any("report" in line for line in neft("demo", "--dry-run", "--json").json["commands"])
-
-
-def test_demo_without_torch_says_what_more_there_is(neft, tmp_path, monkeypatch):
-    from neftsurgery.cli.commands import demo
-
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    result = neft("demo")
-    assert result.code == 0, result.err
-    assert result.out.count(": yes") == 2
-    assert "pip install 'neftsurgery[train]'" in result.out
-    assert "pip install" not in neft("demo", "--files-only").out
-
-
-def test_a_dry_run_of_the_demo_shows_its_commands(neft, tmp_path):
-    told = neft("demo", "kept", "--dry-run", "--json").json
-    assert told["trains"] is True
-    assert any("select" in line for line in told["commands"])
-    assert neft("demo", "--files-only", "--dry-run", "--json").json["trains"] is False
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_the_demo_trains(tmp_path):
-    result = process("demo", "kept", "--json", cwd=tmp_path)
-    assert result.code == 0, result.err
-    told = result.json
-    assert told["patched_files_give_the_trained_logits"] is told["restored_bit_for_bit"] is True
-    base, tuned, chosen, control = told["trained"]
-    assert base["losses"]["old"] < 0.1 < base["losses"]["new"]
-    assert tuned["losses"]["new"] < 0.1
-    assert chosen["trained"] < 0.1 * base["trained"]
-    assert chosen["losses"]["new"] < base["losses"]["new"]
-    assert control["losses"]["new"] < base["losses"]["new"]
-    assert chosen["nbytes"] == (tmp_path / "kept" / "neuron_patch.safetensors").stat().st_size
-    assert (tmp_path / "kept" / "report.html").is_file()

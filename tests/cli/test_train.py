@@ -1,4 +1,8 @@
-"""`neftsurgery train` from recipe to patch, on a tiny Llama and tokenizer made here: nothing is fetched."""
+"""`neftsurgery train` from recipe to patch, on a tiny Llama and tokenizer made here: nothing is fetched.
+
+These are also the tests of the live parts of a run: `run`, `probe`, `patch_trainer` and `base_model` of
+`neftsurgery.training`.
+"""
 
 from __future__ import annotations
 
@@ -89,14 +93,14 @@ def test_from_recipe_to_patched_checkpoint(neft: Any, recipe: Path, tmp_path: Pa
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", dtype="auto").eval()
         assert torch.equal(loaded(input_ids=ids).logits, live(input_ids=ids).logits)
     assert not torch.equal(loaded(input_ids=ids).logits, base)
-    # The recipe that was written makes the same patch once more.
+    # The written recipe makes the same patch again.
     again = neft("train", "run/recipe.yaml", "-o", "again", "--json").json
     assert again["dev_loss"] == facts["dev_loss"]
     one, other = (load_file(tmp_path / name / "neuron_patch.safetensors") for name in ("run", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_dry_run_says_what_would_be_and_writes_nothing(neft: Any, recipe: Path, tmp_path: Path) -> None:
+def test_the_dry_run_describes_the_run_and_writes_nothing(neft: Any, recipe: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     facts = neft("train", recipe, "--dry-run", "--json").json
     assert snapshot(tmp_path) == before
@@ -167,7 +171,7 @@ LONG = ("--set", "train.steps=150", "--set", "train.save_every=5")
 
 @pytest.fixture(scope="module")
 def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a long run that nobody stopped came to."""
+    """The OUT of a long run that was not stopped."""
     folder = tmp_path_factory.mktemp("whole")
     process = run_process(write_recipe(tiny, folder), *LONG)
     _, errors = process.communicate(timeout=120)
@@ -177,7 +181,7 @@ def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_stopped_run_goes_on_to_the_same_patch(
+def test_a_stopped_run_resumes_to_the_same_patch(
     neft: Any, recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     out = tmp_path / "run"
@@ -213,13 +217,13 @@ def test_a_stopped_run_goes_on_to_the_same_patch(
         (["--set", "data.train=no.jsonl"], 2, "no such file of examples"),
         (["--set", "data.train=bad.jsonl"], 4, "bad.jsonl: line 2: not valid JSON"),
         (["--set", "train.more={optm: sgd}"], 2, "optim"),
-        (["--set", "train.more={max_steps: 3}"], 2, "the recipe's own"),
+        (["--set", "train.more={max_steps: 3}"], 2, "train.more.max_steps is set by the recipe"),
         (["--set", "probe.by=selection", "--set", "probe.path=data.jsonl", "--set", "select.neurons=",
           "--set", "probe.steps="], 4, "data.jsonl"),
         (["-o", "base"], 2, "is the input"),
         (["-o", "full"], 2, "exists already"),
         (["-o", "base/run"], 2, "inside the input"),
-        (["--resume"], 2, "no unfinished run"),
+        (["--resume"], 2, "there is no unfinished run to resume"),
         (["--resume", "--restart"], 2, "do not go together"),
         (["--set", "model=base/model.safetensors"], 2, "config.json"),
     ],
@@ -238,7 +242,7 @@ def test_what_is_wrong_is_said_before_training(
     assert snapshot(tmp_path) == before
 
 
-def test_selections_that_do_not_do(neft: Any, recipe: Path, tmp_path: Path) -> None:
+def test_unusable_selections(neft: Any, recipe: Path, tmp_path: Path) -> None:
     scores = ns.diff(
         tmp_path / "base", tmp_path / "base", axis={"lm_head.weight": 0}, include=["lm_head.weight"]
     )
@@ -276,12 +280,12 @@ def test_force_replaces_what_is_there(neft: Any, recipe: Path, tmp_path: Path) -
     assert (tmp_path / "run" / "neuron_patch.safetensors").exists()
 
 
-def test_a_loss_that_is_no_number(neft: Any, recipe: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number(neft: Any, recipe: Path, tmp_path: Path) -> None:
     result = neft("train", recipe, "--set", "train.learning_rate=1e30", "--set", "data.eval_share=0")
     assert result.code == 3, result.err
-    assert "no number" in result.err
+    assert "the loss is not a number" in result.err
     assert not (tmp_path / "run").exists()
-    assert neft("train", recipe).code == 0  # what was not saved is in nobody's way
+    assert neft("train", recipe).code == 0  # a run without a save does not block the next one
 
 
 @pytest.mark.slow

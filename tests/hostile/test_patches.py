@@ -1,4 +1,4 @@
-"""Patches that are damaged, hostile or not patches at all: refused in words, with nothing written."""
+"""Files that are damaged, hostile or not patches: refused with a message, and nothing is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TUNED = {name: (kind, bits + bits.dtype.type(5000)) for name, (kind, bits) in BA
 
 
 class Case:
-    """A base, and a good reversible patch on rows of ``a`` and columns of ``b``, in a folder of their own."""
+    """A folder with a base and a valid reversible patch on rows of ``a`` and columns of ``b``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -58,14 +58,14 @@ class Case:
         return json.loads(self.metadata["neuron_patch"])
 
     def write(self, entries: Entries | None = None, manifest: object = None, text: str | None = None) -> Path:
-        """A patch file that differs from the good one in its entries, its manifest, or the text of that."""
+        """A patch file that differs from the valid one in entries, manifest, or the manifest's text."""
         if text is None:
             text = self.metadata["neuron_patch"] if manifest is None else json.dumps(manifest)
         path = self.root / "bad"
         return raw_file(path, self.entries if entries is None else entries, {"neuron_patch": text})
 
     def refused(self, patch: Path, error: type[ns.NeftError] = ns.CorruptFileError, says: str = ".") -> None:
-        """Every verb refuses it, says which file, and leaves every file and folder as it was."""
+        """Every verb refuses it, names the file, and changes no file or folder."""
         before = snapshot(self.root)
         patched, out = self.root / "patched", self.root / "out"
         for verb in (
@@ -107,7 +107,7 @@ def test_one_flipped_bit_of_the_content(case: Case, name: str, part: str, positi
 @pytest.mark.parametrize("position", range(8))
 @pytest.mark.parametrize("name", ["a.weight", "b.weight"])
 def test_one_flipped_bit_of_an_index(case: Case, name: str, position: int) -> None:
-    """The hashes are over vectors, not over indices: one that moved is found in the base, at the latest."""
+    """Hashes cover vectors, not indices: the comparison with the base finds a changed index at the latest."""
     index = case.entries[f"{name}:index"][1]
     raw = index.view("u1")
     raw[position] ^= 1
@@ -231,14 +231,14 @@ def test_a_shape_that_no_tensor_has(case: Case) -> None:
 
 
 def test_work_by_claim_is_refused(case: Case) -> None:
-    """A few megabytes of manifest must not cost seconds: the time is bounded by refusing, not measured."""
+    """A few megabytes of manifest must not take seconds. They are refused by size; no time is measured."""
     manifest = case.manifest()
     manifest["tensors"]["a.weight"] |= {"shape": [1] * 20_000, "neuron_axes": list(range(20_000))}
     case.refused(case.write(manifest=manifest), says="too many axes or elements")
 
 
 def test_indices_whose_differences_overflow(case: Case) -> None:
-    """Ascending is compared, not subtracted: differences of wild indices wrap round."""
+    """The order is compared, not subtracted: differences of extreme indices overflow."""
     from neftsurgery.neurons.vectors import check_index
 
     wild = np.array([0, 2**63 - 1, -(2**63) + 5, -1, 5])
@@ -260,7 +260,7 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_manifest_that_is_no_document(case: Case, text: str) -> None:
+def test_a_manifest_that_is_not_a_json_object(case: Case, text: str) -> None:
     case.refused(case.write(text=text))
 
 
@@ -311,7 +311,7 @@ def test_an_entry_too_many(case: Case, name: str) -> None:
 
 
 def test_facts_of_any_kind_do_no_harm(case: Case) -> None:
-    """What is known of a patch's origin is only told, never relied on."""
+    """What a patch says of its origin is only shown, never relied on."""
     values: list[Any] = [None, 5, "x", [], {}, [5], {"followers": 5}, {"followers": [[], 3]}, {"name": []}]
     for key in ("base", "selection", "created_by", "unknown"):
         for value in [*values, {"followers": "a.weight"}, {"fingerprint": 7}, {"repo": {"a": 1}}]:
@@ -366,14 +366,14 @@ FILES: dict[str, Callable[[Case], bytes]] = {
 
 
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
-def test_a_file_that_is_no_patch(case: Case, content: Callable[[Case], bytes]) -> None:
+def test_a_file_that_is_not_a_patch(case: Case, content: Callable[[Case], bytes]) -> None:
     path = case.root / "bad"
     path.write_bytes(content(case))
     case.refused(path)
     assert not (case.root / "executed").exists()
 
 
-def test_a_path_that_is_not_there(case: Case) -> None:
+def test_a_path_that_does_not_exist(case: Case) -> None:
     for path in (case.root / "missing", case.root / "good" / "below", case.base):
         case.refused(path, ns.UsageError)
 
@@ -422,7 +422,7 @@ def test_names_are_names_and_nothing_else(tmp_path: Path, name: str) -> None:
 
 
 def test_a_patch_of_a_path_like_tensor_is_harmless(case: Case) -> None:
-    """The name in a manifest is looked up among tensors, not in a file system."""
+    """A name in a manifest is looked up among tensors, not in the file system."""
     target = case.root / "victim"
     target.write_bytes(b"untouched")
     for name in ("../victim", str(target)):
@@ -432,8 +432,8 @@ def test_a_patch_of_a_path_like_tensor_is_harmless(case: Case) -> None:
         case.refused(case.write(entries, manifest), ns.MismatchError, says="no such tensor")
 
 
-def test_tensors_of_no_elements_and_patches_of_no_neurons(case: Case) -> None:
-    """Legal, if odd: nothing to do, and no crash."""
+def test_tensors_without_elements_and_patches_without_neurons(case: Case) -> None:
+    """Legal but odd: there is nothing to do, and nothing crashes."""
     empty = "xxh3-128:99aa06d3014798d86001c324468d497f"  # XXH3-128 of nothing
     tensors = {"e": ("F32", np.zeros((0, 4), "u4")), "w": ("F32", np.zeros((3, 0), "u4"))} | BASE
     base = raw_folder(case.root / "empties", tensors)
@@ -459,7 +459,7 @@ def test_tensors_of_no_elements_and_patches_of_no_neurons(case: Case) -> None:
 
 @contextmanager
 def frugal(limit: int = 32 << 20) -> Iterator[None]:
-    """No more than ``limit`` bytes at once, whatever a file claims."""
+    """At most ``limit`` bytes at once, whatever a file claims."""
     tracemalloc.start()
     try:
         yield
@@ -469,7 +469,7 @@ def frugal(limit: int = 32 << 20) -> Iterator[None]:
 
 
 def survives(case: Case, path: Path) -> None:
-    """Only errors of this package come out; and what is applied all the same is what was meant."""
+    """Only errors of this package are raised; a file that is accepted is applied correctly."""
     before = snapshot(case.root)
     try:
         with frugal():
@@ -515,7 +515,7 @@ ODD = st.one_of(
 
 
 def places(value: object, here: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
-    """Every place in a JSON document."""
+    """Every position in a JSON document."""
     yield here
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in items:
@@ -576,7 +576,7 @@ def test_any_bytes_are_refused_or_right(shared_case: Case, edits: list[tuple[flo
 @fuzz
 @given(name=st.sampled_from(["a.weight", "b.weight"]), index=st.lists(st.integers(-3, 12), max_size=7))
 def test_any_index_is_refused_or_right(shared_case: Case, name: str, index: list[int]) -> None:
-    """Resized consistently, so that it is the index itself that has to be judged."""
+    """The other entries are resized to fit, so that only the index can be wrong."""
     clean(shared_case)
     entries = dict(shared_case.entries)
     count = len(index)

@@ -1,4 +1,4 @@
-"""What is shared runs nothing and gives nothing away: no pickle, no code, no token in any message."""
+"""Shared files run no code and reveal no secrets: no pickle, no code, no token in any message."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_no_token_in_any_message(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Whatever the Hub's client says when it fails, with the traceback of -v as well."""
+    """Whatever the Hub's client says when it fails, and also in the traceback of -v."""
 
     asked = set()
 

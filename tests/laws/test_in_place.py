@@ -1,7 +1,7 @@
-"""The laws of changes in place: the same bytes as in a copy, and whatever cuts them short, the old ones.
+"""The laws of changes in place: they give the same bytes as a copy, and the old bytes if interrupted.
 
-A crash is simulated here at every single write and sync (``tests/torture/test_killed.py`` kills real
-processes); a loss of power by any mix of old and new disk sectors.
+These tests simulate a crash at every single write and sync, and a loss of power by any mix of old and new
+disk sectors. ``tests/torture/test_killed.py`` kills real processes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ CUTS: dict[str, list[tuple[int, ...]]] = {
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing that the package does about exceptions may catch it."""
+    """Stands for SIGKILL: no exception handler of the package may catch it."""
 
 
 @contextmanager
 def killed_at(number: int, part: float = 0.5) -> Iterator[list[int]]:
-    """Let the ``number``-th write or sync go half way, and end the work there, without its clean-up."""
+    """Do half of the ``number``-th write or sync, and end the work there without clean-up."""
     calls = [0]
     write, sync = os.pwrite, os.fsync
 
@@ -78,7 +78,7 @@ def model(seed: int, others: int = 1) -> dict[str, tuple[str, np.ndarray]]:
 
 
 def patches_between(root: Path, base: Path, cuts: list[tuple[int, ...]], share: float) -> list[Path]:
-    """Patches of random neurons of ``cut.weight``, each on what the ones before it leave."""
+    """Patches of random neurons of ``cut.weight``, each based on the result of the earlier ones."""
     here, made = base, []
     for number, axes in enumerate(cuts):
         there = root / f"tuned{number}"
@@ -130,7 +130,7 @@ def test_a_single_file_in_place(tmp_path: Path) -> None:
 def test_in_place_equals_a_copy_from_any_state_on_the_way(
     seed: int, cuts: list[tuple[int, ...]], share: float
 ) -> None:
-    """From base, from patched, and from a checkpoint where some rows of the patch are in already."""
+    """From base, from patched, and from a checkpoint that has some rows of the patch already."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base = raw_folder(root / "base", model(seed % 1000 + 10))
@@ -197,7 +197,7 @@ def test_a_crash_of_revert_leaves_the_patched_bytes(tmp_path: Path, cuts: list[t
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-def test_healing_can_be_cut_short_as_well(tmp_path: Path, cuts: list[tuple[int, ...]]) -> None:
+def test_healing_can_be_interrupted_too(tmp_path: Path, cuts: list[tuple[int, ...]]) -> None:
     base = raw_folder(tmp_path / "base", model(0))
     patches = patches_between(tmp_path, base, cuts, 0.5)
     before = snapshot(base)
@@ -214,7 +214,7 @@ def test_healing_can_be_cut_short_as_well(tmp_path: Path, cuts: list[tuple[int, 
 
 
 def half_written(base: Path, patches: list[Path]) -> None:
-    """Crash at the write after the first one that leaves a journal."""
+    """Crash at the first write after the journal appeared."""
     for number in range(1, 1000):
         try:
             with killed_at(number):
@@ -226,7 +226,7 @@ def half_written(base: Path, patches: list[Path]) -> None:
 
 
 def changed_data(number: int, base: Path, patches: list[Path]) -> bool:
-    """Whether the crash came after data was written: its journal is kept only then."""
+    """Whether the crash came after data was written: only then the journal is kept."""
     journal = (base / ".neft-journal").read_bytes()
     torn = {path: path.read_bytes() for path in base.glob("*.safetensors")}
     heal_recorded(base)
@@ -248,7 +248,7 @@ def changed_data(number: int, base: Path, patches: list[Path]) -> bool:
 def test_any_mix_of_old_and_new_sectors_heals(
     seed: int, cuts: str, budget: dict[str, object], share: float
 ) -> None:
-    """After a loss of power each disk sector is the old one or the new one, in any order."""
+    """After a loss of power, each disk sector is old or new, in any combination."""
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -297,7 +297,7 @@ def outcome(base: Path, patches: list[Path]) -> ns.MachineError | None:
 
 @contextmanager
 def failing_at(number: int, code: int) -> Iterator[None]:
-    """Let the ``number``-th write go half way and fail; what follows works again."""
+    """Do half of the ``number``-th write, then fail; later writes work again."""
     write, calls = os.pwrite, 0
 
     def pwrite(fd: int, data: bytes, offset: int) -> int:
@@ -315,7 +315,7 @@ def failing_at(number: int, code: int) -> Iterator[None]:
 
 @contextmanager
 def watched(journal: Path) -> Iterator[list[tuple[str, int, bool]]]:
-    """Writes and syncs in order: what, of which inode, and whether the journal was in place then."""
+    """Writes and syncs in order: the call, the inode, and whether the journal was in place."""
     events: list[tuple[str, int, bool]] = []
     write, sync = os.pwrite, os.fsync
 
@@ -332,8 +332,10 @@ def watched(journal: Path) -> Iterator[list[tuple[str, int, bool]]]:
 
 
 @pytest.mark.parametrize("cuts", [CUTS["rows"], CUTS["columns"]], ids=["rows", "columns"])
-def test_the_disk_has_it_in_the_right_order(tmp_path: Path, cuts: list[tuple[int, ...]]) -> None:
-    """Journal and its folder before the first vector, the last vector before the journal goes."""
+def test_writes_and_syncs_reach_the_disk_in_the_right_order(
+    tmp_path: Path, cuts: list[tuple[int, ...]]
+) -> None:
+    """The journal and its folder before the first vector; the last vector before the journal's removal."""
     base = raw_folder(tmp_path / "base", model(0))
     patches = patches_between(tmp_path, base, cuts, 0.3)
     data = (base / "model.safetensors").stat().st_ino
@@ -359,7 +361,7 @@ def assert_synced_last(events: list[tuple[str, int, bool]], data: int) -> None:
     assert ("sync", data, True) in events[last:]
 
 
-def test_untouched_shards_are_not_touched(tmp_path: Path) -> None:
+def test_shards_without_changes_are_not_written(tmp_path: Path) -> None:
     base = raw_folder(tmp_path / "base", model(0, 3), 4)
     patches = patches_between(tmp_path, base, [(0,)], 0.2)
     stamps = {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in base.iterdir()}
@@ -431,7 +433,7 @@ def test_a_hub_model_is_refused(
     assert ns.verify(base.parent / "out", patch).state == "patched"
 
 
-def test_a_checkpoint_that_another_process_changes_is_left_alone(
+def test_a_checkpoint_that_another_process_changes_is_refused(
     setting: tuple[Path, Path],
 ) -> None:
     base, patch = setting
@@ -443,7 +445,9 @@ def test_a_checkpoint_that_another_process_changes_is_left_alone(
     assert ns.verify(base, patch).state == "patched"
 
 
-def test_no_room_for_the_journal(setting: tuple[Path, Path], change: Callable[..., None]) -> None:
+def test_too_little_disk_space_for_the_journal(
+    setting: tuple[Path, Path], change: Callable[..., None]
+) -> None:
     base, patch = setting
     if change is ns.revert:
         ns.apply(base, patch, in_place=True)
@@ -474,8 +478,8 @@ def test_both_or_neither_of_out_and_in_place(setting: tuple[Path, Path], change:
     assert snapshot(base.parent) == before
 
 
-def test_the_journal_goes_where_it_is_moved_with_its_folder(setting: tuple[Path, Path]) -> None:
-    """A half-written checkpoint that is moved, or copied, still heals."""
+def test_the_journal_moves_with_its_folder(setting: tuple[Path, Path]) -> None:
+    """A half-written checkpoint still heals after it is moved or copied."""
     base, patch = setting
     before = snapshot(base)
     half_written(base, [patch])
@@ -485,7 +489,7 @@ def test_the_journal_goes_where_it_is_moved_with_its_folder(setting: tuple[Path,
 
 
 def test_the_journal_is_removed_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a process that healed could remove the journal of another, which began after it."""
+    """Otherwise a healing process could remove the journal of a later process."""
 
     from neftsurgery.checkpoint import healing, journal
 

@@ -1,4 +1,4 @@
-"""The laws of merging, over random checkpoints and patches; oracles are numpy and torch, on whole tensors."""
+"""The laws of merging, over random checkpoints and patches. Oracles: numpy and torch on whole tensors."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TORCH = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F1
 
 
 def without_story(patch: ns.Patch) -> tuple[object, dict[str, bytes]]:
-    """What a patch does, without how it came about."""
+    """What a patch does, without how it was made."""
     entries = raw_read(patch.path)
     return patch.manifest["tensors"], {name: bits.tobytes() for name, (_, bits) in entries.items()}
 
 
 def dealt(whole: ns.Patch, parts: int, seed: int) -> list[ns.Selection]:
-    """The neurons of a patch dealt to ``parts`` selections, empty ones left out."""
+    """The neurons of a patch split into ``parts`` selections, without empty ones."""
     rng = np.random.default_rng(seed)
     owner = {name: rng.integers(0, parts, tensor.count) for name, tensor in whole.tensors.items()}
     selections = []
@@ -117,7 +117,7 @@ def test_patches_of_different_bases_are_refused(case: Case, data: st.DataObject)
 @law
 @given(cases(), st.integers(0, 2**32))
 def test_disjoint_patches_of_different_bases_are_refused_by_fingerprint(case: Case, seed: int) -> None:
-    """With no neuron in common there is no digest to compare; the manifests tell."""
+    """Without a common neuron there is no digest to compare, so the manifests decide."""
     with written(case) as (root, base, tuned):
         chosen = dealt(lossless(case, base, tuned, root / "whole"), 2, seed)
         assume(len(chosen) == 2)
@@ -133,7 +133,7 @@ def test_disjoint_patches_of_different_bases_are_refused_by_fingerprint(case: Ca
 
 @dataclass
 class Clients:
-    """A base, and the differing models of several clients."""
+    """A base, and different models of several clients."""
 
     kind: str
     base: Bits
@@ -143,13 +143,13 @@ class Clients:
 
 
 def numbers(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Raw elements as float64, by torch."""
+    """Raw elements converted to float64 by torch."""
     wide = torch.from_numpy(np.ascontiguousarray(bits).view(f"i{bits.itemsize}")).view(TORCH[kind])
     return wide.to(torch.float64).numpy()
 
 
 def rounded(values: np.ndarray, kind: str) -> np.ndarray:
-    """Float64 to the nearest element; bfloat16 by two neighbours, since torch rounds twice on the way."""
+    """Float64 rounded to the nearest element; bfloat16 from two neighbours, since torch rounds twice."""
     near = torch.from_numpy(np.ascontiguousarray(values)).to(TORCH[kind])
     if kind == "BF16":
         codes = near.view(torch.int16).numpy()
@@ -189,7 +189,7 @@ def clients(draw: st.DrawFn) -> Clients:
 
 @contextmanager
 def cut(some: Clients, reversible: bool) -> Iterator[tuple[Path, Path, list[ns.Patch]]]:
-    """The base as a folder, and of each client a patch of about half its neurons."""
+    """The base as a folder, and for each client a patch of about half its neurons."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         base = raw_folder(root / "base", some.base, 2)
@@ -204,7 +204,7 @@ def cut(some: Clients, reversible: bool) -> Iterator[tuple[Path, Path, list[ns.P
 def by_hand(
     some: Clients, patches: Sequence[ns.Patch], policy: str, weights: Sequence[float], density: float
 ) -> Bits:
-    """The merged model on whole tensors: NaN marks what a patch does not touch."""
+    """The merged model on whole tensors. NaN marks what a patch does not touch."""
     result: Bits = {}
     moved: dict[str, list[np.ndarray]] = {}
     shared = {}
@@ -254,7 +254,7 @@ def by_hand(
 
 @law
 @given(clients(), st.sampled_from(["mean", "sum", "ties"]), st.booleans(), st.booleans(), st.data())
-def test_arithmetic_is_that_of_whole_tensors_rounded_once(
+def test_merging_equals_arithmetic_on_whole_tensors_rounded_once(
     some: Clients, policy: str, weighted: bool, reversible: bool, data: st.DataObject
 ) -> None:
     with cut(some, reversible) as (root, base, patches):

@@ -1,7 +1,7 @@
-"""The laws of patches: what extract cuts out, apply puts in and revert takes out again, bit for bit.
+"""The laws of patches: apply puts in what extract cut out, and revert takes it out again, bit for bit.
 
-Every law is stated over random checkpoints: names, shapes, element types, shards, neuron axes. The
-oracle is numpy on bits, written from the format's text (`conftest.patched_by_hand`).
+Every law holds for random checkpoints: names, shapes, element types, shards, neuron axes. The oracle is numpy
+on bits, written from the format's specification (`conftest.patched_by_hand`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NAMES = [
 
 @dataclass
 class Case:
-    """Two checkpoints' tensors, and how to look at them."""
+    """The tensors of two checkpoints, and their neuron axes."""
 
     base: Bits
     tuned: Bits
@@ -166,7 +166,7 @@ def test_a_patch_fits_any_shard_layout(case: Case) -> None:
 @law
 @given(cases(), st.data())
 def test_a_part_of_the_neurons_is_exactly_that_part(case: Case, data: st.DataObject) -> None:
-    """Any selection: touched vectors become the tuned ones, and not one bit besides."""
+    """With any selection, touched vectors become the tuned ones, and no other bit changes."""
     with written(case) as (root, base, tuned):
         whole = lossless(case, base, tuned, root / "whole")
         patch = ns.extract(
@@ -211,7 +211,7 @@ def test_apply_twice_is_apply_once(case: Case) -> None:
 
 @law
 @given(cases(), st.data())
-def test_a_half_patched_checkpoint_is_completed_or_taken_back(case: Case, data: st.DataObject) -> None:
+def test_a_half_patched_checkpoint_is_completed_or_reverted(case: Case, data: st.DataObject) -> None:
     with written(case) as (root, base, tuned):
         patch = lossless(case, base, tuned, root / "p", reversible=True)
         half = ns.extract(base, tuned, some_of(patch, data), out=root / "half")
@@ -277,7 +277,7 @@ def test_disjoint_patches_commute(case: Case, parts: int, seed: int) -> None:
 
 @st.composite
 def chains(draw: st.DrawFn) -> tuple[Case, list[tuple[Bits, dict[str, tuple[int, ...]]]]]:
-    """A case, and two more states after its tuned one, each seen along axes of its own."""
+    """A case, and two more states after its tuned one, each with its own neuron axes."""
     case = draw(cases())
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     share = draw(st.sampled_from([0.02, 0.5]))
@@ -297,7 +297,7 @@ def chains(draw: st.DrawFn) -> tuple[Case, list[tuple[Bits, dict[str, tuple[int,
 def test_overlapping_patches_apply_in_order(
     chain: tuple[Case, list[tuple[Bits, dict[str, tuple[int, ...]]]]], data: st.DataObject
 ) -> None:
-    """Each is checked against what the ones before it leave, also where they cross: rows, then columns."""
+    """Each patch is checked against the result of the earlier ones, also where rows and columns cross."""
     case, steps = chain
     with written(case) as (root, base, _):
         state, here = case.base, base

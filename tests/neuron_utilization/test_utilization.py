@@ -11,25 +11,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from recipes_support import tokenizer
 from safetensors.torch import load_file, save_file
 from support import vectors_of
-from transformers import AutoModel, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from tuning_support import bert, gpt2, llama, opt
+from transformers import AutoModel, AutoTokenizer
+from utilization_support import LINES
 
 import neftsurgery as ns
-from neftsurgery.neuron_utilization import correlation
-from neftsurgery.neuron_utilization.models import stack_of
 from neftsurgery.neuron_utilization.result import GROUPS, Utilization
-from neftsurgery.neuron_utilization.states import mean_states
-from neftsurgery.neuron_utilization.text import Piece, batches, read_text
-
-LINES = ["the cat sat", "a dog", "copy word: word", "Some longer line of letters than the others", "x"]
 
 Matrix = NDArray[np.float64]
-
-
-# The definition, without a line of ours.
 
 
 def hidden_states(folder: Path, lines: list[str]) -> Matrix:
@@ -100,39 +90,16 @@ def check(
         assert found.groups()[group].mean_rank_change == pytest.approx(np.mean(changes)), group
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base``, ``tuned`` and ``patched`` Llamas in float64, a ``patch``, and a ``text``."""
-    folder = tmp_path_factory.mktemp("utilization")
-    words = tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=24, intermediate_size=40, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).double()
-    for name in ("base", "tuned"):
-        model.save_pretrained(folder / name)
-        words.save_pretrained(folder / name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += torch.randn_like(parameter)
-    ns.extract(
-        folder / "base", folder / "tuned", anatomy="ffn", neurons="15%", score="l2",
-        out=folder / "patch.safetensors",
-    )  # fmt: skip
-    ns.apply(folder / "base", folder / "patch.safetensors", out=folder / "patched")
-    (folder / "text.txt").write_text("\n\n".join(LINES) + "\n")
-    return folder
-
-
 AXES = {
     f"model.layers.{layer}.mlp.{kind}.weight": axis
     for layer in range(3)
     for kind, axis in (("up_proj", 0), ("down_proj", 1))
 }
+
+
 KINDS = ["mlp.up_proj", "mlp.down_proj"]
+
+
 LIMITS = dict.fromkeys(KINDS, 34)  # of 120 neurons each, as 100,000 are of 352,256
 
 
@@ -169,31 +136,13 @@ def test_a_patch_is_as_good_as_the_checkpoint_it_makes(tiny: Path) -> None:
             np.testing.assert_array_equal(getattr(tensor, part), getattr(disk.tensors[name], part))
 
 
-def test_a_limit_of_ones_own(tiny: Path) -> None:
+def test_a_limit_given_by_the_user(tiny: Path) -> None:
     expected = by_definition(tiny / "base", tiny / "patched", AXES, KINDS, "preceding", LINES)
     for strongly, limit in (("10%", 12), (7, 7)):
         found = ns.utilization(
             tiny / "base", tiny / "patch.safetensors", tiny / "text.txt", strongly=strongly
         )
         check(found, expected, chosen(tiny / "patch.safetensors"), dict.fromkeys(KINDS, limit))
-
-
-def test_the_kinds_of_weights_of_the_patch_are_looked_at_too(tiny: Path, tmp_path: Path) -> None:
-    patch = ns.extract(
-        tiny / "base", tiny / "tuned", anatomy="rows", neurons=9, out=tmp_path / "rows.safetensors",
-        only=["*gate_proj*", "*1.mlp.down_proj*"], per="tensor",
-    )  # fmt: skip
-    found = ns.utilization(tiny / "base", patch, tiny / "text.txt")
-    assert found.kinds == ("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
-    gates = [tensor for tensor in found.tensors.values() if tensor.kind == "mlp.gate_proj"]
-    assert len(gates) == 3
-    inside = sum(int(tensor.trained.sum()) for tensor in gates)
-    rows_of_down = patch.neurons - inside  # as wide as the feed-forward block: nothing to correlate them with
-    assert 0 < rows_of_down == found.facts["patch"]["outside"]
-    assert found.groups()["trained"].neurons == inside
-    rows = ns.utilization(tiny / "base", patch, tiny / "text.txt", anatomy="rows")
-    attention = {f"self_attn.{name}_proj" for name in "qkvo"}
-    assert set(rows.kinds) == attention | {"mlp.gate_proj", "mlp.up_proj"}
 
 
 @pytest.mark.slow
@@ -232,81 +181,6 @@ def test_minilm(tmp_path: Path) -> None:
     check(used, expected, chosen(tmp_path / "patch.safetensors"), used.limits)
     assert used.limits == dict.fromkeys(("intermediate.dense", "output.dense"), 184)  # of 6 x 1536
     narrow = ns.utilization(base, patch, tmp_path / "text.txt", strongly="2%")
-    for group, one in used.groups().items():  # float32 is enough for the picture, if not for every rank
+    for group, one in used.groups().items():  # float32 is enough for the groups, if not for every rank
         assert narrow.groups()[group].neurons == pytest.approx(one.neurons, rel=0.01)
         assert narrow.groups()[group].mean_rank_change == pytest.approx(one.mean_rank_change, rel=0.01)
-
-
-# Streaming.
-
-
-@pytest.mark.parametrize("make", [llama, gpt2, bert, opt])
-def test_states_are_those_of_transformers(make: Any) -> None:
-    """The first enters the blocks, the last has gone through the final norm; padding counts for nothing."""
-    model = make().double()
-    pieces = [Piece([5, 6, 7, 8, 9], 0.1), Piece([10, 11], 0.2), Piece([12, 13, 14], 1 / 30)]
-    expected = 0
-    for piece in pieces:
-        with torch.no_grad():
-            states = model(torch.tensor([piece.ids]), output_hidden_states=True).hidden_states
-        expected = expected + piece.weight * torch.stack([state[0].sum(dim=0) for state in states])
-    name = next(name for name, weight in model.named_parameters() if "1." in name and weight.dim() == 2)
-    stack = stack_of(model, [name])
-    done: list[int] = []
-    hooks = hooks_of(model)
-    for size in (1, 2, 3):
-        groups = [pieces[start : start + size] for start in range(0, 3, size)]
-        found = mean_states(model, stack, groups, padding=0, advance=done.append)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    assert sum(done) == 3 * 10
-    assert hooks_of(model) == hooks
-
-
-def hooks_of(model: torch.nn.Module) -> list[tuple[int, int]]:
-    """How many hooks each module has."""
-    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
-
-
-def test_a_layer_is_let_go_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than one layer's hidden states are alive at once, besides what the model holds itself."""
-    import weakref
-
-    model, held, most = llama(num_hidden_layers=6), [], 0
-    stack = stack_of(model, ["model.layers.0.mlp.up_proj.weight"])
-    for block in stack.blocks:
-
-        def watch(module: Any, args: Any, output: Any) -> None:
-            nonlocal most
-            held.append(weakref.ref(output if isinstance(output, torch.Tensor) else output[0]))
-            most = max(most, sum(one() is not None for one in held))
-
-        block.register_forward_hook(watch)
-    mean_states(model, stack, [[Piece(list(range(40)), 1 / 40)]], padding=0)
-    assert len(held) == 6
-    assert most <= 2  # a block's output, and its input
-
-
-def test_correlations_in_pieces_are_those_in_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = ns.utilization(tiny / "base", tiny / "patch.safetensors", tiny / "text.txt")
-    monkeypatch.setattr(correlation, "_ELEMENTS", 24 * 7)  # seven neurons of the forty
-    parts = ns.utilization(tiny / "base", tiny / "patch.safetensors", tiny / "text.txt", batch=1)
-    for name, tensor in whole.tensors.items():
-        np.testing.assert_allclose(parts.tensors[name].after, tensor.after, rtol=1e-12)
-        np.testing.assert_array_equal(parts.tensors[name].rank_after, tensor.rank_after)
-
-
-def test_long_texts_become_pieces_and_each_text_counts_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("abcdefghij\n   \nkl\n")
-    text = read_text(path, tokenizer(), tokens=100, length=4)
-    assert [len(piece.ids) for piece in text.pieces] == [4, 4, 2, 2]
-    assert [piece.weight for piece in text.pieces] == [1 / 20] * 3 + [1 / 4]
-    assert (text.texts, text.tokens, text.cut) == (2, 12, False)
-    assert [[len(piece.ids) for piece in batch] for batch in batches(text, 9)] == [[4, 4], [2, 2]]
-    assert [[len(piece.ids) for piece in batch] for batch in batches(text, 1)] == [[4], [4], [2], [2]]
-    short = read_text(path, tokenizer(), tokens=11, length=100)
-    assert [len(piece.ids) for piece in short.pieces] == [10, 1]
-    assert (short.texts, short.tokens, short.cut) == (2, 11, True)
-    one = read_text(path, tokenizer(), tokens=10, length=100)
-    assert (one.texts, one.tokens, one.cut) == (1, 10, True)
-    assert one.pieces[0].weight == 1 / 10

@@ -1,4 +1,4 @@
-"""What the analysis refuses: before a model is loaded, in plain words, each by its class of error."""
+"""What planning and loading (utilization.py and loading.py) refuse, each with its class of error."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ import pytest
 import torch
 from recipes_support import tokenizer
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import neftsurgery as ns
 from neftsurgery.neuron_utilization import measure
-from neftsurgery.neuron_utilization.models import Stack
-from neftsurgery.neuron_utilization.states import mean_states
-from neftsurgery.neuron_utilization.text import Piece
 
 WORDS = len(tokenizer())
 
@@ -49,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(made: Path, tmp_path: Path) -> Path:
-    """A copy that may be spoiled."""
+    """A copy that the test may change."""
     shutil.copytree(made, tmp_path / "place")
     return tmp_path / "place"
 
@@ -76,16 +72,16 @@ def more_words(place: Path) -> None:
 
 
 CASES: list[tuple[str, Callable[[Path], Any], dict[str, Any], type[ns.NeftError], str]] = [
-    ("no tokenizer", no_tokenizer, {}, ns.UsageError, "no tokenizer that can be used"),
+    ("no tokenizer", no_tokenizer, {}, ns.UsageError, "no tokenizer that transformers can load"),
     ("no text", lambda p: (p / "text.txt").unlink(), {}, ns.UsageError, "no such text file"),
     ("blank text", lambda p: (p / "text.txt").write_text(" \n\n"), {}, ns.UsageError, "there is no text"),
     ("not UTF-8", lambda p: (p / "text.txt").write_bytes(b"\xff\xfe"), {}, ns.CorruptFileError, "not UTF-8"),
-    ("no config", lambda p: (p / "base/config.json").unlink(), {}, ns.UsageError, "a config.json"),
+    ("no config", lambda p: (p / "base/config.json").unlink(), {}, ns.UsageError, "with a config.json"),
     ("strange config", lambda p: spoil_config(p, model_type="never heard of"), {}, ns.UsageError,
-     "transformers cannot make a model"),
+     "transformers cannot load the model"),
     ("encoder and decoder", t5, {}, ns.UsageError, "two streams of hidden states"),
-    ("tokenizer of another model", more_words, {}, ns.MismatchError, "tokens that the model does not know"),
-    ("anatomy", None, {"anatomy": "units"}, ns.UsageError, "only single vectors"),
+    ("tokenizer of another model", more_words, {}, ns.MismatchError, "a token that the model does not have"),
+    ("anatomy", None, {"anatomy": "units"}, ns.UsageError, "only single vectors can be correlated"),
     ("states", None, {"states": "some"}, ns.UsageError, "no such states"),
     ("dtype", None, {"dtype": "int3"}, ns.UsageError, "no such dtype"),
     ("device", None, {"device": "abacus"}, ns.UsageError, "no device 'abacus'"),
@@ -101,7 +97,7 @@ CASES: list[tuple[str, Callable[[Path], Any], dict[str, Any], type[ns.NeftError]
 def test_bad_input(
     place: Path, monkeypatch: pytest.MonkeyPatch, spoil: Any, options: Any, kind: Any, text: str
 ) -> None:
-    monkeypatch.setattr(measure, "live_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     if spoil is not None:
         spoil(place)
     with pytest.raises(kind, match=text) as caught:
@@ -122,7 +118,7 @@ PAIRS: list[tuple[str, str, str, str]] = [
 def test_inputs_that_do_not_fit(
     made: Path, monkeypatch: pytest.MonkeyPatch, base: str, tuned: str, text: str
 ) -> None:
-    monkeypatch.setattr(measure, "live_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ns.MismatchError, match=text):
         ns.utilization(made / base, made / tuned, made / "text.txt")
 
@@ -133,12 +129,12 @@ def test_a_base_that_is_patched_already(place: Path) -> None:
         ns.utilization(place / "base", place / "patch.safetensors", place / "text.txt")
 
 
-def test_a_single_file_is_no_model_to_run(made: Path) -> None:
-    with pytest.raises(ns.UsageError, match="a folder with a config"):
+def test_a_single_file_is_not_a_model_folder(made: Path) -> None:
+    with pytest.raises(ns.UsageError, match="a model folder with a config"):
         ns.utilization(made / "base" / "model.safetensors", made / "patch.safetensors", made / "text.txt")
 
 
-def test_weights_that_transformers_would_make_up(place: Path) -> None:
+def test_weights_that_are_missing_from_the_files(place: Path) -> None:
     weights = load_file(place / "base" / "model.safetensors")
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, place / "base" / "model.safetensors", {"format": "pt"})
@@ -147,7 +143,7 @@ def test_weights_that_transformers_would_make_up(place: Path) -> None:
     assert caught.value.tensor == "model.layers.1.self_attn.q_proj.weight"
 
 
-def test_neurons_without_a_direction_come_last(place: Path) -> None:
+def test_constant_vectors_rank_last(place: Path) -> None:
     for folder in ("base", "tuned"):
         weights = load_file(place / folder / "model.safetensors")
         weights["model.layers.1.mlp.down_proj.weight"][:, 3] = 0.1
@@ -157,48 +153,3 @@ def test_neurons_without_a_direction_come_last(place: Path) -> None:
     assert found.tensors["model.layers.1.mlp.up_proj.weight"].rank_before[5] == 48
     assert found.tensors["model.layers.1.mlp.down_proj.weight"].rank_after[3] == 48
     assert not found.tensors["model.layers.1.mlp.up_proj.weight"].trained[5]
-
-
-class Twice(nn.Module):
-    """A model that runs its first block twice."""
-
-    def __init__(self, blocks: int, times: int, value: float = 1.0, flat: bool = False) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Identity() for _ in range(blocks))
-        self.weight = nn.Parameter(torch.full((7, 4), value))
-        self.times, self.flat = times, flat
-
-    @property
-    def base_model(self) -> nn.Module:
-        return self
-
-    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
-        states = self.weight[input_ids]
-        states = states.reshape(-1, 4) if self.flat else states
-        for _ in range(self.times):
-            states = self.layers[0](states)
-        for layer in self.layers[1:]:
-            states = layer(states)
-        return type("Output", (), {"last_hidden_state": states})()
-
-
-@pytest.mark.parametrize(
-    ("model", "text"),
-    [
-        (Twice(3, 2), "not run one after the other"),
-        (Twice(3, 0), "not run one after the other"),
-        (Twice(2, 1, value=float("nan")), "hidden state 0 of 3 is no number"),
-        (Twice(2, 1, flat=True), "do not hand on one hidden state for each token"),
-    ],
-)
-def test_models_that_do_not_hand_on_hidden_states(model: Twice, text: str) -> None:
-    stack = Stack("layers", tuple(model.layers))
-    with pytest.raises(ns.MismatchError, match=text):
-        mean_states(model, stack, [[Piece([1, 2], 0.5)]], padding=0)
-    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers)
-
-
-def test_a_model_that_does() -> None:
-    model = Twice(2, 1, value=2.0)
-    found = mean_states(model, Stack("layers", tuple(model.layers)), [[Piece([1, 2], 0.5)]], padding=0)
-    assert found.tolist() == [[2.0] * 4] * 3

@@ -1,4 +1,4 @@
-"""A headless Chromium, told what to do over two pipes in its DevTools protocol: no library is needed."""
+"""A headless Chromium, driven by its DevTools protocol over two pipes. It needs no library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 def find_chromium() -> str:
-    """The program; skips the test where there is none."""
+    """The path of the program; skips the test if there is none."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"none of {', '.join(NAMES)} is installed: no page is opened")
@@ -28,8 +28,8 @@ def find_chromium() -> str:
 class Page:
     """One page of a browser.
 
-    ``requests`` are the addresses it asked for, ``complaints`` what it wrote to its console or log, and
-    errors in its code.
+    ``requests`` are the URLs that it requested. ``complaints`` are its console messages, log entries and
+    errors.
     """
 
     def __init__(self, send: int, receive: int) -> None:
@@ -47,7 +47,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> Any:
-        """Call a method of the protocol, and give its result."""
+        """Call a method of the protocol, and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session is not None:
@@ -62,7 +62,7 @@ class Page:
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._waiting:
             part = os.read(self._receive, 1 << 20)
-            assert part, "the browser has gone"
+            assert part, "the browser has closed the pipe"
             self._waiting += part
         text, _, self._waiting = self._waiting.partition(b"\0")
         message: dict[str, Any] = json.loads(text)
@@ -82,7 +82,7 @@ class Page:
             self._read()
 
     def show(self, *, width: int, dark: bool = False) -> None:
-        """As on a screen of that width, of a person who likes it light or dark."""
+        """Emulate a screen of that width with a light or dark colour scheme."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call(
@@ -96,7 +96,7 @@ class Page:
         return found["result"].get("value")
 
     def picture(self, file: Path) -> None:
-        """Take a picture of all of the page."""
+        """Save a screenshot of the whole page."""
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         file.write_bytes(base64.b64decode(found["data"]))
 

@@ -1,4 +1,4 @@
-"""Scores files for the report's tests, written by numpy and the safetensors package alone."""
+"""Scores files for the tests of the report, written and read by numpy and the safetensors package alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 Sums = Mapping[str, Mapping[str, NDArray[Any]]]
 
 
 def write_scores(path: Path, tensors: Sums, widths: Mapping[str, int], **facts: Any) -> Path:
-    """A scores file of tensors ``[n, width]``, each given as ``score`` and any of the sums."""
+    """A scores file of tensors ``[n, width]``, each with its ``score`` and any of the sums."""
     entries: dict[str, NDArray[Any]] = {}
     for name, parts in tensors.items():
         entries[name] = parts["score"].astype(np.float32)
@@ -30,7 +31,7 @@ def write_scores(path: Path, tensors: Sums, widths: Mapping[str, int], **facts: 
 
 
 def seven_billion(path: Path, seed: int = 0) -> Path:
-    """Scores as of a Llama-2-7B: 1,359,872 neurons of 224 tensors."""
+    """Scores like those of a Llama-2-7B: 1,359,872 neurons of 224 tensors."""
     rng = np.random.default_rng(seed)
     tensors, widths = {}, {}
     for layer in range(32):
@@ -49,3 +50,32 @@ def seven_billion(path: Path, seed: int = 0) -> Path:
             tensors[name] = {"score": delta_sq / base_sq / 2, "base_sq": base_sq, "delta_sq": delta_sq}
             widths[name] = width
     return write_scores(path, tensors, widths, parameters=6_738_415_616)
+
+
+def read(path):
+    """All neurons of a scores file, one after the other: score, |a|^2, |d|^2, tensor name, index, kind."""
+    with safe_open(path, "numpy") as file:
+        told = json.loads(file.metadata()["neuron_scores"])
+        names = sorted(told["tensors"])
+        score = np.concatenate([file.get_tensor(name) for name in names]).astype(np.float64)
+        base, delta = (
+            np.concatenate([file.get_tensor(f"{name}:{which}") for name in names])
+            for which in ("base_sq", "delta_sq")
+        )
+        counts = [len(file.get_tensor(name)) for name in names]
+        widths = [told["tensors"][name]["shape"][1] for name in names]
+    rest = sum(entry["delta_sq"] or 0 for entry in told.get("unscored", {}).values())
+    tensor = np.repeat(names, counts)
+    index = np.concatenate([np.arange(count) for count in counts])
+    return score, base, delta, tensor, index, rest, np.repeat(widths, counts)
+
+
+def best(score, count):
+    """A mask of the ``count`` highest scores."""
+    mask = np.zeros(len(score), bool)
+    mask[np.argsort(-score, kind="stable")[:count]] = True
+    return mask
+
+
+def kinds_of(tensor):
+    return np.array([name.split(".", 3)[3].removesuffix(".weight") for name in tensor])

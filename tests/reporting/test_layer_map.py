@@ -1,17 +1,26 @@
-"""The map of layers by kinds of weight: its numbers, its picture, its text."""
+"""The numbers of the layer map."""
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-from matplotlib.image import imread
+from report_support import best, read
 from support import LLAMA_CONFIG, write_folder
 
 import neftsurgery as ns
-from neftsurgery.reporting.layer_map import OUTSIDE, LayerMap, natural
-from neftsurgery.reporting.map_figure import map_figure, map_lines
+from neftsurgery.reporting.layer_map import NO_LAYER, LayerMap, natural_key
+
+
+def test_the_map(told, scores):
+    score, *_, tensor, _, _, _ = read(scores)
+    chosen = best(score, round(0.05 * len(score)))
+    rows = told["figures"]["map"]["rows"]
+    assert len(rows) == len(set(tensor))
+    for row in rows:
+        mine = tensor == f"{row['layer']}.{row['kind']}.weight"
+        assert (row["chosen"], row["total"]) == (chosen[mine].sum(), mine.sum())
+        assert row["share"] == pytest.approx(chosen[mine].mean())
+    assert told["sections"][0]["selected"] == chosen.sum()
 
 
 def test_scores_and_patch_agree_with_a_count_by_hand(pair, tmp_path):
@@ -62,7 +71,7 @@ def test_layers_are_in_natural_order_and_what_is_elsewhere_comes_last():
             "h.9.experts.1.w.weight": (2, 4),
         }
     )
-    assert found.layers == ("h.9", "h.10", OUTSIDE)
+    assert found.layers == ("h.9", "h.10", NO_LAYER)
     assert found.kinds == ("experts.*.w", "fc", "lm_head")
     assert found.chosen.tolist() == [[3, 3, 0], [0, 1, 0], [0, 0, 2]]
     assert found.totals.tolist() == [[8, 4, 0], [0, 4, 0], [0, 0, 8]]
@@ -86,41 +95,12 @@ def test_folding_keeps_every_neuron():
     np.testing.assert_array_equal(whole.folded(9, 7).chosen, whole.chosen)
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "a..b", "$x_{1$", "<script>", "\x00\x1b[2J", "\ud800", "層.0.重", "9" * 400]
-)
-def test_any_name_can_be_drawn(name):
-    found = LayerMap.of_counts({name: (1, 2), f"layers.0.{name}": (0, 3)})
-    figure = map_figure(found)
-    assert imread(io.BytesIO(figure.png())).ndim == 3
-    assert "<script>" not in figure.svg()
-    assert all(line.isprintable() for line in map_lines(found))
-
-
-def test_a_picture_is_the_same_each_time():
-    found = LayerMap.of_counts({f"layers.{i}.fc.weight": (i, 10) for i in range(5)})
-    assert map_figure(found).png() == map_figure(found).png()
-    assert map_figure(found).svg() == map_figure(found).svg()
-    assert "<dc:date>" not in map_figure(found).svg()
-
-
-def test_the_map_as_text():
-    found = LayerMap.of_counts({f"layers.{i}.fc.weight": (i, 8) for i in range(9)})
-    lines = list(map_lines(found))
-    assert lines[0] == "fc   ▁▂▃▄▅▆▇█   50.0%"
-    plain = list(map_lines(found, blocks=False))
-    assert plain[0] == "fc   .:-=+*#@   50.0%"
-    assert all(line.isascii() for line in plain)
-    assert len(next(map_lines(found, layers=3)).split("  ")[1]) == 3
-    assert list(map_lines(LayerMap.of_counts({"a.0.b": (0, 3)}))) == []
-
-
 def test_natural_order():
     names = ["h.10", "h.9", "h", "g.1"]
-    assert sorted(names, key=natural) == ["g.1", "h", "h.9", "h.10"]
+    assert sorted(names, key=natural_key) == ["g.1", "h", "h.9", "h.10"]
 
 
-def test_names_of_no_model_make_no_huge_map():
+def test_unusual_names_do_not_make_a_huge_map():
     found = LayerMap.of_counts({f"layers.{i}.kind{i}.weight": (1, 2) for i in range(3000)})
     assert found.chosen.shape == (3000, 1)
     assert found.neurons == 3000

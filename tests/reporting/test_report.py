@@ -1,11 +1,8 @@
-"""report as a verb and as a command: outputs, refusals, what it says; and the small map of `diff`."""
+"""The verb and the command: outputs, refusals, messages."""
 
 from __future__ import annotations
 
 import json
-import os
-import pty
-import subprocess
 import sys
 import time
 
@@ -15,15 +12,6 @@ from report_support import seven_billion
 from support import process, snapshot
 
 import neftsurgery as ns
-from neftsurgery.reporting.training import loss_figure, training_facts
-
-
-@pytest.fixture
-def files(pair, tmp_path):
-    """``scores.safetensors`` and ``patch.safetensors`` in ``tmp_path``."""
-    ns.diff(*pair, out=tmp_path / "scores.safetensors").close()
-    ns.extract(*pair, neurons="5%", out=tmp_path / "patch.safetensors").close()
-    return tmp_path
 
 
 def test_page_figures_and_json(neft, files):
@@ -91,8 +79,8 @@ def test_a_dry_run_writes_nothing_and_refuses_as_the_run_does(neft, files):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("base", "-o", "r.html"), 2, "a folder"),
-        (("nothing", "-o", "r.html"), 2, "not there"),
+        (("base", "-o", "r.html"), 2, "expected a scores file or a patch, found a folder"),
+        (("nothing", "-o", "r.html"), 2, "there is no such file"),
         (("base/config.json", "-o", "r.html"), 4, "config.json"),
         (("base/model-00001-of-00002.safetensors", "-o", "r.html"), 2, "neither a scores file nor a patch"),
         (("scores.safetensors",), 2, "-o report.html"),
@@ -101,87 +89,10 @@ def test_a_dry_run_writes_nothing_and_refuses_as_the_run_does(neft, files):
         (("scores.safetensors", "-o", "no/r.html"), 2, "does not exist"),
     ],
 )
-def test_what_is_wrong_is_said(neft, files, words, code, said):
+def test_errors_name_the_problem(neft, files, words, code, said):
     result = neft("report", *words)
     assert (result.code, said in result.err) == (code, True), result.err
     assert not (files / "r.html").exists()
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--params", "10%"),
-        ("--threshold", "0"),
-        ("--changed",),
-        ("--neurons", "20", "--per", "layer"),
-        ("--neurons", "5%", "--per", "tensor", "--max-per-tensor", "3"),
-        ("--neurons", "5%", "--policy", "random", "--seed", "3"),
-        ("--neurons", "5%", "--policy", "reversed"),
-    ],
-)
-def test_every_budget_goes(neft, files, words):
-    result = neft("report", "scores.safetensors", "--json", *words)
-    assert result.code == 0, result.err
-    chosen = neft("select", "scores.safetensors", "-o", "selection", "--json", *words).json
-    assert result.json["sections"][0]["selected"] == chosen["selected"]
-    assert sum(row["chosen"] for row in result.json["figures"]["map"]["rows"]) == chosen["selected"]
-
-
-def test_a_score_that_is_the_norm_is_called_so(neft, pair, tmp_path):
-    for score, said in (("norm", "is the control norm itself"), ("l2", "sensitive")):
-        ns.diff(*pair, score=score, out=tmp_path / f"{score}.safetensors").close()
-        verdict = neft("report", f"{score}.safetensors", "--json").json["sections"][0]["verdict"]
-        assert said in verdict
-
-
-def test_a_patch_alone(neft, files):
-    result = neft("report", "patch.safetensors", "-o", "p.html", "--json")
-    assert result.code == 0, result.err
-    assert list(result.json["figures"]) == ["map"]
-    with ns.Patch.load(files / "patch.safetensors") as patch:
-        assert result.json["sections"][0]["neurons"] == patch.neurons
-
-
-def test_two_files_of_one_name_are_told_apart(neft, files):
-    (files / "a").mkdir()
-    (files / "a" / "scores.safetensors").write_bytes((files / "scores.safetensors").read_bytes())
-    result = neft("report", "scores.safetensors", "a/scores.safetensors", "a/scores.safetensors", "--json")
-    names = [section["name"] for section in result.json["sections"][:3]]
-    assert len(set(names)) == 3
-    assert names[1:] == ["a/scores.safetensors", "a/scores.safetensors (2)"]
-    assert result.json["figures"]["overlap"]["rows"][0]["jaccard"] == 1.0
-
-
-def test_the_loss_curve_of_a_manifest():
-    curve = [{"step": 10, "train_loss": 2.0}, {"step": 20, "train_loss": 1.5, "dev_loss": 1.7}]
-    figure = loss_figure({"training": {"curve": curve, "steps": 20, "data": "x.jsonl"}})
-    assert figure is not None
-    assert figure.table.rows == ((10, 2.0, None), (20, 1.5, 1.7))
-    assert figure.png().startswith(b"\x89PNG")
-    assert training_facts({"training": {"steps": 2000, "data": "\x1b[2J"}}) == [
-        ("steps", "2,000"),
-        ("data", "\\x1b[2J"),
-    ]
-
-
-@pytest.mark.parametrize(
-    "training",
-    [
-        None,
-        [],
-        "x",
-        {},
-        {"curve": "x"},
-        {"curve": [1, None, {}]},
-        {"curve": [{"step": "1", "train_loss": 1}]},
-        {"curve": [{"step": 1, "train_loss": True}]},
-        {"curve": [{"step": 1, "train_loss": 10**400}]},
-        {"curve": [{"step": -1, "train_loss": 1.0}]},
-    ],
-)
-def test_a_manifest_may_say_anything_of_its_training(training):
-    assert loss_figure({"training": training}) is None
-    training_facts({"training": training})
 
 
 def test_without_matplotlib_it_says_what_to_install(neft, files, monkeypatch):
@@ -189,42 +100,6 @@ def test_without_matplotlib_it_says_what_to_install(neft, files, monkeypatch):
     result = neft("report", "scores.safetensors", "-o", "r.html")
     assert (result.code, "pip install 'neftsurgery[report]'" in result.err) == (2, True)
     assert neft("report", "scores.safetensors", "--json").code == 0
-
-
-def on_a_terminal(*words, cwd, **environment):
-    """What a command writes to a terminal."""
-    ours, theirs = pty.openpty()
-    done = subprocess.Popen(
-        [sys.executable, "-m", "neftsurgery", *words],
-        cwd=cwd,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
-    os.close(theirs)
-    parts = []
-    while True:
-        try:
-            part = os.read(ours, 1 << 16)
-        except OSError:  # Linux says so at the end
-            break
-        if not part:
-            break
-        parts.append(part)
-    os.close(ours)
-    assert done.wait(60) == 0
-    return b"".join(parts).decode()
-
-
-def test_diff_shows_a_small_map_on_a_terminal(neft, pair, tmp_path):
-    assert "2 layers from left to right" not in neft("diff", "base", "tuned").out
-    shown = on_a_terminal("diff", "base", "tuned", cwd=tmp_path, PYTHONIOENCODING="utf-8")
-    assert "2 layers from left to right" in shown
-    assert "█" in shown
-    plain = on_a_terminal("diff", "base", "tuned", cwd=tmp_path, PYTHONIOENCODING="ascii")
-    assert "2 layers from left to right" in plain
-    assert plain.isascii()
 
 
 @pytest.mark.slow

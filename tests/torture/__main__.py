@@ -1,7 +1,7 @@
-"""``python -m tests.torture --times 1000``: break things for long, and put what came of it into a page.
+"""``python -m tests.torture --times 1000``: tries faults for a long time and puts the counts into a page.
 
-Each run's figures go into a JSON file, beside those of other parts (``--only``); the table of
-``docs/guarantees.md`` is made of that file. ``--times 0`` makes the table alone.
+Each run stores its counts in a JSON file, beside those of other parts (``--only``). The table of
+``docs/guarantees.md`` is made from that file. ``--times 0`` only makes the table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .page import put_table
+from .table import put_table
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs" / "guarantees" / "figures.json"
@@ -33,24 +33,24 @@ def main() -> int:
     code = 0
     if options.times:
         with tempfile.TemporaryDirectory() as folder:
-            ledger = Path(folder) / "ledger.json"
-            code = run(options.times, options.only, ledger)
-            if ledger.exists():
-                join(options.figures, json.loads(ledger.read_text()))
+            trials = Path(folder) / "trials.json"
+            code = run(options.times, options.only, trials)
+            if trials.exists():
+                join(options.figures, json.loads(trials.read_text()))
     if options.figures.exists():
         put_table(options.page, json.loads(options.figures.read_text()))
     return code
 
 
-def run(times: int, only: str, ledger: Path) -> int:
-    """The tests of this folder, each fault so many times; the exit code is pytest's."""
-    environment = {**os.environ, "NEFT_TORTURE": str(times), "NEFT_TORTURE_LEDGER": str(ledger)}
+def run(times: int, only: str, trials: Path) -> int:
+    """Run the tests of this folder, with ``times`` trials of each fault. Returns pytest's exit code."""
+    environment = {**os.environ, "NEFT_TORTURE": str(times), "NEFT_TORTURE_TRIALS": str(trials)}
     command = [sys.executable, "-m", "pytest", "-q", "tests/torture", *(["-k", only] if only else [])]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 
 def join(figures: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows in the place of earlier ones of the same fault and work."""
+    """Replace earlier rows of the same fault and work."""
     known = json.loads(figures.read_text())["rows"] if figures.exists() else []
     joined = {(row["fault"], row["work"]): row for row in [*known, *rows]}
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"

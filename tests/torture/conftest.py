@@ -1,4 +1,4 @@
-"""Fixtures of the tests that break things; ``NEFT_TORTURE=1000``: about a thousand trials of each fault."""
+"""Fixtures of the fault tests. ``NEFT_TORTURE=1000`` asks for about a thousand trials of each fault."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import raw_folder
-from torture.ledger import Ledger
 from torture.runner import Runner, injector, running
+from torture.trials import Trials
 
 import neftsurgery as ns
 
 
 @pytest.fixture(scope="session")
-def ledger() -> Iterator[Ledger]:
-    """Where trials are counted; written to the file ``NEFT_TORTURE_LEDGER`` names, if it does."""
-    made = Ledger()
+def trials() -> Iterator[Trials]:
+    """Counts trials; writes them to the file that ``NEFT_TORTURE_TRIALS`` names, if it is set."""
+    made = Trials()
     yield made
-    if path := os.environ.get("NEFT_TORTURE_LEDGER"):
+    if path := os.environ.get("NEFT_TORTURE_TRIALS"):
         made.write(Path(path))
 
 

@@ -1,4 +1,4 @@
-"""Runs commands in processes of their own, and has signals or failing system calls come between."""
+"""Runs commands in their own processes, and interrupts them with signals or failing system calls."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EVERY_CALL = Call((1 << 14) - 1)
 
 
 class Style(IntFlag):
-    """What becomes of the call that is met, as `faults.c` numbers it."""
+    """How the chosen call fails, as `faults.c` numbers it."""
 
     ONCE = 0
     ONWARD = 1
@@ -59,7 +59,7 @@ class Style(IntFlag):
 
 @dataclass(frozen=True)
 class Fault:
-    """The ``nth`` call of ``kinds`` on a file under ``root`` goes wrong."""
+    """The ``nth`` call of ``kinds`` on a file under ``root`` fails."""
 
     root: Path
     kinds: Call
@@ -79,7 +79,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit status (negative: by which signal), what it said, calls seen and failed."""
+    """How a run ended: exit status (negative: the signal's number), its output, calls seen and failed."""
 
     status: int
     out: str
@@ -90,7 +90,7 @@ class Outcome:
 
 @functools.cache
 def injector() -> Path | None:
-    """The library of `faults.c`, compiled; None where there is no compiler, or no Linux."""
+    """The compiled library of `faults.c`; None without a compiler, or on other systems than Linux."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         return None
@@ -101,10 +101,10 @@ def injector() -> Path | None:
 
 
 class Runner:
-    """A server that forks (see `server.py`), and the window of time in which signals are worth most.
+    """A server that forks (see `server.py`), and the window of time in which signals are most useful.
 
-    The moment of a signal is drawn from a window that adapts itself, so that most come while something
-    is being written.
+    The moment of a signal is drawn from a window that adapts, so that most signals arrive while the command
+    writes something.
     """
 
     def __init__(self, *words: str, preload: Path | None = None) -> None:
@@ -124,28 +124,28 @@ class Runner:
         self.random = random.Random(0)
         self.low, self.high = 0.0, 0.0
         self.moments: Counter[str] = Counter()
-        assert self._hear() == "ready"
+        assert self._receive() == "ready"
 
-    def _hear(self) -> str:
+    def _receive(self) -> str:
         assert self.server.stdout is not None
         return self.server.stdout.readline().strip()
 
-    def _obey(self, job: dict[str, Any]) -> Outcome:
+    def _request(self, job: dict[str, Any]) -> Outcome:
         assert self.server.stdin is not None
         logs = [self.folder / "out", self.folder / "err"]
         job["log"] = [str(log) for log in logs]
         self.server.stdin.write(json.dumps(job, default=str) + "\n")
         self.server.stdin.flush()
-        told = json.loads(self._hear())
+        answer = json.loads(self._receive())
         out, err = (log.read_text() for log in logs)
-        return Outcome(told["status"], out, err, told["seen"], told["hit"])
+        return Outcome(answer["status"], out, err, answer["seen"], answer["hit"])
 
     def verb(
         self, verb: str, *arguments: object, after: float | None = None, signal: int = 9, **options: object
     ) -> Outcome:
         """A verb of the Python API."""
         job = {"verb": verb, "arguments": arguments, "options": options, "after": after, "signal": signal}
-        return self._obey(job)
+        return self._request(job)
 
     def command(
         self,
@@ -159,20 +159,20 @@ class Runner:
         job: dict[str, Any] = {"words": [str(word) for word in words], "after": after, "signal": signal}
         if fault is not None:
             job["fault"] = fault.described()
-        return self._obey(job | {"environment": dict(environment or {})})
+        return self._request(job | {"environment": dict(environment or {})})
 
     def calibrate(self, run: Callable[..., Outcome]) -> None:
-        """One run that is left alone tells how long the window is."""
+        """Set the window's length from one uninterrupted run."""
         start = time.perf_counter()
         outcome = run()
         assert outcome.status == 0, outcome.err
         self.low, self.high = 0.0, time.perf_counter() - start
         self.moments.clear()
 
-    def strike(
+    def send_signal(
         self, run: Callable[..., Outcome], signal: int, moment: Callable[[Outcome], str]
     ) -> tuple[str, Outcome]:
-        """A run that gets a signal; ``moment`` says of what is left whether it was early, midway or late."""
+        """Run and send a signal; ``moment`` judges from what is left whether it was early, midway or late."""
         delay = self.random.uniform(0.8 * self.low, 1.1 * self.high)
         outcome = run(after=delay, signal=signal)
         found = moment(outcome)
@@ -195,7 +195,7 @@ class Runner:
 
 @contextmanager
 def running(*words: str, preload: Path | None = None) -> Iterator[Runner]:
-    """A `Runner` for a while."""
+    """A `Runner` that is closed at the end."""
     runner = Runner(*words, preload=preload)
     try:
         yield runner

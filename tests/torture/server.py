@@ -1,8 +1,8 @@
-"""One process that imports the package and forks a child per run, so that a run costs what its verb costs.
+"""Imports the package once and forks a child for each run, so that a run costs only what its verb costs.
 
-Runs as a program: a job a line on standard input, as JSON; its outcome a line on standard output. A job is
-a verb of the Python API or a command line; a signal may come after a while, and, where `faults.c` is
-preloaded, a system call may fail.
+Runs as a program. Each line on standard input is a job, as JSON; each line on standard output is its
+outcome. A job is a verb of the Python API or a command line. A signal may follow after some time, and a
+system call may fail where `faults.c` is preloaded.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def main() -> None:
         import torch
         import transformers
 
-        import neftsurgery.training.run
+        import neftsurgery.training.train_plan
 
         torch.set_num_threads(1)  # a fork does not take the threads of a pool along
-        assert all((transformers.Trainer, neftsurgery.training.run))
+        assert all((transformers.Trainer, neftsurgery.training.train_plan))
     shared = mmap.mmap(-1, 16)
     with contextlib.suppress(OSError):
         sys.stdin.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def warm(ns: Any) -> None:
-    """Import and compile what commands import and compile when they are called, before the first fork."""
+    """Before the first fork, import and compile what commands import and compile when they run."""
     import importlib
     import tempfile
 
@@ -72,7 +72,7 @@ def warm(ns: Any) -> None:
 
 
 def work(job: dict[str, Any], verbs: dict[str, Any], run: Any, shared: mmap.mmap) -> None:
-    """In the child: never returns."""
+    """Runs in the child. Never returns."""
     code = 1
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # until the command line has handlers of its own
@@ -84,7 +84,7 @@ def work(job: dict[str, Any], verbs: dict[str, Any], run: Any, shared: mmap.mmap
             os.chdir(job["cwd"])
         if "fault" in job:
             arm(job["fault"])
-        code = obey(job, verbs, run)
+        code = execute(job, verbs, run)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     except SystemExit as left:  # a signal that came when all was done
@@ -112,7 +112,7 @@ def arm(fault: dict[str, Any]) -> None:
     function(os.fsencode(fault["root"]), fault["kinds"], fault["nth"], fault["style"], fault["number"])
 
 
-def obey(job: dict[str, Any], verbs: dict[str, Any], run: Any) -> int:
+def execute(job: dict[str, Any], verbs: dict[str, Any], run: Any) -> int:
     if "words" in job:
         try:
             run(job["words"])

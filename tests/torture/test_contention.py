@@ -1,4 +1,4 @@
-"""Others write while we read or write: it is noticed or refused, never silently wrong."""
+"""Other processes write while a command runs: it notices or refuses, and is never silently wrong."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import raw_folder, snapshot
-from torture.ledger import Ledger, times
 from torture.runner import Runner
+from torture.trials import Trials, times
 
 import neftsurgery as ns
 
@@ -24,9 +24,9 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base``, ``tuned`` (10 MB each), ``patch`` (half of the rows), ``few``, ``patched``, ``scores``."""
-    tmp_path = tmp_path_factory.mktemp("workshop")
+    tmp_path = tmp_path_factory.mktemp("fixtures")
     rng = np.random.default_rng(0)
     shape = (640, 1024)
     base = {f"layers.{n}.weight": ("F32", rng.integers(1 << 29, 1 << 30, shape, "u4")) for n in range(4)}
@@ -43,7 +43,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edit(path: Path, rng: random.Random) -> None:
-    """Other bytes of the same length, as a program writes them that saves again in place."""
+    """Other bytes of the same length, as a program writes them when it saves in place again."""
     with open(path, "r+b") as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(size // 2 + rng.randrange(size // 2 - 64) // 64 * 64)
@@ -55,7 +55,7 @@ def truncate(path: Path, rng: random.Random) -> None:
 
 
 def replace(path: Path, rng: random.Random) -> None:
-    """Another file of that name, as an editor or a download puts it there."""
+    """Another file of that name, as an editor or a download leaves it."""
     other = path.with_name("other")
     shutil.copyfile(path, other)
     edit(other, rng)
@@ -82,18 +82,18 @@ WORKS = {
 @pytest.mark.parametrize("name", WORKS)
 @pytest.mark.parametrize("how", [edit, truncate, replace, remove], ids=lambda how: how.__name__)
 def test_an_input_changes_while_it_is_read(
-    runner: Runner, ledger: Ledger, workshop: Path, name: str, how: Callable[[Path, random.Random], None]
+    runner: Runner, trials: Trials, fixtures: Path, name: str, how: Callable[[Path, random.Random], None]
 ) -> None:
     """The result is that of the old file or of the new one, or there is none and the exit code says so."""
     words, victim = WORKS[name]
-    path, out, rng = workshop / victim, workshop / "out", random.Random(name)
+    path, out, rng = fixtures / victim, fixtures / "out", random.Random(name)
     old = path.read_bytes()
-    command = [str(workshop / word) if (workshop / word).exists() or word in ("out", "model") else word
+    command = [str(fixtures / word) if (fixtures / word).exists() or word in ("out", "model") else word
                for word in words]  # fmt: skip
 
     def clear() -> None:
-        shutil.rmtree(workshop / "model", ignore_errors=True)
-        shutil.copytree(workshop / "base", workshop / "model")
+        shutil.rmtree(fixtures / "model", ignore_errors=True)
+        shutil.copytree(fixtures / "base", fixtures / "model")
         shutil.rmtree(out, ignore_errors=True)
         out.unlink(missing_ok=True)
 
@@ -101,12 +101,12 @@ def test_an_input_changes_while_it_is_read(
     start = time.perf_counter()
     assert runner.command(*command).status == 0
     took = time.perf_counter() - start
-    expected = snapshot(out) if out.exists() else snapshot(workshop / "model")
+    expected = snapshot(out) if out.exists() else snapshot(fixtures / "model")
     noticed = 0
     for _ in range(times(1)):
         clear()
         other = threading.Timer(rng.uniform(0, took), how, (path, rng))
-        with ledger.trial(f"an input is changed meanwhile ({how.__name__})", name):
+        with trials.trial(f"an input is changed meanwhile ({how.__name__})", name):
             other.start()
             outcome = runner.command(*command)
             other.join()
@@ -115,8 +115,8 @@ def test_an_input_changes_while_it_is_read(
                 assert "internal error" not in outcome.err
                 assert outcome.status in (0, 2, 3, 4, 5), outcome
                 if "model" in words:
-                    model = {k: v for k, v in snapshot(workshop / "model").items() if "neft" not in k}
-                    states = (expected, snapshot(workshop / "base"))
+                    model = {k: v for k, v in snapshot(fixtures / "model").items() if "neft" not in k}
+                    states = (expected, snapshot(fixtures / "base"))
                     assert model == expected if outcome.status == 0 else model in states
                 elif outcome.status == 0 and snapshot(out) != expected:
                     shutil.rmtree(out, ignore_errors=True)  # then it is what the new file gives
@@ -135,23 +135,23 @@ def test_an_input_changes_while_it_is_read(
     print(f"{name}, {how.__name__}: noticed {noticed} times")
 
 
-def test_two_processes_write_one_output(ledger: Ledger, workshop: Path) -> None:
-    """One of them wins; the other is told so, and its work is gone. What is there is whole."""
+def test_two_processes_write_one_output(trials: Trials, fixtures: Path) -> None:
+    """One of them wins. The other gets an error and leaves nothing. The output is whole."""
     import subprocess
     import sys
 
-    out = workshop / "out"
+    out = fixtures / "out"
     code = (
         "import sys; from neftsurgery.cli.main import run\n"
         "import neftsurgery as ns; ns.apply\nprint('ready', flush=True); sys.stdin.readline()\n"
         "run(['apply', sys.argv[1], sys.argv[2], '-o', sys.argv[3], *sys.argv[4:]])"
     )
     for round in range(times(2, 0.05)):
-        with ledger.trial("two processes write one output", "apply"):
+        with trials.trial("two processes write one output", "apply"):
             force = ["--force"] if round % 2 else []
             racers = [
                 subprocess.Popen(
-                    [sys.executable, "-c", code, workshop / side, workshop / "patch", out, *force],
+                    [sys.executable, "-c", code, fixtures / side, fixtures / "patch", out, *force],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 )
                 for side in ("base", "patched")
@@ -161,62 +161,62 @@ def test_two_processes_write_one_output(ledger: Ledger, workshop: Path) -> None:
             ends = [racer.communicate("go\n", timeout=120) for racer in racers]
             codes = [racer.returncode for racer in racers]
             assert sorted(codes) in ([0, 0], [0, 2]) if force else sorted(codes) == [0, 2], ends
-            assert snapshot(out) == snapshot(workshop / "patched")
-            assert [path.name for path in workshop.iterdir() if ".neft-" in path.name] == []
+            assert snapshot(out) == snapshot(fixtures / "patched")
+            assert [path.name for path in fixtures.iterdir() if ".neft-" in path.name] == []
             shutil.rmtree(out)
 
 
-def test_two_processes_change_one_checkpoint_in_place(ledger: Ledger, runner: Runner, workshop: Path) -> None:
-    """The one that comes second is refused, or finds it done."""
-    shutil.rmtree(workshop / "model", ignore_errors=True)
-    shutil.copytree(workshop / "base", workshop / "model")
+def test_two_processes_change_one_checkpoint_in_place(trials: Trials, runner: Runner, fixtures: Path) -> None:
+    """The second one is refused, or finds the change done."""
+    shutil.rmtree(fixtures / "model", ignore_errors=True)
+    shutil.copytree(fixtures / "base", fixtures / "model")
     ends: list[int] = []
 
     def change() -> None:
         try:
-            ns.apply(workshop / "model", workshop / "patch", in_place=True)
+            ns.apply(fixtures / "model", fixtures / "patch", in_place=True)
             ends.append(0)
         except ns.NeftError:
             ends.append(5)
 
     for _ in range(times(2, 0.3)):
-        with ledger.trial("two processes change one checkpoint", "apply --in-place"):
+        with trials.trial("two processes change one checkpoint", "apply --in-place"):
             other = threading.Thread(target=change)
             other.start()
-            outcome = runner.command("apply", workshop / "model", workshop / "patch", "--in-place")
+            outcome = runner.command("apply", fixtures / "model", fixtures / "patch", "--in-place")
             other.join()
             assert outcome.status in (0, 3, 4, 5), outcome.err
             if 0 not in (outcome.status, ends[-1]):
-                ns.apply(workshop / "model", workshop / "patch", in_place=True)
-            assert snapshot(workshop / "model") == snapshot(workshop / "patched")
-            ns.revert(workshop / "model", workshop / "patch", in_place=True)
-            assert snapshot(workshop / "model") == snapshot(workshop / "base")
+                ns.apply(fixtures / "model", fixtures / "patch", in_place=True)
+            assert snapshot(fixtures / "model") == snapshot(fixtures / "patched")
+            ns.revert(fixtures / "model", fixtures / "patch", in_place=True)
+            assert snapshot(fixtures / "model") == snapshot(fixtures / "base")
 
 
-def test_the_folder_vanishes(ledger: Ledger, runner: Runner, workshop: Path) -> None:
-    """The folder that is written to is moved away or removed meanwhile."""
+def test_the_folder_vanishes(trials: Trials, runner: Runner, fixtures: Path) -> None:
+    """The output's folder is moved away or removed while a command writes to it."""
     rng = random.Random(0)
     for round in range(times(4, 0.3)):
-        target = workshop / "folder"
+        target = fixtures / "folder"
         target.mkdir()
 
         def vanish(target: Path = target, moved: bool = round % 2 == 0) -> None:
             if moved:
-                target.rename(workshop / "elsewhere")
+                target.rename(fixtures / "elsewhere")
             else:
                 shutil.rmtree(target, ignore_errors=True)
 
         other = threading.Timer(rng.uniform(0, 0.15), vanish)
-        with ledger.trial("the output's folder vanishes", "apply"):
+        with trials.trial("the output's folder vanishes", "apply"):
             other.start()
-            outcome = runner.command("apply", workshop / "base", workshop / "patch", "-o", target / "out")
+            outcome = runner.command("apply", fixtures / "base", fixtures / "patch", "-o", target / "out")
             other.join()
             assert outcome.status in (0, 2, 5), outcome.err
             assert "Traceback" not in outcome.err
-            for place in (target, workshop / "elsewhere"):
+            for place in (target, fixtures / "elsewhere"):
                 if (place / "out").exists():
-                    assert snapshot(place / "out") == snapshot(workshop / "patched")
-        for place in (target, workshop / "elsewhere"):
+                    assert snapshot(place / "out") == snapshot(fixtures / "patched")
+        for place in (target, fixtures / "elsewhere"):
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -230,45 +230,45 @@ def unchanged(*paths: Path) -> Iterator[None]:
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("where", ["a blob", "a link to a blob", "the snapshot", "through a linked folder"])
 def test_an_output_in_a_hub_cache_touches_no_blob(
-    runner: Runner, ledger: Ledger, workshop: Path, tmp_path: Path, where: str, force: bool
+    runner: Runner, trials: Trials, fixtures: Path, tmp_path: Path, where: str, force: bool
 ) -> None:
     cache = tmp_path / "hub" / "models--org--name"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots" / "abc").mkdir(parents=True)
     blob, link = cache / "blobs" / ("0" * 64), cache / "snapshots" / "abc" / WEIGHTS
-    shutil.copyfile(workshop / "base" / WEIGHTS, blob)
+    shutil.copyfile(fixtures / "base" / WEIGHTS, blob)
     link.symlink_to(f"../../blobs/{blob.name}")
     (tmp_path / "folder").symlink_to(cache / "snapshots")
     out = {"a blob": blob, "a link to a blob": link, "the snapshot": link.parent,
            "through a linked folder": tmp_path / "folder" / "abc"}[where]  # fmt: skip
     source = link.parent if out.is_dir() else link
-    with ledger.trial("output in a Hub cache", "apply"), unchanged(tmp_path / "hub"):
+    with trials.trial("output in a Hub cache", "apply"), unchanged(tmp_path / "hub"):
         options = ["--force"] if force else []
-        outcome = runner.command("apply", source, workshop / "patch", "-o", out, *options)
+        outcome = runner.command("apply", source, fixtures / "patch", "-o", out, *options)
         assert outcome.status == 2, outcome.err
-        outcome = runner.command("apply", source, workshop / "patch", "--in-place")
+        outcome = runner.command("apply", source, fixtures / "patch", "--in-place")
         assert outcome.status == 2, outcome.err
     elsewhere = tmp_path / "link"
     elsewhere.symlink_to(blob)
-    with ledger.trial("output in a Hub cache", "apply --force over a link"), unchanged(tmp_path / "hub"):
-        file = workshop / "base" / WEIGHTS
-        outcome = runner.command("apply", file, workshop / "patch", "-o", elsewhere, "--force")
+    with trials.trial("output in a Hub cache", "apply --force over a link"), unchanged(tmp_path / "hub"):
+        file = fixtures / "base" / WEIGHTS
+        outcome = runner.command("apply", file, fixtures / "patch", "-o", elsewhere, "--force")
         assert outcome.status == 0, outcome.err
         assert not elsewhere.is_symlink(), "the link is replaced, not followed"
 
 
-def test_hard_links_are_not_written_through(runner: Runner, ledger: Ledger, workshop: Path) -> None:
-    shutil.rmtree(workshop / "model", ignore_errors=True)
-    shutil.copytree(workshop / "base", workshop / "model")
-    os.link(workshop / "model" / WEIGHTS, workshop / "same")
-    with ledger.trial("hard links", "apply --in-place"), unchanged(workshop / "model", workshop / "same"):
-        outcome = runner.command("apply", workshop / "model", workshop / "patch", "--in-place")
+def test_hard_links_are_not_written_through(runner: Runner, trials: Trials, fixtures: Path) -> None:
+    shutil.rmtree(fixtures / "model", ignore_errors=True)
+    shutil.copytree(fixtures / "base", fixtures / "model")
+    os.link(fixtures / "model" / WEIGHTS, fixtures / "same")
+    with trials.trial("hard links", "apply --in-place"), unchanged(fixtures / "model", fixtures / "same"):
+        outcome = runner.command("apply", fixtures / "model", fixtures / "patch", "--in-place")
         assert outcome.status == 2
         assert "hard links" in outcome.err
-    with ledger.trial("hard links", "apply"), unchanged(workshop / "model", workshop / "same"):
-        outcome = runner.command("apply", workshop / "model", workshop / "patch", "-o", workshop / "out")
+    with trials.trial("hard links", "apply"), unchanged(fixtures / "model", fixtures / "same"):
+        outcome = runner.command("apply", fixtures / "model", fixtures / "patch", "-o", fixtures / "out")
         assert outcome.status == 0
-        assert (workshop / "out" / WEIGHTS).stat().st_nlink == 1
-    with ledger.trial("hard links", "apply --force over one"), unchanged(workshop / "same"):
-        words = (workshop / "base" / WEIGHTS, workshop / "patch", "-o", workshop / "model" / WEIGHTS)
+        assert (fixtures / "out" / WEIGHTS).stat().st_nlink == 1
+    with trials.trial("hard links", "apply --force over one"), unchanged(fixtures / "same"):
+        words = (fixtures / "base" / WEIGHTS, fixtures / "patch", "-o", fixtures / "model" / WEIGHTS)
         assert runner.command("apply", *words, "--force").status == 0

@@ -1,8 +1,8 @@
 """Every system call of every command fails once: exit 5, nothing half-written, nothing silently wrong.
 
-`faults.c` stands below the program. A run that is left alone tells how many calls a command makes on its
-files; then one of them fails, or all from one on, or moves half of its bytes, or the process is
-stopped by a signal just before it. A run of a few hundred trials each meets every call; a test draws some.
+`faults.c` is preloaded below the program. An uninterrupted run counts the calls that a command makes on its
+files. Then one call fails, or all calls from one on, or a call moves half of its bytes, or a signal stops the
+process just before it. A few hundred trials each reach every call; a test samples some.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import LLAMA_CONFIG, llama, snapshot, write_folder
-from torture.ledger import TIMES, Ledger, times
 from torture.runner import EVERY_CALL, Call, Fault, Outcome, Runner, Style
+from torture.trials import TIMES, Trials, times
 
 import neftsurgery as ns
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Work:
-    """A command in a workshop: its words (``@``: a file there), its output, whether it changes ``model``."""
+    """A command: its words (``@``: a file of the fixtures), its output, whether it changes ``model``."""
 
     words: tuple[str, ...]
     out: str | None = None
@@ -55,8 +55,8 @@ WORKS = {
 INPUTS = ("base", "tuned", "patched", "adapter", "patch", "second", "scores", "selection")
 
 
-class Workshop:
-    """A folder with everything the commands read; put back as it was after each trial."""
+class Fixtures:
+    """A folder with everything the commands read. It is restored after each trial."""
 
     def __init__(self, root: Path, runner: Runner) -> None:
         self.root, self.runner = root, runner
@@ -112,7 +112,7 @@ class Workshop:
         return [f"{self.root}/{word[1:]}" if word[0] == "@" else word for word in WORKS[name].words]
 
     def learn(self, name: str, kinds: Call) -> int:
-        """Run it unharmed: how many calls it makes, and what it gives."""
+        """Run it without a fault: how many calls it makes, and its result."""
         self.prepare(name)
         outcome = self.run(name, Fault(self.root, kinds, 1 << 40))
         assert outcome.status == 0, outcome.err
@@ -124,7 +124,7 @@ class Workshop:
         return outcome.seen
 
     def judge(self, name: str, outcome: Outcome, exits: tuple[int, ...]) -> None:
-        """The promises, whatever went wrong."""
+        """Check the promises, whatever went wrong."""
         work, said = WORKS[name], outcome.err
         assert outcome.status in (0, *exits), f"exit {outcome.status}: {said}"
         assert "Traceback" not in said, said
@@ -158,7 +158,7 @@ class Workshop:
         assert left == self.states[state], "neither the old nor the new one"
 
     def clean(self, name: str, tolerate: bool) -> None:
-        """What is left is recognised: the next run of the command removes it, or there is none."""
+        """What a fault left behind is recognised: the next run of the command removes it."""
         if self.leftovers():
             assert tolerate, f"left behind: {self.leftovers()}"
             if WORKS[name].changes:  # stale journals are found when a journal is written
@@ -175,8 +175,8 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def workshop(faulty: Runner, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("workshop"), faulty)
+def fixtures(faulty: Runner, tmp_path_factory: pytest.TempPathFactory) -> Fixtures:
+    return Fixtures(tmp_path_factory.mktemp("fixtures"), faulty)
 
 
 CHANGING = Call.WRITE | Call.SYNC | Call.RENAME | Call.RESIZE | Call.COPY | Call.MKDIR | Call.MODE
@@ -184,8 +184,8 @@ ASKING = Call.OPEN | Call.READ | Call.STAT | Call.LIST | Call.MAP
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """What happens to a call, to which kinds of calls, and which exit codes may follow."""
+class Failure:
+    """How a call fails, which kinds of calls fail, and which exit codes may follow."""
 
     kinds: Call
     style: Style
@@ -194,58 +194,58 @@ class Trouble:
     leaves: bool = False
 
 
-TROUBLES = {
-    "disk full (ENOSPC), from a call on": Trouble(CHANGING, Style.ONWARD, errno.ENOSPC),
-    "disk full (ENOSPC), once": Trouble(CHANGING, Style.ONCE, errno.ENOSPC),
-    "quota (EDQUOT), from a call on": Trouble(CHANGING, Style.ONWARD, errno.EDQUOT),
-    "read-only (EROFS), from a call on": Trouble(
+FAILURES = {
+    "disk full (ENOSPC), from a call on": Failure(CHANGING, Style.ONWARD, errno.ENOSPC),
+    "disk full (ENOSPC), once": Failure(CHANGING, Style.ONCE, errno.ENOSPC),
+    "quota (EDQUOT), from a call on": Failure(CHANGING, Style.ONWARD, errno.EDQUOT),
+    "read-only (EROFS), from a call on": Failure(
         CHANGING | Call.UNLINK, Style.ONWARD, errno.EROFS, leaves=True
     ),
-    "write error (EIO), once": Trouble(CHANGING, Style.ONCE, errno.EIO),
-    "write error (EIO), from a call on": Trouble(
+    "write error (EIO), once": Failure(CHANGING, Style.ONCE, errno.EIO),
+    "write error (EIO), from a call on": Failure(
         CHANGING | Call.UNLINK, Style.ONWARD, errno.EIO, leaves=True
     ),
-    "fsync fails (EIO)": Trouble(Call.SYNC, Style.ONCE, errno.EIO),
-    "rename fails (EIO)": Trouble(Call.RENAME, Style.ONCE, errno.EIO),
-    "removing fails (EIO)": Trouble(Call.UNLINK, Style.ONCE, errno.EIO, leaves=True),
-    "read error (EIO), once": Trouble(ASKING, Style.ONCE, errno.EIO),
-    "read error (EIO), from a call on": Trouble(ASKING, Style.ONWARD, errno.EIO, leaves=True),
-    "no more descriptors (EMFILE)": Trouble(Call.OPEN | Call.MAP, Style.ONWARD, errno.EMFILE, leaves=True),
-    "no locks (ENOLCK)": Trouble(Call.LOCK, Style.ONWARD, errno.ENOLCK, leaves=True),
-    "network share gone (ESTALE), from a call on": Trouble(
+    "fsync fails (EIO)": Failure(Call.SYNC, Style.ONCE, errno.EIO),
+    "rename fails (EIO)": Failure(Call.RENAME, Style.ONCE, errno.EIO),
+    "removing fails (EIO)": Failure(Call.UNLINK, Style.ONCE, errno.EIO, leaves=True),
+    "read error (EIO), once": Failure(ASKING, Style.ONCE, errno.EIO),
+    "read error (EIO), from a call on": Failure(ASKING, Style.ONWARD, errno.EIO, leaves=True),
+    "no more descriptors (EMFILE)": Failure(Call.OPEN | Call.MAP, Style.ONWARD, errno.EMFILE, leaves=True),
+    "no locks (ENOLCK)": Failure(Call.LOCK, Style.ONWARD, errno.ENOLCK, leaves=True),
+    "network share gone (ESTALE), from a call on": Failure(
         EVERY_CALL, Style.ONWARD, errno.ESTALE, leaves=True
     ),
-    "vanished (ENOENT), from a call on": Trouble(
+    "vanished (ENOENT), from a call on": Failure(
         ASKING | CHANGING | Call.UNLINK, Style.ONWARD, errno.ENOENT, (2, 4, 5), leaves=True
     ),
-    "short read or write": Trouble(Call.READ | Call.WRITE | Call.COPY, Style.SHORT, 0, ()),
-    "file ends too soon": Trouble(Call.READ, Style.END, 0, (3, 4, 5)),
-    "SIGKILL before a call": Trouble(EVERY_CALL, Style.SIGNAL, signal.SIGKILL, (-9,), leaves=True),
-    "SIGINT before a call": Trouble(EVERY_CALL, Style.SIGNAL, signal.SIGINT, (130,)),
-    "SIGTERM before a call": Trouble(EVERY_CALL, Style.SIGNAL, signal.SIGTERM, (143,)),
+    "short read or write": Failure(Call.READ | Call.WRITE | Call.COPY, Style.SHORT, 0, ()),
+    "file ends too soon": Failure(Call.READ, Style.END, 0, (3, 4, 5)),
+    "SIGKILL before a call": Failure(EVERY_CALL, Style.SIGNAL, signal.SIGKILL, (-9,), leaves=True),
+    "SIGINT before a call": Failure(EVERY_CALL, Style.SIGNAL, signal.SIGINT, (130,)),
+    "SIGTERM before a call": Failure(EVERY_CALL, Style.SIGNAL, signal.SIGTERM, (143,)),
 }
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_call_goes_wrong(workshop: Workshop, ledger: Ledger, trouble: str) -> None:
-    works = list(WORKS) if TIMES else random.Random(trouble).sample(list(WORKS), 3)
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_call_goes_wrong(fixtures: Fixtures, trials: Trials, failure: str) -> None:
+    works = list(WORKS) if TIMES else random.Random(failure).sample(list(WORKS), 3)
     for name in works:
-        try_calls(workshop, ledger, name, trouble)
+        try_calls(fixtures, trials, name, failure)
 
 
-def try_calls(workshop: Workshop, ledger: Ledger, name: str, trouble: str) -> None:
-    """Let some of the calls of one command go wrong, one in each run."""
-    kind = TROUBLES[trouble]
-    calls = workshop.learn(name, kind.kinds)
-    chosen = random.Random(f"{name} {trouble}").sample(range(calls), min(calls, times(2)))
+def try_calls(fixtures: Fixtures, trials: Trials, name: str, failure: str) -> None:
+    """Let some of the calls of one command fail, one in each run."""
+    kind = FAILURES[failure]
+    calls = fixtures.learn(name, kind.kinds)
+    chosen = random.Random(f"{name} {failure}").sample(range(calls), min(calls, times(2)))
     for nth in sorted(chosen):
-        workshop.prepare(name)
-        with ledger.trial(trouble, name):
-            fault = Fault(workshop.root, kind.kinds, nth, kind.style, kind.number)
-            outcome = workshop.run(name, fault)
+        fixtures.prepare(name)
+        with trials.trial(failure, name):
+            fault = Fault(fixtures.root, kind.kinds, nth, kind.style, kind.number)
+            outcome = fixtures.run(name, fault)
             try:
-                workshop.judge(name, outcome, kind.exits)
-                workshop.clean(name, kind.leaves)
+                fixtures.judge(name, outcome, kind.exits)
+                fixtures.clean(name, kind.leaves)
             except BaseException as error:
                 error.add_note(f"{name}: call {nth} of {calls}; exit {outcome.status}; {outcome.err}")
                 raise

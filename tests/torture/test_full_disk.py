@@ -1,4 +1,4 @@
-"""A small disk that is really full: exit 5, nothing half-written, and nothing left on it."""
+"""A small disk that is really full: exit 5, nothing half-written, nothing left on it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from support import snapshot
-from torture.ledger import Ledger, times
 from torture.runner import Runner
+from torture.trials import Trials, times
 
 import neftsurgery as ns
 
@@ -34,9 +34,9 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("work", ["apply", "revert", "extract", "merge", "export", "apply --in-place"])
 def test_a_disk_with_too_little_room(
-    runner: Runner, ledger: Ledger, sides: tuple[Path, Path], tmp_path: Path, disk: Path, work: str
+    runner: Runner, trials: Trials, sides: tuple[Path, Path], tmp_path: Path, disk: Path, work: str
 ) -> None:
-    """At any amount of free space either all of it is written, or none."""
+    """With any amount of free space, the output is written whole or not at all."""
     base, tuned = sides
     rows, out, filler = tmp_path / "rows", disk / "out", disk / "filler"
     common = {"per": "tensor", "score": "random", "reversible": True}
@@ -72,7 +72,7 @@ def test_a_disk_with_too_little_room(
     full = 0
     for run in range(runs):
         prepare(int(1.1 * needed * run / runs) // 4096 * 4096)
-        with ledger.trial("disk full (a small tmpfs)", work):
+        with trials.trial("disk full (a small tmpfs)", work):
             outcome = runner.command(*words)
             assert outcome.status in (0, 5), outcome.err
             assert "Traceback" not in outcome.err

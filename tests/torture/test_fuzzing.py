@@ -1,7 +1,7 @@
-"""Hostile files: every reader of a stranger's file against mutated inputs, in a process that watches itself.
+"""Hostile files: every reader of untrusted files gets mutated inputs, in a process that watches itself.
 
-A reader takes a file or refuses it by an error of this package; the safetensors package agrees where it is
-the authority. It opens nothing outside its folder, runs nothing, and takes bounded memory and time.
+A reader accepts a file or refuses it with an error of this package; the safetensors package agrees where it
+is the authority. A reader opens nothing outside its folder, runs nothing, and uses bounded memory and time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torture.ledger import TIMES, Ledger, times
+from torture.trials import TIMES, Trials, times
 
 REPOSITORY = Path(__file__).parents[2]
 #: In a longer run a thousand times as many inputs as trials of other faults.
@@ -44,7 +44,7 @@ def fuzz(crashers: Path, *words: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by RLIMIT_AS, as Linux has it")
-def test_no_file_does_harm(ledger: Ledger, tmp_path: Path) -> None:
+def test_no_file_does_harm(trials: Trials, tmp_path: Path) -> None:
     crashers = Path(os.environ.get("NEFT_CRASHERS", tmp_path))
     if TIMES:  # each reader in a process of its own; recipes as well, which take transformers to read
         with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
@@ -55,7 +55,7 @@ def test_no_file_does_harm(ledger: Ledger, tmp_path: Path) -> None:
         results = fuzz(crashers)
     broken = []
     for result in results:
-        entry = ledger.entry("hostile file", result["target"])
+        entry = trials.entry("hostile file", result["target"])
         entry.tried += result["inputs"]
         entry.losses += len(result["broken"])
         entry.notes |= {key: result[key] for key in ("taken", "refused")}

@@ -1,4 +1,4 @@
-"""The page's table is that of its figures, and tells losses as they were."""
+"""The page's table shows the figures in its JSON file, losses included."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
-from torture.ledger import Ledger
-from torture.page import BEGIN, END, put_table, table
+from torture.table import BEGIN, END, put_table, table
+from torture.trials import Trials
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_a_trial_that_fails_is_a_loss_and_fails_the_test(tmp_path: Path) -> None:
-    ledger = Ledger()
-    with ledger.trial("fire", "apply"):
+    trials = Trials()
+    with trials.trial("fire", "apply"):
         pass
-    with pytest.raises(AssertionError), ledger.trial("fire", "apply"):
+    with pytest.raises(AssertionError), trials.trial("fire", "apply"):
         raise AssertionError
-    with ledger.trial("water", "revert"):
+    with trials.trial("water", "revert"):
         pass
-    ledger.write(tmp_path / "ledger")
-    rows = json.loads((tmp_path / "ledger").read_text())
+    trials.write(tmp_path / "trials")
+    rows = json.loads((tmp_path / "trials").read_text())
     page = tmp_path / "page.md"
     page.write_text(f"before {BEGIN} old {END} after")
     put_table(page, {"machine": "here", "rows": rows})

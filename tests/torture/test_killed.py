@@ -1,6 +1,6 @@
 """Processes stopped by signals at random moments: outputs are absent or whole, changes in place heal.
 
-``NEFT_TORTURE=1000`` makes a thousand runs of each kind (see `torture.ledger`).
+``NEFT_TORTURE=1000`` makes a thousand runs of each kind (see `torture.trials`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import raw_file, snapshot
-from torture.ledger import Ledger, times
 from torture.runner import Outcome, Runner
+from torture.trials import Trials, times
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.healing import heal_recorded
@@ -40,7 +40,7 @@ def remove(path: Path) -> None:
 
 
 def check_end(outcome: Outcome, number: int) -> None:
-    """It was done, or it was stopped, and said so in a line."""
+    """The command finished, or it was stopped and said so in one line."""
     assert outcome.status in (0, -number, *([128 + number] if number != signal.SIGKILL else [])), outcome.err
     assert "Traceback" not in outcome.err
     if outcome.status > 0:
@@ -48,9 +48,9 @@ def check_end(outcome: Outcome, number: int) -> None:
 
 
 def tries(runner: Runner, enough: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """As many as were asked for, and more until a fifth came while something was being written.
+    """As many tries as asked for, and more until a fifth of the signals arrived during a write.
 
-    Signals that all came too early or too late would prove nothing. ``enough`` may ask for more.
+    Signals that all arrive too early or too late would prove nothing. ``enough`` may ask for more.
     """
     for count in range(20 * RUNS):
         if count >= RUNS and runner.moments["midway"] > RUNS // 5 and enough():
@@ -96,7 +96,7 @@ def works(sides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("name", ["apply", "apply (columns)", "revert", "extract", "merge", "export"])
 def test_a_new_output_is_absent_or_whole(
-    runner: Runner, ledger: Ledger, works: dict[str, Work], tmp_path: Path, name: str, number: signal.Signals
+    runner: Runner, trials: Trials, works: dict[str, Work], tmp_path: Path, name: str, number: signal.Signals
 ) -> None:
     work, out = works[name], tmp_path / "out"
     run = functools.partial(runner.command, *work.words, "-o", out)
@@ -112,13 +112,13 @@ def test_a_new_output_is_absent_or_whole(
 
     for _ in tries(runner):
         remove(out)
-        with ledger.trial(number.name, name) as entry:
-            found, outcome = runner.strike(run, number, moment)
+        with trials.trial(number.name, name) as entry:
+            found, outcome = runner.send_signal(run, number, moment)
             entry.notes[found] = entry.notes.get(found, 0) + 1
             check_end(outcome, number)
             # What SIGKILL left is removed by the next run; the other signals leave nothing.
             assert len(hidden(tmp_path)) <= (outcome.status == -signal.SIGKILL)
-    with ledger.trial(number.name, name):
+    with trials.trial(number.name, name):
         outcome = run_again(run, out)
         assert outcome.status == 0, outcome.err
         assert snapshot(out) == expected
@@ -133,9 +133,9 @@ def run_again(run: Callable[..., Outcome], out: Path) -> Outcome:
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_replacing_an_output(
-    runner: Runner, ledger: Ledger, sides: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+    runner: Runner, trials: Trials, sides: tuple[Path, Path], tmp_path: Path, number: signal.Signals
 ) -> None:
-    """With --force OUT is the old one or the new one, and always there."""
+    """With --force, OUT is always there, and is the old one or the new one."""
     base, tuned = sides
     source = tuned / "model-00001-of-00002.safetensors"
     file = raw_file(tmp_path / "old", {"w": ("U8", np.zeros(9, "u1"))})
@@ -155,8 +155,8 @@ def test_replacing_an_output(
 
     for _ in tries(runner):
         out.write_bytes(old)
-        with ledger.trial(number.name, "apply --force"):
-            _, outcome = runner.strike(run, number, moment)
+        with trials.trial(number.name, "apply --force"):
+            _, outcome = runner.send_signal(run, number, moment)
             check_end(outcome, number)
     assert run().status == 0
     assert hidden(tmp_path) == []
@@ -165,13 +165,13 @@ def test_replacing_an_output(
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_in_place(
     runner: Runner,
-    ledger: Ledger,
+    trials: Trials,
     sides: tuple[Path, Path],
     patch: Path,
     tmp_path: Path,
     number: signal.Signals,
 ) -> None:
-    """Whatever state a signal leaves, the next command finds exactly the old or exactly the new one."""
+    """Whatever a signal leaves, the next command finds exactly the old or exactly the new checkpoint."""
     model = tmp_path / "model"
     ns.apply(sides[0], patch, out=tmp_path / "patched")
     ns.revert(tmp_path / "patched", patch, out=model)
@@ -195,8 +195,8 @@ def test_in_place(
             assert files == states[now], "it was changed without a journal"
             return "midway" if outcome.status > 0 else "early"
 
-        with ledger.trial(number.name, f"{verb} --in-place") as entry:
-            found, outcome = runner.strike(run, number, moment)
+        with trials.trial(number.name, f"{verb} --in-place") as entry:
+            found, outcome = runner.send_signal(run, number, moment)
             entry.notes[found] = entry.notes.get(found, 0) + 1
             check_end(outcome, number)
             if (model / ".neft-journal").exists():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import assert_same_tensors, patched_by_hand, raw_folder, raw_read, snapshot
-from torture.ledger import TIMES, Ledger
+from torture.trials import TIMES, Trials
 
 import neftsurgery as ns
 
@@ -22,7 +22,7 @@ Raw = dict[str, tuple[str, np.ndarray]]
 
 
 def names(count: int) -> Iterator[str]:
-    """Names as no model has them."""
+    """Names that no real model has."""
     odd = ["é", "é", "層.重み", "🧠.weight", "a b\tc", 'quo"te', "back\\slash", "../up", "/abs", "\x1b[31m",
            "ﬁ.weight", "null\0byte", "x" * 10_000 + ".weight", "ż" * 10_000]  # fmt: skip
     yield from odd
@@ -54,17 +54,17 @@ def round_trip(root: Path, base: Raw, shards: int) -> None:
 @pytest.mark.parametrize(
     ("tensors", "shards"), [(300, 20), pytest.param(64_000, 500, marks=SKIPPED)]
 )  # fmt: skip
-def test_many_tensors_shards_and_odd_names(ledger: Ledger, tmp_path: Path, tensors: int, shards: int) -> None:
+def test_many_tensors_shards_and_odd_names(trials: Trials, tmp_path: Path, tensors: int, shards: int) -> None:
     rng = np.random.default_rng(0)
     base = {name: ("F32", rng.integers(1 << 29, 1 << 30, (3, 4), "u4")) for name in names(tensors)}
-    with ledger.trial(f"{tensors:,} tensors in {shards} shards, odd names", "a round of all commands"):
+    with trials.trial(f"{tensors:,} tensors in {shards} shards, odd names", "a round of all commands"):
         round_trip(tmp_path, base, shards)
         names_there = {path.name for path in tmp_path.iterdir()}
         assert names_there == {"base", "tuned", "scores", "patch", "patched", "merged"}
 
 
 def sparse_checkpoint(path: Path, tensors: int, shape: tuple[int, int]) -> None:
-    """A checkpoint that is all holes: zeros, which take no room."""
+    """A sparse checkpoint of zeros, which takes no disk space."""
     nbytes = 4 * shape[0] * shape[1]
     header = {
         f"layers.{n}.weight": {"dtype": "F32", "shape": shape, "data_offsets": [n * nbytes, (n + 1) * nbytes]}
@@ -77,8 +77,8 @@ def sparse_checkpoint(path: Path, tensors: int, shape: tuple[int, int]) -> None:
         file.truncate(8 + len(text) + tensors * nbytes)
 
 
-def test_a_checkpoint_of_300_gb(ledger: Ledger, tmp_path: Path) -> None:
-    """In place, only the rows that change are read and written; a copy is refused where it has no room."""
+def test_a_checkpoint_of_300_gb(trials: Trials, tmp_path: Path) -> None:
+    """In place reads and writes only the rows that change; a copy is refused where the disk is too small."""
     base, tuned, patch = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "patch"
     shape = (1 << 17, 6000)  # 3.1 GB a tensor, past 2**31 bytes
     try:
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_300_gb(ledger: Ledger, tmp_path: Path) -> None:
         for row, values in zip(index, rows, strict=True):
             file.seek(start + 99 * 4 * shape[0] * width + int(row) * 4 * width)
             file.write(values.tobytes())
-    with ledger.trial("a sparse checkpoint of 300 GB", "extract, apply, verify, revert, in place"):
+    with trials.trial("a sparse checkpoint of 300 GB", "extract, apply, verify, revert, in place"):
         chosen = selection(tmp_path / "selection", "layers.99.weight", shape, index)
         with ns.extract(base, tuned, chosen, reversible=True, out=patch) as made:
             assert made.nbytes < 1e6

@@ -1,4 +1,4 @@
-"""A training that is killed or stopped, again and again, ends in the patch of one that was left alone."""
+"""A training that is killed or stopped again and again ends in the patch of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from recipes_support import make
 from support import snapshot
-from torture.ledger import TIMES, Ledger, times
 from torture.runner import running
+from torture.trials import TIMES, Trials, times
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +31,7 @@ RECIPE = (
 
 
 def result(out: Path) -> dict[str, object]:
-    """What must not depend on interruptions: the weights of the patch, the selection, the dev losses."""
+    """What must not depend on interruptions: the patch's weights, the selection, the dev losses."""
     import torch
     from safetensors.torch import load_file
 
@@ -44,7 +44,7 @@ def result(out: Path) -> dict[str, object]:
     }
 
 
-def test_a_training_stopped_at_any_moment_goes_on_to_the_same_bits(ledger: Ledger, tmp_path: Path) -> None:
+def test_a_training_stopped_at_any_moment_goes_on_to_the_same_bits(trials: Trials, tmp_path: Path) -> None:
     make(tmp_path / "base", 5)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -61,7 +61,7 @@ def test_a_training_stopped_at_any_moment_goes_on_to_the_same_bits(ledger: Ledge
             done, out = 0, tmp_path / f"run-{number.name}"
             for _ in range(times(2, 0.05)):
                 delay = runner.random.uniform(0.05, 0.9) * took
-                with ledger.trial(number.name, "train"):
+                with trials.trial(number.name, "train"):
                     outcome = train(out, after=delay, signal=number)
                     assert outcome.status in (0, -number, 128 + number), outcome.err
                     assert "Traceback" not in outcome.err
@@ -70,7 +70,7 @@ def test_a_training_stopped_at_any_moment_goes_on_to_the_same_bits(ledger: Ledge
                         shutil.rmtree(out)
                         done += 1
                     assert not out.exists(), "half a result"
-            with ledger.trial(number.name, "train"):
+            with trials.trial(number.name, "train"):
                 outcome = train(out)
                 assert outcome.status == 0, outcome.err
                 assert result(out) == expected, "it came to other numbers"

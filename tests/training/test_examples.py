@@ -1,4 +1,4 @@
-"""Examples of rows: which tokens are learned, and what is said of rows that make no sense."""
+"""Training examples: which tokens have a loss, what is held back, and what the digest covers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from recipes_support import tokenizer
 
 import neftsurgery as ns
-from neftsurgery.training.examples import Encoder, collate, read_rows
-from neftsurgery.training.form import Form
+from neftsurgery.training.examples import Encoder, Examples, collate, read_examples
+from neftsurgery.training.raw_examples import read_raw_examples
+from neftsurgery.training.recipe_reader import read_recipe
 
 CHAT = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}.{% endfor %}"
@@ -19,14 +20,14 @@ CHAT = (
 )
 
 
-def rows(tmp_path: Path, *contents: Any, form: Form | None = None) -> Any:
+def rows(tmp_path: Path, *contents: Any) -> Any:
     path = tmp_path / "data.jsonl"
-    path.write_text("".join((c if isinstance(c, str) else json.dumps(c)) + "\n" for c in contents))
-    return read_rows(str(path), "train", form=form)
+    path.write_text("".join(json.dumps(content) + "\n" for content in contents))
+    return read_raw_examples(str(path), "train")
 
 
 def learned(tmp_path: Path, row: Any, **options: Any) -> tuple[str, str]:
-    """All of an example's text, and what is learned of it."""
+    """The whole text of an example, and the part that is learned."""
     letters = tokenizer()
     letters.chat_template = CHAT
     encoder = Encoder(letters, **({"loss_on": "completions", "max_length": 100} | options))
@@ -58,65 +59,33 @@ def test_a_batch_is_padded(tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [[-100, 6, -100], [7, 8, 9]]
 
 
-GOOD = {"prompt": "a", "completion": "b"}
-
-
-@pytest.mark.parametrize(
-    ("bad", "why"),
-    [
-        ('{"prompt": "a"', "not valid JSON"),
-        ([1], "an example is an object"),
-        ({"prompt": "a"}, "two texts"),
-        ({"prompt": "a", "completion": ""}, "empty"),
-        ({"question": "a", "answer": "b"}, "found question, answer"),
-        ({"messages": "hello"}, "role and content"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "from the assistant"),
-        ({"text": 3}, "a text"),
-    ],
-)
-def test_bad_rows_are_named_by_their_line(tmp_path: Path, bad: Any, why: str) -> None:
-    with pytest.raises(ns.CorruptFileError, match=rf"line 3: .*{why}"):
-        rows(tmp_path, GOOD, "", bad)
-
-
-def test_a_form_makes_texts_of_any_fields(tmp_path: Path) -> None:
-    form = Form.of("{{{lines[1]}}} {q} is", " {translation[en]}")
-    fields = {"q": 3, "translation": {"en": "b{q}"}, "lines": ["x", "y"], "prompt": "unread"}
-    (row,) = rows(tmp_path, fields, form=form)
-    assert row.content == {"prompt": "{y} 3 is", "completion": " b{q}"}
-    for bad in ({"q": 3}, {**fields, "translation": ["en"]}, {**fields, "q": None}, {**fields, "q": [1]}):
-        with pytest.raises(ns.CorruptFileError, match="line 2: there is no text in the field"):
-            rows(tmp_path, fields, bad, form=form)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "why"),
-    [
-        ("{a}", None, "go together"),
-        (None, "{a}", "go together"),
-        ("{a", "{b}", "not a form"),
-        ("{a}", "b", "names no field"),
-        ("{}", "{b}", "no name"),
-        ("{a.__class__}", "{b}", "no name"),
-        ("{a!r}", "{b}", "no name"),
-        ("{a:>1000000000}", "{b}", "no name"),
-    ],
-)
-def test_texts_that_are_no_form(prompt: str | None, completion: str | None, why: str) -> None:
-    with pytest.raises(ns.UsageError, match=why):
-        Form.of(prompt, completion)
-    assert Form.of(None, None) is None
-
-
-def test_files_that_do_not_do(tmp_path: Path) -> None:
-    with pytest.raises(ns.UsageError, match="no such file"):
-        read_rows(str(tmp_path / "no.jsonl"), "train")
-    with pytest.raises(ns.UsageError, match="no examples"):
-        rows(tmp_path, "")
+def test_what_cannot_be_encoded(tmp_path: Path) -> None:
     letters = tokenizer()
     letters.chat_template = None
     encoder = Encoder(letters, loss_on="completions", max_length=3)
     with pytest.raises(ns.UsageError, match="no example has a token to learn"):
         encoder.encode(rows(tmp_path, {"prompt": "abcd", "completion": "e"}))
-    with pytest.raises(ns.UsageError, match="no chat template"):
+    with pytest.raises(ns.UsageError, match="need a chat template"):
         encoder.encode(rows(tmp_path, {"messages": [{"role": "assistant", "content": "x"}]}))
+
+
+def test_a_share_is_held_back(tmp_path: Path) -> None:
+    rows(tmp_path, *({"prompt": letter, "completion": "yes"} for letter in "abcdefghij"), {"text": "x" * 9})
+    recipe = {
+        "model": "m", "out": "o", "select": {"neurons": 1},
+        "data": {"train": tmp_path / "data.jsonl", "eval_share": 0.3, "max_length": 8},
+    }  # fmt: skip
+    examples = read_examples(read_recipe(recipe), tokenizer())
+    assert (len(examples.train), len(examples.dev)) == (8, 3)
+    assert examples.warnings == ("1 examples are longer than data.max_length and were truncated",)
+    again = read_examples(read_recipe(recipe, {"train.seed": 1}), tokenizer())
+    assert again.digest() != examples.digest() == read_examples(read_recipe(recipe), tokenizer()).digest()
+    few = read_examples(read_recipe(recipe, {"data": {"limit": 1}}), tokenizer())
+    assert (few.dev, "too few examples" in few.warnings[0]) == ([], True)
+
+
+def test_the_digest_tells_training_from_dev_examples() -> None:
+    one, two = ({"input_ids": [n, 2], "labels": [-100, 2]} for n in (1, 3))
+    both = Examples([one], [two])
+    assert len({both.digest(), Examples([two], [one]).digest(), Examples([one, two], []).digest()}) == 3
+    assert (both.tokens, both.learned) == (2, 1)

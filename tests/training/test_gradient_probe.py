@@ -1,4 +1,4 @@
-"""The gradient probes against autograd's own gradients."""
+"""The gradient probes, and the scores files they write (`live_scores`), against autograd's own gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tuning_support import batch, bert, bits, gpt2, llama, saved, vectors
 import neftsurgery as ns
 from neftsurgery.options import Scope
 from neftsurgery.surgery.pairing import pair
-from neftsurgery.training.gradients import gradient_scores
+from neftsurgery.training.gradient_probe import gradient_scores
 
 BATCHES = [batch(seed) for seed in range(3)]
 
@@ -121,11 +121,11 @@ def test_many_batches_and_vectors_of_zeros(tmp_path: Path) -> None:
         assert np.isfinite(once.values(name)).all()
 
 
-def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     model = saved(llama(), tmp_path / "base")
     base = ns.open_checkpoint(tmp_path / "base")
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ns.MismatchError, match="no number"):
+    with pytest.raises(ns.MismatchError, match="the loss of the base model is not a number"):
         gradient_scores(model, base, pair(base, base, Scope()).anatomy, BATCHES)
     assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())

@@ -15,8 +15,8 @@ import click
 
 from ...errors import UsageError
 from ..console import Console
-from ..demo import files_round, lines
-from ..demo.stage import Stage, can_draw
+from ..demo import files_demo, training_commands
+from ..demo.session import DemoSession, can_draw
 from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
@@ -24,17 +24,20 @@ __all__ = ["command"]
 
 @click.command("demo")
 @click.argument("folder", required=False, metavar="[DIR]")
-@click.option("--files-only", is_flag=True, help="The round over files alone: some seconds, and no torch.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is drawn in training.")
+@click.option(
+    "--files-only", is_flag=True, help="Only the demo on files: it takes seconds and needs no torch."
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="The random seed of training.")
 @dry_run_option
 @common_options
 def command(console: Console, folder: str | None, files_only: bool, seed: int, dry_run: bool) -> int:
-    """See the whole round on a small model made on the spot.
+    """Show all steps on a tiny model, offline, in about a minute.
 
-    Pre-trains a tiny transformer, fine-tunes it, finds the neurons that turned, trains these alone from
-    the base, and cuts, applies, verifies and reverts the patch: within a minute, offline. Where torch
-    and transformers are not installed, or with --files-only: diff, extract, apply, verify and revert on
-    a made-up fine-tune whose neurons are known. With DIR the files stay there; otherwise they are removed.
+    The demo pre-trains a tiny transformer, fine-tunes it, and finds the neurons that turned. It then
+    trains only these from the base, and applies, verifies and reverts their patch. Without torch and
+    transformers, or with --files-only, it shows diff, extract, apply, verify and revert on a synthetic
+    fine-tune whose changed neurons are known. With DIR, the files are kept there. Otherwise they are
+    removed.
 
     \b
     Example:
@@ -47,56 +50,56 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
     if dry_run:
         commands = [
             line
-            for line in (lines.LINES if trains else files_round.LINES)
+            for line in (training_commands.LINES if trains else files_demo.LINES)
             if can_draw() or " report " not in line
         ]
         for line in commands:
             console.say(f"$ {line}")
         console.answer({"dry_run": True, "trains": trains, "commands": commands})
         return 0
-    with _workplace(folder) as place:
-        held, facts = _show(Stage(console, place), seed) if trains else _show_files(Stage(console, place))
+    with _working_folder(folder) as path:
+        session = DemoSession(console, path)
+        passed, facts = _show_training(session, seed) if trains else _show_files(session)
     seconds = time.perf_counter() - start
     console.say()
-    if all(held.values()):
-        console.say(f"All of it held, in {seconds:.1f} s.{_kept(folder)}")
+    ok = all(passed.values())
+    if ok:
+        console.say(f"All checks passed, in {seconds:.1f} s.{_kept(folder)}")
     else:
-        console.note("neftsurgery: the demo did not hold: " + ", ".join(k for k, v in held.items() if not v))
+        failed = ", ".join(name for name, good in passed.items() if not good)
+        console.note(f"neftsurgery: checks of the demo failed: {failed}")
     if missing and not files_only:
-        console.say(
-            "There is more: a model that is really trained. It needs: pip install 'neftsurgery[train]'"
-        )
-    ok = all(held.values())
-    console.answer({**held, **facts, "ok": ok, "seconds": round(seconds, 3), "folder": folder})
+        console.say("The demo with training needs: pip install 'neftsurgery[train]'")
+    console.answer({**passed, **facts, "ok": ok, "seconds": round(seconds, 3), "folder": folder})
     return 0 if ok else 1
 
 
-def _show_files(stage: Stage) -> tuple[dict[str, bool], dict[str, Any]]:
-    return files_round.show(stage), {"trained": None}
+def _show_files(session: DemoSession) -> tuple[dict[str, bool], dict[str, Any]]:
+    return files_demo.show(session), {"trained": None}
 
 
-def _show(stage: Stage, seed: int) -> tuple[dict[str, bool], dict[str, Any]]:
-    from ..demo.training_round import show
+def _show_training(session: DemoSession, seed: int) -> tuple[dict[str, bool], dict[str, Any]]:
+    from ..demo.training_demo import show
 
-    held, rows = show(stage, seed)
-    return held, {"trained": [asdict(row) for row in rows], "seed": seed}
+    passed, models = show(session, seed)
+    return passed, {"trained": [asdict(model) for model in models], "seed": seed}
 
 
 def _kept(folder: str | None) -> str:
-    """Where the files are, and how to look at them."""
+    """Where the files and the report are."""
     if folder is None:
         return " To keep the files and look at the report: neftsurgery demo DIR" if can_draw() else ""
     return f" The files are in {folder}." + (f" Open {folder}/report.html." if can_draw() else "")
 
 
 @contextmanager
-def _workplace(folder: str | None) -> Iterator[Path]:
+def _working_folder(folder: str | None) -> Iterator[Path]:
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="neft-demo-") as temporary:
             yield Path(temporary)
         return
-    place = Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UsageError("it exists already", file=folder, hint="name a new folder, or an empty one")
-    place.mkdir(parents=True, exist_ok=True)
-    yield place
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError("the output exists already", file=folder, hint="name a new folder, or an empty one")
+    path.mkdir(parents=True, exist_ok=True)
+    yield path

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...errors import UsageError
 from ...text import amount, percent, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option
 
 if TYPE_CHECKING:
-    from ...training.plan import TrainingPlan
-    from ...training.run import Outcome
+    from ...training.train_plan import TrainPlan
+    from ...training.train_result import TrainResult
 
 __all__ = ["command"]
 
@@ -31,13 +30,15 @@ __all__ = ["command"]
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Instead of what the recipe says: train.steps=100.",
+    help="Replace a value of the recipe, as in train.steps=100.",
 )
-@click.option("-o", "--out", metavar="DIR", help="The folder to make; short for --set out=DIR.")
+@click.option("-o", "--out", metavar="DIR", help="The folder to create. Same as --set out=DIR.")
 @click.option(
-    "--resume", is_flag=True, help="Only go on with an unfinished run; without it, one is gone on with too."
+    "--resume",
+    is_flag=True,
+    help="Resume an unfinished run. This is also the default; the flag makes a missing run an error.",
 )
-@click.option("--restart", is_flag=True, help="Throw an unfinished run away, and begin anew.")
+@click.option("--restart", is_flag=True, help="Discard an unfinished run and start again.")
 @force_option
 @dry_run_option
 @common_options
@@ -53,62 +54,49 @@ def command(
 ) -> int:
     """Find the neurons that matter, train them and nothing else, and cut the patch.
 
-    A recipe says what to train on what. OUT gets the patch, its selection and scores, and the loss
-    curve, when all is done. A run that was stopped goes on from its last save when the same command is
-    given again; Ctrl-C saves first.
+    The recipe names the model, the data and the settings. When the run has finished, OUT holds the patch, its
+    selection and scores, and the loss curve. Ctrl-C saves and stops. The same command then resumes
+    from the last save.
 
     \b
     Example:
       neftsurgery train recipes/quickstart.yaml
       neftsurgery train recipe.yaml --set select.neurons=1% --set train.learning_rate=1e-4 -o run/
     """
-    if resume and restart:
-        raise UsageError("--resume and --restart do not go together")
-    plan_training, read_recipe, train = _load()
-    plan = plan_training(
-        read_recipe(recipe, [*overrides, *([f"out={out}"] if out is not None else [])]),
+    from ...training.train import require_training
+
+    require_training()
+    from ...training.recipe_reader import parse_overrides
+    from ...training.train_plan import plan_train
+
+    plan = plan_train(
+        recipe,
+        parse_overrides(overrides) | ({} if out is None else {"out": out}),
         force=force,
+        resume=resume,
         restart=restart,
         limits=console.limits,
         progress=console.progress,
     )
-    if resume and plan.resumes is None:
-        raise UsageError("there is no unfinished run to go on with", file=plan.out)
     _say_plan(console, plan)
     if dry_run:
         console.answer({"dry_run": True, "out": None, **plan.describe()})
         return 0
     with _asked_to_stop(console) as stop:
-        outcome = train(
-            plan,
-            force=force,
-            restart=restart,
+        result = plan.run(
             limits=console.limits,
             progress=partial(console.progress, unit="step"),
-            say=console.note,
+            note=console.note,
             stop=stop,
         )
-        code = 0 if outcome.finished else 128 + stop.signal
-    _say_outcome(console, plan, outcome)
-    console.answer({"dry_run": False, **_facts(plan, outcome)})
+        code = 0 if result.finished else 128 + stop.signal
+    _say_result(console, plan, result)
+    console.answer({"dry_run": False, **plan.describe(), **result.describe()})
     return code
 
 
-def _load() -> tuple[Any, Any, Any]:
-    """The training side, which needs more than the core."""
-    try:
-        from ...training.plan import plan_training
-        from ...training.reading import read_recipe
-        from ...training.run import train
-    except ImportError as error:
-        raise UsageError(
-            f"training needs what is not installed: {error.name}", hint="pip install 'neftsurgery[train]'"
-        ) from error
-    return plan_training, read_recipe, train
-
-
 class _Stop:
-    """Whether a signal has asked to stop, and which; until somebody watches, signals stop at once."""
+    """The signal that asked the run to stop, if any. Before the first step, a signal stops the process."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -118,13 +106,13 @@ class _Stop:
     def __call__(self) -> bool:
         self.watched = True
         if self.signal:
-            self._console.note("stopping, and saving first; again to stop at once")
+            self._console.note("saving, then stopping; interrupt again to stop at once")
         return self.signal != 0
 
 
 @contextmanager
 def _asked_to_stop(console: Console) -> Iterator[_Stop]:
-    """The first Ctrl-C asks to save and stop; a second one stops at once."""
+    """Within the context, the first SIGINT or SIGTERM asks the run to save and stop; the second stops it."""
     stop = _Stop(console)
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -145,63 +133,43 @@ def _asked_to_stop(console: Console) -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _say_plan(console: Console, plan: TrainingPlan) -> None:
+def _say_plan(console: Console, plan: TrainPlan) -> None:
     for warning in plan.warnings:
         console.note(f"warning: {warning}")
     facts = plan.describe()
-    dev = f", {plural(facts['dev_examples'], 'dev example')}" if plan.dev else ", no dev examples"
+    dev = f", {plural(facts['dev_examples'], 'dev example')}" if plan.examples.dev else ", no dev examples"
     say, params = console.say, facts["trainable_parameters"]
     say(f"{facts['model']}: {amount(facts['parameters'])} parameters")
     say(f"{plural(facts['examples'], 'example')} ({amount(facts['tokens_learned'])} tokens to learn){dev}")
     if params is None:
-        say(f"to train: as many neurons as score above the threshold (by {facts['probe']})")
+        say(f"to train: the neurons that score above the threshold (probe: {facts['probe']})")
     else:
         about = "about " if facts["estimated"] else ""
         count = "" if facts["selected"] is None else f"{plural(facts['selected'], 'neuron')}, "
         share = percent(params / max(1, facts["parameters"]))
         say(f"to train: {count}{about}{amount(params)} parameters, {share} of the model")
         states = (size(facts["optimizer_bytes"]), size(facts["optimizer_bytes_of_full"]))
-        say(f"optimizer state: {about}{states[0]}, of a full fine-tune {states[1]}")
+        say(f"optimizer state: {about}{states[0]}; a full fine-tune needs {states[1]}")
     resumes = plan.resumes
-    going = "" if resumes is None else f", going on from step {resumes}"
-    say(f"{plural(plan.steps, 'step')}, saved every {plan.save_every}{going}; then {plan.out}")
+    resuming = "" if resumes is None else f", resuming from step {resumes}"
+    say(f"{plural(plan.steps, 'step')}, saved every {plan.save_every}{resuming}; then {plan.out}")
 
 
-def _say_outcome(console: Console, plan: TrainingPlan, outcome: Outcome) -> None:
-    if not outcome.finished:
+def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
+    if not result.finished:
         console.note(
-            f"neftsurgery: interrupted at step {outcome.step} of {outcome.steps}, and saved: "
-            "give the same command again to go on"
+            f"neftsurgery: interrupted at step {result.step} of {result.steps}, and saved: "
+            "give the same command again to resume"
         )
         return
-    first = next((point["dev_loss"] for point in outcome.curve if "dev_loss" in point), None)
-    if outcome.dev_loss is not None and first is not None:
+    first = next((point.dev_loss for point in result.curve if point.dev_loss is not None), None)
+    if result.dev_loss is not None and first is not None:
         console.say(
-            f"dev loss {first:.4f} -> {outcome.dev_loss:.4f}, at step {outcome.best_step}: the patch kept"
+            f"dev loss {first:.4f} -> {result.dev_loss:.4f} at step {result.best_step}; this patch is kept"
         )
-    elif outcome.train_loss is not None:
-        console.say(f"train loss {outcome.train_loss:.4f} at the end")
-    if not outcome.picture:
-        console.note("no picture of the loss curve: that needs matplotlib")
-    console.say(f"wrote {plan.out} (neuron_patch.safetensors: {size(outcome.nbytes)})")
-    console.say(
-        f"try it: neftsurgery apply {plan.recipe.model} {plan.out}/neuron_patch.safetensors -o patched"
-    )
-
-
-def _facts(plan: TrainingPlan, outcome: Outcome) -> dict[str, Any]:
-    chosen = outcome.selection
-    return {
-        **plan.describe(),
-        "estimated": False,
-        "selected": chosen.neurons,
-        "trainable_parameters": chosen.parameters,
-        "finished": outcome.finished,
-        "step": outcome.step,
-        "resumed_from": outcome.resumed_from,
-        "train_loss": outcome.train_loss,
-        "dev_loss": outcome.dev_loss,
-        "best_step": outcome.best_step,
-        "out": str(plan.out) if outcome.finished else None,
-        "bytes": outcome.nbytes,
-    }
+    elif result.train_loss is not None:
+        console.say(f"last train loss {result.train_loss:.4f}")
+    if not result.plotted:
+        console.note("the loss curve is not plotted: matplotlib is not installed")
+    console.say(f"wrote {result.out} (neuron_patch.safetensors: {size(result.patch_bytes)})")
+    console.say(f"try it: neftsurgery apply {plan.recipe.model} {result.patch} -o patched")

@@ -1,1 +1,1 @@
-"""The rounds that `neftsurgery demo` shows."""
+"""The two demos of `neftsurgery demo`: one on files, one with training."""

@@ -1,1 +1,1 @@
-"""Fuzzing of everything that reads a stranger's file; see `__main__`."""
+"""Fuzzes every reader of untrusted files; see `__main__`."""

@@ -1,8 +1,8 @@
-"""``python -m tests.torture.fuzz --inputs 100000``: mutated files into every reader, in this process.
+"""``python -m tests.torture.fuzz --inputs 100000``: gives mutated files to every reader, in this process.
 
-Guided by coverage: of some inputs the lines of the package that they reach are traced, and an input that
-reaches new ones, or is refused in words not seen before, is mutated further. Ends with a line of JSON on
-standard output; inputs that broke a promise lie in the folder it names.
+Fuzzing is guided by coverage. For some inputs the executed lines of the package are traced; an input that
+reaches new lines, or is refused with a new message, is mutated further. The last line of standard output is
+JSON. It names the folder with the inputs that broke a promise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WARM = 100
 
 @dataclass
 class Result:
-    """What came of one target."""
+    """The result of one target."""
 
     target: str
     inputs: int = 0

@@ -1,4 +1,4 @@
-"""What a reader of hostile files must never do, watched from inside the interpreter."""
+"""Watches from inside the interpreter for what a reader of hostile files must never do."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Guard:
         self._own: set[Any] = set()
         self._compiled = False
         self.broken: list[str] = []
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._audit)
         signal.signal(signal.SIGALRM, self._too_long)
 
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._learning and event == "compile":
             self._own.add(arguments[0])
         if not self._on:
@@ -73,7 +73,7 @@ class Guard:
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """While valid files are read: what is compiled then is the package's own."""
+        """Allows compilation while valid files are read: that code is the package's own."""
         self._learning = True
         try:
             yield
@@ -85,7 +85,7 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch one input; raises a `Violation` for what was not in order."""
+        """Watch one input. Raises `Violation` if a promise is broken."""
         self._on = True
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
@@ -99,7 +99,7 @@ class Guard:
 
 
 def limit_memory(nbytes: int) -> None:
-    """From now on the process may take ``nbytes`` more address space: a larger claim is a ``MemoryError``."""
+    """Allow ``nbytes`` more address space from now on; a larger allocation raises ``MemoryError``."""
     with open("/proc/self/statm") as statm:
         pages = int(statm.read().split()[0])
     limit = pages * resource.getpagesize() + nbytes

@@ -1,4 +1,4 @@
-"""Inputs that are nearly right: a valid file, with a few things wrong in its bytes, its JSON or its shape."""
+"""Nearly valid inputs: a valid file with a few errors in its bytes, its JSON or its shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOKENS = (
 
 
 def mutate_bytes(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """A few bytes flipped, put in, taken out, copied, or a piece of another input."""
+    """A few bytes flipped, inserted, removed or copied, or a piece of another input inserted."""
     content = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         place = rng.randrange(len(content) + 1)
@@ -121,7 +121,7 @@ def dumps(value: Any) -> str:
 
 
 def mutate_text(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """A JSON text, changed as a document or as bytes."""
+    """A JSON text, mutated as a document or as bytes."""
     if rng.random() < 0.6:
         try:
             return dumps(mutate_json(rng, json.loads(data))).encode()
@@ -131,7 +131,7 @@ def mutate_text(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -
 
 
 def mutate_safetensors(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """A safetensors file: its header, the document in its metadata, its data, or just its bytes."""
+    """A safetensors file, mutated in its header, the document in its metadata, its data, or as bytes."""
     way = rng.random()
     if way < 0.15:
         return mutate_bytes(rng, data, others)

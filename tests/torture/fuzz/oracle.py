@@ -1,4 +1,4 @@
-"""The safetensors package's own reading of a file, and where ours differs from it on purpose."""
+"""How the safetensors package reads a file, and where our reader differs from it on purpose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def packages_view(raw: bytes) -> dict[str, dict[str, Any]] | None:
 
 
 def stricter(raw: bytes) -> bool:
-    """Whether the header has what we refuse on purpose: a key twice, or an entry in another form."""
+    """Whether the header has what we refuse on purpose: a duplicate key, or an entry in another form."""
     strange = False
 
     def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

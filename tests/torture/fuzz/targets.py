@@ -1,4 +1,4 @@
-"""The readers of strangers' files, each with valid files to start from and what must hold if it takes one."""
+"""The readers of untrusted files, each with valid seeds and with what must hold if it accepts a file."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class Target:
     mutate:
         How inputs are changed.
     read:
-        Reads the file at ``path``: returns if it is taken, raises what the reader raises if not. The
-        input is passed along, for a second opinion.
+        Reads the file at ``path``. Returns if the reader accepts it, else raises what the reader raises. Also
+        gets the input, to compare with an oracle.
     share:
-        Of the inputs of a run, relative to other targets: by how fast it is.
+        The target's share of a run's inputs, relative to other targets: larger for fast readers.
     """
 
     name: str
@@ -210,7 +210,7 @@ def _config(root: Path, config: dict[str, object]) -> Target:
 
 
 def _journal(root: Path) -> Target:
-    """A journal that was planted beside a model: it is applied to that model alone, or not at all."""
+    """A journal planted beside a model: it is applied to that model alone, or not at all."""
     from neftsurgery.checkpoint import healing
     from neftsurgery.checkpoint import journal as journal_module
 
@@ -248,7 +248,7 @@ def _journal(root: Path) -> Target:
 
 
 def _recipe(root: Path) -> Target:
-    from neftsurgery.training.reading import read_recipe
+    from neftsurgery.training.recipe_reader import read_recipe
 
     path = root / "recipe.yaml"
     whole: dict[str, Any] = {
@@ -272,6 +272,6 @@ def _recipe(root: Path) -> Target:
     def read(raw: bytes) -> None:
         recipe = read_recipe(path)
         assert recipe.model
-        assert recipe.describe()["out"]
+        assert recipe.to_json()["out"]
 
     return Target("recipe", path, seeds, mutate, read, 0.05)

@@ -1,0 +1,59 @@
+"""The demo on files: find the known neurons of a fine-tune, extract them, apply them and revert them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...demo.planted import PLANTED, make_base, make_tuned, planted
+from ...patch.patch import Patch
+from ...text import plural
+from .session import DemoSession, can_draw, digests
+
+__all__ = ["LINES", "show"]
+
+_DIFF = "diff base tuned -o scores.safetensors"
+_EXTRACT = f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors"
+_APPLY = "apply base neuron_patch.safetensors -o patched"
+_VERIFY = "verify patched neuron_patch.safetensors --expect patched"
+_REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
+_REPORT = f"report scores.safetensors --neurons {PLANTED} -o report.html"
+LINES = tuple(f"neftsurgery {line}" for line in (_DIFF, _EXTRACT, _APPLY, _VERIFY, _REVERT, _REPORT))
+
+
+def show(session: DemoSession) -> dict[str, bool]:
+    """Run the demo; returns whether each check passed."""
+    base, patched, restored = (session.folder / name for name in ("base", "patched", "restored"))
+    session.heading(f"A small Llama, and a fine-tune of it that changed {PLANTED} neurons")
+    make_tuned(session.folder / "tuned", make_base(base))
+    shards = plural(len(list(base.glob("*.safetensors"))), "shard")
+    session.console.say(f"  base/ and tuned/: {shards} each")
+
+    session.heading("Where did it change?")
+    session.run_command(_DIFF)
+
+    session.heading(f"Extract the {PLANTED} most sensitive neurons")
+    session.run_command(_EXTRACT)
+    found = session.check(f"these are exactly the {PLANTED} changed neurons", _found(session))
+
+    session.heading("Apply them to the base, and verify the result")
+    session.run_command(_APPLY)
+    session.run_command(_VERIFY)
+
+    session.heading("Revert them")
+    session.run_command(_REVERT)
+    same = session.check(
+        "every file in restored/ equals the one in base/, bit for bit",
+        digests(base) == digests(restored) != digests(patched),
+    )
+    if can_draw():
+        session.heading("Draw a report")
+        session.run_command(_REPORT)
+    return {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}
+
+
+def _found(session: DemoSession) -> bool:
+    expected = planted()
+    with Patch.load(session.folder / "neuron_patch.safetensors") as patch:
+        return patch.tensors.keys() == expected.keys() and all(
+            np.array_equal(patch.index(name), index) for name, index in expected.items()
+        )

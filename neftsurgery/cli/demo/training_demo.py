@@ -1,0 +1,197 @@
+"""The demo with training: fine-tune and diff a tiny model, train the chosen neurons, apply the patch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...demo.languages import NEW, OLD, Languages
+from ...demo.tiny_model import (
+    Losses,
+    TrainingSettings,
+    count_parameters,
+    load_model,
+    logits_of,
+    losses_of,
+    new_model,
+    single_thread,
+    train_parameters,
+    train_selection,
+)
+from ...text import amount, percent, size
+from ..console import table
+from .session import DemoSession, can_draw, digests
+from .training_commands import APPLY, CONTROL, DIFF, REPORT, REVERT, SELECT, SHARE, VERIFY
+
+__all__ = ["show"]
+
+_PRETRAINING = TrainingSettings(OLD, steps=200, learning_rate=3e-3, seed=1)
+# The same examples, steps and learning rate for every model that learns the new task.
+_FINE_TUNING = TrainingSettings(NEW, steps=150, learning_rate=2e-3, seed=2)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A row of the final table.
+
+    Attributes
+    ----------
+    losses:
+        The losses on both tasks.
+    trained:
+        The number of trained parameters.
+    nbytes:
+        The size of the files to keep.
+    seconds:
+        The training time.
+    """
+
+    name: str
+    losses: Losses
+    trained: int
+    nbytes: int
+    seconds: float
+
+
+def show(session: DemoSession, seed: int) -> tuple[dict[str, bool], list[TrainedModel]]:
+    """Run the demo; returns whether each check passed, and the trained models."""
+    with single_thread():
+        return _TrainingDemo(session, seed).run()
+
+
+class _TrainingDemo:
+    def __init__(self, session: DemoSession, seed: int) -> None:
+        self._session = session
+        self._seed = seed
+        self._languages = Languages(seed=seed)
+        self._trained: list[TrainedModel] = []
+
+    def run(self) -> tuple[dict[str, bool], list[TrainedModel]]:
+        session = self._session
+        base, tuned, patched = (session.folder / name for name in ("base", "tuned", "patched"))
+        self._pretrain(base)
+        self._fine_tune(base, tuned)
+
+        session.heading("Which neurons did that turn?")
+        session.run_command(DIFF)
+        session.run_command(SELECT)
+
+        session.heading("NeFT: train only these neurons, from the base")
+        model = self._train_selection(f"NeFT, {SHARE} of the neurons", base, "selection", "neuron_patch")
+        live = logits_of(model, self._languages)
+
+        session.heading("The control: as many random neurons")
+        session.run_command(CONTROL)
+        self._train_selection(f"{SHARE} of the neurons at random", base, "control", "control_patch")
+
+        session.heading("Apply the patch to the files of the base, load them, and revert it")
+        session.run_command(APPLY)
+        session.run_command(VERIFY)
+        loaded = logits_of(load_model(patched), self._languages)
+        equal = session.check(
+            "the model loaded from patched/ gives the trained model's logits, bit for bit",
+            np.array_equal(loaded, live),
+        )
+        session.run_command(REVERT)
+        same = session.check(
+            "every file in restored/ equals the one in base/, bit for bit",
+            digests(base) == digests(session.folder / "restored") != digests(patched),
+        )
+        self._summary()
+        if can_draw():
+            session.heading("Draw a report")
+            session.run_command(REPORT)
+        return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}, self._trained
+
+    def _pretrain(self, base: Path) -> None:
+        languages = self._languages
+        model = new_model(languages, self._seed)
+        parameters = list(model.parameters())
+        number = amount(count_parameters(parameters))
+        self._session.heading(
+            f"A Llama with {number} parameters learns to translate A to B, B to C and C to A"
+        )
+        with self._progress("pre-training", _PRETRAINING) as advance:
+            seconds = train_parameters(model, parameters, languages, self._seeded(_PRETRAINING), advance)
+        model.save_pretrained(base)
+        self._add("base", model, count_parameters(parameters), _bytes(base), seconds)
+
+    def _fine_tune(self, base: Path, tuned: Path) -> None:
+        self._session.heading("A full fine-tune on the new task: A to C")
+        model = load_model(base)
+        parameters = list(model.parameters())
+        with self._progress("full fine-tune", _FINE_TUNING) as advance:
+            seconds = train_parameters(
+                model, parameters, self._languages, self._seeded(_FINE_TUNING), advance
+            )
+        model.save_pretrained(tuned)
+        self._add("full fine-tune", model, count_parameters(parameters), _bytes(tuned), seconds)
+
+    def _train_selection(self, name: str, base: Path, selection: str, patch: str) -> Any:
+        """Train a selection from the base and write its patch; returns the trained model."""
+        say, folder = self._session.console.say, self._session.folder
+        for line in (
+            f'attached = ns.attach(model, ns.Selection.load("{selection}.safetensors"))',
+            "optimizer = torch.optim.AdamW(attached.parameters(), ...)  # and train as usual",
+            f'attached.patch("{patch}.safetensors")',
+        ):
+            say(f">>> {line}")
+        file = folder / f"{patch}.safetensors"
+        with self._progress(name, _FINE_TUNING) as advance:
+            model, trained, seconds = train_selection(
+                base,
+                folder / f"{selection}.safetensors",
+                file,
+                self._languages,
+                self._seeded(_FINE_TUNING),
+                advance,
+            )
+        self._add(name, model, trained, file.stat().st_size, seconds)
+        return model
+
+    def _seeded(self, settings: TrainingSettings) -> TrainingSettings:
+        return replace(settings, seed=10 * self._seed + settings.seed)
+
+    @contextmanager
+    def _progress(self, what: str, settings: TrainingSettings) -> Iterator[Callable[[int], None]]:
+        with self._session.console.progress(what, settings.steps, unit="step") as advance:
+            yield advance
+
+    def _add(self, name: str, model: Any, trained: int, nbytes: int, seconds: float) -> None:
+        row = TrainedModel(name, losses_of(model, self._languages), trained, nbytes, seconds)
+        self._trained.append(row)
+        self._session.console.say(
+            f"  {amount(trained)} parameters trained for {seconds:.1f} s; "
+            f"loss on the old task {row.losses.old:.4f}, on the new one {row.losses.new:.4f}"
+        )
+
+    def _summary(self) -> None:
+        session, (base, *_) = self._session, self._trained
+        session.heading("Results: loss on unseen sentences, in nats per word")
+        head = ["", "old task", "new task", "parameters trained", "to keep", "seconds"]
+        rows = [
+            [
+                row.name,
+                f"{row.losses.old:.4f}",
+                f"{row.losses.new:.4f}",
+                f"{amount(row.trained)} ({percent(row.trained / base.trained)})",
+                size(row.nbytes),
+                f"{row.seconds:.1f}",
+            ]
+            for row in self._trained
+        ]
+        for line in table([head, *rows], right=range(1, len(head))):
+            session.console.say(line)
+        session.console.say(
+            "  One seed of a tiny model does not show how to choose neurons: "
+            "with other seeds the random ones learn as well."
+        )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

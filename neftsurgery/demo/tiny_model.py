@@ -1,0 +1,182 @@
+"""The demo's tiny model: a Llama with half a million parameters, trained on the toy languages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from ..selection.selection import Selection
+from ..tuning.attach import attach
+from .languages import NEW, OLD, Direction, Languages
+
+__all__ = [
+    "Losses",
+    "TrainingSettings",
+    "count_parameters",
+    "load_model",
+    "logits_of",
+    "losses_of",
+    "new_model",
+    "single_thread",
+    "train_parameters",
+    "train_selection",
+]
+
+_TEST_EXAMPLES = 512
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of AdamW without weight decay, with warm-up and linear decay to zero.
+
+    Attributes
+    ----------
+    directions:
+        The directions of translation to learn.
+    batch_size:
+        Examples per step.
+    """
+
+    directions: tuple[Direction, ...]
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross-entropy of the translations on unseen sentences, in nats per word."""
+
+    old: float
+    new: float
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Within the context, torch uses one thread and transformers shows no bars.
+
+    A model this small gains little from a second thread, and loses much on a busy machine.
+    """
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def new_model(languages: Languages, seed: int) -> Any:
+    """An untrained model."""
+    config = LlamaConfig(
+        vocab_size=languages.vocabulary,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4 * languages.length,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load_model(folder: Path) -> Any:
+    """The model of a checkpoint, by transformers."""
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def train_parameters(
+    model: Any,
+    parameters: Iterable[nn.Parameter],
+    languages: Languages,
+    settings: TrainingSettings,
+    advance: Callable[[int], object] = lambda steps: None,
+) -> float:
+    """Train ``parameters`` of ``model``; returns the seconds that it took."""
+    began = time.perf_counter()
+    trained = list(parameters)
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    rng = np.random.default_rng(settings.seed)
+    model.train()
+    for step in range(settings.steps):
+        share = min((step + 1) / 20, 1 - step / settings.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = share * settings.learning_rate
+        loss = _loss(model, languages, languages.draw(rng, settings.directions, settings.batch_size))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        advance(1)
+    model.eval()
+    return time.perf_counter() - began
+
+
+def train_selection(
+    base: Path,
+    selection: Path,
+    patch: Path,
+    languages: Languages,
+    settings: TrainingSettings,
+    advance: Callable[[int], object] = lambda steps: None,
+) -> tuple[Any, int, float]:
+    """Train the neurons of ``selection`` from ``base``, and write them to ``patch``.
+
+    Returns the trained model, the number of trained parameters, and the seconds that it took.
+    """
+    model = load_model(base)
+    attached = attach(model, Selection.load(selection))
+    parameters = list(attached.parameters())
+    seconds = train_parameters(model, parameters, languages, settings, advance)
+    attached.patch(patch)
+    return model, count_parameters(parameters), seconds
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """The number of scalars in the parameters."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def losses_of(model: Any, languages: Languages) -> Losses:
+    """The losses on the old task and on the new one."""
+    return Losses(*(_test_loss(model, languages, directions) for directions in (OLD, NEW)))
+
+
+def logits_of(model: Any, languages: Languages) -> NDArray[np.float32]:
+    """The logits on fixed examples of all directions; equal models give equal bits."""
+    ids = languages.draw(np.random.default_rng(languages.seed + 1), (*OLD, *NEW), 64)
+    with torch.no_grad():
+        logits: NDArray[np.float32] = model.eval()(input_ids=torch.from_numpy(ids)).logits.numpy()
+    return logits
+
+
+def _test_loss(model: Any, languages: Languages, directions: Sequence[Direction]) -> float:
+    examples = languages.draw(np.random.default_rng(languages.seed + 2), directions, _TEST_EXAMPLES)
+    with torch.no_grad():
+        return _loss(model.eval(), languages, examples).item()
+
+
+def _loss(model: Any, languages: Languages, examples: NDArray[np.int64]) -> Tensor:
+    ids, start = torch.from_numpy(examples), languages.length
+    logits = model(input_ids=ids, use_cache=False).logits[:, start:-1]
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, start + 1 :].flatten())

@@ -1,0 +1,136 @@
+"""The mean hidden states of a live model over a text, added up layer by layer while the model runs.
+
+They are numbered like ``hidden_states`` in transformers: number 0 enters the first block, number ``i`` leaves
+block ``i - 1``, and the last one has passed through the final norm, if there is one. In addition to what the
+model holds, only one layer's hidden states are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MismatchError
+from .blocks import BlockStack
+from .tokenized_text import TokenChunk
+
+__all__ = ["mean_hidden_states"]
+
+
+def mean_hidden_states(
+    model: Any,
+    stack: BlockStack,
+    batches: Iterable[Sequence[TokenChunk]],
+    *,
+    padding: int,
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
+    """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU.
+
+    Parameters
+    ----------
+    model:
+        A transformers model that contains ``stack``. Its head is not run.
+    batches:
+        The chunks of tokens that go through the model together.
+    padding:
+        The token id that fills up short chunks at the end. It is masked.
+    advance:
+        Called with the number of tokens after each batch.
+
+    Raises
+    ------
+    MismatchError
+        If the blocks do not pass on hidden states, or a hidden state is not finite.
+    """
+    sums = _StateSums(stack)
+    body, device = model.base_model, next(model.parameters()).device
+    hooks = sums.register_hooks()
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                ids, mask, weights = _padded(batch, padding)
+                sums.begin(weights)
+                output = body(input_ids=ids.to(device), attention_mask=mask.to(device))
+                sums.end(output.last_hidden_state)
+                advance(sum(len(chunk.ids) for chunk in batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums.result()
+
+
+def _padded(batch: Sequence[TokenChunk], padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and mask int64, and weights float64, each ``[chunks, tokens of the longest chunk]``."""
+    width = max(len(chunk.ids) for chunk in batch)
+    ids = torch.full((len(batch), width), padding)
+    weights = torch.zeros(len(batch), width, dtype=torch.float64)
+    for row, chunk in enumerate(batch):
+        ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
+        weights[row, : len(chunk.ids)] = chunk.weight
+    return ids, (weights > 0).long(), weights
+
+
+class _StateSums:
+    """The sums of the hidden states that enter and leave the blocks, taken by hooks."""
+
+    def __init__(self, stack: BlockStack) -> None:
+        self._stack = stack
+        self._sums: dict[int, Tensor] = {}
+        self._seen: list[int] = []
+        self._weights = torch.empty(0)
+
+    def register_hooks(self) -> list[Any]:
+        first, *_ = blocks = self._stack.blocks
+        hooks: list[Any] = [first.register_forward_pre_hook(self._enters, with_kwargs=True)]
+        for number, block in enumerate(blocks[:-1], 1):
+            hooks.append(block.register_forward_hook(self._leaves(number)))
+        return hooks
+
+    def begin(self, weights: Tensor) -> None:
+        self._weights, self._seen = weights, []
+
+    def end(self, last: Tensor) -> None:
+        self._add(len(self._stack.blocks), last)
+        if self._seen != list(range(len(self._stack.blocks) + 1)):
+            raise MismatchError(
+                f"the model must run the blocks of {self._stack.path} in order and once each",
+                expected=f"{len(self._stack.blocks)} blocks",
+                found=f"{len(self._seen) - 1} runs",
+            )
+
+    def result(self) -> Tensor:
+        means = torch.stack([self._sums[number] for number in sorted(self._sums)])
+        wrong = (~torch.isfinite(means).all(dim=1)).nonzero().flatten()
+        if len(wrong):
+            raise MismatchError(
+                f"hidden state {int(wrong[0])} of {len(means)} is not finite",
+                hint="compute in a wider dtype, such as float32",
+            )
+        return means
+
+    def _enters(self, module: Any, args: Any, kwargs: Any) -> None:
+        self._add(0, args[0] if args else kwargs.get("hidden_states"))
+
+    def _leaves(self, number: int) -> Callable[[Any, Any, Any], None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            self._add(number, output[0] if isinstance(output, (tuple, list)) else output)
+
+        return hook
+
+    def _add(self, number: int, states: Any) -> None:
+        shape = tuple(states.shape) if isinstance(states, Tensor) else None
+        if shape is None or len(shape) != 3 or shape[:2] != tuple(self._weights.shape):
+            raise MismatchError(
+                f"the blocks of {self._stack.path} do not pass on one hidden state per token",
+                expected=[*self._weights.shape, "hidden"],
+                found=type(states).__name__ if shape is None else list(shape),
+            )
+        self._seen.append(number)
+        total = self._sums.setdefault(number, torch.zeros(shape[2], dtype=torch.float64))
+        for row, weights in zip(states, self._weights, strict=True):  # one chunk at a time in float64
+            count = int(torch.count_nonzero(weights))
+            total += weights[:count] @ row[:count].cpu().double()

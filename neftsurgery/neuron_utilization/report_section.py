@@ -1,0 +1,217 @@
+"""The section of a report that shows a utilization, with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..reporting.figure import Column, ReportFigure, Table
+from ..reporting.plotting import (
+    ACCENT,
+    CONTRAST,
+    FIGURE_WIDTH,
+    MUTED,
+    MplFigure,
+    annotate,
+    heatmap,
+    minimal_axes,
+)
+from ..reporting.sections import ReportSection
+from ..text import amount, four_digits, label, percent
+from .result import GROUPS, NeuronGroup, Utilization
+
+__all__ = ["utilization_section"]
+
+_ALL_KINDS = "all kinds"
+_MAX_KINDS, _MAX_LAYERS = 12, 128
+_STATES = {
+    "preceding": "those that enter the neuron's block or an earlier one",
+    "following": "those that leave the neuron's block or a later one",
+    "all": "those of all layers",
+}
+
+
+def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> ReportSection:
+    """A utilization as a section of a report.
+
+    Parameters
+    ----------
+    title:
+        The title of the section.
+    suffix:
+        Appended to the ids of the section and its figures, which must be unique in a report.
+    """
+    facts, text = found.facts, found.facts["text"]
+    unranked = facts["patch"]["outside"] if "patch" in facts else 0
+    limits = ", ".join(amount(limit) for limit in dict.fromkeys(found.limits.values()))
+    tiles = (
+        ("neurons ranked", amount(found.neurons)),
+        ("of these trained", amount(found.groups()["trained"].neurons)),
+        *([("trained, not ranked", amount(unranked))] if unranked else []),
+        ("texts", amount(text["texts"])),
+        ("tokens", amount(text["tokens"])),
+        ("strongly affected: more than", f"{limits} ranks"),
+    )
+    lead = (
+        "How training moved neurons in the ranking by their largest correlation with hidden states "
+        f"({_STATES[facts['states']]}) on “{label(text['name'])}”. The method is that of Xu et al., COLING "
+        "2025, section 6.1."
+    )
+    figures = (
+        _groups(found, f"use-groups{suffix}"),
+        _buckets(found, f"use-buckets{suffix}"),
+        _map(found, f"use-map{suffix}"),
+    )
+    return ReportSection(
+        f"utilization{suffix}", title, lead, tiles, figures, {"kind": "utilization", **found.describe()}
+    )
+
+
+def _groups(found: Utilization, id: str) -> ReportFigure:
+    columns = (
+        Column("kind", "kind of weight", label),
+        Column("group", "neurons", lambda name: name.replace("_", " ")),
+        Column("neurons", "how many", amount),
+        Column("mean_rank_change", "mean rank change", four_digits),
+        Column("mean_share", "share of the ranking", percent, bar=True),
+    )
+    overall = found.groups()
+    pools = [(_ALL_KINDS, overall)] * (len(found.kinds) > 1)
+    pools += [(kind, found.groups(kind=kind)) for kind in found.kinds]
+    rows = tuple(
+        (kind, name, group.neurons, group.mean_rank_change, group.mean_share)
+        for kind, groups in pools
+        for name, group in groups.items()
+    )
+    return ReportFigure(
+        id,
+        "Rank change by group",
+        "mean absolute rank change, as a percentage of the neurons ranked together",
+        "Each bar is the mean rank change of a group. Strongly affected neurons moved by more ranks than the "
+        "limit. Of these, suppressed neurons fell, and indirectly affected neurons were not trained; the two "
+        "groups overlap.",
+        Table(columns, rows),
+        lambda fig: _draw_groups(fig, overall),
+        _verdict(overall),
+    )
+
+
+def _verdict(groups: dict[str, NeuronGroup]) -> str:
+    strongly, suppressed, indirectly = (groups[name] for name in GROUPS[3:])
+    trained, untrained = groups["trained"].mean_share, groups["untrained"].mean_share
+    text = ""
+    if trained is not None and untrained is not None:
+        text = (
+            f"Trained neurons moved by {percent(trained)} of the ranking, untrained ones by "
+            f"{percent(untrained)}. "
+        )
+    if not strongly.neurons:
+        return f"{text}No neuron is strongly affected."
+    return (
+        f"{text}{amount(strongly.neurons)} neurons are strongly affected. Of these, "
+        f"{percent(suppressed.neurons / strongly.neurons)} fell and "
+        f"{percent(indirectly.neurons / strongly.neurons)} were not trained."
+    )
+
+
+def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
+    fig.set_size_inches(FIGURE_WIDTH, 2.2)
+    axes = fig.add_subplot()
+    shares = [100 * (group.mean_share or 0) for group in groups.values()]
+    colours = [MUTED, ACCENT, MUTED, CONTRAST, CONTRAST, CONTRAST]
+    axes.barh(range(len(groups)), shares, color=colours, height=0.62)
+    for y, (group, share) in enumerate(zip(groups.values(), shares, strict=True)):
+        text = "none" if not group.neurons else f"{percent(share / 100)}, {amount(group.neurons)} neurons"
+        annotate(axes, text, (share, y), (5, 0), va="center", color=MUTED)
+    axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.55 * max(*shares, 0.01))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.set_xlabel("mean rank change, share of the ranking")
+    minimal_axes(axes, grid="x")
+
+
+def _buckets(found: Utilization, id: str) -> ReportFigure:
+    columns = (
+        Column("from", "from", percent),
+        Column("to", "to", percent),
+        Column("neurons", "neurons", amount),
+        Column("mean_rank_change", "mean rank change", four_digits, bar=True),
+    )
+    rows = tuple((b.start, b.stop, b.neurons, b.mean_rank_change) for b in found.buckets())
+    return ReportFigure(
+        id,
+        "Rank change by rank before training",
+        "mean absolute rank change in ranks, by position in the ranking before training",
+        "Neurons with the largest correlation are on the left, those with the smallest on the right. In the "
+        "paper's figure 2 the first neurons hardly move. Those in the middle, whose correlations are close "
+        "together, move most.",
+        Table(columns, rows),
+        lambda fig: _draw_buckets(fig, rows),
+    )
+
+
+def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float | None]]) -> None:
+    fig.set_size_inches(FIGURE_WIDTH, 2.7)
+    axes = fig.add_subplot()
+    xs = np.arange(len(rows))
+    moved = np.array([np.nan if mean is None else mean for *_, mean in rows])
+    axes.bar(xs, moved, width=0.8, color=ACCENT)
+    for x, value in zip(xs, moved, strict=True):
+        if value == value:
+            text = f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+            annotate(axes, text, (x, value), (0, 3), color=MUTED, ha="center", fontsize=7)
+    axes.set_xticks(np.arange(len(rows) + 1) - 0.5, [f"{100 * start:g}" for start, *_ in rows] + ["100"])
+    axes.set_ylim(0, 1.15 * max(float(np.nanmax(moved, initial=0)), 1))
+    axes.set_xlabel("percent of the ranking before training, largest correlations first")
+    axes.set_ylabel("mean rank change")
+    minimal_axes(axes, grid="y")
+
+
+def _map(found: Utilization, id: str) -> ReportFigure:
+    columns = (
+        Column("layer", "layer", label),
+        Column("kind", "kind of weight", label),
+        *(Column(name, name.replace("_", " "), amount) for name in GROUPS),
+        Column("mean_rank_change", "mean rank change", four_digits),
+        Column("mean_share", "share of the ranking", percent, bar=True),
+    )
+    cells = {
+        (layer, kind): found.groups(layer=layer, kind=kind) for layer in found.layers for kind in found.kinds
+    }
+    rows = tuple(
+        (layer, kind, *(groups[name].neurons for name in GROUPS), all_.mean_rank_change, all_.mean_share)
+        for (layer, kind), groups in cells.items()
+        if (all_ := groups["all"]).neurons
+    )
+    share = np.array(
+        [[_or_nan(cells[layer, kind]["all"].mean_share) for kind in found.kinds] for layer in found.layers]
+    )
+    return ReportFigure(
+        id,
+        "Rank change by layer and kind of weight",
+        "mean absolute rank change of a weight's neurons, as a percentage of the neurons ranked together",
+        "Each row is a layer, each column a kind of weight. The number is the percentage; in lighter cells "
+        "the neurons moved further. Neurons of untrained weights move too, because their inputs change and "
+        "because other neurons overtake them.",
+        Table(columns, rows),
+        lambda fig: _draw_map(fig, found, share),
+    )
+
+
+def _or_nan(value: float | None) -> float:
+    return np.nan if value is None else value
+
+
+def _draw_map(
+    fig: MplFigure, found: Utilization, share: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+) -> None:
+    share = share[:_MAX_LAYERS, :_MAX_KINDS]
+    layers, kinds = share.shape
+    fig.set_size_inches(FIGURE_WIDTH, 1.0 + 0.21 * layers)
+    axes = fig.add_subplot()
+    top = float(np.nanmax(share, initial=0.0)) or 1.0
+    rows = [label(name, 24) for name in found.layers[:layers]]
+    columns = [label(kind, 28) for kind in found.kinds[:kinds]]
+    heatmap(axes, share, rows, columns, top=top, small=layers > 48)

@@ -1,0 +1,132 @@
+"""A text file as chunks of tokens, each with its weight in the mean hidden state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..errors import CorruptFileError, UsageError
+
+__all__ = ["TokenChunk", "TokenizedText", "token_batches", "tokenize_file"]
+
+_TEXT_HINT = "name a file with a text on each line"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Consecutive tokens of one text that the model sees together.
+
+    Attributes
+    ----------
+    ids:
+        The token ids, at least one.
+    weight:
+        The weight of each token in the mean: 1 / (tokens of its text x texts). All texts count equally.
+    """
+
+    ids: Sequence[int]
+    weight: float
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """The tokens of a text file.
+
+    Attributes
+    ----------
+    name:
+        The file's name without its folder.
+    digest:
+        XXH3-128 of its bytes, hex.
+    chunks:
+        The chunks in the order of the file.
+    texts, tokens:
+        How many texts (lines) and tokens are used.
+    truncated:
+        Whether the file has more texts or tokens.
+    """
+
+    name: str
+    digest: str
+    chunks: tuple[TokenChunk, ...]
+    texts: int
+    tokens: int
+    truncated: bool
+
+    def describe(self) -> dict[str, Any]:
+        """The text as JSON, without its tokens."""
+        return {
+            "name": self.name,
+            "xxh3_128": self.digest,
+            "texts": self.texts,
+            "tokens": self.tokens,
+            "cut": self.truncated,
+        }
+
+
+def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, length: int) -> TokenizedText:
+    """Tokenize a text file. Every line that is not blank is a text; a long text becomes several chunks.
+
+    Parameters
+    ----------
+    path:
+        A UTF-8 file.
+    tokenizer:
+        A transformers tokenizer. Special tokens that it adds to a text count like others.
+    tokens:
+        The largest number of tokens, from the beginning of the file. The last text is truncated to fit.
+    length:
+        The largest number of tokens of a chunk.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file, or it contains no token.
+    CorruptFileError
+        If the file is not UTF-8.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError("there is no such text file", file=file, hint=_TEXT_HINT)
+    content = file.read_bytes()
+    try:
+        lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise CorruptFileError(f"the text is not UTF-8: {error.reason}", file=file) from error
+    encoded, left, taken = [], tokens, 0
+    for line in lines:
+        if left == 0:
+            break
+        ids = tokenizer(line, verbose=False)["input_ids"]
+        truncated, ids = len(ids) > left, ids[:left]
+        taken += not truncated
+        left -= len(ids)
+        if ids:
+            encoded.append(ids)
+    if not encoded:
+        raise UsageError("there is no text in this file", file=file, hint=_TEXT_HINT)
+    chunks = [
+        TokenChunk(ids[start : start + length], 1 / (len(ids) * len(encoded)))
+        for ids in encoded
+        for start in range(0, len(ids), length)
+    ]
+    digest = xxhash.xxh3_128_hexdigest(content)
+    return TokenizedText(file.name, digest, tuple(chunks), len(encoded), tokens - left, taken < len(lines))
+
+
+def token_batches(text: TokenizedText, size: int) -> Iterator[list[TokenChunk]]:
+    """Batches of chunks: up to ``size`` tokens including padding, or one chunk.
+
+    Chunks are sorted by length, the longest first, so that little padding is needed.
+    """
+    chunks = sorted(text.chunks, key=lambda chunk: -len(chunk.ids))
+    start = 0
+    while start < len(chunks):
+        stop = start + max(1, size // len(chunks[start].ids))
+        yield chunks[start:stop]
+        start = stop

@@ -1,0 +1,300 @@
+"""The verb ``utilization``: rank neurons by correlation with hidden states, before and after a fine-tune."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack, get_args
+
+import torch
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.opening import open_checkpoint
+from ..errors import MismatchError, UsageError, boundary
+from ..neurons.anatomy import NeuronTensor
+from ..patch.patch import PATCH_KEY, Patch
+from ..progress import Progress, silent
+from ..selection.budget import Amount
+from ..sources.resolve import resolve
+from ..storage.output_checks import refuse_output
+from ..surgery.diff import describe_side
+from ..surgery.extract import check_selection
+from ..surgery.verify import verify
+from ..tensors.header import read_header
+from ..tuning.names import live_names
+from ..version import __version__
+from .blocks import find_block_stack, hidden_size
+from .loading import load_tokenizer, meta_model, require_model_folder, resolve_device
+from .measure import measure
+from .options import BATCH, DTYPES, LENGTH, TOKENS, States, UtilizationOptions
+from .ranked_neurons import count_unranked, ranked_tensors
+from .result import Utilization
+from .tokenized_text import TokenizedText, tokenize_file
+
+__all__ = ["UtilizationPlan", "plan_utilization", "utilization"]
+
+AnyPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, repr=False)
+class UtilizationPlan:
+    """A planned utilization: everything is checked, no weight is loaded, nothing is written.
+
+    Attributes
+    ----------
+    base:
+        The checkpoint before training.
+    tuned:
+        A patch of the base, or another checkpoint.
+    text:
+        The tokens of the text.
+    padding:
+        The token id that fills up short chunks.
+    tensors, blocks:
+        The ranked neurons by tensor name, and the number of the block that contains each tensor.
+    unranked:
+        How many trained neurons are not ranked; None if only a comparison of the checkpoints will tell.
+    stack:
+        The name of the list of blocks in the model.
+    states, strongly:
+        The options of `utilization`.
+    batch:
+        The number of tokens that go through the model at once.
+    dtype, device:
+        What the model computes in, and where.
+    out:
+        Where the numbers of every neuron are written; None: not at all.
+    force:
+        Whether to replace an existing ``out``.
+    """
+
+    base: Checkpoint
+    tuned: Patch | Checkpoint
+    text: TokenizedText
+    padding: int
+    tensors: Mapping[str, NeuronTensor]
+    blocks: Mapping[str, int]
+    unranked: int | None
+    stack: str
+    states: States
+    strongly: Amount | None
+    batch: int
+    dtype: str
+    device: torch.device
+    out: AnyPath | None
+    force: bool
+
+    def __repr__(self) -> str:
+        return (
+            f"UtilizationPlan(base={self.base.name}, neurons={self.neurons}, text={self.text.name}, "
+            f"tokens={self.text.tokens}, states={self.states})"
+        )
+
+    @property
+    def neurons(self) -> int:
+        """How many neurons are ranked."""
+        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
+
+    def facts(self) -> dict[str, Any]:
+        """What is compared, and how: the `Utilization.facts` of the result."""
+        if isinstance(self.tuned, Patch):
+            name = self.tuned.path.name if self.tuned.path else None
+            patch = {"name": name, "neurons": self.tuned.neurons, "outside": self.unranked}
+            other: dict[str, Any] = {"patch": patch}
+        else:
+            other = {"tuned": describe_side(self.tuned)}
+        return {
+            "base": describe_side(self.base),
+            **other,
+            "text": self.text.describe(),
+            "states": self.states,
+            "strongly": None if self.strongly is None else self.strongly.describe(),
+            "dtype": self.dtype,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        return {**self.facts(), "out": None if self.out is None else os.fspath(self.out)}
+
+    @boundary
+    def run(self, *, progress: Progress = silent) -> Utilization:
+        """Measure and rank the neurons, and write ``out``; errors are those of `utilization`."""
+        facts = self.facts() | {"created_by": f"neftsurgery {__version__}"}
+        found = Utilization(measure(self, progress), facts)
+        if self.out is not None:
+            found.save(self.out, force=self.force)
+        return found
+
+
+def utilization(
+    base: AnyPath,
+    tuned: AnyPath | Patch,
+    text: AnyPath,
+    *,
+    progress: Progress = silent,
+    **options: Unpack[UtilizationOptions],
+) -> Utilization:
+    """Measure how a fine-tune moved neurons in the ranking by correlation with hidden states.
+
+    The score of a neuron is the largest absolute Pearson correlation of its weight vector with the mean
+    hidden state of a layer on a text. Neurons of the same kind are ranked by it. The difference of the ranks
+    before and after training shows what training did to the neuron. The method is that of Xu et al., "Let's
+    Focus on Neuron", COLING 2025, section 6.1 (https://aclanthology.org/2025.coling-main.630/).
+    ``docs/utilization.md`` has the definitions, and the choices made where the paper is silent.
+
+    Parameters
+    ----------
+    base:
+        The checkpoint before training: a folder or Hub id, with config and tokenizer.
+    tuned:
+        A patch of the base, or another checkpoint. A patch is put into the live model, so that no second copy
+        is needed, and its neurons count as trained. Of another checkpoint, the neurons with any differing bit
+        count as trained.
+    text:
+        A UTF-8 file with a text on each line.
+    anatomy:
+        ``ffn`` (the paper's up rows and down columns) or ``rows``. Default: ``ffn``, and in addition the
+        kinds of weight in which the patch has neurons. Only neurons whose vectors are as wide as the hidden
+        states are ranked.
+    states:
+        Which hidden states count: those that enter the neuron's block or an earlier one (``preceding``, as in
+        the paper; the default), those that leave its block or a later one (``following``, as in the code
+        published with the paper), or ``all``.
+    strongly:
+        A neuron that moves by more ranks than this is strongly affected: a number, or a share of the neurons
+        ranked together (``"5%"``). Default: the paper's 100,000 ranks as a share, 28.4%.
+    tokens:
+        The largest number of tokens of the text. Default: 32,768.
+    length:
+        The largest number of tokens of a text that the model sees together. Default: 512, or the model's
+        maximum if it is smaller.
+    batch:
+        The number of tokens that go through the model at once. Default: 4,096.
+    dtype, device:
+        What the model computes in (default ``auto``: the dtype of its files), and where (default ``auto``: a
+        GPU if there is one). Correlations are always computed in float64.
+    out:
+        A safetensors file for the numbers of every neuron. Default: none.
+    force:
+        Replace ``out`` if it exists.
+    progress:
+        Called for tokens and for neurons, before and after training.
+
+    Raises
+    ------
+    UsageError
+        For a path or an option that is wrong, an empty text, or a model without a usable tokenizer.
+    MismatchError
+        If the patch is not of this base, or the model does not have hidden states of one width.
+    CorruptFileError
+        If a file is damaged, or the text is not UTF-8.
+    MachineError
+        If something cannot be read or written.
+    """
+    return plan_utilization(base, tuned, text, **options).run(progress=progress)
+
+
+@boundary
+def plan_utilization(
+    base: AnyPath,
+    tuned: AnyPath | Patch,
+    text: AnyPath,
+    *,
+    anatomy: str | None = None,
+    states: States = "preceding",
+    strongly: str | int | None = None,
+    tokens: int = TOKENS,
+    length: int | None = None,
+    batch: int = BATCH,
+    dtype: str = "auto",
+    device: str = "auto",
+    out: AnyPath | None = None,
+    force: bool = False,
+) -> UtilizationPlan:
+    """Check everything without loading a weight; parameters and errors are those of `utilization`."""
+    _check_options(states, dtype, tokens=tokens, length=length, batch=batch)
+    if out is not None:
+        refuse_output(out, inputs=_inputs(base, tuned, text), force=force, kind="file")
+    limit = None if strongly is None else Amount.parse(strongly)
+    before = open_checkpoint(base)
+    try:
+        model = meta_model(before)
+        after = _open_tuned(before, tuned)
+        trained = after.selection if isinstance(after, Patch) else None
+        tensors = ranked_tensors(before, trained, anatomy, hidden_size(model))
+        live = live_names(model, tensors)
+        stack = find_block_stack(model, live.values())
+        blocks = {name: number for name in tensors if (number := stack.block_of(live[name])) is not None}
+        tensors = {name: tensors[name] for name in blocks}
+        tokenizer = load_tokenizer(before)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+        tokenized = tokenize_file(text, tokenizer, tokens=tokens, length=min(length or LENGTH, longest))
+        _check_vocabulary(before, model, tokenized)
+    finally:
+        before.close()
+    return UtilizationPlan(
+        before,
+        after,
+        tokenized,
+        tokenizer.pad_token_id or 0,
+        tensors,
+        blocks,
+        None if trained is None else count_unranked(trained, tensors),
+        stack.path,
+        states,
+        limit,
+        batch,
+        dtype,
+        resolve_device(device),
+        out,
+        force,
+    )
+
+
+def _inputs(base: AnyPath, tuned: AnyPath | Patch, text: AnyPath) -> Sequence[AnyPath]:
+    patch = tuned.path if isinstance(tuned, Patch) else tuned
+    return [base, text] if patch is None else [base, text, patch]
+
+
+def _check_options(states: str, dtype: str, **counts: int | None) -> None:
+    if states not in get_args(States):
+        raise UsageError("there are no such states", expected="preceding, following or all", found=states)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError("there is no such dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype)
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"{name} must be at least 1", found=count)
+
+
+def _open_tuned(base: Checkpoint, tuned: AnyPath | Patch) -> Patch | Checkpoint:
+    """The patch or checkpoint ``tuned``. A patch must fit the base, which must not be patched yet."""
+    if not isinstance(tuned, Patch):
+        source = resolve(tuned)
+        if source.path.is_dir() or PATCH_KEY not in read_header(source.path).metadata:
+            return require_model_folder(open_checkpoint(source))
+        tuned = Patch.load(source.path)
+    check_selection(tuned.selection, base)
+    found = verify(base.source.path, tuned)
+    if not found.holds("base"):
+        raise MismatchError(
+            "the patch is not of this base",
+            file=base.name,
+            expected="base",
+            found=found.state,
+            hint="name the checkpoint that the patch was made from",
+        )
+    return tuned
+
+
+def _check_vocabulary(base: Checkpoint, model: Any, text: TokenizedText) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    largest = max(max(chunk.ids) for chunk in text.chunks)
+    if largest >= size:
+        raise MismatchError(
+            "the tokenizer has a token that the model does not have",
+            file=base.name,
+            expected=f"ids below {size}",
+            found=largest,
+            hint="the folder may have the tokenizer of another model",
+        )

@@ -1,0 +1,193 @@
+"""What budgets of increasing size choose, and how much of the whole change they capture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .. import text
+from ..progress import Progress
+from ..scoring.scores import Scores
+from ..selection.budget import Amount, Budget
+from ..selection.selection import Selection
+from .figure import Column, ReportFigure, Table
+from .layer_map import LayerMap
+from .plotting import ACCENT, FIGURE_WIDTH, MUTED, MplFigure, annotate, heatmap, legend_above, minimal_axes
+
+__all__ = ["PERCENTS", "BudgetPoint", "BudgetSweep"]
+
+#: The budgets, in percent of the scored neurons.
+PERCENTS = ("0.5", "1", "2", "3", "5", "7.5", "10", "15", "20")
+_KINDS = 14
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPoint:
+    """What one budget chooses.
+
+    Attributes
+    ----------
+    budget:
+        The budget as text: ``3%``.
+    neurons, parameters:
+        How many neurons it chooses, and how many parameters they hold.
+    share:
+        The chosen share of the scored neurons.
+    captured, captured_scored:
+        The captured share of the squared change: of all common tensors, and of the scored ones. NaN if
+        unknown.
+    kinds:
+        For each kind of weight, its chosen neurons and all its neurons.
+    """
+
+    budget: str
+    neurons: int
+    parameters: int
+    share: float
+    captured: float
+    captured_scored: float
+    kinds: dict[str, tuple[int, int]]
+
+    @classmethod
+    def of(cls, budget: str, scores: Scores, selection: Selection) -> BudgetPoint:
+        """The point of a budget, given what it chooses."""
+        found = LayerMap.of_scores(scores, selection)
+        chosen, totals = found.chosen.sum(axis=0).tolist(), found.totals.sum(axis=0).tolist()
+        return cls(
+            budget,
+            selection.neurons,
+            selection.parameters,
+            selection.neurons / scores.neurons,
+            float(selection.facts.get("captured", np.nan)),
+            float(selection.facts.get("captured_scored", np.nan)),
+            dict(zip(found.kinds, zip(chosen, totals, strict=True), strict=True)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSweep:
+    """What budgets from 0.5% to 20% choose, with the policy and the pools of a given budget."""
+
+    points: tuple[BudgetPoint, ...]
+
+    @classmethod
+    def of(cls, scores: Scores, budget: Budget, progress: Progress) -> BudgetSweep:
+        """Choose once with each budget of `PERCENTS`."""
+        points = []
+        with progress("computing", len(PERCENTS)) as advance:
+            for percent in PERCENTS:
+                amount = Amount.parse(f"{percent}%")
+                bare = replace(
+                    budget,
+                    neurons=amount,
+                    params=None,
+                    threshold=None,
+                    changed=False,
+                    like=None,
+                    with_bias=False,
+                )
+                points.append(BudgetPoint.of(f"{percent}%", scores, scores.choose(bare)))
+                advance(1)
+        return cls(tuple(points))
+
+    def captured_figure(self, id: str = "growth") -> ReportFigure:
+        """The captured share of the change, by budget."""
+        columns = (
+            Column("budget", "budget"),
+            Column("neurons", "neurons", text.amount),
+            Column("parameters", "parameters", text.amount),
+            Column("share", "share of the scored neurons", text.percent),
+            Column("captured", "share of the whole change", text.percent, bar=True),
+            Column("captured_scored", "share of the scored tensors' change", text.percent),
+        )
+        rows = tuple(
+            (p.budget, p.neurons, p.parameters, p.share, p.captured, p.captured_scored) for p in self.points
+        )
+        known = any(point.captured == point.captured for point in self.points)
+        return ReportFigure(
+            id,
+            "Captured change by budget",
+            "percent of the squared change of all common tensors, by percent of the scored neurons",
+            "The further the line is above the dashed line, the more of the change is in few neurons. The "
+            "dashed line shows the case in which all neurons change equally and every choice is as good as "
+            "any other.",
+            Table(columns, rows),
+            self._draw_captured if known else None,
+            self._verdict(),
+        )
+
+    def _verdict(self) -> str:
+        known = [point for point in self.points if point.captured == point.captured]
+        if not known:
+            return "The scores file does not say how much each neuron changed."
+        return (
+            f"{known[0].budget} of the neurons hold {text.percent(known[0].captured)} of the change; "
+            f"{known[-1].budget} hold {text.percent(known[-1].captured)}."
+        )
+
+    def _draw_captured(self, fig: MplFigure) -> None:
+        fig.set_size_inches(FIGURE_WIDTH, 2.9)
+        axes = fig.add_subplot()
+        xs = np.arange(len(self.points))
+        captured = 100 * np.array([point.captured for point in self.points])
+        equal = 100 * np.array([point.share for point in self.points])
+        axes.plot(
+            xs, captured, color=ACCENT, marker="o", markersize=5, linewidth=1.8, label="the chosen neurons"
+        )
+        axes.plot(xs, equal, color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label="if all changed equally")
+        for x, y in zip(xs, captured, strict=True):
+            annotate(axes, text.percent(y / 100), (x, y), (-7, 6), ha="center", color=ACCENT)
+        axes.set_xticks(xs, [point.budget for point in self.points])
+        axes.set_ylim(0, max(1.0, 1.16 * float(np.nanmax(captured)), 1.16 * float(equal.max())))
+        axes.set_xlim(-0.6, len(xs) - 0.6)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+        axes.set_xlabel("share of the scored neurons chosen")
+        axes.set_ylabel("share of the change captured")
+        legend_above(axes)
+        minimal_axes(axes, grid="y")
+
+    def kinds_figure(self, id: str = "growth-by-kind") -> ReportFigure:
+        """The chosen share of each kind of weight, by budget."""
+        columns = (
+            Column("budget", "budget"),
+            Column("kind", "kind of weight", text.label),
+            Column("chosen", "chosen", text.amount),
+            Column("total", "neurons", text.amount),
+            Column("share", "share", text.percent, bar=True),
+        )
+        rows = tuple(
+            (point.budget, kind, chosen, total, chosen / total)
+            for point in self.points
+            for kind, (chosen, total) in point.kinds.items()
+            if total
+        )
+        return ReportFigure(
+            id,
+            "Chosen kinds of weight by budget",
+            "percent of the neurons of that kind",
+            "Each row is a kind of weight, each column a budget. A row that is lighter than the others from "
+            "the left is chosen first. If all rows lighten equally, the kind of weight does not matter.",
+            Table(columns, rows),
+            self._draw_kinds,
+        )
+
+    def _draw_kinds(self, fig: MplFigure) -> None:
+        kinds = _largest(self.points)
+        share = np.array(
+            [[p.kinds[kind][0] / max(1, p.kinds[kind][1]) for p in self.points] for kind in kinds]
+        )
+        fig.set_size_inches(FIGURE_WIDTH, 0.6 + 0.24 * len(kinds))
+        axes = fig.add_subplot()
+        rows, columns = [text.label(kind, 28) for kind in kinds], [point.budget for point in self.points]
+        heatmap(axes, share, rows, columns, top=float(share.max()) or 1.0, slanted=False, gaps=False)
+        axes.xaxis.tick_bottom()
+        axes.set_xlabel("share of the scored neurons chosen")
+
+
+def _largest(points: Sequence[BudgetPoint]) -> list[str]:
+    """The kinds to draw: those with the most chosen neurons, in their original order."""
+    kinds = list(points[-1].kinds)
+    most = sorted(kinds, key=lambda kind: -points[-1].kinds[kind][0])[:_KINDS]
+    return [kind for kind in kinds if kind in most]

@@ -1,0 +1,232 @@
+"""The inputs of a report: scores files, each with what a budget chooses, and patches."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MismatchError, UsageError
+from ..patch.patch import PATCH_KEY, Patch
+from ..scoring.scores import SCORES_KEY, Scores
+from ..selection.budget import Budget
+from ..selection.selection import Selection
+from ..tensors.header import read_header
+from .layer_map import LayerMap, locate_tensors
+
+__all__ = ["Candidates", "PatchInput", "ReportInput", "ScoresInput", "open_inputs"]
+
+_DIFF_HINT = "make scores first: neftsurgery diff BASE TUNED -o scores.safetensors"
+
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What a budget chooses from: the neurons that have a score, or the units that they form.
+
+    They are ordered as ties are broken: by tensor name, then by index. A unit is placed by its first neuron.
+
+    Attributes
+    ----------
+    word:
+        ``neuron`` or ``unit``.
+    tensors:
+        The names of all scored tensors.
+    tensor, index:
+        Int64 ``[n]``: the number of the tensor, and the index of the neuron in it. For a unit, those of its
+        first neuron.
+    score:
+        Float32 ``[n]``: the scores.
+    base_sq, delta_sq:
+        Float64 ``[n]``: the squared norms of the base vector and of the change. For a unit, their sums. None
+        if the file does not hold them.
+    chosen:
+        Bool ``[n]``: whether the budget chooses it.
+    kinds:
+        The names of the kinds of weight. For units, the names of the blocks.
+    kind:
+        Int64 ``[n]``: the number of the kind.
+    """
+
+    word: str
+    tensors: tuple[str, ...]
+    tensor: I64
+    index: I64
+    score: NDArray[np.float32]
+    base_sq: F64 | None
+    delta_sq: F64 | None
+    chosen: NDArray[np.bool_]
+    kinds: tuple[str, ...]
+    kind: I64
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    @cached_property
+    def order(self) -> I64:
+        """The candidates, the most sensitive first."""
+        return np.argsort(-self.score, kind="stable")
+
+
+@dataclass(frozen=True, eq=False)
+class ScoresInput:
+    """A scores file, and what a budget chooses from it."""
+
+    name: str
+    scores: Scores
+    budget: Budget
+    selection: Selection
+
+    @property
+    def word(self) -> str:
+        """The word for the neurons of its layer map."""
+        return "sensitive" if self.budget.policy == "sensitive" else "chosen"
+
+    @cached_property
+    def map(self) -> LayerMap:
+        """The layer map of the chosen neurons."""
+        return LayerMap.of_scores(self.scores, self.selection)
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The candidates, read into memory: about 40 bytes per neuron."""
+        return _candidates(self.scores, self.selection)
+
+
+@dataclass(frozen=True, eq=False)
+class PatchInput:
+    """A patch."""
+
+    name: str
+    patch: Patch
+
+    @property
+    def word(self) -> str:
+        """The word for the neurons of its layer map."""
+        return "replaced"
+
+    @cached_property
+    def map(self) -> LayerMap:
+        """The layer map of the replaced neurons."""
+        return LayerMap.of_patch(self.patch)
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The replaced neurons."""
+        return self.patch.selection
+
+
+ReportInput = ScoresInput | PatchInput
+
+
+def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list[ReportInput]:
+    """Open the inputs of a report, and choose neurons from each scores file.
+
+    Raises
+    ------
+    UsageError
+        If there is no input, or a path is neither a scores file nor a patch.
+    MismatchError
+        If the budget chooses no neuron from a scores file.
+    CorruptFileError
+        If a file is damaged.
+    """
+    if not paths:
+        raise UsageError("there is nothing to report on", hint="name scores files or patches")
+    found: list[ReportInput] = []
+    for path, name in zip(paths, _names([Path(path) for path in paths]), strict=True):
+        if not Path(path).is_file():
+            folder = "expected a scores file or a patch, found a folder"
+            raise UsageError(
+                folder if Path(path).is_dir() else "there is no such file", file=path, hint=_DIFF_HINT
+            )
+        metadata = read_header(Path(path)).metadata
+        if SCORES_KEY in metadata:
+            found.append(_scores_input(name, Scores.load(path), budget))
+        elif PATCH_KEY in metadata:
+            found.append(PatchInput(name, Patch.load(path)))
+        else:
+            raise UsageError("this is neither a scores file nor a patch", file=path, hint=_DIFF_HINT)
+    return found
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A unique name for each path: the file's name, if necessary with its folder's name and a number."""
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.absolute().parent.name}/{path.name}" for path in paths]
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique
+
+
+def _scores_input(name: str, scores: Scores, budget: Budget) -> ScoresInput:
+    selection = scores.choose(budget)
+    if not selection.tensors:
+        raise MismatchError("no neuron is chosen", file=scores.path, hint="the threshold may be too high")
+    return ScoresInput(name, scores, budget, selection)
+
+
+def _candidates(scores: Scores, selection: Selection) -> Candidates:
+    tensors = tuple(scores.tensors)
+    counts = [tensor.layout.count for tensor in scores.tensors.values()]
+    tensor = np.repeat(np.arange(len(tensors)), counts)
+    index = np.concatenate([np.arange(count) for count in counts])
+    score = np.concatenate([scores.values(name) for name in tensors])
+    base_sq, delta_sq = (_joined(scores, which) for which in ("base_sq", "delta_sq"))
+    chosen = np.zeros(len(score), np.bool_)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    for number, name in enumerate(tensors):
+        if name in selection.tensors:
+            chosen[starts[number] + selection.tensors[name].index] = True
+    locations = locate_tensors(tensors)
+    tensor_kinds = [locations[name].kind for name in tensors]
+    keep = np.flatnonzero(score == score)  # not NaN
+    if scores.by_unit:
+        tensor_kinds = [name.rpartition(".")[0] or name for name in tensor_kinds]
+        unit = np.concatenate([_units(scores, name) for name in tensors])
+        keep = keep[unit[keep] >= 0]
+        keep = keep[np.sort(np.unique(unit[keep], return_index=True)[1])]
+        group = np.unique(unit, return_inverse=True)[1]
+        base_sq, delta_sq = (
+            None if values is None else np.bincount(group, values)[group].astype(np.float64)
+            for values in (base_sq, delta_sq)
+        )
+    kinds = tuple(dict.fromkeys(tensor_kinds))
+    numbers = {name: number for number, name in enumerate(kinds)}
+    kind = np.array([numbers[name] for name in tensor_kinds])
+    return Candidates(
+        "unit" if scores.by_unit else "neuron",
+        tensors,
+        tensor[keep],
+        index[keep],
+        score[keep],
+        None if base_sq is None else base_sq[keep],
+        None if delta_sq is None else delta_sq[keep],
+        chosen[keep],
+        kinds,
+        kind[tensor[keep]],
+    )
+
+
+def _joined(scores: Scores, which: str) -> F64 | None:
+    """One of the sums for all neurons, NaN as 0; None unless every tensor has it."""
+    parts = [scores.sums(name, which) for name in scores.tensors]
+    known = [part for part in parts if part is not None]
+    return np.nan_to_num(np.concatenate(known)) if len(known) == len(parts) else None
+
+
+def _units(scores: Scores, name: str) -> I64:
+    ids = scores.sums(name, "unit")
+    return np.full(scores.tensors[name].layout.count, -1) if ids is None else ids

@@ -1,0 +1,249 @@
+"""Plotting with matplotlib: one style, no global state, the same bytes each time.
+
+matplotlib is imported when something is drawn, not before. Every colour that differs between a light and a
+dark page is one of `COLOURS`. In the SVG of a page it becomes a CSS variable, so that one image serves both.
+Names from files are never parsed as mathematics: ``$`` is an ordinary character.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import text
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure as MplFigure
+else:
+    MplFigure = Any
+
+__all__ = ["ACCENT", "COLORMAP", "COLOURS", "CONTRAST", "FAINT", "FIGURE_WIDTH", "INK", "MUTED", "SURFACE"]
+__all__ += [
+    "DrawFunction",
+    "MplFigure",
+    "annotate",
+    "heatmap",
+    "legend_above",
+    "log_ticks",
+    "png",
+    "minimal_axes",
+    "require_matplotlib",
+    "svg",
+    "themed_svg",
+]
+
+INK, MUTED, GRID, SURFACE = "#1f2329", "#59636f", "#d5dbe1", "#fffffe"
+ACCENT, CONTRAST, FAINT = "#0067a6", "#b3480a", "#b7cbdb"
+#: The name of the CSS variable, its colour on a light page, its colour on a dark page.
+COLOURS = (
+    ("ink", INK, "#e6edf3"),
+    ("muted", MUTED, "#9aa4af"),
+    ("grid", GRID, "#343c45"),
+    ("surface", SURFACE, "#11161d"),
+    ("accent", ACCENT, "#5ab4ee"),
+    ("contrast", CONTRAST, "#f2a65a"),
+    ("faint", FAINT, "#34506a"),
+)
+#: Ordered from dark to light for every kind of colour vision.
+COLORMAP = "cividis"
+#: The width of every figure, in inches. The page shows it at most 576 pixels wide.
+FIGURE_WIDTH = 5.0
+
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text: it is searchable and uses the font of the page
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.facecolor": "none",
+    "axes.grid": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 8.5,
+    "axes.unicode_minus": True,
+    "figure.facecolor": SURFACE,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+}
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+DrawFunction: TypeAlias = Callable[[MplFigure], None]
+
+
+def require_matplotlib() -> None:
+    """Raise a `UsageError` if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "figures need matplotlib, which is not installed", hint="pip install 'neftsurgery[report]'"
+        ) from error
+
+
+def png(draw: DrawFunction, *, dpi: int = 200) -> bytes:
+    """The figure as a PNG on white."""
+    with _drawn(draw) as fig:
+        file = io.BytesIO()
+        fig.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+        return file.getvalue()
+
+
+def svg(draw: DrawFunction, salt: str) -> str:
+    """The figure as a standalone SVG file on white. Its ids are hashed with ``salt``."""
+    with _drawn(draw, {"svg.hashsalt": salt}) as fig:
+        file = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        fig.savefig(file, format="svg", metadata=nothing)
+        return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
+
+
+def themed_svg(text: str, prefix: str, title: str) -> str:
+    """An SVG file adapted to a page: unique ids, CSS variables for colours, a label for screen readers."""
+    root = ElementTree.fromstring(text)
+    for parent in root.iter():
+        for child in [c for c in parent if c.tag.rpartition("}")[2] in ("metadata", "style")]:
+            parent.remove(child)
+    variables = {colour: f"var(--{name})" for name, colour, _ in COLOURS}
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
+        for key, value in list(element.attrib.items()):
+            if key == "id":
+                element.set(key, f"{prefix}-{value}")
+            elif key == f"{{{_XLINK}}}href":
+                del element.attrib[key]
+                element.set("href", f"#{prefix}-{value[1:]}" if value.startswith("#") else value)
+            elif "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
+            elif key == "style":
+                element.set(key, _themed(value, variables))
+    for size in ("width", "height"):
+        root.attrib.pop(size, None)
+    root.set("role", "img")
+    root.set("aria-label", title)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _themed(style: str, variables: dict[str, str]) -> str:
+    parts = [part.strip().partition(":") for part in style.split(";") if part.strip()]
+    kept = [(key, value.strip()) for key, _, value in parts if key != "font-family"]
+    return "; ".join(f"{key}: {variables.get(value, value)}" for key, value in kept)
+
+
+@contextmanager
+def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[MplFigure]:
+    """A matplotlib figure drawn by ``draw`` in this module's style, whatever the user's settings are."""
+    require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        # A PNG shows a glyph that the font lacks as a box. An SVG uses the reader's fonts.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        mpl.rcdefaults()
+        settings: Any = mpl.rcParams
+        settings.update(_STYLE | (style or {}))
+        fig = Figure((FIGURE_WIDTH, 3.0), layout="constrained")
+        draw(fig)
+        yield fig
+
+
+def minimal_axes(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
+    """Remove the box and the ticks; draw grid lines for the axis ``grid``."""
+    axes.tick_params(length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.grid(axis=grid)
+    axes.set_axisbelow(True)
+
+
+def legend_above(axes: Axes) -> None:
+    """A legend in one line above the plot, where no curve can overlap it."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handletextpad=0.5)
+
+
+def annotate(axes: Axes, text: str, xy: tuple[Any, Any], offset: tuple[int, int], **style: Any) -> None:
+    """Write ``text`` at ``offset`` points from the position ``xy``."""
+    axes.annotate(text, xy, offset, textcoords="offset points", **style)
+
+
+def heatmap(
+    axes: Axes,
+    share: NDArray[np.float64],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    top: float,
+    small: bool = False,
+    slanted: bool = True,
+    gaps: bool = True,
+) -> QuadMesh:
+    """Draw shares as coloured cells with their percentages.
+
+    Parameters
+    ----------
+    share:
+        Float64 ``[rows, columns]``; NaN for an empty cell.
+    rows, columns:
+        The labels of the rows, and of the columns above them.
+    top:
+        The share that has the lightest colour.
+    small, slanted, gaps:
+        Whether the percentages use the smaller font, the labels of the columns are slanted, and the
+        cells have gaps.
+    """
+    cells = np.ma.masked_invalid(share)
+    edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE} if gaps else {}
+    mesh = axes.pcolormesh(cells, cmap=COLORMAP, vmin=0, vmax=top, **edges)
+    for (row, column), value in np.ndenumerate(share):
+        if value == value:
+            color = "#101418" if value / top > 0.55 else "#f4f6f8"
+            style: Any = {"ha": "center", "va": "center", "fontsize": 6.3 if small else 7.5, "color": color}
+            axes.text(column + 0.5, row + 0.53, _short_percent(value), **style)
+    rotation: Any = {"rotation": 35, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
+    axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **rotation)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    axes.set_ylim(len(rows), 0)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
+def _short_percent(value: float) -> str:
+    """A percentage without its sign, in at most four characters."""
+    percent = 100 * value
+    if percent == 0:
+        return "0"
+    if percent < 0.01:
+        return "<.01"
+    return f"{percent:.2f}" if percent < 0.995 else f"{percent:.1f}" if percent < 99.95 else "100"
+
+
+def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
+    """Tick positions and labels for an axis of decimal logarithms from ``low`` to ``high``."""
+    first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
+    if last - first >= 2:
+        step = -(-(last - first + 1) // 8)
+        whole = range(first, last + 1, step)
+        return [float(exponent) for exponent in whole], [text.power_of_ten(exponent) for exponent in whole]
+    steps = (1, 2, 5) if high - low > 0.7 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    values = [factor * 10.0**exponent for exponent in range(first - 1, last + 1) for factor in steps]
+    shown = [value for value in values if low - 1e-9 <= math.log10(value) <= high + 1e-9]
+    return [math.log10(value) for value in shown], [f"{value:.4g}" for value in shown]

@@ -1,0 +1,184 @@
+"""The distribution of the scores by kind of weight, and the score at which the budget cuts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import text
+from .figure import Column, ReportFigure, Table
+from .inputs import Candidates
+from .plotting import (
+    ACCENT,
+    CONTRAST,
+    FAINT,
+    FIGURE_WIDTH,
+    INK,
+    MUTED,
+    MplFigure,
+    annotate,
+    log_ticks,
+    minimal_axes,
+)
+
+__all__ = ["ScoreDistribution"]
+
+_BINS = 72
+_KINDS = 12
+#: A score whose maximum is more than this many times its median gets a logarithmic axis.
+_SKEWED = 8.0
+
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreDistribution:
+    """One histogram of a score for each kind of weight.
+
+    Attributes
+    ----------
+    score, word:
+        The name of the score, and what it scores: ``neuron`` or ``unit``.
+    log:
+        Whether the bins have equal width in the logarithm of the score.
+    edges:
+        Float64 ``[bins + 1]``: the bin edges as scores. The last bin includes both of its edges.
+    kinds:
+        The kinds of weight.
+    counts, chosen:
+        Int64 ``[kinds, bins]``: the candidates in each bin, and how many of them are chosen.
+    zeros:
+        Int64 ``[kinds]``: candidates with a score of 0, which a logarithmic axis cannot show.
+    cut:
+        The lowest chosen score, if a single score separates the chosen from the rest; else None.
+    """
+
+    score: str
+    word: str
+    log: bool
+    edges: NDArray[np.float64]
+    kinds: tuple[str, ...]
+    counts: I64
+    chosen: I64
+    zeros: I64
+    cut: float | None
+
+    @classmethod
+    def of(cls, candidates: Candidates, score: str, *, one_cut: bool) -> ScoreDistribution:
+        """The distribution of ``candidates``; ``one_cut``: one score separates the chosen from the rest."""
+        values = np.clip(candidates.score.astype(np.float64), -1e300, 1e300)
+        log = _is_skewed(values)
+        shown = values > 0 if log else np.ones(len(values), np.bool_)
+        edges = _edges(values[shown], log)
+        bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, _BINS - 1)
+        size = len(candidates.kinds), _BINS
+
+        def histogram(mask: NDArray[np.bool_]) -> I64:
+            flat = np.bincount(candidates.kind[mask] * _BINS + bins[mask], minlength=size[0] * size[1])
+            return flat.reshape(size)
+
+        cut = (
+            float(candidates.score[candidates.chosen].min()) if one_cut and candidates.chosen.any() else None
+        )
+        return cls(
+            score,
+            candidates.word,
+            log,
+            edges,
+            candidates.kinds,
+            histogram(shown),
+            histogram(shown & candidates.chosen),
+            np.bincount(candidates.kind[~shown], minlength=size[0]),
+            cut,
+        )
+
+    def figure(self, id: str = "distribution") -> ReportFigure:
+        """The histograms as a figure of the report."""
+        columns = (
+            Column("kind", "kind of weight", text.label),
+            Column("from", f"{self.score} from", text.four_digits),
+            Column("to", "to", text.four_digits),
+            Column("count", f"{self.word}s", text.amount),
+            Column("chosen", "chosen", text.amount),
+        )
+        rows: list[tuple[str, float, float, int, int]] = []
+        for number, kind in enumerate(self.kinds):
+            if self.zeros[number]:
+                rows.append((kind, 0.0, 0.0, int(self.zeros[number]), 0))
+            for bin in np.flatnonzero(self.counts[number]):
+                low, high = float(self.edges[bin]), float(self.edges[bin + 1])
+                rows.append((kind, low, high, int(self.counts[number, bin]), int(self.chosen[number, bin])))
+        scale = "logarithmic axis" if self.log else "linear axis"
+        return ReportFigure(
+            id,
+            "How the scores are distributed",
+            f"{self.score} score of a {self.word}, {scale}; height: square root of the share",
+            f"One curve per kind of weight. The further right, the more sensitive its {self.word}s are. The "
+            "dark part is chosen; the number on the right is its share of that kind."
+            + (" The dashed line is the cut: the lowest score that the budget chooses." if self.cut else "")
+            + (
+                f" The number on the left is the share of {self.word}s with a score of 0, which this axis "
+                "cannot show."
+                if self.zeros.any()
+                else ""
+            ),
+            Table(columns, tuple(rows)),
+            self._draw,
+        )
+
+    def _draw(self, fig: MplFigure) -> None:
+        shown = np.argsort(-self.chosen.sum(axis=1), kind="stable")[:_KINDS]
+        shown = np.sort(shown)
+        fig.set_size_inches(FIGURE_WIDTH, 0.75 + 0.46 * len(shown))
+        axes = fig.add_subplot()
+        edges = np.log10(self.edges) if self.log else self.edges
+        totals = np.maximum(self.counts.sum(axis=1) + self.zeros, 1)
+        # Few neurons are chosen. The square root keeps them visible.
+        height = np.sqrt(self.counts / totals[:, None])
+        scale = 0.86 / max(float(height.max()), 1e-9)
+        at_edge = ("axes fraction", "data")
+        for row, kind in enumerate(shown[::-1]):
+            for values, colour in ((self.counts, FAINT), (self.chosen, ACCENT)):
+                top = row + scale * np.sqrt(values[kind] / totals[kind])
+                axes.stairs(top, edges, baseline=row, fill=True, color=colour, linewidth=0)
+            axes.plot(edges[[0, -1]], [row, row], color=MUTED, linewidth=0.5)
+            share = text.percent(self.chosen[kind].sum() / totals[kind])
+            annotate(axes, share, (1, row), (4, 3), xycoords=at_edge, color=INK, annotation_clip=False)
+            if self.zeros[kind]:
+                zeros = f"{text.percent(self.zeros[kind] / totals[kind])} at 0"
+                annotate(axes, zeros, (0, row), (3, 3), xycoords=at_edge, color=MUTED, fontsize=7)
+        if self.cut is not None and (self.cut > 0 or not self.log):
+            at = np.log10(self.cut) if self.log else self.cut
+            axes.axvline(at, color=CONTRAST, linestyle=(0, (4, 2)), linewidth=1.2)
+            style = {"ha": "center", "va": "bottom", "color": CONTRAST, "annotation_clip": False}
+            annotate(axes, f"cut {text.four_digits(self.cut)}", (at, len(shown)), (0, 2), **style)
+        axes.set_yticks(np.arange(len(shown)) + 0.12, [text.label(self.kinds[k], 28) for k in shown[::-1]])
+        axes.set_ylim(-0.05, len(shown))
+        axes.set_xlim(edges[0], edges[-1])
+        if self.log:
+            axes.set_xticks(*log_ticks(float(edges[0]), float(edges[-1])))
+        axes.set_xlabel(f"{self.score} score")
+        minimal_axes(axes, grid="x")
+
+
+def _is_skewed(values: NDArray[np.float64]) -> bool:
+    positive = values[values > 0]
+    if not len(positive) or values.min() < 0:
+        return False
+    return bool(positive.max() > _SKEWED * np.median(positive))
+
+
+def _edges(values: NDArray[np.float64], log: bool) -> NDArray[np.float64]:
+    """The edges of bins of equal width from the lowest to the highest value."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if log:
+        edges = np.logspace(np.log10(low), np.log10(high), _BINS + 1) if low < high else None
+    else:
+        edges = np.linspace(low, high, _BINS + 1) if low < high else None
+    if edges is None or not (np.diff(edges) > 0).all():
+        half = abs(low) / 2 or 0.5
+        return np.linspace(low - half, low + half, _BINS + 1)
+    edges[0], edges[-1] = low, high  # exactly, whatever the rounding
+    return edges

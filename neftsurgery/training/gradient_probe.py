@@ -1,0 +1,221 @@
+"""The gradient probes: they score neurons by the gradients of the base on some batches.
+
+``gradient``: how far sign descent would turn the neuron. The first steps of Adam (Kingma and Ba, 2015),
+and all steps of signSGD (Bernstein et al., 2018), move every element by the learning rate against the
+sign of its gradient, whatever the gradient's size. How far a neuron turns then depends on how much its
+gradients agree from batch to batch and on how small its vector is, not on how large its gradients are.
+With ``s`` the mean over batches of the gradient's signs, a step of size ``h`` from ``w`` to ``w - h s`` is,
+to second order in ``h``, a cosine distance of ``h^2 r.r / (2 w.w)``, where ``r`` is the component of ``s``
+orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte per element.
+
+``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
+which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
+
+Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import MismatchError
+from ..neurons.anatomy import Anatomy
+from ..neurons.layout import Layout
+from ..scoring.scores import Scores
+from ..tuning.names import live_names
+from .live_scores import write_scores
+
+__all__ = ["gradient_scores"]
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+F64 = NDArray[np.float64]
+
+
+class _Signs:
+    """The sum over batches of the signs of one weight's gradient."""
+
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
+        self._weight, self._layout = weight.detach(), layout
+        self._total = torch.zeros_like(weight, dtype=torch.int8)
+        self._count = 0
+
+    def add(self, gradient: Tensor) -> None:
+        if self._count == torch.iinfo(torch.int8).max:
+            self._total = self._total.to(torch.int32)
+        self._total += torch.sign(gradient).to(torch.int8)
+        self._count += 1
+
+    def sums(self, batches: int) -> F64:
+        """Per neuron ``w.w``, ``s.s`` and ``w.s``, ``[3, n]``."""
+        w, s = self._weight.float(), self._total.float() / batches
+        sums = [_total(values, self._layout) for values in (w * w, s * s, w * s)]
+        return torch.stack(sums).cpu().double().numpy()
+
+    @staticmethod
+    def scores(sums: F64) -> F64:
+        """How far each neuron turns, ``[n]``. A zero vector that moves gets the largest score."""
+        ww, ss, ws = sums
+        with np.errstate(divide="ignore", invalid="ignore"):
+            turns = np.maximum(ss - ws * ws / ww, 0.0) / (2 * ww)
+        return np.where(ww > 0, np.minimum(turns, _LARGEST), np.where(ss > 0, _LARGEST, 0.0))
+
+
+class _Squares:
+    """The sum over batches of one weight's squared gradient, per neuron."""
+
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
+        self._layout = layout
+        self._total = torch.zeros(layout.count, dtype=torch.float64)
+
+    def add(self, gradient: Tensor) -> None:
+        norms = _total(gradient.float().square(), self._layout)
+        self._total += norms.cpu().double()
+
+    def sums(self, batches: int) -> F64:
+        """Per neuron, ``[1, n]``."""
+        return self._total.numpy().reshape(1, -1)
+
+    @staticmethod
+    def scores(sums: F64) -> F64:
+        """The sums, ``[n]``."""
+        squares: F64 = np.minimum(sums[0], _LARGEST)
+        return squares
+
+
+_SUMS: dict[str, type[_Signs] | type[_Squares]] = {"gradient": _Signs, "fisher": _Squares}
+
+
+def _total(values: Tensor, layout: Layout) -> Tensor:
+    """The sum over each neuron's elements, ``[n]``."""
+    others = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
+    return (values.sum(others) if others else values).reshape(-1)
+
+
+def _accumulate(
+    model: nn.Module, sums: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
+) -> int:
+    """Add the gradients of all batches to the sums, by parameter; returns the number of batches.
+
+    Raises
+    ------
+    MismatchError
+        If the loss is not a number.
+    """
+
+    def adder(one: _Signs | _Squares) -> Callable[[Tensor], None]:
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None  # the hook runs after accumulation
+            one.add(parameter.grad)
+            parameter.grad = None
+
+        return add
+
+    model.eval()  # without dropout, equal batches give equal scores
+    parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
+    count = 0
+    with _gradients_of(model, parameters.values()):
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(adder(sums[name]))
+            for name, parameter in parameters.items()
+        ]
+        try:
+            for batch in batches:
+                loss = model(**batch).loss
+                if not torch.isfinite(loss.detach()):
+                    raise MismatchError("the loss of the base model is not a number", found=loss.item())
+                loss.backward()
+                count += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return count
+
+
+@contextmanager
+def _gradients_of(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the context, exactly these parameters require gradients."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(parameter) for parameter in chosen}
+    for parameter, _ in flags:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+def gradient_scores(
+    model: nn.Module,
+    base: Checkpoint,
+    anatomy: Anatomy,
+    batches: Iterable[Mapping[str, Tensor]],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    score: str = "gradient",
+) -> Scores:
+    """Score the neurons of ``anatomy`` by their gradients, into a scores file.
+
+    Parameters
+    ----------
+    model:
+        The live model of ``base``.
+    batches:
+        The model's keyword arguments, ``labels`` included, on its device.
+    out:
+        The scores file. None: a temporary file.
+    score:
+        ``gradient`` or ``fisher``.
+
+    Raises
+    ------
+    MismatchError
+        If the loss is not a number.
+    """
+    live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
+    kind = _SUMS[score]
+    running = {
+        name: kind(model.get_parameter(live[name]), tensor.layout)
+        for tensor in anatomy.scored
+        for name in [tensor.info.name]
+    }
+    count = _accumulate(model, {live[name]: one for name, one in running.items()}, batches)
+    sums = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}
+    units = _sum_units(anatomy, sums)
+    values = {name: kind.scores(each) for name, each in sums.items()}
+    for tensor in anatomy.scored:
+        if tensor.part is not None:
+            values[tensor.info.name][~tensor.part.mask()] = np.nan
+        if tensor.units is not None:
+            values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
+    return write_scores(score, values, base, anatomy, units, out)
+
+
+def _sum_units(anatomy: Anatomy, sums: dict[str, F64]) -> dict[str, NDArray[np.int64]]:
+    """Replace the sums of each neuron by those of its unit; returns the unit of every neuron, per tensor.
+
+    A unit's vector is the concatenation of its neurons' vectors, so its sums are the totals of theirs.
+    Without units, nothing changes.
+    """
+    ids = {t.info.name: t.units.ids() for t in anatomy.scored if t.units is not None}
+    if ids:
+        rows = len(next(iter(sums.values())))
+        total = np.zeros((rows, 1 + max(int(unit.max()) for unit in ids.values())))
+        for name, unit in ids.items():
+            mine = unit >= 0
+            for row, values in zip(total, sums[name], strict=True):
+                np.add.at(row, unit[mine], values[mine])
+        for name, unit in ids.items():
+            sums[name] = total[:, np.maximum(unit, 0)]
+    return ids

@@ -1,0 +1,103 @@
+"""The loss curve of a run: values per step, as JSON lines and as a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["LossPoint", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
+
+_LOG_NAMES = {
+    "loss": "train_loss",
+    "eval_loss": "dev_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "gradient_norm",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LossPoint:
+    """What was measured at one optimizer step; None: not measured there."""
+
+    step: int
+    train_loss: float | None = None
+    dev_loss: float | None = None
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+
+    def to_json(self) -> dict[str, float]:
+        """Only what was measured."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LossPoint:
+        """The inverse of `to_json`."""
+        return cls(**value)
+
+
+def curve_from_log(log: Sequence[Mapping[str, Any]]) -> tuple[LossPoint, ...]:
+    """The points of a Trainer's log, by step."""
+    points: dict[int, LossPoint] = {}
+    for entry in log:
+        measured = {ours: entry[theirs] for theirs, ours in _LOG_NAMES.items() if theirs in entry}
+        if measured:
+            step = int(entry["step"])
+            points[step] = dataclasses.replace(points.get(step, LossPoint(step)), **measured)
+    return tuple(points[step] for step in sorted(points))
+
+
+def losses_of(points: Sequence[LossPoint], most: int = 200) -> list[LossPoint]:
+    """The losses alone, in at most ``most`` points.
+
+    If all dev losses fit, all are kept, with evenly spaced train losses; otherwise evenly spaced dev losses.
+    """
+    kept = [
+        LossPoint(point.step, point.train_loss, point.dev_loss)
+        for point in points
+        if point.train_loss is not None or point.dev_loss is not None
+    ]
+    if len(kept) <= most:
+        return kept
+    dev = _spaced([point for point in kept if point.dev_loss is not None], most)
+    rest = _spaced([point for point in kept if point.dev_loss is None], most - len(dev))
+    return sorted([*dev, *rest], key=lambda point: point.step)
+
+
+def _spaced(points: list[LossPoint], most: int) -> list[LossPoint]:
+    """At most ``most`` of the points, evenly spaced from the first to the last."""
+    if len(points) <= most:
+        return points
+    if most < 2:
+        return points[:most]
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def write_curve(points: Sequence[LossPoint], path: Path) -> None:
+    """Write one JSON object per line."""
+    path.write_text("".join(json.dumps(point.to_json()) + "\n" for point in points), encoding="utf-8")
+
+
+def plot_curve(points: Sequence[LossPoint], path: Path) -> bool:
+    """Plot the losses as a PNG; False if matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label in (("train_loss", "train"), ("dev_loss", "dev")):
+        measured = [(p.step, loss) for p in points if (loss := getattr(p, name)) is not None]
+        if measured:
+            axes.plot(*zip(*measured, strict=True), label=label, marker=".")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    if axes.lines:
+        axes.legend()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(path)
+    return True

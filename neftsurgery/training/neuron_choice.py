@@ -1,0 +1,118 @@
+"""The neurons of a run, as far as they can be chosen before the model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import MismatchError
+from ..neurons.anatomy import Anatomy
+from ..progress import Progress
+from ..scoring.scores import Scores
+from ..selection.budget import Budget
+from ..selection.selection import Selection
+from ..storage.threads import Limits
+from ..surgery.diff import describe_side
+from ..surgery.extract import check_selection, plan_extract
+from ..surgery.pairing import pair
+from .recipe import Recipe, Select
+
+__all__ = ["NeuronChoice", "budget_of", "choose_from_files"]
+
+
+@dataclass(frozen=True)
+class NeuronChoice:
+    """The chosen neurons, or what a probe of the live model has to score.
+
+    Attributes
+    ----------
+    selection:
+        The neurons; None: a probe will choose them.
+    anatomy:
+        What the probe has to score; None if there is a selection.
+    scores:
+        The scores that the selection was made by, if they were computed now.
+    warnings:
+        Sentences for the user.
+    """
+
+    selection: Selection | None = None
+    anatomy: Anatomy | None = None
+    scores: Scores | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of the tensors that are, or may be, trained."""
+        if self.selection is not None:
+            return list(self.selection.tensors)
+        assert self.anatomy is not None  # there is one of the two
+        return [tensor.info.name for tensor in self.anatomy.scored]
+
+    def parameters(self, base: Checkpoint, select: Select) -> int | None:
+        """The number of parameters to train; an estimate without a selection, None for a threshold."""
+        if self.selection is not None:
+            return self.selection.parameters
+        assert self.anatomy is not None  # there is one of the two
+        scored = self.anatomy.scored
+        if select.like is not None:
+            like = Selection.load(select.like).counts
+            return sum(like.get(t.info.name, 0) * t.layout.width for t in scored)
+        counts = [t.layout.count if t.part is None else t.part.count for t in scored]
+        whole = sum(count * t.layout.width for count, t in zip(counts, scored, strict=True))
+        budget = Budget.of(**select.budget)
+        for amount, total, each in (
+            (budget.neurons, whole, whole / max(1, self.anatomy.unit_count or sum(counts))),
+            (budget.params, base.parameters, 1.0),
+        ):
+            if amount is not None and amount.percent is not None:
+                return round(float(amount.percent) / 100 * total)
+            if amount is not None:
+                return round((amount.count or 0) * each)
+        return None
+
+
+def budget_of(select: Select) -> dict[str, Any]:
+    """The arguments of `Scores.select`."""
+    budget = select.budget
+    return budget | {"like": Selection.load(budget["like"])} if "like" in budget else budget
+
+
+def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress: Progress) -> NeuronChoice:
+    """Choose the neurons if files suffice for that.
+
+    Raises
+    ------
+    MismatchError
+        If a selection or scores do not fit the base.
+    """
+    by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
+    if by in ("gradients", "fisher", "finetune"):
+        anatomy = pair(base, base, select.scope).anatomy
+        if select.like is not None:
+            Selection.load(select.like)  # it is needed only after the probe, but an error belongs here
+        return NeuronChoice(anatomy=anatomy, warnings=tuple(anatomy.warnings))
+    assert path is not None  # check_recipe has made sure
+    if by == "tuned":
+        plan = plan_extract(
+            recipe.model, path, scope=select.scope, score=select.score or "cosine",
+            budget=budget_of(select), limits=limits, progress=progress,
+        )  # fmt: skip
+        return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))
+    if by == "scores":
+        with Scores.load(path) as scores:
+            _require_scored(scores, base, path)
+            selection = scores.select(**budget_of(select))
+    else:
+        selection = Selection.load(path)
+    check_selection(selection, base)
+    return NeuronChoice(selection)
+
+
+def _require_scored(scores: Scores, base: Checkpoint, path: str) -> None:
+    known = scores.facts.get("base")
+    there = known.get("fingerprint") if isinstance(known, dict) else None
+    here = describe_side(base)["fingerprint"]
+    if there is not None and there != here:
+        raise MismatchError("the scores are of another base", file=path, expected=here, found=there)

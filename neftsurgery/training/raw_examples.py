@@ -1,0 +1,168 @@
+"""The rows of a jsonl file or a Hub dataset, checked: what the training examples are made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptFileError, MachineError, UsageError
+from ..sources.resolve import is_hub_id
+from .prompt_template import PromptTemplate
+
+__all__ = ["RawExample", "first_line", "read_raw_examples"]
+
+
+@dataclass(frozen=True, slots=True)
+class RawExample:
+    """One checked row of a data set.
+
+    Attributes
+    ----------
+    file, line:
+        The file and its line, or the data set and its row; the first is 1.
+    content:
+        The row's object.
+    kind:
+        ``prompt``, ``messages`` or ``text``.
+    """
+
+    file: str
+    line: int
+    content: Mapping[str, Any]
+    kind: str
+
+    def error(self, what: str) -> CorruptFileError:
+        """The error that this row is wrong."""
+        return CorruptFileError(f"line {self.line}: {what}", file=self.file)
+
+
+def read_raw_examples(
+    named: str,
+    split: str,
+    *,
+    subset: str | None = None,
+    template: PromptTemplate | None = None,
+    limit: int | None = None,
+) -> list[RawExample]:
+    """Read a jsonl file or a Hub dataset.
+
+    Parameters
+    ----------
+    split, subset:
+        The split and the configuration of a Hub dataset.
+    template:
+        Makes prompt and completion from a row's fields.
+    limit:
+        The maximum number of rows to read.
+
+    Raises
+    ------
+    UsageError
+        If the file does not exist or holds no rows.
+    CorruptFileError
+        For a line that is not an object or has none of the known forms; it names the line.
+    MachineError
+        If the Hub cannot be reached.
+    """
+    lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
+    examples = []
+    for line, content in lines:
+        examples.append(_checked(named, line, content, template))
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise UsageError("there are no examples in it", file=named)
+    return examples
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).splitlines()), "")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    if not path.is_file():
+        raise UsageError(
+            "there is no such file of examples", file=path, hint="name a .jsonl file, or a Hub dataset"
+        )
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise CorruptFileError(f"line {number}: not valid JSON: {error}", file=path) from error
+
+
+def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise UsageError(
+            "the package datasets is needed to read a Hub dataset", file=named, hint="pip install datasets"
+        ) from error
+    repo, _, revision = named.partition("@")
+    try:
+        rows = load_dataset(repo, subset, split=split, revision=revision or None)
+    except ValueError as error:  # an unknown split, or several configurations
+        raise UsageError(f"the dataset cannot be used: {first_line(error)}", file=named) from error
+    except Exception as error:  # errors of the Hub client, and of several libraries under it
+        raise MachineError(
+            f"the dataset cannot be fetched: {type(error).__name__}: {first_line(error)}",
+            file=named,
+            hint="check the spelling and the network, or name a .jsonl file",
+        ) from error
+    yield from enumerate(rows, 1)
+
+
+def _checked(named: str, line: int, content: Any, template: PromptTemplate | None) -> RawExample:
+    if not isinstance(content, dict):
+        raise CorruptFileError(
+            f"line {line}: an example must be an object", file=named, found=type(content).__name__
+        )
+    if template is not None:
+        try:
+            content = template.fill(content)
+        except LookupError as error:
+            raise CorruptFileError(
+                f"line {line}: there is no text in the field {{{error.args[0]}}} of the prompt template",
+                file=named,
+                found=_keys(content),
+            ) from error
+    kind = next((kind for kind in ("prompt", "messages", "text") if content.get(kind) is not None), "")
+    example = RawExample(named, line, content, kind)
+    if kind == "prompt" and not all(isinstance(content.get(key), str) for key in ("prompt", "completion")):
+        raise example.error("prompt and completion must be two texts")
+    if kind == "prompt" and not content["completion"]:
+        raise example.error("the completion is empty")
+    if kind == "messages":
+        _check_messages(example)
+    if kind == "text" and not isinstance(content["text"], str):
+        raise example.error("text must be a text")
+    if not kind:
+        raise CorruptFileError(
+            f"line {line}: expected prompt and completion, or messages, or text; found {_keys(content)}",
+            file=named,
+            hint="data.prompt and data.completion of the recipe make these from other fields",
+        )
+    return example
+
+
+def _keys(content: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, list(content)[:5])) or "no keys"
+
+
+def _check_messages(example: RawExample) -> None:
+    messages = example.content["messages"]
+    good = isinstance(messages, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
+        for one in messages
+    )
+    if not good:
+        raise example.error("messages must be a list of objects with role and content")
+    if not any(one["role"] == "assistant" for one in messages):
+        raise example.error("no message is from the assistant")

@@ -1,0 +1,216 @@
+"""From a YAML file or a mapping to a `Recipe`.
+
+An unknown key is an error, and the message suggests the nearest one. A value of the wrong type is an error,
+and the message states the type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ..errors import UsageError, boundary
+from ..sources.resolve import is_hub_id
+from .recipe import PATH_KEYS, Data, Probe, Recipe, Select, Train
+from .recipe_checks import check_recipe
+from .recipe_yaml import load_yaml, parse_yaml
+
+__all__ = ["AnyRecipe", "known_keys", "nearest", "parse_overrides", "read_recipe"]
+
+AnyRecipe = str | os.PathLike[str] | Mapping[str, Any]
+"""A recipe as a user gives it: the path of a YAML file, or a mapping with its content."""
+
+_SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}
+_MAX_SHOWN = 100
+
+
+@boundary
+def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Parameters
+    ----------
+    recipe:
+        A YAML file, whose paths start from its folder; or a mapping, whose paths start from the current
+        folder.
+    overrides:
+        Values that replace the recipe's, as ``{"train.steps": 100}`` or ``{"train": {"steps": 100}}``. Paths
+        start from the current folder.
+
+    Raises
+    ------
+    UsageError
+        For an unknown key, a value of the wrong type, or keys that do not go together.
+    """
+    if isinstance(recipe, Mapping):
+        file, values = None, dict(_flat(recipe, None))
+    else:
+        file = Path(recipe)
+        if not file.is_file():
+            raise UsageError(
+                "there is no such recipe", file=file, hint="recipes/quickstart.yaml is one to start from"
+            )
+        values = dict(_flat(load_yaml(file), file))
+        for key in PATH_KEYS:
+            if isinstance(value := values.get(key), str):
+                values[key] = str(file.parent / value) if key == "out" else _from_folder(value, file.parent)
+    values |= dict(_flat(overrides or {}, None))
+    made = Recipe(
+        **_values(Recipe, "", values, file),
+        **{name: kind(**_values(kind, f"{name}.", values, file)) for name, kind in _SECTIONS.items()},
+    )
+    check_recipe(made, file)
+    return made
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
+    """The overrides that ``--set KEY=VALUE`` gives; a value is YAML.
+
+    Raises
+    ------
+    UsageError
+        For an unknown key, or a value that is not YAML.
+    """
+    overrides = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes key=value, not {text!r}", hint="as in --set train.steps=100")
+        _require_key(key, "--set")
+        overrides[key] = parse_yaml(value, f"--set {text}")
+    return overrides
+
+
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """All keys of a recipe, as ``train.steps``."""
+    top = [one.name for one in dataclasses.fields(Recipe) if one.name not in _SECTIONS]
+    return (
+        *top,
+        *(f"{name}.{one.name}" for name, kind in _SECTIONS.items() for one in dataclasses.fields(kind)),
+    )
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The hint for an unknown key: the known ones that are spelled like it."""
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    close = same or difflib.get_close_matches(key, known, 3, 0.5)
+    if not close:
+        ends = {name.rpartition(".")[2]: name for name in known}
+        close = [ends[end] for end in difflib.get_close_matches(last, list(ends), 3, 0.5)]
+    return f"did you mean {' or '.join(close)}?" if close else f"keys are {', '.join(known)}"
+
+
+def _flat(content: object, file: Path | None) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values; refuses unknown keys."""
+    if not isinstance(content, Mapping):
+        raise UsageError("a recipe is a mapping of keys to values", file=file, found=type(content).__name__)
+    for name, value in content.items():
+        if name not in _SECTIONS:
+            _require_key(str(name), file)
+            yield str(name), value
+        elif value is not None and not isinstance(value, Mapping):
+            raise UsageError(f"{name} is a section with keys of its own, not a value", file=file)
+        else:
+            for key, inner in (value or {}).items():
+                _require_key(f"{name}.{key}", file)
+                yield f"{name}.{key}", inner
+
+
+def _require_key(key: str, file: str | Path | None) -> None:
+    if key not in known_keys():
+        raise UsageError(
+            f"a recipe has no key {_shown(key)}", file=file, hint=nearest(key[:_MAX_SHOWN], known_keys())
+        )
+
+
+def _shown(value: object) -> str:
+    """A value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
+
+
+def _from_folder(value: str, folder: Path) -> str:
+    """A path that starts from ``folder``. A Hub id stays as it is unless the path exists."""
+    joined = folder / value
+    return value if not joined.exists() and is_hub_id(value) and value[0] != "." else str(joined)
+
+
+def _values(kind: type[Any], prefix: str, given: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
+    """The arguments of a dataclass from the values under its keys; what has a default may be left out."""
+    hints = get_type_hints(kind)
+    values = {}
+    for one in dataclasses.fields(kind):
+        key, hint = prefix + one.name, hints[one.name]
+        if key in _SECTIONS:
+            continue
+        required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if given.get(key) is not None or (key in given and type(None) in get_args(hint)):
+            values[one.name] = _fit(key, given[key], hint, file)
+        elif required:
+            hint = f"add it, or give --set {key}=…" if file else "add it"
+            raise UsageError(f"the recipe does not say {key}", file=file, hint=hint)
+    return values
+
+
+def _fit(key: str, value: Any, hint: Any, file: Path | None) -> Any:
+    """``value`` in the type of its field."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (one for one in get_args(hint) if one is not type(None))
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        if value not in get_args(hint):
+            known = ", ".join(get_args(hint))
+            raise UsageError(f"{key} cannot be {_shown(value)}", file=file, hint=f"it is one of {known}")
+        return value
+    converted = _convert(value, kind)
+    if converted is None:
+        raise UsageError(f"{key} does not fit", file=file, expected=_TYPE_NAMES[kind], found=_shown(value))
+    return converted
+
+
+_TYPE_NAMES = {
+    str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts",
+    dict: "a mapping of plain values",
+}  # fmt: skip
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``; None if it is of another type."""
+    if isinstance(value, bool):
+        return value if kind is bool else None
+    if kind is str:
+        return str(value) if isinstance(value, str | int | float | os.PathLike) else None
+    if kind is float:  # YAML reads 2e-5 as text
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        return number if math.isfinite(number) else None
+    if kind is list:
+        items = [value] if isinstance(value, str) else value
+        good = isinstance(items, list | tuple) and all(isinstance(item, str) for item in items)
+        return list(items) if good else None
+    if kind is dict:
+        return dict(value) if isinstance(value, Mapping) and _is_plain(value) else None
+    return value if isinstance(value, kind) else None
+
+
+def _is_plain(value: Mapping[str, Any]) -> bool:
+    """Whether JSON can hold it."""
+    try:
+        json.dumps(dict(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

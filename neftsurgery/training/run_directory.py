@@ -1,0 +1,181 @@
+"""The run directory: the folder of an unfinished run, beside OUT.
+
+It holds what resuming needs, and no weights of the model. OUT itself appears when the run has finished. A run
+directory belongs to one recipe, one base and one set of examples. Another run does not resume from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..selection.selection import Selection
+from ..storage.output import staged_file
+from ..tuning.trainer import last_save
+
+__all__ = ["RunDirectory", "RunIdentity"]
+
+_IDENTITY = "run.json"
+_LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must be equal for a run to resume: plain JSON values.
+
+    Attributes
+    ----------
+    recipe:
+        The recipe's keys, without ``out``.
+    base:
+        The fingerprint of the base.
+    examples:
+        The digest of the examples.
+    """
+
+    recipe: Mapping[str, Any]
+    base: str | None
+    examples: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``run.json``."""
+        described: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return described
+
+    @classmethod
+    def from_json(cls, value: Any) -> RunIdentity:
+        """The inverse of `to_json`. What is missing or damaged differs from every identity."""
+        known = value if isinstance(value, dict) else {}
+        recipe = known.get("recipe")
+        return cls(recipe if isinstance(recipe, dict) else {}, known.get("base"), known.get("examples"))
+
+    def differences(self, other: RunIdentity) -> list[str]:
+        """The dotted names of what differs, as ``recipe.train.seed``."""
+        return _differences(self.to_json(), other.to_json())
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[str]:
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [name]
+    found = []
+    for key in sorted(one.keys() | other.keys()):
+        found += _differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The run directory of one OUT; it need not exist.
+
+    Attributes
+    ----------
+    path:
+        The folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def beside(cls, out: Path) -> RunDirectory:
+        """The run directory of ``out``."""
+        return cls(out.with_name(out.name + ".unfinished"))
+
+    @property
+    def saves(self) -> Path:
+        """The folder that the Trainer saves into."""
+        return self.path / "saves"
+
+    @property
+    def selection(self) -> Path:
+        """The file of the chosen neurons; it exists once they are chosen."""
+        return self.path / "selection.safetensors"
+
+    @property
+    def scores(self) -> Path:
+        """The file of their scores, if the probe scored any."""
+        return self.path / "scores.safetensors"
+
+    @property
+    def probe(self) -> Path:
+        """The folder of the probe's full fine-tune, until it is scored."""
+        return self.path / "probe"
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last complete save; 0 if there is none."""
+        save = last_save(self.saves)
+        return 0 if save is None else int(save.name.rpartition("-")[2])
+
+    def resumable_step(self, identity: RunIdentity) -> int | None:
+        """The step from which a run of this identity would resume; None if there is no unfinished run of it.
+
+        Raises
+        ------
+        UsageError
+            If a run of another identity has saved here.
+        """
+        try:
+            known = RunIdentity.from_json(json.loads((self.path / _IDENTITY).read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except ValueError:
+            known = RunIdentity.from_json(None)
+        differences = known.differences(identity)
+        if differences and not self.last_step:
+            return None  # nothing of the other run is worth keeping
+        if differences:
+            raise UsageError(
+                f"there is an unfinished run of another recipe: {', '.join(differences[:3])} differ",
+                file=self.path,
+                hint="finish that run first, discard it with --restart, or name another out",
+            )
+        return self.last_step
+
+    def load_selection(self) -> Selection | None:
+        """The neurons that the unfinished run has chosen; None if it has not chosen yet."""
+        return Selection.load(self.selection) if self.selection.exists() else None
+
+    @contextmanager
+    def opened(self, identity: RunIdentity, *, restart: bool) -> Iterator[None]:
+        """Lock the folder for this process, and empty it unless the run resumes.
+
+        Raises
+        ------
+        UsageError
+            If another process is training here.
+        """
+        self.path.mkdir(exist_ok=True)
+        with open(self.path / _LOCK, "wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError("another process is training here", file=self.path) from None
+            if restart or self.resumable_step(identity) is None:
+                self._empty()
+                with staged_file(self.path / _IDENTITY) as file:
+                    file.write_at(json.dumps(identity.to_json(), indent=2).encode(), 0)
+            try:
+                yield
+            except BaseException:
+                if not self.selection.exists():
+                    self.remove()
+                raise
+
+    def _empty(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK:
+                path.unlink()
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -1,0 +1,253 @@
+"""Planning a training: every error is found before anything is trained or written."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.opening import open_checkpoint
+from ..errors import UsageError, boundary
+from ..progress import Progress, silent
+from ..sources.resolve import is_hub_id
+from ..storage.output_checks import refuse_output
+from ..storage.threads import Limits
+from ..surgery.diff import describe_side
+from ..tuning.names import live_names
+from .base_model import load_tokenizer, outline_model
+from .examples import Examples, read_examples
+from .neuron_choice import NeuronChoice, choose_from_files
+from .recipe import Recipe
+from .recipe_reader import AnyRecipe, read_recipe
+from .run import run_training
+from .run_directory import RunDirectory, RunIdentity
+from .train_result import TrainResult
+from .trainer_arguments import trainer_arguments
+
+__all__ = ["TrainPlan", "plan_train"]
+
+_SAVES = 10  # per run, if the recipe gives no save_every
+_ADAM_BYTES = 8  # per parameter: AdamW's two moments in float32
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A planned training. Nothing is trained and nothing is written yet.
+
+    Attributes
+    ----------
+    recipe:
+        The recipe, overrides included.
+    base:
+        The checkpoint to train.
+    tokenizer:
+        Its tokenizer.
+    examples:
+        The examples.
+    steps, save_every:
+        Optimizer steps of the whole run, and between two saves.
+    choice:
+        The neurons, or what the probe has to score.
+    trainable:
+        The number of parameters to train: an estimate until the neurons are chosen; None if there is none.
+    identity:
+        What an unfinished run must have in common with this one to resume.
+    resumes:
+        The step of the save that the run resumes from; None: there is no unfinished run.
+    force:
+        Whether an existing ``out`` is replaced.
+    restart:
+        Whether an unfinished run is discarded.
+    warnings:
+        Sentences for the user.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    tokenizer: Any
+    examples: Examples
+    steps: int
+    save_every: int
+    choice: NeuronChoice
+    trainable: int | None
+    identity: RunIdentity
+    resumes: int | None
+    force: bool = False
+    restart: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def out(self) -> Path:
+        """The folder to create."""
+        return Path(self.recipe.out)
+
+    @property
+    def run_directory(self) -> RunDirectory:
+        """The folder of the unfinished run."""
+        return RunDirectory.beside(self.out)
+
+    def trainer_arguments(self, saves: Path, **options: Any) -> TrainingArguments:
+        """The Trainer's arguments; ``options`` replace the plan's."""
+        ours: dict[str, Any] = {
+            "steps": self.steps, "save_every": self.save_every, "dev": bool(self.examples.dev)
+        }  # fmt: skip
+        return trainer_arguments(self.recipe, saves, **(ours | options))
+
+    def describe(self) -> dict[str, Any]:
+        """For JSON, and for ``--dry-run``."""
+        selection = self.choice.selection
+        return {
+            "model": self.recipe.model,
+            "parameters": self.base.parameters,
+            "probe": self.recipe.probe.by,
+            "selected": None if selection is None else selection.neurons,
+            "trainable_parameters": self.trainable,
+            "estimated": selection is None,
+            "optimizer_bytes": None if self.trainable is None else _ADAM_BYTES * self.trainable,
+            "optimizer_bytes_of_full": _ADAM_BYTES * self.base.parameters,
+            "examples": len(self.examples.train),
+            "dev_examples": len(self.examples.dev),
+            "tokens": self.examples.tokens,
+            "tokens_learned": self.examples.learned,
+            "steps": self.steps,
+            "save_every": self.save_every,
+            "resumes_from": self.resumes,
+            "warnings": list(self.warnings),
+        }
+
+    @boundary
+    def run(
+        self,
+        *,
+        limits: Limits | None = None,
+        progress: Progress = silent,
+        note: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] = _never,
+    ) -> TrainResult:
+        """Train. An unfinished run of the same recipe resumes from its last save.
+
+        Parameters
+        ----------
+        progress:
+            Receives optimizer steps.
+        note:
+            Receives dev losses, and what happens next, as sentences.
+        stop:
+            Called after every step; if it returns True, the run saves and stops.
+
+        Raises
+        ------
+        UsageError
+            If another process is training here.
+        MismatchError
+            If the model cannot be trained this way, or its loss is not a number.
+        MachineError
+            If something cannot be read or written.
+        """
+        return run_training(self, limits=limits or Limits.of(), progress=progress, note=note, stop=stop)
+
+
+@boundary
+def plan_train(
+    recipe: AnyRecipe,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    restart: bool = False,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> TrainPlan:
+    """Check everything that a recipe names, and choose the neurons if files suffice for that.
+
+    Parameters
+    ----------
+    recipe, overrides:
+        As in `read_recipe`.
+    force:
+        Replace an existing ``out``.
+    resume:
+        Require an unfinished run. One is resumed in any case, unless ``restart`` is given.
+    restart:
+        Discard an unfinished run.
+
+    Raises
+    ------
+    UsageError
+        For a wrong recipe, missing files, an existing ``out``, or an unusable model or tokenizer.
+    MismatchError
+        If a selection or scores do not fit the model, or no neuron is chosen.
+    CorruptFileError
+        For an unreadable example; it names the line.
+    """
+    if resume and restart:
+        raise UsageError("resume and restart do not go together")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError(
+            "a recipe is trained by one process",
+            hint="to train in several, write a Trainer of your own: docs/training.md",
+        )
+    asked = read_recipe(recipe, overrides)
+    base = open_checkpoint(asked.model)
+    _refuse_out(asked, base, force)
+    tokenizer = load_tokenizer(base)
+    examples = read_examples(asked, tokenizer)
+    directory = RunDirectory.beside(Path(asked.out))
+    try:
+        identity = _identity(asked, base, examples)
+        resumes = None if restart else directory.resumable_step(identity)
+        if resume and resumes is None:
+            raise UsageError("there is no unfinished run to resume", file=asked.out)
+        kept = None if resumes is None else directory.load_selection()
+        if kept is not None:
+            choice = NeuronChoice(kept)
+        else:
+            choice = choose_from_files(asked, base, limits or Limits.of(), progress)
+        live_names(outline_model(base), choice.tensors)  # refuses names that the live model lacks
+    finally:
+        base.close()
+    steps = asked.train.steps or _steps(asked, len(examples.train))
+    plan = TrainPlan(
+        recipe=asked,
+        base=base,
+        tokenizer=tokenizer,
+        examples=examples,
+        steps=steps,
+        save_every=asked.train.save_every or max(1, math.ceil(steps / _SAVES)),
+        choice=choice,
+        trainable=choice.parameters(base, asked.select),
+        identity=identity,
+        resumes=resumes,
+        force=force,
+        restart=restart,
+        warnings=(*examples.warnings, *choice.warnings),
+    )
+    plan.trainer_arguments(plan.out)  # refuses what does not go together
+    return plan
+
+
+def _steps(recipe: Recipe, examples: int) -> int:
+    per_step = recipe.train.batch_size * recipe.train.accumulate
+    return max(1, math.ceil(recipe.train.epochs * math.ceil(examples / per_step)))
+
+
+def _refuse_out(recipe: Recipe, base: Checkpoint, force: bool) -> None:
+    named = [recipe.model, recipe.data.train, recipe.data.eval, recipe.probe.path, recipe.select.like]
+    inputs = [base.source.path, *(Path(one) for one in named if one is not None and not is_hub_id(one))]
+    refuse_output(recipe.out, inputs=inputs, force=force, kind="directory")
+
+
+def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdentity:
+    described = recipe.to_json()
+    del described["out"]
+    return RunIdentity(described, describe_side(base)["fingerprint"], examples.digest())

@@ -1,0 +1,142 @@
+"""The plan of a training, and `neftsurgery.train`: a frozen plan, a typed result, and keywords.
+
+These are also the tests of `neuron_choice`, `train` and `train_result`. `tests/cli/test_train.py` tests
+what a run writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipes_support import make
+from support import snapshot
+
+import neftsurgery as ns
+from neftsurgery.training.train_plan import plan_train
+
+ROWS = [
+    {"prompt": f"shout {w}:", "completion": f" {w.upper()}"} for w in ("bird", "fish", "lion", "frog", "toad")
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base of the recipes, hardly trained."""
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    make(folder, 5)
+    return folder
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS * 4))
+    return {
+        "model": base,
+        "out": tmp_path / "run",
+        "data": {"train": tmp_path / "data.jsonl", "eval_share": 0.2},
+        "probe": {"steps": 2},
+        "select": {"neurons": "5%"},
+        "train": {"steps": 4, "batch_size": 4, "learning_rate": 1e-2, "save_every": 2},
+    }
+
+
+def test_a_plan_writes_nothing_and_a_run_does_not_change_it(recipe: dict[str, Any], tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    plan = plan_train(recipe, {"train.seed": 1})
+    assert snapshot(tmp_path) == before
+    described = json.dumps(plan.describe())
+    values = {one.name: getattr(plan, one.name) for one in dataclasses.fields(plan)}
+    result = plan.run()
+    assert json.dumps(plan.describe()) == described
+    assert all(getattr(plan, name) is value for name, value in values.items())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.force = True  # type: ignore[misc]
+    assert result.describe().keys() - plan.describe().keys() == {
+        "finished", "step", "resumed_from", "train_loss", "dev_loss", "best_step", "out", "bytes",
+    }  # fmt: skip
+
+
+def test_train_takes_the_keys_of_a_recipe(recipe: dict[str, Any], tmp_path: Path) -> None:
+    result = ns.train(recipe, out=tmp_path / "other", train={"steps": 2}, **{"data.eval_share": 0})
+    assert isinstance(result, ns.TrainResult)
+    assert (result.finished, result.step, result.dev_loss) == (True, 2, None)
+    assert result.patch == tmp_path / "other" / "neuron_patch.safetensors"
+    assert result.patch_bytes == result.patch.stat().st_size
+    assert str(result) == (
+        f"{result.patch}: 2 steps, {result.selection.neurons:,} neurons, train loss {result.train_loss:.4f}"
+    )
+    with ns.Patch.load(result.patch) as patch:
+        assert patch.selection.neurons == result.selection.neurons
+    with pytest.raises(ns.UsageError, match="exists already"):
+        ns.train(recipe, out=tmp_path / "other")
+    again = ns.train(tmp_path / "other" / "recipe.yaml", out=str(tmp_path / "other"), force=True)
+    assert again.train_loss == result.train_loss
+
+
+def test_a_stopped_run_says_so_and_resumes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ns.UsageError, match="there is no unfinished run to resume"):
+        ns.train(recipe, resume=True)
+    with pytest.raises(ns.UsageError, match="resume and restart do not go together"):
+        ns.train(recipe, resume=True, restart=True)
+    notes: list[str] = []
+    stopped = plan_train(recipe).run(stop=lambda: True, note=notes.append)
+    assert (stopped.finished, stopped.step, stopped.patch) == (False, 1, None)
+    assert str(stopped).startswith(f"stopped at step 1 of 4, saved in {tmp_path / 'run.unfinished'}, ")
+    assert any(note.startswith("chose ") for note in notes)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ns.UsageError, match=r"recipe\.train\.seed differ"):
+        ns.train(recipe, **{"train.seed": 5})
+    plan = plan_train(recipe, resume=True)
+    assert (plan.resumes, plan.describe()["resumes_from"], plan.choice.anatomy) == (1, 1, None)
+    resumed = plan.run()
+    assert (resumed.resumed_from, resumed.finished) == (1, True)
+    assert f"dev loss {resumed.dev_loss:.4f} at step {resumed.best_step}" in str(resumed)
+    assert not resumed.run_directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("select", "about"),
+    [({"params": 3000}, 3000), ({"params": "2%"}, None), ({"threshold": 0}, 0), ({"neurons": 10}, None)],
+)
+def test_how_much_a_probe_will_choose_is_estimated(
+    recipe: dict[str, Any], select: dict[str, Any], about: int | None
+) -> None:
+    plan = plan_train(recipe | {"select": select | {"anatomy": "rows"}})
+    parameters = plan.describe()["parameters"]
+    expected = {"2%": round(0.02 * parameters), 3000: 3000, None: None}
+    if "params" in select:
+        assert plan.trainable == expected[select["params"]]
+    elif "threshold" in select:
+        assert plan.trainable is None
+    else:
+        assert 10 * 64 <= plan.trainable <= 10 * 176
+    assert plan.describe()["estimated"]
+    assert plan.choice.selection is None
+
+
+def test_scores_of_another_base_are_refused(recipe: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    make(tmp_path / "other", 1)
+    ns.diff(tmp_path / "other", base, out=tmp_path / "scores").close()
+    with pytest.raises(ns.MismatchError, match="the scores are of another base"):
+        plan_train(recipe | {"probe": {"by": "scores", "path": tmp_path / "scores"}})
+
+
+def test_the_name_train_loads_no_torch() -> None:
+    code = (
+        "import sys, neftsurgery as ns\n"
+        "assert ns.train and ns.TrainResult\n"
+        "print(sorted({'torch', 'transformers', 'yaml'} & set(sys.modules)))\n"
+        "sys.modules['transformers'] = None\n"
+        "try:\n    ns.train('recipe.yaml')\n"
+        "except ns.UsageError as error:\n    print(error.what, error.hint)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "[]\ntraining needs a package that is not installed: transformers pip install 'neftsurgery[train]'\n"
+    )
