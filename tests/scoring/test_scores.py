@@ -128,7 +128,7 @@ def test_parameters_of_the_model_are_counted(load):
 
 
 def test_changed_needs_the_counts(load):
-    with pytest.raises(UsageError, match="--changed needs") as error:
+    with pytest.raises(UsageError, match="tensor a: changed needs") as error:
         load(*least()).select(changed=True)
     assert error.value.tensor == "a"
 
@@ -231,9 +231,9 @@ def test_units(load):
     assert counts(scores.select(params=10)) == {"x": [1, 3], "y": [0, 3]}
     assert counts(scores.select(neurons=1, policy="reversed")) == {"x": [0, 2], "y": [1]}
     for option in ({"per": "tensor"}, {"max_per_tensor": 1}):
-        with pytest.raises(UsageError, match="does not go with --anatomy units"):
+        with pytest.raises(UsageError, match="does not go with anatomy='units'"):
             scores.select(neurons=1, **option)
-    with pytest.raises(UsageError, match="does not go with --anatomy units"):
+    with pytest.raises(UsageError, match="does not go with anatomy='units'"):
         scores.select(like={"x": 1})
 
 

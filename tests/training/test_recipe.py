@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from neftsurgery.options import Scope
 from neftsurgery.selection.budget import Budget
-from neftsurgery.surgery.pairing import Scope
 from neftsurgery.training.recipe import Select
 from neftsurgery.training.recipe_reader import read_recipe
 
