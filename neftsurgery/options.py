@@ -222,7 +222,7 @@ def split(verb: str, options: Mapping[str, Any], *groups: type) -> list[dict[str
     TypeError
         For a keyword of none of them, as Python does; the message suggests the nearest one.
     """
-    names = [tuple(get_type_hints(group)) for group in groups]
+    names = [tuple(group.__annotations__) for group in groups]  # of a TypedDict, the inherited ones too
     known = [name for group in names for name in group]
     for name in options:
         if name not in known:

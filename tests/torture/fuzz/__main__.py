@@ -148,9 +148,12 @@ def main() -> None:
     parser.add_argument("--recipes", action="store_true", help="recipes too, which load transformers")
     parser.add_argument("--crashers", type=Path, default=Path("crashers"))
     options = parser.parse_args()
+    options.crashers = options.crashers.absolute()
     shm = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="neft-fuzz-", dir=shm if shm.is_dir() else None))
     os.environ["TMPDIR"] = tempfile.tempdir = str(root)
+    os.environ["XDG_STATE_HOME"] = str(root / "state")
+    os.chdir(root)  # a file that is changed is opened step by step, by names that are relative to a folder
     try:
         every = list(targets(root, recipes=options.recipes))
         total = sum(one.share for one in every)

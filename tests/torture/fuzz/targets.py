@@ -218,19 +218,21 @@ def _journal(root: Path) -> Target:
     shutil.copytree(root / "base", folder)
     path = journal_path(Source(folder, "model"))
     kept: list[bytes] = []
-    removed = journal_module.remove_journal
+    removed, token = journal_module.remove_journal, journal_module.secrets.token_hex
 
     def keep(journal: Path, sha256: str) -> None:
         kept.append(journal.read_bytes())
         raise OSError("the journal is wanted")
 
     journal_module.remove_journal = healing.remove_journal = keep
+    journal_module.secrets.token_hex = lambda nbytes: "0" * (2 * nbytes)  # else no run is like another
     try:
         ns.apply(folder, root / "patch.1", in_place=True)
     except ns.MachineError:
         pass
     finally:
         journal_module.remove_journal = healing.remove_journal = removed
+        journal_module.secrets.token_hex = token
     shutil.rmtree(folder)
     shutil.copytree(root / "base", folder)
     before, weights = snapshot(folder), (folder / "model.safetensors").read_bytes()
@@ -244,7 +246,7 @@ def _journal(root: Path) -> Target:
                 (folder / "model.safetensors").write_bytes(weights)
                 raise AssertionError("a journal has changed a model that was whole")
 
-    return Target("journal", path, [kept[0]], mutate_safetensors, read, 0.15)
+    return Target("journal", path, [kept[0]], mutate_safetensors, read, 0.5)
 
 
 def _recipe(root: Path) -> Target:
