@@ -26,7 +26,6 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.healing import HealResult, heal
-    from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
     from .hub.push import PushResult, push
     from .neuron_utilization.result import Utilization
@@ -77,7 +76,6 @@ __all__ = [
     "heal",
     "inspect",
     "merge",
-    "open_checkpoint",
     "pull",
     "push",
     "report",
@@ -109,7 +107,6 @@ _HOMES = {
     "heal": "checkpoint.healing",
     "inspect": "surgery.inspect",
     "merge": "surgery.merge",
-    "open_checkpoint": "checkpoint.opening",
     "pull": "hub.pull",
     "push": "hub.push",
     "report": "reporting.report",

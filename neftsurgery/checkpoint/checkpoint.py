@@ -15,22 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, UsageError
-from ..sources.resolve import Source
+from ..errors import CorruptFileError, MachineError, boundary
+from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
 from ..text import plural, size
+from .unfinished import refuse_unfinished
+from .weight_files import weight_files
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
+__all__ = ["Checkpoint", "Shard"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-_MAX_INDEX_BYTES = 200_000_000
 _OPEN_SHARDS = 64
 _MANY_ROWS = 16
 _TURN = threading.Lock()
-_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """Tensors by name, wherever their shards are. Made by `Checkpoint.read`; holds no weights.
+    """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights.
 
     Attributes
     ----------
@@ -98,10 +96,9 @@ class Checkpoint:
     _handles: _Handles = field(default_factory=lambda: _Handles(), repr=False)
 
     @classmethod
-    def read(cls, source: Source) -> Checkpoint:
-        """The checkpoint as its files are now; reads headers only.
-
-        A checkpoint whose change in place was cut short is not healed here: see `open_checkpoint`.
+    @boundary
+    def open(cls, named: str | os.PathLike[str] | Source) -> Checkpoint:
+        """The checkpoint at a path or of a Hub id; reads headers only.
 
         Raises
         ------
@@ -109,7 +106,16 @@ class Checkpoint:
             If there is no such checkpoint.
         CorruptFileError
             If a header or the index is damaged, or points outside its folder.
+        MachineError
+            If something cannot be read, or a change in place was interrupted: see `neftsurgery.heal`.
         """
+        source = named if isinstance(named, Source) else resolve(named)
+        refuse_unfinished(source)
+        return cls.read(source)
+
+    @classmethod
+    def read(cls, source: Source) -> Checkpoint:
+        """As `open`, but a change in place may be unfinished: for `heal` and `inspect`."""
         if source.path.is_dir():
             root, paths = source.path, weight_files(source.path)
         else:
@@ -215,7 +221,7 @@ class Checkpoint:
         return self._handles.bytes_read
 
     def check_unchanged(self) -> None:
-        """Raise a `MachineError` if a weight file was edited or replaced since `read`."""
+        """Raise a `MachineError` if a weight file was edited or replaced since it was opened."""
         for shard in self.shards:
             shard.check_unchanged()
 
@@ -251,55 +257,3 @@ class _Handles:
     def clear(self) -> None:
         with self._lock:
             self._open.clear()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder; a single file beats an index beside it.
-
-    Raises
-    ------
-    UsageError
-        If there are none.
-    CorruptFileError
-        If the index is damaged, or points outside its folder.
-    """
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _indexed_files(folder, index)
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    raise UsageError(
-        f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}",
-        file=folder,
-        hint=f"it does hold {', '.join(others[:3])}: name that file" if others else None,
-    )
-
-
-def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise CorruptFileError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", file=index)
-    try:
-        content = loads(index.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the index is not valid JSON: {error}", file=index) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CorruptFileError("the index has no weight_map of tensor names to file names", file=index)
-    paths = []
-    for name in sorted(set(weight_map.values())):
-        # A shard lies in the folder itself. Symlinks are fine (the Hub cache is made of them):
-        # they are the user's own, while the index comes with the model.
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise CorruptFileError(f"the index points outside its folder: {name[:200]!r}", file=index)
-        path = folder / name
-        if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES or not path.is_file():
-            raise CorruptFileError(
-                f"the index names {name[:200]!r}, which is not there",
-                file=index,
-                hint="a shard is missing: fetch the checkpoint again",
-            )
-        paths.append(path)
-    if not paths:
-        raise CorruptFileError("the index names no file", file=index)
-    return paths

@@ -7,17 +7,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import INDEX_NAME, Checkpoint
+from ..sources.weight_forms import OTHER_ENDINGS, OTHER_FOLDERS
+from .checkpoint import Checkpoint
 from .unfinished import JOURNAL_NAME
+from .weight_files import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["FolderFiles", "folder_files"]
 
-_STALE_ENDINGS = (
-    ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot",
-    ".tflite", ".mlmodel", ".nemo", ".npz", ".pkl", ".bin.index.json", ".safetensors",
-)  # fmt: skip
+_STALE_ENDINGS = (*OTHER_ENDINGS, ".safetensors")
+_STALE_FOLDERS = (*OTHER_FOLDERS, ".git", ".cache")
 _OURS = re.compile(r"\..+\.neft-(journal|(old-)?[0-9a-f]{16})")
-_STALE_FOLDERS = ("original", "onnx", "openvino", "coreml", "mlx", ".git", ".cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,7 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
 
 def _indexed(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint was found through its index (one shard may have an index, too)."""
-    return [shard.path.name for shard in checkpoint.shards] != ["model.safetensors"]
+    return [shard.path.name for shard in checkpoint.shards] != [SINGLE_NAME]
 
 
 def _is_ours(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Healing: the old vectors of a change in place that was cut short are written back.
+"""Healing: the old vectors of a change in place that was interrupted are written back.
 
 A journal names what it would write, and a stranger may have written it. So it is followed only if a person
 asks for it (`plan_heal`), or if this user's own commands wrote it (`heal_recorded`), and only into regular
@@ -59,7 +59,7 @@ class HealResult:
 
     def __str__(self) -> str:
         if not self.journals:
-            return f"{self.checkpoint}: no change in place was cut short, nothing to heal"
+            return f"{self.checkpoint}: no change in place was interrupted, nothing to heal"
         return f"{self.checkpoint}: {plural(self.neurons, 'neuron')} are as they were before the change"
 
 
@@ -109,7 +109,7 @@ class HealPlan:
 
 @boundary
 def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
-    """Undo a change in place that was cut short: the replaced vectors come back, bit for bit.
+    """Undo a change in place that was interrupted: the replaced vectors come back, bit for bit.
 
     Only call this for a checkpoint whose journal you trust: `plan_heal` says what it would write.
 

@@ -1,4 +1,4 @@
-"""Changes in place that were cut short: where their journals lie, and what a command does that finds one.
+"""Changes in place that were interrupted: where their journals lie, and what a command does that finds one.
 
 While its journal exists, a change is not complete, and the weights are neither the old nor the new ones. A
 command that reads refuses such a checkpoint. It never heals it: a journal is a file that strangers can ship.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import MachineError, NeftError
 from ..sources.resolve import Source
-from .checkpoint import weight_files
+from .weight_files import weight_files
 
 __all__ = ["JOURNAL_NAME", "find_journals", "journal_path", "refuse_unfinished"]
 
@@ -52,7 +52,7 @@ def refuse_unfinished(source: Source) -> None:
     """Raise a `MachineError` if a change in place of ``source`` is not complete."""
     for one in find_journals(source):
         raise MachineError(
-            "a change in place was cut short, or is under way: its journal is here",
+            "a change in place was interrupted, or is under way: its journal is here",
             file=journal_path(one),
             hint=f"see what it would write back, and then do so: neftsurgery heal {shlex.quote(one.named)}",
         )

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.side import Side
 from ..reporting.layer_map import LayerMap
 from ..reporting.layer_map_figure import BLOCKS, layer_map_lines
 from ..scoring.scores import Scores
@@ -22,7 +22,7 @@ _BAR = 24
 _MAPPED = "3%"
 
 
-def checkpoint_line(checkpoint: Checkpoint) -> list[str]:
+def checkpoint_line(checkpoint: Side) -> list[str]:
     """Cells for a table: name, bytes, files, dtypes, model type."""
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
@@ -35,7 +35,7 @@ def checkpoint_line(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def say_checkpoint(console: Console, role: str, checkpoint: Checkpoint) -> None:
+def say_checkpoint(console: Console, role: str, checkpoint: Side) -> None:
     """One line about a checkpoint."""
     for line in table([[role, *checkpoint_line(checkpoint)]]):
         console.say(line)

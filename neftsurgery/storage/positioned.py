@@ -23,14 +23,14 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLi
     Raises
     ------
     CorruptFileError
-        If the file ends before: it was cut short after it was opened.
+        If the file ends before: it was truncated after it was opened.
     """
     done = 0
     while done < len(buffer):
         got = os.preadv(fd, [buffer[done:]], offset + done)
         if got == 0:
             raise CorruptFileError(
-                "the file ends too soon: it was cut short while it was read",
+                "the file ends too soon: it was truncated while it was read",
                 file=path,
                 expected=f"{len(buffer)} bytes at {offset}",
                 found=f"{done}",

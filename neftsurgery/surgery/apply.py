@@ -14,7 +14,6 @@ from typing import TypeVar, Unpack
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.healing import heal_recorded
-from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions, split
 from ..patch.patch import Patch
@@ -73,7 +72,7 @@ def apply(
         If a patch's hashes do not match its content, or a file is damaged.
     MachineError
         If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
-        ``base`` was cut short, and this user's commands did not make it: see `heal`.
+        ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
     (run,) = split("apply", options, RunOptions)
     limits, progress = running(run)
@@ -132,7 +131,7 @@ def revert(
 
 
 def undo_unfinished(checkpoint: AnyPath) -> None:
-    """Before a change in place: undo an earlier one that was cut short, if this user's commands made it.
+    """Before a change in place: undo an interrupted one, if this user's commands made it.
 
     Raises
     ------
@@ -140,7 +139,7 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
         If a journal is there that this user's commands did not write.
     """
     if (healed := heal_recorded(checkpoint)) is not None:
-        log.warning("%s: a change in place was cut short; it is undone", healed.checkpoint)
+        log.warning("%s: a change in place was interrupted; it is undone", healed.checkpoint)
 
 
 def _load(patch: Patch | AnyPath) -> Patch:
@@ -178,7 +177,7 @@ def plan_revert(
     """Check everything that `revert` needs; nothing is written."""
     inputs = []
     if base is not None:
-        original = open_checkpoint(base)
+        original = Checkpoint.open(base)
         check_fit(original, patch)
         inputs.append(original.source.path)
         read = BaseRows(patch, original).read
@@ -205,7 +204,7 @@ def _plan(
         raise UsageError("say where the result goes: either [[out=...]] or [[in_place=True]]")
     if out is None and is_hub_id(named):
         raise _hub_in_place(os.fspath(named))
-    checkpoint = open_checkpoint(named)
+    checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:
         check_fit(checkpoint, patch)

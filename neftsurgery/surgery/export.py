@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ..checkpoint.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions, split
@@ -235,7 +234,7 @@ def plan_export(
     force: bool = False,
 ) -> ExportPlan:
     """Check everything that `export_lora` needs; nothing is written."""
-    original = None if base is None else open_checkpoint(base)
+    original = None if base is None else Checkpoint.open(base)
     inputs = [] if original is None else [original.source.path]
     inputs += [] if patch.path is None else [patch.path]
     refuse_output(out, inputs=inputs, force=force, kind="directory")

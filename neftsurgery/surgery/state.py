@@ -20,7 +20,7 @@ __all__ = ["LEFT_BEHIND", "PatchState", "State", "TensorState", "check_fit", "ex
 
 #: What may explain vectors that are neither old nor new.
 LEFT_BEHIND = (
-    "if the checkpoint was copied or renamed, the journal of a change in place that was cut short may "
+    "if the checkpoint was copied or renamed, the journal of a change in place that was interrupted may "
     "have been left behind: look for a .neft-journal where it came from, move it along, run neftsurgery heal"
 )
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import boundary
 from ..options import RunOptions, split
 from ..patch.patch import Patch
@@ -112,7 +111,7 @@ def verify(
 
 def plan_verify(checkpoint: str | os.PathLike[str], patch: Patch | str | os.PathLike[str]) -> VerifyPlan:
     """Read the headers of both and check that they fit each other."""
-    opened = open_checkpoint(checkpoint)
+    opened = Checkpoint.open(checkpoint)
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
     check_fit(opened, loaded)
     return VerifyPlan(opened, loaded)

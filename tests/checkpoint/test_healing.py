@@ -61,7 +61,7 @@ def test_the_next_change_in_place_heals_what_is_recorded(cut_short, neft: Run, t
     assert neft("inspect", base, "--json").json["unfinished"] == [str(base / ".neft-journal")]
     result = neft("apply", base, patch, "--in-place")
     assert result.code == 0
-    assert "cut short; it is undone" in result.err
+    assert "interrupted; it is undone" in result.err
     assert ns.verify(base, patch).state == "patched"
     assert not (base / ".neft-journal").exists()
     assert neft("inspect", base, "--json").json["unfinished"] == []

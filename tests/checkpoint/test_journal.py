@@ -33,10 +33,11 @@ from safetensors.numpy import load_file, save_file
 from support import write_file, write_folder
 
 import neftsurgery
-from neftsurgery.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
+from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.healing import heal, heal_recorded, plan_heal
 from neftsurgery.checkpoint.journal import Change, journaled, locked
 from neftsurgery.checkpoint.unfinished import JOURNAL_NAME, journal_path
+from neftsurgery.checkpoint.weight_files import SINGLE_NAME
 from neftsurgery.errors import CorruptFileError, MachineError, MismatchError, UsageError
 from neftsurgery.neurons import vectors
 from neftsurgery.neurons.layout import Layout
@@ -311,7 +312,7 @@ def test_power_loss_leaves_any_sectors_written(name: str, seed: int, tenths: int
 
 
 def half_written(folder: Path, written: NDArray[np.float32]) -> None:
-    """Replace the only tensor of a folder, in place and as if by a change that was cut short."""
+    """Replace the only tensor of a folder, in place and as if by a change that was interrupted."""
     path = folder / SINGLE_NAME
     with path.open("r+b") as file:
         file.seek(Checkpoint.read(resolve(path)).position("w")[1])
@@ -846,7 +847,7 @@ def test_healing_before_a_change_says_so(tmp_path: Path, caplog: pytest.LogCaptu
     start(folder, CHANGES["rows"])
     undo_unfinished(folder)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "cut short" in caplog.text
+    assert "was interrupted" in caplog.text
     assert os.listdir(folder) == [SINGLE_NAME]
 
 

@@ -238,7 +238,7 @@ def test_everything_but_stale_weights_comes_along(base: Path, patch: Path, tmp_p
     kept = {"model.safetensors.index.json", *ALONG}
     assert {name for name in found if (tmp_path / "out" / name).is_file()} == weights | kept
     assert {name: found[name] for name in kept} == {name: before[name] for name in kept}
-    listed = folder_files(ns.open_checkpoint(base))
+    listed = folder_files(ns.Checkpoint.open(base))
     assert {str(path) for path in listed.along} == kept
     names = {name if "/" not in name else name.split("/")[0] for name in LEFT}
     assert {str(path) for path in listed.left} == names - {".out.neft-0123456789abcdef"}
@@ -250,7 +250,7 @@ def test_an_index_that_the_single_file_beats_is_left_behind(patch: Path, tmp_pat
     (both / "extra.safetensors").write_bytes(b"not read")
     ns.apply(both, patch, out=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
-    assert [str(path) for path in folder_files(ns.open_checkpoint(both)).left] == [
+    assert [str(path) for path in folder_files(ns.Checkpoint.open(both)).left] == [
         "extra.safetensors", "model.safetensors.index.json"
     ]  # fmt: skip
 
