@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: which are its weights, which come along, which would go stale."""
+"""The files beside the weights in a checkpoint folder: which are copied, and which would be stale."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FolderFiles:
     along:
         Files that are copied byte for byte.
     left:
-        Files and folders that hold the same weights in another form, and would no longer match.
+        Files and folders that are not copied: mostly other forms of the weights, which would be stale.
     """
 
     along: tuple[Path, ...]
@@ -38,8 +38,8 @@ class FolderFiles:
 def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     """Sort the files beside the weights of a checkpoint folder.
 
-    Weights in the top folder that are not the checkpoint's own are left behind, whatever their
-    format; in subfolders (modules of their own, as in sentence-transformers) everything comes along.
+    Weights in the top folder that are not the checkpoint's own are left behind, whatever their format.
+    Subfolders (modules, as in sentence-transformers) are copied whole.
     """
     root = checkpoint.root
     own = {shard.path.name for shard in checkpoint.shards}
@@ -70,12 +70,12 @@ def _indexed(checkpoint: Checkpoint) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    """Journals of single files, and what a killed process of this package left."""
+    """Journals of single files, and what killed processes of this package left."""
     return _OURS.fullmatch(name) is not None
 
 
 def _tree(root: Path, folder: Path) -> list[Path]:
-    def fail(error: OSError) -> None:  # os.walk passes over what it cannot list
+    def fail(error: OSError) -> None:  # by default os.walk skips what it cannot list
         raise error
 
     found: list[Path] = []

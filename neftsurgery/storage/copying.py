@@ -24,7 +24,7 @@ _KERNEL_STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too l
 _USER_STEP = 4 << 20
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int); the fcntl module has it from Python 3.13
 # What copy_file_range says where the file systems or the sandbox will not have it.
-_NOT_BY_KERNEL = {
+_KERNEL_REFUSALS = {
     errno.EXDEV,
     errno.EINVAL,
     errno.ENOSYS,
@@ -113,19 +113,19 @@ def _copy_to_path(
 def _copy_content(
     reader: int, writer: int, before: os.stat_result, progress: Callable[[int], None] | None
 ) -> None:
-    tell = progress or (lambda nbytes: None)
+    advance = progress or (lambda nbytes: None)
     if _clone(reader, writer):
-        tell(before.st_size)
+        advance(before.st_size)
     else:
         os.ftruncate(writer, before.st_size)
         done, by_kernel = 0, True
         for start, stop in _data_ranges(reader, before):
             if start > done:
-                tell(start - done)
-            by_kernel = _copy_range(reader, writer, start, stop, tell, by_kernel)
+                advance(start - done)
+            by_kernel = _copy_range(reader, writer, start, stop, advance, by_kernel)
             done = stop
         if before.st_size > done:
-            tell(before.st_size - done)
+            advance(before.st_size - done)
     after = os.fstat(reader)
     if after.st_size != before.st_size:
         raise _changed(before.st_size, after.st_size)
@@ -178,7 +178,7 @@ def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int
 
 
 def _copy_range(
-    reader: int, writer: int, start: int, stop: int, tell: Callable[[int], None], by_kernel: bool
+    reader: int, writer: int, start: int, stop: int, advance: Callable[[int], None], by_kernel: bool
 ) -> bool:
     """Copy bytes ``[start, stop)``; returns whether it is worth asking the kernel again.
 
@@ -197,7 +197,7 @@ def _copy_range(
             raise _changed(stop, start)
         begin_writeback(writer, start, copied)
         start += copied
-        tell(copied)
+        advance(copied)
     return by_kernel
 
 
@@ -208,7 +208,7 @@ def _kernel_step(reader: int, writer: int, position: int, count: int) -> int:
     try:
         return os.copy_file_range(reader, writer, count, position, position)
     except OSError as error:
-        if error.errno in _NOT_BY_KERNEL:
+        if error.errno in _KERNEL_REFUSALS:
             return 0
         raise
 

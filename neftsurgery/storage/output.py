@@ -130,10 +130,10 @@ def _create_directory(path: Path) -> int:
 def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
     final = named_output(out).absolute()  # the caller may change the current folder meanwhile
     _remove_stale(final)
-    held = _Held()
+    entry = _StagedEntry()
     try:
-        path = _reserve(final, create, held)
-        yield path, held.fd
+        path = _reserve(final, create, entry)
+        yield path, entry.fd
         if force:
             _replace(path, final)
         else:
@@ -141,17 +141,17 @@ def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Ite
         fsync_folder(final.parent)
     finally:
         # After a failure this is what was written so far; after an exchange it is what OUT was before.
-        held.let_go()
+        entry.remove()
 
 
-class _Held:
+class _StagedEntry:
     """A staging name from before it is there, so that a signal at any moment leaves nothing behind."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self.fd = -1
 
-    def let_go(self) -> None:
+    def remove(self) -> None:
         """Remove what is there, and the lock with it."""
         try:
             if self.path is not None:
@@ -162,21 +162,21 @@ class _Held:
             self.path, self.fd = None, -1
 
 
-def _reserve(out: Path, create: Callable[[Path], int], held: _Held) -> Path:
-    """A new staging name for ``out`` with what ``create`` made there, open and locked; ``held`` has it."""
+def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> Path:
+    """A new staging name for ``out`` with what ``create`` made there, open and locked; ``entry`` has it."""
     while True:
-        path = held.path = _staging_name(out)
+        path = entry.path = _staging_name(out)
         try:
-            held.fd = create(path)
+            entry.fd = create(path)
         except (FileExistsError, FileNotFoundError):
-            held.path = None  # somebody else's, or none
+            entry.path = None  # somebody else's, or none
             if out.parent.is_dir():
                 continue
             raise
         # Before the lock is ours another process may take it for a stale one, and remove it.
-        if _lock(held.fd) is not False and _identity_of(held.fd) == identity(path):
+        if _lock(entry.fd) is not False and _identity_of(entry.fd) == identity(path):
             return path
-        held.let_go()
+        entry.remove()
 
 
 def _staging_name(out: Path, tag: str = "") -> Path:
@@ -214,7 +214,7 @@ def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
         if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and _identity_of(fd) == identity(path):
             _log.info("removing what an interrupted run left: %s", path)
             if aside:
-                _settle(path, out)
+                _restore_or_discard(path, out)
             else:
                 _discard(path)
     finally:
@@ -242,7 +242,7 @@ def _place(path: Path, out: Path) -> None:
     try:
         if path.is_dir():
             os.rename(path, out)
-        elif not _rename_specially(path, out, exchange=False):
+        elif not _rename_with_flags(path, out, exchange=False):
             _link_and_unlink(path, out)
     except OSError as error:
         if error.errno in _IN_THE_WAY and os.path.lexists(out):
@@ -277,7 +277,7 @@ def _replace(path: Path, out: Path) -> None:
             raise
     else:
         return
-    if _rename_specially(path, out, exchange=True):
+    if _rename_with_flags(path, out, exchange=True):
         return
     aside = _staging_name(out, "old-")
     try:
@@ -285,10 +285,10 @@ def _replace(path: Path, out: Path) -> None:
         os.rename(path, out)
         fsync_folder(out.parent)
     finally:
-        _settle(aside, out)
+        _restore_or_discard(aside, out)
 
 
-def _settle(aside: Path, out: Path) -> None:
+def _restore_or_discard(aside: Path, out: Path) -> None:
     """Put what was set aside back if nothing took its place, else remove it."""
     if os.path.lexists(out):
         _discard(aside)
@@ -296,7 +296,7 @@ def _settle(aside: Path, out: Path) -> None:
         os.rename(aside, out)
 
 
-def _rename_specially(path: Path, out: Path, *, exchange: bool) -> bool:
+def _rename_with_flags(path: Path, out: Path, *, exchange: bool) -> bool:
     """Swap the two names (``exchange``), or rename where nothing is; false if the system cannot.
 
     Raises

@@ -1,7 +1,4 @@
-"""apply and revert: put every vector that patches touch into one of its two known states.
-
-Everything is checked before the first byte is written.
-"""
+"""apply and revert: write the vectors of patches, or those they replaced, after checking everything."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from .replaced import BaseRows, require_replaced
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .state import LEFT_BEHIND, PatchState, check_fit, examine
+from .state import JOURNAL_HINT, PatchState, check_fit, examine
 from .verb import running
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -95,14 +92,14 @@ def revert(
     force: bool = False,
     **options: Unpack[RunOptions],
 ) -> RewriteResult:
-    """Take a patch out again: the replaced vectors come back, bit for bit.
+    """Undo a patch: write the vectors it replaced back, bit for bit.
 
     Parameters
     ----------
     checkpoint:
         A checkpoint that is patched, or partly.
     patch:
-        The patch; if it is not reversible, ``base`` must be given.
+        The patch. If it is not reversible, ``base`` must be given.
     base:
         The checkpoint the patch was made from.
     out, in_place, force, threads, memory, progress:
@@ -111,7 +108,7 @@ def revert(
     Raises
     ------
     UsageError, MismatchError, CorruptFileError, MachineError
-        As `apply`; a `UsageError` also if the replaced values are neither in the patch nor in ``base``.
+        As `apply`. Also a `UsageError` if the patch lacks the replaced values and ``base`` is not given.
     """
     (run,) = split("revert", options, RunOptions)
     limits, progress = running(run)
@@ -131,7 +128,7 @@ def revert(
 
 
 def undo_unfinished(checkpoint: AnyPath) -> None:
-    """Before a change in place: undo an interrupted one, if this user's commands made it.
+    """Before a change in place: undo an interrupted one if this user's commands made it.
 
     Raises
     ------
@@ -201,7 +198,7 @@ def _plan(
     inputs: Sequence[Path] = (),
 ) -> _Rewrite:
     if (out is None) == (not in_place):
-        raise UsageError("say where the result goes: either [[out=...]] or [[in_place=True]]")
+        raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
     if out is None and is_hub_id(named):
         raise _hub_in_place(os.fspath(named))
     checkpoint = Checkpoint.open(named)
@@ -217,7 +214,7 @@ def _plan(
         files = None if checkpoint.is_file else folder_files(checkpoint)
     watch = Stopwatch()
     with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        states = examine(checkpoint, patches, limits=limits or Limits.of(), progress=advance)
+        states = examine(checkpoint, patches, limits=limits or Limits.of(), advance=advance)
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
     watch.bytes_read = checkpoint.bytes_read
@@ -234,7 +231,7 @@ def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> 
                 tensor=name,
                 expected="the vectors of its base, or its own",
                 found=f"{tensor.neither} of {patch.tensors[name].count} that are neither",
-                hint=f"nothing was written; `neftsurgery verify` tells of every tensor; {LEFT_BEHIND}",
+                hint=f"nothing was written; `neftsurgery verify` shows every tensor's state; {JOURNAL_HINT}",
             )
 
 
@@ -253,7 +250,7 @@ def _refuse_in_place(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
     for path in {source.path, *(shard.path for shard in touched_files(checkpoint, patches))}:
         if path.is_symlink():
             raise UsageError(
-                "a symlink cannot be changed in place: what it points to may be shared",
+                "a symlink cannot be changed in place: its target may be shared",
                 file=path,
                 hint="write a new checkpoint with [[out=...]], or name the real file",
             )

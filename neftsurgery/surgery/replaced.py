@@ -1,9 +1,8 @@
-"""The vectors that a patch replaces: from the patch, if it holds them, or from its base."""
+"""The vectors that a patch replaces: from the patch if it holds them, else from its base."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
@@ -12,8 +11,6 @@ from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
 
 __all__ = ["BaseRows", "replaced_rows", "require_replaced"]
-
-I64 = NDArray[np.int64]
 
 
 class BaseRows:
@@ -34,10 +31,10 @@ class BaseRows:
         rows = gather(self._base, tensor.info, tensor.layout, self._patch.index(name)[start:stop])
         if not np.array_equal(digests(rows), self._patch.base_digests(name, start, stop)):
             raise MismatchError(
-                "this is not the base that the patch was made from",
+                "the patch was made from another base",
                 file=self._base.name,
                 tensor=name,
-                hint="name the right one with [[base=...]]",
+                hint="name the right base with [[base=...]]",
             )
         return rows
 

@@ -1,4 +1,4 @@
-"""verify: is a checkpoint in the state before a patch, after it, or in neither?"""
+"""verify: whether a checkpoint is in the state before a patch, after it, or in neither."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Verification:
     Attributes
     ----------
     state:
-        Of all touched tensors together: ``base``, ``patched``, ``mixed`` or ``neither``. Where the
-        patch changes no bit, both ``base`` and ``patched`` hold, and it says ``patched``.
+        Of all touched tensors together: ``base``, ``patched``, ``mixed`` or ``neither``. If the patch changes
+        no bit, both ``base`` and ``patched`` hold, and the state is ``patched``.
     tensors:
-        Per touched tensor, how many vectors are in which state; its ``state`` sums that up.
+        How many vectors are in which state, by touched tensor.
     """
 
     state: State
@@ -48,7 +48,7 @@ class Verification:
         return f"<Verification {self}>"
 
     def holds(self, expected: str | None = None) -> bool:
-        """Whether all vectors are as in the base, or all as patched; or as ``expected``."""
+        """Whether all vectors are in the state ``expected``; None: all in the base, or all patched."""
         if expected is None:
             return self.state in ("base", "patched")
         wrong = "patched" if expected == "base" else "base"
@@ -57,7 +57,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class VerifyPlan:
-    """What is compared: a checkpoint, and a patch that fits it. Made by `plan_verify`."""
+    """A checkpoint, and a patch that fits it. Made by `plan_verify`."""
 
     checkpoint: Checkpoint
     patch: Patch
@@ -75,7 +75,7 @@ class VerifyPlan:
         """Compare every vector that the patch touches."""
         watch = Stopwatch()
         with watch.running(), progress("checking", self.patch.value_bytes) as advance:
-            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), progress=advance)
+            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), advance=advance)
             self.checkpoint.check_unchanged()
             self.patch.check_unchanged()
         watch.bytes_read = self.checkpoint.bytes_read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from support import write_file, write_folder
 
-from neftsurgery.checkpoint import checkpoint as module
-from neftsurgery.checkpoint.checkpoint import Checkpoint
+from neftsurgery.checkpoint.checkpoint import Checkpoint, OpenShards
 from neftsurgery.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from neftsurgery.errors import CorruptFileError, MachineError, UsageError, boundary
 
@@ -412,11 +412,11 @@ def test_an_unreadable_file(name: str) -> None:
 
 
 def test_more_shards_than_are_held_open_are_read_right_from_many_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(module, "_OPEN_SHARDS", 3)
     arrays = {f"t{n:02}": np.full((50, 40), n, np.float32) for n in range(20)}
     checkpoint = Checkpoint.open(write_folder(tmp_path / "m", arrays, shards=20))
+    checkpoint = dataclasses.replace(checkpoint, opened=OpenShards(most=3))
     wrong: list[str] = []
     before = len(os.listdir("/dev/fd"))
 
@@ -440,11 +440,11 @@ def test_more_shards_than_are_held_open_are_read_right_from_many_threads(
 
 
 def test_as_many_shards_as_real_models_have(tmp_path: Path) -> None:
-    arrays = {f"t{n:03}": np.full(3, n, np.float32) for n in range(module._OPEN_SHARDS + 10)}
+    arrays = {f"t{n:03}": np.full(3, n, np.float32) for n in range(64 + 10)}
     checkpoint = Checkpoint.open(write_folder(tmp_path / "m", arrays, shards=len(arrays)))
     before = len(os.listdir("/dev/fd"))
     assert_holds(checkpoint, arrays)
-    assert len(os.listdir("/dev/fd")) <= before + module._OPEN_SHARDS
+    assert len(os.listdir("/dev/fd")) <= before + 64
     assert_holds(checkpoint, arrays)
 
 

@@ -144,7 +144,7 @@ def test_heal_asks_on_a_terminal(cut_short, neft: Run, monkeypatch: pytest.Monke
 
 def test_nothing_to_heal(tmp_path: Path, neft: Run) -> None:
     base = write_folder(tmp_path / "base", {"w": np.ones((2, 3), np.float32)})
-    assert plan_heal(base).undoings == ()
+    assert plan_heal(base).restorations == ()
     assert heal_recorded(base) is None
     result = neft("heal", base)
     assert result.code == 0

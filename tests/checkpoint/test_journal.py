@@ -161,7 +161,7 @@ def die_at(number: int) -> None:
 
     for name in ("fsync", "ftruncate", "unlink", "rename", "link"):
         setattr(os, name, before(getattr(os, name)))
-    output._rename_specially = before(output._rename_specially)
+    output._rename_with_flags = before(output._rename_with_flags)
 
 
 def killed_everywhere(base: Path, runs: Path, steps: list[Step]) -> list[Path]:
@@ -453,7 +453,7 @@ def test_the_journal_holds_the_old_vectors_and_is_synced_before_the_first_write(
 ) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
     calls: list[str] = []
-    fsync, rename = os.fsync, output._rename_specially
+    fsync, rename = os.fsync, output._rename_with_flags
 
     def noted_fsync(fd: int) -> None:
         calls.append("sync folder" if os.path.isdir(f"/dev/fd/{fd}") else "sync file")
@@ -470,7 +470,7 @@ def test_the_journal_holds_the_old_vectors_and_is_synced_before_the_first_write(
         return vectors.scatter(*args)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(output, "_rename_specially", noted_rename)
+    monkeypatch.setattr(output, "_rename_with_flags", noted_rename)
     monkeypatch.setattr(sys.modules[__name__], "scatter", noted_scatter)
     change_in_place(folder, CHANGES["rows"])
     recorded = ["sync file", "sync folder"]
@@ -501,7 +501,7 @@ def test_another_model_of_the_same_architecture_is_left_alone(tmp_path: Path, na
     for path in shards_of(other):
         path.replace(folder / path.name)
     before = content(folder)
-    with pytest.raises(MismatchError, match="not the file it was written for") as error:
+    with pytest.raises(MismatchError, match="journal of a change in place was not written for") as error:
         heal(folder)
     assert content(folder) == before
     assert (folder / JOURNAL_NAME).read_bytes() == journal

@@ -37,7 +37,7 @@ def command(console: Console, checkpoint: str, yes: bool, dry_run: bool) -> None
     """
     plan = plan_heal(checkpoint)
     _say(console, plan)
-    if plan.undoings and not (yes or dry_run):
+    if plan.restorations and not (yes or dry_run):
         _ask(console)
     facts = plan.describe()
     healed = False

@@ -42,7 +42,7 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
         console.say(line)
     for journal in facts.get("unfinished", ()):
         console.note(
-            f"warning: {journal}: a change in place was interrupted, or is under way; "
+            f"warning: {journal}: a change in place was interrupted or is under way; "
             f"see what it would write back: neftsurgery heal {shlex.quote(str(facts['name']))} --dry-run"
         )
     for warning in facts.get("warnings", ()):
