@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .surgery.diff import diff
     from .surgery.export import ExportResult, export_lora
     from .surgery.extract import extract
-    from .surgery.inspect import inspect
+    from .surgery.inspect import Inspection, inspect
     from .surgery.merge import merge
     from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
@@ -54,6 +54,7 @@ __all__ = [
     "CorruptFileError",
     "ExportResult",
     "HealResult",
+    "Inspection",
     "MachineError",
     "MismatchError",
     "NeftError",
@@ -90,6 +91,7 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "ExportResult": "surgery.export",
     "HealResult": "checkpoint.healing",
+    "Inspection": "surgery.inspect",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
     "PushResult": "hub.push",

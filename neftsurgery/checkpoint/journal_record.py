@@ -1,6 +1,7 @@
 """Which journals this user's own commands wrote: their SHA-256, in the user's state folder.
 
-A stranger may have made a journal. So a command heals unasked only if the journal is recorded here. The record is synced to disk before the journal gets its name, and so before the first weight byte is written.
+A stranger may have made a journal. So a command heals unasked only if the journal is recorded here.
+The record is synced to disk before the journal gets its name, and so before the first weight byte is written.
 It is removed after the journal.
 """
 

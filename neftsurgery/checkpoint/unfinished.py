@@ -54,7 +54,7 @@ def refuse_unfinished(source: Source) -> None:
         raise MachineError(
             "a change in place was interrupted or is under way: its journal is here",
             file=journal_path(one),
-            hint=f"undo the change, once you have seen what it writes: neftsurgery heal {shlex.quote(one.named)}",
+            hint=f"show it and undo it: neftsurgery heal {shlex.quote(one.named)}",
         )
 
 

@@ -31,10 +31,10 @@ class BaseRows:
         rows = gather(self._base, tensor.info, tensor.layout, self._patch.index(name)[start:stop])
         if not np.array_equal(digests(rows), self._patch.base_digests(name, start, stop)):
             raise MismatchError(
-                "the patch was made from another base",
+                "this is not the base that the patch was made from",
                 file=self._base.name,
                 tensor=name,
-                hint="name the right base with [[base=...]]",
+                hint="name the right one with [[base=...]]",
             )
         return rows
 
