@@ -38,7 +38,16 @@ from .checkpoint import Checkpoint, Shard
 from .journal_record import forget, record
 from .unfinished import journal_path
 
-__all__ = ["Change", "Journal", "changes_by_tensor", "describe_file", "journaled", "locked", "remove_journal"]
+__all__ = [
+    "Change",
+    "Journal",
+    "changes_by_tensor",
+    "describe_file",
+    "journaled",
+    "locked",
+    "open_shard",
+    "remove_journal",
+]
 
 _KEY = "neft_journal"
 _VERSION = 1
@@ -83,12 +92,10 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
     MachineError
         If another process holds one, or it was replaced since the checkpoint was read.
     """
-    root = checkpoint.root
     descriptors: dict[Path, int] = {}
     try:
         for shard in shards:
-            below = root if checkpoint.is_file else root.parent
-            fd = descriptors[shard.path] = open_to_change(shard.path, below=below)
+            fd = descriptors[shard.path] = open_shard(checkpoint, shard)
             status = os.fstat(fd)
             if not os.path.samestat(status, shard.status):
                 raise shard.changed()
@@ -100,6 +107,11 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
     finally:
         for fd in descriptors.values():
             os.close(fd)
+
+
+def open_shard(checkpoint: Checkpoint, shard: Shard) -> int:
+    """Open a weight file for writing; raises as `open_to_change`."""
+    return open_to_change(shard.path, below=checkpoint.root if checkpoint.is_file else checkpoint.root.parent)
 
 
 def _busy(path: Path) -> MachineError:

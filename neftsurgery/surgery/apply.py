@@ -11,6 +11,7 @@ from typing import TypeVar, Unpack
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.healing import heal_recorded
+from ..checkpoint.journal import open_shard
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions, split
 from ..patch.patch import Patch
@@ -244,19 +245,7 @@ def _hub_in_place(named: str) -> UsageError:
 
 
 def _refuse_in_place(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
-    source = checkpoint.source
-    if source.repo is not None:
-        raise _hub_in_place(source.named)
-    for path in {source.path, *(shard.path for shard in touched_files(checkpoint, patches))}:
-        if path.is_symlink():
-            raise UsageError(
-                "a symlink cannot be changed in place: its target may be shared",
-                file=path,
-                hint="write a new checkpoint with [[out=...]], or name the real file",
-            )
-        if path.is_file() and path.stat().st_nlink > 1:
-            raise UsageError(
-                "a file with several hard links cannot be changed in place: all of them would change",
-                file=path,
-                hint="write a new checkpoint with [[out=...]]",
-            )
+    if checkpoint.source.repo is not None:
+        raise _hub_in_place(checkpoint.source.named)
+    for shard in touched_files(checkpoint, patches):
+        os.close(open_shard(checkpoint, shard))

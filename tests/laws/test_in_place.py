@@ -473,7 +473,7 @@ def test_both_or_neither_of_out_and_in_place(setting: tuple[Path, Path], change:
     base, patch = setting
     before = snapshot(base.parent)
     for options in ({}, {"in_place": True, "out": base.parent / "out"}):
-        with pytest.raises(ns.UsageError, match="in-place"):
+        with pytest.raises(ns.UsageError, match="in_place=True"):
             change(base, patch, **options)
     assert snapshot(base.parent) == before
 
