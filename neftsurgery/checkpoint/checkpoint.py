@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, boundary
+from ..errors import CorruptFileError, boundary
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
-from ..storage.positioned import OpenFile, read_exactly, read_rows_exactly
+from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
 from ..text import plural, size
 from .unfinished import refuse_unfinished
@@ -56,15 +56,7 @@ class Shard:
         except FileNotFoundError:
             same = False
         if not same:
-            raise self.changed()
-
-    def changed(self) -> MachineError:
-        """The error for a file that is not the one that was opened."""
-        return MachineError(
-            "the file was changed by someone else while it was in use",
-            file=self.path,
-            hint="nothing was written; run the command again when the file is at rest",
-        )
+            raise changed_file(self.path)
 
 
 def _version(status: os.stat_result) -> tuple[int, int, int, int]:

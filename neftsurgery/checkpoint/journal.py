@@ -29,7 +29,7 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index, gather
 from ..storage.no_follow import open_to_change
 from ..storage.output import fsync_folder
-from ..storage.positioned import sha256_of
+from ..storage.positioned import changed_file, sha256_of
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -98,7 +98,7 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
             fd = descriptors[shard.path] = open_shard(checkpoint, shard)
             status = os.fstat(fd)
             if not os.path.samestat(status, shard.status):
-                raise shard.changed()
+                raise changed_file(shard.path)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -241,11 +241,6 @@ class Journal:
         with self._file.stream() as stream:
             return sha256_of(stream)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self._file.nbytes
-
     def old(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
         """Old vectors ``[start, stop)`` of a change, as raw bytes."""
         return self._file.array_bytes(f"{number}:old", start, stop)
@@ -281,10 +276,6 @@ class Journal:
         """Raise a ``FileNotFoundError`` if the journal was removed or replaced since it was opened."""
         self._file.check_in_place()
         self._file.check_unchanged()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def _read_change(file: TensorFile, number: str, entry: Any) -> Change:

@@ -15,7 +15,7 @@ from ..surgery.summary import Movement, Summary
 from ..text import amount, percent, plural, size
 from .console import Console, can_print, table
 
-__all__ = ["say_captured", "say_checkpoint", "say_map", "say_pair", "say_summary"]
+__all__ = ["say_captured", "say_map", "say_pair", "say_summary"]
 
 _SHOWN = 5
 _BAR = 24
@@ -33,12 +33,6 @@ def checkpoint_line(checkpoint: Side) -> list[str]:
         "+".join(dtype for dtype, _ in dtypes.most_common(3)),
         str(config.get("model_type") or "no config"),
     ]
-
-
-def say_checkpoint(console: Console, role: str, checkpoint: Side) -> None:
-    """One line about a checkpoint."""
-    for line in table([[role, *checkpoint_line(checkpoint)]]):
-        console.say(line)
 
 
 def say_pair(console: Console, plan: Pair) -> None:

@@ -1,4 +1,4 @@
-"""Opening files that are about to be changed: through no symlink, and no file that has other names."""
+"""Open a file to change it: never through a symlink, and no file with other hard links."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 def open_to_change(path: Path, *, below: Path) -> int:
     """Open the regular file ``path`` for reading and writing.
 
-    Every component of ``path`` after ``below`` is opened by itself and never followed; the link count is
-    that of the open file. So nobody can put a link in between.
+    Every component of ``path`` after ``below`` is opened by itself and never followed, and the link count is
+    that of the open file. So a link that appears meanwhile is not followed either.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def _step(name: str, flags: int, folder: int, path: Path) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK) and path.is_symlink():
             raise UsageError(
-                "a symlink cannot be changed in place: what it points to may be shared",
+                "a symlink cannot be changed in place: its target may be shared",
                 file=path,
                 hint="write a new checkpoint with [[out=...]], or name the real file",
             ) from error

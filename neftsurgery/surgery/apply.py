@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, Unpack
 
@@ -19,7 +20,7 @@ from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import is_hub_id
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
-from .replaced import BaseRows, require_replaced
+from .replaced import replaced_rows, require_replaced
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
 from .state import JOURNAL_HINT, PatchState, check_fit, examine
 from .verb import running
@@ -173,15 +174,14 @@ def plan_revert(
     progress: Progress = silent,
 ) -> RevertPlan:
     """Check everything that `revert` needs; nothing is written."""
-    inputs = []
+    inputs, read = list[Path](), patch.base_values
     if base is not None:
         original = Checkpoint.open(base)
         check_fit(original, patch)
         inputs.append(original.source.path)
-        read = BaseRows(patch, original).read
+        read = partial(replaced_rows, patch, original)
     else:
         require_replaced(patch, "revert")
-        read = patch.base_values
     return _plan(
         RevertPlan, checkpoint, [RowSource(patch, read)], out, in_place, force, limits, progress, inputs
     )

@@ -324,7 +324,7 @@ class _Factors:
         step = max(1, _BATCH_BYTES // (part.stop - part.start))
         for start, stop in self._tensor.blocks():
             values = patch.values(name, start, stop)[:, part]
-            replaced = replaced_rows(patch, name, self._plan.base, start, stop)[:, part]
+            replaced = replaced_rows(patch, self._plan.base, name, start, stop)[:, part]
             for low in range(0, stop - start, step):
                 new, old = (widen(rows[low : low + step], dtype) for rows in (values, replaced))
                 with np.errstate(over="ignore", invalid="ignore"):

@@ -39,6 +39,9 @@ class RowSource:
     read: Callable[[str, int, int], Raw]
 
 
+_TensorRows = tuple[RowSource, str]  # and a tensor's name
+
+
 @dataclass(frozen=True)
 class RewriteResult:
     """What `apply` or `revert` did.
@@ -230,35 +233,31 @@ def _check_unchanged(plan: RewritePlan) -> None:
         rows.patch.check_unchanged()
 
 
-def _write_shard(shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Callable[[int], None]) -> None:
+def _write_shard(
+    shard: Shard, fd: int, tensors: Sequence[_TensorRows], advance: Callable[[int], None]
+) -> None:
     """Copy a weight file to the empty file ``fd`` and write the rows that lie in it."""
     mode = copy_file(shard.path, fd, progress=advance)
     _write_rows(shard, fd, tensors)
     os.fchmod(fd, mode)
 
 
-@dataclass(frozen=True, slots=True)
-class _Touched:
-    """One tensor's rows of one patch."""
-
-    rows: RowSource
-    name: str
-
-
-def _touched(plan: RewritePlan) -> dict[Path, list[_Touched]]:
+def _touched(plan: RewritePlan) -> dict[Path, list[_TensorRows]]:
     """What is written, by weight file, in the order of the patches."""
-    found: dict[Path, list[_Touched]] = {}
+    found: dict[Path, list[_TensorRows]] = {}
     for rows in plan.rows:
         for name in rows.patch.tensors:
-            found.setdefault(plan.checkpoint.shard_of(name).path, []).append(_Touched(rows, name))
+            found.setdefault(plan.checkpoint.shard_of(name).path, []).append((rows, name))
     return found
 
 
 def _write_rows(
-    shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Callable[[int], None] = lambda done: None
+    shard: Shard,
+    fd: int,
+    tensors: Sequence[_TensorRows],
+    advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    for touched in tensors:
-        name, rows = touched.name, touched.rows
+    for rows, name in tensors:
         tensor, index = rows.patch.tensors[name], rows.patch.index(name)
         offset = shard.header.offsets[name]
         for start, stop in tensor.blocks():

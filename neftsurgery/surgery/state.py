@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,7 +17,7 @@ from ..patch.overlay import overlay
 from ..patch.patch import Patch, Raw
 from ..storage.threads import Limits, in_order
 
-__all__ = ["JOURNAL_HINT", "PatchState", "State", "TensorState", "check_fit", "examine", "overall"]
+__all__ = ["JOURNAL_HINT", "PatchState", "State", "TensorState", "check_fit", "examine"]
 
 #: A possible reason for vectors that are neither old nor new.
 JOURNAL_HINT = (
@@ -55,22 +56,17 @@ class PatchState:
     @property
     def state(self) -> State:
         """The state of all touched tensors together."""
-        return overall(self.tensors.values())
+        total = TensorState()
+        for tensor in self.tensors.values():
+            total.base += tensor.base
+            total.patched += tensor.patched
+            total.neither += tensor.neither
+        return total.state
 
     @property
     def changes_nothing(self) -> bool:
         """Whether old and new vectors are equal throughout."""
         return not any(tensor.base or tensor.patched for tensor in self.tensors.values())
-
-
-def overall(tensors: Iterable[TensorState]) -> State:
-    """The state of several tensors together."""
-    total = TensorState()
-    for tensor in tensors:
-        total.base += tensor.base
-        total.patched += tensor.patched
-        total.neither += tensor.neither
-    return total.state
 
 
 def check_fit(checkpoint: Checkpoint, patch: Patch) -> None:
@@ -178,7 +174,4 @@ def _count(state: TensorState, before: Raw, after: Raw, now: Raw) -> None:
 
 def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
     """Tensors by state, for messages and JSON."""
-    counts: dict[str, int] = {}
-    for tensor in states.values():
-        counts[tensor.state] = counts.get(tensor.state, 0) + 1
-    return counts
+    return dict(Counter(tensor.state for tensor in states.values()))
