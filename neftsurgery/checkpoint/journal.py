@@ -195,7 +195,7 @@ class Journal:
     Attributes
     ----------
     path:
-        Where it lies.
+        The file.
     files:
         Its description of the weight files it belongs to; compare with `describe_file`.
     changes:

@@ -50,7 +50,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         raise CorruptFileError("the index has no weight_map of tensor names to file names", file=index)
     paths = []
     for name in sorted(set(weight_map.values())):
-        # A shard lies in the folder itself. Symlinks are fine (the Hub cache is made of them):
+        # A shard is in the folder itself. Symlinks are allowed (the Hub cache is made of them):
         # they are the user's own, while the index comes with the model.
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise CorruptFileError(f"the index points outside its folder: {name[:200]!r}", file=index)
