@@ -26,7 +26,6 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.healing import HealResult, heal
-    from .checkpoint.opening import open_checkpoint
     from .hub.pull import pull
     from .hub.push import PushResult, push
     from .neuron_utilization.result import Utilization
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from .surgery.diff import diff
     from .surgery.export import ExportResult, export_lora
     from .surgery.extract import extract
-    from .surgery.inspect import inspect
+    from .surgery.inspect import Inspection, inspect
     from .surgery.merge import merge
     from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
@@ -55,6 +54,7 @@ __all__ = [
     "CorruptFileError",
     "ExportResult",
     "HealResult",
+    "Inspection",
     "MachineError",
     "MismatchError",
     "NeftError",
@@ -77,7 +77,6 @@ __all__ = [
     "heal",
     "inspect",
     "merge",
-    "open_checkpoint",
     "pull",
     "push",
     "report",
@@ -92,6 +91,7 @@ _HOMES = {
     "Checkpoint": "checkpoint.checkpoint",
     "ExportResult": "surgery.export",
     "HealResult": "checkpoint.healing",
+    "Inspection": "surgery.inspect",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
     "PushResult": "hub.push",
@@ -109,7 +109,6 @@ _HOMES = {
     "heal": "checkpoint.healing",
     "inspect": "surgery.inspect",
     "merge": "surgery.merge",
-    "open_checkpoint": "checkpoint.opening",
     "pull": "hub.pull",
     "push": "hub.push",
     "report": "reporting.report",

@@ -32,7 +32,7 @@ def choose(
         The seed of random choices.
     """
     if arm.score in GRADIENT_SCORES:
-        checkpoint = ns.open_checkpoint(base)
+        checkpoint = ns.Checkpoint.open(base)
         anatomy = pair(checkpoint, checkpoint, Scope(arm.anatomy)).anatomy
         scores = gradient_scores(model, checkpoint, anatomy, batches, score=arm.score)
         checkpoint.close()

@@ -82,7 +82,7 @@ class Experiment:
     def base_facts(self) -> dict[str, Any]:
         """The facts stored about the base."""
         facts = json.loads((self.base / FACTS).read_text())
-        with closing(ns.open_checkpoint(self.base)) as checkpoint:
+        with closing(ns.Checkpoint.open(self.base)) as checkpoint:
             return dict(facts) | {"fingerprint": fingerprint(checkpoint)}
 
     def _pretraining_batches(self, size: int) -> Iterator[list[Example]]:

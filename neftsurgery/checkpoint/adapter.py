@@ -1,15 +1,15 @@
-"""A base with a PEFT LoRA adapter on it, read as a checkpoint that nobody has written.
+"""A base with a PEFT LoRA adapter on it, read as if the merged checkpoint existed.
 
-Every byte that is asked for is computed on the spot: the base's elements plus those of ``(alpha / r) B
-@ A``, in float32, as PEFT merges. So an adapter is diffed and extracted from like any tuned checkpoint.
+Merged elements are computed when they are read: the base's plus those of ``(alpha / r) B @ A``, in float32,
+as PEFT merges. So an adapter is scored, and cut out of, like any tuned checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
 from ..sources.resolve import Source
+from ..tensors.arrays import Float32Array, IndexArray, RawBytes
 from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from .adapter_config import CONFIG_NAME, WEIGHTS_NAME, Factor, read_factors
-from .checkpoint import Checkpoint
-from .opening import open_checkpoint
+from .checkpoint import Checkpoint, Shard
+from .side import Side
 
-__all__ = ["Adapted", "InFloat32", "is_adapter", "open_pair"]
+__all__ = ["AdaptedWeights", "is_adapter", "open_pair"]
 
-F32 = NDArray[np.float32]
-_KEPT = 8  # factors in memory
+_CACHED_FACTORS = 8
 
 
 def is_adapter(named: str | os.PathLike[str]) -> bool:
@@ -36,7 +36,7 @@ def is_adapter(named: str | os.PathLike[str]) -> bool:
     return (Path(named) / CONFIG_NAME).is_file()
 
 
-def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
+def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tuple[Checkpoint, Side]:
     """Open a base and a tuned checkpoint; the tuned one may be a LoRA adapter of the base.
 
     Raises
@@ -44,30 +44,39 @@ def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tu
     MismatchError
         If an adapter is not for this base, or is of a kind that cannot be read.
     UsageError, CorruptFileError, MachineError
-        As `open_checkpoint`.
+        As `Checkpoint.open`.
     """
-    first = open_checkpoint(base)
-    return first, Adapted.over(first, tuned) if is_adapter(tuned) else open_checkpoint(tuned)
+    first = Checkpoint.open(base)
+    return first, AdaptedWeights.open(first, tuned) if is_adapter(tuned) else Checkpoint.open(tuned)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapted(Checkpoint):
-    """A base with an adapter merged into it, in the base's own dtypes. Made by `over`.
+@dataclass(frozen=True)
+class AdaptedWeights:
+    """The tensors of a base with an adapter merged into them. Made by `open`; implements `Side`.
 
     Attributes
     ----------
+    source:
+        The adapter's folder.
+    base:
+        The checkpoint below.
+    file:
+        The adapter's factors.
+    tensors:
+        By name, as they are read: in the base's dtypes, or some of them in F32.
     factors:
-        By tensor, what the adapter adds to it.
-    adapter:
-        The open file of the factors.
+        What is added to each tensor that is computed; None: nothing, it is only converted.
     """
 
-    factors: Mapping[str, Factor]
-    adapter: TensorFile
+    source: Source
+    base: Checkpoint
+    file: TensorFile
+    tensors: Mapping[str, TensorInfo]
+    factors: Mapping[str, Factor | None]
 
     @classmethod
-    def over(cls, base: Checkpoint, folder: str | os.PathLike[str]) -> Adapted:
-        """The adapter in ``folder`` over an open base."""
+    def open(cls, base: Checkpoint, folder: str | os.PathLike[str]) -> AdaptedWeights:
+        """The adapter in ``folder`` on an open base."""
         path = Path(folder)
         if not (path / WEIGHTS_NAME).is_file():
             raise CorruptFileError(
@@ -76,157 +85,108 @@ class Adapted(Checkpoint):
                 hint="adapters saved as .bin are not read: save it again with safetensors",
             )
         file = TensorFile.named(path / WEIGHTS_NAME)
-        return cls(
-            Source(path, os.fspath(folder)),
-            base.root,
-            base.is_file,
-            base.shards,
-            base.tensors,
-            base._home,
-            factors=read_factors(path / CONFIG_NAME, file, base),
-            adapter=file,
-        )
+        factors = read_factors(path / CONFIG_NAME, file, base)
+        return cls(Source(path, os.fspath(folder)), base, file, base.tensors, {**factors})
 
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """As of `Checkpoint`; what must be computed lies nowhere."""
-        return None if name in self.factors else super().window(name, start, size)
+    def in_float32(self) -> tuple[AdaptedWeights, AdaptedWeights]:
+        """The base and this, with the adapted tensors in F32: what is added is seen before it is rounded."""
+        short = {
+            name: TensorInfo(name, "F32", info.shape)
+            for name, info in self.tensors.items()
+            if name in self.factors and info.dtype in FLOATS and info.type.itemsize < 4
+        }
+        shown = replace(self, tensors={**self.tensors, **short})
+        return replace(shown, factors=dict.fromkeys(short)), shown
+
+    @property
+    def name(self) -> str:
+        """The adapter's folder, as the user named it."""
+        return self.source.named
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The base's."""
+        return self.base.config
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The base's."""
+        return self.base.shards
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the merged tensors."""
+        return self.base.nbytes
+
+    @property
+    def bytes_read(self) -> int:
+        """None: what is read of the base counts there."""
+        return 0
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if a file of the base or the adapter was edited or replaced."""
+        self.base.check_unchanged()
+        self.file.check_in_place()
+        self.file.check_unchanged()
+
+    def window(self, name: str, start: int, size: int) -> RawBytes | None:
+        """As of `Checkpoint`; computed tensors are not in memory."""
+        return None if name in self.factors else self.base.window(name, start, size)
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """As of `Checkpoint`; merged elements are rounded to the tensor's dtype."""
         if name not in self.factors:
-            super().read_into(name, start, buffer)
+            self.base.read_into(name, start, buffer)
             return
-        info = self.tensors[name]
-        first, last, cut = _elements(info, start, len(buffer))
-        buffer[:] = narrow(self.merged(name, first, last), info.dtype)[cut].data
+        info, stored = self.tensors[name], self.base.tensors[name]
+        columns = info.shape[1]
+        row, size = columns * info.type.itemsize, columns * stored.type.itemsize
+        low, high = start // row, -(-(start + len(buffer)) // row)
+        raw = np.empty((high - low, size), np.uint8)
+        self.base.read_into(name, low * size, raw.data.cast("B"))
+        skipped = start - low * row
+        buffer[:] = self._merged(name, slice(low, high), raw).reshape(-1)[skipped:][: len(buffer)].data
 
-    def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
         """As of `Checkpoint`; merged elements are rounded to the tensor's dtype."""
         if name not in self.factors:
-            super().read_rows(name, rows, out)
+            self.base.read_rows(name, rows, out)
             return
-        info = self.tensors[name]
-        out[:] = narrow(self.merged_rows(name, rows, out.shape[1] // info.type.itemsize), info.dtype)
+        info, stored = self.tensors[name], self.base.tensors[name]
+        if out.shape[1] != info.shape[1] * info.type.itemsize:  # rows of the caller, not of the matrix
+            for row, place in zip(rows.tolist(), out, strict=True):
+                self.read_into(name, row * out.shape[1], place.data)
+            return
+        raw = np.empty((len(rows), info.shape[1] * stored.type.itemsize), np.uint8)
+        self.base.read_rows(name, rows, raw)
+        out[:] = self._merged(name, rows, raw)
 
-    def merged(self, name: str, first: int, last: int) -> NDArray[Any]:
-        """Elements ``[first, last)`` of a tensor as they are computed: float32, for F64 float64."""
-        info = self.tensors[name]
-        raw = np.empty((last - first) * info.type.itemsize, np.uint8)
-        super().read_into(name, first * info.type.itemsize, raw.data)
-        base = widen(raw, info.dtype)
-        if info.dtype != "F64":
-            base = base.astype(np.float32)
-        if name in self.factors:
+    def _merged(self, name: str, rows: slice | IndexArray, raw: RawBytes) -> RawBytes:
+        """Whole rows of the base as raw bytes, with what the adapter adds to them."""
+        stored, shown = self.base.tensors[name].dtype, self.tensors[name].dtype
+        merged: NDArray[Any] = widen(raw, stored)
+        if stored != "F64":
+            merged = merged.astype(np.float32)
+        if self.factors[name] is not None:
+            left, right, scale = self._loaded(name)
             with np.errstate(all="ignore"):  # what overflows is counted where it is scored
-                base += self._update(name, first, last)
-        return base
-
-    def merged_rows(self, name: str, rows: NDArray[np.integer], width: int) -> NDArray[Any]:
-        """As `merged`, rows of ``width`` elements each: ``[len(rows), width]``."""
-        info = self.tensors[name]
-        if name not in self.factors or width != info.shape[1]:
-            return np.stack([self.merged(name, row * width, (row + 1) * width) for row in rows.tolist()])
-        raw = np.empty((len(rows), width * info.type.itemsize), np.uint8)
-        super().read_rows(name, rows, raw)
-        left, right, scale = self._loaded(name)
-        base = widen(raw, info.dtype)
-        merged: NDArray[Any] = base if info.dtype == "F64" else base.astype(np.float32)
-        with np.errstate(all="ignore"):
-            merged += (left[rows] @ right) * scale
-        return merged
-
-    def _update(self, name: str, first: int, last: int) -> F32:
-        columns = self.tensors[name].shape[1]
-        low, high = first // columns, -(-last // columns)
-        left, right, scale = self._loaded(name)
-        update: F32 = (left[low:high] @ right) * scale
-        return update.reshape(-1)[first - low * columns : last - low * columns]
+                merged += (left[rows] @ right) * scale
+        return merged.view(np.uint8) if shown == "F32" else narrow(merged, shown)
 
     @functools.cached_property
-    def _loaded(self) -> Any:
+    def _loaded(self) -> Callable[[str], tuple[Float32Array, Float32Array, np.float32]]:
         """Gives a stored tensor's factors, ``[rows, r]`` and ``[r, columns]``, and the scale."""
 
-        @functools.lru_cache(maxsize=_KEPT)
-        def load(name: str) -> tuple[F32, F32, np.float32]:
+        @functools.lru_cache(maxsize=_CACHED_FACTORS)
+        def load(name: str) -> tuple[Float32Array, Float32Array, np.float32]:
             factor = self.factors[name]
+            assert factor is not None  # checked by the caller
             with np.errstate(all="ignore"):
                 a, b = (
-                    widen(self.adapter.array_bytes(entry), self.adapter.tensors[entry].dtype).astype(
-                        np.float32
-                    )
+                    widen(self.file.array_bytes(entry), self.file.tensors[entry].dtype).astype(np.float32)
                     for entry in (factor.a, factor.b)
                 )
             left, right = (a.T, b.T) if factor.transposed else (b, a)
             return np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(factor.scale)
 
         return load
-
-    def check_unchanged(self) -> None:
-        """As of `Checkpoint`, of the base and the adapter."""
-        super().check_unchanged()
-        self.adapter.check_in_place()
-        self.adapter.check_unchanged()
-
-
-@dataclass(frozen=True)
-class InFloat32:
-    """Weights some of whose tensors read as F32: what an adapter adds is seen before it is rounded."""
-
-    weights: Checkpoint
-    names: frozenset[str]
-
-    @functools.cached_property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """The tensors, by name."""
-        tensors = self.weights.tensors
-        return {name: _in_float32(info) if name in self.names else info for name, info in tensors.items()}
-
-    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """As of `Checkpoint`: only what is not converted lies in memory."""
-        same = self.tensors[name] == self.weights.tensors[name]
-        return self.weights.window(name, start, size) if same else None
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """As of `Checkpoint`."""
-        info = self.tensors[name]
-        if info == self.weights.tensors[name]:
-            self.weights.read_into(name, start, buffer)
-            return
-        first, last, cut = _elements(info, start, len(buffer))
-        buffer[:] = self._values(name, first, last).view(np.uint8)[cut].data
-
-    def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
-        """As of `Checkpoint`."""
-        info = self.tensors[name]
-        if info == self.weights.tensors[name]:
-            self.weights.read_rows(name, rows, out)
-            return
-        width = out.shape[1] // info.type.itemsize
-        if isinstance(self.weights, Adapted):
-            values = self.weights.merged_rows(name, rows, width)
-        else:
-            raw = np.empty((len(rows), width * self.weights.tensors[name].type.itemsize), np.uint8)
-            self.weights.read_rows(name, rows, raw)
-            values = widen(raw, self.weights.tensors[name].dtype)
-        out[:] = np.ascontiguousarray(values, np.float32).view(np.uint8)
-
-    def _values(self, name: str, first: int, last: int) -> F32:
-        if isinstance(self.weights, Adapted):
-            return np.ascontiguousarray(self.weights.merged(name, first, last), np.float32)
-        info = self.weights.tensors[name]
-        raw = np.empty((last - first) * info.type.itemsize, np.uint8)
-        self.weights.read_into(name, first * info.type.itemsize, raw.data)
-        return widen(raw, info.dtype).astype(np.float32)
-
-
-def _in_float32(info: TensorInfo) -> TensorInfo:
-    """A tensor as `InFloat32` shows it: short floats widened."""
-    short = info.dtype in FLOATS and info.type.itemsize < 4
-    return TensorInfo(info.name, "F32", info.shape) if short else info
-
-
-def _elements(info: TensorInfo, start: int, size: int) -> tuple[int, int, slice]:
-    """The elements that ``size`` bytes from byte ``start`` are of, and where in theirs these bytes are."""
-    itemsize = info.type.itemsize
-    first, last = start // itemsize, -(-(start + size) // itemsize)
-    return first, last, slice(start - first * itemsize, start - first * itemsize + size)

@@ -1,4 +1,4 @@
-"""What a PEFT LoRA adapter says of itself, checked against its base: which factors go on which weight."""
+"""The config of a PEFT LoRA adapter, checked against its base: which factors change which weight."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS_NAME: Final = "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 10_000_000
 _MAX_ALPHA = 1e30  # the scale is a float32
 _ENTRY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
-#: Settings that make a LoRA something else than ``scale * B @ A``.
+#: Settings with which a LoRA is not ``scale * B @ A``.
 _OTHER_KINDS = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters",
     "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
@@ -53,7 +53,7 @@ class Factor:
 
 
 def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[str, Factor]:
-    """By tensor of the base what the adapter adds to it.
+    """What the adapter adds, by tensor of the base.
 
     Raises
     ------
@@ -68,14 +68,14 @@ def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[
     axes = {tensor.info.name: tensor.axes for tensor in kinds.scored}
     known = base.config is not None
     longer: dict[str, str] = {}
-    for name in base.tensors:  # of two that end alike, neither is meant
+    for name in base.tensors:  # if two end alike, neither is taken
         rest = name.partition(".")[2]
         longer[rest] = "" if rest in longer else name
     found: dict[str, Factor] = {}
     for path, (a, b) in pairs.items():
         name = _tensor_of(path, base, longer, file)
         info = base.tensors[name]
-        # Where no config tells how a weight is stored, the adapter does.
+        # Without a config of the base, the adapter says how a weight is stored.
         transposed = axes.get(name, (0,)) == (1,) if known else config.get("fan_in_fan_out") is True
         _check_shapes(file, info, a, b, transposed)
         rank = file.tensors[a].shape[0]
@@ -97,10 +97,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CorruptFileError("not a JSON object", file=path)
     if config.get("peft_type") != "LORA":
-        raise _unreadable(path, f"it is an adapter of type {str(config.get('peft_type'))[:40]}, not LORA")
+        raise _unreadable(path, f"its type is {str(config.get('peft_type'))[:40]}, not LORA")
     for key in _OTHER_KINDS:
         if config.get(key):
-            raise _unreadable(path, f"its {key} makes it more than a low-rank sum")
+            raise _unreadable(path, f"with `{key}` it is not only a low-rank sum")
     if config.get("bias", "none") != "none":
         raise _unreadable(path, f"it trains biases ({str(config['bias'])[:40]})")
     return config
@@ -115,15 +115,15 @@ def _unreadable(path: Path, what: str) -> MismatchError:
 
 
 def _pairs(file: TensorFile) -> dict[str, tuple[str, str]]:
-    """By module path the entries of its two factors."""
+    """The entries of the two factors, by module path."""
     halves: dict[str, dict[str, str]] = {}
     for name, info in file.tensors.items():
         match = _ENTRY.fullmatch(name)
         if match is None or len(info.shape) != 2:
             assert file.path is not None  # an adapter was opened by its path
-            raise _unreadable(file.path, f"{name[:120]} is no factor of a linear weight")
+            raise _unreadable(file.path, f"{name[:120]} is not a factor of a linear weight")
         if info.dtype not in FLOATS:
-            raise CorruptFileError(f"{info.dtype} elements are no numbers", file=file.path, tensor=name)
+            raise CorruptFileError(f"{info.dtype} elements are not numbers", file=file.path, tensor=name)
         halves.setdefault(match["path"], {})[match["which"]] = name
     for entries in halves.values():
         if len(entries) != 2:
@@ -134,13 +134,13 @@ def _pairs(file: TensorFile) -> dict[str, tuple[str, str]]:
 
 
 def _tensor_of(path: str, base: Checkpoint, longer: Mapping[str, str], file: TensorFile) -> str:
-    """The base's tensor of a module; a model with a head has one part more in front than the bare one."""
+    """The base's tensor of a module. Names of a model with a head have one more part in front."""
     exact, shorter = f"{path}.weight", f"{path.partition('.')[2]}.weight"
     for name in (exact, shorter, longer.get(exact)):
         if name is not None and name in base.tensors:
             return name
     raise MismatchError(
-        f"the adapter is not for {base.name}: that has no such weight",
+        f"the adapter is not for {base.name}, which has no such weight",
         file=file.path,
         tensor=exact,
         found=", ".join(sorted(base.tensors)[:2])[:200],
@@ -161,18 +161,20 @@ def _check_shapes(file: TensorFile, info: TensorInfo, a: str, b: str, transposed
 
 
 def _alpha(config: Mapping[str, Any], config_path: Path, path: str) -> float:
-    """The module's alpha: the first pattern that it ends in, else the adapter's own."""
+    """The module's alpha: that of the first pattern it ends in, else the adapter's."""
     patterns = config.get("alpha_pattern") or {}
     value = config.get("lora_alpha", 8)
     if not isinstance(patterns, dict):
-        raise CorruptFileError("its alpha_pattern is not an object", file=config_path)
+        raise CorruptFileError("alpha_pattern is not an object", file=config_path)
     for pattern, alpha in patterns.items():
         plain = pattern.removeprefix("^").replace(r"\.", ".")
-        if not re.fullmatch(r"[\w.-]+", plain):  # no stranger's regular expression is ever run
+        if not re.fullmatch(r"[\w.-]+", plain):  # a stranger's regular expression is never run
             raise _unreadable(config_path, f"its alpha_pattern {pattern[:80]!r} is a regular expression")
         if path == plain or (not pattern.startswith("^") and path.endswith(f".{plain}")):
             value = alpha
             break
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _MAX_ALPHA:
-        raise CorruptFileError("its alpha is no number", file=config_path, found=str(value)[:40])
+        raise CorruptFileError(
+            "lora_alpha is not a number or too large", file=config_path, found=str(value)[:40]
+        )
     return float(value)

@@ -1,4 +1,4 @@
-"""A checkpoint as it really is: one file, or shards with an index; its tensors, its config, its files."""
+"""A checkpoint on disk, one file or shards with an index: its tensors, its config, its files."""
 
 from __future__ import annotations
 
@@ -15,65 +15,58 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, UsageError
-from ..sources.resolve import Source
+from ..errors import CorruptFileError, boundary
+from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
-from ..storage.positioned import OpenFile, read_exactly, read_rows_exactly
+from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
 from ..text import plural, size
+from .unfinished import refuse_unfinished
+from .weight_files import weight_files
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "Shard", "weight_files"]
+__all__ = ["Checkpoint", "OpenShards", "Shard"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-_MAX_INDEX_BYTES = 200_000_000
-_OPEN_SHARDS = 64
 _MANY_ROWS = 16
-_TURN = threading.Lock()
-_MAX_NAME_BYTES = 255
+_cached_rows_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file of a checkpoint, with its state when it was opened."""
+    """One weight file of a checkpoint, and its status when it was opened."""
 
     path: Path
     header: Header
-    size: int
-    stamp: tuple[int, int, int]  # device, inode, mtime in ns: tells an edit or a replacement
+    status: os.stat_result
 
     @classmethod
     def open(cls, path: Path) -> Shard:
         """Read the header of the file at ``path``."""
         status = path.stat()
-        return cls(path, read_header(path), status.st_size, _stamp(status))
+        return cls(path, read_header(path), status)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.status.st_size
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if the file was edited, replaced or removed since it was opened."""
         try:
-            status = self.path.stat()
-            same = (status.st_size, _stamp(status)) == (self.size, self.stamp)
+            same = _version(self.path.stat()) == _version(self.status)
         except FileNotFoundError:
             same = False
         if not same:
-            raise self.changed()
-
-    def changed(self) -> MachineError:
-        """The error for a file that is not the one that was opened."""
-        return MachineError(
-            "the file was changed by someone else while it was in use",
-            file=self.path,
-            hint="nothing was written; run the command again when the file is at rest",
-        )
+            raise changed_file(self.path)
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_dev, status.st_ino, status.st_mtime_ns
+def _version(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What an edit or a replacement of a file changes."""
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """Tensors by name, wherever their shards are. Made by `Checkpoint.read`; holds no weights.
+    """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights.
 
     Attributes
     ----------
@@ -87,6 +80,8 @@ class Checkpoint:
         The weight files, by path.
     tensors:
         By name, in file order.
+    opened:
+        The files that are open, and how many bytes were read.
     """
 
     source: Source
@@ -95,13 +90,12 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
     _home: Mapping[str, int] = field(repr=False)
-    _handles: _Handles = field(default_factory=lambda: _Handles(), repr=False)
+    opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
 
     @classmethod
-    def read(cls, source: Source) -> Checkpoint:
-        """The checkpoint as its files are now; reads headers only.
-
-        A checkpoint whose change in place was cut short is not healed here: see `open_checkpoint`.
+    @boundary
+    def open(cls, named: str | os.PathLike[str] | Source) -> Checkpoint:
+        """The checkpoint at a path or of a Hub id; reads headers only.
 
         Raises
         ------
@@ -109,7 +103,16 @@ class Checkpoint:
             If there is no such checkpoint.
         CorruptFileError
             If a header or the index is damaged, or points outside its folder.
+        MachineError
+            If something cannot be read, or a change in place was interrupted: see `neftsurgery.heal`.
         """
+        source = named if isinstance(named, Source) else resolve(named)
+        refuse_unfinished(source)
+        return cls.read(source)
+
+    @classmethod
+    def read(cls, source: Source) -> Checkpoint:
+        """As `open`, but a change in place may be unfinished: for `heal` and `inspect`."""
         if source.path.is_dir():
             root, paths = source.path, weight_files(source.path)
         else:
@@ -171,7 +174,7 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def shard_of(self, name: str) -> Shard:
-        """The file that holds tensor ``name``."""
+        """The weight file that holds tensor ``name``."""
         return self.shards[self._home[name]]
 
     def position(self, name: str) -> tuple[int, int]:
@@ -181,125 +184,78 @@ class Checkpoint:
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
         shard = self.shard_of(name)
-        file = self._handles.get(shard)
-        self._handles.count(len(buffer))
+        file = self.opened.get(shard)
+        self.opened.count(len(buffer))
         read_exactly(file.fileno(), buffer, shard.header.offsets[name] + start, shard.path)
 
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of ``name``. Thread-safe."""
         shard = self.shard_of(name)
-        file = self._handles.get(shard)
-        self._handles.count(out.nbytes)
+        file = self.opened.get(shard)
+        self.opened.count(out.nbytes)
         fd, offset, row = file.fileno(), shard.header.offsets[name], out.shape[1]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, 0)
-        # Thousands of calls that never wait: threads that make them at once only hand each other the GIL.
-        warm = len(rows) >= _MANY_ROWS and is_cached(fd, offset + first * row, (last - first + 1) * row)
-        with _TURN if warm else nullcontext():
+        # Cached rows are read by thousands of calls that never wait for a disk. Several threads at once would
+        # only hand each other the GIL.
+        cached = len(rows) >= _MANY_ROWS and is_cached(fd, offset + first * row, (last - first + 1) * row)
+        with _cached_rows_lock if cached else nullcontext():
             read_rows_exactly(fd, offset, rows, out, shard.path)
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of tensor ``name`` where they lie in memory, not copied; None if they may not be there.
+        """Bytes of tensor ``name``, mapped where they are in memory; None if they may not be.
 
-        Not to be written to. Thread-safe.
+        Do not write to them. Thread-safe.
         """
         shard = self.shard_of(name)
-        file = self._handles.get(shard)
+        file = self.opened.get(shard)
         found = map_cached(file.fileno(), shard.header.offsets[name] + start, size)
         if found is not None:
-            self._handles.count(size)
+            self.opened.count(size)
         return found
 
     @property
     def bytes_read(self) -> int:
         """Bytes of tensor data read so far."""
-        return self._handles.bytes_read
+        return self.opened.bytes_read
 
     def check_unchanged(self) -> None:
-        """Raise a `MachineError` if a weight file was edited or replaced since `read`."""
+        """Raise a `MachineError` if a weight file was edited or replaced since it was opened."""
         for shard in self.shards:
             shard.check_unchanged()
 
     def close(self) -> None:
         """Close the files that are open; they open again when read."""
-        self._handles.clear()
+        self.opened.clear()
 
 
-class _Handles:
-    """The most recently read shards, open. Hundreds of shards would exceed the limit on open files."""
+class OpenShards:
+    """The most recently read shards, open; ``most`` of them, as the system limits open files."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
         self._open: OrderedDict[Path, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes_read = 0
 
     def count(self, size: int) -> None:
+        """Add to the bytes read."""
         with self._lock:
             self.bytes_read += size
 
     def get(self, shard: Shard) -> OpenFile:
+        """The open file of a shard, which must be unchanged."""
         # An evicted file closes when its last reader drops it, not before: reads need no lock.
         with self._lock:
             file = self._open.get(shard.path)
             if file is None:
                 shard.check_unchanged()
                 file = self._open[shard.path] = OpenFile.at(shard.path)
-                while len(self._open) > _OPEN_SHARDS:
+                while len(self._open) > self._most:
                     self._open.popitem(last=False)
             self._open.move_to_end(shard.path)
             return file
 
     def clear(self) -> None:
+        """Close all files."""
         with self._lock:
             self._open.clear()
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder; a single file beats an index beside it.
-
-    Raises
-    ------
-    UsageError
-        If there are none.
-    CorruptFileError
-        If the index is damaged, or points outside its folder.
-    """
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        return _indexed_files(folder, index)
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    raise UsageError(
-        f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}",
-        file=folder,
-        hint=f"it does hold {', '.join(others[:3])}: name that file" if others else None,
-    )
-
-
-def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise CorruptFileError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", file=index)
-    try:
-        content = loads(index.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the index is not valid JSON: {error}", file=index) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CorruptFileError("the index has no weight_map of tensor names to file names", file=index)
-    paths = []
-    for name in sorted(set(weight_map.values())):
-        # A shard lies in the folder itself. Symlinks are fine (the Hub cache is made of them):
-        # they are the user's own, while the index comes with the model.
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise CorruptFileError(f"the index points outside its folder: {name[:200]!r}", file=index)
-        path = folder / name
-        if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES or not path.is_file():
-            raise CorruptFileError(
-                f"the index names {name[:200]!r}, which is not there",
-                file=index,
-                hint="a shard is missing: fetch the checkpoint again",
-            )
-        paths.append(path)
-    if not paths:
-        raise CorruptFileError("the index names no file", file=index)
-    return paths

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: which are its weights, which come along, which would go stale."""
+"""The files beside the weights in a checkpoint folder: which are copied, and which would be stale."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import INDEX_NAME, Checkpoint
+from ..sources.weight_forms import OTHER_ENDINGS, OTHER_FOLDERS
+from .checkpoint import Checkpoint
 from .unfinished import JOURNAL_NAME
+from .weight_files import INDEX_NAME, SINGLE_NAME
 
 __all__ = ["FolderFiles", "folder_files"]
 
-_STALE_ENDINGS = (
-    ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot",
-    ".tflite", ".mlmodel", ".nemo", ".npz", ".pkl", ".bin.index.json", ".safetensors",
-)  # fmt: skip
+_STALE_ENDINGS = (*OTHER_ENDINGS, ".safetensors")
+_STALE_FOLDERS = (*OTHER_FOLDERS, ".git", ".cache")
 _OURS = re.compile(r"\..+\.neft-(journal|(old-)?[0-9a-f]{16})")
-_STALE_FOLDERS = ("original", "onnx", "openvino", "coreml", "mlx", ".git", ".cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class FolderFiles:
     along:
         Files that are copied byte for byte.
     left:
-        Files and folders that hold the same weights in another form, and would no longer match.
+        Files and folders that are not copied: mostly other forms of the weights, which would be stale.
     """
 
     along: tuple[Path, ...]
@@ -39,8 +38,8 @@ class FolderFiles:
 def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     """Sort the files beside the weights of a checkpoint folder.
 
-    Weights in the top folder that are not the checkpoint's own are left behind, whatever their
-    format; in subfolders (modules of their own, as in sentence-transformers) everything comes along.
+    Weights in the top folder that are not the checkpoint's own are left behind, whatever their format.
+    Subfolders (modules, as in sentence-transformers) are copied whole.
     """
     root = checkpoint.root
     own = {shard.path.name for shard in checkpoint.shards}
@@ -67,16 +66,16 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
 
 def _indexed(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint was found through its index (one shard may have an index, too)."""
-    return [shard.path.name for shard in checkpoint.shards] != ["model.safetensors"]
+    return [shard.path.name for shard in checkpoint.shards] != [SINGLE_NAME]
 
 
 def _is_ours(name: str) -> bool:
-    """Journals of single files, and what a killed process of this package left."""
+    """Journals of single files, and what killed processes of this package left."""
     return _OURS.fullmatch(name) is not None
 
 
 def _tree(root: Path, folder: Path) -> list[Path]:
-    def fail(error: OSError) -> None:  # os.walk passes over what it cannot list
+    def fail(error: OSError) -> None:  # by default os.walk skips what it cannot list
         raise error
 
     found: list[Path] = []

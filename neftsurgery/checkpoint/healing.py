@@ -1,8 +1,8 @@
-"""Healing: the old vectors of a change in place that was cut short are written back.
+"""Healing: write back the old vectors of a change in place that was interrupted.
 
-A journal names what it would write, and a stranger may have written it. So it is followed only if a person
-asks for it (`plan_heal`), or if this user's own commands wrote it (`heal_recorded`), and only into regular
-files of the checkpoint itself: through no symlink, into no file with other hard links.
+A journal says what to write, and a stranger may have made it. So it is followed only if a person asks for it
+(`plan_heal`), or if this user's own commands wrote it (`heal_recorded`). Only regular files of the checkpoint
+itself are written, never through a symlink, and no file with other hard links.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,19 @@ from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, U
 from ..neurons.vectors import gather, scatter
 from ..sources.resolve import Source, is_hub_id, resolve
 from ..storage.output import fsync
+from ..storage.positioned import consecutive_runs
 from ..text import plural
 from .checkpoint import Checkpoint, Shard
-from .journal import Journal, by_name, describe_file, locked, remove_journal
+from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
 from .journal_record import is_recorded
 from .unfinished import find_journals, journal_path, refuse_unfinished
 
 __all__ = ["HealPlan", "HealResult", "heal", "heal_recorded", "plan_heal"]
 
-# So many equal bytes are no accident: of random weights, and in a row of ones with few distinct values.
-_TELLING_BYTES = 16
-_TELLING_STRETCH = 64
-#: A change keeps a tensor's old vectors once per patch; a journal of more than this is a bomb.
+# So many equal bytes are not a coincidence: of random weights, and in sequence if few values are distinct.
+_PROOF_BYTES = 16
+_PROOF_STRETCH = 64
+#: A change keeps a tensor's old vectors once per patch; a journal with more copies was made to fill the disk.
 _MOST_COPIES = 16
 _RANGES = 20
 
@@ -48,7 +48,7 @@ class HealResult:
     checkpoint:
         As it was named.
     journals:
-        Those that were followed, and are gone; none if the checkpoint was whole.
+        Those that were followed and removed; none if the checkpoint was whole.
     neurons:
         How many vectors were written back.
     """
@@ -59,8 +59,8 @@ class HealResult:
 
     def __str__(self) -> str:
         if not self.journals:
-            return f"{self.checkpoint}: no change in place was cut short, nothing to heal"
-        return f"{self.checkpoint}: {plural(self.neurons, 'neuron')} are as they were before the change"
+            return f"{self.checkpoint}: there is nothing to heal: no change in place was interrupted"
+        return f"{self.checkpoint}: healed: {plural(self.neurons, 'neuron')} written back"
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,24 @@ class HealPlan:
     ----------
     source:
         The checkpoint.
-    undoings:
+    restorations:
         One per journal, in the order in which they are followed.
     """
 
     source: Source
-    undoings: tuple[Undoing, ...]
+    restorations: tuple[Restoration, ...]
 
     @property
     def neurons(self) -> int:
         """How many vectors would be written."""
-        return sum(undoing.neurons for undoing in self.undoings)
+        return sum(restoration.neurons for restoration in self.restorations)
 
     def describe(self) -> dict[str, Any]:
         """For ``--dry-run`` and JSON: which files, tensors and neurons would be written."""
         return {
             "checkpoint": self.source.named,
             "neurons": self.neurons,
-            "journals": [undoing.describe() for undoing in self.undoings],
+            "journals": [restoration.describe() for restoration in self.restorations],
         }
 
     def run(self) -> HealResult:
@@ -99,17 +99,17 @@ class HealPlan:
         MismatchError, MachineError
             As `heal`; the journal is kept.
         """
-        done = [undoing for undoing in self.undoings if undoing.run()]
+        done = [restoration for restoration in self.restorations if restoration.run()]
         return HealResult(
             self.source.named,
-            tuple(undoing.journal.path for undoing in done),
-            sum(undoing.neurons for undoing in done),
+            tuple(restoration.journal.path for restoration in done),
+            sum(restoration.neurons for restoration in done),
         )
 
 
 @boundary
 def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
-    """Undo a change in place that was cut short: the replaced vectors come back, bit for bit.
+    """Undo a change in place that was interrupted: the replaced vectors come back, bit for bit.
 
     Only call this for a checkpoint whose journal you trust: `plan_heal` says what it would write.
 
@@ -141,19 +141,19 @@ def plan_heal(checkpoint: str | os.PathLike[str] | Source) -> HealPlan:
     found = find_journals(source)
     if found and source.path.is_symlink():
         raise UsageError(
-            "nothing is healed through a symlink",
+            "cannot heal through a symlink",
             file=source.named,
             expected="the checkpoint itself",
             found=f"a link to {os.path.realpath(source.path)}",
-            hint="look at what lies there, and name it if you want it healed",
+            hint="inspect the target, and name it if you want to heal it",
         )
-    undoings = []
+    restorations = []
     for one in found:
         try:
-            undoings.append(Undoing.of(one, Journal.open(journal_path(one))))
+            restorations.append(Restoration.of(one, Journal.open(journal_path(one))))
         except FileNotFoundError:  # another process healed it meanwhile
             continue
-    return HealPlan(source, tuple(undoings))
+    return HealPlan(source, tuple(restorations))
 
 
 def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | None:
@@ -186,15 +186,15 @@ def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | N
 
 
 @dataclass(frozen=True)
-class Undoing:
-    """What one journal would write into one checkpoint: everything is checked."""
+class Restoration:
+    """The old vectors of one journal, to be written into one checkpoint; everything is checked."""
 
     checkpoint: Checkpoint
     journal: Journal
     shards: tuple[Shard, ...]
 
     @classmethod
-    def of(cls, source: Source, journal: Journal) -> Undoing:
+    def of(cls, source: Source, journal: Journal) -> Restoration:
         """Check that a journal belongs to the files of a checkpoint, and that these may be changed."""
         checkpoint = Checkpoint.read(source)
         shards = []
@@ -203,11 +203,11 @@ class Undoing:
             if shard is None:
                 raise _foreign(journal, str(entry.get("name"))[:200])
             shards.append(shard)
-        undoing = cls(checkpoint, journal, tuple(shards))
-        undoing._check_tensors()
-        with _journal_kept(journal), locked(checkpoint, undoing.shards):
-            undoing._check_files()
-        return undoing
+        restoration = cls(checkpoint, journal, tuple(shards))
+        restoration._check_tensors()
+        with _journal_kept(journal), locked(checkpoint, restoration.shards):
+            restoration._check_files()
+        return restoration
 
     @property
     def neurons(self) -> int:
@@ -247,25 +247,25 @@ class Undoing:
 
     def _write(self) -> None:
         journal = self.journal
-        with locked(self.checkpoint, self.shards) as held:
-            # Before the lock was ours, another process may have healed, and begun a change of its own.
+        with locked(self.checkpoint, self.shards) as descriptors:
+            # Another process may have healed meanwhile, and begun a change of its own.
             journal.check_in_place()
             self._check_files()
             for number, change in enumerate(journal.changes):
                 shard = self.checkpoint.shard_of(change.info.name)
-                fd, offset = held[shard.path], shard.header.offsets[change.info.name]
+                fd, offset = descriptors[shard.path], shard.header.offsets[change.info.name]
                 for start, stop in change.blocks():
                     old, index = journal.old(number, start, stop), change.index[start:stop]
                     scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
-            for fd in held.values():
+            for fd in descriptors.values():
                 fsync(fd)
-            # While the lock is held: a later journal at the same path is another's.
+            # Under the lock: without it, the journal at this path may be that of another change.
             remove_journal(journal.path, journal.sha256)
 
     def _check_tensors(self) -> None:
         """Every change is about a tensor of these files, and no larger than it can be."""
         paths = {shard.path for shard in self.shards}
-        for name, changes in by_name(self.journal.changes).items():
+        for name, changes in changes_by_tensor(self.journal.changes).items():
             info = self.checkpoint.tensors.get(name)
             if any(change.info != info for change in changes) or (
                 self.checkpoint.shard_of(name).path not in paths
@@ -277,19 +277,19 @@ class Undoing:
                 )
 
     def _check_files(self) -> None:
-        """The files are those the journal was written for: by their marks, and by what lies there now."""
+        """The files are those the journal was written for, by their description and by their content now."""
         self.journal.check_old()
-        by_tensor = by_name(self.journal.changes)
+        by_tensor = changes_by_tensor(self.journal.changes)
         for shard, entry in zip(self.shards, self.journal.files, strict=True):
             if entry != describe_file(self.checkpoint, shard, by_tensor):
                 raise _foreign(self.journal, shard.path.name)
-        if self.journal.changes and not _any_known(self.checkpoint, self.journal):
+        if self.journal.changes and not _is_recognized(self.checkpoint, self.journal):
             raise _foreign(self.journal, self.shards[0].path.name)
 
 
 @contextmanager
 def _journal_kept(journal: Journal) -> Iterator[None]:
-    """Say of an error of the system that nothing is lost."""
+    """Add to an ``OSError`` that nothing is lost."""
     try:
         yield
     except (NeftError, FileNotFoundError):
@@ -304,25 +304,21 @@ def _journal_kept(journal: Journal) -> Iterator[None]:
 
 def _foreign(journal: Journal, name: str) -> MismatchError:
     return MismatchError(
-        f"a journal of a change in place is here, but {name} is not the file it was written for",
+        f"the journal of a change in place was not written for {name}",
         file=journal.path,
-        hint="if you replaced the checkpoint's files since, delete the journal; otherwise restore them",
+        hint="if you have replaced the checkpoint's files since, delete the journal; otherwise restore them",
     )
 
 
 def _ranges(index: NDArray[np.int64]) -> list[list[int]]:
     """Ascending numbers as ranges ``[first, last]``."""
-    found = []
-    for _, run in groupby(enumerate(index.tolist()), key=lambda pair: pair[1] - pair[0]):
-        numbers = [number for _, number in run]
-        found.append([numbers[0], numbers[-1]])
-    return found
+    return [[number, number + stop - start - 1] for start, stop, number in consecutive_runs(index)]
 
 
-def _any_known(checkpoint: Checkpoint, journal: Journal) -> bool:
-    """Whether what lies there now is the old, the new, or something in between.
+def _is_recognized(checkpoint: Checkpoint, journal: Journal) -> bool:
+    """Whether the vectors there now are the old ones, the new ones, or partly old.
 
-    Where a change touches every vector there is nothing to sample, so this is the last guard.
+    If a change touches every vector there is nothing to sample, so this is the last check.
     """
     all_known = True
     for number, change in enumerate(journal.changes):
@@ -332,37 +328,37 @@ def _any_known(checkpoint: Checkpoint, journal: Journal) -> bool:
             old = journal.old(number, start, stop)
             known = _known(now, old, change.new_digests[start:stop])
             all_known = all_known and bool(known.all())
-            if _telling(now.view(carrier), old.view(carrier), known):
+            if _is_proof(now.view(carrier), old.view(carrier), known):
                 return True
     return all_known
 
 
 def _known(now: NDArray[np.uint8], old: NDArray[np.uint8], digests: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which vectors are the old or the new ones, whole."""
+    """Which vectors are wholly old or wholly new."""
     known: NDArray[np.bool_] = (now == old).all(axis=1)
     for row in np.flatnonzero(~known):
         known[row] = xxhash.xxh3_128_digest(now[row]) == digests[row].tobytes()
     return known
 
 
-def _telling(now: NDArray[Any], old: NDArray[Any], known: NDArray[np.bool_]) -> bool:
-    """Whether elements show that a block of vectors is the journal's own, perhaps half written.
+def _is_proof(now: NDArray[Any], old: NDArray[Any], known: NDArray[np.bool_]) -> bool:
+    """Whether elements prove that a block of vectors is the journal's own, perhaps half written.
 
-    Vectors of one repeated element (the zeros of a bias, the ones of a norm) are alike in many
-    models and tell nothing. A change that stopped half way along columns leaves no vector whole: then
-    a stretch of one vector, or the same element of all vectors, is still old.
+    Vectors of one repeated element (the zeros of a bias, the ones of a norm) are equal in many models and
+    prove nothing. A change that stopped half way along columns leaves no vector whole: then part of one
+    vector, or the same element of all vectors, is still old.
     """
-    enough = -(-_TELLING_BYTES // now.itemsize)
+    enough = -(-_PROOF_BYTES // now.itemsize)
     if now.shape[1] >= enough:
         if bool((known & (now != now[:, :1]).any(axis=1)).any()):
             return True
     elif 4 * int(known.sum()) >= 3 * len(known) and bool((now[known] != now[known][:1]).any()):
-        return True  # elements on their own: one may be alike by accident, but not most
+        return True  # single elements: one may be equal by chance, but not most
     same = now == old
     by_chance = int((now.reshape(-1) == np.roll(old, 1).reshape(-1)).sum())
     if int(same.sum()) >= 2 * by_chance + enough:
         return True
-    stretch = _TELLING_STRETCH // now.itemsize
+    stretch = _PROOF_STRETCH // now.itemsize
     for equal, values in ((same, old), (same.T, old.T)):
         size = equal.size // stretch * stretch
         whole = np.ascontiguousarray(equal).reshape(-1)[:size].reshape(-1, stretch).all(axis=1)

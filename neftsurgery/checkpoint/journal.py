@@ -1,9 +1,9 @@
 """Changes in place that survive a crash: the old vectors are on disk before the first one is replaced.
 
-The journal is a safetensors file beside the data: per touched tensor the neurons, their old
-vectors, and the digests of the new ones. While it exists the change is not complete (see `unfinished`),
-and `healing` writes the old vectors back. It names the files it belongs to by size, header hash and a
-sample of vectors that the change leaves alone, and is never applied to others.
+The journal is a safetensors file beside the weights. For each touched tensor it holds the neurons, their old
+vectors, and the digests of the new ones. While it exists the change is not complete (see `unfinished`), and
+`healing` writes the old vectors back. It identifies its weight files by size, header hash and a sample of
+vectors that the change leaves alone, and is never applied to others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index, gather
 from ..storage.no_follow import open_to_change
 from ..storage.output import fsync_folder
-from ..storage.positioned import sha256_of
+from ..storage.positioned import changed_file, sha256_of
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -38,7 +38,16 @@ from .checkpoint import Checkpoint, Shard
 from .journal_record import forget, record
 from .unfinished import journal_path
 
-__all__ = ["Change", "Journal", "by_name", "describe_file", "journaled", "locked", "remove_journal"]
+__all__ = [
+    "Change",
+    "Journal",
+    "changes_by_tensor",
+    "describe_file",
+    "journaled",
+    "locked",
+    "open_shard",
+    "remove_journal",
+]
 
 _KEY = "neft_journal"
 _VERSION = 1
@@ -48,7 +57,7 @@ _SAMPLES = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """Vectors of one tensor that are about to be replaced.
+    """Vectors of one tensor that are replaced.
 
     Attributes
     ----------
@@ -83,30 +92,33 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
     MachineError
         If another process holds one, or it was replaced since the checkpoint was read.
     """
-    root = checkpoint.root
-    held: dict[Path, int] = {}
+    descriptors: dict[Path, int] = {}
     try:
         for shard in shards:
-            below = root if checkpoint.is_file else root.parent
-            fd = held[shard.path] = open_to_change(shard.path, below=below)
+            fd = descriptors[shard.path] = open_shard(checkpoint, shard)
             status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) != shard.stamp[:2]:
-                raise shard.changed()
+            if not os.path.samestat(status, shard.status):
+                raise changed_file(shard.path)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise _busy(shard.path) from error
-        yield held
+        yield descriptors
     finally:
-        for fd in held.values():
+        for fd in descriptors.values():
             os.close(fd)
+
+
+def open_shard(checkpoint: Checkpoint, shard: Shard) -> int:
+    """Open a weight file for writing; raises as `open_to_change`."""
+    return open_to_change(shard.path, below=checkpoint.root if checkpoint.is_file else checkpoint.root.parent)
 
 
 def _busy(path: Path) -> MachineError:
     return MachineError(
-        "another process is changing this checkpoint right now",
+        "another process is changing this checkpoint",
         file=path,
-        hint="wait until it is done, then run the command again",
+        hint="wait until it has finished, then run the command again",
     )
 
 
@@ -125,7 +137,7 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
     """
     path = journal_path(checkpoint.source)
     touched = {checkpoint.shard_of(change.info.name).path for change in changes}
-    by_tensor = by_name(changes)
+    by_tensor = changes_by_tensor(changes)
     shards = [shard for shard in checkpoint.shards if shard.path in touched]
     files = [describe_file(checkpoint, shard, by_tensor) for shard in shards]
     tensors: dict[str, dict[str, Any]] = {}
@@ -142,7 +154,7 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
         entries.append(TensorInfo(f"{number}:index", "I64", (count,)))
         entries.append(TensorInfo(f"{number}:new_digest", "U8", (count, 16)))
         entries.append(TensorInfo(f"{number}:old", info.dtype, (count, change.layout.width)))
-    # The id makes every journal another file: the record of one is never that of a copy's.
+    # The id makes every journal unique, so that a record never stands for another change.
     content = {"version": _VERSION, "id": secrets.token_hex(8), "files": files, "tensors": tensors}
     sha256 = ""
     try:
@@ -160,7 +172,7 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
             sha256 = written.writer.sha256()
             record(sha256, path)
     except BaseException as error:
-        taken = isinstance(error, UsageError)  # by the journal of another process
+        taken = isinstance(error, UsageError)  # the journal of another process is there
         if sha256 and (taken or not os.path.lexists(path)):
             forget(sha256)
         if taken:
@@ -178,16 +190,16 @@ def remove_journal(path: Path, sha256: str) -> None:
 
 
 class Journal:
-    """A journal that was found, opened for reading: whose it is, what it would write. Made by `open`.
+    """A journal opened for reading: which files it belongs to, and what it would write. Made by `open`.
 
     Attributes
     ----------
     path:
-        Where it lies.
+        The file.
     files:
-        What it says of the weight files it belongs to; compare with `describe_file`.
+        Its description of the weight files it belongs to; compare with `describe_file`.
     changes:
-        What was about to be replaced. Their old vectors are checked by `check_old`, not before.
+        What was being replaced. Their old vectors are checked by `check_old`, not before.
     """
 
     def __init__(self, path: Path, file: TensorFile) -> None:
@@ -214,7 +226,7 @@ class Journal:
         FileNotFoundError
             If there is none.
         CorruptFileError
-            If it is no journal, or damaged.
+            If it is not a journal, or damaged.
         """
         if not stat.S_ISREG(path.lstat().st_mode):
             raise CorruptFileError("a damaged journal: not a regular file", file=path)
@@ -229,17 +241,12 @@ class Journal:
         with self._file.stream() as stream:
             return sha256_of(stream)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self._file.nbytes
-
     def old(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
         """Old vectors ``[start, stop)`` of a change, as raw bytes."""
         return self._file.array_bytes(f"{number}:old", start, stop)
 
     def check_old(self) -> None:
-        """Compare all old vectors with their hashes, and those that two changes have with each other.
+        """Compare all old vectors with their hashes, and those of overlapping changes with each other.
 
         Raises
         ------
@@ -256,7 +263,7 @@ class Journal:
                 self._check_overlap(earlier, number)
 
     def _check_overlap(self, first: int, second: int) -> None:
-        """Two changes of the same neurons must agree on what was there before both."""
+        """Two changes of the same neurons must hold the same old vectors."""
         a, b = self.changes[first], self.changes[second]
         if (a.info, a.layout) != (b.info, b.layout):
             return
@@ -269,10 +276,6 @@ class Journal:
         """Raise a ``FileNotFoundError`` if the journal was removed or replaced since it was opened."""
         self._file.check_in_place()
         self._file.check_unchanged()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def _read_change(file: TensorFile, number: str, entry: Any) -> Change:
@@ -299,7 +302,7 @@ def _read_change(file: TensorFile, number: str, entry: Any) -> Change:
     return Change(info, layout, values, file.array(f"{number}:new_digest"))
 
 
-def by_name(changes: Sequence[Change]) -> dict[str, list[Change]]:
+def changes_by_tensor(changes: Sequence[Change]) -> dict[str, list[Change]]:
     """Changes by tensor name."""
     found: dict[str, list[Change]] = {}
     for change in changes:
@@ -310,7 +313,7 @@ def by_name(changes: Sequence[Change]) -> dict[str, list[Change]]:
 def describe_file(
     checkpoint: Checkpoint, shard: Shard, changes: Mapping[str, Sequence[Change]]
 ) -> dict[str, Any]:
-    """What tells a weight file from others, whatever the state of the change."""
+    """What identifies a weight file, whatever the state of the change."""
     header = bytearray(shard.header.size)
     with open(shard.path, "rb") as file:
         file.readinto(header)
@@ -330,7 +333,7 @@ def describe_file(
             kept = np.setdiff1d(spread, mine[0].index)[:_SAMPLES]
             starts = [int(neuron) * layout.width * size for neuron in kept]
         else:
-            continue  # where changes cross, or run along columns, no cheap range is sure to stay
+            continue  # where changes cross, or run along columns, no range is cheap and sure to stay as it is
         for start in starts:
             buffer = bytearray(edge)
             checkpoint.read_into(name, start, memoryview(buffer))

@@ -1,8 +1,8 @@
 """Which journals this user's own commands wrote: their SHA-256, in the user's state folder.
 
-A journal is a file, and files come from strangers. A command heals a checkpoint by itself only if the
-journal it finds there is recorded here. The record is synced to disk before the journal gets its name,
-and so before the first weight byte is written; it goes when the journal goes.
+A stranger may have made a journal. So a command heals unasked only if the journal is recorded here.
+The record is synced to disk before the journal gets its name, and so before the first weight byte is written.
+It is removed after the journal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["forget", "is_recorded", "record"]
 
 
 def record(sha256: str, journal: Path) -> None:
-    """Write down that a journal with this SHA-256 is ours, and sync it to disk.
+    """Record that a journal with this SHA-256 is this user's, and sync the record to disk.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def record(sha256: str, journal: Path) -> None:
             f"the state folder cannot be written: {(error.strerror or str(error)).lower()}",
             file=folder,
             hint="nothing was changed; a change in place is recorded there first: set XDG_STATE_HOME to a "
-            "folder that can be written, or write a new checkpoint with -o OUT",
+            "folder that can be written, or write a new checkpoint with [[out=...]]",
         ) from error
 
 
@@ -53,7 +53,7 @@ def is_recorded(sha256: str) -> bool:
 
 
 def forget(sha256: str) -> None:
-    """Remove the record of a journal that is gone; one that stays behind does no harm."""
+    """Remove the record of a journal that was removed; one that stays does no harm."""
     with suppress(OSError):
         (_folder() / sha256).unlink()
 
@@ -67,9 +67,9 @@ def _folder() -> Path:
         folder = Path()
     if not folder.is_absolute():
         raise MachineError(
-            "there is no home folder to record a change in place in",
+            "there is no home folder, where changes in place are recorded",
             hint="nothing was changed; set XDG_STATE_HOME to a folder that can be written, or write a new "
-            "checkpoint with -o OUT",
+            "checkpoint with [[out=...]]",
         )
     return folder
 

@@ -1,7 +1,7 @@
-"""Changes in place that were cut short: where their journals lie, and what a command does that finds one.
+"""Unfinished changes in place: where their journals are, and the refusal of a checkpoint that has one.
 
 While its journal exists, a change is not complete, and the weights are neither the old nor the new ones. A
-command that reads refuses such a checkpoint. It never heals it: a journal is a file that strangers can ship.
+command that reads refuses such a checkpoint. It never heals it, because a stranger may have made the journal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import MachineError, NeftError
 from ..sources.resolve import Source
-from .checkpoint import weight_files
+from .weight_files import weight_files
 
 __all__ = ["JOURNAL_NAME", "find_journals", "journal_path", "refuse_unfinished"]
 
@@ -20,7 +20,7 @@ JOURNAL_NAME = ".neft-journal"
 
 
 def journal_path(source: Source) -> Path:
-    """Where the journal of a checkpoint lies: inside its folder, or beside its file."""
+    """Where the journal of a checkpoint is: inside its folder, or beside its file."""
     path = source.path
     return path / JOURNAL_NAME if path.is_dir() else path.with_name(f".{path.name}{JOURNAL_NAME}")
 
@@ -28,8 +28,8 @@ def journal_path(source: Source) -> Path:
 def find_journals(source: Source) -> list[Source]:
     """The folders and files whose journals concern the checkpoint ``source``.
 
-    A folder's weight files may have been changed one by one, and a file together with its folder. Where a
-    symlink was named, the journal lies beside what it points to. A Hub model has none.
+    A folder's weight files may have been changed one by one, and a file together with its folder.
+    If a symlink was named, the journal is beside its target. A Hub model has none.
     """
     if source.repo is not None:
         return []
@@ -52,9 +52,9 @@ def refuse_unfinished(source: Source) -> None:
     """Raise a `MachineError` if a change in place of ``source`` is not complete."""
     for one in find_journals(source):
         raise MachineError(
-            "a change in place was cut short, or is under way: its journal is here",
+            "a change in place was interrupted or is under way: its journal is here",
             file=journal_path(one),
-            hint=f"see what it would write back, and then do so: neftsurgery heal {shlex.quote(one.named)}",
+            hint=f"show it and undo it: neftsurgery heal {shlex.quote(one.named)}",
         )
 
 

@@ -35,7 +35,7 @@ _COMMANDS = {
     "apply": "Write a patched checkpoint.",
     "verify": "Is a checkpoint in the state before a patch, or after it?",
     "revert": "Take a patch out again, bit for bit.",
-    "heal": "Undo a change in place that was cut short.",
+    "heal": "Undo a change in place that was interrupted.",
     "merge": "Make one patch of several patches of one base.",
     "export": "Write a patch as an exact LoRA adapter.",
     "report": "See it: an HTML page of scores and patches, with pictures.",

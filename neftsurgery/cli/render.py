@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.side import Side
 from ..reporting.layer_map import LayerMap
 from ..reporting.layer_map_figure import BLOCKS, layer_map_lines
 from ..scoring.scores import Scores
@@ -15,14 +15,14 @@ from ..surgery.summary import Movement, Summary
 from ..text import amount, percent, plural, size
 from .console import Console, can_print, table
 
-__all__ = ["say_captured", "say_checkpoint", "say_map", "say_pair", "say_summary"]
+__all__ = ["say_captured", "say_map", "say_pair", "say_summary"]
 
 _SHOWN = 5
 _BAR = 24
 _MAPPED = "3%"
 
 
-def checkpoint_line(checkpoint: Checkpoint) -> list[str]:
+def checkpoint_line(checkpoint: Side) -> list[str]:
     """Cells for a table: name, bytes, files, dtypes, model type."""
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
@@ -33,12 +33,6 @@ def checkpoint_line(checkpoint: Checkpoint) -> list[str]:
         "+".join(dtype for dtype, _ in dtypes.most_common(3)),
         str(config.get("model_type") or "no config"),
     ]
-
-
-def say_checkpoint(console: Console, role: str, checkpoint: Checkpoint) -> None:
-    """One line about a checkpoint."""
-    for line in table([[role, *checkpoint_line(checkpoint)]]):
-        console.say(line)
 
 
 def say_pair(console: Console, plan: Pair) -> None:

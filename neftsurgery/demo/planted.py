@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.checkpoint import INDEX_NAME
+from ..checkpoint.weight_files import INDEX_NAME
 from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
 

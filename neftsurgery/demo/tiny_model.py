@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..live import loading
 from ..selection.selection import Selection
 from ..tuning.attach import attach
@@ -104,7 +104,7 @@ def new_model(languages: Languages, seed: int) -> Any:
 
 def load_model(folder: Path) -> Any:
     """The model of a checkpoint, by transformers."""
-    return loading.load_model(open_checkpoint(folder), "causal_lm")
+    return loading.load_model(Checkpoint.open(folder), "causal_lm")
 
 
 def train_parameters(

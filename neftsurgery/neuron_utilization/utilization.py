@@ -10,7 +10,6 @@ from typing import Any, Unpack, get_args
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..live.names import live_names
 from ..neurons.anatomy import NeuronTensor
@@ -217,7 +216,7 @@ def plan_utilization(
     if out is not None:
         refuse_output(out, inputs=_inputs(base, tuned, text), force=force, kind="file")
     limit = None if strongly is None else Amount.parse(strongly)
-    before = open_checkpoint(base)
+    before = Checkpoint.open(base)
     try:
         model = meta_model(before)
         after = _open_tuned(before, tuned)
@@ -272,7 +271,7 @@ def _open_tuned(base: Checkpoint, tuned: AnyPath | Patch) -> Patch | Checkpoint:
     if not isinstance(tuned, Patch):
         source = resolve(tuned)
         if source.path.is_dir() or PATCH_KEY not in read_header(source.path).metadata:
-            return require_model_folder(open_checkpoint(source))
+            return require_model_folder(Checkpoint.open(source))
         tuned = Patch.load(source.path)
     check_selection(tuned.selection, base)
     found = verify(base.source.path, tuned)

@@ -100,7 +100,7 @@ class _Engine:
                 results.append((piece, partial_sums(job, piece, a, b)))
             if any(window is not None and is_truncated(window) for window in windows):
                 raise CorruptFileError(
-                    "the file ends too soon: it was cut short while it was read", tensor=job.info.name
+                    "the file ends too soon: it was truncated while it was read", tensor=job.info.name
                 )
         return results
 

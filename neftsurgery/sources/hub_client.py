@@ -12,6 +12,7 @@ from types import ModuleType
 from .hub_errors import hub_errors
 from .hub_id import HubId
 from .secrets import Redacting
+from .weight_forms import OTHER_ENDINGS, OTHER_FOLDERS
 
 __all__ = [
     "HubFile",
@@ -24,10 +25,7 @@ __all__ = [
     "page",
 ]
 
-#: Never fetched: weights in formats that are not read here. `apply` leaves such files behind as well.
-_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack"]
-_OTHER_FOLDERS = ["original/*", "onnx/*", "openvino/*", "coreml/*"]
-
+_NOT_FETCHED = [*(f"*{ending}" for ending in OTHER_ENDINGS), *(f"{folder}/*" for folder in OTHER_FOLDERS)]
 _READ_BYTES = 1 << 20
 
 
@@ -65,7 +63,7 @@ def fetch_model(hub_id: HubId) -> Path:
     """
     with hub_errors(hub_id):
         folder = client().snapshot_download(
-            hub_id.repo, revision=hub_id.revision, ignore_patterns=[*_OTHER_WEIGHTS, *_OTHER_FOLDERS]
+            hub_id.repo, revision=hub_id.revision, ignore_patterns=_NOT_FETCHED
         )
     return Path(folder)
 

@@ -1,1 +1,1 @@
-"""Whole-or-nothing output, copies, threads, the page cache: nothing here knows what a tensor is."""
+"""Atomic output, copies, threads, the page cache: nothing here knows what a tensor is."""

@@ -1,7 +1,7 @@
-"""Copies of whole files, made by the kernel where it can: shared blocks, holes kept.
+"""Copies of whole files, made by the kernel if it can: blocks are shared, holes kept.
 
-A checkpoint of many gigabytes is copied before a few of its bytes are rewritten, so nothing here goes
-through user space that does not have to.
+A checkpoint of many gigabytes is copied before a few of its bytes are rewritten, so data goes
+through user space only if it must.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pathlib import Path
 
 from ..errors import MismatchError, UsageError
 from .output import begin_writeback
+from .positioned import write_exactly
 
 __all__ = ["copy_file"]
 
 _KERNEL_STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too large to cost anything
 _USER_STEP = 4 << 20
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int); the fcntl module has it from Python 3.13
-# What copy_file_range says where the file systems or the sandbox will not have it.
-_NOT_BY_KERNEL = {
+# Errors of copy_file_range if the file systems or a sandbox do not allow it.
+_KERNEL_REFUSALS = {
     errno.EXDEV,
     errno.EINVAL,
     errno.ENOSYS,
@@ -43,19 +44,18 @@ def copy_file(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Copy a regular file byte for byte; holes stay holes, blocks are shared where that is possible.
+    """Copy a regular file byte for byte; holes stay holes, blocks are shared if possible.
 
     Parameters
     ----------
     source:
         The file; links are followed.
     target:
-        A path where nothing is yet: the file is created, gets the permission bits of ``source`` at
-        the end, and is removed again if the copy fails. Or the descriptor of an empty file, open for
-        writing: then its permission bits are left to the caller, who may have more to write.
+        A path where nothing is: the file is created, gets the permission bits of ``source`` at the end, and
+        is removed if the copy fails. Or the descriptor of an empty file, open for writing, whose permission
+        bits are left to the caller.
     progress:
-        Called with the number of bytes done since its last call; in the end they add up to the
-        size. What it raises ends the copy.
+        Called with the number of bytes copied since its last call. What it raises ends the copy.
 
     Returns
     -------
@@ -113,19 +113,19 @@ def _copy_to_path(
 def _copy_content(
     reader: int, writer: int, before: os.stat_result, progress: Callable[[int], None] | None
 ) -> None:
-    tell = progress or (lambda nbytes: None)
+    advance = progress or (lambda nbytes: None)
     if _clone(reader, writer):
-        tell(before.st_size)
+        advance(before.st_size)
     else:
         os.ftruncate(writer, before.st_size)
         done, by_kernel = 0, True
         for start, stop in _data_ranges(reader, before):
             if start > done:
-                tell(start - done)
-            by_kernel = _copy_range(reader, writer, start, stop, tell, by_kernel)
+                advance(start - done)
+            by_kernel = _copy_range(reader, writer, start, stop, advance, by_kernel)
             done = stop
         if before.st_size > done:
-            tell(before.st_size - done)
+            advance(before.st_size - done)
     after = os.fstat(reader)
     if after.st_size != before.st_size:
         raise _changed(before.st_size, after.st_size)
@@ -133,7 +133,7 @@ def _copy_content(
         raise MismatchError("the file changed while it was being copied", hint=_CHANGED_HINT)
 
 
-_CHANGED_HINT = "wait until nothing writes to it any more, then run this again"
+_CHANGED_HINT = "wait until nothing writes to it, then run the command again"
 
 
 def _changed(expected: int, found: int) -> MismatchError:
@@ -151,7 +151,7 @@ def _clone(reader: int, writer: int) -> bool:
         return False
     try:
         fcntl.ioctl(writer, _FICLONE, reader)
-    except OSError:  # a real failure (disk full) meets the copy next
+    except OSError:  # a real failure (disk full) stops the copy that follows
         return False
     return True
 
@@ -178,7 +178,7 @@ def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int
 
 
 def _copy_range(
-    reader: int, writer: int, start: int, stop: int, tell: Callable[[int], None], by_kernel: bool
+    reader: int, writer: int, start: int, stop: int, advance: Callable[[int], None], by_kernel: bool
 ) -> bool:
     """Copy bytes ``[start, stop)``; returns whether it is worth asking the kernel again.
 
@@ -190,33 +190,31 @@ def _copy_range(
     while start < stop:
         copied = _kernel_step(reader, writer, start, min(_KERNEL_STEP, stop - start)) if by_kernel else 0
         if not copied:
-            # Some kernels say 0 where there is more to copy: a plain read decides.
+            # Some kernels return 0 before the end: a plain read decides.
             by_kernel = False
             copied = _user_step(reader, writer, start, min(_USER_STEP, stop - start))
         if not copied:
             raise _changed(stop, start)
         begin_writeback(writer, start, copied)
         start += copied
-        tell(copied)
+        advance(copied)
     return by_kernel
 
 
 def _kernel_step(reader: int, writer: int, position: int, count: int) -> int:
-    """Bytes copied in the kernel; 0 if it does not do this pair of files."""
+    """Bytes copied by the kernel; 0 if it cannot copy between these files."""
     if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
         return 0
     try:
         return os.copy_file_range(reader, writer, count, position, position)
     except OSError as error:
-        if error.errno in _NOT_BY_KERNEL:
+        if error.errno in _KERNEL_REFUSALS:
             return 0
         raise
 
 
 def _user_step(reader: int, writer: int, position: int, count: int) -> int:
     """Bytes copied through a buffer; 0 at the end of the file."""
-    data = memoryview(os.pread(reader, count, position))
-    done = 0
-    while done < len(data):
-        done += os.pwrite(writer, data[done:], position + done)
-    return done
+    data = os.pread(reader, count, position)
+    write_exactly(writer, data, position)
+    return len(data)

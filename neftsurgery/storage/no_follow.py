@@ -1,4 +1,4 @@
-"""Opening files that are about to be changed: through no symlink, and no file that has other names."""
+"""Open a file to change it: never through a symlink, and no file with other hard links."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 def open_to_change(path: Path, *, below: Path) -> int:
     """Open the regular file ``path`` for reading and writing.
 
-    Every component of ``path`` after ``below`` is opened by itself and never followed; the link count is
-    that of the open file. So nobody can put a link in between.
+    Every component of ``path`` after ``below`` is opened by itself and never followed, and the link count is
+    that of the open file. So a link that appears meanwhile is not followed either.
 
     Raises
     ------
@@ -43,7 +43,7 @@ def open_to_change(path: Path, *, below: Path) -> int:
             raise UsageError(
                 "a file with several hard links cannot be changed in place: all of them would change",
                 file=path,
-                hint="write a new checkpoint with -o OUT, or copy the file first",
+                hint="write a new checkpoint with [[out=...]], or copy the file first",
             )
     except BaseException:
         os.close(fd)
@@ -58,9 +58,9 @@ def _step(name: str, flags: int, folder: int, path: Path) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK) and path.is_symlink():
             raise UsageError(
-                "a symlink cannot be changed in place: what it points to may be shared",
+                "a symlink cannot be changed in place: its target may be shared",
                 file=path,
-                hint="write a new checkpoint with -o OUT, or name the real file",
+                hint="write a new checkpoint with [[out=...]], or name the real file",
             ) from error
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(folder)

@@ -1,9 +1,9 @@
-"""All-or-nothing writing: an output appears whole, on disk, or not at all.
+"""Atomic writing: an output appears whole, on disk, or not at all.
 
-What is being written lies beside OUT under ``.NAME.neft-<16 hex digits>``, locked with ``flock`` by
-the process that writes it. It is fsynced, renamed into place, and the folder is fsynced. A killed process
-leaves its staging name behind unlocked: the next one that writes the same OUT removes it. On file
-systems without ``flock`` nobody can tell a live name from a dead one, so there they stay.
+Until it is complete, an output has a staging name beside OUT, ``.NAME.neft-<16 hex digits>``, and is locked
+with ``flock``. It is fsynced, renamed to OUT, and the folder is fsynced. A killed process leaves its staging
+name unlocked, and the next process that writes the same OUT removes it. On file systems without ``flock``
+such names stay, because nothing tells whether their process is alive.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from ..errors import UsageError
 from .output_checks import MAX_NAME, AnyPath, identity, named_output
+from .positioned import write_exactly
 
 __all__ = ["StagedFile", "begin_writeback", "fsync", "fsync_folder", "staged_directory", "staged_file"]
 
@@ -42,14 +42,14 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file that is being written beside its final place.
+    """A file that is being written under a staging name.
 
     Attributes
     ----------
     path:
-        Where it lies for now.
+        Its staging name.
     fd:
-        Open for reading and writing; it carries the lock, and is not the holder's to close.
+        Open for reading and writing. It has the lock; do not close it.
     """
 
     path: Path
@@ -57,31 +57,21 @@ class StagedFile:
 
     def write_at(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data``, C-contiguous, at byte ``offset``; calls from several threads do not mix."""
-        view = memoryview(data)
-        if view.nbytes:  # an empty view of several dimensions cannot be cast
-            view = view.cast("B")
-            while len(view):
-                written = os.pwrite(self.fd, view, offset)
-                view, offset = view[written:], offset + written
-
-    def stream(self) -> BinaryIO:
-        """A buffered binary file over the same content, to be closed before the context ends."""
-        return os.fdopen(os.dup(self.fd), "r+b")
+        write_exactly(self.fd, data, offset)
 
 
 @contextmanager
 def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
-    """Write the file ``out``, all or nothing.
+    """Write the file ``out`` atomically.
 
     Parameters
     ----------
     out:
-        Where the file appears when the context ends well. Whatever ends it otherwise,
-        nothing is left.
+        The file appears when the context ends. If it ends with an exception, nothing is left.
     force:
-        Replace what is there, a folder included; links are replaced, not followed.
+        Replace what is there, even a folder; links are replaced, not followed.
     mode:
-        Permission bits; by default what the umask gives a new file.
+        Permission bits; by default those of a new file under the umask.
 
     Raises
     ------
@@ -99,16 +89,15 @@ def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -
 
 @contextmanager
 def staged_directory(out: AnyPath, *, force: bool = False) -> Iterator[Path]:
-    """Write the directory ``out``, all or nothing: yields the empty directory to fill.
+    """Write the directory ``out`` atomically: yields an empty directory to fill.
 
-    An empty directory in its place is replaced; ``force`` replaces anything else as well. All of
-    its files must be closed, and their writers done, when the context ends.
+    An empty directory at ``out`` is replaced; ``force`` replaces anything else as well. All files must be
+    closed when the context ends.
 
     Raises
     ------
     UsageError
-        If there is something else at ``out`` at the end and ``force`` is false, or its folder
-        does not exist.
+        If anything else is at ``out`` at the end and ``force`` is false, or its folder does not exist.
     OSError
         If something cannot be written.
     """
@@ -128,31 +117,31 @@ def _create_directory(path: Path) -> int:
 
 @contextmanager
 def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    final = named_output(out).absolute()  # the caller may change the current folder meanwhile
+    final = named_output(out).absolute()  # the caller may change the current folder
     _remove_stale(final)
-    held = _Held()
+    entry = _StagedEntry()
     try:
-        path = _reserve(final, create, held)
-        yield path, held.fd
+        path = _reserve(final, create, entry)
+        yield path, entry.fd
         if force:
             _replace(path, final)
         else:
             _place(path, final)
         fsync_folder(final.parent)
     finally:
-        # After a failure this is what was written so far; after an exchange it is what OUT was before.
-        held.let_go()
+        # After a failure this removes the partial output; after an exchange, the old content of OUT.
+        entry.remove()
 
 
-class _Held:
-    """A staging name from before it is there, so that a signal at any moment leaves nothing behind."""
+class _StagedEntry:
+    """A staging name, known before the file exists, so that a signal at any moment leaves nothing."""
 
     def __init__(self) -> None:
         self.path: Path | None = None
         self.fd = -1
 
-    def let_go(self) -> None:
-        """Remove what is there, and the lock with it."""
+    def remove(self) -> None:
+        """Remove what is there, and release the lock."""
         try:
             if self.path is not None:
                 _discard(self.path)
@@ -162,21 +151,21 @@ class _Held:
             self.path, self.fd = None, -1
 
 
-def _reserve(out: Path, create: Callable[[Path], int], held: _Held) -> Path:
-    """A new staging name for ``out`` with what ``create`` made there, open and locked; ``held`` has it."""
+def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> Path:
+    """Create and lock a file or folder under a new staging name for ``out``; ``entry`` keeps both."""
     while True:
-        path = held.path = _staging_name(out)
+        path = entry.path = _staging_name(out)
         try:
-            held.fd = create(path)
+            entry.fd = create(path)
         except (FileExistsError, FileNotFoundError):
-            held.path = None  # somebody else's, or none
+            entry.path = None  # another process's, or none
             if out.parent.is_dir():
                 continue
             raise
-        # Before the lock is ours another process may take it for a stale one, and remove it.
-        if _lock(held.fd) is not False and _identity_of(held.fd) == identity(path):
+        # Before it was locked, another process may have taken it for a stale one, and removed it.
+        if _lock(entry.fd) is not False and _identity_of(entry.fd) == identity(path):
             return path
-        held.let_go()
+        entry.remove()
 
 
 def _staging_name(out: Path, tag: str = "") -> Path:
@@ -195,11 +184,11 @@ def _staging_prefix(out: Path) -> str:
 
 
 def _remove_stale(out: Path) -> None:
-    """Remove what killed processes left of earlier outputs of the same name, or put it back."""
+    """Remove what killed processes left of outputs of the same name, or restore it."""
     prefix = _staging_prefix(out)
     try:
         names = os.listdir(out.parent)
-    except PermissionError:  # a folder one may write to but not list
+    except PermissionError:  # a folder that can be written but not listed
         return
     for name in names:
         if name.startswith(prefix) and (token := _TOKEN.fullmatch(name, len(prefix))):
@@ -208,13 +197,13 @@ def _remove_stale(out: Path) -> None:
 
 
 def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
-    fd = os.open(path, _OPEN)  # a link is refused here: it is none of ours
+    fd = os.open(path, _OPEN)  # refuses links, which are not staging names
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and _identity_of(fd) == identity(path):
             _log.info("removing what an interrupted run left: %s", path)
             if aside:
-                _settle(path, out)
+                _restore_or_discard(path, out)
             else:
                 _discard(path)
     finally:
@@ -222,7 +211,7 @@ def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
 
 
 def _lock(fd: int) -> bool | None:
-    """Whether the lock is ours now; None where there are no locks."""
+    """Take the lock; False if another process has it, None if the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -238,18 +227,18 @@ def _identity_of(fd: int) -> tuple[int, int]:
 
 
 def _place(path: Path, out: Path) -> None:
-    """Rename ``path`` to ``out``, where there must be nothing, or an empty folder for a folder."""
+    """Rename ``path`` to ``out``, where nothing may be, or only an empty folder for a folder."""
     try:
         if path.is_dir():
             os.rename(path, out)
-        elif not _rename_specially(path, out, exchange=False):
+        elif not _rename_with_flags(path, out, exchange=False):
             _link_and_unlink(path, out)
     except OSError as error:
         if error.errno in _IN_THE_WAY and os.path.lexists(out):
             raise UsageError(
                 "the output appeared while it was being written",
                 file=out,
-                hint="another process wrote it; name another one, or replace it with --force",
+                hint="another process wrote it; name another output, or replace it with [[force=True]]",
             ) from error
         raise
 
@@ -260,7 +249,7 @@ def _link_and_unlink(path: Path, out: Path) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        # No hard links either (FAT): the least bad is a look and a rename.
+        # There are no hard links (FAT): checking first is the best that can be done.
         if os.path.lexists(out):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out)) from error
         os.rename(path, out)
@@ -269,7 +258,7 @@ def _link_and_unlink(path: Path, out: Path) -> None:
 
 
 def _replace(path: Path, out: Path) -> None:
-    """Rename ``path`` to ``out``, whatever is there; afterwards that may lie at ``path``."""
+    """Rename ``path`` to ``out``, whatever is there; the old content may then be at ``path``."""
     try:
         os.replace(path, out)
     except OSError as error:
@@ -277,7 +266,7 @@ def _replace(path: Path, out: Path) -> None:
             raise
     else:
         return
-    if _rename_specially(path, out, exchange=True):
+    if _rename_with_flags(path, out, exchange=True):
         return
     aside = _staging_name(out, "old-")
     try:
@@ -285,19 +274,19 @@ def _replace(path: Path, out: Path) -> None:
         os.rename(path, out)
         fsync_folder(out.parent)
     finally:
-        _settle(aside, out)
+        _restore_or_discard(aside, out)
 
 
-def _settle(aside: Path, out: Path) -> None:
-    """Put what was set aside back if nothing took its place, else remove it."""
+def _restore_or_discard(aside: Path, out: Path) -> None:
+    """Move what was set aside back if nothing took its place, else remove it."""
     if os.path.lexists(out):
         _discard(aside)
     else:
         os.rename(aside, out)
 
 
-def _rename_specially(path: Path, out: Path, *, exchange: bool) -> bool:
-    """Swap the two names (``exchange``), or rename where nothing is; false if the system cannot.
+def _rename_with_flags(path: Path, out: Path, *, exchange: bool) -> bool:
+    """Swap two names (``exchange``), or rename if nothing is at ``out``; false if the system cannot.
 
     Raises
     ------
@@ -319,12 +308,12 @@ def _rename_specially(path: Path, out: Path, *, exchange: bool) -> bool:
 
 
 def _discard(path: Path) -> None:
-    """Remove whatever is at ``path``; what cannot be removed is logged, as the work itself is done."""
+    """Remove whatever is at ``path``. A failure is only logged, because the work is done."""
     try:
         _remove(path)
     except OSError as error:
         _log.warning("could not remove %s: %s", path, error.strerror or error)
-    except BaseException:  # an impatient second Ctrl-C
+    except BaseException:  # a second Ctrl-C
         with suppress(OSError):
             _remove(path)
         raise
@@ -368,7 +357,7 @@ def fsync(fd: int) -> None:
 
 
 def begin_writeback(fd: int, start: int, count: int) -> None:
-    """Have the disk begin with a written range while more is written: the sync at the end then waits less."""
+    """Start writing a range to disk in the background, so that the final sync is shorter."""
     if (sync_file_range := _sync_file_range()) is not None:
         sync_file_range(fd, start, count, 2)  # SYNC_FILE_RANGE_WRITE; only a hint, so no error matters
 

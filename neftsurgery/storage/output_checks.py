@@ -1,4 +1,4 @@
-"""What must not be written: outputs that exist, or that touch an input, and more than fits the disk."""
+"""Checks of outputs: that exist, that are or hold an input, or that do not fit on the disk."""
 
 from __future__ import annotations
 
@@ -24,19 +24,18 @@ def refuse_output(
     force: bool,
     kind: Literal["file", "directory"] | None = None,
 ) -> None:
-    """Refuse an output that must not be written, before any work is done.
+    """Refuse an output that must not be written.
 
     Parameters
     ----------
     out:
-        The output, best as the user typed it: a trailing slash says that a folder is meant.
+        The output as the user typed it: a trailing slash means a folder.
     inputs:
-        Local files and folders the verb reads. What they link to counts as well.
+        Local files and folders that are read, and what they link to.
     force:
-        Whether an existing output may be replaced. It never excuses one that is, holds or lies
-        inside an input.
+        Whether an existing output may be replaced, unless it is, holds or is inside an input.
     kind:
-        What will be written, where known. An empty folder does for a ``"directory"`` only.
+        What will be written, if known. Only a ``"directory"`` may replace an empty folder without force.
 
     Raises
     ------
@@ -61,13 +60,7 @@ def refuse_output(
 
 
 def named_output(out: AnyPath) -> Path:
-    """The output as a path with a name of its own in a folder that exists.
-
-    Raises
-    ------
-    UsageError
-        If it has none.
-    """
+    """The output as a path; raises a `UsageError` if it has no name, or its folder does not exist."""
     path = Path(out)
     if path.name in ("", ".."):
         raise UsageError(
@@ -86,7 +79,7 @@ def named_output(out: AnyPath) -> Path:
 
 
 def _refuse_input(out: Path, source: Path) -> None:
-    hint = "name an output that is apart from every input"
+    hint = "name an output outside every input"
     real_out, real = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     inside, holds = _within(real_out, real), _within(real, real_out)
     if inside and holds:
@@ -94,7 +87,7 @@ def _refuse_input(out: Path, source: Path) -> None:
     if inside:
         raise UsageError(f"the output lies inside the input {source}", file=out, hint=hint)
     if not holds and real.is_dir():
-        # Files of a Hub snapshot are links to a folder of blobs: that one must not be replaced either.
+        # Files of a Hub snapshot are links into a folder of blobs, which must not be replaced either.
         with os.scandir(real) as entries:
             links = [Path(os.path.realpath(entry)) for entry in entries if entry.is_symlink()]
         holds = any(_within(link, real_out) for link in links)
@@ -103,7 +96,7 @@ def _refuse_input(out: Path, source: Path) -> None:
 
 
 def _within(inner: Path, outer: Path) -> bool:
-    """Whether ``inner`` is ``outer`` or lies in it, by name and by inode; both are real paths."""
+    """Whether ``inner`` is ``outer`` or inside it, by name and by inode; both are real paths."""
     own = identity(outer)
     return any(
         place == outer or (own is not None and identity(place) == own) for place in (inner, *inner.parents)
@@ -144,7 +137,7 @@ def _refuse_existing(out: Path, force: bool, kind: Literal["file", "directory"] 
         raise UsageError(
             f"the output exists already: {what}",
             file=out,
-            hint="name another one, or replace it with --force",
+            hint="name another output, or replace it with [[force=True]]",
         )
 
 
@@ -157,10 +150,9 @@ def _is_empty(folder: Path) -> bool:
 
 
 def require_space(folder: AnyPath, nbytes: int) -> None:
-    """Check that ``nbytes`` more bytes fit on the disk that holds ``folder``.
+    """Check that ``nbytes`` more bytes fit on the disk of ``folder``.
 
-    Call it inside the staging context and before the first byte is written: what a killed
-    process left behind has been removed by then.
+    Call it inside the staging context, when what killed processes left has been removed.
 
     Raises
     ------

@@ -1,8 +1,8 @@
 """Files in the page cache: mapped where they lie in memory, instead of copied.
 
-A read copies, and from a warm page cache that copy takes almost as long as scoring. Mapped pages that are
-not cached, however, are read by page faults, at a fraction of the disk's speed. So a range is mapped only
-if samples of it can be read at once. A wrong guess costs time, nothing else.
+A read copies, and a copy from the page cache takes almost as long as scoring. Mapped pages that are not
+cached are read by page faults, at a fraction of the disk's speed. So a range is mapped only if samples of it
+can be read without waiting. A wrong guess costs only time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _EINVAL = 22
 def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
     """Bytes ``[start, start + size)`` of a file, mapped from the page cache; None if they may not be cached.
 
-    Do not write to the array. The mapping lives as long as its last view. Also None where the file ends
-    too soon, and where the system or the file system cannot tell: anything but Linux, and most network
-    file systems, whose mappings can fail later.
+    Do not write to the array. The mapping lives as long as its last view. Also None if the file is too short,
+    or if the system cannot tell: not on Linux, and on most network file systems, whose mappings can fail
+    later.
     """
     if size == 0 or not is_cached(fd, start, size):
         return None
@@ -54,7 +54,7 @@ def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
 
 
 def is_cached(fd: int, start: int, size: int) -> bool:
-    """Whether samples of a range can be read without waiting for a disk; False where nothing tells."""
+    """Whether samples of a range can be read without waiting for a disk; False if the system cannot tell."""
     if not hasattr(os, "RWF_NOWAIT") or sys.platform != "linux":
         return False
     byte = bytearray(1)

@@ -10,9 +10,17 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, MachineError
 
-__all__ = ["OpenFile", "consecutive_runs", "read_exactly", "read_rows_exactly", "sha256_of", "write_exactly"]
+__all__ = [
+    "OpenFile",
+    "changed_file",
+    "consecutive_runs",
+    "read_exactly",
+    "read_rows_exactly",
+    "sha256_of",
+    "write_exactly",
+]
 
 _HASH_BYTES = 8 << 20
 
@@ -23,14 +31,14 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLi
     Raises
     ------
     CorruptFileError
-        If the file ends before: it was cut short after it was opened.
+        If the file is too short: it was truncated after it was opened.
     """
     done = 0
     while done < len(buffer):
         got = os.preadv(fd, [buffer[done:]], offset + done)
         if got == 0:
             raise CorruptFileError(
-                "the file ends too soon: it was cut short while it was read",
+                "the file ends too soon: it was truncated while it was read",
                 file=path,
                 expected=f"{len(buffer)} bytes at {offset}",
                 found=f"{done}",
@@ -56,7 +64,7 @@ def read_rows_exactly(
     buffer = out.data.cast("B")
     for first, last, number in consecutive_runs(rows):
         part, position = buffer[first * row : last * row], offset + number * row
-        # One bare call, as there may be thousands; the loop is only for what it did not read.
+        # One bare call, as there may be thousands; the loop reads only the rest.
         got = os.preadv(fd, (part,), position)
         if got < len(part):
             read_exactly(fd, part[got:], position + got, path)
@@ -73,12 +81,22 @@ def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int
     return zip(firsts.tolist(), edges[1:].tolist(), index[firsts].tolist(), strict=True)
 
 
-def write_exactly(fd: int, data: memoryview | bytes, offset: int) -> None:
-    """Write all of ``data`` at byte ``offset`` of ``fd``."""
-    view = memoryview(data).cast("B")
-    done = 0
-    while done < len(view):
+def write_exactly(fd: int, data: memoryview | bytes | bytearray, offset: int) -> None:
+    """Write all of ``data``, C-contiguous, at byte ``offset`` of ``fd``."""
+    view, done = memoryview(data), 0
+    if view.nbytes:  # an empty view of several dimensions cannot be cast
+        view = view.cast("B")
+    while done < view.nbytes:
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def changed_file(path: str | os.PathLike[str]) -> MachineError:
+    """The error for a file that is not as it was when it was opened."""
+    return MachineError(
+        "the file was changed by someone else while it was in use",
+        file=path,
+        hint="nothing was written; run the command again when nothing else writes to the file",
+    )
 
 
 def sha256_of(file: BinaryIO) -> str:
@@ -90,11 +108,7 @@ def sha256_of(file: BinaryIO) -> str:
 
 
 class OpenFile:
-    """A file open for reading, closed with its last reference.
-
-    Checkpoints and patches live as long as someone uses them, so their files are not closed by a
-    ``with`` block. A file object of Python would warn about that.
-    """
+    """A file open for reading, closed with its last reference; Python's own file objects warn of that."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

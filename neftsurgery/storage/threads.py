@@ -1,4 +1,4 @@
-"""Work in threads, results in order: how everything that streams is run, and within which limits."""
+"""Threads for streamed work, with results in order, and its limits of threads and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UsageError
 
 __all__ = ["DEFAULT_MEMORY", "Limits", "in_order"]
 
-#: Bytes of buffers and mappings; what the interpreter and libraries take comes on top, some 130 MB.
+#: Bytes of buffers and mappings; the interpreter and libraries need some 130 MB more.
 DEFAULT_MEMORY = 192 << 20
 _LEAST_MEMORY = 16 << 20
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of the machine work may take. No result depends on it. Made by `of`.
+    """How many threads and bytes work may use. No result depends on it. Made by `of`.
 
     Attributes
     ----------
@@ -51,9 +51,9 @@ class Limits:
             If ``threads`` is below 1, or ``memory`` below 16 MiB.
         """
         if threads is not None and threads < 1:
-            raise UsageError("--threads must be at least 1", found=threads)
+            raise UsageError("[[threads]] must be at least 1", found=threads)
         if memory is not None and memory < _LEAST_MEMORY:
-            raise UsageError("--memory must be at least 16 MiB", found=f"{memory} bytes")
+            raise UsageError("[[memory]] must be at least 16 MiB", found=f"{memory} bytes")
         return cls(threads or _default_threads(), memory or DEFAULT_MEMORY, mapped)
 
     def workers(self, nbytes: int) -> int:
@@ -73,11 +73,10 @@ def in_order(
     *,
     stop: threading.Event | None = None,
 ) -> Iterator[tuple[Item, Result]]:
-    """Run ``work`` on each item in so many threads; yields items with results, in order, few ahead.
+    """Run ``work`` on items in ``workers`` threads, a few ahead; yields items with results, in order.
 
-    The outcome does not depend on the number of threads. An exception of ``work`` is raised here,
-    in its place in the order; work that has not begun is dropped,
-    and ``stop`` is set for work that has.
+    An exception of ``work`` is raised here, in its place in the order. Then items that have not begun are
+    dropped, and ``stop`` is set for those that have.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="neft")

@@ -2,8 +2,7 @@
 
 Touching mapped pages that the file no longer has raises SIGBUS. Inside `sigbus_guard`, the pages of
 registered mappings become zeros instead, and `is_truncated` reports it. Any other SIGBUS is handled as
-before.
-The guard installs a signal handler, so only a process that is ours uses it: see `Limits.mapped`.
+before. The guard installs a signal handler, so only the command line uses it: see `Limits.mapped`.
 """
 
 from __future__ import annotations

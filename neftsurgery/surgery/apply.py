@@ -1,20 +1,18 @@
-"""apply and revert: put every vector that patches touch into one of its two known states.
-
-Everything is checked before the first byte is written.
-"""
+"""apply and revert: write the vectors of patches, or those they replaced, after checking everything."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.healing import heal_recorded
-from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.journal import open_shard
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions, split
 from ..patch.patch import Patch
@@ -22,9 +20,9 @@ from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import is_hub_id
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
-from .replaced import BaseRows, require_replaced
+from .replaced import replaced_rows, require_replaced
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .state import LEFT_BEHIND, PatchState, check_fit, examine
+from .state import JOURNAL_HINT, PatchState, check_fit, examine
 from .verb import running
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -73,7 +71,7 @@ def apply(
         If a patch's hashes do not match its content, or a file is damaged.
     MachineError
         If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
-        ``base`` was cut short, and this user's commands did not make it: see `heal`.
+        ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
     (run,) = split("apply", options, RunOptions)
     limits, progress = running(run)
@@ -96,14 +94,14 @@ def revert(
     force: bool = False,
     **options: Unpack[RunOptions],
 ) -> RewriteResult:
-    """Take a patch out again: the replaced vectors come back, bit for bit.
+    """Undo a patch: write the vectors it replaced back, bit for bit.
 
     Parameters
     ----------
     checkpoint:
         A checkpoint that is patched, or partly.
     patch:
-        The patch; if it is not reversible, ``base`` must be given.
+        The patch. If it is not reversible, ``base`` must be given.
     base:
         The checkpoint the patch was made from.
     out, in_place, force, threads, memory, progress:
@@ -112,7 +110,7 @@ def revert(
     Raises
     ------
     UsageError, MismatchError, CorruptFileError, MachineError
-        As `apply`; a `UsageError` also if the replaced values are neither in the patch nor in ``base``.
+        As `apply`. Also a `UsageError` if the patch lacks the replaced values and ``base`` is not given.
     """
     (run,) = split("revert", options, RunOptions)
     limits, progress = running(run)
@@ -132,7 +130,7 @@ def revert(
 
 
 def undo_unfinished(checkpoint: AnyPath) -> None:
-    """Before a change in place: undo an earlier one that was cut short, if this user's commands made it.
+    """Before a change in place: undo an interrupted one if this user's commands made it.
 
     Raises
     ------
@@ -140,7 +138,7 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
         If a journal is there that this user's commands did not write.
     """
     if (healed := heal_recorded(checkpoint)) is not None:
-        log.warning("%s: a change in place was cut short; it is undone", healed.checkpoint)
+        log.warning("%s: a change in place was interrupted; it is undone", healed.checkpoint)
 
 
 def _load(patch: Patch | AnyPath) -> Patch:
@@ -176,15 +174,14 @@ def plan_revert(
     progress: Progress = silent,
 ) -> RevertPlan:
     """Check everything that `revert` needs; nothing is written."""
-    inputs = []
+    inputs, read = list[Path](), patch.base_values
     if base is not None:
-        original = open_checkpoint(base)
+        original = Checkpoint.open(base)
         check_fit(original, patch)
         inputs.append(original.source.path)
-        read = BaseRows(patch, original).read
+        read = partial(replaced_rows, patch, original)
     else:
         require_replaced(patch, "revert")
-        read = patch.base_values
     return _plan(
         RevertPlan, checkpoint, [RowSource(patch, read)], out, in_place, force, limits, progress, inputs
     )
@@ -202,10 +199,10 @@ def _plan(
     inputs: Sequence[Path] = (),
 ) -> _Rewrite:
     if (out is None) == (not in_place):
-        raise UsageError("say where the result goes: either [[out=...]] or [[in_place=True]]")
+        raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
     if out is None and is_hub_id(named):
         raise _hub_in_place(os.fspath(named))
-    checkpoint = open_checkpoint(named)
+    checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:
         check_fit(checkpoint, patch)
@@ -218,7 +215,7 @@ def _plan(
         files = None if checkpoint.is_file else folder_files(checkpoint)
     watch = Stopwatch()
     with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        states = examine(checkpoint, patches, limits=limits or Limits.of(), progress=advance)
+        states = examine(checkpoint, patches, limits=limits or Limits.of(), advance=advance)
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
     watch.bytes_read = checkpoint.bytes_read
@@ -235,7 +232,7 @@ def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> 
                 tensor=name,
                 expected="the vectors of its base, or its own",
                 found=f"{tensor.neither} of {patch.tensors[name].count} that are neither",
-                hint=f"nothing was written; `neftsurgery verify` tells of every tensor; {LEFT_BEHIND}",
+                hint=f"nothing was written; `neftsurgery verify` shows every tensor's state; {JOURNAL_HINT}",
             )
 
 
@@ -248,19 +245,7 @@ def _hub_in_place(named: str) -> UsageError:
 
 
 def _refuse_in_place(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
-    source = checkpoint.source
-    if source.repo is not None:
-        raise _hub_in_place(source.named)
-    for path in {source.path, *(shard.path for shard in touched_files(checkpoint, patches))}:
-        if path.is_symlink():
-            raise UsageError(
-                "a symlink cannot be changed in place: what it points to may be shared",
-                file=path,
-                hint="write a new checkpoint with [[out=...]], or name the real file",
-            )
-        if path.is_file() and path.stat().st_nlink > 1:
-            raise UsageError(
-                "a file with several hard links cannot be changed in place: all of them would change",
-                file=path,
-                hint="write a new checkpoint with [[out=...]]",
-            )
+    if checkpoint.source.repo is not None:
+        raise _hub_in_place(checkpoint.source.named)
+    for shard in touched_files(checkpoint, patches):
+        os.close(open_shard(checkpoint, shard))

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.adapter import open_pair
-from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.side import Side
 from ..errors import UsageError, boundary
 from ..neurons.anatomy import NeuronTensor
 from ..options import DiffOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, split
@@ -205,12 +205,12 @@ def check_score(score: str) -> None:
         raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
 
 
-def describe_side(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is known of where a checkpoint came from, with its fingerprint."""
-    facts: dict[str, Any] = {"name": checkpoint.source.local_name}
-    if checkpoint.source.repo is not None:
-        facts |= {"repo": checkpoint.source.repo, "revision": checkpoint.source.revision}
-    return facts | {"fingerprint": fingerprint(checkpoint)}
+def describe_side(side: Side) -> dict[str, Any]:
+    """Where weights came from, as far as is known, and their fingerprint."""
+    facts: dict[str, Any] = {"name": side.source.local_name}
+    if side.source.repo is not None:
+        facts |= {"repo": side.source.repo, "revision": side.source.revision}
+    return facts | {"fingerprint": fingerprint(side)}
 
 
 def describe_tensor(tensor: NeuronTensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""export: a patch as a LoRA adapter that PEFT and vLLM load, exact but for one rounding."""
+"""export: write a patch as a LoRA adapter for PEFT and vLLM, exact up to one rounding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ..checkpoint.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions, split
@@ -52,8 +51,8 @@ class ExportResult:
     modules, rank:
         What it changes, and at which rank.
     elements, inexact:
-        Replaced elements; those which base plus update, added in float32 and rounded to the base's
-        dtype, does not give.
+        Replaced elements; how many of them differ from base plus update, added in float32 and rounded to the
+        base's dtype.
     nbytes:
         Bytes of the adapter's weights.
     timing:
@@ -70,7 +69,7 @@ class ExportResult:
 
     @property
     def exactness(self) -> str:
-        """How exact base plus adapter is, in a sentence."""
+        """How exact base plus adapter is, in words."""
         if not self.inexact:
             return f"base plus adapter is base plus patch in all {amount(self.elements)} elements"
         share = percent(self.inexact / self.elements)
@@ -86,12 +85,12 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything is checked, nothing is written. Made by `plan_export`.
+    """Everything is checked; nothing is written. Made by `plan_export`.
 
     Attributes
     ----------
     patch, base:
-        The patch, and its base where it was named.
+        The patch, and its base if it was named.
     modules:
         What the adapter changes.
     needed, rank:
@@ -99,7 +98,7 @@ class ExportPlan:
     config:
         The content of ``adapter_config.json``.
     out, force:
-        The adapter folder, and whether what is there is replaced.
+        The adapter folder, and whether it may replace an existing output.
     warnings:
         Sentences for the user.
     """
@@ -187,15 +186,15 @@ def export_lora(
     patch:
         A patch of rows or columns of linear weights.
     out:
-        The adapter folder. It appears whole or not at all.
+        The adapter folder, which is written atomically.
     base:
-        The checkpoint the patch was made from; a reversible patch does without. Its config says which
+        The checkpoint the patch was made from; a reversible patch does not need it. Its config says which
         weights are stored ``[in, out]``.
     rank:
-        What all modules are padded to; by default the next of vLLM's ranks.
+        The rank that all modules are padded to; by default the next of vLLM's ranks.
     prefix:
-        Put before the names of modules, where the files lack what the live model has: ``transformer.``
-        for a GPT-2 that was saved without its head.
+        Put before the names of modules if the live model's names have it and the files' do not, such as
+        ``transformer.`` for a GPT-2 that was saved without its head.
     force:
         Replace ``out`` if it exists.
     threads, memory, progress:
@@ -209,9 +208,9 @@ def export_lora(
     Raises
     ------
     UsageError
-        If ``out`` exists, or the replaced values are neither in the patch nor in ``base``.
+        If ``out`` exists, or the patch does not hold the replaced values and ``base`` is not given.
     MismatchError
-        If something in the patch has no LoRA form, needs a larger rank, or ``base`` is another one.
+        If a tensor of the patch has no LoRA form or needs a larger rank, or ``base`` is not the patch's base.
     CorruptFileError
         If the patch's hashes do not match its content.
     MachineError
@@ -235,7 +234,7 @@ def plan_export(
     force: bool = False,
 ) -> ExportPlan:
     """Check everything that `export_lora` needs; nothing is written."""
-    original = None if base is None else open_checkpoint(base)
+    original = None if base is None else Checkpoint.open(base)
     inputs = [] if original is None else [original.source.path]
     inputs += [] if patch.path is None else [patch.path]
     refuse_output(out, inputs=inputs, force=force, kind="directory")
@@ -283,7 +282,7 @@ def _rank(patch: Patch, modules: Sequence[LoraModule], needed: int, rank: int | 
 
 
 class _Factors:
-    """Fills the two factors of one module. What is not written is zero."""
+    """Writes the two factors of one module. Elements that are not written are zero."""
 
     def __init__(self, plan: ExportPlan, module: LoraModule, writer: TensorFileWriter) -> None:
         self._plan, self._module, self._writer = plan, module, writer
@@ -291,7 +290,7 @@ class _Factors:
         self._index = plan.patch.index(module.tensor)
 
     def write_rows(self) -> int:
-        """Rows of differences in ``A``, ones in ``B``; returns how many elements do not round back."""
+        """Write differences as rows of ``A``, ones in ``B``; returns how many elements do not round back."""
         first, second = self._module.names
         inexact = 0
         for start, _, differences, lost in self._differences(slice(0, self._module.inputs)):
@@ -302,7 +301,7 @@ class _Factors:
         return inexact
 
     def write_columns(self) -> int:
-        """Ones in ``A``, columns of differences in ``B``; as `write_rows`."""
+        """Write ones in ``A``, differences as columns of ``B``; as `write_rows`."""
         first, second = self._module.names
         for place, neuron in enumerate(self._index.tolist()):
             self._writer.write(first, place, self._one(neuron, self._module.inputs))
@@ -318,14 +317,14 @@ class _Factors:
         return inexact
 
     def _differences(self, part: slice) -> Iterator[tuple[int, int, NDArray[np.float32], int]]:
-        """Blocks of neurons: where, elements ``part`` of their differences, how many do not round back."""
+        """Per block of neurons: start, stop, part of their differences, how many do not round back."""
         patch, name, dtype = self._plan.patch, self._module.tensor, self._tensor.info.dtype
         size = self._tensor.info.type.itemsize
         part = slice(part.start * size, part.stop * size)
         step = max(1, _BATCH_BYTES // (part.stop - part.start))
         for start, stop in self._tensor.blocks():
             values = patch.values(name, start, stop)[:, part]
-            replaced = replaced_rows(patch, name, self._plan.base, start, stop)[:, part]
+            replaced = replaced_rows(patch, self._plan.base, name, start, stop)[:, part]
             for low in range(0, stop - start, step):
                 new, old = (widen(rows[low : low + step], dtype) for rows in (values, replaced))
                 with np.errstate(over="ignore", invalid="ignore"):
@@ -347,7 +346,7 @@ class _Factors:
 
 
 def _sum(old: NDArray[np.float64], differences: NDArray[np.float32], dtype: str) -> NDArray[np.float64]:
-    """What merging gives: added in float32 (float64 for a base of that), rounded to the base's dtype."""
+    """What merging gives: added in float32 (float64 if the base is), rounded to the base's dtype."""
     with np.errstate(over="ignore"):
         added = old + differences if dtype == "F64" else old.astype(np.float32) + differences
     return widen(narrow(added, dtype), dtype)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.side import Side
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
@@ -61,7 +62,7 @@ class ExtractPlan:
     """
 
     base: Checkpoint
-    tuned: Checkpoint
+    tuned: Side
     selection: Selection
     origin: Mapping[str, object]
     captured_known: bool
@@ -265,7 +266,7 @@ def plan_extract(
     )
 
 
-def check_selection(selection: Selection, *sides: Checkpoint) -> None:
+def check_selection(selection: Selection, *sides: Side) -> None:
     """Raise a `MismatchError` unless every tensor of the selection is in all ``sides``, as it says."""
     if not selection.tensors:
         raise MismatchError("no neuron is chosen", hint="the two may be equal, or the threshold too high")
@@ -318,7 +319,7 @@ def _same_files(facts: Mapping[str, Any], side: str, here: Mapping[str, Any]) ->
     return None if fingerprint is None else bool(fingerprint == here["fingerprint"])
 
 
-def _require_scored_here(scores: Scores, side: str, checkpoint: Checkpoint, here: Mapping[str, Any]) -> None:
+def _require_scored_here(scores: Scores, side: str, checkpoint: Side, here: Mapping[str, Any]) -> None:
     if _same_files(scores.facts, side, here) is False:
         raise MismatchError(
             f"the scores are of another {side}",

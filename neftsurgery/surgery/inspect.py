@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.unfinished import find_journals, journal_path
-from ..errors import MismatchError, UsageError, boundary
+from ..errors import MismatchError, UsageError, boundary, keyword, spelled
 from ..neurons.anatomy import read_anatomy
 from ..options import Scope, ScopeOptions, split
 from ..patch.overlap import overlap
@@ -20,18 +21,43 @@ from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
-from ..tensors.header import read_header
+from ..tensors.header import TensorInfo, read_header
+from ..text import amount, percent, plural, size
 from .summary import summarize
 
-__all__ = ["inspect"]
+__all__ = ["Inspection", "inspect"]
+
+
+class Inspection(dict[str, Any]):
+    """What `inspect` found: plain values by key. Printed, the facts in a few lines."""
+
+    @property
+    def kind(self) -> str:
+        """``checkpoint``, ``scores``, ``selection``, ``patch``, or ``patches`` if several were named."""
+        return str(self["kind"])
+
+    @property
+    def tables(self) -> list[list[list[str]]]:
+        """What a person wants to know, as rows of cells; options as ``[[name]]``."""
+        return _patch_tables(self) if self.kind == "patches" else [_rows(self)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(self)
+
+    def __str__(self) -> str:
+        return "\n".join(spelled("  ".join(row), keyword) for rows in self.tables for row in rows)
+
+    def __repr__(self) -> str:
+        return f"<Inspection: {'  '.join(self.tables[0][0])}>"
 
 
 @boundary
 def inspect(
     named: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     **options: Unpack[ScopeOptions],
-) -> dict[str, Any]:
-    """Tell what a file or folder holds; its ``kind`` first.
+) -> Inspection:
+    """Tell what a file or folder holds.
 
     Parameters
     ----------
@@ -43,10 +69,10 @@ def inspect(
 
     Returns
     -------
-    dict
-        Plain values that JSON can hold. ``kind`` is ``checkpoint``, ``scores``, ``selection`` or
-        ``patch``; ``tensors`` lists the tensors. Of several patches it is ``patches``, and ``overlaps``
-        tells of each two of them what they have in common.
+    Inspection
+        A dict of plain values that prints itself. ``kind`` is ``checkpoint``, ``scores``, ``selection`` or
+        ``patch``; ``tensors`` lists the tensors. For several patches it is ``patches``, and ``overlaps`` says
+        what each two of them have in common.
 
     Raises
     ------
@@ -56,11 +82,14 @@ def inspect(
         If it is damaged.
     """
     (given,) = split("inspect", options, ScopeOptions)
-    scope = Scope(**given)
     if not isinstance(named, (str, os.PathLike)):
         if len(named) != 1:
-            return _patches(named)
+            return Inspection(_patches(named))
         named = named[0]
+    return Inspection(_one(named, Scope(**given)))
+
+
+def _one(named: str | os.PathLike[str], scope: Scope) -> dict[str, Any]:
     source = _found(named)
     if source.path.is_file():
         metadata = read_header(source.path).metadata
@@ -70,52 +99,31 @@ def inspect(
             return _scores(Scores.load(source.path))
         if SELECTION_KEY in metadata:
             return _selection(Selection.load(source.path), os.fspath(named))
-    checkpoint = Checkpoint.read(source)
-    found = read_anatomy(scope.anatomy, checkpoint.tensors, checkpoint.config, **scope.patterns)
-    facts = _checkpoint(checkpoint)
-    tensors: list[dict[str, Any]] = [
-        {
-            "name": tensor.info.name,
-            "dtype": tensor.info.dtype,
-            "shape": list(tensor.info.shape),
-            "neuron_axes": list(tensor.axes),
-            "neurons": tensor.layout.count if tensor.part is None else tensor.part.count,
-            "kind": tensor.kind,
-        }
-        for tensor in found.scored
-    ]
-    facts |= {
-        "anatomy": found.name,
-        "neurons": sum(tensor["neurons"] for tensor in tensors),
-        "units": found.unit_count,
-        "warnings": list(found.warnings),
-    }
-    listed: list[dict[str, Any]] = [
-        {
-            "name": entry.info.name,
-            "dtype": entry.info.dtype,
-            "shape": list(entry.info.shape),
-            "reason": entry.reason,
-        }
-        for entry in found.listed
-    ]
-    return facts | {"tensors": sorted([*tensors, *listed], key=lambda tensor: str(tensor["name"]))}
+    return _checkpoint(Checkpoint.read(source), scope)
 
 
 def _found(named: str | os.PathLike[str]) -> Source:
-    """What is to be inspected. Of a Hub repository that holds a patch nothing else is fetched."""
+    """What to inspect. If a Hub repository holds a patch, nothing else is fetched."""
     if is_hub_id(named):
         try:
             return resolve_file(named, PATCH_NAME)
-        except MismatchError:  # it holds none: a checkpoint, then
+        except MismatchError:  # there is none: it is a checkpoint
             pass
     return resolve(named)
 
 
-def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
+    anatomy = read_anatomy(scope.anatomy, checkpoint.tensors, checkpoint.config, **scope.patterns)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
-    config = checkpoint.config or {}
-    facts: dict[str, Any] = {
+    tensors = [
+        _tensor(tensor.info, tensor.axes, tensor.layout.count if tensor.part is None else tensor.part.count)
+        | {"kind": tensor.kind}
+        for tensor in anatomy.scored
+    ]
+    neurons = sum(tensor["neurons"] for tensor in tensors)
+    tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
+    aside = {} if checkpoint.is_file else {"left_behind_by_apply": _paths(folder_files(checkpoint).left)}
+    return {
         "kind": "checkpoint",
         "name": checkpoint.name,
         "repo": checkpoint.source.repo,
@@ -124,12 +132,29 @@ def _checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "parameters": checkpoint.parameters,
         "dtypes": dict(dtypes.most_common()),
-        "model_type": config.get("model_type"),
-        "unfinished": [str(journal_path(one)) for one in find_journals(checkpoint.source)],
+        "model_type": (checkpoint.config or {}).get("model_type"),
+        "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
+        **aside,
+        "anatomy": anatomy.name,
+        "neurons": neurons,
+        "units": anatomy.unit_count,
+        "warnings": list(anatomy.warnings),
+        "tensors": sorted(tensors, key=lambda tensor: str(tensor["name"])),
     }
-    if not checkpoint.is_file:
-        facts["left_behind_by_apply"] = [str(path) for path in folder_files(checkpoint).left]
-    return facts
+
+
+def _paths(paths: Iterable[Path]) -> list[str]:
+    return [str(path) for path in paths]
+
+
+def _tensor(
+    info: TensorInfo, axes: Sequence[int] | None = None, neurons: int = 0, of: int | None = None
+) -> dict[str, Any]:
+    """What is said of a tensor; without ``axes`` nothing of neurons."""
+    facts: dict[str, Any] = {"name": info.name, "dtype": info.dtype, "shape": list(info.shape)}
+    if axes is not None:
+        facts |= {"neuron_axes": list(axes), "neurons": neurons}
+    return facts if of is None else facts | {"of": of}
 
 
 def _patch(patch: Patch) -> dict[str, Any]:
@@ -145,21 +170,14 @@ def _patch(patch: Patch) -> dict[str, Any]:
         "selection": dict(patch.facts),
         "created_by": patch.manifest.get("created_by"),
         "tensors": [
-            {
-                "name": name,
-                "dtype": tensor.info.dtype,
-                "shape": list(tensor.info.shape),
-                "neuron_axes": list(tensor.layout.axes),
-                "neurons": tensor.count,
-                "of": tensor.layout.count,
-            }
-            for name, tensor in patch.tensors.items()
+            _tensor(tensor.info, tensor.layout.axes, tensor.count, tensor.layout.count)
+            for tensor in patch.tensors.values()
         ],
     }
 
 
 def _patches(named: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
-    """Several patches beside each other, and what each two of them have in common."""
+    """Several patches, and what each two of them have in common."""
     if not named:
         raise UsageError("there is nothing to inspect")
     patches = []
@@ -210,13 +228,88 @@ def _scores(scores: Scores) -> dict[str, Any]:
         **{key: scores.facts[key] for key in known if key in scores.facts},
         **summary.describe(),
         "tensors": [
-            {
-                "name": name,
-                "dtype": tensor.info.dtype,
-                "shape": list(tensor.info.shape),
-                "neuron_axes": list(tensor.layout.axes),
-                "neurons": tensor.layout.count,
-            }
-            for name, tensor in scores.tensors.items()
+            _tensor(tensor.info, tensor.layout.axes, tensor.layout.count)
+            for tensor in scores.tensors.values()
         ],
     }
+
+
+def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
+    rows = [[facts["kind"], str(facts["name"])]]
+    if "files" in facts:
+        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in facts["dtypes"].items())
+        rows += [
+            ["weights", f"{plural(len(facts['files']), 'file')}, {size(facts['bytes'])}: {dtypes}"],
+            ["model type", str(facts["model_type"] or "unknown: no config.json beside the weights")],
+        ]
+    elif "bytes" in facts:
+        rows.append(["size", size(facts["bytes"])])
+    if "parameters" in facts:
+        rows.append(["parameters", amount(facts["parameters"])])
+    units = f" in {amount(facts['units'])} units" if facts.get("units") else ""
+    rows.append(["neurons", amount(facts["neurons"]) + units])
+    rows += [[key, str(facts[key])] for key in ("anatomy", "score") if key in facts]
+    if "reversible" in facts:
+        rows.append(["reversible", "yes" if facts["reversible"] else "no: revert needs [[base]]"])
+    return rows + _origin(facts)
+
+
+def _patch_tables(facts: Mapping[str, Any]) -> list[list[list[str]]]:
+    """Several patches, numbered, and their overlaps."""
+    patches = [
+        f"{patch['name']}: {plural(patch['neurons'], 'neuron')} of "
+        f"{plural(len(patch['tensors']), 'tensor')}, {size(patch['bytes'])}"
+        for patch in facts["patches"]
+    ]
+    overlaps = [
+        [
+            f"{found['first'] + 1} and {found['second'] + 1}",
+            f"{plural(found['neurons'], 'neuron')} in common, of {plural(len(found['tensors']), 'tensor')}",
+            _bases(found),
+        ]
+        for found in facts["overlaps"]
+    ]
+    return [[[str(number), patch] for number, patch in enumerate(patches, 1)], overlaps]
+
+
+def _bases(found: Mapping[str, Any]) -> str:
+    """What an overlap says of the two bases."""
+    if found["unfit"]:
+        return f"for different models: {found['unfit'][0][:120]} has another shape or dtype"
+    if found["foreign"]:
+        return f"different bases: {plural(found['foreign'], 'neuron')} in common were not the same"
+    if found["same_base"] is False:
+        return "different bases: their fingerprints differ"
+    said = "one base" if found["same_base"] else "nothing says that the bases differ, nor that they do not"
+    if found["crossing"]:
+        said += f"; rows and columns cross in {plural(len(found['crossing']), 'tensor')}"
+    return said
+
+
+def _origin(facts: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for side in ("base", "tuned"):
+        if isinstance(found := facts.get(side), dict) and found:
+            known = dict.fromkeys(str(found[key]) for key in ("repo", "revision", "name") if found.get(key))
+            rows.append([side, f"{' '.join(known)}  {found.get('fingerprint') or ''}".strip()])
+    selection = facts.get("selection") or {}
+    if selection:
+        chosen = ", ".join(f"{key} {value}" for key, value in (selection.get("budget") or {}).items())
+        how = [str(selection[key]) for key in ("policy", "score", "anatomy") if key in selection]
+        rows.append(["chosen", " ".join(how) + (f" ({chosen})" if chosen else "")])
+        if selection.get("captured") is not None:
+            rows.append(["captures", f"{percent(selection['captured'])} of the whole change"])
+    if isinstance(selection.get("merged"), dict):
+        rows.append(["merged", _merged(selection["merged"])])
+    if facts.get("captured_by_budget"):
+        shares = ", ".join(f"{budget}: {percent(s)}" for budget, s in facts["captured_by_budget"].items())
+        rows.append(["captures", shares])
+    return rows
+
+
+def _merged(merged: Mapping[str, Any]) -> str:
+    """From which patches a patch was merged, by its manifest, which may hold any JSON."""
+    parts = merged.get("patches")
+    parts = parts if isinstance(parts, list) else []
+    names = [str(part.get("name") or "?") for part in parts if isinstance(part, dict)]
+    return f"from {', '.join(names)} ({merged.get('on_overlap')})"

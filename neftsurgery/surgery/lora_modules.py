@@ -1,4 +1,4 @@
-"""Which weights of a patch have a LoRA form, and what they are in the live model."""
+"""Which weights of a patch have a LoRA form, and the modules they belong to in the live model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SHOWN = 3
 
 
 def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[list[LoraModule], list[str]]:
-    """The modules that the patch changes, by name, and warnings.
+    """The modules that the patch changes, and warnings.
 
     Raises
     ------
     MismatchError
-        If some tensor has no LoRA form; it says which, and why.
+        If a tensor has no LoRA form; the message names it and the reason.
     """
     tensors = {name: tensor.info for name, tensor in patch.tensors.items()}
     config = None if base is None else base.config
     anatomy = read_anatomy("rows", tensors if base is None else base.tensors, config)
-    # What a patch of rows calls a neuron is an output, so its axis tells how the weight is stored.
+    # In a patch of rows a neuron is an output, so its axis tells how the weight is stored.
     told = config is None and patch.facts.get("anatomy") == "rows"
     kinds = _kinds(anatomy)
     modules, refused = [], list[tuple[str, str]]()
@@ -47,7 +47,7 @@ def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[li
     warnings = []
     if config is None and not told:
         warnings.append(
-            "no config.json says how the weights are stored: all are taken as [out, in]; "
+            "there is no config.json that says how the weights are stored; all are taken as [out, in]: "
             "name a base with its config if the model has Conv1D layers, as GPT-2 does"
         )
     experts = next((module.tensor for module in modules if ".experts." in module.tensor), None)
@@ -60,7 +60,7 @@ def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[li
 
 
 def _kinds(anatomy: Anatomy) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Per tensor the axes of its outputs, and why it does not count as a weight of neurons, if so."""
+    """Per tensor, the axes of its outputs, and why it holds no neurons (empty if it does)."""
     found: dict[str, tuple[tuple[int, ...], str]] = {t.info.name: (t.axes, "") for t in anatomy.scored}
     return found | {entry.info.name: ((0,), entry.reason) for entry in anatomy.listed}
 
@@ -105,7 +105,7 @@ def _module(name: str, tensor: PatchTensor, *, transposed: bool, prefix: str) ->
 
 
 def task_of(base: Checkpoint | None) -> str | None:
-    """PEFT's task type, where the base's config names a class that leaves no doubt."""
+    """PEFT's task type, if the base's config names a class with one."""
     config: Any = (base.config if base is not None else None) or {}
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""

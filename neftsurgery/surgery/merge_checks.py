@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings, same_fingerprint
@@ -92,7 +91,7 @@ class OverlapRule:
 
 def open_base(named: str | os.PathLike[str], patches: Sequence[Patch]) -> Checkpoint:
     """The base checkpoint; it has every tensor of the patches."""
-    base = open_checkpoint(named)
+    base = Checkpoint.open(named)
     for patch in patches:
         check_fit(base, patch)
     return base

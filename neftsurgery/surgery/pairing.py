@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..checkpoint.adapter import Adapted, InFloat32
+from ..checkpoint.adapter import AdaptedWeights
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.side import Side
 from ..errors import MismatchError
 from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout
@@ -35,7 +36,7 @@ class Pair:
     """
 
     base: Checkpoint
-    tuned: Checkpoint
+    tuned: Side
     anatomy: Anatomy
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
@@ -74,10 +75,9 @@ class Pair:
     @cached_property
     def compared(self) -> tuple[WeightReader, WeightReader, list[Job]]:
         """The two sides and the jobs as they are scored: beside an adapter in float32, as it is computed."""
-        if not isinstance(self.tuned, Adapted):
+        if not isinstance(self.tuned, AdaptedWeights):
             return self.base, self.tuned, self.jobs
-        names = frozenset(self.tuned.factors)
-        base, tuned = InFloat32(self.base, names), InFloat32(self.tuned, names)
+        base, tuned = self.tuned.in_float32()
         return base, tuned, [Job(base.tensors[job.info.name], job.layout) for job in self.jobs]
 
     @property
@@ -104,7 +104,7 @@ class Pair:
         }
 
 
-def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
+def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     """Plan the comparison of two checkpoints.
 
     Raises
@@ -136,7 +136,7 @@ def _same(a: TensorInfo, b: TensorInfo | None) -> bool:
     return b is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
-def _nothing_common(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
+def _nothing_common(base: Side, tuned: Side) -> MismatchError:
     both = sorted(base.tensors.keys() & tuned.tensors.keys())
     what = f"{base.name} and {tuned.name} have no tensor in common"
     if not both:
@@ -158,8 +158,8 @@ def _nothing_common(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
     )
 
 
-def _first_names(checkpoint: Checkpoint) -> str:
-    names = sorted(checkpoint.tensors)
+def _first_names(side: Side) -> str:
+    names = sorted(side.tensors)
     return (
         ", ".join(name[:80] for name in names[:2]) + (", …" if len(names) > 2 else "")
         if names

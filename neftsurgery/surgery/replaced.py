@@ -1,9 +1,8 @@
-"""The vectors that a patch replaces: from the patch, if it holds them, or from its base."""
+"""The vectors that a patch replaces: from the patch if it holds them, else from its base."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
@@ -11,38 +10,10 @@ from ..neurons.vectors import gather
 from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
 
-__all__ = ["BaseRows", "replaced_rows", "require_replaced"]
-
-I64 = NDArray[np.int64]
+__all__ = ["replaced_rows", "require_replaced"]
 
 
-class BaseRows:
-    """The replaced vectors, from the base checkpoint; each is checked against its digest."""
-
-    def __init__(self, patch: Patch, base: Checkpoint) -> None:
-        self._patch, self._base = patch, base
-
-    def read(self, name: str, start: int, stop: int) -> Raw:
-        """As `Patch.base_values`.
-
-        Raises
-        ------
-        MismatchError
-            If a vector is not the one that the patch replaces.
-        """
-        tensor = self._patch.tensors[name]
-        rows = gather(self._base, tensor.info, tensor.layout, self._patch.index(name)[start:stop])
-        if not np.array_equal(digests(rows), self._patch.base_digests(name, start, stop)):
-            raise MismatchError(
-                "this is not the base that the patch was made from",
-                file=self._base.name,
-                tensor=name,
-                hint="name the right one with [[base=...]]",
-            )
-        return rows
-
-
-def replaced_rows(patch: Patch, name: str, base: Checkpoint | None, start: int, stop: int) -> Raw:
+def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> Raw:
     """The replaced vectors ``[start, stop)`` (positions in the index), checked against their digests.
 
     Raises
@@ -52,11 +23,20 @@ def replaced_rows(patch: Patch, name: str, base: Checkpoint | None, start: int, 
     CorruptFileError
         If those in the patch do not match its digests.
     """
-    if base is not None:
-        return BaseRows(patch, base).read(name, start, stop)
     stored = patch.base_digests(name, start, stop)
-    patch.check_base_rows(name, stored, start, stop)
-    return patch.base_values(name, start, stop)
+    if base is None:
+        patch.check_base_rows(name, stored, start, stop)
+        return patch.base_values(name, start, stop)
+    tensor = patch.tensors[name]
+    rows = gather(base, tensor.info, tensor.layout, patch.index(name)[start:stop])
+    if not np.array_equal(digests(rows), stored):
+        raise MismatchError(
+            "this is not the base that the patch was made from",
+            file=base.name,
+            tensor=name,
+            hint="name the right one with [[base=...]]",
+        )
+    return rows
 
 
 def require_replaced(patch: Patch, what: str) -> None:

@@ -1,4 +1,4 @@
-"""apply and revert are one thing: vectors are written into a copy of a checkpoint, or in place."""
+"""What apply and revert share: writing vectors into a copy of a checkpoint, or in place."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ __all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "RowSource
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """The vectors to write for one patch, by tensor: its values, or the ones they replaced."""
+    """The vectors to write for one patch: its values, or those they replaced."""
 
     patch: Patch
     read: Callable[[str, int, int], Raw]
+
+
+_TensorRows = tuple[RowSource, str]  # and a tensor's name
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,15 @@ class RewriteResult:
     Attributes
     ----------
     checkpoint:
-        Where the result is: ``out``, or what was changed in place.
+        The result: ``out``, or the checkpoint that was changed in place.
     goal:
-        ``patched`` or ``base``: the state it is in now.
+        The state it is in now: ``patched`` or ``base``.
     written:
         Whether anything had to be written.
     neurons, tensors:
         How many neurons of how many tensors the patches touch.
     left_behind:
-        Files and folders of the base that were not copied: other forms of the weights, which no longer match.
+        Files and folders of the base that were not copied: other forms of the weights, which are stale.
     timing:
         What it took.
     """
@@ -80,18 +83,18 @@ class RewriteResult:
 
 @dataclass(frozen=True)
 class RewritePlan:
-    """Everything is checked, nothing is written yet. Made by `plan_apply` and `plan_revert`.
+    """Everything is checked; nothing is written. Made by `plan_apply` and `plan_revert`.
 
     Attributes
     ----------
     checkpoint:
-        What is changed, or copied.
+        The checkpoint that is copied, or changed in place.
     rows:
         What is written, in order; later ones win.
     states:
-        The state the checkpoint is in, per patch.
+        The state of the checkpoint, per patch.
     out, force:
-        Where the result goes, and whether what is there is replaced. None: in place.
+        The result, and whether it may replace an existing output. None: in place.
     files:
         The other files of the folder; None for a single file or in place.
     timing:
@@ -120,12 +123,12 @@ class RewritePlan:
 
     @property
     def needed(self) -> bool:
-        """Whether any vector differs from what it shall be."""
+        """Whether any vector has to be written."""
         return not all(state.state == self.goal or state.changes_nothing for state in self.states)
 
     @property
     def left_behind(self) -> tuple[Path, ...]:
-        """What of the folder is not copied."""
+        """Files and folders that are not copied."""
         return () if self.files is None else self.files.left
 
     def describe(self) -> dict[str, object]:
@@ -165,13 +168,13 @@ class RewritePlan:
 
 
 class ApplyPlan(RewritePlan):
-    """The vectors of patches go into their base."""
+    """Write the vectors of patches into their base."""
 
     goal = "patched"
 
 
 class RevertPlan(RewritePlan):
-    """The vectors that a patch replaced come back."""
+    """Write the vectors back that a patch replaced."""
 
     goal = "base"
 
@@ -202,7 +205,7 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
             stop = threading.Event()
 
             def step(done: int) -> None:
-                if stop.is_set():  # Ctrl-C, or another shard failed: what is copied will be thrown away
+                if stop.is_set():  # Ctrl-C, or another shard failed: the copies will be removed
                     raise InterruptedError
                 advance(done)
 
@@ -224,41 +227,37 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
 
 
 def _check_unchanged(plan: RewritePlan) -> None:
-    """Raise a `MachineError` if anything that was read is not what was checked."""
+    """Raise a `MachineError` if a file changed since it was checked."""
     plan.checkpoint.check_unchanged()
     for rows in plan.rows:
         rows.patch.check_unchanged()
 
 
-def _write_shard(shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Callable[[int], None]) -> None:
+def _write_shard(
+    shard: Shard, fd: int, tensors: Sequence[_TensorRows], advance: Callable[[int], None]
+) -> None:
     """Copy a weight file to the empty file ``fd`` and write the rows that lie in it."""
     mode = copy_file(shard.path, fd, progress=advance)
     _write_rows(shard, fd, tensors)
     os.fchmod(fd, mode)
 
 
-@dataclass(frozen=True, slots=True)
-class _Touched:
-    """One tensor's rows of one patch."""
-
-    rows: RowSource
-    name: str
-
-
-def _touched(plan: RewritePlan) -> dict[Path, list[_Touched]]:
-    """By weight file what is written there, patch by patch."""
-    found: dict[Path, list[_Touched]] = {}
+def _touched(plan: RewritePlan) -> dict[Path, list[_TensorRows]]:
+    """What is written, by weight file, in the order of the patches."""
+    found: dict[Path, list[_TensorRows]] = {}
     for rows in plan.rows:
         for name in rows.patch.tensors:
-            found.setdefault(plan.checkpoint.shard_of(name).path, []).append(_Touched(rows, name))
+            found.setdefault(plan.checkpoint.shard_of(name).path, []).append((rows, name))
     return found
 
 
 def _write_rows(
-    shard: Shard, fd: int, tensors: Sequence[_Touched], advance: Callable[[int], None] = lambda done: None
+    shard: Shard,
+    fd: int,
+    tensors: Sequence[_TensorRows],
+    advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    for touched in tensors:
-        name, rows = touched.name, touched.rows
+    for rows, name in tensors:
         tensor, index = rows.patch.tensors[name], rows.patch.index(name)
         offset = shard.header.offsets[name]
         for start, stop in tensor.blocks():
@@ -280,11 +279,11 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
     shards = [shard for shard in checkpoint.shards if shard.path in touched]
     total = sum(rows.patch.value_bytes for rows in plan.rows)
     try:
-        with progress("writing in place", total) as advance, locked(checkpoint, shards) as held:
-            checkpoint.check_unchanged()  # since it was examined, which needed no lock
+        with progress("writing in place", total) as advance, locked(checkpoint, shards) as descriptors:
+            checkpoint.check_unchanged()  # it was examined without the lock
 
             def write(shard: Shard) -> None:
-                _write_rows(shard, held[shard.path], touched[shard.path], advance)
+                _write_rows(shard, descriptors[shard.path], touched[shard.path], advance)
 
             with journaled(checkpoint, changes):
                 for _ in in_order(write, shards, limits.workers(block_memory(layouts))):
@@ -292,9 +291,9 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
                 for rows in plan.rows:
                     rows.patch.check_unchanged()
                 for shard in shards:
-                    fsync(held[shard.path])
+                    fsync(descriptors[shard.path])
     except BaseException:
-        # The journal, if it was begun, is still there: undo at once what can be undone at once.
+        # The journal, if there is one already, is still there: undo the change at once if possible.
         with suppress(NeftError, OSError):
             heal_recorded(checkpoint.source)
         raise

@@ -1,10 +1,11 @@
-"""In which state a checkpoint is with respect to patches: base, patched, mixed or neither."""
+"""The state of a checkpoint with respect to patches: base, patched, mixed or neither."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
@@ -16,21 +17,20 @@ from ..patch.overlay import overlay
 from ..patch.patch import Patch, Raw
 from ..storage.threads import Limits, in_order
 
-__all__ = ["LEFT_BEHIND", "PatchState", "State", "TensorState", "check_fit", "examine", "overall"]
+__all__ = ["JOURNAL_HINT", "PatchState", "State", "TensorState", "check_fit", "examine"]
 
-#: What may explain vectors that are neither old nor new.
-LEFT_BEHIND = (
-    "if the checkpoint was copied or renamed, the journal of a change in place that was cut short may "
-    "have been left behind: look for a .neft-journal where it came from, move it along, run neftsurgery heal"
+#: A possible reason for vectors that are neither old nor new.
+JOURNAL_HINT = (
+    "if the checkpoint was copied or renamed after a change in place was interrupted, its .neft-journal may "
+    "still be at the old place: move it beside the weights and run neftsurgery heal"
 )
 
-State: TypeAlias = Literal["base", "patched", "mixed", "neither"]
-Progress: TypeAlias = Callable[[int], None]
+State = Literal["base", "patched", "mixed", "neither"]
 
 
 @dataclass(slots=True)
 class TensorState:
-    """How many vectors of one tensor are as in the base, as patched, both (equal), or neither."""
+    """How many vectors of one tensor are in which state; both: base and patched are equal."""
 
     base: int = 0
     patched: int = 0
@@ -39,7 +39,7 @@ class TensorState:
 
     @property
     def state(self) -> State:
-        """The tensor's state; where base and patched are equal throughout, ``patched``."""
+        """The tensor's state; ``patched`` if base and patched are equal throughout."""
         if self.neither:
             return "neither"
         if self.base and self.patched:
@@ -56,22 +56,17 @@ class PatchState:
     @property
     def state(self) -> State:
         """The state of all touched tensors together."""
-        return overall(self.tensors.values())
+        total = TensorState()
+        for tensor in self.tensors.values():
+            total.base += tensor.base
+            total.patched += tensor.patched
+            total.neither += tensor.neither
+        return total.state
 
     @property
     def changes_nothing(self) -> bool:
         """Whether old and new vectors are equal throughout."""
         return not any(tensor.base or tensor.patched for tensor in self.tensors.values())
-
-
-def overall(tensors: Iterable[TensorState]) -> State:
-    """The state of several tensors together."""
-    total = TensorState()
-    for tensor in tensors:
-        total.base += tensor.base
-        total.patched += tensor.patched
-        total.neither += tensor.neither
-    return total.state
 
 
 def check_fit(checkpoint: Checkpoint, patch: Patch) -> None:
@@ -108,12 +103,12 @@ def examine(
     patches: Sequence[Patch],
     *,
     limits: Limits,
-    progress: Progress | None = None,
+    advance: Callable[[int], None],
 ) -> list[PatchState]:
     """Compare every touched vector with each patch, and each patch's hashes with its content.
 
-    Each patch is compared with the state that the ones before it leave. A vector that already is
-    what it and some that follow make of it counts as patched.
+    Each patch is compared with the state that those before it leave. A vector counts as patched if it is
+    already what this patch, or this one and some that follow, make of it.
 
     Raises
     ------
@@ -128,7 +123,7 @@ def examine(
     hashes = (DigestHash(), DigestHash())
     workers = limits.workers(block_memory(t.layout for patch in patches for t in patch.tensors.values()))
 
-    def look(block: _Block) -> tuple[Raw, Raw, Raw]:
+    def compare(block: _Block) -> tuple[Raw, Raw, Raw]:
         patch = patches[block.patch]
         tensor = patch.tensors[block.name]
         before = patch.base_digests(block.name, block.start, block.stop)
@@ -143,12 +138,12 @@ def examine(
         settled = (now == reached).all(axis=1)
         for later in (patches[n] for n in others if n > block.patch):
             overlay(reached, index, tensor, later)
-            settled |= (now == reached).all(axis=1)  # later ones are in, so this one's trace may be gone
+            settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
         for earlier in (patches[n] for n in others if n < block.patch):
             overlay(now, index, tensor, earlier)
         return before, after, np.where(settled[:, None], after, digests(now))
 
-    for block, (before, after, now) in in_order(look, _blocks(patches), workers):
+    for block, (before, after, now) in in_order(compare, _blocks(patches), workers):
         patch = patches[block.patch]
         for state, part in zip(hashes, (before, after), strict=True):
             state.update(part)
@@ -156,8 +151,7 @@ def examine(
         if block.last:
             patch.check_hashes(block.name, *hashes)
             hashes = (DigestHash(), DigestHash())
-        if progress is not None:
-            progress((block.stop - block.start) * patch.tensors[block.name].vector_bytes)
+        advance((block.stop - block.start) * patch.tensors[block.name].vector_bytes)
     return states
 
 
@@ -180,7 +174,4 @@ def _count(state: TensorState, before: Raw, after: Raw, now: Raw) -> None:
 
 def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
     """Tensors by state, for messages and JSON."""
-    counts: dict[str, int] = {}
-    for tensor in states.values():
-        counts[tensor.state] = counts.get(tensor.state, 0) + 1
-    return counts
+    return dict(Counter(tensor.state for tensor in states.values()))

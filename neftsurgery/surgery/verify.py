@@ -1,4 +1,4 @@
-"""verify: is a checkpoint in the state before a patch, after it, or in neither?"""
+"""verify: whether a checkpoint is in the state before a patch, after it, or in neither."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import boundary
 from ..options import RunOptions, split
 from ..patch.patch import Patch
@@ -27,10 +26,10 @@ class Verification:
     Attributes
     ----------
     state:
-        Of all touched tensors together: ``base``, ``patched``, ``mixed`` or ``neither``. Where the
-        patch changes no bit, both ``base`` and ``patched`` hold, and it says ``patched``.
+        Of all touched tensors together: ``base``, ``patched``, ``mixed`` or ``neither``. If the patch changes
+        no bit, both ``base`` and ``patched`` hold, and the state is ``patched``.
     tensors:
-        Per touched tensor, how many vectors are in which state; its ``state`` sums that up.
+        How many vectors are in which state, by touched tensor.
     """
 
     state: State
@@ -49,7 +48,7 @@ class Verification:
         return f"<Verification {self}>"
 
     def holds(self, expected: str | None = None) -> bool:
-        """Whether all vectors are as in the base, or all as patched; or as ``expected``."""
+        """Whether all vectors are in the state ``expected``; None: all in the base, or all patched."""
         if expected is None:
             return self.state in ("base", "patched")
         wrong = "patched" if expected == "base" else "base"
@@ -58,7 +57,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class VerifyPlan:
-    """What is compared: a checkpoint, and a patch that fits it. Made by `plan_verify`."""
+    """A checkpoint, and a patch that fits it. Made by `plan_verify`."""
 
     checkpoint: Checkpoint
     patch: Patch
@@ -76,7 +75,7 @@ class VerifyPlan:
         """Compare every vector that the patch touches."""
         watch = Stopwatch()
         with watch.running(), progress("checking", self.patch.value_bytes) as advance:
-            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), progress=advance)
+            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), advance=advance)
             self.checkpoint.check_unchanged()
             self.patch.check_unchanged()
         watch.bytes_read = self.checkpoint.bytes_read
@@ -112,7 +111,7 @@ def verify(
 
 def plan_verify(checkpoint: str | os.PathLike[str], patch: Patch | str | os.PathLike[str]) -> VerifyPlan:
     """Read the headers of both and check that they fit each other."""
-    opened = open_checkpoint(checkpoint)
+    opened = Checkpoint.open(checkpoint)
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
     check_fit(opened, loaded)
     return VerifyPlan(opened, loaded)

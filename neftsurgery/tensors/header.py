@@ -134,13 +134,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raise CorruptFileError(
                 f"not a valid safetensors file: {_reason(error)}",
                 file=path,
-                hint="the file is damaged or was cut short: fetch or write it again",
+                hint="the file is damaged or truncated: fetch or write it again",
             ) from error
         prefix = file.read(_PREFIX.size)
         length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1
         raw = file.read(length) if 0 <= length <= MAX_HEADER_BYTES else b""
         if len(raw) != length:
-            raise CorruptFileError("the file was cut short while it was opened", file=path)
+            raise CorruptFileError("the file was truncated while it was opened", file=path)
     try:
         content = loads(raw.decode("utf-8"))
     except _DuplicateKeyError as error:

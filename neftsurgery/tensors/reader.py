@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MachineError, NeftError, UsageError
-from ..storage.positioned import OpenFile, read_exactly, write_exactly
+from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
 from .header import Header, TensorInfo, read_header
 
 __all__ = ["TensorFile"]
@@ -151,11 +151,7 @@ class TensorFile:
         A file that was removed or replaced since then still reads as it was.
         """
         if self.path is not None and _stamp(self._file) != self._stamp:
-            raise MachineError(
-                "the file was changed by someone else while it was in use",
-                file=self.path,
-                hint="nothing was written; run the command again when the file is at rest",
-            )
+            raise changed_file(self.path)
 
     def copy_to(self, target: int) -> None:
         """Copy the whole file to the descriptor ``target``."""

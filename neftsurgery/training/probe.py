@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, Trainer
 
-from ..checkpoint.opening import open_checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..live.loading import load_model
 from ..scoring.scores import Scores
 from ..storage.threads import Limits
@@ -90,7 +90,7 @@ def _finetune_scores(plan: TrainPlan, directory: RunDirectory, steps: int, limit
     trainer.train()
     model.to(device="cpu", dtype=dtype).save_pretrained(directory.probe / "tuned")
     del trainer, model
-    tuned = open_checkpoint(directory.probe / "tuned")
+    tuned = Checkpoint.open(directory.probe / "tuned")
     sides = pair(plan.base, tuned, recipe.select.scope)
     comparison = DiffPlan(sides, recipe.select.score or "cosine", recipe.select.seed, directory.scores)
     scores = comparison.run(limits=limits)

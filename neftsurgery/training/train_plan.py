@@ -12,7 +12,6 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import UsageError, boundary
 from ..live.loading import load_tokenizer, meta_model
 from ..live.names import live_names
@@ -198,7 +197,7 @@ def plan_train(
             hint="to train in several, write a Trainer of your own: docs/training.md",
         )
     asked = read_recipe(recipe, overrides)
-    base = open_checkpoint(asked.model)
+    base = Checkpoint.open(asked.model)
     _refuse_out(asked, base, force)
     tokenizer = load_tokenizer(base)
     examples = read_examples(asked, tokenizer)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, NeftError
 from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
 from ..neurons.vectors import gather
@@ -56,7 +55,7 @@ def find_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
     if base is False:
         return None
     if base is not None:
-        return open_checkpoint(base)
+        return Checkpoint.open(base)
     named = getattr(model, "name_or_path", None) or getattr(
         getattr(model, "config", None), "_name_or_path", None
     )
@@ -64,7 +63,7 @@ def find_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
         return None
     try:
         source = _local_source(named, getattr(model.config, "_commit_hash", None))
-        return None if source is None else open_checkpoint(source)
+        return None if source is None else Checkpoint.open(source)
     except NeftError as error:
         log.debug("the base that the model names cannot be opened: %s", error)
         return None

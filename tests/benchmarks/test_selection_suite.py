@@ -143,7 +143,7 @@ def test_controls_differ_in_what_they_should(checkpoints, model):
     assert not picked("neft") & picked("least-like")
     assert not picked("neft") & picked("reversed")
     assert 0 < len(picked("neft") & picked("random-like")) < len(picked("neft"))
-    weights = ns.open_checkpoint(base)
+    weights = ns.Checkpoint.open(base)
     norms = {
         key: np.linalg.norm(models.load(base, "cpu").state_dict()[key].numpy(), axis=1)
         for key in chosen["norm"].tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,9 +17,8 @@ import pytest
 from numpy.typing import NDArray
 from support import write_file, write_folder
 
-from neftsurgery.checkpoint import checkpoint as module
-from neftsurgery.checkpoint.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from neftsurgery.checkpoint.opening import open_checkpoint
+from neftsurgery.checkpoint.checkpoint import Checkpoint, OpenShards
+from neftsurgery.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from neftsurgery.errors import CorruptFileError, MachineError, UsageError, boundary
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -54,7 +54,7 @@ def reindex(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
 
 def test_one_file(tmp_path: Path) -> None:
     path = write_file(tmp_path / "any name.safetensors", ARRAYS)
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     assert_holds(checkpoint, ARRAYS)
     assert checkpoint.is_file
     assert checkpoint.root == tmp_path
@@ -64,7 +64,7 @@ def test_one_file(tmp_path: Path) -> None:
 
 def test_a_folder_with_one_file(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     assert_holds(checkpoint, ARRAYS)
     assert not checkpoint.is_file
     assert checkpoint.root == folder
@@ -72,7 +72,7 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
 
 def test_shards(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=3)
-    checkpoint = open_checkpoint(str(folder))
+    checkpoint = Checkpoint.open(str(folder))
     assert_holds(checkpoint, ARRAYS)
     assert len(checkpoint.shards) == 3
     for name in ARRAYS:
@@ -84,7 +84,7 @@ def test_shards(tmp_path: Path) -> None:
 
 
 def test_reads_from_any_position_are_counted(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(write_folder(tmp_path / "m", ARRAYS, shards=2))
+    checkpoint = Checkpoint.open(write_folder(tmp_path / "m", ARRAYS, shards=2))
     assert checkpoint.bytes_read == 0
     buffer = bytearray(7)
     checkpoint.read_into("layers.3.weight", 5, memoryview(buffer))
@@ -96,19 +96,19 @@ def test_a_single_file_beats_an_index_beside_it(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     single = {"only": np.ones((2, 2), np.float32)}
     write_file(folder / SINGLE_NAME, single)
-    assert_holds(open_checkpoint(folder), single)
+    assert_holds(Checkpoint.open(folder), single)
 
 
 def test_a_tensor_missing_from_the_weight_map_still_loads(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     reindex(folder, lambda weight_map: weight_map.pop("layers.3.weight"))
-    assert_holds(open_checkpoint(folder), ARRAYS)
+    assert_holds(Checkpoint.open(folder), ARRAYS)
 
 
 def test_a_file_beside_the_shards_that_no_index_names_is_ignored(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     write_file(folder / "adapter.safetensors", {"x": np.ones(3, np.float32)})
-    assert_holds(open_checkpoint(folder), ARRAYS)
+    assert_holds(Checkpoint.open(folder), ARRAYS)
 
 
 def test_symlinked_shards_as_in_the_hub_cache(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_symlinked_shards_as_in_the_hub_cache(tmp_path: Path) -> None:
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(blobs / f"{number}")
         path.symlink_to(f"../blobs/{number}")
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     assert_holds(checkpoint, ARRAYS)
     checkpoint.check_unchanged()
 
@@ -130,7 +130,7 @@ def test_parameters_and_bytes(tmp_path: Path) -> None:
         "step": np.zeros((), np.int64),
         "mask": np.zeros(10, np.bool_),
     }
-    checkpoint = open_checkpoint(write_file(tmp_path / "x.safetensors", arrays))
+    checkpoint = Checkpoint.open(write_file(tmp_path / "x.safetensors", arrays))
     assert checkpoint.parameters == 15
     assert checkpoint.nbytes == 24 + 24 + 8 + 10
 
@@ -138,12 +138,12 @@ def test_parameters_and_bytes(tmp_path: Path) -> None:
 def test_a_folder_with_neither_names_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds neither") as error:
-        open_checkpoint(tmp_path)
+        Checkpoint.open(tmp_path)
     assert error.value.hint is None
     for name in ("d", "b", "c", "a"):
         write_file(tmp_path / f"{name}.safetensors", {})
     with pytest.raises(UsageError) as error:
-        open_checkpoint(tmp_path)
+        Checkpoint.open(tmp_path)
     assert error.value.hint == "it does hold a.safetensors, b.safetensors, c.safetensors: name that file"
 
 
@@ -174,7 +174,7 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path, name: str) -> 
         write_file(place, extra)
     reindex(folder, lambda weight_map: weight_map.update(extra=name))
     with pytest.raises(CorruptFileError, match="outside") as error:
-        open_checkpoint(folder)
+        Checkpoint.open(folder)
     assert error.value.file == str(folder / INDEX_NAME)
     assert "\0" not in str(error.value)
 
@@ -184,7 +184,7 @@ def test_an_absolute_path_in_an_index_is_refused(tmp_path: Path) -> None:
     path = write_file(tmp_path / "x.safetensors", {"extra": np.ones(3, np.float32)})
     reindex(folder, lambda weight_map: weight_map.update(extra=str(path)))
     with pytest.raises(CorruptFileError, match="outside"):
-        open_checkpoint(folder)
+        Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "n" * 300, "ü" * 200, "\ud800.safetensors", "sub"])
@@ -193,7 +193,7 @@ def test_a_missing_shard(tmp_path: Path, name: str) -> None:
     (folder / "sub").mkdir()
     reindex(folder, lambda weight_map: weight_map.update(extra=name))
     with pytest.raises(CorruptFileError, match="is not there") as error:
-        open_checkpoint(folder)
+        Checkpoint.open(folder)
     assert error.value.file == str(folder / INDEX_NAME)
     str(error.value).encode()
 
@@ -202,7 +202,7 @@ def test_a_shard_that_is_no_safetensors_file(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2, config={"model_type": "llama"})
     reindex(folder, lambda weight_map: weight_map.update(extra="config.json"))
     with pytest.raises(CorruptFileError) as error:
-        open_checkpoint(folder)
+        Checkpoint.open(folder)
     assert error.value.file == str(folder / "config.json")
 
 
@@ -240,7 +240,7 @@ def test_a_broken_index(tmp_path: Path, text: str | bytes) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     (folder / INDEX_NAME).write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(CorruptFileError) as error:
-        open_checkpoint(folder)
+        Checkpoint.open(folder)
     assert error.value.file == str(folder / INDEX_NAME)
     assert len(str(error.value)) < 1000
 
@@ -249,7 +249,7 @@ def test_a_huge_index_is_not_read(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     os.truncate(folder / INDEX_NAME, 1 << 40)  # sparse
     with pytest.raises(CorruptFileError, match="larger than"):
-        open_checkpoint(folder)
+        Checkpoint.open(folder)
 
 
 def test_the_same_tensor_in_two_shards(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_the_same_tensor_in_two_shards(tmp_path: Path) -> None:
     with pytest.raises(
         CorruptFileError, match=r"model-00002-of-00002\.safetensors and third\.safetensors"
     ) as error:
-        open_checkpoint(folder)
+        Checkpoint.open(folder)
     assert error.value.tensor == "layers.1.weight"
 
 
@@ -268,10 +268,10 @@ def test_the_same_tensor_in_two_shards(tmp_path: Path) -> None:
 
 def test_config(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, config={"model_type": "llama"})
-    assert open_checkpoint(folder).config == {"model_type": "llama"}
-    assert open_checkpoint(folder / SINGLE_NAME).config == {"model_type": "llama"}
+    assert Checkpoint.open(folder).config == {"model_type": "llama"}
+    assert Checkpoint.open(folder / SINGLE_NAME).config == {"model_type": "llama"}
     (folder / "config.json").unlink()
-    assert open_checkpoint(folder).config is None
+    assert Checkpoint.open(folder).config is None
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_config(tmp_path: Path) -> None:
 def test_a_broken_config(tmp_path: Path, text: str | bytes) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
     (folder / "config.json").write_bytes(text.encode() if isinstance(text, str) else text)
-    checkpoint = open_checkpoint(folder)  # the weights are fine
+    checkpoint = Checkpoint.open(folder)  # the weights are fine
     with pytest.raises(CorruptFileError) as error:
         _ = checkpoint.config
     assert error.value.file == str(folder / "config.json")
@@ -329,7 +329,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path, change: Callable[[Path], None
         path.rename(real)
         path.symlink_to(real)
         path = real
-    checkpoint = open_checkpoint(folder)
+    checkpoint = Checkpoint.open(folder)
     checkpoint.check_unchanged()
     change(path)
     with pytest.raises(MachineError, match="changed by someone else") as error:
@@ -342,7 +342,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path, change: Callable[[Path], None
 
 def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
     path = write_file(tmp_path / "x.safetensors", ARRAYS)
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     read(checkpoint, "layers.0.weight")
     truncate(path)
     last = max(ARRAYS, key=checkpoint.position)
@@ -353,7 +353,7 @@ def test_a_file_cut_short_while_it_is_read(tmp_path: Path) -> None:
 
 def test_a_replaced_file_is_read_on_but_noticed(tmp_path: Path) -> None:
     path = write_file(tmp_path / "x.safetensors", ARRAYS)
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     read(checkpoint, "layers.0.weight")
     write_file(tmp_path / "y", {n: -a for n, a in ARRAYS.items()}).replace(path)
     assert_holds(checkpoint, ARRAYS)
@@ -363,7 +363,7 @@ def test_a_replaced_file_is_read_on_but_noticed(tmp_path: Path) -> None:
 
 def test_a_deleted_file_is_noticed(tmp_path: Path) -> None:
     path = write_file(tmp_path / "x.safetensors", ARRAYS)
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     path.unlink()
     with pytest.raises(MachineError, match="changed by someone else"):
         checkpoint.check_unchanged()
@@ -373,7 +373,7 @@ def test_a_deleted_file_is_noticed(tmp_path: Path) -> None:
 
 def test_a_file_replaced_while_it_was_closed_is_noticed(tmp_path: Path) -> None:
     path = write_file(tmp_path / "x.safetensors", ARRAYS)
-    checkpoint = open_checkpoint(path)
+    checkpoint = Checkpoint.open(path)
     read(checkpoint, "layers.0.weight")
     checkpoint.close()
     assert read(checkpoint, "layers.0.weight") == ARRAYS["layers.0.weight"].tobytes()
@@ -404,7 +404,7 @@ def test_an_unreadable_file(name: str) -> None:
         os.chmod(top, 0o755)
         folder = write_folder(Path(top) / "m", ARRAYS, shards=2)
         with unreadable(folder / name), pytest.raises(MachineError, match="permission denied") as error:
-            boundary(open_checkpoint)(folder)
+            boundary(Checkpoint.open)(folder)
         assert error.value.file == str(folder / name)
 
 
@@ -412,11 +412,11 @@ def test_an_unreadable_file(name: str) -> None:
 
 
 def test_more_shards_than_are_held_open_are_read_right_from_many_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(module, "_OPEN_SHARDS", 3)
     arrays = {f"t{n:02}": np.full((50, 40), n, np.float32) for n in range(20)}
-    checkpoint = open_checkpoint(write_folder(tmp_path / "m", arrays, shards=20))
+    checkpoint = Checkpoint.open(write_folder(tmp_path / "m", arrays, shards=20))
+    checkpoint = dataclasses.replace(checkpoint, opened=OpenShards(most=3))
     wrong: list[str] = []
     before = len(os.listdir("/dev/fd"))
 
@@ -440,17 +440,17 @@ def test_more_shards_than_are_held_open_are_read_right_from_many_threads(
 
 
 def test_as_many_shards_as_real_models_have(tmp_path: Path) -> None:
-    arrays = {f"t{n:03}": np.full(3, n, np.float32) for n in range(module._OPEN_SHARDS + 10)}
-    checkpoint = open_checkpoint(write_folder(tmp_path / "m", arrays, shards=len(arrays)))
+    arrays = {f"t{n:03}": np.full(3, n, np.float32) for n in range(64 + 10)}
+    checkpoint = Checkpoint.open(write_folder(tmp_path / "m", arrays, shards=len(arrays)))
     before = len(os.listdir("/dev/fd"))
     assert_holds(checkpoint, arrays)
-    assert len(os.listdir("/dev/fd")) <= before + module._OPEN_SHARDS
+    assert len(os.listdir("/dev/fd")) <= before + 64
     assert_holds(checkpoint, arrays)
 
 
 def test_a_checkpoint_closes_its_files_when_it_goes(tmp_path: Path) -> None:
     before = len(os.listdir("/dev/fd"))
-    checkpoint = open_checkpoint(write_folder(tmp_path / "m", ARRAYS, shards=2))
+    checkpoint = Checkpoint.open(write_folder(tmp_path / "m", ARRAYS, shards=2))
     assert len(os.listdir("/dev/fd")) == before
     assert_holds(checkpoint, ARRAYS)
     assert len(os.listdir("/dev/fd")) == before + 2

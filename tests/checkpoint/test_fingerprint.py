@@ -12,8 +12,8 @@ import xxhash
 from numpy.typing import NDArray
 from support import write_file, write_folder
 
+from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.fingerprint import fingerprint
-from neftsurgery.checkpoint.opening import open_checkpoint
 
 Arrays = dict[str, NDArray[np.generic]]
 RNG = np.random.default_rng(0)
@@ -41,7 +41,7 @@ def by_hand(arrays: Arrays) -> str:
 
 
 def of(path: Path) -> str:
-    return fingerprint(open_checkpoint(path))
+    return fingerprint(Checkpoint.open(path))
 
 
 def test_definition(tmp_path: Path) -> None:
@@ -102,6 +102,6 @@ def test_noticed(tmp_path: Path, what: str) -> None:
 
 @pytest.mark.parametrize("at", [1024, 5000, 12000 - 1025])
 def test_the_middle_of_a_large_tensor_is_not_read(tmp_path: Path, at: int) -> None:
-    checkpoint = open_checkpoint(write_file(tmp_path / "x.safetensors", with_element("large", at)))
+    checkpoint = Checkpoint.open(write_file(tmp_path / "x.safetensors", with_element("large", at)))
     assert fingerprint(checkpoint) == by_hand(ARRAYS)
     assert checkpoint.bytes_read == sum(min(2 * 4096, a.nbytes) for a in ARRAYS.values())

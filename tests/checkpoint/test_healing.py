@@ -24,7 +24,7 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, dict[str, object]]:
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, dict[str, object]]:
     """A checkpoint of two shards that was half patched in place, its patch, and what it was before."""
     rng = np.random.default_rng(0)
     arrays = {f"layers.{n}.weight": rng.standard_normal((40, 8)).astype(np.float32) for n in range(3)}
@@ -49,8 +49,8 @@ def cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pa
     return base, tmp_path / "patch", before
 
 
-def test_the_next_change_in_place_heals_what_is_recorded(cut_short, neft: Run, tmp_path: Path) -> None:
-    base, patch, _ = cut_short
+def test_the_next_change_in_place_heals_what_is_recorded(interrupted, neft: Run, tmp_path: Path) -> None:
+    base, patch, _ = interrupted
     for words in (["verify", base, patch], ["apply", base, patch, "--in-place", "--dry-run"],
                   ["apply", base, patch, "-o", "out"]):  # fmt: skip
         torn = snapshot(base)
@@ -61,14 +61,14 @@ def test_the_next_change_in_place_heals_what_is_recorded(cut_short, neft: Run, t
     assert neft("inspect", base, "--json").json["unfinished"] == [str(base / ".neft-journal")]
     result = neft("apply", base, patch, "--in-place")
     assert result.code == 0
-    assert "cut short; it is undone" in result.err
+    assert "interrupted; it is undone" in result.err
     assert ns.verify(base, patch).state == "patched"
     assert not (base / ".neft-journal").exists()
     assert neft("inspect", base, "--json").json["unfinished"] == []
 
 
-def test_a_copy_with_another_inode_and_owner_heals(cut_short, tmp_path: Path) -> None:
-    base, _, before = cut_short
+def test_a_copy_with_another_inode_and_owner_heals(interrupted, tmp_path: Path) -> None:
+    base, _, before = interrupted
     copy = tmp_path / "elsewhere" / "copy"
     shutil.copytree(base, copy)
     shutil.rmtree(base)
@@ -79,9 +79,9 @@ def test_a_copy_with_another_inode_and_owner_heals(cut_short, tmp_path: Path) ->
     assert snapshot(copy) == before
 
 
-def test_a_journal_of_the_last_version_heals_when_asked(cut_short, neft: Run) -> None:
+def test_a_journal_of_the_last_version_heals_when_asked(interrupted, neft: Run) -> None:
     """It has no id, and nobody recorded it."""
-    base, patch, before = cut_short
+    base, patch, before = interrupted
     path = base / ".neft-journal"
     with safe_open(path, framework="numpy") as file:
         document = json.loads(file.metadata()["neft_journal"])
@@ -94,8 +94,8 @@ def test_a_journal_of_the_last_version_heals_when_asked(cut_short, neft: Run) ->
     assert snapshot(base) == before
 
 
-def test_what_heal_shows(cut_short, neft: Run) -> None:
-    base, _, before = cut_short
+def test_what_heal_shows(interrupted, neft: Run) -> None:
+    base, _, before = interrupted
     result = neft("heal", base, "--dry-run")
     assert result.code == 0
     assert "written here by you" in result.out
@@ -116,8 +116,8 @@ def test_what_heal_shows(cut_short, neft: Run) -> None:
     assert snapshot(base) == before
 
 
-def test_heal_asks_on_a_terminal(cut_short, neft: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, _, before = cut_short
+def test_heal_asks_on_a_terminal(interrupted, neft: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _, before = interrupted
     torn = snapshot(base)
 
     class Terminal:
@@ -144,7 +144,7 @@ def test_heal_asks_on_a_terminal(cut_short, neft: Run, monkeypatch: pytest.Monke
 
 def test_nothing_to_heal(tmp_path: Path, neft: Run) -> None:
     base = write_folder(tmp_path / "base", {"w": np.ones((2, 3), np.float32)})
-    assert plan_heal(base).undoings == ()
+    assert plan_heal(base).restorations == ()
     assert heal_recorded(base) is None
     result = neft("heal", base)
     assert result.code == 0
@@ -152,9 +152,9 @@ def test_nothing_to_heal(tmp_path: Path, neft: Run) -> None:
     assert neft("heal", tmp_path / "missing").code == 2
 
 
-def test_two_healers_at_once(cut_short) -> None:
+def test_two_healers_at_once(interrupted) -> None:
     """One of them heals; the other finds it done, or is told that somebody is at it."""
-    base, _, before = cut_short
+    base, _, before = interrupted
     code = (
         "import sys, neftsurgery as ns\nfrom neftsurgery.checkpoint import healing\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
@@ -175,9 +175,9 @@ def test_two_healers_at_once(cut_short) -> None:
     assert snapshot(base) == before
 
 
-def test_a_checkpoint_parted_from_its_journal_is_told_of_it(cut_short, neft: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_parted_from_its_journal_is_told_of_it(interrupted, neft: Run, tmp_path: Path) -> None:
     """``cp ckpt/* new/`` leaves hidden files behind. A torn row is neither old nor new: the hint says why."""
-    base, patch, _ = cut_short
+    base, patch, _ = interrupted
     parted = tmp_path / "parted"
     shutil.copytree(base, parted, ignore=shutil.ignore_patterns(".*"))
     with ns.Patch.load(patch) as opened:
@@ -193,16 +193,16 @@ def test_a_checkpoint_parted_from_its_journal_is_told_of_it(cut_short, neft: Run
         result = neft(*words)
         assert result.code == 3
         assert ".neft-journal" in result.err
-        assert "left behind" in result.err
+        assert "may still be at the old place" in result.err
 
 
 @pytest.mark.parametrize("what", ["overlap", "too many"])
 def test_a_journal_that_contradicts_itself_or_is_larger_than_the_checkpoint(
-    cut_short, neft: Run, what: str
+    interrupted, neft: Run, what: str
 ) -> None:
     import xxhash
 
-    base, _, _ = cut_short
+    base, _, _ = interrupted
     path = base / ".neft-journal"
     with safe_open(path, framework="numpy") as file:
         document = json.loads(file.metadata()["neft_journal"])

@@ -33,10 +33,11 @@ from safetensors.numpy import load_file, save_file
 from support import write_file, write_folder
 
 import neftsurgery
-from neftsurgery.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
+from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.healing import heal, heal_recorded, plan_heal
 from neftsurgery.checkpoint.journal import Change, journaled, locked
 from neftsurgery.checkpoint.unfinished import JOURNAL_NAME, journal_path
+from neftsurgery.checkpoint.weight_files import SINGLE_NAME
 from neftsurgery.errors import CorruptFileError, MachineError, MismatchError, UsageError
 from neftsurgery.neurons import vectors
 from neftsurgery.neurons.layout import Layout
@@ -160,7 +161,7 @@ def die_at(number: int) -> None:
 
     for name in ("fsync", "ftruncate", "unlink", "rename", "link"):
         setattr(os, name, before(getattr(os, name)))
-    output._rename_specially = before(output._rename_specially)
+    output._rename_with_flags = before(output._rename_with_flags)
 
 
 def killed_everywhere(base: Path, runs: Path, steps: list[Step]) -> list[Path]:
@@ -311,7 +312,7 @@ def test_power_loss_leaves_any_sectors_written(name: str, seed: int, tenths: int
 
 
 def half_written(folder: Path, written: NDArray[np.float32]) -> None:
-    """Replace the only tensor of a folder, in place and as if by a change that was cut short."""
+    """Replace the only tensor of a folder, in place and as if by a change that was interrupted."""
     path = folder / SINGLE_NAME
     with path.open("r+b") as file:
         file.seek(Checkpoint.read(resolve(path)).position("w")[1])
@@ -452,7 +453,7 @@ def test_the_journal_holds_the_old_vectors_and_is_synced_before_the_first_write(
 ) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS)
     calls: list[str] = []
-    fsync, rename = os.fsync, output._rename_specially
+    fsync, rename = os.fsync, output._rename_with_flags
 
     def noted_fsync(fd: int) -> None:
         calls.append("sync folder" if os.path.isdir(f"/dev/fd/{fd}") else "sync file")
@@ -469,7 +470,7 @@ def test_the_journal_holds_the_old_vectors_and_is_synced_before_the_first_write(
         return vectors.scatter(*args)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(output, "_rename_specially", noted_rename)
+    monkeypatch.setattr(output, "_rename_with_flags", noted_rename)
     monkeypatch.setattr(sys.modules[__name__], "scatter", noted_scatter)
     change_in_place(folder, CHANGES["rows"])
     recorded = ["sync file", "sync folder"]
@@ -500,7 +501,7 @@ def test_another_model_of_the_same_architecture_is_left_alone(tmp_path: Path, na
     for path in shards_of(other):
         path.replace(folder / path.name)
     before = content(folder)
-    with pytest.raises(MismatchError, match="not the file it was written for") as error:
+    with pytest.raises(MismatchError, match="journal of a change in place was not written for") as error:
         heal(folder)
     assert content(folder) == before
     assert (folder / JOURNAL_NAME).read_bytes() == journal
@@ -846,7 +847,7 @@ def test_healing_before_a_change_says_so(tmp_path: Path, caplog: pytest.LogCaptu
     start(folder, CHANGES["rows"])
     undo_unfinished(folder)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "cut short" in caplog.text
+    assert "was interrupted" in caplog.text
     assert os.listdir(folder) == [SINGLE_NAME]
 
 

@@ -21,10 +21,11 @@ from safetensors.numpy import load_file, save_file
 from support import LLAMA_CONFIG, Result, llama, snapshot, write_folder
 
 import neftsurgery as ns
-from neftsurgery.checkpoint.checkpoint import SINGLE_NAME, Checkpoint
+from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.healing import heal_recorded
 from neftsurgery.checkpoint.journal import Change, journaled
 from neftsurgery.checkpoint.unfinished import JOURNAL_NAME
+from neftsurgery.checkpoint.weight_files import SINGLE_NAME
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.sources.resolve import resolve
 
@@ -169,7 +170,7 @@ def test_no_command_follows_it(neft: Run, setting: Path, attack: Callable, name:
     assert everything(setting) == before, "a byte was changed"
     if name == "inspect":
         assert result.code == 0
-        assert "a change in place was cut short" in result.err
+        assert "a change in place was interrupted" in result.err
     else:
         assert result.code == 5, result.err
         assert "neftsurgery heal" in result.err

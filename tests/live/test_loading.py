@@ -40,7 +40,7 @@ def with_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize("model_class", ["causal_lm", "saved"])
 def test_a_model_with_its_weights(folder: Path, model_class: Any) -> None:
-    model = load_model(ns.open_checkpoint(folder), model_class)
+    model = load_model(ns.Checkpoint.open(folder), model_class)
     assert type(model) is LlamaForCausalLM
     assert not model.training
     assert bits(model.state_dict()) == bits(llama().state_dict())
@@ -50,25 +50,25 @@ def test_a_model_with_its_weights(folder: Path, model_class: Any) -> None:
 def test_the_class_that_was_saved(tmp_path: Path) -> None:
     """Which has every weight of the files; and the bare model where transformers has no such class."""
     bert().save_pretrained(tmp_path / "base")
-    base = ns.open_checkpoint(tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
     assert type(load_model(base, "saved")) is BertForMaskedLM
     assert type(meta_model(base, "saved")) is BertForMaskedLM
     edit(tmp_path / "base", architectures=["OfSomeoneElse"])
-    base = ns.open_checkpoint(tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
     assert type(meta_model(base, "saved")).__name__ == "BertModel"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    base = ns.open_checkpoint(tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
     assert load_model(base, "causal_lm", dtype=dtype).dtype == dtype
     assert load_model(base, "causal_lm").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("model_class", ["causal_lm", "saved"])
 def test_a_model_without_weights(folder: Path, model_class: Any) -> None:
-    model = meta_model(ns.open_checkpoint(folder), model_class)
+    model = meta_model(ns.Checkpoint.open(folder), model_class)
     assert all(parameter.is_meta for parameter in model.parameters())
     shapes = {name: p.shape for name, p in llama().named_parameters()}
     assert {name: p.shape for name, p in model.named_parameters()} == shapes
@@ -76,13 +76,13 @@ def test_a_model_without_weights(folder: Path, model_class: Any) -> None:
 
 def test_a_tokenizer(folder: Path) -> None:
     with_tokenizer(folder)
-    assert load_tokenizer(ns.open_checkpoint(folder)).vocab_size == 3
+    assert load_tokenizer(ns.Checkpoint.open(folder)).vocab_size == 3
 
 
 def test_progress_bars_are_off_while_loading_and_as_before_after(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = ns.open_checkpoint(folder)
+    base = ns.Checkpoint.open(folder)
     logging.enable_progress_bar()
     load_model(base, "causal_lm")
     assert capsys.readouterr().err == ""
@@ -118,7 +118,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 def test_what_transformers_cannot_load(folder: Path, damage: Any, load: Any) -> None:
     damage(folder)
     with pytest.raises(ns.UsageError, match=r"transformers cannot load the model: \w") as caught:
-        load(ns.open_checkpoint(folder))
+        load(ns.Checkpoint.open(folder))
     assert str(folder) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -126,7 +126,7 @@ def test_what_transformers_cannot_load(folder: Path, damage: Any, load: Any) -> 
 def test_weights_of_another_size(folder: Path) -> None:
     edit(folder, intermediate_size=32)
     with pytest.raises(ns.MismatchError, match="a weight of another shape") as caught:
-        load_model(ns.open_checkpoint(folder), "causal_lm")
+        load_model(ns.Checkpoint.open(folder), "causal_lm")
     assert caught.value.tensor == "model.layers.0.mlp.down_proj.weight"
     assert (caught.value.expected, caught.value.found) == ([16, 32], [16, 24])
 
@@ -137,22 +137,22 @@ def test_weights_of_another_size(folder: Path) -> None:
 def test_what_is_not_a_folder_with_a_config(folder: Path, load: Any) -> None:
     expected = "expected a model folder with a config.json"
     with pytest.raises(ns.UsageError, match=f"{expected} .found a single file"):
-        load(ns.open_checkpoint(folder / "model.safetensors"))
+        load(ns.Checkpoint.open(folder / "model.safetensors"))
     (folder / "config.json").unlink()
     with pytest.raises(ns.UsageError, match=f"{expected} .found no config.json"):
-        load(ns.open_checkpoint(folder))
+        load(ns.Checkpoint.open(folder))
 
 
 def test_a_tokenizer_that_cannot_be_used(folder: Path) -> None:
     with pytest.raises(ns.UsageError, match="no tokenizer that transformers can load") as caught:
-        load_tokenizer(ns.open_checkpoint(folder))
+        load_tokenizer(ns.Checkpoint.open(folder))
     assert "tokenizer.json" in str(caught.value)
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}})
     )
     (folder / "own.py").write_text("raise SystemExit('this code was run')")
     with pytest.raises(ns.UsageError, match="no tokenizer that transformers can load"):
-        load_tokenizer(ns.open_checkpoint(folder))
+        load_tokenizer(ns.Checkpoint.open(folder))
 
 
 def test_weights_that_are_required(folder: Path) -> None:
@@ -160,11 +160,11 @@ def test_weights_that_are_required(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert load_model(ns.open_checkpoint(folder), "saved", required="model.layers") is not None
+    assert load_model(ns.Checkpoint.open(folder), "saved", required="model.layers") is not None
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ns.MismatchError, match=r"is not in its files \(missing weights: 1\)") as caught:
-        load_model(ns.open_checkpoint(folder), "saved", required="model.layers")
+        load_model(ns.Checkpoint.open(folder), "saved", required="model.layers")
     assert caught.value.tensor == "model.layers.1.mlp.up_proj.weight"
 
 
@@ -177,4 +177,4 @@ def test_a_failure_of_the_machine_is_not_blamed_on_the_model(
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
     for load in LOADERS.values():
         with pytest.raises(OSError, match="Input/output error"):
-            load(ns.open_checkpoint(folder))
+            load(ns.Checkpoint.open(folder))

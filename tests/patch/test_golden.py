@@ -219,7 +219,7 @@ def test_the_fingerprint_sees_edges_names_types_and_shapes(tmp_path: Path, where
 def fingerprint_of(checkpoint: Path) -> str:
     from neftsurgery.checkpoint.fingerprint import fingerprint
 
-    return fingerprint(ns.open_checkpoint(checkpoint))
+    return fingerprint(ns.Checkpoint.open(checkpoint))
 
 
 @pytest.mark.parametrize("count", [1, 1 << 31, (1 << 31) + 1])

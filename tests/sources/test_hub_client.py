@@ -82,12 +82,12 @@ def cached(cache: Path, repo: str, revisions: dict[str, str], arrays: dict[str, 
 
 ASK = """
 import json, sys
-from neftsurgery.checkpoint.opening import open_checkpoint
+from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.errors import NeftError
 assert not any(name in sys.modules for name in ("torch", "huggingface_hub"))
 for named in json.loads(sys.argv[1]):
     try:
-        found = open_checkpoint(named)
+        found = Checkpoint.open(named)
     except NeftError as error:
         print(json.dumps([type(error).__name__, str(error)]))
     else:

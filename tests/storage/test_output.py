@@ -101,7 +101,7 @@ def test_an_existing_output_is_refused_unless_forced(tmp_path: Path, what: str) 
         refuse_output(out, inputs=[], force=False, kind="directory")
         refuse_output(out, inputs=[], force=False)
     else:
-        with pytest.raises(UsageError, match=r"exists already.*\n.*--force"):
+        with pytest.raises(UsageError, match=r"exists already.*\n.*force=True"):
             refuse_output(out, inputs=[], force=False, kind="directory")
 
 
@@ -251,7 +251,7 @@ def test_a_file_appears_when_the_context_ends(tmp_path: Path) -> None:
         staged.write_at(b"world", 5)
         staged.write_at(memoryview(b"hello"), 0)
         staged.write_at(b"", 0)
-        with staged.stream() as stream:
+        with os.fdopen(os.dup(staged.fd), "r+b") as stream:
             assert stream.read() == b"helloworld"
             stream.write(b"!")
     assert out.read_bytes() == b"helloworld!"
@@ -439,7 +439,7 @@ def test_everything_is_synced_inside_out_before_the_rename(
 def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the kernel's special renames, and on a system that lacks them."""
     if request.param == "without it":
-        monkeypatch.setattr(output, "_rename_specially", lambda path, out, exchange: False)
+        monkeypatch.setattr(output, "_rename_with_flags", lambda path, out, exchange: False)
     return str(request.param)
 
 
@@ -466,7 +466,7 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
     def link(*arguments: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(output, "_rename_specially", lambda path, out, exchange: False)
+    monkeypatch.setattr(output, "_rename_with_flags", lambda path, out, exchange: False)
     monkeypatch.setattr(os, "link", link)
     with staged_file(tmp_path / "out") as staged:
         staged.write_at(b"1", 0)
@@ -497,7 +497,7 @@ def test_the_exchange_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     out = tmp_path / "out"
     put("full directory", out)
     seen: list[bool] = []
-    special = output._rename_specially
+    special = output._rename_with_flags
 
     def spy(path: Path, target: Path, *, exchange: bool) -> bool:
         seen.append(tree(target) == {"deep/deeper/old": b"old"})
@@ -505,7 +505,7 @@ def test_the_exchange_is_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         seen.append(tree(target) == {"sub/a": b"new"})
         return done
 
-    monkeypatch.setattr(output, "_rename_specially", spy)
+    monkeypatch.setattr(output, "_rename_with_flags", spy)
     try:
         with staged_directory(out, force=True) as folder:
             fill(folder)
@@ -532,7 +532,7 @@ def test_without_exchange_a_failure_puts_the_old_one_back(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(source, target)
 
-    monkeypatch.setattr(output, "_rename_specially", lambda path, out, exchange: False)
+    monkeypatch.setattr(output, "_rename_with_flags", lambda path, out, exchange: False)
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), stage(kind, out, force=True) as staged:
         fill(staged)

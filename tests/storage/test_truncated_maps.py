@@ -1,4 +1,4 @@
-"""Mapped files that are cut short: noticed, where the system would end the process."""
+"""Mapped files that are truncated: noticed, where the system would end the process."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_model_that_is_truncated_while_it_is_scored(
         return sums(*arguments)
 
     monkeypatch.setattr(engine, "partial_sums", late)
-    with pytest.raises((ns.CorruptFileError, ns.MachineError), match=r"cut short|changed by someone"):
+    with pytest.raises((ns.CorruptFileError, ns.MachineError), match=r"truncated|changed by someone"):
         scored(sides, tmp_path / "scores", mapped=mapped)
     assert not (tmp_path / "scores").exists()
 

@@ -48,7 +48,10 @@ def test_outputs_that_make_no_sense(sides: tuple[Path, Path], tmp_path: Path) ->
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "folder").mkdir()
     refused(
-        tmp_path, ns.UsageError, lambda: ns.extract(*sides, changed=True, out=tmp_path / "taken"), "--force"
+        tmp_path,
+        ns.UsageError,
+        lambda: ns.extract(*sides, changed=True, out=tmp_path / "taken"),
+        "force=True",
     )
     for out in (base, tuned, base / "p", tuned / "p", tmp_path / "no" / "p", base / "config.json" / "p"):
         for force in (False, True):

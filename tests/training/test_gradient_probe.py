@@ -51,7 +51,7 @@ def squares(model: Any, name: str, axes: Any) -> torch.Tensor:
 def test_scores_are_those_of_autograd(tmp_path: Path, make: Any, score: str, oracle: Any) -> None:
     model = saved(make(), tmp_path / "base")
     before = bits(model.state_dict())
-    base = ns.open_checkpoint(tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
     anatomy = pair(base, base, Scope()).anatomy
     with gradient_scores(model, base, anatomy, BATCHES, tmp_path / "scores", score=score) as scores:
         assert scores.score == score
@@ -77,7 +77,7 @@ def test_scores_are_those_of_autograd(tmp_path: Path, make: Any, score: str, ora
 
 def test_units_score_as_one(tmp_path: Path) -> None:
     model = saved(llama(), tmp_path / "base")
-    base = ns.open_checkpoint(tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
     anatomy = pair(base, base, Scope("units")).anatomy
     names = [f"model.layers.0.mlp.{kind}_proj.weight" for kind in ("up", "gate", "down")]
     with gradient_scores(model, base, anatomy, BATCHES) as scores:
@@ -95,7 +95,7 @@ def test_units_score_as_one(tmp_path: Path) -> None:
 
 def test_it_is_the_cosine_distance_of_a_small_step(tmp_path: Path) -> None:
     model = saved(llama(), tmp_path / "base")
-    base = ns.open_checkpoint(tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
     name, step = "model.layers.1.self_attn.v_proj.weight", 1e-4
     w, s = both(model, name, [0])
     distance = 1 - torch.nn.functional.cosine_similarity(w, w - step * s)
@@ -109,7 +109,7 @@ def test_many_batches_and_vectors_of_zeros(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.v_proj.weight"
     with torch.no_grad():
         model.get_parameter(name)[3] = 0
-    base = ns.open_checkpoint(saved(model, tmp_path / "base").name_or_path)
+    base = ns.Checkpoint.open(saved(model, tmp_path / "base").name_or_path)
     anatomy = pair(base, base, Scope()).anatomy
     with (
         gradient_scores(model, base, anatomy, BATCHES[:1]) as once,
@@ -123,7 +123,7 @@ def test_many_batches_and_vectors_of_zeros(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_a_number(tmp_path: Path) -> None:
     model = saved(llama(), tmp_path / "base")
-    base = ns.open_checkpoint(tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ns.MismatchError, match="the loss of the base model is not a number"):

@@ -24,7 +24,7 @@ _SHOWN_RANGES = 5
 @dry_run_option
 @common_options
 def command(console: Console, checkpoint: str, yes: bool, dry_run: bool) -> None:
-    """Undo a change in place of CHECKPOINT that was cut short: the old neurons are written back.
+    """Undo a change in place of CHECKPOINT that was interrupted: the old neurons are written back.
 
     They are in the journal in the checkpoint's folder (for a file: beside it). A stranger can have put that
     file there: look at what it would write, and say no if you did not change this checkpoint in place.
@@ -37,7 +37,7 @@ def command(console: Console, checkpoint: str, yes: bool, dry_run: bool) -> None
     """
     plan = plan_heal(checkpoint)
     _say(console, plan)
-    if plan.undoings and not (yes or dry_run):
+    if plan.restorations and not (yes or dry_run):
         _ask(console)
     facts = plan.describe()
     healed = False

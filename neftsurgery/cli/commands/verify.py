@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ...surgery.state import LEFT_BEHIND
+from ...surgery.state import JOURNAL_HINT
 from ...surgery.verify import plan_verify
 from ...text import plural
 from ..console import Console, table
@@ -40,7 +40,7 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
         if len(odd) > _SHOWN:
             console.say(f"  and {plural(len(odd) - _SHOWN, 'more tensor')}; all of them with --json")
     if any(tensor.neither for tensor in found.tensors.values()):
-        console.note(f"note: {LEFT_BEHIND}")
+        console.note(f"note: {JOURNAL_HINT}")
     if not good:
         wanted = expect or "base or patched"
         console.note(f"neftsurgery: {checkpoint}: expected {wanted}, found {found.state}")

@@ -14,10 +14,11 @@ import numpy as np
 from support import LLAMA_CONFIG, llama, raw_file, snapshot, write_folder
 
 import neftsurgery as ns
-from neftsurgery.checkpoint.adapter import Adapted
-from neftsurgery.checkpoint.checkpoint import Checkpoint, weight_files
+from neftsurgery.checkpoint.adapter import AdaptedWeights
+from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.healing import plan_heal
 from neftsurgery.checkpoint.unfinished import journal_path
+from neftsurgery.checkpoint.weight_files import weight_files
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.neurons.anatomy import read_anatomy
 from neftsurgery.patch.patch import Patch
@@ -172,11 +173,11 @@ def _adapter(root: Path) -> Iterator[Target]:
     opened = Checkpoint.read(resolve(base))
 
     def read(raw: bytes) -> None:
-        adapted = Adapted.over(opened, folder)
+        adapted = AdaptedWeights.open(opened, folder)
         for name, info in list(adapted.tensors.items())[:4]:
             buffer = memoryview(bytearray(min(info.nbytes, 64)))
             adapted.read_into(name, 0, buffer)
-        adapted.adapter.close()
+        adapted.file.close()
 
     def read_one(other: Path, content: bytes) -> Callable[[bytes], None]:
         def both(raw: bytes) -> None:
