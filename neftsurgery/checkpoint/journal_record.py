@@ -40,7 +40,7 @@ def record(sha256: str, journal: Path) -> None:
             f"the state folder cannot be written: {(error.strerror or str(error)).lower()}",
             file=folder,
             hint="nothing was changed; a change in place is recorded there first: set XDG_STATE_HOME to a "
-            "folder that can be written, or write a new checkpoint with -o OUT",
+            "folder that can be written, or write a new checkpoint with [[out=...]]",
         ) from error
 
 
@@ -69,7 +69,7 @@ def _folder() -> Path:
         raise MachineError(
             "there is no home folder to record a change in place in",
             hint="nothing was changed; set XDG_STATE_HOME to a folder that can be written, or write a new "
-            "checkpoint with -o OUT",
+            "checkpoint with [[out=...]]",
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""Plans, scores and selections in words, for people."""
+"""How scores and what they are made of are printed for people."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..surgery.summary import Movement, Summary
 from ..text import amount, percent, plural, size
 from .console import Console, can_print, table
 
-__all__ = ["say_captured", "say_checkpoint", "say_map", "say_pair", "say_summary"]
+__all__ = ["say_captured", "say_map", "say_pair", "say_summary"]
 
 _SHOWN = 5
 _BAR = 24
 _MAPPED = "3%"
 
 
-def checkpoint_line(checkpoint: Checkpoint) -> list[str]:
-    """Cells for a table: name, bytes, files, dtypes, model type."""
+def _checkpoint_cells(checkpoint: Checkpoint) -> list[str]:
+    """The cells of a row: name, bytes, files, dtypes, model type."""
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
     return [
@@ -35,15 +35,9 @@ def checkpoint_line(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def say_checkpoint(console: Console, role: str, checkpoint: Checkpoint) -> None:
-    """One line about a checkpoint."""
-    for line in table([[role, *checkpoint_line(checkpoint)]]):
-        console.say(line)
-
-
 def say_pair(console: Console, plan: Pair) -> None:
-    """What two checkpoints have in common, what is scored of it and what is not."""
-    rows = [["base", *checkpoint_line(plan.base)], ["tuned", *checkpoint_line(plan.tuned)]]
+    """Say what two checkpoints have in common, what is scored of it and what is not."""
+    rows = [["base", *_checkpoint_cells(plan.base)], ["tuned", *_checkpoint_cells(plan.tuned)]]
     for line in table(rows, right=[2]):
         console.say(line)
     scored = plan.anatomy.scored
@@ -61,12 +55,11 @@ def say_pair(console: Console, plan: Pair) -> None:
     if plan.differing:
         shown = [f"{name} ({a} and {b})" for name, (a, b) in plan.differing.items()]
         console.say(f"of another shape or dtype: {_some(shown)}")
-    for warning in plan.anatomy.warnings:
-        console.note(f"warning: {warning}")
+    console.warn(plan.anatomy.warnings)
 
 
 def _plain(reason: str) -> str:
-    """Reasons that name a tensor, without it: they are counted together."""
+    """A reason without the tensor that it names, so that equal reasons are counted together."""
     return reason.partition(":")[0]
 
 
@@ -78,7 +71,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def say_summary(console: Console, summary: Summary, score: str) -> None:
-    """What the scores say: relation, layers and kinds, top neurons, what budgets capture."""
+    """Say what the scores show: relation, layers and kinds, top neurons, what budgets capture."""
     console.say()
     if summary.nonfinite:
         console.say(f"{plural(summary.nonfinite, 'neuron')} hold a NaN or Inf, and are never chosen by score")
@@ -138,7 +131,7 @@ def _say_movements(console: Console, title: str, movements: Sequence[Movement]) 
 
 
 def say_map(console: Console, scores: Scores) -> None:
-    """A small map of where the most sensitive neurons are, on a terminal."""
+    """Draw a small map of where the most sensitive neurons are, on a terminal."""
     if not console.is_terminal:
         return
     found = LayerMap.of_scores(scores, scores.select(neurons=_MAPPED))
@@ -149,7 +142,7 @@ def say_map(console: Console, scores: Scores) -> None:
 
 
 def say_captured(console: Console, facts: Mapping[str, Any], *, whole: bool | None) -> None:
-    """Which share of the change a selection holds, and whether base plus patch is the tuned model."""
+    """Say what share of the change a selection holds, and whether base plus patch is the tuned model."""
     captured = facts.get("captured")
     if captured is not None:
         console.say(

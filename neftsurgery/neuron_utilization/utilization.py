@@ -18,7 +18,7 @@ from ..patch.patch import PATCH_KEY, Patch
 from ..progress import Progress, silent
 from ..selection.budget import Amount
 from ..sources.resolve import resolve
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.diff import describe_side
 from ..surgery.extract import check_selection
 from ..surgery.verify import verify
@@ -33,8 +33,6 @@ from .result import Utilization
 from .tokenized_text import TokenizedText, tokenize_file
 
 __all__ = ["UtilizationPlan", "plan_utilization", "utilization"]
-
-AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, repr=False)

@@ -43,7 +43,7 @@ def open_to_change(path: Path, *, below: Path) -> int:
             raise UsageError(
                 "a file with several hard links cannot be changed in place: all of them would change",
                 file=path,
-                hint="write a new checkpoint with -o OUT, or copy the file first",
+                hint="write a new checkpoint with [[out=...]], or copy the file first",
             )
     except BaseException:
         os.close(fd)
@@ -60,7 +60,7 @@ def _step(name: str, flags: int, folder: int, path: Path) -> int:
             raise UsageError(
                 "a symlink cannot be changed in place: what it points to may be shared",
                 file=path,
-                hint="write a new checkpoint with -o OUT, or name the real file",
+                hint="write a new checkpoint with [[out=...]], or name the real file",
             ) from error
         raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(folder)

@@ -249,7 +249,7 @@ def _place(path: Path, out: Path) -> None:
             raise UsageError(
                 "the output appeared while it was being written",
                 file=out,
-                hint="another process wrote it; name another one, or replace it with --force",
+                hint="another process wrote it; name another one, or replace it with [[force=True]]",
             ) from error
         raise
 

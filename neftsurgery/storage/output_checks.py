@@ -144,7 +144,7 @@ def _refuse_existing(out: Path, force: bool, kind: Literal["file", "directory"] 
         raise UsageError(
             f"the output exists already: {what}",
             file=out,
-            hint="name another one, or replace it with --force",
+            hint="name another one, or replace it with [[force=True]]",
         )
 
 

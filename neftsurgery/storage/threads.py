@@ -51,9 +51,9 @@ class Limits:
             If ``threads`` is below 1, or ``memory`` below 16 MiB.
         """
         if threads is not None and threads < 1:
-            raise UsageError("--threads must be at least 1", found=threads)
+            raise UsageError("[[threads]] must be at least 1", found=threads)
         if memory is not None and memory < _LEAST_MEMORY:
-            raise UsageError("--memory must be at least 16 MiB", found=f"{memory} bytes")
+            raise UsageError("[[memory]] must be at least 16 MiB", found=f"{memory} bytes")
         return cls(threads or _default_threads(), memory or DEFAULT_MEMORY, mapped)
 
     def workers(self, nbytes: int) -> int:

@@ -248,7 +248,7 @@ def plan_export(
     chosen = _rank(patch, modules, needed, rank)
     if next_step(chosen) != chosen:
         step = next_step(chosen)
-        serve = f"serve it with --max-lora-rank {step}" if step else "vLLM will not serve it"
+        serve = f"serve it with `--max-lora-rank {step}`" if step else "vLLM will not serve it"
         warnings.append(f"{chosen} is not one of vLLM's ranks, {', '.join(map(str, STEPS))}: {serve}")
     known = patch.base.get("repo") or patch.base.get("name")
     if original is not None and original.source.repo is not None:

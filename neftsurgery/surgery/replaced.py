@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
@@ -12,8 +11,6 @@ from ..patch.digests import digests
 from ..patch.patch import Patch, Raw
 
 __all__ = ["BaseRows", "replaced_rows", "require_replaced"]
-
-I64 = NDArray[np.int64]
 
 
 class BaseRows:

@@ -109,7 +109,7 @@ def test_save_keeps_what_is_there(sides: tuple[Path, Path], tmp_path: Path) -> N
     patch = cut(sides, tmp_path / "p")
     (tmp_path / "taken").write_bytes(b"mine")
     before = snapshot(tmp_path)
-    with pytest.raises(ns.UsageError, match=r"(?s)taken.*--force"):
+    with pytest.raises(ns.UsageError, match=r"(?s)taken.*force=True"):
         patch.save(tmp_path / "taken")
     with pytest.raises(ns.UsageError, match="does not exist"):
         patch.save(tmp_path / "no" / "where")

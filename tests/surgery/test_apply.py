@@ -138,7 +138,7 @@ def test_an_output_that_exists(base: Path, patch: Path, tmp_path: Path) -> None:
     for name in ("file", "folder", "link"):
         out = tmp_path / name
         call = lambda out=out: ns.apply(base, patch, out=out)  # noqa: E731
-        refused(tmp_path, ns.UsageError, call, "exists already", str(out), "--force")
+        refused(tmp_path, ns.UsageError, call, "exists already", str(out), "force=True")
 
 
 def test_an_output_that_is_in_the_way_of_an_input(base: Path, patch: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_no_such_base(patch: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [0, -1])
 def test_no_threads(base: Path, patch: Path, tmp_path: Path, threads: int) -> None:
     call = lambda: ns.apply(base, patch, out=tmp_path / "out", threads=threads)  # noqa: E731
-    refused(tmp_path, ns.UsageError, call, "--threads")
+    refused(tmp_path, ns.UsageError, call, "threads must be at least 1")
 
 
 # What is written.

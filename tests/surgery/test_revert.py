@@ -154,7 +154,9 @@ def test_outputs_that_make_no_sense(s: Setting) -> None:
                 lambda out=out, force=force: ns.revert(s.patched, s.plain, base=s.base, out=out, force=force),
                 str(out),
             )
-    s.refused(ns.UsageError, lambda: ns.revert(s.patched, s.full, out=s.tuned), "exists already", "--force")
+    s.refused(
+        ns.UsageError, lambda: ns.revert(s.patched, s.full, out=s.tuned), "exists already", "force=True"
+    )
 
 
 def test_force_replaces_the_output(s: Setting) -> None:

@@ -24,10 +24,11 @@ _SHOWN_RANGES = 5
 @dry_run_option
 @common_options
 def command(console: Console, checkpoint: str, yes: bool, dry_run: bool) -> None:
-    """Undo a change in place of CHECKPOINT that was cut short: the old neurons are written back.
+    """Undo a change in place that was interrupted.
 
-    They are in the journal in the checkpoint's folder (for a file: beside it). A stranger can have put that
-    file there: look at what it would write, and say no if you did not change this checkpoint in place.
+    The old neurons are written back from the journal in the folder of CHECKPOINT (for a file: beside it). A
+    stranger may have put the journal there: look at what it would write, and say no if you did not change
+    this checkpoint in place.
     Nothing is written through a symlink, or into a file with several hard links.
 
     \b

@@ -25,7 +25,9 @@ _SHOWN = 40
 @options_of(ScopeOptions)
 @common_options
 def command(console: Console, paths: tuple[str, ...], show_all: bool, **options: Any) -> None:
-    """What is in PATH: a checkpoint, scores, a selection or a patch. Of several patches: where they overlap.
+    """Show what is in a checkpoint, scores, selection or patch.
+
+    With several patches, show where they overlap.
 
     \b
     Example:
@@ -109,7 +111,7 @@ def _bases(found: Mapping[str, Any]) -> str:
         return f"different bases: {plural(found['foreign'], 'neuron')} in common were not the same"
     if found["same_base"] is False:
         return "different bases: their fingerprints differ"
-    said = "one base" if found["same_base"] else "nothing says that the bases differ, nor that they do not"
+    said = "one base" if found["same_base"] else "the patches do not say whether their bases are the same"
     if found["crossing"]:
         said += f"; rows and columns cross in {plural(len(found['crossing']), 'tensor')}"
     return said
@@ -138,15 +140,15 @@ def _origin(facts: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _merged(story: Mapping[str, Any]) -> str:
-    """From which patches a patch was merged, as its manifest has it: any JSON, if someone else made it."""
-    parts = story.get("patches")
+def _merged(merged: Mapping[str, Any]) -> str:
+    """Which patches a patch was merged from. A manifest may hold any JSON there."""
+    parts = merged.get("patches")
     names = (
         [str(part.get("name") or "?") for part in parts if isinstance(part, dict)]
         if isinstance(parts, list)
         else []
     )
-    return f"from {', '.join(names)} ({story.get('on_overlap')})"
+    return f"from {', '.join(names)} ({merged.get('on_overlap')})"
 
 
 def _tensor(tensor: Mapping[str, Any]) -> list[str]:

@@ -25,12 +25,14 @@ __all__ = ["command"]
 @dry_run_option
 @common_options
 def command(console: Console, scores: str, out: str, force: bool, dry_run: bool, **options: Any) -> None:
-    """Choose neurons from a SCORES file.
+    """Choose neurons from SCORES.
+
+    The options of the budget say how many, and which first.
 
     \b
     Example:
-      neftsurgery select scores.safetensors --neurons 3% -o selection.safetensors
-      neftsurgery select scores.safetensors --like selection.safetensors --policy random -o control
+      neftsurgery select scores.safetensors --neurons 3% -o best.safetensors
+      neftsurgery select scores.safetensors --like best.safetensors --policy random -o control.safetensors
     """
     budget = take(options, SelectOptions)
     inputs = [budget["like"]] if "like" in budget else []

@@ -14,7 +14,7 @@ import click
 
 from ...text import amount, percent, plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option
+from ..options import common_options, dry_run_option, force_option, output_option
 
 if TYPE_CHECKING:
     from ...training.train_plan import TrainPlan
@@ -32,7 +32,7 @@ __all__ = ["command"]
     metavar="KEY=VALUE",
     help="Replace a value of the recipe, as in train.steps=100.",
 )
-@click.option("-o", "--out", metavar="DIR", help="The folder to create. Same as --set out=DIR.")
+@output_option("DIR", text="The folder to create. Same as --set out=DIR.")
 @click.option(
     "--resume",
     is_flag=True,
@@ -52,7 +52,7 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> int:
-    """Find the neurons that matter, train them and nothing else, and cut the patch.
+    """Find the neurons that matter, train only them, and cut the patch.
 
     The recipe names the model, the data and the settings. When the run has finished, OUT holds the patch, its
     selection and scores, and the loss curve. Ctrl-C saves and stops. The same command then resumes
@@ -82,7 +82,7 @@ def command(
     if dry_run:
         console.answer({"dry_run": True, "out": None, **plan.describe()})
         return 0
-    with _asked_to_stop(console) as stop:
+    with _stop_on_signals(console) as stop:
         result = plan.run(
             limits=console.limits,
             progress=partial(console.progress, unit="step"),
@@ -111,7 +111,7 @@ class _Stop:
 
 
 @contextmanager
-def _asked_to_stop(console: Console) -> Iterator[_Stop]:
+def _stop_on_signals(console: Console) -> Iterator[_Stop]:
     """Within the context, the first SIGINT or SIGTERM asks the run to save and stop; the second stops it."""
     stop = _Stop(console)
     if threading.current_thread() is not threading.main_thread():
@@ -134,8 +134,7 @@ def _asked_to_stop(console: Console) -> Iterator[_Stop]:
 
 
 def _say_plan(console: Console, plan: TrainPlan) -> None:
-    for warning in plan.warnings:
-        console.note(f"warning: {warning}")
+    console.warn(plan.warnings)
     facts = plan.describe()
     dev = f", {plural(facts['dev_examples'], 'dev example')}" if plan.examples.dev else ", no dev examples"
     say, params = console.say, facts["trainable_parameters"]
@@ -159,7 +158,7 @@ def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
     if not result.finished:
         console.note(
             f"neftsurgery: interrupted at step {result.step} of {result.steps}, and saved: "
-            "give the same command again to resume"
+            "run the same command again to resume"
         )
         return
     first = next((point.dev_loss for point in result.curve if point.dev_loss is not None), None)

@@ -21,10 +21,10 @@ _SHOWN = 20
 @click.option("--expect", type=click.Choice(["base", "patched"]), help="Succeed only in this state.")
 @common_options
 def command(console: Console, checkpoint: str, patch: str, expect: str | None) -> int:
-    """Is CHECKPOINT in the state before PATCH, or after it?
+    """Tell whether CHECKPOINT is base, patched, mixed or neither.
 
-    Compares every neuron the patch touches. Exit code 0: all as in the base, or all patched (with
-    --expect: that one); 3: mixed, or neither.
+    Every neuron that PATCH touches is compared. The exit code is 0 if all of them are as in the base or all
+    are patched (with --expect: as expected), and 3 otherwise.
 
     \b
     Example:
