@@ -79,8 +79,8 @@ def test_equality_is_of_bits() -> None:
     assert equal_vectors(a, b).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("wide", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("narrow", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("wide", sorted(FLOAT_DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("narrow", sorted(FLOAT_DTYPES, key=str), ids=str)
 def test_which_dtype_represents_which(wide: torch.dtype, narrow: torch.dtype) -> None:
     info = torch.finfo(narrow)
     values = torch.tensor([info.max, info.smallest_normal, 1 + info.eps], dtype=narrow)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from document_support import carrying
 from hypothesis import given
 from hypothesis import strategies as st
-from test_document import carrying
 
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.neurons.description import described_tensor

@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from support import write_file
+from document_support import carrying
 
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.tensors.document import bad, dump, read_document
-from neftsurgery.tensors.reader import TensorFile
 from neftsurgery.tensors.writer import written_file
 
 GOOD = {
@@ -20,11 +18,6 @@ GOOD = {
     "tensors": {"w": {"shape": [3, 4], "dtype": "BF16", "neuron_axes": [0]}},
     "ü": ["\0", 0.5],
 }
-
-
-def carrying(folder: Path, text: str | None) -> TensorFile:
-    metadata = {"format": "pt"} | ({} if text is None else {"neuron_patch": text})
-    return TensorFile.open(write_file(folder / "p.safetensors", {"a": np.ones(2, np.float32)}, metadata))
 
 
 def read(folder: Path, text: str | None, version: int = 2) -> dict[str, Any]:
