@@ -53,6 +53,20 @@ class Console:
         if not (self.as_json or self.quiet):
             click.echo(printable(text))
 
+    def say_table(
+        self,
+        rows: Sequence[Sequence[str]],
+        *,
+        right: Sequence[int] = (),
+        shown: int | None = None,
+        rest: str = "more",
+    ) -> None:
+        """Print rows as aligned columns, of many the first ``shown``; see `table`."""
+        for line in table(rows[:shown], right=right):
+            self.say(line)
+        if shown is not None and len(rows) > shown:
+            self.say(f"  and {len(rows) - shown:,} {rest}")
+
     @property
     def is_terminal(self) -> bool:
         """Whether results are printed on a terminal."""

@@ -13,7 +13,7 @@ from ..scoring.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary
 from ..text import amount, percent, plural, size
-from .console import Console, can_print, table
+from .console import Console, can_print
 
 __all__ = ["say_captured", "say_map", "say_pair", "say_summary"]
 
@@ -38,8 +38,7 @@ def _checkpoint_cells(checkpoint: Checkpoint) -> list[str]:
 def say_pair(console: Console, plan: Pair) -> None:
     """Say what two checkpoints have in common, what is scored of it and what is not."""
     rows = [["base", *_checkpoint_cells(plan.base)], ["tuned", *_checkpoint_cells(plan.tuned)]]
-    for line in table(rows, right=[2]):
-        console.say(line)
+    console.say_table(rows, right=[2])
     scored = plan.anatomy.scored
     neurons = sum(t.layout.count if t.part is None else t.part.count for t in scored)
     text = f"{plural(len(plan.jobs), 'tensor')} in common; {len(scored):,} hold {plural(neurons, 'neuron')}"
@@ -90,13 +89,11 @@ def say_summary(console: Console, summary: Summary, score: str) -> None:
     if summary.top:
         console.say(f"\nmost sensitive neurons ({score})")
         rows = [[f"{n.score:.4g}", f"{n.tensor[:120]} [{n.index}]"] for n in summary.top[:_SHOWN]]
-        for line in table(rows, right=[0]):
-            console.say(line)
+        console.say_table(rows, right=[0])
     if summary.captured:
         console.say("\nshare of the whole change that the most sensitive neurons hold")
         rows = [[f"top {budget}", percent(share)] for budget, share in summary.captured.items()]
-        for line in table(rows, right=[0, 1]):
-            console.say(line)
+        console.say_table(rows, right=[0, 1])
     console.say()
 
 
@@ -122,12 +119,9 @@ def _say_movements(console: Console, title: str, movements: Sequence[Movement]) 
             percent(movement.share),
             "#" * round(_BAR * movement.relative / most) if 0 < most < float("inf") else "",
         ]
-        for movement in movements[:_SHOWN]
+        for movement in movements
     ]
-    for line in table(rows, right=[1, 2]):
-        console.say(line)
-    if len(movements) > _SHOWN:
-        console.say(f"  and {amount(len(movements) - _SHOWN)} more")
+    console.say_table(rows, right=[1, 2], shown=_SHOWN)
 
 
 def say_map(console: Console, scores: Scores) -> None:

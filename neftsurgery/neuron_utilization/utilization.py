@@ -262,7 +262,7 @@ def _check_options(states: str, dtype: str, **counts: int | None) -> None:
         raise UsageError("there is no such dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype)
     for name, count in counts.items():
         if count is not None and count < 1:
-            raise UsageError(f"{name} must be at least 1", found=count)
+            raise UsageError(f"[[{name}]] must be at least 1", found=count)
 
 
 def _open_tuned(base: Checkpoint, tuned: AnyPath | Patch) -> Patch | Checkpoint:

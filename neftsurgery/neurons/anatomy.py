@@ -333,7 +333,7 @@ class _Reader:
             ("quantized: ", "quantized tensors and their scales are left out"),
             (
                 UNKNOWN_EXPERTS,
-                "tensors of experts are left out, because their axes are not known: give them with [[axis=...]]",
+                "tensors of experts are left out, as their axes are not known: give them with [[axis=...]]",
             ),
             ("not part of a unit: ", "tensors are in no unit"),
         ):

@@ -25,7 +25,6 @@ LEFT_BEHIND = (
 )
 
 State: TypeAlias = Literal["base", "patched", "mixed", "neither"]
-Progress: TypeAlias = Callable[[int], None]
 
 
 @dataclass(slots=True)
@@ -108,7 +107,7 @@ def examine(
     patches: Sequence[Patch],
     *,
     limits: Limits,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[PatchState]:
     """Compare every touched vector with each patch, and each patch's hashes with its content.
 

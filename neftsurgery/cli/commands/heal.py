@@ -9,7 +9,7 @@ import click
 from ...checkpoint.healing import HealPlan, plan_heal
 from ...errors import UsageError
 from ...text import amount, label, plural, size
-from ..console import Console, table
+from ..console import Console
 from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
@@ -62,10 +62,7 @@ def _say(console: Console, plan: HealPlan) -> None:
              _ranges(tensor["ranges"], tensor["neurons"])]
             for tensor in facts["tensors"]
         ]  # fmt: skip
-        for line in table(rows[:_SHOWN]):
-            console.say(line)
-        if len(rows) > _SHOWN:
-            console.say(f"  and {plural(len(rows) - _SHOWN, 'more tensor')}; all of them with --json")
+        console.say_table(rows, shown=_SHOWN, rest="more; see them with --json")
 
 
 def _ranges(ranges: list[list[int]], neurons: int) -> str:

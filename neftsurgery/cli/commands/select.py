@@ -11,7 +11,7 @@ from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...surgery.select import plan_select
 from ...text import amount, percent, plural
-from ..console import Console, table
+from ..console import Console
 from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
 
 __all__ = ["command"]
@@ -52,8 +52,7 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
         captured = selection.facts.get("captured")
         if captured is not None:
             console.say(f"they hold {percent(captured)} of the whole change")
-        for line in table(_largest(selection), right=[1]):
-            console.say(line)
+        console.say_table(_largest(selection), right=[1])
         if not dry_run:
             console.say(f"wrote {out}")
         console.answer(facts, dry_run=dry_run)

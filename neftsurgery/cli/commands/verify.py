@@ -6,8 +6,7 @@ import click
 
 from ...surgery.state import LEFT_BEHIND
 from ...surgery.verify import plan_verify
-from ...text import plural
-from ..console import Console, table
+from ..console import Console
 from ..options import common_options
 
 __all__ = ["command"]
@@ -35,10 +34,7 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     console.say(str(found))
     if found.state in ("mixed", "neither"):
         odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in found.tensors.items()]
-        for line in table(odd[:_SHOWN]):
-            console.say(line)
-        if len(odd) > _SHOWN:
-            console.say(f"  and {plural(len(odd) - _SHOWN, 'more tensor')}; all of them with --json")
+        console.say_table(odd, shown=_SHOWN, rest="more; see them with --json")
     if any(tensor.neither for tensor in found.tensors.values()):
         console.note(f"note: {LEFT_BEHIND}")
     if not good:
