@@ -12,7 +12,7 @@ from ..reporting.layer_map_figure import BLOCKS, layer_map_lines
 from ..scoring.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary
-from ..text import amount, percent, plural, size
+from ..text import commas, percent, plural, size
 from .console import Console, can_print
 
 __all__ = ["say_captured", "say_map", "say_pair", "say_summary"]
@@ -65,7 +65,7 @@ def _plain(reason: str) -> str:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(name[:120] for name in names[:_SHOWN]) + (
-        f" and {amount(more)} more" if more > 0 else ""
+        f" and {commas(more)} more" if more > 0 else ""
     )
 
 
@@ -81,7 +81,7 @@ def say_summary(console: Console, summary: Summary, score: str) -> None:
     console.say(_relation(summary))
     if same:
         console.say(
-            f"{plural(same, 'neuron')} of {amount(summary.neurons)} are bit-identical "
+            f"{plural(same, 'neuron')} of {commas(summary.neurons)} are bit-identical "
             f"({percent(same / summary.neurons)})."
         )
     _say_movements(console, "layers that moved most", summary.layers)

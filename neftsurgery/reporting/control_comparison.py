@@ -123,7 +123,7 @@ class ControlComparison:
         excess = (overlap - chance) / (1 - chance) if chance < 1 else 0.0
         facts = (
             f"the rank correlation with smallness is {text.correlation(norm.correlation)}, and "
-            f"{text.percent(overlap)} of the chosen {self.word}s are among the {text.amount(self.chosen)} "
+            f"{text.percent(overlap)} of the chosen {self.word}s are among the {text.commas(self.chosen)} "
             f"smallest (by chance: {text.percent(chance)})"
         )
         strength = max(excess, norm.correlation) if norm.correlation == norm.correlation else excess
@@ -140,8 +140,8 @@ class ControlComparison:
         columns = (
             Column("budget", "budget"),
             Column("control", "control"),
-            Column("chosen", f"{self.word}s chosen", text.amount),
-            Column("shared", "chosen by both", text.amount),
+            Column("chosen", f"{self.word}s chosen", text.commas),
+            Column("shared", "chosen by both", text.commas),
             Column("overlap", "share", text.percent, bar=True),
             Column("jaccard", "Jaccard", text.percent),
             Column("chance", "by chance", text.percent),
@@ -189,7 +189,7 @@ class ControlComparison:
         columns = (
             Column("kind", "kind of weight", text.label),
             Column("control", "control"),
-            Column("count", f"{self.word}s", text.amount),
+            Column("count", f"{self.word}s", text.commas),
             Column("correlation", "rank correlation", text.four_digits),
         )
         rows = [("all", c.name, self.count, c.correlation) for c in self.controls]

@@ -99,8 +99,8 @@ class ScoreDistribution:
             Column("kind", "kind of weight", text.label),
             Column("from", f"{self.score} from", text.four_digits),
             Column("to", "to", text.four_digits),
-            Column("count", f"{self.word}s", text.amount),
-            Column("chosen", "chosen", text.amount),
+            Column("count", f"{self.word}s", text.commas),
+            Column("chosen", "chosen", text.commas),
         )
         rows: list[tuple[str, float, float, int, int]] = []
         for number, kind in enumerate(self.kinds):

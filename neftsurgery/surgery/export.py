@@ -27,7 +27,7 @@ from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
 from ..tensors.writer import TensorFileWriter, written_file
-from ..text import amount, percent, plural, size
+from ..text import commas, percent, plural, size
 from .lora_modules import lora_modules, task_of
 from .replaced import replaced_rows, require_replaced
 from .state import check_fit
@@ -72,10 +72,10 @@ class ExportResult:
     def exactness(self) -> str:
         """How exact base plus adapter is, in a sentence."""
         if not self.inexact:
-            return f"base plus adapter is base plus patch in all {amount(self.elements)} elements"
+            return f"base plus adapter is base plus patch in all {commas(self.elements)} elements"
         share = percent(self.inexact / self.elements)
         return (
-            f"{amount(self.inexact)} of {amount(self.elements)} elements ({share}) do not round back in the "
+            f"{commas(self.inexact)} of {commas(self.elements)} elements ({share}) do not round back in the "
             "float32 sum: they are off by the rounding of the difference"
         )
 

@@ -7,7 +7,7 @@ import click
 from ...patch.patch import Patch
 from ...progress import Timing
 from ...surgery.export import plan_export
-from ...text import amount, plural, size
+from ...text import commas, plural, size
 from ..console import Console
 from ..options import base_option, common_options, dry_run_option, force_option, output_option
 
@@ -63,7 +63,7 @@ def command(
     facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
     columns = sum(not module.rows for module in plan.modules)
     console.say(
-        f"{plural(len(plan.modules), 'module')} ({amount(columns)} of columns) at rank {plan.rank}; "
+        f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at rank {plan.rank}; "
         f"the largest needs {plan.needed}"
     )
     nbytes, timing = plan.nbytes, Timing()

@@ -20,7 +20,7 @@ from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...storage.output_checks import refuse_output
 from ...surgery.extract import ExtractPlan, is_whole_change, plan_extract
-from ...text import amount, percent, plural, size
+from ...text import commas, percent, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
 from ..render import say_captured
@@ -103,7 +103,7 @@ def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> Non
     chosen, total = plan.selection, plan.base.parameters
     console.say(
         f"{'would cut' if dry_run else 'cut'} {plural(chosen.neurons, 'neuron')} "
-        f"of {plural(len(chosen.tensors), 'tensor')} out: {amount(chosen.parameters)} parameters, "
+        f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
     say_captured(console, plan.captured, whole=is_whole_change(plan))

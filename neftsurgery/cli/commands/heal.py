@@ -8,7 +8,7 @@ import click
 
 from ...checkpoint.healing import HealPlan, plan_heal
 from ...errors import UsageError
-from ...text import amount, label, plural, size
+from ...text import commas, label, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option
 
@@ -58,7 +58,7 @@ def _say(console: Console, plan: HealPlan) -> None:
         for file in facts["files"]:
             console.say(f"  {file}")
         rows = [
-            [label(tensor["name"], 100), f"{amount(tensor['neurons'])} of {amount(tensor['of'])}",
+            [label(tensor["name"], 100), f"{commas(tensor['neurons'])} of {commas(tensor['of'])}",
              _ranges(tensor["ranges"], tensor["neurons"])]
             for tensor in facts["tensors"]
         ]  # fmt: skip

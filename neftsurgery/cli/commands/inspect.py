@@ -10,7 +10,7 @@ import click
 
 from ...options import ScopeOptions
 from ...surgery.inspect import inspect
-from ...text import amount, percent, plural, size
+from ...text import commas, percent, plural, size
 from ..console import Console, table
 from ..options import common_options, options_of, take
 
@@ -55,7 +55,7 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
     for line in table([_tensor(tensor) for tensor in shown]):
         console.say(line)
     if len(tensors) > len(shown):
-        console.say(f"  and {amount(len(tensors) - len(shown))} more: see them with --all")
+        console.say(f"  and {commas(len(tensors) - len(shown))} more: see them with --all")
     console.answer(facts)
 
 
@@ -70,11 +70,11 @@ def _head(facts: Mapping[str, Any]) -> list[list[str]]:
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
     if "parameters" in facts:
-        rows.append(["parameters", amount(facts["parameters"])])
+        rows.append(["parameters", commas(facts["parameters"])])
     rows.append(
         [
             "neurons",
-            amount(facts["neurons"]) + (f" in {amount(facts['units'])} units" if facts.get("units") else ""),
+            commas(facts["neurons"]) + (f" in {commas(facts['units'])} units" if facts.get("units") else ""),
         ]
     )
     for key in ("anatomy", "score"):
@@ -155,7 +155,7 @@ def _tensor(tensor: Mapping[str, Any]) -> list[str]:
     if "reason" in tensor:
         what = f"not scored: {tensor['reason']}"
     else:
-        of = f" of {amount(tensor['of'])}" if "of" in tensor else ""
+        of = f" of {commas(tensor['of'])}" if "of" in tensor else ""
         axes = ", ".join(str(axis) for axis in tensor["neuron_axes"])
-        what = f"{amount(tensor['neurons'])}{of} neurons along axis {axes}"
+        what = f"{commas(tensor['neurons'])}{of} neurons along axis {axes}"
     return [tensor["name"][:120], tensor["dtype"], str(tensor["shape"]), what]

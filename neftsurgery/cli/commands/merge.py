@@ -9,7 +9,7 @@ from ...patch.merging import DENSITY, POLICIES
 from ...patch.patch import Patch
 from ...surgery.merge import plan_merge
 from ...surgery.merge_checks import OverlapRule
-from ...text import amount, plural, size
+from ...text import commas, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 
@@ -88,7 +88,7 @@ def command(
     console.say(
         f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
         f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
-        f"{amount(plan.shared)} in several of them{rule}"
+        f"{commas(plan.shared)} in several of them{rule}"
     )
     console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)})")
     console.answer({**plan.describe(), "patches": list(patches), "bytes": nbytes}, timing, dry_run=dry_run)

@@ -10,7 +10,7 @@ from ...options import BudgetOptions, SeedOptions, SelectOptions
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...surgery.select import plan_select
-from ...text import amount, percent, plural
+from ...text import commas, percent, plural
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
 
@@ -45,8 +45,8 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
             plan.run()
         console.say(
             f"{'would choose' if dry_run else 'chose'} {plural(selection.neurons, 'neuron')} of "
-            f"{amount(loaded.neurons)} in {plural(len(selection.tensors), 'tensor')}, "
-            f"{amount(selection.parameters)} parameters "
+            f"{commas(loaded.neurons)} in {plural(len(selection.tensors), 'tensor')}, "
+            f"{commas(selection.parameters)} parameters "
             f"({percent(selection.parameters / loaded.parameters)} of the model)"
         )
         captured = selection.facts.get("captured")
@@ -60,4 +60,4 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
 
 def _largest(selection: Selection, count: int = 5) -> list[list[str]]:
     most = sorted(selection, key=lambda chosen: (-len(chosen.index), chosen.info.name))[:count]
-    return [[c.info.name[:120], amount(len(c.index)), f"of {amount(c.layout.count)}"] for c in most]
+    return [[c.info.name[:120], commas(len(c.index)), f"of {commas(c.layout.count)}"] for c in most]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...text import amount, percent, plural, size
+from ...text import commas, percent, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 
@@ -138,15 +138,15 @@ def _say_plan(console: Console, plan: TrainPlan) -> None:
     facts = plan.describe()
     dev = f", {plural(facts['dev_examples'], 'dev example')}" if plan.examples.dev else ", no dev examples"
     say, params = console.say, facts["trainable_parameters"]
-    say(f"{facts['model']}: {amount(facts['parameters'])} parameters")
-    say(f"{plural(facts['examples'], 'example')} ({amount(facts['tokens_learned'])} tokens to learn){dev}")
+    say(f"{facts['model']}: {commas(facts['parameters'])} parameters")
+    say(f"{plural(facts['examples'], 'example')} ({commas(facts['tokens_learned'])} tokens to learn){dev}")
     if params is None:
         say(f"to train: the neurons that score above the threshold (probe: {facts['probe']})")
     else:
         about = "about " if facts["estimated"] else ""
         count = "" if facts["selected"] is None else f"{plural(facts['selected'], 'neuron')}, "
         share = percent(params / max(1, facts["parameters"]))
-        say(f"to train: {count}{about}{amount(params)} parameters, {share} of the model")
+        say(f"to train: {count}{about}{commas(params)} parameters, {share} of the model")
         states = (size(facts["optimizer_bytes"]), size(facts["optimizer_bytes_of_full"]))
         say(f"optimizer state: {about}{states[0]}; a full fine-tune needs {states[1]}")
     resumes = plan.resumes
