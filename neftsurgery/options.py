@@ -78,10 +78,12 @@ class ScopeOptions(TypedDict, total=False):
         ),
     ]
     include: Annotated[
-        Sequence[str], Option("Score these too: embeddings, head, norms, routers.", metavar="GLOB")
+        Sequence[str], Option("Score these tensors too: embeddings, head, norms, routers.", metavar="GLOB")
     ]
-    exclude: Annotated[Sequence[str], Option("Leave these out, whatever --include says.", metavar="GLOB")]
-    only: Annotated[Sequence[str], Option("Score nothing but these.", metavar="GLOB")]
+    exclude: Annotated[
+        Sequence[str], Option("Leave these tensors out, whatever [[include]] says.", metavar="GLOB")
+    ]
+    only: Annotated[Sequence[str], Option("Score only these tensors.", metavar="GLOB")]
     axis: Annotated[
         AxisOption,
         Option(
@@ -108,16 +110,23 @@ class BudgetOptions(TypedDict, total=False):
     """How many neurons are chosen, out of which pools, and which first."""
 
     neurons: Annotated[
-        str | int, Option("So many neurons, or a share of the scored ones: 50000, 3%.", metavar="N|P%")
+        str | int,
+        Option("Choose this many neurons, or this share of the scored ones: 50000, 3%.", metavar="N|P%"),
     ]
     params: Annotated[
-        str | int, Option("So many parameters, or a share of the model's: 200M, 3%.", metavar="N|P%")
+        str | int,
+        Option(
+            "Choose neurons with this many parameters, or this share of the model's: 200M, 3%.",
+            metavar="N|P%",
+        ),
     ]
-    threshold: Annotated[float, Option("Every neuron that scores above X.", metavar="X")]
-    changed: Annotated[bool, Option("Every neuron with any differing bit: lossless where it reaches.")]
+    threshold: Annotated[float, Option("Choose every neuron that scores above X.", metavar="X")]
+    changed: Annotated[
+        bool, Option("Choose every neuron with any differing bit: lossless on the tensors it covers.")
+    ]
     like: Annotated[
         HasCounts | Mapping[str, int],
-        Option("As many per tensor as in another selection, for controls.", metavar="SELECTION"),
+        Option("Choose as many per tensor as another selection has, for controls.", metavar="SELECTION"),
     ]
     per: Annotated[
         str,
@@ -126,28 +135,30 @@ class BudgetOptions(TypedDict, total=False):
             choices=("model", "layer", "tensor"),
         ),
     ]
-    max_per_tensor: Annotated[int, Option("At most so many neurons of any tensor.", metavar="N")]
+    max_per_tensor: Annotated[int, Option("Choose at most this many neurons of any tensor.", metavar="N")]
     policy: Annotated[
         str,
         Option(
-            "The most sensitive first, the least sensitive first, or any. Default: sensitive.",
+            "Choose the most sensitive first, the least sensitive first, or at random. Default: sensitive.",
             choices=("sensitive", "reversed", "random"),
         ),
     ]
-    with_bias: Annotated[bool, Option("Take the bias elements of the chosen neurons as well.")]
+    with_bias: Annotated[bool, Option("Choose the bias elements of the chosen neurons as well.")]
 
 
 class SeedOptions(TypedDict, total=False):
     """The seed of everything random."""
 
-    seed: Annotated[int, Option("For --policy random and --score random.", default=0)]
+    seed: Annotated[
+        int, Option("The seed of [[policy=random]] and [[score=random]].", metavar="N", default=0)
+    ]
 
 
 class RunOptions(TypedDict, total=False):
     """How much of the machine the work takes, and who is told how far it is. No result depends on them."""
 
     threads: Annotated[
-        int | None, Option("Reading and computing threads. Default: two per core.", metavar="N")
+        int | None, Option("The number of reading and computing threads. Default: two per core.", metavar="N")
     ]
     memory: Annotated[
         int | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
-    "amount",
+    "commas",
     "correlation",
     "four_digits",
     "label",
@@ -41,8 +41,8 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
-def amount(count: int) -> str:
-    """A whole number with thousands separators: ``1,376,256``."""
+def commas(count: int) -> str:
+    """A whole number with commas between thousands: ``1,376,256``."""
     return f"{count:,}"
 
 

@@ -17,7 +17,7 @@ from neftsurgery import text
         (text.size(999), "999 B"),
         (text.size(1_234_000_000), "1.2 GB"),
         (text.size(3e15), "3000.0 TB"),
-        (text.amount(1_376_256), "1,376,256"),
+        (text.commas(1_376_256), "1,376,256"),
         (text.plural(1, "tensor"), "1 tensor"),
         (text.plural(2000, "tensor"), "2,000 tensors"),
         (text.percent(float("nan")), "-"),

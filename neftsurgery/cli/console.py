@@ -1,4 +1,4 @@
-"""What a command says and where: results on stdout, everything else on stderr, JSON alone on stdout."""
+"""Where a command prints: results, or one JSON object, on stdout; everything else on stderr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +31,16 @@ def flag(name: str, value: str | None) -> str:
 
 
 class Console:
-    """Where a command's words go.
+    """Where a command prints.
 
     Attributes
     ----------
     as_json:
-        One JSON object on stdout, and nothing else there.
+        Print one JSON object, and nothing else, on stdout.
     quiet:
-        Only errors.
+        Print errors only.
     limits:
-        How much of the machine the work may take.
+        How much of the machine the work may use.
     """
 
     def __init__(self, *, as_json: bool, quiet: bool, limits: Limits) -> None:
@@ -49,24 +49,43 @@ class Console:
         self.limits = limits
 
     def say(self, text: str = "") -> None:
-        """A line of the result, for people."""
+        """Print a line of the result, for people."""
         if not (self.as_json or self.quiet):
             click.echo(printable(text))
 
+    def say_table(
+        self,
+        rows: Sequence[Sequence[str]],
+        *,
+        right: Sequence[int] = (),
+        shown: int | None = None,
+        rest: str = "more",
+    ) -> None:
+        """Print rows as aligned columns, of many the first ``shown``; see `table`."""
+        for line in table(rows[:shown], right=right):
+            self.say(line)
+        if shown is not None and len(rows) > shown:
+            self.say(f"  and {len(rows) - shown:,} {rest}")
+
     @property
     def is_terminal(self) -> bool:
-        """Whether people look at stdout as it is written."""
+        """Whether results are printed on a terminal."""
         return not (self.as_json or self.quiet) and sys.stdout.isatty()
 
     def note(self, text: str) -> None:
-        """A remark beside the result: a warning, what comes next."""
+        """Print a remark beside the result, on stderr."""
         if not self.quiet:
             click.echo(printable(spelled(text, flag)), err=True)
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Print the warnings of a plan."""
+        for warning in warnings:
+            self.note(f"warning: {warning}")
 
     def answer(
         self, facts: Mapping[str, Any], timing: Timing | None = None, *, dry_run: bool | None = None
     ) -> None:
-        """The result as JSON, if that was asked for; with what the work took. A dry run has no ``out``."""
+        """Print the result as JSON, if asked to, with bytes and seconds. A dry run has no ``out``."""
         if not self.as_json:
             return
         facts = dict(facts)
@@ -86,7 +105,7 @@ class Console:
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:
-        """A bar on a terminal; see `neftsurgery.progress.Progress`."""
+        """Show a bar on a terminal; see `neftsurgery.progress.Progress`."""
         if self.quiet or not sys.stderr.isatty():
             yield lambda done: None
             return
@@ -98,7 +117,7 @@ class Console:
 
 
 def _process_seconds() -> float:
-    """Seconds since this process was started, by the system's account where it keeps one."""
+    """Seconds since this process was started, or since Python was where the system does not say."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
             started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""The command line's front door: finds the command, and turns errors into sentences and exit codes."""
+"""The entry point of the command line: finds the command, and turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ from .console import flag
 
 __all__ = ["cli", "run"]
 
-# In the order a newcomer needs them. The help texts stand here so that `--help` loads no command.
+# In the order a newcomer needs them. Each line is the first sentence of the command's own help: it stands
+# here so that `--help` loads no command.
 _COMMANDS = {
-    "demo": "See the whole round on a small model made on the spot.",
-    "inspect": "What is in a checkpoint, scores, selection or patch.",
-    "diff": "Score every neuron; stream both checkpoints, load neither.",
-    "select": "Choose neurons from scores.",
-    "extract": "Score, choose, and cut the chosen neurons out as a patch.",
-    "apply": "Write a patched checkpoint.",
-    "verify": "Is a checkpoint in the state before a patch, or after it?",
-    "revert": "Take a patch out again, bit for bit.",
+    "demo": "Show all steps on a tiny model, offline, in about a minute.",
+    "inspect": "Show what is in a checkpoint, scores, selection or patch.",
+    "diff": "Score every neuron of TUNED against BASE.",
+    "select": "Choose neurons from SCORES.",
+    "extract": "Choose neurons of TUNED, and write them as a patch on BASE.",
+    "apply": "Write a patched checkpoint: BASE with the neurons of one or more PATCHes.",
+    "verify": "Tell whether CHECKPOINT is base, patched, mixed or neither.",
+    "revert": "Take PATCH out of CHECKPOINT again, bit for bit.",
     "heal": "Undo a change in place that was interrupted.",
-    "merge": "Make one patch of several patches of one base.",
-    "export": "Write a patch as an exact LoRA adapter.",
-    "report": "See it: an HTML page of scores and patches, with pictures.",
-    "push": "Publish a patch on the Hugging Face Hub, with a model card.",
-    "pull": "Fetch a patch from the Hugging Face Hub, and check it.",
+    "merge": "Make one patch from several PATCHes of one base.",
+    "export": "Write PATCH as an exact LoRA adapter.",
+    "report": "Show where a fine-tune changed the model, and which neurons a budget chooses.",
+    "push": "Publish PATCH on the Hugging Face Hub, with a model card, in one commit.",
+    "pull": "Fetch a patch from the Hugging Face Hub, and check all of its hashes.",
     "train": "Find the neurons that matter, train only them, and cut the patch.",
 }
 
-# Where scipy is installed, numba imports it to see whether there is a BLAS for compiled code: no kernel
-# has a use for one, and it is a tenth of what a command takes to start.
+# Where scipy is installed, numba imports it to look for a BLAS. No kernel needs one, and the import is a
+# tenth of a command's start-up.
 _SCORING = (["diff"], ["extract"])
-# Python looks for cycles at every 700 new objects, which imports make by the hundred thousand.
+# Python looks for cycles after every 700 new objects; imports make hundreds of thousands.
 _NEW_OBJECTS = 50_000
 
 _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
@@ -104,7 +105,7 @@ def cli() -> None:
 def run(args: list[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
     args = sys.argv[1:] if args is None else args
-    # What to do with an error depends on options that a wrong command line may hide: look for them.
+    # How an error is shown depends on these options; with a wrong command line, click does not parse them.
     options = args[: args.index("--")] if "--" in args else args
     as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
     quiet = "-q" in options or "--quiet" in options
@@ -114,24 +115,24 @@ def run(args: list[str] | None = None) -> NoReturn:
         _log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
         _tell_hub_client(quiet, verbose)
         code = _outcome(args, as_json, verbose)
-        _on_signals(signal.SIG_DFL)  # all is done and said: what is left of the process may be killed
+        _on_signals(signal.SIG_DFL)  # all is done: from here on, a signal may kill the process
     except _Stopped as error:
         _on_signals(signal.SIG_DFL)
         code = _report(error, as_json, verbose)
     finally:
         logging.getLogger("neftsurgery").handlers.clear()
-        gc.freeze()  # the system takes all memory back at once: no need to look through it first
+        gc.freeze()  # no last search for cycles: the system takes all memory back at once
     sys.exit(code)
 
 
 def _outcome(args: list[str], as_json: bool, verbose: bool) -> int:
-    """Run the command that ``args`` name, say what went wrong, and return the exit code."""
+    """Run the command that ``args`` name, report an error, and return the exit code."""
     try:
-        with _unseen("scipy") if args[:1] in _SCORING else nullcontext():
+        with _hidden("scipy") if args[:1] in _SCORING else nullcontext():
             result = cli.main(args, prog_name="neftsurgery", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:  # whoever read our output has gone: `neftsurgery diff … | head`
+    except BrokenPipeError:  # the reader of our output has left: `neftsurgery diff … | head`
         sys.stderr.close()
         return 0
     except click.exceptions.Exit as error:
@@ -149,8 +150,8 @@ def _outcome(args: list[str], as_json: bool, verbose: bool) -> int:
 
 
 @contextmanager
-def _unseen(name: str) -> Iterator[None]:
-    """Have ``import name`` fail, unless it was imported already."""
+def _hidden(name: str) -> Iterator[None]:
+    """Make ``import name`` fail, unless it was imported already."""
     if name in sys.modules:
         yield
         return
@@ -162,12 +163,15 @@ def _unseen(name: str) -> Iterator[None]:
 
 
 class _Stopped(SystemExit):
-    """A signal asked the process to stop. Not a KeyboardInterrupt: Python turns one that passes
-    through ``exec``, as in an import, into death by signal, even if it is caught further out."""
+    """A signal asked the process to stop.
+
+    Not a KeyboardInterrupt: one that passes through ``exec``, as in an import, ends the process by the
+    signal, even if an outer frame catches it.
+    """
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """Leave by an exception, so that what is half-written is removed on the way out."""
+    """Stop by an exception, so that half-written outputs are removed."""
     raise _Stopped(128 + number)
 
 
@@ -183,7 +187,7 @@ def _log_to_stderr(level: int) -> None:
 
 
 def _tell_hub_client(quiet: bool, verbose: bool) -> None:
-    """huggingface_hub draws bars and logs as its variables say when it is imported: as we do, unless told."""
+    """Have huggingface_hub be as quiet as we are; what its variables say already stays."""
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not verbose:
@@ -205,7 +209,7 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
         message = "there is not enough memory"
     else:
         message = (
-            f"internal error: {type(error).__name__}: {error}\nrun it again with -v and report it, please"
+            f"internal error: {type(error).__name__}: {error}\nplease run the command with -v and report it"
         )
 
     click.echo(printable(f"neftsurgery: {message}"), err=True)

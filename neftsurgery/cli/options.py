@@ -10,10 +10,12 @@ from typing import Any, get_origin
 
 import click
 
+from ..errors import spelled
 from ..options import AxisOption, Option, RunOptions, declared
-from .console import Console
+from .console import Console, flag
 
 __all__ = [
+    "base_option",
     "common_options",
     "dry_run_option",
     "force_option",
@@ -51,7 +53,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 def common_options(command: Command) -> Command:
-    """Those that all commands have; the command gets a `Console` for them, as first argument."""
+    """The options of all commands; the command gets a `Console` made of them as its first argument."""
 
     @functools.wraps(command)
     def wrapped(
@@ -80,32 +82,39 @@ def common_options(command: Command) -> Command:
 
 
 dry_run_option = click.option(
-    "--dry-run", is_flag=True, help="Check and plan everything, say what would be written, write nothing."
+    "--dry-run", is_flag=True, help="Check and plan everything, and say what would be written; write nothing."
 )
 
 force_option = click.option("--force", is_flag=True, help="Replace an existing output atomically.")
 
 
+base_option = click.option(
+    "--base",
+    metavar="BASE",
+    help="The checkpoint that the patch was made from. A reversible patch needs none.",
+)
+
+
 def output_option(metavar: str, *, required: bool = False, text: str) -> Callable[[Command], Command]:
-    """``-o``."""
+    """``-o``, the output of the command."""
     return click.option("-o", "--out", "out", metavar=metavar, required=required, help=text)
 
 
-def options_of(*groups: type, **defaults: Any) -> Callable[[Command], Command]:
-    """The flags of options declared in `neftsurgery.options`; ``defaults`` replace those declared there."""
+def options_of(*groups: type) -> Callable[[Command], Command]:
+    """The flags of the options that groups of `neftsurgery.options` declare."""
     return stack(
         *(
-            _flag(name, kind, option, defaults.get(name, option.default))
+            _declared_flag(name, kind, option)
             for group in groups
             for name, (kind, option) in declared(group).items()
         )
     )
 
 
-def _flag(name: str, kind: Any, option: Option, default: Any) -> Callable[[Command], Command]:
-    settings: dict[str, Any] = {"help": option.help, "metavar": option.metavar}
-    if default is not None:
-        settings |= {"default": default, "show_default": True}
+def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], Command]:
+    settings: dict[str, Any] = {"help": spelled(option.help, flag), "metavar": option.metavar}
+    if option.default is not None:
+        settings |= {"default": option.default, "show_default": True}
     if kind is bool:
         settings["is_flag"] = True
     elif option.choices:
@@ -118,10 +127,8 @@ def _flag(name: str, kind: Any, option: Option, default: Any) -> Callable[[Comma
         settings["callback"] = _size
     elif name in _RANGES:
         settings["type"] = click.IntRange(**_RANGES[name])
-    elif kind is int:
-        settings["type"] = int
-    elif kind is float:
-        settings["type"] = float
+    elif kind in (int, float):
+        settings["type"] = kind
     return click.option(f"--{name.replace('_', '-')}", **settings)
 
 
@@ -146,6 +153,6 @@ def _axis(
 
 
 def take(options: dict[str, Any], group: type) -> dict[str, Any]:
-    """Remove a group's options from ``options``; only those that were given, or have a default."""
+    """Remove a group's options from ``options``, and return those that were given or have a default."""
     taken = {name: options.pop(name) for name in declared(group) if name in options}
-    return {name: value for name, value in taken.items() if value not in (None, False, ())}
+    return {name: v for name, v in taken.items() if v is not None and v is not False and v != ()}

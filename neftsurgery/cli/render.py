@@ -1,4 +1,4 @@
-"""Plans, scores and selections in words, for people."""
+"""How scores and what they are made of are printed for people."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..reporting.layer_map_figure import BLOCKS, layer_map_lines
 from ..scoring.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary
-from ..text import amount, percent, plural, size
-from .console import Console, can_print, table
+from ..text import commas, percent, plural, size
+from .console import Console, can_print
 
 __all__ = ["say_captured", "say_map", "say_pair", "say_summary"]
 
@@ -22,8 +22,8 @@ _BAR = 24
 _MAPPED = "3%"
 
 
-def checkpoint_line(checkpoint: Side) -> list[str]:
-    """Cells for a table: name, bytes, files, dtypes, model type."""
+def _checkpoint_cells(checkpoint: Side) -> list[str]:
+    """The cells of a row: name, bytes, files, dtypes, model type."""
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
     return [
@@ -36,10 +36,9 @@ def checkpoint_line(checkpoint: Side) -> list[str]:
 
 
 def say_pair(console: Console, plan: Pair) -> None:
-    """What two checkpoints have in common, what is scored of it and what is not."""
-    rows = [["base", *checkpoint_line(plan.base)], ["tuned", *checkpoint_line(plan.tuned)]]
-    for line in table(rows, right=[2]):
-        console.say(line)
+    """Say what two checkpoints have in common, what is scored of it and what is not."""
+    rows = [["base", *_checkpoint_cells(plan.base)], ["tuned", *_checkpoint_cells(plan.tuned)]]
+    console.say_table(rows, right=[2])
     scored = plan.anatomy.scored
     neurons = sum(t.layout.count if t.part is None else t.part.count for t in scored)
     text = f"{plural(len(plan.jobs), 'tensor')} in common; {len(scored):,} hold {plural(neurons, 'neuron')}"
@@ -55,24 +54,23 @@ def say_pair(console: Console, plan: Pair) -> None:
     if plan.differing:
         shown = [f"{name} ({a} and {b})" for name, (a, b) in plan.differing.items()]
         console.say(f"of another shape or dtype: {_some(shown)}")
-    for warning in plan.anatomy.warnings:
-        console.note(f"warning: {warning}")
+    console.warn(plan.anatomy.warnings)
 
 
 def _plain(reason: str) -> str:
-    """Reasons that name a tensor, without it: they are counted together."""
+    """A reason without the tensor that it names, so that equal reasons are counted together."""
     return reason.partition(":")[0]
 
 
 def _some(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(name[:120] for name in names[:_SHOWN]) + (
-        f" and {amount(more)} more" if more > 0 else ""
+        f" and {commas(more)} more" if more > 0 else ""
     )
 
 
 def say_summary(console: Console, summary: Summary, score: str) -> None:
-    """What the scores say: relation, layers and kinds, top neurons, what budgets capture."""
+    """Say what the scores show: relation, layers and kinds, top neurons, what budgets capture."""
     console.say()
     if summary.nonfinite:
         console.say(f"{plural(summary.nonfinite, 'neuron')} hold a NaN or Inf, and are never chosen by score")
@@ -83,7 +81,7 @@ def say_summary(console: Console, summary: Summary, score: str) -> None:
     console.say(_relation(summary))
     if same:
         console.say(
-            f"{plural(same, 'neuron')} of {amount(summary.neurons)} are bit-identical "
+            f"{plural(same, 'neuron')} of {commas(summary.neurons)} are bit-identical "
             f"({percent(same / summary.neurons)})."
         )
     _say_movements(console, "layers that moved most", summary.layers)
@@ -91,13 +89,11 @@ def say_summary(console: Console, summary: Summary, score: str) -> None:
     if summary.top:
         console.say(f"\nmost sensitive neurons ({score})")
         rows = [[f"{n.score:.4g}", f"{n.tensor[:120]} [{n.index}]"] for n in summary.top[:_SHOWN]]
-        for line in table(rows, right=[0]):
-            console.say(line)
+        console.say_table(rows, right=[0])
     if summary.captured:
         console.say("\nshare of the whole change that the most sensitive neurons hold")
         rows = [[f"top {budget}", percent(share)] for budget, share in summary.captured.items()]
-        for line in table(rows, right=[0, 1]):
-            console.say(line)
+        console.say_table(rows, right=[0, 1])
     console.say()
 
 
@@ -123,16 +119,13 @@ def _say_movements(console: Console, title: str, movements: Sequence[Movement]) 
             percent(movement.share),
             "#" * round(_BAR * movement.relative / most) if 0 < most < float("inf") else "",
         ]
-        for movement in movements[:_SHOWN]
+        for movement in movements
     ]
-    for line in table(rows, right=[1, 2]):
-        console.say(line)
-    if len(movements) > _SHOWN:
-        console.say(f"  and {amount(len(movements) - _SHOWN)} more")
+    console.say_table(rows, right=[1, 2], shown=_SHOWN)
 
 
 def say_map(console: Console, scores: Scores) -> None:
-    """A small map of where the most sensitive neurons are, on a terminal."""
+    """Draw a small map of where the most sensitive neurons are, on a terminal."""
     if not console.is_terminal:
         return
     found = LayerMap.of_scores(scores, scores.select(neurons=_MAPPED))
@@ -143,7 +136,7 @@ def say_map(console: Console, scores: Scores) -> None:
 
 
 def say_captured(console: Console, facts: Mapping[str, Any], *, whole: bool | None) -> None:
-    """Which share of the change a selection holds, and whether base plus patch is the tuned model."""
+    """Say what share of the change a selection holds, and whether base plus patch is the tuned model."""
     captured = facts.get("captured")
     if captured is not None:
         console.say(

@@ -92,11 +92,11 @@ def take_utilization(options: dict[str, Any]) -> dict[str, Any] | None:
     taken = {name: value for name in names if (value := options.pop(name, None)) is not None}
     if not wanted:
         if taken:
-            raise UsageError(f"--{next(iter(taken)).replace('_', '-')} needs --utilization")
+            raise UsageError(f"[[{next(iter(taken))}]] needs [[utilization]]")
         return None
     for name in ("base", "text"):
         if name not in taken:
-            raise UsageError(f"--utilization needs --{name}", hint="see `neftsurgery report --help`")
+            raise UsageError(f"[[utilization]] needs [[{name}]]", hint="see `neftsurgery report --help`")
     return taken
 
 
@@ -152,15 +152,15 @@ def plan_utilization_sections(
         from ..neuron_utilization.utilization import plan_utilization
     except ImportError as error:
         raise UsageError(
-            f"--utilization needs {error.name}, which is not installed",
+            f"[[utilization]] needs {error.name}, which is not installed",
             hint="pip install 'neftsurgery[train]'",
         ) from error
     options = dict(options)
     base, text, out = options.pop("base"), options.pop("text"), options.pop("neurons_out", None)
     if not paths:
-        raise UsageError("--utilization needs a patch or a checkpoint, not only scores")
+        raise UsageError("[[utilization]] needs a patch or a checkpoint, not only scores")
     if out is not None and len(paths) > 1:
-        raise UsageError("--neurons-out needs exactly one patch or checkpoint", found=len(paths))
+        raise UsageError("[[neurons_out]] needs exactly one patch or checkpoint", found=len(paths))
     return [
         SectionPlan(
             os.path.basename(os.path.normpath(path)),

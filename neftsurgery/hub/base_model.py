@@ -65,7 +65,7 @@ def _completed(known: HubId | None, named: str) -> HubId:
     given = HubId.split(named)
     if not is_repo(given.repo) or ("@" in named and not is_revision(given.revision)):
         raise UsageError(
-            "--base is not a Hub id", file=named, hint="name it as org/name or org/name@revision"
+            "[[base]] is not a Hub id", file=named, hint="name it as org/name or org/name@revision"
         )
     if known is None:
         return given

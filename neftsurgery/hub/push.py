@@ -13,6 +13,7 @@ from ..progress import Progress, silent
 from ..sources.hub_client import page
 from ..sources.hub_id import is_repo
 from ..surgery.merge_checks import check_patches
+from ..surgery.verb import warn
 from ..text import plural
 from .base_model import BaseModel
 from .card import write_card
@@ -217,8 +218,7 @@ def push(
         replace_card=replace_card,
         progress=progress,
     )
-    for warning in plan.warnings:
-        log.warning("%s", warning)
+    warn(log, plan.warnings)
     return plan.run()
 
 
@@ -267,7 +267,7 @@ def plan_push(
         warnings.append(warning)
     if base_model.hub_id is None:
         warnings.append(
-            "the patch does not say which Hub model is its base, so the card names none: name it with --base"
+            "the patch does not say which Hub model is its base, so the card names none: give it as [[base]]"
         )
     figure = card_figure(patch)
     card = write_card(
@@ -289,15 +289,15 @@ def _check_repository(repository: Repository, private: bool | None, parent: str 
         raise UsageError(
             "the repository exists already, and it is public",
             file=repository.repo,
-            hint="push without --private, name another repository, or make this one private on its page",
+            hint="push without [[private=True]], name another repository, or make this one private there",
         )
     if parent is not None and parent != repository.head:
         raise MismatchError(
-            "the repository is not at the commit that --parent names",
+            "the repository is not at the commit that [[parent]] names",
             file=str(repository.hub_id),
             expected=parent,
             found=repository.head or "no repository",
-            hint="nothing was changed: look at the new commit, and name it with --parent",
+            hint="nothing was changed: look at the new commit, and name it with [[parent=...]]",
         )
 
 

@@ -16,7 +16,7 @@ __all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_
 CARD_NAME = "README.md"
 FIGURE_NAME = "neurons.png"
 MAIN = "main"
-CARD_HINT = "correct it on the Hub, or write a new card with --replace-card"
+CARD_HINT = "correct it on the Hub, or write a new card with [[replace_card=True]]"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..reporting.plotting import (
     minimal_axes,
 )
 from ..reporting.sections import ReportSection
-from ..text import amount, four_digits, label, percent
+from ..text import commas, four_digits, label, percent
 from .result import GROUPS, NeuronGroup, Utilization
 
 __all__ = ["utilization_section"]
@@ -44,13 +44,13 @@ def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> 
     """
     facts, text = found.facts, found.facts["text"]
     unranked = facts["patch"]["outside"] if "patch" in facts else 0
-    limits = ", ".join(amount(limit) for limit in dict.fromkeys(found.limits.values()))
+    limits = ", ".join(commas(limit) for limit in dict.fromkeys(found.limits.values()))
     tiles = (
-        ("neurons ranked", amount(found.neurons)),
-        ("of these trained", amount(found.groups()["trained"].neurons)),
-        *([("trained, not ranked", amount(unranked))] if unranked else []),
-        ("texts", amount(text["texts"])),
-        ("tokens", amount(text["tokens"])),
+        ("neurons ranked", commas(found.neurons)),
+        ("of these trained", commas(found.groups()["trained"].neurons)),
+        *([("trained, not ranked", commas(unranked))] if unranked else []),
+        ("texts", commas(text["texts"])),
+        ("tokens", commas(text["tokens"])),
         ("strongly affected: more than", f"{limits} ranks"),
     )
     lead = (
@@ -72,7 +72,7 @@ def _groups(found: Utilization, id: str) -> ReportFigure:
     columns = (
         Column("kind", "kind of weight", label),
         Column("group", "neurons", lambda name: name.replace("_", " ")),
-        Column("neurons", "how many", amount),
+        Column("neurons", "how many", commas),
         Column("mean_rank_change", "mean rank change", four_digits),
         Column("mean_share", "share of the ranking", percent, bar=True),
     )
@@ -109,7 +109,7 @@ def _verdict(groups: dict[str, NeuronGroup]) -> str:
     if not strongly.neurons:
         return f"{text}No neuron is strongly affected."
     return (
-        f"{text}{amount(strongly.neurons)} neurons are strongly affected. Of these, "
+        f"{text}{commas(strongly.neurons)} neurons are strongly affected. Of these, "
         f"{percent(suppressed.neurons / strongly.neurons)} fell and "
         f"{percent(indirectly.neurons / strongly.neurons)} were not trained."
     )
@@ -122,7 +122,7 @@ def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
     colours = [MUTED, ACCENT, MUTED, CONTRAST, CONTRAST, CONTRAST]
     axes.barh(range(len(groups)), shares, color=colours, height=0.62)
     for y, (group, share) in enumerate(zip(groups.values(), shares, strict=True)):
-        text = "none" if not group.neurons else f"{percent(share / 100)}, {amount(group.neurons)} neurons"
+        text = "none" if not group.neurons else f"{percent(share / 100)}, {commas(group.neurons)} neurons"
         annotate(axes, text, (share, y), (5, 0), va="center", color=MUTED)
     axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups])
     axes.invert_yaxis()
@@ -136,7 +136,7 @@ def _buckets(found: Utilization, id: str) -> ReportFigure:
     columns = (
         Column("from", "from", percent),
         Column("to", "to", percent),
-        Column("neurons", "neurons", amount),
+        Column("neurons", "neurons", commas),
         Column("mean_rank_change", "mean rank change", four_digits, bar=True),
     )
     rows = tuple((b.start, b.stop, b.neurons, b.mean_rank_change) for b in found.buckets())
@@ -173,7 +173,7 @@ def _map(found: Utilization, id: str) -> ReportFigure:
     columns = (
         Column("layer", "layer", label),
         Column("kind", "kind of weight", label),
-        *(Column(name, name.replace("_", " "), amount) for name in GROUPS),
+        *(Column(name, name.replace("_", " "), commas) for name in GROUPS),
         Column("mean_rank_change", "mean rank change", four_digits),
         Column("mean_share", "share of the ranking", percent, bar=True),
     )

@@ -17,7 +17,7 @@ from ..patch.patch import PATCH_KEY, Patch
 from ..progress import Progress, silent
 from ..selection.budget import Amount
 from ..sources.resolve import resolve
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.diff import describe_side
 from ..surgery.extract import check_selection
 from ..surgery.verify import verify
@@ -32,8 +32,6 @@ from .result import Utilization
 from .tokenized_text import TokenizedText, tokenize_file
 
 __all__ = ["UtilizationPlan", "plan_utilization", "utilization"]
-
-AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, repr=False)
@@ -263,7 +261,7 @@ def _check_options(states: str, dtype: str, **counts: int | None) -> None:
         raise UsageError("there is no such dtype", expected=f"auto, {', '.join(DTYPES)}", found=dtype)
     for name, count in counts.items():
         if count is not None and count < 1:
-            raise UsageError(f"{name} must be at least 1", found=count)
+            raise UsageError(f"[[{name}]] must be at least 1", found=count)
 
 
 def _open_tuned(base: Checkpoint, tuned: AnyPath | Patch) -> Patch | Checkpoint:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MismatchError, UsageError
+from ..options import AxisOption
 from ..tensors.header import TensorInfo
 from .families import FeedForward
 from .globs import matching
@@ -119,9 +120,6 @@ class Anatomy:
     unit_count: int = 0
 
 
-AxisOption = Mapping[str, int | Sequence[int]] | Sequence[tuple[str, int | Sequence[int]]]
-
-
 def read_anatomy(
     name: str,
     tensors: Mapping[str, TensorInfo],
@@ -177,7 +175,7 @@ def read_anatomy(
         submodels=submodels,
         config=config,
         axes=_overrides(axis, tensors),
-        included=matching(include, tensors, option="--include"),
+        included=matching(include, tensors, option="include"),
         excluded=matching(exclude, tensors),
         only=matching(only, tensors, option="only") if only else None,
     )
@@ -329,13 +327,13 @@ class _Reader:
         if self.assumed:
             yield (
                 f"{_unknown(self.config, tuple(self.assumed))}: weights count as [out, in, ...]; "
-                "where that is wrong, say so with --axis GLOB=N"
+                "where that is wrong, give the axes with [[axis=...]]"
             )
         for start, text in (
             ("quantized: ", "quantized tensors and their scales are left out"),
             (
                 UNKNOWN_EXPERTS,
-                "tensors of experts are left out, because their axes are not known: see --axis",
+                "tensors of experts are left out, as their axes are not known: give them with [[axis=...]]",
             ),
             ("not part of a unit: ", "tensors are in no unit"),
         ):
@@ -376,14 +374,14 @@ def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str,
     for glob, given in axis.items() if isinstance(axis, Mapping) else axis:
         axes = (given,) if isinstance(given, int) else tuple(given)
         if not axes or list(axes) != sorted(set(axes)) or any(type(n) is not int or n < 0 for n in axes):
-            raise UsageError(f"--axis {glob}: {list(axes)} are not axes: they count from 0 and must ascend")
-        for name in matching((glob,), tensors, option="--axis"):
+            raise UsageError(f"[[axis]] {glob}: {list(axes)} are not axes: they count from 0 and must ascend")
+        for name in matching((glob,), tensors, option="axis"):
             shape = tensors[name].shape
             if len(shape) < 2 or name.endswith("bias"):
                 continue
             if axes[-1] >= len(shape):
                 raise UsageError(
-                    f"--axis {glob}: there is no axis {axes[-1]} in its shape {list(shape)}", tensor=name
+                    f"[[axis]] {glob}: there is no axis {axes[-1]} in its shape {list(shape)}", tensor=name
                 )
             stated[name] = axes
     return stated

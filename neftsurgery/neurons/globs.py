@@ -23,7 +23,7 @@ def matching(globs: Iterable[str], names: Collection[str], *, option: str | None
     names:
         All names; membership in it should be fast.
     option:
-        If given, every glob must match something; the error names this option.
+        If given, every glob must match something; the error names this option, such as ``include``.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def matching(globs: Iterable[str], names: Collection[str], *, option: str | None
             matched = {name for name in names if match(name)}
         if option is not None and not matched:
             raise UsageError(
-                f"no tensor matches {option} {glob!r}",
+                f"no tensor matches [[{option}]] {glob!r}",
                 hint="patterns match whole tensor names: try '*' at the start, and see `neftsurgery inspect`",
             )
         found |= matched

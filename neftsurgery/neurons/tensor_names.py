@@ -36,7 +36,7 @@ _INPUT_AXES: dict[str, tuple[int, ...]] = {
 }
 COLUMNS = ("down", "o")
 _NORM = re.compile(r"(^|_)ln(_|\d|$)|norm\d*$|layer_?norm|layrnorm", re.IGNORECASE)
-UNKNOWN_EXPERTS = "experts of unknown orientation: give their axes with --axis"
+UNKNOWN_EXPERTS = "experts of unknown orientation"
 _MOST_AXES = 5
 
 

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.floats import narrow, widen
 from .patch import Raw
 
@@ -29,9 +30,6 @@ ARITHMETIC: Final = ("mean", "sum", "ties")
 DENSITY: Final = 0.2
 
 _BATCH_BYTES = 256 << 10  # of each patch, computed with at once: float64 takes up to eight times as much
-
-I64 = NDArray[np.int64]
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Part:
         For ``ties``: smaller differences are dropped.
     """
 
-    slots: I64
+    slots: Int64Array
     values: Raw
     weight: float = 1.0
     least: float = 0.0
@@ -81,7 +79,7 @@ def merge_rows(policy: str, dtype: str, parts: Sequence[Part], base: Raw | None,
     return out
 
 
-def _computed(policy: str, parts: Sequence[Part], count: int) -> I64:
+def _computed(policy: str, parts: Sequence[Part], count: int) -> Int64Array:
     """The vectors that several parts hold, or that a weight scales."""
     holders = np.zeros(count, np.int64)
     for part in parts:
@@ -89,7 +87,7 @@ def _computed(policy: str, parts: Sequence[Part], count: int) -> I64:
     return np.flatnonzero(holders > 1)
 
 
-def _batches(rows: I64, out: Raw) -> Iterator[I64]:
+def _batches(rows: Int64Array, out: Raw) -> Iterator[Int64Array]:
     step = max(1, _BATCH_BYTES // max(1, out.shape[1]))
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
@@ -100,25 +98,25 @@ class _Picked:
     """A part's values among some vectors: those where ``held``."""
 
     held: NDArray[np.bool_]
-    values: F64
+    values: Float64Array
     weight: float
     least: float
 
-    def differences(self, base: F64) -> F64:
+    def differences(self, base: Float64Array) -> Float64Array:
         """Weightless differences from ``base``; 0 where nothing is held."""
         found = np.zeros_like(base)
         found[self.held] = self.values - base[self.held]
         return found
 
 
-def _picked(part: Part, rows: I64, dtype: str) -> _Picked:
+def _picked(part: Part, rows: Int64Array, dtype: str) -> _Picked:
     slot = np.searchsorted(part.slots, rows)
     held = slot < len(part.slots)
     held[held] = part.slots[slot[held]] == rows[held]
     return _Picked(held, widen(part.values[slot[held]], dtype), part.weight, part.least)
 
 
-def _merged(policy: str, parts: Sequence[_Picked], base: F64 | None) -> F64:
+def _merged(policy: str, parts: Sequence[_Picked], base: Float64Array | None) -> Float64Array:
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf of the patches stay what they are
         if policy == "mean":
             return _mean(parts)
@@ -126,7 +124,7 @@ def _merged(policy: str, parts: Sequence[_Picked], base: F64 | None) -> F64:
         return base + (_sum(parts, base) if policy == "sum" else _ties(parts, base))
 
 
-def _mean(parts: Sequence[_Picked]) -> F64:
+def _mean(parts: Sequence[_Picked]) -> Float64Array:
     """The weighted mean of the new values, which is the base plus that of the differences."""
     start = np.empty((len(parts[0].held), parts[0].values.shape[1]))
     for part in reversed(parts):
@@ -137,18 +135,18 @@ def _mean(parts: Sequence[_Picked]) -> F64:
         anchor = start[part.held]
         total[part.held] += part.weight * np.where(part.values == anchor, 0.0, part.values - anchor)
         weight[part.held] += part.weight
-    mean: F64 = start + total / weight
+    mean: Float64Array = start + total / weight
     return mean
 
 
-def _sum(parts: Sequence[_Picked], base: F64) -> F64:
+def _sum(parts: Sequence[_Picked], base: Float64Array) -> Float64Array:
     total = np.zeros_like(base)
     for part in parts:
         total += part.weight * part.differences(base)
     return total
 
 
-def _ties(parts: Sequence[_Picked], base: F64) -> F64:
+def _ties(parts: Sequence[_Picked], base: Float64Array) -> Float64Array:
     trimmed = []
     for part in parts:
         difference = part.differences(base)
@@ -160,11 +158,11 @@ def _ties(parts: Sequence[_Picked], base: F64) -> F64:
         total += np.where(agrees, weight * difference, 0.0)
         share += np.where(agrees, weight, 0.0)
     total /= np.where(share > 0, share, 1.0)
-    lost: F64 = np.where(np.isnan(elected), np.nan, total)
+    lost: Float64Array = np.where(np.isnan(elected), np.nan, total)
     return lost
 
 
-def _magnitude(differences: F64) -> NDArray[np.float32]:
+def _magnitude(differences: Float64Array) -> NDArray[np.float32]:
     with np.errstate(over="ignore", under="ignore"):
         return np.abs(differences).astype(np.float32)
 
@@ -209,7 +207,7 @@ class Magnitudes:
         return float(np.array((upper << 16) | lower, np.uint32).view(np.float32))
 
 
-def _from_above(counts: I64, wanted: int) -> tuple[int, int]:
+def _from_above(counts: Int64Array, wanted: int) -> tuple[int, int]:
     """The bin that holds the ``wanted``-th largest, and how many of that bin are wanted."""
     above = np.cumsum(counts[::-1])
     place = min(int(np.searchsorted(above, wanted)), len(counts) - 1)

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..tensors.arrays import Int64Array
 from .patch import Patch
 
 __all__ = ["Meeting", "Overlap", "meetings", "overlap", "same_fingerprint"]
-
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +34,9 @@ class Meeting:
 
     name: str
     holders: tuple[int, ...]
-    union: I64
-    shared: I64
-    foreign: I64
+    union: Int64Array
+    shared: Int64Array
+    foreign: Int64Array
 
 
 def meetings(patches: Sequence[Patch], names: Iterable[str] | None = None) -> Iterator[Meeting]:

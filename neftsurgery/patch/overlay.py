@@ -8,16 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..neurons.layout import Layout
+from ..tensors.arrays import Int64Array
 from .patch import Patch, PatchTensor, Raw
 
 __all__ = ["overlay"]
 
 _ELEMENTS = 1 << 18  # looked up at once; each takes some ten words of memory
 
-I64 = NDArray[np.int64]
 
-
-def overlay(vectors: Raw, index: I64, tensor: PatchTensor, earlier: Patch) -> None:
+def overlay(vectors: Raw, index: Int64Array, tensor: PatchTensor, earlier: Patch) -> None:
     """Put the values of ``earlier`` into ``vectors``, the raw vectors of neurons ``index`` of a tensor.
 
     Vectors that the earlier patch does not touch stay as they are.
@@ -43,7 +42,7 @@ def overlay(vectors: Raw, index: I64, tensor: PatchTensor, earlier: Patch) -> No
                 elements[first : first + step][here] = values[slot[here] - start, place[here]]
 
 
-def _find(index: I64, wanted: I64) -> tuple[I64, NDArray[np.bool_]]:
+def _find(index: Int64Array, wanted: Int64Array) -> tuple[Int64Array, NDArray[np.bool_]]:
     """Where in the ascending ``index`` each of ``wanted`` is, and whether it is."""
     slot = np.searchsorted(index, wanted)
     hit = slot < len(index)
@@ -51,7 +50,7 @@ def _find(index: I64, wanted: I64) -> tuple[I64, NDArray[np.bool_]]:
     return slot, hit
 
 
-def _positions(layout: Layout, index: I64) -> I64:
+def _positions(layout: Layout, index: Int64Array) -> Int64Array:
     """The flat positions in the tensor of the elements of neurons ``index``, ``[k, width]``."""
     shape = layout.shape
     strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
@@ -60,11 +59,11 @@ def _positions(layout: Layout, index: I64) -> I64:
     inner = _offset(
         np.arange(layout.width, dtype=np.int64), [shape[a] for a in others], [strides[a] for a in others]
     )
-    positions: I64 = start[:, None] + inner
+    positions: Int64Array = start[:, None] + inner
     return positions
 
 
-def _offset(flat: I64, sizes: Sequence[int], strides: Sequence[int]) -> I64:
+def _offset(flat: Int64Array, sizes: Sequence[int], strides: Sequence[int]) -> Int64Array:
     total = np.zeros(len(flat), np.int64)
     rest = flat.astype(np.int64)
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
@@ -73,7 +72,7 @@ def _offset(flat: I64, sizes: Sequence[int], strides: Sequence[int]) -> I64:
     return total
 
 
-def _owner(layout: Layout, positions: I64) -> tuple[I64, I64]:
+def _owner(layout: Layout, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Per flat position the neuron it belongs to, and where in that neuron's vector it is."""
     neuron, place = np.zeros_like(positions), np.zeros_like(positions)
     neuron_stride = place_stride = 1

@@ -96,8 +96,8 @@ class BudgetSweep:
         """The captured share of the change, by budget."""
         columns = (
             Column("budget", "budget"),
-            Column("neurons", "neurons", text.amount),
-            Column("parameters", "parameters", text.amount),
+            Column("neurons", "neurons", text.commas),
+            Column("parameters", "parameters", text.commas),
             Column("share", "share of the scored neurons", text.percent),
             Column("captured", "share of the whole change", text.percent, bar=True),
             Column("captured_scored", "share of the scored tensors' change", text.percent),
@@ -153,8 +153,8 @@ class BudgetSweep:
         columns = (
             Column("budget", "budget"),
             Column("kind", "kind of weight", text.label),
-            Column("chosen", "chosen", text.amount),
-            Column("total", "neurons", text.amount),
+            Column("chosen", "chosen", text.commas),
+            Column("total", "neurons", text.commas),
             Column("share", "share", text.percent, bar=True),
         )
         rows = tuple(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import text
+from ..tensors.arrays import Float64Array, Int64Array
 from .budget_sweep import PERCENTS
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
@@ -33,9 +33,6 @@ _KINDS = 12
 #: overlap with the norm's choice, scaled so that chance is 0 and a complete overlap is 1.
 _SAME, _PARTLY = 0.7, 0.35
 _MARKS = {"norm": ("s", CONTRAST), "random": ("o", ACCENT)}
-
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +123,7 @@ class ControlComparison:
         excess = (overlap - chance) / (1 - chance) if chance < 1 else 0.0
         facts = (
             f"the rank correlation with smallness is {text.correlation(norm.correlation)}, and "
-            f"{text.percent(overlap)} of the chosen {self.word}s are among the {text.amount(self.chosen)} "
+            f"{text.percent(overlap)} of the chosen {self.word}s are among the {text.commas(self.chosen)} "
             f"smallest (by chance: {text.percent(chance)})"
         )
         strength = max(excess, norm.correlation) if norm.correlation == norm.correlation else excess
@@ -143,8 +140,8 @@ class ControlComparison:
         columns = (
             Column("budget", "budget"),
             Column("control", "control"),
-            Column("chosen", f"{self.word}s chosen", text.amount),
-            Column("shared", "chosen by both", text.amount),
+            Column("chosen", f"{self.word}s chosen", text.commas),
+            Column("shared", "chosen by both", text.commas),
             Column("overlap", "share", text.percent, bar=True),
             Column("jaccard", "Jaccard", text.percent),
             Column("chance", "by chance", text.percent),
@@ -192,7 +189,7 @@ class ControlComparison:
         columns = (
             Column("kind", "kind of weight", text.label),
             Column("control", "control"),
-            Column("count", f"{self.word}s", text.amount),
+            Column("count", f"{self.word}s", text.commas),
             Column("correlation", "rank correlation", text.four_digits),
         )
         rows = [("all", c.name, self.count, c.correlation) for c in self.controls]
@@ -235,7 +232,7 @@ class ControlComparison:
         minimal_axes(axes, grid="both")
 
 
-def spearman(one: F64, other: F64) -> float:
+def spearman(one: Float64Array, other: Float64Array) -> float:
     """Spearman's rank correlation of two vectors. Ties get their mean rank. NaN if one vector is constant."""
     if len(one) < 2:
         return np.nan
@@ -244,21 +241,21 @@ def spearman(one: F64, other: F64) -> float:
     return float(a @ b) / size if size > 0 else np.nan
 
 
-def _ranks(values: F64) -> F64:
+def _ranks(values: Float64Array) -> Float64Array:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    mean: F64 = (last - (counts - 1) / 2)[inverse]
+    mean: Float64Array = (last - (counts - 1) / 2)[inverse]
     return mean
 
 
-def _positions(order: I64) -> I64:
+def _positions(order: Int64Array) -> Int64Array:
     """The position of each candidate in ``order``."""
     positions = np.empty(len(order), np.int64)
     positions[order] = np.arange(len(order))
     return positions
 
 
-def _controls(candidates: Candidates) -> Iterator[tuple[str, F64]]:
+def _controls(candidates: Candidates) -> Iterator[tuple[str, Float64Array]]:
     """The candidates' scores under each control, by the definitions of `neftsurgery.diff`."""
     if candidates.base_sq is not None:
         with np.errstate(divide="ignore"):
@@ -269,7 +266,7 @@ def _controls(candidates: Candidates) -> Iterator[tuple[str, F64]]:
     yield "random", _random(candidates)
 
 
-def _random(candidates: Candidates) -> F64:
+def _random(candidates: Candidates) -> Float64Array:
     from ..scoring.sums import random_scores  # imports numba
 
     drawn = np.empty(len(candidates))

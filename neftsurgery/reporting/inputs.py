@@ -17,15 +17,13 @@ from ..patch.patch import PATCH_KEY, Patch
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
+from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.header import read_header
 from .layer_map import LayerMap, locate_tensors
 
 __all__ = ["Candidates", "PatchInput", "ReportInput", "ScoresInput", "open_inputs"]
 
-_DIFF_HINT = "make scores first: neftsurgery diff BASE TUNED -o scores.safetensors"
-
-I64 = NDArray[np.int64]
-F64 = NDArray[np.float64]
+_DIFF_HINT = "make scores first: `neftsurgery diff BASE TUNED -o scores.safetensors`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +56,20 @@ class Candidates:
 
     word: str
     tensors: tuple[str, ...]
-    tensor: I64
-    index: I64
+    tensor: Int64Array
+    index: Int64Array
     score: NDArray[np.float32]
-    base_sq: F64 | None
-    delta_sq: F64 | None
+    base_sq: Float64Array | None
+    delta_sq: Float64Array | None
     chosen: NDArray[np.bool_]
     kinds: tuple[str, ...]
-    kind: I64
+    kind: Int64Array
 
     def __len__(self) -> int:
         return len(self.score)
 
     @cached_property
-    def order(self) -> I64:
+    def order(self) -> Int64Array:
         """The candidates, the most sensitive first."""
         return np.argsort(-self.score, kind="stable")
 
@@ -220,13 +218,13 @@ def _candidates(scores: Scores, selection: Selection) -> Candidates:
     )
 
 
-def _joined(scores: Scores, which: str) -> F64 | None:
+def _joined(scores: Scores, which: str) -> Float64Array | None:
     """One of the sums for all neurons, NaN as 0; None unless every tensor has it."""
     parts = [scores.sums(name, which) for name in scores.tensors]
     known = [part for part in parts if part is not None]
     return np.nan_to_num(np.concatenate(known)) if len(known) == len(parts) else None
 
 
-def _units(scores: Scores, name: str) -> I64:
+def _units(scores: Scores, name: str) -> Int64Array:
     ids = scores.sums(name, "unit")
     return np.full(scores.tensors[name].layout.count, -1) if ids is None else ids

@@ -15,6 +15,7 @@ from ..neurons.tensor_names import layer_and_kind
 from ..patch.patch import Patch
 from ..scoring.scores import Scores
 from ..selection.selection import Selection, companion_biases
+from ..tensors.arrays import Int64Array
 from ..text import label
 
 __all__ = ["NO_LAYER", "LayerMap", "TensorLocation", "locate_tensors", "natural_key", "sorted_layers"]
@@ -23,8 +24,6 @@ __all__ = ["NO_LAYER", "LayerMap", "TensorLocation", "locate_tensors", "natural_
 NO_LAYER = ""
 _REST, _ALL = "others", "all kinds"
 _MAX_CELLS = 1 << 22
-
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,8 +77,8 @@ class LayerMap:
 
     layers: tuple[str, ...]
     kinds: tuple[str, ...]
-    chosen: I64
-    totals: I64
+    chosen: Int64Array
+    totals: Int64Array
 
     @classmethod
     def of_counts(cls, counts: Mapping[str, tuple[int, int]]) -> LayerMap:
@@ -176,7 +175,7 @@ class LayerMap:
         kept = np.sort(largest)
         rest = np.setdiff1d(np.arange(len(self.kinds)), kept)
 
-        def fold(cells: I64) -> I64:
+        def fold(cells: Int64Array) -> Int64Array:
             return np.column_stack([cells[:, kept], cells[:, rest].sum(axis=1)])
 
         names = (*(self.kinds[i] for i in kept), f"{len(rest):,} {_REST}")

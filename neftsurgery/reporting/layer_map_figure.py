@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..text import amount, label, percent
+from ..text import commas, label, percent
 from .figure import Column, ReportFigure, Table
 from .layer_map import LayerMap
 from .plotting import FIGURE_WIDTH, MplFigure, heatmap
@@ -38,8 +38,8 @@ def layer_map_figure(
     columns = (
         Column("layer", "layer", label),
         Column("kind", "kind of weight", label),
-        Column("chosen", word, amount),
-        Column("total", "neurons", amount),
+        Column("chosen", word, commas),
+        Column("total", "neurons", commas),
         Column("share", "share", percent, bar=True),
     )
     rows = tuple((*row, row[2] / row[3]) for row in found.rows())
@@ -68,7 +68,7 @@ def _verdict(found: LayerMap, word: str, which: str) -> str:
     kinds, all_kinds = found.chosen.sum(axis=0), found.totals.sum(axis=0)
     most = int(np.argmax(kinds))
     text = (
-        f"{amount(found.neurons)} of {amount(found.total)} neurons{which} are {word} "
+        f"{commas(found.neurons)} of {commas(found.total)} neurons{which} are {word} "
         f"({percent(found.neurons / found.total)})."
     )
     if len(found.kinds) > 1:

@@ -15,7 +15,7 @@ from ..progress import Progress, silent
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.output import staged_directory, staged_file
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from .figure import ReportFigure
 from .html_page import render_html
 from .inputs import ReportInput, open_inputs
@@ -24,7 +24,6 @@ from .sections import ReportSection, sections_of
 
 __all__ = ["Report", "ReportPlan", "plan_report", "report"]
 
-AnyPath = str | os.PathLike[str]
 _DEFAULT_NEURONS = "3%"
 _TITLE_NAMES = 4
 

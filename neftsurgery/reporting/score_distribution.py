@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import text
+from ..tensors.arrays import Int64Array
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
 from .plotting import (
@@ -29,8 +30,6 @@ _BINS = 72
 _KINDS = 12
 #: A score whose maximum is more than this many times its median gets a logarithmic axis.
 _SKEWED = 8.0
-
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +59,9 @@ class ScoreDistribution:
     log: bool
     edges: NDArray[np.float64]
     kinds: tuple[str, ...]
-    counts: I64
-    chosen: I64
-    zeros: I64
+    counts: Int64Array
+    chosen: Int64Array
+    zeros: Int64Array
     cut: float | None
 
     @classmethod
@@ -75,7 +74,7 @@ class ScoreDistribution:
         bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, _BINS - 1)
         size = len(candidates.kinds), _BINS
 
-        def histogram(mask: NDArray[np.bool_]) -> I64:
+        def histogram(mask: NDArray[np.bool_]) -> Int64Array:
             flat = np.bincount(candidates.kind[mask] * _BINS + bins[mask], minlength=size[0] * size[1])
             return flat.reshape(size)
 
@@ -100,8 +99,8 @@ class ScoreDistribution:
             Column("kind", "kind of weight", text.label),
             Column("from", f"{self.score} from", text.four_digits),
             Column("to", "to", text.four_digits),
-            Column("count", f"{self.word}s", text.amount),
-            Column("chosen", "chosen", text.amount),
+            Column("count", f"{self.word}s", text.commas),
+            Column("chosen", "chosen", text.commas),
         )
         rows: list[tuple[str, float, float, int, int]] = []
         for number, kind in enumerate(self.kinds):

@@ -85,10 +85,10 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
     facts = [
         ("score", scores.score),
         ("anatomy", text.label(scores.anatomy)),
-        ("neurons scored", text.amount(scores.neurons)),
-        *([("units", text.amount(scores.units))] if scores.by_unit else []),
+        ("neurons scored", text.commas(scores.neurons)),
+        *([("units", text.commas(scores.units))] if scores.by_unit else []),
         ("budget", _budget_text(budget)),
-        ("neurons chosen", text.amount(selection.neurons)),
+        ("neurons chosen", text.commas(selection.neurons)),
         ("share of the parameters", text.percent(selection.parameters / scores.parameters)),
         *([("share of the change", text.percent(captured))] if captured is not None else []),
     ]
@@ -120,9 +120,9 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     if loss := loss_figure(patch.manifest, id=f"loss{suffix}"):
         figures.append(loss)
     facts = [
-        ("neurons replaced", text.amount(patch.neurons)),
-        ("tensors", text.amount(len(patch.tensors))),
-        ("parameters", text.amount(patch.parameters)),
+        ("neurons replaced", text.commas(patch.neurons)),
+        ("tensors", text.commas(len(patch.tensors))),
+        ("parameters", text.commas(patch.parameters)),
         ("size", text.size(patch.nbytes)),
         ("reversible", "yes" if patch.reversible else "no"),
         *(

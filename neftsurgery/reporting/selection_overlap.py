@@ -128,7 +128,7 @@ class SelectionOverlap:
         found = self.pairs[best]
         a, b = (text.label(self.names[n]) for n in best)
         verdict = (
-            f"{a} and {b} share {text.amount(found.shared)} neurons: {text.percent(found.shared_share)} of "
+            f"{a} and {b} share {text.commas(found.shared)} neurons: {text.percent(found.shared_share)} of "
             f"the smaller one (by chance: {text.percent(found.chance_share)})."
         )
         if len(self.pairs) > 1:
@@ -214,9 +214,9 @@ def _columns(drawn: str) -> tuple[Column, ...]:
     columns = (
         ("first", "first", text.label),
         ("second", "second", text.label),
-        ("first_neurons", "neurons", text.amount),
-        ("second_neurons", "neurons", text.amount),
-        ("shared", "in both", text.amount),
+        ("first_neurons", "neurons", text.commas),
+        ("second_neurons", "neurons", text.commas),
+        ("shared", "in both", text.commas),
         ("jaccard", "Jaccard", text.percent),
         ("shared_share", "share of the smaller", text.percent),
         ("chance_share", "by chance", text.percent),

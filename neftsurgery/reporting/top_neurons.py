@@ -48,10 +48,10 @@ def top_neurons_figure(candidates: Candidates, score: str, *, id: str = "sensiti
             )
         )
     columns = (
-        Column("rank", "", text.amount),
+        Column("rank", "", text.commas),
         Column("score", f"{score} score", text.four_digits, bar=True),
         Column("tensor", "tensor", text.label),
-        Column("index", "index", text.amount),
+        Column("index", "index", text.commas),
         Column("layer", "layer", text.label),
         Column("kind", "kind of weight", text.label),
         Column("norm", "norm of the base vector", text.four_digits),

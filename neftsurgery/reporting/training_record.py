@@ -32,7 +32,7 @@ def _show(value: str | int | float) -> str:
     if isinstance(value, bool | str):
         return text.label(str(value), 80)
     return (
-        text.amount(value)
+        text.commas(value)
         if isinstance(value, int) and abs(value) < 10**15
         else text.four_digits(float(value))
     )
@@ -46,7 +46,7 @@ def loss_figure(manifest: Mapping[str, Any], *, id: str = "loss") -> ReportFigur
     if not points:
         return None
     columns = (
-        Column("step", "step", text.amount),
+        Column("step", "step", text.commas),
         Column("train_loss", "train loss", text.four_digits),
         Column("dev_loss", "dev loss", text.four_digits),
     )

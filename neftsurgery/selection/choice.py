@@ -155,10 +155,10 @@ def _no_room(params: Amount, limits: Sequence[int], costs: Sequence[int]) -> Usa
     least, most = min(costs), max(costs)
     sizes = f"{least}" if least == most else f"{least} (the smallest) to {most}"
     return UsageError(
-        f"--params {params} is too small for a single neuron",
+        f"[[params={params}]] is too small for a single neuron",
         expected=f"neurons of {sizes} parameters",
         found=f"a budget of {sum(limits)}" + (f", split over {len(limits)} pools" if len(limits) > 1 else ""),
-        hint="give a larger --params" + (", or --per model" if len(limits) > 1 else ""),
+        hint="give a larger [[params]]" + (", or [[per=model]]" if len(limits) > 1 else ""),
     )
 
 
@@ -184,14 +184,14 @@ def _like_limits(pools: dict[str, list[int]], totals: Sequence[int], like: Mappi
     for name in like:
         if name not in pools:
             raise UsageError(
-                "--like names a tensor that is not scored here",
+                "[[like]] names a tensor that is not scored here",
                 tensor=name,
-                hint="score with the same --anatomy, --include and --exclude as for that selection",
+                hint="score with the same [[anatomy]], [[include]] and [[exclude]] as for that selection",
             )
     for name, total in zip(pools, totals, strict=True):
         if like.get(name, 0) > total:
             raise UsageError(
-                "--like asks for more neurons than have a score",
+                "[[like]] asks for more neurons than have a score",
                 tensor=name,
                 expected=like[name],
                 found=total,

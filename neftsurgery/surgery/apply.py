@@ -18,7 +18,7 @@ from ..options import RunOptions, split
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import is_hub_id
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .replaced import replaced_rows, require_replaced
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
@@ -27,7 +27,6 @@ from .verb import running
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
 
-AnyPath = str | os.PathLike[str]
 _Rewrite = TypeVar("_Rewrite", bound=RewritePlan)
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
 from ..tensors.writer import TensorFileWriter, written_file
-from ..text import amount, percent, plural, size
+from ..text import commas, percent, plural, size
 from .lora_modules import lora_modules, task_of
 from .replaced import replaced_rows, require_replaced
 from .state import check_fit
@@ -71,10 +71,10 @@ class ExportResult:
     def exactness(self) -> str:
         """How exact base plus adapter is, in words."""
         if not self.inexact:
-            return f"base plus adapter is base plus patch in all {amount(self.elements)} elements"
+            return f"base plus adapter is base plus patch in all {commas(self.elements)} elements"
         share = percent(self.inexact / self.elements)
         return (
-            f"{amount(self.inexact)} of {amount(self.elements)} elements ({share}) do not round back in the "
+            f"{commas(self.inexact)} of {commas(self.elements)} elements ({share}) do not round back in the "
             "float32 sum: they are off by the rounding of the difference"
         )
 
@@ -247,7 +247,7 @@ def plan_export(
     chosen = _rank(patch, modules, needed, rank)
     if next_step(chosen) != chosen:
         step = next_step(chosen)
-        serve = f"serve it with --max-lora-rank {step}" if step else "vLLM will not serve it"
+        serve = f"serve it with `--max-lora-rank {step}`" if step else "vLLM will not serve it"
         warnings.append(f"{chosen} is not one of vLLM's ranks, {', '.join(map(str, STEPS))}: {serve}")
     known = patch.base.get("repo") or patch.base.get("name")
     if original is not None and original.source.repo is not None:

@@ -22,7 +22,7 @@ from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..tensors.header import TensorInfo, read_header
-from ..text import amount, percent, plural, size
+from ..text import commas, percent, plural, size
 from .summary import summarize
 
 __all__ = ["Inspection", "inspect"]
@@ -245,9 +245,9 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
     if "parameters" in facts:
-        rows.append(["parameters", amount(facts["parameters"])])
-    units = f" in {amount(facts['units'])} units" if facts.get("units") else ""
-    rows.append(["neurons", amount(facts["neurons"]) + units])
+        rows.append(["parameters", commas(facts["parameters"])])
+    units = f" in {commas(facts['units'])} units" if facts.get("units") else ""
+    rows.append(["neurons", commas(facts["neurons"]) + units])
     rows += [[key, str(facts[key])] for key in ("anatomy", "score") if key in facts]
     if "reversible" in facts:
         rows.append(["reversible", "yes" if facts["reversible"] else "no: revert needs [[base]]"])

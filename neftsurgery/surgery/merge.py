@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, boundary
@@ -25,14 +24,13 @@ from ..progress import Progress, Stopwatch, Timing, silent
 from ..selection.selection import RowBlock, Selection
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
+from ..tensors.arrays import Int64Array
 from .merge_checks import OverlapRule, check_patches, open_base, plan_union
 from .verb import running, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
 
 log = logging.getLogger(__name__)
-
-I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -246,10 +244,10 @@ def plan_merge(
 class _Rows:
     """Some neurons of one tensor, as the patches that replace them have them."""
 
-    def __init__(self, plan: MergePlan, name: str, index: I64) -> None:
+    def __init__(self, plan: MergePlan, name: str, index: Int64Array) -> None:
         self._plan, self._name, self._index = plan, name, index
         # All neurons that a patch has between the first and the last one are among them: they are of a union.
-        self._held: list[tuple[int, I64, int, int]] = []
+        self._held: list[tuple[int, Int64Array, int, int]] = []
         for holder in plan.meetings[name].holders:
             theirs = plan.patches[holder].index(name)
             low, high = np.searchsorted(theirs, [index[0], index[-1] + 1]).tolist()

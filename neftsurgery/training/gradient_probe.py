@@ -32,13 +32,12 @@ from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
 from ..scoring.scores import Scores
+from ..tensors.arrays import Float64Array
 from .live_scores import write_scores
 
 __all__ = ["gradient_scores"]
 
 _LARGEST = float(np.finfo(np.float32).max)
-
-F64 = NDArray[np.float64]
 
 
 class _Signs:
@@ -55,14 +54,14 @@ class _Signs:
         self._total += torch.sign(gradient).to(torch.int8)
         self._count += 1
 
-    def sums(self, batches: int) -> F64:
+    def sums(self, batches: int) -> Float64Array:
         """Per neuron ``w.w``, ``s.s`` and ``w.s``, ``[3, n]``."""
         w, s = self._weight.float(), self._total.float() / batches
         sums = [_total(values, self._layout) for values in (w * w, s * s, w * s)]
         return torch.stack(sums).cpu().double().numpy()
 
     @staticmethod
-    def scores(sums: F64) -> F64:
+    def scores(sums: Float64Array) -> Float64Array:
         """How far each neuron turns, ``[n]``. A zero vector that moves gets the largest score."""
         ww, ss, ws = sums
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -81,14 +80,14 @@ class _Squares:
         norms = _total(gradient.float().square(), self._layout)
         self._total += norms.cpu().double()
 
-    def sums(self, batches: int) -> F64:
+    def sums(self, batches: int) -> Float64Array:
         """Per neuron, ``[1, n]``."""
         return self._total.numpy().reshape(1, -1)
 
     @staticmethod
-    def scores(sums: F64) -> F64:
+    def scores(sums: Float64Array) -> Float64Array:
         """The sums, ``[n]``."""
-        squares: F64 = np.minimum(sums[0], _LARGEST)
+        squares: Float64Array = np.minimum(sums[0], _LARGEST)
         return squares
 
 
@@ -202,7 +201,7 @@ def gradient_scores(
     return write_scores(score, values, base, anatomy, units, out)
 
 
-def _sum_units(anatomy: Anatomy, sums: dict[str, F64]) -> dict[str, NDArray[np.int64]]:
+def _sum_units(anatomy: Anatomy, sums: dict[str, Float64Array]) -> dict[str, NDArray[np.int64]]:
     """Replace the sums of each neuron by those of its unit; returns the unit of every neuron, per tensor.
 
     A unit's vector is the concatenation of its neurons' vectors, so its sums are the totals of theirs.

@@ -83,9 +83,9 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--set takes key=value, not {text!r}", hint="as in --set train.steps=100")
-        _require_key(key, "--set")
-        overrides[key] = parse_yaml(value, f"--set {text}")
+            raise UsageError(f"[[set]] takes key=value, not {text!r}", hint="as in train.steps=100")
+        _require_key(key, "[[set]]")
+        overrides[key] = parse_yaml(value, f"[[set]] {text}")
     return overrides
 
 
@@ -157,7 +157,7 @@ def _values(kind: type[Any], prefix: str, given: Mapping[str, Any], file: Path |
         if given.get(key) is not None or (key in given and type(None) in get_args(hint)):
             values[one.name] = _fit(key, given[key], hint, file)
         elif required:
-            hint = f"add it, or give --set {key}=…" if file else "add it"
+            hint = f"add it to the recipe, or override {key}" if file else "add it"
             raise UsageError(f"the recipe does not say {key}", file=file, hint=hint)
     return values
 

@@ -135,7 +135,7 @@ class RunDirectory:
             raise UsageError(
                 f"there is an unfinished run of another recipe: {', '.join(differences[:3])} differ",
                 file=self.path,
-                hint="finish that run first, discard it with --restart, or name another out",
+                hint="finish that run, discard it with [[restart=True]], or name another folder: [[out=...]]",
             )
         return self.last_step
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..progress import Progress, silent
 from ..storage.threads import Limits
+from ..surgery.verb import warn
 
 if TYPE_CHECKING:
     from .recipe_reader import AnyRecipe
@@ -70,8 +71,7 @@ def train(
     plan = plan_train(
         recipe, overrides, force=force, resume=resume, restart=restart, limits=limits, progress=progress
     )
-    for warning in plan.warnings:
-        _log.warning("%s", warning)
+    warn(_log, plan.warnings)
     return plan.run(limits=limits, progress=progress, note=_log.info)
 
 

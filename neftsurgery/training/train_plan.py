@@ -190,7 +190,7 @@ def plan_train(
         For an unreadable example; it names the line.
     """
     if resume and restart:
-        raise UsageError("resume and restart do not go together")
+        raise UsageError("[[resume]] and [[restart]] do not go together")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UsageError(
             "a recipe is trained by one process",

@@ -19,7 +19,7 @@ from ..patch.patch import Patch
 from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
-from ..text import amount, plural
+from ..text import commas, plural
 from ..version import __version__
 from .attached_neurons import AttachedNeurons
 from .base_checkpoint import base_vectors, describe_base, describe_selection
@@ -70,7 +70,7 @@ class Attached:
         parts = (
             model,
             f"{plural(self.selection.neurons, 'neuron')} in {plural(len(owners), 'module')}",
-            f"{amount(self.selection.parameters)} {'trainable' if self.trainable else 'patched'} parameters",
+            f"{commas(self.selection.parameters)} {'trainable' if self.trainable else 'patched'} parameters",
             f"mode={'+'.join(modes)}",
             f"base={'live weights' if self._base is None else self._base.name}",
         )

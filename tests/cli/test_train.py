@@ -194,7 +194,7 @@ def test_a_stopped_run_resumes_to_the_same_patch(
         assert process.returncode == -9
     else:
         assert process.returncode == 128 + number, errors
-        assert "give the same command again" in errors
+        assert "run the same command again" in errors
     other = neft("train", recipe, *LONG, "--set", "train.seed=5")
     assert (other.code, "train.seed differ" in other.err) == (2, True)
     resumed = run_process(recipe, *LONG, "--resume", "--json")

@@ -274,7 +274,7 @@ def test_a_missing_entry(case: Case, name: str, part: str) -> None:
         return
     # The replaced values of one tensor may be missing: the patch is then not reversible by itself.
     before = snapshot(case.root)
-    with pytest.raises(ns.UsageError, match=r"base=\.\.\."):
+    with pytest.raises(ns.UsageError, match=r"with base=\.\.\."):
         ns.revert(case.root / "patched", path, out=case.root / "out")
     assert snapshot(case.root) == before
     ns.apply(case.base, path, out=case.root / "out")

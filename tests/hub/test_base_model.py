@@ -38,7 +38,7 @@ def test_what_to_type_for_a_base(tmp_path, origin, named, argument):
 
 @pytest.mark.parametrize("named", ["base/", "base", "org/base@", "org/base@../x", "org/base@a b", ""])
 def test_a_base_must_be_a_hub_id(tmp_path, named):
-    with pytest.raises(UsageError, match="--base is not a Hub id"):
+    with pytest.raises(UsageError, match=r"^(\S.*: )?base is not a Hub id"):
         BaseModel.of(patch_of(tmp_path / "p.safetensors", {"w": 1}), named)
 
 

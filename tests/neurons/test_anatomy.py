@@ -175,9 +175,9 @@ def test_experts_count_only_where_their_axes_are_known() -> None:
     for config in (None, {"model_type": "qwen3_vl_moe_text"}, {"model_type": "llama"}):
         anatomy = read_anatomy("rows", tensors, config, include=["*gate_up_proj"])
         assert not anatomy.scored
-        assert "--axis" in anatomy.listed[0].reason
+        assert anatomy.listed[0].reason == "experts of unknown orientation"
         assert len(anatomy.warnings) == 1
-        assert "--axis" in anatomy.warnings[0]
+        assert "give them with [[axis=...]]" in anatomy.warnings[0]
         stated = read_anatomy("rows", tensors, config, axis={"*.experts.*": (0, 2)})
         assert [tensor.axes for tensor in stated.scored] == [(0, 2), (0, 2)]
         assert not stated.warnings
@@ -209,7 +209,7 @@ def test_without_a_known_architecture_weights_count_as_out_in(config: dict[str, 
         "deep": (0,),
     }
     (warning,) = anatomy.warnings
-    assert "--axis" in warning
+    assert "give the axes with [[axis=...]]" in warning
     assert "[out, in" in warning
     for name in ("ffn", "units"):
         with pytest.raises(MismatchError, match=name) as caught:

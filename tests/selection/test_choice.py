@@ -352,7 +352,7 @@ def test_ties_under_a_cap_are_those_of_the_tensors_first() -> None:
 
 def test_no_room_for_one_neuron_names_the_smallest() -> None:
     blocks = [block(2, cost=100), block(1, tensor="b", cost=40), block(math.nan, tensor="c", cost=5)]
-    with pytest.raises(UsageError, match=r"--params 30 .* 40 \(the smallest\) to 100 .* budget of 30"):
+    with pytest.raises(UsageError, match=r"params=30 .* 40 \(the smallest\) to 100 .* budget of 30"):
         chosen(blocks, params=30)
     with pytest.raises(UsageError, match="budget of 60"):
         chosen(blocks, params=60)  # the smallest would fit, but is not first

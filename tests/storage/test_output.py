@@ -101,7 +101,7 @@ def test_an_existing_output_is_refused_unless_forced(tmp_path: Path, what: str) 
         refuse_output(out, inputs=[], force=False, kind="directory")
         refuse_output(out, inputs=[], force=False)
     else:
-        with pytest.raises(UsageError, match=r"exists already.*\n.*force=True"):
+        with pytest.raises(UsageError, match=r"exists already.*\n.*replace it with force=True$"):
             refuse_output(out, inputs=[], force=False, kind="directory")
 
 

@@ -184,7 +184,7 @@ def test_no_such_base(patch: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [0, -1])
 def test_no_threads(base: Path, patch: Path, tmp_path: Path, threads: int) -> None:
     call = lambda: ns.apply(base, patch, out=tmp_path / "out", threads=threads)  # noqa: E731
-    refused(tmp_path, ns.UsageError, call, "threads must")
+    refused(tmp_path, ns.UsageError, call, "threads must be at least 1")
 
 
 # What is written.

@@ -7,8 +7,8 @@ import click
 from ...patch.patch import Patch
 from ...surgery.apply import plan_apply, undo_unfinished
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option
-from ..surgery import in_place_option, rewrite
+from ..options import common_options, dry_run_option, force_option
+from ..rewrite import run_rewrite, target_options
 
 __all__ = ["command"]
 
@@ -16,8 +16,7 @@ __all__ = ["command"]
 @click.command("apply")
 @click.argument("base")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
-@output_option("OUT", text="The new checkpoint: a file for a file, else a folder.")
-@in_place_option
+@target_options
 @force_option
 @dry_run_option
 @common_options
@@ -51,4 +50,4 @@ def command(
         limits=console.limits,
         progress=console.progress,
     )
-    rewrite(console, plan, dry_run)
+    run_rewrite(console, plan, dry_run)

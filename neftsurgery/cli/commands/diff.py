@@ -36,10 +36,11 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Score every neuron of TUNED, a checkpoint or the folder of a PEFT LoRA adapter, against BASE.
+    """Score every neuron of TUNED against BASE.
 
-    Both are streamed, neither is loaded. Tells which layers and kinds of weight moved most, the most
-    sensitive neurons, and what share of the whole change the top neurons hold.
+    TUNED is a checkpoint, or the folder of a PEFT LoRA adapter. Both are streamed, neither is loaded. Tells
+    which layers and kinds of weight moved most, the most sensitive neurons, and what share of the whole
+    change the top neurons hold.
 
     \b
     Example:

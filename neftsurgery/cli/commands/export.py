@@ -7,9 +7,9 @@ import click
 from ...patch.patch import Patch
 from ...progress import Timing
 from ...surgery.export import plan_export
-from ...text import amount, plural, size
+from ...text import commas, plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option
+from ..options import base_option, common_options, dry_run_option, force_option, output_option
 
 __all__ = ["command"]
 
@@ -20,17 +20,18 @@ __all__ = ["command"]
     "--to", "form", type=click.Choice(["lora"]), required=True, help="What to write: a LoRA adapter for PEFT."
 )
 @output_option("DIR", required=True, text="The adapter folder.")
+@base_option
 @click.option(
-    "--base", metavar="BASE", help="The checkpoint the patch was made from; a reversible patch does without."
-)
-@click.option(
-    "--rank", type=click.IntRange(min=1), metavar="N", help="Pad to this rank. Default: the next of vLLM's."
+    "--rank",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Pad to this rank. Default: the next rank that vLLM takes.",
 )
 @click.option(
     "--prefix",
     default="",
     metavar="TEXT",
-    help="Put before module names, where the files lack it: transformer. for a GPT-2 saved without its head.",
+    help="Put this before module names, where the files lack it: transformer. for a GPT-2 without its head.",
 )
 @force_option
 @dry_run_option
@@ -46,9 +47,10 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> None:
-    """Write PATCH as an exact LoRA adapter that PEFT and vLLM load.
+    """Write PATCH as an exact LoRA adapter.
 
-    Biases, norms, embeddings, convolutions and stacked experts have no LoRA form and are refused by name.
+    PEFT and vLLM load it. Biases, norms, embeddings, convolutions and stacked experts have no LoRA form and
+    are refused by name.
 
     \b
     Example:
@@ -57,12 +59,11 @@ def command(
     """
     loaded = Patch.load(patch)
     plan = plan_export(loaded, out, base=base, rank=rank, prefix=prefix, force=force)
-    for warning in plan.warnings:
-        console.note(f"warning: {warning}")
+    console.warn(plan.warnings)
     facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
     columns = sum(not module.rows for module in plan.modules)
     console.say(
-        f"{plural(len(plan.modules), 'module')} ({amount(columns)} of columns) at rank {plan.rank}; "
+        f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at rank {plan.rank}; "
         f"the largest needs {plan.needed}"
     )
     nbytes, timing = plan.nbytes, Timing()

@@ -20,7 +20,7 @@ from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...storage.output_checks import refuse_output
 from ...surgery.extract import ExtractPlan, is_whole_change, plan_extract
-from ...text import amount, percent, plural, size
+from ...text import commas, percent, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
 from ..render import say_captured
@@ -34,9 +34,11 @@ __all__ = ["command"]
 @output_option("PATCH", required=True, text="Write the patch to this file.")
 @options_of(BudgetOptions)
 @click.option("--scores", metavar="SCORES", help="Choose by these scores instead of scoring again.")
-@click.option("--selection", metavar="SELECTION", help="Cut out these neurons.")
+@click.option("--selection", metavar="SELECTION", help="Take these neurons instead of choosing.")
 @click.option(
-    "--reversible", is_flag=True, help="Keep the replaced values too: revert needs no base; twice the size."
+    "--reversible",
+    is_flag=True,
+    help="Keep the replaced values too: revert then needs no base, and the patch is twice as large.",
 )
 @options_of(ScoreOptions, ScopeOptions, SeedOptions)
 @force_option
@@ -54,7 +56,9 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Score, choose, and cut the chosen neurons of TUNED out as a patch on BASE.
+    """Choose neurons of TUNED, and write them as a patch on BASE.
+
+    The neurons are scored first, unless --scores or --selection is given.
 
     \b
     Example:
@@ -86,21 +90,20 @@ def command(
         limits=console.limits,
         progress=console.progress,
     )
-    for warning in plan.warnings:
-        console.note(f"warning: {warning}")
-    facts, timing = plan.describe(), plan.timing
+    console.warn(plan.warnings)
+    nbytes, timing = plan.nbytes, plan.timing
     if not dry_run:
         patch = plan.run(limits=console.limits, progress=console.progress)
-        facts["bytes"], timing = patch.nbytes, patch.timing
-    _say(console, plan, int(str(facts["bytes"])), dry_run)
-    console.answer(facts, timing, dry_run=dry_run)
+        nbytes, timing = patch.nbytes, patch.timing
+    _say(console, plan, nbytes, dry_run)
+    console.answer(plan.describe() | {"bytes": nbytes}, timing, dry_run=dry_run)
 
 
 def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> None:
     chosen, total = plan.selection, plan.base.parameters
     console.say(
         f"{'would cut' if dry_run else 'cut'} {plural(chosen.neurons, 'neuron')} "
-        f"of {plural(len(chosen.tensors), 'tensor')} out: {amount(chosen.parameters)} parameters, "
+        f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
     say_captured(console, plan.captured, whole=is_whole_change(plan))
@@ -109,7 +112,7 @@ def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> Non
 
 
 def _refuse_scoring_options(given: str) -> None:
-    """What is chosen already, or by scores that are there already, is not scored: say so, do not ignore."""
+    """Refuse the options of scoring where nothing is scored."""
     context = click.get_current_context()
     for name in (*declared(ScoreOptions), *declared(ScopeOptions)):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:

@@ -8,8 +8,8 @@ import click
 
 from ...checkpoint.healing import HealPlan, plan_heal
 from ...errors import UsageError
-from ...text import amount, label, plural, size
-from ..console import Console, table
+from ...text import commas, label, plural, size
+from ..console import Console
 from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
@@ -24,10 +24,11 @@ _SHOWN_RANGES = 5
 @dry_run_option
 @common_options
 def command(console: Console, checkpoint: str, yes: bool, dry_run: bool) -> None:
-    """Undo a change in place of CHECKPOINT that was interrupted: the old neurons are written back.
+    """Undo a change in place that was interrupted.
 
-    They are in the journal in the checkpoint's folder (for a file: beside it). A stranger can have put that
-    file there: look at what it would write, and say no if you did not change this checkpoint in place.
+    The old neurons are written back from the journal in the folder of CHECKPOINT (for a file: beside it). A
+    stranger may have put the journal there: look at what it would write, and say no if you did not change
+    this checkpoint in place.
     Nothing is written through a symlink, or into a file with several hard links.
 
     \b
@@ -57,14 +58,11 @@ def _say(console: Console, plan: HealPlan) -> None:
         for file in facts["files"]:
             console.say(f"  {file}")
         rows = [
-            [label(tensor["name"], 100), f"{amount(tensor['neurons'])} of {amount(tensor['of'])}",
+            [label(tensor["name"], 100), f"{commas(tensor['neurons'])} of {commas(tensor['of'])}",
              _ranges(tensor["ranges"], tensor["neurons"])]
             for tensor in facts["tensors"]
         ]  # fmt: skip
-        for line in table(rows[:_SHOWN]):
-            console.say(line)
-        if len(rows) > _SHOWN:
-            console.say(f"  and {plural(len(rows) - _SHOWN, 'more tensor')}; all of them with --json")
+        console.say_table(rows, shown=_SHOWN, rest="more; see them with --json")
 
 
 def _ranges(ranges: list[list[int]], neurons: int) -> str:

@@ -11,7 +11,7 @@ import click
 from ...errors import spelled
 from ...options import ScopeOptions
 from ...surgery.inspect import inspect
-from ...text import amount
+from ...text import commas
 from ..console import Console, flag, table
 from ..options import common_options, options_of, take
 
@@ -26,7 +26,9 @@ _SHOWN = 40
 @options_of(ScopeOptions)
 @common_options
 def command(console: Console, paths: tuple[str, ...], show_all: bool, **options: Any) -> None:
-    """What is in PATH: a checkpoint, scores, a selection or a patch. Of several patches: where they overlap.
+    """Show what is in a checkpoint, scores, selection or patch.
+
+    With several patches, show where they overlap.
 
     \b
     Example:
@@ -58,14 +60,14 @@ def _say_tensors(console: Console, tensors: Sequence[Mapping[str, Any]], show_al
     for line in table([_tensor(tensor) for tensor in shown]):
         console.say(line)
     if len(tensors) > len(shown):
-        console.say(f"  and {amount(len(tensors) - len(shown))} more: see them with --all")
+        console.say(f"  and {commas(len(tensors) - len(shown))} more: see them with --all")
 
 
 def _tensor(tensor: Mapping[str, Any]) -> list[str]:
     if "reason" in tensor:
         what = f"not scored: {tensor['reason']}"
     else:
-        of = f" of {amount(tensor['of'])}" if "of" in tensor else ""
+        of = f" of {commas(tensor['of'])}" if "of" in tensor else ""
         axes = ", ".join(str(axis) for axis in tensor["neuron_axes"])
-        what = f"{amount(tensor['neurons'])}{of} neurons along axis {axes}"
+        what = f"{commas(tensor['neurons'])}{of} neurons along axis {axes}"
     return [tensor["name"][:120], tensor["dtype"], str(tensor["shape"]), what]

@@ -9,7 +9,7 @@ from ...patch.merging import DENSITY, POLICIES
 from ...patch.patch import Patch
 from ...surgery.merge import plan_merge
 from ...surgery.merge_checks import OverlapRule
-from ...text import amount, plural, size
+from ...text import commas, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 
@@ -29,17 +29,21 @@ __all__ = ["command"]
 )
 @click.option("--weights", metavar="A,B,...", help="One number per patch, for mean, sum and ties.")
 @click.option(
-    "--density", type=float, metavar="X", help=f"Of the differences, what ties keeps. Default: {DENSITY}."
+    "--density",
+    type=float,
+    metavar="X",
+    help=f"The share of the differences that ties keeps. Default: {DENSITY}.",
 )
 @click.option(
     "--base",
     metavar="BASE",
-    help="The checkpoint the patches were made from: sum and ties need it, unless they are reversible.",
+    help="The checkpoint that the patches were made from. Only sum and ties need it, and only for patches "
+    "that are not reversible.",
 )
 @click.option(
     "--reversible/--no-reversible",
     default=None,
-    help="Whether to keep the replaced values. Default: if every patch does.",
+    help="Whether to keep the replaced values. Default: keep them if every patch does.",
 )
 @force_option
 @dry_run_option
@@ -56,7 +60,7 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> None:
-    """Make one patch of several PATCHes of one base.
+    """Make one patch from several PATCHes of one base.
 
     Neurons that one patch alone replaces are taken as they are. Patches of different bases are refused.
 
@@ -75,20 +79,19 @@ def command(
         force=force,
         progress=console.progress,
     )
-    for warning in plan.warnings:
-        console.note(f"warning: {warning}")
-    facts, timing = plan.describe(), plan.timing
+    console.warn(plan.warnings)
+    nbytes, timing = plan.nbytes, plan.timing
     if not dry_run:
         merged = plan.run(limits=console.limits, progress=console.progress)
-        facts["bytes"], timing = merged.nbytes, merged.timing
+        nbytes, timing = merged.nbytes, merged.timing
     chosen, rule = plan.selection, f" ({on_overlap})" if plan.shared else ""
     console.say(
         f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
         f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
-        f"{amount(plan.shared)} in several of them{rule}"
+        f"{commas(plan.shared)} in several of them{rule}"
     )
-    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(int(str(facts['bytes'])))})")
-    console.answer({**facts, "patches": list(patches)}, timing, dry_run=dry_run)
+    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)})")
+    console.answer({**plan.describe(), "patches": list(patches), "bytes": nbytes}, timing, dry_run=dry_run)
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -98,5 +101,5 @@ def _numbers(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(
-            f"[[weights]]: {text!r} is not a list of numbers with commas between them, as in 1,0.5"
+            f"[[weights]]: {text!r} is not a comma-separated list of numbers, such as 1,0.5"
         ) from None

@@ -19,9 +19,9 @@ __all__ = ["command"]
 @dry_run_option
 @common_options
 def command(console: Console, named: str, out: str, force: bool, dry_run: bool) -> None:
-    """Fetch the patch of the Hub repository ORG/NAME, check all of its hashes, and write it to a file.
+    """Fetch a patch from the Hugging Face Hub, and check all of its hashes.
 
-    Commands that take a PATCH also take ORG/NAME[@REV]: pull only if you need the file itself.
+    Commands that take a PATCH also take ORG/NAME[@REV]: use pull only if you need the file itself.
 
     \b
     Example:

@@ -40,7 +40,7 @@ __all__ = ["command"]
 @dry_run_option
 @common_options
 def command(console: Console, patch: str, repo: str, dry_run: bool, **options: Any) -> None:
-    """Publish PATCH on the Hugging Face Hub as ORG/NAME, with a model card, in one commit.
+    """Publish PATCH on the Hugging Face Hub, with a model card, in one commit.
 
     The patch's hashes are checked before anything is sent. --dry-run shows the card. The token is that of
     `hf auth login`, or HF_TOKEN.
@@ -51,8 +51,7 @@ def command(console: Console, patch: str, repo: str, dry_run: bool, **options: A
       neftsurgery push neuron_patch.safetensors me/llama-french --base meta-llama/Llama-3.2-1B --private
     """
     plan = plan_push(patch, repo, dry_run=dry_run, progress=console.progress, **options)
-    for warning in plan.warnings:
-        console.note(f"warning: {warning}")
+    console.warn(plan.warnings)
     answer = plan.describe() | {"dry_run": dry_run}
     if dry_run:
         console.say(plan.card)

@@ -7,8 +7,8 @@ import click
 from ...patch.patch import Patch
 from ...surgery.apply import plan_revert, undo_unfinished
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option
-from ..surgery import in_place_option, rewrite
+from ..options import base_option, common_options, dry_run_option, force_option
+from ..rewrite import run_rewrite, target_options
 
 __all__ = ["command"]
 
@@ -16,11 +16,8 @@ __all__ = ["command"]
 @click.command("revert")
 @click.argument("checkpoint")
 @click.argument("patch")
-@output_option("OUT", text="The new checkpoint: a file for a file, else a folder.")
-@in_place_option
-@click.option(
-    "--base", metavar="BASE", help="Take the replaced values from here; for patches that lack them."
-)
+@target_options
+@base_option
 @force_option
 @dry_run_option
 @common_options
@@ -34,7 +31,9 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> None:
-    """Take PATCH out of CHECKPOINT again: what it replaced comes back, bit for bit.
+    """Take PATCH out of CHECKPOINT again, bit for bit.
+
+    The values that PATCH replaced come from PATCH itself if it is reversible, else from --base.
 
     \b
     Example:
@@ -53,4 +52,4 @@ def command(
         limits=console.limits,
         progress=console.progress,
     )
-    rewrite(console, plan, dry_run)
+    run_rewrite(console, plan, dry_run)

@@ -10,8 +10,8 @@ from ...options import BudgetOptions, SeedOptions, SelectOptions
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...surgery.select import plan_select
-from ...text import amount, percent, plural
-from ..console import Console, table
+from ...text import commas, percent, plural
+from ..console import Console
 from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
 
 __all__ = ["command"]
@@ -25,12 +25,14 @@ __all__ = ["command"]
 @dry_run_option
 @common_options
 def command(console: Console, scores: str, out: str, force: bool, dry_run: bool, **options: Any) -> None:
-    """Choose neurons from a SCORES file.
+    """Choose neurons from SCORES.
+
+    The options of the budget say how many, and which first.
 
     \b
     Example:
-      neftsurgery select scores.safetensors --neurons 3% -o selection.safetensors
-      neftsurgery select scores.safetensors --like selection.safetensors --policy random -o control
+      neftsurgery select scores.safetensors --neurons 3% -o best.safetensors
+      neftsurgery select scores.safetensors --like best.safetensors --policy random -o control.safetensors
     """
     budget = take(options, SelectOptions)
     inputs = [budget["like"]] if "like" in budget else []
@@ -43,15 +45,14 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
             plan.run()
         console.say(
             f"{'would choose' if dry_run else 'chose'} {plural(selection.neurons, 'neuron')} of "
-            f"{amount(loaded.neurons)} in {plural(len(selection.tensors), 'tensor')}, "
-            f"{amount(selection.parameters)} parameters "
+            f"{commas(loaded.neurons)} in {plural(len(selection.tensors), 'tensor')}, "
+            f"{commas(selection.parameters)} parameters "
             f"({percent(selection.parameters / loaded.parameters)} of the model)"
         )
         captured = selection.facts.get("captured")
         if captured is not None:
             console.say(f"they hold {percent(captured)} of the whole change")
-        for line in table(_largest(selection), right=[1]):
-            console.say(line)
+        console.say_table(_largest(selection), right=[1])
         if not dry_run:
             console.say(f"wrote {out}")
         console.answer(facts, dry_run=dry_run)
@@ -59,4 +60,4 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
 
 def _largest(selection: Selection, count: int = 5) -> list[list[str]]:
     most = sorted(selection, key=lambda chosen: (-len(chosen.index), chosen.info.name))[:count]
-    return [[c.info.name[:120], amount(len(c.index)), f"of {amount(c.layout.count)}"] for c in most]
+    return [[c.info.name[:120], commas(len(c.index)), f"of {commas(c.layout.count)}"] for c in most]

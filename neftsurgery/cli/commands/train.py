@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...text import amount, percent, plural, size
+from ...text import commas, percent, plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option
+from ..options import common_options, dry_run_option, force_option, output_option
 
 if TYPE_CHECKING:
     from ...training.train_plan import TrainPlan
@@ -32,7 +32,7 @@ __all__ = ["command"]
     metavar="KEY=VALUE",
     help="Replace a value of the recipe, as in train.steps=100.",
 )
-@click.option("-o", "--out", metavar="DIR", help="The folder to create. Same as --set out=DIR.")
+@output_option("DIR", text="The folder to create. Same as --set out=DIR.")
 @click.option(
     "--resume",
     is_flag=True,
@@ -52,7 +52,7 @@ def command(
     force: bool,
     dry_run: bool,
 ) -> int:
-    """Find the neurons that matter, train them and nothing else, and cut the patch.
+    """Find the neurons that matter, train only them, and cut the patch.
 
     The recipe names the model, the data and the settings. When the run has finished, OUT holds the patch, its
     selection and scores, and the loss curve. Ctrl-C saves and stops. The same command then resumes
@@ -82,7 +82,7 @@ def command(
     if dry_run:
         console.answer({"dry_run": True, "out": None, **plan.describe()})
         return 0
-    with _asked_to_stop(console) as stop:
+    with _stop_on_signals(console) as stop:
         result = plan.run(
             limits=console.limits,
             progress=partial(console.progress, unit="step"),
@@ -111,7 +111,7 @@ class _Stop:
 
 
 @contextmanager
-def _asked_to_stop(console: Console) -> Iterator[_Stop]:
+def _stop_on_signals(console: Console) -> Iterator[_Stop]:
     """Within the context, the first SIGINT or SIGTERM asks the run to save and stop; the second stops it."""
     stop = _Stop(console)
     if threading.current_thread() is not threading.main_thread():
@@ -134,20 +134,19 @@ def _asked_to_stop(console: Console) -> Iterator[_Stop]:
 
 
 def _say_plan(console: Console, plan: TrainPlan) -> None:
-    for warning in plan.warnings:
-        console.note(f"warning: {warning}")
+    console.warn(plan.warnings)
     facts = plan.describe()
     dev = f", {plural(facts['dev_examples'], 'dev example')}" if plan.examples.dev else ", no dev examples"
     say, params = console.say, facts["trainable_parameters"]
-    say(f"{facts['model']}: {amount(facts['parameters'])} parameters")
-    say(f"{plural(facts['examples'], 'example')} ({amount(facts['tokens_learned'])} tokens to learn){dev}")
+    say(f"{facts['model']}: {commas(facts['parameters'])} parameters")
+    say(f"{plural(facts['examples'], 'example')} ({commas(facts['tokens_learned'])} tokens to learn){dev}")
     if params is None:
         say(f"to train: the neurons that score above the threshold (probe: {facts['probe']})")
     else:
         about = "about " if facts["estimated"] else ""
         count = "" if facts["selected"] is None else f"{plural(facts['selected'], 'neuron')}, "
         share = percent(params / max(1, facts["parameters"]))
-        say(f"to train: {count}{about}{amount(params)} parameters, {share} of the model")
+        say(f"to train: {count}{about}{commas(params)} parameters, {share} of the model")
         states = (size(facts["optimizer_bytes"]), size(facts["optimizer_bytes_of_full"]))
         say(f"optimizer state: {about}{states[0]}; a full fine-tune needs {states[1]}")
     resumes = plan.resumes
@@ -159,7 +158,7 @@ def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
     if not result.finished:
         console.note(
             f"neftsurgery: interrupted at step {result.step} of {result.steps}, and saved: "
-            "give the same command again to resume"
+            "run the same command again to resume"
         )
         return
     first = next((point.dev_loss for point in result.curve if point.dev_loss is not None), None)

@@ -6,8 +6,7 @@ import click
 
 from ...surgery.state import JOURNAL_HINT
 from ...surgery.verify import plan_verify
-from ...text import plural
-from ..console import Console, table
+from ..console import Console
 from ..options import common_options
 
 __all__ = ["command"]
@@ -21,10 +20,10 @@ _SHOWN = 20
 @click.option("--expect", type=click.Choice(["base", "patched"]), help="Succeed only in this state.")
 @common_options
 def command(console: Console, checkpoint: str, patch: str, expect: str | None) -> int:
-    """Is CHECKPOINT in the state before PATCH, or after it?
+    """Tell whether CHECKPOINT is base, patched, mixed or neither.
 
-    Compares every neuron the patch touches. Exit code 0: all as in the base, or all patched (with
-    --expect: that one); 3: mixed, or neither.
+    Every neuron that PATCH touches is compared. The exit code is 0 if all of them are as in the base or all
+    are patched (with --expect: as expected), and 3 otherwise.
 
     \b
     Example:
@@ -35,10 +34,7 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     console.say(str(found))
     if found.state in ("mixed", "neither"):
         odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in found.tensors.items()]
-        for line in table(odd[:_SHOWN]):
-            console.say(line)
-        if len(odd) > _SHOWN:
-            console.say(f"  and {plural(len(odd) - _SHOWN, 'more tensor')}; all of them with --json")
+        console.say_table(odd, shown=_SHOWN, rest="more; see them with --json")
     if any(tensor.neither for tensor in found.tensors.values()):
         console.note(f"note: {JOURNAL_HINT}")
     if not good:

@@ -23,7 +23,7 @@ from ...demo.tiny_model import (
     train_parameters,
     train_selection,
 )
-from ...text import amount, percent, size
+from ...text import commas, percent, size
 from ..console import table
 from .session import DemoSession, can_draw, digests
 from .training_commands import APPLY, CONTROL, DIFF, REPORT, REVERT, SELECT, SHARE, VERIFY
@@ -112,7 +112,7 @@ class _TrainingDemo:
         languages = self._languages
         model = new_model(languages, self._seed)
         parameters = list(model.parameters())
-        number = amount(count_parameters(parameters))
+        number = commas(count_parameters(parameters))
         self._session.heading(
             f"A Llama with {number} parameters learns to translate A to B, B to C and C to A"
         )
@@ -166,7 +166,7 @@ class _TrainingDemo:
         row = TrainedModel(name, losses_of(model, self._languages), trained, nbytes, seconds)
         self._trained.append(row)
         self._session.console.say(
-            f"  {amount(trained)} parameters trained for {seconds:.1f} s; "
+            f"  {commas(trained)} parameters trained for {seconds:.1f} s; "
             f"loss on the old task {row.losses.old:.4f}, on the new one {row.losses.new:.4f}"
         )
 
@@ -179,7 +179,7 @@ class _TrainingDemo:
                 row.name,
                 f"{row.losses.old:.4f}",
                 f"{row.losses.new:.4f}",
-                f"{amount(row.trained)} ({percent(row.trained / base.trained)})",
+                f"{commas(row.trained)} ({percent(row.trained / base.trained)})",
                 size(row.nbytes),
                 f"{row.seconds:.1f}",
             ]

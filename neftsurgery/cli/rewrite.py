@@ -1,4 +1,4 @@
-"""What apply and revert share on the command line."""
+"""What the commands apply and revert share."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ import click
 from ..surgery.rewrite import RewritePlan
 from ..text import plural, size
 from .console import Console
+from .options import output_option, stack
 
-__all__ = ["in_place_option", "rewrite"]
+__all__ = ["run_rewrite", "target_options"]
 
-in_place_option = click.option(
-    "--in-place",
-    is_flag=True,
-    help="Change the checkpoint itself: only the touched rows are written, the old ones journaled first.",
+target_options = stack(
+    output_option("OUT", text="The new checkpoint: a file for a file, else a folder."),
+    click.option(
+        "--in-place",
+        is_flag=True,
+        help="Change the checkpoint itself: write a journal of the touched rows, then the rows.",
+    ),
 )
 
 
-def rewrite(console: Console, plan: RewritePlan, dry_run: bool) -> None:
-    """Carry out an apply or revert, or say what it would do."""
+def run_rewrite(console: Console, plan: RewritePlan, dry_run: bool) -> None:
+    """Run an apply or revert, or say what it would do."""
     facts = plan.describe()
     if dry_run:
         _say_planned(console, plan)
