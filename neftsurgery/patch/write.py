@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from ..checkpoint.fingerprint import HASH_PREFIX
 from ..selection.selection import Selection, index_dtype
@@ -14,7 +13,8 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from .digests import DigestHash, digests
-from .patch import PATCH_KEY, PATCH_VERSION, Patch, Raw
+from .manifest import Manifest
+from .patch import PATCH_KEY, Patch, Raw
 
 __all__ = ["PatchWriter", "patch_bytes", "written_patch"]
 
@@ -41,11 +41,11 @@ class PatchWriter:
     """Takes the rows of a patch, block by block, each tensor's blocks in index order."""
 
     def __init__(
-        self, writer: TensorFileWriter, selection: Selection, facts: Mapping[str, Any], reversible: bool
-    ):
+        self, writer: TensorFileWriter, selection: Selection, manifest: Manifest, reversible: bool
+    ) -> None:
         self._writer = writer
         self._selection = selection
-        self._facts = facts
+        self._manifest = manifest
         self._reversible = reversible
         self._hashes = {name: (DigestHash(), DigestHash()) for name in selection.tensors}
         for name, chosen in selection.tensors.items():
@@ -80,39 +80,33 @@ class PatchWriter:
     def finish(self) -> None:
         """Write the manifest."""
         hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
-        self._writer.finish(dump(PATCH_KEY, _manifest(self._selection, self._facts, hashes)))
+        self._writer.finish(dump(PATCH_KEY, _document(self._selection, self._manifest, hashes)))
 
 
-def _manifest(
-    selection: Selection, facts: Mapping[str, Any], hashes: Mapping[str, tuple[str, str]]
-) -> dict[str, Any]:
+def _document(
+    selection: Selection, manifest: Manifest, hashes: Mapping[str, tuple[str, str]]
+) -> dict[str, object]:
     tensors = {
         name: chosen.describe() | {"base_hash": hashes[name][0], "patched_hash": hashes[name][1]}
         for name, chosen in selection.tensors.items()
     }
-    return {"version": PATCH_VERSION, **facts, "tensors": tensors}
+    return manifest.written(tensors)
 
 
 @contextmanager
 def written_patch(
     selection: Selection,
-    facts: Mapping[str, Any],
+    manifest: Manifest,
     out: str | os.PathLike[str] | None,
     *,
     reversible: bool,
     force: bool = False,
 ) -> Iterator[_WrittenPatch]:
-    """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file.
-
-    Parameters
-    ----------
-    facts:
-        The manifest's ``base``, ``selection`` and ``created_by``.
-    """
+    """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
     nothing = dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH))
-    room = dump(PATCH_KEY, _manifest(selection, facts, nothing))
+    room = dump(PATCH_KEY, _document(selection, manifest, nothing))
     with written_file(_entries(selection, reversible), room, out, force=force) as written:
-        result = _WrittenPatch(PatchWriter(written.writer, selection, facts, reversible))
+        result = _WrittenPatch(PatchWriter(written.writer, selection, manifest, reversible))
         yield result
         result.writer.finish()
     result.patch = Patch.read(written.reader())

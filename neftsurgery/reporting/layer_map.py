@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..neurons.tensor_names import layer_and_kind
 from ..patch.patch import Patch
 from ..scoring.scores import Scores
-from ..selection.selection import Selection, companion_biases
+from ..selection.selection import Selection
 from ..text import label
 
 __all__ = ["NO_LAYER", "LayerMap", "TensorLocation", "locate_tensors", "natural_key", "sorted_layers"]
@@ -105,7 +105,7 @@ class LayerMap:
 
         Bias elements that go with their neurons are not counted.
         """
-        companions = companion_biases(patch.facts)
+        companions = patch.facts.companion_biases
         return cls.of_counts(
             {
                 name: (tensor.count, tensor.layout.count)

@@ -24,7 +24,7 @@ from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from .replaced import BaseRows, require_replaced
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .state import LEFT_BEHIND, PatchState, check_fit, examine
+from .state import LEFT_BEHIND, PatchState, examine
 from .verb import running
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -179,7 +179,7 @@ def plan_revert(
     inputs = []
     if base is not None:
         original = open_checkpoint(base)
-        check_fit(original, patch)
+        patch.require_fit(original)
         inputs.append(original.source.path)
         read = BaseRows(patch, original).read
     else:
@@ -208,7 +208,7 @@ def _plan(
     checkpoint = open_checkpoint(named)
     patches = [r.patch for r in rows]
     for patch in patches:
-        check_fit(checkpoint, patch)
+        patch.require_fit(checkpoint)
     files = None
     if out is None:
         _refuse_in_place(checkpoint, patches)

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.adapter import open_pair
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
 from ..neurons.anatomy import NeuronTensor
 from ..options import DiffOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, split
@@ -31,7 +30,7 @@ from ..tensors.writer import TensorFileWriter, written_file
 from .pairing import Pair, pair
 from .verb import running, warn
 
-__all__ = ["DiffPlan", "check_score", "describe_side", "describe_tensor", "diff", "plan_diff"]
+__all__ = ["DiffPlan", "check_score", "describe_tensor", "diff", "plan_diff"]
 
 log = logging.getLogger(__name__)
 
@@ -110,14 +109,14 @@ class DiffPlan:
         scores.timing = watch.timing
         return scores
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         return {
             "version": SCORES_VERSION,
             "score": self.score,
             "anatomy": self.pair.anatomy.name,
             "parameters": self.pair.base.parameters,
-            "base": describe_side(self.pair.base),
-            "tuned": describe_side(self.pair.tuned),
+            "base": Provenance.of(self.pair.base).to_json(),
+            "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),
             **self.pair.describe(),
             "tensors": {t.info.name: describe_tensor(t) for t in self.pair.anatomy.scored},
@@ -205,17 +204,9 @@ def check_score(score: str) -> None:
         raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
 
 
-def describe_side(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is known of where a checkpoint came from, with its fingerprint."""
-    facts: dict[str, Any] = {"name": checkpoint.source.local_name}
-    if checkpoint.source.repo is not None:
-        facts |= {"repo": checkpoint.source.repo, "revision": checkpoint.source.revision}
-    return facts | {"fingerprint": fingerprint(checkpoint)}
-
-
-def describe_tensor(tensor: NeuronTensor) -> dict[str, Any]:
+def describe_tensor(tensor: NeuronTensor) -> dict[str, object]:
     """What a scores file says of a scored tensor."""
-    entry: dict[str, Any] = {
+    entry: dict[str, object] = {
         "shape": list(tensor.info.shape),
         "dtype": tensor.info.dtype,
         "neuron_axes": list(tensor.axes),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from ..errors import MismatchError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions, split
 from ..patch.digests import digests
+from ..patch.manifest import Manifest
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Patch, Raw
@@ -50,9 +51,9 @@ class MergePlan:
     meetings:
         Per touched tensor who replaces what.
     selection:
-        The neurons of the result, and what its manifest says of how they came together.
-    facts:
-        The rest of the manifest.
+        The neurons of the result, and how they came together.
+    manifest:
+        What the result says of itself.
     reversible:
         Whether the result holds the replaced values.
     out, force:
@@ -68,7 +69,7 @@ class MergePlan:
     base: Checkpoint | None
     meetings: Mapping[str, Meeting]
     selection: Selection
-    facts: Mapping[str, Any]
+    manifest: Manifest
     reversible: bool
     out: Path | None
     force: bool
@@ -115,7 +116,7 @@ class MergePlan:
         with (
             watch.running(),
             written_patch(
-                self.selection, self.facts, self.out, reversible=self.reversible, force=self.force
+                self.selection, self.manifest, self.out, reversible=self.reversible, force=self.force
             ) as written,
         ):
             least = _thresholds(self) if self.rule.name == "ties" else None
@@ -234,12 +235,12 @@ def plan_merge(
     watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
     with watch.running():
-        meetings, selection, facts, warnings = plan_union(patches, rule, original, keep)
+        meetings, selection, manifest, warnings = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
     return MergePlan(
-        patches, rule, original, meetings, selection, facts, keep, place, force, warnings, watch.timing
+        patches, rule, original, meetings, selection, manifest, keep, place, force, warnings, watch.timing
     )
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from ..checkpoint.adapter import Adapted, InFloat32
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.fit import same_tensor
 from ..errors import MismatchError
 from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout
 from ..options import Scope
 from ..scoring.engine import Job
-from ..tensors.header import TensorInfo
 from ..tensors.weights import WeightReader
 
 __all__ = ["Pair", "pair"]
@@ -114,7 +114,7 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     UsageError
         For an unknown anatomy, or patterns and axes that fit no tensor.
     """
-    common = {name: info for name, info in base.tensors.items() if _same(info, tuned.tensors.get(name))}
+    common = {name: info for name, info in base.tensors.items() if same_tensor(info, tuned.tensors.get(name))}
     if not common:
         raise _nothing_common(base, tuned)
     anatomy = read_anatomy(scope.anatomy, common, base.config, **scope.patterns)
@@ -130,10 +130,6 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
         raise _nothing_scored(base, anatomy)
     return result
-
-
-def _same(a: TensorInfo, b: TensorInfo | None) -> bool:
-    return b is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 def _nothing_common(base: Checkpoint, tuned: Checkpoint) -> MismatchError:

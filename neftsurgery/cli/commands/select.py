@@ -47,7 +47,7 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
             f"{amount(selection.parameters)} parameters "
             f"({percent(selection.parameters / loaded.parameters)} of the model)"
         )
-        captured = selection.facts.get("captured")
+        captured = selection.facts.captured
         if captured is not None:
             console.say(f"they hold {percent(captured)} of the whole change")
         for line in table(_largest(selection), right=[1]):
