@@ -230,8 +230,8 @@ def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[s
             "dtype": entry.info.dtype,
             **totals,
         }
-        if entry.info.name in plan.followers:
-            axes = plan.followers[entry.info.name]
+        if entry.info.name in plan.companion_biases:
+            axes = plan.companion_biases[entry.info.name]
             described[entry.info.name] |= {"neuron_axes": list(axes), "included": entry.included}
     return described
 
@@ -248,7 +248,7 @@ def _entries(plan: Pair) -> Iterator[TensorInfo]:
         if tensor.units is not None:
             yield TensorInfo(f"{tensor.info.name}:unit", "I64", (tensor.layout.count,))
     for job in plan.jobs:
-        if job.info.name in plan.followers:
+        if job.info.name in plan.companion_biases:
             for which, dtype in (("delta_sq", "F64"), ("changed", "I64")):
                 yield TensorInfo(f"{job.info.name}:{which}", dtype, (job.info.elements,))
 

@@ -42,7 +42,7 @@ class Pair:
     differing: Mapping[str, tuple[str, str]]
 
     @cached_property
-    def followers(self) -> dict[str, tuple[int, ...]]:
+    def companion_biases(self) -> dict[str, tuple[int, ...]]:
         """Biases and included tensors of one-element neurons: their changes are recorded. With their axes."""
         biases = {tensor.bias for tensor in self.anatomy.scored if tensor.bias is not None}
         return {
@@ -66,7 +66,7 @@ class Pair:
             jobs[name] = Job(tensor.info, tensor.layout)
         for entry in self.anatomy.listed:
             name = entry.info.name
-            axes = self.followers.get(name)
+            axes = self.companion_biases.get(name)
             keys[name] = (len(layers), *self.base.position(name))
             jobs[name] = Job(entry.info, None if axes is None else Layout.of(entry.info.shape, axes))
         return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
