@@ -23,15 +23,8 @@ class Manifest(Facts):
         cls, base: Provenance, selection: SelectionFacts, more: Mapping[str, object] | None = None
     ) -> Self:
         """The manifest of a patch that is made now; ``more`` is JSON, such as ``training``."""
-        created_by = f"neftsurgery {__version__}"
-        return cls(
-            {
-                "base": base.to_json(),
-                "selection": selection.to_json(),
-                "created_by": created_by,
-                **(more or {}),
-            }
-        )
+        parts = {"base": base.to_json(), "selection": selection.to_json()}
+        return cls({**parts, "created_by": f"neftsurgery {__version__}", **(more or {})})
 
     @property
     def base(self) -> Provenance:

@@ -69,10 +69,5 @@ class SelectionFacts(Facts):
 
         ``captured``: whether it has the values of ``tuned``, so that the captured shares hold for it too.
         """
-        return type(self)(
-            {
-                key: value
-                for key, value in self.items()
-                if key not in ("base", "tuned") and (captured or not key.startswith("captured"))
-            }
-        )
+        left_out = {"base", "tuned", *(key for key in self if key.startswith("captured") and not captured)}
+        return type(self)({key: value for key, value in self.items() if key not in left_out})
