@@ -38,7 +38,12 @@ def patch_bytes(selection: Selection, reversible: bool) -> int:
 
 
 class PatchWriter:
-    """Takes the rows of a patch, block by block, each tensor's blocks in index order."""
+    """Takes the rows of a patch, block by block, each tensor's blocks in index order.
+
+    Once the context of `written_patch` has ended, ``patch`` is the finished patch.
+    """
+
+    patch: Patch
 
     def __init__(
         self, writer: TensorFileWriter, selection: Selection, manifest: Manifest, reversible: bool
@@ -80,17 +85,17 @@ class PatchWriter:
     def finish(self) -> None:
         """Write the manifest."""
         hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
-        self._writer.finish(dump(PATCH_KEY, _document(self._selection, self._manifest, hashes)))
+        self._writer.finish(_metadata(self._selection, self._manifest, hashes))
 
 
-def _document(
+def _metadata(
     selection: Selection, manifest: Manifest, hashes: Mapping[str, tuple[str, str]]
-) -> dict[str, object]:
+) -> dict[str, str]:
     tensors = {
         name: chosen.describe() | {"base_hash": hashes[name][0], "patched_hash": hashes[name][1]}
         for name, chosen in selection.tensors.items()
     }
-    return manifest.written(tensors)
+    return dump(PATCH_KEY, manifest.written(tensors))
 
 
 @contextmanager
@@ -101,26 +106,12 @@ def written_patch(
     *,
     reversible: bool,
     force: bool = False,
-) -> Iterator[_WrittenPatch]:
+) -> Iterator[PatchWriter]:
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
     nothing = dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH))
-    room = dump(PATCH_KEY, _document(selection, manifest, nothing))
+    room = _metadata(selection, manifest, nothing)
     with written_file(_entries(selection, reversible), room, out, force=force) as written:
-        result = _WrittenPatch(PatchWriter(written.writer, selection, manifest, reversible))
-        yield result
-        result.writer.finish()
-    result.patch = Patch.read(written.reader())
-
-
-class _WrittenPatch:
-    """What `written_patch` yields: the writer, and after the context the patch."""
-
-    def __init__(self, writer: PatchWriter) -> None:
-        self.writer = writer
-        self.patch: Patch | None = None
-
-    def result(self) -> Patch:
-        """The finished patch, once the context has ended."""
-        if self.patch is None:
-            raise ValueError("the patch is not finished")
-        return self.patch
+        writer = PatchWriter(written.writer, selection, manifest, reversible)
+        yield writer
+        writer.finish()
+    writer.patch = Patch.read(written.reader())

@@ -114,25 +114,23 @@ class ExtractPlan:
         before = sum(side.bytes_read for side in sides)
         with (
             watch.running(),
-            written_patch(
-                chosen, manifest, self.out, reversible=self.reversible, force=self.force
-            ) as written,
+            written_patch(chosen, manifest, self.out, reversible=self.reversible, force=self.force) as writer,
         ):
 
             def copy(block: RowBlock) -> tuple[Raw, Raw]:
                 part = chosen.tensors[block.name]
                 index = part.index[block.start : block.stop]
                 rows = [gather(side, part.info, part.layout, index) for side in sides]
-                return written.writer.write_rows(block.name, block.start, rows[0], rows[1])
+                return writer.write_rows(block.name, block.start, rows[0], rows[1])
 
             workers = limits.workers(block_memory(part.layout for part in chosen))
             with progress("cutting out", 2 * chosen.nbytes) as advance:
                 for block, (old, new) in in_order(copy, chosen.blocks(), workers):
-                    written.writer.add_digests(block.name, old, new)
+                    writer.add_digests(block.name, old, new)
                     advance(2 * block.nbytes)
             for side in sides:
                 side.check_unchanged()
-        patch = written.result()
+        patch = writer.patch
         watch.bytes_read = sum(side.bytes_read for side in sides) - before
         patch.timing = self.timing + watch.timing
         return patch

@@ -117,7 +117,7 @@ class MergePlan:
             watch.running(),
             written_patch(
                 self.selection, self.manifest, self.out, reversible=self.reversible, force=self.force
-            ) as written,
+            ) as writer,
         ):
             least = _thresholds(self) if self.rule.name == "ties" else None
 
@@ -128,11 +128,11 @@ class MergePlan:
                 parts = [part for _, part in tensor.held(least)]
                 dtype = self.selection.tensors[block.name].info.dtype
                 values = merge_rows(self.rule.name, dtype, parts, old, len(before))
-                return before, written.writer.write_values(block.name, block.start, before, values, old)
+                return before, writer.write_values(block.name, block.start, before, values, old)
 
             with progress("merging", self.selection.nbytes) as advance:
                 for block, (before, after) in in_order(join, self.selection.blocks(), workers):
-                    written.writer.add_digests(block.name, before, after)
+                    writer.add_digests(block.name, before, after)
                     watch.bytes_read += block.nbytes
                     advance(block.nbytes)
             for patch in self.patches:
@@ -140,7 +140,7 @@ class MergePlan:
             if self.base is not None:
                 self.base.check_unchanged()
                 watch.bytes_read += self.base.bytes_read
-        merged = written.result()
+        merged = writer.patch
         merged.timing = self.timing + watch.timing
         return merged
 

@@ -143,14 +143,14 @@ class Attached:
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
         by_name = {neurons.name: neurons for neurons in self._neurons}
-        with written_patch(selection, manifest, path, reversible=reversible, force=force) as written:
+        with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
             for name in selection.tensors:
                 for start, old, new in self._blocks(by_name[name]):
-                    written.writer.add_digests(name, *written.writer.write_rows(name, start, old, new))
+                    writer.add_digests(name, *writer.write_rows(name, start, old, new))
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
-        return written.result()
+        return writer.patch
 
     def _blocks(self, neurons: AttachedNeurons) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
         """Where each block starts, and the bytes of its vectors before and after."""
