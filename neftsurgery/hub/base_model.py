@@ -20,12 +20,12 @@ class BaseModel:
     hub_id:
         Its Hub id; None where that is not known. Both parts are checked to be of the right form.
     name, fingerprint:
-        As the manifest has them: unchecked values.
+        As the manifest has them.
     """
 
     hub_id: HubId | None
-    name: object = None
-    fingerprint: object = None
+    name: str | None = None
+    fingerprint: str | None = None
 
     @property
     def repo(self) -> str | None:
@@ -53,12 +53,11 @@ class BaseModel:
         MismatchError
             If the manifest names another base or another revision.
         """
-        origin = patch.base
-        hub_id, name, fingerprint = None, origin.get("name"), origin.get("fingerprint")
-        if is_repo(repo := origin.get("repo")):
-            revision = origin.get("revision")
-            hub_id = HubId(repo, revision if is_revision(revision) else None)
-        return cls(hub_id if named is None else _completed(hub_id, named), name, fingerprint)
+        origin, hub_id = patch.base, None
+        if is_repo(origin.repo):
+            hub_id = HubId(origin.repo, origin.revision if is_revision(origin.revision) else None)
+        hub_id = hub_id if named is None else _completed(hub_id, named)
+        return cls(hub_id, origin.name, origin.fingerprint)
 
 
 def _completed(known: HubId | None, named: str) -> HubId:

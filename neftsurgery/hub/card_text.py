@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeGuard
+from collections.abc import Iterator, Sequence
 
 from ..patch.patch import PATCH_NAME, Patch
 from ..sources.hub_client import page
@@ -52,8 +50,7 @@ def card_text(patch: Patch, repo: str, base: BaseModel, figure: str | None) -> s
 
 def dev_loss(patch: Patch) -> float | None:
     """The loss on held-out examples, if the patch's training recorded one."""
-    found = _training(patch).get("dev_loss")
-    return float(found) if _is_number(found) else None
+    return patch.training.number("dev_loss")
 
 
 def _lead(patch: Patch, base: BaseModel) -> str:
@@ -100,11 +97,11 @@ def _facts(patch: Patch, base: BaseModel) -> Iterator[tuple[str, str]]:
     dtypes = sorted({tensor.info.dtype for tensor in patch.tensors.values()})
     yield "tensors", f"{len(patch.tensors):,} ({', '.join(code_span(dtype) for dtype in dtypes)})"
     yield "file", f"{code_span(PATCH_NAME)}, {size(patch.nbytes)}"
-    for key, change in (
-        ("captured", "the whole change"),
-        ("captured_scored", "the change of the scored tensors"),
+    for share, change in (
+        (patch.facts.captured, "the whole change"),
+        (patch.facts.captured_scored, "the change of the scored tensors"),
     ):
-        if _is_number(share := patch.facts.get(key)):
+        if share is not None:
             yield f"share of {change}", f"{percent(share)} of the squared difference"
     yield "revert", "needs only the patch" if patch.reversible else "needs the base: `--base`"
     if created := patch.manifest.get("created_by"):
@@ -145,14 +142,9 @@ def _selection_facts(patch: Patch) -> Iterator[tuple[str, str]]:
 
 
 def _training_facts(patch: Patch) -> Iterator[tuple[str, str]]:
-    for key, value in list(_training(patch).items())[:_MAX_TRAINING_FACTS]:
+    for key, value in list(patch.training.items())[:_MAX_TRAINING_FACTS]:
         if value is not None:
             yield code_span(key, 60), _json_span(value)
-
-
-def _training(patch: Patch) -> Mapping[str, object]:
-    found = patch.manifest.get("training")
-    return found if isinstance(found, dict) else {}
 
 
 def _json_span(value: object) -> str:
@@ -161,9 +153,3 @@ def _json_span(value: object) -> str:
         (key, one), *_ = value.items()
         value = f"{key} {one}" if isinstance(one, (str, int, float)) else value
     return code_span(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 300)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)

@@ -9,7 +9,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import NeuronTensor, read_anatomy
 from ..neurons.tensor_names import layer_and_kind
-from ..selection.selection import Selection, companion_biases
+from ..selection.selection import Selection
 from .options import ANATOMIES
 
 __all__ = ["count_unranked", "ranked_tensors"]
@@ -69,7 +69,7 @@ def ranked_tensors(
 
 def _axes_by_kind(trained: Selection, width: int) -> dict[str, tuple[int, ...]]:
     """The neuron axes of every kind of tensor that has trained neurons of this width."""
-    companions = companion_biases(trained.facts)
+    companions = trained.facts.companion_biases
     return {
         layer_and_kind(name.split("."))[1]: chosen.layout.axes
         for name, chosen in trained.tensors.items()
@@ -79,7 +79,7 @@ def _axes_by_kind(trained: Selection, width: int) -> dict[str, tuple[int, ...]]:
 
 def count_unranked(trained: Selection, tensors: Mapping[str, NeuronTensor]) -> int:
     """How many trained neurons are not among those of ``tensors``. Bias elements are not counted."""
-    companions = companion_biases(trained.facts)
+    companions = trained.facts.companion_biases
     count = 0
     for name, chosen in trained.tensors.items():
         tensor = tensors.get(name)

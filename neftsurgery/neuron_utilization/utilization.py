@@ -10,6 +10,7 @@ from typing import Any, Unpack, get_args
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.names import live_names
 from ..neurons.anatomy import NeuronTensor
@@ -18,8 +19,6 @@ from ..progress import Progress, silent
 from ..selection.budget import Amount
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
-from ..surgery.diff import describe_side
-from ..surgery.extract import check_selection
 from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..version import __version__
@@ -100,9 +99,9 @@ class UtilizationPlan:
             patch = {"name": name, "neurons": self.tuned.neurons, "outside": self.unranked}
             other: dict[str, Any] = {"patch": patch}
         else:
-            other = {"tuned": describe_side(self.tuned)}
+            other = {"tuned": Provenance.of(self.tuned).to_json()}
         return {
-            "base": describe_side(self.base),
+            "base": Provenance.of(self.base).to_json(),
             **other,
             "text": self.text.describe(),
             "states": self.states,
@@ -271,7 +270,7 @@ def _open_tuned(base: Checkpoint, tuned: AnyPath | Patch) -> Patch | Checkpoint:
         if source.path.is_dir() or PATCH_KEY not in read_header(source.path).metadata:
             return require_model_folder(Checkpoint.open(source))
         tuned = Patch.load(source.path)
-    check_selection(tuned.selection, base)
+    tuned.selection.require_fit(base)
     found = verify(base.source.path, tuned)
     if not found.holds("base"):
         raise MismatchError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from ..tensors.header import TensorInfo
 
@@ -70,7 +70,7 @@ def next_step(rank: int) -> int | None:
 
 def adapter_config(
     modules: Sequence[LoraModule], rank: int, base: str | None, task: str | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What PEFT reads from ``adapter_config.json``; what is not named here has PEFT's default."""
     return {
         "peft_type": "LORA",

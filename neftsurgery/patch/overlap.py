@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from ..checkpoint.fit import same_files, same_tensor
 from ..tensors.arrays import Int64Array
 from .patch import Patch
 
-__all__ = ["Meeting", "Overlap", "meetings", "overlap", "same_fingerprint"]
+__all__ = ["Meeting", "Overlap", "meetings", "overlap"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +96,14 @@ def overlap(one: Patch, other: Patch) -> Overlap:
     """Compare two patches; reads their indices and digests."""
     both = tuple(sorted(one.tensors.keys() & other.tensors.keys()))
     sides = [(name, one.tensors[name], other.tensors[name]) for name in both]
-    unfit = tuple(n for n, a, b in sides if (a.info.dtype, a.info.shape) != (b.info.dtype, b.info.shape))
+    unfit = tuple(n for n, a, b in sides if not same_tensor(a.info, b.info))
     crossing = tuple(n for n, a, b in sides if n not in unfit and a.layout.axes != b.layout.axes)
     found = list(meetings([one, other], set(both) - {*unfit, *crossing}))
     return Overlap(
-        same_fingerprint(one, other),
+        same_files(one.base, other.base),
         both,
         sum(len(meeting.shared) for meeting in found),
         sum(len(meeting.foreign) for meeting in found),
         crossing,
         unfit,
     )
-
-
-def same_fingerprint(one: Patch, other: Patch) -> bool | None:
-    """Whether two patches say that they were made from the same files; None if one does not say."""
-    found: list[Any] = [patch.base.get("fingerprint") for patch in (one, other)]
-    return None if None in found else bool(found[0] == found[1])

@@ -7,29 +7,32 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.fit import require_tensors
+from ..checkpoint.provenance import Provenance
 from ..errors import CorruptFileError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index
-from ..selection.selection import Chosen, Selection, companion_biases
+from ..selection.selection import Chosen, Selection
+from ..selection.selection_facts import SelectionFacts
 from ..sources.resolve import Source, resolve_file
-from ..tensors.document import bad, read_document
+from ..tensors.document import Facts, bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..text import plural, size
 from .digests import DigestHash, digests
+from .manifest import PATCH_VERSION, Manifest
 
-__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Patch", "PatchTensor"]
+__all__ = ["PATCH_KEY", "PATCH_NAME", "Patch", "PatchTensor"]
 
 PATCH_KEY = "neuron_patch"
 PATCH_NAME = "neuron_patch.safetensors"
-PATCH_VERSION = 1
 _WHAT = "neuron patch"
 _HASH = re.compile(r"xxh3-128:[0-9a-f]{32}")
 
@@ -75,7 +78,7 @@ class Patch(FileBacked):
     Attributes
     ----------
     manifest:
-        The JSON document of the file.
+        The JSON document of the file; `base`, `facts` and `training` are its parts.
     tensors:
         What it touches, ordered by name.
     source:
@@ -85,7 +88,7 @@ class Patch(FileBacked):
     def __init__(
         self,
         file: TensorFile,
-        manifest: Mapping[str, Any],
+        manifest: Mapping[str, object],
         tensors: Mapping[str, PatchTensor],
         source: Source | None = None,
     ) -> None:
@@ -100,14 +103,13 @@ class Patch(FileBacked):
         )
 
     def __str__(self) -> str:
-        base = self.base.get("repo") or self.base.get("name") or "unknown"
         undo = "reversible" if self.reversible else "not reversible: revert needs the base"
         return "\n".join(
             [
                 f"patch {self.name}, {size(self.nbytes)}",
                 f"  {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}, "
                 f"{plural(self.parameters, 'parameter')}",
-                f"  made from {base}; {undo}",
+                f"  made from {self.base.label or 'unknown'}; {undo}",
             ]
         )
 
@@ -170,9 +172,9 @@ class Patch(FileBacked):
 
     @cached_property
     def neurons(self) -> int:
-        """How many neurons it replaces, bias elements that follow one not counted."""
-        followers = companion_biases(self.facts)
-        return sum(tensor.count for name, tensor in self.tensors.items() if name not in followers)
+        """How many neurons it replaces, companion biases not counted."""
+        biases = self.facts.companion_biases
+        return sum(tensor.count for name, tensor in self.tensors.items() if name not in biases)
 
     @cached_property
     def parameters(self) -> int:
@@ -190,16 +192,19 @@ class Patch(FileBacked):
         return all(tensor.reversible for tensor in self.tensors.values())
 
     @property
-    def facts(self) -> Mapping[str, Any]:
-        """How its neurons were selected, what is known."""
-        found = self.manifest.get("selection")
-        return found if isinstance(found, dict) else {}
+    def facts(self) -> SelectionFacts:
+        """How its neurons were chosen, as far as that is known."""
+        return Manifest(self.manifest).selection
 
     @property
-    def base(self) -> Mapping[str, Any]:
-        """What it was made from: name, repo, revision, fingerprint, what is known."""
-        found = self.manifest.get("base")
-        return found if isinstance(found, dict) else {}
+    def base(self) -> Provenance:
+        """What it was made from, as far as that is known."""
+        return Manifest(self.manifest).base
+
+    @property
+    def training(self) -> Facts:
+        """How its values were trained; empty if that is not recorded."""
+        return Manifest(self.manifest).training
 
     @property
     def selection(self) -> Selection:
@@ -222,6 +227,10 @@ class Patch(FileBacked):
     def base_digests(self, name: str, start: int = 0, stop: int | None = None) -> Raw:
         """The digests of the replaced vectors, uint8 ``[k, 16]``."""
         return self._file.array(f"{name}:base_digest", start, stop)
+
+    def require_fit(self, checkpoint: Checkpoint) -> None:
+        """Raise a `MismatchError` unless the checkpoint has the touched tensors, in shape and dtype."""
+        require_tensors(checkpoint, (t.info for t in self.tensors.values()), self.name, self.base)
 
     @boundary
     def check(self) -> None:

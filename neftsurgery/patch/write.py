@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from ..checkpoint.fingerprint import HASH_PREFIX
 from ..selection.selection import Selection, index_dtype
@@ -14,7 +13,8 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from .digests import DigestHash, digests
-from .patch import PATCH_KEY, PATCH_VERSION, Patch, Raw
+from .manifest import Manifest
+from .patch import PATCH_KEY, Patch, Raw
 
 __all__ = ["PatchWriter", "patch_bytes", "written_patch"]
 
@@ -38,14 +38,19 @@ def patch_bytes(selection: Selection, reversible: bool) -> int:
 
 
 class PatchWriter:
-    """Takes the rows of a patch, block by block, each tensor's blocks in index order."""
+    """Takes the rows of a patch, block by block, each tensor's blocks in index order.
+
+    Once the context of `written_patch` has ended, ``patch`` is the finished patch.
+    """
+
+    patch: Patch
 
     def __init__(
-        self, writer: TensorFileWriter, selection: Selection, facts: Mapping[str, Any], reversible: bool
-    ):
+        self, writer: TensorFileWriter, selection: Selection, manifest: Manifest, reversible: bool
+    ) -> None:
         self._writer = writer
         self._selection = selection
-        self._facts = facts
+        self._manifest = manifest
         self._reversible = reversible
         self._hashes = {name: (DigestHash(), DigestHash()) for name in selection.tensors}
         for name, chosen in selection.tensors.items():
@@ -80,53 +85,33 @@ class PatchWriter:
     def finish(self) -> None:
         """Write the manifest."""
         hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
-        self._writer.finish(dump(PATCH_KEY, _manifest(self._selection, self._facts, hashes)))
+        self._writer.finish(_metadata(self._selection, self._manifest, hashes))
 
 
-def _manifest(
-    selection: Selection, facts: Mapping[str, Any], hashes: Mapping[str, tuple[str, str]]
-) -> dict[str, Any]:
+def _metadata(
+    selection: Selection, manifest: Manifest, hashes: Mapping[str, tuple[str, str]]
+) -> dict[str, str]:
     tensors = {
         name: chosen.describe() | {"base_hash": hashes[name][0], "patched_hash": hashes[name][1]}
         for name, chosen in selection.tensors.items()
     }
-    return {"version": PATCH_VERSION, **facts, "tensors": tensors}
+    return dump(PATCH_KEY, manifest.written(tensors))
 
 
 @contextmanager
 def written_patch(
     selection: Selection,
-    facts: Mapping[str, Any],
+    manifest: Manifest,
     out: str | os.PathLike[str] | None,
     *,
     reversible: bool,
     force: bool = False,
-) -> Iterator[_WrittenPatch]:
-    """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file.
-
-    Parameters
-    ----------
-    facts:
-        The manifest's ``base``, ``selection`` and ``created_by``.
-    """
+) -> Iterator[PatchWriter]:
+    """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
     nothing = dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH))
-    room = dump(PATCH_KEY, _manifest(selection, facts, nothing))
+    room = _metadata(selection, manifest, nothing)
     with written_file(_entries(selection, reversible), room, out, force=force) as written:
-        result = _WrittenPatch(PatchWriter(written.writer, selection, facts, reversible))
-        yield result
-        result.writer.finish()
-    result.patch = Patch.read(written.reader())
-
-
-class _WrittenPatch:
-    """What `written_patch` yields: the writer, and after the context the patch."""
-
-    def __init__(self, writer: PatchWriter) -> None:
-        self.writer = writer
-        self.patch: Patch | None = None
-
-    def result(self) -> Patch:
-        """The finished patch, once the context has ended."""
-        if self.patch is None:
-            raise ValueError("the patch is not finished")
-        return self.patch
+        writer = PatchWriter(written.writer, selection, manifest, reversible)
+        yield writer
+        writer.finish()
+    writer.patch = Patch.read(written.reader())

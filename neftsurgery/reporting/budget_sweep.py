@@ -60,8 +60,8 @@ class BudgetPoint:
             selection.neurons,
             selection.parameters,
             selection.neurons / scores.neurons,
-            float(selection.facts.get("captured", np.nan)),
-            float(selection.facts.get("captured_scored", np.nan)),
+            np.nan if selection.facts.captured is None else selection.facts.captured,
+            np.nan if selection.facts.captured_scored is None else selection.facts.captured_scored,
             dict(zip(found.kinds, zip(chosen, totals, strict=True), strict=True)),
         )
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..neurons.tensor_names import layer_and_kind
 from ..patch.patch import Patch
 from ..scoring.scores import Scores
-from ..selection.selection import Selection, companion_biases
+from ..selection.selection import Selection
 from ..tensors.arrays import Int64Array
 from ..text import label
 
@@ -104,7 +104,7 @@ class LayerMap:
 
         Bias elements that go with their neurons are not counted.
         """
-        companions = companion_biases(patch.facts)
+        companions = patch.facts.companion_biases
         return cls.of_counts(
             {
                 name: (tensor.count, tensor.layout.count)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import text
+from ..checkpoint.provenance import Provenance
 from ..progress import Progress
 from ..selection.budget import Budget
 from .budget_sweep import BudgetSweep
@@ -81,7 +82,7 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
         controls.overlap_figure(f"agreement{suffix}"),
         controls.correlation_figure(f"correlation{suffix}"),
     ]
-    captured = selection.facts.get("captured")
+    captured = selection.facts.captured
     facts = [
         ("score", scores.score),
         ("anatomy", text.label(scores.anatomy)),
@@ -104,18 +105,19 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
         "selected": selection.neurons,
         "selected_parameters": selection.parameters,
         "captured": captured,
-        "captured_scored": selection.facts.get("captured_scored"),
+        "captured_scored": selection.facts.captured_scored,
         "verdict": controls.verdict,
-        **_origin(scores.facts),
+        **{key: one.to_json() for key, one in (("base", scores.base), ("tuned", scores.tuned)) if one},
     }
-    tuned, base = _side(scores.facts, "tuned", "a fine-tune"), _side(scores.facts, "base", "its base")
-    lead = f"Scores of {tuned} compared with {base}."
+    lead = (
+        f"Scores of {_quoted(scores.tuned, 'a fine-tune')} compared with {_quoted(scores.base, 'its base')}."
+    )
     return ReportSection(f"scores{suffix}", title, lead, tuple(facts), tuple(figures), data)
 
 
 def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     patch = entry.patch
-    captured = patch.facts.get("captured")
+    captured = patch.facts.captured
     figures = [layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word, of_patch=True)]
     if loss := loss_figure(patch.manifest, id=f"loss{suffix}"):
         figures.append(loss)
@@ -130,7 +132,7 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
             for key in ("score", "anatomy", "policy")
             if key in patch.facts
         ),
-        *([("share of the change", text.percent(captured))] if isinstance(captured, float) else []),
+        *([("share of the change", text.percent(captured))] if captured is not None else []),
         *training_facts(patch.manifest),
     ]
     data = {
@@ -146,7 +148,7 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
         "training": patch.manifest.get("training"),
     }
     lead = (
-        f"A patch of {_side(patch.manifest, 'base', 'a checkpoint')}. It holds only the weights that it "
+        f"A patch of {_quoted(patch.base, 'a checkpoint')}. It holds only the weights that it "
         "changes, and no scores."
     )
     return ReportSection(f"patch{suffix}", title, lead, tuple(facts), tuple(figures), data)
@@ -176,12 +178,6 @@ def _budget_text(budget: Budget) -> str:
     return text.label(", ".join(options + ["like another selection"] * (budget.like is not None)), 80)
 
 
-def _origin(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {side: facts[side] for side in ("base", "tuned") if isinstance(facts.get(side), dict)}
-
-
-def _side(facts: Mapping[str, Any], side: str, unknown: str) -> str:
-    """The name of the base or tuned checkpoint as a file records it; ``unknown`` if it records none."""
-    found = facts.get(side)
-    names = [found.get(key) for key in ("repo", "name")] if isinstance(found, dict) else []
-    return next((f"“{text.label(name)}”" for name in names if isinstance(name, str) and name), unknown)
+def _quoted(origin: Provenance, unknown: str) -> str:
+    """The name of a checkpoint as a file records it; ``unknown`` if it records none."""
+    return f"“{text.label(origin.label)}”" if origin.label else unknown

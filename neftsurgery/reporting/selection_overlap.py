@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import text
-from ..selection.selection import Chosen, Selection, companion_biases
+from ..selection.selection import Chosen, Selection
 from .figure import Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
 from .plotting import FIGURE_WIDTH, MplFigure, heatmap
@@ -95,7 +95,7 @@ class SelectionOverlap:
     @classmethod
     def of(cls, names: Sequence[str], selections: Sequence[Selection]) -> SelectionOverlap:
         """Compare selections. Bias elements that go with their neurons are left out."""
-        companions = frozenset[str]().union(*(companion_biases(selection.facts) for selection in selections))
+        companions = frozenset[str]().union(*(selection.facts.companion_biases for selection in selections))
         every = sorted({name for selection in selections for name in selection.tensors} - companions)
         locations = locate_tensors(every)
         shapes = {

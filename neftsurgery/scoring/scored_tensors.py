@@ -11,11 +11,19 @@ from ..errors import CorruptFileError
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..tensors.arrays import Mask
-from ..tensors.document import bad
+from ..tensors.document import Facts, bad
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
-__all__ = ["WHAT", "CompanionBias", "ScoredTensor", "check_vector", "read_companion_biases", "read_scored"]
+__all__ = [
+    "WHAT",
+    "CompanionBias",
+    "ScoredTensor",
+    "Unscored",
+    "check_vector",
+    "read_companion_biases",
+    "read_scored",
+]
 
 #: The name of the file in messages.
 WHAT = "scores file"
@@ -63,6 +71,20 @@ class CompanionBias:
     info: TensorInfo
     layout: Layout
     included: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unscored:
+    """A common tensor that was not scored: whether it changed, and by how much, if that has a size."""
+
+    delta_sq: float | None
+    changed: bool
+
+    @classmethod
+    def from_json(cls, value: object) -> Unscored:
+        """Of its entry in the file, which `read_companion_biases` has checked."""
+        entry = Facts.from_json(value)
+        return cls(entry.number("delta_sq") if "delta_sq" in entry else 0.0, bool(entry.get("changed")))
 
 
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:

@@ -12,17 +12,18 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
 from ..options import SelectOptions, split
 from ..selection.budget import Budget
 from ..selection.choice import Block, choose
 from ..selection.selection import Chosen, Selection
 from ..tensors.arrays import Float32Array, Int64Array
-from ..tensors.document import bad, read_document
+from ..tensors.document import Facts, bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.reader import TensorFile
 from ..text import plural, size
-from .scored_tensors import WHAT, CompanionBias, ScoredTensor, read_companion_biases, read_scored
+from .scored_tensors import WHAT, CompanionBias, ScoredTensor, Unscored, read_companion_biases, read_scored
 from .sum_batches import SumBatch, batches, has_sums
 
 __all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
@@ -38,7 +39,7 @@ class Scores(FileBacked):
     Attributes
     ----------
     facts:
-        The file's JSON document: score, anatomy, parameters, base, tuned, unscored.
+        The file's JSON document. Made of a mapping.
     tensors:
         The scored tensors, ordered by name.
     companion_biases:
@@ -48,12 +49,12 @@ class Scores(FileBacked):
     def __init__(
         self,
         file: TensorFile,
-        facts: Mapping[str, Any],
+        facts: Mapping[str, object],
         tensors: Mapping[str, ScoredTensor],
         companion_biases: Mapping[str, CompanionBias],
     ) -> None:
         super().__init__(file)
-        self.facts = facts
+        self.facts = Facts(facts)
         self.tensors = tensors
         self.companion_biases = companion_biases
 
@@ -87,13 +88,13 @@ class Scores(FileBacked):
 
     def __str__(self) -> str:
         units = f" in {plural(self.units, 'unit')}" if self.by_unit else ""
-        names = [side["name"] for key in ("base", "tuned") if isinstance(side := self.facts.get(key), dict)]
+        base, tuned = self.base.name, self.tuned.name
         return "\n".join(
             [
                 f"scores {self.path or '(not saved)'}, {size(self.nbytes)}",
                 f"  {self.score} of {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
                 f"{units} (anatomy {self.anatomy})",
-                *([f"  base {names[0]}, tuned {names[1]}"] if len(names) == 2 else []),
+                *([f"  base {base}, tuned {tuned}"] if base and tuned else []),
             ]
         )
 
@@ -124,6 +125,27 @@ class Scores(FileBacked):
     def anatomy(self) -> str:
         """Which anatomy: ``rows``, ``ffn`` or ``units``."""
         return str(self.facts.get("anatomy", "unknown"))
+
+    @property
+    def base(self) -> Provenance:
+        """The base, as far as it is known."""
+        return Provenance.from_json(self.facts.get("base"))
+
+    @property
+    def tuned(self) -> Provenance:
+        """The fine-tuned checkpoint, as far as it is known."""
+        return Provenance.from_json(self.facts.get("tuned"))
+
+    @property
+    def nonfinite(self) -> int:
+        """How many neurons hold a NaN or Inf."""
+        return int(self.facts.number("nonfinite") or 0)
+
+    @cached_property
+    def unscored(self) -> Mapping[str, Unscored]:
+        """The common tensors that were not scored, by name."""
+        found = Facts.from_json(self.facts.get("unscored"))
+        return {name: Unscored.from_json(entry) for name, entry in found.items()}
 
     @property
     def by_unit(self) -> bool:
@@ -286,11 +308,11 @@ class Scores(FileBacked):
         home = self.tensors[name] if name in self.tensors else self.companion_biases[name]
         return Chosen(home.info, home.layout, index.astype(np.int64))
 
-    def _facts(self, budget: Budget, tensors: Mapping[str, Chosen]) -> dict[str, Any]:
+    def _facts(self, budget: Budget, tensors: Mapping[str, Chosen]) -> dict[str, object]:
         described = budget.describe()
         if "like" in described:
             described["like"] = "the counts per tensor of another selection"
-        facts: dict[str, Any] = {"score": self.score, "policy": budget.policy, "budget": described}
+        facts: dict[str, object] = {"score": self.score, "policy": budget.policy, "budget": described}
         facts["anatomy"] = self.anatomy
         if budget.policy == "random":
             facts["seed"] = budget.seed
@@ -319,9 +341,9 @@ class Scores(FileBacked):
         for name in self.companion_biases:
             if name in tensors and (delta := self.sums(name, "delta_sq")) is not None:
                 extra += float(np.nansum(delta[tensors[name].index]))
-        unscored = self.facts.get("unscored", {}).values()
-        known = all(entry.get("delta_sq", 0.0) is not None or not entry.get("changed") for entry in unscored)
-        whole = scored + rest + sum(entry.get("delta_sq") or 0.0 for entry in unscored)
+        unscored = self.unscored.values()
+        known = all(entry.delta_sq is not None or not entry.changed for entry in unscored)
+        whole = scored + rest + sum(entry.delta_sq or 0.0 for entry in unscored)
         result = {}
         if known and math.isfinite(whole) and whole > 0:
             result["captured"] = min(1.0, (inside + extra) / whole)

@@ -281,9 +281,9 @@ class Budget:
                     f"[[{option}]] does not go with [[anatomy=units]]", hint="a unit lies in several tensors"
                 )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """JSON for a manifest, only what is set: ``Budget.of(**described)`` is this budget again."""
-        described: dict[str, Any] = {}
+        described: dict[str, object] = {}
         if self.neurons is not None:
             described["neurons"] = self.neurons.describe()
         if self.params is not None:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from ..errors import boundary
+from ..checkpoint.fit import require_tensors
+from ..checkpoint.side import Side
+from ..errors import MismatchError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index
@@ -22,13 +23,13 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from ..text import percent, plural
+from .selection_facts import SelectionFacts
 
 __all__ = [
     "SELECTION_KEY",
     "Chosen",
     "RowBlock",
     "Selection",
-    "companion_biases",
     "index_dtype",
 ]
 
@@ -40,14 +41,6 @@ _WHAT = "selection"
 def index_dtype(count: int) -> str:
     """The element type of indices into ``count`` neurons: ``"I32"``, or ``"I64"`` past 2**31."""
     return "I32" if count <= 1 << 31 else "I64"
-
-
-def companion_biases(facts: Mapping[str, Any]) -> frozenset[str]:
-    """The tensors (biases) whose elements only go with the neurons of others, as a file's facts name them."""
-    found = facts.get("followers")
-    return (
-        frozenset(name for name in found if isinstance(name, str)) if isinstance(found, list) else frozenset()
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +56,7 @@ class Chosen:
         """Elements of the chosen vectors."""
         return len(self.index) * self.layout.width
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Its entry in the ``tensors`` of a file."""
         return {
             "shape": list(self.info.shape),
@@ -82,7 +75,7 @@ class RowBlock:
     nbytes: int
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Selection:
     """Chosen neurons by tensor name, with at least one each.
 
@@ -91,30 +84,31 @@ class Selection:
     tensors:
         What is chosen, ordered by name (code points).
     facts:
-        How they were chosen: ``score``, ``anatomy``, ``policy``, ``budget``, ``captured`` and so on, as
-        far as known. JSON values.
+        How they were chosen, as far as that is known. Made of a mapping of JSON values.
     """
 
     tensors: Mapping[str, Chosen]
-    facts: Mapping[str, Any]
+    facts: SelectionFacts
+
+    def __init__(self, tensors: Mapping[str, Chosen], facts: Mapping[str, object]) -> None:
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "facts", SelectionFacts(facts))
 
     def __repr__(self) -> str:
         return f"<Selection of {plural(self.neurons, 'neuron')} in {plural(len(self.tensors), 'tensor')}>"
 
     def __str__(self) -> str:
         facts = self.facts
-        budget = facts.get("budget")
-        how = [str(facts[key]) for key in ("policy", "score", "anatomy") if facts.get(key)]
-        if isinstance(budget, dict):
-            how += [f"{key} {value}" for key, value in budget.items() if key not in ("policy", "seed")]
+        how = [one for one in (facts.policy, facts.score, facts.anatomy) if one]
+        how += [f"{key} {value}" for key, value in facts.budget.items() if key not in ("policy", "seed")]
         lines = [
             f"selection of {plural(self.neurons, 'neuron')} in {plural(len(self.tensors), 'tensor')}, "
             f"{plural(self.parameters, 'parameter')}"
         ]
         if how:
             lines.append(f"  chosen by {', '.join(how)}")
-        if isinstance(captured := facts.get("captured"), float):
-            lines.append(f"  it captures {percent(captured)} of the whole change")
+        if facts.captured is not None:
+            lines.append(f"  it captures {percent(facts.captured)} of the whole change")
         return "\n".join(lines)
 
     def __iter__(self) -> Iterator[Chosen]:
@@ -126,7 +120,7 @@ class Selection:
     @cached_property
     def neurons(self) -> int:
         """How many neurons are chosen, bias elements not counted."""
-        biases = companion_biases(self.facts)
+        biases = self.facts.companion_biases
         return sum(len(chosen.index) for name, chosen in self.tensors.items() if name not in biases)
 
     @cached_property
@@ -149,8 +143,18 @@ class Selection:
     @property
     def counts(self) -> dict[str, int]:
         """How many per tensor: what ``like=`` takes. Companion biases are left out."""
-        biases = companion_biases(self.facts)
+        biases = self.facts.companion_biases
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
+
+    def require_fit(self, *checkpoints: Side) -> None:
+        """Raise a `MismatchError` unless all ``checkpoints`` have every tensor, of its shape and dtype.
+
+        Also if no neuron is chosen.
+        """
+        if not self.tensors:
+            raise MismatchError("no neuron is chosen", hint="the two may be equal, or the threshold too high")
+        for checkpoint in checkpoints:
+            require_tensors(checkpoint, (chosen.info for chosen in self), "the selection")
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:

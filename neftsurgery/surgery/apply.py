@@ -22,7 +22,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .replaced import replaced_rows, require_replaced
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .state import JOURNAL_HINT, PatchState, check_fit, examine
+from .state import JOURNAL_HINT, PatchState, examine
 from .verb import running
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -176,7 +176,7 @@ def plan_revert(
     inputs, read = list[Path](), patch.base_values
     if base is not None:
         original = Checkpoint.open(base)
-        check_fit(original, patch)
+        patch.require_fit(original)
         inputs.append(original.source.path)
         read = partial(replaced_rows, patch, original)
     else:
@@ -204,7 +204,7 @@ def _plan(
     checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:
-        check_fit(checkpoint, patch)
+        patch.require_fit(checkpoint)
     files = None
     if out is None:
         _refuse_in_place(checkpoint, patches)

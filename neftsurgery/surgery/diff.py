@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.adapter import open_pair
-from ..checkpoint.fingerprint import fingerprint
-from ..checkpoint.side import Side
+from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
 from ..neurons.anatomy import NeuronTensor
 from ..options import DiffOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, split
@@ -31,7 +30,7 @@ from ..tensors.writer import TensorFileWriter, written_file
 from .pairing import Pair, pair
 from .verb import running, warn
 
-__all__ = ["DiffPlan", "check_score", "describe_side", "describe_tensor", "diff", "plan_diff"]
+__all__ = ["DiffPlan", "check_score", "describe_tensor", "diff", "plan_diff"]
 
 log = logging.getLogger(__name__)
 
@@ -110,14 +109,14 @@ class DiffPlan:
         scores.timing = watch.timing
         return scores
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, object]:
         return {
             "version": SCORES_VERSION,
             "score": self.score,
             "anatomy": self.pair.anatomy.name,
             "parameters": self.pair.base.parameters,
-            "base": describe_side(self.pair.base),
-            "tuned": describe_side(self.pair.tuned),
+            "base": Provenance.of(self.pair.base).to_json(),
+            "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),
             **self.pair.describe(),
             "tensors": {t.info.name: describe_tensor(t) for t in self.pair.anatomy.scored},
@@ -205,17 +204,9 @@ def check_score(score: str) -> None:
         raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
 
 
-def describe_side(side: Side) -> dict[str, Any]:
-    """Where weights came from, as far as is known, and their fingerprint."""
-    facts: dict[str, Any] = {"name": side.source.local_name}
-    if side.source.repo is not None:
-        facts |= {"repo": side.source.repo, "revision": side.source.revision}
-    return facts | {"fingerprint": fingerprint(side)}
-
-
-def describe_tensor(tensor: NeuronTensor) -> dict[str, Any]:
+def describe_tensor(tensor: NeuronTensor) -> dict[str, object]:
     """What a scores file says of a scored tensor."""
-    entry: dict[str, Any] = {
+    entry: dict[str, object] = {
         "shape": list(tensor.info.shape),
         "dtype": tensor.info.dtype,
         "neuron_axes": list(tensor.axes),
@@ -239,8 +230,8 @@ def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[s
             "dtype": entry.info.dtype,
             **totals,
         }
-        if entry.info.name in plan.followers:
-            axes = plan.followers[entry.info.name]
+        if entry.info.name in plan.companion_biases:
+            axes = plan.companion_biases[entry.info.name]
             described[entry.info.name] |= {"neuron_axes": list(axes), "included": entry.included}
     return described
 
@@ -257,7 +248,7 @@ def _entries(plan: Pair) -> Iterator[TensorInfo]:
         if tensor.units is not None:
             yield TensorInfo(f"{tensor.info.name}:unit", "I64", (tensor.layout.count,))
     for job in plan.jobs:
-        if job.info.name in plan.followers:
+        if job.info.name in plan.companion_biases:
             for which, dtype in (("delta_sq", "F64"), ("changed", "I64")):
                 yield TensorInfo(f"{job.info.name}:{which}", dtype, (job.info.elements,))
 

@@ -29,7 +29,6 @@ from ..tensors.writer import TensorFileWriter, written_file
 from ..text import commas, percent, plural, size
 from .lora_modules import lora_modules, task_of
 from .replaced import replaced_rows, require_replaced
-from .state import check_fit
 from .verb import running, warn
 
 __all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
@@ -241,7 +240,7 @@ def plan_export(
     if original is None:
         require_replaced(patch, "a LoRA")
     else:
-        check_fit(original, patch)
+        patch.require_fit(original)
     modules, warnings = lora_modules(patch, original, prefix)
     needed = max(module.count for module in modules)
     chosen = _rank(patch, modules, needed, rank)
@@ -249,7 +248,7 @@ def plan_export(
         step = next_step(chosen)
         serve = f"serve it with `--max-lora-rank {step}`" if step else "vLLM will not serve it"
         warnings.append(f"{chosen} is not one of vLLM's ranks, {', '.join(map(str, STEPS))}: {serve}")
-    known = patch.base.get("repo") or patch.base.get("name")
+    known = patch.base.label
     if original is not None and original.source.repo is not None:
         known = original.source.repo
     config = adapter_config(modules, chosen, known, task_of(original))

@@ -13,24 +13,27 @@ import numpy as np
 
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.fit import require_same_files, same_files
+from ..checkpoint.provenance import Provenance
 from ..checkpoint.side import Side
-from ..errors import MismatchError, UsageError, boundary
+from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
+from ..patch.manifest import Manifest
 from ..patch.patch import Patch, Raw
 from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import RowBlock, Selection
+from ..selection.selection_facts import SelectionFacts
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
-from ..version import __version__
-from .diff import DiffPlan, check_score, describe_side
+from .diff import DiffPlan, check_score
 from .pairing import pair
 from .verb import running, warn
 
-__all__ = ["ExtractPlan", "check_selection", "extract", "is_whole_change", "plan_extract"]
+__all__ = ["ExtractPlan", "extract", "is_whole_change", "plan_extract"]
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class ExtractPlan:
     base: Checkpoint
     tuned: Side
     selection: Selection
-    origin: Mapping[str, object]
+    origin: Provenance
     captured_known: bool
     scores: Scores | None = None
     reversible: bool = False
@@ -79,10 +82,9 @@ class ExtractPlan:
         return patch_bytes(self.selection, self.reversible)
 
     @property
-    def captured(self) -> Mapping[str, float]:
-        """``captured`` and ``captured_scored``, where they are known of these checkpoints."""
-        facts = self.selection.facts if self.captured_known else {}
-        return {key: facts[key] for key in ("captured", "captured_scored") if key in facts}
+    def facts(self) -> SelectionFacts:
+        """What the manifest says of the selection; captured shares only if they are of these checkpoints."""
+        return self.selection.facts.for_patch(captured=self.captured_known)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -95,8 +97,8 @@ class ExtractPlan:
             "selected_parameters": chosen.parameters,
             "parameters": self.base.parameters,
             "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
-            "captured": self.captured.get("captured"),
-            "captured_scored": self.captured.get("captured_scored"),
+            "captured": self.facts.captured,
+            "captured_scored": self.facts.captured_scored,
             "whole_change": is_whole_change(self),
             "reversible": self.reversible,
             "bytes": self.nbytes,
@@ -108,29 +110,28 @@ class ExtractPlan:
         """Cut the chosen neurons out, and write the patch."""
         limits = limits or Limits.of()
         chosen, sides = self.selection, (self.base, self.tuned)
+        manifest = Manifest.of(self.origin, self.facts)
         watch = Stopwatch()
         before = sum(side.bytes_read for side in sides)
         with (
             watch.running(),
-            written_patch(
-                chosen, _facts(self), self.out, reversible=self.reversible, force=self.force
-            ) as written,
+            written_patch(chosen, manifest, self.out, reversible=self.reversible, force=self.force) as writer,
         ):
 
             def copy(block: RowBlock) -> tuple[Raw, Raw]:
                 part = chosen.tensors[block.name]
                 index = part.index[block.start : block.stop]
                 rows = [gather(side, part.info, part.layout, index) for side in sides]
-                return written.writer.write_rows(block.name, block.start, rows[0], rows[1])
+                return writer.write_rows(block.name, block.start, rows[0], rows[1])
 
             workers = limits.workers(block_memory(part.layout for part in chosen))
             with progress("cutting out", 2 * chosen.nbytes) as advance:
                 for block, (old, new) in in_order(copy, chosen.blocks(), workers):
-                    written.writer.add_digests(block.name, old, new)
+                    writer.add_digests(block.name, old, new)
                     advance(2 * block.nbytes)
             for side in sides:
                 side.check_unchanged()
-        patch = written.result()
+        patch = writer.patch
         watch.bytes_read = sum(side.bytes_read for side in sides) - before
         patch.timing = self.timing + watch.timing
         return patch
@@ -237,26 +238,30 @@ def plan_extract(
     watch = Stopwatch()
     with watch.running():
         if given is None and scores is not None:
-            here = {"base": scores.facts["base"], "tuned": scores.facts["tuned"]}
+            origin, result = scores.base, scores.tuned
         else:
-            here = {"base": describe_side(first), "tuned": describe_side(second)}
+            origin, result = Provenance.of(first), Provenance.of(second)
         if given is not None:
-            _require_scored_here(given, "base", first, here["base"])
-            _require_scored_here(given, "tuned", second, here["tuned"])
+            hint = "score these checkpoints, or name those that were scored"
+            for side, recorded, here, file in (
+                ("base", given.base, origin, first.name),
+                ("tuned", given.tuned, result, second.name),
+            ):
+                require_same_files(f"the scores are of another {side}", recorded, here, file=file, hint=hint)
         if checked is not None and scores is not None:
             selection = scores.choose(checked)
-    if scores is not None and (count := scores.facts.get("nonfinite")):
-        warnings.append(f"{count} neurons hold a NaN or Inf, and are never chosen by score")
+    if scores is not None and scores.nonfinite:
+        warnings.append(f"{scores.nonfinite} neurons hold a NaN or Inf, and are never chosen by score")
     assert selection is not None  # given, or chosen just now
-    check_selection(selection, first, second)
-    if _same_files(selection.facts, "base", here["base"]) is False:
+    selection.require_fit(first, second)
+    if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
     return ExtractPlan(
         first,
         second,
         selection,
-        here["base"],
-        _same_files(selection.facts, "tuned", here["tuned"]) is True,
+        origin,
+        same_files(selection.facts.tuned, result) is True,
         scores,
         reversible,
         None if out is None else Path(out),
@@ -264,31 +269,6 @@ def plan_extract(
         warnings,
         timing + watch.timing,
     )
-
-
-def check_selection(selection: Selection, *sides: Side) -> None:
-    """Raise a `MismatchError` unless every tensor of the selection is in all ``sides``, as it says."""
-    if not selection.tensors:
-        raise MismatchError("no neuron is chosen", hint="the two may be equal, or the threshold too high")
-    for checkpoint in sides:
-        for name, chosen in selection.tensors.items():
-            found = checkpoint.tensors.get(name)
-            if found is None or (found.dtype, found.shape) != (chosen.info.dtype, chosen.info.shape):
-                raise MismatchError(
-                    "the selection is not for this checkpoint",
-                    file=checkpoint.name,
-                    tensor=name,
-                    expected=chosen.info.describe(),
-                    found=found.describe() if found else "no such tensor",
-                )
-
-
-def _facts(plan: ExtractPlan) -> dict[str, Any]:
-    """The manifest's ``base``, ``selection`` and ``created_by``."""
-    facts = {key: value for key, value in plan.selection.facts.items() if key not in ("base", "tuned")}
-    if not plan.captured_known:
-        facts = {key: value for key, value in facts.items() if not key.startswith("captured")}
-    return {"base": dict(plan.origin), "selection": facts, "created_by": f"neftsurgery {__version__}"}
 
 
 def is_whole_change(plan: ExtractPlan) -> bool | None:
@@ -304,27 +284,9 @@ def is_whole_change(plan: ExtractPlan) -> bool | None:
             return None
         if changed.any() and (name not in chosen or np.delete(changed, chosen[name].index).any()):
             return False
-    for name, entry in scores.facts.get("unscored", {}).items():
+    for name, entry in scores.unscored.items():
         changed = scores.sums(name, "changed") if name in chosen else None
-        left = entry.get("changed", 0) if changed is None else np.delete(changed, chosen[name].index).sum()
+        left = entry.changed if changed is None else np.delete(changed, chosen[name].index).sum()
         if left:
             return False
     return True
-
-
-def _same_files(facts: Mapping[str, Any], side: str, here: Mapping[str, Any]) -> bool | None:
-    """Whether scores or a selection were made on this side's files; None if they do not say."""
-    there = facts.get(side)
-    fingerprint = there.get("fingerprint") if isinstance(there, dict) else None
-    return None if fingerprint is None else bool(fingerprint == here["fingerprint"])
-
-
-def _require_scored_here(scores: Scores, side: str, checkpoint: Side, here: Mapping[str, Any]) -> None:
-    if _same_files(scores.facts, side, here) is False:
-        raise MismatchError(
-            f"the scores are of another {side}",
-            file=checkpoint.name,
-            expected=f"fingerprint {scores.facts[side]['fingerprint']}",
-            found=here["fingerprint"],
-            hint="score these checkpoints, or name those that were scored",
-        )

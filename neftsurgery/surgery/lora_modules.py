@@ -28,7 +28,7 @@ def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[li
     config = None if base is None else base.config
     anatomy = read_anatomy("rows", tensors if base is None else base.tensors, config)
     # In a patch of rows a neuron is an output, so its axis tells how the weight is stored.
-    told = config is None and patch.facts.get("anatomy") == "rows"
+    told = config is None and patch.facts.anatomy == "rows"
     kinds = _kinds(anatomy)
     modules, refused = [], list[tuple[str, str]]()
     for name, tensor in patch.tensors.items():

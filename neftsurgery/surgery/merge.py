@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..errors import MismatchError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions, split
 from ..patch.digests import digests
+from ..patch.manifest import Manifest
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Patch, Raw
@@ -48,9 +49,9 @@ class MergePlan:
     meetings:
         Per touched tensor who replaces what.
     selection:
-        The neurons of the result, and what its manifest says of how they came together.
-    facts:
-        The rest of the manifest.
+        The neurons of the result, and how they came together.
+    manifest:
+        What the result says of itself.
     reversible:
         Whether the result holds the replaced values.
     out, force:
@@ -66,7 +67,7 @@ class MergePlan:
     base: Checkpoint | None
     meetings: Mapping[str, Meeting]
     selection: Selection
-    facts: Mapping[str, Any]
+    manifest: Manifest
     reversible: bool
     out: Path | None
     force: bool
@@ -113,8 +114,8 @@ class MergePlan:
         with (
             watch.running(),
             written_patch(
-                self.selection, self.facts, self.out, reversible=self.reversible, force=self.force
-            ) as written,
+                self.selection, self.manifest, self.out, reversible=self.reversible, force=self.force
+            ) as writer,
         ):
             least = _thresholds(self) if self.rule.name == "ties" else None
 
@@ -125,11 +126,11 @@ class MergePlan:
                 parts = [part for _, part in tensor.held(least)]
                 dtype = self.selection.tensors[block.name].info.dtype
                 values = merge_rows(self.rule.name, dtype, parts, old, len(before))
-                return before, written.writer.write_values(block.name, block.start, before, values, old)
+                return before, writer.write_values(block.name, block.start, before, values, old)
 
             with progress("merging", self.selection.nbytes) as advance:
                 for block, (before, after) in in_order(join, self.selection.blocks(), workers):
-                    written.writer.add_digests(block.name, before, after)
+                    writer.add_digests(block.name, before, after)
                     watch.bytes_read += block.nbytes
                     advance(block.nbytes)
             for patch in self.patches:
@@ -137,7 +138,7 @@ class MergePlan:
             if self.base is not None:
                 self.base.check_unchanged()
                 watch.bytes_read += self.base.bytes_read
-        merged = written.result()
+        merged = writer.patch
         merged.timing = self.timing + watch.timing
         return merged
 
@@ -232,12 +233,12 @@ def plan_merge(
     watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
     with watch.running():
-        meetings, selection, facts, warnings = plan_union(patches, rule, original, keep)
+        meetings, selection, manifest, warnings = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
     return MergePlan(
-        patches, rule, original, meetings, selection, facts, keep, place, force, warnings, watch.timing
+        patches, rule, original, meetings, selection, manifest, keep, place, force, warnings, watch.timing
     )
 
 

@@ -6,22 +6,23 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.fit import require_same_files, same_tensor
+from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError
+from ..patch.manifest import Manifest
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
-from ..patch.overlap import Meeting, meetings, same_fingerprint
+from ..patch.overlap import Meeting, meetings
 from ..patch.patch import Patch
 from ..progress import Progress
-from ..selection.selection import Chosen, Selection, companion_biases
+from ..selection.selection import Chosen, Selection
+from ..selection.selection_facts import SelectionFacts
 from ..tensors.floats import FLOATS
-from ..version import __version__
 from .replaced import require_replaced
-from .state import check_fit
 
 __all__ = ["OverlapRule", "check_patches", "open_base", "plan_union"]
 
@@ -81,9 +82,9 @@ class OverlapRule:
         """Whether it computes with differences from the base."""
         return self.name in ("sum", "ties")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """For the manifest."""
-        facts: dict[str, Any] = {"on_overlap": self.name}
+        facts: dict[str, object] = {"on_overlap": self.name}
         if self.name in ARITHMETIC:
             facts["weights"] = list(self.weights)
         return facts | ({"density": self.density} if self.name == "ties" else {})
@@ -93,7 +94,7 @@ def open_base(named: str | os.PathLike[str], patches: Sequence[Patch]) -> Checkp
     """The base checkpoint; it has every tensor of the patches."""
     base = Checkpoint.open(named)
     for patch in patches:
-        check_fit(base, patch)
+        patch.require_fit(base)
     return base
 
 
@@ -107,8 +108,8 @@ def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
 
 def plan_union(
     patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None, reversible: bool
-) -> tuple[dict[str, Meeting], Selection, dict[str, Any], list[str]]:
-    """Who replaces what, the neurons of the result, the rest of its manifest, and warnings.
+) -> tuple[dict[str, Meeting], Selection, Manifest, list[str]]:
+    """Who replaces what, the neurons of the result, its manifest, and warnings.
 
     Raises
     ------
@@ -129,8 +130,8 @@ def plan_union(
         raise MismatchError("the patches replace no neuron", file=patches[0].path)
     if base is None:
         _check_replaced(patches, rule, found, reversible)
-    facts, how = _facts(patches, rule, base)
-    return found, Selection(chosen, how), facts, warnings
+    manifest = _manifest(patches, rule, base)
+    return found, Selection(chosen, manifest.selection), manifest, warnings
 
 
 def _called(patches: Sequence[Patch], number: int) -> str:
@@ -142,13 +143,9 @@ def _check_origins(patches: Sequence[Patch], *, checked: bool) -> list[str]:
     """Refuse patches that say that they were made from different files."""
     known = [n for n, patch in enumerate(patches) if patch.base.get("fingerprint") is not None]
     for n in known[1:]:
-        if same_fingerprint(patches[known[0]], patches[n]) is False:
-            raise MismatchError(
-                f"{_called(patches, known[0])} and {_called(patches, n)} were made from different bases",
-                expected=f"one fingerprint, {patches[known[0]].base['fingerprint']}",
-                found=patches[n].base["fingerprint"],
-                hint="patches merge only where they replace neurons of the same base",
-            )
+        what = f"{_called(patches, known[0])} and {_called(patches, n)} were made from different bases"
+        hint = "patches merge only where they replace neurons of the same base"
+        require_same_files(what, patches[known[0]].base, patches[n].base, hint=hint)
     if len(patches) == 1 or len(known) == len(patches) or checked:
         return []
     names = ", ".join(_called(patches, n) for n in range(len(patches)) if n not in known)
@@ -162,7 +159,7 @@ def _check_tensors(patches: Sequence[Patch]) -> dict[str, Patch]:
         for name, tensor in patch.tensors.items():
             owner = patches[first.setdefault(name, n)].tensors[name]
             what = f"{_called(patches, first[name])} and {_called(patches, n)}"
-            if (owner.info.dtype, owner.info.shape) != (tensor.info.dtype, tensor.info.shape):
+            if not same_tensor(owner.info, tensor.info):
                 raise MismatchError(
                     f"{what} are for different models",
                     tensor=name,
@@ -238,36 +235,28 @@ def _check_replaced(
                 require_replaced(patches[n], what)
 
 
-def _facts(
-    patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the manifest says besides the tensors, and of that how the neurons were chosen."""
+def _manifest(patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None) -> Manifest:
+    """What the result says of itself."""
     if len(patches) == 1 and rule.weights == (1.0,):  # the patch itself
-        manifest = patches[0].manifest
-        rest = {key: value for key, value in manifest.items() if key not in ("version", "tensors")}
-        return rest, dict(patches[0].facts)
-    origin = next((dict(patch.base) for patch in patches if patch.base.get("fingerprint")), None)
-    if origin is None and base is not None:
-        from .diff import describe_side  # loads the kernels, which merging needs for nothing else
-
-        origin = describe_side(base)
+        return Manifest(patches[0].manifest)
+    origin = next((patch.base for patch in patches if patch.base.get("fingerprint")), None)
+    if origin is None:
+        origin = patches[0].base if base is None else Provenance.of(base)
     same = {
         key: value
         for key, value in patches[0].facts.items()
         if key in ("anatomy", "score") and all(patch.facts.get(key) == value for patch in patches)
     }
     merged = [{**_origin(patch), "neurons": patch.neurons} for patch in patches]
-    # A bias goes along with its neurons unless some patch chose it for itself.
-    followers = {name for patch in patches for name in companion_biases(patch.facts)}
-    followers &= {name for patch in patches for name in patch.tensors}
-    followers -= {n for patch in patches for n in patch.tensors if n not in companion_biases(patch.facts)}
     how = same | {"merged": {**rule.describe(), "patches": merged}}
-    how |= {"followers": sorted(followers)} if followers else {}
-    facts = {"base": origin or dict(patches[0].base), "selection": how}
-    return facts | {"created_by": f"neftsurgery {__version__}"}, how
+    # A bias goes along with its neurons unless some patch chose it for itself.
+    biases = {name for patch in patches for name in patch.facts.companion_biases & patch.tensors.keys()}
+    biases -= {name for patch in patches for name in patch.tensors.keys() - patch.facts.companion_biases}
+    how |= {"followers": sorted(biases)} if biases else {}
+    return Manifest.of(origin, SelectionFacts(how))
 
 
-def _origin(patch: Patch) -> dict[str, Any]:
+def _origin(patch: Patch) -> dict[str, object]:
     """What the merged patch calls one of its parts: no paths, which mean nothing elsewhere."""
     source = patch.source
     if source is not None and source.repo is not None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.fit import same_tensor
 from ..checkpoint.side import Side
 from ..errors import MismatchError
 from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout
 from ..options import Scope
 from ..scoring.engine import Job
-from ..tensors.header import TensorInfo
 from ..tensors.weights import WeightReader
 
 __all__ = ["Pair", "pair"]
@@ -43,7 +43,7 @@ class Pair:
     differing: Mapping[str, tuple[str, str]]
 
     @cached_property
-    def followers(self) -> dict[str, tuple[int, ...]]:
+    def companion_biases(self) -> dict[str, tuple[int, ...]]:
         """Biases and included tensors of one-element neurons: their changes are recorded. With their axes."""
         biases = {tensor.bias for tensor in self.anatomy.scored if tensor.bias is not None}
         return {
@@ -67,7 +67,7 @@ class Pair:
             jobs[name] = Job(tensor.info, tensor.layout)
         for entry in self.anatomy.listed:
             name = entry.info.name
-            axes = self.followers.get(name)
+            axes = self.companion_biases.get(name)
             keys[name] = (len(layers), *self.base.position(name))
             jobs[name] = Job(entry.info, None if axes is None else Layout.of(entry.info.shape, axes))
         return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
@@ -114,7 +114,7 @@ def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     UsageError
         For an unknown anatomy, or patterns and axes that fit no tensor.
     """
-    common = {name: info for name, info in base.tensors.items() if _same(info, tuned.tensors.get(name))}
+    common = {name: info for name, info in base.tensors.items() if same_tensor(info, tuned.tensors.get(name))}
     if not common:
         raise _nothing_common(base, tuned)
     anatomy = read_anatomy(scope.anatomy, common, base.config, **scope.patterns)
@@ -130,10 +130,6 @@ def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
         raise _nothing_scored(base, anatomy)
     return result
-
-
-def _same(a: TensorInfo, b: TensorInfo | None) -> bool:
-    return b is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 def _nothing_common(base: Side, tuned: Side) -> MismatchError:

@@ -141,7 +141,7 @@ class RewritePlan:
             "tensors": self.tensors,
             "neurons": self.neurons,
             "selected": self.neurons,
-            "captured": self.rows[0].patch.facts.get("captured") if len(self.rows) == 1 else None,
+            "captured": self.rows[0].patch.facts.captured if len(self.rows) == 1 else None,
             "left_behind": [str(path) for path in self.left_behind],
         }
 

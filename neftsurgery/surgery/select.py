@@ -43,8 +43,8 @@ class SelectPlan:
             "selected": chosen.neurons,
             "selected_parameters": chosen.parameters,
             "parameters": self.scores.parameters,
-            "captured": chosen.facts.get("captured"),
-            "captured_scored": chosen.facts.get("captured_scored"),
+            "captured": chosen.facts.captured,
+            "captured_scored": chosen.facts.captured_scored,
             "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
             "out": str(self.out),
         }

@@ -10,14 +10,13 @@ from typing import Literal
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError
 from ..neurons.vectors import block_memory, gather
 from ..patch.digests import DigestHash, digests
 from ..patch.overlay import overlay
 from ..patch.patch import Patch, Raw
 from ..storage.threads import Limits, in_order
 
-__all__ = ["JOURNAL_HINT", "PatchState", "State", "TensorState", "check_fit", "examine"]
+__all__ = ["JOURNAL_HINT", "PatchState", "State", "TensorState", "examine"]
 
 #: A possible reason for vectors that are neither old nor new.
 JOURNAL_HINT = (
@@ -69,26 +68,6 @@ class PatchState:
         return not any(tensor.base or tensor.patched for tensor in self.tensors.values())
 
 
-def check_fit(checkpoint: Checkpoint, patch: Patch) -> None:
-    """Raise a `MismatchError` unless the checkpoint has every tensor of the patch, of its shape and dtype."""
-    for name, tensor in patch.tensors.items():
-        found = checkpoint.tensors.get(name)
-        if found is None or (found.dtype, found.shape) != (tensor.info.dtype, tensor.info.shape):
-            raise MismatchError(
-                f"{patch.name} is not for this checkpoint",
-                file=checkpoint.name,
-                tensor=name,
-                expected=tensor.info.describe(),
-                found=found.describe() if found else "no such tensor",
-                hint=_made_from(patch),
-            )
-
-
-def _made_from(patch: Patch) -> str | None:
-    names = [str(patch.base[key]) for key in ("repo", "name") if patch.base.get(key)]
-    return f"the patch was made from {names[0]}" if names else None
-
-
 @dataclass(frozen=True, slots=True)
 class _Block:
     patch: int
@@ -118,7 +97,7 @@ def examine(
         If a patch does not match its own hashes.
     """
     for patch in patches:
-        check_fit(checkpoint, patch)
+        patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     hashes = (DigestHash(), DigestHash())
     workers = limits.workers(block_memory(t.layout for patch in patches for t in patch.tensors.values()))

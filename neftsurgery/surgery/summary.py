@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -92,7 +91,7 @@ class Summary:
         """Whether the tuned checkpoint looks as if it came from the base at all."""
         return not self.cosine < _UNRELATED
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """For JSON."""
         return {
             "changed_neurons": self.changed_neurons,
@@ -107,7 +106,7 @@ class Summary:
         }
 
 
-def _movement(movement: Movement) -> dict[str, Any]:
+def _movement(movement: Movement) -> dict[str, object]:
     return {
         "name": movement.name,
         "relative_change": _finite(movement.relative),
@@ -160,7 +159,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         scores.neurons,
         scores.units,
         changed,
-        int(scores.facts.get("nonfinite", 0)),
+        scores.nonfinite,
         whole.cosine,
         whole.relative,
         _moved(layers, whole.delta),
@@ -178,8 +177,8 @@ def _moved(groups: dict[str, _Totals], whole: float) -> tuple[Movement, ...]:
 def _captures(scores: Scores) -> Iterator[tuple[str, float]]:
     for budget in _BUDGETS:
         chosen = _choose(scores, Budget.of(neurons=budget))
-        if chosen is not None and "captured" in chosen.facts:
-            yield budget, chosen.facts["captured"]
+        if chosen is not None and chosen.facts.captured is not None:
+            yield budget, chosen.facts.captured
 
 
 def _top(scores: Scores, count: int) -> Iterator[Neuron]:

@@ -13,7 +13,7 @@ from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.threads import Limits
 from ..text import plural
-from .state import State, TensorState, check_fit, examine
+from .state import State, TensorState, examine
 from .verb import running
 
 __all__ = ["Verification", "VerifyPlan", "plan_verify", "verify"]
@@ -113,5 +113,5 @@ def plan_verify(checkpoint: str | os.PathLike[str], patch: Patch | str | os.Path
     """Read the headers of both and check that they fit each other."""
     opened = Checkpoint.open(checkpoint)
     loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    check_fit(opened, loaded)
+    loaded.require_fit(opened)
     return VerifyPlan(opened, loaded)

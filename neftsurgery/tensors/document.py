@@ -7,19 +7,64 @@ with a ``version`` and the ``tensors`` that it describes. This module reads and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 from ..errors import CorruptFileError
 from .header import loads
 from .reader import TensorFile
 
-__all__ = ["Document", "bad", "dump", "read_document"]
-
-Document = Mapping[str, Any]
+__all__ = ["Facts", "bad", "dump", "read_document"]
 
 
-def dump(key: str, content: Document) -> dict[str, str]:
+class Facts(Mapping[str, object]):
+    """A JSON object of a file as a value: a mapping that has typed properties in its subclasses.
+
+    Anyone may have written the file. A property is None, or empty, where a value is missing or of another
+    type. No key is lost.
+    """
+
+    __slots__ = ("_facts",)
+
+    def __init__(self, facts: Mapping[str, object]) -> None:
+        self._facts: Mapping[str, object] = facts._facts if isinstance(facts, Facts) else facts
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.to_json()!r})"
+
+    def __getitem__(self, key: str) -> object:
+        return self._facts[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._facts)
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    @classmethod
+    def from_json(cls, value: object) -> Self:
+        """The facts in a JSON value; none if it is not an object."""
+        return cls(value if isinstance(value, Mapping) else {})
+
+    def to_json(self) -> dict[str, object]:
+        """The JSON object, with every key."""
+        return dict(self._facts)
+
+    def text(self, key: str) -> str | None:
+        """The value of ``key`` if it is a text."""
+        value = self.get(key)
+        return value if isinstance(value, str) else None
+
+    def number(self, key: str) -> float | None:
+        """The value of ``key`` if it is a finite number."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return value if abs(value) <= sys.float_info.max else None
+
+
+def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
     """The ``__metadata__`` that holds ``content`` under ``key``."""
     return {key: json.dumps(content, separators=(",", ":"), allow_nan=False)}
 

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import Provenance
 from ..neurons.anatomy import Anatomy
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
-from ..surgery.diff import describe_side, describe_tensor
+from ..surgery.diff import describe_tensor
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
@@ -49,7 +50,7 @@ def write_scores(
         "score": score,
         "anatomy": anatomy.name,
         "parameters": base.parameters,
-        "base": describe_side(base),
+        "base": Provenance.of(base).to_json(),
         "nonfinite": 0,
         "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
         "unscored": {info.name: _describe_bias(info) for info in companions},

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError
+from ..checkpoint.fit import require_same_files
+from ..checkpoint.provenance import Provenance
 from ..neurons.anatomy import Anatomy
 from ..progress import Progress
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.threads import Limits
-from ..surgery.diff import describe_side
-from ..surgery.extract import check_selection, plan_extract
+from ..surgery.extract import plan_extract
 from ..surgery.pairing import pair
 from .recipe import Recipe, Select
 
@@ -102,17 +102,9 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
         return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))
     if by == "scores":
         with Scores.load(path) as scores:
-            _require_scored(scores, base, path)
+            require_same_files("the scores are of another base", Provenance.of(base), scores.base, file=path)
             selection = scores.select(**budget_of(select))
     else:
         selection = Selection.load(path)
-    check_selection(selection, base)
+    selection.require_fit(base)
     return NeuronChoice(selection)
-
-
-def _require_scored(scores: Scores, base: Checkpoint, path: str) -> None:
-    known = scores.facts.get("base")
-    there = known.get("fingerprint") if isinstance(known, dict) else None
-    here = describe_side(base)["fingerprint"]
-    if there is not None and there != here:
-        raise MismatchError("the scores are of another base", file=path, expected=here, found=there)

@@ -19,7 +19,6 @@ from ..progress import Progress
 from ..selection.selection import Selection
 from ..storage.output import staged_directory
 from ..storage.threads import Limits
-from ..surgery.extract import check_selection
 from ..tuning.attach import attach
 from ..tuning.attached import Attached
 from ..tuning.trainer import PATCH_NAME, last_save
@@ -117,7 +116,7 @@ def _choose(
             selection = probed.select(**budget_of(plan.recipe.select))
     elif scores is not None:
         scores.save(directory.scores, force=True)
-    check_selection(selection, plan.base)
+    selection.require_fit(plan.base)
     selection.save(directory.selection)
     note(f"chose {selection.neurons:,} neurons, {selection.parameters:,} parameters")
     return selection

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.fingerprint import fingerprint
 from ..errors import UsageError, boundary
 from ..live.loading import load_tokenizer, meta_model
 from ..live.names import live_names
@@ -19,7 +20,6 @@ from ..progress import Progress, silent
 from ..sources.resolve import is_hub_id
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
-from ..surgery.diff import describe_side
 from .examples import Examples, read_examples
 from .neuron_choice import NeuronChoice, choose_from_files
 from .recipe import Recipe
@@ -249,4 +249,4 @@ def _refuse_out(recipe: Recipe, base: Checkpoint, force: bool) -> None:
 def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdentity:
     described = recipe.to_json()
     del described["out"]
-    return RunIdentity(described, describe_side(base)["fingerprint"], examples.digest())
+    return RunIdentity(described, fingerprint(base), examples.digest())

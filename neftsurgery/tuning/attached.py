@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
+from ..patch.manifest import Manifest
 from ..patch.patch import Patch
 from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural
-from ..version import __version__
 from .attached_neurons import AttachedNeurons
-from .base_checkpoint import base_vectors, describe_base, describe_selection
+from .base_checkpoint import base_provenance, base_vectors
 from .install import install, remove
 from .module_repr import update_extra_repr
 from .optimizer_hooks import register_optimizer_hooks
@@ -82,10 +83,10 @@ class Attached:
         return self._what if isinstance(self._what, Selection) else self._what.selection
 
     @property
-    def base(self) -> dict[str, Any]:
+    def base(self) -> Provenance:
         """What a patch records of its base: name, repository and fingerprint, as far as they are known."""
         try:
-            return describe_base(self._base, self.model)
+            return base_provenance(self._base, self.model)
         finally:
             self._close_base()
 
@@ -108,7 +109,7 @@ class Attached:
         path: str | os.PathLike[str] | None = None,
         *,
         reversible: bool = False,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
         force: bool = False,
     ) -> Patch:
         """The neurons as they are now, as a patch on the base.
@@ -139,21 +140,17 @@ class Attached:
             refuse_output(path, inputs=inputs, force=force, kind="file")
         tensors = {neurons.name: neurons.chosen for neurons in self._neurons}
         selection = Selection(dict(sorted(tensors.items())), self.selection.facts)
-        document = {
-            "base": describe_base(self._base, self.model),
-            "selection": describe_selection(self.selection.facts),
-            "created_by": f"neftsurgery {__version__}",
-            **(facts or {}),
-        }
+        origin = base_provenance(self._base, self.model)
+        manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
         by_name = {neurons.name: neurons for neurons in self._neurons}
-        with written_patch(selection, document, path, reversible=reversible, force=force) as written:
+        with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
             for name in selection.tensors:
                 for start, old, new in self._blocks(by_name[name]):
-                    written.writer.add_digests(name, *written.writer.write_rows(name, start, old, new))
+                    writer.add_digests(name, *writer.write_rows(name, start, old, new))
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
-        return written.result()
+        return writer.patch
 
     def _blocks(self, neurons: AttachedNeurons) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
         """Where each block starts, and the bytes of its vectors before and after."""

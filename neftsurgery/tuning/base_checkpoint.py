@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, NeftError
 from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
 from ..neurons.vectors import gather
@@ -21,15 +21,13 @@ from ..patch.digests import DigestHash, digests
 from ..patch.patch import Patch
 from ..selection.selection import Chosen
 from ..sources.resolve import Source
-from ..surgery.diff import describe_side
 
 __all__ = [
     "BaseOption",
     "base_vectors",
     "check_weights",
     "checked_values",
-    "describe_base",
-    "describe_selection",
+    "base_provenance",
     "find_base",
     "float_dtype",
 ]
@@ -84,24 +82,12 @@ def _local_source(named: str, commit: object) -> Source | None:
     return Source(folder, named, named, folder.name)
 
 
-def describe_base(base: Checkpoint | None, model: nn.Module) -> dict[str, Any]:
-    """The ``base`` entry of a patch's manifest."""
+def base_provenance(base: Checkpoint | None, model: nn.Module) -> Provenance:
+    """The ``base`` of a patch's manifest."""
     if base is not None:
-        return describe_side(base)
+        return Provenance.of(base)
     named = getattr(model, "name_or_path", None)
-    return {"name": Path(named).name if named else type(model).__name__, "fingerprint": None}
-
-
-def describe_selection(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``selection`` entry of a patch's manifest: how its neurons were chosen.
-
-    What the selection captured of another fine-tune is left out: the patch has values of its own.
-    """
-    return {
-        key: value
-        for key, value in facts.items()
-        if key not in ("base", "tuned") and not key.startswith("captured")
-    }
+    return Provenance({"name": Path(named).name if named else type(model).__name__, "fingerprint": None})
 
 
 def base_vectors(base: Checkpoint, chosen: Chosen) -> NDArray[np.uint8]:

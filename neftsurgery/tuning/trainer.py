@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..errors import CorruptFileError, MismatchError, UsageError, boundary
+from ..checkpoint.fit import require_same_files
+from ..errors import CorruptFileError, UsageError, boundary
 from ..patch.patch import Patch
 from ..storage.output import fsync, fsync_folder, staged_file
 from .attached import Attached
@@ -178,9 +179,7 @@ class PatchSaving(_Trainer):
     def _load_values(self, save: Path) -> None:
         """Load the neurons' values of a save."""
         with Patch.load(save / PATCH_NAME) as patch:
-            theirs, ours = patch.base.get("fingerprint"), self.attached.base.get("fingerprint")
-        if theirs is not None and ours is not None and theirs != ours:
-            raise MismatchError("the save belongs to another base", file=save, expected=ours, found=theirs)
+            require_same_files("the save belongs to another base", self.attached.base, patch.base, file=save)
         try:
             state = load_file(save / _STATE_NAME)
         except SafetensorError as error:

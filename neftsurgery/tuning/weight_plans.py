@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.fit import require_tensors
 from ..errors import MismatchError, UsageError
 from ..live.names import live_names
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
@@ -208,7 +209,7 @@ def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint 
     vectors = read_vectors(weight, chosen.layout, neurons.index) if is_plain(neurons.weight) else None
     exact = vectors is not None and can_represent(vectors.dtype, dtype)
     if base is not None and (neurons.trainable or not exact):
-        _check_base(chosen, base)
+        require_tensors(base, [chosen.info], "the selection")
     if vectors is not None and neurons.trainable and not exact:
         raise MismatchError(
             "the model's dtype cannot hold the checkpoint's values exactly",
@@ -229,15 +230,3 @@ def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint 
             hint="name the checkpoint before quantization with base=FOLDER",
         )
     return from_bytes(base_vectors(base, chosen), chosen.info.dtype).float()
-
-
-def _check_base(chosen: Chosen, base: Checkpoint) -> None:
-    found = base.tensors.get(chosen.info.name)
-    if found is None or (found.dtype, found.shape) != (chosen.info.dtype, chosen.info.shape):
-        raise MismatchError(
-            "the selection is not of this base",
-            file=base.name,
-            tensor=chosen.info.name,
-            expected=chosen.info.describe(),
-            found=found.describe() if found else "no such tensor",
-        )

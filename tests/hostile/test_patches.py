@@ -318,8 +318,11 @@ def test_facts_of_any_kind_do_no_harm(case: Case) -> None:
             path = case.write(manifest=case.manifest() | {key: value})
             with ns.Patch.load(path) as patch:
                 assert patch.neurons == patch.selection.neurons > 0
-                assert isinstance(patch.base, dict)
-                assert isinstance(patch.facts, dict)
+                for name, facts in (("base", patch.base), ("selection", patch.facts)):
+                    written = value if key == name else case.manifest()[name]
+                    assert facts.to_json() == (written if isinstance(written, dict) else {})
+                assert isinstance(patch.base.label, str | None)
+                assert str(patch)
             ns.apply(case.base, path, out=case.root / "out", force=True)
             assert_same_tensors(raw_read(case.root / "out"), case.expected)
 

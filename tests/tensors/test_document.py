@@ -10,7 +10,7 @@ import pytest
 from document_support import carrying
 
 from neftsurgery.errors import CorruptFileError
-from neftsurgery.tensors.document import bad, dump, read_document
+from neftsurgery.tensors.document import Facts, bad, dump, read_document
 from neftsurgery.tensors.writer import written_file
 
 GOOD = {
@@ -94,3 +94,29 @@ def test_bad_says_what_and_where(tmp_path: Path) -> None:
     with carrying(tmp_path, None) as file:
         error = bad(file, "patch", "it is torn", "w")
     assert str(error) == f"{tmp_path / 'p.safetensors'}, tensor w: a damaged patch: it is torn"
+
+
+#: Values of a JSON object, with the text and the finite number that each one is.
+VALUES: dict[str, tuple[object, str | None, float | None]] = {
+    "text": ("a", "a", None), "empty": ("", "", None), "number": (0.5, None, 0.5), "whole": (3, None, 3),
+    "truth": (True, None, None), "null": (None, None, None), "list": ([1], None, None),
+    "object": ({}, None, None),
+    "nan": (float("nan"), None, None), "infinite": (float("-inf"), None, None), "huge": (10**400, None, None),
+}  # fmt: skip
+
+
+def test_facts_keep_every_key_and_read_only_what_is_of_the_right_type() -> None:
+    raw = {key: value for key, (value, *_) in VALUES.items()}
+    facts = Facts.from_json(raw)
+    for key, (value, text, number) in VALUES.items():
+        assert facts[key] is value
+        assert (facts.text(key), facts.number(key)) == (text, number)
+    assert (facts.text("missing"), facts.number("missing")) == (None, None)
+    assert list(facts) == list(raw)
+    assert facts.to_json() == raw == facts
+    assert Facts(facts).to_json() is not raw
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], ["a"], True])
+def test_what_is_not_an_object_has_no_facts(value: object) -> None:
+    assert Facts.from_json(value) == {}

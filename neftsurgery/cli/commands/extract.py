@@ -106,7 +106,7 @@ def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> Non
         f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
-    say_captured(console, plan.captured, whole=is_whole_change(plan))
+    say_captured(console, plan.facts, whole=is_whole_change(plan))
     share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
     console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
 

@@ -49,7 +49,7 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
             f"{commas(selection.parameters)} parameters "
             f"({percent(selection.parameters / loaded.parameters)} of the model)"
         )
-        captured = selection.facts.get("captured")
+        captured = selection.facts.captured
         if captured is not None:
             console.say(f"they hold {percent(captured)} of the whole change")
         console.say_table(_largest(selection), right=[1])
