@@ -29,21 +29,11 @@ _COUNT = 3
 
 @dataclass(frozen=True)
 class Languages:
-    """Three languages with random vocabularies.
+    """Three languages with random vocabularies."""
 
-    Attributes
-    ----------
-    words:
-        Words per language.
-    length:
-        Words per sentence.
-    seed:
-        The seed of the vocabularies.
-    """
-
-    words: int = 16
-    length: int = 8
-    seed: int = 0
+    words: int = 16  # words per language
+    length: int = 8  # words per sentence
+    seed: int = 0  # the seed of the vocabularies
 
     @property
     def vocabulary(self) -> int:

@@ -41,20 +41,12 @@ _TEST_EXAMPLES = 512
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of AdamW without weight decay, with warm-up and linear decay to zero.
+    """Settings of AdamW without weight decay, with warm-up and linear decay to zero."""
 
-    Attributes
-    ----------
-    directions:
-        The directions of translation to learn.
-    batch_size:
-        Examples per step.
-    """
-
-    directions: tuple[Direction, ...]
+    directions: tuple[Direction, ...]  # the directions of translation to learn
     steps: int
     learning_rate: float
-    batch_size: int = 32
+    batch_size: int = 32  # examples per step
     seed: int = 0
 
 

@@ -33,10 +33,7 @@ _FAILURES = (
 def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint, if it is a folder with a config.
 
-    Raises
-    ------
-    UsageError
-        If it is a single file, or has no config.
+    Raises UsageError if it is a single file, or has no config.
     """
     if checkpoint.is_file or checkpoint.config is None:
         raise UsageError(
@@ -51,10 +48,8 @@ def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer of ``checkpoint``.
 
-    Raises
-    ------
-    UsageError
-        If the checkpoint is not a folder with a config, or transformers cannot load its tokenizer.
+    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot load its
+    tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -72,10 +67,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def meta_model(checkpoint: Checkpoint, model_class: ModelClass) -> Any:
     """The model without its weights, on the meta device. Reads only the config.
 
-    Raises
-    ------
-    UsageError
-        If the checkpoint is not a folder with a config, or transformers cannot build the model.
+    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot build the model.
     """
     require_model_folder(checkpoint)
     try:
@@ -99,6 +91,9 @@ def load_model(
 ) -> Any:
     """The model with its weights, on the CPU, in evaluation mode.
 
+    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot load the model,
+    and MismatchError if a weight in the files has another shape, or the files lack a weight of ``required``.
+
     Parameters
     ----------
     dtype:
@@ -106,13 +101,6 @@ def load_model(
     required:
         The path of a module, such as ``model.layers``: the files must have every weight in it. Without
         this, transformers initialises missing weights at random, and warns.
-
-    Raises
-    ------
-    UsageError
-        If the checkpoint is not a folder with a config, or transformers cannot load the model.
-    MismatchError
-        If a weight in the files has another shape, or the files lack a weight of ``required``.
     """
     require_model_folder(checkpoint)
     try:

@@ -16,18 +16,10 @@ __all__ = ["BlockStack", "find_block_stack", "hidden_size"]
 
 @dataclass(frozen=True)
 class BlockStack:
-    """The blocks that the hidden states pass through, one after the other.
+    """The blocks that the hidden states pass through, one after the other."""
 
-    Attributes
-    ----------
-    path:
-        The name of the list of blocks in the model, ``"model.layers"``.
-    blocks:
-        The blocks, first to last.
-    """
-
-    path: str
-    blocks: tuple[nn.Module, ...]
+    path: str  # the name of the list of blocks in the model, ``"model.layers"``
+    blocks: tuple[nn.Module, ...]  # the blocks, first to last
 
     def block_of(self, parameter: str) -> int | None:
         """The number of the block that contains a parameter of the live model; None if no block does."""
@@ -38,10 +30,7 @@ class BlockStack:
 def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
     """The stack of blocks that contains ``parameters``; of several, that of the language model.
 
-    Raises
-    ------
-    MismatchError
-        If there is no such stack, or more than one.
+    Raises MismatchError if there is no such stack, or more than one.
     """
     paths = dict.fromkeys(layer_and_kind(name.split("."))[0].rpartition(".")[0] for name in parameters)
     modules = dict(model.named_modules())
@@ -65,10 +54,7 @@ def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
 def hidden_size(model: Any) -> int:
     """The width of a model's hidden states.
 
-    Raises
-    ------
-    MismatchError
-        If the model's config has no ``hidden_size``.
+    Raises MismatchError if the model's config has no ``hidden_size``.
     """
     width = getattr(_text_config(model), "hidden_size", None)
     if not isinstance(width, int):

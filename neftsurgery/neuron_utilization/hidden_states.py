@@ -30,6 +30,8 @@ def mean_hidden_states(
 ) -> Tensor:
     """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU.
 
+    Raises MismatchError if the blocks do not pass on hidden states, or a hidden state is not finite.
+
     Parameters
     ----------
     model:
@@ -40,11 +42,6 @@ def mean_hidden_states(
         The token id that fills up short chunks at the end. It is masked.
     advance:
         Called with the number of tokens after each batch.
-
-    Raises
-    ------
-    MismatchError
-        If the blocks do not pass on hidden states, or a hidden state is not finite.
     """
     sums = _StateSums(stack)
     body, device = model.base_model, next(model.parameters()).device

@@ -18,10 +18,7 @@ __all__ = ["load_model", "load_tokenizer", "meta_model", "require_model_folder",
 def meta_model(checkpoint: Checkpoint) -> Any:
     """The model on the meta device, without weights: enough for planning.
 
-    Raises
-    ------
-    UsageError
-        If transformers cannot create it, or it is an encoder-decoder model.
+    Raises UsageError if transformers cannot create it, or it is an encoder-decoder model.
     """
     model = loading.meta_model(checkpoint, "saved")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -35,12 +32,8 @@ def meta_model(checkpoint: Checkpoint) -> Any:
 def load_model(checkpoint: Checkpoint, stack: str, *, dtype: str, device: torch.device) -> Any:
     """The model with its weights, in evaluation mode. The files hold every block of ``stack``.
 
-    Raises
-    ------
-    UsageError
-        If transformers cannot load it.
-    MismatchError
-        If the files lack weights that the hidden states depend on.
+    Raises UsageError if transformers cannot load it, and MismatchError if the files lack weights that the
+    hidden states depend on.
     """
     found: torch.dtype | Literal["auto"] = getattr(torch, dtype) if dtype in DTYPES else "auto"
     model = loading.load_model(checkpoint, "saved", dtype=found, required=stack)
@@ -51,10 +44,7 @@ def load_model(checkpoint: Checkpoint, stack: str, *, dtype: str, device: torch.
 def resolve_device(name: str) -> torch.device:
     """The device called ``name``; ``auto`` is a GPU if torch has one, otherwise the CPU.
 
-    Raises
-    ------
-    UsageError
-        If torch cannot use that device.
+    Raises UsageError if torch cannot use that device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,6 +20,9 @@ def ranked_tensors(
 ) -> dict[str, NeuronTensor]:
     """The tensors whose neurons are ranked, by name.
 
+    Raises UsageError if there is no such anatomy, and MismatchError if the architecture is unknown, or has no
+    neuron of that width.
+
     Parameters
     ----------
     trained:
@@ -29,13 +32,6 @@ def ranked_tensors(
         ``trained`` has neurons, along the same axes.
     width:
         The width of the hidden states.
-
-    Raises
-    ------
-    UsageError
-        If there is no such anatomy.
-    MismatchError
-        If the architecture is unknown, or has no neuron of that width.
     """
     if anatomy is not None and anatomy not in ANATOMIES:
         raise UsageError(

@@ -52,33 +52,23 @@ _TYPES = {"F64": np.dtype("<f8"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorUtilization:
-    """The neurons of one tensor. Each array has the shape ``[n]``.
+    """The neurons of one tensor. Each array has the shape ``[n]``."""
 
-    Attributes
-    ----------
-    info, layout, layer, kind:
-        The tensor, its layer and its kind of weight. Neurons of one ``kind`` are ranked together.
-    before, after:
-        Float64: the largest absolute correlation with a hidden state, before and after training.
-    state_before, state_after:
-        Int32: the number of that hidden state.
-    rank_before, rank_after:
-        Int64: 1 for the largest correlation of the kind; 0 for a neuron that is not ranked.
-    trained:
-        Bool: whether the neuron was trained.
-    """
-
+    # The tensor, its layer and its kind of weight. Neurons of one ``kind`` are ranked together.
     info: TensorInfo
     layout: Layout
     layer: str
     kind: str
+    # Float64: the largest absolute correlation with a hidden state, before and after training.
     before: NDArray[np.float64]
     after: NDArray[np.float64]
+    # Int32: the number of that hidden state.
     state_before: NDArray[np.int32]
     state_after: NDArray[np.int32]
+    # Int64: 1 for the largest correlation of the kind; 0 for a neuron that is not ranked.
     rank_before: NDArray[np.int64]
     rank_after: NDArray[np.int64]
-    trained: NDArray[np.bool_]
+    trained: NDArray[np.bool_]  # bool: whether the neuron was trained
 
     @property
     def change(self) -> NDArray[np.int64]:
@@ -93,21 +83,12 @@ class TensorUtilization:
 
 @dataclass(frozen=True, slots=True)
 class NeuronGroup:
-    """The summary of a group of neurons.
+    """The summary of a group of neurons."""
 
-    Attributes
-    ----------
-    neurons:
-        How many neurons the group has.
-    mean_rank_change:
-        The mean of the absolute rank changes; None for an empty group.
-    mean_share:
-        The mean rank change as a share of the neurons ranked together, which compares models
-        of different size; None for an empty group.
-    """
-
-    neurons: int
-    mean_rank_change: float | None
+    neurons: int  # how many neurons the group has
+    mean_rank_change: float | None  # the mean of the absolute rank changes; None for an empty group
+    # The mean rank change as a share of the neurons ranked together, which compares models of different size;
+    # None for an empty group.
     mean_share: float | None
 
     def describe(self) -> dict[str, Any]:

@@ -39,51 +39,27 @@ AnyPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, repr=False)
 class UtilizationPlan:
-    """A planned utilization: everything is checked, no weight is loaded, nothing is written.
+    """A planned utilization: everything is checked, no weight is loaded, nothing is written."""
 
-    Attributes
-    ----------
-    base:
-        The checkpoint before training.
-    tuned:
-        A patch of the base, or another checkpoint.
-    text:
-        The tokens of the text.
-    padding:
-        The token id that fills up short chunks.
-    tensors, blocks:
-        The ranked neurons by tensor name, and the number of the block that contains each tensor.
-    unranked:
-        How many trained neurons are not ranked; None if only a comparison of the checkpoints will tell.
-    stack:
-        The name of the list of blocks in the model.
-    states, strongly:
-        The options of `utilization`.
-    batch:
-        The number of tokens that go through the model at once.
-    dtype, device:
-        What the model computes in, and where.
-    out:
-        Where the numbers of every neuron are written; None: not at all.
-    force:
-        Whether to replace an existing ``out``.
-    """
-
-    base: Checkpoint
-    tuned: Patch | Checkpoint
+    base: Checkpoint  # the checkpoint before training
+    tuned: Patch | Checkpoint  # a patch of the base, or another checkpoint
     text: TokenizedText
-    padding: int
+    padding: int  # the token id that fills up short chunks
+    # The ranked neurons by tensor name, and the number of the block that contains each tensor.
     tensors: Mapping[str, NeuronTensor]
     blocks: Mapping[str, int]
+    # How many trained neurons are not ranked; None if only a comparison of the checkpoints will tell.
     unranked: int | None
-    stack: str
+    stack: str  # the name of the list of blocks in the model
+    # The options of `utilization`.
     states: States
     strongly: Amount | None
-    batch: int
+    batch: int  # the number of tokens that go through the model at once
+    # What the model computes in, and where.
     dtype: str
     device: torch.device
-    out: AnyPath | None
-    force: bool
+    out: AnyPath | None  # where the numbers of every neuron are written; None: not at all
+    force: bool  # whether to replace an existing ``out``
 
     def __repr__(self) -> str:
         return (

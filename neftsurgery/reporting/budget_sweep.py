@@ -25,30 +25,17 @@ _KINDS = 14
 
 @dataclass(frozen=True, slots=True)
 class BudgetPoint:
-    """What one budget chooses.
+    """What one budget chooses."""
 
-    Attributes
-    ----------
-    budget:
-        The budget as text: ``3%``.
-    neurons, parameters:
-        How many neurons it chooses, and how many parameters they hold.
-    share:
-        The chosen share of the scored neurons.
-    captured, captured_scored:
-        The captured share of the squared change: of all common tensors, and of the scored ones. NaN if
-        unknown.
-    kinds:
-        For each kind of weight, its chosen neurons and all its neurons.
-    """
-
-    budget: str
+    budget: str  # the budget as text: ``3%``
+    # How many neurons it chooses, and how many parameters they hold.
     neurons: int
     parameters: int
-    share: float
+    share: float  # the chosen share of the scored neurons
+    # The captured share of the squared change: of all common tensors, and of the scored ones. NaN if unknown.
     captured: float
     captured_scored: float
-    kinds: dict[str, tuple[int, int]]
+    kinds: dict[str, tuple[int, int]]  # for each kind of weight, its chosen neurons and all its neurons
 
     @classmethod
     def of(cls, budget: str, scores: Scores, selection: Selection) -> BudgetPoint:

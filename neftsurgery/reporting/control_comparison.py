@@ -40,55 +40,31 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A score compared with one control.
+    """A score compared with one control."""
 
-    Attributes
-    ----------
-    name:
-        ``norm`` or ``random``.
-    correlation:
-        Spearman's rank correlation over all candidates. NaN if one of the two is constant.
-    by_kind:
-        The same within each kind of weight.
-    overlaps:
-        For each budget, how many candidates both choose.
-    chosen:
-        How many of the chosen candidates the control also chooses with the same budget.
-    """
-
-    name: str
+    name: str  # ``norm`` or ``random``
+    # Spearman's rank correlation over all candidates. NaN if one of the two is constant.
     correlation: float
-    by_kind: tuple[float, ...]
-    overlaps: tuple[int, ...]
-    chosen: int
+    by_kind: tuple[float, ...]  # the same within each kind of weight
+    overlaps: tuple[int, ...]  # for each budget, how many candidates both choose
+    chosen: int  # how many of the chosen candidates the control also chooses with the same budget
 
 
 @dataclass(frozen=True, slots=True)
 class ControlComparison:
-    """A score compared with its controls.
+    """A score compared with its controls."""
 
-    Attributes
-    ----------
-    score, word:
-        The name of the score, and what it scores: ``neuron`` or ``unit``.
-    count, chosen:
-        How many candidates have a score, and how many of them are chosen.
-    kinds, sizes:
-        The kinds of weight, and the number of candidates of each.
-    taken:
-        For each budget in `PERCENTS`, how many candidates it chooses from one pool.
-    controls:
-        ``norm``, if the scores file holds the norms, and ``random``.
-    """
-
+    # The name of the score, and what it scores: ``neuron`` or ``unit``.
     score: str
     word: str
+    # How many candidates have a score, and how many of them are chosen.
     count: int
     chosen: int
+    # The kinds of weight, and the number of candidates of each.
     kinds: tuple[str, ...]
     sizes: tuple[int, ...]
-    taken: tuple[int, ...]
-    controls: tuple[Control, ...]
+    taken: tuple[int, ...]  # for each budget in `PERCENTS`, how many candidates it chooses from one pool
+    controls: tuple[Control, ...]  # ``norm``, if the scores file holds the norms, and ``random``
 
     @classmethod
     def of(cls, candidates: Candidates, score: str) -> ControlComparison:

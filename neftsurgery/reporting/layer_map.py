@@ -62,22 +62,14 @@ def sorted_layers(locations: Iterable[TensorLocation]) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class LayerMap:
-    """How many neurons are chosen in each layer and kind of weight.
+    """How many neurons are chosen in each layer and kind of weight."""
 
-    Attributes
-    ----------
-    layers:
-        The names of the rows, in natural order. If there are tensors outside all layers,
-        `NO_LAYER` comes last.
-    kinds:
-        The names of the columns, in natural order. Kinds that are in no layer come last.
-    chosen, totals:
-        Int64 ``[layers, kinds]``: the chosen neurons, and all neurons. A total of 0 means that there is no
-        such tensor.
-    """
-
+    # The names of the rows, in natural order. If there are tensors outside all layers, `NO_LAYER` comes last.
     layers: tuple[str, ...]
+    # The names of the columns, in natural order. Kinds that are in no layer come last.
     kinds: tuple[str, ...]
+    # Int64 ``[layers, kinds]``: the chosen neurons, and all neurons. A total of 0 means that there is no such
+    # tensor.
     chosen: I64
     totals: I64
 

@@ -35,34 +35,20 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ScoreDistribution:
-    """One histogram of a score for each kind of weight.
+    """One histogram of a score for each kind of weight."""
 
-    Attributes
-    ----------
-    score, word:
-        The name of the score, and what it scores: ``neuron`` or ``unit``.
-    log:
-        Whether the bins have equal width in the logarithm of the score.
-    edges:
-        Float64 ``[bins + 1]``: the bin edges as scores. The last bin includes both of its edges.
-    kinds:
-        The kinds of weight.
-    counts, chosen:
-        Int64 ``[kinds, bins]``: the candidates in each bin, and how many of them are chosen.
-    zeros:
-        Int64 ``[kinds]``: candidates with a score of 0, which a logarithmic axis cannot show.
-    cut:
-        The lowest chosen score, if a single score separates the chosen from the rest; else None.
-    """
-
+    # The name of the score, and what it scores: ``neuron`` or ``unit``.
     score: str
     word: str
-    log: bool
+    log: bool  # whether the bins have equal width in the logarithm of the score
+    # Float64 ``[bins + 1]``: the bin edges as scores. The last bin includes both of its edges.
     edges: NDArray[np.float64]
     kinds: tuple[str, ...]
+    # Int64 ``[kinds, bins]``: the candidates in each bin, and how many of them are chosen.
     counts: I64
     chosen: I64
-    zeros: I64
+    zeros: I64  # int64 ``[kinds]``: candidates with a score of 0, which a logarithmic axis cannot show
+    # The lowest chosen score, if a single score separates the chosen from the rest; else None.
     cut: float | None
 
     @classmethod

@@ -24,22 +24,13 @@ _MAX_LAYERS = 96
 
 @dataclass(frozen=True, slots=True)
 class PairOverlap:
-    """The overlap of two selections, in one layer or overall.
+    """The overlap of two selections, in one layer or overall."""
 
-    Attributes
-    ----------
-    first, second:
-        How many neurons each of them has.
-    shared:
-        How many neurons are in both.
-    chance:
-        The expected number of shared neurons if both chose as many neurons per tensor at random.
-    """
-
+    # How many neurons each of them has.
     first: int
     second: int
-    shared: int
-    chance: float
+    shared: int  # how many neurons are in both
+    chance: float  # the expected number of shared neurons if both chose as many neurons per tensor at random
 
     def __add__(self, other: PairOverlap) -> PairOverlap:
         return PairOverlap(
@@ -70,26 +61,14 @@ class PairOverlap:
 
 @dataclass(frozen=True, eq=False)
 class SelectionOverlap:
-    """The pairwise overlaps of several selections.
+    """The pairwise overlaps of several selections."""
 
-    Attributes
-    ----------
-    names:
-        The names of the selections.
-    pairs:
-        The overlap of each pair, by the numbers of its two selections.
-    layers:
-        The layers in which any of them has neurons, in natural order.
-    by_layer:
-        The overlap of each pair in each layer.
-    unfit:
-        Tensors whose shape or neuron axes differ between selections. They are not compared.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the names of the selections
+    # The overlap of each pair, by the numbers of its two selections.
     pairs: dict[tuple[int, int], PairOverlap]
-    layers: tuple[str, ...]
-    by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]]
+    layers: tuple[str, ...]  # the layers in which any of them has neurons, in natural order
+    by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]]  # the overlap of each pair in each layer
+    # Tensors whose shape or neuron axes differ between selections. They are not compared.
     unfit: tuple[str, ...]
 
     @classmethod

@@ -29,19 +29,12 @@ Example: TypeAlias = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a run.
+    """The examples of a run."""
 
-    Attributes
-    ----------
-    train, dev:
-        The examples to learn, and those that the dev loss is measured on. ``dev`` may be empty.
-    warnings:
-        Sentences for the user.
-    """
-
+    # The examples to learn, and those that the dev loss is measured on. ``dev`` may be empty.
     train: Sequence[Example]
     dev: Sequence[Example]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # sentences for the user
 
     @property
     def tokens(self) -> int:
@@ -110,10 +103,7 @@ class Encoder:
     def encode(self, raw_examples: Sequence[RawExample]) -> list[Example]:
         """The examples that have a token to learn.
 
-        Raises
-        ------
-        UsageError
-            If the tokenizer lacks a chat template that is needed, or no example is left.
+        Raises UsageError if the tokenizer lacks a chat template that is needed, or no example is left.
         """
         encoders = {"prompt": self._completion, "messages": self._chat, "text": self._text}
         examples = []

@@ -106,10 +106,7 @@ def _accumulate(
 ) -> int:
     """Add the gradients of all batches to the sums, by parameter; returns the number of batches.
 
-    Raises
-    ------
-    MismatchError
-        If the loss is not a number.
+    Raises MismatchError if the loss is not a number.
     """
 
     def adder(one: _Signs | _Squares) -> Callable[[Tensor], None]:
@@ -167,6 +164,8 @@ def gradient_scores(
 ) -> Scores:
     """Score the neurons of ``anatomy`` by their gradients, into a scores file.
 
+    Raises MismatchError if the loss is not a number.
+
     Parameters
     ----------
     model:
@@ -177,11 +176,6 @@ def gradient_scores(
         The scores file. None: a temporary file.
     score:
         ``gradient`` or ``fisher``.
-
-    Raises
-    ------
-    MismatchError
-        If the loss is not a number.
     """
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
     kind = _SUMS[score]

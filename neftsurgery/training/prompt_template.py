@@ -28,10 +28,7 @@ class PromptTemplate:
     def of(cls, prompt: str | None, completion: str | None) -> PromptTemplate | None:
         """The checked template of a recipe; None if it has none.
 
-        Raises
-        ------
-        UsageError
-            If one of the two texts is missing, or one is not a template.
+        Raises UsageError if one of the two texts is missing, or one is not a template.
         """
         if prompt is None and completion is None:
             return None
@@ -44,10 +41,7 @@ class PromptTemplate:
     def fill(self, row: Mapping[str, Any]) -> dict[str, str]:
         """``prompt`` and ``completion`` of a row.
 
-        Raises
-        ------
-        LookupError
-            If the row lacks a field. The argument is the field's name.
+        Raises LookupError if the row lacks a field. The argument is the field's name.
         """
         return {"prompt": _filled(self.prompt, row), "completion": _filled(self.completion, row)}
 

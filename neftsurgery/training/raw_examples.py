@@ -17,22 +17,13 @@ __all__ = ["RawExample", "first_line", "read_raw_examples"]
 
 @dataclass(frozen=True, slots=True)
 class RawExample:
-    """One checked row of a data set.
+    """One checked row of a data set."""
 
-    Attributes
-    ----------
-    file, line:
-        The file and its line, or the data set and its row; the first is 1.
-    content:
-        The row's object.
-    kind:
-        ``prompt``, ``messages`` or ``text``.
-    """
-
+    # The file and its line, or the data set and its row; the first is 1.
     file: str
     line: int
-    content: Mapping[str, Any]
-    kind: str
+    content: Mapping[str, Any]  # the row's object
+    kind: str  # ``prompt``, ``messages`` or ``text``
 
     def error(self, what: str) -> CorruptFileError:
         """The error that this row is wrong."""
@@ -49,6 +40,9 @@ def read_raw_examples(
 ) -> list[RawExample]:
     """Read a jsonl file or a Hub dataset.
 
+    Raises UsageError if the file does not exist or holds no rows; CorruptFileError for a line that is not an
+    object or has none of the known forms, naming the line; and MachineError if the Hub cannot be reached.
+
     Parameters
     ----------
     split, subset:
@@ -57,15 +51,6 @@ def read_raw_examples(
         Makes prompt and completion from a row's fields.
     limit:
         The maximum number of rows to read.
-
-    Raises
-    ------
-    UsageError
-        If the file does not exist or holds no rows.
-    CorruptFileError
-        For a line that is not an object or has none of the known forms; it names the line.
-    MachineError
-        If the Hub cannot be reached.
     """
     lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
     examples = []

@@ -25,10 +25,7 @@ _NOT_NEGATIVE = (
 def check_recipe(recipe: Recipe, file: Path | None) -> None:
     """Refuse a recipe that makes no sense; ``file`` is named in errors.
 
-    Raises
-    ------
-    UsageError
-        For numbers out of range, or keys that do not go together.
+    Raises UsageError for numbers out of range, or keys that do not go together.
     """
     for key in (*_POSITIVE, *_NOT_NEGATIVE):
         section, _, name = key.partition(".")

@@ -36,6 +36,8 @@ _MAX_SHOWN = 100
 def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe.
 
+    Raises UsageError for an unknown key, a value of the wrong type, or keys that do not go together.
+
     Parameters
     ----------
     recipe:
@@ -44,11 +46,6 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
     overrides:
         Values that replace the recipe's, as ``{"train.steps": 100}`` or ``{"train": {"steps": 100}}``. Paths
         start from the current folder.
-
-    Raises
-    ------
-    UsageError
-        For an unknown key, a value of the wrong type, or keys that do not go together.
     """
     if isinstance(recipe, Mapping):
         file, values = None, dict(_flat(recipe, None))
@@ -74,10 +71,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     """The overrides that ``--set KEY=VALUE`` gives; a value is YAML.
 
-    Raises
-    ------
-    UsageError
-        For an unknown key, or a value that is not YAML.
+    Raises UsageError for an unknown key, or a value that is not YAML.
     """
     overrides = {}
     for text in texts:

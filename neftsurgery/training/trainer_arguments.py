@@ -24,10 +24,7 @@ def trainer_arguments(
 ) -> TrainingArguments:
     """The Trainer's arguments; ``options`` replace the recipe's.
 
-    Raises
-    ------
-    UsageError
-        If ``train.more`` has an unknown argument, or one that the recipe has a key for.
+    Raises UsageError if ``train.more`` has an unknown argument, or one that the recipe has a key for.
     """
     train = recipe.train
     ours: dict[str, Any] = {

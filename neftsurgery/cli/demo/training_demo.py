@@ -37,25 +37,13 @@ _FINE_TUNING = TrainingSettings(NEW, steps=150, learning_rate=2e-3, seed=2)
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A row of the final table.
-
-    Attributes
-    ----------
-    losses:
-        The losses on both tasks.
-    trained:
-        The number of trained parameters.
-    nbytes:
-        The size of the files to keep.
-    seconds:
-        The training time.
-    """
+    """A row of the final table."""
 
     name: str
-    losses: Losses
-    trained: int
-    nbytes: int
-    seconds: float
+    losses: Losses  # the losses on both tasks
+    trained: int  # the number of trained parameters
+    nbytes: int  # the size of the files to keep
+    seconds: float  # the training time
 
 
 def show(session: DemoSession, seed: int) -> tuple[dict[str, bool], list[TrainedModel]]:
