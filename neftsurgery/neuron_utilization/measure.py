@@ -16,9 +16,8 @@ from ..patch.patch import Patch
 from ..progress import Progress
 from ..surgery.diff import diff
 from ..tuning.attach import attach
-from .blocks import find_block_stack
 from .correlation import max_correlations
-from .hidden_states import mean_hidden_states
+from .hidden_states import find_block_stack, mean_hidden_states
 from .loading import load_model
 from .result import TensorUtilization, with_ranks
 from .tokenized_text import token_batches

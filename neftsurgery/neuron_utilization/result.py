@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -20,15 +21,17 @@ from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
-from .ranking import rank_limit, ranks
 
 __all__ = [
     "BUCKET_EDGES",
     "GROUPS",
+    "PAPER_LIMIT",
     "NeuronGroup",
     "RankBucket",
     "TensorUtilization",
     "Utilization",
+    "rank_limit",
+    "ranks",
     "with_ranks",
 ]
 
@@ -332,3 +335,27 @@ def _vectors(file: TensorFile, name: str, count: int) -> Iterator[tuple[str, NDA
             raise bad(file, _WHAT, f"the entry {which} is missing or does not fit", name)
         values = file.array(f"{name}:{which}")
         yield which, values.astype(np.bool_) if which == "trained" else values
+
+
+PAPER_LIMIT = Fraction(100_000, 32 * 11_008)
+"""The paper's limit of 100,000 ranks as a share of the neurons ranked together: the up rows, or the down
+columns, of Llama-2-7B (32 layers of 11,008)."""
+
+
+def ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The rank of each value, ``[n]``: 1 for the largest, 0 for NaN. Equal values rank in their order."""
+    ranked = np.zeros(len(values), np.int64)
+    order = np.argsort(-values, kind="stable")  # NaN last
+    order = order[: np.count_nonzero(~np.isnan(values))]
+    ranked[order] = np.arange(1, len(order) + 1)
+    return ranked
+
+
+def rank_limit(strongly: Amount | None, pool: int) -> int:
+    """The rank change that a strongly affected neuron exceeds, in a pool of ``pool`` neurons."""
+    if strongly is None:
+        return int(PAPER_LIMIT * pool)
+    if strongly.percent is not None:
+        return int(strongly.percent / 100 * pool)
+    assert strongly.count is not None  # an amount has either a percentage or a count
+    return strongly.count

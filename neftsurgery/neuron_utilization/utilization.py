@@ -24,7 +24,7 @@ from ..surgery.extract import check_selection
 from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..version import __version__
-from .blocks import find_block_stack, hidden_size
+from .hidden_states import find_block_stack, hidden_size
 from .loading import load_tokenizer, meta_model, require_model_folder, resolve_device
 from .measure import measure
 from .options import BATCH, DTYPES, LENGTH, TOKENS, States, UtilizationOptions

@@ -13,7 +13,7 @@ from .budget_sweep import BudgetSweep
 from .control_comparison import ControlComparison
 from .figure import ReportFigure
 from .inputs import PatchInput, ReportInput, ScoresInput
-from .layer_map_figure import layer_map_figure
+from .layer_map import layer_map_figure
 from .score_distribution import ScoreDistribution
 from .selection_overlap import SelectionOverlap
 from .top_neurons import top_neurons_figure

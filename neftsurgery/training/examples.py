@@ -14,8 +14,7 @@ import xxhash
 from torch import Tensor
 
 from ..errors import MismatchError, UsageError
-from .prompt_template import PromptTemplate
-from .raw_examples import RawExample, first_line, read_raw_examples
+from .raw_examples import PromptTemplate, RawExample, first_line, read_raw_examples
 from .recipe import Recipe
 
 __all__ = ["Encoder", "Example", "Examples", "collate", "collator", "read_examples"]

@@ -31,10 +31,13 @@ from ..errors import MismatchError
 from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
-from ..scoring.scores import Scores
-from .live_scores import write_scores
+from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
+from ..surgery.diff import describe_side, describe_tensor
+from ..tensors.document import dump
+from ..tensors.header import TensorInfo
+from ..tensors.writer import written_file
 
-__all__ = ["gradient_scores"]
+__all__ = ["gradient_scores", "write_scores"]
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -213,3 +216,57 @@ def _sum_units(anatomy: Anatomy, sums: dict[str, F64]) -> dict[str, NDArray[np.i
         for name, unit in ids.items():
             sums[name] = total[:, np.maximum(unit, 0)]
     return ids
+
+
+def write_scores(
+    score: str,
+    values: Mapping[str, NDArray[np.float64]],
+    base: Checkpoint,
+    anatomy: Anatomy,
+    units: Mapping[str, NDArray[np.int64]],
+    out: str | os.PathLike[str] | None = None,
+) -> Scores:
+    """Write the scores of the neurons of ``anatomy`` in the format of `neftsurgery.diff`.
+
+    Parameters
+    ----------
+    score:
+        The name of the score.
+    values:
+        The neurons' scores, ``[n]``, per tensor of ``anatomy.scored``. A neuron with NaN is never chosen.
+    units:
+        The neurons' units, ``[n]``, per tensor, if the anatomy has units. The neurons of a unit have
+        the same score.
+    out:
+        The scores file. None: a temporary file.
+    """
+    biases = {t.bias for t in anatomy.scored if t.bias is not None}
+    companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]
+    facts = {
+        "version": SCORES_VERSION,
+        "score": score,
+        "anatomy": anatomy.name,
+        "parameters": base.parameters,
+        "base": describe_side(base),
+        "nonfinite": 0,
+        "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
+        "unscored": {info.name: _describe_bias(info) for info in companions},
+    }
+    entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
+    entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
+    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in companions]
+    metadata = dump(SCORES_KEY, facts)
+    with written_file(entries, metadata, out) as written:
+        for name, value in values.items():
+            written.writer.write(name, 0, value.astype(np.float32))
+        for name, ids in units.items():
+            written.writer.write(f"{name}:unit", 0, ids)
+        for info in companions:  # nothing has changed yet; being listed lets a bias go with its neurons
+            written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
+        written.writer.finish(metadata)
+    return Scores.read(written.reader())
+
+
+def _describe_bias(info: TensorInfo) -> dict[str, Any]:
+    axes = list(range(len(info.shape)))
+    return {"reason": "bias", "shape": list(info.shape), "dtype": info.dtype, "neuron_axes": axes}

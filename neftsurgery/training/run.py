@@ -25,10 +25,10 @@ from ..tuning.attached import Attached
 from ..tuning.trainer import PATCH_NAME, last_save
 from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
 from .neuron_choice import budget_of
-from .patch_trainer import make_trainer
 from .probe import probe
 from .run_directory import RunDirectory
-from .train_result import TrainResult
+from .train import TrainResult
+from .trainer import make_trainer
 from .training_facts import TrainingFacts
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from .recipe import Recipe
 from .recipe_reader import AnyRecipe, read_recipe
 from .run import run_training
 from .run_directory import RunDirectory, RunIdentity
-from .train_result import TrainResult
-from .trainer_arguments import trainer_arguments
+from .train import TrainResult
+from .trainer import trainer_arguments
 
 __all__ = ["TrainPlan", "plan_train"]
 

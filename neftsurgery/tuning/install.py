@@ -28,6 +28,7 @@ __all__ = [
     "neurons_in",
     "neurons_of_weight",
     "remove",
+    "update_extra_repr",
 ]
 
 Layers: TypeAlias = Iterable[tuple[nn.Module, LayerForward]]
@@ -174,3 +175,30 @@ def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
     ours = {neurons.parameter_name for neurons in module.__dict__[_KEY].owned}
     missing: list[str] = incompatible.missing_keys
     missing[:] = [key for key in missing if key.rpartition(".")[2] not in ours]
+
+
+def update_extra_repr(model: nn.Module) -> None:
+    """Have ``print(model)`` show the neurons attached now; with none it is as before."""
+    module: Any  # torch has no type for an instance's method
+    for module in model.modules():
+        replaced = module.__dict__.get("extra_repr")
+        if replaced is None and _notes(module):
+            module.extra_repr = types.MethodType(_extra_repr, module)
+        elif getattr(replaced, "__func__", None) is _extra_repr and not _notes(module):
+            del module.extra_repr
+
+
+def _extra_repr(self: Any) -> str:
+    return ", ".join(part for part in (type(self).extra_repr(self), *_notes(self)) if part)
+
+
+def _notes(module: nn.Module) -> list[str]:
+    notes = [repr(neurons) for neurons in neurons_in(module)] if _uses_extra_repr(module) else []
+    for name, child in module.named_children():
+        if not _uses_extra_repr(child):
+            notes += [f"{name}.{neurons!r}" for neurons in neurons_in(child)]
+    return notes
+
+
+def _uses_extra_repr(module: nn.Module) -> bool:
+    return type(module).__repr__ is nn.Module.__repr__
