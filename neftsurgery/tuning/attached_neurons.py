@@ -28,33 +28,8 @@ NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
 class AttachedNeurons:
     """The chosen neurons of one weight of a live model, and their values.
 
-    Attributes
-    ----------
-    name:
-        The checkpoint's name of the tensor.
-    chosen:
-        Which neurons, and of which tensor.
-    module, attribute:
-        The module that owns the weight, and its attribute there: ``weight`` or ``bias``. A tied weight has
-        one owner.
-    kind:
-        What the neurons are to their layer; None if no forward pass is replaced.
-    mode:
-        ``scatter``: the values are written into the weight. ``overlay``: the weight is never written.
-    trainable:
-        Whether the values are a parameter of ``module``, named ``weight_neurons`` or ``bias_neurons``.
-    active:
-        Whether they are installed.
-    index:
-        int64 ``[k]``, on the weight's device.
-    inverse_index:
-        int64: for each neuron of the weight its position in ``rows``, or k if it is not chosen. Only for
-        embeddings.
-    saved:
-        The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
-        quantized, or nothing needs them.
-    rows_dtype:
-        The dtype of trainable values: float32, or float64 where the weight's is.
+    In mode ``scatter`` the values are written into the weight; in mode ``overlay`` it is never written.
+    Trainable values are a parameter of the module, named ``weight_neurons`` or ``bias_neurons``.
     """
 
     def __init__(
@@ -66,18 +41,21 @@ class AttachedNeurons:
         mode: Mode,
         trainable: bool,
     ) -> None:
-        self.name = chosen.info.name
+        self.name = chosen.info.name  # in the checkpoint
         self.chosen = chosen
-        self.module = module
-        self.attribute = attribute
-        self.kind = kind
+        self.module = module  # the owner of the weight; a tied weight has one
+        self.attribute = attribute  # of the weight in the module: ``weight`` or ``bias``
+        self.kind = kind  # what the neurons are to their layer; None if no forward pass is replaced
         self.mode = mode
         self.trainable = trainable
-        self.active = False
+        self.active = False  # whether they are installed
         self.parameter_name = f"{attribute}_neurons"
         self.rows_dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.index = torch.from_numpy(chosen.index).to(self.weight.device)
+        self.index = torch.from_numpy(chosen.index).to(self.weight.device)  # int64 ``[k]``
+        # int64: for each neuron of an embedding its position in ``rows``, or k if it is not chosen.
         self.inverse_index: Tensor | None = None
+        # The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
+        # quantized, or nothing needs them.
         self.saved: Tensor | None = None
         self._values: Tensor | None = None  # of an overlay that is not trainable
         self._written: Tensor | None = None  # the very weight that the values were written to

@@ -37,23 +37,13 @@ _KEY = "_neurons"  # in the module's __dict__
 
 
 class _ModuleState:
-    """What is installed in one module.
-
-    Attributes
-    ----------
-    owned:
-        Neurons of the weights that the module owns.
-    forward, layer:
-        How it computes, and with which neurons; ``forward`` is None if its forward pass is its own.
-    handles:
-        Of its state-dict hooks, while it owns trainable neurons.
-    """
+    """What is installed in one module."""
 
     def __init__(self) -> None:
-        self.owned: list[AttachedNeurons] = []
-        self.forward: LayerForward | None = None
-        self.layer = LayerNeurons()
-        self.handles: list[RemovableHandle] = []
+        self.owned: list[AttachedNeurons] = []  # neurons of the weights that the module owns
+        self.forward: LayerForward | None = None  # how it computes; None if its forward pass is its own
+        self.layer = LayerNeurons()  # what it computes with
+        self.handles: list[RemovableHandle] = []  # of its state-dict hooks, while it owns trainable neurons
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ModuleState:
         twin = _ModuleState()
