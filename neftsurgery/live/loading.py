@@ -17,7 +17,14 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 
-__all__ = ["ModelClass", "load_model", "load_tokenizer", "meta_model", "require_model_folder"]
+__all__ = [
+    "ModelClass",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "require_model_folder",
+    "without_progress_bars",
+]
 
 ModelClass: TypeAlias = Literal["causal_lm", "saved"]
 """``causal_lm``: transformers' ``AutoModelForCausalLM``. ``saved``: the class that the checkpoint was saved
@@ -104,7 +111,7 @@ def load_model(
     """
     require_model_folder(checkpoint)
     try:
-        with _no_progress_bar():
+        with without_progress_bars():
             model, info = _class_of(_config(checkpoint), model_class).from_pretrained(
                 checkpoint.source.path,
                 dtype=dtype,
@@ -165,7 +172,8 @@ def _load_error(checkpoint: Checkpoint, error: Exception) -> UsageError:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Within the context, transformers shows no progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

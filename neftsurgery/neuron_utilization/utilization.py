@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.opening import open_checkpoint
 from ..errors import MismatchError, UsageError, boundary
+from ..live.loading import load_tokenizer, meta_model, require_model_folder
 from ..live.names import live_names
 from ..neurons.anatomy import NeuronTensor
 from ..patch.patch import PATCH_KEY, Patch
@@ -25,7 +26,6 @@ from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..version import __version__
 from .hidden_states import find_block_stack, hidden_size
-from .loading import load_tokenizer, meta_model, require_model_folder, resolve_device
 from .measure import measure
 from .options import BATCH, DTYPES, LENGTH, TOKENS, States, UtilizationOptions
 from .ranked_neurons import count_unranked, ranked_tensors
@@ -195,7 +195,7 @@ def plan_utilization(
     limit = None if strongly is None else Amount.parse(strongly)
     before = open_checkpoint(base)
     try:
-        model = meta_model(before)
+        model = _single_stream(before)
         after = _open_tuned(before, tuned)
         trained = after.selection if isinstance(after, Patch) else None
         tensors = ranked_tensors(before, trained, anatomy, hidden_size(model))
@@ -222,7 +222,7 @@ def plan_utilization(
         limit,
         batch,
         dtype,
-        resolve_device(device),
+        _device(device),
         out,
         force,
     )
@@ -241,6 +241,30 @@ def _check_options(states: str, dtype: str, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{name} must be at least 1", found=count)
+
+
+def _single_stream(base: Checkpoint) -> Any:
+    """The model without weights, which must have one stream of hidden states."""
+    model = meta_model(base, "saved")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            "an encoder-decoder model has two streams of hidden states; only models with one are supported",
+            file=base.name,
+        )
+    return model
+
+
+def _device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is a GPU if torch has one, otherwise the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of these
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"torch has no device {name!r}", found=reason) from error
+    return device
 
 
 def _open_tuned(base: Checkpoint, tuned: AnyPath | Patch) -> Patch | Checkpoint:

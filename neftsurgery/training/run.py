@@ -14,7 +14,7 @@ import torch
 import transformers
 import yaml
 
-from ..live.loading import load_model
+from ..live.loading import load_model, without_progress_bars
 from ..progress import Progress
 from ..selection.selection import Selection
 from ..storage.output import staged_directory
@@ -88,18 +88,14 @@ def _result(plan: TrainPlan, state: Any, resumed_from: int, selection: Selection
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' own messages and progress bars."""
-    from transformers.utils import logging
-
-    untyped: Any = logging
-    level, bars = untyped.get_verbosity(), untyped.is_progress_bar_enabled()
-    untyped.set_verbosity_error()
-    untyped.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        yield
+        with without_progress_bars():
+            yield
     finally:
-        untyped.set_verbosity(level)
-        if bars:
-            untyped.enable_progress_bar()
+        logging.set_verbosity(level)
 
 
 def _choose(

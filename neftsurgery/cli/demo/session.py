@@ -1,4 +1,4 @@
-"""The session that a demo runs in: headings, commands that are shown and run, and checks."""
+"""What the demos share: their commands, and the session that shows and runs them and makes checks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+from ...demo.planted import PLANTED
 from ..console import Console
 
-__all__ = ["DemoSession", "can_draw", "digests"]
+__all__ = ["APPLY", "CONTROL", "DIFF", "EXTRACT", "FILES_LINES", "FILES_REPORT", "REVERT", "SELECT", "SHARE"]
+__all__ += ["TRAINING_LINES", "TRAINING_REPORT", "VERIFY", "DemoSession", "can_draw", "digests"]
+
+SHARE = "9%"
+DIFF = "diff base tuned -o scores.safetensors"
+EXTRACT = f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors"
+SELECT = f"select scores.safetensors --neurons {SHARE} -o selection.safetensors"
+CONTROL = f"select scores.safetensors --neurons {SHARE} --policy random -o control.safetensors"
+APPLY = "apply base neuron_patch.safetensors -o patched"
+VERIFY = "verify patched neuron_patch.safetensors --expect patched"
+REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
+FILES_REPORT = f"report scores.safetensors --neurons {PLANTED} -o report.html"
+TRAINING_REPORT = f"report scores.safetensors control_patch.safetensors --neurons {SHARE} -o report.html"
+FILES_LINES = (DIFF, EXTRACT, APPLY, VERIFY, REVERT, FILES_REPORT)
+TRAINING_LINES = (DIFF, SELECT, CONTROL, APPLY, VERIFY, REVERT, TRAINING_REPORT)
 
 
 class DemoSession:
-    """A console and a working folder.
-
-    Attributes
-    ----------
-    console:
-        The console that shows the demo.
-    folder:
-        The folder that the commands run in.
-    """
+    """The console that shows a demo, and the folder that its commands run in."""
 
     def __init__(self, console: Console, folder: Path) -> None:
         self.console = console

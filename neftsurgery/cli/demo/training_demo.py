@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...demo.languages import NEW, OLD, Languages
 from ...demo.tiny_model import (
+    NEW,
+    OLD,
+    Languages,
     Losses,
     TrainingSettings,
     count_parameters,
@@ -25,8 +27,19 @@ from ...demo.tiny_model import (
 )
 from ...text import amount, percent, size
 from ..console import table
-from .session import DemoSession, can_draw, digests
-from .training_commands import APPLY, CONTROL, DIFF, REPORT, REVERT, SELECT, SHARE, VERIFY
+from .session import (
+    APPLY,
+    CONTROL,
+    DIFF,
+    REVERT,
+    SELECT,
+    SHARE,
+    TRAINING_REPORT,
+    VERIFY,
+    DemoSession,
+    can_draw,
+    digests,
+)
 
 __all__ = ["show"]
 
@@ -62,8 +75,13 @@ class _TrainingDemo:
     def run(self) -> tuple[dict[str, bool], list[TrainedModel]]:
         session = self._session
         base, tuned, patched = (session.folder / name for name in ("base", "tuned", "patched"))
-        self._pretrain(base)
-        self._fine_tune(base, tuned)
+        model = new_model(self._languages, self._seed)
+        number = amount(count_parameters(model.parameters()))
+        session.heading(f"A Llama with {number} parameters learns to translate A to B, B to C and C to A")
+        self._train_all("base", "pre-training", model, _PRETRAINING, base)
+
+        session.heading("A full fine-tune on the new task: A to C")
+        self._train_all("full fine-tune", "full fine-tune", load_model(base), _FINE_TUNING, tuned)
 
         session.heading("Which neurons did that turn?")
         session.run_command(DIFF)
@@ -93,32 +111,17 @@ class _TrainingDemo:
         self._summary()
         if can_draw():
             session.heading("Draw a report")
-            session.run_command(REPORT)
+            session.run_command(TRAINING_REPORT)
         return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}, self._trained
 
-    def _pretrain(self, base: Path) -> None:
-        languages = self._languages
-        model = new_model(languages, self._seed)
+    def _train_all(self, name: str, bar: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
+        """Train all parameters of ``model`` and write it to ``folder``."""
         parameters = list(model.parameters())
-        number = amount(count_parameters(parameters))
-        self._session.heading(
-            f"A Llama with {number} parameters learns to translate A to B, B to C and C to A"
-        )
-        with self._progress("pre-training", _PRETRAINING) as advance:
-            seconds = train_parameters(model, parameters, languages, self._seeded(_PRETRAINING), advance)
-        model.save_pretrained(base)
-        self._add("base", model, count_parameters(parameters), _bytes(base), seconds)
-
-    def _fine_tune(self, base: Path, tuned: Path) -> None:
-        self._session.heading("A full fine-tune on the new task: A to C")
-        model = load_model(base)
-        parameters = list(model.parameters())
-        with self._progress("full fine-tune", _FINE_TUNING) as advance:
-            seconds = train_parameters(
-                model, parameters, self._languages, self._seeded(_FINE_TUNING), advance
-            )
-        model.save_pretrained(tuned)
-        self._add("full fine-tune", model, count_parameters(parameters), _bytes(tuned), seconds)
+        with self._progress(bar, settings) as advance:
+            seconds = train_parameters(model, parameters, self._languages, self._seeded(settings), advance)
+        model.save_pretrained(folder)
+        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        self._add(name, model, count_parameters(parameters), nbytes, seconds)
 
     def _train_selection(self, name: str, base: Path, selection: str, patch: str) -> Any:
         """Train a selection from the base and write its patch; returns the trained model."""
@@ -145,10 +148,10 @@ class _TrainingDemo:
     def _seeded(self, settings: TrainingSettings) -> TrainingSettings:
         return replace(settings, seed=10 * self._seed + settings.seed)
 
-    @contextmanager
-    def _progress(self, what: str, settings: TrainingSettings) -> Iterator[Callable[[int], None]]:
-        with self._session.console.progress(what, settings.steps, unit="step") as advance:
-            yield advance
+    def _progress(
+        self, what: str, settings: TrainingSettings
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        return self._session.console.progress(what, settings.steps, unit="step")
 
     def _add(self, name: str, model: Any, trained: int, nbytes: int, seconds: float) -> None:
         row = TrainedModel(name, losses_of(model, self._languages), trained, nbytes, seconds)
@@ -179,7 +182,3 @@ class _TrainingDemo:
             "  One seed of a tiny model does not show how to choose neurons: "
             "with other seeds the random ones learn as well."
         )
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
