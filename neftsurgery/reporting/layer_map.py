@@ -17,7 +17,7 @@ from ..scoring.scores import Scores
 from ..selection.selection import Selection, companion_biases
 from ..text import amount, label, percent
 from .figure import Column, ReportFigure, Table
-from .plotting import FIGURE_WIDTH, MplFigure, heatmap
+from .plotting import MplFigure, heatmap, new_axes
 
 __all__ = [
     "BLOCKS",
@@ -278,14 +278,12 @@ def _draw(fig: MplFigure, found: LayerMap) -> None:
     rows, kinds = found.totals.shape
     height = 0.21 if rows <= 48 else 0.15
     slanted = 0.042 * max(len(name) for name in found.column_labels)
-    fig.set_size_inches(FIGURE_WIDTH, 0.7 + slanted + max(height * rows, 0.4))
-    axes = fig.add_subplot()
+    axes = new_axes(fig, 0.7 + slanted + max(height * rows, 0.4), ylabel="layer")
     top = float(np.nanmax(found.share, initial=0.0)) or 1.0
     small = rows > 48 or kinds > 10
     mesh = heatmap(axes, found.share, found.row_labels, found.column_labels, top=top, small=small)
     if rows > 48:  # every other label fits
         axes.set_yticks(np.arange(0, rows, 2) + 0.5, found.row_labels[::2])
-    axes.set_ylabel("layer")
     bar = fig.colorbar(mesh, ax=axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)

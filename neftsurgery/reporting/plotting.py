@@ -37,7 +37,7 @@ __all__ += [
     "legend_above",
     "log_ticks",
     "png",
-    "minimal_axes",
+    "new_axes",
     "require_matplotlib",
     "svg",
     "themed_svg",
@@ -165,12 +165,22 @@ def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[
         yield fig
 
 
-def minimal_axes(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
-    """Remove the box and the ticks; draw grid lines for the axis ``grid``."""
-    axes.tick_params(length=0)
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.grid(axis=grid)
-    axes.set_axisbelow(True)
+def new_axes(
+    fig: MplFigure, height: float, *, grid: Literal["x", "y", "both"] | None = None, **labels: Any
+) -> Axes:
+    """The axes of a figure that is ``height`` inches high; ``labels``: what `Axes.set` takes.
+
+    With ``grid``, they have the grid lines of that axis instead of a box and ticks.
+    """
+    fig.set_size_inches(FIGURE_WIDTH, height)
+    axes: Axes = fig.add_subplot()
+    axes.set(**labels)
+    if grid is not None:
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.grid(axis=grid)
+        axes.set_axisbelow(True)
+    return axes
 
 
 def legend_above(axes: Axes) -> None:

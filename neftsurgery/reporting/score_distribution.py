@@ -10,18 +10,7 @@ from numpy.typing import NDArray
 from .. import text
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
-from .plotting import (
-    ACCENT,
-    CONTRAST,
-    FAINT,
-    FIGURE_WIDTH,
-    INK,
-    MUTED,
-    MplFigure,
-    annotate,
-    log_ticks,
-    minimal_axes,
-)
+from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
 
 __all__ = ["ScoreDistribution"]
 
@@ -115,10 +104,8 @@ class ScoreDistribution:
         )
 
     def _draw(self, fig: MplFigure) -> None:
-        shown = np.argsort(-self.chosen.sum(axis=1), kind="stable")[:_KINDS]
-        shown = np.sort(shown)
-        fig.set_size_inches(FIGURE_WIDTH, 0.75 + 0.46 * len(shown))
-        axes = fig.add_subplot()
+        shown = np.sort(np.argsort(-self.chosen.sum(axis=1), kind="stable")[:_KINDS])
+        axes = new_axes(fig, 0.75 + 0.46 * len(shown), grid="x", xlabel=f"{self.score} score")
         edges = np.log10(self.edges) if self.log else self.edges
         totals = np.maximum(self.counts.sum(axis=1) + self.zeros, 1)
         # Few neurons are chosen. The square root keeps them visible.
@@ -141,12 +128,9 @@ class ScoreDistribution:
             style = {"ha": "center", "va": "bottom", "color": CONTRAST, "annotation_clip": False}
             annotate(axes, f"cut {text.four_digits(self.cut)}", (at, len(shown)), (0, 2), **style)
         axes.set_yticks(np.arange(len(shown)) + 0.12, [text.label(self.kinds[k], 28) for k in shown[::-1]])
-        axes.set_ylim(-0.05, len(shown))
-        axes.set_xlim(edges[0], edges[-1])
+        axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.05, len(shown)))
         if self.log:
             axes.set_xticks(*log_ticks(float(edges[0]), float(edges[-1])))
-        axes.set_xlabel(f"{self.score} score")
-        minimal_axes(axes, grid="x")
 
 
 def _is_skewed(values: NDArray[np.float64]) -> bool:

@@ -14,7 +14,7 @@ from .. import text
 from ..selection.selection import Chosen, Selection, companion_biases
 from .figure import Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
-from .plotting import FIGURE_WIDTH, MplFigure, heatmap
+from .plotting import MplFigure, heatmap, new_axes
 
 __all__ = ["PairOverlap", "SelectionOverlap"]
 
@@ -153,8 +153,7 @@ class SelectionOverlap:
         np.fill_diagonal(cells, 1.0)
         names = [text.label(name, 30) for name in self.names[:shown]]
         slanted = 0.042 * max(len(name) for name in names)
-        fig.set_size_inches(FIGURE_WIDTH, 0.4 + slanted + max(0.32 * shown, 0.7))
-        axes = fig.add_subplot()
+        axes = new_axes(fig, 0.4 + slanted + max(0.32 * shown, 0.7))
         heatmap(axes, cells, names, names, top=1.0)
 
     def layers_figure(self) -> ReportFigure:
@@ -182,10 +181,10 @@ class SelectionOverlap:
         cells = np.array(
             [[self.by_layer[pair][i].shared_share for pair in pairs] for i in range(len(layers))]
         )
-        fig.set_size_inches(FIGURE_WIDTH, 0.55 + max(0.19 * len(layers), 0.5))
+        axes = new_axes(fig, 0.55 + max(0.19 * len(layers), 0.5))
         rows = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
         columns = [f"{a + 1} and {b + 1}" for a, b in pairs]
-        heatmap(fig.add_subplot(), cells, rows, columns, top=1.0, small=len(layers) > 40, slanted=False)
+        heatmap(axes, cells, rows, columns, top=1.0, small=len(layers) > 40, slanted=False)
 
 
 def _columns(drawn: str) -> tuple[Column, ...]:
