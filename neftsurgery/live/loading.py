@@ -98,16 +98,12 @@ def load_model(
 ) -> Any:
     """The model with its weights, on the CPU, in evaluation mode.
 
+    ``dtype`` is that of the weights; ``auto``: as in the files. ``required`` is the path of a module, such as
+    ``model.layers``: the files must have every weight in it. Without this, transformers initialises missing
+    weights at random, and warns.
+
     Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot load the model,
     and MismatchError if a weight in the files has another shape, or the files lack a weight of ``required``.
-
-    Parameters
-    ----------
-    dtype:
-        The dtype of the weights; ``auto``: as in the files.
-    required:
-        The path of a module, such as ``model.layers``: the files must have every weight in it. Without
-        this, transformers initialises missing weights at random, and warns.
     """
     require_model_folder(checkpoint)
     try:

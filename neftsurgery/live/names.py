@@ -25,13 +25,10 @@ __all__ = ["live_names"]
 def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """The parameter of ``model`` that each tensor of the files becomes.
 
+    ``names`` are tensor names as the files have them.
+
     Raises MismatchError if the model has no such parameter, the loader makes another tensor of it, or two
     tensors become the same parameter.
-
-    Parameters
-    ----------
-    names:
-        Tensor names as the files have them.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     renaming = _Renaming(model, parameters) if _is_transformers(model) else None

@@ -31,18 +31,11 @@ def mean_hidden_states(
 ) -> Tensor:
     """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU.
 
-    Raises MismatchError if the blocks do not pass on hidden states, or a hidden state is not finite.
+    ``model`` is a transformers model that contains ``stack``; its head is not run. Each batch holds the
+    chunks that go through the model together; the token id ``padding``, which is masked, fills up the short
+    ones. ``advance`` is called with the number of tokens after each batch.
 
-    Parameters
-    ----------
-    model:
-        A transformers model that contains ``stack``. Its head is not run.
-    batches:
-        The chunks of tokens that go through the model together.
-    padding:
-        The token id that fills up short chunks at the end. It is masked.
-    advance:
-        Called with the number of tokens after each batch.
+    Raises MismatchError if the blocks do not pass on hidden states, or a hidden state is not finite.
     """
     sums = _StateSums(stack)
     body, device = model.base_model, next(model.parameters()).device

@@ -26,12 +26,7 @@ _STATES = {
 def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> ReportSection:
     """A utilization as a section of a report.
 
-    Parameters
-    ----------
-    title:
-        The title of the section.
-    suffix:
-        Appended to the ids of the section and its figures, which must be unique in a report.
+    ``suffix`` is appended to the ids of the section and its figures, which must be unique in a report.
     """
     facts, text = found.facts, found.facts["text"]
     unranked = facts["patch"]["outside"] if "patch" in facts else 0

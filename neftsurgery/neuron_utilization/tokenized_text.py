@@ -52,19 +52,12 @@ class TokenizedText:
 def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, length: int) -> TokenizedText:
     """Tokenize a text file. Every line that is not blank is a text; a long text becomes several chunks.
 
+    At most ``tokens`` tokens are taken, from the beginning of the UTF-8 file; the last text is truncated to
+    fit. A chunk has at most ``length`` tokens. Special tokens that the tokenizer adds to a text count like
+    others.
+
     Raises UsageError if there is no such file, or it contains no token, and CorruptFileError if the file is
     not UTF-8.
-
-    Parameters
-    ----------
-    path:
-        A UTF-8 file.
-    tokenizer:
-        A transformers tokenizer. Special tokens that it adds to a text count like others.
-    tokens:
-        The largest number of tokens, from the beginning of the file. The last text is truncated to fit.
-    length:
-        The largest number of tokens of a chunk.
     """
     file = Path(path)
     if not file.is_file():

@@ -218,17 +218,9 @@ def layer_map_figure(
 ) -> ReportFigure:
     """The layer map as a figure of the report.
 
-    Parameters
-    ----------
-    found:
-        The map. If it has too many rows or columns to draw, those with the fewest chosen neurons are drawn as
-        one.
-    id:
-        The id of the figure.
-    word:
-        What the neurons of the map are, for the title: ``sensitive``, ``replaced``.
-    of_patch:
-        Whether it is the map of a patch, which has only the weights that the patch changes.
+    If the map has too many rows or columns to draw, those with the fewest chosen neurons are drawn as one.
+    ``word`` says in the title what its neurons are: ``sensitive``, ``replaced``. ``of_patch``: it is the map
+    of a patch, which has only the weights that the patch changes.
     """
     columns = (
         Column("layer", "layer", label),
@@ -296,15 +288,9 @@ def layer_map_lines(
 ) -> Iterator[str]:
     """The layer map as text for a terminal: one line per kind of weight, one character per layer.
 
-    Parameters
-    ----------
-    found:
-        The map.
-    blocks:
-        Whether to use block characters; otherwise ASCII.
-    layers, kinds:
-        The largest number of each. If there are more layers, neighbouring ones share a character. If there
-        are more kinds, those with the fewest chosen neurons become one.
+    If there are more layers than ``layers``, neighbouring ones share a character; if there are more kinds
+    than ``kinds``, those with the fewest chosen neurons become one. Without ``blocks``, all characters are
+    ASCII.
     """
     if not found.neurons:
         return

@@ -206,17 +206,9 @@ def heatmap(
 ) -> QuadMesh:
     """Draw shares as coloured cells with their percentages.
 
-    Parameters
-    ----------
-    share:
-        Float64 ``[rows, columns]``; NaN for an empty cell.
-    rows, columns:
-        The labels of the rows, and of the columns above them.
-    top:
-        The share that has the lightest colour.
-    small, slanted, gaps:
-        Whether the percentages use the smaller font, the labels of the columns are slanted, and the
-        cells have gaps.
+    ``share`` is float64 ``[rows, columns]``, NaN for an empty cell; ``rows`` and ``columns`` are the labels.
+    The share ``top`` has the lightest colour. ``small``: the percentages use the smaller font. ``slanted``:
+    the labels of the columns, which stand above them, are slanted. ``gaps``: the cells have gaps.
     """
     cells = np.ma.masked_invalid(share)
     edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE} if gaps else {}

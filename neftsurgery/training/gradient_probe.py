@@ -167,18 +167,10 @@ def gradient_scores(
 ) -> Scores:
     """Score the neurons of ``anatomy`` by their gradients, into a scores file.
 
-    Raises MismatchError if the loss is not a number.
+    ``model`` is the live model of ``base``. A batch holds the model's keyword arguments, ``labels`` included,
+    on its device. Without ``out`` the scores file is temporary. ``score`` is ``gradient`` or ``fisher``.
 
-    Parameters
-    ----------
-    model:
-        The live model of ``base``.
-    batches:
-        The model's keyword arguments, ``labels`` included, on its device.
-    out:
-        The scores file. None: a temporary file.
-    score:
-        ``gradient`` or ``fisher``.
+    Raises MismatchError if the loss is not a number.
     """
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
     kind = _SUMS[score]
@@ -228,17 +220,9 @@ def write_scores(
 ) -> Scores:
     """Write the scores of the neurons of ``anatomy`` in the format of `neftsurgery.diff`.
 
-    Parameters
-    ----------
-    score:
-        The name of the score.
-    values:
-        The neurons' scores, ``[n]``, per tensor of ``anatomy.scored``. A neuron with NaN is never chosen.
-    units:
-        The neurons' units, ``[n]``, per tensor, if the anatomy has units. The neurons of a unit have
-        the same score.
-    out:
-        The scores file. None: a temporary file.
+    ``values`` are the neurons' scores, ``[n]``, per tensor of ``anatomy.scored``; a neuron with NaN is never
+    chosen. ``units`` are the neurons' units, ``[n]``, per tensor, if the anatomy has units; the neurons of a
+    unit have the same score. Without ``out`` the file is temporary.
     """
     biases = {t.bias for t in anatomy.scored if t.bias is not None}
     companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]

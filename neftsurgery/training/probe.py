@@ -42,10 +42,7 @@ def probe(
 ) -> Scores:
     """Score the neurons on the training examples; the scores file stays in the run directory.
 
-    Parameters
-    ----------
-    model:
-        The live base. A gradient probe moves it to ``device`` and leaves its weights as they are.
+    ``model`` is the live base. A gradient probe moves it to ``device`` and leaves its weights as they are.
     """
     directory.scores.unlink(missing_ok=True)
     steps = plan.recipe.probe.steps or STEPS

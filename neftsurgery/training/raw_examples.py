@@ -40,17 +40,11 @@ def read_raw_examples(
 ) -> list[RawExample]:
     """Read a jsonl file or a Hub dataset.
 
+    ``split`` and ``subset`` (the configuration) are those of a Hub dataset. ``template`` makes prompt and
+    completion from a row's fields. At most ``limit`` rows are read.
+
     Raises UsageError if the file does not exist or holds no rows; CorruptFileError for a line that is not an
     object or has none of the known forms, naming the line; and MachineError if the Hub cannot be reached.
-
-    Parameters
-    ----------
-    split, subset:
-        The split and the configuration of a Hub dataset.
-    template:
-        Makes prompt and completion from a row's fields.
-    limit:
-        The maximum number of rows to read.
     """
     lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
     examples = []

@@ -38,16 +38,11 @@ _MAX_SHOWN = 100
 def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe.
 
-    Raises UsageError for an unknown key, a value of the wrong type, or keys that do not go together.
+    ``recipe`` is a YAML file, whose paths start from its folder, or a mapping, whose paths start from the
+    current folder. ``overrides`` are values that replace the recipe's, as ``{"train.steps": 100}`` or
+    ``{"train": {"steps": 100}}``. Their paths start from the current folder.
 
-    Parameters
-    ----------
-    recipe:
-        A YAML file, whose paths start from its folder; or a mapping, whose paths start from the current
-        folder.
-    overrides:
-        Values that replace the recipe's, as ``{"train.steps": 100}`` or ``{"train": {"steps": 100}}``. Paths
-        start from the current folder.
+    Raises UsageError for an unknown key, a value of the wrong type, or keys that do not go together.
     """
     if isinstance(recipe, Mapping):
         file, values = None, dict(_flat(recipe, None))

@@ -110,17 +110,11 @@ class TrainPlan:
     ) -> TrainResult:
         """Train. An unfinished run of the same recipe resumes from its last save.
 
+        ``progress`` receives optimizer steps; ``note`` receives dev losses, and what happens next, as
+        sentences. ``stop`` is called after every step; if it returns True, the run saves and stops.
+
         Raises UsageError if another process is training here; MismatchError if the model cannot be trained
         this way, or its loss is not a number; and MachineError if something cannot be read or written.
-
-        Parameters
-        ----------
-        progress:
-            Receives optimizer steps.
-        note:
-            Receives dev losses, and what happens next, as sentences.
-        stop:
-            Called after every step; if it returns True, the run saves and stops.
         """
         return run_training(self, limits=limits or Limits.of(), progress=progress, note=note, stop=stop)
 
@@ -138,20 +132,13 @@ def plan_train(
 ) -> TrainPlan:
     """Check everything that a recipe names, and choose the neurons if files suffice for that.
 
+    ``recipe`` and ``overrides`` are those of `read_recipe`. ``force``: replace an existing ``out``.
+    ``resume``: require an unfinished run; one is resumed in any case, unless ``restart`` is given, which
+    discards it.
+
     Raises UsageError for a wrong recipe, missing files, an existing ``out``, or an unusable model or
     tokenizer; MismatchError if a selection or scores do not fit the model, or no neuron is chosen; and
     CorruptFileError for an unreadable example, naming the line.
-
-    Parameters
-    ----------
-    recipe, overrides:
-        As in `read_recipe`.
-    force:
-        Replace an existing ``out``.
-    resume:
-        Require an unfinished run. One is resumed in any case, unless ``restart`` is given.
-    restart:
-        Discard an unfinished run.
     """
     if resume and restart:
         raise UsageError("resume and restart do not go together")
