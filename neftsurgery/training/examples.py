@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MismatchError, UsageError
 from .raw_examples import PromptTemplate, RawExample, first_line, read_raw_examples
@@ -82,22 +83,14 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
 
 
 class Encoder:
-    """Turns raw examples into tokens and labels.
-
-    Attributes
-    ----------
-    truncated:
-        How many examples were longer than ``max_length``.
-    dropped:
-        How many examples had no token to learn, after truncation.
-    """
+    """Turns raw examples into tokens and labels."""
 
     def __init__(self, tokenizer: Any, *, loss_on: str, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._learns_all = loss_on == "all"
         self._max_length = max_length
-        self.truncated = 0
-        self.dropped = 0
+        self.truncated = 0  # how many examples were longer than ``max_length``
+        self.dropped = 0  # how many examples had no token to learn, after truncation
 
     def encode(self, raw_examples: Sequence[RawExample]) -> list[Example]:
         """The examples that have a token to learn.
@@ -192,15 +185,14 @@ def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
     """A batch of ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[examples, longest]``."""
-    longest = max(len(example["input_ids"]) for example in examples)
 
-    def padded(rows: Iterator[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+    def padded(rows: list[list[int]], fill: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
     return {
-        "input_ids": padded((e["input_ids"] for e in examples), padding),
-        "attention_mask": padded(([1] * len(e["input_ids"]) for e in examples), 0),
-        "labels": padded((e["labels"] for e in examples), IGNORED),
+        "input_ids": padded([e["input_ids"] for e in examples], padding),
+        "attention_mask": padded([[1] * len(e["input_ids"]) for e in examples], 0),
+        "labels": padded([e["labels"] for e in examples], IGNORED),
     }
 
 

@@ -17,8 +17,9 @@ Neither needs a second model or an optimizer. Both free the gradient of a weight
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,21 +112,12 @@ def _accumulate(
 
     Raises MismatchError if the loss is not a number.
     """
-
-    def adder(one: _Signs | _Squares) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None  # the hook runs after accumulation
-            one.add(parameter.grad)
-            parameter.grad = None
-
-        return add
-
     model.eval()  # without dropout, equal batches give equal scores
     parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
     count = 0
     with _gradients_of(model, parameters.values()):
         hooks = [
-            parameter.register_post_accumulate_grad_hook(adder(sums[name]))
+            parameter.register_post_accumulate_grad_hook(partial(_add, sums[name]))
             for name, parameter in parameters.items()
         ]
         try:
@@ -139,6 +131,12 @@ def _accumulate(
             for hook in hooks:
                 hook.remove()
     return count
+
+
+def _add(sums: _Signs | _Squares, parameter: Tensor) -> None:
+    assert parameter.grad is not None  # the hook runs after accumulation
+    sums.add(parameter.grad)
+    parameter.grad = None
 
 
 @contextmanager
@@ -175,9 +173,8 @@ def gradient_scores(
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
     kind = _SUMS[score]
     running = {
-        name: kind(model.get_parameter(live[name]), tensor.layout)
+        tensor.info.name: kind(model.get_parameter(live[tensor.info.name]), tensor.layout)
         for tensor in anatomy.scored
-        for name in [tensor.info.name]
     }
     count = _accumulate(model, {live[name]: one for name, one in running.items()}, batches)
     sums = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}

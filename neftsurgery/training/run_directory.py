@@ -61,36 +61,20 @@ def _differences(one: Any, other: Any, name: str = "") -> list[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
 class RunDirectory:
     """The run directory of one OUT; it need not exist."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.saves = path / "saves"  # the Trainer saves into this folder
+        self.selection = path / "selection.safetensors"  # the chosen neurons, once they are chosen
+        self.scores = path / "scores.safetensors"  # their scores, if the probe scored any
+        self.probe = path / "probe"  # the probe's full fine-tune, until it is scored
 
     @classmethod
     def beside(cls, out: Path) -> RunDirectory:
         """The run directory of ``out``."""
         return cls(out.with_name(out.name + ".unfinished"))
-
-    @property
-    def saves(self) -> Path:
-        """The folder that the Trainer saves into."""
-        return self.path / "saves"
-
-    @property
-    def selection(self) -> Path:
-        """The file of the chosen neurons; it exists once they are chosen."""
-        return self.path / "selection.safetensors"
-
-    @property
-    def scores(self) -> Path:
-        """The file of their scores, if the probe scored any."""
-        return self.path / "scores.safetensors"
-
-    @property
-    def probe(self) -> Path:
-        """The folder of the probe's full fine-tune, until it is scored."""
-        return self.path / "probe"
 
     @property
     def last_step(self) -> int:

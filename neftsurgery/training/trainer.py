@@ -1,4 +1,4 @@
-"""From a recipe to the arguments of transformers' Trainer."""
+"""transformers' Trainer for a planned training, and its arguments."""
 
 from __future__ import annotations
 
@@ -107,25 +107,19 @@ def make_trainer(
     return trainer
 
 
+@dataclasses.dataclass(frozen=True)
 class _Watch(TrainerCallback):
     """Reports progress and dev losses, asks whether to stop, and refuses a loss that is not finite."""
 
-    def __init__(
-        self,
-        steps: int,
-        advance: Callable[[int], None],
-        note: Callable[[str], None],
-        stop: Callable[[], bool],
-    ) -> None:
-        self._steps = steps
-        self._advance = advance
-        self._note = note
-        self._stop = stop
+    steps: int
+    advance: Callable[[int], None]
+    note: Callable[[str], None]
+    stop: Callable[[], bool]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
-        self._advance(1)
-        if self._stop() and state.global_step < self._steps:
+        self.advance(1)
+        if self.stop() and state.global_step < self.steps:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -142,4 +136,4 @@ class _Watch(TrainerCallback):
         """After each dev loss."""
         loss = (metrics or {}).get("eval_loss")
         if loss is not None:
-            self._note(f"step {state.global_step} of {self._steps}: dev loss {loss:.4f}")
+            self.note(f"step {state.global_step} of {self.steps}: dev loss {loss:.4f}")

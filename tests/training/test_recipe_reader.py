@@ -67,7 +67,7 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
         (LEAST, ["select.neurons=0.03"], "write 3%"),
         (LEAST, ["select.neurons="], "how many neurons"),
         (LEAST, ["select.params=1%"], "do not go together"),
-        (LEAST, ["select.per=tensor"], "does not go with --anatomy units"),
+        (LEAST, ["select.per=tensor"], "select.per: tensor does not go with select.anatomy: units"),
         (LEAST, ["select.score=l2"], "select.score does not go with probe.by gradients"),
         (LEAST, ["probe.by=tuned"], "needs probe.path"),
         (LEAST, ["probe.path=x"], "does not go"),
