@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import combinations
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,7 @@ class PairOverlap:
     chance: float  # the expected number of shared neurons if both chose as many neurons per tensor at random
 
     def __add__(self, other: PairOverlap) -> PairOverlap:
-        return PairOverlap(
-            self.first + other.first,
-            self.second + other.second,
-            self.shared + other.shared,
-            self.chance + other.chance,
-        )
+        return PairOverlap(*map(add, astuple(self), astuple(other)))
 
     @property
     def jaccard(self) -> float:
@@ -133,16 +129,8 @@ class SelectionOverlap:
     def _row(self, pair: tuple[int, int], found: PairOverlap) -> tuple[Any, ...]:
         """A pair as a table row with the columns of `_columns`."""
         first, second = (self.names[number] for number in pair)
-        return (
-            first,
-            second,
-            found.first,
-            found.second,
-            found.shared,
-            found.jaccard,
-            found.shared_share,
-            found.chance_share,
-        )
+        counts = found.first, found.second, found.shared
+        return (first, second, *counts, found.jaccard, found.shared_share, found.chance_share)
 
     def _draw(self, fig: MplFigure) -> None:
         shown = min(len(self.names), _MAX_DRAWN)

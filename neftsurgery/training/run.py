@@ -26,7 +26,6 @@ from ..tuning.trainer import PATCH_NAME, last_save
 from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
 from .neuron_choice import budget_of
 from .probe import probe
-from .run_directory import RunDirectory
 from .train import TrainResult
 from .trainer import make_trainer
 from .training_facts import TrainingFacts
@@ -54,7 +53,7 @@ def run_training(
         model = load_model(plan.base, "causal_lm")
         selection = directory.load_selection()
         if selection is None:
-            selection = _choose(plan, directory, model, args.device, limits, note)
+            selection = _choose(plan, model, args.device, limits, note)
         with attach(model, selection, base=plan.recipe.model, mode=plan.recipe.train.mode) as attached:
             with progress("training", plan.steps) as advance:
                 resumed_from = directory.last_step
@@ -100,16 +99,15 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _choose(
     plan: TrainPlan,
-    directory: RunDirectory,
     model: Any,
     device: torch.device,
     limits: Limits,
     note: Callable[[str], None],
 ) -> Selection:
     """Choose the neurons, and keep them in the run directory."""
-    selection, scores = plan.choice.selection, plan.choice.scores
+    selection, scores, directory = plan.choice.selection, plan.choice.scores, plan.run_directory
     if selection is None:
-        with probe(plan, directory, model, device, limits=limits, note=note) as probed:
+        with probe(plan, model, device, limits=limits, note=note) as probed:
             selection = probed.select(**budget_of(plan.recipe.select))
     elif scores is not None:
         scores.save(directory.scores, force=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -25,6 +26,7 @@ Mode: TypeAlias = Literal["scatter", "overlay"]
 NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
 
 
+@dataclass(eq=False, repr=False)
 class AttachedNeurons:
     """The chosen neurons of one weight of a live model, and their values.
 
@@ -32,26 +34,19 @@ class AttachedNeurons:
     Trainable values are a parameter of the module, named ``weight_neurons`` or ``bias_neurons``.
     """
 
-    def __init__(
-        self,
-        chosen: Chosen,
-        module: nn.Module,
-        attribute: str,
-        kind: NeuronKind | None,
-        mode: Mode,
-        trainable: bool,
-    ) -> None:
-        self.name = chosen.info.name  # in the checkpoint
-        self.chosen = chosen
-        self.module = module  # the owner of the weight; a tied weight has one
-        self.attribute = attribute  # of the weight in the module: ``weight`` or ``bias``
-        self.kind = kind  # what the neurons are to their layer; None if no forward pass is replaced
-        self.mode = mode
-        self.trainable = trainable
+    chosen: Chosen
+    module: nn.Module  # the owner of the weight; a tied weight has one
+    attribute: str  # of the weight in the module: ``weight`` or ``bias``
+    kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
+    mode: Mode
+    trainable: bool
+
+    def __post_init__(self) -> None:
+        self.name = self.chosen.info.name  # in the checkpoint
         self.active = False  # whether they are installed
-        self.parameter_name = f"{attribute}_neurons"
+        self.parameter_name = f"{self.attribute}_neurons"
         self.rows_dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.index = torch.from_numpy(chosen.index).to(self.weight.device)  # int64 ``[k]``
+        self.index = torch.from_numpy(self.chosen.index).to(self.weight.device)  # int64 ``[k]``
         # int64: for each neuron of an embedding its position in ``rows``, or k if it is not chosen.
         self.inverse_index: Tensor | None = None
         # The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
