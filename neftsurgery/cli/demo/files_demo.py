@@ -7,14 +7,14 @@ import numpy as np
 from ...demo.planted import PLANTED, make_base, make_tuned, planted
 from ...patch.patch import Patch
 from ...text import plural
-from .session import APPLY, DIFF, EXTRACT, FILES_REPORT, REVERT, VERIFY, DemoSession, can_draw, digests
+from .session import APPLY, DIFF, EXTRACT, FILES_REPORT, REVERT, VERIFY, DemoSession
 
 __all__ = ["show"]
 
 
 def show(session: DemoSession) -> dict[str, bool]:
     """Run the demo; returns whether each check passed."""
-    base, patched, restored = (session.folder / name for name in ("base", "patched", "restored"))
+    base = session.folder / "base"
     session.heading(f"A small Llama, and a fine-tune of it that changed {PLANTED} neurons")
     make_tuned(session.folder / "tuned", make_base(base))
     shards = plural(len(list(base.glob("*.safetensors"))), "shard")
@@ -33,13 +33,8 @@ def show(session: DemoSession) -> dict[str, bool]:
 
     session.heading("Revert them")
     session.run_command(REVERT)
-    same = session.check(
-        "every file in restored/ equals the one in base/, bit for bit",
-        digests(base) == digests(restored) != digests(patched),
-    )
-    if can_draw():
-        session.heading("Draw a report")
-        session.run_command(FILES_REPORT)
+    same = session.check_restored()
+    session.draw_report(FILES_REPORT)
     return {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}
 
 

@@ -12,7 +12,7 @@ from ...demo.planted import PLANTED
 from ..console import Console
 
 __all__ = ["APPLY", "CONTROL", "DIFF", "EXTRACT", "FILES_LINES", "FILES_REPORT", "REVERT", "SELECT", "SHARE"]
-__all__ += ["TRAINING_LINES", "TRAINING_REPORT", "VERIFY", "DemoSession", "can_draw", "digests"]
+__all__ += ["TRAINING_LINES", "TRAINING_REPORT", "VERIFY", "DemoSession", "can_draw"]
 
 SHARE = "9%"
 DIFF = "diff base tuned -o scores.safetensors"
@@ -59,12 +59,24 @@ class DemoSession:
         self.console.say(f"  -> {text}: {'yes' if passed else 'NO'}")
         return passed
 
+    def check_restored(self) -> bool:
+        """Check that reverting the patch restored the base, and that the patch had changed it."""
+        base, patched, restored = (_digests(self.folder / name) for name in ("base", "patched", "restored"))
+        same = base == restored != patched
+        return self.check("every file in restored/ equals the one in base/, bit for bit", same)
+
+    def draw_report(self, line: str) -> None:
+        """Run the command of the report, if its packages are installed."""
+        if can_draw():
+            self.heading("Draw a report")
+            self.run_command(line)
+
 
 def can_draw() -> bool:
     """Whether the packages that a report needs are installed."""
     return all(find_spec(name) is not None for name in ("jinja2", "matplotlib"))
 
 
-def digests(folder: Path) -> dict[str, str]:
+def _digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file in a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

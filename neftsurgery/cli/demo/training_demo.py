@@ -27,19 +27,7 @@ from ...demo.tiny_model import (
 )
 from ...text import amount, percent, size
 from ..console import table
-from .session import (
-    APPLY,
-    CONTROL,
-    DIFF,
-    REVERT,
-    SELECT,
-    SHARE,
-    TRAINING_REPORT,
-    VERIFY,
-    DemoSession,
-    can_draw,
-    digests,
-)
+from .session import APPLY, CONTROL, DIFF, REVERT, SELECT, SHARE, TRAINING_REPORT, VERIFY, DemoSession
 
 __all__ = ["show"]
 
@@ -104,14 +92,9 @@ class _TrainingDemo:
             np.array_equal(loaded, live),
         )
         session.run_command(REVERT)
-        same = session.check(
-            "every file in restored/ equals the one in base/, bit for bit",
-            digests(base) == digests(session.folder / "restored") != digests(patched),
-        )
+        same = session.check_restored()
         self._summary()
-        if can_draw():
-            session.heading("Draw a report")
-            session.run_command(TRAINING_REPORT)
+        session.draw_report(TRAINING_REPORT)
         return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}, self._trained
 
     def _train_all(self, name: str, bar: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
