@@ -1,4 +1,4 @@
-"""The mean hidden states of a live model over a text, added up layer by layer while the model runs.
+"""A model's stack of blocks, and its mean hidden states over a text, added up layer by layer as it runs.
 
 They are numbered like ``hidden_states`` in transformers: number 0 enters the first block, number ``i`` leaves
 block ``i - 1``, and the last one has passed through the final norm, if there is one. In addition to what the

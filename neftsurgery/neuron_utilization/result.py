@@ -1,4 +1,4 @@
-"""The result of ``utilization``, as a value and as a file: the numbers of every neuron, and their summary."""
+"""The result of ``utilization``, as a value and as a file: the ranks of every neuron, and their summary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer map: how many neurons are chosen in each layer and kind of weight."""
+"""The layer map: how many neurons are chosen in each layer and kind of weight. As value, figure and text."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ __all__ = [
 NO_LAYER = ""
 _REST, _ALL = "others", "all kinds"
 _MAX_CELLS = 1 << 22
+_MOST_ROWS, _MOST_COLUMNS = 128, 16  # of a figure
+BLOCKS = " ▁▂▃▄▅▆▇█"
+_ASCII = " .:-=+*#@"
 
 I64 = NDArray[np.int64]
 
@@ -206,11 +209,6 @@ class LayerMap:
             "neurons": self.neurons,
             "total": self.total,
         }
-
-
-_MOST_ROWS, _MOST_COLUMNS = 128, 16
-BLOCKS = " ▁▂▃▄▅▆▇█"
-_ASCII = " .:-=+*#@"
 
 
 def layer_map_figure(

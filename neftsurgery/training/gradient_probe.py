@@ -11,7 +11,8 @@ orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte 
 ``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
 which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
 
-Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted.
+Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted. The
+scores are written in the format of `neftsurgery.diff`.
 """
 
 from __future__ import annotations

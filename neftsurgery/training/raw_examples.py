@@ -1,4 +1,4 @@
-"""The rows of a jsonl file or a Hub dataset, checked: what the training examples are made from."""
+"""The checked rows of a jsonl file or a Hub dataset, and the templates that make prompts from their fields."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import is_hub_id
 
 __all__ = ["PromptTemplate", "RawExample", "first_line", "read_raw_examples"]
+
+_FORMATTER = string.Formatter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +147,6 @@ def _check_messages(example: RawExample) -> None:
         raise example.error("messages must be a list of objects with role and content")
     if not any(one["role"] == "assistant" for one in messages):
         raise example.error("no message is from the assistant")
-
-
-_FORMATTER = string.Formatter()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From a YAML file or a mapping to a `Recipe`.
 
 An unknown key is an error, and the message suggests the nearest one. A value of the wrong type is an error,
-and the message states the type.
+and the message states the type. So are numbers that make no sense, and keys that do not go together.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ AnyRecipe = str | os.PathLike[str] | Mapping[str, Any]
 
 _SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}
 _MAX_SHOWN = 100
+_POSITIVE = (
+    "data.max_length", "data.limit", "probe.steps", "probe.learning_rate", "train.steps", "train.epochs",
+    "train.batch_size", "train.accumulate", "train.learning_rate", "train.save_every",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "train.warmup", "train.weight_decay", "train.clip", "train.seed", "select.seed", "data.eval_share",
+)  # fmt: skip
 
 
 @boundary
@@ -205,15 +212,6 @@ def _is_plain(value: Mapping[str, Any]) -> bool:
     except (TypeError, ValueError, RecursionError):
         return False
     return True
-
-
-_POSITIVE = (
-    "data.max_length", "data.limit", "probe.steps", "probe.learning_rate", "train.steps", "train.epochs",
-    "train.batch_size", "train.accumulate", "train.learning_rate", "train.save_every",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "train.warmup", "train.weight_decay", "train.clip", "train.seed", "select.seed", "data.eval_share",
-)  # fmt: skip
 
 
 def check_recipe(recipe: Recipe, file: Path | None) -> None:

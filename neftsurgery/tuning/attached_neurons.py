@@ -1,4 +1,4 @@
-"""The neurons attached to one weight of a live model: which ones, and their values."""
+"""The neurons attached to one weight of a live model: which ones, their values, and optimizers' steps."""
 
 from __future__ import annotations
 
@@ -173,13 +173,13 @@ _KEY = "_neurons"  # the attribute of a parameter that says whose values it hold
 
 
 def register_optimizer_hooks(neurons: AttachedNeurons) -> None:
-    """Have the hooks run for these trainable neurons, also after they are detached."""
+    """Have new values written after a step, and detached neurons refused before one, by any optimizer."""
     setattr(neurons.rows, _KEY, neurons)
     _register_once()
 
 
 @cache
-def _register_once() -> None:
+def _register_once() -> None:  # one pair of hooks serves the whole process
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 

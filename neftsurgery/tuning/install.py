@@ -1,9 +1,10 @@
 """Installing neurons in the modules of a model, and removing them without a trace.
 
-A module keeps its class, its name, its weights and its hooks; only the ``forward`` of the instance is
-replaced. Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``), so that
-everything that looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave these
-parameters out, so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's own.
+A module keeps its class, its name, its weights and its hooks; only ``forward`` and ``extra_repr`` of the
+instance are replaced. Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``),
+so that everything that looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave
+these parameters out, so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's
+own.
 """
 
 from __future__ import annotations
@@ -168,7 +169,12 @@ def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
 
 
 def update_extra_repr(model: nn.Module) -> None:
-    """Have ``print(model)`` show the neurons attached now; with none it is as before."""
+    """Have ``print(model)`` show the neurons attached now; with none it is as before.
+
+    ``Linear(in_features=16, out_features=24, bias=False, weight_neurons=4 of 24 (trainable, scatter))``:
+    the note is part of the module's ``extra_repr``, replaced on the instance. A class that prints itself
+    without it, such as transformers' ``Conv1D``, has its note on its parent.
+    """
     module: Any  # torch has no type for an instance's method
     for module in model.modules():
         replaced = module.__dict__.get("extra_repr")
