@@ -1,4 +1,4 @@
-"""The checked rows of a jsonl file or a Hub dataset, and the templates that make prompts from their fields."""
+"""The checked rows of a jsonl file or a Hub dataset, and templates that make prompts from their fields."""
 
 from __future__ import annotations
 
