@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from .surgery.merge import merge
     from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
-    from .training.train import train
-    from .training.train_result import TrainResult
+    from .training.train import TrainResult, train
     from .tuning.attach import attach
     from .tuning.attached import Attached
     from .tuning.trainer import PatchSaving
@@ -98,7 +97,7 @@ _HOMES = {
     "RewriteResult": "surgery.rewrite",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
-    "TrainResult": "training.train_result",
+    "TrainResult": "training.train",
     "Utilization": "neuron_utilization.result",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",

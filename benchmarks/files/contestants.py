@@ -73,7 +73,7 @@ def torch_cosine(
     pair: CheckpointPair, before: Callable[[], None], rounds: int, dtype: str = "float32"
 ) -> Contestant:
     """Per-tensor cosine similarity with torch."""
-    command = script("rivals.torch_cosine", pair.base, pair.tuned, "--dtype", dtype)
+    command = script("rivals.torch_cosine", pair.base, pair.tuned, dtype)
     name = f"torch cosine_similarity, {dtype}"
     return Contestant(name, "rival", command, before, rounds=rounds, needs=("torch",))
 

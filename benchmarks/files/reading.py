@@ -19,7 +19,7 @@ from benchmarks.files.contestants import (
 from benchmarks.files.fixtures import Fixtures
 from benchmarks.files.options import Options
 from benchmarks.harness.process import run
-from benchmarks.harness.side_by_side import Contestant, run_side_by_side
+from benchmarks.harness.side_by_side import Contestant, run_group
 from benchmarks.harness.sizes import format_size
 
 Part = dict[str, Any]
@@ -35,8 +35,7 @@ def warm(fixtures: Fixtures, options: Options) -> Part:
     contestants = [diff(pair, pair.warm, options.threads), *limits]
     if options.rivals:
         contestants += readers(pair, pair.warm, options.few)
-    entries = run_side_by_side(contestants, options.repeat)
-    group = {"label": f"2 x {format_size(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    group = run_group(f"2 x {format_size(pair.nbytes / 2)}", pair.nbytes, contestants, options.repeat)
     return {"title": "diff, both sides in the page cache", "sweep": sweep, "groups": [group]}
 
 
@@ -47,8 +46,7 @@ def cold(fixtures: Fixtures, options: Options) -> Part:
     contestants = [diff(pair, pair.drop, None), *limits]
     if options.rivals:
         contestants.append(torch_cosine(pair, pair.drop, min(options.few, 2)))
-    entries = run_side_by_side(contestants, options.repeat)
-    group = {"label": f"2 x {format_size(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    group = run_group(f"2 x {format_size(pair.nbytes / 2)}", pair.nbytes, contestants, options.repeat)
     return {"title": "diff, neither side in the page cache", "sweep": sweep, "groups": [group]}
 
 
@@ -64,8 +62,7 @@ def extract(fixtures: Fixtures, options: Options) -> Part:
             "neftsurgery extract, 3%", "ours", command, pair.warm, lambda: fixtures.remove(patch.name)
         ),
     ]
-    entries = run_side_by_side(contestants, options.repeat)
-    group = {"label": f"2 x {format_size(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    group = run_group(f"2 x {format_size(pair.nbytes / 2)}", pair.nbytes, contestants, options.repeat)
     return {"title": "extract of 3% of the neurons, beside diff", "groups": [group]}
 
 
@@ -77,8 +74,7 @@ def threads(fixtures: Fixtures, options: Options) -> Part:
         ours = diff(pair, pair.warm, count)
         name = f"{ours.name}, {count} thread{'s' * (count != 1)}"
         contestants += [replace(ours, name=name), reads(pair, pair.warm, (count, 1 << 19))]
-    entries = run_side_by_side(contestants, options.few)
-    group = {"label": f"2 x {format_size(pair.nbytes / 2)}", "bytes": pair.nbytes, "contestants": entries}
+    group = run_group(f"2 x {format_size(pair.nbytes / 2)}", pair.nbytes, contestants, options.few)
     return {"title": "diff with 1 to 4 threads", "groups": [group]}
 
 

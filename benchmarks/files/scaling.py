@@ -12,7 +12,7 @@ from benchmarks.files.options import Options
 from benchmarks.harness import page_cache
 from benchmarks.harness.log import log
 from benchmarks.harness.process import run
-from benchmarks.harness.side_by_side import Contestant, do_nothing, run_side_by_side
+from benchmarks.harness.side_by_side import Contestant, do_nothing, run_group
 from benchmarks.harness.sizes import format_size, parse_size
 
 Part = dict[str, Any]
@@ -61,10 +61,9 @@ def sparse(fixtures: Fixtures, options: Options) -> Part:
         _planning(pair, do_nothing, options),
         replace(diff(pair, do_nothing, options.threads), rounds=1),
     ]
-    entries = run_side_by_side(contestants, options.few)
     neurons = run(neftsurgery("diff", pair.base, pair.tuned, "--dry-run")).printed["neurons"]
     label = f"2 x {format_size(pair.nbytes / 2)}, {neurons:,} neurons"
-    group = {"label": label, "bytes": pair.nbytes, "neurons": neurons, "contestants": entries}
+    group = run_group(label, pair.nbytes, contestants, options.few) | {"neurons": neurons}
     return {"title": "Sparse files: planning time and memory", "groups": [group]}
 
 
@@ -91,16 +90,8 @@ def _groups(
     writers = [Contestant("neftsurgery apply, 3%", "ours", apply, before), copy(pair.base, out, before)]
     base_bytes = page_cache.total_size([pair.base])
     groups = [
-        {
-            "label": f"{label}: diff, extract",
-            "bytes": pair.nbytes,
-            "contestants": run_side_by_side(readers, options.few),
-        },
-        {
-            "label": f"{label}: apply",
-            "bytes": base_bytes,
-            "contestants": run_side_by_side(writers, options.few),
-        },
+        run_group(f"{label}: diff, extract", pair.nbytes, readers, options.few),
+        run_group(f"{label}: apply", base_bytes, writers, options.few),
     ]
     fixtures.remove(patch.name)
     fixtures.remove(out.name)

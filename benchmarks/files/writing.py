@@ -14,7 +14,7 @@ from benchmarks.files.options import Options
 from benchmarks.harness import page_cache
 from benchmarks.harness.log import log
 from benchmarks.harness.process import CommandError, run
-from benchmarks.harness.side_by_side import Contestant, run_side_by_side
+from benchmarks.harness.side_by_side import Contestant, run_group
 from benchmarks.harness.sizes import format_size
 
 Part = dict[str, Any]
@@ -42,10 +42,9 @@ def apply(fixtures: Fixtures, options: Options) -> Part:
     if options.rivals:
         _make_adapter(pair, adapter)
         contestants += writers(pair.base, patch, adapter, out, before, options.few)
-    entries = run_side_by_side(contestants, options.repeat)
+    group = run_group(format_size(nbytes), nbytes, contestants, options.repeat)
     for left in (patch, adapter, out):
         fixtures.remove(left.name)
-    group = {"label": format_size(nbytes), "bytes": nbytes, "contestants": entries}
     return {"title": "apply: a patched checkpoint", "groups": [group]}
 
 
@@ -66,16 +65,15 @@ def in_place(fixtures: Fixtures, options: Options) -> Part:
         rows.contestant("1% of rows", options.threads, {"patch_bytes": rows.patch.stat().st_size}),
         columns.contestant("1% of down_proj's columns", options.threads, {"tensor_bytes": columns.touched()}),
     ]
+    nbytes = page_cache.total_size([pair.base])
     try:
-        entries = run_side_by_side(contestants, options.few)
+        group = run_group(format_size(nbytes), nbytes, contestants, options.few)
         run(neftsurgery("verify", pair.base, rows.patch, "--expect", "base"))
     except BaseException:
         shutil.rmtree(pair.folder)  # it may be half patched: no other part must measure it
         raise
     for left in (out, rows.patch, rows.undo, columns.patch, columns.undo):
         fixtures.remove(left.name)
-    nbytes = page_cache.total_size([pair.base])
-    group = {"label": format_size(nbytes), "bytes": nbytes, "contestants": entries}
     return {"title": "apply --in-place", "groups": [group]}
 
 

@@ -49,6 +49,11 @@ def run_side_by_side(contestants: Iterable[Contestant], rounds: int) -> list[dic
     return [entry.result() for entry in entries]
 
 
+def run_group(label: str, nbytes: int, contestants: Iterable[Contestant], rounds: int) -> dict[str, Any]:
+    """A side-by-side run as a group of a part: its label, the bytes that are read or written, the results."""
+    return {"label": label, "bytes": nbytes, "contestants": run_side_by_side(contestants, rounds)}
+
+
 class _Entry:
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant

@@ -36,7 +36,6 @@ is base plus noise everywhere. `make bench SIZE=500MB` measures smaller ones;
 - No test asserts these figures: machines are noisy."""
 
 COLUMNS = "| | whole, s | work, s | GB/s | CPU, s | peak, MB | whole, ours = 1 | work, limit = 1 |"
-RULE = "|---|---|---|---|---|---|---|---|"
 
 
 def render(folder: Path) -> None:
@@ -74,8 +73,18 @@ def _page(parts: dict[str, Any], folder: str, pictures: list[tuple[str, str]]) -
 def requirement_table(requirements: Iterable[Requirement]) -> str:
     """A table of requirements, what was measured, and whether it meets them."""
     verdicts = {True: "yes", False: "**no**", None: ""}
-    rows = (f"| {one.statement} | {one.measured} | {verdicts[one.met]} |" for one in requirements)
-    return "\n".join(["| requirement | measured | met |", "|---|---|---|", *rows])
+    rows = (row(one.statement, one.measured, verdicts[one.met]) for one in requirements)
+    return table("| requirement | measured | met |", rows)
+
+
+def table(head: str, rows: Iterable[str]) -> str:
+    """A Markdown table."""
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
+
+
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def _section(name: str, part: dict[str, Any]) -> Iterator[str]:
@@ -84,7 +93,7 @@ def _section(name: str, part: dict[str, Any]) -> Iterator[str]:
     if "skipped" in part:
         yield f"Not measured: {part['skipped']}."
     if part.get("groups"):
-        yield "\n".join([COLUMNS, RULE, *(row for group in part["groups"] for row in _rows(group))])
+        yield table(COLUMNS, (line for group in part["groups"] for line in _rows(group)))
     written = [line for group in part.get("groups", []) for line in _written(group)]
     if written:
         yield "\n".join(written)
@@ -117,7 +126,7 @@ def _row(entry: Entry, nbytes: int, ours: Entry | None, bound: Entry | None) -> 
         _ratio(entry, ours, wall),
         _ratio(entry, bound, work) if weights else "",
     ]
-    return f"| {' | '.join([name, *cells])} |"
+    return row(name, *cells)
 
 
 def _spread(entry: Entry, metric: Metric, spec: str) -> str:
@@ -152,21 +161,20 @@ def _sweep(sweep: list[dict[str, Any]]) -> str:
     """Plain reads by threads and buffer, in GB/s."""
     threads = sorted({one["threads"] for one in sweep})
     rate = {(one["threads"], one["buffer"]): one["bytes_per_second"] / 1e9 for one in sweep}
-    lines = [
-        f"| {buffer >> 10} KiB | {' | '.join(f'{rate[count, buffer]:.2f}' for count in threads)} |"
+    lines = (
+        row(f"{buffer >> 10} KiB", *(f"{rate[count, buffer]:.2f}" for count in threads))
         for buffer in sorted({one["buffer"] for one in sweep})
-    ]
-    head = f"| plain reads, GB/s | {' | '.join(f'threads: {count}' for count in threads)} |"
-    return "\n".join([head, "|---" * (1 + len(threads)) + "|", *lines])
+    )
+    return table(row("plain reads, GB/s", *(f"threads: {count}" for count in threads)), lines)
 
 
 def _hashes(files: dict[str, dict[str, str]]) -> str:
-    lines = [
-        f"| {what} | {threads} | `{digest[:16]}` |"
+    lines = (
+        row(what, threads, f"`{digest[:16]}`")
         for what, digests in files.items()
         for threads, digest in digests.items()
-    ]
-    return "\n".join(["| | threads | SHA-256 begins |", "|---|---|---|", *lines])
+    )
+    return table("| | threads | SHA-256 begins |", lines)
 
 
 def machines(parts: dict[str, Any]) -> Iterator[str]:

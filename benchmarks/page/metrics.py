@@ -72,11 +72,8 @@ def limit(group: Group) -> Entry | None:
     """The limit: for each round, the run of the fastest limit in it."""
     entries = [entry for entry in group.get("contestants", []) if entry["role"] == "limit" and entry["runs"]]
     rounds = zip(*(entry["runs"] for entry in entries), strict=False)
-    return (
-        {"name": "the limit", "role": "limit", "runs": [min(runs, key=work) for runs in rounds]}
-        if entries
-        else None
-    )
+    fastest = [min(runs, key=work) for runs in rounds]
+    return {"name": "the limit", "role": "limit", "runs": fastest} if entries else None
 
 
 def named(group: Group, start: str) -> Entry | None:

@@ -66,32 +66,22 @@ def _reading(parts: Parts) -> Iterator[Requirement]:
     )
 
 
+def _beside(group: Group, ours: str, other: str, statement: str, whose: str, most: float) -> Requirement:
+    """The time of one command as a share of another's: of the whole process, and in brackets of its work."""
+    one, two = named(group, ours), named(group, other)
+    without = ratio(one, two, work)
+    what = f"of {whose} time, whole process" + (f" (without start: {without.median:.2f})" if without else "")
+    return Requirement.of(statement, what, ratio(one, two, wall), lambda times: times <= most)
+
+
 def _extract(parts: Parts) -> Iterator[Requirement]:
-    group = _only(parts, "extract")
-    ours, scored = named(group, "neftsurgery extract"), named(group, "neftsurgery diff")
-    work_only = ratio(ours, scored, work)
-    what = "of diff's time, whole process" + (
-        f" (without start: {work_only.median:.2f})" if work_only else ""
-    )
-    yield Requirement.of(
-        "extract of 3% takes at most 1.15 of diff's time",
-        what,
-        ratio(ours, scored, wall),
-        lambda times: times <= 1.15,
-    )
+    group, statement = _only(parts, "extract"), "extract of 3% takes at most 1.15 of diff's time"
+    yield _beside(group, "neftsurgery extract", "neftsurgery diff", statement, "diff's", 1.15)
 
 
 def _writing(parts: Parts) -> Iterator[Requirement]:
-    group = _only(parts, "apply")
-    ours, copy = named(group, "neftsurgery apply"), named(group, "cp -r")
-    work_only = ratio(ours, copy, work)
-    what = "of their time, whole process" + (f" (without start: {work_only.median:.2f})" if work_only else "")
-    yield Requirement.of(
-        "apply takes at most 1.1 of the time of cp and sync",
-        what,
-        ratio(ours, copy, wall),
-        lambda times: times <= 1.1,
-    )
+    group, statement = _only(parts, "apply"), "apply takes at most 1.1 of the time of cp and sync"
+    yield _beside(group, "neftsurgery apply", "cp -r", statement, "their", 1.1)
 
 
 def _in_place(parts: Parts) -> Iterator[Requirement]:
@@ -130,10 +120,8 @@ def _dirtied(entry: Entry | None, unit: str) -> str:
 
 def _memory(parts: Parts) -> Iterator[Requirement]:
     groups = [group for group in parts.get("sizes", {}).get("groups", []) if group.get("contestants")]
-    labels = [group["label"].partition(" a side")[0] for group in groups] or [
-        "the smallest",
-        "the largest size",
-    ]
+    sides = [group["label"].partition(" a side")[0] for group in groups]
+    labels = sides or ["the smallest", "the largest size"]
     statement = f"Peak memory flat (within 20%) from {labels[0]} to {labels[-1]}"
     for command in ("diff", "extract", "apply"):
         entries = [_exactly(group, f"neftsurgery {command}") for group in groups]

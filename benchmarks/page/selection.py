@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.log import log
-from benchmarks.page.files import machines
+from benchmarks.page.files import machines, row, table
 from benchmarks.page.paired import over_seeds, over_sentences
 from benchmarks.page.study import OLD, Result, Study
 from benchmarks.selection.arms import CONTROL_SIZES
@@ -20,10 +20,7 @@ ROLES = {"ours": "**{}**", "control": "{}", "rival": "*{}*"}
 CAPTION = "Loss on the new task and on the old text, by share of trained parameters"
 QUALITY = "| | trained, % | rate | dev loss | test loss |{} old text: loss added | seeds |"
 PAIRS = "| | compared with | test loss | p | test loss, by sentences |{} old text: loss added |"
-TRANSLATION = (
-    " with another's English | BLEU | chrF |",
-    " chrF, by sentences |",
-)  # their columns
+TRANSLATION = (" with another's English | BLEU | chrF |", " chrF, by sentences |")  # their columns
 OLD_TEXT = "| loss added on | English | Chinese | Chinese-English | articles |"
 COSTS = "| | trained | neurons | share of the change | choosing, s | step, ms | best step | peak, MB |"
 
@@ -48,7 +45,7 @@ def _section(file: Path) -> Iterator[str]:
         yield f"![{CAPTION}]({file.parent.name}/{picture})"
     yield table(QUALITY.format(columns[0]), (quality_row(study, result) for result in study.results.values()))
     yield "### In pairs"
-    yield table(PAIRS.format(columns[1]), (row for pair in pairs(study) if (row := pair_row(study, *pair))))
+    yield table(PAIRS.format(columns[1]), filter(None, (pair_row(study, *pair) for pair in pairs(study))))
     yield "### Old text, by kind"
     yield table(OLD_TEXT, (old_row(study, result) for result in study.results.values()))
     yield "### Costs"
@@ -71,11 +68,6 @@ def _picture(study: Study, file: Path) -> str | None:
     return file.name
 
 
-def table(head: str, rows: Iterator[str]) -> str:
-    """A Markdown table."""
-    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
-
-
 def named(result: Result) -> str:
     """An arm's label and size, formatted by its role."""
     size = f", {result.arm.percent}%" if result.arm.percent else ""
@@ -96,7 +88,7 @@ def quality_row(study: Study, result: Result) -> str:
         f"{result.figure(study.forgotten):+.3f}".replace("± +", "± "),
         str(len(result.runs)),
     ]
-    return f"| {' | '.join(cells)} |"
+    return row(*cells)
 
 
 def _of_translation(result: Result) -> Iterator[str]:
@@ -146,7 +138,7 @@ def pair_row(study: Study, name: str, other: str) -> str | None:
         *([sentences("chrf", [1] * len(tokens))] if study.translates else []),
         f"{old.mean if old.interval is None else old.interval:.3f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return row(*cells)
 
 
 def old_row(study: Study, result: Result) -> str:
@@ -155,7 +147,7 @@ def old_row(study: Study, result: Result) -> str:
         cells = [f"({study.untuned['old'][kind]:.3f})" for kind in OLD]
     else:
         cells = [f"{result.figure(lambda run, kind=kind: _added(study, run, kind)):+.3f}" for kind in OLD]
-    return f"| {' | '.join([named(result), *cells]).replace('± +', '± ')} |"
+    return row(named(result), *cells).replace("± +", "± ")
 
 
 def _added(study: Study, run: Any, kind: str) -> float:
@@ -178,7 +170,7 @@ def cost_row(result: Result) -> str:
         f"{result.figure(lambda run: run['best']).mean:.0f}",
         f"{result.figure(lambda run: run['peak'] / 1e6):.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return row(*cells)
 
 
 def settings(study: Study) -> Iterator[str]:

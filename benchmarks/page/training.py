@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.harness import results
 from benchmarks.harness.log import log
-from benchmarks.page.files import machines, requirement_table
+from benchmarks.page.files import machines, requirement_table, row, table
 from benchmarks.page.metrics import Entry, Spread, ratio, spread
 from benchmarks.page.requirements import Requirement
 from benchmarks.training.suite import RESULTS
@@ -33,7 +33,6 @@ INTRODUCTION = """\
   its imports, on a GPU the peak of allocated bytes.
 - No test asserts these figures: machines are noisy."""
 HEAD = "| | step, ms | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 |"
-RULE = "|---|---|---|---|---|---|---|---|"
 Part = dict[str, Any]
 
 
@@ -51,7 +50,7 @@ def _page(parts: dict[str, Part], folder: str) -> Iterator[str]:
         yield f"## {part['title']}"
         yield f"`{part['command']}`"
         yield requirement_table(requirements(part))
-        yield "\n".join([HEAD, RULE, *(_row(entry, part) for entry in part["contestants"])])
+        yield table(HEAD, (_row(entry, part) for entry in part["contestants"]))
     yield "## Machines"
     yield "\n".join(machines(parts))
 
@@ -62,11 +61,7 @@ def requirements(part: Part) -> Iterator[Requirement]:
     bound = 1.05 if part["device"] == "cuda" else 1.10
     steps = (
         ("NeFT 3%: a step takes at most the time of PEFT LoRA's at equal parameters", lora, 1.0),
-        (
-            f"NeFT 3%: a step takes at most {bound:.2f} of the floor's time",
-            _named(part, "floor"),
-            bound,
-        ),
+        (f"NeFT 3%: a step takes at most {bound:.2f} of the floor's time", _named(part, "floor"), bound),
         ("NeFT 3%: a step takes at most 0.9 of the time of full gradients with a mask", masked, 0.9),
     )
     for statement, other, most in steps:
@@ -98,7 +93,7 @@ def _row(entry: Entry, part: Part) -> str:
         _beside(entry, _named(part, "floor")),
         _beside(entry, _named(part, "lora-3")),
     ]
-    return f"| {' | '.join([name, *cells])} |"
+    return row(name, *cells)
 
 
 def _beside(entry: Entry, other: Entry | None) -> str:

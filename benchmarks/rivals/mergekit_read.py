@@ -5,24 +5,20 @@ The reader returns views of a mapped file. Each is copied once: otherwise nothin
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
+from benchmarks.rivals.script import timed
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base")
-    parser.add_argument("tuned")
-    options = parser.parse_args()
-    began = time.perf_counter()
-    base, tuned = (LazyTensorLoader.from_disk(folder) for folder in (options.base, options.tuned))
+
+def read(*folders: str) -> None:
+    base, tuned = (LazyTensorLoader.from_disk(folder) for folder in folders)
     for name in base.index.tensor_paths:
         for loader in (base, tuned):
             loader.get_tensor(name).clone()
-    print(json.dumps({"seconds": time.perf_counter() - began}))
+
+
+def main() -> None:
+    timed(read)
 
 
 if __name__ == "__main__":

@@ -5,32 +5,28 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
+import sys
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from benchmarks.rivals.patching import sync
+from benchmarks.rivals.script import sync, timed
+
+
+def merge(base: str, adapter: str, out: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
+    sync(out)
+
+
+def make_adapter(base: str, adapter: str, flag: str) -> None:
+    config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    get_peft_model(model, config).save_pretrained(adapter)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base")
-    parser.add_argument("adapter")
-    parser.add_argument("out", nargs="?")
-    parser.add_argument("--make-adapter", action="store_true")
-    options = parser.parse_args()
-    began = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype="auto")
-    if options.make_adapter:
-        config = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        get_peft_model(model, config).save_pretrained(options.adapter)
-        return
-    PeftModel.from_pretrained(model, options.adapter).merge_and_unload().save_pretrained(options.out)
-    sync(options.out)
-    print(json.dumps({"seconds": time.perf_counter() - began}))
+    timed(make_adapter if "--make-adapter" in sys.argv else merge)
 
 
 if __name__ == "__main__":

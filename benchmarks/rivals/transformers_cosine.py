@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.rivals.script import timed
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base")
-    parser.add_argument("tuned")
-    options = parser.parse_args()
-    began = time.perf_counter()
-    base = AutoModelForCausalLM.from_pretrained(options.base, dtype="auto")
-    tuned = dict(AutoModelForCausalLM.from_pretrained(options.tuned, dtype="auto").named_parameters())
-    scores = {}
+
+def compare(*folders: str) -> dict[str, int]:
+    base, tuned = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in folders)
+    others, scores = dict(tuned.named_parameters()), {}
     with torch.no_grad():
         for name, weight in base.named_parameters():
             if weight.ndim > 1:
-                scores[name] = 1 - torch.cosine_similarity(weight.float(), tuned[name].float(), dim=-1)
-    print(json.dumps({"seconds": time.perf_counter() - began, "neurons": sum(map(len, scores.values()))}))
+                scores[name] = 1 - torch.cosine_similarity(weight.float(), others[name].float(), dim=-1)
+    return {"neurons": sum(map(len, scores.values()))}
+
+
+def main() -> None:
+    timed(compare)
 
 
 if __name__ == "__main__":

@@ -16,33 +16,22 @@ LORA_SIZES = ("1.5", "3", "9", "30")  # of LoRA, which gets the nearest rank
 
 @dataclass(frozen=True)
 class Arm:
-    """An arm of the experiment.
+    """An arm of the experiment."""
 
-    Attributes
-    ----------
-    name:
-        Its name in results and on the command line.
-    label:
-        Its name in tables.
-    percent:
-        Its size in percent of all parameters of the model, as the paper counts; None if it has no such size.
-        Adapters get the rank that comes nearest.
-    score:
-        A score of `neftsurgery.diff` between the base and the probe; or of the base's gradients, without a
-        probe.
-    same_counts:
-        Whether each tensor gets as many neurons as the sensitive selection of the same size has in it. The
-        arm then differs in which neurons are chosen, not in where.
-    """
-
-    name: str
+    name: str  # its name in results and on the command line
     kind: Kind
     role: Role
-    label: str
+    label: str  # its name in tables
+    # Its size in percent of all parameters of the model, as the paper counts; None if it has no such size.
+    # Adapters get the rank that comes nearest.
     percent: str | None = None
     anatomy: str = "rows"
+    # A score of `neftsurgery.diff` between the base and the probe; or of the base's gradients, without a
+    # probe.
     score: str = "cosine"
     policy: str = "sensitive"
+    # Whether each tensor gets as many neurons as the sensitive selection of the same size has in it. The arm
+    # then differs in which neurons are chosen, not in where.
     same_counts: bool = False
 
     @property

@@ -18,23 +18,15 @@ from benchmarks.selection.text import Text, TextError, read_plays
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """A task."""
 
-    Attributes
-    ----------
-    train, dev, test:
-        Its examples.
-    setting:
-        What tells its results from those of other tasks, as JSON values.
-    more:
-        Measures more than losses of a tuned model.
-    """
-
+    # Its examples.
     train: Sequence[Example]
     dev: Sequence[Example]
     test: Sequence[Example]
+    # What tells its results from those of other tasks, as JSON values.
     setting: dict[str, Any] = field(default_factory=dict)
-    more: Callable[[Any], dict[str, Any]] = lambda model: {}
+    more: Callable[[Any], dict[str, Any]] = lambda model: {}  # measures more than losses of a tuned model
 
 
 def task(name: str, folder: Path, text: Text, codec: Codec, sizes: Scale) -> Task:

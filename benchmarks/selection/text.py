@@ -36,21 +36,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Text:
-    """All text of an experiment.
+    """All text of an experiment."""
 
-    Attributes
-    ----------
-    pretrain, train, dev, test:
-        Pairs, English in lower case. A sentence of one part, English or Chinese, is in no other part,
-        whatever its case and punctuation. No two pairs of dev and test share a sentence.
-    articles, unseen:
-        Paragraphs of English articles, for training and for evaluation.
-    """
-
+    # Pairs, English in lower case. A sentence of one part, English or Chinese, is in no other part, whatever
+    # its case and punctuation. No two pairs of dev and test share a sentence.
     pretrain: tuple[SentencePair, ...]
     train: tuple[SentencePair, ...]
     dev: tuple[SentencePair, ...]
     test: tuple[SentencePair, ...]
+    # Paragraphs of English articles, for training and for evaluation.
     articles: tuple[str, ...]
     unseen: tuple[str, ...]
 
@@ -98,10 +92,7 @@ def short(pairs: Iterable[SentencePair], sizes: Sizes) -> list[SentencePair]:
 def split(pairs: Sequence[SentencePair], sizes: Sizes, seed: int) -> dict[str, tuple[SentencePair, ...]]:
     """Splits pairs into the four parts. Pairs that share a sentence go to the same part.
 
-    Raises
-    ------
-    TextError
-        If there are too few pairs.
+    Raises TextError if there are too few pairs.
     """
     groups = list(_connected(pairs))
     random.Random(seed).shuffle(groups)

@@ -43,16 +43,8 @@ def prepare(name: str, model: Any) -> TrainingMethod:
     if kind == "tokens":
         return _tokens_neft(model) if rest == "neft" else _tokens_peft(model)
     share = int(rest) / 100 if rest else 0.0
-    return {
-        "floor": _floor,
-        "neft": _neft,
-        "units": _units,
-        "overlay": _overlay,
-        "masked": _masked,
-        "full": _full,
-        "lora": _lora,
-        "shira": _shira,
-    }[kind](model, share)
+    methods = (_floor, _neft, _units, _overlay, _masked, _full, _lora, _shira)
+    return {method.__name__[1:]: method for method in methods}[kind](model, share)
 
 
 def rows(model: Any, share: float) -> dict[str, Tensor]:

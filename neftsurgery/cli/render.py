@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.side import Side
-from ..reporting.layer_map import LayerMap
-from ..reporting.layer_map_figure import BLOCKS, layer_map_lines
+from ..reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ..scoring.scores import Scores
 from ..surgery.pairing import Pair
 from ..surgery.summary import Movement, Summary

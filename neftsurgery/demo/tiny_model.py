@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..live import loading
 from ..selection.selection import Selection
 from ..tuning.attach import attach
-from .languages import NEW, OLD, Direction, Languages
 
 __all__ = [
+    "NEW",
+    "OLD",
+    "Direction",
+    "Languages",
     "Losses",
     "TrainingSettings",
     "count_parameters",
@@ -41,20 +43,12 @@ _TEST_EXAMPLES = 512
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of AdamW without weight decay, with warm-up and linear decay to zero.
+    """Settings of AdamW without weight decay, with warm-up and linear decay to zero."""
 
-    Attributes
-    ----------
-    directions:
-        The directions of translation to learn.
-    batch_size:
-        Examples per step.
-    """
-
-    directions: tuple[Direction, ...]
+    directions: tuple[Direction, ...]  # the directions of translation to learn
     steps: int
     learning_rate: float
-    batch_size: int = 32
+    batch_size: int = 32  # examples per step
     seed: int = 0
 
 
@@ -72,15 +66,13 @@ def single_thread() -> Iterator[None]:
 
     A model this small gains little from a second thread, and loses much on a busy machine.
     """
-    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with loading.without_progress_bars():
+            yield
     finally:
         torch.set_num_threads(threads)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def new_model(languages: Languages, seed: int) -> Any:
@@ -182,3 +174,55 @@ def _loss(model: Any, languages: Languages, examples: NDArray[np.int64]) -> Tens
     ids, start = torch.from_numpy(examples), languages.length
     logits = model(input_ids=ids, use_cache=False).logits[:, start:-1]
     return functional.cross_entropy(logits.flatten(0, 1), ids[:, start + 1 :].flatten())
+
+
+Direction: TypeAlias = tuple[int, int]
+"""The source language and the target language."""
+
+OLD: tuple[Direction, ...] = ((0, 1), (1, 2), (2, 0))
+"""The directions that the base model is trained on. Every word of every language occurs on both sides."""
+
+NEW: tuple[Direction, ...] = ((0, 2),)
+"""The direction that the fine-tune adds."""
+
+_COUNT = 3
+
+
+@dataclass(frozen=True)
+class Languages:
+    """Three languages with random vocabularies, and word-for-word translation between them.
+
+    A sequence is a sentence in one language, the token of the target language, and the translation. Words are
+    numbers. Which word has which meaning is random, so a model has to memorize each direction of translation.
+    """
+
+    words: int = 16  # words per language
+    length: int = 8  # words per sentence
+    seed: int = 0  # the seed of the vocabularies
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens: the words of all languages, and one token per language."""
+        return _COUNT * (self.words + 1)
+
+    def draw(
+        self, rng: np.random.Generator, directions: Sequence[Direction], count: int
+    ) -> NDArray[np.int64]:
+        """``count`` sequences, int64 ``[count, 2 * length + 1]``, cycling through the directions."""
+        words = self._words()
+        meaning = rng.integers(0, self.words, (count, self.length))
+        which = np.arange(count) % len(directions)
+        source, target = np.array(directions)[which].T
+        return np.concatenate(
+            [
+                words[source[:, None], meaning],
+                (_COUNT * self.words + target)[:, None],
+                words[target[:, None], meaning],
+            ],
+            axis=1,
+        )
+
+    def _words(self) -> NDArray[np.int64]:
+        """The word for each meaning in each language, ``[language, meaning]``."""
+        rng = np.random.default_rng(self.seed)
+        return np.stack([number * self.words + rng.permutation(self.words) for number in range(_COUNT)])

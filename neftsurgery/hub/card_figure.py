@@ -15,6 +15,6 @@ def card_figure(patch: Patch) -> bytes | None:
     found = LayerMap.of_patch(patch)
     if find_spec("matplotlib") is None or not found.neurons:
         return None
-    from ..reporting.layer_map_figure import layer_map_figure
+    from ..reporting.layer_map import layer_map_figure
 
     return layer_map_figure(found, word="replaced", of_patch=True).png()

@@ -17,7 +17,14 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 
-__all__ = ["ModelClass", "load_model", "load_tokenizer", "meta_model", "require_model_folder"]
+__all__ = [
+    "ModelClass",
+    "load_model",
+    "load_tokenizer",
+    "meta_model",
+    "require_model_folder",
+    "without_progress_bars",
+]
 
 ModelClass: TypeAlias = Literal["causal_lm", "saved"]
 """``causal_lm``: transformers' ``AutoModelForCausalLM``. ``saved``: the class that the checkpoint was saved
@@ -33,10 +40,7 @@ _FAILURES = (
 def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint, if it is a folder with a config.
 
-    Raises
-    ------
-    UsageError
-        If it is a single file, or has no config.
+    Raises UsageError if it is a single file, or has no config.
     """
     if checkpoint.is_file or checkpoint.config is None:
         raise UsageError(
@@ -51,10 +55,8 @@ def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer of ``checkpoint``.
 
-    Raises
-    ------
-    UsageError
-        If the checkpoint is not a folder with a config, or transformers cannot load its tokenizer.
+    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot load its
+    tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -72,10 +74,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def meta_model(checkpoint: Checkpoint, model_class: ModelClass) -> Any:
     """The model without its weights, on the meta device. Reads only the config.
 
-    Raises
-    ------
-    UsageError
-        If the checkpoint is not a folder with a config, or transformers cannot build the model.
+    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot build the model.
     """
     require_model_folder(checkpoint)
     try:
@@ -99,24 +98,16 @@ def load_model(
 ) -> Any:
     """The model with its weights, on the CPU, in evaluation mode.
 
-    Parameters
-    ----------
-    dtype:
-        The dtype of the weights; ``auto``: as in the files.
-    required:
-        The path of a module, such as ``model.layers``: the files must have every weight in it. Without
-        this, transformers initialises missing weights at random, and warns.
+    ``dtype`` is that of the weights; ``auto``: as in the files. ``required`` is the path of a module, such as
+    ``model.layers``: the files must have every weight in it. Without this, transformers initialises missing
+    weights at random, and warns.
 
-    Raises
-    ------
-    UsageError
-        If the checkpoint is not a folder with a config, or transformers cannot load the model.
-    MismatchError
-        If a weight in the files has another shape, or the files lack a weight of ``required``.
+    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot load the model,
+    and MismatchError if a weight in the files has another shape, or the files lack a weight of ``required``.
     """
     require_model_folder(checkpoint)
     try:
-        with _no_progress_bar():
+        with without_progress_bars():
             model, info = _class_of(_config(checkpoint), model_class).from_pretrained(
                 checkpoint.source.path,
                 dtype=dtype,
@@ -177,7 +168,8 @@ def _load_error(checkpoint: Checkpoint, error: Exception) -> UsageError:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
+    """Within the context, transformers shows no progress bars."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

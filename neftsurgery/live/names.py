@@ -25,16 +25,10 @@ __all__ = ["live_names"]
 def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """The parameter of ``model`` that each tensor of the files becomes.
 
-    Parameters
-    ----------
-    names:
-        Tensor names as the files have them.
+    ``names`` are tensor names as the files have them.
 
-    Raises
-    ------
-    MismatchError
-        If the model has no such parameter, the loader makes another tensor of it, or two tensors become
-        the same parameter.
+    Raises MismatchError if the model has no such parameter, the loader makes another tensor of it, or two
+    tensors become the same parameter.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     renaming = _Renaming(model, parameters) if _is_transformers(model) else None
@@ -105,10 +99,7 @@ class _Renaming:
     def live(self, name: str) -> str:
         """The parameter that tensor ``name`` becomes.
 
-        Raises
-        ------
-        MismatchError
-            If the tensor is merged, split or transposed.
+        Raises MismatchError if the tensor is merged, split or transposed.
         """
         live, converted = self._rename(
             name, self._renamings, self._converters, self._prefix, self._parameters

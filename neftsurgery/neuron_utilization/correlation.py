@@ -22,19 +22,11 @@ def max_correlations(
     ``(w - mean w).(h - mean h) / (|w - mean w| |h - mean h|)``, in float64. If all elements of ``w`` or of
     ``h`` are equal, the correlation is undefined and counts as 0.
 
-    Parameters
-    ----------
-    weight:
-        A live weight of ``layout``.
-    states:
-        Float64 ``[states, width]``, finite, on the CPU, at least one.
-    block_elements:
-        The largest number of elements of the weight that are in float64 at once.
+    ``weight`` is a live weight of ``layout``, ``states`` float64 ``[states, width]``, finite, on the CPU, at
+    least one. At most ``block_elements`` elements of the weight are in float64 at once.
 
-    Returns
-    -------
-    tuple of Tensor
-        Float64 ``[n]`` in [0, 1], NaN for vectors with a NaN or Inf; int64 ``[n]``, the first such state.
+    Returns float64 ``[n]`` in [0, 1], NaN for vectors with a NaN or Inf, and int64 ``[n]``, the first such
+    state.
     """
     device = weight.device if weight.device.type == "cuda" else torch.device("cpu")  # others lack float64
     directions = _directions(states).to(device)

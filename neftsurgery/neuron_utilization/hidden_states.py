@@ -1,4 +1,4 @@
-"""The mean hidden states of a live model over a text, added up layer by layer while the model runs.
+"""A model's stack of blocks, and its mean hidden states over a text, added up layer by layer as it runs.
 
 They are numbered like ``hidden_states`` in transformers: number 0 enters the first block, number ``i`` leaves
 block ``i - 1``, and the last one has passed through the final norm, if there is one. In addition to what the
@@ -8,16 +8,17 @@ model holds, only one layer's hidden states are in memory at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MismatchError
-from .blocks import BlockStack
+from ..neurons.tensor_names import layer_and_kind
 from .tokenized_text import TokenChunk
 
-__all__ = ["mean_hidden_states"]
+__all__ = ["BlockStack", "find_block_stack", "hidden_size", "mean_hidden_states"]
 
 
 def mean_hidden_states(
@@ -30,21 +31,11 @@ def mean_hidden_states(
 ) -> Tensor:
     """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU.
 
-    Parameters
-    ----------
-    model:
-        A transformers model that contains ``stack``. Its head is not run.
-    batches:
-        The chunks of tokens that go through the model together.
-    padding:
-        The token id that fills up short chunks at the end. It is masked.
-    advance:
-        Called with the number of tokens after each batch.
+    ``model`` is a transformers model that contains ``stack``; its head is not run. Each batch holds the
+    chunks that go through the model together; the token id ``padding``, which is masked, fills up the short
+    ones. ``advance`` is called with the number of tokens after each batch.
 
-    Raises
-    ------
-    MismatchError
-        If the blocks do not pass on hidden states, or a hidden state is not finite.
+    Raises MismatchError if the blocks do not pass on hidden states, or a hidden state is not finite.
     """
     sums = _StateSums(stack)
     body, device = model.base_model, next(model.parameters()).device
@@ -134,3 +125,55 @@ class _StateSums:
         for row, weights in zip(states, self._weights, strict=True):  # one chunk at a time in float64
             count = int(torch.count_nonzero(weights))
             total += weights[:count] @ row[:count].cpu().double()
+
+
+@dataclass(frozen=True)
+class BlockStack:
+    """The blocks that the hidden states pass through, one after the other."""
+
+    path: str  # the name of the list of blocks in the model, ``"model.layers"``
+    blocks: tuple[nn.Module, ...]  # the blocks, first to last
+
+    def block_of(self, parameter: str) -> int | None:
+        """The number of the block that contains a parameter of the live model; None if no block does."""
+        parent, _, number = layer_and_kind(parameter.split("."))[0].rpartition(".")
+        return int(number) if parent == self.path and number.isdecimal() else None
+
+
+def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
+    """The stack of blocks that contains ``parameters``; of several, that of the language model.
+
+    Raises MismatchError if there is no such stack, or more than one.
+    """
+    paths = dict.fromkeys(layer_and_kind(name.split("."))[0].rpartition(".")[0] for name in parameters)
+    modules = dict(model.named_modules())
+    found = {}
+    for path in paths:
+        module = modules.get(path) if path else None
+        if isinstance(module, nn.ModuleList):
+            found[path] = BlockStack(path, tuple(module))
+    if len(found) > 1:
+        depth = getattr(_text_config(model), "num_hidden_layers", None)
+        found = {path: stack for path, stack in found.items() if len(stack.blocks) == depth}
+    if len(found) != 1:
+        raise MismatchError(
+            "the model must have exactly one stack of blocks with neurons as wide as the hidden states",
+            expected="one stack",
+            found=", ".join(found or paths) or "none",
+        )
+    return next(iter(found.values()))
+
+
+def hidden_size(model: Any) -> int:
+    """The width of a model's hidden states.
+
+    Raises MismatchError if the model's config has no ``hidden_size``.
+    """
+    width = getattr(_text_config(model), "hidden_size", None)
+    if not isinstance(width, int):
+        raise MismatchError("the model's config has no hidden_size", found=type(model).__name__)
+    return width
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config()

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
+from ..live.loading import load_model
 from ..live.names import live_names
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..surgery.diff import diff
 from ..tuning.attach import attach
-from .blocks import find_block_stack
 from .correlation import max_correlations
-from .hidden_states import mean_hidden_states
-from .loading import load_model
+from .hidden_states import find_block_stack, mean_hidden_states
+from .options import DTYPES
 from .result import TensorUtilization, with_ranks
 from .tokenized_text import token_batches
 
@@ -37,15 +37,14 @@ def measure(plan: UtilizationPlan, progress: Progress) -> dict[str, TensorUtiliz
         trained = _replaced(plan, plan.tuned)
     else:
         trained = _changed(plan, plan.tuned, progress)
-    model = load_model(plan.base, plan.stack, dtype=plan.dtype, device=plan.device)
+    model = _load(plan, plan.base)
     before = _correlations(plan, model, "before", progress)
     if isinstance(plan.tuned, Patch):
         with attach(model, plan.tuned, base=plan.base.source.path):
             after = _correlations(plan, model, "after", progress)
     else:
         del model  # memory may not hold two models
-        tuned = load_model(plan.tuned, plan.stack, dtype=plan.dtype, device=plan.device)
-        after = _correlations(plan, tuned, "after", progress)
+        after = _correlations(plan, _load(plan, plan.tuned), "after", progress)
     no_ranks = np.zeros(0, np.int64)
     return with_ranks(
         TensorUtilization(
@@ -54,6 +53,14 @@ def measure(plan: UtilizationPlan, progress: Progress) -> dict[str, TensorUtiliz
         )
         for name, tensor in plan.tensors.items()
     )  # fmt: skip
+
+
+def _load(plan: UtilizationPlan, checkpoint: Checkpoint) -> Any:
+    """A model with its weights. The files must hold every block, on which the hidden states depend."""
+    dtype: Any = getattr(torch, plan.dtype) if plan.dtype in DTYPES else "auto"
+    model = load_model(checkpoint, "saved", dtype=dtype, required=plan.stack)
+    model.config.use_cache = False  # every text is read once
+    return model.to(plan.device)
 
 
 def _correlations(plan: UtilizationPlan, model: Any, when: str, progress: Progress) -> _Correlations:

@@ -20,22 +20,12 @@ def ranked_tensors(
 ) -> dict[str, NeuronTensor]:
     """The tensors whose neurons are ranked, by name.
 
-    Parameters
-    ----------
-    trained:
-        The trained neurons, if they are known.
-    anatomy:
-        ``ffn`` or ``rows``. None: the paper's ``ffn``, and in addition all tensors of the kinds in which
-        ``trained`` has neurons, along the same axes.
-    width:
-        The width of the hidden states.
+    ``trained``: the trained neurons, if they are known. ``anatomy``: ``ffn`` or ``rows``; None is the paper's
+    ``ffn``, and in addition all tensors of the kinds in which ``trained`` has neurons, along the same axes.
+    ``width``: that of the hidden states.
 
-    Raises
-    ------
-    UsageError
-        If there is no such anatomy.
-    MismatchError
-        If the architecture is unknown, or has no neuron of that width.
+    Raises UsageError if there is no such anatomy, and MismatchError if the architecture is unknown, or has no
+    neuron of that width.
     """
     if anatomy is not None and anatomy not in ANATOMIES:
         raise UsageError(

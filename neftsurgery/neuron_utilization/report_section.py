@@ -7,16 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..reporting.figure import Column, ReportFigure, Table
-from ..reporting.plotting import (
-    ACCENT,
-    CONTRAST,
-    FIGURE_WIDTH,
-    MUTED,
-    MplFigure,
-    annotate,
-    heatmap,
-    minimal_axes,
-)
+from ..reporting.plotting import ACCENT, CONTRAST, MUTED, MplFigure, annotate, heatmap, new_axes
 from ..reporting.sections import ReportSection
 from ..text import commas, four_digits, label, percent
 from .result import GROUPS, NeuronGroup, Utilization
@@ -35,12 +26,7 @@ _STATES = {
 def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> ReportSection:
     """A utilization as a section of a report.
 
-    Parameters
-    ----------
-    title:
-        The title of the section.
-    suffix:
-        Appended to the ids of the section and its figures, which must be unique in a report.
+    ``suffix`` is appended to the ids of the section and its figures, which must be unique in a report.
     """
     facts, text = found.facts, found.facts["text"]
     unranked = facts["patch"]["outside"] if "patch" in facts else 0
@@ -116,8 +102,7 @@ def _verdict(groups: dict[str, NeuronGroup]) -> str:
 
 
 def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
-    fig.set_size_inches(FIGURE_WIDTH, 2.2)
-    axes = fig.add_subplot()
+    axes = new_axes(fig, 2.2, grid="x", xlabel="mean rank change, share of the ranking")
     shares = [100 * (group.mean_share or 0) for group in groups.values()]
     colours = [MUTED, ACCENT, MUTED, CONTRAST, CONTRAST, CONTRAST]
     axes.barh(range(len(groups)), shares, color=colours, height=0.62)
@@ -127,9 +112,7 @@ def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
     axes.set_yticks(range(len(groups)), [name.replace("_", " ") for name in groups])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.55 * max(*shares, 0.01))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    axes.set_xlabel("mean rank change, share of the ranking")
-    minimal_axes(axes, grid="x")
+    axes.xaxis.set_major_formatter("{x:g}%")
 
 
 def _buckets(found: Utilization, id: str) -> ReportFigure:
@@ -153,8 +136,8 @@ def _buckets(found: Utilization, id: str) -> ReportFigure:
 
 
 def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float | None]]) -> None:
-    fig.set_size_inches(FIGURE_WIDTH, 2.7)
-    axes = fig.add_subplot()
+    what = "percent of the ranking before training, largest correlations first"
+    axes = new_axes(fig, 2.7, grid="y", xlabel=what, ylabel="mean rank change")
     xs = np.arange(len(rows))
     moved = np.array([np.nan if mean is None else mean for *_, mean in rows])
     axes.bar(xs, moved, width=0.8, color=ACCENT)
@@ -164,9 +147,6 @@ def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float 
             annotate(axes, text, (x, value), (0, 3), color=MUTED, ha="center", fontsize=7)
     axes.set_xticks(np.arange(len(rows) + 1) - 0.5, [f"{100 * start:g}" for start, *_ in rows] + ["100"])
     axes.set_ylim(0, 1.15 * max(float(np.nanmax(moved, initial=0)), 1))
-    axes.set_xlabel("percent of the ranking before training, largest correlations first")
-    axes.set_ylabel("mean rank change")
-    minimal_axes(axes, grid="y")
 
 
 def _map(found: Utilization, id: str) -> ReportFigure:
@@ -209,8 +189,7 @@ def _draw_map(
 ) -> None:
     share = share[:_MAX_LAYERS, :_MAX_KINDS]
     layers, kinds = share.shape
-    fig.set_size_inches(FIGURE_WIDTH, 1.0 + 0.21 * layers)
-    axes = fig.add_subplot()
+    axes = new_axes(fig, 1.0 + 0.21 * layers)
     top = float(np.nanmax(share, initial=0.0)) or 1.0
     rows = [label(name, 24) for name in found.layers[:layers]]
     columns = [label(kind, 28) for kind in found.kinds[:kinds]]

@@ -1,10 +1,11 @@
-"""The result of ``utilization``, as a value and as a file: the numbers of every neuron, and their summary."""
+"""The result of ``utilization``, as a value and as a file: the ranks of every neuron, and their summary."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -20,15 +21,17 @@ from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
-from .ranking import rank_limit, ranks
 
 __all__ = [
     "BUCKET_EDGES",
     "GROUPS",
+    "PAPER_LIMIT",
     "NeuronGroup",
     "RankBucket",
     "TensorUtilization",
     "Utilization",
+    "rank_limit",
+    "ranks",
     "with_ranks",
 ]
 
@@ -52,33 +55,23 @@ _TYPES = {"F64": np.dtype("<f8"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorUtilization:
-    """The neurons of one tensor. Each array has the shape ``[n]``.
+    """The neurons of one tensor. Each array has the shape ``[n]``."""
 
-    Attributes
-    ----------
-    info, layout, layer, kind:
-        The tensor, its layer and its kind of weight. Neurons of one ``kind`` are ranked together.
-    before, after:
-        Float64: the largest absolute correlation with a hidden state, before and after training.
-    state_before, state_after:
-        Int32: the number of that hidden state.
-    rank_before, rank_after:
-        Int64: 1 for the largest correlation of the kind; 0 for a neuron that is not ranked.
-    trained:
-        Bool: whether the neuron was trained.
-    """
-
+    # The tensor, its layer and its kind of weight. Neurons of one ``kind`` are ranked together.
     info: TensorInfo
     layout: Layout
     layer: str
     kind: str
+    # Float64: the largest absolute correlation with a hidden state, before and after training.
     before: NDArray[np.float64]
     after: NDArray[np.float64]
+    # Int32: the number of that hidden state.
     state_before: NDArray[np.int32]
     state_after: NDArray[np.int32]
+    # Int64: 1 for the largest correlation of the kind; 0 for a neuron that is not ranked.
     rank_before: NDArray[np.int64]
     rank_after: NDArray[np.int64]
-    trained: NDArray[np.bool_]
+    trained: NDArray[np.bool_]  # bool: whether the neuron was trained
 
     @property
     def change(self) -> NDArray[np.int64]:
@@ -93,21 +86,12 @@ class TensorUtilization:
 
 @dataclass(frozen=True, slots=True)
 class NeuronGroup:
-    """The summary of a group of neurons.
+    """The summary of a group of neurons."""
 
-    Attributes
-    ----------
-    neurons:
-        How many neurons the group has.
-    mean_rank_change:
-        The mean of the absolute rank changes; None for an empty group.
-    mean_share:
-        The mean rank change as a share of the neurons ranked together, which compares models
-        of different size; None for an empty group.
-    """
-
-    neurons: int
-    mean_rank_change: float | None
+    neurons: int  # how many neurons the group has
+    mean_rank_change: float | None  # the mean of the absolute rank changes; None for an empty group
+    # The mean rank change as a share of the neurons ranked together, which compares models of different size;
+    # None for an empty group.
     mean_share: float | None
 
     def describe(self) -> dict[str, Any]:
@@ -351,3 +335,27 @@ def _vectors(file: TensorFile, name: str, count: int) -> Iterator[tuple[str, NDA
             raise bad(file, _WHAT, f"the entry {which} is missing or does not fit", name)
         values = file.array(f"{name}:{which}")
         yield which, values.astype(np.bool_) if which == "trained" else values
+
+
+PAPER_LIMIT = Fraction(100_000, 32 * 11_008)
+"""The paper's limit of 100,000 ranks as a share of the neurons ranked together: the up rows, or the down
+columns, of Llama-2-7B (32 layers of 11,008)."""
+
+
+def ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The rank of each value, ``[n]``: 1 for the largest, 0 for NaN. Equal values rank in their order."""
+    ranked = np.zeros(len(values), np.int64)
+    order = np.argsort(-values, kind="stable")  # NaN last
+    order = order[: np.count_nonzero(~np.isnan(values))]
+    ranked[order] = np.arange(1, len(order) + 1)
+    return ranked
+
+
+def rank_limit(strongly: Amount | None, pool: int) -> int:
+    """The rank change that a strongly affected neuron exceeds, in a pool of ``pool`` neurons."""
+    if strongly is None:
+        return int(PAPER_LIMIT * pool)
+    if strongly.percent is not None:
+        return int(strongly.percent / 100 * pool)
+    assert strongly.count is not None  # an amount has either a percentage or a count
+    return strongly.count

@@ -19,44 +19,24 @@ _TEXT_HINT = "name a file with a text on each line"
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Consecutive tokens of one text that the model sees together.
+    """Consecutive tokens of one text that the model sees together."""
 
-    Attributes
-    ----------
-    ids:
-        The token ids, at least one.
-    weight:
-        The weight of each token in the mean: 1 / (tokens of its text x texts). All texts count equally.
-    """
-
-    ids: Sequence[int]
+    ids: Sequence[int]  # the token ids, at least one
+    # The weight of each token in the mean: 1 / (tokens of its text x texts). All texts count equally.
     weight: float
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """The tokens of a text file.
+    """The tokens of a text file."""
 
-    Attributes
-    ----------
-    name:
-        The file's name without its folder.
-    digest:
-        XXH3-128 of its bytes, hex.
-    chunks:
-        The chunks in the order of the file.
-    texts, tokens:
-        How many texts (lines) and tokens are used.
-    truncated:
-        Whether the file has more texts or tokens.
-    """
-
-    name: str
-    digest: str
-    chunks: tuple[TokenChunk, ...]
+    name: str  # the file's name without its folder
+    digest: str  # XXH3-128 of its bytes, hex
+    chunks: tuple[TokenChunk, ...]  # the chunks in the order of the file
+    # How many texts (lines) and tokens are used.
     texts: int
     tokens: int
-    truncated: bool
+    truncated: bool  # whether the file has more texts or tokens
 
     def describe(self) -> dict[str, Any]:
         """The text as JSON, without its tokens."""
@@ -72,23 +52,12 @@ class TokenizedText:
 def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, length: int) -> TokenizedText:
     """Tokenize a text file. Every line that is not blank is a text; a long text becomes several chunks.
 
-    Parameters
-    ----------
-    path:
-        A UTF-8 file.
-    tokenizer:
-        A transformers tokenizer. Special tokens that it adds to a text count like others.
-    tokens:
-        The largest number of tokens, from the beginning of the file. The last text is truncated to fit.
-    length:
-        The largest number of tokens of a chunk.
+    At most ``tokens`` tokens are taken, from the beginning of the UTF-8 file; the last text is truncated to
+    fit. A chunk has at most ``length`` tokens. Special tokens that the tokenizer adds to a text count like
+    others.
 
-    Raises
-    ------
-    UsageError
-        If there is no such file, or it contains no token.
-    CorruptFileError
-        If the file is not UTF-8.
+    Raises UsageError if there is no such file, or it contains no token, and CorruptFileError if the file is
+    not UTF-8.
     """
     file = Path(path)
     if not file.is_file():

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
+from ..live.loading import load_tokenizer, meta_model, require_model_folder
 from ..live.names import live_names
 from ..neurons.anatomy import NeuronTensor
 from ..patch.patch import PATCH_KEY, Patch
@@ -22,8 +23,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..version import __version__
-from .blocks import find_block_stack, hidden_size
-from .loading import load_tokenizer, meta_model, require_model_folder, resolve_device
+from .hidden_states import find_block_stack, hidden_size
 from .measure import measure
 from .options import BATCH, DTYPES, LENGTH, TOKENS, States, UtilizationOptions
 from .ranked_neurons import count_unranked, ranked_tensors
@@ -35,51 +35,27 @@ __all__ = ["UtilizationPlan", "plan_utilization", "utilization"]
 
 @dataclass(frozen=True, repr=False)
 class UtilizationPlan:
-    """A planned utilization: everything is checked, no weight is loaded, nothing is written.
+    """A planned utilization: everything is checked, no weight is loaded, nothing is written."""
 
-    Attributes
-    ----------
-    base:
-        The checkpoint before training.
-    tuned:
-        A patch of the base, or another checkpoint.
-    text:
-        The tokens of the text.
-    padding:
-        The token id that fills up short chunks.
-    tensors, blocks:
-        The ranked neurons by tensor name, and the number of the block that contains each tensor.
-    unranked:
-        How many trained neurons are not ranked; None if only a comparison of the checkpoints will tell.
-    stack:
-        The name of the list of blocks in the model.
-    states, strongly:
-        The options of `utilization`.
-    batch:
-        The number of tokens that go through the model at once.
-    dtype, device:
-        What the model computes in, and where.
-    out:
-        Where the numbers of every neuron are written; None: not at all.
-    force:
-        Whether to replace an existing ``out``.
-    """
-
-    base: Checkpoint
-    tuned: Patch | Checkpoint
+    base: Checkpoint  # the checkpoint before training
+    tuned: Patch | Checkpoint  # a patch of the base, or another checkpoint
     text: TokenizedText
-    padding: int
+    padding: int  # the token id that fills up short chunks
+    # The ranked neurons by tensor name, and the number of the block that contains each tensor.
     tensors: Mapping[str, NeuronTensor]
     blocks: Mapping[str, int]
+    # How many trained neurons are not ranked; None if only a comparison of the checkpoints will tell.
     unranked: int | None
-    stack: str
+    stack: str  # the name of the list of blocks in the model
+    # The options of `utilization`.
     states: States
     strongly: Amount | None
-    batch: int
+    batch: int  # the number of tokens that go through the model at once
+    # What the model computes in, and where.
     dtype: str
     device: torch.device
-    out: AnyPath | None
-    force: bool
+    out: AnyPath | None  # where the numbers of every neuron are written; None: not at all
+    force: bool  # whether to replace an existing ``out``
 
     def __repr__(self) -> str:
         return (
@@ -215,7 +191,7 @@ def plan_utilization(
     limit = None if strongly is None else Amount.parse(strongly)
     before = Checkpoint.open(base)
     try:
-        model = meta_model(before)
+        model = _single_stream(before)
         after = _open_tuned(before, tuned)
         trained = after.selection if isinstance(after, Patch) else None
         tensors = ranked_tensors(before, trained, anatomy, hidden_size(model))
@@ -242,7 +218,7 @@ def plan_utilization(
         limit,
         batch,
         dtype,
-        resolve_device(device),
+        _device(device),
         out,
         force,
     )
@@ -261,6 +237,30 @@ def _check_options(states: str, dtype: str, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"[[{name}]] must be at least 1", found=count)
+
+
+def _single_stream(base: Checkpoint) -> Any:
+    """The model without weights, which must have one stream of hidden states."""
+    model = meta_model(base, "saved")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            "an encoder-decoder model has two streams of hidden states; only models with one are supported",
+            file=base.name,
+        )
+    return model
+
+
+def _device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is a GPU if torch has one, otherwise the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of these
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"torch has no device {name!r}", found=reason) from error
+    return device
 
 
 def _open_tuned(base: Checkpoint, tuned: AnyPath | Patch) -> Patch | Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,41 +14,29 @@ from ..selection.budget import Amount, Budget
 from ..selection.selection import Selection
 from .figure import Column, ReportFigure, Table
 from .layer_map import LayerMap
-from .plotting import ACCENT, FIGURE_WIDTH, MUTED, MplFigure, annotate, heatmap, legend_above, minimal_axes
+from .plotting import ACCENT, MUTED, MplFigure, annotate, heatmap, legend_above, new_axes
 
 __all__ = ["PERCENTS", "BudgetPoint", "BudgetSweep"]
 
 #: The budgets, in percent of the scored neurons.
 PERCENTS = ("0.5", "1", "2", "3", "5", "7.5", "10", "15", "20")
 _KINDS = 14
+_CHOSEN_SHARE = "share of the scored neurons chosen"
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetPoint:
-    """What one budget chooses.
+    """What one budget chooses."""
 
-    Attributes
-    ----------
-    budget:
-        The budget as text: ``3%``.
-    neurons, parameters:
-        How many neurons it chooses, and how many parameters they hold.
-    share:
-        The chosen share of the scored neurons.
-    captured, captured_scored:
-        The captured share of the squared change: of all common tensors, and of the scored ones. NaN if
-        unknown.
-    kinds:
-        For each kind of weight, its chosen neurons and all its neurons.
-    """
-
-    budget: str
+    budget: str  # the budget as text: ``3%``
+    # How many neurons it chooses, and how many parameters they hold.
     neurons: int
     parameters: int
-    share: float
+    share: float  # the chosen share of the scored neurons
+    # The captured share of the squared change: of all common tensors, and of the scored ones. NaN if unknown.
     captured: float
     captured_scored: float
-    kinds: dict[str, tuple[int, int]]
+    kinds: dict[str, tuple[int, int]]  # for each kind of weight, its chosen neurons and all its neurons
 
     @classmethod
     def of(cls, budget: str, scores: Scores, selection: Selection) -> BudgetPoint:
@@ -78,16 +66,10 @@ class BudgetSweep:
         points = []
         with progress("computing", len(PERCENTS)) as advance:
             for percent in PERCENTS:
-                amount = Amount.parse(f"{percent}%")
-                bare = replace(
-                    budget,
-                    neurons=amount,
-                    params=None,
-                    threshold=None,
-                    changed=False,
-                    like=None,
-                    with_bias=False,
-                )
+                bare = Budget(
+                    Amount.parse(f"{percent}%"), per=budget.per, max_per_tensor=budget.max_per_tensor,
+                    policy=budget.policy, seed=budget.seed,
+                )  # fmt: skip
                 points.append(BudgetPoint.of(f"{percent}%", scores, scores.choose(bare)))
                 advance(1)
         return cls(tuple(points))
@@ -128,8 +110,8 @@ class BudgetSweep:
         )
 
     def _draw_captured(self, fig: MplFigure) -> None:
-        fig.set_size_inches(FIGURE_WIDTH, 2.9)
-        axes = fig.add_subplot()
+        labels = {"xlabel": _CHOSEN_SHARE, "ylabel": "share of the change captured"}
+        axes = new_axes(fig, 2.9, grid="y", **labels)
         xs = np.arange(len(self.points))
         captured = 100 * np.array([point.captured for point in self.points])
         equal = 100 * np.array([point.share for point in self.points])
@@ -140,13 +122,10 @@ class BudgetSweep:
         for x, y in zip(xs, captured, strict=True):
             annotate(axes, text.percent(y / 100), (x, y), (-7, 6), ha="center", color=ACCENT)
         axes.set_xticks(xs, [point.budget for point in self.points])
-        axes.set_ylim(0, max(1.0, 1.16 * float(np.nanmax(captured)), 1.16 * float(equal.max())))
-        axes.set_xlim(-0.6, len(xs) - 0.6)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-        axes.set_xlabel("share of the scored neurons chosen")
-        axes.set_ylabel("share of the change captured")
+        top = max(1.0, 1.16 * float(np.nanmax(captured)), 1.16 * float(equal.max()))
+        axes.set(xlim=(-0.6, len(xs) - 0.6), ylim=(0, top))
+        axes.yaxis.set_major_formatter("{x:g}%")
         legend_above(axes)
-        minimal_axes(axes, grid="y")
 
     def kinds_figure(self, id: str = "growth-by-kind") -> ReportFigure:
         """The chosen share of each kind of weight, by budget."""
@@ -178,12 +157,10 @@ class BudgetSweep:
         share = np.array(
             [[p.kinds[kind][0] / max(1, p.kinds[kind][1]) for p in self.points] for kind in kinds]
         )
-        fig.set_size_inches(FIGURE_WIDTH, 0.6 + 0.24 * len(kinds))
-        axes = fig.add_subplot()
+        axes = new_axes(fig, 0.6 + 0.24 * len(kinds), xlabel=_CHOSEN_SHARE)
         rows, columns = [text.label(kind, 28) for kind in kinds], [point.budget for point in self.points]
         heatmap(axes, share, rows, columns, top=float(share.max()) or 1.0, slanted=False, gaps=False)
         axes.xaxis.tick_bottom()
-        axes.set_xlabel("share of the scored neurons chosen")
 
 
 def _largest(points: Sequence[BudgetPoint]) -> list[str]:

@@ -13,17 +13,7 @@ from ..tensors.arrays import Float64Array, Int64Array
 from .budget_sweep import PERCENTS
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
-from .plotting import (
-    ACCENT,
-    CONTRAST,
-    FIGURE_WIDTH,
-    INK,
-    MUTED,
-    MplFigure,
-    annotate,
-    legend_above,
-    minimal_axes,
-)
+from .plotting import ACCENT, CONTRAST, INK, MUTED, MplFigure, annotate, legend_above, new_axes
 
 __all__ = ["Control", "ControlComparison", "spearman"]
 
@@ -37,55 +27,31 @@ _MARKS = {"norm": ("s", CONTRAST), "random": ("o", ACCENT)}
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A score compared with one control.
+    """A score compared with one control."""
 
-    Attributes
-    ----------
-    name:
-        ``norm`` or ``random``.
-    correlation:
-        Spearman's rank correlation over all candidates. NaN if one of the two is constant.
-    by_kind:
-        The same within each kind of weight.
-    overlaps:
-        For each budget, how many candidates both choose.
-    chosen:
-        How many of the chosen candidates the control also chooses with the same budget.
-    """
-
-    name: str
+    name: str  # ``norm`` or ``random``
+    # Spearman's rank correlation over all candidates. NaN if one of the two is constant.
     correlation: float
-    by_kind: tuple[float, ...]
-    overlaps: tuple[int, ...]
-    chosen: int
+    by_kind: tuple[float, ...]  # the same within each kind of weight
+    overlaps: tuple[int, ...]  # for each budget, how many candidates both choose
+    chosen: int  # how many of the chosen candidates the control also chooses with the same budget
 
 
 @dataclass(frozen=True, slots=True)
 class ControlComparison:
-    """A score compared with its controls.
+    """A score compared with its controls."""
 
-    Attributes
-    ----------
-    score, word:
-        The name of the score, and what it scores: ``neuron`` or ``unit``.
-    count, chosen:
-        How many candidates have a score, and how many of them are chosen.
-    kinds, sizes:
-        The kinds of weight, and the number of candidates of each.
-    taken:
-        For each budget in `PERCENTS`, how many candidates it chooses from one pool.
-    controls:
-        ``norm``, if the scores file holds the norms, and ``random``.
-    """
-
+    # The name of the score, and what it scores: ``neuron`` or ``unit``.
     score: str
     word: str
+    # How many candidates have a score, and how many of them are chosen.
     count: int
     chosen: int
+    # The kinds of weight, and the number of candidates of each.
     kinds: tuple[str, ...]
     sizes: tuple[int, ...]
-    taken: tuple[int, ...]
-    controls: tuple[Control, ...]
+    taken: tuple[int, ...]  # for each budget in `PERCENTS`, how many candidates it chooses from one pool
+    controls: tuple[Control, ...]  # ``norm``, if the scores file holds the norms, and ``random``
 
     @classmethod
     def of(cls, candidates: Candidates, score: str) -> ControlComparison:
@@ -164,8 +130,8 @@ class ControlComparison:
         )
 
     def _draw_overlaps(self, fig: MplFigure) -> None:
-        fig.set_size_inches(FIGURE_WIDTH, 2.7)
-        axes = fig.add_subplot()
+        labels = {"xlabel": f"share of the {self.word}s chosen", "ylabel": "also chosen by the control"}
+        axes = new_axes(fig, 2.7, grid="y", **labels)
         xs = np.arange(len(PERCENTS))
         chance = 100 * np.array(self.taken) / self.count
         top = float(chance.max())
@@ -176,13 +142,9 @@ class ControlComparison:
             axes.plot(xs, share, color=colour, marker=mark, markersize=5, linewidth=1.6, label=control.name)
         axes.plot(xs, chance, color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label="chance")
         axes.set_xticks(xs, [f"{percent}%" for percent in PERCENTS])
-        axes.set_ylim(0, min(105, 1.2 * top))
-        axes.set_xlim(-0.4, len(xs) - 0.6)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-        axes.set_xlabel(f"share of the {self.word}s chosen")
-        axes.set_ylabel("also chosen by the control")
+        axes.set(xlim=(-0.4, len(xs) - 0.6), ylim=(0, min(105, 1.2 * top)))
+        axes.yaxis.set_major_formatter("{x:g}%")
         legend_above(axes)
-        minimal_axes(axes, grid="y")
 
     def correlation_figure(self, id: str = "correlation") -> ReportFigure:
         """The rank correlation with each control: overall, and by kind of weight."""
@@ -209,8 +171,8 @@ class ControlComparison:
 
     def _draw_correlations(self, fig: MplFigure) -> None:
         shown = np.sort(np.argsort([-size for size in self.sizes], kind="stable")[:_KINDS])
-        fig.set_size_inches(FIGURE_WIDTH, 0.65 + 0.27 * (len(shown) + 1))
-        axes = fig.add_subplot()
+        height = 0.65 + 0.27 * (len(shown) + 1)
+        axes = new_axes(fig, height, grid="both", xlabel="rank correlation with the control")
         names = ["all", *(text.label(self.kinds[kind], 28) for kind in shown)]
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for control in self.controls:
@@ -224,12 +186,9 @@ class ControlComparison:
                         style = {"ha": "left" if side > 0 else "right", "va": "center", "color": INK}
                         annotate(axes, text.correlation(value), (value, row), (8 * side, 0), **style)
         axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(-1.15, 1.15)
+        axes.set(xlim=(-1.15, 1.15), ylim=(len(names) - 0.5, -0.5))
         axes.set_xticks([-1, -0.5, 0, 0.5, 1], [text.correlation(tick) for tick in (-1, -0.5, 0, 0.5, 1)])
-        axes.set_xlabel("rank correlation with the control")
         legend_above(axes)
-        minimal_axes(axes, grid="both")
 
 
 def spearman(one: Float64Array, other: Float64Array) -> float:

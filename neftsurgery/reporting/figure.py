@@ -21,23 +21,12 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table.
+    """A column of a table."""
 
-    Attributes
-    ----------
-    key:
-        The name in CSV and JSON.
-    title:
-        The heading on the page.
-    show:
-        Formats a value other than None.
-    bar:
-        Whether the page draws a bar behind the number, in proportion to the largest number of the column.
-    """
-
-    key: str
-    title: str
-    show: Callable[[Any], str] = str
+    key: str  # the name in CSV and JSON
+    title: str  # the heading on the page
+    show: Callable[[Any], str] = str  # formats a value other than None
+    # Whether the page draws a bar behind the number, in proportion to the largest number of the column.
     bar: bool = False
 
     @property
@@ -73,43 +62,21 @@ def _finite(cell: Cell) -> Cell:
 
 @dataclass(frozen=True, eq=False)
 class ReportFigure:
-    """One figure of a report.
+    """One figure of a report."""
 
-    Attributes
-    ----------
-    id:
-        The anchor on the page, and the file name without its suffix; unique in a report.
-    title, units:
-        What the figure shows, and in which units.
-    reading:
-        One or two sentences on how to read it.
-    table:
-        The numbers of the figure.
-    draw:
-        Draws on an empty matplotlib figure; None for a figure that has only its table.
-    verdict:
-        The result in one sentence; may be empty.
-    as_table:
-        Whether the page shows the table instead of the image.
-    """
-
-    id: str
+    id: str  # the anchor on the page, and the file name without its suffix; unique in a report
+    # What the figure shows, and in which units.
     title: str
     units: str
-    reading: str
-    table: Table
+    reading: str  # one or two sentences on how to read it
+    table: Table  # the numbers of the figure
+    # Draws on an empty matplotlib figure; None for a figure that has only its table.
     draw: DrawFunction | None = None
-    verdict: str = ""
-    as_table: bool = False
+    verdict: str = ""  # the result in one sentence; may be empty
+    as_table: bool = False  # whether the page shows the table instead of the image
 
     def png(self) -> bytes:
-        """The image as a PNG on white.
-
-        Raises
-        ------
-        UsageError
-            If matplotlib is not installed.
-        """
+        """The image as a PNG on white. Raises UsageError if matplotlib is not installed."""
         return plotting.png(self._draw(), dpi=200)
 
     def svg(self) -> str:

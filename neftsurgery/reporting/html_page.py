@@ -22,11 +22,7 @@ def render_html(title: str, sections: Sequence[ReportSection], advance: Callable
     """The page as text; ``advance`` is called with 1 after each figure.
 
     All text from files is escaped. The page's content security policy forbids scripts and network requests.
-
-    Raises
-    ------
-    UsageError
-        If jinja2 or matplotlib is not installed.
+    Raises UsageError if jinja2 or matplotlib is not installed.
     """
     try:
         from jinja2 import Environment, StrictUndefined

@@ -31,39 +31,23 @@ class Candidates:
     """What a budget chooses from: the neurons that have a score, or the units that they form.
 
     They are ordered as ties are broken: by tensor name, then by index. A unit is placed by its first neuron.
-
-    Attributes
-    ----------
-    word:
-        ``neuron`` or ``unit``.
-    tensors:
-        The names of all scored tensors.
-    tensor, index:
-        Int64 ``[n]``: the number of the tensor, and the index of the neuron in it. For a unit, those of its
-        first neuron.
-    score:
-        Float32 ``[n]``: the scores.
-    base_sq, delta_sq:
-        Float64 ``[n]``: the squared norms of the base vector and of the change. For a unit, their sums. None
-        if the file does not hold them.
-    chosen:
-        Bool ``[n]``: whether the budget chooses it.
-    kinds:
-        The names of the kinds of weight. For units, the names of the blocks.
-    kind:
-        Int64 ``[n]``: the number of the kind.
     """
 
-    word: str
-    tensors: tuple[str, ...]
+    word: str  # ``neuron`` or ``unit``
+    tensors: tuple[str, ...]  # the names of all scored tensors
+    # Int64 ``[n]``: the number of the tensor, and the index of the neuron in it. For a unit, those of its
+    # first neuron.
     tensor: Int64Array
     index: Int64Array
-    score: NDArray[np.float32]
+    score: NDArray[np.float32]  # float32 ``[n]``: the scores
+    # Float64 ``[n]``: the squared norms of the base vector and of the change. For a unit, their sums. None if
+    # the file does not hold them.
     base_sq: Float64Array | None
     delta_sq: Float64Array | None
-    chosen: NDArray[np.bool_]
+    chosen: NDArray[np.bool_]  # bool ``[n]``: whether the budget chooses it
+    # The names of the kinds of weight. For units, the names of the blocks.
     kinds: tuple[str, ...]
-    kind: Int64Array
+    kind: Int64Array  # int64 ``[n]``: the number of the kind
 
     def __len__(self) -> int:
         return len(self.score)
@@ -128,14 +112,8 @@ ReportInput = ScoresInput | PatchInput
 def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list[ReportInput]:
     """Open the inputs of a report, and choose neurons from each scores file.
 
-    Raises
-    ------
-    UsageError
-        If there is no input, or a path is neither a scores file nor a patch.
-    MismatchError
-        If the budget chooses no neuron from a scores file.
-    CorruptFileError
-        If a file is damaged.
+    Raises UsageError if there is no input, or a path is neither a scores file nor a patch; MismatchError if
+    the budget chooses no neuron from a scores file; and CorruptFileError if a file is damaged.
     """
     if not paths:
         raise UsageError("there is nothing to report on", hint="name scores files or patches")

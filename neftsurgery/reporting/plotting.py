@@ -37,7 +37,7 @@ __all__ += [
     "legend_above",
     "log_ticks",
     "png",
-    "minimal_axes",
+    "new_axes",
     "require_matplotlib",
     "svg",
     "themed_svg",
@@ -165,12 +165,22 @@ def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[
         yield fig
 
 
-def minimal_axes(axes: Axes, *, grid: Literal["x", "y", "both"]) -> None:
-    """Remove the box and the ticks; draw grid lines for the axis ``grid``."""
-    axes.tick_params(length=0)
-    axes.spines[["left", "bottom"]].set_visible(False)
-    axes.grid(axis=grid)
-    axes.set_axisbelow(True)
+def new_axes(
+    fig: MplFigure, height: float, *, grid: Literal["x", "y", "both"] | None = None, **labels: Any
+) -> Axes:
+    """The axes of a figure that is ``height`` inches high; ``labels``: what `Axes.set` takes.
+
+    With ``grid``, they have the grid lines of that axis instead of a box and ticks.
+    """
+    fig.set_size_inches(FIGURE_WIDTH, height)
+    axes: Axes = fig.add_subplot()
+    axes.set(**labels)
+    if grid is not None:
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.grid(axis=grid)
+        axes.set_axisbelow(True)
+    return axes
 
 
 def legend_above(axes: Axes) -> None:
@@ -196,17 +206,9 @@ def heatmap(
 ) -> QuadMesh:
     """Draw shares as coloured cells with their percentages.
 
-    Parameters
-    ----------
-    share:
-        Float64 ``[rows, columns]``; NaN for an empty cell.
-    rows, columns:
-        The labels of the rows, and of the columns above them.
-    top:
-        The share that has the lightest colour.
-    small, slanted, gaps:
-        Whether the percentages use the smaller font, the labels of the columns are slanted, and the
-        cells have gaps.
+    ``share`` is float64 ``[rows, columns]``, NaN for an empty cell; ``rows`` and ``columns`` are the labels.
+    The share ``top`` has the lightest colour. ``small``: the percentages use the smaller font. ``slanted``:
+    the labels of the columns, which stand above them, are slanted. ``gaps``: the cells have gaps.
     """
     cells = np.ma.masked_invalid(share)
     edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE} if gaps else {}

@@ -30,18 +30,10 @@ _TITLE_NAMES = 4
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """A report: its sections with all their numbers and figures.
+    """A report: its sections with all their numbers and figures."""
 
-    Attributes
-    ----------
-    title:
-        The title of the page.
-    sections:
-        The sections in the order of the page.
-    """
-
-    title: str
-    sections: tuple[ReportSection, ...]
+    title: str  # the title of the page
+    sections: tuple[ReportSection, ...]  # the sections in the order of the page
 
     def __repr__(self) -> str:
         counts = text.plural(len(self.sections), "section"), text.plural(len(self.figures), "figure")
@@ -53,13 +45,7 @@ class Report:
         return {figure.id: figure for section in self.sections for figure in section.figures}
 
     def html(self, *, progress: Progress = silent) -> str:
-        """The page as text.
-
-        Raises
-        ------
-        UsageError
-            If matplotlib or jinja2 is not installed.
-        """
+        """The page as text. Raises UsageError if matplotlib or jinja2 is not installed."""
         with progress("drawing", len(self.figures)) as advance:
             return render_html(self.title, self.sections, advance)
 
@@ -89,22 +75,13 @@ class Report:
 
 @dataclass(frozen=True, repr=False)
 class ReportPlan:
-    """A planned report: the inputs are open and checked, the neurons are chosen, nothing is written.
+    """A planned report: the inputs are open and checked, the neurons are chosen, nothing is written."""
 
-    Attributes
-    ----------
-    inputs:
-        The scores files and patches.
-    out, figures:
-        Where the page and the folder of figures are written; None: not at all.
-    force:
-        Whether to replace existing ones.
-    """
-
-    inputs: tuple[ReportInput, ...]
+    inputs: tuple[ReportInput, ...]  # the scores files and patches
+    # Where the page and the folder of figures are written; None: not at all.
     out: AnyPath | None
     figures: AnyPath | None
-    force: bool
+    force: bool  # whether to replace existing ones
 
     def __repr__(self) -> str:
         names = ", ".join(entry.name for entry in self.inputs)

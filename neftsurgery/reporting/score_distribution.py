@@ -11,18 +11,7 @@ from .. import text
 from ..tensors.arrays import Int64Array
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
-from .plotting import (
-    ACCENT,
-    CONTRAST,
-    FAINT,
-    FIGURE_WIDTH,
-    INK,
-    MUTED,
-    MplFigure,
-    annotate,
-    log_ticks,
-    minimal_axes,
-)
+from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
 
 __all__ = ["ScoreDistribution"]
 
@@ -34,34 +23,20 @@ _SKEWED = 8.0
 
 @dataclass(frozen=True, eq=False)
 class ScoreDistribution:
-    """One histogram of a score for each kind of weight.
+    """One histogram of a score for each kind of weight."""
 
-    Attributes
-    ----------
-    score, word:
-        The name of the score, and what it scores: ``neuron`` or ``unit``.
-    log:
-        Whether the bins have equal width in the logarithm of the score.
-    edges:
-        Float64 ``[bins + 1]``: the bin edges as scores. The last bin includes both of its edges.
-    kinds:
-        The kinds of weight.
-    counts, chosen:
-        Int64 ``[kinds, bins]``: the candidates in each bin, and how many of them are chosen.
-    zeros:
-        Int64 ``[kinds]``: candidates with a score of 0, which a logarithmic axis cannot show.
-    cut:
-        The lowest chosen score, if a single score separates the chosen from the rest; else None.
-    """
-
+    # The name of the score, and what it scores: ``neuron`` or ``unit``.
     score: str
     word: str
-    log: bool
+    log: bool  # whether the bins have equal width in the logarithm of the score
+    # Float64 ``[bins + 1]``: the bin edges as scores. The last bin includes both of its edges.
     edges: NDArray[np.float64]
     kinds: tuple[str, ...]
+    # Int64 ``[kinds, bins]``: the candidates in each bin, and how many of them are chosen.
     counts: Int64Array
     chosen: Int64Array
-    zeros: Int64Array
+    zeros: Int64Array  # int64 ``[kinds]``: candidates with a score of 0, which a logarithmic axis cannot show
+    # The lowest chosen score, if a single score separates the chosen from the rest; else None.
     cut: float | None
 
     @classmethod
@@ -128,10 +103,8 @@ class ScoreDistribution:
         )
 
     def _draw(self, fig: MplFigure) -> None:
-        shown = np.argsort(-self.chosen.sum(axis=1), kind="stable")[:_KINDS]
-        shown = np.sort(shown)
-        fig.set_size_inches(FIGURE_WIDTH, 0.75 + 0.46 * len(shown))
-        axes = fig.add_subplot()
+        shown = np.sort(np.argsort(-self.chosen.sum(axis=1), kind="stable")[:_KINDS])
+        axes = new_axes(fig, 0.75 + 0.46 * len(shown), grid="x", xlabel=f"{self.score} score")
         edges = np.log10(self.edges) if self.log else self.edges
         totals = np.maximum(self.counts.sum(axis=1) + self.zeros, 1)
         # Few neurons are chosen. The square root keeps them visible.
@@ -154,12 +127,9 @@ class ScoreDistribution:
             style = {"ha": "center", "va": "bottom", "color": CONTRAST, "annotation_clip": False}
             annotate(axes, f"cut {text.four_digits(self.cut)}", (at, len(shown)), (0, 2), **style)
         axes.set_yticks(np.arange(len(shown)) + 0.12, [text.label(self.kinds[k], 28) for k in shown[::-1]])
-        axes.set_ylim(-0.05, len(shown))
-        axes.set_xlim(edges[0], edges[-1])
+        axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.05, len(shown)))
         if self.log:
             axes.set_xticks(*log_ticks(float(edges[0]), float(edges[-1])))
-        axes.set_xlabel(f"{self.score} score")
-        minimal_axes(axes, grid="x")
 
 
 def _is_skewed(values: NDArray[np.float64]) -> bool:

@@ -14,7 +14,7 @@ from .budget_sweep import BudgetSweep
 from .control_comparison import ControlComparison
 from .figure import ReportFigure
 from .inputs import PatchInput, ReportInput, ScoresInput
-from .layer_map_figure import layer_map_figure
+from .layer_map import layer_map_figure
 from .score_distribution import ScoreDistribution
 from .selection_overlap import SelectionOverlap
 from .top_neurons import top_neurons_figure
@@ -25,29 +25,14 @@ __all__ = ["ReportSection", "sections_of"]
 
 @dataclass(frozen=True, slots=True)
 class ReportSection:
-    """A section of the page.
+    """A section of the page."""
 
-    Attributes
-    ----------
-    id:
-        The anchor on the page; unique in a report.
-    title:
-        The heading.
-    lead:
-        One sentence on what the section is about.
-    facts:
-        Formatted names and values, which the page shows as tiles.
-    figures:
-        The figures of the section.
-    data:
-        What the JSON holds in addition to the numbers of the figures.
-    """
-
-    id: str
+    id: str  # the anchor on the page; unique in a report
     title: str
-    lead: str
-    facts: tuple[tuple[str, str], ...]
+    lead: str  # one sentence on what the section is about
+    facts: tuple[tuple[str, str], ...]  # formatted names and values, which the page shows as tiles
     figures: tuple[ReportFigure, ...]
+    # What the JSON holds in addition to the numbers of the figures.
     data: Mapping[str, Any] = field(default_factory=dict)
 
 

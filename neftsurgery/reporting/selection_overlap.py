@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import combinations
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from .. import text
 from ..selection.selection import Chosen, Selection
 from .figure import Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
-from .plotting import FIGURE_WIDTH, MplFigure, heatmap
+from .plotting import MplFigure, heatmap, new_axes
 
 __all__ = ["PairOverlap", "SelectionOverlap"]
 
@@ -24,30 +25,16 @@ _MAX_LAYERS = 96
 
 @dataclass(frozen=True, slots=True)
 class PairOverlap:
-    """The overlap of two selections, in one layer or overall.
+    """The overlap of two selections, in one layer or overall."""
 
-    Attributes
-    ----------
-    first, second:
-        How many neurons each of them has.
-    shared:
-        How many neurons are in both.
-    chance:
-        The expected number of shared neurons if both chose as many neurons per tensor at random.
-    """
-
+    # How many neurons each of them has.
     first: int
     second: int
-    shared: int
-    chance: float
+    shared: int  # how many neurons are in both
+    chance: float  # the expected number of shared neurons if both chose as many neurons per tensor at random
 
     def __add__(self, other: PairOverlap) -> PairOverlap:
-        return PairOverlap(
-            self.first + other.first,
-            self.second + other.second,
-            self.shared + other.shared,
-            self.chance + other.chance,
-        )
+        return PairOverlap(*map(add, astuple(self), astuple(other)))
 
     @property
     def jaccard(self) -> float:
@@ -70,26 +57,14 @@ class PairOverlap:
 
 @dataclass(frozen=True, eq=False)
 class SelectionOverlap:
-    """The pairwise overlaps of several selections.
+    """The pairwise overlaps of several selections."""
 
-    Attributes
-    ----------
-    names:
-        The names of the selections.
-    pairs:
-        The overlap of each pair, by the numbers of its two selections.
-    layers:
-        The layers in which any of them has neurons, in natural order.
-    by_layer:
-        The overlap of each pair in each layer.
-    unfit:
-        Tensors whose shape or neuron axes differ between selections. They are not compared.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the names of the selections
+    # The overlap of each pair, by the numbers of its two selections.
     pairs: dict[tuple[int, int], PairOverlap]
-    layers: tuple[str, ...]
-    by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]]
+    layers: tuple[str, ...]  # the layers in which any of them has neurons, in natural order
+    by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]]  # the overlap of each pair in each layer
+    # Tensors whose shape or neuron axes differ between selections. They are not compared.
     unfit: tuple[str, ...]
 
     @classmethod
@@ -154,16 +129,8 @@ class SelectionOverlap:
     def _row(self, pair: tuple[int, int], found: PairOverlap) -> tuple[Any, ...]:
         """A pair as a table row with the columns of `_columns`."""
         first, second = (self.names[number] for number in pair)
-        return (
-            first,
-            second,
-            found.first,
-            found.second,
-            found.shared,
-            found.jaccard,
-            found.shared_share,
-            found.chance_share,
-        )
+        counts = found.first, found.second, found.shared
+        return (first, second, *counts, found.jaccard, found.shared_share, found.chance_share)
 
     def _draw(self, fig: MplFigure) -> None:
         shown = min(len(self.names), _MAX_DRAWN)
@@ -174,8 +141,7 @@ class SelectionOverlap:
         np.fill_diagonal(cells, 1.0)
         names = [text.label(name, 30) for name in self.names[:shown]]
         slanted = 0.042 * max(len(name) for name in names)
-        fig.set_size_inches(FIGURE_WIDTH, 0.4 + slanted + max(0.32 * shown, 0.7))
-        axes = fig.add_subplot()
+        axes = new_axes(fig, 0.4 + slanted + max(0.32 * shown, 0.7))
         heatmap(axes, cells, names, names, top=1.0)
 
     def layers_figure(self) -> ReportFigure:
@@ -203,10 +169,10 @@ class SelectionOverlap:
         cells = np.array(
             [[self.by_layer[pair][i].shared_share for pair in pairs] for i in range(len(layers))]
         )
-        fig.set_size_inches(FIGURE_WIDTH, 0.55 + max(0.19 * len(layers), 0.5))
+        axes = new_axes(fig, 0.55 + max(0.19 * len(layers), 0.5))
         rows = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
         columns = [f"{a + 1} and {b + 1}" for a, b in pairs]
-        heatmap(fig.add_subplot(), cells, rows, columns, top=1.0, small=len(layers) > 40, slanted=False)
+        heatmap(axes, cells, rows, columns, top=1.0, small=len(layers) > 40, slanted=False)
 
 
 def _columns(drawn: str) -> tuple[Column, ...]:

@@ -10,7 +10,7 @@ from .. import text
 from .figure import Column, ReportFigure, Table
 from .inputs import Candidates
 from .layer_map import locate_tensors
-from .plotting import ACCENT, FAINT, FIGURE_WIDTH, INK, MplFigure, annotate, minimal_axes
+from .plotting import ACCENT, FAINT, INK, MplFigure, annotate, new_axes
 
 __all__ = ["top_neurons_figure"]
 
@@ -74,8 +74,7 @@ def top_neurons_figure(candidates: Candidates, score: str, *, id: str = "sensiti
 
 
 def _draw(fig: MplFigure, rows: Sequence[tuple[object, ...]], score: str) -> None:
-    fig.set_size_inches(FIGURE_WIDTH, 0.6 + 0.19 * len(rows))
-    axes = fig.add_subplot()
+    axes = new_axes(fig, 0.6 + 0.19 * len(rows), grid="x", xlabel=f"{score} score")
     ys = np.arange(len(rows))
     values = np.array([float(str(row[1])) for row in rows])
     axes.hlines(ys, min(0.0, values.min(initial=0.0)), values, color=FAINT, linewidth=2)
@@ -85,5 +84,3 @@ def _draw(fig: MplFigure, rows: Sequence[tuple[object, ...]], score: str) -> Non
     axes.set_yticks(ys, [f"{text.label(str(row[2]), 40)} [{row[3]}]" for row in rows], fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.16)
-    axes.set_xlabel(f"{score} score")
-    minimal_axes(axes, grid="x")

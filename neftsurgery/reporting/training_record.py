@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import text
 from .figure import Column, ReportFigure, Table
-from .plotting import ACCENT, CONTRAST, FIGURE_WIDTH, MplFigure, legend_above, minimal_axes
+from .plotting import ACCENT, CONTRAST, MplFigure, legend_above, new_axes
 
 __all__ = ["loss_figure", "training_facts"]
 
@@ -78,21 +78,11 @@ def _loss(point: Mapping[str, Any], key: str) -> float | None:
 
 
 def _draw(fig: MplFigure, points: list[dict[str, Any]]) -> None:
-    fig.set_size_inches(FIGURE_WIDTH, 2.6)
-    axes = fig.add_subplot()
+    axes = new_axes(fig, 2.6, grid="y", xlabel="step", ylabel="loss")
     for key, name, mark, colour in _LOSSES:
         measured = [(p["step"], loss) for p in points if (loss := _loss(p, key)) is not None]
         if measured:
             size = 4 if len(measured) < 60 else 0
-            axes.plot(
-                *zip(*measured, strict=True),
-                color=colour,
-                marker=mark,
-                markersize=size,
-                label=name,
-                linewidth=1.5,
-            )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
+            style: Any = {"color": colour, "marker": mark, "markersize": size, "linewidth": 1.5}
+            axes.plot(*zip(*measured, strict=True), label=name, **style)
     legend_above(axes)
-    minimal_axes(axes, grid="y")

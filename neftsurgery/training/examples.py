@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MismatchError, UsageError
-from .prompt_template import PromptTemplate
-from .raw_examples import RawExample, first_line, read_raw_examples
+from .raw_examples import PromptTemplate, RawExample, first_line, read_raw_examples
 from .recipe import Recipe
 
 __all__ = ["Encoder", "Example", "Examples", "collate", "collator", "read_examples"]
@@ -29,19 +29,12 @@ Example: TypeAlias = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of a run.
+    """The examples of a run."""
 
-    Attributes
-    ----------
-    train, dev:
-        The examples to learn, and those that the dev loss is measured on. ``dev`` may be empty.
-    warnings:
-        Sentences for the user.
-    """
-
+    # The examples to learn, and those that the dev loss is measured on. ``dev`` may be empty.
     train: Sequence[Example]
     dev: Sequence[Example]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # sentences for the user
 
     @property
     def tokens(self) -> int:
@@ -90,30 +83,19 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
 
 
 class Encoder:
-    """Turns raw examples into tokens and labels.
-
-    Attributes
-    ----------
-    truncated:
-        How many examples were longer than ``max_length``.
-    dropped:
-        How many examples had no token to learn, after truncation.
-    """
+    """Turns raw examples into tokens and labels."""
 
     def __init__(self, tokenizer: Any, *, loss_on: str, max_length: int) -> None:
         self._tokenizer = tokenizer
         self._learns_all = loss_on == "all"
         self._max_length = max_length
-        self.truncated = 0
-        self.dropped = 0
+        self.truncated = 0  # how many examples were longer than ``max_length``
+        self.dropped = 0  # how many examples had no token to learn, after truncation
 
     def encode(self, raw_examples: Sequence[RawExample]) -> list[Example]:
         """The examples that have a token to learn.
 
-        Raises
-        ------
-        UsageError
-            If the tokenizer lacks a chat template that is needed, or no example is left.
+        Raises UsageError if the tokenizer lacks a chat template that is needed, or no example is left.
         """
         encoders = {"prompt": self._completion, "messages": self._chat, "text": self._text}
         examples = []
@@ -203,15 +185,14 @@ def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
     """A batch of ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[examples, longest]``."""
-    longest = max(len(example["input_ids"]) for example in examples)
 
-    def padded(rows: Iterator[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+    def padded(rows: list[list[int]], fill: int) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
     return {
-        "input_ids": padded((e["input_ids"] for e in examples), padding),
-        "attention_mask": padded(([1] * len(e["input_ids"]) for e in examples), 0),
-        "labels": padded((e["labels"] for e in examples), IGNORED),
+        "input_ids": padded([e["input_ids"] for e in examples], padding),
+        "attention_mask": padded([[1] * len(e["input_ids"]) for e in examples], 0),
+        "labels": padded([e["labels"] for e in examples], IGNORED),
     }
 
 

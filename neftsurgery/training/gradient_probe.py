@@ -11,14 +11,16 @@ orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte 
 ``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
 which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
 
-Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted.
+Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted. The
+scores are written in the format of `neftsurgery.diff`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,15 +29,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError
 from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
-from ..scoring.scores import Scores
+from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
+from ..surgery.diff import describe_tensor
 from ..tensors.arrays import Float64Array
-from .live_scores import write_scores
+from ..tensors.document import dump
+from ..tensors.header import TensorInfo
+from ..tensors.writer import written_file
 
-__all__ = ["gradient_scores"]
+__all__ = ["gradient_scores", "write_scores"]
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -105,26 +111,14 @@ def _accumulate(
 ) -> int:
     """Add the gradients of all batches to the sums, by parameter; returns the number of batches.
 
-    Raises
-    ------
-    MismatchError
-        If the loss is not a number.
+    Raises MismatchError if the loss is not a number.
     """
-
-    def adder(one: _Signs | _Squares) -> Callable[[Tensor], None]:
-        def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None  # the hook runs after accumulation
-            one.add(parameter.grad)
-            parameter.grad = None
-
-        return add
-
     model.eval()  # without dropout, equal batches give equal scores
     parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
     count = 0
     with _gradients_of(model, parameters.values()):
         hooks = [
-            parameter.register_post_accumulate_grad_hook(adder(sums[name]))
+            parameter.register_post_accumulate_grad_hook(partial(_add, sums[name]))
             for name, parameter in parameters.items()
         ]
         try:
@@ -138,6 +132,12 @@ def _accumulate(
             for hook in hooks:
                 hook.remove()
     return count
+
+
+def _add(sums: _Signs | _Squares, parameter: Tensor) -> None:
+    assert parameter.grad is not None  # the hook runs after accumulation
+    sums.add(parameter.grad)
+    parameter.grad = None
 
 
 @contextmanager
@@ -166,28 +166,16 @@ def gradient_scores(
 ) -> Scores:
     """Score the neurons of ``anatomy`` by their gradients, into a scores file.
 
-    Parameters
-    ----------
-    model:
-        The live model of ``base``.
-    batches:
-        The model's keyword arguments, ``labels`` included, on its device.
-    out:
-        The scores file. None: a temporary file.
-    score:
-        ``gradient`` or ``fisher``.
+    ``model`` is the live model of ``base``. A batch holds the model's keyword arguments, ``labels`` included,
+    on its device. Without ``out`` the scores file is temporary. ``score`` is ``gradient`` or ``fisher``.
 
-    Raises
-    ------
-    MismatchError
-        If the loss is not a number.
+    Raises MismatchError if the loss is not a number.
     """
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
     kind = _SUMS[score]
     running = {
-        name: kind(model.get_parameter(live[name]), tensor.layout)
+        tensor.info.name: kind(model.get_parameter(live[tensor.info.name]), tensor.layout)
         for tensor in anatomy.scored
-        for name in [tensor.info.name]
     }
     count = _accumulate(model, {live[name]: one for name, one in running.items()}, batches)
     sums = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}
@@ -218,3 +206,49 @@ def _sum_units(anatomy: Anatomy, sums: dict[str, Float64Array]) -> dict[str, NDA
         for name, unit in ids.items():
             sums[name] = total[:, np.maximum(unit, 0)]
     return ids
+
+
+def write_scores(
+    score: str,
+    values: Mapping[str, NDArray[np.float64]],
+    base: Checkpoint,
+    anatomy: Anatomy,
+    units: Mapping[str, NDArray[np.int64]],
+    out: str | os.PathLike[str] | None = None,
+) -> Scores:
+    """Write the scores of the neurons of ``anatomy`` in the format of `neftsurgery.diff`.
+
+    ``values`` are the neurons' scores, ``[n]``, per tensor of ``anatomy.scored``; a neuron with NaN is never
+    chosen. ``units`` are the neurons' units, ``[n]``, per tensor, if the anatomy has units; the neurons of a
+    unit have the same score. Without ``out`` the file is temporary.
+    """
+    biases = {t.bias for t in anatomy.scored if t.bias is not None}
+    companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]
+    facts = {
+        "version": SCORES_VERSION,
+        "score": score,
+        "anatomy": anatomy.name,
+        "parameters": base.parameters,
+        "base": Provenance.of(base).to_json(),
+        "nonfinite": 0,
+        "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
+        "unscored": {info.name: _describe_bias(info) for info in companions},
+    }
+    entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
+    entries += [TensorInfo(f"{name}:unit", "Int64Array", ids.shape) for name, ids in units.items()]
+    entries += [TensorInfo(f"{info.name}:changed", "Int64Array", (info.elements,)) for info in companions]
+    metadata = dump(SCORES_KEY, facts)
+    with written_file(entries, metadata, out) as written:
+        for name, value in values.items():
+            written.writer.write(name, 0, value.astype(np.float32))
+        for name, ids in units.items():
+            written.writer.write(f"{name}:unit", 0, ids)
+        for info in companions:  # nothing has changed yet; being listed lets a bias go with its neurons
+            written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
+        written.writer.finish(metadata)
+    return Scores.read(written.reader())
+
+
+def _describe_bias(info: TensorInfo) -> dict[str, Any]:
+    axes = list(range(len(info.shape)))
+    return {"reason": "bias", "shape": list(info.shape), "dtype": info.dtype, "neuron_axes": axes}

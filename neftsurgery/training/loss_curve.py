@@ -6,8 +6,11 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from ..reporting.training_record import loss_figure
 
 __all__ = ["LossPoint", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
 
@@ -82,22 +85,9 @@ def write_curve(points: Sequence[LossPoint], path: Path) -> None:
 
 
 def plot_curve(points: Sequence[LossPoint], path: Path) -> bool:
-    """Plot the losses as a PNG; False if matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    """Plot the losses as a PNG, as a report does; False if there are none or matplotlib is not installed."""
+    figure = loss_figure({"training": {"curve": [point.to_json() for point in points]}})
+    if figure is None or find_spec("matplotlib") is None:
         return False
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    for name, label in (("train_loss", "train"), ("dev_loss", "dev")):
-        measured = [(p.step, loss) for p in points if (loss := getattr(p, name)) is not None]
-        if measured:
-            axes.plot(*zip(*measured, strict=True), label=label, marker=".")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    if axes.lines:
-        axes.legend()
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.print_png(path)
+    path.write_bytes(figure.png())
     return True

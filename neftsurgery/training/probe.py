@@ -19,7 +19,6 @@ from ..surgery.diff import DiffPlan
 from ..surgery.pairing import pair
 from .examples import collator
 from .gradient_probe import gradient_scores
-from .run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from .train_plan import TrainPlan
@@ -33,7 +32,6 @@ _SCORES = {"gradients": "gradient", "fisher": "fisher"}
 
 def probe(
     plan: TrainPlan,
-    directory: RunDirectory,
     model: Any,
     device: torch.device,
     *,
@@ -42,23 +40,21 @@ def probe(
 ) -> Scores:
     """Score the neurons on the training examples; the scores file stays in the run directory.
 
-    Parameters
-    ----------
-    model:
-        The live base. A gradient probe moves it to ``device`` and leaves its weights as they are.
+    ``model`` is the live base. A gradient probe moves it to ``device`` and leaves its weights as they are.
     """
-    directory.scores.unlink(missing_ok=True)
+    out = plan.run_directory.scores
+    out.unlink(missing_ok=True)
     steps = plan.recipe.probe.steps or STEPS
     try:
         if plan.recipe.probe.by == "finetune":
             note(f"fine-tuning the whole model for {steps} steps to see which neurons change")
-            return _finetune_scores(plan, directory, steps, limits)
+            return _finetune_scores(plan, steps, limits)
         assert plan.choice.anatomy is not None  # planned for a probe
         note(f"scoring neurons by their gradients on {steps} batches")
         model.to(device)
         score = _SCORES[plan.recipe.probe.by]
         batches = _batches(plan, steps, device)
-        return gradient_scores(model, plan.base, plan.choice.anatomy, batches, directory.scores, score=score)
+        return gradient_scores(model, plan.base, plan.choice.anatomy, batches, out, score=score)
     finally:
         plan.base.close()
 
@@ -73,10 +69,10 @@ def _batches(plan: TrainPlan, count: int, device: torch.device) -> Iterator[dict
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _finetune_scores(plan: TrainPlan, directory: RunDirectory, steps: int, limits: Limits) -> Scores:
+def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits) -> Scores:
     """Fine-tune a copy of the whole model, score its change, and delete it."""
+    recipe, directory = plan.recipe, plan.run_directory
     shutil.rmtree(directory.probe, ignore_errors=True)
-    recipe = plan.recipe
     model = load_model(plan.base, "causal_lm")
     dtype = model.dtype
     model.to(torch.float32)  # the steps of a short fine-tune are smaller than the rounding of bfloat16

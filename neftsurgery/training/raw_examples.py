@@ -1,8 +1,9 @@
-"""The rows of a jsonl file or a Hub dataset, checked: what the training examples are made from."""
+"""The checked rows of a jsonl file or a Hub dataset, and templates that make prompts from their fields."""
 
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,29 +11,21 @@ from typing import Any
 
 from ..errors import CorruptFileError, MachineError, UsageError
 from ..sources.resolve import is_hub_id
-from .prompt_template import PromptTemplate
 
-__all__ = ["RawExample", "first_line", "read_raw_examples"]
+__all__ = ["PromptTemplate", "RawExample", "first_line", "read_raw_examples"]
+
+_FORMATTER = string.Formatter()
 
 
 @dataclass(frozen=True, slots=True)
 class RawExample:
-    """One checked row of a data set.
+    """One checked row of a data set."""
 
-    Attributes
-    ----------
-    file, line:
-        The file and its line, or the data set and its row; the first is 1.
-    content:
-        The row's object.
-    kind:
-        ``prompt``, ``messages`` or ``text``.
-    """
-
+    # The file and its line, or the data set and its row; the first is 1.
     file: str
     line: int
-    content: Mapping[str, Any]
-    kind: str
+    content: Mapping[str, Any]  # the row's object
+    kind: str  # ``prompt``, ``messages`` or ``text``
 
     def error(self, what: str) -> CorruptFileError:
         """The error that this row is wrong."""
@@ -49,23 +42,11 @@ def read_raw_examples(
 ) -> list[RawExample]:
     """Read a jsonl file or a Hub dataset.
 
-    Parameters
-    ----------
-    split, subset:
-        The split and the configuration of a Hub dataset.
-    template:
-        Makes prompt and completion from a row's fields.
-    limit:
-        The maximum number of rows to read.
+    ``split`` and ``subset`` (the configuration) are those of a Hub dataset. ``template`` makes prompt and
+    completion from a row's fields. At most ``limit`` rows are read.
 
-    Raises
-    ------
-    UsageError
-        If the file does not exist or holds no rows.
-    CorruptFileError
-        For a line that is not an object or has none of the known forms; it names the line.
-    MachineError
-        If the Hub cannot be reached.
+    Raises UsageError if the file does not exist or holds no rows; CorruptFileError for a line that is not an
+    object or has none of the known forms, naming the line; and MachineError if the Hub cannot be reached.
     """
     lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
     examples = []
@@ -166,3 +147,71 @@ def _check_messages(example: RawExample) -> None:
         raise example.error("messages must be a list of objects with role and content")
     if not any(one["role"] == "assistant" for one in messages):
         raise example.error("no message is from the assistant")
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """Prompt and completion with fields of a row in braces, as in ``Question: {question}``.
+
+    ``{translation[en]}`` is the entry ``en`` of the field ``translation``. ``{{`` is a literal brace.
+    """
+
+    prompt: str
+    completion: str
+
+    @classmethod
+    def of(cls, prompt: str | None, completion: str | None) -> PromptTemplate | None:
+        """The checked template of a recipe; None if it has none.
+
+        Raises UsageError if one of the two texts is missing, or one is not a template.
+        """
+        if prompt is None and completion is None:
+            return None
+        if prompt is None or completion is None:
+            raise UsageError("data.prompt and data.completion go together", hint="give both, or neither")
+        for key, text in (("prompt", prompt), ("completion", completion)):
+            _check(f"data.{key}", text)
+        return cls(prompt, completion)
+
+    def fill(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """``prompt`` and ``completion`` of a row.
+
+        Raises LookupError if the row lacks a field. The argument is the field's name.
+        """
+        return {"prompt": _filled(self.prompt, row), "completion": _filled(self.completion, row)}
+
+
+def _check(key: str, text: str) -> None:
+    try:
+        fields = [part[1:] for part in _FORMATTER.parse(text) if part[1] is not None]
+    except ValueError as error:
+        raise UsageError(
+            f"{key} is not a prompt template: {error}", hint="write {{ for a literal brace"
+        ) from error
+    for name, spec, conversion in fields:
+        if not name or name[0] in "[." or "." in name or spec or conversion:
+            raise UsageError(
+                f"{key} has a field that is not a name: {{{name}}}",
+                hint="a field is {name} or {name[key]}; write {{ for a literal brace",
+            )
+    if not fields:
+        raise UsageError(f"{key} has no field", found=repr(text), hint="as in 'Question: {question}'")
+
+
+def _filled(text: str, row: Mapping[str, Any]) -> str:
+    parts = []
+    for literal, name, _, _ in _FORMATTER.parse(text):
+        parts.append(literal)
+        if name is not None:
+            parts.append(_field(name, row))
+    return "".join(parts)
+
+
+def _field(name: str, row: Mapping[str, Any]) -> str:
+    try:
+        value, _ = _FORMATTER.get_field(name, (), row)
+    except (LookupError, TypeError, ValueError) as error:
+        raise LookupError(name) from error
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise LookupError(name)

@@ -22,64 +22,42 @@ PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "select.li
 
 @dataclass(frozen=True)
 class Data:
-    """The examples to learn from.
+    """The examples to learn from."""
 
-    Attributes
-    ----------
-    train, eval:
-        A ``.jsonl`` file, or the Hub id of a dataset. Each line, or row, has ``prompt`` and ``completion``,
-        or ``messages``, or ``text``.
-    prompt, completion:
-        The prompt template for rows with other fields: two texts with the fields in braces, as in
-        ``Question: {question}``.
-    subset, split, eval_split:
-        The configuration and the splits of a Hub dataset.
-    eval_share:
-        The share of ``train`` to hold back for the dev loss if there is no ``eval``. 0: no dev loss.
-    loss_on:
-        ``completions``: the loss is on what follows the prompt, or on what the assistant says. ``all``: it is
-        on every token.
-    max_length:
-        The maximum number of tokens in an example. Longer examples are truncated.
-    limit:
-        The maximum number of examples to read from ``train``.
-    """
-
+    # A ``.jsonl`` file, or the Hub id of a dataset. Each line, or row, has ``prompt`` and ``completion``, or
+    # ``messages``, or ``text``.
     train: str
     eval: str | None = None
+    # The prompt template for rows with other fields: two texts with the fields in braces, as in
+    # ``Question: {question}``.
     prompt: str | None = None
     completion: str | None = None
+    # The configuration and the splits of a Hub dataset.
     subset: str | None = None
     split: str = "train"
     eval_split: str = "validation"
+    # The share of ``train`` to hold back for the dev loss if there is no ``eval``. 0: no dev loss.
     eval_share: float = 0.05
+    # ``completions``: the loss is on what follows the prompt, or on what the assistant says. ``all``: it is
+    # on every token.
     loss_on: Literal["completions", "all"] = "completions"
+    # The maximum number of tokens in an example. Longer examples are truncated.
     max_length: int = 1024
-    limit: int | None = None
+    limit: int | None = None  # the maximum number of examples to read from ``train``
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How to find out which neurons matter.
+    """How to find out which neurons matter."""
 
-    Attributes
-    ----------
-    by:
-        ``gradients``: how far sign-gradient steps on some batches would turn each neuron.
-        ``fisher``: the squared gradients of each neuron. ``finetune``: a short full fine-tune, which is
-        scored and then deleted. ``tuned``: an existing fine-tune. ``scores``, ``selection``: a file.
-    path:
-        The fine-tune, the scores file or the selection file.
-    steps:
-        The number of batches of a gradient probe, or of steps of the fine-tune. Default: 100.
-    learning_rate:
-        The learning rate of the fine-tune.
-    """
-
+    # ``gradients``: how far sign-gradient steps on some batches would turn each neuron. ``fisher``: the
+    # squared gradients of each neuron. ``finetune``: a short full fine-tune, which is scored and then
+    # deleted. ``tuned``: an existing fine-tune. ``scores``, ``selection``: a file.
     by: Literal["gradients", "fisher", "finetune", "tuned", "scores", "selection"] = "gradients"
-    path: str | None = None
+    path: str | None = None  # the fine-tune, the scores file or the selection file
+    # The number of batches of a gradient probe, or of steps of the fine-tune. Default: 100.
     steps: int | None = None
-    learning_rate: float = 2e-5
+    learning_rate: float = 2e-5  # the learning rate of the fine-tune
 
 
 @dataclass(frozen=True)
@@ -122,57 +100,34 @@ class Select:
 
 @dataclass(frozen=True)
 class Train:
-    """How to train.
+    """How to train."""
 
-    Attributes
-    ----------
-    steps, epochs:
-        The number of optimizer steps. ``steps`` None: as many as ``epochs`` passes over the examples take.
-    batch_size, accumulate:
-        Examples per batch, and batches per optimizer step.
-    learning_rate, schedule, warmup, weight_decay, clip:
-        The settings of AdamW. ``warmup`` is a number of steps or, below 1, a share of the steps.
-    save_every:
-        The number of steps between two saves. Each save measures the dev loss. None: ten saves per run.
-    mode:
-        As in `neftsurgery.attach`.
-    seed:
-        The seed of the order of examples, the held-back share and dropout.
-    more:
-        Any other argument of ``transformers.TrainingArguments``, by its name.
-    """
-
+    # The number of optimizer steps. ``steps`` None: as many as ``epochs`` passes over the examples take.
     steps: int | None = None
     epochs: float = 1.0
+    # Examples per batch, and batches per optimizer step.
     batch_size: int = 8
     accumulate: int = 1
+    # The settings of AdamW. ``warmup`` is a number of steps or, below 1, a share of the steps.
     learning_rate: float = 2e-5
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.0
     weight_decay: float = 0.0
     clip: float = 1.0
+    # The number of steps between two saves. Each save measures the dev loss. None: ten saves per run.
     save_every: int | None = None
-    mode: Literal["auto", "scatter", "overlay"] = "auto"
-    seed: int = 0
+    mode: Literal["auto", "scatter", "overlay"] = "auto"  # as in `neftsurgery.attach`
+    seed: int = 0  # the seed of the order of examples, the held-back share and dropout
+    # Any other argument of ``transformers.TrainingArguments``, by its name.
     more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe.
+    """A recipe."""
 
-    Attributes
-    ----------
-    model:
-        The base: a folder, or a Hub id.
-    out:
-        The folder to create.
-    data, probe, select, train:
-        The sections.
-    """
-
-    model: str
-    out: str
+    model: str  # the base: a folder, or a Hub id
+    out: str  # the folder to create
     data: Data
     probe: Probe
     select: Select

@@ -18,10 +18,7 @@ _MAX_DEPTH = 50
 def load_yaml(file: Path) -> Any:
     """The content of a recipe file.
 
-    Raises
-    ------
-    UsageError
-        If it is too large to be a recipe, or not YAML in UTF-8.
+    Raises UsageError if it is too large to be a recipe, or not YAML in UTF-8.
     """
     with open(file, "rb") as stream:
         raw = stream.read(_MAX_BYTES + 1)
@@ -34,13 +31,7 @@ def load_yaml(file: Path) -> Any:
 
 
 def parse_yaml(text: str, file: str | Path) -> Any:
-    """The value of a YAML text; ``file`` is named in errors.
-
-    Raises
-    ------
-    UsageError
-        If it is not valid YAML.
-    """
+    """The value of a YAML text; ``file`` is named in errors. Raises UsageError if it is not valid YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except RecursionError as error:

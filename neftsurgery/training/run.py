@@ -14,7 +14,7 @@ import torch
 import transformers
 import yaml
 
-from ..live.loading import load_model
+from ..live.loading import load_model, without_progress_bars
 from ..progress import Progress
 from ..selection.selection import Selection
 from ..storage.output import staged_directory
@@ -24,10 +24,9 @@ from ..tuning.attached import Attached
 from ..tuning.trainer import PATCH_NAME, last_save
 from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
 from .neuron_choice import budget_of
-from .patch_trainer import make_trainer
 from .probe import probe
-from .run_directory import RunDirectory
-from .train_result import TrainResult
+from .train import TrainResult
+from .trainer import make_trainer
 from .training_facts import TrainingFacts
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def run_training(
         model = load_model(plan.base, "causal_lm")
         selection = directory.load_selection()
         if selection is None:
-            selection = _choose(plan, directory, model, args.device, limits, note)
+            selection = _choose(plan, model, args.device, limits, note)
         with attach(model, selection, base=plan.recipe.model, mode=plan.recipe.train.mode) as attached:
             with progress("training", plan.steps) as advance:
                 resumed_from = directory.last_step
@@ -87,32 +86,27 @@ def _result(plan: TrainPlan, state: Any, resumed_from: int, selection: Selection
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Silence transformers' own messages and progress bars."""
-    from transformers.utils import logging
-
-    untyped: Any = logging
-    level, bars = untyped.get_verbosity(), untyped.is_progress_bar_enabled()
-    untyped.set_verbosity_error()
-    untyped.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        yield
+        with without_progress_bars():
+            yield
     finally:
-        untyped.set_verbosity(level)
-        if bars:
-            untyped.enable_progress_bar()
+        logging.set_verbosity(level)
 
 
 def _choose(
     plan: TrainPlan,
-    directory: RunDirectory,
     model: Any,
     device: torch.device,
     limits: Limits,
     note: Callable[[str], None],
 ) -> Selection:
     """Choose the neurons, and keep them in the run directory."""
-    selection, scores = plan.choice.selection, plan.choice.scores
+    selection, scores, directory = plan.choice.selection, plan.choice.scores, plan.run_directory
     if selection is None:
-        with probe(plan, directory, model, device, limits=limits, note=note) as probed:
+        with probe(plan, model, device, limits=limits, note=note) as probed:
             selection = probed.select(**budget_of(plan.recipe.select))
     elif scores is not None:
         scores.save(directory.scores, force=True)

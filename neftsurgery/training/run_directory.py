@@ -29,21 +29,11 @@ _LOCK = "lock"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must be equal for a run to resume: plain JSON values.
+    """What must be equal for a run to resume: plain JSON values."""
 
-    Attributes
-    ----------
-    recipe:
-        The recipe's keys, without ``out``.
-    base:
-        The fingerprint of the base.
-    examples:
-        The digest of the examples.
-    """
-
-    recipe: Mapping[str, Any]
-    base: str | None
-    examples: str | None
+    recipe: Mapping[str, Any]  # the recipe's keys, without ``out``
+    base: str | None  # the fingerprint of the base
+    examples: str | None  # the digest of the examples
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``run.json``."""
@@ -71,42 +61,20 @@ def _differences(one: Any, other: Any, name: str = "") -> list[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """The run directory of one OUT; it need not exist.
+    """The run directory of one OUT; it need not exist."""
 
-    Attributes
-    ----------
-    path:
-        The folder.
-    """
-
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.saves = path / "saves"  # the Trainer saves into this folder
+        self.selection = path / "selection.safetensors"  # the chosen neurons, once they are chosen
+        self.scores = path / "scores.safetensors"  # their scores, if the probe scored any
+        self.probe = path / "probe"  # the probe's full fine-tune, until it is scored
 
     @classmethod
     def beside(cls, out: Path) -> RunDirectory:
         """The run directory of ``out``."""
         return cls(out.with_name(out.name + ".unfinished"))
-
-    @property
-    def saves(self) -> Path:
-        """The folder that the Trainer saves into."""
-        return self.path / "saves"
-
-    @property
-    def selection(self) -> Path:
-        """The file of the chosen neurons; it exists once they are chosen."""
-        return self.path / "selection.safetensors"
-
-    @property
-    def scores(self) -> Path:
-        """The file of their scores, if the probe scored any."""
-        return self.path / "scores.safetensors"
-
-    @property
-    def probe(self) -> Path:
-        """The folder of the probe's full fine-tune, until it is scored."""
-        return self.path / "probe"
 
     @property
     def last_step(self) -> int:
@@ -117,10 +85,7 @@ class RunDirectory:
     def resumable_step(self, identity: RunIdentity) -> int | None:
         """The step from which a run of this identity would resume; None if there is no unfinished run of it.
 
-        Raises
-        ------
-        UsageError
-            If a run of another identity has saved here.
+        Raises UsageError if a run of another identity has saved here.
         """
         try:
             known = RunIdentity.from_json(json.loads((self.path / _IDENTITY).read_bytes()))
@@ -147,10 +112,7 @@ class RunDirectory:
     def opened(self, identity: RunIdentity, *, restart: bool) -> Iterator[None]:
         """Lock the folder for this process, and empty it unless the run resumes.
 
-        Raises
-        ------
-        UsageError
-            If another process is training here.
+        Raises UsageError if another process is training here.
         """
         self.path.mkdir(exist_ok=True)
         with open(self.path / _LOCK, "wb") as lock:

@@ -26,8 +26,8 @@ from .recipe import Recipe
 from .recipe_reader import AnyRecipe, read_recipe
 from .run import run_training
 from .run_directory import RunDirectory, RunIdentity
-from .train_result import TrainResult
-from .trainer_arguments import trainer_arguments
+from .train import TrainResult
+from .trainer import trainer_arguments
 
 __all__ = ["TrainPlan", "plan_train"]
 
@@ -41,49 +41,23 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A planned training. Nothing is trained and nothing is written yet.
+    """A planned training. Nothing is trained and nothing is written yet."""
 
-    Attributes
-    ----------
-    recipe:
-        The recipe, overrides included.
-    base:
-        The checkpoint to train.
-    tokenizer:
-        Its tokenizer.
-    examples:
-        The examples.
-    steps, save_every:
-        Optimizer steps of the whole run, and between two saves.
-    choice:
-        The neurons, or what the probe has to score.
-    trainable:
-        The number of parameters to train: an estimate until the neurons are chosen; None if there is none.
-    identity:
-        What an unfinished run must have in common with this one to resume.
-    resumes:
-        The step of the save that the run resumes from; None: there is no unfinished run.
-    force:
-        Whether an existing ``out`` is replaced.
-    restart:
-        Whether an unfinished run is discarded.
-    warnings:
-        Sentences for the user.
-    """
-
-    recipe: Recipe
-    base: Checkpoint
+    recipe: Recipe  # the recipe, overrides included
+    base: Checkpoint  # the checkpoint to train
     tokenizer: Any
     examples: Examples
+    # Optimizer steps of the whole run, and between two saves.
     steps: int
     save_every: int
-    choice: NeuronChoice
+    choice: NeuronChoice  # the neurons, or what the probe has to score
+    # The number of parameters to train: an estimate until the neurons are chosen; None if there is none.
     trainable: int | None
-    identity: RunIdentity
-    resumes: int | None
-    force: bool = False
-    restart: bool = False
-    warnings: tuple[str, ...] = ()
+    identity: RunIdentity  # what an unfinished run must have in common with this one to resume
+    resumes: int | None  # the step of the save that the run resumes from; None: there is no unfinished run
+    force: bool = False  # whether an existing ``out`` is replaced
+    restart: bool = False  # whether an unfinished run is discarded
+    warnings: tuple[str, ...] = ()  # sentences for the user
 
     @property
     def out(self) -> Path:
@@ -135,23 +109,11 @@ class TrainPlan:
     ) -> TrainResult:
         """Train. An unfinished run of the same recipe resumes from its last save.
 
-        Parameters
-        ----------
-        progress:
-            Receives optimizer steps.
-        note:
-            Receives dev losses, and what happens next, as sentences.
-        stop:
-            Called after every step; if it returns True, the run saves and stops.
+        ``progress`` receives optimizer steps; ``note`` receives dev losses, and what happens next, as
+        sentences. ``stop`` is called after every step; if it returns True, the run saves and stops.
 
-        Raises
-        ------
-        UsageError
-            If another process is training here.
-        MismatchError
-            If the model cannot be trained this way, or its loss is not a number.
-        MachineError
-            If something cannot be read or written.
+        Raises UsageError if another process is training here; MismatchError if the model cannot be trained
+        this way, or its loss is not a number; and MachineError if something cannot be read or written.
         """
         return run_training(self, limits=limits or Limits.of(), progress=progress, note=note, stop=stop)
 
@@ -169,25 +131,13 @@ def plan_train(
 ) -> TrainPlan:
     """Check everything that a recipe names, and choose the neurons if files suffice for that.
 
-    Parameters
-    ----------
-    recipe, overrides:
-        As in `read_recipe`.
-    force:
-        Replace an existing ``out``.
-    resume:
-        Require an unfinished run. One is resumed in any case, unless ``restart`` is given.
-    restart:
-        Discard an unfinished run.
+    ``recipe`` and ``overrides`` are those of `read_recipe`. ``force``: replace an existing ``out``.
+    ``resume``: require an unfinished run; one is resumed in any case, unless ``restart`` is given, which
+    discards it.
 
-    Raises
-    ------
-    UsageError
-        For a wrong recipe, missing files, an existing ``out``, or an unusable model or tokenizer.
-    MismatchError
-        If a selection or scores do not fit the model, or no neuron is chosen.
-    CorruptFileError
-        For an unreadable example; it names the line.
+    Raises UsageError for a wrong recipe, missing files, an existing ``out``, or an unusable model or
+    tokenizer; MismatchError if a selection or scores do not fit the model, or no neuron is chosen; and
+    CorruptFileError for an unreadable example, naming the line.
     """
     if resume and restart:
         raise UsageError("[[resume]] and [[restart]] do not go together")

@@ -22,11 +22,9 @@ from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural
-from .attached_neurons import AttachedNeurons
+from .attached_neurons import AttachedNeurons, register_optimizer_hooks
 from .base_checkpoint import base_provenance, base_vectors
-from .install import install, remove
-from .module_repr import update_extra_repr
-from .optimizer_hooks import register_optimizer_hooks
+from .install import install, remove, update_extra_repr
 from .weight_plans import ModeOption, WeightPlan, plan_weights
 
 __all__ = ["Attached"]

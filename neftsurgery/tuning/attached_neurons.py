@@ -1,76 +1,56 @@
-"""The neurons attached to one weight of a live model: which ones, and their values."""
+"""The neurons attached to one weight of a live model: which ones, their values, and optimizers' steps."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from ..errors import UsageError
 from ..live.weights import is_plain, read_vectors, write_vectors
 from ..selection.selection import Chosen
 
-__all__ = ["AttachedNeurons", "Mode", "NeuronKind", "refuse_pickling"]
+__all__ = ["AttachedNeurons", "Mode", "NeuronKind", "refuse_pickling", "register_optimizer_hooks"]
 
 Mode: TypeAlias = Literal["scatter", "overlay"]
 NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
 
 
+@dataclass(eq=False, repr=False)
 class AttachedNeurons:
     """The chosen neurons of one weight of a live model, and their values.
 
-    Attributes
-    ----------
-    name:
-        The checkpoint's name of the tensor.
-    chosen:
-        Which neurons, and of which tensor.
-    module, attribute:
-        The module that owns the weight, and its attribute there: ``weight`` or ``bias``. A tied weight has
-        one owner.
-    kind:
-        What the neurons are to their layer; None if no forward pass is replaced.
-    mode:
-        ``scatter``: the values are written into the weight. ``overlay``: the weight is never written.
-    trainable:
-        Whether the values are a parameter of ``module``, named ``weight_neurons`` or ``bias_neurons``.
-    active:
-        Whether they are installed.
-    index:
-        int64 ``[k]``, on the weight's device.
-    inverse_index:
-        int64: for each neuron of the weight its position in ``rows``, or k if it is not chosen. Only for
-        embeddings.
-    saved:
-        The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
-        quantized, or nothing needs them.
-    rows_dtype:
-        The dtype of trainable values: float32, or float64 where the weight's is.
+    In mode ``scatter`` the values are written into the weight; in mode ``overlay`` it is never written.
+    Trainable values are a parameter of the module, named ``weight_neurons`` or ``bias_neurons``.
     """
 
-    def __init__(
-        self,
-        chosen: Chosen,
-        module: nn.Module,
-        attribute: str,
-        kind: NeuronKind | None,
-        mode: Mode,
-        trainable: bool,
-    ) -> None:
-        self.name = chosen.info.name
-        self.chosen = chosen
-        self.module = module
-        self.attribute = attribute
-        self.kind = kind
-        self.mode = mode
-        self.trainable = trainable
-        self.active = False
-        self.parameter_name = f"{attribute}_neurons"
+    chosen: Chosen
+    module: nn.Module  # the owner of the weight; a tied weight has one
+    attribute: str  # of the weight in the module: ``weight`` or ``bias``
+    kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
+    mode: Mode
+    trainable: bool
+
+    def __post_init__(self) -> None:
+        self.name = self.chosen.info.name  # in the checkpoint
+        self.active = False  # whether they are installed
+        self.parameter_name = f"{self.attribute}_neurons"
         self.rows_dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.index = torch.from_numpy(chosen.index).to(self.weight.device)
+        self.index = torch.from_numpy(self.chosen.index).to(self.weight.device)  # int64 ``[k]``
+        # int64: for each neuron of an embedding its position in ``rows``, or k if it is not chosen.
         self.inverse_index: Tensor | None = None
+        # The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
+        # quantized, or nothing needs them.
         self.saved: Tensor | None = None
         self._values: Tensor | None = None  # of an overlay that is not trainable
         self._written: Tensor | None = None  # the very weight that the values were written to
@@ -187,3 +167,51 @@ def refuse_pickling() -> NoReturn:
         "a model with attached neurons cannot be pickled",
         hint="save attached.patch() and detach, or save model.state_dict()",
     )
+
+
+_KEY = "_neurons"  # the attribute of a parameter that says whose values it holds
+
+
+def register_optimizer_hooks(neurons: AttachedNeurons) -> None:
+    """Have new values written after a step, and detached neurons refused before one, by any optimizer."""
+    setattr(neurons.rows, _KEY, neurons)
+    _register_once()
+
+
+@cache
+def _register_once() -> None:  # one pair of hooks serves the whole process
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _attached(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, AttachedNeurons]]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (neurons := getattr(parameter, _KEY, None)) is not None:
+                yield parameter, neurons
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for parameter, neurons in _attached(optimizer):
+        if not neurons.active:
+            raise UsageError(
+                "the optimizer trains neurons that were detached",
+                tensor=neurons.name,
+                hint="attach again, and make a new optimizer of attached.parameters()",
+            )
+        if parameter.dtype != neurons.rows_dtype:
+            raise UsageError(
+                "the values of the trainable neurons were cast, so small steps would be lost",
+                tensor=neurons.name,
+                expected=neurons.rows_dtype,
+                found=parameter.dtype,
+                hint="cast the model before attaching to it, not after",
+            )
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for _, neurons in _attached(optimizer):
+        # Forced, because an optimizer that writes to `parameter.data` does not change its version.
+        neurons.refresh(force=True)

@@ -22,9 +22,9 @@ from .frozen_weights import (
     FrozenBias,
     FrozenConvolution,
     FrozenEmbedding,
-    FrozenLinearInputs,
-    FrozenLinearOutputs,
+    FrozenLinear,
     apply_function,
+    convolve,
     linear,
 )
 
@@ -73,18 +73,10 @@ class LayerNeurons:
 
 
 class LayerForward:
-    """How layers of one type compute.
+    """How layers of one type compute."""
 
-    Attributes
-    ----------
-    quantized:
-        Whether the weight is quantized.
-    is_lookup:
-        Whether the layer looks rows of the weight up by their number.
-    """
-
-    quantized = False
-    is_lookup = False
+    quantized = False  # whether the weight is quantized
+    is_lookup = False  # whether the layer looks rows of the weight up by their number
 
     def kind_of(self, axes: Sequence[int]) -> NeuronKind | None:
         """What neurons along ``axes`` of the weight are to the layer; None if they are not supported."""
@@ -115,22 +107,15 @@ class _Linear(LayerForward):
         if neurons is None:
             out = linear(kept, module.weight, bias, self.transposed)
         else:
-            function = FrozenLinearOutputs if neurons.kind == "outputs" else FrozenLinearInputs
-            out = apply_function(
-                function, kept, neurons.rows, module.weight, bias, neurons.index, self.transposed
-            )
+            arguments = (kept, neurons.rows, module.weight, bias, neurons.index, self.transposed)
+            out = apply_function(FrozenLinear, *arguments, neurons.kind == "inputs")
         return _overlay(layer, x, out, bias)
 
 
-class _QuantizedLinear(LayerForward):
+class _QuantizedLinear(_Linear):
     """A linear layer with a quantized weight; it computes in its own way, so it supports only overlays."""
 
     quantized = True
-
-    def kind_of(self, axes: Sequence[int]) -> NeuronKind | None:
-        if len(axes) != 1:
-            return None
-        return "outputs" if axes[0] == 0 else "inputs"
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
         out: Tensor = type(module).forward(module, _without_overlaid_inputs(layer, x))
@@ -180,15 +165,14 @@ class _Convolution(LayerForward):
             return self.run(module, layer, x.unsqueeze(0)).squeeze(0)
         bias, neurons = layer.bias(module.bias), layer.frozen
         geometry = (module.stride, _padding(module), module.dilation, module.groups)
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[module.weight.dim() - 3]
         if neurons is None:
-            out: Tensor = convolve(x, module.weight, bias, *geometry)
+            out = convolve(x, module.weight, bias, *geometry)
         else:
             arguments = (x, neurons.rows, module.weight, bias, neurons.index, *geometry)
             out = apply_function(FrozenConvolution, *arguments)
         for neurons in layer.overlaid_outputs:
             kernel = neurons.rows.to(x.dtype).view(-1, *module.weight.shape[1:])
-            chosen: Tensor = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry)
+            chosen = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry)
             out = out.index_copy(1, neurons.index, chosen.to(out.dtype))
         return out
 
@@ -244,7 +228,7 @@ def forward_of(module: nn.Module) -> LayerForward | None:
         if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:
             return None  # nn.MultiheadAttention uses its weight without calling it
         if module.weight.dtype not in FLOAT_DTYPES:
-            return _QuantizedLinear()
+            return _QuantizedLinear(transposed=False)
         return _Linear(transposed=False) if cls.forward is nn.Linear.forward else None
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return _Linear(transposed=True)

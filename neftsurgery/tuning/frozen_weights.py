@@ -22,9 +22,9 @@ __all__ = [
     "FrozenBias",
     "FrozenConvolution",
     "FrozenEmbedding",
-    "FrozenLinearInputs",
-    "FrozenLinearOutputs",
+    "FrozenLinear",
     "apply_function",
+    "convolve",
     "linear",
 ]
 
@@ -44,23 +44,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
     return out.view(*x.shape[:-1], weight.shape[1])
 
 
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    """The convolution of 1 to 3 dimensions; ``geometry``: stride, padding, dilation and groups."""
+    function: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
+    out: Tensor = function(x, weight, bias, *geometry)
+    return out
+
+
 def apply_function(function: type[Function], *arguments: Any) -> Tensor:
     """``function.apply(*arguments)``, typed."""
     out: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return out
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    weight = weight.to(grad.dtype)
-    return grad @ weight.t() if transposed else grad @ weight
-
-
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-class FrozenLinearOutputs(Function):
-    """Chosen outputs of a linear layer: ``rows [k, in]`` are rows of ``W [out, in]``."""
+class FrozenLinear(Function):
+    """Chosen outputs or inputs of a linear layer with ``W [out, in]``.
+
+    ``rows`` are rows of ``W``, ``[k, in]``; with ``inputs`` they are its columns, ``[k, out]``.
+    """
 
     @staticmethod
     def forward(
@@ -71,14 +76,14 @@ class FrozenLinearOutputs(Function):
         bias: Tensor | None,
         index: Tensor,
         transposed: bool,
+        inputs: bool,
     ) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         out = linear(x, weight, bias, transposed)
-        ctx.save_for_backward(
-            x.to(out.dtype) if ctx.needs_input_grad[1] else None,
-            weight if ctx.needs_input_grad[0] else None,
-            index,
-        )
+        kept = None
+        if ctx.needs_input_grad[1]:
+            kept = (_flat(x).index_select(1, index) if inputs else x).to(out.dtype)
+        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, None if inputs else index)
         ctx.transposed, ctx.rows_dtype = transposed, rows.dtype
         return out
 
@@ -89,50 +94,15 @@ class FrozenLinearOutputs(Function):
         x, weight, index = ctx.saved_tensors
         of_x = of_rows = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = _input_gradient(grad, weight, ctx.transposed)
-        if ctx.needs_input_grad[1]:
-            chosen = _flat(grad).index_select(1, index)
-            of_rows = (chosen.t() @ _flat(x)).to(ctx.rows_dtype)
+            weight = weight.to(grad.dtype)
+            of_x = grad @ weight.t() if ctx.transposed else grad @ weight
+        if ctx.needs_input_grad[1] and index is None:
+            of_rows = (x.t() @ _flat(grad)).to(ctx.rows_dtype)
+        elif ctx.needs_input_grad[1]:
+            of_rows = (_flat(grad).index_select(1, index).t() @ _flat(x)).to(ctx.rows_dtype)
         if ctx.needs_input_grad[3]:
             of_bias = _flat(grad).sum(0)
-        return of_x, of_rows, None, of_bias, None, None
-
-
-class FrozenLinearInputs(Function):
-    """Chosen inputs of a linear layer: ``rows [k, out]`` are columns of ``W [out, in]``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        transposed: bool,
-    ) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
-        out = linear(x, weight, bias, transposed)
-        ctx.save_for_backward(
-            _flat(x).index_select(1, index).to(out.dtype) if ctx.needs_input_grad[1] else None,
-            weight if ctx.needs_input_grad[0] else None,
-        )
-        ctx.transposed, ctx.rows_dtype = transposed, rows.dtype
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x``, ``rows`` and ``bias``."""
-        chosen, weight = ctx.saved_tensors
-        of_x = of_rows = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = _input_gradient(grad, weight, ctx.transposed)
-        if ctx.needs_input_grad[1]:
-            of_rows = (chosen.t() @ _flat(grad)).to(ctx.rows_dtype)
-        if ctx.needs_input_grad[3]:
-            of_bias = _flat(grad).sum(0)
-        return of_x, of_rows, None, of_bias, None, None
+        return of_x, of_rows, None, of_bias, None, None, None
 
 
 Sizes = tuple[int, ...]
@@ -155,8 +125,7 @@ class FrozenConvolution(Function):
         groups: int,
     ) -> Tensor:
         """``[batch, in, ...]`` to ``[batch, out, ...]``."""
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
-        out: Tensor = convolve(x, weight, bias, stride, padding, dilation, groups)
+        out = convolve(x, weight, bias, stride, padding, dilation, groups)
         ctx.save_for_backward(x.to(out.dtype), weight, index)
         ctx.geometry = (list(stride), list(padding), list(dilation), False, [0] * len(stride), groups)
         ctx.rows_dtype = rows.dtype

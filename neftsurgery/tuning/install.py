@@ -1,9 +1,10 @@
 """Installing neurons in the modules of a model, and removing them without a trace.
 
-A module keeps its class, its name, its weights and its hooks; only the ``forward`` of the instance is
-replaced. Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``), so that
-everything that looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave these
-parameters out, so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's own.
+A module keeps its class, its name, its weights and its hooks; only ``forward`` and ``extra_repr`` of the
+instance are replaced. Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``),
+so that everything that looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave
+these parameters out, so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's
+own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "neurons_in",
     "neurons_of_weight",
     "remove",
+    "update_extra_repr",
 ]
 
 Layers: TypeAlias = Iterable[tuple[nn.Module, LayerForward]]
@@ -36,23 +38,13 @@ _KEY = "_neurons"  # in the module's __dict__
 
 
 class _ModuleState:
-    """What is installed in one module.
-
-    Attributes
-    ----------
-    owned:
-        Neurons of the weights that the module owns.
-    forward, layer:
-        How it computes, and with which neurons; ``forward`` is None if its forward pass is its own.
-    handles:
-        Of its state-dict hooks, while it owns trainable neurons.
-    """
+    """What is installed in one module."""
 
     def __init__(self) -> None:
-        self.owned: list[AttachedNeurons] = []
-        self.forward: LayerForward | None = None
-        self.layer = LayerNeurons()
-        self.handles: list[RemovableHandle] = []
+        self.owned: list[AttachedNeurons] = []  # neurons of the weights that the module owns
+        self.forward: LayerForward | None = None  # how it computes; None if its forward pass is its own
+        self.layer = LayerNeurons()  # what it computes with
+        self.handles: list[RemovableHandle] = []  # of its state-dict hooks, while it owns trainable neurons
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ModuleState:
         twin = _ModuleState()
@@ -174,3 +166,35 @@ def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
     ours = {neurons.parameter_name for neurons in module.__dict__[_KEY].owned}
     missing: list[str] = incompatible.missing_keys
     missing[:] = [key for key in missing if key.rpartition(".")[2] not in ours]
+
+
+def update_extra_repr(model: nn.Module) -> None:
+    """Have ``print(model)`` show the neurons attached now; with none it is as before.
+
+    ``Linear(in_features=16, out_features=24, bias=False, weight_neurons=4 of 24 (trainable, scatter))``:
+    the note is part of the module's ``extra_repr``, replaced on the instance. A class that prints itself
+    without it, such as transformers' ``Conv1D``, has its note on its parent.
+    """
+    module: Any  # torch has no type for an instance's method
+    for module in model.modules():
+        replaced = module.__dict__.get("extra_repr")
+        if replaced is None and _notes(module):
+            module.extra_repr = types.MethodType(_extra_repr, module)
+        elif getattr(replaced, "__func__", None) is _extra_repr and not _notes(module):
+            del module.extra_repr
+
+
+def _extra_repr(self: Any) -> str:
+    return ", ".join(part for part in (type(self).extra_repr(self), *_notes(self)) if part)
+
+
+def _notes(module: nn.Module) -> list[str]:
+    notes = [repr(neurons) for neurons in neurons_in(module)] if _uses_extra_repr(module) else []
+    for name, child in module.named_children():
+        if not _uses_extra_repr(child):
+            notes += [f"{name}.{neurons!r}" for neurons in neurons_in(child)]
+    return notes
+
+
+def _uses_extra_repr(module: nn.Module) -> bool:
+    return type(module).__repr__ is nn.Module.__repr__

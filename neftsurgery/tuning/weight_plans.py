@@ -28,21 +28,12 @@ ModeOption: TypeAlias = Literal["auto", "scatter", "overlay"]
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """How the chosen neurons of one tensor are attached.
+    """How the chosen neurons of one tensor are attached."""
 
-    Attributes
-    ----------
-    neurons:
-        The neurons, not yet installed.
-    values:
-        Their values, ``[k, width]``; None: the vectors that the weight holds.
-    layers:
-        The modules whose forward pass is replaced, and how they compute; none where a patch's values are
-        written into the weight.
-    """
-
-    neurons: AttachedNeurons
-    values: Tensor | None
+    neurons: AttachedNeurons  # the neurons, not yet installed
+    values: Tensor | None  # their values, ``[k, width]``; None: the vectors that the weight holds
+    # The modules whose forward pass is replaced, and how they compute; none where a patch's values are
+    # written into the weight.
     layers: tuple[tuple[nn.Module, LayerForward], ...]
 
 
@@ -65,12 +56,8 @@ def plan_weights(
 ) -> list[WeightPlan]:
     """Plan how each tensor of ``what`` is attached to the model.
 
-    Raises
-    ------
-    MismatchError
-        If the selection or the patch does not fit the model or its base.
-    UsageError
-        If the layers' types, or neurons that are already attached, do not allow it.
+    Raises MismatchError if the selection or the patch does not fit the model or its base, and UsageError if
+    the layers' types, or neurons that are already attached, do not allow it.
     """
     if mode not in ("auto", "scatter", "overlay"):
         raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)

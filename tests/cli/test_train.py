@@ -1,6 +1,6 @@
 """`neftsurgery train` from recipe to patch, on a tiny Llama and tokenizer made here: nothing is fetched.
 
-These are also the tests of the live parts of a run: `run`, `probe`, `patch_trainer` and `base_model` of
+These are also the tests of the live parts of a run: `run`, `probe`, `trainer` and `base_model` of
 `neftsurgery.training`.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neftsurgery.demo.languages import NEW, OLD, Languages
+from neftsurgery.demo.tiny_model import NEW, OLD, Languages
 
 
 def test_a_sentence_is_a_source_a_sign_and_a_translation():

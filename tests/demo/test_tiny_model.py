@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import neftsurgery as ns
-from neftsurgery.demo.languages import NEW, OLD, Languages
 from neftsurgery.demo.tiny_model import (
+    NEW,
+    OLD,
+    Languages,
     TrainingSettings,
     count_parameters,
     load_model,

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import neftsurgery as ns
-from neftsurgery.neuron_utilization.blocks import find_block_stack, hidden_size
+from neftsurgery.neuron_utilization.hidden_states import find_block_stack, hidden_size
 
 
 class TwoStacks(nn.Module):

@@ -10,8 +10,7 @@ from torch import nn
 from tuning_support import bert, gpt2, llama, opt
 
 import neftsurgery as ns
-from neftsurgery.neuron_utilization.blocks import BlockStack, find_block_stack
-from neftsurgery.neuron_utilization.hidden_states import mean_hidden_states
+from neftsurgery.neuron_utilization.hidden_states import BlockStack, find_block_stack, mean_hidden_states
 from neftsurgery.neuron_utilization.tokenized_text import TokenChunk
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from neftsurgery.neuron_utilization.ranking import rank_limit, ranks
+from neftsurgery.neuron_utilization.result import rank_limit, ranks
 from neftsurgery.selection.budget import Amount
 
 NAN = float("nan")

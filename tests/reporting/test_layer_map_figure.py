@@ -11,8 +11,7 @@ import sys
 import pytest
 from matplotlib.image import imread
 
-from neftsurgery.reporting.layer_map import LayerMap
-from neftsurgery.reporting.layer_map_figure import layer_map_figure, layer_map_lines
+from neftsurgery.reporting.layer_map import LayerMap, layer_map_figure, layer_map_lines
 
 
 @pytest.mark.parametrize(

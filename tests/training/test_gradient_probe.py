@@ -1,4 +1,4 @@
-"""The gradient probes, and the scores files they write (`live_scores`), against autograd's own gradients."""
+"""The gradient probes, and the scores files they write, against autograd's own gradients."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import neftsurgery as ns
-from neftsurgery.training.prompt_template import PromptTemplate
+from neftsurgery.training.raw_examples import PromptTemplate
 
 
 def test_a_template_makes_texts_of_any_fields() -> None:

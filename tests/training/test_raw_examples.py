@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 import neftsurgery as ns
-from neftsurgery.training.prompt_template import PromptTemplate
-from neftsurgery.training.raw_examples import read_raw_examples
+from neftsurgery.training.raw_examples import PromptTemplate, read_raw_examples
 
 GOOD = {"prompt": "a", "completion": "b"}
 

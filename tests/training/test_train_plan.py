@@ -1,6 +1,6 @@
 """The plan of a training, and `neftsurgery.train`: a frozen plan, a typed result, and keywords.
 
-These are also the tests of `neuron_choice`, `train` and `train_result`. `tests/cli/test_train.py` tests
+These are also the tests of `neuron_choice` and `train`. `tests/cli/test_train.py` tests
 what a run writes.
 """
 

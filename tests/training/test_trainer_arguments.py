@@ -9,7 +9,7 @@ import pytest
 
 import neftsurgery as ns
 from neftsurgery.training.recipe_reader import read_recipe
-from neftsurgery.training.trainer_arguments import trainer_arguments
+from neftsurgery.training.trainer import trainer_arguments
 
 RECIPE = {"model": "m", "out": "o", "data": {"train": "d.jsonl"}, "select": {"neurons": "3%"}}
 

@@ -12,8 +12,7 @@ from tuning_support import select
 import neftsurgery as ns
 from neftsurgery.tuning.frozen_weights import (
     FrozenConvolution,
-    FrozenLinearInputs,
-    FrozenLinearOutputs,
+    FrozenLinear,
     apply_function,
 )
 
@@ -56,10 +55,10 @@ def test_a_second_derivative_is_refused() -> None:
 INDEX = torch.tensor([0, 2])
 # function, the frozen weight, where the rows lie in it, the input, and the arguments after the weight
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "outputs": (FrozenLinearOutputs, (4, 3), 0, (5, 3), (None, INDEX, False)),
-    "outputs, transposed": (FrozenLinearOutputs, (3, 4), 1, (5, 3), (None, INDEX, True)),
-    "inputs": (FrozenLinearInputs, (4, 3), 1, (5, 3), (None, INDEX, False)),
-    "inputs, transposed": (FrozenLinearInputs, (3, 4), 0, (5, 3), (None, INDEX, True)),
+    "outputs": (FrozenLinear, (4, 3), 0, (5, 3), (None, INDEX, False, False)),
+    "outputs, transposed": (FrozenLinear, (3, 4), 1, (5, 3), (None, INDEX, True, False)),
+    "inputs": (FrozenLinear, (4, 3), 1, (5, 3), (None, INDEX, False, True)),
+    "inputs, transposed": (FrozenLinear, (3, 4), 0, (5, 3), (None, INDEX, True, True)),
     "convolution": (FrozenConvolution, (4, 3, 2), 0, (5, 3, 6), (None, INDEX, (1,), (0,), (1,), 1)),
 }
 

@@ -15,8 +15,8 @@ import click
 
 from ...errors import UsageError
 from ..console import Console
-from ..demo import files_demo, training_commands
-from ..demo.session import DemoSession, can_draw
+from ..demo import files_demo
+from ..demo.session import FILES_LINES, TRAINING_LINES, DemoSession, can_draw
 from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
@@ -49,9 +49,9 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
     trains = not files_only and not missing
     if dry_run:
         commands = [
-            line
-            for line in (training_commands.LINES if trains else files_demo.LINES)
-            if can_draw() or " report " not in line
+            f"neftsurgery {line}"
+            for line in (TRAINING_LINES if trains else FILES_LINES)
+            if can_draw() or not line.startswith("report ")
         ]
         for line in commands:
             console.say(f"$ {line}")

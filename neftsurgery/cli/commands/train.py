@@ -17,8 +17,8 @@ from ..console import Console
 from ..options import common_options, dry_run_option, force_option, output_option
 
 if TYPE_CHECKING:
+    from ...training.train import TrainResult
     from ...training.train_plan import TrainPlan
-    from ...training.train_result import TrainResult
 
 __all__ = ["command"]
 

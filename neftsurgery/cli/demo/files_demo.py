@@ -7,47 +7,34 @@ import numpy as np
 from ...demo.planted import PLANTED, make_base, make_tuned, planted
 from ...patch.patch import Patch
 from ...text import plural
-from .session import DemoSession, can_draw, digests
+from .session import APPLY, DIFF, EXTRACT, FILES_REPORT, REVERT, VERIFY, DemoSession
 
-__all__ = ["LINES", "show"]
-
-_DIFF = "diff base tuned -o scores.safetensors"
-_EXTRACT = f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors"
-_APPLY = "apply base neuron_patch.safetensors -o patched"
-_VERIFY = "verify patched neuron_patch.safetensors --expect patched"
-_REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
-_REPORT = f"report scores.safetensors --neurons {PLANTED} -o report.html"
-LINES = tuple(f"neftsurgery {line}" for line in (_DIFF, _EXTRACT, _APPLY, _VERIFY, _REVERT, _REPORT))
+__all__ = ["show"]
 
 
 def show(session: DemoSession) -> dict[str, bool]:
     """Run the demo; returns whether each check passed."""
-    base, patched, restored = (session.folder / name for name in ("base", "patched", "restored"))
+    base = session.folder / "base"
     session.heading(f"A small Llama, and a fine-tune of it that changed {PLANTED} neurons")
     make_tuned(session.folder / "tuned", make_base(base))
     shards = plural(len(list(base.glob("*.safetensors"))), "shard")
     session.console.say(f"  base/ and tuned/: {shards} each")
 
     session.heading("Where did it change?")
-    session.run_command(_DIFF)
+    session.run_command(DIFF)
 
     session.heading(f"Extract the {PLANTED} most sensitive neurons")
-    session.run_command(_EXTRACT)
+    session.run_command(EXTRACT)
     found = session.check(f"these are exactly the {PLANTED} changed neurons", _found(session))
 
     session.heading("Apply them to the base, and verify the result")
-    session.run_command(_APPLY)
-    session.run_command(_VERIFY)
+    session.run_command(APPLY)
+    session.run_command(VERIFY)
 
     session.heading("Revert them")
-    session.run_command(_REVERT)
-    same = session.check(
-        "every file in restored/ equals the one in base/, bit for bit",
-        digests(base) == digests(restored) != digests(patched),
-    )
-    if can_draw():
-        session.heading("Draw a report")
-        session.run_command(_REPORT)
+    session.run_command(REVERT)
+    same = session.check_restored()
+    session.draw_report(FILES_REPORT)
     return {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}
 
 

@@ -1,4 +1,4 @@
-"""The session that a demo runs in: headings, commands that are shown and run, and checks."""
+"""What the demos share: their commands, and the session that shows and runs them and makes checks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
+from ...demo.planted import PLANTED
 from ..console import Console
 
-__all__ = ["DemoSession", "can_draw", "digests"]
+__all__ = ["APPLY", "CONTROL", "DIFF", "EXTRACT", "FILES_LINES", "FILES_REPORT", "REVERT", "SELECT", "SHARE"]
+__all__ += ["TRAINING_LINES", "TRAINING_REPORT", "VERIFY", "DemoSession", "can_draw"]
+
+SHARE = "9%"
+DIFF = "diff base tuned -o scores.safetensors"
+EXTRACT = f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors"
+SELECT = f"select scores.safetensors --neurons {SHARE} -o selection.safetensors"
+CONTROL = f"select scores.safetensors --neurons {SHARE} --policy random -o control.safetensors"
+APPLY = "apply base neuron_patch.safetensors -o patched"
+VERIFY = "verify patched neuron_patch.safetensors --expect patched"
+REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
+FILES_REPORT = f"report scores.safetensors --neurons {PLANTED} -o report.html"
+TRAINING_REPORT = f"report scores.safetensors control_patch.safetensors --neurons {SHARE} -o report.html"
+FILES_LINES = (DIFF, EXTRACT, APPLY, VERIFY, REVERT, FILES_REPORT)
+TRAINING_LINES = (DIFF, SELECT, CONTROL, APPLY, VERIFY, REVERT, TRAINING_REPORT)
 
 
 class DemoSession:
-    """A console and a working folder.
-
-    Attributes
-    ----------
-    console:
-        The console that shows the demo.
-    folder:
-        The folder that the commands run in.
-    """
+    """The console that shows a demo, and the folder that its commands run in."""
 
     def __init__(self, console: Console, folder: Path) -> None:
         self.console = console
@@ -52,12 +59,24 @@ class DemoSession:
         self.console.say(f"  -> {text}: {'yes' if passed else 'NO'}")
         return passed
 
+    def check_restored(self) -> bool:
+        """Check that reverting the patch restored the base, and that the patch had changed it."""
+        base, patched, restored = (_digests(self.folder / name) for name in ("base", "patched", "restored"))
+        same = base == restored != patched
+        return self.check("every file in restored/ equals the one in base/, bit for bit", same)
+
+    def draw_report(self, line: str) -> None:
+        """Run the command of the report, if its packages are installed."""
+        if can_draw():
+            self.heading("Draw a report")
+            self.run_command(line)
+
 
 def can_draw() -> bool:
     """Whether the packages that a report needs are installed."""
     return all(find_spec(name) is not None for name in ("jinja2", "matplotlib"))
 
 
-def digests(folder: Path) -> dict[str, str]:
+def _digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file in a folder, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...demo.languages import NEW, OLD, Languages
 from ...demo.tiny_model import (
+    NEW,
+    OLD,
+    Languages,
     Losses,
     TrainingSettings,
     count_parameters,
@@ -25,8 +27,7 @@ from ...demo.tiny_model import (
 )
 from ...text import commas, percent, size
 from ..console import table
-from .session import DemoSession, can_draw, digests
-from .training_commands import APPLY, CONTROL, DIFF, REPORT, REVERT, SELECT, SHARE, VERIFY
+from .session import APPLY, CONTROL, DIFF, REVERT, SELECT, SHARE, TRAINING_REPORT, VERIFY, DemoSession
 
 __all__ = ["show"]
 
@@ -37,25 +38,13 @@ _FINE_TUNING = TrainingSettings(NEW, steps=150, learning_rate=2e-3, seed=2)
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A row of the final table.
-
-    Attributes
-    ----------
-    losses:
-        The losses on both tasks.
-    trained:
-        The number of trained parameters.
-    nbytes:
-        The size of the files to keep.
-    seconds:
-        The training time.
-    """
+    """A row of the final table."""
 
     name: str
-    losses: Losses
-    trained: int
-    nbytes: int
-    seconds: float
+    losses: Losses  # the losses on both tasks
+    trained: int  # the number of trained parameters
+    nbytes: int  # the size of the files to keep
+    seconds: float  # the training time
 
 
 def show(session: DemoSession, seed: int) -> tuple[dict[str, bool], list[TrainedModel]]:
@@ -74,8 +63,13 @@ class _TrainingDemo:
     def run(self) -> tuple[dict[str, bool], list[TrainedModel]]:
         session = self._session
         base, tuned, patched = (session.folder / name for name in ("base", "tuned", "patched"))
-        self._pretrain(base)
-        self._fine_tune(base, tuned)
+        model = new_model(self._languages, self._seed)
+        number = commas(count_parameters(model.parameters()))
+        session.heading(f"A Llama with {number} parameters learns to translate A to B, B to C and C to A")
+        self._train_all("base", "pre-training", model, _PRETRAINING, base)
+
+        session.heading("A full fine-tune on the new task: A to C")
+        self._train_all("full fine-tune", "full fine-tune", load_model(base), _FINE_TUNING, tuned)
 
         session.heading("Which neurons did that turn?")
         session.run_command(DIFF)
@@ -98,39 +92,19 @@ class _TrainingDemo:
             np.array_equal(loaded, live),
         )
         session.run_command(REVERT)
-        same = session.check(
-            "every file in restored/ equals the one in base/, bit for bit",
-            digests(base) == digests(session.folder / "restored") != digests(patched),
-        )
+        same = session.check_restored()
         self._summary()
-        if can_draw():
-            session.heading("Draw a report")
-            session.run_command(REPORT)
+        session.draw_report(TRAINING_REPORT)
         return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}, self._trained
 
-    def _pretrain(self, base: Path) -> None:
-        languages = self._languages
-        model = new_model(languages, self._seed)
+    def _train_all(self, name: str, bar: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
+        """Train all parameters of ``model`` and write it to ``folder``."""
         parameters = list(model.parameters())
-        number = commas(count_parameters(parameters))
-        self._session.heading(
-            f"A Llama with {number} parameters learns to translate A to B, B to C and C to A"
-        )
-        with self._progress("pre-training", _PRETRAINING) as advance:
-            seconds = train_parameters(model, parameters, languages, self._seeded(_PRETRAINING), advance)
-        model.save_pretrained(base)
-        self._add("base", model, count_parameters(parameters), _bytes(base), seconds)
-
-    def _fine_tune(self, base: Path, tuned: Path) -> None:
-        self._session.heading("A full fine-tune on the new task: A to C")
-        model = load_model(base)
-        parameters = list(model.parameters())
-        with self._progress("full fine-tune", _FINE_TUNING) as advance:
-            seconds = train_parameters(
-                model, parameters, self._languages, self._seeded(_FINE_TUNING), advance
-            )
-        model.save_pretrained(tuned)
-        self._add("full fine-tune", model, count_parameters(parameters), _bytes(tuned), seconds)
+        with self._progress(bar, settings) as advance:
+            seconds = train_parameters(model, parameters, self._languages, self._seeded(settings), advance)
+        model.save_pretrained(folder)
+        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        self._add(name, model, count_parameters(parameters), nbytes, seconds)
 
     def _train_selection(self, name: str, base: Path, selection: str, patch: str) -> Any:
         """Train a selection from the base and write its patch; returns the trained model."""
@@ -157,10 +131,10 @@ class _TrainingDemo:
     def _seeded(self, settings: TrainingSettings) -> TrainingSettings:
         return replace(settings, seed=10 * self._seed + settings.seed)
 
-    @contextmanager
-    def _progress(self, what: str, settings: TrainingSettings) -> Iterator[Callable[[int], None]]:
-        with self._session.console.progress(what, settings.steps, unit="step") as advance:
-            yield advance
+    def _progress(
+        self, what: str, settings: TrainingSettings
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        return self._session.console.progress(what, settings.steps, unit="step")
 
     def _add(self, name: str, model: Any, trained: int, nbytes: int, seconds: float) -> None:
         row = TrainedModel(name, losses_of(model, self._languages), trained, nbytes, seconds)
@@ -191,7 +165,3 @@ class _TrainingDemo:
             "  One seed of a tiny model does not show how to choose neurons: "
             "with other seeds the random ones learn as well."
         )
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,14 +1,25 @@
-"""Reads a patch's rows by the documented format alone, and syncs what a rival wrote."""
+"""What the rivals share: their command line, rows of a patch by the documented format alone, and syncing."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # indices, new values
+
+
+def timed(work: Callable[..., dict[str, int] | None]) -> None:
+    """Calls ``work`` with the words of the command line; prints its seconds and the facts it returns."""
+    began = time.perf_counter()
+    facts = work(*sys.argv[1:]) or {}
+    print(json.dumps({"seconds": time.perf_counter() - began, **facts}))
 
 
 def rows_of(patch: str) -> dict[str, Rows]:
