@@ -16,7 +16,7 @@ from ..patch.patch import Patch
 from ..scoring.scores import Scores
 from ..selection.selection import Selection
 from ..tensors.arrays import Int64Array
-from ..text import label, percent
+from ..text import commas, label, percent
 from .figure import Column, ReportFigure, Table
 from .plotting import MplFigure, heatmap, new_axes
 
