@@ -235,8 +235,8 @@ def write_scores(
         "unscored": {info.name: _describe_bias(info) for info in companions},
     }
     entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
-    entries += [TensorInfo(f"{name}:unit", "Int64Array", ids.shape) for name, ids in units.items()]
-    entries += [TensorInfo(f"{info.name}:changed", "Int64Array", (info.elements,)) for info in companions]
+    entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
+    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in companions]
     metadata = dump(SCORES_KEY, facts)
     with written_file(entries, metadata, out) as written:
         for name, value in values.items():
