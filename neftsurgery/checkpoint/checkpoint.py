@@ -72,10 +72,8 @@ class Checkpoint:
     ----------
     source:
         Where it came from.
-    root:
-        The folder the files lie in.
-    is_file:
-        Whether it was named as one file, not as a folder.
+    root, is_file:
+        The folder of its files, and whether it was named as one file.
     shards:
         The weight files, by path.
     tensors:

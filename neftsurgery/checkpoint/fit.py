@@ -23,12 +23,7 @@ def require_tensors(
 ) -> None:
     """Raise a `MismatchError` unless the checkpoint has all ``tensors``, with their shapes and dtypes.
 
-    Parameters
-    ----------
-    what:
-        What they belong to, for the message.
-    made_from:
-        The checkpoint that ``what`` was made from.
+    For the message: ``what`` they belong to, and the checkpoint that this was made from.
     """
     for info in tensors:
         found = checkpoint.tensors.get(info.name)

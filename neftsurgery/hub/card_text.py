@@ -12,7 +12,7 @@ from .base_model import BaseModel
 from .layer_counts import LayerCounts
 from .markdown import code_span, link, table, text_bar
 
-__all__ = ["card_text", "dev_loss"]
+__all__ = ["card_text"]
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
 _MAX_TRAINING_FACTS = 40
@@ -46,11 +46,6 @@ def card_text(patch: Patch, repo: str, base: BaseModel, figure: str | None) -> s
     if trained := list(_training_facts(patch)):
         parts.append("## How the neurons were trained\n\n" + table(["", ""], trained))
     return "\n\n".join(parts)
-
-
-def dev_loss(patch: Patch) -> float | None:
-    """The loss on held-out examples, if the patch's training recorded one."""
-    return patch.training.number("dev_loss")
 
 
 def _lead(patch: Patch, base: BaseModel) -> str:

@@ -20,22 +20,14 @@ _MAX_KINDS = 8
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """A patch's neurons by layer and kind of weight, without the bias elements that go with a neuron.
+    """A patch's neurons by layer and kind of weight, without the bias elements that go with a neuron."""
 
-    Attributes
-    ----------
-    kinds:
-        Kinds of weight, the one with most neurons first; ``None`` stands for all remaining kinds.
-    layers:
-        The first and the last layer of each row, in the model's order, such as ``"model.layers.3"``. They
-        are equal if the row is one layer; ``""`` stands for tensors outside the layers.
-    counts:
-        Neurons per layer and kind.
-    """
-
+    #: Kinds of weight, the one with most neurons first; ``None`` stands for all remaining kinds.
     kinds: Sequence[str | None]
+    #: The first and the last layer of each row, in the model's order, such as ``"model.layers.3"``. They are
+    #: equal if the row is one layer; ``""`` stands for tensors outside the layers.
     layers: Sequence[tuple[str, str]]
-    counts: Sequence[Sequence[int]]
+    counts: Sequence[Sequence[int]]  # neurons per layer and kind
 
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerCounts:

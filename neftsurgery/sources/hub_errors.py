@@ -14,6 +14,24 @@ __all__ = ["hub_errors"]
 _LOGIN = "log in with `hf auth login`, and accept the model's terms on its page if it has any"
 _LATER = "the fault is on the Hub's side: try again later"
 _AGAIN = "check the network, and run the command again"
+#: Answers that are known by their HTTP status alone.
+_ANSWERS: dict[int | None, tuple[type[NeftError], str, str]] = {
+    409: (
+        MachineError,
+        "another change to the repository is in progress",
+        "nothing was changed: run the command again",
+    ),
+    412: (
+        MismatchError,
+        "the repository has a newer commit than the one that was checked",
+        "nothing was changed: look at the new commit, and run the command again",
+    ),
+    429: (
+        MachineError,
+        "too many requests to the Hub",
+        "wait a few minutes; logged-in users have a higher limit",
+    ),
+}
 
 
 @contextmanager
@@ -85,26 +103,14 @@ def _not_in_cache(error: Exception, named: str) -> NeftError:
 
 def _answered(error: object, named: str, status: int | None) -> NeftError:
     """For an answer of the Hub that is known by its HTTP status alone."""
-    if status == 409:
-        return MachineError(
-            "another change to the repository is in progress (HTTP 409)",
-            file=named,
-            hint="nothing was changed: run the command again",
-        )
-    if status == 412:
-        return MismatchError(
-            "the repository has a newer commit than the one that was checked (HTTP 412)",
-            file=named,
-            hint="nothing was changed: look at the new commit, and run the command again",
-        )
-    if status == 429:
-        return MachineError(
-            "too many requests to the Hub (HTTP 429)",
-            file=named,
-            hint="wait a few minutes; logged-in users have a higher limit",
-        )
     if status == 400:
-        return MismatchError(f"the Hub refused the request (HTTP 400): {_reason(error)}", file=named)
+        said = getattr(error, "server_message", None) or "no reason given"
+        return MismatchError(
+            f"the Hub refused the request (HTTP 400): {redacted(str(said).splitlines()[0][:200])}", file=named
+        )
+    if status in _ANSWERS:
+        kind, what, hint = _ANSWERS[status]
+        return kind(f"{what} (HTTP {status})", file=named, hint=hint)
     return _refused(named, "the Hub refused the request", status)
 
 
@@ -119,12 +125,6 @@ def _refused(named: str, what: str, status: int | None) -> NeftError:
 def _status(error: object) -> int | None:
     found = getattr(getattr(error, "response", None), "status_code", None)
     return found if isinstance(found, int) else None
-
-
-def _reason(error: object) -> str:
-    """The server's own message, if it sent one; without secrets."""
-    said = getattr(error, "server_message", None)
-    return redacted(str(said or "no reason given").splitlines()[0][:200])
 
 
 def _first_line(error: Exception) -> str:
