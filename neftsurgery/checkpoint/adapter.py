@@ -23,8 +23,7 @@ from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from .adapter_config import CONFIG_NAME, WEIGHTS_NAME, Factor, read_factors
-from .checkpoint import Checkpoint, Shard
-from .side import Side
+from .checkpoint import Checkpoint, Shard, Side
 
 __all__ = ["AdaptedWeights", "is_adapter", "open_pair"]
 

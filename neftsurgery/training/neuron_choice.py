@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fit import require_same_files
-from ..checkpoint.provenance import Provenance
+from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
 from ..progress import Progress
 from ..scoring.scores import Scores
