@@ -14,24 +14,6 @@ __all__ = ["hub_errors"]
 _LOGIN = "log in with `hf auth login`, and accept the model's terms on its page if it has any"
 _LATER = "the fault is on the Hub's side: try again later"
 _AGAIN = "check the network, and run the command again"
-#: Answers that are known by their HTTP status alone.
-_ANSWERS: dict[int | None, tuple[type[NeftError], str, str]] = {
-    409: (
-        MachineError,
-        "another change to the repository is in progress",
-        "nothing was changed: run the command again",
-    ),
-    412: (
-        MismatchError,
-        "the repository has a newer commit than the one that was checked",
-        "nothing was changed: look at the new commit, and run the command again",
-    ),
-    429: (
-        MachineError,
-        "too many requests to the Hub",
-        "wait a few minutes; logged-in users have a higher limit",
-    ),
-}
 
 
 @contextmanager
@@ -103,14 +85,27 @@ def _not_in_cache(error: Exception, named: str) -> NeftError:
 
 def _answered(error: object, named: str, status: int | None) -> NeftError:
     """For an answer of the Hub that is known by its HTTP status alone."""
-    if status == 400:
-        said = getattr(error, "server_message", None) or "no reason given"
-        return MismatchError(
-            f"the Hub refused the request (HTTP 400): {redacted(str(said).splitlines()[0][:200])}", file=named
+    if status == 409:
+        return MachineError(
+            "another change to the repository is in progress (HTTP 409)",
+            file=named,
+            hint="nothing was changed: run the command again",
         )
-    if status in _ANSWERS:
-        kind, what, hint = _ANSWERS[status]
-        return kind(f"{what} (HTTP {status})", file=named, hint=hint)
+    if status == 412:
+        return MismatchError(
+            "the repository has a newer commit than the one that was checked (HTTP 412)",
+            file=named,
+            hint="nothing was changed: look at the new commit, and run the command again",
+        )
+    if status == 429:
+        return MachineError(
+            "too many requests to the Hub (HTTP 429)",
+            file=named,
+            hint="wait a few minutes; logged-in users have a higher limit",
+        )
+    if status == 400:
+        said = str(getattr(error, "server_message", None) or "no reason given").splitlines()[0]
+        return MismatchError(f"the Hub refused the request (HTTP 400): {redacted(said[:200])}", file=named)
     return _refused(named, "the Hub refused the request", status)
 
 
