@@ -27,7 +27,7 @@ from benchmarks.selection.tasks import Task, task
 from benchmarks.selection.text import read
 from benchmarks.selection.tuning import TrainingResult, batches_of, make_trainable, rank_of, train
 from neftsurgery import Selection
-from neftsurgery.checkpoint.fingerprint import fingerprint
+from neftsurgery.checkpoint.provenance import fingerprint
 from neftsurgery.training.probe import STEPS
 
 FACTS = "pretraining.json"

@@ -23,8 +23,7 @@ from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from .adapter_config import CONFIG_NAME, WEIGHTS_NAME, Factor, read_factors
-from .checkpoint import Checkpoint, Shard
-from .side import Side
+from .checkpoint import Checkpoint, Shard, Side
 
 __all__ = ["AdaptedWeights", "is_adapter", "open_pair"]
 
@@ -37,14 +36,9 @@ def is_adapter(named: str | os.PathLike[str]) -> bool:
 
 
 def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tuple[Checkpoint, Side]:
-    """Open a base and a tuned checkpoint; the tuned one may be a LoRA adapter of the base.
+    """Open a base and a tuned checkpoint, or a base and a LoRA adapter of it.
 
-    Raises
-    ------
-    MismatchError
-        If an adapter is not for this base, or is of a kind that cannot be read.
-    UsageError, CorruptFileError, MachineError
-        As `Checkpoint.open`.
+    Raises a `MismatchError` if an adapter is not for this base, or is of a kind that cannot be read.
     """
     first = Checkpoint.open(base)
     return first, AdaptedWeights.open(first, tuned) if is_adapter(tuned) else Checkpoint.open(tuned)
@@ -52,27 +46,13 @@ def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tu
 
 @dataclass(frozen=True)
 class AdaptedWeights:
-    """The tensors of a base with an adapter merged into them. Made by `open`; implements `Side`.
+    """The tensors of a base with an adapter merged into them. Made by `open`; implements `Side`."""
 
-    Attributes
-    ----------
-    source:
-        The adapter's folder.
-    base:
-        The checkpoint below.
-    file:
-        The adapter's factors.
-    tensors:
-        By name, as they are read: in the base's dtypes, or some of them in F32.
-    factors:
-        What is added to each tensor that is computed; None: nothing, it is only converted.
-    """
-
-    source: Source
+    source: Source  # the adapter's folder
     base: Checkpoint
-    file: TensorFile
-    tensors: Mapping[str, TensorInfo]
-    factors: Mapping[str, Factor | None]
+    file: TensorFile  # the adapter's factors
+    tensors: Mapping[str, TensorInfo]  # as they are read: in the base's dtypes, or some of them in F32
+    factors: Mapping[str, Factor | None]  # of the tensors that are computed; None: only converted
 
     @classmethod
     def open(cls, base: Checkpoint, folder: str | os.PathLike[str]) -> AdaptedWeights:

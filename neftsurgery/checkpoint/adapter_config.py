@@ -34,33 +34,19 @@ _OTHER_KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """What an adapter adds to one weight: ``scale * B @ A``.
+    """What an adapter adds to one weight: ``scale * B @ A``."""
 
-    Attributes
-    ----------
-    a, b:
-        The entries of ``A``, ``[r, in]``, and ``B``, ``[out, r]``, in the adapter's file.
-    scale:
-        ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilized LoRA (Kalajdzievski, 2023).
-    transposed:
-        Whether the weight is stored ``[in, out]``.
-    """
-
-    a: str
-    b: str
-    scale: float
-    transposed: bool
+    a: str  # the entry of A, [r, in], in the adapter's file
+    b: str  # that of B, [out, r]
+    scale: float  # alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA (Kalajdzievski, 2023)
+    transposed: bool  # the weight is stored [in, out]
 
 
 def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[str, Factor]:
     """What the adapter adds, by tensor of the base.
 
-    Raises
-    ------
-    CorruptFileError
-        If the config or a factor is damaged.
-    MismatchError
-        If the adapter is of a kind that cannot be read, or not for this base.
+    Raises a `CorruptFileError` if the config or a factor is damaged, and a `MismatchError` if the adapter is
+    of a kind that cannot be read, or not for this base.
     """
     config = _read_config(config_path)
     pairs = _pairs(file)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,12 @@ from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
+from ..tensors.weights import WeightReader
 from ..text import plural, size
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files
 
-__all__ = ["Checkpoint", "OpenShards", "Shard"]
+__all__ = ["Checkpoint", "OpenShards", "Shard", "Side"]
 
 _MANY_ROWS = 16
 _cached_rows_lock = threading.Lock()
@@ -64,6 +65,37 @@ def _version(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
+class Side(WeightReader, Protocol):
+    """What diff and extract need of a model on either side: a checkpoint, or a base with an adapter on it."""
+
+    @property
+    def source(self) -> Source:
+        """Where they came from."""
+
+    @property
+    def name(self) -> str:
+        """As the user named them."""
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The model's ``config.json``."""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The weight files that hold the tensors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor data."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data read so far, from files that no other side counts."""
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if a file was edited or replaced since it was opened."""
+
+
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
     """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights.
@@ -72,10 +104,8 @@ class Checkpoint:
     ----------
     source:
         Where it came from.
-    root:
-        The folder the files lie in.
-    is_file:
-        Whether it was named as one file, not as a folder.
+    root, is_file:
+        The folder of its files, and whether it was named as one file.
     shards:
         The weight files, by path.
     tensors:

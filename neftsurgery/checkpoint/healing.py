@@ -65,18 +65,10 @@ class HealResult:
 
 @dataclass(frozen=True)
 class HealPlan:
-    """Which vectors would be written back. Made by `plan_heal`; nothing is written yet.
-
-    Attributes
-    ----------
-    source:
-        The checkpoint.
-    restorations:
-        One per journal, in the order in which they are followed.
-    """
+    """Which vectors would be written back. Made by `plan_heal`; nothing is written yet."""
 
     source: Source
-    restorations: tuple[Restoration, ...]
+    restorations: tuple[Restoration, ...]  # one per journal, in the order in which they are followed
 
     @property
     def neurons(self) -> int:
@@ -92,13 +84,7 @@ class HealPlan:
         }
 
     def run(self) -> HealResult:
-        """Write the old vectors back, sync them, and remove the journals.
-
-        Raises
-        ------
-        MismatchError, MachineError
-            As `heal`; the journal is kept.
-        """
+        """Write the old vectors back, sync them, and remove the journals; raises as `heal`."""
         done = [restoration for restoration in self.restorations if restoration.run()]
         return HealResult(
             self.source.named,
@@ -130,13 +116,7 @@ def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
 
 @boundary
 def plan_heal(checkpoint: str | os.PathLike[str] | Source) -> HealPlan:
-    """Read and check the journals of a checkpoint; nothing is written.
-
-    Raises
-    ------
-    UsageError, CorruptFileError, MismatchError, MachineError
-        As `heal`.
-    """
+    """Read and check the journals of a checkpoint; nothing is written. Raises as `heal`."""
     source = checkpoint if isinstance(checkpoint, Source) else resolve(checkpoint)
     found = find_journals(source)
     if found and source.path.is_symlink():
@@ -159,14 +139,8 @@ def plan_heal(checkpoint: str | os.PathLike[str] | Source) -> HealPlan:
 def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | None:
     """Heal what this user's own commands left; for commands that are about to change ``checkpoint``.
 
-    None if there was nothing to heal.
-
-    Raises
-    ------
-    MachineError
-        If there is a journal that this user's commands did not write here, or healing fails.
-    UsageError, CorruptFileError, MismatchError
-        As `heal`.
+    None if there was nothing to heal. Raises as `heal`, and a `MachineError` if there is a journal that this
+    user's commands did not write here.
     """
     if isinstance(checkpoint, str | os.PathLike) and is_hub_id(checkpoint):
         return None

@@ -57,22 +57,12 @@ _SAMPLES = 8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """Vectors of one tensor that are replaced.
-
-    Attributes
-    ----------
-    info, layout:
-        The tensor. Several changes may be about the same one, even along different axes.
-    index:
-        The neurons, ascending, int64 ``[k]``.
-    new_digests:
-        XXH3-128 of their new vectors, uint8 ``[k, 16]``.
-    """
+    """Vectors of one tensor that are replaced. A tensor may have several changes, even along other axes."""
 
     info: TensorInfo
     layout: Layout
-    index: NDArray[np.int64]
-    new_digests: NDArray[np.uint8]
+    index: NDArray[np.int64]  # the neurons, ascending, [k]
+    new_digests: NDArray[np.uint8]  # XXH3-128 of their new vectors, [k, 16]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Positions in the index, in ranges of bounded size."""
@@ -83,14 +73,8 @@ class Change:
 def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Path, int]]:
     """Open weight files for writing, each locked against other processes that change it.
 
-    Yields their descriptors by path.
-
-    Raises
-    ------
-    UsageError
-        If one is reached through a symlink, or has several hard links.
-    MachineError
-        If another process holds one, or it was replaced since the checkpoint was read.
+    Yields their descriptors by path. Raises as `open_to_change`, and a `MachineError` if another process
+    holds a file, or it was replaced since the checkpoint was read.
     """
     descriptors: dict[Path, int] = {}
     try:
@@ -128,12 +112,8 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
 
     The caller holds the lock of all shards it touches (`locked`), and has synced its writes when the
     context ends. If it ends by an exception, the journal stays. The journal is recorded as ours
-    (`journal_record`) before it gets its name.
-
-    Raises
-    ------
-    MachineError
-        If the state folder or the journal cannot be written; then no weight was.
+    (`journal_record`) before it gets its name. A `MachineError` says that the state folder or the journal
+    cannot be written; then no weight was.
     """
     path = journal_path(checkpoint.source)
     touched = {checkpoint.shard_of(change.info.name).path for change in changes}
@@ -192,14 +172,8 @@ def remove_journal(path: Path, sha256: str) -> None:
 class Journal:
     """A journal opened for reading: which files it belongs to, and what it would write. Made by `open`.
 
-    Attributes
-    ----------
-    path:
-        The file.
-    files:
-        Its description of the weight files it belongs to; compare with `describe_file`.
-    changes:
-        What was being replaced. Their old vectors are checked by `check_old`, not before.
+    ``files`` describes the weight files it belongs to; compare with `describe_file`. The old vectors of its
+    ``changes`` are checked by `check_old`, not before.
     """
 
     def __init__(self, path: Path, file: TensorFile) -> None:
@@ -221,12 +195,7 @@ class Journal:
     def open(cls, path: Path) -> Journal:
         """Open the journal at ``path``; a symlink is not followed.
 
-        Raises
-        ------
-        FileNotFoundError
-            If there is none.
-        CorruptFileError
-            If it is not a journal, or damaged.
+        Raises a ``FileNotFoundError`` if there is none, a `CorruptFileError` if it is not a whole journal.
         """
         if not stat.S_ISREG(path.lstat().st_mode):
             raise CorruptFileError("a damaged journal: not a regular file", file=path)

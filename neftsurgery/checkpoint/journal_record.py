@@ -20,10 +20,7 @@ __all__ = ["forget", "is_recorded", "record"]
 def record(sha256: str, journal: Path) -> None:
     """Record that a journal with this SHA-256 is this user's, and sync the record to disk.
 
-    Raises
-    ------
-    MachineError
-        If there is no home folder, or the state folder cannot be written.
+    Raises a `MachineError` if there is no home folder, or the state folder cannot be written.
     """
     folder = _folder()
     try:

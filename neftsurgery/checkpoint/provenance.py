@@ -1,14 +1,57 @@
-"""Where a checkpoint came from, as scores, selections and patches record it."""
+"""Where a checkpoint came from, as scores, selections and patches record it. The same base? Does it fit?"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+from os import PathLike
 from typing import Self
 
-from ..tensors.document import Facts
-from .fingerprint import fingerprint
-from .side import Side
+import xxhash
 
-__all__ = ["Provenance"]
+from ..errors import MismatchError
+from ..tensors.document import Facts
+from ..tensors.header import TensorInfo
+from ..tensors.weights import WeightReader
+from .checkpoint import Side
+
+__all__ = [
+    "HASH_PREFIX",
+    "Provenance",
+    "fingerprint",
+    "require_same_files",
+    "require_tensors",
+    "same_files",
+    "same_tensor",
+]
+
+_EDGE_BYTES = 4096
+HASH_PREFIX = "xxh3-128:"
+
+
+def fingerprint(weights: WeightReader) -> str:
+    """XXH3-128 over every tensor, by name: name, dtype, shape, first and last 4096 bytes.
+
+    Per tensor, in code-point order of names, the hash takes in the JSON text
+    ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the first ``min(4096, n)`` and the
+    last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count.
+    """
+    state = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(2 * _EDGE_BYTES))
+    for name in sorted(weights.tensors):
+        info = weights.tensors[name]
+        state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
+        edge = min(_EDGE_BYTES, info.nbytes)
+        if info.nbytes <= len(buffer):
+            view = buffer[: info.nbytes]
+            weights.read_into(name, 0, view)
+        else:
+            view = buffer
+            weights.read_into(name, 0, view[:edge])
+            weights.read_into(name, info.nbytes - edge, view[edge:])
+        state.update(view[:edge])
+        state.update(view[len(view) - edge :])
+    return HASH_PREFIX + state.hexdigest()
 
 
 class Provenance(Facts):
@@ -45,3 +88,54 @@ class Provenance(Facts):
     def label(self) -> str | None:
         """What to call it in a sentence: the repository, or else the name."""
         return self.repo or self.name or None
+
+
+def same_tensor(a: TensorInfo | None, b: TensorInfo | None) -> bool:
+    """Whether both are there, with the same shape and dtype."""
+    return a is not None and b is not None and (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def require_tensors(
+    checkpoint: Side, tensors: Iterable[TensorInfo], what: str, made_from: Provenance | None = None
+) -> None:
+    """Raise a `MismatchError` unless the checkpoint has all ``tensors``, with their shapes and dtypes.
+
+    For the message: ``what`` they belong to, and the checkpoint that this was made from.
+    """
+    for info in tensors:
+        found = checkpoint.tensors.get(info.name)
+        if not same_tensor(info, found):
+            label = None if made_from is None else made_from.label
+            raise MismatchError(
+                f"{what} is not for this checkpoint",
+                file=checkpoint.name,
+                tensor=info.name,
+                expected=info.describe(),
+                found=found.describe() if found else "no such tensor",
+                hint=None if label is None else f"it was made from {label}",
+            )
+
+
+def same_files(one: Provenance, other: Provenance) -> bool | None:
+    """Whether both have the same fingerprint; None if one has none."""
+    a, b = one.get("fingerprint"), other.get("fingerprint")
+    return None if a is None or b is None else a == b
+
+
+def require_same_files(
+    what: str,
+    expected: Provenance,
+    found: Provenance,
+    *,
+    file: str | PathLike[str] | None = None,
+    hint: str | None = None,
+) -> None:
+    """Raise a `MismatchError` that says ``what`` if the two have different fingerprints."""
+    if same_files(expected, found) is False:
+        raise MismatchError(
+            what,
+            file=file,
+            expected=f"fingerprint {expected['fingerprint']}",
+            found=found["fingerprint"],
+            hint=hint,
+        )

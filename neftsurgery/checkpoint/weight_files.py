@@ -18,12 +18,8 @@ _MAX_NAME_BYTES = 255
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint folder; a single file beats an index beside it.
 
-    Raises
-    ------
-    UsageError
-        If there are none.
-    CorruptFileError
-        If the index is damaged, or points outside its folder.
+    Raises a `UsageError` if there are none, a `CorruptFileError` if the index is damaged, or points outside
+    its folder.
     """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.is_file():

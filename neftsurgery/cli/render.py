@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.side import Side
+from ..checkpoint.checkpoint import Side
 from ..reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ..scoring.scores import Scores
 from ..surgery.pairing import Pair

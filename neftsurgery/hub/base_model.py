@@ -1,29 +1,28 @@
-"""The base model of a patch: its Hub id, where that is known."""
+"""The base model of a patch: its Hub id, where that is known, and its licence, as its card names it."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import MismatchError, UsageError
+from ..errors import MismatchError, NeftError, UsageError
 from ..patch.patch import Patch
+from ..sources.hub_client import client, page
+from ..sources.hub_errors import hub_errors
 from ..sources.hub_id import HubId, is_repo, is_revision
 
-__all__ = ["BaseModel"]
+__all__ = ["BaseModel", "read_licence"]
+
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The model that a patch was made from.
+    """The model that a patch was made from; name and fingerprint are as the manifest has them."""
 
-    Attributes
-    ----------
-    hub_id:
-        Its Hub id; None where that is not known. Both parts are checked to be of the right form.
-    name, fingerprint:
-        As the manifest has them.
-    """
-
-    hub_id: HubId | None
+    hub_id: HubId | None  # where it is known; both parts are of the right form
     name: str | None = None
     fingerprint: str | None = None
 
@@ -46,12 +45,7 @@ class BaseModel:
     def of(cls, patch: Patch, named: str | None) -> BaseModel:
         """The base that the patch's manifest names, completed by ``named``: ``org/name[@revision]``.
 
-        Raises
-        ------
-        UsageError
-            If ``named`` is not a Hub id.
-        MismatchError
-            If the manifest names another base or another revision.
+        Raises a `MismatchError` if the manifest names another base or another revision.
         """
         origin, hub_id = patch.base, None
         if is_repo(origin.repo):
@@ -77,3 +71,32 @@ def _completed(known: HubId | None, named: str) -> HubId:
             found=given.revision,
         )
     return known if known.revision else given
+
+
+def read_licence(base: BaseModel, *, required: bool) -> tuple[dict[str, str], str | None]:
+    """The fields of the base's card that name its licence, and a warning if there are none.
+
+    ``required`` raises the error if the base cannot be read: for a base that the user has named.
+    """
+    if base.hub_id is None:
+        return {}, None
+    try:
+        with hub_errors(base.hub_id):
+            info = client().HfApi().model_info(base.hub_id.repo, revision=base.hub_id.revision)
+    except NeftError as error:
+        if required:
+            raise
+        return {}, f"the card names no licence: {error.what} ({base.hub_id}, the base)"
+    data = info.card_data.to_dict() if info.card_data is not None else {}
+    found = _licence(data, base.hub_id.repo)
+    return found, None if found else f"the card names no licence: the base, {base.hub_id.repo}, names none"
+
+
+def _licence(data: Mapping[str, object], repo: str) -> dict[str, str]:
+    found = {key: value for key in _LICENCE_KEYS if isinstance(value := data.get(key), str)}
+    if not _LICENCE.fullmatch(found.get("license", "")):
+        return {}
+    link = found.get("license_link", "")
+    if link and not link.startswith(("https://", "http://")):  # a file of the base's repository
+        found["license_link"] = f"{page(repo)}/blob/main/{link}"
+    return found

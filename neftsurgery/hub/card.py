@@ -1,19 +1,21 @@
-"""The model card of a patch: front matter for the Hub, and a text for people."""
+"""The model card of a patch: front matter for the Hub, a text for people, and a figure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MismatchError
 from ..patch.patch import Patch
+from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import client
 from .base_model import BaseModel
-from .card_text import card_text, dev_loss
+from .card_text import card_text
 from .repository import CARD_HINT
 
-__all__ = ["BEGIN", "END", "write_card"]
+__all__ = ["BEGIN", "END", "card_figure", "write_card"]
 
 #: Every push rewrites what is between these marks; the rest of a card belongs to its owner.
 BEGIN = "<!-- neftsurgery:begin, `neftsurgery push` overwrites the text up to the end mark -->"
@@ -46,12 +48,8 @@ def write_card(
         The file name of a figure of where the neurons are, beside the card.
     existing:
         The card to update. All of its text is kept except the part that an earlier push wrote, and all of
-        its front matter except the fields that describe the patch and its base.
-
-    Raises
-    ------
-    MismatchError
-        If ``existing`` is not a card, or the part that an earlier push wrote is not clear.
+        its front matter except the fields that describe the patch and its base. A `MismatchError` says that
+        it is not a card, or that the part that an earlier push wrote is not clear.
     """
     block = f"{BEGIN}\n\n{card_text(patch, repo, base, figure)}\n\n{END}"
     hub = client()
@@ -65,6 +63,16 @@ def write_card(
         card.data[key] = value
     card.text = _with_block(card.text, block, repo)
     return str(card)
+
+
+def card_figure(patch: Patch) -> bytes | None:
+    """A map of the neurons that the patch replaces, as PNG; None without matplotlib or without neurons."""
+    found = LayerMap.of_patch(patch)
+    if find_spec("matplotlib") is None or not found.neurons:
+        return None
+    from ..reporting.layer_map import layer_map_figure
+
+    return layer_map_figure(found, word="replaced", of_patch=True).png()
 
 
 def _read(text: str, repo: str) -> Any:
@@ -115,7 +123,7 @@ def _front_matter(
     tags = known.get("tags")
     tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     found["tags"] = list(dict.fromkeys([*tags, *_TAGS]))
-    if (loss := dev_loss(patch)) is not None:
+    if (loss := patch.training.number("dev_loss")) is not None:
         result = client().EvalResult(
             task_type="text-generation",
             dataset_type="custom",

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from ..patch.patch import PATCH_NAME, Patch
+from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import page
+from ..tensors.arrays import Int64Array
 from ..text import percent, plural, size
 from .base_model import BaseModel
-from .layer_counts import LayerCounts
 from .markdown import code_span, link, table, text_bar
 
-__all__ = ["card_text", "dev_loss"]
+__all__ = ["LayerCounts", "card_text"]
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
 _MAX_TRAINING_FACTS = 40
+#: A larger table is not read: neighbouring layers are put together, and so are rare kinds.
+_MAX_LAYERS = 40
+_MAX_KINDS = 8
 #: Keys of the manifest's ``selection``, and what the card calls them.
 _SELECTION_LABELS = {
     "score": "score",
@@ -46,11 +53,6 @@ def card_text(patch: Patch, repo: str, base: BaseModel, figure: str | None) -> s
     if trained := list(_training_facts(patch)):
         parts.append("## How the neurons were trained\n\n" + table(["", ""], trained))
     return "\n\n".join(parts)
-
-
-def dev_loss(patch: Patch) -> float | None:
-    """The loss on held-out examples, if the patch's training recorded one."""
-    return patch.training.number("dev_loss")
 
 
 def _lead(patch: Patch, base: BaseModel) -> str:
@@ -153,3 +155,57 @@ def _json_span(value: object) -> str:
         (key, one), *_ = value.items()
         value = f"{key} {one}" if isinstance(one, (str, int, float)) else value
     return code_span(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 300)
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """A patch's neurons by layer and kind of weight, without the bias elements that go with a neuron."""
+
+    #: Kinds of weight, the one with most neurons first; ``None`` stands for all remaining kinds.
+    kinds: Sequence[str | None]
+    #: The first and the last layer of each row, in the model's order, such as ``"model.layers.3"``. They are
+    #: equal if the row is one layer; ``""`` stands for tensors outside the layers.
+    layers: Sequence[tuple[str, str]]
+    counts: Sequence[Sequence[int]]  # neurons per layer and kind
+
+    @classmethod
+    def of_patch(cls, patch: Patch) -> LayerCounts:
+        """Count a patch's neurons. The names of the tensors alone say which layer and kind they belong to."""
+        found = LayerMap.of_patch(patch)
+        used = np.flatnonzero(found.chosen.sum(axis=1))
+        layers = [found.layers[row] for row in used]
+        kinds, counts = _columns(found, found.chosen[used])
+        rows = list(_rows(layers, counts))
+        return cls(kinds, [(first, last) for first, last, _ in rows], [row for *_, row in rows])
+
+    @property
+    def totals(self) -> list[int]:
+        """Neurons per layer."""
+        return [sum(row) for row in self.counts]
+
+
+def _columns(found: LayerMap, counts: Int64Array) -> tuple[list[str | None], Int64Array]:
+    """The kinds with most neurons, and the counts of each and of all the others."""
+    totals = counts.sum(axis=0)
+    order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
+    if len(order) <= _MAX_KINDS:
+        return [found.kinds[kind] for kind in order], counts[:, order]
+    order, others = order[: _MAX_KINDS - 1], order[_MAX_KINDS - 1 :]
+    kept = np.column_stack([counts[:, order], counts[:, others].sum(axis=1)])
+    return [*(found.kinds[kind] for kind in order), None], kept
+
+
+def _rows(layers: Sequence[str], counts: Int64Array) -> Iterator[tuple[str, str, list[int]]]:
+    """First layer, last layer and counts of each row: `_MAX_LAYERS` rows, and one more per stack of layers.
+
+    Layers that share a row are neighbours in the same stack.
+    """
+    size = -(-len(layers) // _MAX_LAYERS)
+    start = 0
+    while start < len(layers):
+        stack = layers[start].rpartition(".")[0]
+        stop = start + 1
+        while stop < min(start + size, len(layers)) and layers[stop].rpartition(".")[0] == stack:
+            stop += 1
+        yield layers[start], layers[stop - 1], counts[start:stop].sum(axis=0).tolist()
+        start = stop

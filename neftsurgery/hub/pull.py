@@ -21,24 +21,12 @@ __all__ = ["PullPlan", "plan_pull", "pull"]
 
 @dataclass(frozen=True, slots=True)
 class PullPlan:
-    """A planned pull: the names are checked, and nothing is fetched.
+    """A planned pull: the names are checked, and nothing is fetched."""
 
-    Attributes
-    ----------
-    hub_id:
-        The repository, and the revision if one was named.
-    out:
-        Where the patch is written; None: it stays in the cache.
-    force:
-        Whether ``out`` may be replaced.
-    file:
-        The file on the Hub; None in offline mode, where only the cache is read.
-    """
-
-    hub_id: HubId
-    out: str | os.PathLike[str] | None
+    hub_id: HubId  # with the revision if one was named
+    out: str | os.PathLike[str] | None  # None: the patch stays in the cache
     force: bool
-    file: HubFile | None
+    file: HubFile | None  # None in offline mode, where only the cache is read
 
     def __str__(self) -> str:
         found = "from the cache"
@@ -103,7 +91,8 @@ def pull(
 ) -> Patch:
     """Fetch a patch from the Hugging Face Hub, and check all hashes of its content.
 
-    Only the patch is fetched, into huggingface_hub's cache, unless it is there already.
+    Only the patch is fetched, into huggingface_hub's cache, unless it is there already. Returns the patch at
+    ``out``, or in the cache; opened.
 
     Parameters
     ----------
@@ -113,11 +102,6 @@ def pull(
         The file to write, all or nothing. None: the patch stays in the cache.
     force:
         Replace ``out`` if it exists.
-
-    Returns
-    -------
-    Patch
-        The patch at ``out``, or in the cache; opened.
 
     Raises
     ------

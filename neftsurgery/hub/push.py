@@ -15,12 +15,9 @@ from ..sources.hub_id import is_repo
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
 from ..text import plural
-from .base_model import BaseModel
-from .card import write_card
-from .card_figure import card_figure
-from .commit import send_commit
-from .licence import read_licence
-from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository
+from .base_model import BaseModel, read_licence
+from .card import card_figure, write_card
+from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
 
 __all__ = ["PushPlan", "PushResult", "plan_push", "push"]
 
@@ -33,14 +30,11 @@ class PushResult:
 
     Attributes
     ----------
-    repo, branch, commit:
-        Where the patch is now; pull it as ``repo@commit``.
-    url:
-        The repository's page.
-    created:
-        Whether the repository was created.
-    changed:
-        Whether there is a new commit. There is none if all files were there already.
+    repo, branch, commit, url:
+        Where the patch is now; pull it as ``repo@commit``. The address is that of the repository's page.
+    created, changed:
+        Whether the repository was created, and whether there is a new commit. There is none if all files were
+        there already.
     card:
         The README.
     neurons, tensors:
@@ -67,33 +61,15 @@ class PushResult:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """A planned push: everything is checked, and nothing is sent.
-
-    Attributes
-    ----------
-    patch, base:
-        The patch, and the model it was made from.
-    repository:
-        Where the patch goes, as it is now.
-    private:
-        Whether a new repository is private; None: as the user's settings on the Hub say.
-    message:
-        The commit message.
-    card:
-        The README.
-    figure:
-        PNG; None if there is nothing to draw it with.
-    warnings:
-        Sentences for the user.
-    """
+    """A planned push: everything is checked, and nothing is sent."""
 
     patch: Patch
     base: BaseModel
-    repository: Repository
-    private: bool | None
-    message: str
-    card: str = field(repr=False)
-    figure: bytes | None = field(repr=False)
+    repository: Repository  # where the patch goes, as it is now
+    private: bool | None  # of a new repository; None: as the user's settings on the Hub say
+    message: str  # of the commit
+    card: str = field(repr=False)  # the README
+    figure: bytes | None = field(repr=False)  # PNG; None if there is nothing to draw it with
     warnings: tuple[str, ...]
 
     @property

@@ -1,49 +1,42 @@
-"""The repository that a push goes to: the names of its files, and its state before anything is sent."""
+"""The repository that a push goes to: the names of its files, its state, and one commit on top of that."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
-from ..errors import MachineError, MismatchError
+from ..errors import MachineError, MismatchError, NeftError
 from ..sources.hub_client import client, fetch_file
 from ..sources.hub_errors import hub_errors
 from ..sources.hub_id import HubId
+from ..sources.secrets import redacted
 
-__all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_repository"]
+__all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_repository", "send_commit"]
+
+Files = Mapping[str, Path | BinaryIO | bytes]
 
 #: The files of a patch's repository, beside the patch.
 CARD_NAME = "README.md"
 FIGURE_NAME = "neurons.png"
 MAIN = "main"
+_LEFT_EMPTY = "the repository was created, and is still empty"
 CARD_HINT = "correct it on the Hub, or write a new card with [[replace_card=True]]"
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository of the Hub, at one commit.
+    """A model repository of the Hub, at one commit."""
 
-    Attributes
-    ----------
-    repo, branch:
-        ``org/name``, and the branch that is pushed to.
-    has_branch:
-        Whether the branch exists.
-    head:
-        The parent of the next commit: the branch's head, or main's if the branch does not exist. None
-        if the repository does not exist.
-    private:
-        Whether only its members see it.
-    files:
-        The names of its files at that commit.
-    """
-
-    repo: str
-    branch: str
-    has_branch: bool = False
+    repo: str  # org/name
+    branch: str  # that is pushed to
+    has_branch: bool = False  # the branch exists
+    #: The parent of the next commit: the branch's head, or main's if the branch does not exist. None if the
+    #: repository does not exist.
     head: str | None = None
     private: bool = False
-    files: Sequence[str] = ()
+    files: Sequence[str] = ()  # their names at that commit
 
     @property
     def exists(self) -> bool:
@@ -56,13 +49,7 @@ class Repository:
         return HubId(self.repo, self.branch)
 
     def card(self) -> str | None:
-        """Fetch its README; None if it has none.
-
-        Raises
-        ------
-        MismatchError
-            If the README is not UTF-8.
-        """
+        """Fetch its README; None if it has none."""
         if CARD_NAME not in self.files:
             return None
         content = fetch_file(HubId(self.repo, self.head), CARD_NAME).read_bytes()
@@ -77,12 +64,8 @@ class Repository:
 def read_repository(repo: str, branch: str) -> Repository:
     """Ask the Hub for a repository, which need not exist.
 
-    Raises
-    ------
-    UsageError
-        If the Hub does not allow the name ``repo``.
-    MachineError
-        If no token is found, or the Hub refuses or cannot be reached.
+    Raises a `UsageError` if the Hub does not allow the name, and a `MachineError` if no token is found, or
+    the Hub refuses or cannot be reached.
     """
     hub = client()
     if hub.get_token() is None:
@@ -102,3 +85,63 @@ def read_repository(repo: str, branch: str) -> Repository:
             return Repository(repo, branch)
     files = [file.rfilename for file in info.siblings or []]
     return Repository(repo, branch, has_branch, info.sha, bool(info.private), files)
+
+
+def send_commit(
+    repository: Repository, files: Files, message: str, *, private: bool | None
+) -> tuple[str, str]:
+    """Add ``files`` to a repository in one commit on top of ``repository.head``, all or nothing.
+
+    A repository or branch that does not exist is created, ``private`` or (None) as the user's settings on the
+    Hub say. Returns the branch's commit and the one before; they are equal if all files were there already.
+    """
+    api, repo, branch = client().HfApi(), repository.repo, repository.branch
+    with hub_errors(repository.hub_id, doing="pushing to"):
+        parent = repository.head
+        if parent is None:
+            api.create_repo(repo, private=private)
+            parent = api.model_info(repo).sha
+    try:
+        with hub_errors(repository.hub_id, doing="pushing to"):
+            if not repository.has_branch and branch != MAIN:
+                api.create_branch(repo, branch=branch, revision=parent, exist_ok=False)
+            return _send(repository, files, message, parent), parent
+    except NeftError as error:
+        if not repository.exists:
+            error.hint = "; ".join(filter(None, [error.hint, _LEFT_EMPTY]))
+        raise
+
+
+def _send(repository: Repository, files: Files, message: str, parent: str) -> str:
+    api, repo, branch = client().HfApi(), repository.repo, repository.branch
+    add = client().CommitOperationAdd
+    operations = {name: add(name, content) for name, content in files.items()}
+    # The client uploads large files before the commit: several at once in threads, for which Ctrl-C has
+    # to wait. The figure, which is small, is uploaded on its own, so that only the patch is left.
+    if FIGURE_NAME in operations:
+        api.preupload_lfs_files(repo, [operations[FIGURE_NAME]], revision=branch, free_memory=False)
+    try:
+        done = api.create_commit(
+            repo,
+            operations=list(operations.values()),
+            commit_message=message,
+            revision=branch,
+            parent_commit=parent,
+        )
+    except ValueError as error:
+        _raise_if_card_refused(error, repo)
+        raise
+    return str(done.oid)
+
+
+def _raise_if_card_refused(error: ValueError, repo: str) -> None:
+    """The client has the Hub check the front matter before it sends anything, and raises the Hub's answer."""
+    text = str(error)
+    if isinstance(error, client().errors.HfHubHTTPError) or CARD_NAME not in text:
+        return
+    reasons = "; ".join(line.lstrip("- ") for line in text.splitlines()[1:] if line.strip())
+    raise MismatchError(
+        f"the Hub refused the front matter of the card: {redacted(reasons)[:200] or 'no reason given'}",
+        file=repo,
+        hint=CARD_HINT,
+    ) from error

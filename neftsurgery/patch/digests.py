@@ -6,7 +6,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..checkpoint.fingerprint import HASH_PREFIX
+from ..checkpoint.provenance import HASH_PREFIX
 
 __all__ = ["DigestHash", "digests"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checkpoint.fit import same_files, same_tensor
+from ..checkpoint.provenance import same_files, same_tensor
 from ..tensors.arrays import Int64Array
 from .patch import Patch
 

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fit import require_tensors
-from ..checkpoint.provenance import Provenance
+from ..checkpoint.provenance import Provenance, require_tensors
 from ..errors import CorruptFileError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout

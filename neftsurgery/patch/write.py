@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..checkpoint.fingerprint import HASH_PREFIX
+from ..checkpoint.provenance import HASH_PREFIX
 from ..selection.selection import Selection, index_dtype
 from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES

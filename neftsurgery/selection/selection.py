@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..checkpoint.fit import require_tensors
-from ..checkpoint.side import Side
+from ..checkpoint.checkpoint import Side
+from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout

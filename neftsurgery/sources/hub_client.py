@@ -12,9 +12,10 @@ from types import ModuleType
 from .hub_errors import hub_errors
 from .hub_id import HubId
 from .secrets import Redacting
-from .weight_forms import OTHER_ENDINGS, OTHER_FOLDERS
 
 __all__ = [
+    "OTHER_ENDINGS",
+    "OTHER_FOLDERS",
     "HubFile",
     "client",
     "fetch_file",
@@ -25,8 +26,14 @@ __all__ = [
     "page",
 ]
 
+#: Forms of weights that are not read: they are not fetched, and not copied beside changed weights.
+OTHER_ENDINGS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot",
+    ".tflite", ".mlmodel", ".nemo", ".npz", ".pkl", ".bin.index.json",
+)  # fmt: skip
+OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "mlx")
+
 _NOT_FETCHED = [*(f"*{ending}" for ending in OTHER_ENDINGS), *(f"{folder}/*" for folder in OTHER_FOLDERS)]
-_READ_BYTES = 1 << 20
 
 
 def client() -> ModuleType:
@@ -54,12 +61,8 @@ def is_offline() -> bool:
 def fetch_model(hub_id: HubId) -> Path:
     """Fetch a model into huggingface_hub's cache; returns its folder, which is named after the commit.
 
-    Raises
-    ------
-    UsageError
-        If the repository or the revision does not exist.
-    MachineError
-        If the Hub refuses (401, 403, gated) or cannot be reached.
+    Raises a `UsageError` if there is no such repository or revision, and a `MachineError` if the Hub refuses
+    (401, 403, gated) or cannot be reached.
     """
     with hub_errors(hub_id):
         folder = client().snapshot_download(
@@ -71,17 +74,8 @@ def fetch_model(hub_id: HubId) -> Path:
 def fetch_file(hub_id: HubId, filename: str, *, again: bool = False) -> Path:
     """Fetch one file into huggingface_hub's cache; its folder is named after the commit.
 
-    Parameters
-    ----------
-    again:
-        Fetch the file even if it is in the cache.
-
-    Raises
-    ------
-    UsageError, MachineError
-        As `fetch_model`.
-    MismatchError
-        If the repository has no such file.
+    ``again`` fetches it even if it is in the cache. Raises as `fetch_model`, and a `MismatchError` if the
+    repository has no such file.
     """
     with hub_errors(hub_id, filename):
         path = client().hf_hub_download(hub_id.repo, filename, revision=hub_id.revision, force_download=again)
@@ -111,8 +105,5 @@ def is_damaged(path: Path) -> bool:
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
         return False
-    state = hashlib.sha256()
     with blob.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            state.update(block)
-    return state.hexdigest() != blob.name
+        return hashlib.file_digest(file, "sha256").hexdigest() != blob.name

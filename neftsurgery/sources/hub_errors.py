@@ -104,7 +104,8 @@ def _answered(error: object, named: str, status: int | None) -> NeftError:
             hint="wait a few minutes; logged-in users have a higher limit",
         )
     if status == 400:
-        return MismatchError(f"the Hub refused the request (HTTP 400): {_reason(error)}", file=named)
+        said = str(getattr(error, "server_message", None) or "no reason given").splitlines()[0]
+        return MismatchError(f"the Hub refused the request (HTTP 400): {redacted(said[:200])}", file=named)
     return _refused(named, "the Hub refused the request", status)
 
 
@@ -119,12 +120,6 @@ def _refused(named: str, what: str, status: int | None) -> NeftError:
 def _status(error: object) -> int | None:
     found = getattr(getattr(error, "response", None), "status_code", None)
     return found if isinstance(found, int) else None
-
-
-def _reason(error: object) -> str:
-    """The server's own message, if it sent one; without secrets."""
-    said = getattr(error, "server_message", None)
-    return redacted(str(said or "no reason given").splitlines()[0][:200])
 
 
 def _first_line(error: Exception) -> str:

@@ -14,18 +14,10 @@ _REVISION = re.compile(r"[\w][\w./-]{0,199}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A repository of the Hub, at a revision.
+    """A repository of the Hub, at a revision."""
 
-    Attributes
-    ----------
-    repo:
-        ``org/name``.
-    revision:
-        A branch, a tag or a commit; None for the main branch.
-    """
-
-    repo: str
-    revision: str | None = None
+    repo: str  # org/name
+    revision: str | None = None  # a branch, a tag or a commit; None for the main branch
 
     @classmethod
     def split(cls, text: str) -> HubId:

@@ -19,22 +19,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where bytes come from.
+    """Where bytes come from."""
 
-    Attributes
-    ----------
-    path:
-        The local file or folder.
-    named:
-        The name that the user gave.
-    repo, revision:
-        Of a Hub model: ``org/name``, and the commit that the name stood for; otherwise ``None``.
-    """
-
-    path: Path
-    named: str
-    repo: str | None = None
-    revision: str | None = None
+    path: Path  # local
+    named: str  # as the user named it
+    repo: str | None = None  # org/name of a Hub model
+    revision: str | None = None  # the commit that the name of a Hub model stood for
 
     @property
     def local_name(self) -> str:
@@ -46,14 +36,7 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     """Find what ``named`` refers to. An existing local path takes precedence over a Hub id.
 
     The model of a Hub id (``org/name`` or ``org/name@revision``) is fetched into huggingface_hub's
-    cache, unless it is there already.
-
-    Raises
-    ------
-    UsageError
-        If there is no such path, repository or revision.
-    MachineError
-        If the Hub refuses (401, 403, gated) or cannot be reached.
+    cache, unless it is there already. Raises a `UsageError` if there is no such path; else as `fetch_model`.
     """
     text = os.fspath(named)
     path = Path(text)
@@ -78,14 +61,7 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
     """As `resolve`, for one file: only ``filename`` is fetched from a Hub repository.
 
     A local path is not checked: opening it will tell whether it exists and is a file. A name that ends
-    in ``.safetensors`` is always a path.
-
-    Raises
-    ------
-    UsageError, MachineError
-        As `resolve`, for a Hub id.
-    MismatchError
-        If the Hub repository has no such file.
+    in ``.safetensors`` is always a path. Raises as `fetch_file`.
     """
     text = os.fspath(named)
     if text.endswith(".safetensors") or not is_hub_id(named):

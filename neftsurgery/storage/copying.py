@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ..errors import MismatchError, UsageError
 from .output import begin_writeback
@@ -46,30 +47,17 @@ def copy_file(
 ) -> int:
     """Copy a regular file byte for byte; holes stay holes, blocks are shared if possible.
 
+    Returns the permission bits of ``source`` (no set-id or sticky bits). Links to it are followed. Raises a
+    `UsageError` if it is not a regular file, and a `MismatchError` if it changed while it was being copied.
+
     Parameters
     ----------
-    source:
-        The file; links are followed.
     target:
         A path where nothing is: the file is created, gets the permission bits of ``source`` at the end, and
         is removed if the copy fails. Or the descriptor of an empty file, open for writing, whose permission
         bits are left to the caller.
     progress:
         Called with the number of bytes copied since its last call. What it raises ends the copy.
-
-    Returns
-    -------
-    int
-        The permission bits of ``source`` (no set-id or sticky bits).
-
-    Raises
-    ------
-    UsageError
-        If ``source`` is not a regular file.
-    MismatchError
-        If ``source`` changed while it was being copied.
-    OSError
-        If reading or writing fails, or there is something at the path ``target``.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer.
     reader = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -128,21 +116,14 @@ def _copy_content(
             advance(before.st_size - done)
     after = os.fstat(reader)
     if after.st_size != before.st_size:
-        raise _changed(before.st_size, after.st_size)
+        raise _changed(expected=f"{before.st_size} bytes", found=after.st_size)
     if after.st_mtime_ns != before.st_mtime_ns:
-        raise MismatchError("the file changed while it was being copied", hint=_CHANGED_HINT)
+        raise _changed()
 
 
-_CHANGED_HINT = "wait until nothing writes to it, then run the command again"
-
-
-def _changed(expected: int, found: int) -> MismatchError:
-    return MismatchError(
-        "the file changed while it was being copied",
-        expected=f"{expected} bytes",
-        found=found,
-        hint=_CHANGED_HINT,
-    )
+def _changed(**sides: Any) -> MismatchError:
+    hint = "wait until nothing writes to it, then run the command again"
+    return MismatchError("the file changed while it was being copied", hint=hint, **sides)
 
 
 def _clone(reader: int, writer: int) -> bool:
@@ -180,13 +161,7 @@ def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int
 def _copy_range(
     reader: int, writer: int, start: int, stop: int, advance: Callable[[int], None], by_kernel: bool
 ) -> bool:
-    """Copy bytes ``[start, stop)``; returns whether it is worth asking the kernel again.
-
-    Raises
-    ------
-    MismatchError
-        If the file ends before ``stop``.
-    """
+    """Copy bytes ``[start, stop)``, or raise; returns whether it is worth asking the kernel again."""
     while start < stop:
         copied = _kernel_step(reader, writer, start, min(_KERNEL_STEP, stop - start)) if by_kernel else 0
         if not copied:
@@ -194,7 +169,7 @@ def _copy_range(
             by_kernel = False
             copied = _user_step(reader, writer, start, min(_USER_STEP, stop - start))
         if not copied:
-            raise _changed(stop, start)
+            raise _changed(expected=f"{stop} bytes", found=start)
         begin_writeback(writer, start, copied)
         start += copied
         advance(copied)

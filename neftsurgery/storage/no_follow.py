@@ -19,14 +19,8 @@ def open_to_change(path: Path, *, below: Path) -> int:
     """Open the regular file ``path`` for reading and writing.
 
     Every component of ``path`` after ``below`` is opened by itself and never followed, and the link count is
-    that of the open file. So a link that appears meanwhile is not followed either.
-
-    Raises
-    ------
-    UsageError
-        If a component is a symlink, or the file is not a regular one or has several hard links.
-    OSError
-        If it cannot be opened for writing.
+    that of the open file. So a link that appears meanwhile is not followed either. A `UsageError` says that
+    a component is a symlink, or that the file is not a regular one or has several hard links.
     """
     *folders, name = path.relative_to(below).parts
     fd = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -42,18 +42,10 @@ _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 @dataclass(frozen=True, slots=True)
 class StagedFile:
-    """A file that is being written under a staging name.
-
-    Attributes
-    ----------
-    path:
-        Its staging name.
-    fd:
-        Open for reading and writing. It has the lock; do not close it.
-    """
+    """A file that is being written under a staging name, ``path``."""
 
     path: Path
-    fd: int
+    fd: int  # open for reading and writing; it has the lock: do not close it
 
     def write_at(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         """Write all of ``data``, C-contiguous, at byte ``offset``; calls from several threads do not mix."""
@@ -62,23 +54,11 @@ class StagedFile:
 
 @contextmanager
 def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
-    """Write the file ``out`` atomically.
+    """Write the file ``out`` atomically, with permission bits ``mode`` (by default those under the umask).
 
-    Parameters
-    ----------
-    out:
-        The file appears when the context ends. If it ends with an exception, nothing is left.
-    force:
-        Replace what is there, even a folder; links are replaced, not followed.
-    mode:
-        Permission bits; by default those of a new file under the umask.
-
-    Raises
-    ------
-    UsageError
-        If ``out`` exists at the end and ``force`` is false, or its folder does not exist.
-    OSError
-        If the file cannot be written.
+    It appears when the context ends. If that ends with an exception, nothing is left. ``force`` replaces what
+    is there, even a folder; links are replaced, not followed. Raises a `UsageError` if ``out`` exists at the
+    end and ``force`` is false, or its folder does not exist.
     """
     with _staging(out, force=force, create=functools.partial(_create_file, mode=mode)) as (path, fd):
         yield StagedFile(path, fd)
@@ -92,14 +72,7 @@ def staged_directory(out: AnyPath, *, force: bool = False) -> Iterator[Path]:
     """Write the directory ``out`` atomically: yields an empty directory to fill.
 
     An empty directory at ``out`` is replaced; ``force`` replaces anything else as well. All files must be
-    closed when the context ends.
-
-    Raises
-    ------
-    UsageError
-        If anything else is at ``out`` at the end and ``force`` is false, or its folder does not exist.
-    OSError
-        If something cannot be written.
+    closed when the context ends. Raises as `staged_file`.
     """
     with _staging(out, force=force, create=_create_directory) as (path, _):
         yield path
@@ -286,13 +259,7 @@ def _restore_or_discard(aside: Path, out: Path) -> None:
 
 
 def _rename_with_flags(path: Path, out: Path, *, exchange: bool) -> bool:
-    """Swap two names (``exchange``), or rename if nothing is at ``out``; false if the system cannot.
-
-    Raises
-    ------
-    OSError
-        As ``rename``; ``FileExistsError`` without ``exchange`` if there is something at ``out``.
-    """
+    """Swap two names (``exchange``), or rename if nothing is at ``out``; false if the system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     source, target = os.fsencode(path), os.fsencode(out)
     if hasattr(libc, "renameat2"):  # Linux: AT_FDCWD, RENAME_EXCHANGE or RENAME_NOREPLACE

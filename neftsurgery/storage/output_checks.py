@@ -24,7 +24,7 @@ def refuse_output(
     force: bool,
     kind: Literal["file", "directory"] | None = None,
 ) -> None:
-    """Refuse an output that must not be written.
+    """Raise a `UsageError` for an output that must not be written, a `MachineError` if its folder cannot be.
 
     Parameters
     ----------
@@ -36,13 +36,6 @@ def refuse_output(
         Whether an existing output may be replaced, unless it is, holds or is inside an input.
     kind:
         What will be written, if known. Only a ``"directory"`` may replace an empty folder without force.
-
-    Raises
-    ------
-    UsageError
-        If the output is refused.
-    MachineError
-        If its folder cannot be written.
     """
     path = named_output(out)
     if kind == "file" and os.fspath(out).endswith(os.sep):
@@ -150,14 +143,9 @@ def _is_empty(folder: Path) -> bool:
 
 
 def require_space(folder: AnyPath, nbytes: int) -> None:
-    """Check that ``nbytes`` more bytes fit on the disk of ``folder``.
+    """Raise a `MachineError` with ``errno`` ``ENOSPC`` unless ``nbytes`` more fit on the disk of ``folder``.
 
     Call it inside the staging context, when what killed processes left has been removed.
-
-    Raises
-    ------
-    MachineError
-        If they do not fit; its ``errno`` is ``ENOSPC``.
     """
     status = os.statvfs(folder)
     free = status.f_bavail * status.f_frsize

@@ -22,17 +22,9 @@ __all__ = [
     "write_exactly",
 ]
 
-_HASH_BYTES = 8 << 20
-
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str] | None) -> None:
-    """Fill ``buffer`` from byte ``offset`` of ``fd``.
-
-    Raises
-    ------
-    CorruptFileError
-        If the file is too short: it was truncated after it was opened.
-    """
+    """Fill ``buffer`` from byte ``offset`` of ``fd``; a file that is too short is a `CorruptFileError`."""
     done = 0
     while done < len(buffer):
         got = os.preadv(fd, [buffer[done:]], offset + done)
@@ -53,13 +45,7 @@ def read_rows_exactly(
     out: NDArray[np.uint8],
     path: str | os.PathLike[str] | None,
 ) -> None:
-    """Fill ``out``, shape ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``.
-
-    Raises
-    ------
-    CorruptFileError
-        As `read_exactly`.
-    """
+    """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``."""
     row = out.shape[1]
     buffer = out.data.cast("B")
     for first, last, number in consecutive_runs(rows):
@@ -102,7 +88,7 @@ def changed_file(path: str | os.PathLike[str]) -> MachineError:
 def sha256_of(file: BinaryIO) -> str:
     """The SHA-256 of the rest of ``file``, in hex, as ``sha256sum`` shows it."""
     state = hashlib.sha256()
-    while block := file.read(_HASH_BYTES):
+    while block := file.read(8 << 20):
         state.update(block)
     return state.hexdigest()
 
@@ -119,13 +105,7 @@ class OpenFile:
         return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
     def fileno(self) -> int:
-        """The descriptor.
-
-        Raises
-        ------
-        ValueError
-            If the file is closed.
-        """
+        """The descriptor; a closed file raises a ``ValueError``."""
         if self._fd < 0:
             raise ValueError("the file is closed")
         return self._fd

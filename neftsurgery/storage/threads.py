@@ -24,32 +24,17 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many threads and bytes work may use. No result depends on it. Made by `of`.
-
-    Attributes
-    ----------
-    threads:
-        That read and compute at once.
-    memory:
-        Bytes of buffers and of files mapped into memory.
-    mapped:
-        Whether files in the page cache may be mapped instead of read. That is faster, and needs a signal
-        handler (`neftsurgery.storage.truncated_maps`): only the command line sets it.
-    """
+    """How many threads and bytes work may use. No result depends on it. Made by `of`."""
 
     threads: int
-    memory: int
+    memory: int  # bytes of buffers and of files mapped into memory
+    #: Whether files in the page cache may be mapped instead of read. That is faster, and needs a signal
+    #: handler (`neftsurgery.storage.truncated_maps`): only the command line sets it.
     mapped: bool = False
 
     @classmethod
     def of(cls, threads: int | None = None, memory: int | None = None, *, mapped: bool = False) -> Limits:
-        """By default two threads per core, so that reads are in flight while cores compute, and 192 MiB.
-
-        Raises
-        ------
-        UsageError
-            If ``threads`` is below 1, or ``memory`` below 16 MiB.
-        """
+        """By default two threads per core, so that reads are in flight while cores compute, and 192 MiB."""
         if threads is not None and threads < 1:
             raise UsageError("[[threads]] must be at least 1", found=threads)
         if memory is not None and memory < _LEAST_MEMORY:

@@ -12,10 +12,8 @@ from typing import Any, Unpack
 import numpy as np
 
 from ..checkpoint.adapter import open_pair
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fit import require_same_files, same_files
-from ..checkpoint.provenance import Provenance
-from ..checkpoint.side import Side
+from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.provenance import Provenance, require_same_files, same_files
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split

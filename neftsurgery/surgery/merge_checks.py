@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fit import require_same_files, same_tensor
-from ..checkpoint.provenance import Provenance
+from ..checkpoint.provenance import Provenance, require_same_files, same_tensor
 from ..errors import MismatchError, UsageError
 from ..patch.manifest import Manifest
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES

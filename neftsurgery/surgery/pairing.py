@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fit import same_tensor
-from ..checkpoint.side import Side
+from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.provenance import same_tensor
 from ..errors import MismatchError
 from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fit import require_same_files
-from ..checkpoint.provenance import Provenance
+from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
 from ..progress import Progress
 from ..scoring.scores import Scores
@@ -23,23 +22,11 @@ __all__ = ["NeuronChoice", "budget_of", "choose_from_files"]
 
 @dataclass(frozen=True)
 class NeuronChoice:
-    """The chosen neurons, or what a probe of the live model has to score.
+    """The chosen neurons, or what a probe of the live model has to score."""
 
-    Attributes
-    ----------
-    selection:
-        The neurons; None: a probe will choose them.
-    anatomy:
-        What the probe has to score; None if there is a selection.
-    scores:
-        The scores that the selection was made by, if they were computed now.
-    warnings:
-        Sentences for the user.
-    """
-
-    selection: Selection | None = None
-    anatomy: Anatomy | None = None
-    scores: Scores | None = None
+    selection: Selection | None = None  # None: a probe will choose the neurons
+    anatomy: Anatomy | None = None  # what the probe has to score; None if there is a selection
+    scores: Scores | None = None  # those that the selection was made by, if they were computed now
     warnings: tuple[str, ...] = ()
 
     @property
@@ -80,13 +67,7 @@ def budget_of(select: Select) -> dict[str, Any]:
 
 
 def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress: Progress) -> NeuronChoice:
-    """Choose the neurons if files suffice for that.
-
-    Raises
-    ------
-    MismatchError
-        If a selection or scores do not fit the base.
-    """
+    """Choose the neurons if files suffice for that; a selection or scores must fit the base."""
     by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
     if by in ("gradients", "fisher", "finetune"):
         anatomy = pair(base, base, select.scope).anatomy

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.provenance import fingerprint
 from ..errors import UsageError, boundary
 from ..live.loading import load_tokenizer, meta_model
 from ..live.names import live_names

@@ -14,43 +14,21 @@ __all__ = ["TrainingFacts"]
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """How a patch was trained. There are no paths: they mean nothing on another machine.
+    """How a patch was trained. There are no paths: they mean nothing on another machine."""
 
-    Attributes
-    ----------
-    data:
-        The name of the file or data set.
-    examples, examples_digest:
-        The number of training examples, and the hash of all examples.
-    probe:
-        How the neurons were chosen: ``probe.by`` of the recipe.
-    steps:
-        Optimizer steps.
-    options:
-        The other keys of the recipe's section ``train``.
-    train_loss, dev_loss, best_step:
-        As in `TrainResult`.
-    curve:
-        The losses, thinned.
-    seconds:
-        The time that the run took.
-    torch, transformers:
-        Versions.
-    """
-
-    data: str
-    examples: int
-    examples_digest: str
-    probe: str
-    steps: int
-    options: Mapping[str, Any]
-    train_loss: float | None
+    data: str  # the name of the file or data set
+    examples: int  # for training
+    examples_digest: str  # of all examples
+    probe: str  # `probe.by` of the recipe
+    steps: int  # of the optimizer
+    options: Mapping[str, Any]  # the other keys of the recipe's section `train`
+    train_loss: float | None  # this, `dev_loss` and `best_step` as in `TrainResult`
     dev_loss: float | None
     best_step: int | None
-    curve: tuple[LossPoint, ...]
-    seconds: float
-    torch: str
-    transformers: str
+    curve: tuple[LossPoint, ...]  # thinned
+    seconds: float  # of the run
+    torch: str  # version
+    transformers: str  # version
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's ``training``. The options stand beside the rest; a loss that is None is left out."""

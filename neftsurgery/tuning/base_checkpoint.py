@@ -40,15 +40,8 @@ BaseOption: TypeAlias = str | os.PathLike[str] | Literal[False] | None
 def find_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
     """The checkpoint that the model was loaded from.
 
-    Parameters
-    ----------
-    base:
-        Its path or Hub id. None: what the model itself names, if that is on this machine. False: none.
-
-    Raises
-    ------
-    NeftError
-        If ``base`` names a checkpoint that does not exist or is damaged.
+    ``base`` is its path or Hub id. None: what the model itself names, if that is on this machine.
+    False: none.
     """
     if base is False:
         return None
@@ -96,13 +89,7 @@ def base_vectors(base: Checkpoint, chosen: Chosen) -> NDArray[np.uint8]:
 
 
 def float_dtype(chosen: Chosen) -> torch.dtype:
-    """The torch dtype of the chosen neurons' tensor.
-
-    Raises
-    ------
-    MismatchError
-        If it is not a dtype of plain numbers.
-    """
+    """The torch dtype of the chosen neurons' tensor; one of plain numbers, or a `MismatchError`."""
     dtype = torch_dtype(chosen.info.dtype)
     if dtype is None:
         raise MismatchError(
@@ -122,15 +109,10 @@ def _representable(vectors: Tensor, dtype: torch.dtype) -> NDArray[np.bool_]:
 
 
 def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> None:
-    """Check that ``vectors``, ``[k, width]`` of a live weight, are those of the base.
+    """Raise a `MismatchError` unless ``vectors``, ``[k, width]`` of a live weight, are those of the base.
 
     With a ``base`` they must equal its vectors, cast to the live dtype. Without one they must be values of
     the selection's dtype.
-
-    Raises
-    ------
-    MismatchError
-        If they are not.
     """
     name, dtype = chosen.info.name, chosen.info.dtype
     for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
@@ -162,19 +144,9 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
 def checked_values(patch: Patch, name: str, vectors: Tensor | None, base: Checkpoint | None) -> Tensor:
     """A patch's values of one tensor, ``[k, width]`` in its dtype, after checking that the patch fits.
 
-    Parameters
-    ----------
-    vectors:
-        The vectors that the live weight holds; None if it is quantized.
-    base:
-        The base, which is read where the live vectors cannot tell.
-
-    Raises
-    ------
-    MismatchError
-        If the patch was not made from this model's base.
-    CorruptFileError
-        If the patch's content does not match its hashes.
+    ``vectors`` are those that the live weight holds, None if it is quantized. The base is read where they
+    cannot tell. Raises a `MismatchError` if the patch was not made from this model's base, a
+    `CorruptFileError` if its content does not match its hashes.
     """
     tensor = patch.tensors[name]
     before, after = DigestHash(), DigestHash()

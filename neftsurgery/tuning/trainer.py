@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..checkpoint.fit import require_same_files
+from ..checkpoint.provenance import require_same_files
 from ..errors import CorruptFileError, UsageError, boundary
 from ..patch.patch import Patch
 from ..storage.output import fsync, fsync_folder, staged_file

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fit import require_tensors
+from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, UsageError
 from ..live.names import live_names
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 
 from neftsurgery.errors import MismatchError
 from neftsurgery.hub.base_model import BaseModel
-from neftsurgery.hub.card import BEGIN, END, write_card
+from neftsurgery.hub.card import BEGIN, END, card_figure, write_card
 
 
 def test_the_front_matter_reads_back(llama):
@@ -179,3 +179,13 @@ def test_the_loss_of_an_earlier_push_is_removed(llama, tmp_path):
 def test_an_unclear_card_is_refused(llama, existing):
     with pytest.raises(MismatchError, match="README"):
         write_card(llama, "me/x", KNOWN, {}, existing=existing)
+
+
+def test_a_figure_needs_matplotlib(llama, monkeypatch):
+    pytest.importorskip("matplotlib")
+    png = card_figure(llama)
+    assert png.startswith(b"\x89PNG")
+    assert card_figure(llama) == png  # otherwise every push would find a change
+    monkeypatch.setattr("neftsurgery.hub.card.find_spec", lambda name: None)
+    assert card_figure(llama) is None
+    assert "![" not in write_card(llama, "me/x", KNOWN, {})

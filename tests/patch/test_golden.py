@@ -217,7 +217,7 @@ def test_the_fingerprint_sees_edges_names_types_and_shapes(tmp_path: Path, where
 
 
 def fingerprint_of(checkpoint: Path) -> str:
-    from neftsurgery.checkpoint.fingerprint import fingerprint
+    from neftsurgery.checkpoint.provenance import fingerprint
 
     return fingerprint(ns.Checkpoint.open(checkpoint))
 
