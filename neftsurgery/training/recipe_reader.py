@@ -14,10 +14,11 @@ import math
 import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import UsageError, boundary, spelled
+from ..errors import NeftError, UsageError, boundary, spelled
 from ..options import Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
@@ -265,17 +266,26 @@ def _check_budget(select: Select, file: Path | None, *, units: bool) -> None:
         raise UsageError(
             "the recipe does not say how many neurons to train", file=file, hint="add select.neurons: 3%"
         )
-    hint = None
-    try:
+    with in_recipe_words(file):
         checked = Budget.of(**(budget | {"like": {}} if "like" in budget else budget))
         if units:
-            hint = "a unit lies in several tensors: say select.anatomy: rows"
             checked.check_units()
-    except UsageError as error:
-        what, hint = spelled(error.what, _as_key), hint or (error.hint and spelled(error.hint, _as_key))
-        raise UsageError(what, file=file, tensor=error.tensor, found=error.found, hint=hint) from None
+
+
+@contextmanager
+def in_recipe_words(file: Path | None = None) -> Iterator[None]:
+    """Spell the options of a message as keys of the recipe, and name its ``file`` where none is named."""
+    try:
+        yield
+    except NeftError as error:
+        error.what = spelled(error.what, _as_key)
+        error.hint = error.hint and spelled(error.hint, _as_key)
+        error.file = error.file or (None if file is None else str(file))
+        raise
 
 
 def _as_key(name: str, value: str | None) -> str:
-    """An option of a message as a recipe spells it."""
+    """An option as a recipe spells it; one that is not a key stays for whoever shows the message."""
+    if name not in Select.__dataclass_fields__:
+        return f"[[{name}]]" if value is None else f"[[{name}={value}]]"
     return f"select.{name}" if value is None else f"select.{name}: {value}"

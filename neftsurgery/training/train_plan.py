@@ -23,7 +23,7 @@ from ..storage.threads import Limits
 from .examples import Examples, read_examples
 from .neuron_choice import NeuronChoice, choose_from_files
 from .recipe import Recipe
-from .recipe_reader import AnyRecipe, read_recipe
+from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run import run_training
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
@@ -161,7 +161,8 @@ def plan_train(
         if kept is not None:
             choice = NeuronChoice(kept)
         else:
-            choice = choose_from_files(asked, base, limits or Limits.of(), progress)
+            with in_recipe_words():
+                choice = choose_from_files(asked, base, limits or Limits.of(), progress)
         live_names(meta_model(base, "causal_lm"), choice.tensors)  # refuses names that the live model lacks
     finally:
         base.close()

@@ -140,3 +140,11 @@ def test_the_name_train_loads_no_torch() -> None:
     assert done.stdout == (
         "[]\ntraining needs a package that is not installed: transformers pip install 'neftsurgery[train]'\n"
     )
+
+
+def test_what_a_recipe_asks_of_the_model_is_refused_in_its_own_words(recipe: dict[str, Any]) -> None:
+    recipe["select"]["include"] = ["no.such.*"]
+    with pytest.raises(ns.UsageError) as error:
+        plan_train(recipe)
+    assert "select.include" in str(error.value)
+    assert "--" not in str(error.value)
