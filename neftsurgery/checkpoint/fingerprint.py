@@ -6,7 +6,7 @@ import json
 
 import xxhash
 
-from ..tensors.weights import WeightReader
+from ..tensors.reader import WeightReader
 
 __all__ = ["EDGE_BYTES", "HASH_PREFIX", "fingerprint"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..sources.resolve import Source
-from ..tensors.weights import WeightReader
+from ..tensors.reader import WeightReader
 from .checkpoint import Shard
 
 __all__ = ["Side"]

@@ -55,32 +55,18 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the table.
+    """One row of the table. Embeddings, heads and routers come on top of those that all families share."""
 
-    Attributes
-    ----------
-    model_types:
-        The ``model_type`` values of the configs it serves, separated by blanks.
-    feed_forward, attention:
-        The blocks; each alternative names whose tensors are in the files is used.
-    embeddings, heads, routers:
-        Tensors to leave out, besides those that every family shares.
-    transposed:
-        Weights ``[in, out]`` that are in no block.
-    one_kv_head, many_kv_heads:
-        A config key that, when true or absent, means one key/value head; and one that, when true,
-        overrides it.
-    """
-
-    model_types: str
+    model_types: str  # the ``model_type`` values of the configs it serves, separated by blanks
+    # Each alternative whose tensors are in the files is used.
     feed_forward: tuple[FeedForward, ...] = ()
     attention: tuple[Attention, ...] = ()
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
-    transposed: tuple[str, ...] = ()
-    one_kv_head: str = ""
-    many_kv_heads: str = ""
+    transposed: tuple[str, ...] = ()  # weights ``[in, out]`` that are in no block
+    one_kv_head: str = ""  # a config key: true or absent means one key/value head
+    many_kv_heads: str = ""  # a config key: true overrides `one_kv_head`
 
 
 EMBEDDINGS = (

@@ -23,8 +23,17 @@ from ..tensors.document import Facts, bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.reader import TensorFile
 from ..text import plural, size
-from .scored_tensors import WHAT, CompanionBias, ScoredTensor, Unscored, read_companion_biases, read_scored
-from .sum_batches import SumBatch, batches, has_sums
+from .scored_tensors import (
+    WHAT,
+    CompanionBias,
+    ScoredTensor,
+    SumBatch,
+    Unscored,
+    batches,
+    has_sums,
+    read_companion_biases,
+    read_scored,
+)
 
 __all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
 
@@ -100,8 +109,7 @@ class Scores(FileBacked):
 
     def values(self, name: str) -> Float32Array:
         """The scores of tensor ``name``, float32 ``[n]``; NaN for neurons that cannot be chosen."""
-        values: Float32Array = self._file.array(name)
-        return values
+        return self._file.array(name)
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
         """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
@@ -168,11 +176,7 @@ class Scores(FileBacked):
     @cached_property
     def neurons(self) -> int:
         """How many neurons the scored tensors have, without those that the anatomy does not count."""
-        total = 0
-        for tensor in self.tensors.values():
-            mask = tensor.belongs()
-            total += tensor.layout.count if mask is None else int(mask.sum())
-        return total
+        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
 
     @boundary
     def select(self, **budget: Unpack[SelectOptions]) -> Selection:

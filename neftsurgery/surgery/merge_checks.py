@@ -14,10 +14,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fit import require_same_files, same_tensor
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError
-from ..patch.manifest import Manifest
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings
-from ..patch.patch import Patch
+from ..patch.patch import Manifest, Patch
 from ..progress import Progress
 from ..selection.selection import Chosen, Selection
 from ..selection.selection_facts import SelectionFacts

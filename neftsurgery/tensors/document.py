@@ -72,10 +72,7 @@ def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
 def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[str, Any]:
     """The JSON object under ``key``; ``what`` names the kind of file in messages.
 
-    Raises
-    ------
-    CorruptFileError
-        If there is none, it is damaged, or its version is above ``version``.
+    Raises a `CorruptFileError` if there is none, it is damaged, or its version is above ``version``.
     """
     text = file.header.metadata.get(key)
     if text is None:
