@@ -53,7 +53,9 @@ def merge_rows(policy: str, dtype: str, parts: Sequence[Part], base: RawBytes | 
     for part in parts if policy != "first" else reversed(parts):
         out[part.slots] = part.values
     if policy in ARITHMETIC:
-        for rows in _batches(_computed(policy, parts, count), out):
+        computed = _computed(policy, parts, count)
+        for batch in _batches(len(computed), out.shape[1]):
+            rows = computed[batch]
             here = [_picked(part, rows, dtype) for part in parts]
             old = None if base is None else widen(base[rows], dtype)
             out[rows] = narrow(_merged(policy, here, old), dtype)
@@ -68,10 +70,10 @@ def _computed(policy: str, parts: Sequence[Part], count: int) -> Int64Array:
     return np.flatnonzero(holders > 1)
 
 
-def _batches(rows: Int64Array, out: RawBytes) -> Iterator[Int64Array]:
-    step = max(1, _BATCH_BYTES // max(1, out.shape[1]))
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
+def _batches(count: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, _BATCH_BYTES // max(1, row_bytes))
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +163,7 @@ class Magnitudes:
 
     def add(self, values: RawBytes, base: RawBytes, dtype: str) -> None:
         """Take in some vectors; all of them once, then, after `settle`, all of them again."""
-        step = max(1, _BATCH_BYTES // max(1, values.shape[1]))
-        for start in range(0, len(values), step):
-            rows = slice(start, start + step)
+        for rows in _batches(len(values), values.shape[1]):
             with np.errstate(invalid="ignore", over="ignore"):
                 bits = _magnitude(widen(values[rows], dtype) - widen(base[rows], dtype)).view(np.uint32)
             if self._among is None:

@@ -22,7 +22,7 @@ from ..selection.selection import Chosen, Selection
 from ..selection.selection_facts import SelectionFacts
 from ..sources.resolve import Source, resolve_file
 from ..tensors.arrays import Int64Array, RawBytes
-from ..tensors.document import Facts, bad, read_document
+from ..tensors.document import Facts, bad, read_document, require_entry
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -302,15 +302,7 @@ def _tensor(file: TensorFile, name: str, entry: object) -> PatchTensor:
     if reversible := f"{name}:base" in file.tensors:
         shapes["base"] = shapes["value"]
     for part, (dtype, shape) in shapes.items():
-        found = file.tensors.get(f"{name}:{part}")
-        if found is None or (found.dtype, found.shape) != (dtype, shape):
-            raise CorruptFileError(
-                f"a damaged {_WHAT}: its entry {part} does not fit",
-                file=file.path,
-                tensor=name,
-                expected=f"{dtype} {list(shape)}",
-                found=found.describe() if found else "nothing",
-            )
+        require_entry(file, _WHAT, name, part, dtype, shape)
     hashes = [str(entry.get(key)) for key in ("base_hash", "patched_hash")]
     if not all(_HASH.fullmatch(text) for text in hashes):
         raise bad(file, _WHAT, "its base_hash or patched_hash is missing or no hash", name)

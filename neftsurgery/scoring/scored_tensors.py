@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.units import CountedSlice
 from ..tensors.arrays import IndexArray, Int64Array, Mask
-from ..tensors.document import Facts, bad
+from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
@@ -86,10 +85,8 @@ def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     assert isinstance(entry, dict)  # described_tensor has checked it
     if layout.width < 1 or layout.count < 1:
         raise bad(file, WHAT, "a scored tensor has no neurons", name)
-    _check_vector(file, name, "F32", layout.count)
-    for which, dtype in _SUMS.items():
-        if f"{name}:{which}" in file.tensors:
-            _check_vector(file, f"{name}:{which}", dtype, layout.count)
+    require_entry(file, WHAT, name, "", "F32", (layout.count,))
+    _check_sums(file, name, _SUMS, layout)
     layer, bias, part = entry.get("layer", ""), entry.get("bias"), entry.get("part")
     if not isinstance(layer, str) or not (bias is None or isinstance(bias, str)):
         raise bad(file, WHAT, "its layer or bias is not a name", name)
@@ -107,17 +104,10 @@ def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     return ScoredTensor(info, layout, layer, bias, part)
 
 
-def _check_vector(file: TensorFile, name: str, dtype: str, count: int) -> None:
-    """Raise a `CorruptFileError` unless entry ``name`` is a vector of ``count`` elements of ``dtype``."""
-    entry = file.tensors.get(name)
-    if entry is None or entry.dtype != dtype or entry.shape != (count,):
-        raise CorruptFileError(
-            f"a damaged {WHAT}",
-            file=file.path,
-            tensor=name,
-            expected=f"{dtype} [{count}]",
-            found=entry.describe() if entry else "nothing",
-        )
+def _check_sums(file: TensorFile, name: str, which: Iterable[str], layout: Layout) -> None:
+    for part in which:
+        if f"{name}:{part}" in file.tensors:
+            require_entry(file, WHAT, name, part, _SUMS[part], (layout.count,))
 
 
 def read_companion_biases(
@@ -140,9 +130,7 @@ def read_companion_biases(
             raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
         if f"{name}:changed" in file.tensors:
             info, layout = described_tensor(file, WHAT, name, entry)
-            _check_vector(file, f"{name}:changed", "I64", layout.count)
-            if f"{name}:delta_sq" in file.tensors:
-                _check_vector(file, f"{name}:delta_sq", "F64", layout.count)
+            _check_sums(file, name, ("changed", "delta_sq"), layout)
             if counts.get(name, {layout.count}) != {layout.count}:
                 raise bad(file, WHAT, "a bias does not have as many neurons as its weight", name)
             yield name, CompanionBias(info, layout, entry.get("included") is True)

@@ -86,7 +86,8 @@ class Scores(FileBacked):
         tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
         companion_biases = dict(read_companion_biases(file, facts.get("unscored", {}), tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
-            if which in facts and not _is_count(facts[which], least):
+            count = facts.get(which, least)
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise bad(file, WHAT, f"{which} is not a count")
         if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
             raise bad(file, WHAT, "there are more elements than a model can have")
@@ -354,7 +355,3 @@ class Scores(FileBacked):
         if math.isfinite(scored) and scored > 0:
             result["captured_scored"] = min(1.0, inside / scored)
         return result
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

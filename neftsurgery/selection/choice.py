@@ -59,8 +59,8 @@ def choose(
     Pools are ordered by their first block. A number above that of all neurons chooses all. A percentage in
     ``budget.params`` is of ``parameters``, those of the whole model. The result depends neither on ``chunk``
     (how many neurons are compared at once) nor on ``sorted_pool`` (the largest pool that is sorted, not
-    searched). Memory on top of the scores: one byte per neuron for the result, one more with a cap per tensor,
-    four more for the policy ``random``, and a few megabytes.
+    searched). Memory on top of the scores: one byte per neuron for the result, one more with a cap per
+    tensor, four more for the policy ``random``, and a few megabytes.
 
     Raises a `MismatchError` if no neuron has a score, and a `UsageError` if a budget of parameters is too
     small for one neuron, or ``like`` does not fit the blocks.

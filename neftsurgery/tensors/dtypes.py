@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["DTYPES", "DType", "FloatFormat", "dtype_named"]
+__all__ = ["DTYPES", "DType", "FloatFormat"]
 
 Kind = Literal["float", "integer", "bool", "complex", "packed"]
 
@@ -94,8 +94,3 @@ _TABLE = (
 )
 
 DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _TABLE}
-
-
-def dtype_named(name: str) -> DType:
-    """The type that safetensors calls ``name``; a KeyError if the format does not know it."""
-    return DTYPES[name]
