@@ -74,7 +74,8 @@ def quantization_reasons(
         if state and owner in tensors:
             scales[name] = f"quantized: belongs to {owner}"
             continue
-        stem = _stem(name)
+        head, dot, last = name.rpartition(".")
+        stem = head + dot if last in _CODES else None  # ``X.`` of codes named ``X.weight``
         found = _scales_of(name, stem, tensors)
         if found:
             codes[name] = f"quantized: its values need {found[0]}"
@@ -95,12 +96,6 @@ def _method(config: Mapping[str, Any] | None) -> str | None:
             if isinstance(section, Mapping) and section:
                 return str(section.get("quant_method", "a method it does not name"))[:40]
     return None
-
-
-def _stem(name: str) -> str | None:
-    """``X.`` of codes named ``X.weight``, or None if ``name`` is not named like codes."""
-    head, dot, last = name.rpartition(".")
-    return head + dot if last in _CODES else None
 
 
 def _scales_of(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:

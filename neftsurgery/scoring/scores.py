@@ -212,8 +212,9 @@ class Scores(FileBacked):
             chosen = dict(self._choose_neurons(budget))
         companion_biases = self._bias_elements(chosen, budget) if budget.with_bias else {}
         self.check_unchanged()
+        homes: dict[str, ScoredTensor | CompanionBias] = {**self.companion_biases, **self.tensors}
         tensors = {
-            name: self._chosen(name, index)
+            name: Chosen(homes[name].info, homes[name].layout, index.astype(np.int64))
             for name, index in sorted((chosen | companion_biases).items())
             if len(index)
         }
@@ -308,10 +309,6 @@ class Scores(FileBacked):
                 index = np.union1d(index, self._differing(bias))
             found[bias] = np.union1d(found[bias], index) if bias in found else index
         return found
-
-    def _chosen(self, name: str, index: Int64Array) -> Chosen:
-        home = self.tensors[name] if name in self.tensors else self.companion_biases[name]
-        return Chosen(home.info, home.layout, index.astype(np.int64))
 
     def _facts(self, budget: Budget, tensors: Mapping[str, Chosen]) -> dict[str, object]:
         described = budget.describe()

@@ -137,9 +137,9 @@ def _limits(pools: dict[str, list[int]], sizes: Sequence[int], budget: Budget, p
     if budget.neurons is not None:
         percent, count = budget.neurons.percent, budget.neurons.count
         if percent is not None:
-            return [
-                max(_nearest(percent.numerator * n, percent.denominator * 100), int(n > 0)) for n in totals
-            ]
+            whole = percent.denominator * 100
+            nearest = [(2 * percent.numerator * n + whole) // (2 * whole) for n in totals]  # halves up
+            return [max(count, int(n > 0)) for count, n in zip(nearest, totals, strict=True)]
         return _split(count or 0, totals)
     if budget.params is not None:
         percent, count = budget.params.percent, budget.params.count
@@ -166,11 +166,6 @@ def _like_limits(pools: dict[str, list[int]], totals: Sequence[int], like: Mappi
                 found=total,
             )
     return [like.get(name, 0) for name in pools]
-
-
-def _nearest(numerator: int, denominator: int) -> int:
-    """The quotient rounded to the nearest integer, halves up."""
-    return (2 * numerator + denominator) // (2 * denominator)
 
 
 def _split(amount: int, sizes: Sequence[int]) -> list[int]:

@@ -200,10 +200,6 @@ class FilePlan:
             raise ValueError(f"the header takes {size} bytes; at most {room} fit")
         return [_PREFIX.pack(room), b"{", text, self._entries, b"}", b" " * (room - size)]
 
-    def header(self, metadata: Mapping[str, str]) -> Header:
-        """The header that a reader will find."""
-        return Header(self.tensors, self.offsets, dict(metadata), self.start)
-
 
 def _metadata_text(metadata: Mapping[str, str], followed: bool) -> bytes:
     """The metadata as the header's first entry, ``followed`` by others or not."""

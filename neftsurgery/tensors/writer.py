@@ -73,7 +73,7 @@ class TensorFileWriter:
         for part in self._plan.pack(metadata):
             write_exactly(self._fd, part, position)
             position += len(part)
-        self.header = self._plan.header(metadata)
+        self.header = Header(self._plan.tensors, self._plan.offsets, dict(metadata), self._plan.start)
 
     def sha256(self) -> str:
         """The SHA-256 of the finished file, in hex."""
