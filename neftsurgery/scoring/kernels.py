@@ -152,8 +152,8 @@ def run_sums(dtype: str) -> Callable[..., None]:
     """Sums of consecutive runs of ``length`` elements, each run of one neuron.
 
     ``a`` and ``b`` are raw elements of base and tuned, unsigned integers ``[n * length]``. Written are
-    ``sums``, float64 ``[3, n]``: ``a.a``, ``d.d``, ``a.d``; and ``changed``, int64 ``[n]``: elements whose bits
-    differ.
+    ``sums``, float64 ``[3, n]``: ``a.a``, ``d.d``, ``a.d``; and ``changed``, int64 ``[n]``: how many elements
+    have other bits.
     """
     code = FORMATS[dtype]
     itemsize = DTYPES[dtype].itemsize
@@ -242,8 +242,8 @@ def exact_sums(dtype: str) -> Callable[..., None]:
     ``[k]``, are summed. ``scale`` is a factor on all elements: a power of two, 1 unless squares would leave
     float64's range. Written are ``out``, float64 ``[7, k]``: ``a.a``, ``d.d``, ``a.d``, ``b.b``, ``a.b``,
     ``r.r`` where ``r = d - (a.d / a.a) a``, and the largest magnitude in ``a`` and ``b`` before scaling;
-    ``changed``, int64 ``[k]``: elements whose bits differ; and ``finite``, bool ``[k]``: whether every element
-    of both vectors is finite.
+    ``changed``, int64 ``[k]``: how many elements have other bits; and ``finite``, bool ``[k]``: whether every
+    element of both vectors is finite.
     """
     code = FORMATS[dtype]
 
