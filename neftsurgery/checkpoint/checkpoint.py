@@ -20,7 +20,7 @@ from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
 from ..tensors.header import Header, TensorInfo, loads, read_header
-from ..tensors.weights import WeightReader
+from ..tensors.reader import WeightReader
 from ..text import plural, size
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files

@@ -12,7 +12,7 @@ import xxhash
 from ..errors import MismatchError
 from ..tensors.document import Facts
 from ..tensors.header import TensorInfo
-from ..tensors.weights import WeightReader
+from ..tensors.reader import WeightReader
 from .checkpoint import Side
 
 __all__ = [

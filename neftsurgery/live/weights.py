@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..neurons.layout import Layout
-from ..tensors.dtypes import dtype_named
+from ..tensors.dtypes import DTYPES
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -110,7 +110,7 @@ def _coordinates(layout: Layout, index: Tensor) -> tuple[Tensor, ...]:
 def to_bytes(vectors: Tensor, dtype: str) -> NDArray[np.uint8]:
     """The bytes of ``vectors``, rounded to the safetensors dtype ``dtype``: ``[k, width * itemsize]``."""
     cast = vectors.detach().to(device="cpu", dtype=_DTYPES[dtype]).contiguous()
-    size = dtype_named(dtype).itemsize
+    size = DTYPES[dtype].itemsize
     return cast.view(torch.uint8).numpy().reshape(cast.shape[0], -1 if cast.numel() else cast.shape[1] * size)
 
 

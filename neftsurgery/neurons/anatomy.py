@@ -15,11 +15,9 @@ from ..errors import MismatchError, UsageError
 from ..options import AxisOption
 from ..tensors.header import TensorInfo
 from .families import FeedForward
-from .globs import matching
 from .layout import Layout
 from .quantized import quantization_reasons
-from .roles import Role
-from .submodels import Submodel, Submodels
+from .submodels import Role, Submodel, Submodels
 from .tensor_names import (
     COLUMNS,
     UNKNOWN_EXPERTS,
@@ -27,6 +25,7 @@ from .tensor_names import (
     bias_of,
     block_key,
     layer_and_kind,
+    matching,
     member_axes,
     read_name,
 )
@@ -40,33 +39,16 @@ _NO_ROLE = {"ffn": "not an up or down projection of a feed-forward block", "unit
 
 @dataclass(frozen=True, slots=True)
 class NeuronTensor:
-    """One tensor that holds neurons.
-
-    Attributes
-    ----------
-    info:
-        Name, dtype, shape.
-    axes:
-        The neuron axes, ascending.
-    layer:
-        Its pool: the name up to its first number, ``"model.layers.3"``; ``""`` outside the layers.
-    kind:
-        The rest of the name, without ``.weight``: ``"mlp.up_proj"``. Numbers of experts become ``*``.
-    bias:
-        The tensor with one element per neuron that is added to their outputs, if there is one.
-    units:
-        Under ``units``: the unit of every neuron.
-    part:
-        The neurons that count; None: all.
-    """
+    """One tensor that holds neurons."""
 
     info: TensorInfo
-    axes: tuple[int, ...]
-    layer: str
+    axes: tuple[int, ...]  # the neuron axes, ascending
+    layer: str  # its pool: the name up to its first number, ``model.layers.3``; empty outside the layers
+    # The rest of the name, without ``.weight``: ``mlp.up_proj``. Numbers of experts become ``*``.
     kind: str
-    bias: str | None = None
-    units: UnitMap | None = None
-    part: CountedSlice | None = None
+    bias: str | None = None  # the tensor with one element per neuron that is added to their outputs
+    units: UnitMap | None = None  # of the anatomy ``units``: the unit of every neuron
+    part: CountedSlice | None = None  # the neurons that count; None: all
 
     @property
     def layout(self) -> Layout:
@@ -76,48 +58,25 @@ class NeuronTensor:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A tensor that is not scored.
-
-    Attributes
-    ----------
-    info:
-        Name, dtype, shape.
-    reason:
-        Why it is not scored.
-    axes:
-        The neuron axes, if its neurons have one element each: all axes of a bias or norm. Such neurons have
-        no direction to score, but they can change. None where no neuron can be chosen.
-    included:
-        Whether ``include`` names it.
-    """
+    """A tensor that is not scored, and why."""
 
     info: TensorInfo
     reason: str
+    # The neuron axes, if its neurons have one element each: all axes of a bias or norm. Such neurons have no
+    # direction to score, but they can change. None where no neuron can be chosen.
     axes: tuple[int, ...] | None = None
-    included: bool = False
+    included: bool = False  # whether ``include`` names it
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Every tensor of a checkpoint: either scored, or listed with the reason.
+    """Every tensor of a checkpoint: either scored, or listed with the reason. Both sorted by code points."""
 
-    Attributes
-    ----------
-    name:
-        ``"rows"``, ``"ffn"`` or ``"units"``.
-    scored, listed:
-        Sorted by name, by code points.
-    warnings:
-        Sentences for the user.
-    unit_count:
-        How many units there are; 0 unless ``name`` is ``"units"``.
-    """
-
-    name: str
+    name: str  # one of `ANATOMIES`
     scored: tuple[NeuronTensor, ...]
     listed: tuple[Listed, ...]
     warnings: tuple[str, ...] = ()
-    unit_count: int = 0
+    unit_count: int = 0  # 0 unless the anatomy is ``units``
 
 
 def read_anatomy(
@@ -132,34 +91,15 @@ def read_anatomy(
 ) -> Anatomy:
     """Decide for every tensor whether it holds neurons, and along which axes.
 
-    Parameters
-    ----------
-    name:
-        ``"rows"``: the output units of every linear or convolution weight. ``"ffn"``: the up rows
-        and down columns of every feed-forward block, each on its own (the published NeFT
-        experiments). ``"units"``: feed-forward and attention units, whose parts lie in several tensors.
-    tensors:
-        All tensors of the checkpoint, by name.
-    config:
-        Its ``config.json``, or None.
-    axis:
-        Patterns to neuron axes; the last match wins. Overrides the family table.
-    include:
-        Patterns of tensors to add: embeddings, output head, norms, routers, and under ``ffn`` and
-        ``units`` all other weights.
-    exclude:
-        Patterns of tensors to leave out, whatever ``include`` says.
-    only:
-        If given, patterns of the only tensors to score.
+    ``rows`` are the output units of every linear or convolution weight; ``ffn`` the up rows and down columns
+    of every feed-forward block, each on its own (the published NeFT experiments); ``units`` feed-forward and
+    attention units, whose parts lie in several tensors. ``axis`` overrides the family table; its last match
+    wins. ``include`` adds embeddings, output head, norms, routers, and under ``ffn`` and ``units`` all other
+    weights. ``exclude`` leaves out, whatever ``include`` says. ``only``, if given, names all that may count.
 
-    Raises
-    ------
-    UsageError
-        For an unknown ``name``, axes that a tensor does not have, and patterns of ``axis``,
-        ``include`` or ``only`` that match no tensor.
-    MismatchError
-        For ``ffn`` and ``units`` if the architecture is not known, or if the tensors of a block
-        have different numbers of units.
+    Raises a `UsageError` for an unknown anatomy, axes that a tensor does not have, and patterns of ``axis``,
+    ``include`` or ``only`` that match no tensor. Raises a `MismatchError` for ``ffn`` and ``units`` if the
+    architecture is not known, or if the tensors of a block have different numbers of units.
     """
     if name not in ANATOMIES:
         raise UsageError(f"there is no anatomy {name!r}", hint=f"known ones: {', '.join(ANATOMIES)}")
@@ -169,17 +109,11 @@ def read_anatomy(
             f"the anatomy {name} needs a known architecture, and {_unknown(config)}",
             hint="the anatomy rows works for every model",
         )
-    reader = _Reader(
-        name=name,
-        tensors=tensors,
-        submodels=submodels,
-        config=config,
-        axes=_overrides(axis, tensors),
-        included=matching(include, tensors, option="include"),
-        excluded=matching(exclude, tensors),
-        only=matching(only, tensors, option="only") if only else None,
-    )
-    return reader.read()
+    axes = _overrides(axis, tensors)
+    included = matching(include, tensors, option="include")
+    excluded = matching(exclude, tensors)
+    permitted = matching(only, tensors, option="only") if only else None
+    return _Reader(name, tensors, submodels, config, axes, included - excluded, excluded, permitted).read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,30 +126,21 @@ class _Share:
     spans: tuple[UnitSpan, ...]
 
 
+@dataclass
 class _Reader:
     """Reads one checkpoint. A name is read once for all names that differ from it only in numbers."""
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        tensors: Mapping[str, TensorInfo],
-        submodels: Submodels,
-        config: Mapping[str, Any] | None,
-        axes: Mapping[str, tuple[int, ...]],
-        included: set[str],
-        excluded: set[str],
-        only: set[str] | None,
-    ) -> None:
-        self.name = name
-        self.tensors = tensors
-        self.submodels = submodels
-        self.config = config
-        self.axes = axes
-        self.included = included - excluded
-        self.excluded = excluded
-        self.only = only
-        self.quantized = quantization_reasons(tensors, config)
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    submodels: Submodels
+    config: Mapping[str, Any] | None
+    axes: Mapping[str, tuple[int, ...]]
+    included: set[str]
+    excluded: set[str]
+    only: set[str] | None
+
+    def __post_init__(self) -> None:
+        self.quantized = quantization_reasons(self.tensors, self.config)
         self.readings: dict[tuple[tuple[str, ...], int], NameReading] = {}
         self.shares: dict[str, _Share] = {}
         self.assumed: dict[str, None] = {}

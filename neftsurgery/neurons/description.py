@@ -20,10 +20,7 @@ _MAX_ELEMENTS = 1 << 62
 def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> tuple[TensorInfo, Layout]:
     """A tensor's ``shape``, ``dtype`` and ``neuron_axes``, from its entry in ``tensors``.
 
-    Raises
-    ------
-    CorruptFileError
-        If one is missing or makes no sense.
+    Raises a `CorruptFileError` if one is missing or makes no sense.
     """
     if not isinstance(entry, dict):
         raise bad(file, what, "its description is not an object", name)

@@ -55,32 +55,18 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the table.
+    """One row of the table. Embeddings, heads and routers come on top of those that all families share."""
 
-    Attributes
-    ----------
-    model_types:
-        The ``model_type`` values of the configs it serves, separated by blanks.
-    feed_forward, attention:
-        The blocks; each alternative names whose tensors are in the files is used.
-    embeddings, heads, routers:
-        Tensors to leave out, besides those that every family shares.
-    transposed:
-        Weights ``[in, out]`` that are in no block.
-    one_kv_head, many_kv_heads:
-        A config key that, when true or absent, means one key/value head; and one that, when true,
-        overrides it.
-    """
-
-    model_types: str
+    model_types: str  # the ``model_type`` values of the configs it serves, separated by blanks
+    # Each alternative whose tensors are in the files is used.
     feed_forward: tuple[FeedForward, ...] = ()
     attention: tuple[Attention, ...] = ()
     embeddings: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
-    transposed: tuple[str, ...] = ()
-    one_kv_head: str = ""
-    many_kv_heads: str = ""
+    transposed: tuple[str, ...] = ()  # weights ``[in, out]`` that are in no block
+    one_kv_head: str = ""  # a config key: true or absent means one key/value head
+    many_kv_heads: str = ""  # a config key: true overrides `one_kv_head`
 
 
 EMBEDDINGS = (
@@ -96,6 +82,8 @@ HEADS = ("lm_head",)
 _SWIGLU = FeedForward(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj")
 _SWIGLU_FUSED = FeedForward(gate_up="mlp.gate_up_proj", down="mlp.down_proj")
 _FC = FeedForward(up="fc1", down="fc2")
+_MLP_FC = FeedForward(up="mlp.fc1", down="mlp.fc2")
+_MLP_FC_IN = FeedForward(up="mlp.fc_in", down="mlp.fc_out")
 _H_TO_4H = FeedForward(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h")
 _C_FC = FeedForward(up="mlp.c_fc", down="mlp.c_proj")
 _BERT_FFN = FeedForward(up="intermediate.dense", down="output.dense")
@@ -125,6 +113,10 @@ def _projections(block: str, o: str = "o_proj") -> Attention:
     return Attention(f"{block}.q_proj", f"{block}.k_proj", f"{block}.v_proj", f"{block}.{o}")
 
 
+def _query_key_value(block: str) -> Attention:
+    return Attention(qkv=f"{block}.query_key_value", o=f"{block}.dense", fused="heads")
+
+
 def _bert_attention(block: str, o: str = "attention.output.dense") -> Attention:
     return Attention(f"{block}.query", f"{block}.key", f"{block}.value", o)
 
@@ -150,11 +142,7 @@ FAMILIES: tuple[Family, ...] = (
         attention=(_SELF_ATTN,),
     ),
     Family("starcoder2", feed_forward=(_C_FC,), attention=(_SELF_ATTN,)),
-    Family(
-        "phi",
-        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"),),
-        attention=(_projections("self_attn", "dense"),),
-    ),
+    Family("phi", feed_forward=(_MLP_FC,), attention=(_projections("self_attn", "dense"),)),
     Family(
         "phi3",
         feed_forward=(_SWIGLU_FUSED,),
@@ -248,37 +236,29 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "gptj",
-        feed_forward=(FeedForward(up="mlp.fc_in", down="mlp.fc_out"),),
+        feed_forward=(_MLP_FC_IN,),
         attention=(_projections("attn", "out_proj"),),
         embeddings=("wte",),
     ),
     Family(
         "codegen",
-        feed_forward=(FeedForward(up="mlp.fc_in", down="mlp.fc_out"),),
+        feed_forward=(_MLP_FC_IN,),
         attention=(Attention(qkv="attn.qkv_proj", o="attn.out_proj", fused="quarters"),),
         embeddings=("wte",),
     ),
     Family(
         "gpt_neox",
         feed_forward=(_H_TO_4H,),
-        attention=(Attention(qkv="attention.query_key_value", o="attention.dense", fused="heads"),),
+        attention=(_query_key_value("attention"),),
         embeddings=("embed_in",),
         heads=("embed_out",),
     ),
-    Family(
-        "persimmon",
-        feed_forward=(_H_TO_4H,),
-        attention=(Attention(qkv="self_attn.query_key_value", o="self_attn.dense", fused="heads"),),
-    ),
-    Family(
-        "bloom",
-        feed_forward=(_H_TO_4H,),
-        attention=(Attention(qkv="self_attention.query_key_value", o="self_attention.dense", fused="heads"),),
-    ),
+    Family("persimmon", feed_forward=(_H_TO_4H,), attention=(_query_key_value("self_attn"),)),
+    Family("bloom", feed_forward=(_H_TO_4H,), attention=(_query_key_value("self_attention"),)),
     Family(
         "falcon",
         feed_forward=(_H_TO_4H,),
-        attention=(Attention(qkv="self_attention.query_key_value", o="self_attention.dense", fused="heads"),),
+        attention=(_query_key_value("self_attention"),),
         one_kv_head="multi_query",
         many_kv_heads="new_decoder_architecture",
     ),
@@ -356,13 +336,13 @@ FAMILIES: tuple[Family, ...] = (
     # Encoders of images, and the text towers trained with them.
     Family(
         "vit deit",
-        feed_forward=(_BERT_FFN, FeedForward(up="mlp.fc1", down="mlp.fc2")),
+        feed_forward=(_BERT_FFN, _MLP_FC),
         attention=(_bert_attention("attention.attention"), _projections("attention")),
     ),
     Family(
         "dinov2 dinov2_with_registers",
         feed_forward=(
-            FeedForward(up="mlp.fc1", down="mlp.fc2"),
+            _MLP_FC,
             FeedForward(gate_up="mlp.weights_in", down="mlp.weights_out"),
             _SWIGLU,
         ),
@@ -370,13 +350,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "clip_text_model clip_vision_model siglip_text_model siglip_vision_model",
-        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"),),
+        feed_forward=(_MLP_FC,),
         attention=(_SELF_OUT, Attention(qkv="head.attention.in_proj_weight", o="head.attention.out_proj")),
         embeddings=("token_embedding", "position_embedding"),
     ),
     Family(
         "qwen2_vl_vision qwen2_5_vl_vision",
-        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"), _SWIGLU),
+        feed_forward=(_MLP_FC, _SWIGLU),
         attention=(Attention(qkv="attn.qkv", o="attn.proj"),),
     ),
     Family(
@@ -388,7 +368,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("pixtral", feed_forward=(_shared("feed_forward"),), attention=(_projections("attention"),)),
     Family(
         "llama4_vision_model",
-        feed_forward=(FeedForward(up="mlp.fc1", down="mlp.fc2"),),
+        feed_forward=(_MLP_FC,),
         attention=(_SELF_ATTN,),
         embeddings=("positional_embedding_vlm",),
     ),

@@ -23,10 +23,7 @@ __all__ = ["Layout"]
 class Layout:
     """The neurons of a tensor of ``shape`` along the neuron axes ``axes``.
 
-    Raises
-    ------
-    ValueError
-        If ``axes`` are not ascending axes of ``shape``.
+    Raises a ValueError if these are not ascending axes of the shape.
     """
 
     shape: tuple[int, ...]
@@ -106,10 +103,9 @@ class Layout:
         return neuron
 
     @cached_property
-    def slab_shape(self) -> tuple[int, ...]:
-        """The sizes of `groups`, the outermost neuron group split off; see `slabs`."""
-        inner = self.groups[1:] if self.groups and self.groups[0][0] else self.groups
-        return tuple(size for _, size in inner)
+    def slab_groups(self) -> tuple[tuple[bool, int], ...]:
+        """The `groups` of one slab: all but an outermost neuron group; see `slabs`."""
+        return self.groups[1:] if self.groups and self.groups[0][0] else self.groups
 
     @cached_property
     def slabs(self) -> int:

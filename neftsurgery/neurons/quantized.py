@@ -60,32 +60,29 @@ def quantization_reasons(
 ) -> dict[str, str]:
     """Why each quantized tensor and each scale is left out, by name.
 
-    Parameters
-    ----------
-    tensors:
-        All tensors of the checkpoint.
-    config:
-        The model's ``config.json``: where it has a ``quantization_config``, 8-bit floats and
-        integers named like weights count as codes even without a scale.
+    Where ``config`` (the model's ``config.json``) has a ``quantization_config``, 8-bit floats and integers
+    named like weights count as codes even without a scale.
     """
     method = _method(config)
     codes: dict[str, str] = {}
     scales: dict[str, str] = {}
     for name, info in tensors.items():
-        if not _may_be_codes(info):
+        kind = info.type.kind
+        if kind not in ("integer", "packed") and not (kind == "float" and info.type.bits == 8):
             continue
         owner, state, _ = name.partition(_STATE)
         if state and owner in tensors:
             scales[name] = f"quantized: belongs to {owner}"
             continue
-        stem = _stem(name)
+        head, dot, last = name.rpartition(".")
+        stem = head + dot if last in _CODES else None  # ``X.`` of codes named ``X.weight``
         found = _scales_of(name, stem, tensors)
         if found:
             codes[name] = f"quantized: its values need {found[0]}"
             scales.update((scale, f"quantized: belongs to {name}") for scale in found)
-        elif info.type.kind == "packed":
+        elif kind == "packed":
             codes[name] = f"quantized: {info.dtype} elements are codes"
-        elif method is not None and (info.type.kind == "float" or stem is not None):
+        elif method is not None and (kind == "float" or stem is not None):
             codes[name] = f"quantized: by config.json, with {method}"
     return codes | scales
 
@@ -98,19 +95,6 @@ def _method(config: Mapping[str, Any] | None) -> str | None:
             section = holder.get(key)
             if isinstance(section, Mapping) and section:
                 return str(section.get("quant_method", "a method it does not name"))[:40]
-    return None
-
-
-def _may_be_codes(info: TensorInfo) -> bool:
-    kind = info.type.kind
-    return kind in ("integer", "packed") or (kind == "float" and info.type.bits == 8)
-
-
-def _stem(name: str) -> str | None:
-    """``X.`` of codes named ``X.weight``, or None if ``name`` is not named like codes."""
-    head, dot, last = name.rpartition(".")
-    if last in _CODES:
-        return head + dot
     return None
 
 

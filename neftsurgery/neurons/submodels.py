@@ -1,4 +1,4 @@
-"""The submodels that a config describes: the family that serves each, and its numbers of heads.
+"""The submodels that a config describes: the family that serves each, the roles of its tensors, its heads.
 
 A config may nest others, for an image tower or a language model. The parts of a tensor's name tell which
 one it belongs to.
@@ -6,14 +6,15 @@ one it belongs to.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from itertools import takewhile
+from typing import Any, Literal
 
-from .families import Family
-from .roles import Role, family_of, roles
+from .families import EMBEDDINGS, FAMILIES, HEADS, Attention, AxisOrder, Family, FeedForward
 
-__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Submodel", "Submodels"]
+__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Role", "Submodel", "Submodels"]
 
 TOWERS: dict[str, tuple[str, ...]] = {
     "vision_config": ("vision_tower", "vision_model", "visual"),
@@ -100,6 +101,49 @@ _QUERY_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _SIDES = ("encoder", "decoder")
 _LONGEST_PATTERN = 5
+_NO_PATTERN = ("fused", "order")  # the fields of a block that name no tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a pattern of the family table says about the tensors it matches."""
+
+    what: Literal["embedding", "output head", "router", "weight"]  # only a weight counts
+    order: AxisOrder
+    block: FeedForward | Attention | None = None  # the block that the tensor is part of
+    member: str = ""  # its field in the block
+    depth: int = 0  # how many parts the pattern has
+    # How many leading parts all patterns of the block share: tensors that agree in these, and in everything
+    # before the pattern, form one block.
+    container: int = 0
+
+
+@functools.cache
+def family_of(model_type: str) -> Family | None:
+    """The family that serves ``model_type``, or None."""
+    return next((family for family in FAMILIES if model_type in family.model_types.split()), None)
+
+
+@functools.cache
+def roles(family: Family) -> dict[tuple[str, ...], Role]:
+    """All patterns of ``family``, split at the dots, with what they say."""
+    found: dict[tuple[str, ...], Role] = {}
+    for role, patterns in (
+        (Role("embedding", "out in"), EMBEDDINGS + family.embeddings),
+        (Role("output head", "out in"), HEADS + family.heads),
+        (Role("router", "out in"), family.routers),
+        (Role("weight", "in out"), family.transposed),
+    ):
+        found |= {tuple(pattern.split(".")): role for pattern in patterns}
+    blocks: tuple[FeedForward | Attention, ...] = (*family.feed_forward, *family.attention)
+    for block in blocks:
+        named = ((field.name, getattr(block, field.name)) for field in fields(block))
+        members = {name: tuple(text.split(".")) for name, text in named if text and name not in _NO_PATTERN}
+        columns = zip(*(parts[:-1] for parts in members.values()), strict=False)
+        shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+        for member, parts in members.items():
+            found[parts] = Role("weight", block.order, block, member, len(parts), shared)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,24 +156,12 @@ class Heads:
 
 @dataclass(frozen=True)
 class Submodel:
-    """A part of a model that one config describes.
+    """A part of a model that one config describes."""
 
-    Attributes
-    ----------
-    model_type:
-        As stated by the config or by the composite it is part of; "" if neither does.
-    families:
-        Those whose patterns apply, the most specific first; none if ``model_type`` is not known.
-    fully_known:
-        Whether the family is known, so that a weight that no pattern matches is ``[out, in, ...]``.
-    config:
-        Where the numbers of heads are.
-    """
-
-    model_type: str
-    families: tuple[Family, ...]
-    fully_known: bool
-    config: Mapping[str, Any]
+    model_type: str  # as stated by the config or by the composite it is part of; empty if neither does
+    families: tuple[Family, ...]  # those whose patterns apply, the most specific first
+    fully_known: bool  # whether a weight that no pattern matches is ``[out, in, ...]``
+    config: Mapping[str, Any]  # where the numbers of heads are
 
     def role(self, stem: Sequence[str]) -> Role | None:
         """The role of a name, given as its parts, with ``*`` for numbers and without ``weight``."""
@@ -152,11 +184,8 @@ class Submodel:
         query = self._count((*own, *_QUERY_KEYS), default[0])
         if query is None:
             return None
-        kv = (
-            1
-            if self._one_kv_head()
-            else self._count(_KV_KEYS, query if default[1] is None else default[1], query)
-        )
+        absent = query if default[1] is None else default[1]
+        kv = 1 if self._one_kv_head() else self._count(_KV_KEYS, absent, query)
         return Heads(query, kv) if kv is not None and query % kv == 0 else None
 
     def _count(self, keys: Sequence[str], absent: int, null: int | None = None) -> int | None:
@@ -176,18 +205,10 @@ class Submodel:
 
 @dataclass(frozen=True)
 class Submodels:
-    """The submodels of a model.
+    """The submodels of a model."""
 
-    Attributes
-    ----------
-    main:
-        For tensors outside the towers.
-    towers:
-        By a part of the name.
-    """
-
-    main: Submodel
-    towers: Mapping[str, Submodel]
+    main: Submodel  # for tensors outside the towers
+    towers: Mapping[str, Submodel]  # by a part of the name
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | None) -> Submodels:

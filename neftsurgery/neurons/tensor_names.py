@@ -1,15 +1,19 @@
-"""What a tensor's name says about it: whether it counts, its axes, its layer, its block, its bias."""
+"""What a tensor's name says about it: whether it counts, its axes, its layer, its block, its bias.
+
+Patterns of names are those of ``fnmatch``, on the whole name, case-sensitive.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..errors import UsageError
 from ..tensors.header import TensorInfo
 from .families import FeedForward
-from .roles import Role
-from .submodels import Submodel
+from .submodels import Role, Submodel
 
 __all__ = [
     "COLUMNS",
@@ -18,6 +22,7 @@ __all__ = [
     "bias_of",
     "block_key",
     "read_name",
+    "matching",
     "member_axes",
     "layer_and_kind",
 ]
@@ -38,34 +43,19 @@ COLUMNS = ("down", "o")
 _NORM = re.compile(r"(^|_)ln(_|\d|$)|norm\d*$|layer_?norm|layrnorm", re.IGNORECASE)
 UNKNOWN_EXPERTS = "experts of unknown orientation"
 _MOST_AXES = 5
+_MAGIC = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)
 class NameReading:
-    """What a name says: the same in every layer and for every expert.
+    """What a name says: the same in every layer and for every expert."""
 
-    Attributes
-    ----------
-    reason:
-        Why the tensor is left out; "" if it counts.
-    axes:
-        Those of its output units; None if not known.
-    submodel:
-        The part of the model that it lies in.
-    role:
-        Its entry in the family table, if it has one.
-    needs_axis:
-        Whether the option ``axis`` alone makes it count.
-    assumed:
-        Whether ``axes`` are a guess, as the model is not known.
-    """
-
-    reason: str
-    axes: tuple[int, ...] | None
+    reason: str  # why the tensor is left out; empty if it counts
+    axes: tuple[int, ...] | None  # those of its output units; None if not known
     submodel: Submodel
     role: Role | None = None
-    needs_axis: bool = False
-    assumed: bool = False
+    needs_axis: bool = False  # whether the option ``axis`` alone makes it count
+    assumed: bool = False  # whether `axes` are a guess, as the model is not known
 
 
 def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameReading:
@@ -132,3 +122,24 @@ def block_key(parts: Sequence[str], role: Role) -> tuple[str, str]:
     stem = parts[:-1] if parts[-1] == "weight" else parts
     container = ".".join(stem[: len(stem) - role.depth + role.container])
     return ("feed-forward" if isinstance(role.block, FeedForward) else "attention", container)
+
+
+def matching(globs: Iterable[str], names: Collection[str], *, option: str | None = None) -> set[str]:
+    """The ``names`` that any of ``globs`` (patterns, or plain names, which cost one lookup each) matches.
+
+    Given an ``option``, such as ``include``, every glob must match something; the `UsageError` names it.
+    """
+    found: set[str] = set()
+    for glob in (globs,) if isinstance(globs, str) else globs:
+        if _MAGIC.search(glob) is None:
+            matched = {glob} if glob in names else set()
+        else:
+            match = re.compile(fnmatch.translate(glob)).match
+            matched = {name for name in names if match(name)}
+        if option is not None and not matched:
+            raise UsageError(
+                f"no tensor matches [[{option}]] {glob!r}",
+                hint="patterns match whole tensor names: try '*' at the start, and see `neftsurgery inspect`",
+            )
+        found |= matched
+    return found

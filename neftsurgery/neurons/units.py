@@ -12,28 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .families import Attention, FeedForward
-from .roles import Role
-from .submodels import Heads
+from .submodels import Heads, Role
 
 __all__ = ["CountedSlice", "UnitSpan", "UnitMap", "unit_spans", "up_slice"]
 
 
 @dataclass(frozen=True, slots=True)
 class CountedSlice:
-    """The neurons of a tensor that count: positions ``start:stop:step`` of its last neuron axis.
+    """The neurons of a tensor that count: positions ``start:stop:step`` of its last neuron axis."""
 
-    Attributes
-    ----------
-    outer:
-        Product of the sizes of the other neuron axes: the experts of a stacked tensor, else 1.
-    inner:
-        Size of the last neuron axis.
-    start, stop, step:
-        A slice along the last neuron axis.
-    """
-
-    outer: int
-    inner: int
+    outer: int  # product of the sizes of the other neuron axes: the experts of a stacked tensor, else 1
+    inner: int  # size of the last neuron axis
     start: int
     stop: int
     step: int = 1
@@ -41,7 +30,7 @@ class CountedSlice:
     @property
     def count(self) -> int:
         """How many neurons count."""
-        return self.outer * len(range(self.start, self.stop, self.step))
+        return self.outer * len(range(self.inner)[self.start : self.stop : self.step])
 
     def mask(self) -> NDArray[np.bool_]:
         """Per neuron whether it counts, bool ``[outer * inner]``."""
@@ -61,24 +50,12 @@ class UnitSpan:
 
 @dataclass(frozen=True, slots=True)
 class UnitMap:
-    """The model-wide unit id of every neuron of one tensor.
+    """The model-wide unit id of every neuron of one tensor."""
 
-    Attributes
-    ----------
-    base:
-        The id of the first unit of the block.
-    outer:
-        Product of the sizes of the neuron axes but the last: the experts of a stacked tensor, else 1.
-    units:
-        Units of the block per step of the outer axes.
-    spans:
-        The ranges of the last neuron axis, in order.
-    """
-
-    base: int
-    outer: int
-    units: int
-    spans: tuple[UnitSpan, ...]
+    base: int  # the id of the first unit of the block
+    outer: int  # as in `CountedSlice`
+    units: int  # of the block per step of the outer axes
+    spans: tuple[UnitSpan, ...]  # the ranges of the last neuron axis, in order
 
     def __len__(self) -> int:
         return self.outer * sum(span.units * span.repeat for span in self.spans)
@@ -96,10 +73,7 @@ class UnitMap:
 def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
     """Which neurons of a tensor are up rows or down columns: None for all of them.
 
-    Raises
-    ------
-    ValueError
-        If the rows of a fused tensor do not halve.
+    Raises a ValueError if the rows of a fused tensor do not halve.
     """
     if role.member != "gate_up" or not isinstance(role.block, FeedForward):
         return None
@@ -110,21 +84,10 @@ def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
 
 
 def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, ...]:
-    """How the ``inner`` neurons of a member of a block are divided among the block's units.
+    """How the ``inner`` neurons of a member of a block, on its last neuron axis, are divided among its units.
 
-    Parameters
-    ----------
-    role:
-        The member; it must be part of a block.
-    inner:
-        Size of the tensor's last neuron axis.
-    heads:
-        Of the attention block; None if the config does not state them.
-
-    Raises
-    ------
-    ValueError
-        With the reason, if ``inner`` does not divide as the block needs.
+    ``heads`` are of the attention block; None if the config does not state them. Raises a ValueError with the
+    reason if ``inner`` does not divide as the block needs.
     """
     if isinstance(role.block, FeedForward):
         if role.member != "gate_up":

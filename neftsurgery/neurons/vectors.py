@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..storage.positioned import consecutive_runs, read_exactly, read_rows_exactly, write_exactly
-from ..tensors.arrays import IndexArray, RawBytes
+from ..tensors.arrays import IndexArray, Int64Array, Mask, RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.weights import RowReader
+from ..tensors.reader import RowReader
 from .layout import Layout
 
-__all__ = ["block_memory", "blocks", "check_index", "gather", "scatter"]
+__all__ = ["block_memory", "blocks", "check_index", "find", "gather", "scatter"]
 
 # Bytes of vectors handled at once; each thread holds a few such blocks. Every block of strided vectors
 # reads their whole slab, so for these fewer and larger blocks are better.
@@ -52,6 +53,14 @@ def check_index(index: IndexArray, count: int) -> str | None:
     if not np.all(index[1:] > index[:-1]):  # not by differences, which overflow
         return "the indices are not ascending and unique"
     return None
+
+
+def find(index: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Mask]:
+    """Where in the ascending ``index`` each of ``wanted`` is, and whether it is."""
+    slot = np.searchsorted(index, wanted)
+    hit = slot < len(index)
+    hit[hit] = index[slot[hit]] == wanted[hit]
+    return slot, hit
 
 
 def gather(
@@ -121,25 +130,23 @@ class _FileRange:
         read_rows_exactly(self._fd, self._offset, rows, out, self._path)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _SlabPiece:
     """A piece of a slab, in memory: its bytes, and the elements of the chosen vectors within it."""
 
-    def __init__(
-        self, raw: RawBytes, grid: NDArray[np.unsignedinteger], chosen: tuple[IndexArray, ...]
-    ) -> None:
-        self.raw = raw
-        self._grid = grid  # a view of raw: neuron axes first, vector axes after them
-        self._chosen = chosen
+    raw: RawBytes
+    grid: NDArray[np.unsignedinteger]  # a view of `raw`: neuron axes first, vector axes after them
+    chosen: tuple[IndexArray, ...]
 
     @property
     def vectors(self) -> NDArray[np.unsignedinteger]:
         """Shape ``[k, elements of a vector in this piece]``."""
-        picked: NDArray[np.unsignedinteger] = self._grid[self._chosen]
+        picked: NDArray[np.unsignedinteger] = self.grid[self.chosen]
         return picked.reshape(picked.shape[0], -1)
 
     def assign(self, vectors: NDArray[np.unsignedinteger]) -> None:
         """The inverse of `vectors`: changes `raw`."""
-        self._grid[self._chosen] = vectors.reshape(vectors.shape[0], *self._grid.shape[len(self._chosen) :])
+        self.grid[self.chosen] = vectors.reshape(vectors.shape[0], *self.grid.shape[len(self.chosen) :])
 
 
 def _pieces(
@@ -151,7 +158,7 @@ def _pieces(
     elements of their vectors it holds.
     """
     size = info.type.itemsize
-    groups = layout.groups[1:] if layout.groups[0][0] else layout.groups
+    groups = layout.slab_groups
     sizes = [n for _, n in groups]
     neuron_axes = [axis for axis, (is_neuron, _) in enumerate(groups) if is_neuron]
     vector_axes = [axis for axis in range(len(groups)) if axis not in neuron_axes]

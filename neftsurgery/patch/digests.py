@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ..checkpoint.provenance import HASH_PREFIX
+from ..tensors.arrays import RawBytes
 
 __all__ = ["DigestHash", "digests"]
 
 
-def digests(vectors: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def digests(vectors: RawBytes) -> RawBytes:
     """The digest of each row of raw bytes, uint8 ``[k, 16]``."""
     rows = np.ascontiguousarray(vectors)
     joined = b"".join(map(xxhash.xxh3_128_digest, rows))
@@ -24,7 +24,7 @@ class DigestHash:
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
 
-    def update(self, block: NDArray[np.uint8]) -> None:
+    def update(self, block: RawBytes) -> None:
         """Take in the next digests, uint8 ``[k, 16]``."""
         self._state.update(np.ascontiguousarray(block).data)
 

@@ -25,31 +25,15 @@ STEPS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One linear module and what a patch replaces in it.
+    """One linear module and what a patch replaces in it."""
 
-    Attributes
-    ----------
-    tensor:
-        The weight's name in the files.
-    path:
-        The module's name in the live model.
-    inputs, outputs:
-        Its features, whichever way the weight is stored.
-    count:
-        Replaced neurons.
-    rows:
-        Whether a neuron is an output (a row of ``[out, in]``), not an input.
-    transposed:
-        Whether the weight is stored ``[in, out]``, as ``Conv1D`` does.
-    """
-
-    tensor: str
-    path: str
-    inputs: int
+    tensor: str  # the weight's name in the files
+    path: str  # the module's name in the live model
+    inputs: int  # features, whichever way the weight is stored
     outputs: int
-    count: int
-    rows: bool
-    transposed: bool
+    count: int  # replaced neurons
+    rows: bool  # whether a neuron is an output (a row of ``[out, in]``), not an input
+    transposed: bool  # whether the weight is stored ``[in, out]``, as ``Conv1D`` does
 
     @property
     def names(self) -> tuple[str, str]:

@@ -16,9 +16,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tensors.arrays import Float64Array, Int64Array
+from ..neurons.vectors import find
+from ..tensors.arrays import Float64Array, Int64Array, Mask, RawBytes
 from ..tensors.floats import narrow, widen
-from .patch import Raw
 
 __all__ = ["ARITHMETIC", "DENSITY", "POLICIES", "Magnitudes", "Part", "merge_rows"]
 
@@ -34,45 +34,28 @@ _BATCH_BYTES = 256 << 10  # of each patch, computed with at once: float64 takes 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One patch's vectors in a block.
+    """One patch's vectors in a block."""
 
-    Attributes
-    ----------
-    slots:
-        Which vectors of the block they are, ascending.
-    values:
-        Raw bytes ``[len(slots), width * itemsize]``.
-    weight:
-        Of this patch.
-    least:
-        For ``ties``: smaller differences are dropped.
-    """
-
-    slots: Int64Array
-    values: Raw
+    slots: Int64Array  # which vectors of the block they are, ascending
+    values: RawBytes  # ``[len(slots), width * itemsize]``
     weight: float = 1.0
-    least: float = 0.0
+    least: float = 0.0  # for ``ties``: smaller differences are dropped
 
 
-def merge_rows(policy: str, dtype: str, parts: Sequence[Part], base: Raw | None, count: int) -> Raw:
+def merge_rows(policy: str, dtype: str, parts: Sequence[Part], base: RawBytes | None, count: int) -> RawBytes:
     """The merged vectors of a block of ``count`` neurons, each held by at least one part.
 
-    A neuron that one part alone holds keeps that part's bytes, unless ``sum`` scales it.
-
-    Parameters
-    ----------
-    policy:
-        One of `POLICIES`; ``error`` takes it that no two parts overlap.
-    dtype:
-        As safetensors names it; one of `neftsurgery.tensors.floats.FLOATS` if anything is computed.
-    base:
-        The replaced vectors, ``[count, width * itemsize]``, for ``sum`` and ``ties``.
+    A neuron that one part alone holds keeps that part's bytes, unless ``sum`` scales it. The policy ``error``
+    takes it that no two parts overlap. ``sum`` and ``ties`` need ``base``, the replaced vectors as bytes
+    ``[count, width * itemsize]``. Whatever is computed needs a ``dtype`` of `tensors.floats.FLOATS`.
     """
     out = np.empty((count, parts[0].values.shape[1]), np.uint8)
     for part in parts if policy != "first" else reversed(parts):
         out[part.slots] = part.values
     if policy in ARITHMETIC:
-        for rows in _batches(_computed(policy, parts, count), out):
+        computed = _computed(policy, parts, count)
+        for batch in _batches(len(computed), out.shape[1]):
+            rows = computed[batch]
             here = [_picked(part, rows, dtype) for part in parts]
             old = None if base is None else widen(base[rows], dtype)
             out[rows] = narrow(_merged(policy, here, old), dtype)
@@ -87,17 +70,17 @@ def _computed(policy: str, parts: Sequence[Part], count: int) -> Int64Array:
     return np.flatnonzero(holders > 1)
 
 
-def _batches(rows: Int64Array, out: Raw) -> Iterator[Int64Array]:
-    step = max(1, _BATCH_BYTES // max(1, out.shape[1]))
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step]
+def _batches(count: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, _BATCH_BYTES // max(1, row_bytes))
+    for start in range(0, count, step):
+        yield slice(start, start + step)
 
 
 @dataclass(frozen=True, slots=True)
 class _Picked:
     """A part's values among some vectors: those where ``held``."""
 
-    held: NDArray[np.bool_]
+    held: Mask
     values: Float64Array
     weight: float
     least: float
@@ -110,9 +93,7 @@ class _Picked:
 
 
 def _picked(part: Part, rows: Int64Array, dtype: str) -> _Picked:
-    slot = np.searchsorted(part.slots, rows)
-    held = slot < len(part.slots)
-    held[held] = part.slots[slot[held]] == rows[held]
+    slot, held = find(part.slots, rows)
     return _Picked(held, widen(part.values[slot[held]], dtype), part.weight, part.least)
 
 
@@ -180,11 +161,9 @@ class Magnitudes:
         self._lower = np.zeros(1 << 16, np.int64)
         self._among: tuple[int, int] | None = None  # the upper half, and how many of its own are kept
 
-    def add(self, values: Raw, base: Raw, dtype: str) -> None:
+    def add(self, values: RawBytes, base: RawBytes, dtype: str) -> None:
         """Take in some vectors; all of them once, then, after `settle`, all of them again."""
-        step = max(1, _BATCH_BYTES // max(1, values.shape[1]))
-        for start in range(0, len(values), step):
-            rows = slice(start, start + step)
+        for rows in _batches(len(values), values.shape[1]):
             with np.errstate(invalid="ignore", over="ignore"):
                 bits = _magnitude(widen(values[rows], dtype) - widen(base[rows], dtype)).view(np.uint32)
             if self._among is None:

@@ -1,4 +1,4 @@
-"""Where patches meet: neurons in common, and whether both were made from the same base."""
+"""Where patches meet: neurons in common, whether both have the same base, and one laid over another."""
 
 from __future__ import annotations
 
@@ -8,35 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..checkpoint.provenance import same_files, same_tensor
-from ..tensors.arrays import Int64Array
-from .patch import Patch
+from ..neurons.layout import Layout
+from ..neurons.vectors import find
+from ..tensors.arrays import Int64Array, RawBytes
+from .patch import Patch, PatchTensor
 
-__all__ = ["Meeting", "Overlap", "meetings", "overlap"]
+__all__ = ["Meeting", "Overlap", "meetings", "overlap", "overlay"]
+
+_ELEMENTS = 1 << 18  # that `overlay` looks up at once; each takes some ten words of memory
 
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Some patches on one tensor of one shape, dtype and neuron axes.
-
-    Attributes
-    ----------
-    name:
-        The tensor.
-    holders:
-        Which of the patches touch it.
-    union:
-        The neurons that any of them replaces, ascending.
-    shared:
-        Those that several replace.
-    foreign:
-        Those of ``shared`` whose digests in the base are not the same in all of them.
-    """
+    """Some patches on one tensor of one shape, dtype and neuron axes."""
 
     name: str
-    holders: tuple[int, ...]
-    union: Int64Array
-    shared: Int64Array
-    foreign: Int64Array
+    holders: tuple[int, ...]  # which of the patches touch the tensor
+    union: Int64Array  # the neurons that any of them replaces, ascending
+    shared: Int64Array  # those that several replace
+    foreign: Int64Array  # those of `shared` whose digests in the base are not the same in all of them
 
 
 def meetings(patches: Sequence[Patch], names: Iterable[str] | None = None) -> Iterator[Meeting]:
@@ -63,28 +53,14 @@ def meetings(patches: Sequence[Patch], names: Iterable[str] | None = None) -> It
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """What two patches have in common.
+    """What two patches have in common."""
 
-    Attributes
-    ----------
-    same_base:
-        Whether they say that they were made from the same files; None if one does not say.
-    tensors:
-        Tensors that both touch.
-    neurons, foreign:
-        Neurons that both replace; those of them that were not the same in both bases.
-    crossing:
-        Tensors that they cut along different axes: every neuron of one meets every one of the other.
-    unfit:
-        Tensors that have another shape or dtype in one than in the other.
-    """
-
-    same_base: bool | None
-    tensors: tuple[str, ...]
-    neurons: int
-    foreign: int
-    crossing: tuple[str, ...]
-    unfit: tuple[str, ...]
+    same_base: bool | None  # whether they were made from the same files; None if one does not say
+    tensors: tuple[str, ...]  # those that both touch
+    neurons: int  # those that both replace
+    foreign: int  # those of `neurons` that were not the same in both bases
+    crossing: tuple[str, ...]  # tensors cut along different axes: every neuron of one meets all of the other
+    unfit: tuple[str, ...]  # tensors of another shape or dtype in one than in the other
 
     @property
     def agree(self) -> bool:
@@ -107,3 +83,68 @@ def overlap(one: Patch, other: Patch) -> Overlap:
         crossing,
         unfit,
     )
+
+
+def overlay(vectors: RawBytes, index: Int64Array, tensor: PatchTensor, earlier: Patch) -> None:
+    """Put the values of ``earlier`` into ``vectors``, the raw vectors of neurons ``index`` of a tensor.
+
+    Vectors that the earlier patch does not touch stay as they are.
+    """
+    name = tensor.info.name
+    theirs, their_index = earlier.tensors[name], earlier.index(name)
+    if theirs.layout.axes == tensor.layout.axes:
+        slot, hit = find(their_index, index)
+        for start, stop in theirs.blocks():
+            here = hit & (slot >= start) & (slot < stop)
+            if here.any():
+                vectors[here] = earlier.values(name, start, stop)[slot[here] - start]
+        return
+    elements = vectors.view(tensor.info.type.carrier)
+    step = max(1, _ELEMENTS // max(1, tensor.layout.width))
+    for first in range(0, len(index), step):
+        neuron, place = _owner(theirs.layout, _positions(tensor.layout, index[first : first + step]))
+        slot, hit = find(their_index, neuron)
+        for start, stop in theirs.blocks():
+            here = hit & (slot >= start) & (slot < stop)
+            if here.any():
+                values = earlier.values(name, start, stop).view(tensor.info.type.carrier)
+                elements[first : first + step][here] = values[slot[here] - start, place[here]]
+
+
+def _positions(layout: Layout, index: Int64Array) -> Int64Array:
+    """The flat positions in the tensor of the elements of neurons ``index``, ``[k, width]``."""
+    shape = layout.shape
+    strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
+    others = [axis for axis in range(len(shape)) if axis not in layout.axes]
+    start = _offset(index, [shape[a] for a in layout.axes], [strides[a] for a in layout.axes])
+    inner = _offset(
+        np.arange(layout.width, dtype=np.int64), [shape[a] for a in others], [strides[a] for a in others]
+    )
+    positions: Int64Array = start[:, None] + inner
+    return positions
+
+
+def _offset(flat: Int64Array, sizes: Sequence[int], strides: Sequence[int]) -> Int64Array:
+    total = np.zeros(len(flat), np.int64)
+    rest = flat.astype(np.int64)
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        total += rest % size * stride
+        rest = rest // size
+    return total
+
+
+def _owner(layout: Layout, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Per flat position the neuron it belongs to, and where in that neuron's vector it is."""
+    neuron, place = np.zeros_like(positions), np.zeros_like(positions)
+    neuron_stride = place_stride = 1
+    rest = positions.copy()
+    for axis in reversed(range(len(layout.shape))):
+        size = layout.shape[axis]
+        if axis in layout.axes:
+            neuron += rest % size * neuron_stride
+            neuron_stride *= size
+        else:
+            place += rest % size * place_stride
+            place_stride *= size
+        rest //= size
+    return neuron, place

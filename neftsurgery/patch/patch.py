@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
@@ -20,46 +20,66 @@ from ..neurons.vectors import blocks, check_index
 from ..selection.selection import Chosen, Selection
 from ..selection.selection_facts import SelectionFacts
 from ..sources.resolve import Source, resolve_file
-from ..tensors.document import Facts, bad, read_document
+from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.document import Facts, bad, read_document, require_entry
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..text import plural, size
+from ..version import __version__
 from .digests import DigestHash, digests
-from .manifest import PATCH_VERSION, Manifest
 
-__all__ = ["PATCH_KEY", "PATCH_NAME", "Patch", "PatchTensor"]
+__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
 
+PATCH_VERSION: Final = 1
 PATCH_KEY = "neuron_patch"
 PATCH_NAME = "neuron_patch.safetensors"
 _WHAT = "neuron patch"
 _HASH = re.compile(r"xxh3-128:[0-9a-f]{32}")
 
-Raw = NDArray[np.uint8]
+
+class Manifest(Facts):
+    """What a patch says of itself. `PatchWriter` adds the version and the tensors."""
+
+    @classmethod
+    def of(
+        cls, base: Provenance, selection: SelectionFacts, more: Mapping[str, object] | None = None
+    ) -> Self:
+        """The manifest of a patch that is made now; ``more`` is JSON, such as ``training``."""
+        parts = {"base": base.to_json(), "selection": selection.to_json()}
+        return cls({**parts, "created_by": f"neftsurgery {__version__}", **(more or {})})
+
+    @property
+    def base(self) -> Provenance:
+        """What the patch was made from."""
+        return Provenance.from_json(self.get("base"))
+
+    @property
+    def selection(self) -> SelectionFacts:
+        """How its neurons were chosen."""
+        return SelectionFacts.from_json(self.get("selection"))
+
+    @property
+    def training(self) -> Facts:
+        """How its values were trained; empty if that is not recorded."""
+        return Facts.from_json(self.get("training"))
+
+    def written(self, tensors: Mapping[str, object]) -> dict[str, object]:
+        """The document of a new patch file that touches ``tensors``."""
+        rest = {key: value for key, value in self.items() if key not in ("version", "tensors")}
+        return {"version": PATCH_VERSION, **rest, "tensors": tensors}
 
 
 @dataclass(frozen=True, slots=True)
 class PatchTensor:
-    """What a patch does to one tensor.
-
-    Attributes
-    ----------
-    info, layout:
-        The tensor it fits.
-    count:
-        Neurons it replaces.
-    base_hash, patched_hash:
-        Over the vectors' digests in index order, before and after.
-    reversible:
-        Whether the replaced values are in the patch as well.
-    """
+    """What a patch does to one tensor."""
 
     info: TensorInfo
     layout: Layout
-    count: int
-    base_hash: str
+    count: int  # neurons it replaces
+    base_hash: str  # over the vectors' digests in index order, before and after
     patched_hash: str
-    reversible: bool
+    reversible: bool  # whether the replaced values are in the patch as well
 
     @property
     def vector_bytes(self) -> int:
@@ -211,19 +231,19 @@ class Patch(FileBacked):
         chosen = {name: Chosen(t.info, t.layout, self.index(name)) for name, t in self.tensors.items()}
         return Selection(chosen, self.facts)
 
-    def index(self, name: str) -> NDArray[np.int64]:
+    def index(self, name: str) -> Int64Array:
         """The neurons of tensor ``name``, ascending, int64 ``[k]``."""
         return self._file.array(f"{name}:index").astype(np.int64)
 
-    def values(self, name: str, start: int = 0, stop: int | None = None) -> Raw:
+    def values(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """New values ``[start, stop)`` (positions in the index) as raw bytes, ``[k, width * itemsize]``."""
         return self._file.array_bytes(f"{name}:value", start, stop)
 
-    def base_values(self, name: str, start: int = 0, stop: int | None = None) -> Raw:
+    def base_values(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """The replaced values, of a reversible tensor; as `values`."""
         return self._file.array_bytes(f"{name}:base", start, stop)
 
-    def base_digests(self, name: str, start: int = 0, stop: int | None = None) -> Raw:
+    def base_digests(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """The digests of the replaced vectors, uint8 ``[k, 16]``."""
         return self._file.array(f"{name}:base_digest", start, stop)
 
@@ -249,7 +269,7 @@ class Patch(FileBacked):
                 self.check_base_rows(name, stored, start, stop)
             self.check_hashes(name, before, after)
 
-    def check_base_rows(self, name: str, stored: Raw, start: int, stop: int) -> None:
+    def check_base_rows(self, name: str, stored: RawBytes, start: int, stop: int) -> None:
         """Compare the replaced values of a reversible tensor with their digests."""
         if self.tensors[name].reversible and not np.array_equal(
             digests(self.base_values(name, start, stop)), stored
@@ -281,15 +301,7 @@ def _tensor(file: TensorFile, name: str, entry: object) -> PatchTensor:
     if reversible := f"{name}:base" in file.tensors:
         shapes["base"] = shapes["value"]
     for part, (dtype, shape) in shapes.items():
-        found = file.tensors.get(f"{name}:{part}")
-        if found is None or (found.dtype, found.shape) != (dtype, shape):
-            raise CorruptFileError(
-                f"a damaged {_WHAT}: its entry {part} does not fit",
-                file=file.path,
-                tensor=name,
-                expected=f"{dtype} {list(shape)}",
-                found=found.describe() if found else "nothing",
-            )
+        require_entry(file, _WHAT, name, part, dtype, shape)
     hashes = [str(entry.get(key)) for key in ("base_hash", "patched_hash")]
     if not all(_HASH.fullmatch(text) for text in hashes):
         raise bad(file, _WHAT, "its base_hash or patched_hash is missing or no hash", name)

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 from ..checkpoint.provenance import HASH_PREFIX
 from ..selection.selection import Selection, index_dtype
+from ..tensors.arrays import RawBytes
 from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from .digests import DigestHash, digests
-from .manifest import Manifest
-from .patch import PATCH_KEY, Patch, Raw
+from .patch import PATCH_KEY, Manifest, Patch
 
 __all__ = ["PatchWriter", "patch_bytes", "written_patch"]
 
@@ -57,7 +57,9 @@ class PatchWriter:
             kind = DTYPES[index_dtype(chosen.layout.count)].numpy
             writer.write(f"{name}:index", 0, chosen.index.astype(kind))
 
-    def write_rows(self, name: str, start: int, base: Raw, values: Raw) -> tuple[Raw, Raw]:
+    def write_rows(
+        self, name: str, start: int, base: RawBytes, values: RawBytes
+    ) -> tuple[RawBytes, RawBytes]:
         """Write rows from position ``start``; returns their digests before and after, for `add_digests`.
 
         May be called from any thread, in any order.
@@ -65,7 +67,9 @@ class PatchWriter:
         before = digests(base)
         return before, self.write_values(name, start, before, values, base)
 
-    def write_values(self, name: str, start: int, before: Raw, values: Raw, base: Raw | None) -> Raw:
+    def write_values(
+        self, name: str, start: int, before: RawBytes, values: RawBytes, base: RawBytes | None
+    ) -> RawBytes:
         """As `write_rows`, where the digests of the replaced rows are known and the rows may not be.
 
         Returns the digests after. A reversible patch needs ``base``.
@@ -77,7 +81,7 @@ class PatchWriter:
             self._writer.write(f"{name}:base", start, base)
         return digests(values)
 
-    def add_digests(self, name: str, before: Raw, after: Raw) -> None:
+    def add_digests(self, name: str, before: RawBytes, after: RawBytes) -> None:
         """Take the digests of a tensor's next rows into its hashes: in index order."""
         for state, block in zip(self._hashes[name], (before, after), strict=True):
             state.update(block)

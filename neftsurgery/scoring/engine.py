@@ -20,7 +20,7 @@ from ..storage.threads import Limits, in_order
 from ..storage.truncated_maps import is_truncated, sigbus_guard
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.weights import WeightReader
+from ..tensors.reader import WeightReader
 from .partial_sums import PartialSums, partial_sums
 from .pieces import CUT_SIZES, CutSizes, Job, TensorPiece, joined, tasks
 from .sums import Exact, Sums, exact
@@ -30,21 +30,12 @@ __all__ = ["Job", "TensorResult", "stream"]
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """The result of comparing one tensor.
-
-    Attributes
-    ----------
-    job:
-        What was compared.
-    sums:
-        Per neuron, if the job has a layout.
-    base_sq, delta_sq, changed:
-        Over the whole tensor: squared norms of the base and of the difference (of finite elements only; 0 for
-        packed types), and the number of elements whose bits differ.
-    """
+    """The result of comparing one tensor."""
 
     job: Job
-    sums: Sums | None
+    sums: Sums | None  # per neuron, if the job has a layout
+    # Over the whole tensor: squared norms of the base and of the difference (of finite elements only; 0 for
+    # packed types), and the number of elements whose bits differ.
     base_sq: float
     delta_sq: float
     changed: int

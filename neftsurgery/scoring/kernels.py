@@ -151,14 +151,9 @@ def _widen_overload(code, bits):  # type: ignore[no-untyped-def]
 def run_sums(dtype: str) -> Callable[..., None]:
     """Sums of consecutive runs of ``length`` elements, each run of one neuron.
 
-    Parameters
-    ----------
-    a, b:
-        Raw elements of base and tuned, unsigned integers of shape ``[n * length]``.
-    sums:
-        Float64 ``[3, n]``, written: ``a.a``, ``d.d``, ``a.d``.
-    changed:
-        Int64 ``[n]``, written: elements whose bits differ.
+    ``a`` and ``b`` are raw elements of base and tuned, unsigned integers ``[n * length]``. Written are
+    ``sums``, float64 ``[3, n]``: ``a.a``, ``d.d``, ``a.d``; and ``changed``, int64 ``[n]``: how many elements
+    have other bits.
     """
     code = FORMATS[dtype]
     itemsize = DTYPES[dtype].itemsize
@@ -243,21 +238,12 @@ def column_sums(dtype: str) -> Callable[..., None]:
 def exact_sums(dtype: str) -> Callable[..., None]:
     """Float64 sums of whole vectors, and the part of ``d`` that is not parallel to ``a``.
 
-    Parameters
-    ----------
-    a, b:
-        Raw elements, unsigned integers of shape ``[n, width]``.
-    chosen:
-        Int64 ``[k]``: which of them.
-    scale:
-        Factor on all elements: a power of two, 1 unless squares would leave float64's range.
-    out:
-        Float64 ``[7, k]``, written: ``a.a``, ``d.d``, ``a.d``, ``b.b``, ``a.b``, ``r.r`` where
-        ``r = d - (a.d / a.a) a``, and the largest magnitude in ``a`` and ``b`` before scaling.
-    changed:
-        Int64 ``[k]``, written: elements whose bits differ.
-    finite:
-        Bool ``[k]``, written: whether every element of both vectors is finite.
+    ``a`` and ``b`` are raw elements, unsigned integers ``[n, width]``, of which the rows ``chosen``, int64
+    ``[k]``, are summed. ``scale`` is a factor on all elements: a power of two, 1 unless squares would leave
+    float64's range. Written are ``out``, float64 ``[7, k]``: ``a.a``, ``d.d``, ``a.d``, ``b.b``, ``a.b``,
+    ``r.r`` where ``r = d - (a.d / a.a) a``, and the largest magnitude in ``a`` and ``b`` before scaling;
+    ``changed``, int64 ``[k]``: how many elements have other bits; and ``finite``, bool ``[k]``: whether every
+    element of both vectors is finite.
     """
     code = FORMATS[dtype]
 

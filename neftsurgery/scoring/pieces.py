@@ -23,22 +23,12 @@ _TASK_PIECES = 256  # small tensors share a task
 
 @dataclass(frozen=True, slots=True)
 class CutSizes:
-    """How finely the work is cut, in bytes of each side. Of these, results depend on ``piece`` alone.
+    """How finely the work is cut, in bytes of each side. Of these, results depend on ``piece`` alone."""
 
-    Attributes
-    ----------
-    piece:
-        What is read and summed at once: it stays in a core's cache.
-    least_task, largest_task:
-        What a thread takes at once.
-    least_window:
-        What is worth mapping: below it, a copy costs less.
-    """
-
-    piece: int = 2 << 20
-    least_task: int = 2 << 20
+    piece: int = 2 << 20  # what is read and summed at once: it stays in a core's cache
+    least_task: int = 2 << 20  # what a thread takes at once
     largest_task: int = 32 << 20
-    least_window: int = 256 << 10
+    least_window: int = 256 << 10  # what is worth mapping: below it, a copy costs less
 
 
 CUT_SIZES = CutSizes()

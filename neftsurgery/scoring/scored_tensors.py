@@ -1,17 +1,19 @@
-"""The tensors of a scores file: what it says about each, read and checked."""
+"""The tensors of a scores file: what it says about each, read and checked; their sums, in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import CorruptFileError
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
-from ..tensors.arrays import Mask
-from ..tensors.document import Facts, bad
+from ..neurons.units import CountedSlice
+from ..tensors.arrays import IndexArray, Int64Array, Mask
+from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
@@ -19,46 +21,33 @@ __all__ = [
     "WHAT",
     "CompanionBias",
     "ScoredTensor",
+    "SumBatch",
     "Unscored",
-    "check_vector",
+    "batches",
+    "has_sums",
     "read_companion_biases",
     "read_scored",
 ]
 
 #: The name of the file in messages.
 WHAT = "scores file"
+_SUMS = {"base_sq": "F64", "delta_sq": "F64", "dot": "F64", "changed": "I64", "unit": "I64"}
+_NEURONS = 1 << 20  # of a batch
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredTensor:
-    """One scored tensor.
-
-    Attributes
-    ----------
-    info, layout:
-        The tensor and its neurons.
-    layer:
-        The pool of ``--per layer``; empty outside the layers.
-    bias:
-        The tensor whose elements go with these neurons.
-    part:
-        ``(start, stop, step)`` along the last neuron axis, if the anatomy counts only these neurons.
-    """
+    """One scored tensor."""
 
     info: TensorInfo
     layout: Layout
-    layer: str
-    bias: str | None
-    part: tuple[int, int, int] | None
+    layer: str  # the pool of ``--per layer``; empty outside the layers
+    bias: str | None  # the tensor whose elements go with these neurons
+    part: CountedSlice | None  # the neurons that the anatomy counts; None: all
 
     def belongs(self) -> Mask | None:
         """Whether the anatomy counts each neuron; None if it counts all."""
-        if self.part is None:
-            return None
-        inner = self.info.shape[self.layout.axes[-1]]
-        mask = np.zeros((self.layout.count // inner, inner), np.bool_)
-        mask[:, slice(*self.part)] = True
-        return mask.reshape(-1)
+        return None if self.part is None else self.part.mask()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +79,14 @@ class Unscored:
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     """The scored tensor ``name``, from its entry in ``tensors`` and the vectors beside it.
 
-    Raises
-    ------
-    CorruptFileError
-        If one is missing, or they do not fit each other.
+    Raises a `CorruptFileError` if one is missing, or they do not fit each other.
     """
     info, layout = described_tensor(file, WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
     if layout.width < 1 or layout.count < 1:
         raise bad(file, WHAT, "a scored tensor has no neurons", name)
-    check_vector(file, name, "F32", layout.count)
-    for which, dtype in (("base_sq", "F64"), ("delta_sq", "F64"), ("dot", "F64"), ("changed", "I64")):
-        if f"{name}:{which}" in file.tensors:
-            check_vector(file, f"{name}:{which}", dtype, layout.count)
-    if f"{name}:unit" in file.tensors:
-        check_vector(file, f"{name}:unit", "I64", layout.count)
+    require_entry(file, WHAT, name, "", "F32", (layout.count,))
+    _check_sums(file, name, _SUMS, layout)
     layer, bias, part = entry.get("layer", ""), entry.get("bias"), entry.get("part")
     if not isinstance(layer, str) or not (bias is None or isinstance(bias, str)):
         raise bad(file, WHAT, "its layer or bias is not a name", name)
@@ -116,20 +98,16 @@ def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
         and part[2]
     ):
         raise bad(file, WHAT, "its part is not three numbers", name)
-    return ScoredTensor(info, layout, layer, bias, None if part is None else (part[0], part[1], part[2]))
+    if part is not None:
+        inner = info.shape[layout.axes[-1]]
+        part = CountedSlice(layout.count // inner, inner, *part)
+    return ScoredTensor(info, layout, layer, bias, part)
 
 
-def check_vector(file: TensorFile, name: str, dtype: str, count: int) -> None:
-    """Raise a `CorruptFileError` unless entry ``name`` is a vector of ``count`` elements of ``dtype``."""
-    entry = file.tensors.get(name)
-    if entry is None or entry.dtype != dtype or entry.shape != (count,):
-        raise CorruptFileError(
-            f"a damaged {WHAT}",
-            file=file.path,
-            tensor=name,
-            expected=f"{dtype} [{count}]",
-            found=entry.describe() if entry else "nothing",
-        )
+def _check_sums(file: TensorFile, name: str, which: Iterable[str], layout: Layout) -> None:
+    for part in which:
+        if f"{name}:{part}" in file.tensors:
+            require_entry(file, WHAT, name, part, _SUMS[part], (layout.count,))
 
 
 def read_companion_biases(
@@ -137,10 +115,7 @@ def read_companion_biases(
 ) -> Iterator[tuple[str, CompanionBias]]:
     """The unscored tensors whose changes the file records element by element.
 
-    Raises
-    ------
-    CorruptFileError
-        If the file's entry of an unscored tensor makes no sense.
+    Raises a `CorruptFileError` if the file's entry of an unscored tensor makes no sense.
     """
     if not isinstance(unscored, dict):
         raise bad(file, WHAT, "unscored is not an object")
@@ -155,9 +130,73 @@ def read_companion_biases(
             raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
         if f"{name}:changed" in file.tensors:
             info, layout = described_tensor(file, WHAT, name, entry)
-            check_vector(file, f"{name}:changed", "I64", layout.count)
-            if f"{name}:delta_sq" in file.tensors:
-                check_vector(file, f"{name}:delta_sq", "F64", layout.count)
+            _check_sums(file, name, ("changed", "delta_sq"), layout)
             if counts.get(name, {layout.count}) != {layout.count}:
                 raise bad(file, WHAT, "a bias does not have as many neurons as its weight", name)
             yield name, CompanionBias(info, layout, entry.get("included") is True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SumBatch:
+    """Consecutive tensors, and their neurons one after the other."""
+
+    tensors: Sequence[ScoredTensor]  # each with at least one neuron
+    starts: Int64Array  # ``[len(tensors)]``: where each one's neurons begin
+    # By the name of the sum, a vector over all their neurons, with 0 for NaN and for neurons that the anatomy
+    # does not count.
+    sums: Mapping[str, NDArray[Any]]
+    uncounted: Mapping[str, NDArray[Any]] | None  # the same for these neurons; None if there are none
+
+    def totals(self, which: str) -> NDArray[Any]:
+        """The sums of each tensor."""
+        return np.add.reduceat(self.sums[which], self.starts)
+
+    def total(self, which: str, chosen: Mapping[str, IndexArray] | None = None) -> float:
+        """The sum over all neurons, or over those in ``chosen``, by tensor.
+
+        If ``chosen`` names all neurons, the two are equal to the bit.
+        """
+        if chosen is None:
+            return float(self.sums[which].sum())
+        picked = np.zeros_like(self.sums[which])
+        for start, tensor in zip(self.starts, self.tensors, strict=True):
+            if tensor.info.name in chosen:
+                index = start + chosen[tensor.info.name]
+                picked[index] = self.sums[which][index]
+        return float(picked.sum())
+
+
+def has_sums(file: TensorFile, tensor: ScoredTensor, which: Iterable[str]) -> bool:
+    """Whether the file holds all of these sums of a tensor."""
+    return all(f"{tensor.info.name}:{part}" in file.tensors for part in which)
+
+
+def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[str]) -> Iterator[SumBatch]:
+    """Read the sums ``which``, which all ``tensors`` have, about a million neurons at a time."""
+    waiting: list[ScoredTensor] = []
+    size = 0
+    for tensor in tensors:
+        if waiting and size + tensor.layout.count > _NEURONS:
+            yield _read(file, waiting, which)
+            waiting, size = [], 0
+        waiting.append(tensor)
+        size += tensor.layout.count
+    if waiting:
+        yield _read(file, waiting, which)
+
+
+def _read(file: TensorFile, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:
+    counts = [tensor.layout.count for tensor in tensors]
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    sums = {part: file.joined([f"{tensor.info.name}:{part}" for tensor in tensors]) for part in which}
+    for values in sums.values():
+        values[np.isnan(values)] = 0
+    masks = [tensor.belongs() for tensor in tensors]
+    if all(mask is None for mask in masks):
+        return SumBatch(tensors, starts, sums, None)
+    counted = np.concatenate(
+        [np.ones(n, np.bool_) if mask is None else mask for n, mask in zip(counts, masks, strict=True)]
+    )
+    inside = {part: np.where(counted, values, 0) for part, values in sums.items()}
+    uncounted = {part: np.where(counted, 0, values) for part, values in sums.items()}
+    return SumBatch(tensors, starts, inside, uncounted)

@@ -23,8 +23,17 @@ from ..tensors.document import Facts, bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.reader import TensorFile
 from ..text import plural, size
-from .scored_tensors import WHAT, CompanionBias, ScoredTensor, Unscored, read_companion_biases, read_scored
-from .sum_batches import SumBatch, batches, has_sums
+from .scored_tensors import (
+    WHAT,
+    CompanionBias,
+    ScoredTensor,
+    SumBatch,
+    Unscored,
+    batches,
+    has_sums,
+    read_companion_biases,
+    read_scored,
+)
 
 __all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
 
@@ -77,7 +86,8 @@ class Scores(FileBacked):
         tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
         companion_biases = dict(read_companion_biases(file, facts.get("unscored", {}), tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
-            if which in facts and not _is_count(facts[which], least):
+            count = facts.get(which, least)
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise bad(file, WHAT, f"{which} is not a count")
         if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
             raise bad(file, WHAT, "there are more elements than a model can have")
@@ -100,8 +110,7 @@ class Scores(FileBacked):
 
     def values(self, name: str) -> Float32Array:
         """The scores of tensor ``name``, float32 ``[n]``; NaN for neurons that cannot be chosen."""
-        values: Float32Array = self._file.array(name)
-        return values
+        return self._file.array(name)
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
         """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
@@ -168,11 +177,7 @@ class Scores(FileBacked):
     @cached_property
     def neurons(self) -> int:
         """How many neurons the scored tensors have, without those that the anatomy does not count."""
-        total = 0
-        for tensor in self.tensors.values():
-            mask = tensor.belongs()
-            total += tensor.layout.count if mask is None else int(mask.sum())
-        return total
+        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
 
     @boundary
     def select(self, **budget: Unpack[SelectOptions]) -> Selection:
@@ -207,8 +212,9 @@ class Scores(FileBacked):
             chosen = dict(self._choose_neurons(budget))
         companion_biases = self._bias_elements(chosen, budget) if budget.with_bias else {}
         self.check_unchanged()
+        homes: dict[str, ScoredTensor | CompanionBias] = {**self.companion_biases, **self.tensors}
         tensors = {
-            name: self._chosen(name, index)
+            name: Chosen(homes[name].info, homes[name].layout, index.astype(np.int64))
             for name, index in sorted((chosen | companion_biases).items())
             if len(index)
         }
@@ -304,10 +310,6 @@ class Scores(FileBacked):
             found[bias] = np.union1d(found[bias], index) if bias in found else index
         return found
 
-    def _chosen(self, name: str, index: Int64Array) -> Chosen:
-        home = self.tensors[name] if name in self.tensors else self.companion_biases[name]
-        return Chosen(home.info, home.layout, index.astype(np.int64))
-
     def _facts(self, budget: Budget, tensors: Mapping[str, Chosen]) -> dict[str, object]:
         described = budget.describe()
         if "like" in described:
@@ -350,7 +352,3 @@ class Scores(FileBacked):
         if math.isfinite(scored) and scored > 0:
             result["captured_scored"] = min(1.0, inside / scored)
         return result
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

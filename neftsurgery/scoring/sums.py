@@ -47,15 +47,7 @@ class Exact:
 
 
 def exact(dtype: str, a: RawBytes, b: RawBytes, rows: Int64Array | None = None) -> Exact:
-    """Float64 sums of whole vectors: of those in ``rows``, all by default.
-
-    Parameters
-    ----------
-    dtype:
-        As safetensors names it.
-    a, b:
-        Raw bytes of base and tuned, shape ``[n, width * itemsize]``.
-    """
+    """Float64 sums of whole vectors, as raw bytes ``[n, width * itemsize]``: those in ``rows``, or all."""
     carrier = DTYPES[dtype].carrier
     kernel = kernels.exact_sums(dtype)
     rows = np.arange(len(a)) if rows is None else rows
@@ -69,35 +61,18 @@ def exact(dtype: str, a: RawBytes, b: RawBytes, rows: Int64Array | None = None) 
         far = finite & (top > 0) & ((top < 1e-70) | (top > 1e70))
         for row in np.flatnonzero(far):
             scale[row] = 2.0 ** -int(np.clip(np.frexp(top[row])[1], -1021, 1021))
-            kernel(
-                a,
-                b,
-                rows[row : row + 1],
-                scale[row],
-                out[:, row : row + 1],
-                changed[row : row + 1],
-                finite[row : row + 1],
-            )
+            one = slice(row, row + 1)
+            kernel(a, b, rows[one], scale[row], out[:, one], changed[one], finite[one])
     return Exact(out[0], out[1], out[2], out[3], out[4], out[5], changed, finite, scale)
 
 
 class Sums:
-    """The sums of some neurons of one tensor, and which of them were refined in float64.
-
-    Attributes
-    ----------
-    aa, dd, ad:
-        Float64 ``[n]``. NaN for neurons that hold a NaN or Inf element, once refined.
-    changed:
-        Int64 ``[n]``.
-    finite:
-        Bool ``[n]``: every element of both vectors is finite.
-    """
+    """The sums ``[n]`` of some neurons of one tensor, and which of them were refined in float64."""
 
     def __init__(self, sums: Float64Array, changed: Int64Array) -> None:
-        self.aa, self.dd, self.ad = sums
+        self.aa, self.dd, self.ad = sums  # once refined, NaN for neurons with a NaN or Inf element
         self.changed = changed
-        self.finite = np.ones(len(changed), np.bool_)
+        self.finite = np.ones(len(changed), np.bool_)  # whether all elements of both vectors are finite
         self._refined: list[tuple[Int64Array, Exact]] = []
 
     def doubtful(self, dtype: str) -> Int64Array:

@@ -28,29 +28,17 @@ _COUNT = re.compile(
     re.IGNORECASE,
 )
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+_SIZES = ("neurons", "params", "threshold", "changed", "like")
 _LONGEST = 40
 _DECIMALS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A share of something, or a number of things: exactly one of the two.
+    """A share of something, or a number of things: exactly one of the two, else a `UsageError`."""
 
-    Attributes
-    ----------
-    percent:
-        Above 0, at most 100, with a finite decimal expansion (as everything typed has).
-    count:
-        1 or more.
-
-    Raises
-    ------
-    UsageError
-        If not exactly one is given, or it is out of range.
-    """
-
-    percent: Fraction | None = None
-    count: int | None = None
+    percent: Fraction | None = None  # above 0, at most 100, with a finite decimal expansion, as if typed
+    count: int | None = None  # 1 or more
 
     def __post_init__(self) -> None:
         if (self.percent is None) == (self.count is None):
@@ -66,12 +54,8 @@ class Amount:
     def parse(cls, text: str | int) -> Amount:
         """Read ``"3%"``, ``"0.5%"``, ``50000``, ``"50_000"``, ``"50,000"`` or ``"1.5M"``.
 
-        The suffixes K, M and B (or G), of either case, are 10**3, 10**6 and 10**9.
-
-        Raises
-        ------
-        UsageError
-            For anything else: 0, a negative, a fraction such as 0.03, more than 100%.
+        The suffixes K, M and B (or G), of either case, are 10**3, 10**6 and 10**9. Raises a `UsageError` for
+        anything else: 0, a negative, a fraction such as 0.03, more than 100%.
         """
         if isinstance(text, float):
             raise _fraction(text, repr(text))
@@ -192,10 +176,7 @@ class Budget:
     ) -> Budget:
         """The budget of options as a user gives them, amounts as text or numbers.
 
-        Raises
-        ------
-        UsageError
-            As for the class, and for amounts that cannot be read.
+        Raises a `UsageError` as the class does, and for amounts that cannot be read.
         """
         counts = like if like is None or isinstance(like, Mapping) else like.counts
         return cls(
@@ -217,14 +198,8 @@ class Budget:
         return self._sizes()[0]
 
     def _sizes(self) -> list[str]:
-        given = {
-            "neurons": self.neurons is not None,
-            "params": self.params is not None,
-            "threshold": self.threshold is not None,
-            "changed": self.changed,
-            "like": self.like is not None,
-        }
-        return [option for option, is_given in given.items() if is_given]
+        values = (self.neurons, self.params, self.threshold, self.changed or None, self.like)
+        return [option for option, value in zip(_SIZES, values, strict=True) if value is not None]
 
     def _check_size(self) -> None:
         given = self._sizes()
@@ -264,13 +239,7 @@ class Budget:
             raise UsageError(f"[[{option}]] does not go with [[max_per_tensor]]")
 
     def check_units(self) -> None:
-        """Refuse what the anatomy ``units`` has no meaning for: a unit lies in several tensors.
-
-        Raises
-        ------
-        UsageError
-            For ``per="tensor"``, ``max_per_tensor`` and ``like``.
-        """
+        """Refuse what makes no sense for the anatomy ``units``, as a unit lies in several tensors."""
         for option, is_given in (
             ("per=tensor", self.per == "tensor"),
             ("max_per_tensor", self.max_per_tensor is not None),
@@ -283,24 +252,19 @@ class Budget:
 
     def describe(self) -> dict[str, object]:
         """JSON for a manifest, only what is set: ``Budget.of(**described)`` is this budget again."""
-        described: dict[str, object] = {}
-        if self.neurons is not None:
-            described["neurons"] = self.neurons.describe()
-        if self.params is not None:
-            described["params"] = self.params.describe()
-        if self.like is not None:
-            described["like"] = dict(self.like)
-        if self.threshold is not None:
-            described["threshold"] = self.threshold
-        if self.max_per_tensor is not None:
-            described["max_per_tensor"] = self.max_per_tensor
-        if self.per != "model":
-            described["per"] = self.per
-        if self.policy != "sensitive":
-            described["policy"] = self.policy
-        if self.seed or self.policy == "random":
-            described["seed"] = self.seed
-        return described | {flag: True for flag in ("changed", "with_bias") if getattr(self, flag)}
+        described = {
+            "neurons": None if self.neurons is None else self.neurons.describe(),
+            "params": None if self.params is None else self.params.describe(),
+            "like": None if self.like is None else dict(self.like),
+            "threshold": self.threshold,
+            "max_per_tensor": self.max_per_tensor,
+            "per": None if self.per == "model" else self.per,
+            "policy": None if self.policy == "sensitive" else self.policy,
+            "seed": self.seed if self.seed or self.policy == "random" else None,
+            "changed": True if self.changed else None,
+            "with_bias": True if self.with_bias else None,
+        }
+        return {option: value for option, value in described.items() if value is not None}
 
 
 def _amount(option: str, value: Amount | str | int | None) -> Amount | None:

@@ -31,27 +31,12 @@ _INFINITY = 0x7F80_0000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Consecutive neurons of one tensor, in tie order, that cost the same.
+    """Consecutive neurons of one tensor, in tie order, that cost the same."""
 
-    Attributes
-    ----------
-    tensor, layer:
-        Names of the pools the neurons belong to.
-    cost:
-        Parameters of one neuron.
-    scores:
-        Shape ``[n]``, high means sensitive. NaN: cannot be chosen. Infinities are ordinary values.
-
-    Raises
-    ------
-    ValueError
-        If the scores are not a float32 vector, or a neuron costs nothing.
-    """
-
-    tensor: str
+    tensor: str  # this and the layer are names of the pools that the neurons belong to
     layer: str
-    cost: int
-    scores: Float32Array
+    cost: int  # parameters of one neuron
+    scores: Float32Array  # high means sensitive. NaN: cannot be chosen. Infinities are ordinary values
 
     def __post_init__(self) -> None:
         if self.scores.ndim != 1 or self.scores.dtype != np.float32:
@@ -68,33 +53,17 @@ def choose(
     chunk: int = _CHUNK,
     sorted_pool: int = _SORTED,
 ) -> list[Mask]:
-    """The neurons that ``budget`` chooses, as one mask per block.
+    """The neurons that ``budget``, anything but ``changed``, chooses, as one mask per block.
 
-    The order of the blocks, then the position in a block, breaks ties. Memory on top of the scores:
-    one byte a neuron for the result, one more with a cap per tensor, four more for the policy
-    ``random``, and a few megabytes.
+    The blocks are ordered by tensor name, then index. This order, then the position in a block, breaks ties.
+    Pools are ordered by their first block. A number above that of all neurons chooses all. A percentage in
+    ``budget.params`` is of ``parameters``, those of the whole model. The result depends neither on ``chunk``
+    (how many neurons are compared at once) nor on ``sorted_pool`` (the largest pool that is sorted, not
+    searched). Memory on top of the scores: one byte per neuron for the result, one more with a cap per
+    tensor, four more for the policy ``random``, and a few megabytes.
 
-    Parameters
-    ----------
-    blocks:
-        The scored neurons, ordered by tensor name, then index. Pools are ordered by their first block.
-    budget:
-        Anything but ``changed``, which does not depend on scores. A number above that of all neurons
-        chooses all.
-    parameters:
-        Of the whole model: what a percentage in ``budget.params`` refers to.
-    chunk, sorted_pool:
-        How many neurons are compared at once, and the largest pool that is sorted instead of searched. The
-        result depends on neither.
-
-    Raises
-    ------
-    MismatchError
-        If no neuron has a score.
-    UsageError
-        If a budget of parameters is too small for one neuron, or ``like`` does not fit the blocks.
-    ValueError
-        For a budget by ``changed``.
+    Raises a `MismatchError` if no neuron has a score, and a `UsageError` if a budget of parameters is too
+    small for one neuron, or ``like`` does not fit the blocks.
     """
     if budget.changed:
         raise ValueError("a budget by changed does not depend on scores")
@@ -168,9 +137,9 @@ def _limits(pools: dict[str, list[int]], sizes: Sequence[int], budget: Budget, p
     if budget.neurons is not None:
         percent, count = budget.neurons.percent, budget.neurons.count
         if percent is not None:
-            return [
-                max(_nearest(percent.numerator * n, percent.denominator * 100), int(n > 0)) for n in totals
-            ]
+            whole = percent.denominator * 100
+            nearest = [(2 * percent.numerator * n + whole) // (2 * whole) for n in totals]  # halves up
+            return [max(count, int(n > 0)) for count, n in zip(nearest, totals, strict=True)]
         return _split(count or 0, totals)
     if budget.params is not None:
         percent, count = budget.params.percent, budget.params.count
@@ -197,11 +166,6 @@ def _like_limits(pools: dict[str, list[int]], totals: Sequence[int], like: Mappi
                 found=total,
             )
     return [like.get(name, 0) for name in pools]
-
-
-def _nearest(numerator: int, denominator: int) -> int:
-    """The quotient rounded to the nearest integer, halves up."""
-    return (2 * numerator + denominator) // (2 * denominator)
 
 
 def _split(amount: int, sizes: Sequence[int]) -> list[int]:

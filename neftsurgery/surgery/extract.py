@@ -17,8 +17,7 @@ from ..checkpoint.provenance import Provenance, require_same_files, same_files
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
-from ..patch.manifest import Manifest
-from ..patch.patch import Patch, Raw
+from ..patch.patch import Manifest, Patch
 from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..scoring.scores import Scores
@@ -27,6 +26,7 @@ from ..selection.selection import RowBlock, Selection
 from ..selection.selection_facts import SelectionFacts
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
+from ..tensors.arrays import RawBytes
 from .diff import DiffPlan, check_score
 from .pairing import pair
 from .verb import running, warn
@@ -116,7 +116,7 @@ class ExtractPlan:
             written_patch(chosen, manifest, self.out, reversible=self.reversible, force=self.force) as writer,
         ):
 
-            def copy(block: RowBlock) -> tuple[Raw, Raw]:
+            def copy(block: RowBlock) -> tuple[RawBytes, RawBytes]:
                 part = chosen.tensors[block.name]
                 index = part.index[block.start : block.stop]
                 rows = [gather(side, part.info, part.layout, index) for side in sides]

@@ -16,16 +16,15 @@ from ..errors import MismatchError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions, split
 from ..patch.digests import digests
-from ..patch.manifest import Manifest
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
-from ..patch.patch import Patch, Raw
+from ..patch.patch import Manifest, Patch
 from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..selection.selection import RowBlock, Selection
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits, in_order
-from ..tensors.arrays import Int64Array
+from ..tensors.arrays import Int64Array, RawBytes
 from .merge_checks import OverlapRule, check_patches, open_base, plan_union
 from .verb import running, warn
 
@@ -119,7 +118,7 @@ class MergePlan:
         ):
             least = _thresholds(self) if self.rule.name == "ties" else None
 
-            def join(block: RowBlock) -> tuple[Raw, Raw]:
+            def join(block: RowBlock) -> tuple[RawBytes, RawBytes]:
                 tensor = _Rows(self, block.name, self.meetings[block.name].union[block.start : block.stop])
                 before = tensor.before()
                 old = tensor.old(before) if self.reads_base else None
@@ -256,14 +255,14 @@ class _Rows:
             if high > low:
                 self._held.append((holder, slots, low, high))
 
-    def before(self) -> Raw:
+    def before(self) -> RawBytes:
         """The digests of the replaced vectors."""
         found = np.empty((len(self._index), 16), np.uint8)
         for holder, slots, low, high in self._held:
             found[slots] = self._plan.patches[holder].base_digests(self._name, low, high)
         return found
 
-    def old(self, before: Raw) -> Raw:
+    def old(self, before: RawBytes) -> RawBytes:
         """The replaced vectors; zeros where no patch holds them and they are not needed."""
         chosen = self._plan.selection.tensors[self._name]
         if self._plan.base is not None:

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_same_files, same_tensor
 from ..errors import MismatchError, UsageError
-from ..patch.manifest import Manifest
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings
-from ..patch.patch import Patch
+from ..patch.patch import Manifest, Patch
 from ..progress import Progress
 from ..selection.selection import Chosen, Selection
 from ..selection.selection_facts import SelectionFacts

@@ -15,7 +15,7 @@ from ..neurons.anatomy import Anatomy, read_anatomy
 from ..neurons.layout import Layout
 from ..options import Scope
 from ..scoring.engine import Job
-from ..tensors.weights import WeightReader
+from ..tensors.reader import WeightReader
 
 __all__ = ["Pair", "pair"]
 

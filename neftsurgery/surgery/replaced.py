@@ -8,12 +8,13 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 from ..neurons.vectors import gather
 from ..patch.digests import digests
-from ..patch.patch import Patch, Raw
+from ..patch.patch import Patch
+from ..tensors.arrays import RawBytes
 
 __all__ = ["replaced_rows", "require_replaced"]
 
 
-def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> Raw:
+def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:
     """The replaced vectors ``[start, stop)`` (positions in the index), checked against their digests.
 
     Raises

@@ -19,12 +19,13 @@ from ..checkpoint.journal import Change, journaled, locked
 from ..errors import NeftError
 from ..neurons.vectors import block_memory, scatter
 from ..patch.digests import digests
-from ..patch.patch import Patch, Raw
+from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
 from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
+from ..tensors.arrays import RawBytes
 from ..text import plural
 from .state import PatchState, summary
 
@@ -36,7 +37,7 @@ class RowSource:
     """The vectors to write for one patch: its values, or those they replaced."""
 
     patch: Patch
-    read: Callable[[str, int, int], Raw]
+    read: Callable[[str, int, int], RawBytes]
 
 
 _TensorRows = tuple[RowSource, str]  # and a tensor's name
@@ -299,6 +300,6 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
         raise
 
 
-def _digests(rows: RowSource, name: str) -> Raw:
+def _digests(rows: RowSource, name: str) -> RawBytes:
     blocks = [digests(rows.read(name, start, stop)) for start, stop in rows.patch.tensors[name].blocks()]
     return np.concatenate(blocks) if blocks else np.empty((0, 16), np.uint8)

@@ -12,9 +12,10 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..neurons.vectors import block_memory, gather
 from ..patch.digests import DigestHash, digests
-from ..patch.overlay import overlay
-from ..patch.patch import Patch, Raw
+from ..patch.overlap import overlay
+from ..patch.patch import Patch
 from ..storage.threads import Limits, in_order
+from ..tensors.arrays import RawBytes
 
 __all__ = ["JOURNAL_HINT", "PatchState", "State", "TensorState", "examine"]
 
@@ -102,7 +103,7 @@ def examine(
     hashes = (DigestHash(), DigestHash())
     workers = limits.workers(block_memory(t.layout for patch in patches for t in patch.tensors.values()))
 
-    def compare(block: _Block) -> tuple[Raw, Raw, Raw]:
+    def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
         patch = patches[block.patch]
         tensor = patch.tensors[block.name]
         before = patch.base_digests(block.name, block.start, block.stop)
@@ -143,7 +144,7 @@ def _blocks(patches: Sequence[Patch]) -> Iterator[_Block]:
                 yield _Block(number, name, start, stop, stop == tensor.count)
 
 
-def _count(state: TensorState, before: Raw, after: Raw, now: Raw) -> None:
+def _count(state: TensorState, before: RawBytes, after: RawBytes, now: RawBytes) -> None:
     is_base, is_patched = (now == before).all(axis=1), (now == after).all(axis=1)
     state.both += int(np.count_nonzero(is_base & is_patched))
     state.base += int(np.count_nonzero(is_base & ~is_patched))

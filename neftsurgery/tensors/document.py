@@ -15,7 +15,7 @@ from ..errors import CorruptFileError
 from .header import loads
 from .reader import TensorFile
 
-__all__ = ["Facts", "bad", "dump", "read_document"]
+__all__ = ["Facts", "bad", "dump", "read_document", "require_entry"]
 
 
 class Facts(Mapping[str, object]):
@@ -72,10 +72,7 @@ def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
 def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[str, Any]:
     """The JSON object under ``key``; ``what`` names the kind of file in messages.
 
-    Raises
-    ------
-    CorruptFileError
-        If there is none, it is damaged, or its version is above ``version``.
+    Raises a `CorruptFileError` if there is none, it is damaged, or its version is above ``version``.
     """
     text = file.header.metadata.get(key)
     if text is None:
@@ -98,6 +95,25 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
             hint="update neftsurgery: pip install -U neftsurgery",
         )
     return content
+
+
+def require_entry(
+    file: TensorFile, what: str, name: str, part: str, dtype: str, shape: tuple[int, ...]
+) -> None:
+    """Raise a `CorruptFileError` unless the entry ``part`` of a tensor has this ``dtype`` and ``shape``.
+
+    The part ``""`` is the entry that has the tensor's own name.
+    """
+    entry = f"{name}:{part}" if part else name
+    found = file.tensors.get(entry)
+    if found is None or (found.dtype, found.shape) != (dtype, shape):
+        raise CorruptFileError(
+            f"a damaged {what}: its entry {entry} does not fit",
+            file=file.path,
+            tensor=name,
+            expected=f"{dtype} {list(shape)}",
+            found=found.describe() if found else "nothing",
+        )
 
 
 def bad(file: TensorFile, what: str, why: str, tensor: str | None = None) -> CorruptFileError:

@@ -7,58 +7,34 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["DTYPES", "DType", "FloatFormat", "dtype_named"]
+__all__ = ["DTYPES", "DType", "FloatFormat"]
 
 Kind = Literal["float", "integer", "bool", "complex", "packed"]
 
 
 @dataclass(frozen=True, slots=True)
 class FloatFormat:
-    """The meaning of a float's bits: a sign, an exponent, a fraction, from high to low.
-
-    Attributes
-    ----------
-    fraction_bits:
-        Bits of the fraction.
-    bias:
-        What the stored exponent exceeds the true one by.
-    nonfinite:
-        The first magnitude (the bits without the sign) that is not a finite number. The FNUZ types have none
-        there: their only NaN is the pattern of negative zero, and ``nonfinite`` is the sign bit.
-    infinity:
-        Whether ``nonfinite`` is an infinity. Else it is a NaN.
-    """
+    """The meaning of a float's bits: a sign, an exponent, a fraction, from high to low."""
 
     fraction_bits: int
-    bias: int
+    bias: int  # what the stored exponent exceeds the true one by
+    # The first magnitude (the bits without the sign) that is not a finite number. The FNUZ types have none
+    # there: their only NaN is the pattern of negative zero, and this is the sign bit.
     nonfinite: int
-    infinity: bool
+    infinity: bool  # whether `nonfinite` is an infinity, not a NaN
 
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type.
+    """One element type."""
 
-    Attributes
-    ----------
-    name:
-        As safetensors writes it: ``"BF16"``.
-    bits:
-        Bits of an element; below 8, several elements share a byte.
-    kind:
-        ``"float"`` can be scored. ``"packed"`` elements are codes whose value needs a scale stored elsewhere,
-        or that do not fill whole bytes.
-    native:
-        The same type in numpy, little-endian; None where numpy has none.
-    format:
-        Of the kind ``"float"``; else None.
-    """
-
-    name: str
-    bits: int
+    name: str  # as safetensors writes it: ``BF16``
+    bits: int  # of an element; below 8, several elements share a byte
+    # Only ``float`` is scored. ``packed`` elements are codes whose value needs a scale stored elsewhere, or
+    # that do not fill whole bytes.
     kind: Kind
-    native: np.dtype[Any] | None = None
-    format: FloatFormat | None = None
+    native: np.dtype[Any] | None = None  # the same type in numpy, little-endian
+    format: FloatFormat | None = None  # of the kind ``float``
 
     @property
     def numpy(self) -> np.dtype[Any]:
@@ -118,14 +94,3 @@ _TABLE = (
 )
 
 DTYPES: dict[str, DType] = {dtype.name: dtype for dtype in _TABLE}
-
-
-def dtype_named(name: str) -> DType:
-    """The type safetensors calls ``name``.
-
-    Raises
-    ------
-    KeyError
-        For a name the format does not know.
-    """
-    return DTYPES[name]

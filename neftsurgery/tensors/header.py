@@ -58,24 +58,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A parsed header.
+    """A parsed header."""
 
-    Attributes
-    ----------
-    tensors:
-        By name, in file order.
-    offsets:
-        By name, where the tensor's data starts, in bytes from the start of the file.
-    metadata:
-        The ``__metadata__`` strings.
-    size:
-        Bytes of prefix and header together: where the data area starts.
-    """
-
-    tensors: Mapping[str, TensorInfo]
-    offsets: Mapping[str, int]
+    tensors: Mapping[str, TensorInfo]  # in file order
+    offsets: Mapping[str, int]  # where each tensor's data starts, in bytes from the start of the file
     metadata: Mapping[str, str]
-    size: int
+    size: int  # bytes of prefix and header together: where the data area starts
 
 
 class _DuplicateKeyError(ValueError):
@@ -85,12 +73,7 @@ class _DuplicateKeyError(ValueError):
 def loads(text: str | bytes) -> Any:
     """Parse untrusted JSON: duplicate keys and numbers that are not finite (NaN, 1e999) are refused.
 
-    Raises
-    ------
-    ValueError
-        If it is not such JSON.
-    RecursionError
-        If it is nested too deeply.
+    Raises a ValueError, or a RecursionError if it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
 
@@ -116,12 +99,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of the file at ``path``; no tensor data is read.
 
-    Raises
-    ------
-    CorruptFileError
-        If the safetensors package refuses the file, or a key occurs twice.
-    OSError
-        If the file cannot be read.
+    Raises a `CorruptFileError` if the safetensors package refuses the file, or a key occurs twice.
     """
     with open(path, "rb") as file:
         try:
@@ -132,7 +110,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raise MachineError("the file could not be opened a second time", file=path) from error
         except SafetensorError as error:
             raise CorruptFileError(
-                f"not a valid safetensors file: {_reason(error)}",
+                "not a valid safetensors file: "
+                + str(error).removeprefix("Error while deserializing header: "),
                 file=path,
                 hint="the file is damaged or truncated: fetch or write it again",
             ) from error
@@ -168,31 +147,16 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(tensors, offsets, metadata, start)
 
 
-def _reason(error: SafetensorError) -> str:
-    return str(error).removeprefix("Error while deserializing header: ")
-
-
 @dataclass(frozen=True)
 class FilePlan:
     """Where everything lies in a safetensors file that is about to be written. Made by `of`.
 
     The metadata may change until it is written, within the space reserved for it.
-
-    Attributes
-    ----------
-    tensors:
-        The entries, by name.
-    offsets:
-        By name, where the entry's data starts, in bytes from the start of the file.
-    start:
-        Bytes of prefix and header together, a multiple of 8.
-    nbytes:
-        Bytes of the whole file.
     """
 
     tensors: Mapping[str, TensorInfo]
-    offsets: Mapping[str, int]
-    start: int
+    offsets: Mapping[str, int]  # where each tensor's data starts, in bytes from the start of the file
+    start: int  # bytes of prefix and header together, a multiple of 8
     nbytes: int
     _entries: memoryview
 
@@ -200,12 +164,8 @@ class FilePlan:
     def of(cls, entries: Iterable[TensorInfo], room: Mapping[str, str]) -> FilePlan:
         """Place ``entries`` one after the other, after a header with space for metadata as long as ``room``.
 
-        Larger element types come first, so that every entry is aligned.
-
-        Raises
-        ------
-        ValueError
-            If two entries have one name, or the header would be larger than the format allows.
+        Larger element types come first, so that every entry is aligned. Raises a ValueError if two entries
+        have one name, or the header would be larger than the format allows.
         """
         tensors: dict[str, TensorInfo] = {}
         offsets: dict[str, int] = {}
@@ -231,10 +191,7 @@ class FilePlan:
     def pack(self, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
         """Prefix and header as bytes, padded with spaces, in parts to write one after the other.
 
-        Raises
-        ------
-        ValueError
-            If ``metadata`` is larger than the reserved space.
+        Raises a ValueError if ``metadata`` is larger than the reserved space.
         """
         text = _metadata_text(metadata, bool(self.tensors))
         room = self.start - _PREFIX.size
@@ -242,10 +199,6 @@ class FilePlan:
         if size > room:
             raise ValueError(f"the header takes {size} bytes; at most {room} fit")
         return [_PREFIX.pack(room), b"{", text, self._entries, b"}", b" " * (room - size)]
-
-    def header(self, metadata: Mapping[str, str]) -> Header:
-        """The header that a reader will find."""
-        return Header(self.tensors, self.offsets, dict(metadata), self.start)
 
 
 def _metadata_text(metadata: Mapping[str, str], followed: bool) -> bytes:

@@ -1,6 +1,7 @@
-"""One safetensors file, open: positioned reads of parts of its tensors.
+"""How weights are read, wherever they are; and one safetensors file, open for positioned reads.
 
-Scores, selections, patches and the factors of LoRA adapters are read through `TensorFile`.
+Scores, selections, patches and the factors of LoRA adapters are read through `TensorFile`. Local files,
+adapters and converted tensors all follow the protocols.
 """
 
 from __future__ import annotations
@@ -10,19 +11,40 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MachineError, NeftError, UsageError
 from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
+from .arrays import IndexArray, RawBytes
 from .header import Header, TensorInfo, read_header
 
-__all__ = ["TensorFile"]
+__all__ = ["RowReader", "TensorFile", "WeightReader"]
 
 _COPY_BYTES = 8 << 20
+
+
+class RowReader(Protocol):
+    """The bytes of named tensors, by range or by rows, read into buffers of the caller."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
+
+    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
+
+
+class WeightReader(RowReader, Protocol):
+    """All that scoring sees of a model. Thread-safe."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors, by name."""
+
+    def window(self, name: str, start: int, size: int) -> RawBytes | None:
+        """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
 
 
 def _stamp(file: OpenFile) -> tuple[int, int]:
@@ -44,15 +66,7 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TensorFile:
-        """Open and check the file at ``path``.
-
-        Raises
-        ------
-        CorruptFileError
-            If it is not a valid safetensors file.
-        OSError
-            If it cannot be read.
-        """
+        """Open the file at ``path``; raises a `CorruptFileError` if it is not a valid safetensors file."""
         file = OpenFile.at(path)
         header = read_header(path)
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
@@ -61,13 +75,7 @@ class TensorFile:
 
     @classmethod
     def named(cls, path: str | os.PathLike[str]) -> TensorFile:
-        """As `open`, for a path given by a user.
-
-        Raises
-        ------
-        UsageError
-            If there is no such file.
-        """
+        """As `open`, for a path given by a user: raises a `UsageError` if there is no such file."""
         try:
             if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
                 raise UsageError("this is a device, pipe or socket, not a file", file=path)
@@ -99,7 +107,7 @@ class TensorFile:
         raw = self.array_bytes(name, start, stop)
         return raw.reshape(-1).view(info.type.numpy).reshape((len(raw), *info.shape[1:]))
 
-    def array_bytes(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+    def array_bytes(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """As `array`, as raw bytes: shape ``[stop - start, bytes of a row]``, for any type of whole bytes."""
         info = self.tensors[name]
         rows = info.shape[0] if info.shape else 1
@@ -166,10 +174,8 @@ class TensorFile:
         """Close the file; a nameless temporary one is deleted by that."""
         self._file.close()
 
-    def __enter__(self) -> TensorFile:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -73,7 +73,7 @@ class TensorFileWriter:
         for part in self._plan.pack(metadata):
             write_exactly(self._fd, part, position)
             position += len(part)
-        self.header = self._plan.header(metadata)
+        self.header = Header(self._plan.tensors, self._plan.offsets, dict(metadata), self._plan.start)
 
     def sha256(self) -> str:
         """The SHA-256 of the finished file, in hex."""
@@ -141,23 +141,11 @@ def written_file(
     *,
     force: bool = False,
 ) -> Iterator[_Written]:
-    """Write a safetensors file, all or nothing.
+    """Write a safetensors file with ``entries``, all or nothing.
 
-    Parameters
-    ----------
-    entries:
-        The tensors the file will hold.
-    room:
-        Metadata as large as the final metadata can get: it only reserves space in the header.
-    out:
-        The path. None: a nameless temporary file, which lives as long as its reader.
-
-    Raises
-    ------
-    UsageError
-        If ``out`` exists, without ``force``.
-    MismatchError
-        If the entries' names clash or do not fit a header.
+    ``room`` is metadata as large as the final metadata can get: it only reserves space in the header. Without
+    ``out`` the file is a nameless temporary one, which lives as long as its reader. Raises a `UsageError` if
+    ``out`` exists, without ``force``, and a `MismatchError` if the names clash or do not fit a header.
     """
     try:
         plan = FilePlan.of(entries, room)

@@ -16,8 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
-from ..patch.manifest import Manifest
-from ..patch.patch import Patch
+from ..patch.patch import Manifest, Patch
 from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output

@@ -86,7 +86,7 @@ def test_slabs_are_unbroken_and_hold_whole_vectors(layout: Layout) -> None:
     vectors = vectors_of(layout)
     assert layout.slabs * layout.slab_elements == layout.elements
     assert layout.slabs * layout.neurons_per_slab == layout.count
-    assert np.prod(layout.slab_shape, dtype=np.int64) == layout.slab_elements
+    assert np.prod([n for _, n in layout.slab_groups], dtype=np.int64) == layout.slab_elements
     for slab in range(layout.slabs):
         neurons = vectors[slab * layout.neurons_per_slab : (slab + 1) * layout.neurons_per_slab]
         expected = np.arange(slab * layout.slab_elements, (slab + 1) * layout.slab_elements)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neftsurgery import __version__
 from neftsurgery.checkpoint.provenance import Provenance
-from neftsurgery.patch.manifest import Manifest
+from neftsurgery.patch.patch import Manifest
 from neftsurgery.selection.selection_facts import SelectionFacts
 
 BASE, FACTS = Provenance({"name": "base", "fingerprint": None}), SelectionFacts({"score": "cosine"})

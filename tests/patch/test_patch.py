@@ -14,7 +14,7 @@ import neftsurgery as ns
 from neftsurgery.neurons import vectors
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.patch.digests import DigestHash, digests
-from neftsurgery.patch.overlay import overlay
+from neftsurgery.patch.overlap import overlay
 from neftsurgery.patch.patch import PatchTensor
 from neftsurgery.tensors.header import TensorInfo
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import deserialize
 from test_floats import TORCH
 
-from neftsurgery.tensors.dtypes import DTYPES, dtype_named
+from neftsurgery.tensors.dtypes import DTYPES
 
 WHOLE = [dtype for dtype in DTYPES.values() if dtype.bits % 8 == 0]
 
@@ -62,4 +62,4 @@ def test_types_that_share_bytes_have_no_size_of_their_own() -> None:
     with pytest.raises(ValueError, match="do not fill whole bytes"):
         _ = DTYPES["F4"].itemsize
     with pytest.raises(KeyError):
-        dtype_named("F128")
+        DTYPES["F128"]

@@ -22,7 +22,7 @@ from torture.fuzz.oracle import agrees, packages_view, stricter
 
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.tensors import header as header_module
-from neftsurgery.tensors.dtypes import DTYPES, dtype_named
+from neftsurgery.tensors.dtypes import DTYPES
 from neftsurgery.tensors.header import (
     MAX_HEADER_BYTES,
     FilePlan,
@@ -264,9 +264,9 @@ def test_the_types_are_those_of_the_format(tmp_path: Path) -> None:
     known = re.findall("`(\\w+)`", str(error.value))[1:]
     assert len(known) > 20
     assert list(DTYPES) == known
-    assert all(dtype_named(name).name == name for name in known)
+    assert all(DTYPES[name].name == name for name in known)
     with pytest.raises(KeyError):
-        dtype_named("NONE")
+        DTYPES["NONE"]
 
 
 @pytest.mark.parametrize("name", list(DTYPES))
