@@ -19,14 +19,15 @@ from ..checkpoint.journal import Change, journaled, locked
 from ..errors import NeftError
 from ..neurons.vectors import block_memory, scatter
 from ..patch.digests import digests
-from ..patch.patch import Patch, Raw
+from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
 from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
+from ..tensors.arrays import RawBytes
 from ..text import plural
-from .state import PatchState, summary
+from .verify import PatchState, summary
 
 __all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "RowSource", "touched_files"]
 
@@ -36,7 +37,7 @@ class RowSource:
     """The vectors to write for one patch: its values, or those they replaced."""
 
     patch: Patch
-    read: Callable[[str, int, int], Raw]
+    read: Callable[[str, int, int], RawBytes]
 
 
 _TensorRows = tuple[RowSource, str]  # and a tensor's name
@@ -83,33 +84,17 @@ class RewriteResult:
 
 @dataclass(frozen=True)
 class RewritePlan:
-    """Everything is checked; nothing is written. Made by `plan_apply` and `plan_revert`.
-
-    Attributes
-    ----------
-    checkpoint:
-        The checkpoint that is copied, or changed in place.
-    rows:
-        What is written, in order; later ones win.
-    states:
-        The state of the checkpoint, per patch.
-    out, force:
-        The result, and whether it may replace an existing output. None: in place.
-    files:
-        The other files of the folder; None for a single file or in place.
-    timing:
-        What checking took.
-    """
+    """Everything is checked; nothing is written. Made by `plan_apply` and `plan_revert`."""
 
     goal: ClassVar[str]
 
     checkpoint: Checkpoint
-    rows: Sequence[RowSource]
-    states: Sequence[PatchState]
-    out: Path | None
+    rows: Sequence[RowSource]  # in the order of writing: later ones win
+    states: Sequence[PatchState]  # one per patch
+    out: Path | None  # None: in place
     force: bool
-    files: FolderFiles | None
-    timing: Timing
+    files: FolderFiles | None  # the other files of the folder; None for a single file or in place
+    timing: Timing  # of checking
 
     @property
     def neurons(self) -> int:
@@ -299,6 +284,6 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
         raise
 
 
-def _digests(rows: RowSource, name: str) -> Raw:
+def _digests(rows: RowSource, name: str) -> RawBytes:
     blocks = [digests(rows.read(name, start, stop)) for start, stop in rows.patch.tensors[name].blocks()]
     return np.concatenate(blocks) if blocks else np.empty((0, 16), np.uint8)
