@@ -45,24 +45,12 @@ class HasCounts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What every surface needs to know of an option besides its name and type.
+    """What every surface needs to know of an option besides its name and type."""
 
-    Attributes
-    ----------
-    help:
-        One or two sentences.
-    metavar:
-        What stands for the value on the command line.
-    choices:
-        The only values, if they are few.
-    default:
-        What an option that is not given counts as; shown in help.
-    """
-
-    help: str
-    metavar: str | None = None
-    choices: tuple[str, ...] = ()
-    default: str | int | None = None
+    help: str  # one or two sentences
+    metavar: str | None = None  # what stands for the value on the command line
+    choices: tuple[str, ...] = ()  # the only values, if they are few
+    default: str | int | None = None  # shown in help
 
 
 class ScopeOptions(TypedDict, total=False):
@@ -183,35 +171,13 @@ class CutOptions(ScopeOptions, ScoreOptions, SelectOptions, RunOptions):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which neurons are looked at.
-
-    Attributes
-    ----------
-    anatomy:
-        ``rows``, ``ffn`` or ``units``.
-    axis:
-        Patterns of tensor names to neuron axes, the last match wins.
-    include, exclude, only:
-        Patterns of tensors to add, to leave out, and of the only ones to score.
-    """
+    """Which neurons are looked at: the values of `ScopeOptions`."""
 
     anatomy: str = "rows"
     axis: AxisOption = ()
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     only: Sequence[str] = ()
-
-    @property
-    def patterns(self) -> _Patterns:
-        """All but the anatomy, as keywords."""
-        return {"axis": self.axis, "include": self.include, "exclude": self.exclude, "only": self.only}
-
-
-class _Patterns(TypedDict):
-    axis: AxisOption
-    include: Sequence[str]
-    exclude: Sequence[str]
-    only: Sequence[str]
 
 
 def declared(group: type) -> dict[str, tuple[Any, Option]]:
@@ -226,13 +192,7 @@ def declared(group: type) -> dict[str, tuple[Any, Option]]:
 
 
 def split(verb: str, options: Mapping[str, Any], *groups: type) -> list[dict[str, Any]]:
-    """Sort the keywords a verb was called with by group.
-
-    Raises
-    ------
-    TypeError
-        For a keyword of none of them, as Python does; the message suggests the nearest one.
-    """
+    """Sort the keywords a verb was called with by group; for a keyword of none of them, a `TypeError`."""
     names = [tuple(group.__annotations__) for group in groups]  # of a TypedDict, the inherited ones too
     known = [name for group in names for name in group]
     for name in options:

@@ -26,18 +26,10 @@ def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What the work took.
+    """What the work took."""
 
-    Attributes
-    ----------
-    bytes_read:
-        Bytes of weights read.
-    seconds:
-        From the first weight byte asked for to the last result.
-    """
-
-    bytes_read: int = 0
-    seconds: float = 0.0
+    bytes_read: int = 0  # of weights
+    seconds: float = 0.0  # from the first weight byte asked for to the last result
 
     def __add__(self, other: Timing) -> Timing:
         return Timing(self.bytes_read + other.bytes_read, self.seconds + other.seconds)

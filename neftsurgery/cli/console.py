@@ -18,6 +18,7 @@ from ..text import printable
 
 if TYPE_CHECKING:
     from ..storage.threads import Limits
+    from ..surgery.verb import Running
 
 __all__ = ["Console", "can_print", "flag", "table"]
 
@@ -31,22 +32,17 @@ def flag(name: str, value: str | None) -> str:
 
 
 class Console:
-    """Where a command prints.
-
-    Attributes
-    ----------
-    as_json:
-        Print one JSON object, and nothing else, on stdout.
-    quiet:
-        Print errors only.
-    limits:
-        How much of the machine the work may use.
-    """
+    """Where a command prints."""
 
     def __init__(self, *, as_json: bool, quiet: bool, limits: Limits) -> None:
-        self.as_json = as_json
-        self.quiet = quiet
+        self.as_json = as_json  # print one JSON object, and nothing else, on stdout
+        self.quiet = quiet  # print errors only
         self.limits = limits
+
+    @property
+    def running(self) -> Running:
+        """The keywords of the ``run`` of a plan."""
+        return {"limits": self.limits, "progress": self.progress}
 
     def say(self, text: str = "") -> None:
         """Print a line of the result, for people."""

@@ -18,11 +18,12 @@ __all__ = [
     "base_option",
     "common_options",
     "dry_run_option",
-    "force_option",
     "options_of",
     "output_option",
     "stack",
     "take",
+    "take_budget",
+    "writing_options",
 ]
 
 Command = Callable[..., Any]
@@ -85,8 +86,12 @@ dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Check and plan everything, and say what would be written; write nothing."
 )
 
-force_option = click.option("--force", is_flag=True, help="Replace an existing output atomically.")
-
+#: The last options of a command that writes an output.
+writing_options = stack(
+    click.option("--force", is_flag=True, help="Replace an existing output atomically."),
+    dry_run_option,
+    common_options,
+)
 
 base_option = click.option(
     "--base",
@@ -156,3 +161,14 @@ def take(options: dict[str, Any], group: type) -> dict[str, Any]:
     """Remove a group's options from ``options``, and return those that were given or have a default."""
     taken = {name: options.pop(name) for name in declared(group) if name in options}
     return {name: v for name, v in taken.items() if v is not None and v is not False and v != ()}
+
+
+def take_budget(options: dict[str, Any], group: type) -> tuple[dict[str, Any], list[str]]:
+    """As `take`, with the selection ``like`` loaded; and the file that it was loaded from, if any."""
+    from ..selection.selection import Selection
+
+    budget = take(options, group)
+    if "like" not in budget:
+        return budget, []
+    like = budget["like"]
+    return budget | {"like": Selection.load(like)}, [like]

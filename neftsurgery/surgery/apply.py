@@ -14,16 +14,15 @@ from ..checkpoint.folder_files import folder_files
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import open_shard
 from ..errors import MismatchError, UsageError, boundary
-from ..options import RunOptions, split
+from ..options import RunOptions
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import is_hub_id
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
-from .replaced import replaced_rows, require_replaced
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .state import JOURNAL_HINT, PatchState, examine
-from .verb import running
+from .verb import load_patch, replaced_rows, require_replaced, run_keywords
+from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
 
@@ -72,14 +71,11 @@ def apply(
         If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
         ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
-    (run,) = split("apply", options, RunOptions)
-    limits, progress = running(run)
+    run = run_keywords("apply", options)
     if in_place:
         undo_unfinished(base)
     several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
-    loaded = [_load(patch) for patch in several]
-    plan = plan_apply(base, loaded, out=out, in_place=in_place, force=force, limits=limits, progress=progress)
-    return plan.run(limits=limits, progress=progress)
+    return plan_apply(base, several, out=out, in_place=in_place, force=force, **run).run(**run)
 
 
 @boundary
@@ -111,42 +107,22 @@ def revert(
     UsageError, MismatchError, CorruptFileError, MachineError
         As `apply`. Also a `UsageError` if the patch lacks the replaced values and ``base`` is not given.
     """
-    (run,) = split("revert", options, RunOptions)
-    limits, progress = running(run)
+    run = run_keywords("revert", options)
     if in_place:
         undo_unfinished(checkpoint)
-    plan = plan_revert(
-        checkpoint,
-        _load(patch),
-        base=base,
-        out=out,
-        in_place=in_place,
-        force=force,
-        limits=limits,
-        progress=progress,
-    )
-    return plan.run(limits=limits, progress=progress)
+    plan = plan_revert(checkpoint, patch, base=base, out=out, in_place=in_place, force=force, **run)
+    return plan.run(**run)
 
 
 def undo_unfinished(checkpoint: AnyPath) -> None:
-    """Before a change in place: undo an interrupted one if this user's commands made it.
-
-    Raises
-    ------
-    MachineError
-        If a journal is there that this user's commands did not write.
-    """
+    """Undo an interrupted change in place if this user's commands made it; else a `MachineError`."""
     if (healed := heal_recorded(checkpoint)) is not None:
         log.warning("%s: a change in place was interrupted; it is undone", healed.checkpoint)
 
 
-def _load(patch: Patch | AnyPath) -> Patch:
-    return patch if isinstance(patch, Patch) else Patch.load(patch)
-
-
 def plan_apply(
     base: AnyPath,
-    patches: Sequence[Patch],
+    patches: Sequence[Patch | AnyPath],
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
@@ -157,13 +133,13 @@ def plan_apply(
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
-    rows = [RowSource(patch, patch.values) for patch in patches]
+    rows = [RowSource(patch, patch.values) for patch in map(load_patch, patches)]
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
 def plan_revert(
     checkpoint: AnyPath,
-    patch: Patch,
+    patch: Patch | AnyPath,
     *,
     base: AnyPath | None = None,
     out: AnyPath | None = None,
@@ -173,6 +149,7 @@ def plan_revert(
     progress: Progress = silent,
 ) -> RevertPlan:
     """Check everything that `revert` needs; nothing is written."""
+    patch = load_patch(patch)
     inputs, read = list[Path](), patch.base_values
     if base is not None:
         original = Checkpoint.open(base)
@@ -200,14 +177,19 @@ def _plan(
     if (out is None) == (not in_place):
         raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
     if out is None and is_hub_id(named):
-        raise _hub_in_place(os.fspath(named))
+        raise UsageError(
+            "a Hub model cannot be changed in place: its files belong to the cache",
+            file=named,
+            hint="write a new checkpoint with [[out=...]]",
+        )
     checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:
         patch.require_fit(checkpoint)
     files = None
     if out is None:
-        _refuse_in_place(checkpoint, patches)
+        for shard in touched_files(checkpoint, patches):
+            os.close(open_shard(checkpoint, shard))  # it can be written
     else:
         sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
         refuse_output(out, inputs=sources, force=force, kind="file" if checkpoint.is_file else "directory")
@@ -233,18 +215,3 @@ def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> 
                 found=f"{tensor.neither} of {patch.tensors[name].count} that are neither",
                 hint=f"nothing was written; `neftsurgery verify` shows every tensor's state; {JOURNAL_HINT}",
             )
-
-
-def _hub_in_place(named: str) -> UsageError:
-    return UsageError(
-        "a Hub model cannot be changed in place: its files belong to the cache",
-        file=named,
-        hint="write a new checkpoint with [[out=...]]",
-    )
-
-
-def _refuse_in_place(checkpoint: Checkpoint, patches: Sequence[Patch]) -> None:
-    if checkpoint.source.repo is not None:
-        raise _hub_in_place(checkpoint.source.named)
-    for shard in touched_files(checkpoint, patches):
-        os.close(open_shard(checkpoint, shard))

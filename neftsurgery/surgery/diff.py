@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,12 @@ from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
-from .pairing import Pair, pair
+from .pairing import Pair, described, pair
 from .verb import running, warn
 
 __all__ = ["DiffPlan", "check_score", "describe_tensor", "diff", "plan_diff"]
@@ -40,22 +39,12 @@ _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e
 
 @dataclass(frozen=True)
 class DiffPlan:
-    """Which checkpoints are compared and how; headers are read, no weight is. Made by `plan_diff`.
-
-    Attributes
-    ----------
-    pair:
-        The two checkpoints, and what is scored of them.
-    score, seed:
-        By which score; the seed is for ``random``.
-    out, force:
-        Where the scores go, and whether what is there is replaced. None: a temporary file.
-    """
+    """Which checkpoints are compared and how; headers are read, no weight is. Made by `plan_diff`."""
 
     pair: Pair
     score: str = "cosine"
-    seed: int = 0
-    out: Path | None = None
+    seed: int = 0  # of the score "random"
+    out: Path | None = None  # None: a temporary file
     force: bool = False
 
     @property
@@ -125,10 +114,10 @@ class DiffPlan:
 
 @boundary
 def diff(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
+    base: AnyPath,
+    tuned: AnyPath,
     *,
-    out: str | os.PathLike[str] | None = None,
+    out: AnyPath | None = None,
     force: bool = False,
     **options: Unpack[DiffOptions],
 ) -> Scores:
@@ -172,20 +161,20 @@ def diff(
         If something cannot be read or written.
     """
     scope, score, seed, run = split("diff", options, ScopeOptions, ScoreOptions, SeedOptions, RunOptions)
-    limits, progress = running(run)
+    machine = running(run)
     plan = plan_diff(base, tuned, scope=Scope(**scope), **score, **seed, out=out, force=force)
     warn(log, plan.warnings)
-    return plan.run(limits=limits, progress=progress)
+    return plan.run(**machine)
 
 
 def plan_diff(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
+    base: AnyPath,
+    tuned: AnyPath,
     *,
     scope: Scope,
     score: str = "cosine",
     seed: int = 0,
-    out: str | os.PathLike[str] | None = None,
+    out: AnyPath | None = None,
     force: bool = False,
 ) -> DiffPlan:
     """Read the headers of two checkpoints and check everything that `diff` needs."""
@@ -206,13 +195,7 @@ def check_score(score: str) -> None:
 
 def describe_tensor(tensor: NeuronTensor) -> dict[str, object]:
     """What a scores file says of a scored tensor."""
-    entry: dict[str, object] = {
-        "shape": list(tensor.info.shape),
-        "dtype": tensor.info.dtype,
-        "neuron_axes": list(tensor.axes),
-        "layer": tensor.layer,
-        "kind": tensor.kind,
-    }
+    entry = {**described(tensor.info, tensor.axes), "layer": tensor.layer, "kind": tensor.kind}
     if tensor.bias is not None:
         entry["bias"] = tensor.bias
     if tensor.part is not None:
@@ -222,18 +205,13 @@ def describe_tensor(tensor: NeuronTensor) -> dict[str, object]:
 
 def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[str, Any]]:
     """What the file says of the tensors that are not scored, each with ``totals``."""
-    described: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for entry in plan.anatomy.listed:
-        described[entry.info.name] = {
-            "reason": entry.reason,
-            "shape": list(entry.info.shape),
-            "dtype": entry.info.dtype,
-            **totals,
-        }
+        facts = found[entry.info.name] = {"reason": entry.reason, **described(entry.info), **totals}
         if entry.info.name in plan.companion_biases:
             axes = plan.companion_biases[entry.info.name]
-            described[entry.info.name] |= {"neuron_axes": list(axes), "included": entry.included}
-    return described
+            facts |= {"neuron_axes": list(axes), "included": entry.included}
+    return found
 
 
 def _entries(plan: Pair) -> Iterator[TensorInfo]:
@@ -257,7 +235,7 @@ class _Sink:
     """Takes results as they come, and writes scores: a tensor's at once, a unit's when its layer is done."""
 
     def __init__(self, plan: Pair, score: str, seed: int, writer: TensorFileWriter) -> None:
-        self._plan, self._score, self._seed, self._writer = plan, score, seed, writer
+        self._score, self._seed, self._writer = score, seed, writer
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
         self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
         self.nonfinite = 0
@@ -278,9 +256,8 @@ class _Sink:
             return
         if self._layer is None or self._layer.name != tensor.layer:
             self.finish()
-            self._layer = _LayerUnits(
-                tensor.layer, [t for t in self._scored.values() if t.layer == tensor.layer]
-            )
+            tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
+            self._layer = _LayerUnits(tensor.layer, tensors)
         self._writer.write(f"{name}:unit", 0, self._layer.add(tensor, result.sums))
 
     def _list(self, result: TensorResult) -> None:
@@ -292,9 +269,8 @@ class _Sink:
             entry["base_sq"] = entry["delta_sq"] = None  # codes without their scales: no numbers to subtract
             return
         for which, total in (("base_sq", result.base_sq), ("delta_sq", result.delta_sq)):
-            entry[which] = float(
-                np.nan_to_num(total)
-            )  # JSON has no infinity: the squares of large F64 reach it
+            # JSON has no infinity, which the squares of large F64 reach.
+            entry[which] = float(np.nan_to_num(total))
         if result.sums is not None:
             self._write_sums(name, result.sums, (_SUMS[1], _SUMS[3]))
 

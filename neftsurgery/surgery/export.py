@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +16,18 @@ from ..checkpoint.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.vectors import block_memory
-from ..options import RunOptions, split
+from ..options import RunOptions
 from ..patch.lora import STEPS, LoraModule, adapter_config, next_step
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.output import staged_directory
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
 from ..tensors.writer import TensorFileWriter, written_file
 from ..text import commas, percent, plural, size
 from .lora_modules import lora_modules, task_of
-from .replaced import replaced_rows, require_replaced
-from .verb import running, warn
+from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 
 __all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
 
@@ -84,30 +82,14 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything is checked; nothing is written. Made by `plan_export`.
-
-    Attributes
-    ----------
-    patch, base:
-        The patch, and its base if it was named.
-    modules:
-        What the adapter changes.
-    needed, rank:
-        The rank that the patch needs, and the one that all modules are padded to.
-    config:
-        The content of ``adapter_config.json``.
-    out, force:
-        The adapter folder, and whether it may replace an existing output.
-    warnings:
-        Sentences for the user.
-    """
+    """Everything is checked; nothing is written. Made by `plan_export`."""
 
     patch: Patch
     base: Checkpoint | None
     modules: Sequence[LoraModule]
-    needed: int
-    rank: int
-    config: Mapping[str, Any]
+    needed: int  # the rank that the patch needs
+    rank: int  # the rank that all modules are padded to
+    config: Mapping[str, Any]  # of adapter_config.json
     out: Path
     force: bool
     warnings: Sequence[str]
@@ -169,10 +151,10 @@ class ExportPlan:
 
 @boundary
 def export_lora(
-    patch: Patch | str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    patch: Patch | AnyPath,
+    out: AnyPath,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: AnyPath | None = None,
     rank: int | None = None,
     prefix: str = "",
     force: bool = False,
@@ -199,40 +181,32 @@ def export_lora(
     threads, memory, progress:
         As in `diff`.
 
-    Returns
-    -------
-    ExportResult
-        What was written, and how many elements the float32 sum does not round back.
-
     Raises
     ------
     UsageError
         If ``out`` exists, or the patch does not hold the replaced values and ``base`` is not given.
     MismatchError
         If a tensor of the patch has no LoRA form or needs a larger rank, or ``base`` is not the patch's base.
-    CorruptFileError
-        If the patch's hashes do not match its content.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If the patch's hashes do not match its content; if something cannot be read or written.
     """
-    (run,) = split("export_lora", options, RunOptions)
-    limits, progress = running(run)
-    loaded = patch if isinstance(patch, Patch) else Patch.load(patch)
-    plan = plan_export(loaded, out, base=base, rank=rank, prefix=prefix, force=force)
+    run = run_keywords("export_lora", options)
+    plan = plan_export(patch, out, base=base, rank=rank, prefix=prefix, force=force)
     warn(log, plan.warnings)
-    return plan.run(limits=limits, progress=progress)
+    return plan.run(**run)
 
 
 def plan_export(
-    patch: Patch,
-    out: str | os.PathLike[str],
+    patch: Patch | AnyPath,
+    out: AnyPath,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: AnyPath | None = None,
     rank: int | None = None,
     prefix: str = "",
     force: bool = False,
 ) -> ExportPlan:
     """Check everything that `export_lora` needs; nothing is written."""
+    patch = load_patch(patch)
     original = None if base is None else Checkpoint.open(base)
     inputs = [] if original is None else [original.source.path]
     inputs += [] if patch.path is None else [patch.path]

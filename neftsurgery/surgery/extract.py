@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import RowBlock, Selection
 from ..selection.selection_facts import SelectionFacts
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from .diff import DiffPlan, check_score
@@ -38,41 +37,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExtractPlan:
-    """The neurons are chosen, none is cut out yet. Made by `plan_extract`, which scores first if need be.
-
-    Attributes
-    ----------
-    base, tuned:
-        The checkpoints.
-    selection:
-        The neurons to cut out.
-    origin:
-        What the manifest says of the base.
-    captured_known:
-        Whether the selection's captured share is about these checkpoints.
-    scores:
-        What they were chosen by, if they were scored here or in a file.
-    reversible:
-        Whether the replaced values are kept.
-    out, force:
-        Where the patch goes, and whether what is there is replaced. None: a temporary file.
-    warnings:
-        Sentences for the user.
-    timing:
-        What choosing took.
-    """
+    """The neurons are chosen, none is cut out yet. Made by `plan_extract`, which scores first if need be."""
 
     base: Checkpoint
     tuned: Side
     selection: Selection
-    origin: Provenance
-    captured_known: bool
-    scores: Scores | None = None
+    origin: Provenance  # of the base, for the manifest
+    captured_known: bool  # whether the selection's captured share is about these checkpoints
+    scores: Scores | None = None  # None: the selection was given
     reversible: bool = False
-    out: Path | None = None
+    out: Path | None = None  # None: a temporary file
     force: bool = False
     warnings: Sequence[str] = ()
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing = field(default_factory=Timing)  # of choosing
 
     @property
     def nbytes(self) -> int:
@@ -137,13 +114,13 @@ class ExtractPlan:
 
 @boundary
 def extract(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
+    base: AnyPath,
+    tuned: AnyPath,
     selection: Selection | None = None,
     *,
     scores: Scores | None = None,
     reversible: bool = False,
-    out: str | os.PathLike[str] | None = None,
+    out: AnyPath | None = None,
     force: bool = False,
     **options: Unpack[CutOptions],
 ) -> Patch:
@@ -163,28 +140,22 @@ def extract(
         Keep the replaced values in the patch, so that it can be reverted without the base.
     out:
         Where to write the patch. None: it lives in a temporary file until saved.
-    force:
-        Replace ``out`` if it exists.
     neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias:
         The budget, as in `Scores.select`: ``neurons="3%"`` and so on.
-    threads, memory, progress:
+    force, threads, memory, progress:
         As in `diff`.
 
     Raises
     ------
-    UsageError
-        For a path or option that makes no sense, or an ``out`` that exists.
+    UsageError, CorruptFileError, MachineError
+        As `diff`.
     MismatchError
         If the checkpoints do not fit each other or the selection.
-    CorruptFileError
-        If a file is damaged.
-    MachineError
-        If something cannot be read or written.
     """
     scope, score, budget, run = split(
         "extract", options, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
     )
-    limits, progress = running(run)
+    machine = running(run)
     plan = plan_extract(
         base,
         tuned,
@@ -196,16 +167,15 @@ def extract(
         reversible=reversible,
         out=out,
         force=force,
-        limits=limits,
-        progress=progress,
+        **machine,
     )
     warn(log, plan.warnings)
-    return plan.run(limits=limits, progress=progress)
+    return plan.run(**machine)
 
 
 def plan_extract(
-    base: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
+    base: AnyPath,
+    tuned: AnyPath,
     selection: Selection | None = None,
     *,
     scores: Scores | None = None,
@@ -213,23 +183,27 @@ def plan_extract(
     score: str = "cosine",
     budget: Mapping[str, Any] | None = None,
     reversible: bool = False,
-    out: str | os.PathLike[str] | None = None,
+    inputs: Sequence[AnyPath] = (),
+    out: AnyPath | None = None,
     force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
 ) -> ExtractPlan:
-    """Choose the neurons, scoring the checkpoints first if need be; ``budget`` as `SelectOptions`."""
+    """Choose the neurons, scoring the checkpoints first if need be.
+
+    ``budget`` as `SelectOptions`; ``inputs``: files that ``out`` must not replace.
+    """
     if selection is not None and (budget or scores is not None):
         raise UsageError("a selection does not go with scores or a budget", hint="give one or the other")
     checked = None if selection is not None else Budget.of(**(budget or {}))
     check_score(score)
     first, second = open_pair(base, tuned)
     if out is not None:
-        refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
+        inputs = [first.source.path, second.source.path, *inputs]
+        refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
-    if selection is None and scores is None:
-        seed = 0 if checked is None else checked.seed
-        comparison = DiffPlan(pair(first, second, scope or Scope()), score, seed)
+    if checked is not None and scores is None:
+        comparison = DiffPlan(pair(first, second, scope or Scope()), score, checked.seed)
         warnings += comparison.warnings
         scores = comparison.run(limits=limits, progress=progress)
         timing = scores.timing

@@ -14,15 +14,16 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import MismatchError, UsageError, boundary, keyword, spelled
-from ..neurons.anatomy import read_anatomy
 from ..options import Scope, ScopeOptions, split
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
+from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
 from ..text import commas, percent, plural, size
+from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
 __all__ = ["Inspection", "inspect"]
@@ -54,7 +55,7 @@ class Inspection(dict[str, Any]):
 
 @boundary
 def inspect(
-    named: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    named: AnyPath | Sequence[AnyPath],
     **options: Unpack[ScopeOptions],
 ) -> Inspection:
     """Tell what a file or folder holds.
@@ -70,9 +71,8 @@ def inspect(
     Returns
     -------
     Inspection
-        A dict of plain values that prints itself. ``kind`` is ``checkpoint``, ``scores``, ``selection`` or
-        ``patch``; ``tensors`` lists the tensors. For several patches it is ``patches``, and ``overlaps`` says
-        what each two of them have in common.
+        A dict of plain values that prints itself; see `Inspection.kind`. ``tensors`` lists the tensors; for
+        several patches, ``overlaps`` says what each two of them have in common.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def inspect(
     return Inspection(_one(named, Scope(**given)))
 
 
-def _one(named: str | os.PathLike[str], scope: Scope) -> dict[str, Any]:
+def _one(named: AnyPath, scope: Scope) -> dict[str, Any]:
     source = _found(named)
     if source.path.is_file():
         metadata = read_header(source.path).metadata
@@ -102,7 +102,7 @@ def _one(named: str | os.PathLike[str], scope: Scope) -> dict[str, Any]:
     return _checkpoint(Checkpoint.read(source), scope)
 
 
-def _found(named: str | os.PathLike[str]) -> Source:
+def _found(named: AnyPath) -> Source:
     """What to inspect. If a Hub repository holds a patch, nothing else is fetched."""
     if is_hub_id(named):
         try:
@@ -113,13 +113,9 @@ def _found(named: str | os.PathLike[str]) -> Source:
 
 
 def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
-    anatomy = read_anatomy(scope.anatomy, checkpoint.tensors, checkpoint.config, **scope.patterns)
+    anatomy = scoped_anatomy(scope, checkpoint.tensors, checkpoint.config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
-    tensors = [
-        _tensor(tensor.info, tensor.axes, tensor.layout.count if tensor.part is None else tensor.part.count)
-        | {"kind": tensor.kind}
-        for tensor in anatomy.scored
-    ]
+    tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     aside = {} if checkpoint.is_file else {"left_behind_by_apply": _paths(folder_files(checkpoint).left)}
@@ -151,9 +147,9 @@ def _tensor(
     info: TensorInfo, axes: Sequence[int] | None = None, neurons: int = 0, of: int | None = None
 ) -> dict[str, Any]:
     """What is said of a tensor; without ``axes`` nothing of neurons."""
-    facts: dict[str, Any] = {"name": info.name, "dtype": info.dtype, "shape": list(info.shape)}
+    facts = {"name": info.name, **described(info, axes)}
     if axes is not None:
-        facts |= {"neuron_axes": list(axes), "neurons": neurons}
+        facts["neurons"] = neurons
     return facts if of is None else facts | {"of": of}
 
 
@@ -169,14 +165,11 @@ def _patch(patch: Patch) -> dict[str, Any]:
         "base": dict(patch.base),
         "selection": dict(patch.facts),
         "created_by": patch.manifest.get("created_by"),
-        "tensors": [
-            _tensor(tensor.info, tensor.layout.axes, tensor.count, tensor.layout.count)
-            for tensor in patch.tensors.values()
-        ],
+        "tensors": [_tensor(t.info, t.layout.axes, t.count, t.layout.count) for t in patch.tensors.values()],
     }
 
 
-def _patches(named: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+def _patches(named: Sequence[AnyPath]) -> dict[str, Any]:
     """Several patches, and what each two of them have in common."""
     if not named:
         raise UsageError("there is nothing to inspect")
@@ -188,16 +181,12 @@ def _patches(named: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
                 "only patches can be inspected together", file=path, hint="name one thing, or patches only"
             )
         patches.append(Patch.load(source))
-    overlaps = [
-        {"first": a, "second": b, "agree": found.agree, **_listed(asdict(found))}
-        for a, b in combinations(range(len(patches)), 2)
-        for found in [overlap(patches[a], patches[b])]
-    ]
+    overlaps = []
+    for a, b in combinations(range(len(patches)), 2):
+        found = overlap(patches[a], patches[b])
+        facts = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(found).items()}
+        overlaps.append({"first": a, "second": b, "agree": found.agree, **facts})
     return {"kind": "patches", "patches": [_patch(patch) for patch in patches], "overlaps": overlaps}
-
-
-def _listed(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
 
 
 def _selection(selection: Selection, name: str) -> dict[str, Any]:
@@ -207,15 +196,11 @@ def _selection(selection: Selection, name: str) -> dict[str, Any]:
         "neurons": selection.neurons,
         "parameters": selection.parameters,
         "selection": dict(selection.facts),
-        "tensors": [
-            {"name": tensor, **chosen.describe(), "neurons": len(chosen.index), "of": chosen.layout.count}
-            for tensor, chosen in selection.tensors.items()
-        ],
+        "tensors": [_tensor(c.info, c.layout.axes, len(c.index), c.layout.count) for c in selection],
     }
 
 
 def _scores(scores: Scores) -> dict[str, Any]:
-    summary = summarize(scores)
     known = ("base", "tuned", "only_in_base", "only_in_tuned", "differing", "seed")
     return {
         "kind": "scores",
@@ -226,11 +211,8 @@ def _scores(scores: Scores) -> dict[str, Any]:
         "units": scores.units,
         "parameters": scores.parameters,
         **{key: scores.facts[key] for key in known if key in scores.facts},
-        **summary.describe(),
-        "tensors": [
-            _tensor(tensor.info, tensor.layout.axes, tensor.layout.count)
-            for tensor in scores.tensors.values()
-        ],
+        **summarize(scores).describe(),
+        "tensors": [_tensor(t.info, t.layout.axes, t.layout.count) for t in scores.tensors.values()],
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
-from ..neurons.anatomy import Anatomy, read_anatomy
+from ..neurons.anatomy import read_anatomy
 from ..patch.lora import LoraModule
 from ..patch.patch import Patch, PatchTensor
 from ..tensors.floats import FLOATS
@@ -17,19 +17,15 @@ _SHOWN = 3
 
 
 def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[list[LoraModule], list[str]]:
-    """The modules that the patch changes, and warnings.
-
-    Raises
-    ------
-    MismatchError
-        If a tensor has no LoRA form; the message names it and the reason.
-    """
+    """The modules that the patch changes, and warnings; a `MismatchError` if a tensor has no LoRA form."""
     tensors = {name: tensor.info for name, tensor in patch.tensors.items()}
     config = None if base is None else base.config
     anatomy = read_anatomy("rows", tensors if base is None else base.tensors, config)
     # In a patch of rows a neuron is an output, so its axis tells how the weight is stored.
     told = config is None and patch.facts.anatomy == "rows"
-    kinds = _kinds(anatomy)
+    # Per tensor, the axes of its outputs, and why it holds no neurons (empty if it does).
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {t.info.name: (t.axes, "") for t in anatomy.scored}
+    kinds |= {entry.info.name: ((0,), entry.reason) for entry in anatomy.listed}
     modules, refused = [], list[tuple[str, str]]()
     for name, tensor in patch.tensors.items():
         axes, reason = kinds[name]
@@ -57,12 +53,6 @@ def lora_modules(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[li
             "and PEFT then finds no module of that name"
         )
     return modules, warnings
-
-
-def _kinds(anatomy: Anatomy) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Per tensor, the axes of its outputs, and why it holds no neurons (empty if it does)."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {t.info.name: (t.axes, "") for t in anatomy.scored}
-    return found | {entry.info.name: ((0,), entry.reason) for entry in anatomy.listed}
 
 
 def _refusal(tensor: PatchTensor, reason: str) -> str | None:

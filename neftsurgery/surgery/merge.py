@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +11,20 @@ from typing import Unpack
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError, boundary
-from ..neurons.vectors import block_memory, gather
-from ..options import RunOptions, split
-from ..patch.digests import digests
+from ..errors import boundary
+from ..neurons.vectors import block_memory
+from ..options import RunOptions
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Manifest, Patch
 from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..selection.selection import RowBlock, Selection
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
-from .merge_checks import OverlapRule, check_patches, open_base, plan_union
-from .verb import running, warn
+from .merge_checks import OverlapRule, check_patches, plan_union
+from .verb import base_rows, load_patch, run_keywords, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
 
@@ -35,43 +33,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything is checked, nothing is written. Made by `plan_merge`.
-
-    Attributes
-    ----------
-    patches:
-        What is merged, in order.
-    rule:
-        What is done with neurons that several replace.
-    base:
-        The checkpoint they were made from, where it was named.
-    meetings:
-        Per touched tensor who replaces what.
-    selection:
-        The neurons of the result, and how they came together.
-    manifest:
-        What the result says of itself.
-    reversible:
-        Whether the result holds the replaced values.
-    out, force:
-        Where the result goes, and whether what is there is replaced. None: a temporary file.
-    warnings:
-        Sentences for the user.
-    timing:
-        What checking took.
-    """
+    """Everything is checked, nothing is written. Made by `plan_merge`."""
 
     patches: Sequence[Patch]
     rule: OverlapRule
     base: Checkpoint | None
-    meetings: Mapping[str, Meeting]
-    selection: Selection
+    meetings: Mapping[str, Meeting]  # by tensor: who replaces what
+    selection: Selection  # the neurons of the result
     manifest: Manifest
     reversible: bool
-    out: Path | None
+    out: Path | None  # None: a temporary file
     force: bool
     warnings: Sequence[str]
-    timing: Timing
+    timing: Timing  # of checking
 
     @property
     def shared(self) -> int:
@@ -144,14 +118,14 @@ class MergePlan:
 
 @boundary
 def merge(
-    patches: Sequence[Patch | str | os.PathLike[str]],
+    patches: Sequence[Patch | AnyPath],
     *,
     on_overlap: str = "error",
     weights: Sequence[float] | None = None,
     density: float | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: AnyPath | None = None,
     reversible: bool | None = None,
-    out: str | os.PathLike[str] | None = None,
+    out: AnyPath | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
 ) -> Patch:
@@ -180,10 +154,8 @@ def merge(
         not hold the replaced values themselves. Every replaced vector is compared with its digest.
     reversible:
         Keep the replaced values; by default if every patch has them.
-    out:
-        Where to write the result. None: it lives in a temporary file until saved.
-    force, threads, memory, progress:
-        As in `diff`.
+    out, force, threads, memory, progress:
+        As in `extract`.
 
     Raises
     ------
@@ -193,41 +165,38 @@ def merge(
     MismatchError
         If the patches were made from different bases, cut a tensor along different axes, or overlap
         under ``error``; if ``base`` is not theirs.
-    CorruptFileError
-        If a patch's hashes do not match its content.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a patch's hashes do not match its content; if something cannot be read or written.
     """
-    (run,) = split("merge", options, RunOptions)
-    limits, progress = running(run)
+    run = run_keywords("merge", options)
+    rule = OverlapRule.of(on_overlap, weights, density, len(patches))
     plan = plan_merge(
-        [patch if isinstance(patch, Patch) else Patch.load(patch) for patch in patches],
-        OverlapRule.of(on_overlap, weights, density, len(patches)),
-        base=base,
-        reversible=reversible,
-        out=out,
-        force=force,
-        progress=progress,
+        patches, rule, base=base, reversible=reversible, out=out, force=force, progress=run["progress"]
     )
     warn(log, plan.warnings)
-    return plan.run(limits=limits, progress=progress)
+    return plan.run(**run)
 
 
 def plan_merge(
-    patches: Sequence[Patch],
+    named: Sequence[Patch | AnyPath],
     rule: OverlapRule,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: AnyPath | None = None,
     reversible: bool | None = None,
-    out: str | os.PathLike[str] | None = None,
+    out: AnyPath | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> MergePlan:
     """Check everything that `merge` needs; nothing is written."""
-    original = None if base is None else open_base(base, patches)
+    patches = [load_patch(patch) for patch in named]
+    inputs = [patch.path for patch in patches if patch.path is not None]
+    original = None
+    if base is not None:
+        original = Checkpoint.open(base)
+        inputs.append(original.source.path)
+        for patch in patches:
+            patch.require_fit(original)
     if out is not None:
-        inputs = [patch.path for patch in patches if patch.path is not None]
-        inputs += [] if original is None else [original.source.path]
         refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
@@ -266,15 +235,7 @@ class _Rows:
         """The replaced vectors; zeros where no patch holds them and they are not needed."""
         chosen = self._plan.selection.tensors[self._name]
         if self._plan.base is not None:
-            rows = gather(self._plan.base, chosen.info, chosen.layout, self._index)
-            if not np.array_equal(digests(rows), before):
-                raise MismatchError(
-                    "this is not the base that the patches were made from",
-                    file=self._plan.base.name,
-                    tensor=self._name,
-                    hint="name the right one with [[base=...]]",
-                )
-            return rows
+            return base_rows(self._plan.base, chosen, self._index, before, "the patches were")
         rows = np.zeros((len(self._index), chosen.layout.width * chosen.info.type.itemsize), np.uint8)
         for holder, slots, low, high in self._held:
             if self._plan.patches[holder].tensors[self._name].reversible:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,40 +19,24 @@ from ..progress import Progress
 from ..selection.selection import Chosen, Selection
 from ..selection.selection_facts import SelectionFacts
 from ..tensors.floats import FLOATS
-from .replaced import require_replaced
+from .verb import require_replaced
 
-__all__ = ["OverlapRule", "check_patches", "open_base", "plan_union"]
+__all__ = ["OverlapRule", "check_patches", "plan_union"]
 
 
 @dataclass(frozen=True, slots=True)
 class OverlapRule:
-    """What is done with neurons that several patches replace. Made by `of`.
+    """What is done with neurons that several patches replace. Made by `of`."""
 
-    Attributes
-    ----------
-    name:
-        One of `neftsurgery.patch.merging.POLICIES`.
-    weights:
-        One a patch.
-    density:
-        For ``ties``.
-    """
-
-    name: str
-    weights: tuple[float, ...]
-    density: float = DENSITY
+    name: str  # one of POLICIES
+    weights: tuple[float, ...]  # one per patch
+    density: float = DENSITY  # for ties
 
     @classmethod
     def of(
         cls, name: str, weights: Sequence[float] | None, density: float | None, patches: int
     ) -> OverlapRule:
-        """Check what a user wishes for so many patches.
-
-        Raises
-        ------
-        UsageError
-            If it makes no sense.
-        """
+        """Check the options for so many patches; raises a `UsageError`."""
         if not patches:
             raise UsageError("there is no patch to merge")
         if name not in POLICIES:
@@ -88,14 +71,6 @@ class OverlapRule:
         return facts | ({"density": self.density} if self.name == "ties" else {})
 
 
-def open_base(named: str | os.PathLike[str], patches: Sequence[Patch]) -> Checkpoint:
-    """The base checkpoint; it has every tensor of the patches."""
-    base = Checkpoint.open(named)
-    for patch in patches:
-        patch.require_fit(base)
-    return base
-
-
 def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
     """Raise a `CorruptFileError` unless each patch's hashes match its content: a merge gets new hashes."""
     with progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
@@ -107,13 +82,7 @@ def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
 def plan_union(
     patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None, reversible: bool
 ) -> tuple[dict[str, Meeting], Selection, Manifest, list[str]]:
-    """Who replaces what, the neurons of the result, its manifest, and warnings.
-
-    Raises
-    ------
-    MismatchError, UsageError
-        As `neftsurgery.merge`.
-    """
+    """Who replaces what, the neurons of the result, its manifest, and warnings; raises as `merge`."""
     warnings = _check_origins(patches, checked=base is not None)
     tensors = _check_tensors(patches)
     found: dict[str, Meeting] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,35 +11,26 @@ from ..checkpoint.adapter import AdaptedWeights
 from ..checkpoint.checkpoint import Checkpoint, Side
 from ..checkpoint.provenance import same_tensor
 from ..errors import MismatchError
-from ..neurons.anatomy import Anatomy, read_anatomy
+from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
 from ..neurons.layout import Layout
 from ..options import Scope
 from ..scoring.engine import Job
+from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 
-__all__ = ["Pair", "pair"]
+__all__ = ["Pair", "described", "pair", "scoped_anatomy", "scored_count"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A base and a tuned checkpoint, planned: no weight is read yet.
-
-    Attributes
-    ----------
-    base, tuned:
-        The checkpoints.
-    anatomy:
-        Of what they have in common.
-    only_base, only_tuned, differing:
-        Tensors on one side only, and those of another shape or dtype, with both descriptions.
-    """
+    """A base and a tuned checkpoint, planned: no weight is read yet."""
 
     base: Checkpoint
     tuned: Side
-    anatomy: Anatomy
+    anatomy: Anatomy  # of the tensors in common
     only_base: tuple[str, ...]
     only_tuned: tuple[str, ...]
-    differing: Mapping[str, tuple[str, str]]
+    differing: Mapping[str, tuple[str, str]]  # of another shape or dtype: both descriptions
 
     @cached_property
     def companion_biases(self) -> dict[str, tuple[int, ...]]:
@@ -82,7 +73,7 @@ class Pair:
     @property
     def neurons(self) -> int:
         """How many neurons are scored."""
-        return sum(t.layout.count if t.part is None else t.part.count for t in self.anatomy.scored)
+        return sum(map(scored_count, self.anatomy.scored))
 
     @property
     def bytes_read(self) -> int:
@@ -104,19 +95,11 @@ class Pair:
 
 
 def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
-    """Plan the comparison of two checkpoints.
-
-    Raises
-    ------
-    MismatchError
-        If they have no tensor in common, or none of the common ones can be scored.
-    UsageError
-        For an unknown anatomy, or patterns and axes that fit no tensor.
-    """
+    """Plan the comparison of two checkpoints; if nothing of them can be scored, a `MismatchError`."""
     common = {name: info for name, info in base.tensors.items() if same_tensor(info, tuned.tensors.get(name))}
     if not common:
         raise _nothing_common(base, tuned)
-    anatomy = read_anatomy(scope.anatomy, common, base.config, **scope.patterns)
+    anatomy = scoped_anatomy(scope, common, base.config)
     both = sorted(name for name in base.tensors.keys() & tuned.tensors.keys() if name not in common)
     result = Pair(
         base,
@@ -129,6 +112,25 @@ def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
         raise _nothing_scored(base, anatomy)
     return result
+
+
+def scoped_anatomy(
+    scope: Scope, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None
+) -> Anatomy:
+    """The neurons of a checkpoint's tensors that are looked at."""
+    patterns = {"include": scope.include, "exclude": scope.exclude, "only": scope.only}
+    return read_anatomy(scope.anatomy, tensors, config, axis=scope.axis, **patterns)
+
+
+def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, Any]:
+    """What files and JSON say of a tensor and, if it has any, of its neurons."""
+    facts = {"shape": list(info.shape), "dtype": info.dtype}
+    return facts if axes is None else facts | {"neuron_axes": list(axes)}
+
+
+def scored_count(tensor: NeuronTensor) -> int:
+    """How many neurons of a tensor are scored."""
+    return tensor.layout.count if tensor.part is None else tensor.part.count
 
 
 def _nothing_common(base: Side, tuned: Side) -> MismatchError:
@@ -154,12 +156,8 @@ def _nothing_common(base: Side, tuned: Side) -> MismatchError:
 
 
 def _first_names(side: Side) -> str:
-    names = sorted(side.tensors)
-    return (
-        ", ".join(name[:80] for name in names[:2]) + (", …" if len(names) > 2 else "")
-        if names
-        else "no tensors"
-    )
+    names = sorted(name[:80] for name in side.tensors)
+    return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])]) or "no tensors"
 
 
 def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:

@@ -27,7 +27,7 @@ from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..text import plural
-from .state import PatchState, summary
+from .verify import PatchState, summary
 
 __all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "RowSource", "touched_files"]
 
@@ -84,33 +84,17 @@ class RewriteResult:
 
 @dataclass(frozen=True)
 class RewritePlan:
-    """Everything is checked; nothing is written. Made by `plan_apply` and `plan_revert`.
-
-    Attributes
-    ----------
-    checkpoint:
-        The checkpoint that is copied, or changed in place.
-    rows:
-        What is written, in order; later ones win.
-    states:
-        The state of the checkpoint, per patch.
-    out, force:
-        The result, and whether it may replace an existing output. None: in place.
-    files:
-        The other files of the folder; None for a single file or in place.
-    timing:
-        What checking took.
-    """
+    """Everything is checked; nothing is written. Made by `plan_apply` and `plan_revert`."""
 
     goal: ClassVar[str]
 
     checkpoint: Checkpoint
-    rows: Sequence[RowSource]
-    states: Sequence[PatchState]
-    out: Path | None
+    rows: Sequence[RowSource]  # in the order of writing: later ones win
+    states: Sequence[PatchState]  # one per patch
+    out: Path | None  # None: in place
     force: bool
-    files: FolderFiles | None
-    timing: Timing
+    files: FolderFiles | None  # the other files of the folder; None for a single file or in place
+    timing: Timing  # of checking
 
     @property
     def neurons(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,24 +10,14 @@ from typing import Any
 from ..errors import MismatchError
 from ..scoring.scores import Scores
 from ..selection.selection import Selection
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 
 __all__ = ["SelectPlan", "plan_select"]
 
 
 @dataclass(frozen=True)
 class SelectPlan:
-    """The neurons are chosen, nothing is written. Made by `plan_select`.
-
-    Attributes
-    ----------
-    scores:
-        What they were chosen by.
-    selection:
-        The chosen neurons.
-    out, force:
-        Where the selection goes, and whether what is there is replaced.
-    """
+    """The neurons are chosen, nothing is written. Made by `plan_select`."""
 
     scores: Scores
     selection: Selection
@@ -59,19 +48,11 @@ def plan_select(
     scores: Scores,
     budget: Mapping[str, Any],
     *,
-    out: str | os.PathLike[str],
-    inputs: Sequence[str | os.PathLike[str]] = (),
+    out: AnyPath,
+    inputs: Sequence[AnyPath] = (),
     force: bool = False,
 ) -> SelectPlan:
-    """Choose neurons by scores; ``budget`` as the keywords of `Scores.select`.
-
-    Raises
-    ------
-    UsageError
-        For options that make no sense, or not together, or an ``out`` that exists.
-    MismatchError
-        If no neuron is chosen.
-    """
+    """Choose neurons by scores; ``budget`` as the keywords of `Scores.select`. To choose none is an error."""
     here = [scores.path] if scores.path is not None else []
     refuse_output(out, inputs=[*here, *inputs], force=force, kind="file")
     selection = scores.select(**budget)

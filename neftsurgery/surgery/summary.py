@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ..neurons.tensor_names import layer_and_kind
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
+from ..tensors.arrays import Float64Array
 
 __all__ = ["Movement", "Neuron", "Summary", "summarize"]
 
@@ -24,21 +26,16 @@ _UNRELATED = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Movement:
-    """How far a group of scored tensors moved.
-
-    Attributes
-    ----------
-    name:
-        A layer or a kind of weight.
-    relative:
-        Norm of the difference over the norm of the base.
-    share:
-        Of the squared change of all scored tensors.
-    """
+    """How far a layer, or the weights of a kind, moved."""
 
     name: str
-    relative: float
-    share: float
+    relative: float  # norm of the difference over norm of the base
+    share: float  # of the squared change of all scored tensors
+
+    def describe(self) -> dict[str, object]:
+        """For JSON."""
+        relative, share = _finite(self.relative), _finite(self.share)
+        return {"name": self.name, "relative_change": relative, "share_of_change": share}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +49,17 @@ class Neuron:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A scores file in a few numbers.
-
-    Attributes
-    ----------
-    neurons, units, changed_neurons, nonfinite:
-        Scored neurons; the units they form (0 without); those with a differing bit; those with a NaN or Inf.
-    cosine:
-        Between all scored weights of base and tuned together; NaN if one is all zeros.
-    relative:
-        Norm of their difference over the norm of the base.
-    layers, kinds:
-        Groups of tensors, those that moved most first.
-    top:
-        The most sensitive neurons, the first one first.
-    captured:
-        Per budget, the share of the change of all common tensors its neurons hold.
-    """
+    """A scores file in a few numbers."""
 
     neurons: int
-    units: int
-    changed_neurons: int
-    nonfinite: int
-    cosine: float
-    relative: float
-    layers: tuple[Movement, ...]
+    changed_neurons: int  # with a differing bit
+    nonfinite: int  # neurons with a NaN or Inf
+    cosine: float  # of all scored weights of base and tuned together; NaN if one side is all zeros
+    relative: float  # as in Movement
+    layers: tuple[Movement, ...]  # those that moved most first, as kinds
     kinds: tuple[Movement, ...]
-    top: tuple[Neuron, ...]
-    captured: dict[str, float]
+    top: tuple[Neuron, ...]  # the most sensitive first
+    captured: dict[str, float]  # per budget, the share of the change of all common tensors
 
     @property
     def identical(self) -> bool:
@@ -99,45 +79,24 @@ class Summary:
             "cosine": _finite(self.cosine),
             "relative_change": _finite(self.relative),
             "related": self.related,
-            "layers": [_movement(m) for m in self.layers],
-            "kinds": [_movement(m) for m in self.kinds],
-            "most_sensitive": [{"tensor": n.tensor, "index": n.index, "score": n.score} for n in self.top],
+            "layers": [movement.describe() for movement in self.layers],
+            "kinds": [movement.describe() for movement in self.kinds],
+            "most_sensitive": [asdict(neuron) for neuron in self.top],
             "captured_by_budget": self.captured,
         }
-
-
-def _movement(movement: Movement) -> dict[str, object]:
-    return {
-        "name": movement.name,
-        "relative_change": _finite(movement.relative),
-        "share_of_change": _finite(movement.share),
-    }
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class _Totals:
-    """Sums over a group of tensors."""
+def _relative(base: float, delta: float) -> float:
+    return math.sqrt(delta / base) if base > 0 else math.inf if delta else 0.0
 
-    def __init__(self) -> None:
-        self.base = self.delta = self.dot = 0.0
 
-    def add(self, base: float, delta: float, dot: float) -> None:
-        self.base += base
-        self.delta += delta
-        self.dot += dot
-
-    @property
-    def relative(self) -> float:
-        return math.sqrt(self.delta / self.base) if self.base > 0 else math.inf if self.delta else 0.0
-
-    @property
-    def cosine(self) -> float:
-        tuned = self.base + 2 * self.dot + self.delta
-        size = math.sqrt(self.base) * math.sqrt(max(tuned, 0.0))
-        return (self.base + self.dot) / size if size > 0 else math.nan
+def _cosine(base: float, delta: float, dot: float) -> float:
+    size = math.sqrt(base) * math.sqrt(max(base + 2 * dot + delta, 0.0))
+    return (base + dot) / size if size > 0 else math.nan
 
 
 def summarize(scores: Scores, *, top: int = 10) -> Summary:
@@ -145,32 +104,34 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
 
     A scores file that holds no sums gives NaN and empty groups where they are needed.
     """
-    whole, layers, kinds = _Totals(), dict[str, _Totals](), dict[str, _Totals]()
+    whole = np.zeros(len(_SUMS))
+    layers, kinds = (defaultdict[str, Float64Array](lambda: np.zeros(len(_SUMS))) for _ in range(2))
     changed = sum(int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed"))
     for batch in scores.batches(*_SUMS):
-        totals = [batch.totals(which).tolist() for which in _SUMS]
-        for tensor, *sums in zip(batch.tensors, *totals, strict=True):
-            groups = [whole, kinds.setdefault(layer_and_kind(tensor.info.name.split("."))[1], _Totals())]
-            if tensor.layer:
-                groups.append(layers.setdefault(tensor.layer, _Totals()))
-            for group in groups:
-                group.add(*sums)
+        totals = np.stack([batch.totals(which) for which in _SUMS], axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for tensor, sums in zip(batch.tensors, totals, strict=True):
+                whole += sums
+                kinds[layer_and_kind(tensor.info.name.split("."))[1]] += sums
+                if tensor.layer:
+                    layers[tensor.layer] += sums
+    base, delta, dot = whole.tolist()
     return Summary(
         scores.neurons,
-        scores.units,
         changed,
         scores.nonfinite,
-        whole.cosine,
-        whole.relative,
-        _moved(layers, whole.delta),
-        _moved(kinds, whole.delta),
+        _cosine(base, delta, dot),
+        _relative(base, delta),
+        _moved(layers, delta),
+        _moved(kinds, delta),
         tuple(_top(scores, top)),
         dict(_captures(scores)),
     )
 
 
-def _moved(groups: dict[str, _Totals], whole: float) -> tuple[Movement, ...]:
-    found = [Movement(name, t.relative, t.delta / whole if whole else 0.0) for name, t in groups.items()]
+def _moved(groups: Mapping[str, Float64Array], whole: float) -> tuple[Movement, ...]:
+    sums = [(name, *group.tolist()) for name, group in groups.items()]
+    found = [Movement(name, _relative(base, d), d / whole if whole else 0.0) for name, base, d, _ in sums]
     return tuple(sorted(found, key=lambda m: (-m.relative, m.name)))
 
 

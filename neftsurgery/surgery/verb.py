@@ -1,24 +1,100 @@
-"""What all verbs share: the keywords of a run, and warnings that a plan found."""
+"""What verbs share: the keywords of a run, warnings, and what patches replaced."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
-from ..errors import keyword, spelled
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import MismatchError, UsageError, keyword, spelled
+from ..neurons.vectors import gather
+from ..options import RunOptions, split
+from ..patch.digests import digests
+from ..patch.patch import Patch, PatchTensor
 from ..progress import Progress, silent
+from ..selection.selection import Chosen
+from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
+from ..tensors.arrays import IndexArray, RawBytes
 
-__all__ = ["running", "warn"]
+__all__ = [
+    "Running",
+    "base_rows",
+    "load_patch",
+    "replaced_rows",
+    "require_replaced",
+    "run_keywords",
+    "running",
+    "warn",
+]
 
 
-def running(options: Mapping[str, Any]) -> tuple[Limits, Progress]:
-    """The limits and the listener that `RunOptions` name."""
-    return Limits.of(options.get("threads"), options.get("memory")), options.get("progress") or silent
+class Running(TypedDict):
+    """The keywords of the ``run`` of a plan."""
+
+    limits: Limits
+    progress: Progress
+
+
+def running(options: Mapping[str, Any]) -> Running:
+    """The keywords of a run that `RunOptions` name."""
+    limits = Limits.of(options.get("threads"), options.get("memory"))
+    return {"limits": limits, "progress": options.get("progress") or silent}
+
+
+def run_keywords(verb: str, options: Mapping[str, Any]) -> Running:
+    """As `running`, for a verb that takes no other options."""
+    return running(*split(verb, options, RunOptions))
+
+
+def load_patch(patch: Patch | AnyPath) -> Patch:
+    """The patch, opened if it is only named."""
+    return patch if isinstance(patch, Patch) else Patch.load(patch)
 
 
 def warn(log: logging.Logger, warnings: Sequence[str]) -> None:
     """Log what a plan found, in the words of Python."""
     for warning in warnings:
         log.warning("%s", spelled(warning, keyword))
+
+
+def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:
+    """The replaced vectors ``[start, stop)`` (positions in the index), checked against their digests.
+
+    Raises a `MismatchError` or, if those in the patch are wrong, a `CorruptFileError`.
+    """
+    stored = patch.base_digests(name, start, stop)
+    if base is None:
+        patch.check_base_rows(name, stored, start, stop)
+        return patch.base_values(name, start, stop)
+    tensor = patch.tensors[name]
+    return base_rows(base, tensor, patch.index(name)[start:stop], stored, "the patch was")
+
+
+def base_rows(
+    base: Checkpoint, tensor: PatchTensor | Chosen, index: IndexArray, stored: RawBytes, made: str
+) -> RawBytes:
+    """Vectors of the base, checked against their digests; ``made``: what was made from it, for the error."""
+    rows = gather(base, tensor.info, tensor.layout, index)
+    if not np.array_equal(digests(rows), stored):
+        raise MismatchError(
+            f"this is not the base that {made} made from",
+            file=base.name,
+            tensor=tensor.info.name,
+            hint="name the right one with [[base=...]]",
+        )
+    return rows
+
+
+def require_replaced(patch: Patch, what: str) -> None:
+    """Raise a `UsageError` unless the patch holds the vectors it replaced, which ``what`` needs."""
+    if not patch.reversible:
+        raise UsageError(
+            f"{what} needs the values that the patch replaced, and the patch does not hold them",
+            file=patch.place,
+            hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
+            "that hold them",
+        )

@@ -1,33 +1,36 @@
-"""``neftsurgery apply``."""
+"""``neftsurgery apply``, and what ``neftsurgery revert`` shares with it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from ...patch.patch import Patch
 from ...surgery.apply import plan_apply, undo_unfinished
+from ...surgery.rewrite import RewritePlan
+from ...text import plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option
-from ..rewrite import run_rewrite, target_options
+from ..options import output_option, stack, writing_options
 
-__all__ = ["command"]
+__all__ = ["command", "run_rewrite", "target_options"]
+
+target_options = stack(
+    output_option("OUT", text="The new checkpoint: a file for a file, else a folder."),
+    click.option(
+        "--in-place",
+        is_flag=True,
+        help="Change the checkpoint itself: write a journal of the touched rows, then the rows.",
+    ),
+)
 
 
 @click.command("apply")
 @click.argument("base")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @target_options
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(
-    console: Console,
-    base: str,
-    patches: tuple[str, ...],
-    out: str | None,
-    in_place: bool,
-    force: bool,
-    dry_run: bool,
+    console: Console, base: str, patches: tuple[str, ...], in_place: bool, dry_run: bool, **options: Any
 ) -> None:
     """Write a patched checkpoint: BASE with the neurons of one or more PATCHes.
 
@@ -41,13 +44,39 @@ def command(
     """
     if in_place and not dry_run:
         undo_unfinished(base)
-    plan = plan_apply(
-        base,
-        [Patch.load(patch) for patch in patches],
-        out=out,
-        in_place=in_place,
-        force=force,
-        limits=console.limits,
-        progress=console.progress,
-    )
+    plan = plan_apply(base, patches, in_place=in_place, **options, **console.running)
     run_rewrite(console, plan, dry_run)
+
+
+def run_rewrite(console: Console, plan: RewritePlan, dry_run: bool) -> None:
+    """Run an apply or revert, or say what it would do."""
+    facts = plan.describe()
+    if dry_run:
+        _say_planned(console, plan)
+        console.answer({**facts, "written": False}, plan.timing, dry_run=True)
+        return
+    result = plan.run(**console.running)
+    console.say(str(result).partition("\n")[0])
+    _note(console, plan)
+    console.answer({**facts, "written": result.written}, result.timing, dry_run=False)
+
+
+def _say_planned(console: Console, plan: RewritePlan) -> None:
+    where = str(plan.out) if plan.out is not None else plan.checkpoint.name
+    if plan.out is None and not plan.needed:
+        console.say(f"{where} is {plan.goal} already: nothing to write")
+    else:
+        what = f"{plural(plan.neurons, 'neuron')} in {plural(plan.tensors, 'tensor')}"
+        console.say(f"would write {what} of {where}")
+    _note(console, plan)
+    if plan.out is not None:
+        console.say(f"it takes {size(sum(shard.size for shard in plan.checkpoint.shards))}")
+
+
+def _note(console: Console, plan: RewritePlan) -> None:
+    was = plan.states[0].state if len(plan.states) == 1 else None
+    if was is not None and was != ("base" if plan.goal == "patched" else "patched") and plan.needed:
+        console.note(f"note: it was partly {plan.goal} already")
+    if plan.left_behind:
+        names = ", ".join(str(path) for path in plan.left_behind)
+        console.note(f"left behind (other forms of the weights, or not part of the model): {names}")

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
+from ...demo.planted import PLANTED, make_base, make_tuned, planted
 from ...errors import UsageError
+from ...patch.patch import Patch
+from ...text import plural
 from ..console import Console
-from ..demo import files_demo
 from ..demo.session import FILES_LINES, TRAINING_LINES, DemoSession, can_draw
 from ..options import common_options, dry_run_option
 
@@ -75,7 +78,39 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
 
 
 def _show_files(session: DemoSession) -> tuple[dict[str, bool], dict[str, Any]]:
-    return files_demo.show(session), {"trained": None}
+    """Find the known neurons of a fine-tune, extract them, apply them and revert them."""
+    diff, extract, apply, verify, revert, report = FILES_LINES
+    base = session.folder / "base"
+    session.heading(f"A small Llama, and a fine-tune of it that changed {PLANTED} neurons")
+    make_tuned(session.folder / "tuned", make_base(base))
+    shards = plural(len(list(base.glob("*.safetensors"))), "shard")
+    session.console.say(f"  base/ and tuned/: {shards} each")
+
+    session.heading("Where did it change?")
+    session.run_command(diff)
+
+    session.heading(f"Extract the {PLANTED} most sensitive neurons")
+    session.run_command(extract)
+    found = session.check(f"these are exactly the {PLANTED} changed neurons", _found(session))
+
+    session.heading("Apply them to the base, and verify the result")
+    session.run_command(apply)
+    session.run_command(verify)
+
+    session.heading("Revert them")
+    session.run_command(revert)
+    same = session.check_restored()
+    session.draw_report(report)
+    passed = {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}
+    return passed, {"trained": None}
+
+
+def _found(session: DemoSession) -> bool:
+    expected = planted()
+    with Patch.load(session.folder / "neuron_patch.safetensors") as patch:
+        return patch.tensors.keys() == expected.keys() and all(
+            np.array_equal(patch.index(name), index) for name, index in expected.items()
+        )
 
 
 def _show_training(session: DemoSession, seed: int) -> tuple[dict[str, bool], dict[str, Any]]:

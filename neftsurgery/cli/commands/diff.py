@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from ...checkpoint.checkpoint import Side
 from ...options import Scope, ScopeOptions, ScoreOptions, SeedOptions
+from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
+from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
-from ...surgery.summary import summarize
-from ...text import size
-from ..console import Console
-from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
-from ..render import say_map, say_pair, say_summary
+from ...surgery.pairing import Pair
+from ...surgery.summary import Movement, Summary, summarize
+from ...text import commas, percent, plural, size
+from ..console import Console, can_print
+from ..options import options_of, output_option, take, writing_options
 
 __all__ = ["command"]
+
+_SHOWN = 5
+_BAR = 24
+_MAPPED = "3%"
 
 
 @click.command("diff")
@@ -22,19 +31,9 @@ __all__ = ["command"]
 @click.argument("tuned")
 @output_option("SCORES", text="Write the scores to this file.")
 @options_of(ScoreOptions, ScopeOptions, SeedOptions)
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(
-    console: Console,
-    base: str,
-    tuned: str,
-    out: str | None,
-    score: str,
-    seed: int,
-    force: bool,
-    dry_run: bool,
-    **options: Any,
+    console: Console, base: str, tuned: str, out: str | None, score: str, dry_run: bool, **options: Any
 ) -> None:
     """Score every neuron of TUNED against BASE.
 
@@ -48,20 +47,127 @@ def command(
       neftsurgery diff base/ adapter/ -o scores.safetensors
       neftsurgery diff meta-llama/Llama-3.2-1B my-fine-tune/ --anatomy ffn
     """
-    plan = plan_diff(
-        base, tuned, scope=Scope(**take(options, ScopeOptions)), score=score, seed=seed, out=out, force=force
-    )
-    say_pair(console, plan.pair)
+    scope = Scope(**take(options, ScopeOptions))
+    plan = plan_diff(base, tuned, scope=scope, score=score, out=out, **options)
+    _say_pair(console, plan.pair)
     facts = plan.describe()
     if dry_run:
         console.say(f"would read {size(plan.pair.nbytes)}" + (f" and write {out}" if out else ""))
         console.answer(facts, dry_run=True)
         return
-    with plan.run(limits=console.limits, progress=console.progress) as scores:
+    with plan.run(**console.running) as scores:
         summary = summarize(scores)
-        say_summary(console, summary, score)
+        _say_summary(console, summary, score)
         if summary.top and not summary.identical:
-            say_map(console, scores)
+            _say_map(console, scores)
         if out is not None:
             console.say(f"wrote {out} ({size(scores.nbytes)})")
         console.answer({**facts, **summary.describe()}, scores.timing, dry_run=False)
+
+
+def _checkpoint_cells(checkpoint: Side) -> list[str]:
+    """The cells of a row: name, bytes, files, dtypes, model type."""
+    dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
+    config = checkpoint.config or {}
+    return [
+        checkpoint.name,
+        size(checkpoint.nbytes),
+        plural(len(checkpoint.shards), "file"),
+        "+".join(dtype for dtype, _ in dtypes.most_common(3)),
+        str(config.get("model_type") or "no config"),
+    ]
+
+
+def _say_pair(console: Console, plan: Pair) -> None:
+    """Say what two checkpoints have in common, what is scored of it and what is not."""
+    rows = [["base", *_checkpoint_cells(plan.base)], ["tuned", *_checkpoint_cells(plan.tuned)]]
+    console.say_table(rows, right=[2])
+    neurons = plural(plan.neurons, "neuron")
+    text = f"{plural(len(plan.jobs), 'tensor')} in common; {len(plan.anatomy.scored):,} hold {neurons}"
+    if plan.anatomy.unit_count:
+        text += f" in {plural(plan.anatomy.unit_count, 'unit')}"
+    console.say(f"{text} (anatomy {plan.anatomy.name})")
+    # Some reasons name a tensor after a colon: without it, equal ones are counted together.
+    reasons = Counter(entry.reason.partition(":")[0] for entry in plan.anatomy.listed)
+    if reasons:
+        console.say("not scored: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))
+    for what, names in (("only in base", plan.only_base), ("only in tuned", plan.only_tuned)):
+        if names:
+            console.say(f"{what}: {_some(names)}")
+    if plan.differing:
+        shown = [f"{name} ({a} and {b})" for name, (a, b) in plan.differing.items()]
+        console.say(f"of another shape or dtype: {_some(shown)}")
+    console.warn(plan.anatomy.warnings)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(name[:120] for name in names[:_SHOWN]) + (
+        f" and {commas(more)} more" if more > 0 else ""
+    )
+
+
+def _say_summary(console: Console, summary: Summary, score: str) -> None:
+    """Say what the scores show: relation, layers and kinds, top neurons, what budgets capture."""
+    console.say()
+    if summary.nonfinite:
+        console.say(f"{plural(summary.nonfinite, 'neuron')} hold a NaN or Inf, and are never chosen by score")
+    if summary.identical:
+        console.say("The two are identical in every scored neuron.")
+        return
+    same = summary.neurons - summary.changed_neurons
+    console.say(_relation(summary))
+    if same:
+        console.say(
+            f"{plural(same, 'neuron')} of {commas(summary.neurons)} are bit-identical "
+            f"({percent(same / summary.neurons)})."
+        )
+    _say_movements(console, "layers that moved most", summary.layers)
+    _say_movements(console, "kinds of weight that moved most", summary.kinds)
+    if summary.top:
+        console.say(f"\nmost sensitive neurons ({score})")
+        rows = [[f"{n.score:.4g}", f"{n.tensor[:120]} [{n.index}]"] for n in summary.top[:_SHOWN]]
+        console.say_table(rows, right=[0])
+    if summary.captured:
+        console.say("\nshare of the whole change that the most sensitive neurons hold")
+        rows = [[f"top {budget}", percent(share)] for budget, share in summary.captured.items()]
+        console.say_table(rows, right=[0, 1])
+    console.say()
+
+
+def _relation(summary: Summary) -> str:
+    text = f"cosine {summary.cosine:.6f} over all scored weights, relative change {summary.relative:.3g}"
+    if summary.related:
+        return f"The two are related: {text}."
+    return (
+        f"The two do NOT look related: {text}. Independent models have a cosine near 0;\n"
+        "is this the base that the other was tuned from?"
+    )
+
+
+def _say_movements(console: Console, title: str, movements: Sequence[Movement]) -> None:
+    if not movements:
+        return
+    most = max(movement.relative for movement in movements)
+    console.say(f"\n{title} (relative change, share of the change)")
+    rows = [
+        [
+            movement.name[:80],
+            f"{movement.relative:.3g}",
+            percent(movement.share),
+            "#" * round(_BAR * movement.relative / most) if 0 < most < float("inf") else "",
+        ]
+        for movement in movements
+    ]
+    console.say_table(rows, right=[1, 2], shown=_SHOWN)
+
+
+def _say_map(console: Console, scores: Scores) -> None:
+    """Draw a small map of where the most sensitive neurons are, on a terminal."""
+    if not console.is_terminal:
+        return
+    found = LayerMap.of_scores(scores, scores.select(neurons=_MAPPED))
+    console.say(f"where the most sensitive {_MAPPED} are")
+    for line in layer_map_lines(found, blocks=can_print(BLOCKS)):
+        console.say(f"  {line}")
+    console.say()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from ...patch.patch import Patch
 from ...progress import Timing
 from ...surgery.export import plan_export
 from ...text import commas, plural, size
 from ..console import Console
-from ..options import base_option, common_options, dry_run_option, force_option, output_option
+from ..options import base_option, output_option, writing_options
 
 __all__ = ["command"]
 
@@ -33,20 +34,8 @@ __all__ = ["command"]
     metavar="TEXT",
     help="Put this before module names, where the files lack it: transformer. for a GPT-2 without its head.",
 )
-@force_option
-@dry_run_option
-@common_options
-def command(
-    console: Console,
-    patch: str,
-    form: str,
-    out: str,
-    base: str | None,
-    rank: int | None,
-    prefix: str,
-    force: bool,
-    dry_run: bool,
-) -> None:
+@writing_options
+def command(console: Console, patch: str, form: str, out: str, dry_run: bool, **options: Any) -> None:
     """Write PATCH as an exact LoRA adapter.
 
     PEFT and vLLM load it. Biases, norms, embeddings, convolutions and stacked experts have no LoRA form and
@@ -57,8 +46,7 @@ def command(
       neftsurgery export neuron_patch.safetensors --to lora -o adapter/ --base base/
       neftsurgery export reversible_patch.safetensors --to lora -o adapter/ --rank 64
     """
-    loaded = Patch.load(patch)
-    plan = plan_export(loaded, out, base=base, rank=rank, prefix=prefix, force=force)
+    plan = plan_export(patch, out, **options)
     console.warn(plan.warnings)
     facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
     columns = sum(not module.rows for module in plan.modules)
@@ -68,12 +56,12 @@ def command(
     )
     nbytes, timing = plan.nbytes, Timing()
     if not dry_run:
-        result = plan.run(limits=console.limits, progress=console.progress)
+        result = plan.run(**console.running)
         nbytes, timing = result.nbytes, result.timing
         facts |= {"bytes": nbytes, "inexact": result.inexact}
         console.say(result.exactness)
     console.say(
         f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)}, "
-        f"{nbytes / loaded.nbytes:.1f} times the patch's {size(loaded.nbytes)})"
+        f"{nbytes / plan.patch.nbytes:.1f} times the patch's {size(plan.patch.nbytes)})"
     )
     console.answer(facts, timing, dry_run=dry_run)

@@ -7,23 +7,14 @@ from typing import Any
 import click
 
 from ...errors import UsageError
-from ...options import (
-    BudgetOptions,
-    Scope,
-    ScopeOptions,
-    ScoreOptions,
-    SeedOptions,
-    SelectOptions,
-    declared,
-)
+from ...options import BudgetOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, SelectOptions, declared
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
-from ...storage.output_checks import refuse_output
+from ...selection.selection_facts import SelectionFacts
 from ...surgery.extract import ExtractPlan, is_whole_change, plan_extract
 from ...text import commas, percent, plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
-from ..render import say_captured
+from ..options import options_of, output_option, take, take_budget, writing_options
 
 __all__ = ["command"]
 
@@ -41,9 +32,7 @@ __all__ = ["command"]
     help="Keep the replaced values too: revert then needs no base, and the patch is twice as large.",
 )
 @options_of(ScoreOptions, ScopeOptions, SeedOptions)
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(
     console: Console,
     base: str,
@@ -51,8 +40,6 @@ def command(
     out: str,
     scores: str | None,
     selection: str | None,
-    reversible: bool,
-    force: bool,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -65,35 +52,32 @@ def command(
       neftsurgery extract base/ tuned/ -o neuron_patch.safetensors --neurons 3%
       neftsurgery extract base/ tuned/ -o neuron_patch.safetensors --changed --include '*' --with-bias
     """
-    budget = take(options, SelectOptions)
     if scores is not None and selection is not None:
         raise UsageError("[[scores]] and [[selection]] do not go together")
     if scores is not None or selection is not None:
         _refuse_scoring_options("scores" if scores is not None else "selection")
-    inputs = [path for path in (scores, selection, budget.get("like")) if path is not None]
-    refuse_output(out, inputs=inputs, force=force, kind="file")
-    if "like" in budget:
-        budget["like"] = Selection.load(budget["like"])
+    budget, inputs = take_budget(options, SelectOptions)
+    inputs += [path for path in (scores, selection) if path is not None]
     if selection is not None:
         budget.pop("seed", None)
+    scope, score = Scope(**take(options, ScopeOptions)), take(options, ScoreOptions)
     plan = plan_extract(
         base,
         tuned,
         None if selection is None else Selection.load(selection),
         scores=None if scores is None else Scores.load(scores),
-        scope=Scope(**take(options, ScopeOptions)),
-        **take(options, ScoreOptions),
+        scope=scope,
+        **score,
         budget=budget,
-        reversible=reversible,
+        inputs=inputs,
         out=out,
-        force=force,
-        limits=console.limits,
-        progress=console.progress,
+        **options,
+        **console.running,
     )
     console.warn(plan.warnings)
     nbytes, timing = plan.nbytes, plan.timing
     if not dry_run:
-        patch = plan.run(limits=console.limits, progress=console.progress)
+        patch = plan.run(**console.running)
         nbytes, timing = patch.nbytes, patch.timing
     _say(console, plan, nbytes, dry_run)
     console.answer(plan.describe() | {"bytes": nbytes}, timing, dry_run=dry_run)
@@ -106,9 +90,25 @@ def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> Non
         f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
-    say_captured(console, plan.facts, whole=is_whole_change(plan))
+    _say_captured(console, plan.facts, whole=is_whole_change(plan))
     share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
     console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
+
+
+def _say_captured(console: Console, facts: SelectionFacts, *, whole: bool | None) -> None:
+    """Say what share of the change a selection holds, and whether base plus patch is the tuned model."""
+    captured, scored = facts.captured, facts.captured_scored
+    if captured is not None:
+        console.say(
+            f"it captures {percent(captured)} of the whole change"
+            + (f" ({percent(scored)} of that of the scored tensors)" if scored is not None else "")
+        )
+    if whole:
+        console.say("base plus patch is the tuned model, bit for bit")
+    elif whole is None:
+        console.say("base plus patch is the tuned model only if nothing else was changed")
+    else:
+        console.say("base plus patch is NOT the tuned model: it has only these neurons of it")
 
 
 def _refuse_scoring_options(given: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -47,20 +47,12 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
             f"warning: {journal}: a change in place was interrupted or is under way; "
             f"see what it would write back: neftsurgery heal {shlex.quote(str(facts['name']))} --dry-run"
         )
-    for warning in facts.get("warnings", ()):
-        console.note(f"warning: {warning}")
+    console.warn(facts.get("warnings", ()))
     if facts.kind != "patches":
-        _say_tensors(console, facts["tensors"], show_all)
+        console.say()
+        rows = [_tensor(tensor) for tensor in facts["tensors"]]
+        console.say_table(rows, shown=None if show_all else _SHOWN, rest="more: see them with --all")
     console.answer(facts)
-
-
-def _say_tensors(console: Console, tensors: Sequence[Mapping[str, Any]], show_all: bool) -> None:
-    console.say()
-    shown = tensors if show_all else tensors[:_SHOWN]
-    for line in table([_tensor(tensor) for tensor in shown]):
-        console.say(line)
-    if len(tensors) > len(shown):
-        console.say(f"  and {commas(len(tensors) - len(shown))} more: see them with --all")
 
 
 def _tensor(tensor: Mapping[str, Any]) -> list[str]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ...errors import UsageError
 from ...patch.merging import DENSITY, POLICIES
-from ...patch.patch import Patch
 from ...surgery.merge import plan_merge
 from ...surgery.merge_checks import OverlapRule
 from ...text import commas, plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option
+from ..options import output_option, writing_options
 
 __all__ = ["command"]
 
@@ -45,9 +46,7 @@ __all__ = ["command"]
     default=None,
     help="Whether to keep the replaced values. Default: keep them if every patch does.",
 )
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(
     console: Console,
     patches: tuple[str, ...],
@@ -55,10 +54,8 @@ def command(
     on_overlap: str,
     weights: str | None,
     density: float | None,
-    base: str | None,
-    reversible: bool | None,
-    force: bool,
     dry_run: bool,
+    **options: Any,
 ) -> None:
     """Make one patch from several PATCHes of one base.
 
@@ -70,25 +67,18 @@ def command(
       neftsurgery merge client*.safetensors -o round1.safetensors --on-overlap mean --weights 120,80,310
       neftsurgery merge a.safetensors b.safetensors -o ab.safetensors --on-overlap ties --base base/
     """
-    plan = plan_merge(
-        [Patch.load(patch) for patch in patches],
-        OverlapRule.of(on_overlap, _numbers(weights), density, len(patches)),
-        base=base,
-        reversible=reversible,
-        out=out,
-        force=force,
-        progress=console.progress,
-    )
+    rule = OverlapRule.of(on_overlap, _numbers(weights), density, len(patches))
+    plan = plan_merge(patches, rule, out=out, progress=console.progress, **options)
     console.warn(plan.warnings)
     nbytes, timing = plan.nbytes, plan.timing
     if not dry_run:
-        merged = plan.run(limits=console.limits, progress=console.progress)
+        merged = plan.run(**console.running)
         nbytes, timing = merged.nbytes, merged.timing
-    chosen, rule = plan.selection, f" ({on_overlap})" if plan.shared else ""
+    chosen, how = plan.selection, f" ({on_overlap})" if plan.shared else ""
     console.say(
         f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
         f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
-        f"{commas(plan.shared)} in several of them{rule}"
+        f"{commas(plan.shared)} in several of them{how}"
     )
     console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)})")
     console.answer({**plan.describe(), "patches": list(patches), "bytes": nbytes}, timing, dry_run=dry_run)

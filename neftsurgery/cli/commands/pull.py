@@ -7,7 +7,7 @@ import click
 from ...hub.pull import plan_pull
 from ...text import plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option
+from ..options import output_option, writing_options
 
 __all__ = ["command"]
 
@@ -15,9 +15,7 @@ __all__ = ["command"]
 @click.command("pull")
 @click.argument("named", metavar="ORG/NAME[@REV]")
 @output_option("PATCH", required=True, text="Write the patch to this file.")
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(console: Console, named: str, out: str, force: bool, dry_run: bool) -> None:
     """Fetch a patch from the Hugging Face Hub, and check all of its hashes.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from ...patch.patch import Patch
 from ...surgery.apply import plan_revert, undo_unfinished
 from ..console import Console
-from ..options import base_option, common_options, dry_run_option, force_option
-from ..rewrite import run_rewrite, target_options
+from ..options import base_option, writing_options
+from .apply import run_rewrite, target_options
 
 __all__ = ["command"]
 
@@ -18,18 +19,9 @@ __all__ = ["command"]
 @click.argument("patch")
 @target_options
 @base_option
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(
-    console: Console,
-    checkpoint: str,
-    patch: str,
-    out: str | None,
-    in_place: bool,
-    base: str | None,
-    force: bool,
-    dry_run: bool,
+    console: Console, checkpoint: str, patch: str, in_place: bool, dry_run: bool, **options: Any
 ) -> None:
     """Take PATCH out of CHECKPOINT again, bit for bit.
 
@@ -42,14 +34,5 @@ def command(
     """
     if in_place and not dry_run:
         undo_unfinished(checkpoint)
-    plan = plan_revert(
-        checkpoint,
-        Patch.load(patch),
-        base=base,
-        out=out,
-        in_place=in_place,
-        force=force,
-        limits=console.limits,
-        progress=console.progress,
-    )
+    plan = plan_revert(checkpoint, patch, in_place=in_place, **options, **console.running)
     run_rewrite(console, plan, dry_run)

@@ -12,7 +12,7 @@ from ...selection.selection import Selection
 from ...surgery.select import plan_select
 from ...text import commas, percent, plural
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, options_of, output_option, take
+from ..options import options_of, output_option, take_budget, writing_options
 
 __all__ = ["command"]
 
@@ -21,9 +21,7 @@ __all__ = ["command"]
 @click.argument("scores")
 @output_option("SELECTION", required=True, text="Write the selection to this file.")
 @options_of(BudgetOptions, SeedOptions)
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(console: Console, scores: str, out: str, force: bool, dry_run: bool, **options: Any) -> None:
     """Choose neurons from SCORES.
 
@@ -34,10 +32,7 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
       neftsurgery select scores.safetensors --neurons 3% -o best.safetensors
       neftsurgery select scores.safetensors --like best.safetensors --policy random -o control.safetensors
     """
-    budget = take(options, SelectOptions)
-    inputs = [budget["like"]] if "like" in budget else []
-    if "like" in budget:
-        budget["like"] = Selection.load(budget["like"])
+    budget, inputs = take_budget(options, SelectOptions)
     with Scores.load(scores) as loaded:
         plan = plan_select(loaded, budget, out=out, inputs=inputs, force=force)
         selection, facts = plan.selection, plan.describe()

@@ -14,7 +14,7 @@ import click
 
 from ...text import commas, percent, plural, size
 from ..console import Console
-from ..options import common_options, dry_run_option, force_option, output_option
+from ..options import output_option, writing_options
 
 if TYPE_CHECKING:
     from ...training.train import TrainResult
@@ -39,9 +39,7 @@ __all__ = ["command"]
     help="Resume an unfinished run. This is also the default; the flag makes a missing run an error.",
 )
 @click.option("--restart", is_flag=True, help="Discard an unfinished run and start again.")
-@force_option
-@dry_run_option
-@common_options
+@writing_options
 def command(
     console: Console,
     recipe: str,
@@ -75,8 +73,7 @@ def command(
         force=force,
         resume=resume,
         restart=restart,
-        limits=console.limits,
-        progress=console.progress,
+        **console.running,
     )
     _say_plan(console, plan)
     if dry_run:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
-from ...surgery.state import JOURNAL_HINT
-from ...surgery.verify import plan_verify
+from ...surgery.verify import JOURNAL_HINT, TensorState, plan_verify
 from ..console import Console
 from ..options import common_options
 
@@ -29,7 +30,7 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     Example:
       neftsurgery verify patched/ neuron_patch.safetensors --expect patched
     """
-    found = plan_verify(checkpoint, patch).run(limits=console.limits, progress=console.progress)
+    found = plan_verify(checkpoint, patch).run(**console.running)
     good = found.holds(expect)
     console.say(str(found))
     if found.state in ("mixed", "neither"):
@@ -46,22 +47,12 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
             "expected": expect,
             "ok": good,
             "neurons": found.neurons,
-            "tensors": {
-                name: {
-                    "state": t.state,
-                    "base": t.base,
-                    "patched": t.patched,
-                    "both": t.both,
-                    "neither": t.neither,
-                }
-                for name, t in found.tensors.items()
-            },
+            "tensors": {name: {"state": t.state, **asdict(t)} for name, t in found.tensors.items()},
         },
         found.timing,
     )
     return 0 if good else 3
 
 
-def _counts(tensor: object) -> str:
-    names = ("base", "patched", "both", "neither")
-    return ", ".join(f"{getattr(tensor, name)} {name}" for name in names if getattr(tensor, name))
+def _counts(tensor: TensorState) -> str:
+    return ", ".join(f"{count} {state}" for state, count in asdict(tensor).items() if count)

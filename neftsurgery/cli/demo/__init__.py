@@ -1,1 +1,1 @@
-"""The two demos of `neftsurgery demo`: one on files, one with training."""
+"""What `neftsurgery demo` shows."""

@@ -11,21 +11,28 @@ from pathlib import Path
 from ...demo.planted import PLANTED
 from ..console import Console
 
-__all__ = ["APPLY", "CONTROL", "DIFF", "EXTRACT", "FILES_LINES", "FILES_REPORT", "REVERT", "SELECT", "SHARE"]
-__all__ += ["TRAINING_LINES", "TRAINING_REPORT", "VERIFY", "DemoSession", "can_draw"]
+__all__ = ["FILES_LINES", "SHARE", "TRAINING_LINES", "DemoSession", "can_draw"]
 
 SHARE = "9%"
-DIFF = "diff base tuned -o scores.safetensors"
-EXTRACT = f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors"
-SELECT = f"select scores.safetensors --neurons {SHARE} -o selection.safetensors"
-CONTROL = f"select scores.safetensors --neurons {SHARE} --policy random -o control.safetensors"
-APPLY = "apply base neuron_patch.safetensors -o patched"
-VERIFY = "verify patched neuron_patch.safetensors --expect patched"
-REVERT = "revert patched neuron_patch.safetensors --base base -o restored"
-FILES_REPORT = f"report scores.safetensors --neurons {PLANTED} -o report.html"
-TRAINING_REPORT = f"report scores.safetensors control_patch.safetensors --neurons {SHARE} -o report.html"
-FILES_LINES = (DIFF, EXTRACT, APPLY, VERIFY, REVERT, FILES_REPORT)
-TRAINING_LINES = (DIFF, SELECT, CONTROL, APPLY, VERIFY, REVERT, TRAINING_REPORT)
+_DIFF = "diff base tuned -o scores.safetensors"
+_APPLY_VERIFY_REVERT = (
+    "apply base neuron_patch.safetensors -o patched",
+    "verify patched neuron_patch.safetensors --expect patched",
+    "revert patched neuron_patch.safetensors --base base -o restored",
+)
+FILES_LINES = (
+    _DIFF,
+    f"extract base tuned --neurons {PLANTED} -o neuron_patch.safetensors",
+    *_APPLY_VERIFY_REVERT,
+    f"report scores.safetensors --neurons {PLANTED} -o report.html",
+)
+TRAINING_LINES = (
+    _DIFF,
+    f"select scores.safetensors --neurons {SHARE} -o selection.safetensors",
+    f"select scores.safetensors --neurons {SHARE} --policy random -o control.safetensors",
+    *_APPLY_VERIFY_REVERT,
+    f"report scores.safetensors control_patch.safetensors --neurons {SHARE} -o report.html",
+)
 
 
 class DemoSession:

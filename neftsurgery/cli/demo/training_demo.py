@@ -26,8 +26,7 @@ from ...demo.tiny_model import (
     train_selection,
 )
 from ...text import commas, percent, size
-from ..console import table
-from .session import APPLY, CONTROL, DIFF, REVERT, SELECT, SHARE, TRAINING_REPORT, VERIFY, DemoSession
+from .session import SHARE, TRAINING_LINES, DemoSession
 
 __all__ = ["show"]
 
@@ -62,6 +61,7 @@ class _TrainingDemo:
 
     def run(self) -> tuple[dict[str, bool], list[TrainedModel]]:
         session = self._session
+        diff, select, control, apply, verify, revert, report = TRAINING_LINES
         base, tuned, patched = (session.folder / name for name in ("base", "tuned", "patched"))
         model = new_model(self._languages, self._seed)
         number = commas(count_parameters(model.parameters()))
@@ -72,29 +72,29 @@ class _TrainingDemo:
         self._train_all("full fine-tune", "full fine-tune", load_model(base), _FINE_TUNING, tuned)
 
         session.heading("Which neurons did that turn?")
-        session.run_command(DIFF)
-        session.run_command(SELECT)
+        session.run_command(diff)
+        session.run_command(select)
 
         session.heading("NeFT: train only these neurons, from the base")
         model = self._train_selection(f"NeFT, {SHARE} of the neurons", base, "selection", "neuron_patch")
         live = logits_of(model, self._languages)
 
         session.heading("The control: as many random neurons")
-        session.run_command(CONTROL)
+        session.run_command(control)
         self._train_selection(f"{SHARE} of the neurons at random", base, "control", "control_patch")
 
         session.heading("Apply the patch to the files of the base, load them, and revert it")
-        session.run_command(APPLY)
-        session.run_command(VERIFY)
+        session.run_command(apply)
+        session.run_command(verify)
         loaded = logits_of(load_model(patched), self._languages)
         equal = session.check(
             "the model loaded from patched/ gives the trained model's logits, bit for bit",
             np.array_equal(loaded, live),
         )
-        session.run_command(REVERT)
+        session.run_command(revert)
         same = session.check_restored()
         self._summary()
-        session.draw_report(TRAINING_REPORT)
+        session.draw_report(report)
         return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}, self._trained
 
     def _train_all(self, name: str, bar: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
@@ -159,8 +159,7 @@ class _TrainingDemo:
             ]
             for row in self._trained
         ]
-        for line in table([head, *rows], right=range(1, len(head))):
-            session.console.say(line)
+        session.console.say_table([head, *rows], right=range(1, len(head)))
         session.console.say(
             "  One seed of a tiny model does not show how to choose neurons: "
             "with other seeds the random ones learn as well."
