@@ -40,6 +40,13 @@ def diff(pair: CheckpointPair, before: Callable[[], None], threads: int | None) 
     return Contestant("neftsurgery diff", "ours", command, before)
 
 
+def library(pair: CheckpointPair, before: Callable[[], None], threads: int) -> Contestant:
+    """`ns.diff` from Python, which reads by position."""
+    return Contestant(
+        "ns.diff, from Python", "rival", script("files.library", pair.base, pair.tuned, threads), before
+    )
+
+
 def reads(pair: CheckpointPair, before: Callable[[], None], setting: tuple[int, int]) -> Contestant:
     """Plain parallel reads of both sides."""
     threads, buffer = setting

@@ -11,6 +11,7 @@ from benchmarks.files.contestants import (
     WARM_SWEEP,
     best_reads,
     diff,
+    library,
     neftsurgery,
     readers,
     reads,
@@ -35,6 +36,7 @@ def warm(fixtures: Fixtures, options: Options) -> Part:
     contestants = [diff(pair, pair.warm, options.threads), *limits]
     if options.rivals:
         contestants += readers(pair, pair.warm, options.few)
+    contestants.append(library(pair, pair.warm, options.threads))
     group = run_group(f"2 x {format_size(pair.nbytes / 2)}", pair.nbytes, contestants, options.repeat)
     return {"title": "diff, both sides in the page cache", "sweep": sweep, "groups": [group]}
 

@@ -75,7 +75,7 @@ class HealPlan:
         """How many vectors would be written."""
         return sum(restoration.neurons for restoration in self.restorations)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON: which files, tensors and neurons would be written."""
         return {
             "checkpoint": self.source.named,

@@ -94,7 +94,7 @@ class NeuronGroup:
     # None for an empty group.
     mean_share: float | None
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The group as JSON."""
         return asdict(self)
 
@@ -233,7 +233,7 @@ class Utilization:
         bounds = zip(BUCKET_EDGES, BUCKET_EDGES[1:], counts, moved, strict=False)
         return tuple(RankBucket(start, stop, int(n), _mean(total, n)) for start, stop, n, total in bounds)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The result as JSON: the facts, and the summary by group, kind, layer and bucket."""
         return {
             **self.facts,

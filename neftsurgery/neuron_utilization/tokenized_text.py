@@ -38,7 +38,7 @@ class TokenizedText:
     tokens: int
     truncated: bool  # whether the file has more texts or tokens
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The text as JSON, without its tokens."""
         return {
             "name": self.name,

@@ -85,7 +85,7 @@ class UtilizationPlan:
             "dtype": self.dtype,
         }
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The plan as JSON."""
         return {**self.facts(), "out": None if self.out is None else os.fspath(self.out)}
 

@@ -117,20 +117,23 @@ class Patch(FileBacked):
         self.source = source
 
     def __repr__(self) -> str:
-        return (
-            f"<Patch {self.name}: {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}>"
-        )
+        what = f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
+        return f"<Patch {self._label}: {what}>"
 
     def __str__(self) -> str:
         undo = "reversible" if self.reversible else "not reversible: revert needs the base"
         return "\n".join(
             [
-                f"patch {self.name}, {size(self.nbytes)}",
+                f"patch {self._label}, {size(self.nbytes)}",
                 f"  {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}, "
                 f"{plural(self.parameters, 'parameter')}",
                 f"  made from {self.base.label or 'unknown'}; {undo}",
             ]
         )
+
+    @property
+    def _label(self) -> str:
+        return str(self.place) if self.place is not None else "(not saved)"
 
     @classmethod
     @boundary

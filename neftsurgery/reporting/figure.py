@@ -96,7 +96,7 @@ class ReportFigure:
             raise ValueError(f"the figure {self.id} has only a table and no image")
         return self.draw
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The figure as JSON: its captions and the rows of its table."""
         captions = {"title": self.title, "units": self.units, "reading": self.reading}
         if self.verdict:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,7 +197,7 @@ class LayerMap:
                 if self.totals[i, j]:
                     yield layer, kind, int(self.chosen[i, j]), int(self.totals[i, j])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The map as JSON."""
         return {
             "layers": list(self.layers),

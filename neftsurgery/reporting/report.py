@@ -49,7 +49,7 @@ class Report:
         with progress("drawing", len(self.figures)) as advance:
             return render_html(self.title, self.sections, advance)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The report as JSON: what each section is about, and the numbers of each figure."""
         return {
             "sections": [
@@ -88,7 +88,7 @@ class ReportPlan:
         outputs = [os.fspath(path) for path in (self.out, self.figures) if path is not None]
         return f"ReportPlan({names} -> {', '.join(outputs) or 'nothing written'})"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The plan as JSON."""
         return {
             "subjects": [entry.name for entry in self.inputs],

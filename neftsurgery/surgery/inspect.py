@@ -42,7 +42,7 @@ class Inspection(dict[str, Any]):
         """What a person wants to know, as rows of cells; options as ``[[name]]``."""
         return _patch_tables(self) if self.kind == "patches" else [_rows(self)]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain values."""
         return dict(self)
 

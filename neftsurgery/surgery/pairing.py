@@ -85,7 +85,7 @@ class Pair:
         """Bytes that comparing them reads."""
         return 2 * sum(job.info.nbytes for job in self.jobs)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """For JSON: what does not match."""
         return {
             "only_in_base": list(self.only_base),

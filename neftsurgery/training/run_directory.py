@@ -35,7 +35,7 @@ class RunIdentity:
     base: str | None  # the fingerprint of the base
     examples: str | None  # the digest of the examples
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The content of ``run.json``."""
         described: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return described

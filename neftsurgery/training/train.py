@@ -152,7 +152,7 @@ class TrainResult:
         )
         return ", ".join([where, f"{self.selection.neurons:,} neurons", *measured])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """For JSON; together with `TrainPlan.describe` it is what ``--json`` prints."""
         return {
             "estimated": False,

@@ -30,7 +30,7 @@ class TrainingFacts:
     torch: str  # version
     transformers: str  # version
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The manifest's ``training``. The options stand beside the rest; a loss that is None is left out."""
         facts: dict[str, Any] = {}
         for one in dataclasses.fields(self):

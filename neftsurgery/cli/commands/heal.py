@@ -50,7 +50,8 @@ def command(console: Console, checkpoint: str, yes: bool, dry_run: bool) -> None
 
 
 def _say(console: Console, plan: HealPlan) -> None:
-    for facts in plan.describe()["journals"]:
+    for restoration in plan.restorations:
+        facts = restoration.describe()
         whose = "written here by you" if facts["recorded"] else "NOT known to be yours"
         console.say(f"{facts['journal']} ({whose})")
         neurons = sum(tensor["neurons"] for tensor in facts["tensors"])
