@@ -1,0 +1,105 @@
+"""Options are declared once: values, flags and keywords come from that declaration, or agree with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+
+import click
+import pytest
+
+import neftsurgery as ns
+from neftsurgery.cli.console import flag
+from neftsurgery.cli.options import take
+from neftsurgery.errors import keyword, spelled
+from neftsurgery.options import (
+    BudgetOptions,
+    CutOptions,
+    DiffOptions,
+    RunOptions,
+    Scope,
+    ScopeOptions,
+    ScoreOptions,
+    SeedOptions,
+    SelectOptions,
+    declared,
+    split,
+)
+from neftsurgery.selection.budget import Budget
+from neftsurgery.storage.threads import Limits
+
+
+def names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def test_the_values_have_the_declared_options() -> None:
+    assert names(Scope) == declared(ScopeOptions).keys()
+    assert names(Budget) == declared(SelectOptions).keys()
+    assert declared(RunOptions).keys() <= names(Limits)
+    assert list(inspect.signature(Budget.of).parameters) != []
+    for name, parameter in inspect.signature(Budget.of).parameters.items():
+        assert name in declared(SelectOptions), parameter
+
+
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        ("diff", (ScopeOptions, ScoreOptions, SeedOptions, RunOptions)),
+        ("extract", (ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
+        ("select", (SelectOptions, RunOptions)),
+        ("report", (SelectOptions, RunOptions)),
+        ("inspect", (ScopeOptions, RunOptions)),
+    ],
+)
+def test_the_flags_are_the_declared_options(command: str, groups: tuple[type, ...]) -> None:
+    found: click.Command = importlib.import_module(f"neftsurgery.cli.commands.{command}").command
+    flags = {parameter.name: parameter for parameter in found.params if isinstance(parameter, click.Option)}
+    for group in groups:
+        for name, (_, option) in declared(group).items():
+            assert flags[name].opts == [f"--{name.replace('_', '-')}"]
+            assert flags[name].help == spelled(option.help, flag)
+            if option.choices:
+                assert isinstance(flags[name].type, click.Choice)
+                assert tuple(flags[name].type.choices) == option.choices
+
+
+def test_the_keywords_of_a_verb_are_the_declared_options() -> None:
+    assert declared(DiffOptions).keys() == {
+        *declared(ScopeOptions), *declared(ScoreOptions), *declared(SeedOptions), *declared(RunOptions),
+    }  # fmt: skip
+    assert declared(CutOptions).keys() == {*declared(DiffOptions), *declared(BudgetOptions)}
+    for verb, wrong, near in ((ns.diff, "anatomi", "anatomy"), (ns.extract, "neuron", "neurons")):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}': did you mean '{near}'"):
+            verb("base", "tuned", **{wrong: 1})
+
+
+def test_options_are_sorted_by_group() -> None:
+    scope, run = split("diff", {"threads": 2, "only": ["a"]}, ScopeOptions, RunOptions)
+    assert (scope, run) == ({"only": ["a"]}, {"threads": 2})
+
+
+def test_an_option_that_is_zero_is_given() -> None:
+    options = {"threshold": 0.0, "changed": False, "neurons": None, "only": (), "other": 1}
+    assert take(options, BudgetOptions) == {"threshold": 0.0}
+    assert options == {"only": (), "other": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "on_the_command_line", "in_python"),
+    [
+        ("[[max_per_tensor]]", "--max-per-tensor", "max_per_tensor"),
+        ("[[policy=random]]", "--policy random", "policy='random'"),
+        ("[[rank=8]]", "--rank 8", "rank=8"),
+        ("[[force=True]]", "--force", "force=True"),
+        ("[[out=...]]", "-o OUT", "out=..."),
+        ("[[base=...]]", "--base BASE", "base=..."),
+        ("[[0, 2]] and [[5]] stay", "[[0, 2]] and [[5]] stay", "[[0, 2]] and [[5]] stay"),
+    ],
+)
+def test_each_surface_spells_an_option_its_own_way(
+    text: str, on_the_command_line: str, in_python: str
+) -> None:
+    assert spelled(text, flag) == on_the_command_line
+    assert spelled(text, keyword) == in_python
