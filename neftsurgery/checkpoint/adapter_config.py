@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from ..errors import CorruptFileError, MismatchError
 from ..neurons.anatomy import read_anatomy
+from ..tensors.document import read_object
 from ..tensors.floats import FLOATS
-from ..tensors.header import TensorInfo, loads
+from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from .checkpoint import Checkpoint
 
@@ -76,12 +77,7 @@ def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[
 def _read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise CorruptFileError(f"the config is larger than {_MAX_CONFIG_BYTES} bytes", file=path)
-    try:
-        config = loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"not valid JSON: {error}", file=path) from error
-    if not isinstance(config, dict):
-        raise CorruptFileError("not a JSON object", file=path)
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise _unreadable(path, f"its type is {str(config.get('peft_type'))[:40]}, not LORA")
     for key in _OTHER_KINDS:

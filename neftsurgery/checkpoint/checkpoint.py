@@ -19,7 +19,8 @@ from ..errors import CorruptFileError, boundary
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
-from ..tensors.header import Header, TensorInfo, loads, read_header
+from ..tensors.document import read_object
+from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
 from ..text import plural, size
 from .unfinished import refuse_unfinished
@@ -183,15 +184,7 @@ class Checkpoint:
     def config(self) -> Mapping[str, Any] | None:
         """The ``config.json`` beside the weights; ``None`` if there is none."""
         path = self.root / "config.json"
-        if not path.is_file():
-            return None
-        try:
-            content = loads(path.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"not valid JSON: {error}", file=path) from error
-        if not isinstance(content, dict):
-            raise CorruptFileError("not a JSON object", file=path)
-        return content
+        return read_object(path) if path.is_file() else None
 
     @property
     def parameters(self) -> int:

@@ -8,7 +8,7 @@ itself are written, never through a symlink, and no file with other hard links.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +118,11 @@ def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
 def plan_heal(checkpoint: str | os.PathLike[str] | Source) -> HealPlan:
     """Read and check the journals of a checkpoint; nothing is written. Raises as `heal`."""
     source = checkpoint if isinstance(checkpoint, Source) else resolve(checkpoint)
-    found = find_journals(source)
+    return _plan(source, find_journals(source), {})
+
+
+def _plan(source: Source, found: Sequence[Source], opened: Mapping[Source, Journal]) -> HealPlan:
+    """The plan for the journals of ``found``; those in ``opened`` are not opened again."""
     if found and source.path.is_symlink():
         raise UsageError(
             "cannot heal through a symlink",
@@ -130,7 +134,7 @@ def plan_heal(checkpoint: str | os.PathLike[str] | Source) -> HealPlan:
     restorations = []
     for one in found:
         try:
-            restorations.append(Restoration.of(one, Journal.open(journal_path(one))))
+            restorations.append(Restoration.of(one, opened.get(one) or Journal.open(journal_path(one))))
         except FileNotFoundError:  # another process healed it meanwhile
             continue
     return HealPlan(source, tuple(restorations))
@@ -145,9 +149,10 @@ def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | N
     if isinstance(checkpoint, str | os.PathLike) and is_hub_id(checkpoint):
         return None
     source = checkpoint if isinstance(checkpoint, Source) else resolve(checkpoint)
+    opened: dict[Source, Journal] = {}
     for one in find_journals(source):
         try:
-            journal = Journal.open(journal_path(one))
+            journal = opened[one] = Journal.open(journal_path(one))
         except FileNotFoundError:
             continue
         except CorruptFileError:
@@ -155,7 +160,7 @@ def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | N
             raise
         if not is_recorded(journal.sha256):
             refuse_unfinished(one)
-    result = plan_heal(source).run()
+    result = _plan(source, list(opened), opened).run()  # of the very files whose hash was looked up
     return result if result.journals else None
 
 

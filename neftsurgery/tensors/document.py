@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CorruptFileError
 from .header import loads
 from .reader import TensorFile
 
-__all__ = ["Facts", "bad", "dump", "read_document", "require_entry"]
+__all__ = ["Facts", "bad", "dump", "read_document", "read_object", "require_entry"]
 
 
 class Facts(Mapping[str, object]):
@@ -67,6 +68,17 @@ class Facts(Mapping[str, object]):
 def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
     """The ``__metadata__`` that holds ``content`` under ``key``."""
     return {key: json.dumps(content, separators=(",", ":"), allow_nan=False)}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; a `CorruptFileError` if there is another thing in it."""
+    try:
+        content = loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"not valid JSON: {error}", file=path) from error
+    if not isinstance(content, dict):
+        raise CorruptFileError("not a JSON object", file=path)
+    return content
 
 
 def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[str, Any]:

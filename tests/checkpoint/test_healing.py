@@ -221,3 +221,23 @@ def test_a_journal_that_contradicts_itself_or_is_larger_than_the_checkpoint(
     assert result.code == 4
     assert ("overlap" if what == "overlap" else "larger than the checkpoint") in result.err
     assert snapshot(base) == torn
+
+
+def test_the_journal_that_is_followed_is_the_one_whose_record_was_found(
+    interrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is opened once: another file put in its place afterwards is not followed."""
+    from neftsurgery.checkpoint import healing
+
+    base, _, _ = interrupted
+    journal, torn = base / ".neft-journal", snapshot(base)
+    content = journal.read_bytes()
+
+    def found(sha256: str) -> bool:
+        journal.unlink()
+        journal.write_bytes(content)  # as good, but it is not the file that was hashed
+        return True
+
+    monkeypatch.setattr(healing, "is_recorded", found)
+    assert heal_recorded(base) is None
+    assert {name for name, entry in snapshot(base).items() if torn.get(name) != entry} <= {".neft-journal"}
