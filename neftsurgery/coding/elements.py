@@ -1,0 +1,55 @@
+"""Elements as unsigned integers: their bits, the order of their values, and what predicts a change."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..tensors.dtypes import DTYPES
+
+__all__ = ["Carrier", "Elements"]
+
+Carrier: TypeAlias = NDArray[np.unsignedinteger[Any]]
+"""Elements as the unsigned integers of their bits."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Elements:
+    """How the elements of one dtype are compared. Made by `of`.
+
+    ``carrier`` is the unsigned integer type that holds an element's bits. ``rules`` has what the kernels need,
+    uint64 ``[6]``: shift and mask of the context in the base element's bits, the highest bit, all bits, and
+    what is flipped to order negative and positive elements by value.
+    """
+
+    carrier: np.dtype[np.unsignedinteger[Any]]
+    rules: NDArray[np.uint64]
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return self.carrier.itemsize
+
+    @staticmethod
+    @functools.cache
+    def of(dtype: str) -> Elements:
+        """The elements of a safetensors dtype; those that fill no whole bytes are taken as bytes.
+
+        The context of a float is its exponent, without the sign, at most the highest eight bits of it.
+        Complex numbers are pairs of floats.
+        """
+        kind = DTYPES["F32" if dtype == "C64" else dtype]
+        bits = kind.bits if kind.bits % 8 == 0 else 8
+        top, full = 1 << (bits - 1), (1 << bits) - 1
+        if kind.format is None:
+            rules = [0, 0, top, full, 0, 0]
+        else:
+            exponent_bits = bits - 1 - kind.format.fraction_bits
+            dropped = max(0, exponent_bits - 8)
+            mask = (1 << (exponent_bits - dropped)) - 1
+            rules = [kind.format.fraction_bits + dropped, mask, top, full, full, top]
+        return Elements(np.dtype(f"u{bits // 8}"), np.array(rules, np.uint64))
