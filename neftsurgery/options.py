@@ -20,6 +20,7 @@ __all__ = [
     "CutOptions",
     "DiffOptions",
     "HasCounts",
+    "LosslessOptions",
     "Option",
     "RunOptions",
     "Scope",
@@ -155,6 +156,25 @@ class RunOptions(TypedDict, total=False):
         ),
     ]
     progress: Progress
+
+
+class LosslessOptions(TypedDict, total=False):
+    """Whether, and how, a whole fine-tune is kept."""
+
+    lossless: Annotated[
+        bool,
+        Option(
+            "Keep the whole fine-tune instead of chosen neurons: base plus patch is the tuned checkpoint, "
+            "to the bit."
+        ),
+    ]
+    fast: Annotated[
+        bool, Option("With [[lossless]]: a larger patch, decoded about as fast as memory is copied.")
+    ]
+    weights_only: Annotated[
+        bool,
+        Option("With [[lossless]]: leave out the config, the tokenizer and other files beside the weights."),
+    ]
 
 
 class SelectOptions(BudgetOptions, SeedOptions):

@@ -54,8 +54,10 @@ def _scratch(length: int, size: int) -> tuple[NDArray[np.uint32], NDArray[np.uin
     return words, _local.extras
 
 
-def encode(base: Carrier | None, tuned: Carrier, elements: Elements, table: Table | None) -> tuple[Form, bytes]:
-    """The smallest form of ``tuned``; without ``base``, it is compared with zeros. A ``table`` allows CODED."""
+def encode(
+    base: Carrier | None, tuned: Carrier, elements: Elements, table: Table | None
+) -> tuple[Form, bytes]:
+    """The smallest form of ``tuned``; CODED only with a ``table``. Without ``base``, zeros stand for it."""
     against = np.zeros_like(tuned) if base is None else base
     if base is not None and np.array_equal(base, tuned):
         return Form.SAME, b""
@@ -174,7 +176,7 @@ def _decode_coded(code: bytes, base: Carrier, out: Carrier, elements: Elements, 
     (count,) = _COUNT.unpack(code[:4]) if len(code) >= 4 and len(code) % 4 == 0 else (-1,)
     if not 0 <= count <= len(code) // 4 - 1:
         raise ValueError("its code has another length")
-    gaps, values = table.decoding
+    gaps, values = table.decoding()
     padded = np.frombuffer(code + bytes(4), "<u4")[1:]
     words, extras = padded[: count + 1], padded[count:]
     rules, contexts = elements.rules, table.contexts

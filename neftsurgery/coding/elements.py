@@ -21,9 +21,9 @@ Carrier: TypeAlias = NDArray[np.unsignedinteger[Any]]
 class Elements:
     """How the elements of one dtype are compared. Made by `of`.
 
-    ``carrier`` is the unsigned integer type that holds an element's bits. ``rules`` has what the kernels need,
-    uint64 ``[6]``: shift and mask of the context in the base element's bits, the highest bit, all bits, and
-    what is flipped to order negative and positive elements by value.
+    ``carrier`` is the unsigned integer type that holds an element's bits. ``rules`` is for kernels, uint64
+    ``[6]``: shift and mask of the context in a base element's bits, the highest bit, all bits, and what is
+    flipped to order negative and positive elements by value.
     """
 
     carrier: np.dtype[np.unsignedinteger[Any]]

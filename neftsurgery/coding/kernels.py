@@ -219,8 +219,8 @@ def encode_changes(n, count, events, gap_table, value_table, words, extras):  # 
 def decode_changes(base, out, rules, contexts, count, gap_slots, value_slots, words, extras):  # type: ignore[no-untyped-def]
     """Fill ``out`` with the block that `encode_changes` coded; returns 0, or 1 if the code is damaged.
 
-    ``slots``, ``[contexts, 2^PRECISION]``, hold symbol, frequency less one, and place within the symbol. Behind
-    ``words`` and ``extras`` is one more element that is not read for its value.
+    ``slots``, ``[contexts, 2^PRECISION]``, hold symbol, frequency less one, and place within the symbol.
+    Behind ``words`` and ``extras`` is one more element, whose value does not matter.
     """
     shift, mask = rules[0], rules[1]
     n, w_end, e_end = u64(base.shape[0]), words.shape[0] - 1, extras.shape[0] - 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -29,8 +30,8 @@ class Table:
     """The frequencies that code the blocks of one kind of tensor.
 
     ``contexts``, uint8 ``[256]``, gives each exponent its context. ``gaps``, uint16 ``[contexts, GAPS]``, and
-    ``values``, uint16 ``[contexts, CLASSES]``, sum to 2^PRECISION per context. Without ``gaps``, ``[0, GAPS]``,
-    every element has its value.
+    ``values``, uint16 ``[contexts, CLASSES]``, sum to 2^PRECISION per context. If there are no ``gaps``,
+    ``[0, GAPS]``, every element has its value.
     """
 
     contexts: NDArray[np.uint8]
@@ -47,7 +48,7 @@ class Table:
         """Of gaps and values: start and frequency of each symbol, ``[contexts, symbols, 2]``."""
         return _starts(self.gaps), _starts(self.values)
 
-    @cached_property
+    @lru_cache(maxsize=64)  # noqa: B019
     def decoding(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Of gaps and values: what each slot stands for, ``[contexts, 2^PRECISION]``."""
         return _slots(self.gaps), _slots(self.values)
@@ -124,7 +125,7 @@ def _contexts(values: Int64Array, share: float) -> NDArray[np.uint8]:
     groups = [values[exponent] for exponent in seen]
     starts = [int(exponent) for exponent in seen] or [0]
     costs = [_bits(group) for group in groups]
-    joint = [_bits(a + b) for a, b in zip(groups, groups[1:], strict=False)]
+    joint = [_bits(a + b) for a, b in pairwise(groups)]
     while len(groups) > 1:
         added = [joint[i] - costs[i] - costs[i + 1] for i in range(len(joint))]
         i = int(np.argmin(added))
@@ -147,7 +148,7 @@ def _bits(counts: Int64Array) -> float:
 
 
 def _rounded(counts: Int64Array, reachable: int) -> NDArray[np.uint16]:
-    """Frequencies that sum to 2^PRECISION per row; at least one for each of the first ``reachable`` symbols."""
+    """Frequencies that sum to 2^PRECISION per row, at least one for each ``reachable`` symbol."""
     found = np.zeros(counts.shape, np.uint16)
     for row, weights in zip(found, np.maximum(counts[:, :reachable], 1e-9), strict=True):
         share = np.floor(weights * ((_TOTAL - reachable) / weights.sum())).astype(np.uint16)
@@ -183,7 +184,8 @@ def unpack(packed: bytes) -> list[Table]:
         if not 1 <= count <= MOST_CONTEXTS or ends[-1] > len(raw):
             raise ValueError("the tables are cut off")
         contexts, gaps, values = (
-            np.frombuffer(raw[end - part : end], kind) for end, part, kind in zip(ends, sizes, ("u1", "<u2", "<u2"), strict=True)
+            np.frombuffer(raw[end - part : end], kind)
+            for end, part, kind in zip(ends, sizes, ("u1", "<u2", "<u2"), strict=True)
         )
         table = Table(contexts, gaps.reshape(-1, GAPS), values.reshape(-1, CLASSES))
         if int(contexts.max()) >= count or any(

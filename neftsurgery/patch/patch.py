@@ -13,7 +13,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
-from ..errors import CorruptFileError, boundary
+from ..errors import CorruptFileError, MismatchError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index
@@ -33,6 +33,8 @@ from .digests import DigestHash, digests
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
 
 PATCH_VERSION: Final = 1
+#: The version from which the file holds a whole fine-tune: see `neftsurgery.patch.lossless`.
+LOSSLESS_VERSION: Final = 2
 PATCH_KEY = "neuron_patch"
 PATCH_NAME = "neuron_patch.safetensors"
 _WHAT = "neuron patch"
@@ -169,7 +171,13 @@ class Patch(FileBacked):
     @classmethod
     def read(cls, file: TensorFile, source: Source | None = None) -> Patch:
         """The patch in an open file, which is the new object's from now on."""
-        manifest = read_document(file, PATCH_KEY, _WHAT, PATCH_VERSION)
+        manifest = read_document(file, PATCH_KEY, _WHAT, LOSSLESS_VERSION)
+        if manifest["version"] >= LOSSLESS_VERSION:
+            raise MismatchError(
+                "the patch is lossless: it holds a whole fine-tune, not chosen neurons",
+                file=file.path,
+                hint="write the tuned checkpoint with `neftsurgery apply BASE PATCH -o OUT`",
+            )
         tensors = {
             name: _tensor(file, name, manifest["tensors"][name]) for name in sorted(manifest["tensors"])
         }

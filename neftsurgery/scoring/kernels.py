@@ -15,12 +15,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
+from ..tensors.compiled import compiled
 from ..tensors.dtypes import DTYPES, DType, FloatFormat
 from ..tensors.floats import FLOATS
 
@@ -42,16 +42,6 @@ _TILE = 2048  # neurons per tile of column_sums: three float32 accumulators of i
 _COLUMN_BLOCK = 64  # runs per float32 partial sum
 
 u32, u64 = np.uint32, np.uint64
-
-
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(nogil=True, cache=True, **options)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # no cache folder is writable: compile again in each process
-            return numba.njit(nogil=True, **options)(function)  # type: ignore[no-any-return]
-
-    return wrap
 
 
 def _bitcast(source: Any, target: Any) -> Any:
@@ -159,7 +149,7 @@ def run_sums(dtype: str) -> Callable[..., None]:
     itemsize = DTYPES[dtype].itemsize
     ahead, line = _AHEAD // itemsize, _LINE // itemsize
 
-    @_compiled(fastmath=_FASTMATH)
+    @compiled(fastmath=_FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
         for run in range(changed.size):
             aa, dd, ad, differing = 0.0, 0.0, 0.0, 0
@@ -199,7 +189,7 @@ def column_sums(dtype: str) -> Callable[..., None]:
     partial = np.float64 if dtype == "F64" else np.float32
     line = _LINE // DTYPES[dtype].itemsize
 
-    @_compiled(fastmath=_FASTMATH)
+    @compiled(fastmath=_FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
         runs = a.size // length
         aa = np.empty(_TILE, partial)
@@ -247,7 +237,7 @@ def exact_sums(dtype: str) -> Callable[..., None]:
     """
     code = FORMATS[dtype]
 
-    @_compiled()
+    @compiled()
     def kernel(a: Any, b: Any, chosen: Any, scale: float, out: Any, changed: Any, finite: Any) -> None:
         for row in range(chosen.size):
             aa, dd, ad, bb, ab, top, differing, good = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0, True

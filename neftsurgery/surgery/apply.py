@@ -15,13 +15,15 @@ from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import open_shard
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions
+from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, silent
-from ..sources.resolve import is_hub_id
+from ..sources.resolve import Source, is_hub_id
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
+from .rebuild import RebuildPlan, RebuildResult, plan_rebuild
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .verb import load_patch, replaced_rows, require_replaced, run_keywords
+from .verb import replaced_rows, require_replaced, run_keywords
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -34,13 +36,13 @@ log = logging.getLogger(__name__)
 @boundary
 def apply(
     base: AnyPath,
-    patches: Patch | AnyPath | Sequence[Patch | AnyPath],
+    patches: AnyPatch | Sequence[AnyPatch],
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
     **options: Unpack[RunOptions],
-) -> RewriteResult:
+) -> RewriteResult | RebuildResult:
     """Write a patched checkpoint.
 
     Parameters
@@ -49,7 +51,7 @@ def apply(
         A checkpoint: a file, a folder, or a Hub id. It may be patched already, or partly.
     patches:
         A patch, or several, each a `Patch` or a path; each is checked against the state that the
-        ones before it leave.
+        ones before it leave. A lossless patch makes the whole tuned checkpoint, and comes alone.
     out:
         The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
     in_place:
@@ -74,21 +76,21 @@ def apply(
     run = run_keywords("apply", options)
     if in_place:
         undo_unfinished(base)
-    several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
+    several = [patches] if isinstance(patches, (Patch, LosslessPatch, Source, str, os.PathLike)) else patches
     return plan_apply(base, several, out=out, in_place=in_place, force=force, **run).run(**run)
 
 
 @boundary
 def revert(
     checkpoint: AnyPath,
-    patch: Patch | AnyPath,
+    patch: AnyPatch,
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
     base: AnyPath | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
-) -> RewriteResult:
+) -> RewriteResult | RebuildResult:
     """Undo a patch: write the vectors it replaced back, bit for bit.
 
     Parameters
@@ -122,24 +124,30 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
 
 def plan_apply(
     base: AnyPath,
-    patches: Sequence[Patch | AnyPath],
+    patches: Sequence[AnyPatch],
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
-) -> ApplyPlan:
+) -> ApplyPlan | RebuildPlan:
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
-    rows = [RowSource(patch, patch.values) for patch in map(load_patch, patches)]
+    rows = []
+    for patch in map(load_any, patches):
+        if isinstance(patch, LosslessPatch):
+            if len(patches) > 1:
+                raise UsageError("a lossless patch is applied alone", file=patch.place)
+            return plan_rebuild(base, patch, goal="patched", out=out, in_place=in_place, force=force)
+        rows.append(RowSource(patch, patch.values))
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
 def plan_revert(
     checkpoint: AnyPath,
-    patch: Patch | AnyPath,
+    patch: AnyPatch,
     *,
     base: AnyPath | None = None,
     out: AnyPath | None = None,
@@ -147,9 +155,13 @@ def plan_revert(
     force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
-) -> RevertPlan:
+) -> RevertPlan | RebuildPlan:
     """Check everything that `revert` needs; nothing is written."""
-    patch = load_patch(patch)
+    patch = load_any(patch)
+    if isinstance(patch, LosslessPatch):
+        return plan_rebuild(
+            checkpoint, patch, goal="base", base=base, out=out, in_place=in_place, force=force
+        )
     inputs, read = list[Path](), patch.base_values
     if base is not None:
         original = Checkpoint.open(base)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..checkpoint.provenance import Provenance, require_same_files, same_files
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
+from ..patch.lossless import LosslessPatch
 from ..patch.patch import Manifest, Patch
 from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
@@ -27,6 +28,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from .diff import DiffPlan, check_score
+from .lossless import plan_lossless
 from .pairing import pair
 from .verb import running, warn
 
@@ -112,7 +114,22 @@ class ExtractPlan:
         return patch
 
 
-@boundary
+@overload
+def extract(
+    base: AnyPath,
+    tuned: AnyPath,
+    *,
+    lossless: Literal[True],
+    fast: bool = False,
+    weights_only: bool = False,
+    reversible: bool = False,
+    out: AnyPath | None = None,
+    force: bool = False,
+    **options: Unpack[RunOptions],
+) -> LosslessPatch: ...
+
+
+@overload
 def extract(
     base: AnyPath,
     tuned: AnyPath,
@@ -123,7 +140,24 @@ def extract(
     out: AnyPath | None = None,
     force: bool = False,
     **options: Unpack[CutOptions],
-) -> Patch:
+) -> Patch: ...
+
+
+@boundary
+def extract(
+    base: AnyPath,
+    tuned: AnyPath,
+    selection: Selection | None = None,
+    *,
+    scores: Scores | None = None,
+    lossless: bool = False,
+    fast: bool = False,
+    weights_only: bool = False,
+    reversible: bool = False,
+    out: AnyPath | None = None,
+    force: bool = False,
+    **options: Unpack[CutOptions],
+) -> Patch | LosslessPatch:
     """Cut the chosen neurons of a tuned checkpoint out as a patch on its base.
 
     Parameters
@@ -136,6 +170,12 @@ def extract(
     scores:
         Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``axis``,
         ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
+    lossless:
+        Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the weights
+        that belong to a model. Nothing is chosen then.
+    fast, weights_only:
+        For ``lossless``: forms that are decoded about as fast as memory is copied; no files beside the
+        weights.
     reversible:
         Keep the replaced values in the patch, so that it can be reverted without the base.
     out:
@@ -156,6 +196,22 @@ def extract(
         "extract", options, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
     )
     machine = running(run)
+    if lossless:
+        given = [
+            *scope,
+            *score,
+            *budget,
+            *(["scores"] if scores else []),
+            *(["selection"] if selection else []),
+        ]
+        if given:
+            raise UsageError(f"[[{given[0]}]] does not go with [[lossless]], which keeps every neuron")
+        whole = plan_lossless(
+            base, tuned, reversible=reversible, fast=fast, weights_only=weights_only, out=out, force=force
+        )
+        return whole.run(**machine)
+    if fast or weights_only:
+        raise UsageError(f"[[{'fast' if fast else 'weights_only'}]] is for [[lossless]] patches only")
     plan = plan_extract(
         base,
         tuned,

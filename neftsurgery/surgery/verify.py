@@ -10,10 +10,13 @@ from typing import Literal, Unpack
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import fingerprint
 from ..errors import boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions
+from ..patch.delta import Block, block_hash, counterpart, read_block
 from ..patch.digests import DigestHash, digests
+from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.overlap import overlay
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
@@ -21,7 +24,7 @@ from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..text import plural
-from .verb import load_patch, run_keywords
+from .verb import run_keywords
 
 __all__ = [
     "JOURNAL_HINT",
@@ -168,6 +171,42 @@ def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
     return dict(Counter(tensor.state for tensor in states.values()))
 
 
+def examine_blocks(
+    checkpoint: Checkpoint, patch: LosslessPatch, *, limits: Limits, advance: Callable[[int], None]
+) -> tuple[State, dict[str, TensorState]]:
+    """Compare every block with both of its hashes, and all tensors with both fingerprints."""
+    delta = patch.forward
+    tensors = {name: TensorState() for name in delta.tensors}
+
+    def look(block: Block) -> tuple[bool, bool]:
+        info = counterpart(block.info, checkpoint.tensors)
+        found = None if info is None else read_block(checkpoint, block, info)
+        if found is None:
+            return int(delta.before[block.number]) == 0, False
+        digest = block_hash(found[0][: found[1]])
+        whole = found[1] == block.stop - block.start
+        return digest == int(delta.before[block.number]), whole and digest == int(delta.after[block.number])
+
+    for block, (is_base, is_patched) in in_order(look, delta.blocks, limits.threads):
+        tensor = tensors[block.info.name]
+        tensor.both += is_base and is_patched
+        tensor.base += is_base and not is_patched
+        tensor.patched += is_patched and not is_base
+        tensor.neither += not is_base and not is_patched
+        advance(block.nbytes)
+    state = PatchState(tensors).state
+    if state in ("base", "patched"):
+        # Blocks do not tell which tensors only one side has.
+        whole = fingerprint(checkpoint)
+        if whole == patch.tuned.fingerprint and not any(t.base for t in tensors.values()):
+            state = "patched"
+        elif whole == patch.base.fingerprint and not any(t.patched for t in tensors.values()):
+            state = "base"
+        else:
+            state = "mixed"
+    return state, tensors
+
+
 @dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify` found.
@@ -184,14 +223,16 @@ class Verification:
     state: State
     tensors: dict[str, TensorState]
     timing: Timing = field(default_factory=Timing)
+    #: What was compared: neurons, or blocks of a lossless patch.
+    unit: str = "neuron"
 
     @property
     def neurons(self) -> int:
-        """How many vectors were compared."""
+        """How many vectors or blocks were compared."""
         return sum(t.base + t.patched + t.both + t.neither for t in self.tensors.values())
 
     def __str__(self) -> str:
-        return f"{self.state}: {plural(self.neurons, 'neuron')} in {plural(len(self.tensors), 'tensor')}"
+        return f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"
 
     def __repr__(self) -> str:
         return f"<Verification {self}>"
@@ -209,35 +250,39 @@ class VerifyPlan:
     """A checkpoint, and a patch that fits it. Made by `plan_verify`."""
 
     checkpoint: Checkpoint
-    patch: Patch
+    patch: Patch | LosslessPatch
 
     def describe(self) -> dict[str, object]:
         """For JSON."""
-        return {
-            "checkpoint": self.checkpoint.name,
-            "patch": self.patch.name,
-            "neurons": self.patch.neurons,
-            "tensors": list(self.patch.tensors),
-        }
+        facts = {"checkpoint": self.checkpoint.name, "patch": self.patch.name}
+        if isinstance(self.patch, LosslessPatch):
+            return {**facts, "lossless": True, "tensors": list(self.patch.forward.tensors)}
+        return {**facts, "neurons": self.patch.neurons, "tensors": list(self.patch.tensors)}
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
-        """Compare every vector that the patch touches."""
-        watch = Stopwatch()
-        with watch.running(), progress("checking", self.patch.value_bytes) as advance:
-            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), advance=advance)
+        """Compare every vector that the patch touches; of a lossless patch, every block."""
+        watch, limits = Stopwatch(), limits or Limits.of()
+        lossless = isinstance(self.patch, LosslessPatch)
+        total = self.patch.forward.nbytes if isinstance(self.patch, LosslessPatch) else self.patch.value_bytes
+        with watch.running(), progress("checking", total) as advance:
+            if isinstance(self.patch, LosslessPatch):
+                state, tensors = examine_blocks(self.checkpoint, self.patch, limits=limits, advance=advance)
+            else:
+                (found,) = examine(self.checkpoint, [self.patch], limits=limits, advance=advance)
+                state, tensors = found.state, found.tensors
             self.checkpoint.check_unchanged()
             self.patch.check_unchanged()
         watch.bytes_read = self.checkpoint.bytes_read
-        return Verification(found.state, found.tensors, watch.timing)
+        return Verification(state, tensors, watch.timing, "block" if lossless else "neuron")
 
 
 @boundary
 def verify(
     checkpoint: AnyPath,
-    patch: Patch | AnyPath,
+    patch: AnyPatch,
     **options: Unpack[RunOptions],
 ) -> Verification:
-    """Compare every vector that a patch touches with its state before and after.
+    """Compare every vector that a patch touches with its state before and after; or every block.
 
     Parameters
     ----------
@@ -256,8 +301,10 @@ def verify(
     return plan_verify(checkpoint, patch).run(**run_keywords("verify", options))
 
 
-def plan_verify(checkpoint: AnyPath, patch: Patch | AnyPath) -> VerifyPlan:
+def plan_verify(checkpoint: AnyPath, patch: AnyPatch) -> VerifyPlan:
     """Read the headers of both and check that they fit each other."""
-    opened, loaded = Checkpoint.open(checkpoint), load_patch(patch)
-    loaded.require_fit(opened)
+    opened = Checkpoint.open(checkpoint)
+    loaded = load_any(patch)
+    if isinstance(loaded, Patch):
+        loaded.require_fit(opened)
     return VerifyPlan(opened, loaded)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import CorruptFileError, MachineError
 from .dtypes import DTYPES, DType
 
-__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "loads", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "loads", "parse_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 _PREFIX = struct.Struct("<Q")
@@ -120,6 +120,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         raw = file.read(length) if 0 <= length <= MAX_HEADER_BYTES else b""
         if len(raw) != length:
             raise CorruptFileError("the file was truncated while it was opened", file=path)
+    return parse_header(raw, path)
+
+
+def parse_header(raw: bytes, path: str | os.PathLike[str] | None) -> Header:
+    """The header in the JSON text ``raw``, with its padding, of a file that the safetensors package accepts.
+
+    Raises a `CorruptFileError` about ``path`` if it is not valid JSON, or a key occurs twice.
+    """
     try:
         content = loads(raw.decode("utf-8"))
     except _DuplicateKeyError as error:
@@ -131,7 +139,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"the header is not valid JSON: {error}", file=path) from error
     metadata = content.pop("__metadata__", None) or {}
-    start = _PREFIX.size + length
+    start = _PREFIX.size + len(raw)
     tensors: dict[str, TensorInfo] = {}
     offsets: dict[str, int] = {}
     for name, entry in content.items():
@@ -187,6 +195,15 @@ class FilePlan:
         for name in offsets:
             offsets[name] += start
         return cls(tensors, offsets, start, start + position, packed.getbuffer())
+
+    def shrunk(self, name: str, rows: int) -> FilePlan:
+        """The plan with fewer rows of the entry that lies last; nothing else moves."""
+        last = self.tensors[name]
+        assert self.offsets[name] + last.nbytes == self.nbytes  # nothing lies behind it
+        entries = dict(self.tensors) | {name: TensorInfo(name, last.dtype, (rows, *last.shape[1:]))}
+        plan = FilePlan.of(entries.values(), {})
+        size = self.offsets[name] + entries[name].nbytes
+        return FilePlan(plan.tensors, self.offsets, self.start, size, plan._entries)
 
     def pack(self, metadata: Mapping[str, str]) -> list[bytes | memoryview]:
         """Prefix and header as bytes, padded with spaces, in parts to write one after the other.

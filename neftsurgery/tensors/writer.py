@@ -66,6 +66,12 @@ class TensorFileWriter:
             if data.nbytes >= _WRITEBACK_BYTES:
                 begin_writeback(self._fd, position, data.nbytes)
 
+    def shrink(self, name: str, rows: int) -> None:
+        """Cut the entry that lies last off behind ``rows`` rows."""
+        self._plan = self._plan.shrunk(name, rows)
+        self._small.flush()
+        os.ftruncate(self._fd, self._plan.nbytes)
+
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Write the header with the final ``metadata``, which must fit the space reserved for it."""
         self._small.flush()
@@ -140,12 +146,14 @@ def written_file(
     out: str | os.PathLike[str] | None,
     *,
     force: bool = False,
+    space: int | None = None,
 ) -> Iterator[_Written]:
     """Write a safetensors file with ``entries``, all or nothing.
 
     ``room`` is metadata as large as the final metadata can get: it only reserves space in the header. Without
-    ``out`` the file is a nameless temporary one, which lives as long as its reader. Raises a `UsageError` if
-    ``out`` exists, without ``force``, and a `MismatchError` if the names clash or do not fit a header.
+    ``out`` the file is a nameless temporary one, which lives as long as its reader. ``space``: how many bytes
+    must be free, by default as many as the file has. Raises a `UsageError` if ``out`` exists, without
+    ``force``, and a `MismatchError` if the names clash or do not fit a header.
     """
     try:
         plan = FilePlan.of(entries, room)
@@ -154,10 +162,10 @@ def written_file(
     if out is None:
         with tempfile.TemporaryFile(prefix="neft-", buffering=0) as nameless:
             spool = OpenFile(os.dup(nameless.fileno()))
-        require_space(tempfile.gettempdir(), plan.nbytes)
+        require_space(tempfile.gettempdir(), plan.nbytes if space is None else space)
         yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
         return
     path = Path(out).absolute()  # the caller may change the current folder meanwhile
     with staged_file(path, force=force) as staged:
-        require_space(path.parent, plan.nbytes)
+        require_space(path.parent, plan.nbytes if space is None else space)
         yield _Written(TensorFileWriter(plan, staged.fd), None, path)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ...surgery.apply import plan_apply, undo_unfinished
+from ...surgery.rebuild import RebuildPlan
 from ...surgery.rewrite import RewritePlan
 from ...text import plural, size
 from ..console import Console
@@ -48,16 +49,22 @@ def command(
     run_rewrite(console, plan, dry_run)
 
 
-def run_rewrite(console: Console, plan: RewritePlan, dry_run: bool) -> None:
+def run_rewrite(console: Console, plan: RewritePlan | RebuildPlan, dry_run: bool) -> None:
     """Run an apply or revert, or say what it would do."""
     facts = plan.describe()
     if dry_run:
-        _say_planned(console, plan)
+        if isinstance(plan, RebuildPlan):
+            console.say(f"would write {plural(len(plan.names), 'file')} to {plan.out}, {size(plan.nbytes)}")
+        else:
+            _say_planned(console, plan)
         console.answer({**facts, "written": False}, plan.timing, dry_run=True)
         return
     result = plan.run(**console.running)
     console.say(str(result).partition("\n")[0])
-    _note(console, plan)
+    if isinstance(plan, RewritePlan):
+        _note(console, plan)
+    elif plan.patch.not_carried and plan.goal == "patched":
+        console.note(f"the patch does not carry {', '.join(plan.patch.not_carried)} of the tuned checkpoint")
     console.answer({**facts, "written": result.written}, result.timing, dry_run=False)
 
 

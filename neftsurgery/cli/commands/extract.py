@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
 from ...errors import UsageError
-from ...options import BudgetOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, SelectOptions, declared
+from ...options import (
+    BudgetOptions,
+    LosslessOptions,
+    Scope,
+    ScopeOptions,
+    ScoreOptions,
+    SeedOptions,
+    SelectOptions,
+    declared,
+)
+from ...progress import Timing
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...selection.selection_facts import SelectionFacts
 from ...surgery.extract import ExtractPlan, is_whole_change, plan_extract
+from ...surgery.lossless import plan_lossless
 from ...text import commas, percent, plural, size
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
@@ -23,7 +35,7 @@ __all__ = ["command"]
 @click.argument("base")
 @click.argument("tuned")
 @output_option("PATCH", required=True, text="Write the patch to this file.")
-@options_of(BudgetOptions)
+@options_of(BudgetOptions, LosslessOptions)
 @click.option("--scores", metavar="SCORES", help="Choose by these scores instead of scoring again.")
 @click.option("--selection", metavar="SELECTION", help="Take these neurons instead of choosing.")
 @click.option(
@@ -45,17 +57,27 @@ def command(
 ) -> None:
     """Choose neurons of TUNED, and write them as a patch on BASE.
 
-    The neurons are scored first, unless --scores or --selection is given.
+    The neurons are scored first, unless --scores or --selection is given. With --lossless nothing is chosen:
+    the patch is the whole fine-tune, to the bit.
 
     \b
     Example:
       neftsurgery extract base/ tuned/ -o neuron_patch.safetensors --neurons 3%
       neftsurgery extract base/ tuned/ -o neuron_patch.safetensors --changed --include '*' --with-bias
+      neftsurgery extract base/ tuned/ -o whole.safetensors --lossless
     """
+    whole = take(options, LosslessOptions)
+    if whole:
+        _extract_whole(console, base, tuned, whole, dry_run, {**options, "out": out})
+        return
     if scores is not None and selection is not None:
         raise UsageError("[[scores]] and [[selection]] do not go together")
     if scores is not None or selection is not None:
-        _refuse_scoring_options("scores" if scores is not None else "selection")
+        _refuse(
+            (*declared(ScoreOptions), *declared(ScopeOptions)),
+            "scores" if scores is not None else "selection",
+            "it is for scoring, which was done before",
+        )
     budget, inputs = take_budget(options, SelectOptions)
     inputs += [path for path in (scores, selection) if path is not None]
     if selection is not None:
@@ -81,6 +103,36 @@ def command(
         nbytes, timing = patch.nbytes, patch.timing
     _say(console, plan, nbytes, dry_run)
     console.answer(plan.describe() | {"bytes": nbytes}, timing, dry_run=dry_run)
+
+
+def _extract_whole(
+    console: Console, base: str, tuned: str, whole: dict[str, Any], dry_run: bool, options: dict[str, Any]
+) -> None:
+    """The command with --lossless."""
+    if not whole.pop("lossless", False):
+        raise UsageError(f"[[{next(iter(whole))}]] is for [[lossless]] patches only")
+    chosen = {
+        *declared(ScoreOptions),
+        *declared(ScopeOptions),
+        *declared(SelectOptions),
+        "scores",
+        "selection",
+    }
+    _refuse(chosen, "lossless", "a lossless patch keeps every neuron")
+    kept = {name: options[name] for name in ("out", "force", "reversible")}
+    plan = plan_lossless(base, tuned, **kept, **whole)
+    facts = plan.describe()
+    if plan.not_carried:
+        console.note(f"not carried: {', '.join(plan.not_carried)}")
+    if dry_run:
+        console.say(f"would write {plan.out}: {plural(len(plan.tuned.tensors), 'tensor')}")
+        console.answer(facts, Timing(), dry_run=True)
+        return
+    patch = plan.run(**console.running)
+    share = percent(patch.nbytes / patch.forward.nbytes) if patch.forward.nbytes else "0%"
+    console.say(f"wrote {plan.out} ({size(patch.nbytes)}, {share} of the tuned weights)")
+    console.say("base plus patch is the tuned checkpoint, bit for bit")
+    console.answer(facts | {"bytes": patch.nbytes, "forms": patch.forms()}, patch.timing, dry_run=False)
 
 
 def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> None:
@@ -111,11 +163,9 @@ def _say_captured(console: Console, facts: SelectionFacts, *, whole: bool | None
         console.say("base plus patch is NOT the tuned model: it has only these neurons of it")
 
 
-def _refuse_scoring_options(given: str) -> None:
-    """Refuse the options of scoring where nothing is scored."""
+def _refuse(names: Iterable[str], given: str, why: str) -> None:
+    """Refuse options that do not go with another one that was given."""
     context = click.get_current_context()
-    for name in (*declared(ScoreOptions), *declared(ScopeOptions)):
+    for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise UsageError(
-                f"[[{name}]] does not go with [[{given}]]", hint="it is for scoring, which was done before"
-            )
+            raise UsageError(f"[[{name}]] does not go with [[{given}]]", hint=why)

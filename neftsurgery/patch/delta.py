@@ -1,0 +1,323 @@
+"""The way from one checkpoint to another: the target's files, and how each block follows from the source's.
+
+A *block* is a range of at most 2^20 elements of one tensor. The blocks of a delta are those of the target's
+weight files, in order: of the files, of the data in each, and of the elements in each tensor. They are
+compared with the same tensor of the source, as far as it reaches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+from ..coding.blocks import BLOCK, Form, decode
+from ..coding.elements import Carrier, Elements
+from ..coding.tables import Table, unpack
+from ..errors import MismatchError
+from ..tensors.document import bad
+from ..tensors.header import Header, TensorInfo, loads, parse_header
+from ..tensors.reader import TensorFile, WeightReader
+
+__all__ = [
+    "ARRAYS",
+    "Block",
+    "Delta",
+    "SideFile",
+    "WeightFile",
+    "block_hash",
+    "blocks_of",
+    "counterpart",
+    "pack_layout",
+    "read_block",
+]
+
+#: The arrays with an element per block, and their types in the file.
+ARRAYS = {"form": "U8", "table": "U16", "size": "U32", "before": "U64", "after": "U64"}
+_PREFIX = struct.Struct("<Q")
+_MOST_LAYOUT_BYTES = 400_000_000
+_MOST_SIDE_BYTES = 64 << 20
+_WHAT = "patch"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """A weight file of the target: its name, and its header, byte for byte."""
+
+    name: str
+    header: Header
+    raw: bytes  # the header's JSON text with its padding
+
+    @property
+    def start(self) -> bytes:
+        """The first bytes of the file, up to its data."""
+        return _PREFIX.pack(len(self.raw)) + self.raw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.header.size + sum(info.nbytes for info in self.header.tensors.values())
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A file beside the weights that the patch carries."""
+
+    name: str
+    nbytes: int
+    sha256: str
+    packed: int  # bytes in the patch, compressed by zstd; 0: it is the source's file of that name
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A range of elements of a tensor of the target."""
+
+    number: int
+    file: WeightFile
+    info: TensorInfo
+    start: int  # in elements of `Elements.of`
+    stop: int
+
+    @property
+    def elements(self) -> Elements:
+        """How its elements are compared."""
+        return Elements.of(self.info.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return (self.stop - self.start) * self.elements.size
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the file."""
+        return self.file.header.offsets[self.info.name] + self.start * self.elements.size
+
+
+def blocks_of(files: Sequence[WeightFile]) -> Iterator[Block]:
+    """All blocks of weight files, in order."""
+    number = 0
+    for file in files:
+        for info in file.header.tensors.values():
+            count = info.nbytes // Elements.of(info.dtype).size
+            for start in range(0, count, BLOCK):
+                yield Block(number, file, info, start, min(start + BLOCK, count))
+                number += 1
+
+
+def counterpart(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """What a tensor of the target is compared with: same name, same dtype, rows of the same shape."""
+    found = tensors.get(info.name)
+    if found is None or found.dtype != info.dtype:
+        return None
+    return found if len(found.shape) == len(info.shape) and found.shape[1:] == info.shape[1:] else None
+
+
+def read_block(
+    weights: WeightReader, block: Block, info: TensorInfo | None = None
+) -> tuple[Carrier, int] | None:
+    """A block of a tensor, filled up with zeros, and how many elements of it there are; None if none."""
+    info = info or block.info
+    size = block.elements.size
+    stop = min(block.stop, info.nbytes // size)
+    if stop <= block.start:
+        return None
+    found = np.zeros(block.stop - block.start, block.elements.carrier)
+    there = stop - block.start
+    weights.read_into(info.name, block.start * size, found[:there].view(np.uint8).data)
+    return found, there
+
+
+def block_hash(elements: Carrier) -> int:
+    """XXH3-64 of the bytes of elements."""
+    return xxhash.xxh3_64_intdigest(elements.data.cast("B")) if len(elements) else 0
+
+
+def pack_layout(files: Sequence[WeightFile], side: Sequence[SideFile], *, single: bool) -> bytes:
+    """The layout of a target, as it is in a patch."""
+    content = {
+        "single": single,
+        "files": [{"name": file.name, "header": file.raw.decode()} for file in files],
+        "side": [
+            {"name": one.name, "bytes": one.nbytes, "sha256": one.sha256, "packed": one.packed}
+            for one in side
+        ],
+    }
+    return zstandard.ZstdCompressor(level=10).compress(json.dumps(content, separators=(",", ":")).encode())
+
+
+class Delta:
+    """A delta in an open patch file, under a prefix: ``forward`` or ``backward``. Its arrays are checked.
+
+    ``code`` is where its blocks begin in the file's code.
+    """
+
+    def __init__(self, file: TensorFile, prefix: str, code: int = 0) -> None:
+        self._file, self._prefix = file, prefix
+        layout = self._layout()
+        self.single = layout.get("single") is True
+        self.files = tuple(self._weight_file(entry) for entry in _objects(layout.get("files")))
+        self.side = tuple(self._side_file(entry) for entry in _objects(layout.get("side")))
+        self.blocks = tuple(blocks_of(self.files))
+        for name, dtype in ARRAYS.items():
+            self._require(name, dtype, (len(self.blocks),))
+        self.forms: NDArray[np.uint8] = self._array("form")
+        self.sizes = self._array("size").astype(np.int64)
+        self.before: NDArray[np.uint64] = self._array("before")
+        self.after: NDArray[np.uint64] = self._array("after")
+        self.table_of: NDArray[np.uint16] = self._array("table")
+        self._starts = code + np.cumsum(self.sizes) - self.sizes
+        self.code_end = code + int(self.sizes.sum())
+        names = [file.name for file in self.files] + [one.name for one in self.side]
+        if not self.files or len(set(names)) != len(names) or any(not is_plain(name) for name in names):
+            raise self._bad("its files have no plain names of their own")
+        if self.forms.size and int(self.forms.max()) > max(Form):
+            raise self._bad("a block has an unknown form")
+        side = self._file.tensors.get(f"{prefix}:side")
+        if side is None or side.nbytes != sum(one.packed for one in self.side):
+            raise self._bad("its side files do not fit")
+        try:
+            self.tables: Sequence[Table] = unpack(self._file.array_bytes(f"{prefix}:tables").tobytes())
+        except (ValueError, KeyError) as error:
+            raise self._bad(str(error)) from error
+        coded = self.table_of[self.forms == Form.CODED]
+        if coded.size and int(coded.max()) >= len(self.tables):
+            raise self._bad("a block names a table that is not there")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the target's weight files."""
+        return sum(file.nbytes for file in self.files)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of the target, by name."""
+        return {info.name: info for file in self.files for info in file.header.tensors.values()}
+
+    def decoded(self, block: Block, base: Carrier | None) -> Carrier:
+        """The target's block, from that of the source; its hash is checked.
+
+        Raises a `CorruptFileError`.
+        """
+        number = block.number
+        code = bytearray(int(self.sizes[number]))
+        if self.sizes[number] > 2 * block.nbytes + 4096:
+            raise self._bad("a block takes more bytes than it has", block.info.name)
+        self._file.read_into("code", int(self._starts[number]), memoryview(code))
+        out = np.empty(block.stop - block.start, block.elements.carrier)
+        form = int(self.forms[number])
+        table = self.tables[int(self.table_of[number])] if form == Form.CODED else None
+        try:
+            decode(form, bytes(code), base, out, block.elements, table)
+        except ValueError as error:
+            raise self._bad(f"the code of a block does not hold: {error}", block.info.name) from error
+        if block_hash(out) != int(self.after[number]):
+            raise self._bad("a block does not have the hash of its result", block.info.name)
+        return out
+
+    def side_content(self, side: SideFile, source: Path) -> bytes:
+        """The content of a side file, from the patch or from the folder ``source``; its hash is checked.
+
+        Raises a `CorruptFileError`, or a `MismatchError` if the source's file is another one.
+        """
+        if side.packed == 0:
+            twin = source / side.name
+            content = twin.read_bytes() if twin.is_file() and twin.stat().st_size == side.nbytes else b""
+            if hashlib.sha256(content).hexdigest() != side.sha256:
+                raise MismatchError(
+                    "the file is not the one that the patch was made beside",
+                    file=twin,
+                    hint="restore it, or use the checkpoint that the patch was made from",
+                )
+            return content
+        start = sum(one.packed for one in self.side[: self.side.index(side)])
+        packed = bytearray(side.packed)
+        self._file.read_into(f"{self._prefix}:side", start, memoryview(packed))
+        try:
+            found = zstandard.ZstdDecompressor().decompress(bytes(packed), max_output_size=side.nbytes)
+        except zstandard.ZstdError as error:
+            raise self._bad(f"the side file {side.name} is damaged") from error
+        if hashlib.sha256(found).hexdigest() != side.sha256:
+            raise self._bad(f"the side file {side.name} does not match its hash")
+        return found
+
+    def index_bytes(self) -> Iterator[tuple[str, bytes]]:
+        """Everything but the code, by name: what the patch's own hash is over."""
+        for name in (*ARRAYS, "layout", "tables", "side"):
+            yield f"{self._prefix}:{name}", self._file.array_bytes(f"{self._prefix}:{name}").tobytes()
+
+    def _layout(self) -> dict[str, Any]:
+        entry = self._file.tensors.get(f"{self._prefix}:layout")
+        if entry is None or entry.dtype != "U8" or len(entry.shape) != 1:
+            raise self._bad("it has no layout")
+        packed = self._file.array_bytes(f"{self._prefix}:layout").tobytes()
+        try:
+            size = zstandard.frame_content_size(packed)
+            if not 0 <= size <= _MOST_LAYOUT_BYTES:
+                raise self._bad("its layout is too large")
+            found = loads(zstandard.ZstdDecompressor().decompress(packed, max_output_size=size))
+        except (zstandard.ZstdError, ValueError, RecursionError) as error:
+            raise self._bad("its layout is not valid") from error
+        if not isinstance(found, dict):
+            raise self._bad("its layout is not an object")
+        return found
+
+    def _weight_file(self, entry: Mapping[str, Any]) -> WeightFile:
+        name, text = entry.get("name"), entry.get("header")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise self._bad("a weight file has no name or header")
+        raw = text.encode("utf-8", "surrogatepass")
+        try:
+            header = parse_header(raw, self._file.path)
+            end = header.size
+            for info in header.tensors.values():
+                if header.offsets[info.name] != end or min(info.shape, default=0) < 0:
+                    raise self._bad("the data of a weight file has gaps", info.name)
+                end += info.nbytes
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._bad("the header of a weight file does not follow the format") from error
+        return WeightFile(name, header, raw)
+
+    def _side_file(self, entry: Mapping[str, Any]) -> SideFile:
+        values: list[Any] = [entry.get(key) for key in ("name", "bytes", "sha256", "packed")]
+        kinds = [str, int, str, int]
+        if [type(value) for value in values] != kinds or not all(
+            0 <= number <= 2 * _MOST_SIDE_BYTES for number in values[1::2]
+        ):
+            raise self._bad("a side file is not described")
+        return SideFile(*values)
+
+    def _require(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        found = self._file.tensors.get(f"{self._prefix}:{name}")
+        if found is None or (found.dtype, found.shape) != (dtype, shape):
+            raise self._bad(f"its {name} entry does not fit its blocks")
+
+    def _array(self, name: str) -> NDArray[Any]:
+        return self._file.array(f"{self._prefix}:{name}")
+
+    def _bad(self, why: str, tensor: str | None = None) -> Exception:
+        return bad(self._file, _WHAT, why, tensor)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name names a file in the folder itself."""
+    return (
+        0 < len(name.encode("utf-8", "surrogatepass")) <= 255
+        and name not in (".", "..")
+        and not set(name) & set("/\\\0")
+    )
+
+
+def _objects(value: object) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []

@@ -1,0 +1,316 @@
+"""extract, lossless: a whole tuned checkpoint as its difference from a base, block by block."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from ..checkpoint.adapter import open_pair
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import HASH_PREFIX, Provenance
+from ..checkpoint.weight_files import INDEX_NAME
+from ..coding.blocks import Form, encode, encode_fast
+from ..coding.elements import Carrier
+from ..coding.tables import Table, fit, pack
+from ..errors import MismatchError, UsageError
+from ..patch.delta import (
+    ARRAYS,
+    Block,
+    SideFile,
+    WeightFile,
+    block_hash,
+    blocks_of,
+    counterpart,
+    is_plain,
+    pack_layout,
+    read_block,
+)
+from ..patch.lossless import LosslessPatch, content_hash
+from ..patch.patch import LOSSLESS_VERSION, PATCH_KEY
+from ..progress import Progress, Stopwatch, silent
+from ..storage.output_checks import AnyPath, refuse_output
+from ..storage.threads import Limits, in_order
+from ..tensors.document import dump
+from ..tensors.dtypes import DTYPES
+from ..tensors.header import TensorInfo
+from ..tensors.writer import TensorFileWriter, written_file
+from ..version import __version__
+
+__all__ = ["LosslessPlan", "plan_lossless"]
+
+#: Files beside the weights that belong to a model and that a patch carries. Never code.
+_SIDE_NAMES = frozenset(
+    {
+        INDEX_NAME, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
+    }
+)  # fmt: skip
+_MOST_SIDE_BYTES = 64 << 20
+_SIDE_LEVEL = 10
+#: Blocks of a kind of tensor that its table is made from.
+_SAMPLES = 6
+#: Bytes that a thread holds: a block of either side, its symbols, its code.
+_BLOCK_MEMORY = 48 << 20
+
+
+@dataclass(frozen=True)
+class LosslessPlan:
+    """What would be written. Made by `plan_lossless`; nothing is written yet."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    side: tuple[Path, ...]  # of the tuned checkpoint
+    not_carried: tuple[str, ...]
+    reversible: bool
+    fast: bool
+    weights_only: bool
+    out: Path | None
+    force: bool
+
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        return {
+            "lossless": True,
+            "base": self.base.name,
+            "tuned": self.tuned.name,
+            "tensors": len(self.tuned.tensors),
+            "files": [shard.path.name for shard in self.tuned.shards],
+            "side_files": [path.name for path in self.side],
+            "not_carried": list(self.not_carried),
+            "tuned_bytes": sum(shard.size for shard in self.tuned.shards),
+            "reversible": self.reversible,
+            "fast": self.fast,
+            "out": None if self.out is None else str(self.out),
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> LosslessPatch:
+        """Code every block, and write the patch."""
+        limits = limits or Limits.of()
+        watch = Stopwatch()
+        with watch.running():
+            ways = [_Way("forward", self.base, self.tuned, self.side, self.fast)]
+            if self.reversible:
+                back = () if self.base.is_file or self.weights_only else _side_files(self.base)[0]
+                ways.append(_Way("backward", self.tuned, self.base, back, self.fast))
+            manifest = self._manifest()
+            room = dump(PATCH_KEY, manifest | {"content_hash": HASH_PREFIX + "0" * 32})
+            most = sum(block.nbytes for way in ways for block in way.blocks)
+            entries = [entry for way in ways for entry in way.entries()]
+            entries.append(TensorInfo("code", "U8", (most,)))
+            with (
+                progress("coding", most) as advance,
+                written_file(entries, room, self.out, force=self.force, space=0) as written,
+            ):
+                end = 0
+                for way in ways:
+                    end = way.code(written.writer, end, limits, advance)
+                written.writer.shrink("code", end)
+                parts = [part for way in ways for part in way.write(written.writer)]
+                manifest["content_hash"] = content_hash(manifest, parts)
+                written.writer.finish(dump(PATCH_KEY, manifest))
+                for checkpoint in (self.base, self.tuned):
+                    checkpoint.check_unchanged()
+        patch = LosslessPatch(written.reader(), manifest)
+        watch.bytes_read = self.base.bytes_read + self.tuned.bytes_read
+        patch.timing = watch.timing
+        return patch
+
+    def _manifest(self) -> dict[str, object]:
+        return {
+            "version": LOSSLESS_VERSION,
+            "kind": "lossless",
+            "base": Provenance.of(self.base).to_json(),
+            "tuned": Provenance.of(self.tuned).to_json(),
+            "created_by": f"neftsurgery {__version__}",
+            "reversible": self.reversible,
+            "fast": self.fast,
+            "weights_only": self.weights_only,
+            "not_carried": list(self.not_carried),
+            "tensors": {},
+        }
+
+
+def plan_lossless(
+    base: AnyPath,
+    tuned: AnyPath,
+    *,
+    reversible: bool = False,
+    fast: bool = False,
+    weights_only: bool = False,
+    inputs: Sequence[AnyPath] = (),
+    out: AnyPath | None = None,
+    force: bool = False,
+) -> LosslessPlan:
+    """Check everything that a lossless `extract` needs; nothing is written.
+
+    ``inputs``: files that ``out`` must not replace. Raises as `extract`.
+    """
+    first, second = open_pair(base, tuned)
+    if not isinstance(second, Checkpoint):
+        raise UsageError(
+            "an adapter has no weights of its own",
+            file=second.name,
+            hint="merge it into a checkpoint first, with PEFT's merge_and_unload",
+        )
+    for checkpoint in (first, second):
+        if any(shard.path.parent != checkpoint.root for shard in checkpoint.shards):
+            raise UsageError("a lossless patch holds weight files of one folder only", file=checkpoint.name)
+    if not any(counterpart(info, first.tensors) for info in second.tensors.values()):
+        raise MismatchError(
+            "the checkpoints have no tensor in common", file=second.name, hint="are they of one model?"
+        )
+    if out is not None:
+        sources = [first.source.path, second.source.path, *inputs]
+        refuse_output(out, inputs=sources, force=force, kind="file")
+    carried, others = ((), ()) if second.is_file else _side_files(second)
+    if weights_only:
+        others = (*others, *(path.name for path in carried if path.name != INDEX_NAME))
+        carried = tuple(path for path in carried if path.name == INDEX_NAME)
+    place = None if out is None else Path(out)
+    return LosslessPlan(first, second, carried, others, reversible, fast, weights_only, place, force)
+
+
+def _side_files(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """The files beside the weights that a patch carries, and the names of those that it does not."""
+    weights = {shard.path.name for shard in checkpoint.shards}
+    carried, others = list[Path](), list[str]()
+    for path in sorted(checkpoint.root.iterdir()):
+        if path.name in weights or path.name.startswith("."):
+            continue
+        small = path.is_file() and path.stat().st_size <= _MOST_SIDE_BYTES
+        stale = path.name == INDEX_NAME and len(weights) == 1 and "model.safetensors" in weights
+        if path.name in _SIDE_NAMES and small and not stale and is_plain(path.name):
+            carried.append(path)
+        else:
+            others.append(path.name)
+    return tuple(carried), tuple(others)
+
+
+def _weight_files(checkpoint: Checkpoint) -> tuple[WeightFile, ...]:
+    files = []
+    for shard in checkpoint.shards:
+        with open(shard.path, "rb") as file:
+            file.seek(8)
+            files.append(WeightFile(shard.path.name, shard.header, file.read(shard.header.size - 8)))
+    return tuple(files)
+
+
+class _Way:
+    """The coding of one checkpoint as its difference from another."""
+
+    def __init__(
+        self, prefix: str, source: Checkpoint, target: Checkpoint, side: Sequence[Path], fast: bool
+    ) -> None:
+        self._prefix, self._source, self._target, self._fast = prefix, source, target, fast
+        files = _weight_files(target)
+        self.blocks = tuple(blocks_of(files))
+        self._counterparts = {
+            name: counterpart(info, source.tensors) for name, info in target.tensors.items()
+        }
+        self._table_of, self._tables = ({}, []) if fast else self._fitted()
+        described, self._side = _packed(side, source)
+        self._layout = pack_layout(files, described, single=target.is_file)
+        self._packed_tables = pack(self._tables)
+        self._arrays: dict[str, NDArray[np.unsignedinteger]] = {
+            name: np.zeros(len(self.blocks), DTYPES[dtype].numpy) for name, dtype in ARRAYS.items()
+        }
+
+    def entries(self) -> Iterator[TensorInfo]:
+        """The entries of the file, its code left out."""
+        for name, dtype in ARRAYS.items():
+            yield TensorInfo(f"{self._prefix}:{name}", dtype, (len(self.blocks),))
+        for name, content in self._parts().items():
+            yield TensorInfo(f"{self._prefix}:{name}", "U8", (len(content),))
+
+    def code(
+        self, writer: TensorFileWriter, start: int, limits: Limits, advance: Callable[[int], None]
+    ) -> int:
+        """Code and write all blocks from byte ``start`` of the code; returns where it ends."""
+        arrays, end = self._arrays, start
+        for block, (form, code, before, after) in in_order(
+            self._coded, self.blocks, limits.workers(_BLOCK_MEMORY)
+        ):
+            writer.write("code", end, np.frombuffer(code, np.uint8))
+            end += len(code)
+            number = block.number
+            arrays["form"][number], arrays["size"][number] = form, len(code)
+            arrays["before"][number], arrays["after"][number] = before, after
+            arrays["table"][number] = self._table_of.get(block.info.name, 0)
+            advance(block.nbytes)
+        return end
+
+    def write(self, writer: TensorFileWriter) -> Iterator[tuple[str, bytes]]:
+        """Write all entries but the code; yields each, for their hash."""
+        parts = {name: array.tobytes() for name, array in self._arrays.items()} | self._parts()
+        for name, content in parts.items():
+            array = self._arrays.get(name, np.frombuffer(content, np.uint8))
+            writer.write(f"{self._prefix}:{name}", 0, array)
+            yield f"{self._prefix}:{name}", content
+
+    def _parts(self) -> dict[str, bytes]:
+        return {"layout": self._layout, "tables": self._packed_tables, "side": self._side}
+
+    def _read(self, block: Block) -> tuple[Carrier | None, Carrier, int]:
+        """A block of both sides, and the hash of what the source has of it."""
+        found = read_block(self._target, block)
+        assert found is not None  # a block of the target
+        info = self._counterparts[block.info.name]
+        there = None if info is None else read_block(self._source, block, info)
+        if there is None:
+            return None, found[0], 0
+        return there[0], found[0], block_hash(there[0][: there[1]])
+
+    def _coded(self, block: Block) -> tuple[Form, bytes, int, int]:
+        base, tuned, before = self._read(block)
+        if self._fast:
+            form, code = encode_fast(base, tuned)
+        else:
+            number = self._table_of.get(block.info.name)
+            table = None if number is None else self._tables[number]
+            form, code = encode(base, tuned, block.elements, table)
+        return form, code, before, block_hash(tuned)
+
+    def _fitted(self) -> tuple[Mapping[str, int], list[Table]]:
+        """A table for each kind of tensor, from a sample of its blocks."""
+        kinds: dict[tuple[str, str, bool], list[Block]] = {}
+        for block in self.blocks:
+            new = self._counterparts[block.info.name] is None
+            kinds.setdefault((re.sub(r"\d+", "*", block.info.name), block.info.dtype, new), []).append(block)
+        table_of, tables = dict[str, int](), list[Table]()
+        for blocks in kinds.values():
+            chosen = [blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))]
+            pairs = []
+            for block in chosen:
+                base, tuned, _ = self._read(block)
+                pairs.append((np.zeros_like(tuned) if base is None else base, tuned))
+            share = sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
+            for block in blocks:
+                table_of[block.info.name] = len(tables)
+            tables.append(fit(pairs, blocks[0].elements, share))
+        return table_of, tables
+
+
+def _packed(paths: Sequence[Path], source: Checkpoint) -> tuple[list[SideFile], bytes]:
+    """Side files as they are in a patch: described, and compressed one behind the other.
+
+    Nothing is kept of a file that the source has, too.
+    """
+    described, parts = list[SideFile](), list[bytes]()
+    for path in paths:
+        content = path.read_bytes()
+        twin = source.root / path.name
+        if not source.is_file and twin.is_file() and content and twin.read_bytes() == content:
+            parts.append(b"")
+        else:
+            parts.append(zstandard.ZstdCompressor(level=_SIDE_LEVEL).compress(content))
+        digest = hashlib.sha256(content).hexdigest()
+        described.append(SideFile(path.name, len(content), digest, len(parts[-1])))
+    return described, b"".join(parts)
