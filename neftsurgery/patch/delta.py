@@ -43,7 +43,9 @@ __all__ = [
 ]
 
 #: The arrays with an element per block, and their types in the file.
-ARRAYS = {"form": "U8", "table": "U16", "size": "U32", "before": "U64", "after": "U64"}
+ARRAYS = {
+    "form": "U8", "table": "U16", "size": "U32", "changed": "U32", "before": "U64", "after": "U64",
+}  # fmt: skip
 _PREFIX = struct.Struct("<Q")
 _MOST_LAYOUT_BYTES = 400_000_000
 _MOST_SIDE_BYTES = 64 << 20
@@ -174,6 +176,7 @@ class Delta:
             self._require(name, dtype, (len(self.blocks),))
         self.forms: NDArray[np.uint8] = self._array("form")
         self.sizes = self._array("size").astype(np.int64)
+        self.changed = self._array("changed").astype(np.int64)  # elements that differ from the source
         self.before: NDArray[np.uint64] = self._array("before")
         self.after: NDArray[np.uint64] = self._array("after")
         self.table_of: NDArray[np.uint16] = self._array("table")

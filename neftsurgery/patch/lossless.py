@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import xxhash
 
@@ -119,6 +120,20 @@ class LosslessPatch(FileBacked):
             nbytes[form] += block.nbytes
             code[form] += int(self.forward.sizes[block.number])
         return {form: {"blocks": counts[form], "bytes": nbytes[form], "code": code[form]} for form in counts}
+
+    def weights(self) -> dict[str, dict[str, Any]]:
+        """By kind of weight (names with numbers as ``*``): elements, changed ones, bytes of code, forms."""
+        found: dict[str, dict[str, Any]] = {}
+        for block in self.forward.blocks:
+            kind = re.sub(r"\d+", "*", block.info.name)
+            facts = found.setdefault(kind, {"elements": 0, "changed": 0, "code": 0, "forms": []})
+            facts["elements"] += block.stop - block.start
+            facts["changed"] += int(self.forward.changed[block.number])
+            facts["code"] += int(self.forward.sizes[block.number])
+            form = Form(self.forward.forms[block.number]).name.lower()
+            if form not in facts["forms"]:
+                facts["forms"].append(form)
+        return found
 
     def __repr__(self) -> str:
         return f"<LosslessPatch {self._label}>"

@@ -235,14 +235,13 @@ class _Way:
     ) -> int:
         """Code and write all blocks from byte ``start`` of the code; returns where it ends."""
         arrays, end = self._arrays, start
-        for block, (form, code, before, after) in in_order(
-            self._coded, self.blocks, limits.workers(_BLOCK_MEMORY)
-        ):
+        for block, (form, code, *facts) in in_order(self._coded, self.blocks, limits.workers(_BLOCK_MEMORY)):
             writer.write("code", end, np.frombuffer(code, np.uint8))
             end += len(code)
             number = block.number
             arrays["form"][number], arrays["size"][number] = form, len(code)
-            arrays["before"][number], arrays["after"][number] = before, after
+            for name, fact in zip(("changed", "before", "after"), facts, strict=True):
+                arrays[name][number] = fact
             arrays["table"][number] = self._table_of.get(block.info.name, 0)
             advance(block.nbytes)
         return end
@@ -268,7 +267,7 @@ class _Way:
             return None, found[0], 0
         return there[0], found[0], block_hash(there[0][: there[1]])
 
-    def _coded(self, block: Block) -> tuple[Form, bytes, int, int]:
+    def _coded(self, block: Block) -> tuple[Form, bytes, int, int, int]:
         base, tuned, before = self._read(block)
         if self._fast:
             form, code = encode_fast(base, tuned)
@@ -276,7 +275,8 @@ class _Way:
             number = self._table_of.get(block.info.name)
             table = None if number is None else self._tables[number]
             form, code = encode(base, tuned, block.elements, table)
-        return form, code, before, block_hash(tuned)
+        changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
+        return form, code, changed, before, block_hash(tuned)
 
     def _fitted(self) -> tuple[Mapping[str, int], list[Table]]:
         """A table for each kind of tensor, from a sample of its blocks."""
