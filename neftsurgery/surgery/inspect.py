@@ -190,6 +190,7 @@ def _lossless(patch: LosslessPatch) -> dict[str, Any]:
         "not_carried": list(patch.not_carried),
         "forms": patch.forms(),
         "weights": patch.weights(),
+        "tensors": [_tensor(info) for info in patch.forward.tensors.values()],
     }
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import zstandard
@@ -57,8 +58,12 @@ _MOST_SIDE_BYTES = 64 << 20
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
 _SAMPLES = 6
+#: Kinds of tensor with fewer changes share a table: one of their own would cost more than it saves.
+_FEW_CHANGES = 4096
 #: Bytes that a thread holds: a block of either side, its symbols, its code.
 _BLOCK_MEMORY = 48 << 20
+
+_Pair: TypeAlias = tuple[Carrier, Carrier]  # a block of the source, and the same of the target
 
 
 @dataclass(frozen=True)
@@ -279,23 +284,40 @@ class _Way:
         return form, code, changed, before, block_hash(tuned)
 
     def _fitted(self) -> tuple[Mapping[str, int], list[Table]]:
-        """A table for each kind of tensor, from a sample of its blocks."""
+        """A table for each kind of tensor, from a sample of its blocks; kinds with few changes share one."""
         kinds: dict[tuple[str, str, bool], list[Block]] = {}
         for block in self.blocks:
             new = self._counterparts[block.info.name] is None
             kinds.setdefault((re.sub(r"\d+", "*", block.info.name), block.info.dtype, new), []).append(block)
         table_of, tables = dict[str, int](), list[Table]()
-        for blocks in kinds.values():
-            chosen = [blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))]
-            pairs = []
-            for block in chosen:
-                base, tuned, _ = self._read(block)
-                pairs.append((np.zeros_like(tuned) if base is None else base, tuned))
-            share = sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
-            for block in blocks:
-                table_of[block.info.name] = len(tables)
-            tables.append(fit(pairs, blocks[0].elements, share))
+        small: dict[str, tuple[list[Block], list[_Pair]]] = {}
+
+        def add(blocks: Sequence[Block], pairs: Sequence[_Pair]) -> None:
+            table_of.update((block.info.name, len(tables)) for block in blocks)
+            tables.append(fit(pairs, blocks[0].elements, _share(pairs, blocks)))
+
+        for (_, dtype, _), blocks in kinds.items():
+            chosen = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))
+            pairs = [self._pair(blocks[i]) for i in chosen]
+            changes = sum(int(np.count_nonzero(base != tuned)) for base, tuned in pairs)
+            if changes < _FEW_CHANGES * _share(pairs, blocks):
+                group = small.setdefault(dtype, ([], []))
+                group[0].extend(blocks)
+                group[1].append(pairs[0])
+            else:
+                add(blocks, pairs)
+        for blocks, pairs in small.values():
+            add(blocks, pairs)
         return table_of, tables
+
+    def _pair(self, block: Block) -> _Pair:
+        base, tuned, _ = self._read(block)
+        return np.zeros_like(tuned) if base is None else base, tuned
+
+
+def _share(pairs: Sequence[_Pair], blocks: Sequence[Block]) -> float:
+    """What part of the elements of ``blocks`` is in ``pairs``."""
+    return sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
 
 
 def _packed(paths: Sequence[Path], source: Checkpoint) -> tuple[list[SideFile], bytes]:
