@@ -121,12 +121,18 @@ class LosslessPatch(FileBacked):
             code[form] += int(self.forward.sizes[block.number])
         return {form: {"blocks": counts[form], "bytes": nbytes[form], "code": code[form]} for form in counts}
 
-    def weights(self) -> dict[str, dict[str, Any]]:
-        """By kind of weight (names with numbers as ``*``): elements, changed ones, bytes of code, forms."""
+    def weights(self, *, by_kind: bool = False) -> dict[str, dict[str, Any]]:
+        """By tensor: its elements, how many changed, bytes of code, forms.
+
+        Tensors of a kind together, if asked: those whose names differ in numbers only, written as ``*``.
+        """
         found: dict[str, dict[str, Any]] = {}
         for block in self.forward.blocks:
-            kind = re.sub(r"\d+", "*", block.info.name)
-            facts = found.setdefault(kind, {"elements": 0, "changed": 0, "code": 0, "forms": []})
+            info = block.info
+            name = re.sub(r"\d+", "*", info.name) if by_kind else info.name
+            own = {} if by_kind else {"dtype": info.dtype, "shape": list(info.shape)}
+            empty = {"name": name, **own, "elements": 0, "changed": 0, "code": 0, "forms": []}
+            facts = found.setdefault(name, empty)
             facts["elements"] += block.stop - block.start
             facts["changed"] += int(self.forward.changed[block.number])
             facts["code"] += int(self.forward.sizes[block.number])

@@ -189,8 +189,8 @@ def _lossless(patch: LosslessPatch) -> dict[str, Any]:
         "side_files": [asdict(one) for one in patch.forward.side],
         "not_carried": list(patch.not_carried),
         "forms": patch.forms(),
-        "weights": patch.weights(),
-        "tensors": [_tensor(info) for info in patch.forward.tensors.values()],
+        "weights": list(patch.weights(by_kind=True).values()),
+        "tensors": list(patch.weights().values()),
     }
 
 
@@ -250,11 +250,14 @@ def _lossless_rows(facts: Mapping[str, Any]) -> list[list[str]]:
         *([["not carried", ", ".join(facts["not_carried"])]] if facts["not_carried"] else []),
         *_origin(facts),
     ]
-    for kind, found in facts["weights"].items():
+    for found in facts["weights"]:
         share = percent(found["changed"] / found["elements"]) if found["elements"] else "0%"
         forms = ", ".join(found["forms"])
         rows.append(
-            [kind, f"{share} of {commas(found['elements'])} changed, {size(found['code'])} ({forms})"]
+            [
+                found["name"],
+                f"{share} of {commas(found['elements'])} changed, {size(found['code'])} ({forms})",
+            ]
         )
     return rows
 
