@@ -45,6 +45,14 @@ class LosslessPatch(FileBacked):
     ) -> None:
         super().__init__(file)
         self.manifest, self.source = manifest, source
+        if manifest.get("kind") != "lossless":
+            raise CorruptFileError(
+                "the patch is of a kind that this version does not know",
+                file=file.path,
+                expected="lossless",
+                found=str(manifest.get("kind"))[:100],
+                hint="update neftsurgery",
+            )
         code = file.tensors.get("code")
         if code is None or code.dtype != "U8" or len(code.shape) != 1:
             raise bad(file, _WHAT, "it has no code")
