@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,18 +228,27 @@ class Delta:
             raise self._bad("a block does not have the hash of its result", block.info.name)
         return out
 
-    def side_content(self, side: SideFile, source: Path) -> bytes:
-        """The content of a side file, from the patch or from the folder ``source``; its hash is checked.
+    def block_at(self, name: str, start: int) -> Block | None:
+        """The block of tensor ``name`` that begins at element ``start``; None beyond its end."""
+        number = self._first.get(name, len(self.blocks)) + start // BLOCK
+        block = self.blocks[number] if number < len(self.blocks) else None
+        return block if block is not None and (block.info.name, block.start) == (name, start) else None
+
+    @cached_property
+    def _first(self) -> dict[str, int]:
+        return {block.info.name: block.number for block in reversed(self.blocks)}
+
+    def side_content(self, side: SideFile, source: Callable[[], bytes]) -> bytes:
+        """The content of a side file, from the patch or from ``source``; its hash is checked.
 
         Raises a `CorruptFileError`, or a `MismatchError` if the source's file is another one.
         """
         if side.packed == 0:
-            twin = source / side.name
-            content = twin.read_bytes() if twin.is_file() and twin.stat().st_size == side.nbytes else b""
+            content = source()
             if hashlib.sha256(content).hexdigest() != side.sha256:
                 raise MismatchError(
-                    "the file is not the one that the patch was made beside",
-                    file=twin,
+                    f"the {side.name} beside the weights is not the one that the patch was made with",
+                    file=self._file.path,
                     hint="restore it, or use the checkpoint that the patch was made from",
                 )
             return content
