@@ -11,7 +11,7 @@ from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
 from ..sources.hub_client import page
-from ..sources.hub_id import is_repo
+from ..sources.hub_id import is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
 from ..text import plural
@@ -34,11 +34,13 @@ class PushResult:
         Where the patch is now; pull it as ``repo@commit``. The address is that of the repository's page.
     created, changed:
         Whether the repository was created, and whether there is a new commit. There is none if all files were
-        there already.
+        there already: the Hub was asked for their sizes and hashes.
     card:
         The README.
     neurons, tensors:
         How many the patch has.
+    created_branch:
+        Whether the branch was created, from main's head.
     """
 
     repo: str
@@ -50,13 +52,17 @@ class PushResult:
     card: str = field(repr=False)
     neurons: int
     tensors: int
+    created_branch: bool = False
 
     def __str__(self) -> str:
-        head = f"branch {self.branch}, commit {self.commit}"
-        if not self.changed:
-            return f"nothing to push: {self.repo} has this patch and this card already\n{head}"
-        created = f"created {self.repo}\n" if self.created else ""
-        return f"{created}pushed {_what(self.neurons, self.tensors)} to {self.url}\n{head}"
+        lines = [f"created {self.repo}"] if self.created else []
+        lines += [f"created branch {self.branch}"] if self.created_branch else []
+        if self.changed:
+            lines.append(f"pushed {_what(self.neurons, self.tensors)} to {self.url}")
+        else:
+            nothing = "no commit was needed" if lines else "nothing to push"
+            lines.append(f"{nothing}: {self.repo} has this patch and this card already")
+        return "\n".join([*lines, f"branch {self.branch}, commit {self.commit}"])
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class PushPlan:
 
     def __str__(self) -> str:
         what = _what(self.patch.neurons, len(self.patch.tensors))
-        new = "" if self.repository.exists else ", a new repository"
+        new = ", a new branch" if self.repository.needs_branch else ""
+        new = new if self.repository.exists else ", a new repository"
         return (
             f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
             f"base: {self.base.hub_id or 'unknown'}\n"
@@ -98,6 +105,7 @@ class PushPlan:
             "commit": None,
             "url": None,
             "created": False,
+            "created_branch": False,
             "changed": False,
             "private": repository.private if repository.exists else self.private,
             "files": self.files,
@@ -132,6 +140,7 @@ class PushPlan:
             card=self.card,
             neurons=patch.neurons,
             tensors=len(patch.tensors),
+            created_branch=repository.needs_branch,
         )
 
 
@@ -227,14 +236,21 @@ def plan_push(
         )
     if message is not None and not message.strip():
         raise UsageError("the commit message is empty")
+    branch = MAIN if revision is None else revision
+    if not is_revision(branch) or branch == "HEAD":
+        raise UsageError(
+            f"[[revision]] is not the name of a branch: {branch!r}",
+            file=repo,
+            hint="name it with letters, digits and . _ - /, as git allows",
+        )
     check_patches([patch], progress)
     warnings = []
     try:
-        repository = read_repository(repo, revision or MAIN)
+        repository = read_repository(repo, branch)
     except MachineError as error:
         if not dry_run:
             raise
-        repository = Repository(repo, revision or MAIN)
+        repository = Repository(repo, branch)
         warnings.append(f"the repository on the Hub was not read: {error.what}")
     else:
         _check_repository(repository, private, parent)

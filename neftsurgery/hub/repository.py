@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import MachineError, MismatchError, NeftError
-from ..sources.hub_client import client, fetch_file
+from ..sources.hub_client import client, fetch_file, find_file
 from ..sources.hub_errors import hub_errors
 from ..sources.hub_id import HubId
 from ..sources.secrets import redacted
@@ -21,7 +21,6 @@ Files = Mapping[str, Path | BinaryIO | bytes]
 CARD_NAME = "README.md"
 FIGURE_NAME = "neurons.png"
 MAIN = "main"
-_LEFT_EMPTY = "the repository was created, and is still empty"
 CARD_HINT = "correct it on the Hub, or write a new card with [[replace_card=True]]"
 
 
@@ -42,6 +41,11 @@ class Repository:
     def exists(self) -> bool:
         """Whether the repository exists."""
         return self.head is not None
+
+    @property
+    def needs_branch(self) -> bool:
+        """Whether the branch must be created; a new repository has a main branch."""
+        return not self.has_branch and self.branch != MAIN
 
     @property
     def hub_id(self) -> HubId:
@@ -95,20 +99,22 @@ def send_commit(
     A repository or branch that does not exist is created, ``private`` or (None) as the user's settings on the
     Hub say. Returns the branch's commit and the one before; they are equal if all files were there already.
     """
-    api, repo, branch = client().HfApi(), repository.repo, repository.branch
-    with hub_errors(repository.hub_id, doing="pushing to"):
-        parent = repository.head
-        if parent is None:
-            api.create_repo(repo, private=private)
-            parent = api.model_info(repo).sha
+    api, repo, parent = client().HfApi(), repository.repo, repository.head
+    created = []
     try:
         with hub_errors(repository.hub_id, doing="pushing to"):
-            if not repository.has_branch and branch != MAIN:
-                api.create_branch(repo, branch=branch, revision=parent, exist_ok=False)
+            if parent is None:
+                api.create_repo(repo, private=private)
+                created.append("the repository")
+                parent = api.model_info(repo).sha
+            if repository.needs_branch:
+                api.create_branch(repo, branch=repository.branch, revision=parent, exist_ok=False)
+                created.append(f"the branch {repository.branch}")
             return _send(repository, files, message, parent), parent
     except NeftError as error:
-        if not repository.exists:
-            error.hint = "; ".join(filter(None, [error.hint, _LEFT_EMPTY]))
+        if created:
+            left = f"this push created {' and '.join(created)}, and has put nothing in"
+            error.hint = "; ".join(filter(None, [error.hint, left]))
         raise
 
 
@@ -131,7 +137,21 @@ def _send(repository: Repository, files: Files, message: str, parent: str) -> st
     except ValueError as error:
         _raise_if_card_refused(error, repo)
         raise
+    if done.oid == parent:
+        _require_files(HubId(repo, parent), operations.values())
     return str(done.oid)
+
+
+def _require_files(hub_id: HubId, operations: Iterable[Any]) -> None:
+    """Compare the files of a commit with those that were to be sent: a Hub may only say that it has them."""
+    for operation in operations:
+        with operation.as_file() as content:
+            if not find_file(hub_id, operation.path_in_repo).is_content(content):
+                raise MachineError(
+                    f"the Hub made no commit, but its {operation.path_in_repo} is not the one that was sent",
+                    file=str(hub_id),
+                    hint="run the command again",
+                )
 
 
 def _raise_if_card_refused(error: ValueError, repo: str) -> None:

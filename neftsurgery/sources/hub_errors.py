@@ -4,33 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..errors import MachineError, MismatchError, NeftError, UsageError
+from .hub_guard import guarded
 from .hub_id import HubId
 from .secrets import redacted
 
 __all__ = ["hub_errors"]
 
 _LOGIN = "log in with `hf auth login`, and accept the model's terms on its page if it has any"
+_TOKEN = "the token is not, or no longer, valid: log in again with `hf auth login`"
+_RIGHTS = "you are logged in, but not allowed to do this: check the token's permissions and your role there"
+_TERMS = "accept the model's terms on its page, as the user whose token is used"
 _LATER = "the fault is on the Hub's side: try again later"
+_ENDPOINT = "check HF_ENDPOINT, and whether a proxy answers in place of the Hub"
 _AGAIN = "check the network, and run the command again"
 
 
 @contextmanager
 def hub_errors(hub_id: HubId, filename: str = "a file", *, doing: str = "fetching from") -> Iterator[None]:
-    """Turn errors of huggingface_hub into those of this package; messages begin with ``doing``."""
+    """Check answers of the Hub, and turn errors of huggingface_hub into those of this package.
+
+    Messages begin with ``doing``.
+    """
     try:
-        yield
-    except NeftError:
-        raise
-    except Exception as error:
-        raise _translated(_unwrapped(error), hub_id, filename, doing) from error
+        with guarded():
+            yield
+    except Exception as raised:
+        error = _unwrapped(raised)
+        if isinstance(error, NeftError):
+            error.file = error.file or str(hub_id)
+            raise error from error.__cause__
+        raise _translated(error, hub_id, filename, doing) from raised
 
 
 def _unwrapped(error: Exception) -> Exception:
-    """The error of the HTTP client, which an upload wraps in a RuntimeError that names the file."""
+    """The error behind one that only says what the client was doing: which file it sent, or fetched again."""
     cause = error.__cause__
-    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
+    return cause if type(error) in (RuntimeError, ValueError) and isinstance(cause, Exception) else error
 
 
 def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> NeftError:
@@ -39,7 +51,7 @@ def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> N
     named = str(hub_id)
     status = _status(error)
     if isinstance(error, theirs.GatedRepoError):
-        return _refused(named, "access to the repository is gated", status)
+        return _refused(named, "access to the repository is gated", status, logged_in=_TERMS)
     if isinstance(error, theirs.RevisionNotFoundError):
         return UsageError(
             f"the Hub repository has no revision {hub_id.revision or 'main'!r}", file=hub_id.repo
@@ -66,6 +78,11 @@ def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> N
         return UsageError(f"not a valid Hub id: {_first_line(error)}", file=named)
     if isinstance(error, OSError):
         return MachineError(f"{doing} the Hub failed: {_first_line(error)}", file=named)
+    if type(error) is ValueError:  # of what the client was asked to do
+        return MismatchError(f"huggingface_hub cannot do this here: {_first_line(error)}", file=named)
+    if isinstance(error, (ValueError, TypeError, LookupError, AttributeError, AssertionError)):
+        what = f"the answer is not a Hub's ({type(error).__name__}: {_first_line(error)})"
+        return MachineError(what, file=named, hint=_ENDPOINT)
     # A dropped connection is an error of the HTTP client and not an OSError; which client it is depends on
     # the version of huggingface_hub. Its text may contain a signed address, so it is not shown.
     return MachineError(f"{doing} the Hub failed: {type(error).__name__}", file=named, hint=_AGAIN)
@@ -73,9 +90,14 @@ def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> N
 
 def _not_in_cache(error: Exception, named: str) -> NeftError:
     """The client's error where it finds a file neither on the Hub nor in the cache; the cause says why."""
+    from huggingface_hub.errors import FileMetadataError
+
     status = _status(error.__cause__)
     if status is not None:
         return _answered(error.__cause__, named, status)
+    if isinstance(error.__cause__, FileMetadataError):
+        what = f"the answer is not a Hub's ({_first_line(error.__cause__)})"
+        return MachineError(what, file=named, hint=_ENDPOINT)
     return MachineError(
         "there is no such local path, the Hub cannot be reached, and the cache has no such model",
         file=named,
@@ -85,17 +107,30 @@ def _not_in_cache(error: Exception, named: str) -> NeftError:
 
 def _answered(error: object, named: str, status: int | None) -> NeftError:
     """For an answer of the Hub that is known by its HTTP status alone."""
+    response = getattr(error, "response", None)
+    if status == 404:
+        return UsageError(
+            "the Hub has nothing at this address (HTTP 404)",
+            file=named,
+            hint="check the name, the revision and HF_ENDPOINT",
+        )
+    if status == 409 and _exists(response):
+        return UsageError(
+            "the repository exists already (HTTP 409), and the Hub does not show it to you",
+            file=named,
+            hint="choose another name, or ask its owner for access",
+        )
     if status == 409:
         return MachineError(
             "another change to the repository is in progress (HTTP 409)",
             file=named,
-            hint="nothing was changed: run the command again",
+            hint="run the command again",
         )
     if status == 412:
         return MismatchError(
             "the repository has a newer commit than the one that was checked (HTTP 412)",
             file=named,
-            hint="nothing was changed: look at the new commit, and run the command again",
+            hint="look at the new commit, and run the command again",
         )
     if status == 429:
         return MachineError(
@@ -104,17 +139,27 @@ def _answered(error: object, named: str, status: int | None) -> NeftError:
             hint="wait a few minutes; logged-in users have a higher limit",
         )
     if status == 400:
-        said = str(getattr(error, "server_message", None) or "no reason given").splitlines()[0]
-        return MismatchError(f"the Hub refused the request (HTTP 400): {redacted(said[:200])}", file=named)
+        said = _first_line(getattr(error, "server_message", None) or "no reason given")
+        return MismatchError(f"the Hub refused the request (HTTP 400): {said}", file=named)
     return _refused(named, "the Hub refused the request", status)
 
 
-def _refused(named: str, what: str, status: int | None) -> NeftError:
-    return MachineError(
-        what + (f" (HTTP {status})" if status else ""),
-        file=named,
-        hint=_LATER if status is not None and status >= 500 else _LOGIN,
-    )
+def _refused(named: str, what: str, status: int | None, *, logged_in: str = _RIGHTS) -> NeftError:
+    from huggingface_hub import get_token
+
+    if status not in (None, 401, 403):
+        hint = _LATER if status is not None and status >= 500 else None
+    elif get_token() is None:
+        hint = _LOGIN
+    else:
+        hint = _TOKEN if status == 401 and logged_in is _RIGHTS else logged_in
+    return MachineError(what + (f" (HTTP {status})" if status else ""), file=named, hint=hint)
+
+
+def _exists(response: Any) -> bool:
+    """Whether a 409 says that the repository to create is there."""
+    created = str(response.request.url).endswith("/api/repos/create")
+    return created or response.headers.get("X-Error-Code") == "RepoExists"
 
 
 def _status(error: object) -> int | None:
@@ -122,6 +167,7 @@ def _status(error: object) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text, without secrets."""
-    return redacted(next(iter(str(error).splitlines()), "") or type(error).__name__)
+def _first_line(said: object) -> str:
+    """The first line of an error's text, without secrets and control characters."""
+    line = next(iter(str(said).strip().splitlines()), "") or type(said).__name__
+    return "".join(one if one.isprintable() else "?" for one in redacted(line)[:200])
