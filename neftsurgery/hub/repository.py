@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -145,8 +146,11 @@ def _send(repository: Repository, files: Files, message: str, parent: str) -> st
 def _require_files(hub_id: HubId, operations: Iterable[Any]) -> None:
     """Compare the files of a commit with those that were to be sent: a Hub may only say that it has them."""
     for operation in operations:
+        found = None
+        with suppress(MismatchError):  # there is no such file
+            found = find_file(hub_id, operation.path_in_repo)
         with operation.as_file() as content:
-            if not find_file(hub_id, operation.path_in_repo).is_content(content):
+            if found is None or not found.is_content(content):
                 raise MachineError(
                     f"the Hub made no commit, but its {operation.path_in_repo} is not the one that was sent",
                     file=str(hub_id),
