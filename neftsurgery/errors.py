@@ -36,14 +36,8 @@ Spelling = Callable[[str, str | None], str]
 _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
 
 
-#: Where huggingface_hub keeps a model of the Hub, and the file in it.
-_IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/([^/]+)(?:/(.+))?$", re.DOTALL)
-
-
-def _hub_name(found: re.Match[str]) -> str:
-    """How a user names a model of the Hub, not where it is kept: ``org/name@commit``."""
-    org, name, commit, file = found.groups()
-    return f"{org}/{name}@{commit}" + (f", {file}" if file else "")
+#: Where huggingface_hub keeps a model, which its users know as ``org/name@commit``.
+_IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
 
 
 def keyword(name: str, value: str | None) -> str:
@@ -82,7 +76,7 @@ class NeftError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        self.file = None if file is None else _IN_CACHE.sub(_hub_name, str(file))
+        self.file = None if file is None else _IN_CACHE.sub(r"\1/\2@", str(file))
         self.tensor = tensor
         self.expected = expected
         self.found = found

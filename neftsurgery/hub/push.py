@@ -85,8 +85,8 @@ class PushPlan:
 
     def __str__(self) -> str:
         what = _what(self.patch.neurons, len(self.patch.tensors))
-        new = ", a new branch" if self.repository.needs_branch else ""
-        new = new if self.repository.exists else ", a new repository"
+        new = "branch" if self.repository.exists else "repository"
+        new = f", a new {new}" if self.repository.needs_branch or not self.repository.exists else ""
         return (
             f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
             f"base: {self.base.hub_id or 'unknown'}\n"

@@ -92,20 +92,14 @@ class HubFile:
     etag: str | None = None
 
     def is_content(self, content: BinaryIO) -> bool:
-        """Whether an open file is the one that the Hub announced.
-
-        Its size must be the same, and the ETag its hash, if that is one of Git (a SHA-256 of a large file, a
-        SHA-1 of another).
-        """
+        """Whether an open file has the size and the hash: a SHA-256, or Git's SHA-1, if the ETag is one."""
         nbytes = content.seek(0, os.SEEK_END)
         content.seek(0)
-        if self.nbytes not in (None, nbytes):
-            return False
-        if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", self.etag or "") is None:
-            return True
-        state = hashlib.sha256()
-        if len(self.etag or "") == 40:
-            state = hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
+        is_hash = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", self.etag or "")
+        if self.nbytes not in (None, nbytes) or is_hash is None:
+            return self.nbytes in (None, nbytes)
+        git = hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
+        state = git if len(is_hash[0]) == 40 else hashlib.sha256()
         while chunk := content.read(1 << 20):
             state.update(chunk)
         return state.hexdigest() == self.etag

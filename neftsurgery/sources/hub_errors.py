@@ -18,8 +18,18 @@ _TOKEN = "the token is not, or no longer, valid: log in again with `hf auth logi
 _RIGHTS = "you are logged in, but not allowed to do this: check the token's permissions and your role there"
 _TERMS = "accept the model's terms on its page, as the user whose token is used"
 _LATER = "the fault is on the Hub's side: try again later"
+_LOOK = "look at the new commit, and run the command again"
+_WAIT = "wait a few minutes; logged-in users have a higher limit"
 _ENDPOINT = "check HF_ENDPOINT, and whether a proxy answers in place of the Hub"
 _AGAIN = "check the network, and run the command again"
+
+#: By HTTP status, where that says it all: the class, what went wrong, and what to do.
+_ANSWERS: dict[int, tuple[type[NeftError], str, str]] = {
+    404: (UsageError, "the Hub has nothing at this address", "check the name, the revision and HF_ENDPOINT"),
+    409: (MachineError, "another change to the repository is in progress", "run the command again"),
+    412: (MismatchError, "the repository has a newer commit than the one that was checked", _LOOK),
+    429: (MachineError, "too many requests to the Hub", _WAIT),
+}
 
 
 @contextmanager
@@ -33,10 +43,9 @@ def hub_errors(hub_id: HubId, filename: str = "a file", *, doing: str = "fetchin
             yield
     except Exception as raised:
         error = _unwrapped(raised)
-        if isinstance(error, NeftError):
-            error.file = error.file or str(hub_id)
-            raise error from error.__cause__
-        raise _translated(error, hub_id, filename, doing) from raised
+        found = error if isinstance(error, NeftError) else _translated(error, hub_id, filename, doing)
+        found.file = found.file or str(hub_id)
+        raise found from (found.__cause__ if found is error else raised)
 
 
 def _unwrapped(error: Exception) -> Exception:
@@ -48,103 +57,76 @@ def _unwrapped(error: Exception) -> Exception:
 def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> NeftError:
     from huggingface_hub import errors as theirs
 
-    named = str(hub_id)
     status = _status(error)
     if isinstance(error, theirs.GatedRepoError):
-        return _refused(named, "access to the repository is gated", status, logged_in=_TERMS)
+        return _refused("access to the repository is gated", status, logged_in=_TERMS)
     if isinstance(error, theirs.RevisionNotFoundError):
-        return UsageError(
-            f"the Hub repository has no revision {hub_id.revision or 'main'!r}", file=hub_id.repo
-        )
+        what = f"the Hub repository has no revision {hub_id.revision or 'main'!r}"
+        return UsageError(what, file=hub_id.repo)
     if isinstance(error, theirs.RepositoryNotFoundError):
         if status in (401, 403):
-            return _refused(named, "the repository does not exist, or it is private", status)
-        return UsageError(
-            "there is no such local path, and no such model on the Hub", file=named, hint="check the spelling"
-        )
+            return _refused("the repository does not exist, or it is private", status)
+        what = "there is no such local path, and no such model on the Hub"
+        return UsageError(what, hint="check the spelling")
     if isinstance(error, theirs.LocalEntryNotFoundError):
-        return _not_in_cache(error, named)
+        return _not_in_cache(error.__cause__)
     if isinstance(error, theirs.EntryNotFoundError):
-        return MismatchError(
-            f"the Hub repository has no file {filename}",
-            file=named,
-            hint="check the name and the revision: `neftsurgery push` writes this file",
-        )
+        hint = "check the name and the revision: `neftsurgery push` writes this file"
+        return MismatchError(f"the Hub repository has no file {filename}", hint=hint)
     if isinstance(error, theirs.HfHubHTTPError):
-        return _answered(error, named, status)
+        return _answered(error, status)
     if isinstance(error, theirs.OfflineModeIsEnabled):
-        return MachineError("offline mode is on", file=named, hint="unset HF_HUB_OFFLINE")
+        return MachineError("offline mode is on", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, theirs.HFValidationError):
-        return UsageError(f"not a valid Hub id: {_first_line(error)}", file=named)
+        return UsageError(f"not a valid Hub id: {_first_line(error)}")
     if isinstance(error, OSError):
-        return MachineError(f"{doing} the Hub failed: {_first_line(error)}", file=named)
+        return MachineError(f"{doing} the Hub failed: {_first_line(error)}")
     if type(error) is ValueError:  # of what the client was asked to do
-        return MismatchError(f"huggingface_hub cannot do this here: {_first_line(error)}", file=named)
+        return MismatchError(f"huggingface_hub cannot do this here: {_first_line(error)}")
     if isinstance(error, (ValueError, TypeError, LookupError, AttributeError, AssertionError)):
-        what = f"the answer is not a Hub's ({type(error).__name__}: {_first_line(error)})"
-        return MachineError(what, file=named, hint=_ENDPOINT)
+        return _not_a_hub(error)
     # A dropped connection is an error of the HTTP client and not an OSError; which client it is depends on
     # the version of huggingface_hub. Its text may contain a signed address, so it is not shown.
-    return MachineError(f"{doing} the Hub failed: {type(error).__name__}", file=named, hint=_AGAIN)
+    return MachineError(f"{doing} the Hub failed: {type(error).__name__}", hint=_AGAIN)
 
 
-def _not_in_cache(error: Exception, named: str) -> NeftError:
-    """The client's error where it finds a file neither on the Hub nor in the cache; the cause says why."""
+def _not_in_cache(cause: BaseException | None) -> NeftError:
+    """Where the client finds a file neither on the Hub nor in the cache; the cause says why."""
     from huggingface_hub.errors import FileMetadataError
 
-    status = _status(error.__cause__)
-    if status is not None:
-        return _answered(error.__cause__, named, status)
-    if isinstance(error.__cause__, FileMetadataError):
-        what = f"the answer is not a Hub's ({_first_line(error.__cause__)})"
-        return MachineError(what, file=named, hint=_ENDPOINT)
+    if (status := _status(cause)) is not None:
+        return _answered(cause, status)
+    if isinstance(cause, FileMetadataError):
+        return _not_a_hub(cause)
     return MachineError(
         "there is no such local path, the Hub cannot be reached, and the cache has no such model",
-        file=named,
         hint="check the network (and HF_HUB_OFFLINE), or name a local file or folder",
     )
 
 
-def _answered(error: object, named: str, status: int | None) -> NeftError:
+def _answered(error: Any, status: int | None) -> NeftError:
     """For an answer of the Hub that is known by its HTTP status alone."""
-    response = getattr(error, "response", None)
-    if status == 404:
-        return UsageError(
-            "the Hub has nothing at this address (HTTP 404)",
-            file=named,
-            hint="check the name, the revision and HF_ENDPOINT",
-        )
-    if status == 409 and _exists(response):
-        return UsageError(
-            "the repository exists already (HTTP 409), and the Hub does not show it to you",
-            file=named,
-            hint="choose another name, or ask its owner for access",
-        )
-    if status == 409:
-        return MachineError(
-            "another change to the repository is in progress (HTTP 409)",
-            file=named,
-            hint="run the command again",
-        )
-    if status == 412:
-        return MismatchError(
-            "the repository has a newer commit than the one that was checked (HTTP 412)",
-            file=named,
-            hint="look at the new commit, and run the command again",
-        )
-    if status == 429:
-        return MachineError(
-            "too many requests to the Hub (HTTP 429)",
-            file=named,
-            hint="wait a few minutes; logged-in users have a higher limit",
-        )
     if status == 400:
         said = _first_line(getattr(error, "server_message", None) or "no reason given")
-        return MismatchError(f"the Hub refused the request (HTTP 400): {said}", file=named)
-    return _refused(named, "the Hub refused the request", status)
+        return MismatchError(f"the Hub refused the request (HTTP 400): {said}")
+    if status == 409 and _is_there(error.response):
+        return UsageError(
+            "the repository exists already (HTTP 409), and the Hub does not show it to you",
+            hint="choose another name, or ask its owner for access",
+        )
+    if status not in _ANSWERS:
+        return _refused("the Hub refused the request", status)
+    kind, what, hint = _ANSWERS[status]
+    return kind(f"{what} (HTTP {status})", hint=hint)
 
 
-def _refused(named: str, what: str, status: int | None, *, logged_in: str = _RIGHTS) -> NeftError:
+def _is_there(answer: Any) -> bool:
+    """Whether a 409 is about the repository that was to be created."""
+    creating = str(answer.request.url).endswith("/api/repos/create")
+    return creating or answer.headers.get("X-Error-Code") == "RepoExists"
+
+
+def _refused(what: str, status: int | None, *, logged_in: str = _RIGHTS) -> NeftError:
     from huggingface_hub import get_token
 
     if status not in (None, 401, 403):
@@ -153,13 +135,12 @@ def _refused(named: str, what: str, status: int | None, *, logged_in: str = _RIG
         hint = _LOGIN
     else:
         hint = _TOKEN if status == 401 and logged_in is _RIGHTS else logged_in
-    return MachineError(what + (f" (HTTP {status})" if status else ""), file=named, hint=hint)
+    return MachineError(what + (f" (HTTP {status})" if status else ""), hint=hint)
 
 
-def _exists(response: Any) -> bool:
-    """Whether a 409 says that the repository to create is there."""
-    created = str(response.request.url).endswith("/api/repos/create")
-    return created or response.headers.get("X-Error-Code") == "RepoExists"
+def _not_a_hub(error: Exception) -> NeftError:
+    what = f"the answer is not a Hub's ({type(error).__name__}: {_first_line(error)})"
+    return MachineError(what, hint=_ENDPOINT)
 
 
 def _status(error: object) -> int | None:

@@ -27,25 +27,19 @@ _MIN_BYTES = 1000
 #: Where the client would wait for ever, it waits this many times as long as for the next byte of a file.
 _PATIENCE = 30
 
-_PLAIN = re.compile(r"\w[\w.+=~:-]{0,199}", re.ASCII)  # can name one file
+_PLAIN = re.compile(r'(W/)?"?\w[\w.+=~:-]{0,199}"?', re.ASCII)  # can name one file
 _NAMES = ("X-Repo-Commit", "X-Linked-Etag", "ETag")
 
 
 class Guard:
-    """Makes the HTTP clients of huggingface_hub; their answers are checked while `running`.
+    """Makes the HTTP clients of huggingface_hub as ``make`` does; their answers are checked while `running`.
 
-    Parameters
-    ----------
-    make:
-        Makes a client without the checks: huggingface_hub's factory, or the user's own.
-    seconds:
-        The time in which some bytes must arrive.
+    In ``seconds``, some bytes must arrive.
     """
 
     def __init__(self, make: Callable[[], Any], seconds: float) -> None:
         self._make, self._seconds = make, seconds
-        self._lock = threading.Lock()
-        self._running = 0
+        self._lock, self._running = threading.Lock(), 0
         self._sizes: dict[str, int] = {}  # by address, as a HEAD request told
 
     def __call__(self) -> Any:
@@ -72,10 +66,10 @@ class Guard:
         if not self._running:
             return
         waits = request.extensions.get("timeout", {})
-        request.extensions["timeout"] = {
-            what: self._seconds * _PATIENCE if waits.get(what) is None else waits[what]
-            for what in ("connect", "read", "write", "pool")
-        }
+        for what in ("connect", "read", "write", "pool"):
+            if waits.get(what) is None:
+                waits = {**waits, what: self._seconds * _PATIENCE}
+        request.extensions["timeout"] = waits
         request.headers["Accept-Encoding"] = "identity"  # so that lengths are those of the files
         # A commit that an answer names becomes a folder, but first a part of the next address.
         path = unquote(request.url.path)
@@ -88,23 +82,20 @@ class Guard:
         url, headers, location = str(answer.request.url), answer.headers, answer.headers.get("Location")
         if headers.get("Content-Encoding", "identity") != "identity":
             raise MachineError("the Hub sends a compressed body, which was not asked for")
-        limit = self._sizes.get(url)
         if answer.request.method == "HEAD":
             for name in _NAMES:
-                value = headers.get(name, "x").removeprefix("W/").strip('"')
-                if not _PLAIN.fullmatch(value):
+                if not _PLAIN.fullmatch(value := headers.get(name, "none")):
                     raise CorruptFileError(f"the Hub's {name} is not a plain name", found=repr(value[:80]))
             told = headers.get("X-Linked-Size", "" if location else headers.get("Content-Length", ""))
-            limit = int(told) if told.isdecimal() else limit
-        if limit is not None:
-            self._sizes[url] = limit
-            if location:
-                self._sizes[str(answer.url.join(location))] = limit
+            if told.isdecimal():
+                self._sizes[url] = int(told)
+        limit = self._sizes.get(url, _MAX_UNANNOUNCED)
+        if location and url in self._sizes:
+            self._sizes[str(answer.url.join(location))] = limit
         resumed = re.match(r"bytes=(\d+)-", answer.request.headers.get("Range", ""))
         start = int(resumed[1]) if resumed and answer.status_code == 206 else 0
-        most = _MAX_UNANNOUNCED if limit is None else limit
         raw = answer.iter_raw  # every way to read a body goes through this
-        answer.iter_raw = lambda chunk_size=None: self._body(raw(chunk_size), start, most)
+        answer.iter_raw = lambda chunk_size=None: self._body(raw(chunk_size), start, limit)
 
     def _body(self, chunks: Iterator[bytes], position: int, limit: int) -> Iterator[bytes]:
         since, mark = time.monotonic(), position
@@ -112,14 +103,13 @@ class Guard:
             position += len(chunk)
             if position > limit:
                 raise CorruptFileError(f"the Hub sends a body of more than {size(limit)}")
-            now = time.monotonic()
-            if now - since > self._seconds:
-                if position - mark < _MIN_BYTES:
-                    raise MachineError(
-                        f"the Hub sends too slowly: {size(position - mark)} in {now - since:.0f} s",
-                        hint="try again later; HF_HUB_DOWNLOAD_TIMEOUT says how many seconds 1 kB may take",
-                    )
-                since, mark = now, position
+            waited = time.monotonic() - since
+            if waited > self._seconds and position - mark < _MIN_BYTES:
+                what = f"the Hub sends too slowly: {size(position - mark)} in {waited:.0f} s"
+                hint = "try again later; HF_HUB_DOWNLOAD_TIMEOUT says how many seconds 1 kB may take"
+                raise MachineError(what, hint=hint)
+            if waited > self._seconds:
+                since, mark = time.monotonic(), position
             yield chunk
 
 

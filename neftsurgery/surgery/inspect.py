@@ -293,9 +293,6 @@ def _merged(merged: Mapping[str, Any]) -> str:
     """From which patches a patch was merged, by its manifest, which may hold any JSON."""
     parts = merged.get("patches")
     parts = parts if isinstance(parts, list) else []
-    names = [
-        str(part.get("name") or "?") + (f"@{revision}" if (revision := part.get("revision")) else "")
-        for part in parts
-        if isinstance(part, dict)
-    ]
+    known = [(part.get("name") or "?", part.get("revision")) for part in parts if isinstance(part, dict)]
+    names = ["@".join(str(one) for one in name if one) for name in known]
     return f"from {', '.join(names)} ({merged.get('on_overlap')})"
