@@ -14,7 +14,7 @@ from .secrets import redacted
 __all__ = ["hub_errors"]
 
 _LOGIN = "log in with `hf auth login`, and accept the model's terms on its page if it has any"
-_TOKEN = "the token is not, or no longer, valid: log in again with `hf auth login`"
+_TOKEN = "the token may no longer be valid: log in again with `hf auth login`"
 _RIGHTS = "you are logged in, but not allowed to do this: check the token's permissions and your role there"
 _TERMS = "accept the model's terms on its page, as the user whose token is used"
 _LATER = "the fault is on the Hub's side: try again later"

@@ -73,7 +73,7 @@ class Guard:
         request.headers["Accept-Encoding"] = "identity"  # so that lengths are those of the files
         # A commit that an answer names becomes a folder, but first a part of the next address.
         path = unquote(request.url.path)
-        if re.search("/(api|resolve)/", path) and {"", ".", ".."} & set(path[1:].split("/")):
+        if re.search("/(api|resolve)/", path) and {"", ".", ".."} & set(path.strip("/").split("/")):
             raise CorruptFileError("the Hub names a commit or a file that is a path", found=path[-200:])
 
     def _check_answer(self, answer: Any) -> None:
@@ -91,7 +91,8 @@ class Guard:
                 self._sizes[url] = int(told)
         limit = self._sizes.get(url, _MAX_UNANNOUNCED)
         if location and url in self._sizes:
-            self._sizes[str(answer.url.join(location))] = limit
+            there = type(answer.url)(location)  # as the client reads it: join would change some addresses
+            self._sizes[str(answer.url.join(location) if there.is_relative_url else there)] = limit
         resumed = re.match(r"bytes=(\d+)-", answer.request.headers.get("Range", ""))
         start = int(resumed[1]) if resumed and answer.status_code == 206 else 0
         raw = answer.iter_raw  # every way to read a body goes through this

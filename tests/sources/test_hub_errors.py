@@ -215,7 +215,12 @@ ADVICE = [
     # what is raised, whether there is a token, what to do, and what not
     (lambda: HfHubHTTPError("", response=answer(403)), True, [RIGHTS], [LOGIN, TERMS]),
     (lambda: HfHubHTTPError("", response=answer(403)), False, [LOGIN], [RIGHTS]),
-    (lambda: HfHubHTTPError("", response=answer(401)), True, [LOGIN, "no longer, valid"], [TERMS, RIGHTS]),
+    (
+        lambda: HfHubHTTPError("", response=answer(401)),
+        True,
+        [LOGIN, "may no longer be valid"],
+        [TERMS, RIGHTS],
+    ),
     (lambda: HfHubHTTPError("", response=answer(401)), False, [LOGIN], [RIGHTS]),
     (lambda: HfHubHTTPError("", response=answer(404)), True, ["HF_ENDPOINT"], [LOGIN, TERMS]),
     (lambda: HfHubHTTPError("", response=answer(404)), False, ["HF_ENDPOINT"], [LOGIN, TERMS]),
