@@ -29,6 +29,7 @@ _PATIENCE = 30
 
 _PLAIN = re.compile(r'(W/)?"?\w[\w.+=~:-]{0,199}"?', re.ASCII)  # can name one file
 _NAMES = ("X-Repo-Commit", "X-Linked-Etag", "ETag")
+_LOCK = threading.Lock()
 
 
 class Guard:
@@ -39,7 +40,7 @@ class Guard:
 
     def __init__(self, make: Callable[[], Any], seconds: float) -> None:
         self._make, self._seconds = make, seconds
-        self._lock, self._running = threading.Lock(), 0
+        self._running = 0
         self._sizes: dict[str, int] = {}  # by address, as a HEAD request told
 
     def __call__(self) -> Any:
@@ -52,12 +53,12 @@ class Guard:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Check what any thread asks of the Hub meanwhile: the client downloads in threads of its own."""
-        with self._lock:
+        with _LOCK:
             self._running += 1
         try:
             yield
         finally:
-            with self._lock:
+            with _LOCK:
                 self._running -= 1
                 if not self._running:
                     self._sizes.clear()
@@ -120,9 +121,10 @@ def guarded() -> Iterator[None]:
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import _http
 
-    guard = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
-    if not isinstance(guard, Guard):
-        guard = Guard(guard, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        set_client_factory(guard)
+    with _LOCK:
+        guard = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)
+        if not isinstance(guard, Guard):
+            guard = Guard(guard, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            set_client_factory(guard)
     with guard.running():
         yield

@@ -218,7 +218,7 @@ ADVICE = [
     (
         lambda: HfHubHTTPError("", response=answer(401)),
         True,
-        [LOGIN, "may no longer be valid"],
+        [LOGIN, "no longer be"],
         [TERMS, RIGHTS],
     ),
     (lambda: HfHubHTTPError("", response=answer(401)), False, [LOGIN], [RIGHTS]),
