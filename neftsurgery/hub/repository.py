@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import MachineError, MismatchError, NeftError
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError
 from ..sources.hub_client import client, fetch_file, find_file
 from ..sources.hub_errors import hub_errors
-from ..sources.hub_id import HubId
+from ..sources.hub_id import HubId, is_revision
 from ..sources.secrets import redacted
 
 __all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_repository", "send_commit"]
@@ -88,8 +88,8 @@ def read_repository(repo: str, branch: str) -> Repository:
             if isinstance(error, hub.errors.GatedRepoError) or error.response.status_code != 404:
                 raise
             return Repository(repo, branch)
-    files = [file.rfilename for file in info.siblings or []]
-    return Repository(repo, branch, has_branch, info.sha, bool(info.private), files)
+        head, files = _commit(info.sha), [file.rfilename for file in info.siblings or []]
+    return Repository(repo, branch, has_branch, head, bool(info.private), files)
 
 
 def send_commit(
@@ -107,14 +107,14 @@ def send_commit(
             if parent is None:
                 api.create_repo(repo, private=private)
                 created.append("the repository")
-                parent = api.model_info(repo).sha
+                parent = _commit(api.model_info(repo).sha)
             if repository.needs_branch:
                 api.create_branch(repo, branch=repository.branch, revision=parent, exist_ok=False)
                 created.append(f"the branch {repository.branch}")
             return _send(repository, files, message, parent), parent
     except NeftError as error:
         if created:
-            left = f"this push created {' and '.join(created)}, and has put nothing in"
+            left = f"this push created {' and '.join(created)}"
             error.hint = "; ".join(filter(None, [error.hint, left]))
         raise
 
@@ -140,7 +140,14 @@ def _send(repository: Repository, files: Files, message: str, parent: str) -> st
         raise
     if done.oid == parent:
         _require_files(HubId(repo, parent), operations.values())
-    return str(done.oid)
+    return _commit(done.oid)
+
+
+def _commit(name: object) -> str:
+    """A commit as an answer names it: shown to the user, and a part of addresses."""
+    if not is_revision(name):
+        raise CorruptFileError("the Hub names a commit that cannot be one", found=repr(name)[:80])
+    return name
 
 
 def _require_files(hub_id: HubId, operations: Iterable[Any]) -> None:

@@ -80,9 +80,9 @@ def test_what_a_refused_push_has_created_is_told(hub, several, patch_file, statu
     )
     code = 3 if status == 412 else 5
     assert (branch.code, new.code, both.code, old.code) == (code, code, code, 3)
-    assert "this push created the branch v2, and has put nothing in" in branch.err
-    assert "this push created the repository, and has put nothing in" in new.err
-    assert "created the repository and the branch v2, and has put nothing in" in both.err
+    assert "this push created the branch v2\n" in branch.err
+    assert "this push created the repository\n" in new.err
+    assert "this push created the repository and the branch v2\n" in both.err
     for result in (branch, new, both):
         assert "nothing was changed" not in result.err
         assert "empty" not in result.err
@@ -91,7 +91,7 @@ def test_what_a_refused_push_has_created_is_told(hub, several, patch_file, statu
 
 
 def test_somebody_elses_commit_in_a_repository_that_this_push_created(hub, on_hub, several, patch_file):
-    """It is not empty then, and this push has put nothing in."""
+    """It is not empty then."""
     hub.fault(COMMIT.format("me/new"), status=412)
     (result,) = several([("push", "p.safetensors", "me/new")])
     theirs = hub.make("me/new", {"notes.txt": b"theirs"})
@@ -141,6 +141,22 @@ def test_a_commit_that_the_client_does_not_take_is_told_as_that(hub, several, pa
     assert "huggingface_hub cannot do this here: `parent_commit` is not a valid commit OID" in result.err
     assert "network" not in result.err
     assert hub.repos == before
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "../../x", None, 3])
+def test_a_commit_that_cannot_be_one_is_refused(hub, several, patch_file, name):
+    hub.make("me/there", {"notes.txt": b"mine"})
+    hub.make("me/then", {"notes.txt": b"mine"})
+    before = hub.repos
+    hub.fault("GET /api/models/me/there/revision", fields={"sha": name}, times=9)
+    (result,) = several([("push", "p.safetensors", "me/there")])
+    assert result.code == 4, result
+    assert f"the Hub names a commit that cannot be one (found {name!r})" in result.err
+    assert hub.repos == before
+    hub.fault(COMMIT.format("me/then"), fields={"commitOid": name})
+    (result,) = several([("push", "p.safetensors", "me/then")])
+    assert result.code in (4, 5), result
+    assert "\x1b" not in result.out + result.err
 
 
 def test_an_unchanged_commit_is_no_proof(hub, several, patch_file):
