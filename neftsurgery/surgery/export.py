@@ -27,6 +27,7 @@ from ..tensors.floats import narrow, widen
 from ..tensors.writer import TensorFileWriter, written_file
 from ..text import commas, percent, plural, size
 from .lora_modules import lora_modules, task_of
+from .same_base import other_base
 from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 
 __all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
@@ -216,6 +217,7 @@ def plan_export(
     else:
         patch.require_fit(original)
     modules, warnings = lora_modules(patch, original, prefix)
+    warnings += other_base(original, patch.base, patch.name)
     needed = max(module.count for module in modules)
     chosen = _rank(patch, modules, needed, rank)
     if next_step(chosen) != chosen:

@@ -24,6 +24,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from .merge_checks import OverlapRule, check_patches, plan_union
+from .same_base import other_base
 from .verb import base_rows, load_patch, run_keywords, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
@@ -203,6 +204,7 @@ def plan_merge(
     with watch.running():
         meetings, selection, manifest, warnings = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
+        warnings += other_base(original, manifest.base, "the patches")
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
     return MergePlan(

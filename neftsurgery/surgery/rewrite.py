@@ -19,6 +19,7 @@ from ..checkpoint.journal import Change, journaled, locked
 from ..errors import NeftError
 from ..neurons.vectors import block_memory, scatter
 from ..patch.digests import digests
+from ..patch.overlap import RowSource
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
@@ -29,15 +30,7 @@ from ..tensors.arrays import RawBytes
 from ..text import plural
 from .verify import PatchState, summary
 
-__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "RowSource", "touched_files"]
-
-
-@dataclass(frozen=True, slots=True)
-class RowSource:
-    """The vectors to write for one patch: its values, or those they replaced."""
-
-    patch: Patch
-    read: Callable[[str, int, int], RawBytes]
+__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "touched_files"]
 
 
 _TensorRows = tuple[RowSource, str]  # and a tensor's name
@@ -94,6 +87,7 @@ class RewritePlan:
     out: Path | None  # None: in place
     force: bool
     files: FolderFiles | None  # the other files of the folder; None for a single file or in place
+    warnings: Sequence[str]
     timing: Timing  # of checking
 
     @property
@@ -109,7 +103,7 @@ class RewritePlan:
     @property
     def needed(self) -> bool:
         """Whether any vector has to be written."""
-        return not all(state.state == self.goal or state.changes_nothing for state in self.states)
+        return not all(state.is_done(self.goal) for state in self.states)
 
     @property
     def left_behind(self) -> tuple[Path, ...]:
@@ -128,6 +122,7 @@ class RewritePlan:
             "selected": self.neurons,
             "captured": self.rows[0].patch.facts.captured if len(self.rows) == 1 else None,
             "left_behind": [str(path) for path in self.left_behind],
+            "warnings": list(self.warnings),
         }
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:

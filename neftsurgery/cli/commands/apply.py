@@ -10,9 +10,9 @@ from ...surgery.apply import plan_apply, undo_unfinished
 from ...surgery.rewrite import RewritePlan
 from ...text import plural, size
 from ..console import Console
-from ..options import output_option, stack, writing_options
+from ..options import output_option, stack, writing
 
-__all__ = ["command", "run_rewrite", "target_options"]
+__all__ = ["command", "rewriting_options", "run_rewrite", "target_options"]
 
 target_options = stack(
     output_option("OUT", text="The new checkpoint: a file for a file, else a folder."),
@@ -24,11 +24,17 @@ target_options = stack(
 )
 
 
+rewriting_options = writing(
+    force="Replace an existing output atomically. Also write to another model than PATCH was made for, "
+    "where only the fingerprint tells."
+)
+
+
 @click.command("apply")
 @click.argument("base")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @target_options
-@writing_options
+@rewriting_options
 def command(
     console: Console, base: str, patches: tuple[str, ...], in_place: bool, dry_run: bool, **options: Any
 ) -> None:
@@ -50,6 +56,7 @@ def command(
 
 def run_rewrite(console: Console, plan: RewritePlan, dry_run: bool) -> None:
     """Run an apply or revert, or say what it would do."""
+    console.warn(plan.warnings)
     facts = plan.describe()
     if dry_run:
         _say_planned(console, plan)
