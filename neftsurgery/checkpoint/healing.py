@@ -19,7 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary
-from ..neurons.vectors import gather, scatter
+from ..neurons.vectors import count_distinct, gather, scatter
 from ..sources.resolve import Source, is_hub_id, resolve
 from ..storage.output import fsync
 from ..storage.positioned import consecutive_runs
@@ -190,8 +190,8 @@ class Restoration:
 
     @property
     def neurons(self) -> int:
-        """How many vectors it would write."""
-        return sum(len(change.index) for change in self.journal.changes)
+        """How many vectors it would write, each counted once."""
+        return count_distinct(((one.info.name, one.layout), one.index) for one in self.journal.changes)
 
     def describe(self) -> dict[str, Any]:
         """For ``--dry-run`` and JSON."""

@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
@@ -39,6 +40,8 @@ class PushResult:
         The README.
     neurons, tensors:
         How many the patch has.
+    sha256:
+        Of the patch's file: what `pull` and `apply` check if they are given it.
     """
 
     repo: str
@@ -50,9 +53,10 @@ class PushResult:
     card: str = field(repr=False)
     neurons: int
     tensors: int
+    sha256: str
 
     def __str__(self) -> str:
-        head = f"branch {self.branch}, commit {self.commit}"
+        head = f"branch {self.branch}, commit {self.commit}\nSHA-256 of {PATCH_NAME}: {self.sha256}"
         if not self.changed:
             return f"nothing to push: {self.repo} has this patch and this card already\n{head}"
         created = f"created {self.repo}\n" if self.created else ""
@@ -72,6 +76,11 @@ class PushPlan:
     figure: bytes | None = field(repr=False)  # PNG; None if there is nothing to draw it with
     warnings: tuple[str, ...]
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the patch's file; reads all of it."""
+        return self.patch.sha256()
+
     @property
     def files(self) -> list[str]:
         """The names of the files that are sent."""
@@ -84,6 +93,7 @@ class PushPlan:
             f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
             f"base: {self.base.hub_id or 'unknown'}\n"
             f"files: {', '.join(self.files)}\n"
+            f"SHA-256 of {PATCH_NAME}: {self.sha256}\n"
             f"commit message: {self.message}"
         )
 
@@ -106,6 +116,7 @@ class PushPlan:
             "base_revision": self.base.revision,
             "neurons": self.patch.neurons,
             "selected": self.patch.neurons,
+            "sha256": self.sha256,
             "card": self.card,
             "warnings": list(self.warnings),
         }
@@ -113,7 +124,7 @@ class PushPlan:
     @boundary
     def run(self) -> PushResult:
         """Send the patch and its card; raises as `push`."""
-        patch, repository = self.patch, self.repository
+        patch, repository, sha256 = self.patch, self.repository, self.sha256
         with ExitStack() as stack:
             if patch.path is not None:
                 patch.check_in_place()  # what is sent is what was checked
@@ -132,6 +143,7 @@ class PushPlan:
             card=self.card,
             neurons=patch.neurons,
             tensors=len(patch.tensors),
+            sha256=sha256,
         )
 
 

@@ -8,7 +8,8 @@ memory. Where vectors are contiguous, exactly their bytes are read or written. W
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
 from .layout import Layout
 
-__all__ = ["block_memory", "blocks", "check_index", "find", "gather", "scatter"]
+__all__ = ["block_memory", "blocks", "check_index", "count_distinct", "find", "gather", "scatter"]
 
 # Bytes of vectors handled at once; each thread holds a few such blocks. Every block of strided vectors
 # reads their whole slab, so for these fewer and larger blocks are better.
@@ -61,6 +62,14 @@ def find(index: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Mask]:
     hit = slot < len(index)
     hit[hit] = index[slot[hit]] == wanted[hit]
     return slot, hit
+
+
+def count_distinct(parts: Iterable[tuple[Hashable, IndexArray]]) -> int:
+    """How many different neurons there are; each part is a tensor, however it is identified, and an index."""
+    indices: dict[Hashable, list[IndexArray]] = defaultdict(list)
+    for tensor, index in parts:
+        indices[tensor].append(index)
+    return sum(len(np.unique(np.concatenate(several))) for several in indices.values())
 
 
 def gather(

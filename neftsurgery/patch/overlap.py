@@ -66,7 +66,8 @@ class Overlap:
 
     same_base: bool | None  # whether they were made from the same files; None if one does not say
     tensors: tuple[str, ...]  # those that both touch
-    neurons: int  # those that both replace
+    shared: tuple[str, ...]  # those of `tensors` with a neuron that both replace
+    neurons: int  # those that both replace, companion biases not counted
     foreign: int  # those of `neurons` that were not the same in both bases
     crossing: tuple[str, ...]  # tensors cut along different axes: every neuron of one meets all of the other
     unfit: tuple[str, ...]  # tensors of another shape or dtype in one than in the other
@@ -84,10 +85,12 @@ def overlap(one: Patch, other: Patch) -> Overlap:
     unfit = tuple(n for n, a, b in sides if not same_tensor(a.info, b.info))
     crossing = tuple(n for n, a, b in sides if n not in unfit and a.layout.axes != b.layout.axes)
     found = list(meetings([one, other], set(both) - {*unfit, *crossing}))
+    biases = one.facts.companion_biases & other.facts.companion_biases
     return Overlap(
         same_files(one.base, other.base),
         both,
-        sum(len(meeting.shared) for meeting in found),
+        tuple(meeting.name for meeting in found if len(meeting.shared)),
+        sum(len(meeting.shared) for meeting in found if meeting.name not in biases),
         sum(len(meeting.foreign) for meeting in found),
         crossing,
         unfit,

@@ -23,7 +23,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, touched_files
 from .same_base import other_base
-from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
+from .verb import load_patch, load_patches, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -40,6 +40,7 @@ def apply(
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
+    sha256: str | Sequence[str] | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
 ) -> RewriteResult:
@@ -56,6 +57,8 @@ def apply(
         The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
     in_place:
         Change ``base`` itself: only the touched rows are written, their old bytes journaled first.
+    sha256:
+        The SHA-256 that the patch's file must have; of several patches, one each, in order.
     force:
         Replace ``out`` if it exists. Also write where only fingerprints tell models apart, and they differ.
     threads, memory, progress:
@@ -68,16 +71,17 @@ def apply(
     MismatchError
         If a patch was made from another base. Without ``force``, also if nothing shows that it was not.
     CorruptFileError
-        If a patch's hashes do not match its content, or a file is damaged.
+        If a patch's hashes do not match its content, or its file not ``sha256``, or a file is damaged.
     MachineError
         If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
         ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
     run = run_keywords("apply", options)
+    several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
+    loaded = load_patches(several, sha256)
     if in_place:
         undo_unfinished(base)
-    several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
-    plan = plan_apply(base, several, out=out, in_place=in_place, force=force, **run)
+    plan = plan_apply(base, loaded, out=out, in_place=in_place, force=force, **run)
     warn(log, plan.warnings)
     return plan.run(**run)
 
@@ -127,7 +131,7 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
 
 def plan_apply(
     base: AnyPath,
-    patches: Sequence[Patch | AnyPath],
+    patches: Sequence[Patch],
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
@@ -138,7 +142,7 @@ def plan_apply(
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
-    rows = [RowSource(patch, patch.values) for patch in map(load_patch, patches)]
+    rows = [RowSource(patch, patch.values) for patch in patches]
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
@@ -212,7 +216,7 @@ def _plan(
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
         warnings = [*warnings, *_doubts(checkpoint, patch, state, kind.goal, force)]
-    watch.bytes_read = checkpoint.bytes_read
+    watch.bytes_read = checkpoint.bytes_read + sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
     return kind(checkpoint, rows, states, place, force, files, warnings, watch.timing)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Unpack
 
@@ -50,18 +51,19 @@ class MergePlan:
 
     @property
     def shared(self) -> int:
-        """Neurons that several patches replace."""
-        return sum(len(meeting.shared) for meeting in self.meetings.values())
+        """Neurons that several patches replace, companion biases not counted."""
+        biases = self.manifest.selection.companion_biases
+        return sum(len(meeting.shared) for name, meeting in self.meetings.items() if name not in biases)
 
     @property
     def reads_base(self) -> bool:
         """Whether replaced values are read: to compute with, to keep, or to check a base that was named."""
         return self.base is not None or self.reversible or self.rule.needs_base
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of the result, as far as they are known beforehand."""
-        return patch_bytes(self.selection, self.reversible)
+        """Bytes of the merged patch's file."""
+        return patch_bytes(self.selection, self.manifest, self.reversible)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -105,9 +107,9 @@ class MergePlan:
             with progress("merging", self.selection.nbytes) as advance:
                 for block, (before, after) in in_order(join, self.selection.blocks(), workers):
                     writer.add_digests(block.name, before, after)
-                    watch.bytes_read += block.nbytes
                     advance(block.nbytes)
             for patch in self.patches:
+                watch.bytes_read += patch.value_bytes
                 patch.check_unchanged()
             if self.base is not None:
                 self.base.check_unchanged()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import Change, journaled, locked
 from ..errors import NeftError
-from ..neurons.vectors import block_memory, scatter
+from ..neurons.vectors import block_memory, count_distinct, scatter
 from ..patch.digests import digests
 from ..patch.overlap import RowSource
 from ..patch.patch import Patch
@@ -90,15 +91,27 @@ class RewritePlan:
     warnings: Sequence[str]
     timing: Timing  # of checking
 
-    @property
+    @cached_property
     def neurons(self) -> int:
-        """Neurons of all patches together."""
-        return sum(rows.patch.neurons for rows in self.rows)
+        """How many neurons any patch replaces, companion biases not counted."""
+        return count_distinct(
+            ((name, tensor.layout), rows.patch.index(name))
+            for rows in self.rows
+            for name, tensor in rows.patch.tensors.items()
+            if name not in rows.patch.facts.companion_biases
+        )
 
     @property
     def tensors(self) -> int:
         """Tensors that any patch touches."""
         return len({name for rows in self.rows for name in rows.patch.tensors})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the new checkpoint."""
+        along = () if self.files is None else self.files.along
+        weights = sum(shard.size for shard in self.checkpoint.shards)
+        return weights + sum((self.checkpoint.root / path).stat().st_size for path in along)
 
     @property
     def needed(self) -> bool:
@@ -120,6 +133,7 @@ class RewritePlan:
             "tensors": self.tensors,
             "neurons": self.neurons,
             "selected": self.neurons,
+            "bytes": None if self.out is None else self.nbytes,
             "captured": self.rows[0].patch.facts.captured if len(self.rows) == 1 else None,
             "left_behind": [str(path) for path in self.left_behind],
             "warnings": list(self.warnings),
@@ -168,19 +182,17 @@ def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shar
 def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     along = () if plan.files is None else plan.files.along
-    sizes = [shard.size for shard in checkpoint.shards]
-    sizes += [(checkpoint.root / path).stat().st_size for path in along]
-    parent, touched = out.absolute().parent, _touched(plan)
-    with progress("copying", sum(sizes)) as advance:
+    parent, touched, nbytes = out.absolute().parent, _touched(plan), plan.nbytes
+    with progress("copying", nbytes) as advance:
         if checkpoint.is_file:
             with staged_file(out, force=plan.force) as staged:
-                require_space(parent, sum(sizes))
+                require_space(parent, nbytes)
                 shard = checkpoint.shards[0]
                 _write_shard(shard, staged.fd, touched.get(shard.path, ()), advance)
                 _check_unchanged(plan)
             return
         with staged_directory(out, force=plan.force) as folder:
-            require_space(parent, sum(sizes))
+            require_space(parent, nbytes)
 
             stop = threading.Event()
 

@@ -237,8 +237,6 @@ class Verification:
     same_base:
         Whether the checkpoint, without the patch, has the fingerprint of the patch's base. None if the patch
         does not record it, or does not hold what it replaced.
-    tells_models_apart:
-        Whether the compared neurons can tell models apart: they hold at least `TELLING` different numbers.
     remark:
         What speaks against the patch having been made for this checkpoint, or is not known of that.
     """
@@ -247,7 +245,6 @@ class Verification:
     tensors: dict[str, TensorState]
     neurons: int
     same_base: bool | None = None
-    tells_models_apart: bool = True
     remark: str | None = None
     timing: Timing = field(default_factory=Timing)
 
@@ -292,13 +289,12 @@ class VerifyPlan:
             (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), advance=advance)
             self.checkpoint.check_unchanged()
             self.patch.check_unchanged()
-        watch.bytes_read = self.checkpoint.bytes_read
+        watch.bytes_read = self.checkpoint.bytes_read + self.patch.value_bytes
         return Verification(
             found.state,
             found.tensors,
             self.patch.neurons,
             found.same_base,
-            found.tells_models_apart,
             None if found.state == "neither" else found.remark,
             watch.timing,
         )

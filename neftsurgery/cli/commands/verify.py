@@ -49,7 +49,7 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
             "expected": expect,
             "ok": good,
             "same_base": found.same_base,
-            "tells_models_apart": found.tells_models_apart,
+            "remark": found.remark,
             "neurons": found.neurons,
             "tensors": {name: {"state": t.state, **asdict(t)} for name, t in found.tensors.items()},
         },
