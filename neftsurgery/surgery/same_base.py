@@ -14,20 +14,16 @@ __all__ = ["other_base", "same_bases"]
 
 
 def same_bases(
-    checkpoint: Checkpoint, patches: Sequence[Patch], undone: Sequence[RowSource], *, hidden: bool
+    checkpoint: Checkpoint, patches: Sequence[Patch], applied: Sequence[bool], undone: Sequence[RowSource]
 ) -> list[bool | None]:
-    """For each patch whether the checkpoint is its base; None if that is not known.
+    """For each patch whether the checkpoint is its base, or that with the patch; None if it cannot be known.
 
-    The patches may follow each other or be made from one base, and any of them may be applied already. So a
-    patch's base may be the checkpoint as it is, or without them, or with the earlier ones alone.
-
-    Parameters
-    ----------
-    undone:
-        The vectors that patches replaced, as far as they are known, the last patch's first.
-    hidden:
-        Whether other patches are applied, so that a fingerprint that differs shows nothing.
+    The patches may follow each other or be made from one base, and any of them may be ``applied`` already. So
+    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only. ``undone``
+    are the vectors that patches replaced, as far as they are known, those of the last patch first.
     """
+    known = {rows.patch for rows in undone}
+    hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
 
     @cache
     def found(layers: tuple[RowSource, ...]) -> str:

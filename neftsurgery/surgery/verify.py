@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Unpack
 
 import numpy as np
@@ -175,20 +175,8 @@ def examine(
         advance((block.stop - block.start) * patch.tensors[block.name].vector_bytes)
     if replaced is None:
         replaced = [RowSource(patch, patch.base_values) for patch in reversed(patches) if patch.reversible]
-    _compare_fingerprints(checkpoint, patches, states, replaced)
-    return states
-
-
-def _compare_fingerprints(
-    checkpoint: Checkpoint,
-    patches: Sequence[Patch],
-    states: Sequence[PatchState],
-    replaced: Sequence[RowSource],
-) -> None:
-    known = [rows.patch for rows in replaced]
-    hidden = any(s.applied and patch not in known for patch, s in zip(patches, states, strict=True))
-    for state, same in zip(states, same_bases(checkpoint, patches, replaced, hidden=hidden), strict=True):
-        state.same_base = same
+    known = same_bases(checkpoint, patches, [state.applied for state in states], replaced)
+    return [replace(state, same_base=same) for state, same in zip(states, known, strict=True)]
 
 
 def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:

@@ -251,15 +251,7 @@ def test_the_sha256_that_push_shows_is_what_pull_and_apply_check(hub, several, p
             (*PULL, "--sha256", expected.upper()),
             ("pull", "me/patch", "-o", "r.safetensors", "--sha256", other),
             ("apply", "base", "me/patch", "-o", "patched", "--sha256", expected),
-            (
-                "apply",
-                "base",
-                f"me/patch@{hub.repos['me/patch']['refs']['main']}",
-                "-o",
-                "no",
-                "--sha256",
-                other,
-            ),
+            ("apply", "base", pinned, "-o", "no", "--sha256", other),
         ]
     )
     assert (again.json["sha256"], again.json["changed"]) == (expected, False)
