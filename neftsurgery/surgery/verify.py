@@ -141,7 +141,9 @@ def examine(
         patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     hashes = (DigestHash(), DigestHash())
-    workers = limits.workers(block_memory(t.layout for patch in patches for t in patch.tensors.values()))
+    workers = limits.workers(
+        block_memory((t.layout for patch in patches for t in patch.tensors.values()), limits.block)
+    )
 
     def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
         patch, state = patches[block.patch], states[block.patch]
@@ -151,7 +153,7 @@ def examine(
         reached = patch.values(block.name, block.start, block.stop)
         after = digests(reached)
         index = patch.index(block.name)[block.start : block.stop]
-        now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index)
+        now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=limits.block)
         others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
         settled = (now == reached).all(axis=1)
         if (settled & (before != after).any(axis=1)).any():
@@ -164,7 +166,7 @@ def examine(
         _note_numbers(now, tensor.info.type, state.numbers)
         return before, after, np.where(settled[:, None], after, digests(now))
 
-    for block, (before, after, now) in in_order(compare, _blocks(patches), workers):
+    for block, (before, after, now) in in_order(compare, _blocks(patches, limits.block), workers):
         patch = patches[block.patch]
         for state, part in zip(hashes, (before, after), strict=True):
             state.update(part)
@@ -187,12 +189,12 @@ def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
             numbers.update(np.unique(elements[start : start + _ELEMENTS]).tolist())
 
 
-def _blocks(patches: Sequence[Patch]) -> Iterator[_Block]:
+def _blocks(patches: Sequence[Patch], size: int | None) -> Iterator[_Block]:
     for number, patch in enumerate(patches):
         for name, tensor in patch.tensors.items():
             if tensor.count == 0:
                 yield _Block(number, name, 0, 0, True)
-            for start, stop in tensor.blocks():
+            for start, stop in tensor.blocks(size):
                 yield _Block(number, name, start, stop, stop == tensor.count)
 
 
