@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
 from .layout import Layout
 
-__all__ = ["block_memory", "blocks", "check_index", "count_distinct", "find", "gather", "scatter"]
+__all__ = ["block_memory", "blocks", "check_index", "distinct_counts", "find", "gather", "scatter"]
 
 # Bytes of vectors handled at once; each thread holds a few such blocks. Every block of strided vectors
 # reads their whole slab, so for these fewer and larger blocks are better.
@@ -67,12 +67,14 @@ def find(index: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Mask]:
     return slot, hit
 
 
-def count_distinct(parts: Iterable[tuple[Hashable, IndexArray]]) -> int:
-    """How many different neurons there are; each part is a tensor, however it is identified, and an index."""
-    indices: dict[Hashable, list[IndexArray]] = defaultdict(list)
-    for tensor, index in parts:
-        indices[tensor].append(index)
-    return sum(len(np.unique(np.concatenate(several))) for several in indices.values())
+def distinct_counts(
+    parts: Iterable[tuple[TensorInfo, Layout, IndexArray]],
+) -> dict[tuple[TensorInfo, Layout], int]:
+    """By tensor and layout how many different neurons the indices hold together."""
+    indices: dict[tuple[TensorInfo, Layout], list[IndexArray]] = defaultdict(list)
+    for info, layout, index in parts:
+        indices[info, layout].append(index)
+    return {tensor: len(np.unique(np.concatenate(several))) for tensor, several in indices.items()}
 
 
 def gather(

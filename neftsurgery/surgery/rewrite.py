@@ -18,7 +18,7 @@ from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import Change, journaled, locked
 from ..errors import NeftError
-from ..neurons.vectors import block_memory, count_distinct, scatter
+from ..neurons.vectors import block_memory, distinct_counts, scatter
 from ..patch.digests import digests
 from ..patch.overlap import RowSource
 from ..patch.patch import Patch
@@ -94,12 +94,13 @@ class RewritePlan:
     @cached_property
     def neurons(self) -> int:
         """How many neurons any patch replaces, companion biases not counted."""
-        return count_distinct(
-            ((name, tensor.layout), rows.patch.index(name))
+        found = distinct_counts(
+            (tensor.info, tensor.layout, rows.patch.index(name))
             for rows in self.rows
             for name, tensor in rows.patch.tensors.items()
             if name not in rows.patch.facts.companion_biases
         )
+        return sum(found.values())
 
     @property
     def tensors(self) -> int:

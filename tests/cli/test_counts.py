@@ -167,6 +167,8 @@ def test_a_journal_of_patches_that_overlap_counts_a_neuron_once(
     expected = len(neurons_of(models / "p", weights_only=False))
     told = neft("heal", "base", "--dry-run", "--json").json
     assert (told["neurons"], told["selected"]) == (expected, expected)
+    (journal,) = told["journals"]
+    assert journal["bytes"] == neft("inspect", "p", "--json").json["parameters"] * 2
     assert f"would write {expected} neurons (" in neft("heal", "base", "--dry-run").out
     assert f"{expected} neurons written back" in neft("heal", "base", "--yes").out
 
