@@ -244,3 +244,16 @@ def test_the_fingerprint_with_a_patch_is_that_of_the_patched_checkpoint(tmp_path
     assert fingerprint(after, lambda *part: lay_over([replaced], *part)) == fingerprint(before)
     assert fingerprint(before, lambda *part: lay_over([values, replaced], *part)) == fingerprint(before)
     assert fingerprint(before) != fingerprint(after)
+
+
+def test_a_patch_that_is_there_already_is_named_as_well(tmp_path: Path, neft: Any) -> None:
+    """With another patch on it, a checkpoint does not have the base's fingerprint."""
+    for name, tensor in (("p", "scale.weight"), ("q", "zero.weight")):
+        cut(tmp_path, name, BASE, tuned(BASE, tensor)).close()
+    raw_file(tmp_path / "base", BASE)
+    assert neft("apply", "base", "p", "-o", "one").code == 0
+    alone = neft("apply", "one", "q", "--in-place")
+    assert (alone.code, "in one command the patches that are on it" in alone.err) == (3, True)
+    together = neft("apply", "one", "p", "q", "--in-place")
+    assert together.code == 0
+    assert raw_read(tmp_path / "one")["zero.weight"][1].any()
