@@ -146,25 +146,7 @@ def examine(
     )
 
     def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
-        patch, state = patches[block.patch], states[block.patch]
-        tensor = patch.tensors[block.name]
-        before = patch.base_digests(block.name, block.start, block.stop)
-        patch.check_base_rows(block.name, before, block.start, block.stop)
-        reached = patch.values(block.name, block.start, block.stop)
-        after = digests(reached)
-        index = patch.index(block.name)[block.start : block.stop]
-        now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=limits.block)
-        others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
-        settled = (now == reached).all(axis=1)
-        if (settled & (before != after).any(axis=1)).any():
-            state.applied = True
-        for later in (patches[n] for n in others if n > block.patch):
-            overlay(reached, index, tensor, later)
-            settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
-        for earlier in (patches[n] for n in others if n < block.patch):
-            overlay(now, index, tensor, earlier)
-        _note_numbers(now, tensor.info.type, state.numbers)
-        return before, after, np.where(settled[:, None], after, digests(now))
+        return _compare(checkpoint, patches, states, block, limits.block)
 
     for block, (before, after, now) in in_order(compare, _blocks(patches, limits.block), workers):
         patch = patches[block.patch]
@@ -179,6 +161,35 @@ def examine(
         replaced = [RowSource(patch, patch.base_values) for patch in reversed(patches) if patch.reversible]
     known = same_bases(checkpoint, patches, [state.applied for state in states], replaced)
     return [replace(state, same_base=same) for state, same in zip(states, known, strict=True)]
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    patches: Sequence[Patch],
+    states: Sequence[PatchState],
+    block: _Block,
+    size: int | None,
+) -> tuple[RawBytes, RawBytes, RawBytes]:
+    """The digests of a block before and after its patch, and now; takes notes in its patch's state."""
+    patch, state = patches[block.patch], states[block.patch]
+    tensor = patch.tensors[block.name]
+    before = patch.base_digests(block.name, block.start, block.stop)
+    patch.check_base_rows(block.name, before, block.start, block.stop)
+    reached = patch.values(block.name, block.start, block.stop)
+    after = digests(reached)
+    index = patch.index(block.name)[block.start : block.stop]
+    now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=size)
+    others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
+    settled = (now == reached).all(axis=1)
+    if (settled & (before != after).any(axis=1)).any():
+        state.applied = True
+    for later in (patches[n] for n in others if n > block.patch):
+        overlay(reached, index, tensor, later)
+        settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
+    for earlier in (patches[n] for n in others if n < block.patch):
+        overlay(now, index, tensor, earlier)
+    _note_numbers(now, tensor.info.type, state.numbers)
+    return before, after, np.where(settled[:, None], after, digests(now))
 
 
 def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
