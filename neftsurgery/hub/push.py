@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
@@ -39,6 +40,8 @@ class PushResult:
         The README.
     neurons, tensors:
         How many the patch has.
+    sha256:
+        Of the patch's file: what `pull` and `apply` check if they are given it.
     created_branch:
         Whether the branch was created, from main's head.
     """
@@ -52,6 +55,7 @@ class PushResult:
     card: str = field(repr=False)
     neurons: int
     tensors: int
+    sha256: str
     created_branch: bool = False
 
     def __str__(self) -> str:
@@ -62,7 +66,8 @@ class PushResult:
         else:
             nothing = "no commit was needed" if lines else "nothing to push"
             lines.append(f"{nothing}: {self.repo} has this patch and this card already")
-        return "\n".join([*lines, f"branch {self.branch}, commit {self.commit}"])
+        lines.append(f"branch {self.branch}, commit {self.commit}")
+        return "\n".join([*lines, f"SHA-256 of {PATCH_NAME}: {self.sha256}"])
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class PushPlan:
     figure: bytes | None = field(repr=False)  # PNG; None if there is nothing to draw it with
     warnings: tuple[str, ...]
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the patch's file; reads all of it."""
+        return self.patch.sha256()
+
     @property
     def files(self) -> list[str]:
         """The names of the files that are sent."""
@@ -91,6 +101,7 @@ class PushPlan:
             f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
             f"base: {self.base.hub_id or 'unknown'}\n"
             f"files: {', '.join(self.files)}\n"
+            f"SHA-256 of {PATCH_NAME}: {self.sha256}\n"
             f"commit message: {self.message}"
         )
 
@@ -114,6 +125,7 @@ class PushPlan:
             "base_revision": self.base.revision,
             "neurons": self.patch.neurons,
             "selected": self.patch.neurons,
+            "sha256": self.sha256,
             "card": self.card,
             "warnings": list(self.warnings),
         }
@@ -121,7 +133,7 @@ class PushPlan:
     @boundary
     def run(self) -> PushResult:
         """Send the patch and its card; raises as `push`."""
-        patch, repository = self.patch, self.repository
+        patch, repository, sha256 = self.patch, self.repository, self.sha256
         with ExitStack() as stack:
             if patch.path is not None:
                 patch.check_in_place()  # what is sent is what was checked
@@ -140,6 +152,7 @@ class PushPlan:
             card=self.card,
             neurons=patch.neurons,
             tensors=len(patch.tensors),
+            sha256=sha256,
             created_branch=repository.needs_branch,
         )
 
