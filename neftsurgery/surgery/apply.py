@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, Unpack
 
+import numpy as np
+
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.folder_files import folder_files
+from ..checkpoint.folder_files import file_notes, folder_files
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import open_shard
+from ..checkpoint.ties import stored_ties
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions
 from ..patch.patch import Patch
@@ -21,7 +25,7 @@ from ..sources.resolve import is_hub_id
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .verb import load_patch, replaced_rows, require_replaced, run_keywords
+from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -75,7 +79,9 @@ def apply(
     if in_place:
         undo_unfinished(base)
     several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
-    return plan_apply(base, several, out=out, in_place=in_place, force=force, **run).run(**run)
+    plan = plan_apply(base, several, out=out, in_place=in_place, force=force, **run)
+    warn(log, plan.warnings)
+    return plan.run(**run)
 
 
 @boundary
@@ -111,6 +117,7 @@ def revert(
     if in_place:
         undo_unfinished(checkpoint)
     plan = plan_revert(checkpoint, patch, base=base, out=out, in_place=in_place, force=force, **run)
+    warn(log, plan.warnings)
     return plan.run(**run)
 
 
@@ -152,8 +159,7 @@ def plan_revert(
     patch = load_patch(patch)
     inputs, read = list[Path](), patch.base_values
     if base is not None:
-        original = Checkpoint.open(base)
-        patch.require_fit(original)
+        original = patch.require_fit(Checkpoint.open(base))
         inputs.append(original.source.path)
         read = partial(replaced_rows, patch, original)
     else:
@@ -185,10 +191,11 @@ def _plan(
     checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:
-        patch.require_fit(checkpoint)
+        checkpoint = patch.require_fit(checkpoint)
+    rows, notes = _with_copies(checkpoint, rows)
     files = None
     if out is None:
-        for shard in touched_files(checkpoint, patches):
+        for shard in touched_files(checkpoint, rows):
             os.close(open_shard(checkpoint, shard))  # it can be written
     else:
         sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
@@ -201,7 +208,41 @@ def _plan(
         _refuse_neither(checkpoint, patch, state)
     watch.bytes_read = checkpoint.bytes_read
     place = None if out is None else Path(out)
-    return kind(checkpoint, rows, states, place, force, files, watch.timing)
+    return kind(checkpoint, rows, states, place, force, files, watch.timing, notes)
+
+
+def _with_copies(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> tuple[list[RowSource], list[str]]:
+    """The rows, written to every copy of a tied tensor too; and what the user should know of ties and files.
+
+    A copy that a patch itself changes is left to it: it unties the two.
+    """
+    homes = [{name: checkpoint.tensors[name].name for name in one.patch.tensors} for one in rows]
+    ties = stored_ties(checkpoint, {home for known in homes for home in known.values()})
+    taken: dict[str, tuple[Patch, str]] = {}
+    found = []
+    for one, known in zip(rows, homes, strict=True):
+        own = set(known.values())
+        copies = {name: [c for c in ties.same.get(home, ()) if c not in own] for name, home in known.items()}
+        found.append(replace(one, copies=copies))
+        for name, home in known.items():
+            for place in (home, *copies[name]):
+                other, theirs = taken.setdefault(place, (one.patch, name))
+                if theirs != name and not _agree(other, theirs, one.patch, name):
+                    raise MismatchError(
+                        f"{one.patch.name} changes {theirs} in another way, and the two are one tensor here",
+                        file=checkpoint.name,
+                        tensor=name,
+                        hint="save the base with both, and with tie_word_embeddings false in config.json",
+                    )
+    return found, [*ties.notes, *file_notes(checkpoint)]
+
+
+def _agree(one: Patch, name: str, other: Patch, theirs: str) -> bool:
+    """Whether two patches, or one, may change a tensor under two names: alike, or other neurons of it."""
+    if one is not other:
+        return not np.intersect1d(one.index(name), other.index(theirs)).size
+    same = one.tensors[name].patched_hash == one.tensors[theirs].patched_hash
+    return same and np.array_equal(one.index(name), one.index(theirs))
 
 
 def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> None:

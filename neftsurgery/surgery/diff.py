@@ -50,7 +50,7 @@ class DiffPlan:
     @property
     def warnings(self) -> Sequence[str]:
         """Sentences for the user."""
-        return self.pair.anatomy.warnings
+        return self.pair.warnings
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -67,6 +67,8 @@ class DiffPlan:
             "bytes_to_read": self.pair.nbytes,
             "out": None if self.out is None else str(self.out),
             "warnings": list(self.warnings),
+            "tied": dict(self.pair.joined.copies),
+            "not_compared": self.pair.not_compared,
             **self.pair.describe(),
         }
 
@@ -103,7 +105,7 @@ class DiffPlan:
             "version": SCORES_VERSION,
             "score": self.score,
             "anatomy": self.pair.anatomy.name,
-            "parameters": self.pair.base.parameters,
+            "parameters": self.pair.parameters,
             "base": Provenance.of(self.pair.base).to_json(),
             "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),

@@ -214,7 +214,7 @@ def plan_export(
     if original is None:
         require_replaced(patch, "a LoRA")
     else:
-        patch.require_fit(original)
+        original = patch.require_fit(original)
     modules, warnings = lora_modules(patch, original, prefix)
     needed = max(module.count for module in modules)
     chosen = _rank(patch, modules, needed, rank)

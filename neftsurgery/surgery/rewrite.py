@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..storage.output import begin_writeback, fsync, staged_directory, staged_fi
 from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
+from ..tensors.header import TensorInfo
 from ..text import plural
 from .verify import PatchState, summary
 
@@ -38,9 +39,15 @@ class RowSource:
 
     patch: Patch
     read: Callable[[str, int, int], RawBytes]
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tied tensors that are written as well
+
+    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+        """Each touched tensor, with every tensor of the files that it is."""
+        for name in self.patch.tensors:
+            yield from ((name, checkpoint.tensors[one]) for one in (name, *self.copies.get(name, ())))
 
 
-_TensorRows = tuple[RowSource, str]  # and a tensor's name
+_TensorRows = tuple[RowSource, str, TensorInfo]  # a tensor of the patch, and one of the file
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class RewritePlan:
     force: bool
     files: FolderFiles | None  # the other files of the folder; None for a single file or in place
     timing: Timing  # of checking
+    warnings: Sequence[str] = ()  # sentences for the user
 
     @property
     def neurons(self) -> int:
@@ -128,6 +136,7 @@ class RewritePlan:
             "selected": self.neurons,
             "captured": self.rows[0].patch.facts.captured if len(self.rows) == 1 else None,
             "left_behind": [str(path) for path in self.left_behind],
+            "warnings": list(self.warnings),
         }
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
@@ -164,9 +173,9 @@ class RevertPlan(RewritePlan):
     goal = "base"
 
 
-def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shard]:
-    """The weight files that hold a tensor of ``patches``."""
-    paths = {checkpoint.shard_of(name).path for patch in patches for name in patch.tensors}
+def touched_files(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[Shard]:
+    """The weight files that hold a tensor that is written."""
+    paths = {checkpoint.shard_of(info.name).path for one in rows for _, info in one.targets(checkpoint)}
     return [shard for shard in checkpoint.shards if shard.path in paths]
 
 
@@ -195,9 +204,9 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
                 advance(done)
 
             def write(shard: Shard) -> None:
-                fd = os.open(
-                    folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-                )
+                path = folder / shard.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 try:
                     _write_shard(shard, fd, touched.get(shard.path, ()), step)
                 finally:
@@ -231,8 +240,8 @@ def _touched(plan: RewritePlan) -> dict[Path, list[_TensorRows]]:
     """What is written, by weight file, in the order of the patches."""
     found: dict[Path, list[_TensorRows]] = {}
     for rows in plan.rows:
-        for name in rows.patch.tensors:
-            found.setdefault(plan.checkpoint.shard_of(name).path, []).append((rows, name))
+        for name, info in rows.targets(plan.checkpoint):
+            found.setdefault(plan.checkpoint.shard_of(info.name).path, []).append((rows, name, info))
     return found
 
 
@@ -242,9 +251,9 @@ def _write_rows(
     tensors: Sequence[_TensorRows],
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    for rows, name in tensors:
+    for rows, name, info in tensors:
         tensor, index = rows.patch.tensors[name], rows.patch.index(name)
-        offset = shard.header.offsets[name]
+        offset = shard.header.offsets[info.name]
         for start, stop in tensor.blocks():
             vectors = rows.read(name, start, stop)
             scatter(fd, offset, tensor.info, tensor.layout, index[start:stop], vectors, str(shard.path))
@@ -255,9 +264,9 @@ def _write_rows(
 def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     changes = [
-        Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name))
+        Change(info, rows.patch.tensors[name].layout, rows.patch.index(name), _digests(rows, name))
         for rows in plan.rows
-        for name, tensor in rows.patch.tensors.items()
+        for name, info in rows.targets(checkpoint)
     ]
     layouts = [change.layout for change in changes]
     touched = _touched(plan)

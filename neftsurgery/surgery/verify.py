@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Literal, Unpack
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.folder_files import file_notes
+from ..checkpoint.ties import stored_ties
 from ..errors import boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions
@@ -21,7 +24,7 @@ from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..text import plural
-from .verb import load_patch, run_keywords
+from .verb import load_patch, run_keywords, warn
 
 __all__ = [
     "JOURNAL_HINT",
@@ -34,6 +37,8 @@ __all__ = [
     "summary",
     "verify",
 ]
+
+log = logging.getLogger(__name__)
 
 #: A possible reason for vectors that are neither old nor new.
 JOURNAL_HINT = (
@@ -208,6 +213,7 @@ class VerifyPlan:
 
     checkpoint: Checkpoint
     patch: Patch
+    warnings: Sequence[str] = ()  # sentences for the user
 
     def describe(self) -> dict[str, object]:
         """For JSON."""
@@ -251,11 +257,14 @@ def verify(
     CorruptFileError
         If the patch does not match its own hashes, or a file is damaged.
     """
-    return plan_verify(checkpoint, patch).run(**run_keywords("verify", options))
+    plan = plan_verify(checkpoint, patch)
+    warn(log, plan.warnings)
+    return plan.run(**run_keywords("verify", options))
 
 
 def plan_verify(checkpoint: AnyPath, patch: Patch | AnyPath) -> VerifyPlan:
     """Read the headers of both and check that they fit each other."""
-    opened, loaded = Checkpoint.open(checkpoint), load_patch(patch)
-    loaded.require_fit(opened)
-    return VerifyPlan(opened, loaded)
+    loaded = load_patch(patch)
+    fitting = loaded.require_fit(Checkpoint.open(checkpoint))
+    ties = stored_ties(fitting, {fitting.tensors[name].name for name in loaded.tensors})
+    return VerifyPlan(fitting, loaded, (*ties.notes, *file_notes(fitting)))
