@@ -88,11 +88,14 @@ def _unread_weights(side: Side) -> list[str]:
     if side.is_file:
         count = shard_count(side.shards[0].name) or 1
         return [f"the other {plural(count - 1, 'shard')} of {count}"] if count > 1 else []
-    files = folder_files(side)
-    found = [path for path in files.left if path.suffix == ".safetensors"]
-    below = [path for path in files.along if path.name.endswith((*_WEIGHT_ENDINGS, ".safetensors"))]
-    found += [path for path in below if not _SAVE.fullmatch(path.parts[0])]
-    return [path.as_posix() for path in found]
+    own, found = {shard.name for shard in side.shards}, list[str]()
+    for path, folders, names in os.walk(side.root):  # what cannot be listed is passed over
+        below = Path(path).relative_to(side.root)
+        aside = {name for name in folders if not below.parts and _SAVE.fullmatch(name)}
+        folders[:] = sorted({*folders} - {*_STALE_FOLDERS} - aside)
+        endings = (".safetensors", *(_WEIGHT_ENDINGS if below.parts else ()))
+        found += [(below / name).as_posix() for name in sorted(names) if name.endswith(endings)]
+    return [name for name in found if name not in own]
 
 
 def _tree(root: Path, folder: Path) -> list[Path]:

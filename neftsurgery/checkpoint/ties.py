@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..neurons.ties import is_head, stated_tie, tie_groups
 from ..tensors.header import TensorInfo
+from ..text import label
 from .checkpoint import Checkpoint, Side
 from .provenance import same_tensor
 
-__all__ = ["Joined", "StoredTies", "join", "missing_tensors", "stored_ties", "with_tied_names"]
+__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "with_tied_names"]
 
 _FIRST = 64 << 10  # bytes that tell most tensors apart
 _PIECE = 4 << 20
@@ -59,7 +60,9 @@ def join(base: Checkpoint, tuned: Side) -> Joined:
                 untied |= {name: a[name]} if a[name] != name else {}
     seen = tuned.under(aliases) if isinstance(tuned, Checkpoint) else tuned
     for name, one in untied.items():
-        notes.append(f"{tuned.name} has {name} apart from {one}, which are one tensor in {base.name}")
+        notes.append(
+            f"{tuned.name} has {label(name)} apart from {label(one)}: in {base.name} they are one tensor"
+        )
     only_base = base.tensors.keys() - tuned.tensors.keys() - aliases.keys() - copies.keys()
     only_tuned = tuned.tensors.keys() - base.tensors.keys() - settled
     return Joined(seen, copies, untied, tuple(sorted(only_base)), tuple(sorted(only_tuned)), tuple(notes))
@@ -77,26 +80,23 @@ def with_tied_names(checkpoint: Checkpoint, wanted: Iterable[TensorInfo]) -> Che
     return checkpoint.under(aliases)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTies:
-    """What a checkpoint's files say of ties."""
+def stored_ties(
+    checkpoint: Checkpoint, about: Iterable[str] | None = None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """By stored tensor of a tie, all that are one with it, embeddings first. And notes, as `Joined` has them.
 
-    same: Mapping[str, Sequence[str]]  # by stored tensor of a tie, all that are one with it, embeddings first
-    notes: Sequence[str]  # where config and files disagree
-
-
-def stored_ties(checkpoint: Checkpoint, about: Collection[str] | None = None) -> StoredTies:
-    """Which stored tensors are one; only of the groups that hold a name of ``about``. Reads them."""
-    side, about = _Ties.of(checkpoint), None if about is None else set(about)
+    Only of tensors that may be tied to one of ``about``. Reads them.
+    """
+    side, wanted = _Ties.of(checkpoint), None if about is None else set(about)
     same, notes = dict[str, list[str]](), list[str]()
     for group in _groups((side,), checkpoint.tensors):
-        if about is None or not about.isdisjoint(group):
+        if wanted is None or not wanted.isdisjoint(group):
             stored = side.stored(group)
             notes += side.notes(group, stored)
             for name, home in stored.items():
                 same[name] = same.setdefault(home, [])
                 same[name].append(name)
-    return StoredTies({name: names for name, names in same.items() if len(names) > 1}, notes)
+    return {name: names for name, names in same.items() if len(names) > 1}, notes
 
 
 def missing_tensors(side: Side) -> list[str]:
@@ -154,7 +154,7 @@ class _Ties:
         if self.stated is None or embedding is None or head is None:
             return
         tied = "tied" if self.stated else "not tied"
-        said = f"{self.side.name}: config.json says that {head} is {tied} to {embedding}"
+        said = f"{self.side.name}: config.json says that {label(head)} is {tied} to {label(embedding)}"
         if self.stated and head in stored and stored[head] != stored[embedding]:
             yield f"{said}, but the two differ in the files: they count as two tensors"
         elif not self.stated and head not in stored:

@@ -217,12 +217,12 @@ def _with_copies(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> tuple[lis
     A copy that a patch itself changes is left to it: it unties the two.
     """
     homes = [{name: checkpoint.tensors[name].name for name in one.patch.tensors} for one in rows]
-    ties = stored_ties(checkpoint, {home for known in homes for home in known.values()})
+    ties, notes = stored_ties(checkpoint, (home for known in homes for home in known.values()))
     taken: dict[str, tuple[Patch, str]] = {}
     found = []
     for one, known in zip(rows, homes, strict=True):
         own = set(known.values())
-        copies = {name: [c for c in ties.same.get(home, ()) if c not in own] for name, home in known.items()}
+        copies = {name: [c for c in ties.get(home, ()) if c not in own] for name, home in known.items()}
         found.append(replace(one, copies=copies))
         for name, home in known.items():
             for place in (home, *copies[name]):
@@ -234,7 +234,7 @@ def _with_copies(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> tuple[lis
                         tensor=name,
                         hint="save the base with both, and with tie_word_embeddings false in config.json",
                     )
-    return found, [*ties.notes, *file_notes(checkpoint)]
+    return found, [*notes, *file_notes(checkpoint)]
 
 
 def _agree(one: Patch, name: str, other: Patch, theirs: str) -> bool:

@@ -261,7 +261,7 @@ def plan_extract(
     if scores is not None and scores.nonfinite:
         warnings.append(f"{scores.nonfinite} neurons hold a NaN or Inf, and are never chosen by score")
     assert selection is not None  # given, or chosen just now
-    selection = _with_untied(selection, joined.untied)
+    selection = _with_ties(selection, joined)
     first = with_tied_names(first, [chosen.info for chosen in selection])
     selection.require_fit(first, joined.tuned)
     if same_files(selection.facts.base, origin) is False:
@@ -281,14 +281,19 @@ def plan_extract(
     )
 
 
-def _with_untied(selection: Selection, untied: Mapping[str, str]) -> Selection:
-    """The selection; of two tensors that only the base ties, both are in it if one is.
+def _with_ties(selection: Selection, joined: Joined) -> Selection:
+    """The selection; what it says of a copy of a tied tensor is of the tensor.
 
-    `apply` writes what a patch says of one of two tied tensors to both, unless it says something of both.
+    Of two that only the base ties, both are in it if one is: `apply` writes what a patch says of one of two
+    tied tensors to both, unless it says something of both.
     """
     tensors = dict(selection.tensors)
-    for pair_of_names in untied.items():
-        for name, other in (pair_of_names, pair_of_names[::-1]):
+    for copy, name in joined.copies.items():
+        if (chosen := tensors.pop(copy, None)) is not None:
+            index = np.union1d(chosen.index, tensors[name].index) if name in tensors else chosen.index
+            tensors[name] = replace(chosen, info=replace(chosen.info, name=name), index=index)
+    for names in joined.untied.items():
+        for name, other in (names, names[::-1]):
             if name not in tensors and other in tensors:
                 chosen = tensors[other]
                 tensors[name] = replace(chosen, info=replace(chosen.info, name=name))

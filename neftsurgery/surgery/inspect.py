@@ -119,7 +119,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
-    ties = stored_ties(checkpoint)
+    ties, notes = stored_ties(checkpoint)
     aside = {} if checkpoint.is_file else {"left_behind_by_apply": _paths(folder_files(checkpoint).left)}
     return {
         "kind": "checkpoint",
@@ -136,9 +136,9 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "anatomy": anatomy.name,
         "neurons": neurons,
         "units": anatomy.unit_count,
-        "tied": {names[0]: names[1:] for names in ties.same.values()},
+        "tied": {names[0]: names[1:] for names in ties.values()},
         "not_read": not_compared(checkpoint),
-        "warnings": [*anatomy.warnings, *ties.notes, *file_notes(checkpoint)],
+        "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
         "tensors": sorted(tensors, key=lambda tensor: str(tensor["name"])),
     }
 

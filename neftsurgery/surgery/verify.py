@@ -266,5 +266,5 @@ def plan_verify(checkpoint: AnyPath, patch: Patch | AnyPath) -> VerifyPlan:
     """Read the headers of both and check that they fit each other."""
     loaded = load_patch(patch)
     fitting = loaded.require_fit(Checkpoint.open(checkpoint))
-    ties = stored_ties(fitting, {fitting.tensors[name].name for name in loaded.tensors})
-    return VerifyPlan(fitting, loaded, (*ties.notes, *file_notes(fitting)))
+    _, notes = stored_ties(fitting, (fitting.tensors[name].name for name in loaded.tensors))
+    return VerifyPlan(fitting, loaded, (*notes, *file_notes(fitting)))

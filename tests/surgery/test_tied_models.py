@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 from safetensors.torch import save_model
-from support import snapshot
+from support import Result, snapshot
 
 import neftsurgery as ns
 from neftsurgery.options import Scope
@@ -292,3 +293,50 @@ def test_patches_of_two_forms_keep_the_tie(tmp_path: Path) -> None:
     whole = ns.extract(both, save(build(2), tmp_path / "c", "both"), **LOSSLESS)
     with pytest.raises(ns.MismatchError):
         ns.apply(both, [parts[1], whole], out=tmp_path / "no")
+
+
+def test_scores_and_selections_that_name_both_copies(tmp_path: Path) -> None:
+    """As older versions made them: what they say of either is of the one tensor."""
+    base, tuned = build(0), build(1)
+    a, b = save(base, tmp_path / "a", "both"), save(tuned, tmp_path / "b", "both")
+    for folder in (a, b):
+        restated(folder, False)
+    scores = ns.diff(a, b, include=["*"])
+    selection = scores.select(neurons=20)
+    assert {E, H} <= selection.tensors.keys()
+    chosen = set(selection.tensors[E].index) | set(selection.tensors[H].index)
+    for folder in (a, b):
+        restated(folder, True)
+    for patch in (ns.extract(a, b, selection), ns.extract(a, b, scores=scores, neurons=20)):
+        assert H not in patch.tensors
+        assert set(patch.index(E)) == chosen
+        ns.apply(a, patch, out=tmp_path / "out", force=True)
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        np.testing.assert_array_equal(found[E], found[H])
+
+
+def test_the_commands_say_it(tmp_path: Path, neft: Callable[..., Result]) -> None:
+    a, b = save(build(0), tmp_path / "a", "both"), save(build(1), tmp_path / "b", "both")
+    assert f"tied: {H} is {E}\n" in neft("diff", a, b).out
+    assert f"{E} is {H}" in neft("inspect", a).out
+    done = neft("extract", a, b, "--changed", "--include", "*", "-o", "p.safetensors")
+    assert "the tuned model, bit for bit\n" in done.out
+    (a / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    said = "not tied to model.embed_tokens.weight, but the two are equal in the files"
+    assert said in neft("inspect", a).err
+    for words in (("verify", a, "p.safetensors"), ("apply", a, "p.safetensors", "-o", "out", "--dry-run")):
+        assert said in neft(*words).err
+        assert any(said in one for one in neft(*words, "--json").json["warnings"])
+
+
+def test_folders_that_cannot_be_listed_and_odd_names(tmp_path: Path) -> None:
+    """Names of a file that steer a terminal are shown as they are written; nothing is followed."""
+    name = "a\n\x1b[2J.lm_head.weight"
+    arrays = {name: np.ones((4, 4), np.float32), "a\n\x1b[2J.wte.weight": np.zeros((4, 4), np.float32)}
+    save_file(arrays, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
+    (tmp_path / "loop").symlink_to(tmp_path)
+    plan = plan_diff(tmp_path, tmp_path, scope=Scope(include=["*"]))
+    (said,) = [one for one in plan.warnings if "tied" in one]
+    assert "\n" not in said
+    assert plan.describe()["not_compared"] == []
