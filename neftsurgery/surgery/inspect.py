@@ -120,6 +120,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     ties, notes = stored_ties(checkpoint)
+    copied = sum(checkpoint.tensors[name].elements for name, same in ties.items() if name != same[0])
     aside = {} if checkpoint.is_file else {"left_behind_by_apply": _paths(folder_files(checkpoint).left)}
     return {
         "kind": "checkpoint",
@@ -128,7 +129,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "revision": checkpoint.source.revision,
         "files": [shard.name for shard in checkpoint.shards],
         "bytes": checkpoint.nbytes,
-        "parameters": checkpoint.parameters,
+        "parameters": checkpoint.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
         "model_type": (checkpoint.config or {}).get("model_type"),
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),

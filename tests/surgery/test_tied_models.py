@@ -217,6 +217,7 @@ def test_a_half_patched_tie_is_told(tmp_path: Path) -> None:
     assert plan.run().state == "patched"
     assert any("differ in the files" in one for one in ns.inspect(b)["warnings"])
     assert ns.inspect(a)["tied"] == {E: [H]}
+    assert ns.inspect(a)["parameters"] == sum(p.numel() for p in base.parameters())
 
 
 def t5(folder: Path, seed: int, form: str) -> Path:
