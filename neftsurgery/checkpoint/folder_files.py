@@ -20,7 +20,7 @@ __all__ = ["FolderFiles", "file_notes", "folder_files", "not_compared"]
 _STALE_ENDINGS = (*OTHER_ENDINGS, ".safetensors")
 _STALE_FOLDERS = (*OTHER_FOLDERS, ".git", ".cache")
 _WEIGHT_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
-_SAVE = re.compile(r"checkpoint-\d+")
+_SAVE = re.compile(r"(checkpoint-|global_step)\d+")
 #: Journals of single files, and what killed processes of this package left.
 _OURS = re.compile(r"\..+\.neft-(journal|(old-)?[0-9a-f]{16})")
 
@@ -73,7 +73,8 @@ def file_notes(side: Side) -> Iterator[str]:
         count = plural(len(missing), "tensor")
         yield f"{side.name}: the index lists {count} that no file has: {some(missing)}"
     counts = {None, *(shard_count(shard.name) for shard in side.shards)}
-    if stale := [name for name in _unread_weights(side) if shard_count(name) not in counts]:
+    beside = [name for name in _unread_weights(side) if "/" not in name]
+    if stale := [name for name in beside if shard_count(name) not in counts]:
         yield f"{side.name}: the folder also holds shards of another save, which are not read: {some(stale)}"
 
 

@@ -79,8 +79,11 @@ class ExtractPlan:
 
     @cached_property
     def remainder(self) -> Remainder | None:
-        """What base plus patch lacks of the tuned model; None if only a selection is known."""
-        return None if self.scores is None or not self.captured_known else _remainder(self, self.scores)
+        """What base plus patch lacks of the tuned model; None if only a selection is known, and no lack."""
+        if self.scores is not None and self.captured_known:
+            return _remainder(self, self.scores)
+        left = [*self.joined.only_base, *self.joined.only_tuned]
+        return Remainder(left, not_compared(self.base, self.tuned)) if left else None
 
     @property
     def nbytes(self) -> int:

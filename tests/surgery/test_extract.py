@@ -337,6 +337,10 @@ def test_a_tensor_of_one_side_and_one_of_another_shape_are_left_out(tmp_path: Pa
     base = raw_folder(tmp_path / "base", BASE | {"old": BASE["norm"], "odd": BASE["norm"]})
     tuned = raw_folder(tmp_path / "tuned", TUNED | {"new": BASE["norm"], "odd": BASE["a.bias"]})
     assert remainder(base, tuned) == WHOLE | {"whole_change": False, "left_out": ["new", "odd", "old"]}
+    chosen = ns.diff(base, tuned).select(changed=True)
+    plan = plan_extract(base, tuned, chosen)  # nothing was compared, but that much is known
+    assert plan.describe()["whole_change"] is False
+    assert plan.describe()["left_out"] == ["old", "new"]
 
 
 def test_quantized_scales_that_differ_are_left_out(tmp_path: Path) -> None:
