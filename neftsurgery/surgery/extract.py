@@ -66,6 +66,9 @@ class ExtractPlan:
     force: bool = False
     warnings: Sequence[str] = ()
     timing: Timing = field(default_factory=Timing)  # of choosing
+    scored_before: bool = (
+        False  # by another run: fingerprints, which skip most bytes, say that nothing changed
+    )
 
     @property
     def tuned(self) -> Side:
@@ -281,6 +284,7 @@ def plan_extract(
         force,
         warnings,
         timing + watch.timing,
+        given is not None,
     )
 
 
@@ -307,6 +311,7 @@ def _remainder(plan: ExtractPlan, scores: Scores) -> Remainder:
     """Compare what changed with what was chosen, tensor by tensor."""
     chosen, joined = plan.selection.tensors, plan.joined
     left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(plan.base, plan.tuned)
+    unknown += ["changes since the scores were made"] if plan.scored_before else []
     for name, info in plan.base.tensors.items():
         if name in left or name in joined.copies or info.name != name:
             continue

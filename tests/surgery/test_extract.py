@@ -362,7 +362,23 @@ def test_scores_that_do_not_cover_a_tensor(sides: tuple[Path, Path], tmp_path: P
     plan = plan_extract(*sides, scores=ns.Scores.load(tmp_path / "s.safetensors"), budget={"changed": True})
     found = plan.describe()
     assert found["whole_change"] is None
-    assert sorted(found["not_compared"]) == ["a.bias", "b.weight", "norm"]
+    assert sorted(found["not_compared"]) == ["a.bias", "b.weight", AGED, "norm"]
+
+
+AGED = "changes since the scores were made"
+
+
+def test_what_changed_since_the_scores_were_made(sides: tuple[Path, Path]) -> None:
+    """Fingerprints take in the ends of a tensor only."""
+    big = {"w.weight": ("F32", np.zeros((64, 512), "u4"))}
+    base, tuned = (raw_folder(path.parent / f"big {path.name}", big) for path in sides)
+    scores = ns.diff(base, tuned)
+    late = {"w.weight": ("F32", np.zeros((64, 512), "u4"))}
+    late["w.weight"][1][32] = 7
+    raw_file(tuned / "model.safetensors", late, {"format": "pt"})
+    plan = plan_extract(base, tuned, scores=scores, budget={"neurons": 1})
+    assert plan.describe()["whole_change"] is None
+    assert plan.describe()["not_compared"] == [AGED]
 
 
 def test_the_command_says_what_was_not_compared(
