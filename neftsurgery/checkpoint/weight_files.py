@@ -72,7 +72,7 @@ def _indexed_files(folder: Path, index: Path, spelled: Collection[str]) -> list[
 
 def _missing(folder: Path, index: Path, name: str, named: Collection[str]) -> CorruptFileError:
     others = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in named)
-    if other := next((one for one in others if shard_count(one) != shard_count(name)), None):
+    if other := next((one for one in others if shard_count(one) not in (None, shard_count(name))), None):
         return CorruptFileError(
             "the index is stale: it is of another save than the files beside it",
             file=index,

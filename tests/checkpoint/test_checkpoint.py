@@ -306,6 +306,7 @@ def test_an_absolute_path_in_an_index_is_refused(tmp_path: Path) -> None:
 def test_a_missing_shard(tmp_path: Path, name: str) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     (folder / "sub").mkdir()
+    write_file(folder / "adapter.safetensors", EXTRA)  # says nothing of the index
     reindex(folder, lambda weight_map: weight_map.update(extra=name))
     with pytest.raises(CorruptFileError, match="is not there") as error:
         Checkpoint.open(folder)
