@@ -18,6 +18,7 @@ from support import Result, snapshot
 
 import neftsurgery as ns
 from neftsurgery.options import Scope
+from neftsurgery.surgery import rewrite
 from neftsurgery.surgery.diff import plan_diff
 from neftsurgery.surgery.extract import plan_extract
 from neftsurgery.surgery.verify import plan_verify
@@ -341,3 +342,25 @@ def test_folders_that_cannot_be_listed_and_odd_names(tmp_path: Path) -> None:
     (said,) = [one for one in plan.warnings if "tied" in one]
     assert "\n" not in said
     assert plan.describe()["not_compared"] == []
+
+
+def test_a_change_of_both_copies_in_place_is_undone_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal has the old rows of every copy."""
+    a, b = save(build(0), tmp_path / "a", "both in shards"), save(build(1), tmp_path / "b", FORMS[0])
+    patch, before = ns.extract(a, b, **LOSSLESS), snapshot(a)
+
+    def fail(*_: object) -> None:
+        raise OSError("no")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rewrite, "fsync", fail)
+        broken.setattr(rewrite, "heal_recorded", lambda source: None)
+        with pytest.raises(ns.MachineError):
+            ns.apply(a, patch, in_place=True)
+    changed = snapshot(a)
+    assert changed["a.safetensors"] != before["a.safetensors"]
+    assert changed["b.safetensors"] != before["b.safetensors"]
+    assert ns.heal(a).neurons > patch.neurons  # the rows of the head as well
+    assert snapshot(a) == before
