@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "commas",
     "correlation",
@@ -12,6 +14,7 @@ __all__ = [
     "power_of_ten",
     "printable",
     "size",
+    "some",
 ]
 
 _LABEL_LENGTH = 60
@@ -49,6 +52,12 @@ def commas(count: int) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun: ``1 tensor``, ``2 tensors``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first of many names, and how many more there are; each on one line, shortened."""
+    more = len(names) - shown
+    return ", ".join(label(name, 120) for name in names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def percent(share: float) -> str:

@@ -310,7 +310,7 @@ def describe_file(
             checkpoint.read_into(name, start, memoryview(buffer))
             sample.update(buffer)
     return {
-        "name": shard.path.name,
+        "name": shard.name,
         "size": shard.size,
         "header": xxhash.xxh3_128_hexdigest(header),
         "sample": sample.hexdigest(),
