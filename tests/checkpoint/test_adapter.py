@@ -73,10 +73,11 @@ def test_diff_of_an_adapter_is_that_of_the_merged_model(tmp_path: Path, name: st
     [
         {"use_rslora": True},
         {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 3, r"layers.1.mlp.up_proj": 64}},
+        {"alpha_pattern": {r".*\d+.*": 3}},
         {"target_modules": "all-linear"},
         {"r": 1},
     ],
-    ids=["rslora", "patterns", "all", "one"],
+    ids=["rslora", "patterns", "regex", "all", "one"],
 )
 def test_kinds_of_lora(tmp_path: Path, options: dict[str, object]) -> None:
     base, adapter, merged = trained(tmp_path, "llama", **options)
@@ -151,9 +152,8 @@ def test_nothing_depends_on_threads_and_the_command_line_takes_adapters(tmp_path
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "biases"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
-        ({"alpha_pattern": {r".*\d+.*": 3}}, "regular expression"),
     ],
-    ids=["dora", "saved", "bias", "embedding", "regex"],
+    ids=["dora", "saved", "bias", "embedding"],
 )
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_other_kinds_are_refused_by_name(tmp_path: Path, options: dict[str, object], why: str) -> None:
