@@ -16,7 +16,7 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "bert": ["query", "dense"],
     "opt": ["fc1", "fc2", "k_proj"],
-    "vit": ["query", "projection"],  # and the convolution of its patches
+    "vit": ["projection"],  # the convolution of its patches
     "moe": ["q_proj"],
     "linear": ["0", "1", "2"],
     "conv1d": ["0", "1", "2"],
@@ -112,6 +112,7 @@ CASES = [
     edited("rank_pattern", {"q_proj": 2}, expected=CONTRADICTS),
     edited("rank_pattern", {"q.proj": 2}, "dot", expected=CONTRADICTS),
     edited("rank_pattern", {"k_proj": 2}, "elsewhere"),
+    edited("rank_pattern", {"[q": 2}, "broken", expected="regular expression"),
     case("alpha_pattern", {"q_proj": 3, r"layers.1.mlp.up_proj": 64}, "plain"),
     case("alpha_pattern", {"q.proj": 3, "o_pro.": 5}, "dots"),
     case("alpha_pattern", {"proj": 3, "_proj": 5, "attn.q_proj": 7}, "no-boundary"),
@@ -158,7 +159,8 @@ CASES = [
     case(
         "layers_pattern", "lay.*", "regex", "layers_pattern", settings=LAYERED | {"layers_to_transform": [1]}
     ),
-    edited("layers_pattern", "layers", "alone", expected="do not go together"),
+    edited("layers_pattern", "", "empty"),
+    edited("layers_pattern", "layers", "alone", expected="do not go with"),
     # What else the file of factors may hold.
     *(
         Case(
@@ -169,6 +171,7 @@ CASES = [
         for dtype in (torch.bfloat16, torch.float16, torch.float64)
     ),
     Case("target_modules", "factors-missing", change=renamed(FIRST, "", keep=False)),
+    case(MOVED, False, "factors-missing", "at random", change=renamed(FIRST, "", keep=False)),
     Case("target_modules", "factors-half", "missing", change=renamed(FIRST + "lora_A", "", keep=False)),
     Case(
         "target_modules",
@@ -220,15 +223,15 @@ CASES = [
     edited("fan_in_fan_out", True, "linear"),
     edited("fan_in_fan_out", False, "gpt2", model="gpt2"),
     *(case("fan_in_fan_out", True, f"square-{name}", model=name) for name in ("linear", "conv1d")),
-    case(
-        "fan_in_fan_out", True, "square-alone", "stored", model="conv1d", settings={"target_modules": ["0"]}
-    ),
+    case("fan_in_fan_out", True, "square-alone", model="conv1d", settings={"target_modules": ["0"]}),
     case("fan_in_fan_out", True, "square-linear-alone", model="linear", settings={"target_modules": ["0"]}),
     *(
         case("fan_in_fan_out", flag, f"unknown-type-{name}", model=name, config={"model_type": "homemade"})
         for name, flag in (("linear", False), ("conv1d", True))
     ),
     Case("fan_in_fan_out", "square-both", "stored", "both"),
+    case("target_modules", ["0", "2"], "square-and-linear", "stored", model="both"),
+    edited("fan_in_fan_out", True, "alone", "stored", model="linear", settings={"target_modules": ["0"]}),
     edited("fan_in_fan_out", True, "square-linear", expected="stored", model="linear"),
     edited("fan_in_fan_out", False, "square-conv1d", expected="stored", model="conv1d"),
     # What else is trained.

@@ -164,12 +164,11 @@ class AdaptedWeights:
             assert factor is not None  # checked by the caller
             with np.errstate(all="ignore"):
                 a, b = (
-                    widen(self.file.array_bytes(entry), self.file.tensors[entry].dtype)
-                    .astype(np.float32)
-                    .reshape(self.file.tensors[entry].shape[0], -1)
+                    widen(self.file.array_bytes(entry), self.file.tensors[entry].dtype).astype(np.float32)
                     for entry in (factor.a, factor.b)
                 )
-            left, right = (a.T, b.T) if factor.transposed else (b, a)
-            return np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(factor.scale)
+            pair = (a.T, b.T) if factor.transposed else (b, a)
+            left, right = (np.ascontiguousarray(one).reshape(len(one), -1) for one in pair)
+            return left, right, np.float32(factor.scale)
 
         return load

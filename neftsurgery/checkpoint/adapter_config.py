@@ -78,6 +78,10 @@ def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[
         found[info.name] = Factor(a, b, scale, transposed)
     if not found:
         raise MismatchError("the adapter holds no LoRA factor", file=file.path)
+    if not config.get("init_lora_weights", True):
+        others = [name.removesuffix(".weight") for name in base.tensors.keys() - found.keys()]
+        for path in sorted(ranks_and_alphas(config, others, config_path)):
+            raise unreadable(file.path, f"PEFT draws the missing factors of {path[:120]} at random")
     return found
 
 
@@ -141,7 +145,7 @@ def _weights(
     """By module path, the base's tensor that is changed, and whether it is stored ``[in, out]``.
 
     PEFT knows that by the class of a module. Here a known architecture tells it, else the shape. Where the
-    shape is square, the adapter's ``fan_in_fan_out`` counts if its other weights bear it out.
+    shape is square, the adapter's ``fan_in_fan_out`` counts if the other weights and biases bear it out.
     """
     submodels = Submodels.of(base.config)
     quantized = quantization_reasons(base.tensors, base.config)
@@ -172,14 +176,24 @@ def _weights(
                 found=f"A {list(file.tensors[a].shape)} and B {list(file.tensors[b].shape)}",
             )
         orders[path] = info, fits
-    sure = set().union(*(fits for _, fits in orders.values() if len(fits) == 1))
+    told = _orders_by_bias(base).union(*(fits for _, fits in orders.values() if len(fits) == 1))
     stated = {flag is True}
     for info, fits in orders.values():
-        if len(fits) > 1 and sure != stated and (sure or flag):
-            raise unreadable(file.path, f"nothing tells whether {info.name[:120]} is stored [in, out]")
+        if len(fits) > 1 and told != stated and (told or flag):
+            raise unreadable(file.path, f"nothing tells if {info.name[:120]} is stored [in, out]")
     return {
-        path: (info, flag is True if len(fits) > 1 else True in fits) for path, (info, fits) in orders.items()
+        path: (info, True in (stated if len(fits) > 1 else fits)) for path, (info, fits) in orders.items()
     }
+
+
+def _orders_by_bias(base: Checkpoint) -> set[bool]:
+    """Whether weights are stored ``[in, out]``, of those whose bias tells it by its length."""
+    found = set()
+    for name, info in base.tensors.items():
+        bias = base.tensors.get(f"{name.removesuffix('weight')}bias")
+        if bias is not None and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
+            found |= {axis == 1 for axis in (0, 1) if bias.shape == (info.shape[axis],)}
+    return found
 
 
 def _alpha(value: object, config_path: Path) -> float:

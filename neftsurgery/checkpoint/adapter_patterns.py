@@ -49,8 +49,8 @@ def ranks_and_alphas(
     its patterns cannot be matched.
     """
     ranks, alphas = (_setting(config, key, file, dict) or {} for key in ("rank_pattern", "alpha_pattern"))
-    lists = ("target_modules", "exclude_modules")
-    targets, excluded = (_setting(config, key, file, str, list) for key in lists)
+    targets = _setting(config, "target_modules", file, str, list)
+    excluded = _setting(config, "exclude_modules", file, str, list)
     questions = [("match", [rf"(.*\.)?({pattern})$" for pattern in table]) for table in (ranks, alphas)]
     questions += [("fullmatch", [one] if isinstance(one, str) and one else []) for one in (targets, excluded)]
     by_rank = [*ranks.values(), config.get("r", 8)]
@@ -85,10 +85,9 @@ def first_matches(
         done = subprocess.run(
             command, input=asked, capture_output=True, text=True, timeout=seconds, check=True
         )
-    except subprocess.TimeoutExpired:
-        raise unreadable(file, f"matching its patterns takes more than {seconds:g} s") from None
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise unreadable(file, "one of its patterns is not a regular expression") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        what = f"one of its patterns is not a regular expression, or takes more than {seconds:g} s to match"
+        raise unreadable(file, what) from error
     answers: list[list[int]] = json.loads(done.stdout)
     return answers
 
@@ -98,10 +97,9 @@ def _layer_test(config: Mapping[str, Any], targets: object, file: Path) -> Calla
     layers = _setting(config, "layers_to_transform", file, int, list)
     names = _setting(config, "layers_pattern", file, str, list)
     if (names and layers is None) or (isinstance(targets, str) and not (layers is names is None)):
-        what = "layers_to_transform, layers_pattern and target_modules do not go together"
-        raise unreadable(file, what)
+        raise unreadable(file, "its layers_to_transform and layers_pattern do not go with its target_modules")
     wanted = {layers} if isinstance(layers, int) else set(layers or ())
-    parents = [names] if isinstance(names, str) else names or []
+    parents = names if isinstance(names, list) else [names] if names else []
     if len(parents) > _MOST_PARENTS or not all(re.fullmatch(r"\w+", parent) for parent in parents):
         raise unreadable(file, "its layers_pattern is a regular expression, or has too many names")
     forms = [rf"(?:^|.*?\.){parent}\.(\d+)\." for parent in parents] or [r".*?\.[^.]*\.(\d+)\."]
