@@ -101,7 +101,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise unreadable(
             path,
             f"`init_lora_weights` is {str(init)[:40]}, which may move the base",
-            "where it was trained, save it with path_initial_model_for_weight_conversion, or merge it "
+            "where it was trained, save it with PEFT's path_initial_model_for_weight_conversion, or merge it "
             "(merge_and_unload) and diff the merged model",
         )
     return config
@@ -180,7 +180,8 @@ def _weights(
     stated = {flag is True}
     for info, fits in orders.values():
         if len(fits) > 1 and told != stated and (told or flag):
-            raise unreadable(file.path, f"nothing tells if {info.name[:120]} is stored [in, out]")
+            hint = "name a base with its config.json, or merge with PEFT (merge_and_unload) and diff that"
+            raise unreadable(file.path, f"nothing tells if {info.name[:120]} is stored [in, out]", hint)
     return {
         path: (info, True in (stated if len(fits) > 1 else fits)) for path, (info, fits) in orders.items()
     }

@@ -103,6 +103,20 @@ def test_names_of_the_bare_model_and_of_the_one_with_a_head(tmp_path: Path) -> N
     np.testing.assert_array_equal(found.values(name), expected.values(name))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("config", [True, False], ids=["config", "no-config"])
+def test_an_exported_adapter_is_read_as_its_patch(tmp_path: Path, name: str, config: bool) -> None:
+    base, _, merged = trained(tmp_path, name)
+    axis = {"*.c_*.weight": 1} if name == "gpt2" else {}
+    if not config:
+        (base / "config.json").unlink()
+    patch = ns.extract(base, merged, neurons=20, axis=axis, out=tmp_path / "patch")
+    ns.apply(base, patch, out=tmp_path / "patched")
+    ns.export_lora(patch, tmp_path / "exported", base=base)
+    found = ns.diff(base, tmp_path / "exported", axis=axis)
+    assert_same_scores(found, ns.diff(base, tmp_path / "patched", axis=axis))
+
+
 def test_a_base_in_bfloat16_is_compared_in_float32_and_keeps_its_dtype(tmp_path: Path) -> None:
     base, adapter, _ = trained(tmp_path, "llama")
     wide = load_file(base / "model.safetensors")

@@ -115,6 +115,20 @@ def test_an_adapter_is_read_as_peft_merges_it_or_refused_by_name(one: Case, tmp_
     assert moved is (one.train and one.settings.get("lora_alpha") != 0)
 
 
+@pytest.mark.parametrize("model", ["convolutions", "vit", "conv1d", "llama"])
+def test_what_is_scored_and_cut_out_is_the_merged_model(model: str, tmp_path: Path) -> None:
+    made = make(Case("peft_type", model, model=model), tmp_path)
+    truth = made.truth()
+    scores, expected = ns.diff(made.base, made.adapter), ns.diff(made.base, tmp_path / "merged")
+    assert scores.tensors.keys() == expected.tensors.keys()
+    for name in expected.tensors:
+        np.testing.assert_allclose(scores.values(name), expected.values(name), rtol=1e-4, atol=1e-6)
+    patch = ns.extract(made.base, made.adapter, changed=True, out=tmp_path / "patch")
+    ns.apply(made.base, patch, out=tmp_path / "patched")
+    assert patch.neurons > 0
+    assert_equal(load_file(tmp_path / "patched/model.safetensors"), truth)
+
+
 @pytest.mark.parametrize("targets", [["w1", "w2", "w3"], ["w2"]], ids=str)
 def test_factors_of_single_experts_are_those_that_peft_stacks(tmp_path: Path, targets: list[str]) -> None:
     """As PEFT saved them before transformers stacked the experts of a model in memory."""
