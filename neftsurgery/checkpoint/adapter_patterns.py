@@ -19,10 +19,11 @@ from ..errors import CorruptFileError, MismatchError
 __all__ = ["first_matches", "ranks_and_alphas", "unreadable"]
 
 _MOST_PATTERNS, _MOST_MATCHES, _MOST_TEXT, _MOST_PARENTS = 10_000, 2_000_000, 1_000_000, 100
-#: What the process runs.
+#: What the process runs. It stops by itself too, should this one be killed.
 _MATCHER = """
-import json, re, sys
-questions, paths = json.load(sys.stdin)
+import json, re, signal, sys
+seconds, questions, paths = json.load(sys.stdin)
+signal.setitimer(signal.ITIMER_REAL, seconds)
 answers = []
 for method, patterns in questions:
     matches = [getattr(re.compile(pattern), method) for pattern in patterns]
@@ -80,14 +81,15 @@ def first_matches(
     if count > _MOST_PATTERNS or count * len(paths) > _MOST_MATCHES or text > _MOST_TEXT:
         raise unreadable(file, f"it has too many patterns ({count} for {len(paths)} modules)")
     command = [sys.executable, "-I", "-S", "-c", _MATCHER]
-    asked = json.dumps([questions, paths])
+    asked = json.dumps([seconds, questions, paths])
     try:
         done = subprocess.run(
             command, input=asked, capture_output=True, text=True, timeout=seconds, check=True
         )
-    except (OSError, subprocess.SubprocessError) as error:
-        what = f"one of its patterns is not a regular expression, or takes more than {seconds:g} s to match"
-        raise unreadable(file, what) from error
+    except subprocess.SubprocessError as error:
+        stopped = getattr(error, "returncode", -1) < 0
+        what = f"takes more than {seconds:g} s to match" if stopped else "is not a regular expression"
+        raise unreadable(file, f"one of its patterns {what}") from error
     answers: list[list[int]] = json.loads(done.stdout)
     return answers
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +96,24 @@ def test_the_first_pattern_that_matches_is_named() -> None:
 def test_a_pattern_that_would_run_for_ever_is_refused() -> None:
     with pytest.raises(ns.MismatchError, match=r"more than 2 s to match(?s:.*)merge_and_unload"):
         first_matches([("match", [r"(a+)+$"])], ["a" * 60 + "b"], FILE, seconds=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_the_matching_process_ends_when_its_parent_is_killed() -> None:
+    script = (
+        "from pathlib import Path; from neftsurgery.checkpoint.adapter_patterns import first_matches;"
+        "first_matches([('match', ['(a+)+$'])], ['a' * 60 + 'b'], Path('c.json'), seconds=8)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        while not (found := children.read_text().split()):
+            assert parent.poll() is None
+        process = Path(f"/proc/{found[0]}")
+        while int((process / "stat").read_text().split()[13]) < 10:  # a tenth of a second of matching
+            assert parent.poll() is None
+        parent.kill()
+    while process.exists() and (process / "cmdline").read_bytes():  # empty of a dead one that nobody awaits
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
