@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -73,7 +74,10 @@ def write_exactly(fd: int, data: memoryview | bytes | bytearray, offset: int) ->
     if view.nbytes:  # an empty view of several dimensions cannot be cast
         view = view.cast("B")
     while done < view.nbytes:
-        done += os.pwrite(fd, view[done:], offset + done)
+        written = os.pwrite(fd, view[done:], offset + done)
+        if not written:  # no file system should: trying again might never end
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += written
 
 
 def changed_file(path: str | os.PathLike[str]) -> MachineError:
