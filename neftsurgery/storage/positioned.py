@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -17,6 +19,7 @@ __all__ = [
     "OpenFile",
     "changed_file",
     "consecutive_runs",
+    "most_descriptors",
     "read_exactly",
     "read_rows_exactly",
     "sha256_of",
@@ -87,6 +90,12 @@ def changed_file(path: str | os.PathLike[str]) -> MachineError:
         file=path,
         hint="nothing was written; run the command again when nothing else writes to the file",
     )
+
+
+def most_descriptors() -> int:
+    """How many descriptors this process may have."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def sha256_of(file: BinaryIO) -> str:
