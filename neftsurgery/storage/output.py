@@ -137,9 +137,6 @@ def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> P
             if out.parent.is_dir():
                 continue
             raise
-        except OSError as error:
-            error.filename = os.fspath(out)  # not a name that the user has never seen
-            raise
         # Before it was locked, another process may have taken it for a stale one, and removed it.
         if _lock(entry.fd) is not False and _identity_of(entry.fd) == identity(path):
             return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -77,9 +78,16 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 if len(line) > MAX_OBJECT_BYTES:
                     raise ValueError(f"larger than {MAX_OBJECT_BYTES:,} bytes")
-                yield number, loads(line)
+                content = loads(line)
+                if b"\\u" in line:
+                    json.dumps(content, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # tokenizers take no such text
+                raise CorruptFileError(
+                    f"line {number}: a text holds half of a surrogate pair", file=path
+                ) from error
             except ValueError as error:
                 raise CorruptFileError(f"line {number}: {error}", file=path) from error
+            yield number, content
 
 
 def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
