@@ -136,7 +136,7 @@ class FilePlan:
         """Place ``entries`` one after the other, after a header with space for metadata as long as ``room``.
 
         Larger element types come first, so that every entry is aligned. Raises a ValueError if two entries
-        have one name, or the header would be larger than the format allows.
+        have one name, or the header would be larger than the format allows, or than it may be to be read.
         """
         tensors: dict[str, TensorInfo] = {}
         offsets: dict[str, int] = {}
@@ -151,11 +151,12 @@ class FilePlan:
             packed.write(f'{"," if tensors else ""}{text}"data_offsets":[{position},{end}]}}'.encode("ascii"))
             tensors[entry.name], offsets[entry.name] = entry, position
             position = end
-        size = 2 + packed.tell() + len(_metadata_text(room, bool(tensors)))
+        metadata = _metadata_text(room, bool(tensors))
+        size = 2 + packed.tell() + len(metadata)
         start = _PREFIX.size + (size + 7) // 8 * 8
         if start - _PREFIX.size > MAX_HEADER_BYTES:
             raise ValueError(f"the header takes {start - _PREFIX.size} bytes; at most {MAX_HEADER_BYTES} fit")
-        require_bounded(packed.getvalue())
+        require_bounded(metadata + packed.getvalue())
         for name in offsets:
             offsets[name] += start
         return cls(tensors, offsets, start, start + position, packed.getbuffer())

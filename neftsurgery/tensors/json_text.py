@@ -14,8 +14,8 @@ __all__ = ["loads", "require_bounded"]
 
 # What CPython takes for a value, and for a key with its entry; in the worst case half as much again.
 _VALUE_BYTES, _KEY_BYTES = 64, 100
-#: The entry of a tensor in a header takes 7 to 13 times its bytes; 500,000 entries take 512 MB.
-_MOST_TIMES, _MOST_BYTES = 14, 512 << 20
+#: The entry of a tensor in a header takes 7 to 13 times its bytes, and 700,000 entries take 700 MB.
+_MOST_TIMES, _MOST_BYTES = 14, 700_000_000
 _FREE_BYTES = 16 << 20
 
 

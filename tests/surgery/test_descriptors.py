@@ -40,7 +40,7 @@ def limited(folder: Path, most: int, *words: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("most", [24, 64])
 def test_many_shards_with_few_descriptors(tmp_path: Path, most: int) -> None:
     rng = np.random.default_rng(0)
-    base = {f"layers.{n}.mlp.up_proj.weight": rng.standard_normal((8, 8)).astype("f4") for n in range(SHARDS)}
+    base = {f"layers.{n}.mlp.up_proj.weight": rng.standard_normal((400, 128), "f4") for n in range(SHARDS)}
     for name, arrays in (("base", base), ("tuned", tuned_from(base))):
         write_folder(tmp_path / name, arrays, SHARDS, {"model_type": "?"})
     for words in (
