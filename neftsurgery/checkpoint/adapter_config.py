@@ -25,7 +25,6 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Factor", "read_factors"]
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 
-_MAX_CONFIG_BYTES = 10_000_000
 _MAX_ALPHA = 1e30  # the scale is a float32
 _ENTRY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<which>[AB])\.weight")
 #: The settings that are read, and those with which a LoRA is ``scale * B @ A`` all the same. With any other,
@@ -86,8 +85,6 @@ def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise CorruptFileError(f"the config is larger than {_MAX_CONFIG_BYTES} bytes", file=path)
     config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise unreadable(path, f"its type is {str(config.get('peft_type'))[:40]}, not LORA")

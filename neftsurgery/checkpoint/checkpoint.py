@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, boundary
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
-from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
+from ..storage.positioned import OpenFile, changed_file, most_descriptors, read_exactly, read_rows_exactly
 from ..tensors.document import read_object
 from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
@@ -273,10 +273,10 @@ class Checkpoint:
 
 
 class OpenShards:
-    """The most recently read shards, open; ``most`` of them, as the system limits open files."""
+    """The most recently read shards, open: at most 64, or an eighth of the files that a process may open."""
 
-    def __init__(self, most: int = 64) -> None:
-        self._most = most
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most or max(1, min(64, most_descriptors() // 8))
         self._open: OrderedDict[Path, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes_read = 0

@@ -8,13 +8,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import CorruptFileError, UsageError
-from ..tensors.header import loads
+from ..tensors.document import read_object
+from ..tensors.header import MAX_HEADER_BYTES
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "shard_count", "weight_files"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_MAX_INDEX_BYTES = 200_000_000
 _MAX_NAME_BYTES = 255
 _MAX_PATH = 1000
 _SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})\.safetensors$")
@@ -41,13 +41,7 @@ def weight_files(folder: Path) -> tuple[list[str], Collection[str]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise CorruptFileError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", file=index)
-    try:
-        content = loads(index.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the index is not valid JSON: {error}", file=index) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index, most=MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CorruptFileError("the index has no weight_map of tensor names to file names", file=index)
     if not weight_map:

@@ -16,7 +16,8 @@ GOOD = {"prompt": "a", "completion": "b"}
 
 def read(tmp_path: Path, *contents: Any, **options: Any) -> Any:
     path = tmp_path / "data.jsonl"
-    path.write_text("".join((c if isinstance(c, str) else json.dumps(c)) + "\n" for c in contents))
+    text = "".join((c if isinstance(c, str) else json.dumps(c)) + "\n" for c in contents)
+    path.write_text(text, "utf-8", "surrogateescape")
     return read_raw_examples(str(path), "train", **options)
 
 
@@ -27,10 +28,22 @@ def test_rows_know_their_line_and_kind(tmp_path: Path) -> None:
     assert len(read(tmp_path, GOOD, GOOD, GOOD, limit=2)) == 2
 
 
+def test_a_byte_order_mark_and_characters_beyond_the_basic_plane(tmp_path: Path) -> None:
+    rows = read(tmp_path, "\ufeff" + json.dumps({"text": "a"}), {"text": "\U0001f600"})
+    assert [row.content["text"] for row in rows] == ["a", "\U0001f600"]
+
+
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
         ('{"prompt": "a"', "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": "a", "text": "b"}', "the key 'text' occurs twice"),
+        ('{"text": "a", "weight": NaN}', "NaN is not a finite number"),
+        ('{"text": "a \\ud83d"}', "half of a surrogate pair"),
+        ('{"text": "\udc80"}', "byte 10 is not UTF-8"),
+        ('{"text": "' + "a" * 10_000_000 + '"}', "larger than 10,000,000 bytes"),
+        ('{"text": "a", "more": [' + "[]," * 1_000_000 + "0]}", "too large: its 2,000,00"),
         ([1], "an example must be an object"),
         ({"prompt": "a"}, "two texts"),
         ({"prompt": "a", "completion": ""}, "empty"),
