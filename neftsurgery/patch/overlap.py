@@ -27,7 +27,8 @@ class RowSource:
 
     patch: Patch
     read: Callable[[str, int, int], RawBytes]
-    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tied tensors that are written as well
+    #: Tied tensors that are written as well, by the patch's name of them.
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
 
     def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
         """Each touched tensor, with every tensor of the files that it is."""
@@ -129,10 +130,11 @@ def overlay(vectors: RawBytes, index: Int64Array, tensor: PatchTensor, earlier: 
 def lay_over(layers: Sequence[RowSource], name: str, start: int, part: memoryview) -> None:
     """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``."""
     for rows in layers:
-        if name in rows.patch.tensors:
-            elements = np.frombuffer(part, rows.patch.tensors[name].info.type.carrier)
-            first = start // elements.itemsize
-            _lay_elements(elements, np.arange(first, first + len(elements)), name, rows)
+        for known in rows.patch.tensors:
+            if name == known or name in rows.copies.get(known, ()):
+                elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
+                first = start // elements.itemsize
+                _lay_elements(elements, np.arange(first, first + len(elements)), known, rows)
 
 
 def _lay_elements(

@@ -194,7 +194,7 @@ SPELLED = [
     ("sub/../x.safetensors", "x.safetensors"),
     ("sub//deep/./x.safetensors", "sub/deep/x.safetensors"),
 ]
-EXTRA = {"extra.weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
+EXTRA = {"extra.weight": np.arange(24, dtype=np.float32).reshape(6, 4)}
 
 
 @pytest.mark.parametrize(("name", "place"), SPELLED)
