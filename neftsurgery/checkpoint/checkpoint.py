@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, boundary
+from ..errors import CorruptFileError, UsageError, boundary
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
 from ..tensors.document import read_object
+from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
 from ..text import plural, size
@@ -152,6 +153,9 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         home: dict[str, int] = {}
         for number, shard in enumerate(shards):
+            if (kind := tensor_kind(shard.header.metadata)) in KINDS.values():
+                hint = what_helps("", kind, shard.path)
+                raise UsageError("expected a checkpoint", file=shard.path, found=kind, hint=hint)
             for name, info in shard.header.tensors.items():
                 if name in home:
                     raise CorruptFileError(

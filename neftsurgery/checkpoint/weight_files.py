@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CorruptFileError, UsageError
+from ..sources.hub_client import OTHER_ENDINGS
+from ..sources.resolve import INDEX_NAME, SINGLE_NAME
+from ..tensors.file_kinds import foreign_folder
 from ..tensors.header import loads
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "weight_files"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 _MAX_INDEX_BYTES = 200_000_000
 _MAX_NAME_BYTES = 255
 
@@ -26,11 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _indexed_files(folder, index)
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    what, hint = foreign_folder(folder, OTHER_ENDINGS)
     raise UsageError(
-        f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}",
-        file=folder,
-        hint=f"it does hold {', '.join(others[:3])}: name that file" if others else None,
+        f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}", file=folder, found=what, hint=hint
     )
 
 

@@ -159,7 +159,7 @@ class Patch(FileBacked):
         """
         source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
         try:
-            return cls.read(TensorFile.named(source.path), source)
+            return cls.read(TensorFile.named(source.path, PATCH_KEY), source)
         except CorruptFileError as error:
             if source.repo is not None and error.file == str(source.path):
                 error.file = source.named  # not where the cache keeps it
