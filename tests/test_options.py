@@ -17,6 +17,7 @@ from neftsurgery.options import (
     BudgetOptions,
     CutOptions,
     DiffOptions,
+    PrefixOptions,
     RunOptions,
     Scope,
     ScopeOptions,
@@ -46,8 +47,8 @@ def test_the_values_have_the_declared_options() -> None:
 @pytest.mark.parametrize(
     ("command", "groups"),
     [
-        ("diff", (ScopeOptions, ScoreOptions, SeedOptions, RunOptions)),
-        ("extract", (ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
+        ("diff", (PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions)),
+        ("extract", (PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
         ("select", (SelectOptions, RunOptions)),
         ("report", (SelectOptions, RunOptions)),
         ("inspect", (ScopeOptions, RunOptions)),
@@ -67,7 +68,8 @@ def test_the_flags_are_the_declared_options(command: str, groups: tuple[type, ..
 
 def test_the_keywords_of_a_verb_are_the_declared_options() -> None:
     assert declared(DiffOptions).keys() == {
-        *declared(ScopeOptions), *declared(ScoreOptions), *declared(SeedOptions), *declared(RunOptions),
+        *declared(PrefixOptions), *declared(ScopeOptions), *declared(ScoreOptions), *declared(SeedOptions),
+        *declared(RunOptions),
     }  # fmt: skip
     assert declared(CutOptions).keys() == {*declared(DiffOptions), *declared(BudgetOptions)}
     for verb, wrong, near in ((ns.diff, "anatomi", "anatomy"), (ns.extract, "neuron", "neurons")):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
 from ..text import plural, size
+from .name_prefixes import Prefixes
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files
 
@@ -114,6 +115,8 @@ class Checkpoint:
         By name, in file order.
     opened:
         The files that are open, and how many bytes were read.
+    prefixes, stored:
+        If its names are changed: how, and the checkpoint with the names that its files have.
     """
 
     source: Source
@@ -123,6 +126,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     _home: Mapping[str, int] = field(repr=False)
     opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
+    prefixes: Prefixes | None = None
+    stored: Checkpoint | None = None
 
     @classmethod
     @boundary
@@ -165,6 +170,23 @@ class Checkpoint:
                     )
                 tensors[name], home[name] = info, number
         return cls(source, root, not source.path.is_dir(), shards, tensors, home)
+
+    def renamed(self, prefixes: Prefixes, base: Collection[str]) -> Checkpoint:
+        """The same tensors, read under other names; ``base``: the names of the base that they will meet.
+
+        Raises as `Prefixes.changed`.
+        """
+        new = prefixes.changed(self.tensors, base, self.name)
+        tensors = {new[name]: replace(info, name=new[name]) for name, info in self.tensors.items()}
+        shards = []
+        for shard in self.shards:
+            offsets = {new[name]: offset for name, offset in shard.header.offsets.items()}
+            infos = {name: tensors[name] for name in offsets}
+            shards.append(replace(shard, header=replace(shard.header, tensors=infos, offsets=offsets)))
+        home = {new[name]: number for name, number in self._home.items()}
+        return replace(
+            self, shards=tuple(shards), tensors=tensors, _home=home, prefixes=prefixes, stored=self
+        )
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.name}: {plural(len(self.tensors), 'tensor')}, {size(self.nbytes)}>"

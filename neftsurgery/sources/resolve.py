@@ -51,7 +51,7 @@ def resolve(named: str | os.PathLike[str]) -> Source:
             raise UsageError(
                 "the symlink is broken: its target does not exist",
                 file=text,
-                hint="fetch the content: git annex get" if annexed else None,
+                hint="fetch the content: `git annex get`" if annexed else None,
             )
         if not (path.is_file() or path.is_dir()):
             raise UsageError("expected a file or folder, found a device, pipe or socket", file=text)

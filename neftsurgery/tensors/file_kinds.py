@@ -20,28 +20,28 @@ _SAFETENSORS = b"\0\0\0\0{"
 
 # What helps. {path}, {folder} and {name} are those of the file; by {first} a folder was known.
 _TORCH = (
-    'convert it: python -c "import sys, torch; from safetensors.torch import save_file; save_file({k: '
-    'v.contiguous().clone() for k, v in torch.LOAD.items()}, sys.argv[2])" {path} OUT.safetensors'
+    'convert it: `python -c "import sys, torch; from safetensors.torch import save_file; save_file({k: '
+    'v.contiguous().clone() for k, v in torch.LOAD.items()}, sys.argv[2])" {path} OUT.safetensors`'
 )
 _PICKLE = _TORCH.replace("LOAD", "load(sys.argv[1], 'cpu', weights_only=True)")
 _TORCHSCRIPT = _TORCH.replace("LOAD", "jit.load(sys.argv[1], 'cpu').state_dict()")
 _NUMPY = (
-    'convert it: python -c "import sys, numpy; from safetensors.numpy import save_file; '
-    'save_file(dict(numpy.load(sys.argv[1])), sys.argv[2])" {path} OUT.safetensors'
+    'convert it: `python -c "import sys, numpy; from safetensors.numpy import save_file; '
+    'save_file(dict(numpy.load(sys.argv[1])), sys.argv[2])" {path} OUT.safetensors`'
 )
 _GGUF = (
-    'convert it, with transformers and gguf installed: python -c "import sys; from transformers import '
+    'convert it, with transformers and gguf installed: `python -c "import sys; from transformers import '
     "AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2])"
-    '.save_pretrained(sys.argv[3])" {folder} {name} OUT'
+    '.save_pretrained(sys.argv[3])" {folder} {name} OUT`'
 )
 _TRANSFORMERS_4 = (
     "convert it with transformers 4: from_pretrained(FOLDER, {flag}=True), then save_pretrained(OUT)"
 )
 _ORIGINAL = "fetch the model's safetensors weights instead"
-_AGAIN = "fetch the file again: hf download ORG/NAME {name}"
-_UNPACK = "unpack it: tar -xf {path}"
+_AGAIN = "fetch the file again: `hf download ORG/NAME {name}`"
+_UNPACK = "unpack it: `tar -xf {path}`"
 _FOLDER = "name its folder: {folder}"
-_ZERO = "python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization"
+_ZERO = "`python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization`"
 
 #: How a file begins, and of a zip which names it holds; what it is; what helps. The first match counts.
 _FORMATS: tuple[tuple[bytes, str, str], ...] = (
@@ -65,13 +65,17 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX graph", _ORIGINAL),
     (rb"....TFL3", "a TensorFlow Lite graph", _ORIGINAL),
     (rb"\x93NUMPY", "one NumPy array (.npy)", "save it under its name with safetensors.numpy.save_file"),
-    (rb"PK(\x03\x04|\x05\x06)", "a zip archive", "unpack it: unzip {path}"),
-    (rb"\x1f\x8b", "a gzip archive", f"{_UNPACK}, or gzip -d {{path}}"),
-    (rb"\x28\xb5\x2f\xfd", "a zstd archive", f"{_UNPACK}, or zstd -d {{path}}"),
+    (rb"PK(\x03\x04|\x05\x06)", "a zip archive", "unpack it: `unzip {path}`"),
+    (rb"\x1f\x8b", "a gzip archive", f"{_UNPACK}, or `gzip -d {{path}}`"),
+    (rb"\x28\xb5\x2f\xfd", "a zstd archive", f"{_UNPACK}, or `zstd -d {{path}}`"),
     (rb"\xfd7zXZ|BZh[1-9]|7z\xbc\xaf|\x04\x22\x4d\x18", "a compressed archive", _UNPACK),
     (rb".{257}ustar", "a tar archive, as NeMo writes", _UNPACK),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the content", "fetch the content: git lfs pull"),
-    (rb"/annex/objects/", "a git-annex pointer, not the content", "fetch the content: git annex get {path}"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the content", "fetch the content: `git lfs pull`"),
+    (
+        rb"/annex/objects/",
+        "a git-annex pointer, not the content",
+        "fetch it: `git annex get {path}`",
+    ),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, often one that tells of an error", _AGAIN),
     (rb'\s*\{.*"weight_map"', "an index of shards", _FOLDER),
     (rb'\s*\{.*"peft_type"', "the config of a PEFT adapter", _FOLDER),
@@ -107,13 +111,13 @@ _FOLDERS = (
     (
         "adapter_config.json",
         "the folder of a PEFT adapter",
-        "name its base here, and the adapter as TUNED: neftsurgery diff BASE {path}",
+        "name its base here, and the adapter as TUNED: `neftsurgery diff BASE {path}`",
     ),
-    ("*.distcp", "a distributed checkpoint of torch (DCP)", "join it: accelerate merge-weights {path} OUT"),
+    ("*.distcp", "a distributed checkpoint of torch (DCP)", "join it: `accelerate merge-weights {path} OUT`"),
     (
         "pytorch_model_fsdp_*",
         "a training checkpoint of FSDP",
-        "join its weights: accelerate merge-weights {path}/{first} OUT",
+        "join its weights: `accelerate merge-weights {path}/{first} OUT`",
     ),
     ("zero_to_fp32.py", "a training checkpoint of DeepSpeed", f"join its weights: {_ZERO}"),
     ("*mp_rank_*", "a checkpoint of DeepSpeed or Megatron, one part a rank", f"join its parts: {_ZERO}"),
@@ -140,7 +144,7 @@ def foreign_folder(folder: Path, endings: tuple[str, ...] = ()) -> tuple[str | N
             return f"{name}, {other[0]}", other[1]
     if not names:
         return "an empty folder", "name the folder that holds the weights"
-    return None, "its weights are not here; `hf download ORG/NAME` fetches those of a Hub model"
+    return None, "there are no safetensors weights here: `hf download ORG/NAME` fetches those of a Hub model"
 
 
 def _filled(hint: str, path: str | os.PathLike[str], first: str = "") -> str:
@@ -163,19 +167,19 @@ _ORDER = "the base comes first, and patches after it"
 #: What helps, by the key of what was wanted ("" for a checkpoint), and by what was found; "": anything else.
 _INSTEAD = {
     "neuron_patch": {
-        "a scores file": "cut it out: neftsurgery extract BASE TUNED --scores {path} --neurons 3% -o PATCH",
-        "a selection": "cut it out: neftsurgery extract BASE TUNED --selection {path} -o PATCH",
-        _ADAPTER: "make a patch of its folder: neftsurgery extract BASE ADAPTER --changed -o PATCH",
-        "": f"{_ORDER}; make a patch: neftsurgery extract BASE TUNED --neurons 3% -o PATCH",
+        "a scores file": "cut it out: `neftsurgery extract BASE TUNED --scores {path} --neurons 3% -o PATCH`",
+        "a selection": "cut it out: `neftsurgery extract BASE TUNED --selection {path} -o PATCH`",
+        _ADAPTER: "make a patch of its folder: `neftsurgery extract BASE ADAPTER --changed -o PATCH`",
+        "": f"{_ORDER}; make a patch: `neftsurgery extract BASE TUNED --neurons 3% -o PATCH`",
     },
     "neuron_selection": {
-        "a scores file": "choose from it: neftsurgery select {path} --neurons 3% -o SELECTION",
-        "": "make one: neftsurgery select SCORES --neurons 3% -o SELECTION",
+        "a scores file": "choose from it: `neftsurgery select {path} --neurons 3% -o SELECTION`",
+        "": "make one: `neftsurgery select SCORES --neurons 3% -o SELECTION`",
     },
-    "neuron_scores": {"": "make one: neftsurgery diff BASE TUNED -o SCORES"},
+    "neuron_scores": {"": "make one: `neftsurgery diff BASE TUNED -o SCORES`"},
     "": {
-        "a neuron patch": f"{_ORDER}: neftsurgery apply BASE {{path}} -o OUT",
-        "": "see what it holds: neftsurgery inspect {path}",
+        "a neuron patch": f"{_ORDER}: `neftsurgery apply BASE {{path}} -o OUT`",
+        "": "see what it holds: `neftsurgery inspect {path}`",
     },
 }
 
@@ -188,15 +192,17 @@ def tensor_kind(metadata: Mapping[str, str], names: Iterable[str] = ()) -> str:
     return _ADAPTER if any(".lora_" in name for name in names) else _CHECKPOINT
 
 
-def what_helps(key: str, found: str, path: str | os.PathLike[str] | None) -> str:
+def what_helps(key: str, found: str, path: str | os.PathLike[str] | None) -> str | None:
     """What helps somebody who gave a file of the kind ``found`` where that of ``key`` is wanted.
 
-    The key ``""`` stands for a checkpoint.
+    The key ``""`` stands for a checkpoint. None for files that no user makes, such as journals.
     """
-    return _filled(_INSTEAD[key].get(found) or _INSTEAD[key][""], path or "FILE")
+    hints = _INSTEAD.get(key, {})
+    hint = hints.get(found, hints.get(""))
+    return None if hint is None else _filled(hint, path or "FILE")
 
 
-def folder_instead(folder: str | os.PathLike[str], key: str) -> str:
+def folder_instead(folder: str | os.PathLike[str], key: str) -> str | None:
     """What helps somebody who gave a folder where a file of the kind of ``key`` is wanted."""
     names = os.listdir(folder)
     for name in (f"{key}.safetensors", f"{key.removeprefix('neuron_')}.safetensors"):

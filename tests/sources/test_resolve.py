@@ -46,7 +46,7 @@ def test_a_broken_symlink_of_git_annex_says_how_to_fetch_it(here: Path, annexed:
     (here / "model.safetensors").symlink_to(target)
     with pytest.raises(UsageError, match="the symlink is broken") as error:
         resolve("model.safetensors")
-    assert error.value.hint == ("fetch the content: git annex get" if annexed else None)
+    assert error.value.hint == ("fetch the content: `git annex get`" if annexed else None)
 
 
 @pytest.mark.parametrize(

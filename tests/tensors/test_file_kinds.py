@@ -158,7 +158,7 @@ def test_the_command_that_the_message_shows_converts_the_file(tmp_path: Path, na
     FILES[name][0](path)
     with pytest.raises(ns.CorruptFileError) as error:
         read_header(path)
-    command = str(error.value.hint).partition("convert it: python ")[2]
+    command = str(error.value.hint).partition("convert it: `python ")[2].removesuffix("`")
     command = f"{shlex.quote(sys.executable)} {command}"
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, timeout=300)
     found = load_file(tmp_path / "OUT.safetensors")
@@ -240,7 +240,7 @@ def test_a_distributed_checkpoint_joins_by_the_command_shown(tmp_path: Path) -> 
         dcp.save({"model": tensors}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     with pytest.raises(ns.UsageError, match="DCP") as error:
         Checkpoint.open(tmp_path / "dcp")
-    command = str(error.value.hint).partition("accelerate merge-weights")[2]
+    command = str(error.value.hint).partition("`accelerate merge-weights ")[2].removesuffix("`")
     joined = f"{shlex.quote(str(Path(sys.executable).parent / 'accelerate'))} merge-weights {command}"
     subprocess.run(joined, shell=True, cwd=tmp_path, check=True, timeout=300, capture_output=True)
     found = Checkpoint.open(tmp_path / "OUT")
