@@ -63,10 +63,11 @@ class Change:
     layout: Layout
     index: NDArray[np.int64]  # the neurons, ascending, [k]
     new_digests: NDArray[np.uint8]  # XXH3-128 of their new vectors, [k, 16]
+    block: int | None = None  # as in `storage.threads.Limits`
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Positions in the index, in ranges of bounded size."""
-        return blocks(self.info, self.layout, len(self.index))
+        return blocks(self.info, self.layout, len(self.index), self.block)
 
 
 @contextmanager
@@ -144,7 +145,8 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
                 written.writer.write(f"{number}:new_digest", 0, change.new_digests)
                 old_hash = xxhash.xxh3_128()
                 for start, stop in change.blocks():
-                    old = gather(checkpoint, change.info, change.layout, change.index[start:stop])
+                    index = change.index[start:stop]
+                    old = gather(checkpoint, change.info, change.layout, index, block=change.block)
                     written.writer.write(f"{number}:old", start, old)
                     old_hash.update(old.data)
                 tensors[str(number)]["old_hash"] = old_hash.hexdigest()

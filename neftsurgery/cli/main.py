@@ -109,7 +109,9 @@ def run(args: list[str] | None = None) -> NoReturn:
     options = args[: args.index("--")] if "--" in args else args
     as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
     quiet = "-q" in options or "--quiet" in options
+    unraisable = sys.unraisablehook
     try:
+        sys.unraisablehook = _stop_again
         _on_signals(_stop)
         gc.set_threshold(_NEW_OBJECTS, 20, 100)
         _log_to_stderr(logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING)
@@ -120,6 +122,8 @@ def run(args: list[str] | None = None) -> NoReturn:
         _on_signals(signal.SIG_DFL)
         code = _report(error, as_json, verbose)
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = unraisable
         logging.getLogger("neftsurgery").handlers.clear()
         gc.freeze()  # no last search for cycles: the system takes all memory back at once
     sys.exit(code)
@@ -169,10 +173,24 @@ class _Stopped(SystemExit):
     signal, even if an outer frame catches it.
     """
 
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """Stop by an exception, so that half-written outputs are removed."""
-    raise _Stopped(128 + number)
+    raise _Stopped(number)
+
+
+def _stop_again(lost: sys.UnraisableHookArgs) -> None:
+    """Stop a little later: the signal arrived where Python drops exceptions, as in ``__del__``."""
+    if isinstance(lost.exc_value, _Stopped):
+        number = lost.exc_value.number
+        signal.signal(signal.SIGALRM, lambda alarm, frame: _stop(number, frame))
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _on_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:

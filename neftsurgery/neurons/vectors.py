@@ -29,17 +29,20 @@ _STRIDED_BLOCK_BYTES = 16 << 20
 _PIECE_BYTES = 4 << 20
 
 
-def block_memory(layouts: Iterable[Layout]) -> int:
+def block_memory(layouts: Iterable[Layout], block: int | None = None) -> int:
     """Bytes that a thread holds at most when it compares blocks of such vectors: three blocks."""
-    return 3 * (_BLOCK_BYTES if all(layout.contiguous for layout in layouts) else _STRIDED_BLOCK_BYTES)
+    return 3 * (block or _block_bytes(all(layout.contiguous for layout in layouts)))
+
+
+def _block_bytes(contiguous: bool) -> int:
+    return _BLOCK_BYTES if contiguous else _STRIDED_BLOCK_BYTES
 
 
 def blocks(
-    info: TensorInfo, layout: Layout, count: int, *, block_bytes: int | None = None
+    info: TensorInfo, layout: Layout, count: int, block: int | None = None
 ) -> Iterator[tuple[int, int]]:
-    """Cut ``count`` vectors of a tensor into ranges ``(start, stop)`` of bounded size, at least one each."""
-    limit = block_bytes or (_BLOCK_BYTES if layout.contiguous else _STRIDED_BLOCK_BYTES)
-    step = max(1, limit // max(1, layout.width * info.type.itemsize))
+    """Cut ``count`` vectors of a tensor into ranges ``(start, stop)`` of ``block`` bytes or one vector."""
+    step = max(1, (block or _block_bytes(layout.contiguous)) // max(1, layout.width * info.type.itemsize))
     for start in range(0, count, step):
         yield start, min(start + step, count)
 
@@ -69,7 +72,7 @@ def gather(
     layout: Layout,
     index: IndexArray,
     *,
-    piece_bytes: int | None = None,
+    block: int | None = None,
 ) -> RawBytes:
     """The vectors of neurons ``index`` (ascending) as raw bytes, shape ``[k, width * itemsize]``."""
     size = info.type.itemsize
@@ -80,7 +83,7 @@ def gather(
         source.read_rows(info.name, index, out)
         return out
     elements = out.view(info.type.carrier)
-    for _, member, piece, place in _pieces(source, info, layout, index, piece_bytes):
+    for _, member, piece, place in _pieces(source, info, layout, index, block):
         elements[member, place] = piece.vectors
     return out
 
@@ -94,7 +97,7 @@ def scatter(
     vectors: RawBytes,
     path: str,
     *,
-    piece_bytes: int | None = None,
+    block: int | None = None,
 ) -> int:
     """Write ``vectors`` (as `gather` gives them) over those of neurons ``index``; returns bytes written.
 
@@ -108,9 +111,7 @@ def scatter(
         return vectors.nbytes
     elements = np.ascontiguousarray(vectors).view(info.type.carrier)
     written = 0
-    for start, member, piece, place in _pieces(
-        _FileRange(fd, offset, path), info, layout, index, piece_bytes
-    ):
+    for start, member, piece, place in _pieces(_FileRange(fd, offset, path), info, layout, index, block):
         piece.assign(elements[member, place])
         write_exactly(fd, piece.raw.data, offset + start)
         written += piece.raw.nbytes
@@ -150,7 +151,7 @@ class _SlabPiece:
 
 
 def _pieces(
-    source: RowReader, info: TensorInfo, layout: Layout, index: IndexArray, piece_bytes: int | None
+    source: RowReader, info: TensorInfo, layout: Layout, index: IndexArray, block: int | None
 ) -> Iterator[tuple[int, slice, _SlabPiece, slice]]:
     """Read the slabs that hold the neurons ``index``, piece by piece along their outermost (vector) axis.
 
@@ -165,7 +166,7 @@ def _pieces(
     grid_sizes = [sizes[axis] for axis in neuron_axes]
     row_elements = layout.slab_elements // sizes[0]
     tail = layout.width // sizes[0]
-    step = max(1, (piece_bytes or _PIECE_BYTES) // (row_elements * size))
+    step = max(1, (block or _PIECE_BYTES) // (row_elements * size))
     slab_of = np.asarray(index) // layout.neurons_per_slab
     for slab in np.unique(slab_of):
         low, high = np.searchsorted(slab_of, [slab, slab + 1])

@@ -54,7 +54,7 @@ def merge_rows(policy: str, dtype: str, parts: Sequence[Part], base: RawBytes | 
         out[part.slots] = part.values
     if policy in ARITHMETIC:
         computed = _computed(policy, parts, count)
-        for batch in _batches(len(computed), out.shape[1]):
+        for batch in _batches(len(computed), out.shape[1], _BATCH_BYTES):
             rows = computed[batch]
             here = [_picked(part, rows, dtype) for part in parts]
             old = None if base is None else widen(base[rows], dtype)
@@ -70,8 +70,8 @@ def _computed(policy: str, parts: Sequence[Part], count: int) -> Int64Array:
     return np.flatnonzero(holders > 1)
 
 
-def _batches(count: int, row_bytes: int) -> Iterator[slice]:
-    step = max(1, _BATCH_BYTES // max(1, row_bytes))
+def _batches(count: int, row_bytes: int, batch_bytes: int) -> Iterator[slice]:
+    step = max(1, batch_bytes // max(1, row_bytes))
     for start in range(0, count, step):
         yield slice(start, start + step)
 
@@ -155,7 +155,8 @@ class Magnitudes:
     halves of the bits, the second the lower halves of those that the threshold is among.
     """
 
-    def __init__(self, density: float) -> None:
+    def __init__(self, density: float, *, batch_bytes: int = _BATCH_BYTES) -> None:
+        self._batch_bytes = batch_bytes
         self._density = density
         self._upper = np.zeros(1 << 16, np.int64)
         self._lower = np.zeros(1 << 16, np.int64)
@@ -163,7 +164,7 @@ class Magnitudes:
 
     def add(self, values: RawBytes, base: RawBytes, dtype: str) -> None:
         """Take in some vectors; all of them once, then, after `settle`, all of them again."""
-        for rows in _batches(len(values), values.shape[1]):
+        for rows in _batches(len(values), values.shape[1], self._batch_bytes):
             with np.errstate(invalid="ignore", over="ignore"):
                 bits = _magnitude(widen(values[rows], dtype) - widen(base[rows], dtype)).view(np.uint32)
             if self._among is None:

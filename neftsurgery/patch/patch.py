@@ -20,6 +20,7 @@ from ..neurons.vectors import blocks, check_index
 from ..selection.selection import Chosen, Selection
 from ..selection.selection_facts import SelectionFacts
 from ..sources.resolve import Source, resolve_file
+from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.document import Facts, bad, read_document, require_entry
 from ..tensors.file_backed import FileBacked
@@ -86,9 +87,9 @@ class PatchTensor:
         """Bytes of one vector."""
         return self.layout.width * self.info.type.itemsize
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def blocks(self, block: int | None = None) -> Iterator[tuple[int, int]]:
         """Ranges of neurons (positions in the index) of bounded size."""
-        return blocks(self.info, self.layout, self.count)
+        return blocks(self.info, self.layout, self.count, block)
 
 
 class Patch(FileBacked):
@@ -255,7 +256,7 @@ class Patch(FileBacked):
         require_tensors(checkpoint, (t.info for t in self.tensors.values()), self.name, self.base)
 
     @boundary
-    def check(self) -> None:
+    def check(self, *, limits: Limits | None = None) -> None:
         """Compare the patch's hashes with its content; reads all of it.
 
         Raises
@@ -265,7 +266,7 @@ class Patch(FileBacked):
         """
         for name, tensor in self.tensors.items():
             before, after = DigestHash(), DigestHash()
-            for start, stop in tensor.blocks():
+            for start, stop in tensor.blocks(None if limits is None else limits.block):
                 stored = self.base_digests(name, start, stop)
                 before.update(stored)
                 after.update(digests(self.values(name, start, stop)))

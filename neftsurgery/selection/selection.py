@@ -133,11 +133,11 @@ class Selection:
         """Bytes of the chosen vectors."""
         return sum(chosen.parameters * chosen.info.type.itemsize for chosen in self)
 
-    def blocks(self) -> Iterator[RowBlock]:
+    def blocks(self, block: int | None = None) -> Iterator[RowBlock]:
         """All chosen vectors, tensor by tensor, in ranges of bounded size."""
         for name, chosen in self.tensors.items():
             size = chosen.layout.width * chosen.info.type.itemsize
-            for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index)):
+            for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index), block):
                 yield RowBlock(name, start, stop, (stop - start) * size)
 
     @property

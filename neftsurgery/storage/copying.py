@@ -22,8 +22,7 @@ from .positioned import write_exactly
 
 __all__ = ["copy_file"]
 
-_KERNEL_STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too large to cost anything
-_USER_STEP = 4 << 20
+_STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too large to cost anything
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int); the fcntl module has it from Python 3.13
 # Errors of copy_file_range if the file systems or a sandbox do not allow it.
 _KERNEL_REFUSALS = {
@@ -44,6 +43,7 @@ def copy_file(
     target: str | os.PathLike[str] | int,
     *,
     progress: Callable[[int], None] | None = None,
+    step: int = _STEP,
 ) -> int:
     """Copy a regular file byte for byte; holes stay holes, blocks are shared if possible.
 
@@ -58,6 +58,8 @@ def copy_file(
         bits are left to the caller.
     progress:
         Called with the number of bytes copied since its last call. What it raises ends the copy.
+    step:
+        Bytes that the kernel copies at once; through a buffer it is an eighth of them.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer.
     reader = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,9 +71,9 @@ def copy_file(
         if isinstance(target, int):
             if os.fstat(target).st_size:
                 raise ValueError("the target of a copy must be empty")
-            _copy_content(reader, target, before, progress)
+            _copy_content(reader, target, before, progress, step)
         else:
-            _copy_to_path(reader, Path(target), before, mode, progress)
+            _copy_to_path(reader, Path(target), before, mode, progress, step)
         return mode
     except MismatchError as error:
         error.file = error.file or str(source)
@@ -81,12 +83,17 @@ def copy_file(
 
 
 def _copy_to_path(
-    reader: int, target: Path, before: os.stat_result, mode: int, progress: Callable[[int], None] | None
+    reader: int,
+    target: Path,
+    before: os.stat_result,
+    mode: int,
+    progress: Callable[[int], None] | None,
+    step: int,
 ) -> None:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     writer = os.open(target, flags, 0o600)
     try:
-        _copy_content(reader, writer, before, progress)
+        _copy_content(reader, writer, before, progress, step)
         os.fchmod(writer, mode)
     except BaseException as error:
         with suppress(FileNotFoundError):
@@ -99,7 +106,7 @@ def _copy_to_path(
 
 
 def _copy_content(
-    reader: int, writer: int, before: os.stat_result, progress: Callable[[int], None] | None
+    reader: int, writer: int, before: os.stat_result, progress: Callable[[int], None] | None, step: int
 ) -> None:
     advance = progress or (lambda nbytes: None)
     if _clone(reader, writer):
@@ -110,7 +117,7 @@ def _copy_content(
         for start, stop in _data_ranges(reader, before):
             if start > done:
                 advance(start - done)
-            by_kernel = _copy_range(reader, writer, start, stop, advance, by_kernel)
+            by_kernel = _copy_range(reader, writer, start, stop, advance, by_kernel, step)
             done = stop
         if before.st_size > done:
             advance(before.st_size - done)
@@ -159,15 +166,21 @@ def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int
 
 
 def _copy_range(
-    reader: int, writer: int, start: int, stop: int, advance: Callable[[int], None], by_kernel: bool
+    reader: int,
+    writer: int,
+    start: int,
+    stop: int,
+    advance: Callable[[int], None],
+    by_kernel: bool,
+    step: int,
 ) -> bool:
     """Copy bytes ``[start, stop)``, or raise; returns whether it is worth asking the kernel again."""
     while start < stop:
-        copied = _kernel_step(reader, writer, start, min(_KERNEL_STEP, stop - start)) if by_kernel else 0
+        copied = _kernel_step(reader, writer, start, min(step, stop - start)) if by_kernel else 0
         if not copied:
             # Some kernels return 0 before the end: a plain read decides.
             by_kernel = False
-            copied = _user_step(reader, writer, start, min(_USER_STEP, stop - start))
+            copied = _user_step(reader, writer, start, min(max(1, step // 8), stop - start))
         if not copied:
             raise _changed(expected=f"{stop} bytes", found=start)
         begin_writeback(writer, start, copied)

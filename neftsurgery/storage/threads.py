@@ -31,6 +31,8 @@ class Limits:
     #: Whether files in the page cache may be mapped instead of read. That is faster, and needs a signal
     #: handler (`neftsurgery.storage.truncated_maps`): only the command line sets it.
     mapped: bool = False
+    #: Bytes of vectors handled at once by a thread; None: what suits their layout (`neurons.vectors`).
+    block: int | None = None
 
     @classmethod
     def of(cls, threads: int | None = None, memory: int | None = None, *, mapped: bool = False) -> Limits:

@@ -119,17 +119,17 @@ class ExportPlan:
         """Write the adapter folder."""
         limits = limits or Limits.of()
         layouts = [tensor.layout for tensor in self.patch.tensors.values()]
-        workers = limits.workers(block_memory(layouts) + _CHUNK_BYTES)
+        workers = limits.workers(block_memory(layouts, limits.block) + _CHUNK_BYTES)
         entries = [entry for module in self.modules for entry in module.entries(self.rank)]
         touched = [self.patch.tensors[module.tensor] for module in self.modules]
         total = sum(tensor.count * tensor.vector_bytes for tensor in touched)
         watch, inexact = Stopwatch(), 0
         with watch.running(), staged_directory(self.out, force=self.force) as folder:
-            self.patch.check()
+            self.patch.check(limits=limits)
             with written_file(entries, {"format": "pt"}, folder / WEIGHTS_NAME) as written:
 
                 def write(module: LoraModule) -> int:
-                    factors = _Factors(self, module, written.writer)
+                    factors = _Factors(self, module, written.writer, limits.block)
                     return factors.write_rows() if module.rows else factors.write_columns()
 
                 with progress("exporting", total) as advance:
@@ -257,7 +257,10 @@ def _rank(patch: Patch, modules: Sequence[LoraModule], needed: int, rank: int | 
 class _Factors:
     """Writes the two factors of one module. Elements that are not written are zero."""
 
-    def __init__(self, plan: ExportPlan, module: LoraModule, writer: TensorFileWriter) -> None:
+    def __init__(
+        self, plan: ExportPlan, module: LoraModule, writer: TensorFileWriter, block: int | None
+    ) -> None:
+        self._block = block
         self._plan, self._module, self._writer = plan, module, writer
         self._tensor = plan.patch.tensors[module.tensor]
         self._index = plan.patch.index(module.tensor)
@@ -279,7 +282,7 @@ class _Factors:
         for place, neuron in enumerate(self._index.tolist()):
             self._writer.write(first, place, self._one(neuron, self._module.inputs))
         inexact = 0
-        step = max(1, _CHUNK_BYTES // (4 * self._plan.rank))
+        step = max(1, (self._block or _CHUNK_BYTES) // (4 * self._plan.rank))
         for low in range(0, self._module.outputs, step):
             part = slice(low, min(low + step, self._module.outputs))
             filled = np.zeros((part.stop - low, self._plan.rank), np.float32)
@@ -295,7 +298,7 @@ class _Factors:
         size = self._tensor.info.type.itemsize
         part = slice(part.start * size, part.stop * size)
         step = max(1, _BATCH_BYTES // (part.stop - part.start))
-        for start, stop in self._tensor.blocks():
+        for start, stop in self._tensor.blocks(self._block):
             values = patch.values(name, start, stop)[:, part]
             replaced = replaced_rows(patch, self._plan.base, name, start, stop)[:, part]
             for low in range(0, stop - start, step):

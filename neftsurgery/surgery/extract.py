@@ -105,12 +105,12 @@ class ExtractPlan:
             def copy(block: RowBlock) -> tuple[RawBytes, RawBytes]:
                 part = chosen.tensors[block.name]
                 index = part.index[block.start : block.stop]
-                rows = [gather(side, part.info, part.layout, index) for side in sides]
+                rows = [gather(side, part.info, part.layout, index, block=limits.block) for side in sides]
                 return writer.write_rows(block.name, block.start, rows[0], rows[1])
 
-            workers = limits.workers(block_memory(part.layout for part in chosen))
+            workers = limits.workers(block_memory((part.layout for part in chosen), limits.block))
             with progress("cutting out", 2 * chosen.nbytes) as advance:
-                for block, (old, new) in in_order(copy, chosen.blocks(), workers):
+                for block, (old, new) in in_order(copy, chosen.blocks(limits.block), workers):
                     writer.add_digests(block.name, old, new)
                     advance(2 * block.nbytes)
             for side in sides:

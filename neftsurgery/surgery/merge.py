@@ -82,7 +82,7 @@ class MergePlan:
         """Write the merged patch."""
         limits = limits or Limits.of()
         layouts = [chosen.layout for chosen in self.selection]
-        workers = limits.workers((len(self.patches) + 2) * block_memory(layouts) // 3)
+        workers = limits.workers((len(self.patches) + 2) * block_memory(layouts, limits.block) // 3)
         watch = Stopwatch()
         with (
             watch.running(),
@@ -90,7 +90,7 @@ class MergePlan:
                 self.selection, self.manifest, self.out, reversible=self.reversible, force=self.force
             ) as writer,
         ):
-            least = _thresholds(self) if self.rule.name == "ties" else None
+            least = _thresholds(self, limits.block) if self.rule.name == "ties" else None
 
             def join(block: RowBlock) -> tuple[RawBytes, RawBytes]:
                 tensor = _Rows(self, block.name, self.meetings[block.name].union[block.start : block.stop])
@@ -102,7 +102,7 @@ class MergePlan:
                 return before, writer.write_values(block.name, block.start, before, values, old)
 
             with progress("merging", self.selection.nbytes) as advance:
-                for block, (before, after) in in_order(join, self.selection.blocks(), workers):
+                for block, (before, after) in in_order(join, self.selection.blocks(limits.block), workers):
                     writer.add_digests(block.name, before, after)
                     watch.bytes_read += block.nbytes
                     advance(block.nbytes)
@@ -249,14 +249,14 @@ class _Rows:
             yield n, Part(slots, values, self._plan.rule.weights[n], least[n] if least else 0.0)
 
 
-def _thresholds(plan: MergePlan) -> list[float]:
+def _thresholds(plan: MergePlan, size: int | None) -> list[float]:
     """Per patch how large a difference must be for ``ties`` to keep it."""
     found = [Magnitudes(plan.rule.density) for _ in plan.patches]
     for again in (False, True):
         if again:
             for magnitudes in found:
                 magnitudes.settle()
-        for block in plan.selection.blocks():
+        for block in plan.selection.blocks(size):
             meeting = plan.meetings[block.name]
             index = meeting.union[block.start : block.stop]
             common = np.isin(index, meeting.shared, assume_unique=True)

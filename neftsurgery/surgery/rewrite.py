@@ -181,7 +181,7 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
             with staged_file(out, force=plan.force) as staged:
                 require_space(parent, sum(sizes))
                 shard = checkpoint.shards[0]
-                _write_shard(shard, staged.fd, touched.get(shard.path, ()), advance)
+                _write_shard(shard, staged.fd, touched.get(shard.path, ()), limits.block, advance)
                 _check_unchanged(plan)
             return
         with staged_directory(out, force=plan.force) as folder:
@@ -199,7 +199,7 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
                     folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
                 )
                 try:
-                    _write_shard(shard, fd, touched.get(shard.path, ()), step)
+                    _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
                 finally:
                     os.close(fd)
 
@@ -219,11 +219,15 @@ def _check_unchanged(plan: RewritePlan) -> None:
 
 
 def _write_shard(
-    shard: Shard, fd: int, tensors: Sequence[_TensorRows], advance: Callable[[int], None]
+    shard: Shard,
+    fd: int,
+    tensors: Sequence[_TensorRows],
+    block: int | None,
+    advance: Callable[[int], None],
 ) -> None:
     """Copy a weight file to the empty file ``fd`` and write the rows that lie in it."""
     mode = copy_file(shard.path, fd, progress=advance)
-    _write_rows(shard, fd, tensors)
+    _write_rows(shard, fd, tensors, block)
     os.fchmod(fd, mode)
 
 
@@ -240,22 +244,24 @@ def _write_rows(
     shard: Shard,
     fd: int,
     tensors: Sequence[_TensorRows],
+    block: int | None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
     for rows, name in tensors:
         tensor, index = rows.patch.tensors[name], rows.patch.index(name)
         offset = shard.header.offsets[name]
-        for start, stop in tensor.blocks():
+        place = (fd, offset, tensor.info, tensor.layout)
+        for start, stop in tensor.blocks(block):
             vectors = rows.read(name, start, stop)
-            scatter(fd, offset, tensor.info, tensor.layout, index[start:stop], vectors, str(shard.path))
+            scatter(*place, index[start:stop], vectors, str(shard.path), block=block)
             advance(vectors.nbytes)
         begin_writeback(fd, offset, tensor.info.nbytes)
 
 
 def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> None:
-    checkpoint = plan.checkpoint
+    checkpoint, block = plan.checkpoint, limits.block
     changes = [
-        Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name))
+        Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name, block), block)
         for rows in plan.rows
         for name, tensor in rows.patch.tensors.items()
     ]
@@ -268,10 +274,10 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
             checkpoint.check_unchanged()  # it was examined without the lock
 
             def write(shard: Shard) -> None:
-                _write_rows(shard, descriptors[shard.path], touched[shard.path], advance)
+                _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
 
             with journaled(checkpoint, changes):
-                for _ in in_order(write, shards, limits.workers(block_memory(layouts))):
+                for _ in in_order(write, shards, limits.workers(block_memory(layouts, block))):
                     pass
                 for rows in plan.rows:
                     rows.patch.check_unchanged()
@@ -284,6 +290,7 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
         raise
 
 
-def _digests(rows: RowSource, name: str) -> RawBytes:
-    blocks = [digests(rows.read(name, start, stop)) for start, stop in rows.patch.tensors[name].blocks()]
-    return np.concatenate(blocks) if blocks else np.empty((0, 16), np.uint8)
+def _digests(rows: RowSource, name: str, block: int | None) -> RawBytes:
+    tensor = rows.patch.tensors[name]
+    found = [digests(rows.read(name, start, stop)) for start, stop in tensor.blocks(block)]
+    return np.concatenate(found) if found else np.empty((0, 16), np.uint8)

@@ -110,7 +110,9 @@ def examine(
         patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     hashes = (DigestHash(), DigestHash())
-    workers = limits.workers(block_memory(t.layout for patch in patches for t in patch.tensors.values()))
+    workers = limits.workers(
+        block_memory((t.layout for patch in patches for t in patch.tensors.values()), limits.block)
+    )
 
     def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
         patch = patches[block.patch]
@@ -120,7 +122,7 @@ def examine(
         reached = patch.values(block.name, block.start, block.stop)
         after = digests(reached)
         index = patch.index(block.name)[block.start : block.stop]
-        now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index)
+        now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=limits.block)
         others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
         if not others:
             return before, after, digests(now)
@@ -132,7 +134,7 @@ def examine(
             overlay(now, index, tensor, earlier)
         return before, after, np.where(settled[:, None], after, digests(now))
 
-    for block, (before, after, now) in in_order(compare, _blocks(patches), workers):
+    for block, (before, after, now) in in_order(compare, _blocks(patches, limits.block), workers):
         patch = patches[block.patch]
         for state, part in zip(hashes, (before, after), strict=True):
             state.update(part)
@@ -144,12 +146,12 @@ def examine(
     return states
 
 
-def _blocks(patches: Sequence[Patch]) -> Iterator[_Block]:
+def _blocks(patches: Sequence[Patch], size: int | None) -> Iterator[_Block]:
     for number, patch in enumerate(patches):
         for name, tensor in patch.tensors.items():
             if tensor.count == 0:
                 yield _Block(number, name, 0, 0, True)
-            for start, stop in tensor.blocks():
+            for start, stop in tensor.blocks(size):
                 yield _Block(number, name, start, stop, stop == tensor.count)
 
 

@@ -64,8 +64,8 @@ class Step:
         return np.random.default_rng(self.seed).standard_normal((len(self.index), width)).astype(np.float32)
 
 
-def change_in_place(path: Path, steps: list[Step]) -> None:
-    """What every command does that changes a checkpoint in place."""
+def change_in_place(path: Path, steps: list[Step], block: int | None = None) -> None:
+    """What every command does that changes a checkpoint in place, with blocks of ``block`` bytes."""
     checkpoint = Checkpoint.read(resolve(path))
     changes, rows = [], []
     for step in steps:
@@ -73,7 +73,8 @@ def change_in_place(path: Path, steps: list[Step]) -> None:
         rows.append(step.values(info.shape).view(np.uint8))
         digests = [np.frombuffer(xxhash.xxh3_128_digest(row), np.uint8) for row in rows[-1]]
         index = np.array(step.index, np.int64)
-        changes.append(Change(info, Layout(info.shape, tuple(step.axes)), index, np.array(digests)))
+        layout = Layout(info.shape, tuple(step.axes))
+        changes.append(Change(info, layout, index, np.array(digests), block))
     shards = {shard.path: shard for shard in (checkpoint.shard_of(step.name) for step in steps)}
     with locked(checkpoint, list(shards.values())) as held, journaled(checkpoint, changes):
         for change, values in zip(changes, rows, strict=True):
@@ -87,6 +88,7 @@ def change_in_place(path: Path, steps: list[Step]) -> None:
                     change.index[start:stop],
                     values[start:stop],
                     str(shard.path),
+                    block=block,
                 )
         for fd in held.values():
             os.fsync(fd)
@@ -112,25 +114,20 @@ def content(path: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in files if not re.fullmatch(r"\..*\.neft-[0-9a-f]{16}", f.name)}
 
 
-def small_pieces(patch: pytest.MonkeyPatch) -> None:
-    """Make small tensors go through all the splitting that large ones do."""
-    patch.setattr(vectors, "_PIECE_BYTES", 96)
-    patch.setattr(vectors, "_BLOCK_BYTES", 128)
-    patch.setattr(vectors, "_STRIDED_BLOCK_BYTES", 400)
-
-
 # The process that is killed.
 
 
 def main(base: Path, runs: Path, steps: list[Step]) -> None:
-    """For every n, in a copy of ``base``: make the change, and die at its n-th operation on files."""
-    small_pieces(pytest.MonkeyPatch())
+    """For every n, in a copy of ``base``: make the change, and die at its n-th operation on files.
+
+    The blocks are small, so that small tensors go through all the splitting that large ones do.
+    """
     for number in itertools.count():
         target = runs / f"{number}"
         shutil.copytree(base, target)
         if (child := os.fork()) == 0:
             die_at(number)
-            change_in_place(target, steps)
+            change_in_place(target, steps, block=96)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
@@ -272,7 +269,7 @@ def start(path: Path, steps: list[Step]) -> None:
     assert journal_path(resolve(path)).exists()
 
 
-def _stop(*args: object) -> None:
+def _stop(*args: object, **options: object) -> None:
     raise StopError
 
 
@@ -463,11 +460,11 @@ def test_the_journal_holds_the_old_vectors_and_is_synced_before_the_first_write(
         calls.append("rename")
         return rename(*args, **kwargs)
 
-    def noted_scatter(*args: Any) -> int:
+    def noted_scatter(*args: Any, **options: Any) -> int:
         calls.append("write")
         found = load_file(folder / JOURNAL_NAME)
         np.testing.assert_array_equal(found["0:old"], ARRAYS["a.rows"][[0, 1, 4, 8]])
-        return vectors.scatter(*args)
+        return vectors.scatter(*args, **options)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(output, "_rename_with_flags", noted_rename)

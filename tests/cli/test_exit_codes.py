@@ -260,6 +260,32 @@ def test_ctrl_c_is_130_and_leaves_nothing(tmp_path):
     pytest.skip("the machine was too fast for every delay")
 
 
+def test_a_signal_inside_a_finalizer_stops_the_command(tmp_path):
+    """Python drops an exception that a ``__del__`` raises; the signal must not be dropped with it."""
+    script = """if True:
+        import os, signal, sys, time, types
+        import click
+        from neftsurgery.cli.main import run
+
+        class Closing:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                print("closed")
+
+        def work():
+            Closing()
+            time.sleep(60)
+
+        command = click.Command("inspect", callback=work)
+        sys.modules["neftsurgery.cli.commands.inspect"] = types.SimpleNamespace(command=command)
+        run(["inspect"])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (143, "neftsurgery: interrupted\n")
+
+
 def test_module_entry(tmp_path):
     assert process("inspect", "nothing", cwd=tmp_path).code == 2
 

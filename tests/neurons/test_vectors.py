@@ -118,7 +118,7 @@ KNOWN = [
 @example(KNOWN[4])
 def test_gather(case: Case) -> None:
     memory = Memory(case.array)
-    found = gather(memory, case.info, case.layout, case.index, piece_bytes=case.limit)
+    found = gather(memory, case.info, case.layout, case.index, block=case.limit)
     expected = case.vectors()
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, expected, strict=True)
@@ -144,9 +144,9 @@ def test_scatter(case: Case) -> None:
         file.write(before)
         file.flush()
         place = (file.fileno(), PAD, case.info, case.layout, case.index)
-        written = scatter(*place, new, "w", piece_bytes=case.limit)
+        written = scatter(*place, new, "w", block=case.limit)
         after = os.pread(file.fileno(), 1 << 20, 0)
-        scatter(*place, old, "w", piece_bytes=case.limit)
+        scatter(*place, old, "w", block=case.limit)
         assert os.pread(file.fileno(), 1 << 20, 0) == before
     assert len(after) == len(before)
     assert (after[:PAD], after[-PAD:]) == (before[:PAD], before[-PAD:])
@@ -170,7 +170,7 @@ def test_scatter_of_what_was_gathered_changes_no_byte(case: Case) -> None:
 @settings(max_examples=200, deadline=None, database=None)
 @given(cases(), st.integers(0, 200))
 def test_blocks_cover_the_count_in_order(case: Case, count: int) -> None:
-    cut = list(blocks(case.info, case.layout, count, block_bytes=case.limit))
+    cut = list(blocks(case.info, case.layout, count, block=case.limit))
     edges = [0, *(stop for _, stop in cut)]
     assert [start for start, _ in cut] == edges[:-1]
     assert edges[-1] == count
@@ -199,7 +199,7 @@ def test_pieces_bound_the_memory_of_columns() -> None:
             sizes.append(len(buffer))
             super().read_into(name, start, buffer)
 
-    found = gather(Noting(case.array), case.info, case.layout, case.index, piece_bytes=64)
+    found = gather(Noting(case.array), case.info, case.layout, case.index, block=64)
     np.testing.assert_array_equal(found, case.vectors())
     assert sizes == [64] * 10
 

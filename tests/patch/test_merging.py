@@ -54,8 +54,8 @@ def test_ties_is_peft_s(density: float, count: int) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def threshold(values: np.ndarray, base: np.ndarray, density: float) -> float:
-    found = Magnitudes(density)
+def threshold(values: np.ndarray, base: np.ndarray, density: float, **options: int) -> float:
+    found = Magnitudes(density, **options)
     found.add(values, base, "F32")
     found.settle()
     found.add(values, base, "F32")
@@ -63,15 +63,12 @@ def threshold(values: np.ndarray, base: np.ndarray, density: float) -> float:
 
 
 @pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 0.999, 1.0])
-def test_the_threshold_is_that_of_sorting(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neftsurgery.patch import merging
-
-    monkeypatch.setattr(merging, "_BATCH_BYTES", 200)
+def test_the_threshold_is_that_of_sorting(density: float) -> None:
     rng = np.random.default_rng(0)
     steps = 10.0 ** rng.integers(-40, 30, (40, 7)) * rng.standard_normal((40, 7))
     steps[3] = 0
     steps[5] = steps[6]
-    found = threshold(raw(steps), raw(np.zeros_like(steps)), density)
+    found = threshold(raw(steps), raw(np.zeros_like(steps)), density, batch_bytes=200)
     ordered = np.sort(np.abs(read(raw(steps))).ravel())[::-1]
     assert found == ordered[max(1, round(density * ordered.size)) - 1]
 

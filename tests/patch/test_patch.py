@@ -11,13 +11,18 @@ import pytest
 from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot, vectors_of
 
 import neftsurgery as ns
-from neftsurgery.neurons import vectors
 from neftsurgery.neurons.layout import Layout
+from neftsurgery.options import Scope
 from neftsurgery.patch.digests import DigestHash, digests
 from neftsurgery.patch.overlap import overlay
 from neftsurgery.patch.patch import PatchTensor
+from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
+from neftsurgery.surgery.apply import plan_apply, plan_revert
+from neftsurgery.surgery.extract import plan_extract
+from neftsurgery.surgery.verify import plan_verify
 from neftsurgery.tensors.header import TensorInfo
 
+AXIS = {"b.weight": 1, "c": (0, 2)}
 AXES = {"a.weight": (0,), "b.weight": (1,), "c": (0, 2)}
 SHAPES = {"a.weight": (9, 5), "b.weight": (4, 30), "c": (2, 3, 4), "untouched.weight": (3, 3)}
 
@@ -31,8 +36,7 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def cut(sides: tuple[Path, Path], out: Path | None, **options: object) -> ns.Patch:
-    axis = {"b.weight": 1, "c": (0, 2)}
-    return ns.extract(*sides, axis=axis, out=out, **({"changed": True} | options))
+    return ns.extract(*sides, axis=AXIS, out=out, **({"changed": True} | options))
 
 
 def test_what_it_says_of_itself(sides: tuple[Path, Path], tmp_path: Path) -> None:
@@ -208,18 +212,19 @@ def test_overlay_puts_one_patch_over_another(
     np.testing.assert_array_equal(found.view("u4"), expected)
 
 
-def test_blocks_of_any_size_give_the_same_patch(
-    sides: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_of_any_size_give_the_same_patch(sides: tuple[Path, Path], tmp_path: Path) -> None:
     cut(sides, tmp_path / "large", reversible=True).close()
-    for name in ("_BLOCK_BYTES", "_STRIDED_BLOCK_BYTES", "_PIECE_BYTES"):
-        monkeypatch.setattr(vectors, name, 16)
     for threads in (1, 3):
-        patch = cut(sides, tmp_path / f"small{threads}", reversible=True, threads=threads)
-        assert (tmp_path / f"small{threads}").read_bytes() == (tmp_path / "large").read_bytes()
-        patch.check()
-        ns.apply(sides[0], patch, out=tmp_path / f"out{threads}", threads=threads)
-        assert ns.verify(tmp_path / f"out{threads}", patch, threads=threads).state == "patched"
-        ns.apply(tmp_path / f"out{threads}", patch, in_place=True)
-        ns.revert(tmp_path / f"out{threads}", patch, in_place=True)
-        assert snapshot(tmp_path / f"out{threads}") == snapshot(sides[0])
+        limits = Limits(threads, DEFAULT_MEMORY, block=16)
+        small, out = tmp_path / f"small{threads}", tmp_path / f"out{threads}"
+        options = {"scope": Scope(axis=AXIS), "budget": {"changed": True}}
+        plan = plan_extract(*sides, **options, out=small, reversible=True, limits=limits)
+        patch = plan.run(limits=limits)
+        assert small.read_bytes() == (tmp_path / "large").read_bytes()
+        patch.check(limits=limits)
+        plan_apply(sides[0], [patch], out=out, limits=limits).run(limits=limits)
+        assert plan_verify(out, patch).run(limits=limits).state == "patched"
+        plan_revert(out, patch, in_place=True, limits=limits).run(limits=limits)
+        assert snapshot(out) == snapshot(sides[0])
+        plan_apply(out, [patch], in_place=True, limits=limits).run(limits=limits)
+        assert plan_verify(out, patch).run(limits=limits).state == "patched"

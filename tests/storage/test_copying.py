@@ -33,11 +33,13 @@ def raising(name: str) -> Callable[..., int]:
     return call
 
 
+#: Small enough for files of test size.
+STEP = 32 << 10
+
+
 @pytest.fixture
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps small enough for files of test size, and no sharing of blocks."""
-    monkeypatch.setattr(copying, "_KERNEL_STEP", 32 << 10)
-    monkeypatch.setattr(copying, "_USER_STEP", 4 << 10)
+def no_clone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sharing of blocks."""
     monkeypatch.setattr(copying, "_clone", lambda reader, writer: False)
 
 
@@ -53,20 +55,20 @@ def test_a_copy_is_identical(tmp_path: Path, nbytes: int) -> None:
     assert source.read_bytes() == content(nbytes)
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("nbytes", [0, 1, 32 << 10, 100_001])
 def test_steps_are_small_and_complete(tmp_path: Path, nbytes: int) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(nbytes))
     steps: list[int] = []
-    copy_file(source, target, progress=steps.append)
+    copy_file(source, target, progress=steps.append, step=STEP)
     assert target.read_bytes() == content(nbytes)
     assert sum(steps) == nbytes
     assert max(steps, default=0) <= 32 << 10
 
 
 @needs_kernel
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("after", [0, 1])
 def test_where_the_kernel_refuses_the_copy_goes_on(
@@ -93,36 +95,36 @@ def test_where_the_kernel_refuses_the_copy_goes_on(
     monkeypatch.setattr(os, "copy_file_range", refusing)
     monkeypatch.setattr(os, "pread", pread)
     steps: list[int] = []
-    copy_file(source, target, progress=steps.append)
+    copy_file(source, target, progress=steps.append, step=STEP)
     assert target.read_bytes() == content(100_001)
     assert sum(steps) == 100_001
     assert calls == after + 1  # asked once too often, then never again
     assert read == 100_001 - after * (32 << 10)
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 def test_a_system_without_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.delattr(os, "SEEK_DATA", raising=False)
     monkeypatch.delattr(os, "SEEK_HOLE", raising=False)
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(100_001))
-    copy_file(source, target)
+    copy_file(source, target, step=STEP)
     assert target.read_bytes() == content(100_001)
 
 
 @needs_kernel
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 def test_a_kernel_that_says_zero_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", lambda *arguments: 0)
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(100_001))
-    copy_file(source, target)
+    copy_file(source, target, step=STEP)
     assert target.read_bytes() == content(100_001)
 
 
 @needs_kernel
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 def test_the_kernel_does_the_work_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(100_001))
@@ -136,14 +138,14 @@ def test_the_kernel_does_the_work_where_it_can(tmp_path: Path, monkeypatch: pyte
         return done
 
     monkeypatch.setattr(os, "copy_file_range", counting)
-    copy_file(source, target)
+    copy_file(source, target, step=STEP)
     if copied == 0:
         pytest.skip("this file system does not copy in the kernel")
     assert copied == 100_001
     assert target.read_bytes() == content(100_001)
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("failure", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_a_real_failure_is_an_error_that_names_the_copy(
@@ -156,7 +158,7 @@ def test_a_real_failure_is_an_error_that_names_the_copy(
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(1000))
     with pytest.raises(OSError, match=os.strerror(getattr(errno, failure))) as caught:
-        copy_file(source, target)
+        copy_file(source, target, step=STEP)
     assert caught.value.filename == str(target)
     assert os.listdir(tmp_path) == ["a"]
 
@@ -251,7 +253,7 @@ def test_holes_stay_holes(
         assert os.pread(file.fileno(), 4096, 20 << 30) == bytes(4096)
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize(
     "islands",
     [
@@ -283,7 +285,7 @@ def test_a_file_system_that_cannot_seek_holes(tmp_path: Path, monkeypatch: pytes
 # --- a source that does not hold still
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("by_kernel", [True, False])
 @pytest.mark.parametrize("size", [0, 40_000, 99_999, 100_002, 200_000])
 def test_a_source_that_changes_size_is_an_error(
@@ -300,12 +302,12 @@ def test_a_source_that_changes_size_is_an_error(
         os.utime(source, ns=(0, 0))  # the time alone must not be what tells
 
     with pytest.raises(MismatchError, match=r"expected \d+ bytes, found \d+") as caught:
-        copy_file(source, target, progress=resize)
+        copy_file(source, target, progress=resize, step=STEP)
     assert caught.value.file == str(source)
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 def test_a_source_that_is_rewritten_is_an_error(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(100_001))
@@ -316,11 +318,11 @@ def test_a_source_that_is_rewritten_is_an_error(tmp_path: Path) -> None:
             file.write(b"other")
 
     with pytest.raises(MismatchError, match="changed while it was being copied"):
-        copy_file(source, target, progress=rewrite)
+        copy_file(source, target, progress=rewrite, step=STEP)
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("small_steps")
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_copy_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
@@ -330,5 +332,5 @@ def test_an_interrupted_copy_leaves_nothing(tmp_path: Path, failure: type[BaseEx
         raise failure
 
     with pytest.raises(failure):
-        copy_file(source, target, progress=interrupt)
+        copy_file(source, target, progress=interrupt, step=STEP)
     assert os.listdir(tmp_path) == ["a"]

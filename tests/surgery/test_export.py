@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from support import Result, raw_file, raw_read, snapshot, write_file, write_folder
 
 import neftsurgery as ns
+from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
+from neftsurgery.surgery.export import plan_export
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -184,19 +186,13 @@ def test_the_portable_profile(models: Callable[[str], tuple[Path, Path]], tmp_pa
 
 
 def test_a_reversible_patch_needs_no_base_and_any_memory_gives_the_same(
-    models: Callable[[str], tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    from neftsurgery.neurons import vectors
-    from neftsurgery.surgery import export
-
     base, tuned = models("llama")
     patch = cut((base, tuned), tmp_path / "p", anatomy="ffn")
     ns.export_lora(patch, tmp_path / "with", base=base)
     ns.export_lora(patch, tmp_path / "without")
-    monkeypatch.setattr(vectors, "_BLOCK_BYTES", 100)
-    monkeypatch.setattr(vectors, "_STRIDED_BLOCK_BYTES", 100)
-    monkeypatch.setattr(export, "_CHUNK_BYTES", 500)
-    ns.export_lora(patch, tmp_path / "small", base=base, threads=3)
+    plan_export(patch, tmp_path / "small", base=base).run(limits=Limits(3, DEFAULT_MEMORY, block=100))
     weights = {
         name: (tmp_path / name / "adapter_model.safetensors").read_bytes()
         for name in ("with", "without", "small")

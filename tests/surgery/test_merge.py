@@ -12,7 +12,9 @@ from safetensors.numpy import load_file
 from support import LLAMA_CONFIG, Result, raw_file, raw_read, snapshot, write_file, write_folder
 
 import neftsurgery as ns
-from neftsurgery.neurons import vectors
+from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
+from neftsurgery.surgery.merge import plan_merge
+from neftsurgery.surgery.merge_checks import OverlapRule
 
 Neft = Callable[..., Result]
 
@@ -63,14 +65,14 @@ def test_overlapping_patches_of_one_tuned_model(
 
 
 def test_blocks_and_threads_change_nothing(
-    pair: tuple[Path, Path], patches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path], patches: list[Path], tmp_path: Path
 ) -> None:
     options = {"on_overlap": "ties", "density": 0.3, "weights": [1, 2, 0.5], "base": pair[0]}
     ns.merge(patches, **options, reversible=True, out=tmp_path / "large")
-    for name in ("_BLOCK_BYTES", "_STRIDED_BLOCK_BYTES", "_PIECE_BYTES"):
-        monkeypatch.setattr(vectors, name, 300)
+    rule = OverlapRule.of("ties", [1, 2, 0.5], 0.3, len(patches))
     for threads in (1, 3):
-        ns.merge(patches, **options, reversible=True, threads=threads, out=tmp_path / f"small{threads}")
+        plan = plan_merge(patches, rule, base=pair[0], reversible=True, out=tmp_path / f"small{threads}")
+        plan.run(limits=Limits(threads, DEFAULT_MEMORY, block=300))
         assert (tmp_path / f"small{threads}").read_bytes() == (tmp_path / "large").read_bytes()
 
 
