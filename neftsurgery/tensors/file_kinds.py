@@ -30,9 +30,9 @@ _NUMPY = (
     'save_file(dict(numpy.load(sys.argv[1])), sys.argv[2])" {path} OUT.safetensors`'
 )
 _GGUF = (
-    'convert it, with transformers and gguf installed: `python -c "import sys; from transformers import '
-    "AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2])"
-    '.save_pretrained(sys.argv[3])" {folder} {name} OUT`'
+    'convert it, with transformers 5 and gguf installed: `python -c "import sys; from transformers import '
+    "AutoModelForCausalLM as M, GgufConfig as G; M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2], "
+    'quantization_config=G(dequantize=True)).save_pretrained(sys.argv[3])" {folder} {name} OUT`'
 )
 _TRANSFORMERS_4 = (
     "convert it with transformers 4: from_pretrained(FOLDER, {flag}=True), then save_pretrained(OUT)"

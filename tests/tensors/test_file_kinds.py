@@ -168,6 +168,20 @@ def test_the_command_that_the_message_shows_converts_the_file(tmp_path: Path, na
     assert Checkpoint.open(tmp_path / "OUT.safetensors").tensors.keys() == found.keys()
 
 
+def test_the_command_for_gguf_asks_of_transformers_what_it_has(tmp_path: Path) -> None:
+    """It was run once, with the package gguf, which is not among those that the tests install."""
+    from transformers import GgufConfig
+
+    (tmp_path / "m.gguf").write_bytes(GGUF)
+    with pytest.raises(ns.CorruptFileError) as error:
+        read_header(tmp_path / "m.gguf")
+    words = shlex.split(str(error.value.hint).partition("`")[2].removesuffix("`"))
+    assert words[3:] == [str(tmp_path), "m.gguf", "OUT"]
+    compile(words[2], "command", "exec")
+    assert "GgufConfig as G" in words[2]
+    assert GgufConfig(dequantize=True).dequantize
+
+
 def test_a_damaged_safetensors_file_is_called_nothing_else(tmp_path: Path) -> None:
     """Its header's length may begin like a pickle, a gzip archive or msgpack."""
     path = tmp_path / "m.safetensors"
