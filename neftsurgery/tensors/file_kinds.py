@@ -21,10 +21,11 @@ _SAFETENSORS = b"\0\0\0\0{"
 # What helps. {path}, {folder} and {name} are those of the file; by {first} a folder was known.
 _TORCH = (
     'convert it: `python -c "import sys, torch; from safetensors.torch import save_file; save_file({k: '
-    'v.contiguous().clone() for k, v in torch.LOAD.items()}, sys.argv[2])" {path} OUT.safetensors`'
+    "v.contiguous().clone() for path in sys.argv[2:] for k, v in torch.LOAD.items()}, sys.argv[1])"
+    '" OUT.safetensors {path}`'
 )
-_PICKLE = _TORCH.replace("LOAD", "load(sys.argv[1], 'cpu', weights_only=True)")
-_TORCHSCRIPT = _TORCH.replace("LOAD", "jit.load(sys.argv[1], 'cpu').state_dict()")
+_PICKLE = _TORCH.replace("LOAD", "load(path, 'cpu', weights_only=True)")
+_TORCHSCRIPT = _TORCH.replace("LOAD", "jit.load(path, 'cpu').state_dict()")
 _NUMPY = (
     'convert it: `python -c "import sys, numpy; from safetensors.numpy import save_file; '
     'save_file(dict(numpy.load(sys.argv[1])), sys.argv[2])" {path} OUT.safetensors`'
@@ -139,9 +140,13 @@ def foreign_folder(folder: Path, endings: tuple[str, ...] = ()) -> tuple[str | N
             return what, _filled(hint, folder, found[0])
     if found := fnmatch.filter(names, "*.safetensors"):
         return None, f"it does hold {', '.join(found[:3])}: name that file"
-    for name in names:
-        if name.endswith(endings) and (folder / name).is_file() and (other := foreign_file(folder / name)):
-            return f"{name}, {other[0]}", other[1]
+    weights = [name for name in names if name.endswith(endings) and (folder / name).is_file()]
+    for name in sorted(weights, key=lambda name: ("model" not in name, not name.endswith(".bin"))):
+        if other := foreign_file(folder / name):
+            shards = fnmatch.filter(weights, f"{name.partition('-')[0]}-*{folder.joinpath(name).suffix}")
+            rest = "".join(f" {shlex.quote(str(folder / shard))}" for shard in shards if shard != name)
+            place = shlex.quote(str(folder / name))
+            return f"{name}, {other[0]}", other[1].replace(place, place + rest)
     if not names:
         return "an empty folder", "name the folder that holds the weights"
     return None, "there are no safetensors weights here: `hf download ORG/NAME` fetches those of a Hub model"

@@ -246,6 +246,24 @@ def test_a_folder_of_other_weights_shows_how_to_convert_them(tmp_path: Path, nam
     assert str(folder / name) in str(error.value.hint)
 
 
+def test_the_command_for_shards_converts_all_of_them_and_nothing_else(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a model", ["config.json", "pytorch_model.bin.index.json"])
+    for number, (name, array) in enumerate(ARRAYS.items(), 1):
+        torch.save({name: torch.from_numpy(array)}, folder / f"pytorch_model-{number:05}-of-00002.bin")
+    for name in ("optimizer.bin", "training_args.bin"):
+        torch.save({"state": torch.ones(2)}, folder / name)
+    with pytest.raises(ns.UsageError) as error:
+        Checkpoint.open(folder)
+    assert str(error.value.found).startswith("pytorch_model-00001-of-00002.bin, a PyTorch pickle")
+    command = str(error.value.hint).partition("convert it: `python ")[2].removesuffix("`")
+    command = f"{shlex.quote(sys.executable)} {command}"
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True, timeout=300)
+    found = load_file(tmp_path / "OUT.safetensors")
+    assert found.keys() == ARRAYS.keys()
+    for key, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[key], array)
+
+
 def test_a_distributed_checkpoint_joins_by_the_command_shown(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
