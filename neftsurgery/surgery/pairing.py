@@ -176,7 +176,7 @@ def _refuse_other_names(
         raise MismatchError(
             f"{base.name} and {tuned.name} have no tensor of a layer in common",
             expected=_first_names(filter(_in_layer, base.tensors)),
-            found=_first_names(filter(_in_layer, given)),
+            found=_first_names(filter(_in_layer, tuned.tensors)),
             hint=why_unlike(base, tuned) or f"what they have in common: {_first_names(common)}",
         )
 

@@ -92,8 +92,8 @@ def foreign_file(path: str | os.PathLike[str]) -> tuple[str, str] | None:
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD)
-        if head.startswith(b"PK"):  # a zip lists its names at its end
-            file.seek(-min(_TAIL, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        if head.startswith(b"PK") and len(head) == _HEAD:  # a zip lists its names at its end
+            file.seek(max(_HEAD, os.fstat(file.fileno()).st_size - _TAIL))
             head += file.read(_TAIL)
     if not head:
         return "an empty file", _filled(_AGAIN, path)

@@ -134,6 +134,14 @@ def test_a_wrong_change_of_names_is_answered_with_the_right_one(here: Path) -> N
         ns.diff("base", "tuned", add_prefix="model.")
 
 
+def test_a_change_that_fits_nothing_shows_the_names_that_it_makes(here: Path) -> None:
+    write_folder(here / "tuned", TUNED)
+    with pytest.raises(ns.MismatchError, match="no tensor of a layer in common") as error:
+        ns.diff("base", "tuned", strip_prefix="model.")
+    assert str(error.value.expected).startswith("model.layers.0.")
+    assert str(error.value.found).startswith("layers.0.")
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_an_adapter_has_no_names_to_change(here: Path) -> None:
     peft = pytest.importorskip("peft")
