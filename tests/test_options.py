@@ -105,3 +105,11 @@ def test_each_surface_spells_an_option_its_own_way(
 ) -> None:
     assert spelled(text, flag) == on_the_command_line
     assert spelled(text, keyword) == in_python
+
+
+def test_a_value_from_a_file_is_quoted_for_the_shell_that_it_will_be_pasted_into() -> None:
+    """A message may show a prefix that a stranger's checkpoint has."""
+    assert flag("strip_prefix", "model.") == "--strip-prefix model."
+    assert flag("strip_prefix", "$(touch x).") == "--strip-prefix '$(touch x).'"
+    assert flag("neurons", "3%") == "--neurons 3%"
+    assert flag("base", "...") == "--base BASE"
