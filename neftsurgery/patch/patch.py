@@ -164,6 +164,7 @@ class Patch(FileBacked):
         except CorruptFileError as error:
             if source.repo is not None and error.file == str(source.path):
                 error.file = source.named  # not where the cache keeps it
+                error.hint = error.hint and error.hint.replace(str(source.path), source.named)
             raise
 
     @classmethod
