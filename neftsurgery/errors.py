@@ -24,6 +24,7 @@ __all__ = [
     "UsageError",
     "Spelling",
     "boundary",
+    "hub_place",
     "keyword",
     "spelled",
 ]
@@ -34,6 +35,15 @@ T = TypeVar("T")
 #: Spells an option, given its Python name and, where the message names one, its value.
 Spelling = Callable[[str, str | None], str]
 _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
+
+
+#: Where huggingface_hub keeps a model, which its users know as ``org/name@commit``.
+_IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
+
+
+def hub_place(path: str) -> str:
+    """A path as its user knows it: in huggingface_hub's cache, ``org/name@commit/file``."""
+    return _IN_CACHE.sub(r"\1/\2@", path)
 
 
 def keyword(name: str, value: str | None) -> str:
@@ -72,7 +82,7 @@ class NeftError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        self.file = None if file is None else str(file)
+        self.file = None if file is None else hub_place(str(file))
         self.tensor = tensor
         self.expected = expected
         self.found = found

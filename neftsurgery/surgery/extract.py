@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -60,10 +61,14 @@ class ExtractPlan:
     warnings: Sequence[str] = ()
     timing: Timing = field(default_factory=Timing)  # of choosing
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of the patch, as far as they are known beforehand."""
-        return patch_bytes(self.selection, self.reversible)
+        """Bytes of the patch file."""
+        return patch_bytes(self.selection, self._manifest, self.reversible)
+
+    @property
+    def _manifest(self) -> Manifest:
+        return Manifest.of(self.origin, self.facts)
 
     @property
     def facts(self) -> SelectionFacts:
@@ -94,12 +99,13 @@ class ExtractPlan:
         """Cut the chosen neurons out, and write the patch."""
         limits = limits or Limits.of()
         chosen, sides = self.selection, (self.base, self.tuned)
-        manifest = Manifest.of(self.origin, self.facts)
         watch = Stopwatch()
         before = sum(side.bytes_read for side in sides)
         with (
             watch.running(),
-            written_patch(chosen, manifest, self.out, reversible=self.reversible, force=self.force) as writer,
+            written_patch(
+                chosen, self._manifest, self.out, reversible=self.reversible, force=self.force
+            ) as writer,
         ):
 
             def copy(block: RowBlock) -> tuple[RawBytes, RawBytes]:

@@ -12,6 +12,8 @@ import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..errors import hub_place
+
 __all__ = ["KINDS", "folder_instead", "foreign_file", "foreign_folder", "what_helps", "tensor_kind"]
 
 _HEAD, _TAIL = 4096, 65536
@@ -154,8 +156,9 @@ def foreign_folder(folder: Path, endings: tuple[str, ...] = ()) -> tuple[str | N
 
 def _filled(hint: str, path: str | os.PathLike[str], first: str = "") -> str:
     """A hint with the words of a command quoted for a shell."""
-    folder, name = os.path.split(os.fspath(path))
-    values = {"path": os.fspath(path), "folder": folder or ".", "name": name, "first": first}
+    place = hub_place(os.fspath(path))
+    folder, name = os.path.split(place)
+    values = {"path": place, "folder": folder or ".", "name": name, "first": first}
     return re.sub(r"\{(path|folder|name|first)\}", lambda found: shlex.quote(values[found[1]]), hint)
 
 
