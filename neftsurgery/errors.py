@@ -24,6 +24,7 @@ __all__ = [
     "UsageError",
     "Spelling",
     "boundary",
+    "hub_place",
     "keyword",
     "spelled",
 ]
@@ -38,6 +39,11 @@ _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
 
 #: Where huggingface_hub keeps a model, which its users know as ``org/name@commit``.
 _IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
+
+
+def hub_place(path: str) -> str:
+    """A path as its user knows it: in huggingface_hub's cache, ``org/name@commit/file``."""
+    return _IN_CACHE.sub(r"\1/\2@", path)
 
 
 def keyword(name: str, value: str | None) -> str:
@@ -76,7 +82,7 @@ class NeftError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        self.file = None if file is None else _IN_CACHE.sub(r"\1/\2@", str(file))
+        self.file = None if file is None else hub_place(str(file))
         self.tensor = tensor
         self.expected = expected
         self.found = found

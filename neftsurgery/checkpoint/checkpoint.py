@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,14 +15,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, boundary
+from ..errors import CorruptFileError, UsageError, boundary
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors, read_exactly, read_rows_exactly
 from ..tensors.document import read_object
+from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
 from ..text import plural, size
+from .name_prefixes import Prefixes
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files
 
@@ -118,6 +120,8 @@ class Checkpoint:
         Names that the index lists and no file has.
     opened:
         The files that are open, and how many bytes were read.
+    prefixes, original:
+        If its names are changed: how, and the checkpoint with the names that its files have.
     """
 
     source: Source
@@ -128,6 +132,8 @@ class Checkpoint:
     _home: Mapping[str, int] = field(repr=False)
     absent: tuple[str, ...] = ()
     opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
+    prefixes: Prefixes | None = None
+    original: Checkpoint | None = None
 
     @classmethod
     @boundary
@@ -159,6 +165,9 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         home: dict[str, int] = {}
         for number, shard in enumerate(shards):
+            if (kind := tensor_kind(shard.header.metadata)) in KINDS.values():
+                hint = what_helps("", kind, shard.path)
+                raise UsageError("expected a checkpoint", file=shard.path, found=kind, hint=hint)
             for name, info in shard.header.tensors.items():
                 if name in home:
                     raise CorruptFileError(
@@ -177,6 +186,23 @@ class Checkpoint:
         more = {name: self.tensors[stored] for name, stored in names.items()}
         homes = {name: self._home[stored] for name, stored in names.items()}
         return replace(self, tensors={**self.tensors, **more}, _home={**self._home, **homes})
+
+    def renamed(self, prefixes: Prefixes, base: Collection[str]) -> Checkpoint:
+        """The same tensors, read under other names; ``base``: the names of the base that they will meet.
+
+        Raises as `Prefixes.changed`.
+        """
+        new = prefixes.changed(self.tensors, base, self.name)
+        tensors = {new[name]: replace(info, name=new[name]) for name, info in self.tensors.items()}
+        shards = []
+        for shard in self.shards:
+            offsets = {new[name]: offset for name, offset in shard.header.offsets.items()}
+            infos = {name: tensors[name] for name in offsets}
+            shards.append(replace(shard, header=replace(shard.header, tensors=infos, offsets=offsets)))
+        home = {new[name]: number for name, number in self._home.items()}
+        return replace(
+            self, shards=tuple(shards), tensors=tensors, _home=home, prefixes=prefixes, original=self
+        )
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.name}: {plural(len(self.stored), 'tensor')}, {size(self.nbytes)}>"

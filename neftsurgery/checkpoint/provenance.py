@@ -13,7 +13,8 @@ from ..errors import MismatchError
 from ..tensors.document import Facts
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from .checkpoint import Side
+from .checkpoint import Checkpoint, Side
+from .saved_forms import why_unfit
 
 __all__ = [
     "HASH_PREFIX",
@@ -71,8 +72,13 @@ class Provenance(Facts):
     def of(cls, checkpoint: Side) -> Self:
         """Of a checkpoint that is at hand; reads the edges of its tensors."""
         source = checkpoint.source
-        hub = {} if source.repo is None else {"repo": source.repo, "revision": source.revision}
-        return cls({"name": source.local_name, **hub, "fingerprint": fingerprint(checkpoint)})
+        known: dict[str, object] = {"name": source.local_name}
+        if source.repo is not None:
+            known |= {"repo": source.repo, "revision": source.revision}
+        if isinstance(checkpoint, Checkpoint) and checkpoint.original is not None and checkpoint.prefixes:
+            known |= checkpoint.prefixes.to_json()
+            checkpoint = checkpoint.original  # its fingerprint is of the names in its files
+        return cls({**known, "fingerprint": fingerprint(checkpoint)})
 
     @property
     def name(self) -> str | None:
@@ -112,17 +118,19 @@ def require_tensors(
 
     For the message: ``what`` they belong to, and the checkpoint that this was made from.
     """
-    for info in tensors:
+    needed = {info.name: info for info in tensors}
+    for info in needed.values():
         found = checkpoint.tensors.get(info.name)
         if not same_tensor(info, found):
             label = None if made_from is None else made_from.label
+            hint = None if label is None else f"it was made from {label}"
             raise MismatchError(
                 f"{what} is not for this checkpoint",
                 file=checkpoint.name,
                 tensor=info.name,
                 expected=info.describe(),
                 found=found.describe() if found else "no such tensor",
-                hint=None if label is None else f"it was made from {label}",
+                hint=why_unfit(needed, checkpoint) or hint,
             )
 
 

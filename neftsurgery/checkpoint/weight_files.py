@@ -8,13 +8,14 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import CorruptFileError, UsageError
+from ..sources.hub_client import OTHER_ENDINGS
+from ..sources.resolve import INDEX_NAME, SINGLE_NAME
 from ..tensors.document import read_object
+from ..tensors.file_kinds import foreign_folder
 from ..tensors.header import MAX_HEADER_BYTES
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "shard_count", "weight_files"]
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 _MAX_NAME_BYTES = 255
 _MAX_PATH = 1000
 _SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})\.safetensors$")
@@ -32,11 +33,9 @@ def weight_files(folder: Path) -> tuple[list[str], Collection[str]]:
     if index.is_file():
         weight_map = _weight_map(index)
         return _indexed_files(folder, index, set(weight_map.values())), weight_map.keys()
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    what, hint = foreign_folder(folder, OTHER_ENDINGS)
     raise UsageError(
-        f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}",
-        file=folder,
-        hint=f"it does hold {', '.join(others[:3])}: name that file" if others else None,
+        f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}", file=folder, found=what, hint=hint
     )
 
 

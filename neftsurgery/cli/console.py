@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,9 @@ def flag(name: str, value: str | None) -> str:
     if name == "out":
         return "-o OUT"
     spelled = f"--{name.replace('_', '-')}"
-    return spelled if value in (None, "True") else f"{spelled} {name.upper() if value == '...' else value}"
+    if value is None or value == "True":
+        return spelled
+    return f"{spelled} {name.upper() if value == '...' else shlex.quote(value)}"
 
 
 class Console:

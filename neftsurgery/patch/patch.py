@@ -160,7 +160,7 @@ class Patch(FileBacked):
             If it cannot be read, or the Hub refuses or cannot be reached.
         """
         source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
-        return cls.read(TensorFile.named(source.path), source)
+        return cls.read(TensorFile.named(source.path, PATCH_KEY), source)
 
     @classmethod
     def read(cls, file: TensorFile, source: Source | None = None) -> Patch:

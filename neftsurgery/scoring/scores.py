@@ -77,7 +77,7 @@ class Scores(FileBacked):
         CorruptFileError
             If it is not a scores file, or damaged.
         """
-        return cls.read(TensorFile.named(path))
+        return cls.read(TensorFile.named(path, SCORES_KEY))
 
     @classmethod
     def read(cls, file: TensorFile) -> Scores:

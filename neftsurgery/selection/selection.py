@@ -191,7 +191,7 @@ class Selection:
         CorruptFileError
             If it is not a selection file, or damaged.
         """
-        with TensorFile.named(path) as file:
+        with TensorFile.named(path, SELECTION_KEY) as file:
             content = read_document(file, SELECTION_KEY, _WHAT, _VERSION)
             tensors = {}
             for name in sorted(content["tensors"]):

@@ -11,7 +11,10 @@ from ..errors import UsageError
 from .hub_client import fetch_file, fetch_model
 from .hub_id import HubId
 
-__all__ = ["Source", "is_hub_id", "resolve", "resolve_file"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Source", "is_hub_id", "resolve", "resolve_file"]
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,8 @@ class Source:
 def resolve(named: str | os.PathLike[str]) -> Source:
     """Find what ``named`` refers to. An existing local path takes precedence over a Hub id.
 
+    The index of a folder's shards stands for the folder.
+
     The model of a Hub id (``org/name`` or ``org/name@revision``) is fetched into huggingface_hub's
     cache, unless it is there already. Raises a `UsageError` if there is no such path; else as `fetch_model`.
     """
@@ -39,10 +44,21 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     path = Path(text)
     if text and _exists(path):
         if not path.exists():
-            raise UsageError("the symlink is broken: its target does not exist", file=text)
+            annexed = ".git/annex/objects/" in os.readlink(path)
+            raise UsageError(
+                "the symlink is broken: its target does not exist",
+                file=text,
+                hint="fetch the content: `git annex get`" if annexed else None,
+            )
         if not (path.is_file() or path.is_dir()):
             raise UsageError("expected a file or folder, found a device, pipe or socket", file=text)
-        return Source(path, text)
+        if path.name != INDEX_NAME or path.is_dir():
+            return Source(path, text)
+        if (path.parent / SINGLE_NAME).is_file():
+            raise UsageError(
+                f"readers take the {SINGLE_NAME} beside this index", file=text, hint="name that file"
+            )
+        return Source(path.parent, text)
     if (hub_id := _hub_id(named)) is not None:
         folder = fetch_model(hub_id)
         return Source(folder, text, hub_id.repo, folder.name)

@@ -11,14 +11,23 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint, Side
 from ..checkpoint.folder_files import file_notes, not_compared
+from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
 from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
-from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
+from ..options import (
+    CutOptions,
+    PrefixOptions,
+    RunOptions,
+    Scope,
+    ScopeOptions,
+    ScoreOptions,
+    SelectOptions,
+    split,
+)
 from ..patch.patch import Manifest, Patch
 from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
@@ -30,7 +39,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from .diff import DiffPlan, check_score
-from .pairing import pair
+from .pairing import open_sides, pair
 from .verb import running, warn
 
 __all__ = ["ExtractPlan", "Remainder", "extract", "plan_extract"]
@@ -186,7 +195,7 @@ def extract(
         Where to write the patch. None: it lives in a temporary file until saved.
     neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias:
         The budget, as in `Scores.select`: ``neurons="3%"`` and so on.
-    force, threads, memory, progress:
+    strip_prefix, add_prefix, force, threads, memory, progress:
         As in `diff`.
 
     Raises
@@ -196,8 +205,8 @@ def extract(
     MismatchError
         If the checkpoints do not fit each other or the selection.
     """
-    scope, score, budget, run = split(
-        "extract", options, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
+    prefix, scope, score, budget, run = split(
+        "extract", options, PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
     )
     machine = running(run)
     plan = plan_extract(
@@ -206,6 +215,7 @@ def extract(
         selection,
         scores=scores,
         scope=Scope(**scope),
+        prefixes=Prefixes.of(**prefix),
         **score,
         budget=budget,
         reversible=reversible,
@@ -224,6 +234,7 @@ def plan_extract(
     *,
     scores: Scores | None = None,
     scope: Scope | None = None,
+    prefixes: Prefixes = NO_CHANGE,
     score: str = "cosine",
     budget: Mapping[str, Any] | None = None,
     reversible: bool = False,
@@ -241,7 +252,7 @@ def plan_extract(
         raise UsageError("a selection does not go with scores or a budget", hint="give one or the other")
     checked = None if selection is not None else Budget.of(**(budget or {}))
     check_score(score)
-    first, second = open_pair(base, tuned)
+    first, second = open_sides(base, tuned, prefixes)
     if out is not None:
         inputs = [first.source.path, second.source.path, *inputs]
         refuse_output(out, inputs=inputs, force=force, kind="file")

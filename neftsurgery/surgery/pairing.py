@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ..checkpoint.adapter import AdaptedWeights
+from ..checkpoint.adapter import AdaptedWeights, open_pair
 from ..checkpoint.checkpoint import Checkpoint, Side
 from ..checkpoint.folder_files import file_notes, not_compared
+from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor
+from ..checkpoint.saved_forms import why_unlike
 from ..checkpoint.ties import Joined, join
-from ..errors import MismatchError
+from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
 from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Job
+from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 
-__all__ = ["Pair", "described", "pair", "scoped_anatomy", "scored_count"]
+__all__ = ["Pair", "described", "open_sides", "pair", "scoped_anatomy", "scored_count"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Pair:
     def warnings(self) -> list[str]:
         """Sentences for the user."""
         notes = [*self.joined.notes, *file_notes(self.base), *file_notes(self.tuned)]
+        if self.differing and (why := why_unlike(self.base, self.tuned)):
+            notes.append(why)
         return [*self.anatomy.warnings, *dict.fromkeys(notes)]
 
     @property
@@ -116,6 +121,22 @@ class Pair:
         }
 
 
+def open_sides(base: AnyPath, tuned: AnyPath, prefixes: Prefixes = NO_CHANGE) -> tuple[Checkpoint, Side]:
+    """Open a base and what was tuned from it, whose tensor names are changed by ``prefixes``.
+
+    Raises a `MismatchError` if the two have names in common only outside their layers, or if other prefixes
+    would give them more names in common.
+    """
+    first, second = open_pair(base, tuned)
+    if prefixes and not isinstance(second, Checkpoint):
+        raise UsageError(f"{prefixes} does not go with an adapter", file=tuned, hint="name its own base")
+    given = second.tensors
+    if isinstance(second, Checkpoint) and prefixes:
+        second = second.renamed(prefixes, first.tensors)
+    _refuse_other_names(first, second, given, prefixes)
+    return first, second
+
+
 def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     """Plan the comparison of two checkpoints; if nothing of them can be scored, a `MismatchError`."""
     joined = join(base, tuned)
@@ -127,13 +148,14 @@ def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     }
     if not common:
         raise _nothing_common(base, tuned)
-    anatomy = scoped_anatomy(_under_one_name(scope, common, joined.copies), common, base.config)
     both = sorted((base.tensors.keys() & tuned.tensors.keys()) - common.keys() - joined.copies.keys())
     differing = {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both}
-    result = Pair(base, joined, anatomy, differing)
+    scope = _under_one_name(scope, common, joined.copies)
+    _refuse_unequal(scope, common, differing, {base.name: joined.only_base, tuned.name: joined.only_tuned})
+    anatomy = scoped_anatomy(scope, common, base.config)
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
-        raise _nothing_scored(base, anatomy)
-    return result
+        raise _nothing_scored(base, tuned, anatomy)
+    return Pair(base, joined, anatomy, differing)
 
 
 def scoped_anatomy(
@@ -169,19 +191,79 @@ def scored_count(tensor: NeuronTensor) -> int:
     return tensor.layout.count if tensor.part is None else tensor.part.count
 
 
+def _refuse_other_names(
+    base: Checkpoint, tuned: Side, given: Mapping[str, TensorInfo], prefixes: Prefixes
+) -> None:
+    """Refuse two checkpoints with unlike names; ``given``: the tuned tensors by the names in their files."""
+    common = base.tensors.keys() & tuned.tensors.keys()
+    layered = all(any(map(_in_layer, side.tensors)) for side in (base, tuned))
+    comparable = not layered or any(map(_in_layer, common))
+    fitting = fitting_prefixes(base.tensors, given)
+    if fitting and not (prefixes and common and comparable):
+        raise MismatchError(
+            f"{tuned.name} has the tensors of {base.name} under another prefix",
+            expected=_first_names(base.tensors),
+            found=_first_names(given),
+            hint=f"have the names changed while they are read: {fitting}",
+        )
+    if not common:
+        raise _nothing_common(base, tuned)
+    if not comparable:
+        raise MismatchError(
+            f"{base.name} and {tuned.name} have no tensor of a layer in common",
+            expected=_first_names(filter(_in_layer, base.tensors)),
+            found=_first_names(filter(_in_layer, tuned.tensors)),
+            hint=why_unlike(base, tuned) or f"what they have in common: {_first_names(common)}",
+        )
+
+
+def _in_layer(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _refuse_unequal(
+    scope: Scope,
+    common: Mapping[str, TensorInfo],
+    differing: Mapping[str, tuple[str, str]],
+    only: Mapping[str, Sequence[str]],
+) -> None:
+    """Refuse a pattern that matches tensors, but none that can be compared."""
+    axes = [glob for glob, _ in (scope.axis.items() if isinstance(scope.axis, Mapping) else scope.axis)]
+    for option, globs in (("include", scope.include), ("only", scope.only), ("axis", axes)):
+        for glob in (globs,) if isinstance(globs, str) else globs:
+            if matching([glob], common):
+                continue
+            if found := sorted(matching([glob], differing)):
+                expected, other = differing[found[0]]
+                raise MismatchError(
+                    f"[[{option}]] {glob!r} matches only tensors of unequal shape or dtype",
+                    tensor=found[0],
+                    expected=expected,
+                    found=other,
+                    hint="neurons are compared one by one: save both with equal shapes, or leave it out",
+                )
+            for side, names in only.items():
+                if found := sorted(matching([glob], names)):
+                    raise MismatchError(
+                        f"[[{option}]] {glob!r} matches only tensors that {side} alone has", tensor=found[0]
+                    )
+
+
 def _nothing_common(base: Side, tuned: Side) -> MismatchError:
     both = sorted(base.tensors.keys() & tuned.tensors.keys())
     what = f"{base.name} and {tuned.name} have no tensor in common"
+    hint = why_unlike(base, tuned)
     if not both:
         return MismatchError(
             what,
-            expected=_first_names(base),
-            found=_first_names(tuned),
-            hint="they are not of one model, or one was saved under other names",
+            expected=_first_names(base.tensors),
+            found=_first_names(tuned.tensors),
+            hint=hint or "they are not of one model, or one was saved under other names",
         )
     name = both[0]
     a, b = base.tensors[name], tuned.tensors[name]
-    hint = "convert one of them, so that both have the same dtype" if a.shape == b.shape else None
+    if a.shape == b.shape:
+        hint = hint or "convert one of them, so that both have the same dtype"
     return MismatchError(
         f"{what} of the same shape and dtype",
         tensor=name,
@@ -191,12 +273,12 @@ def _nothing_common(base: Side, tuned: Side) -> MismatchError:
     )
 
 
-def _first_names(side: Side) -> str:
-    names = sorted(name[:80] for name in side.tensors)
+def _first_names(tensors: Iterable[str]) -> str:
+    names = sorted(name[:80] for name in tensors)
     return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])]) or "no tensors"
 
 
-def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:
+def _nothing_scored(base: Checkpoint, tuned: Side, anatomy: Anatomy) -> MismatchError:
     reasons: dict[str, list[str]] = {}
     for entry in anatomy.listed:
         reasons.setdefault(entry.reason, []).append(entry.info.name)
@@ -206,5 +288,5 @@ def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:
         f"no neuron of the anatomy {anatomy.name} can be scored",
         file=base.name,
         found=found,
-        hint="see [[include]], [[axis]] and [[anatomy]]",
+        hint=why_unlike(base, tuned) or "see [[include]], [[axis]] and [[anatomy]]",
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CorruptFileError
+from .file_kinds import tensor_kind, what_helps
 from .json_text import loads
 from .reader import TensorFile
 
@@ -101,7 +102,13 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
     """
     text = file.header.metadata.get(key)
     if text is None:
-        raise CorruptFileError(f"not a {what}: its header has no {key!r}", file=file.path)
+        kind = tensor_kind(file.header.metadata, file.tensors)
+        raise CorruptFileError(
+            f"not a {what}: its header has no {key!r}",
+            file=file.path,
+            found=kind,
+            hint=what_helps(key, kind, file.path),
+        )
     try:
         content = loads(text.encode())
     except ValueError as error:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CorruptFileError, MachineError
 from .dtypes import DTYPES, DType
+from .file_kinds import foreign_file
 from .json_text import loads, require_bounded
 
 __all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "read_header"]
@@ -70,7 +71,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of the file at ``path``; no tensor data is read.
 
     Raises a `CorruptFileError` if the safetensors package refuses the file, a key occurs twice, or the header
-    would take far more memory than its size suggests.
+    would take far more memory than its size suggests. It says what the file is instead, if that is known.
     """
     with open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)
@@ -85,6 +86,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # raises the true reason
             raise MachineError("the file could not be opened a second time", file=path) from error
         except SafetensorError as error:
+            if (kind := foreign_file(path)) is not None:
+                what, hint = kind
+                raise CorruptFileError(
+                    "not a valid safetensors file", file=path, found=what, hint=hint
+                ) from error
             raise CorruptFileError(
                 "not a valid safetensors file: "
                 + str(error).removeprefix("Error while deserializing header: "),

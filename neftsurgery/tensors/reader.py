@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..errors import MachineError, NeftError, UsageError
 from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
 from .arrays import IndexArray, RawBytes
+from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
 
 __all__ = ["RowReader", "TensorFile", "WeightReader"]
@@ -75,8 +76,11 @@ class TensorFile:
         return cls(file, header, Path(path))
 
     @classmethod
-    def named(cls, path: str | os.PathLike[str]) -> TensorFile:
-        """As `open`, for a path given by a user: raises a `UsageError` if there is no such file."""
+    def named(cls, path: str | os.PathLike[str], key: str | None = None) -> TensorFile:
+        """As `open`, for a path given by a user: raises a `UsageError` if there is no such file.
+
+        ``key``: that of the document that the file should hold; the error for a folder says what helps.
+        """
         try:
             if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
                 raise UsageError("this is a device, pipe or socket, not a file", file=path)
@@ -88,7 +92,8 @@ class TensorFile:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             folder = isinstance(error, IsADirectoryError)
             what = "expected a file, found a folder" if folder else "there is no such file"
-            raise UsageError(what, file=path) from error
+            hint = folder_instead(path, key) if folder and key else None
+            raise UsageError(what, file=path, hint=hint) from error
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.name_prefixes import Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
 from ..progress import Progress
@@ -78,6 +79,7 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
     if by == "tuned":
         plan = plan_extract(
             recipe.model, path, scope=select.scope, score=select.score or "cosine",
+            prefixes=Prefixes.of(recipe.probe.strip_prefix, recipe.probe.add_prefix),
             budget=budget_of(select), limits=limits, progress=progress,
         )  # fmt: skip
         return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))

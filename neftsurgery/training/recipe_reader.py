@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import NeftError, UsageError, boundary, spelled
-from ..options import Scope
+from ..options import PrefixOptions, Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 from .raw_examples import PromptTemplate
@@ -240,6 +240,8 @@ def _check_probe(probe: Probe, file: Path | None) -> None:
         raise UsageError(f"probe.by {probe.by} needs probe.path", file=file)
     if not has_file and probe.path is not None:
         raise UsageError(f"probe.path does not go with probe.by {probe.by}", file=file)
+    if probe.by != "tuned" and (probe.strip_prefix or probe.add_prefix):
+        raise UsageError("probe.strip_prefix and probe.add_prefix need probe.by: tuned", file=file)
     if has_file and probe.steps is not None:
         raise UsageError(f"probe.steps does not go with probe.by {probe.by}", file=file)
 
@@ -286,6 +288,7 @@ def in_recipe_words(file: Path | None = None) -> Iterator[None]:
 
 def _as_key(name: str, value: str | None) -> str:
     """An option as a recipe spells it; one that is not a key stays for whoever shows the message."""
-    if name not in Select.__dataclass_fields__:
+    section = "select" if name in Select.__dataclass_fields__ else "probe"
+    if name not in Select.__dataclass_fields__ and name not in PrefixOptions.__annotations__:
         return f"[[{name}]]" if value is None else f"[[{name}={value}]]"
-    return f"select.{name}" if value is None else f"select.{name}: {value}"
+    return f"{section}.{name}" if value is None else f"{section}.{name}: {value}"

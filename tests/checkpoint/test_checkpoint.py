@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -100,6 +101,37 @@ def test_reads_from_any_position_are_counted(tmp_path: Path) -> None:
     assert checkpoint.bytes_read == 7
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_index_named_directly_stands_for_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=3)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.chdir(folder if inside else tmp_path)
+    named = INDEX_NAME if inside else f"m/{INDEX_NAME}"
+    checkpoint = Checkpoint.open(named)
+    assert_holds(checkpoint, ARRAYS)
+    assert (checkpoint.name, checkpoint.is_file) == (named, False)
+    assert checkpoint.config == {"model_type": "llama"}
+    tuned = write_folder(tmp_path / "t", {name: array + 1 for name, array in ARRAYS.items()})
+    patch = ns.extract(named, tuned, changed=True)
+    assert patch.base.name == "m"
+    ns.apply(named, patch, out=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(folder))
+    with pytest.raises(UsageError, match="inside"):
+        ns.apply(named, patch, out=folder / "out")
+    ns.apply(named, patch, in_place=True)
+    assert ns.verify(named, patch).state == ns.verify(tmp_path / "out", patch).state == "patched"
+
+
+def test_an_index_that_no_reader_takes_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    write_file(folder / SINGLE_NAME, {"only": np.ones((2, 2), np.float32)})
+    with pytest.raises(UsageError, match=f"readers take the {re.escape(SINGLE_NAME)}") as error:
+        Checkpoint.open(folder / INDEX_NAME)
+    assert error.value.file == str(folder / INDEX_NAME)
+
+
 def test_a_single_file_beats_an_index_beside_it(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     single = {"only": np.ones((2, 2), np.float32)}
@@ -147,7 +179,7 @@ def test_a_folder_with_neither_names_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds neither") as error:
         Checkpoint.open(tmp_path)
-    assert error.value.hint is None
+    assert str(error.value.hint).startswith("there are no safetensors weights here")
     for name in ("d", "b", "c", "a"):
         write_file(tmp_path / f"{name}.safetensors", {})
     with pytest.raises(UsageError) as error:

@@ -71,6 +71,8 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
         (LEAST, ["select.score=l2"], "select.score does not go with probe.by gradients"),
         (LEAST, ["probe.by=tuned"], "needs probe.path"),
         (LEAST, ["probe.path=x"], "does not go"),
+        (LEAST, ["probe.strip_prefix=model"], "need probe.by: tuned"),
+        (LEAST, ["probe.by=scores", "probe.path=x", "probe.add_prefix=model"], "need probe.by: tuned"),
         (LEAST, ["probe.by=selection", "probe.path=x"], "select.neurons does not go with probe.by selection"),
         (LEAST, ["data.eval_share=1"], "nothing to train on"),
         (LEAST.replace("model: m\n", ""), [], "does not say model"),

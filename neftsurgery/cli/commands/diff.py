@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from ...checkpoint.checkpoint import Side
-from ...options import Scope, ScopeOptions, ScoreOptions, SeedOptions
+from ...checkpoint.name_prefixes import Prefixes
+from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
@@ -30,7 +31,7 @@ _MAPPED = "3%"
 @click.argument("base")
 @click.argument("tuned")
 @output_option("SCORES", text="Write the scores to this file.")
-@options_of(ScoreOptions, ScopeOptions, SeedOptions)
+@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
 @writing_options
 def command(
     console: Console, base: str, tuned: str, out: str | None, score: str, dry_run: bool, **options: Any
@@ -48,7 +49,8 @@ def command(
       neftsurgery diff meta-llama/Llama-3.2-1B my-fine-tune/ --anatomy ffn
     """
     scope = Scope(**take(options, ScopeOptions))
-    plan = plan_diff(base, tuned, scope=scope, score=score, out=out, **options)
+    prefixes = Prefixes.of(**take(options, PrefixOptions))
+    plan = plan_diff(base, tuned, scope=scope, prefixes=prefixes, score=score, out=out, **options)
     _say_pair(console, plan.pair)
     facts = plan.describe()
     if dry_run:

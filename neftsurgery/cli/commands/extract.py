@@ -6,8 +6,18 @@ from typing import Any
 
 import click
 
+from ...checkpoint.name_prefixes import Prefixes
 from ...errors import UsageError
-from ...options import BudgetOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, SelectOptions, declared
+from ...options import (
+    BudgetOptions,
+    PrefixOptions,
+    Scope,
+    ScopeOptions,
+    ScoreOptions,
+    SeedOptions,
+    SelectOptions,
+    declared,
+)
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...selection.selection_facts import SelectionFacts
@@ -31,7 +41,7 @@ __all__ = ["command"]
     is_flag=True,
     help="Keep the replaced values too: revert then needs no base, and the patch is twice as large.",
 )
-@options_of(ScoreOptions, ScopeOptions, SeedOptions)
+@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
 @writing_options
 def command(
     console: Console,
@@ -67,6 +77,7 @@ def command(
         None if selection is None else Selection.load(selection),
         scores=None if scores is None else Scores.load(scores),
         scope=scope,
+        prefixes=Prefixes.of(**take(options, PrefixOptions)),
         **score,
         budget=budget,
         inputs=inputs,
