@@ -22,7 +22,7 @@ from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows
 from ..tensors.document import read_object
 from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
-from ..text import plural, size
+from ..text import lines, plural, printable, size
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files
 
@@ -163,12 +163,13 @@ class Checkpoint:
         return cls(source, root, not source.path.is_dir(), shards, tensors, home)
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.name}: {plural(len(self.tensors), 'tensor')}, {size(self.nbytes)}>"
+        tensors = plural(len(self.tensors), "tensor")
+        return printable(f"<Checkpoint {self.name}: {tensors}, {size(self.nbytes)}>")
 
     def __str__(self) -> str:
         dtypes = Counter(info.dtype for info in self.tensors.values())
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common(3))
-        return "\n".join(
+        return lines(
             [
                 f"checkpoint {self.name}: {plural(len(self.shards), 'file')}, {size(self.nbytes)}",
                 f"  {plural(len(self.tensors), 'tensor')} ({kinds}), {plural(self.parameters, 'parameter')}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CorruptFileError, UsageError
+from ..errors import CorruptFileError, UsageError, naming
 from ..tensors.header import loads
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "weight_files"]
@@ -38,7 +38,8 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     if index.stat().st_size > _MAX_INDEX_BYTES:
         raise CorruptFileError(f"the index is larger than {_MAX_INDEX_BYTES} bytes", file=index)
     try:
-        content = loads(index.read_text("utf-8"))
+        with naming(index):
+            content = loads(index.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"the index is not valid JSON: {error}", file=index) from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

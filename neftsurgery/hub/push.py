@@ -14,7 +14,7 @@ from ..sources.hub_client import page
 from ..sources.hub_id import is_repo
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
-from ..text import plural
+from ..text import lines, plural
 from .base_model import BaseModel, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
@@ -54,9 +54,9 @@ class PushResult:
     def __str__(self) -> str:
         head = f"branch {self.branch}, commit {self.commit}"
         if not self.changed:
-            return f"nothing to push: {self.repo} has this patch and this card already\n{head}"
-        created = f"created {self.repo}\n" if self.created else ""
-        return f"{created}pushed {_what(self.neurons, self.tensors)} to {self.url}\n{head}"
+            return lines([f"nothing to push: {self.repo} has this patch and this card already", head])
+        created = [f"created {self.repo}"] if self.created else []
+        return lines([*created, f"pushed {_what(self.neurons, self.tensors)} to {self.url}", head])
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,13 @@ class PushPlan:
     def __str__(self) -> str:
         what = _what(self.patch.neurons, len(self.patch.tensors))
         new = "" if self.repository.exists else ", a new repository"
-        return (
-            f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
-            f"base: {self.base.hub_id or 'unknown'}\n"
-            f"files: {', '.join(self.files)}\n"
-            f"commit message: {self.message}"
+        return lines(
+            [
+                f"push {what} to {self.repository.repo} ({self.repository.branch}{new})",
+                f"base: {self.base.hub_id or 'unknown'}",
+                f"files: {', '.join(self.files)}",
+                f"commit message: {self.message}",
+            ]
         )
 
     def describe(self) -> dict[str, object]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from ..errors import naming
 from .hub_errors import hub_errors
 from .hub_id import HubId
 from .secrets import Redacting
@@ -105,5 +106,5 @@ def is_damaged(path: Path) -> bool:
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
         return False
-    with blob.open("rb") as file:
+    with naming(blob), blob.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() != blob.name

@@ -25,7 +25,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
 from ..tensors.writer import TensorFileWriter, written_file
-from ..text import commas, percent, plural, size
+from ..text import commas, percent, plural, printable, size
 from .lora_modules import lora_modules, task_of
 from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 
@@ -77,7 +77,7 @@ class ExportResult:
 
     def __str__(self) -> str:
         what = f"{plural(len(self.modules), 'module')} at rank {self.rank}, {size(self.nbytes)}"
-        return f"{self.out}: {what}; {self.exactness}"
+        return printable(f"{self.out}: {what}; {self.exactness}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..options import Scope
 from ..scoring.engine import Job
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
+from ..text import natural_key
 
 __all__ = ["Pair", "described", "pair", "scoped_anatomy", "scored_count"]
 
@@ -100,13 +101,13 @@ def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     if not common:
         raise _nothing_common(base, tuned)
     anatomy = scoped_anatomy(scope, common, base.config)
-    both = sorted(name for name in base.tensors.keys() & tuned.tensors.keys() if name not in common)
+    both = sorted((base.tensors.keys() & tuned.tensors.keys()) - common.keys(), key=natural_key)
     result = Pair(
         base,
         tuned,
         anatomy,
-        tuple(sorted(base.tensors.keys() - tuned.tensors.keys())),
-        tuple(sorted(tuned.tensors.keys() - base.tensors.keys())),
+        tuple(sorted(base.tensors.keys() - tuned.tensors.keys(), key=natural_key)),
+        tuple(sorted(tuned.tensors.keys() - base.tensors.keys(), key=natural_key)),
         {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both},
     )
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
@@ -156,7 +157,7 @@ def _nothing_common(base: Side, tuned: Side) -> MismatchError:
 
 
 def _first_names(side: Side) -> str:
-    names = sorted(name[:80] for name in side.tensors)
+    names = [name[:80] for name in sorted(side.tensors, key=natural_key)]
     return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])]) or "no tensors"
 
 

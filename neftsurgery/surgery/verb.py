@@ -19,6 +19,7 @@ from ..selection.selection import Chosen
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import IndexArray, RawBytes
+from ..text import printable
 
 __all__ = [
     "Running",
@@ -58,7 +59,7 @@ def load_patch(patch: Patch | AnyPath) -> Patch:
 def warn(log: logging.Logger, warnings: Sequence[str]) -> None:
     """Log what a plan found, in the words of Python."""
     for warning in warnings:
-        log.warning("%s", spelled(warning, keyword))
+        log.warning("%s", printable(spelled(warning, keyword)))
 
 
 def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, naming
 from .header import loads
 from .reader import TensorFile
 
@@ -73,7 +73,8 @@ def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; a `CorruptFileError` if there is another thing in it."""
     try:
-        content = loads(path.read_text("utf-8"))
+        with naming(path):
+            content = loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"not valid JSON: {error}", file=path) from error
     if not isinstance(content, dict):

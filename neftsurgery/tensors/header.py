@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CorruptFileError, MachineError
+from ..errors import CorruptFileError, MachineError, naming
 from .dtypes import DTYPES, DType
 
 __all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "loads", "read_header"]
@@ -101,7 +101,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises a `CorruptFileError` if the safetensors package refuses the file, or a key occurs twice.
     """
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         try:
             with safe_open(os.fspath(path), framework="numpy"):
                 pass

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, naming
 from ..selection.selection import Selection
 from ..storage.output import staged_file
 from ..tuning.trainer import last_save
@@ -88,7 +88,8 @@ class RunDirectory:
         Raises UsageError if a run of another identity has saved here.
         """
         try:
-            known = RunIdentity.from_json(json.loads((self.path / _IDENTITY).read_bytes()))
+            with naming(self.path / _IDENTITY):
+                known = RunIdentity.from_json(json.loads((self.path / _IDENTITY).read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError:
@@ -115,7 +116,7 @@ class RunDirectory:
         Raises UsageError if another process is training here.
         """
         self.path.mkdir(exist_ok=True)
-        with open(self.path / _LOCK, "wb") as lock:
+        with naming(self.path), open(self.path / _LOCK, "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
