@@ -30,7 +30,6 @@ def test_rows_know_their_line_and_kind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        ('{"prompt": "a"', "not valid JSON"),
         ([1], "an example must be an object"),
         ({"prompt": "a"}, "two texts"),
         ({"prompt": "a", "completion": ""}, "empty"),
@@ -41,7 +40,15 @@ def test_rows_know_their_line_and_kind(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows_are_named_by_their_line(tmp_path: Path, bad: Any, why: str) -> None:
-    with pytest.raises(ns.CorruptFileError, match=rf"line 3: .*{why}"):
+    with pytest.raises(ns.MismatchError, match=rf"line 3: .*{why}"):
+        read(tmp_path, GOOD, "", bad)
+
+
+@pytest.mark.parametrize("bad", ['{"prompt": "a"', "[", "prompt,completion", "[" * 100_000, "\xff"])
+def test_lines_that_are_not_json_are_damage(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(
+        ns.CorruptFileError, match=r"line 3: not valid JSON(?s:.*)one JSON object on each line"
+    ):
         read(tmp_path, GOOD, "", bad)
 
 
@@ -51,7 +58,7 @@ def test_a_template_makes_the_texts(tmp_path: Path) -> None:
     (row,) = read(tmp_path, fields, template=template)
     assert row.content == {"prompt": "{y} 3 is", "completion": " b{q}"}
     for bad in ({"q": 3}, {**fields, "translation": ["en"]}, {**fields, "q": None}, {**fields, "q": [1]}):
-        with pytest.raises(ns.CorruptFileError, match="line 2: there is no text in the field"):
+        with pytest.raises(ns.MismatchError, match="line 2: there is no text in the field"):
             read(tmp_path, fields, bad, template=template)
 
 
