@@ -40,6 +40,10 @@ Spelling = Callable[[str, str | None], str]
 _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
 
 
+#: Where huggingface_hub keeps a model, which its users know as ``org/name@commit``.
+_IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
+
+
 def keyword(name: str, value: str | None) -> str:
     """An option as Python spells it: ``policy``, ``policy='random'``."""
     return name if value is None else f"{name}={value}" if _is_literal(value) else f"{name}={value!r}"
@@ -76,7 +80,7 @@ class NeftError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        self.file = None if file is None else str(file)
+        self.file = None if file is None else _IN_CACHE.sub(r"\1/\2@", str(file))
         self.tensor = tensor
         self.expected = expected
         self.found = found

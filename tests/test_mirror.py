@@ -37,7 +37,6 @@ ELSEWHERE = {
     "surgery/rewrite.py": "surgery/test_apply.py",
     "surgery/select.py": "cli/test_round.py",
     "surgery/summary.py": "surgery/test_diff.py",
-    "surgery/verb.py": "surgery/test_revert.py",
     "tensors/arrays.py": "scoring/test_kernels.py",
     "tensors/file_backed.py": "scoring/test_scores.py",
     "training/neuron_choice.py": "training/test_train_plan.py",

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..sources.resolve import Source
+from ..sources.resolve import Source, resolve
 from ..tensors.arrays import Float32Array, IndexArray, RawBytes
 from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
@@ -40,8 +40,8 @@ def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tu
 
     Raises a `MismatchError` if an adapter is not for this base, or is of a kind that cannot be read.
     """
-    first = Checkpoint.open(base)
-    return first, AdaptedWeights.open(first, tuned) if is_adapter(tuned) else Checkpoint.open(tuned)
+    first, source = Checkpoint.open(base), resolve(tuned)
+    return first, AdaptedWeights.open(first, source) if is_adapter(source.path) else Checkpoint.open(source)
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class AdaptedWeights:
     factors: Mapping[str, Factor | None]  # of the tensors that are computed; None: only converted
 
     @classmethod
-    def open(cls, base: Checkpoint, folder: str | os.PathLike[str]) -> AdaptedWeights:
-        """The adapter in ``folder`` on an open base."""
-        path = Path(folder)
+    def open(cls, base: Checkpoint, source: Source) -> AdaptedWeights:
+        """The adapter in a folder, which may be that of a Hub repository, on an open base."""
+        path = source.path
         if not (path / WEIGHTS_NAME).is_file():
             raise CorruptFileError(
                 f"the adapter folder has no {WEIGHTS_NAME}",
-                file=folder,
+                file=source.named,
                 hint="adapters saved as .bin are not read: save it again with safetensors",
             )
         file = TensorFile.named(path / WEIGHTS_NAME)
         factors = read_factors(path / CONFIG_NAME, file, base)
-        return cls(Source(path, os.fspath(folder)), base, file, base.tensors, {**factors})
+        return cls(source, base, file, base.tensors, {**factors})
 
     def in_float32(self) -> tuple[AdaptedWeights, AdaptedWeights]:
         """The base and this, with the adapted tensors in F32: what is added is seen before it is rounded."""

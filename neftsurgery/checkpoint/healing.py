@@ -19,10 +19,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary, naming
-from ..neurons.vectors import gather, scatter
+from ..neurons.layout import Layout
+from ..neurons.vectors import distinct_counts, gather, scatter
 from ..sources.resolve import Source, is_hub_id, resolve
 from ..storage.output import fsync
 from ..storage.positioned import consecutive_runs
+from ..tensors.header import TensorInfo
 from ..text import plural, printable
 from .checkpoint import Checkpoint, Shard
 from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
@@ -192,8 +194,12 @@ class Restoration:
 
     @property
     def neurons(self) -> int:
-        """How many vectors it would write."""
-        return sum(len(change.index) for change in self.journal.changes)
+        """How many vectors it would write, each counted once."""
+        return sum(self._counts.values())
+
+    @property
+    def _counts(self) -> dict[tuple[TensorInfo, Layout], int]:
+        return distinct_counts((one.info, one.layout, one.index) for one in self.journal.changes)
 
     def describe(self) -> dict[str, Any]:
         """For ``--dry-run`` and JSON."""
@@ -202,7 +208,7 @@ class Restoration:
             "sha256": self.journal.sha256,
             "recorded": is_recorded(self.journal.sha256),
             "files": [str(shard.path) for shard in self.shards],
-            "bytes": sum(len(c.index) * c.layout.width * c.info.type.itemsize for c in self.journal.changes),
+            "bytes": sum(n * of.width * info.type.itemsize for (info, of), n in self._counts.items()),
             "tensors": [
                 {
                     "name": change.info.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import Self
 
@@ -29,13 +29,21 @@ _EDGE_BYTES = 4096
 HASH_PREFIX = "xxh3-128:"
 
 
-def fingerprint(weights: WeightReader) -> str:
+def fingerprint(
+    weights: WeightReader, change: Callable[[str, int, memoryview], None] = lambda name, start, part: None
+) -> str:
     """XXH3-128 over every tensor, by name: name, dtype, shape, first and last 4096 bytes.
 
     Per tensor, in code-point order of names, the hash takes in the JSON text
     ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the first ``min(4096, n)`` and the
-    last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count.
+    last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count. ``change`` may alter what was
+    read: bytes of a tensor, given its name, from a byte of it.
     """
+
+    def read(name: str, start: int, part: memoryview) -> None:
+        weights.read_into(name, start, part)
+        change(name, start, part)
+
     state = xxhash.xxh3_128()
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
     for name in sorted(weights.tensors):
@@ -44,11 +52,11 @@ def fingerprint(weights: WeightReader) -> str:
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):
             view = buffer[: info.nbytes]
-            weights.read_into(name, 0, view)
+            read(name, 0, view)
         else:
             view = buffer
-            weights.read_into(name, 0, view[:edge])
-            weights.read_into(name, info.nbytes - edge, view[edge:])
+            read(name, 0, view[:edge])
+            read(name, info.nbytes - edge, view[edge:])
         state.update(view[:edge])
         state.update(view[len(view) - edge :])
     return HASH_PREFIX + state.hexdigest()

@@ -25,6 +25,7 @@ __all__ = [
     "stack",
     "take",
     "take_budget",
+    "writing",
     "writing_options",
 ]
 
@@ -93,12 +94,13 @@ dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Check and plan everything, and say what would be written; write nothing."
 )
 
-#: The last options of a command that writes an output.
-writing_options = stack(
-    click.option("--force", is_flag=True, help="Replace an existing output atomically."),
-    dry_run_option,
-    common_options,
-)
+
+def writing(*, force: str) -> Callable[[Command], Command]:
+    """The last options of a command that writes an output; ``force``: the help of ``--force``."""
+    return stack(click.option("--force", is_flag=True, help=force), dry_run_option, common_options)
+
+
+writing_options = writing(force="Replace an existing output atomically.")
 
 base_option = click.option(
     "--base",

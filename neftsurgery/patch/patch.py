@@ -159,12 +159,7 @@ class Patch(FileBacked):
             If it cannot be read, or the Hub refuses or cannot be reached.
         """
         source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
-        try:
-            return cls.read(TensorFile.named(source.path), source)
-        except CorruptFileError as error:
-            if source.repo is not None and error.file == str(source.path):
-                error.file = source.named  # not where the cache keeps it
-            raise
+        return cls.read(TensorFile.named(source.path), source)
 
     @classmethod
     def read(cls, file: TensorFile, source: Source | None = None) -> Patch:

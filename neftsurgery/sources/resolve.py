@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from .hub_client import fetch_file, fetch_model
 from .hub_id import HubId
 
 __all__ = ["Source", "is_hub_id", "resolve", "resolve_file"]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +44,7 @@ def resolve(named: str | os.PathLike[str]) -> Source:
         if not (path.is_file() or path.is_dir()):
             raise UsageError("expected a file or folder, found a device, pipe or socket", file=text)
         return Source(path, text)
-    if is_hub_id(named):
-        hub_id = HubId.split(text)
+    if (hub_id := _hub_id(named)) is not None:
         folder = fetch_model(hub_id)
         return Source(folder, text, hub_id.repo, folder.name)
     raise UsageError(
@@ -66,23 +62,24 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
     in ``.safetensors`` is always a path. Raises as `fetch_file`.
     """
     text = os.fspath(named)
-    if text.endswith(".safetensors") or not is_hub_id(named):
+    hub_id = None if text.endswith(".safetensors") else _hub_id(named)
+    if hub_id is None:
         return Source(Path(text), text)
-    hub_id = HubId.split(text)
     file = fetch_file(hub_id, filename)
     return Source(file, text, hub_id.repo, file.parent.name)
 
 
 def is_hub_id(named: str | os.PathLike[str]) -> bool:
     """Whether `resolve` would ask the Hub for ``named``."""
+    return _hub_id(named) is not None
+
+
+def _hub_id(named: str | os.PathLike[str]) -> HubId | None:
+    hub_id = HubId.parse(named) if isinstance(named, str) else None
     path = Path(named)
-    return (
-        isinstance(named, str)
-        and _HUB_ID.fullmatch(named) is not None
-        and not _exists(path)
-        and not path.parent.is_file()
-        and not (path.parent.is_dir() and named.endswith(".safetensors"))
-    )
+    if hub_id is None or _exists(path) or path.parent.is_file():
+        return None
+    return None if path.parent.is_dir() and path.suffix == ".safetensors" else hub_id
 
 
 def _exists(path: Path) -> bool:

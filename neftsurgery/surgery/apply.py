@@ -15,13 +15,15 @@ from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import open_shard
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions
+from ..patch.overlap import RowSource
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import is_hub_id
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
-from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .verb import load_patch, replaced_rows, require_replaced, run_keywords
+from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, touched_files
+from .same_base import other_base
+from .verb import load_patch, load_patches, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -38,6 +40,7 @@ def apply(
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
+    sha256: str | Sequence[str] | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
 ) -> RewriteResult:
@@ -54,8 +57,10 @@ def apply(
         The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
     in_place:
         Change ``base`` itself: only the touched rows are written, their old bytes journaled first.
+    sha256:
+        The SHA-256 that the patch's file must have; of several patches, one each, in order.
     force:
-        Replace ``out`` if it exists.
+        Replace ``out`` if it exists. Also write where only fingerprints tell models apart, and they differ.
     threads, memory, progress:
         As in `diff`.
 
@@ -64,18 +69,21 @@ def apply(
     UsageError
         If ``out`` exists or makes no sense, or ``base`` cannot be changed in place.
     MismatchError
-        If a patch was made from another base.
+        If a patch was made from another base. Without ``force``, also if nothing shows that it was not.
     CorruptFileError
-        If a patch's hashes do not match its content, or a file is damaged.
+        If a patch's hashes do not match its content, or its file not ``sha256``, or a file is damaged.
     MachineError
         If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
         ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
     run = run_keywords("apply", options)
+    several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
+    loaded = load_patches(several, sha256)
     if in_place:
         undo_unfinished(base)
-    several = [patches] if isinstance(patches, (Patch, str, os.PathLike)) else patches
-    return plan_apply(base, several, out=out, in_place=in_place, force=force, **run).run(**run)
+    plan = plan_apply(base, loaded, out=out, in_place=in_place, force=force, **run)
+    warn(log, plan.warnings)
+    return plan.run(**run)
 
 
 @boundary
@@ -111,6 +119,7 @@ def revert(
     if in_place:
         undo_unfinished(checkpoint)
     plan = plan_revert(checkpoint, patch, base=base, out=out, in_place=in_place, force=force, **run)
+    warn(log, plan.warnings)
     return plan.run(**run)
 
 
@@ -122,7 +131,7 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
 
 def plan_apply(
     base: AnyPath,
-    patches: Sequence[Patch | AnyPath],
+    patches: Sequence[Patch],
     *,
     out: AnyPath | None = None,
     in_place: bool = False,
@@ -133,7 +142,7 @@ def plan_apply(
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
-    rows = [RowSource(patch, patch.values) for patch in map(load_patch, patches)]
+    rows = [RowSource(patch, patch.values) for patch in patches]
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
@@ -150,16 +159,18 @@ def plan_revert(
 ) -> RevertPlan:
     """Check everything that `revert` needs; nothing is written."""
     patch = load_patch(patch)
-    inputs, read = list[Path](), patch.base_values
+    inputs, warnings, read = list[Path](), list[str](), patch.base_values
     if base is not None:
         original = Checkpoint.open(base)
+        warnings = other_base(original, patch.base, patch.name)
         patch.require_fit(original)
         inputs.append(original.source.path)
         read = partial(replaced_rows, patch, original)
     else:
         require_replaced(patch, "revert")
+    rows = [RowSource(patch, read)]
     return _plan(
-        RevertPlan, checkpoint, [RowSource(patch, read)], out, in_place, force, limits, progress, inputs
+        RevertPlan, checkpoint, rows, out, in_place, force, limits, progress, inputs=inputs, warnings=warnings
     )
 
 
@@ -172,7 +183,9 @@ def _plan(
     force: bool,
     limits: Limits | None,
     progress: Progress,
+    *,
     inputs: Sequence[Path] = (),
+    warnings: Sequence[str] = (),
 ) -> _Rewrite:
     if (out is None) == (not in_place):
         raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
@@ -196,12 +209,33 @@ def _plan(
         files = None if checkpoint.is_file else folder_files(checkpoint)
     watch = Stopwatch()
     with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        states = examine(checkpoint, patches, limits=limits or Limits.of(), advance=advance)
+        replaced = rows if kind is RevertPlan else None
+        states = examine(
+            checkpoint, patches, replaced=replaced, limits=limits or Limits.of(), advance=advance
+        )
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
-    watch.bytes_read = checkpoint.bytes_read
+        warnings = [*warnings, *_doubts(checkpoint, patch, state, kind.goal, force)]
+    watch.bytes_read = checkpoint.bytes_read + sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
-    return kind(checkpoint, rows, states, place, force, files, watch.timing)
+    return kind(checkpoint, rows, states, place, force, files, warnings, watch.timing)
+
+
+def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, force: bool) -> list[str]:
+    """What speaks against a patch whose vectors fit; refuses if only the fingerprint tells models apart."""
+    done, other = state.is_done(goal), state.same_base is False
+    if state.remark is None or (done and not other):
+        return []
+    if other and not (state.tells_models_apart or done or force):
+        raise MismatchError(
+            state.remark,
+            file=checkpoint.name,
+            expected=f"fingerprint {patch.base.fingerprint}",
+            found="another",
+            hint=f"nothing was written; name the checkpoint that {patch.name} is for, and in one command the "
+            "patches that are on it already; [[force=True]] writes all the same",
+        )
+    return [f"{patch.name} on {checkpoint.name}: {state.remark}"]
 
 
 def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -52,10 +53,14 @@ class ExtractPlan:
     warnings: Sequence[str] = ()
     timing: Timing = field(default_factory=Timing)  # of choosing
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of the patch, as far as they are known beforehand."""
-        return patch_bytes(self.selection, self.reversible)
+        """Bytes of the patch file."""
+        return patch_bytes(self.selection, self._manifest, self.reversible)
+
+    @property
+    def _manifest(self) -> Manifest:
+        return Manifest.of(self.origin, self.facts)
 
     @property
     def facts(self) -> SelectionFacts:
@@ -86,12 +91,13 @@ class ExtractPlan:
         """Cut the chosen neurons out, and write the patch."""
         limits = limits or Limits.of()
         chosen, sides = self.selection, (self.base, self.tuned)
-        manifest = Manifest.of(self.origin, self.facts)
         watch = Stopwatch()
         before = sum(side.bytes_read for side in sides)
         with (
             watch.running(),
-            written_patch(chosen, manifest, self.out, reversible=self.reversible, force=self.force) as writer,
+            written_patch(
+                chosen, self._manifest, self.out, reversible=self.reversible, force=self.force
+            ) as writer,
         ):
 
             def copy(block: RowBlock) -> tuple[RawBytes, RawBytes]:
@@ -231,13 +237,7 @@ def plan_extract(
     selection.require_fit(first, second)
     if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
-    nbytes = patch_bytes(selection, reversible)
-    if nbytes > first.nbytes:
-        advice = "[[reversible]] doubles it" if reversible else "[[neurons=3%]] would make a small one"
-        warnings.append(
-            f"the patch is larger than the base ({size(nbytes)} and {size(first.nbytes)}): {advice}"
-        )
-    return ExtractPlan(
+    plan = ExtractPlan(
         first,
         second,
         selection,
@@ -250,6 +250,11 @@ def plan_extract(
         warnings,
         timing + watch.timing,
     )
+    if plan.nbytes > first.nbytes:
+        sizes = f"({size(plan.nbytes)} and {size(first.nbytes)})"
+        advice = "[[reversible]] doubles it" if reversible else "[[neurons=3%]] would make a small one"
+        warnings.append(f"the patch is larger than the base {sizes}: {advice}")
+    return plan
 
 
 def is_whole_change(plan: ExtractPlan) -> bool | None:

@@ -164,6 +164,7 @@ def _patch(patch: Patch) -> dict[str, Any]:
         "name": patch.name,
         "version": patch.manifest["version"],
         "bytes": patch.nbytes,
+        "sha256": patch.sha256(),
         "neurons": patch.neurons,
         "parameters": patch.parameters,
         "reversible": patch.reversible,
@@ -233,6 +234,7 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
         ]
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
+    rows += [["sha256", facts["sha256"]]] if "sha256" in facts else []
     if "parameters" in facts:
         rows.append(["parameters", commas(facts["parameters"])])
     units = f" in {commas(facts['units'])} units" if facts.get("units") else ""
@@ -253,7 +255,8 @@ def _patch_tables(facts: Mapping[str, Any]) -> list[list[list[str]]]:
     overlaps = [
         [
             f"{found['first'] + 1} and {found['second'] + 1}",
-            f"{plural(found['neurons'], 'neuron')} in common, of {plural(len(found['tensors']), 'tensor')}",
+            f"{plural(found['neurons'], 'neuron')} in common, in {commas(len(found['shared']))} of the "
+            f"{plural(len(found['tensors']), 'tensor')} that both touch",
             _bases(found),
         ]
         for found in facts["overlaps"]
@@ -300,5 +303,6 @@ def _merged(merged: Mapping[str, Any]) -> str:
     """From which patches a patch was merged, by its manifest, which may hold any JSON."""
     parts = merged.get("patches")
     parts = parts if isinstance(parts, list) else []
-    names = [str(part.get("name") or "?") for part in parts if isinstance(part, dict)]
+    known = [(part.get("name") or "?", part.get("revision")) for part in parts if isinstance(part, dict)]
+    names = ["@".join(str(one) for one in name if one) for name in known]
     return f"from {', '.join(names)} ({merged.get('on_overlap')})"

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,8 +18,9 @@ from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import Change, journaled, locked
 from ..errors import NeftError, naming
-from ..neurons.vectors import block_memory, scatter
+from ..neurons.vectors import block_memory, distinct_counts, scatter
 from ..patch.digests import digests
+from ..patch.overlap import RowSource
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
@@ -29,15 +31,7 @@ from ..tensors.arrays import RawBytes
 from ..text import lines, plural, printable
 from .verify import PatchState, summary
 
-__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "RowSource", "touched_files"]
-
-
-@dataclass(frozen=True, slots=True)
-class RowSource:
-    """The vectors to write for one patch: its values, or those they replaced."""
-
-    patch: Patch
-    read: Callable[[str, int, int], RawBytes]
+__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "touched_files"]
 
 
 _TensorRows = tuple[RowSource, str]  # and a tensor's name
@@ -94,12 +88,19 @@ class RewritePlan:
     out: Path | None  # None: in place
     force: bool
     files: FolderFiles | None  # the other files of the folder; None for a single file or in place
+    warnings: Sequence[str]
     timing: Timing  # of checking
 
-    @property
+    @cached_property
     def neurons(self) -> int:
-        """Neurons of all patches together."""
-        return sum(rows.patch.neurons for rows in self.rows)
+        """How many neurons any patch replaces, companion biases not counted."""
+        found = distinct_counts(
+            (tensor.info, tensor.layout, rows.patch.index(name))
+            for rows in self.rows
+            for name, tensor in rows.patch.tensors.items()
+            if name not in rows.patch.facts.companion_biases
+        )
+        return sum(found.values())
 
     @property
     def tensors(self) -> int:
@@ -107,9 +108,16 @@ class RewritePlan:
         return len({name for rows in self.rows for name in rows.patch.tensors})
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the new checkpoint."""
+        along = () if self.files is None else self.files.along
+        weights = sum(shard.size for shard in self.checkpoint.shards)
+        return weights + sum((self.checkpoint.root / path).stat().st_size for path in along)
+
+    @property
     def needed(self) -> bool:
         """Whether any vector has to be written."""
-        return not all(state.state == self.goal or state.changes_nothing for state in self.states)
+        return not all(state.is_done(self.goal) for state in self.states)
 
     @property
     def left_behind(self) -> tuple[Path, ...]:
@@ -126,8 +134,10 @@ class RewritePlan:
             "tensors": self.tensors,
             "neurons": self.neurons,
             "selected": self.neurons,
+            "bytes": None if self.out is None else self.nbytes,
             "captured": self.rows[0].patch.facts.captured if len(self.rows) == 1 else None,
             "left_behind": [str(path) for path in self.left_behind],
+            "warnings": list(self.warnings),
         }
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
@@ -173,19 +183,17 @@ def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shar
 def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     along = () if plan.files is None else plan.files.along
-    sizes = [shard.size for shard in checkpoint.shards]
-    sizes += [(checkpoint.root / path).stat().st_size for path in along]
-    parent, touched = out.absolute().parent, _touched(plan)
-    with progress("copying", sum(sizes)) as advance:
+    parent, touched, nbytes = out.absolute().parent, _touched(plan), plan.nbytes
+    with progress("copying", nbytes) as advance:
         if checkpoint.is_file:
             with staged_file(out, force=plan.force) as staged:
-                require_space(parent, sum(sizes))
+                require_space(parent, nbytes)
                 shard = checkpoint.shards[0]
                 _write_shard(shard, staged.fd, touched.get(shard.path, ()), limits.block, advance)
                 _check_unchanged(plan)
             return
         with staged_directory(out, force=plan.force) as folder:
-            require_space(parent, sum(sizes))
+            require_space(parent, nbytes)
 
             stop = threading.Event()
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError, UsageError, keyword, spelled
+from ..errors import CorruptFileError, MismatchError, UsageError, keyword, spelled
 from ..neurons.vectors import gather
 from ..options import RunOptions, split
 from ..patch.digests import digests
 from ..patch.patch import Patch, PatchTensor
 from ..progress import Progress, silent
 from ..selection.selection import Chosen
+from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import IndexArray, RawBytes
@@ -24,7 +26,9 @@ from ..text import printable
 __all__ = [
     "Running",
     "base_rows",
+    "check_sha256",
     "load_patch",
+    "load_patches",
     "replaced_rows",
     "require_replaced",
     "run_keywords",
@@ -51,9 +55,34 @@ def run_keywords(verb: str, options: Mapping[str, Any]) -> Running:
     return running(*split(verb, options, RunOptions))
 
 
-def load_patch(patch: Patch | AnyPath) -> Patch:
-    """The patch, opened if it is only named."""
-    return patch if isinstance(patch, Patch) else Patch.load(patch)
+def load_patch(named: Patch | AnyPath | Source, sha256: str | None = None) -> Patch:
+    """The patch, opened if it is only named; a `CorruptFileError` if its file has another SHA-256."""
+    patch = named if isinstance(named, Patch) else Patch.load(named)
+    if sha256 is not None:
+        if (found := patch.sha256()) != sha256:
+            hint = "nothing was written; find out why it is another file before you use it"
+            what = "this is not the file whose [[sha256]] was given"
+            raise CorruptFileError(what, file=patch.place, expected=sha256, found=found, hint=hint)
+        patch.check_unchanged()
+    return patch
+
+
+def load_patches(
+    named: Sequence[Patch | AnyPath | Source], sha256: str | Sequence[str] | None = None
+) -> list[Patch]:
+    """As `load_patch`, for several; their SHA-256 as `check_sha256` takes them."""
+    return list(map(load_patch, named, check_sha256(sha256, len(named))))
+
+
+def check_sha256(given: str | Sequence[str] | None, patches: int) -> list[str | None]:
+    """The SHA-256 that each of so many patches must have, in order; None if none is given."""
+    wanted = [given] if isinstance(given, str) else list(given or ())
+    for one in wanted:
+        if re.fullmatch("[0-9a-fA-F]{64}", one) is None:
+            raise UsageError("[[sha256]] is not a SHA-256", expected="64 hexadecimal digits", found=repr(one))
+    if wanted and len(wanted) != patches:
+        raise UsageError("expected one [[sha256]] per patch, in order", expected=patches, found=len(wanted))
+    return [one.lower() for one in wanted] or [None] * patches
 
 
 def warn(log: logging.Logger, warnings: Sequence[str]) -> None:

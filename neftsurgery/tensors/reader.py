@@ -7,6 +7,7 @@ adapters and converted tensors all follow the protocols.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ class TensorFile:
         info = self.tensors[name]
         rows = info.shape[0] if info.shape else 1
         stop = rows if stop is None else min(stop, rows)
-        row = info.nbytes // rows if rows else 0
+        row = info.type.nbytes(math.prod(info.shape[1:]))  # also if there are no rows
         raw = np.empty((stop - start, row), dtype=np.uint8)
         if raw.size:
             self.read_into(name, start * row, raw.data.cast("B"))

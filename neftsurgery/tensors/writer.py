@@ -20,7 +20,7 @@ from ..storage.positioned import OpenFile, sha256_of, write_exactly
 from .header import FilePlan, Header, TensorInfo
 from .reader import TensorFile
 
-__all__ = ["TensorFileWriter", "written_file"]
+__all__ = ["TensorFileWriter", "planned_bytes", "written_file"]
 
 _SMALL_BYTES = 32 << 10
 _BUFFER_BYTES = 4 << 20
@@ -147,10 +147,7 @@ def written_file(
     ``out`` the file is a nameless temporary one, which lives as long as its reader. Raises a `UsageError` if
     ``out`` exists, without ``force``, and a `MismatchError` if the names clash or do not fit a header.
     """
-    try:
-        plan = FilePlan.of(entries, room)
-    except ValueError as error:
-        raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error
+    plan = _planned(entries, room, out)
     if out is None:
         with tempfile.TemporaryFile(prefix="neft-", buffering=0) as nameless:
             spool = OpenFile(os.dup(nameless.fileno()))
@@ -162,3 +159,17 @@ def written_file(
     with staged_file(path, force=force) as staged:
         require_space(path.parent, plan.nbytes)
         yield _Written(TensorFileWriter(plan, staged.fd), None, path)
+
+
+def planned_bytes(entries: Sequence[TensorInfo], room: Mapping[str, str]) -> int:
+    """Bytes of the file that `written_file` would write."""
+    return _planned(entries, room).nbytes
+
+
+def _planned(
+    entries: Sequence[TensorInfo], room: Mapping[str, str], out: str | os.PathLike[str] | None = None
+) -> FilePlan:
+    try:
+        return FilePlan.of(entries, room)
+    except ValueError as error:
+        raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error

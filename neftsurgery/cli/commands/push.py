@@ -12,6 +12,8 @@ from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
 
+_DONE = ("commit", "url", "created", "created_branch", "changed")
+
 
 @click.command("push")
 @click.argument("patch")
@@ -58,5 +60,5 @@ def command(console: Console, patch: str, repo: str, dry_run: bool, **options: A
     else:
         done = plan.run()
         console.say(*str(done).split("\n"))
-        answer |= {key: getattr(done, key) for key in ("commit", "url", "created", "changed")}
+        answer |= {key: getattr(done, key) for key in _DONE}
     console.answer(answer)
