@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "power_of_ten",
     "printable",
     "size",
+    "some",
     "tilde_hint",
 ]
 
@@ -74,6 +75,12 @@ def commas(count: int) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun: ``1 tensor``, ``2 tensors``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first of many names, and how many more there are; each on one line, shortened."""
+    more = len(names) - shown
+    return ", ".join(label(name, 120) for name in names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def percent(share: float) -> str:

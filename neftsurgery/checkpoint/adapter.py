@@ -119,7 +119,7 @@ class AdaptedWeights:
             self.base.read_into(name, start, buffer)
             return
         info, stored = self.tensors[name], self.base.tensors[name]
-        columns = info.shape[1]
+        columns = info.elements // info.shape[0]
         row, size = columns * info.type.itemsize, columns * stored.type.itemsize
         low, high = start // row, -(-(start + len(buffer)) // row)
         raw = np.empty((high - low, size), np.uint8)
@@ -133,11 +133,12 @@ class AdaptedWeights:
             self.base.read_rows(name, rows, out)
             return
         info, stored = self.tensors[name], self.base.tensors[name]
-        if out.shape[1] != info.shape[1] * info.type.itemsize:  # rows of the caller, not of the matrix
+        columns = info.elements // info.shape[0]
+        if out.shape[1] != columns * info.type.itemsize:  # rows of the caller, not of the matrix
             for row, place in zip(rows.tolist(), out, strict=True):
                 self.read_into(name, row * out.shape[1], place.data)
             return
-        raw = np.empty((len(rows), info.shape[1] * stored.type.itemsize), np.uint8)
+        raw = np.empty((len(rows), columns * stored.type.itemsize), np.uint8)
         self.base.read_rows(name, rows, raw)
         out[:] = self._merged(name, rows, raw)
 
@@ -166,7 +167,8 @@ class AdaptedWeights:
                     widen(self.file.array_bytes(entry), self.file.tensors[entry].dtype).astype(np.float32)
                     for entry in (factor.a, factor.b)
                 )
-            left, right = (a.T, b.T) if factor.transposed else (b, a)
-            return np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(factor.scale)
+            pair = (a.T, b.T) if factor.transposed else (b, a)
+            left, right = (np.ascontiguousarray(one).reshape(len(one), -1) for one in pair)
+            return left, right, np.float32(factor.scale)
 
         return load

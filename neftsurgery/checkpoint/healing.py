@@ -182,7 +182,7 @@ class Restoration:
         checkpoint = Checkpoint.read(source)
         shards = []
         for entry in journal.files:
-            shard = next((s for s in checkpoint.shards if s.path.name == entry.get("name")), None)
+            shard = next((s for s in checkpoint.shards if s.name == entry.get("name")), None)
             if shard is None:
                 raise _foreign(journal, str(entry.get("name"))[:200])
             shards.append(shard)
@@ -259,7 +259,7 @@ class Restoration:
             if any(change.info != info for change in changes) or (
                 self.checkpoint.shard_of(name).path not in paths
             ):
-                raise _foreign(self.journal, next((s.path.name for s in self.shards), "the checkpoint"))
+                raise _foreign(self.journal, next((s.name for s in self.shards), "the checkpoint"))
             if len(changes) > _MOST_COPIES:
                 raise CorruptFileError(
                     "a damaged journal: it is larger than the checkpoint", file=self.journal.path, tensor=name
@@ -271,9 +271,9 @@ class Restoration:
         by_tensor = changes_by_tensor(self.journal.changes)
         for shard, entry in zip(self.shards, self.journal.files, strict=True):
             if entry != describe_file(self.checkpoint, shard, by_tensor):
-                raise _foreign(self.journal, shard.path.name)
+                raise _foreign(self.journal, shard.name)
         if self.journal.changes and not _is_recognized(self.checkpoint, self.journal):
-            raise _foreign(self.journal, self.shards[0].path.name)
+            raise _foreign(self.journal, self.shards[0].name)
 
 
 @contextmanager

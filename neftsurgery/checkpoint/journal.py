@@ -225,14 +225,17 @@ class Journal:
         CorruptFileError
             If they do not match.
         """
+        known: dict[str, list[int]] = {}  # changes of each tensor: there may be 100,000 tensors
         for number, change in enumerate(self.changes):
             old_hash = xxhash.xxh3_128()
             for start, stop in change.blocks():
                 old_hash.update(self.old(number, start, stop).data)
             if self._old_hashes[number] != old_hash.hexdigest():
                 raise bad(self._file, _WHAT, "its old vectors do not match their hash", change.info.name)
-            for earlier in range(number):
+            same = known.setdefault(change.info.name, [])
+            for earlier in same:
                 self._check_overlap(earlier, number)
+            same.append(number)
 
     def _check_overlap(self, first: int, second: int) -> None:
         """Two changes of the same neurons must hold the same old vectors."""
@@ -311,7 +314,7 @@ def describe_file(
             checkpoint.read_into(name, start, memoryview(buffer))
             sample.update(buffer)
     return {
-        "name": shard.path.name,
+        "name": shard.name,
         "size": shard.size,
         "header": xxhash.xxh3_128_hexdigest(header),
         "sample": sample.hexdigest(),

@@ -48,6 +48,8 @@ def fingerprint(
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
     for name in sorted(weights.tensors):
         info = weights.tensors[name]
+        if info.name != name:  # another name of a tied tensor
+            continue
         state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):

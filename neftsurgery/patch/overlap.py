@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import same_files, same_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import find
 from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.header import TensorInfo
 from ..text import natural_key
 from .patch import Patch, PatchTensor
 
@@ -26,6 +28,12 @@ class RowSource:
 
     patch: Patch
     read: Callable[[str, int, int], RawBytes]
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tied tensors that are written as well
+
+    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+        """Each touched tensor, with every tensor of the files that it is."""
+        for name in self.patch.tensors:
+            yield from ((name, checkpoint.tensors[one]) for one in (name, *self.copies.get(name, ())))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
+from ..checkpoint.ties import with_tied_names
 from ..errors import CorruptFileError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
@@ -246,9 +247,15 @@ class Patch(FileBacked):
         """The digests of the replaced vectors, uint8 ``[k, 16]``."""
         return self._file.array(f"{name}:base_digest", start, stop)
 
-    def require_fit(self, checkpoint: Checkpoint) -> None:
-        """Raise a `MismatchError` unless the checkpoint has the touched tensors, in shape and dtype."""
-        require_tensors(checkpoint, (t.info for t in self.tensors.values()), self.name, self.base)
+    def require_fit(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint, in which the touched tensors are found under their names in the patch.
+
+        Raises a `MismatchError` unless it has them, in shape and dtype.
+        """
+        infos = [tensor.info for tensor in self.tensors.values()]
+        fitting = with_tied_names(checkpoint, infos)
+        require_tensors(fitting, infos, self.name, self.base)
+        return fitting
 
     @boundary
     def check(self, *, limits: Limits | None = None) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import NeftError, UsageError, naming
+from ..errors import MachineError, NeftError, UsageError, naming
 from .output_checks import MAX_NAME, AnyPath, identity, named_output
 from .positioned import write_exactly
 
@@ -38,6 +38,8 @@ _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TOKEN = re.compile(r"(old-)?[0-9a-f]{16}")
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+#: Each try fails only if another process takes the name at that moment, or the folder takes no files (/proc).
+_TRIES = 20
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -137,7 +139,7 @@ class _StagedEntry:
 
 def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> Path:
     """Create and lock a file or folder under a new staging name for ``out``; ``entry`` keeps both."""
-    while True:
+    for _ in range(_TRIES):
         path = entry.path = _staging_name(out)
         try:
             entry.fd = create(path)
@@ -150,6 +152,9 @@ def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> P
         if _lock(entry.fd) is not False and _identity_of(entry.fd) == identity(path):
             return path
         entry.remove()
+    raise MachineError(
+        "nothing can be created in this folder", file=out.parent, hint="name an output elsewhere"
+    )
 
 
 def _staging_name(out: Path, tag: str = "") -> Path:

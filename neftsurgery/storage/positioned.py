@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -16,6 +19,7 @@ __all__ = [
     "OpenFile",
     "changed_file",
     "consecutive_runs",
+    "most_descriptors",
     "read_exactly",
     "read_rows_exactly",
     "sha256_of",
@@ -75,7 +79,10 @@ def write_exactly(fd: int, data: memoryview | bytes | bytearray, offset: int) ->
     if view.nbytes:  # an empty view of several dimensions cannot be cast
         view = view.cast("B")
     while done < view.nbytes:
-        done += os.pwrite(fd, view[done:], offset + done)
+        written = os.pwrite(fd, view[done:], offset + done)
+        if not written:  # no file system should: trying again might never end
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += written
 
 
 def changed_file(path: str | os.PathLike[str]) -> MachineError:
@@ -85,6 +92,12 @@ def changed_file(path: str | os.PathLike[str]) -> MachineError:
         file=path,
         hint="nothing was written; run the command again when nothing else writes to the file",
     )
+
+
+def most_descriptors() -> int:
+    """How many descriptors this process may have."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def sha256_of(file: BinaryIO) -> str:

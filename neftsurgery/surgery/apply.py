@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, Unpack
 
+import numpy as np
+
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.folder_files import folder_files
+from ..checkpoint.folder_files import file_notes, folder_files
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import open_shard
+from ..checkpoint.ties import stored_ties
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions
 from ..patch.overlap import RowSource
@@ -161,9 +165,8 @@ def plan_revert(
     patch = load_patch(patch)
     inputs, warnings, read = list[Path](), list[str](), patch.base_values
     if base is not None:
-        original = Checkpoint.open(base)
+        original = patch.require_fit(Checkpoint.open(base))
         warnings = other_base(original, patch.base, patch.name)
-        patch.require_fit(original)
         inputs.append(original.source.path)
         read = partial(replaced_rows, patch, original)
     else:
@@ -198,10 +201,11 @@ def _plan(
     checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:
-        patch.require_fit(checkpoint)
+        checkpoint = patch.require_fit(checkpoint)
+    rows, notes = _with_copies(checkpoint, rows)
     files = None
     if out is None:
-        for shard in touched_files(checkpoint, patches):
+        for shard in touched_files(checkpoint, rows):
             os.close(open_shard(checkpoint, shard))  # it can be written
     else:
         sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
@@ -218,7 +222,7 @@ def _plan(
         warnings = [*warnings, *_doubts(checkpoint, patch, state, kind.goal, force)]
     watch.bytes_read = checkpoint.bytes_read + sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
-    return kind(checkpoint, rows, states, place, force, files, warnings, watch.timing)
+    return kind(checkpoint, rows, states, place, force, files, [*notes, *warnings], watch.timing)
 
 
 def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, force: bool) -> list[str]:
@@ -236,6 +240,40 @@ def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, 
             "patches that are on it already; [[force=True]] writes all the same",
         )
     return [f"{patch.name} on {checkpoint.name}: {state.remark}"]
+
+
+def _with_copies(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> tuple[list[RowSource], list[str]]:
+    """The rows, written to every copy of a tied tensor too; and what the user should know of ties and files.
+
+    A copy that a patch itself changes is left to it: it unties the two.
+    """
+    homes = [{name: checkpoint.tensors[name].name for name in one.patch.tensors} for one in rows]
+    ties, notes = stored_ties(checkpoint, (home for known in homes for home in known.values()))
+    taken: dict[str, tuple[Patch, str]] = {}
+    found = []
+    for one, known in zip(rows, homes, strict=True):
+        own = set(known.values())
+        copies = {name: [c for c in ties.get(home, ()) if c not in own] for name, home in known.items()}
+        found.append(replace(one, copies=copies))
+        for name, home in known.items():
+            for place in (home, *copies[name]):
+                other, theirs = taken.setdefault(place, (one.patch, name))
+                if theirs != name and not _agree(other, theirs, one.patch, name):
+                    raise MismatchError(
+                        f"{one.patch.name} changes {theirs} in another way, and the two are one tensor here",
+                        file=checkpoint.name,
+                        tensor=name,
+                        hint="save the base with both, and with tie_word_embeddings false in config.json",
+                    )
+    return found, [*notes, *file_notes(checkpoint)]
+
+
+def _agree(one: Patch, name: str, other: Patch, theirs: str) -> bool:
+    """Whether two patches, or one, may change a tensor under two names: alike, or other neurons of it."""
+    if one is not other:
+        return not np.intersect1d(one.index(name), other.index(theirs)).size
+    same = one.tensors[name].patched_hash == one.tensors[theirs].patched_hash
+    return same and np.array_equal(one.index(name), one.index(theirs))
 
 
 def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> None:

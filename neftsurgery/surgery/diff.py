@@ -39,7 +39,10 @@ _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e
 
 @dataclass(frozen=True)
 class DiffPlan:
-    """Which checkpoints are compared and how; headers are read, no weight is. Made by `plan_diff`."""
+    """Which checkpoints are compared and how. Made by `plan_diff`.
+
+    Headers are read; of weights, only what may be tied.
+    """
 
     pair: Pair
     score: str = "cosine"
@@ -50,7 +53,7 @@ class DiffPlan:
     @property
     def warnings(self) -> Sequence[str]:
         """Sentences for the user."""
-        return self.pair.anatomy.warnings
+        return self.pair.warnings
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -67,6 +70,8 @@ class DiffPlan:
             "bytes_to_read": self.pair.nbytes,
             "out": None if self.out is None else str(self.out),
             "warnings": list(self.warnings),
+            "tied": dict(self.pair.joined.copies),
+            "not_compared": self.pair.not_compared,
             **self.pair.describe(),
         }
 
@@ -103,7 +108,7 @@ class DiffPlan:
             "version": SCORES_VERSION,
             "score": self.score,
             "anatomy": self.pair.anatomy.name,
-            "parameters": self.pair.base.parameters,
+            "parameters": self.pair.parameters,
             "base": Provenance.of(self.pair.base).to_json(),
             "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),

@@ -220,7 +220,7 @@ def plan_export(
     if original is None:
         require_replaced(patch, "a LoRA")
     else:
-        patch.require_fit(original)
+        original = patch.require_fit(original)
     modules, warnings = lora_modules(patch, original, prefix)
     warnings += other_base(original, patch.base, patch.name)
     needed = max(module.count for module in modules)

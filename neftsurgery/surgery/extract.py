@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,7 +13,9 @@ import numpy as np
 
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint, Side
-from ..checkpoint.provenance import Provenance, require_same_files, same_files
+from ..checkpoint.folder_files import file_notes, not_compared
+from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
+from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
@@ -32,9 +34,22 @@ from .diff import DiffPlan, check_score
 from .pairing import pair
 from .verb import running, warn
 
-__all__ = ["ExtractPlan", "extract", "is_whole_change", "plan_extract"]
+__all__ = ["ExtractPlan", "Remainder", "extract", "plan_extract"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """What base plus patch may lack of the tuned model."""
+
+    left: Sequence[str]  # tensors that differ from it
+    not_compared: Sequence[str]  # files, and tensors, of which nothing is known
+
+    @property
+    def is_whole(self) -> bool | None:
+        """Whether base plus patch is the tuned model bit for bit; None if nothing says that it is not."""
+        return False if self.left else None if self.not_compared else True
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class ExtractPlan:
     """The neurons are chosen, none is cut out yet. Made by `plan_extract`, which scores first if need be."""
 
     base: Checkpoint
-    tuned: Side
+    joined: Joined  # with the tuned model
     selection: Selection
     origin: Provenance  # of the base, for the manifest
     captured_known: bool  # whether the selection's captured share is about these checkpoints
@@ -52,6 +67,27 @@ class ExtractPlan:
     force: bool = False
     warnings: Sequence[str] = ()
     timing: Timing = field(default_factory=Timing)  # of choosing
+    scored_before: bool = (
+        False  # by another run: fingerprints, which skip most bytes, say that nothing changed
+    )
+
+    @property
+    def tuned(self) -> Side:
+        """The tuned model, under the names of the base."""
+        return self.joined.tuned
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model; a tied tensor counts once."""
+        return self.base.parameters if self.scores is None else self.scores.parameters
+
+    @cached_property
+    def remainder(self) -> Remainder | None:
+        """What base plus patch lacks of the tuned model; None if only a selection is known, and no lack."""
+        if self.scores is not None and self.captured_known:
+            return _remainder(self, self.scores)
+        left = [*self.joined.only_base, *self.joined.only_tuned]
+        return Remainder(left, not_compared(self.base, self.tuned)) if left else None
 
     @cached_property
     def nbytes(self) -> int:
@@ -76,11 +112,13 @@ class ExtractPlan:
             "neurons": self.scores.neurons if self.scores is not None else chosen.neurons,
             "selected": chosen.neurons,
             "selected_parameters": chosen.parameters,
-            "parameters": self.base.parameters,
+            "parameters": self.parameters,
             "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
             "captured": self.facts.captured,
             "captured_scored": self.facts.captured_scored,
-            "whole_change": is_whole_change(self),
+            "whole_change": None if self.remainder is None else self.remainder.is_whole,
+            "left_out": [] if self.remainder is None else list(self.remainder.left),
+            "not_compared": [] if self.remainder is None else list(self.remainder.not_compared),
             "reversible": self.reversible,
             "bytes": self.nbytes,
             "out": None if self.out is None else str(self.out),
@@ -212,9 +250,12 @@ def plan_extract(
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
         comparison = DiffPlan(pair(first, second, scope or Scope()), score, checked.seed)
-        warnings += comparison.warnings
+        joined, warnings = comparison.pair.joined, [*comparison.warnings]
         scores = comparison.run(limits=limits, progress=progress)
         timing = scores.timing
+    else:
+        joined = join(first, second)
+        warnings += [*joined.notes, *file_notes(first), *file_notes(second)]
     watch = Stopwatch()
     with watch.running():
         if given is None and scores is not None:
@@ -234,12 +275,14 @@ def plan_extract(
     if scores is not None and scores.nonfinite:
         warnings.append(f"{scores.nonfinite} neurons hold a NaN or Inf, and are never chosen by score")
     assert selection is not None  # given, or chosen just now
-    selection.require_fit(first, second)
+    selection = _with_ties(selection, joined)
+    first = with_tied_names(first, [chosen.info for chosen in selection])
+    selection.require_fit(first, joined.tuned)
     if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
     plan = ExtractPlan(
         first,
-        second,
+        joined,
         selection,
         origin,
         same_files(selection.facts.tuned, result) is True,
@@ -249,6 +292,7 @@ def plan_extract(
         force,
         warnings,
         timing + watch.timing,
+        given is not None,
     )
     if plan.nbytes > first.nbytes:
         sizes = f"({size(plan.nbytes)} and {size(first.nbytes)})"
@@ -257,22 +301,42 @@ def plan_extract(
     return plan
 
 
-def is_whole_change(plan: ExtractPlan) -> bool | None:
-    """Whether base plus patch is the tuned model bit for bit; None if only a selection is known."""
-    scores, chosen = plan.scores, plan.selection.tensors
-    if scores is None or not plan.captured_known:
-        return None
-    if any(scores.facts.get(key) for key in ("only_in_base", "only_in_tuned", "differing")):
-        return False
-    for name in scores.tensors:
-        changed = scores.sums(name, "changed")
-        if changed is None:
-            return None
-        if changed.any() and (name not in chosen or np.delete(changed, chosen[name].index).any()):
-            return False
-    for name, entry in scores.unscored.items():
-        changed = scores.sums(name, "changed") if name in chosen else None
-        left = entry.changed if changed is None else np.delete(changed, chosen[name].index).sum()
-        if left:
-            return False
-    return True
+def _with_ties(selection: Selection, joined: Joined) -> Selection:
+    """The selection; what it says of a copy of a tied tensor is of the tensor.
+
+    Of two that only the base ties, both are in it if one is: `apply` writes what a patch says of one of two
+    tied tensors to both, unless it says something of both.
+    """
+    tensors = dict(selection.tensors)
+    for copy, name in joined.copies.items():
+        if (chosen := tensors.pop(copy, None)) is not None:
+            index = np.union1d(chosen.index, tensors[name].index) if name in tensors else chosen.index
+            tensors[name] = replace(chosen, info=replace(chosen.info, name=name), index=index)
+    for names in joined.untied.items():
+        for name, other in (names, names[::-1]):
+            if name not in tensors and other in tensors:
+                chosen = tensors[other]
+                tensors[name] = replace(chosen, info=replace(chosen.info, name=name))
+    return Selection(dict(sorted(tensors.items())), selection.facts)
+
+
+def _remainder(plan: ExtractPlan, scores: Scores) -> Remainder:
+    """Compare what changed with what was chosen, tensor by tensor."""
+    chosen, joined = plan.selection.tensors, plan.joined
+    left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(plan.base, plan.tuned)
+    unknown += ["changes since the scores were made"] if plan.scored_before else []
+    for name, info in plan.base.tensors.items():
+        if name in left or name in joined.copies or info.name != name:
+            continue
+        entry = scores.unscored.get(name)
+        changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
+        if not same_tensor(info, plan.tuned.tensors.get(name)):
+            left.add(name)
+        elif changed is not None:
+            kept = np.delete(changed, chosen[name].index) if name in chosen else changed
+            left |= {name} if kept.any() else set()
+        elif entry is None:
+            unknown.append(name)
+        elif entry.changed:
+            left.add(name)
+    return Remainder(sorted(left), unknown)

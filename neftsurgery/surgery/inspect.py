@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.folder_files import folder_files
+from ..checkpoint.folder_files import file_notes, folder_files, not_compared
+from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import MismatchError, UsageError, boundary, keyword, spelled
 from ..options import Scope, ScopeOptions, split
@@ -22,7 +23,7 @@ from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
-from ..text import commas, lines, natural_key, percent, plural, printable, size
+from ..text import commas, lines, natural_key, percent, plural, printable, size, some
 from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
@@ -118,15 +119,17 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
+    ties, notes = stored_ties(checkpoint)
+    copied = sum(checkpoint.tensors[name].elements for name, same in ties.items() if name != same[0])
     aside = {} if checkpoint.is_file else {"left_behind_by_apply": _paths(folder_files(checkpoint).left)}
     return {
         "kind": "checkpoint",
         "name": checkpoint.name,
         "repo": checkpoint.source.repo,
         "revision": checkpoint.source.revision,
-        "files": [shard.path.name for shard in checkpoint.shards],
+        "files": [shard.name for shard in checkpoint.shards],
         "bytes": checkpoint.nbytes,
-        "parameters": checkpoint.parameters,
+        "parameters": checkpoint.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
         "model_type": (checkpoint.config or {}).get("model_type"),
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
@@ -134,7 +137,9 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "anatomy": anatomy.name,
         "neurons": neurons,
         "units": anatomy.unit_count,
-        "warnings": list(anatomy.warnings),
+        "tied": {names[0]: names[1:] for names in ties.values()},
+        "not_read": not_compared(checkpoint),
+        "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
         "tensors": _in_order(tensors),
     }
 
@@ -240,6 +245,11 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
     units = f" in {commas(facts['units'])} units" if facts.get("units") else ""
     rows.append(["neurons", commas(facts["neurons"]) + units])
     rows += [[key, str(facts[key])] for key in ("anatomy", "score") if key in facts]
+    if facts.get("tied"):
+        tied = [f"{name} is {', '.join(copies)}" for name, copies in facts["tied"].items()]
+        rows.append(["tied", some(tied)])
+    if facts.get("not_read"):
+        rows.append(["not read", some(facts["not_read"])])
     if "reversible" in facts:
         rows.append(["reversible", "yes" if facts["reversible"] else "no: revert needs [[base]]"])
     return rows + _origin(facts)

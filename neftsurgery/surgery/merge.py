@@ -198,7 +198,7 @@ def plan_merge(
         original = Checkpoint.open(base)
         inputs.append(original.source.path)
         for patch in patches:
-            patch.require_fit(original)
+            original = patch.require_fit(original)
     if out is not None:
         refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()

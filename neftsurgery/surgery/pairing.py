@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights
 from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.provenance import same_tensor
+from ..checkpoint.ties import Joined, join
 from ..errors import MismatchError
 from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
 from ..neurons.layout import Layout
+from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Job
 from ..tensors.header import TensorInfo
@@ -27,11 +30,30 @@ class Pair:
     """A base and a tuned checkpoint, planned: no weight is read yet."""
 
     base: Checkpoint
-    tuned: Side
-    anatomy: Anatomy  # of the tensors in common
-    only_base: tuple[str, ...]
-    only_tuned: tuple[str, ...]
+    joined: Joined  # with the tuned model
+    anatomy: Anatomy  # of the tensors in common, each once
     differing: Mapping[str, tuple[str, str]]  # of another shape or dtype: both descriptions
+
+    @property
+    def tuned(self) -> Side:
+        """The tuned model, under the names of the base."""
+        return self.joined.tuned
+
+    @cached_property
+    def not_compared(self) -> list[str]:
+        """What may belong to the two and was not compared: files, and tensors that no file has."""
+        return not_compared(self.base, self.tuned)
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Sentences for the user."""
+        notes = [*self.joined.notes, *file_notes(self.base), *file_notes(self.tuned)]
+        return [*self.anatomy.warnings, *dict.fromkeys(notes)]
+
+    @property
+    def parameters(self) -> int:
+        """Of the base; a tied tensor counts once."""
+        return self.base.parameters - sum(self.base.tensors[name].elements for name in self.joined.copies)
 
     @cached_property
     def companion_biases(self) -> dict[str, tuple[int, ...]]:
@@ -89,27 +111,28 @@ class Pair:
     def describe(self) -> dict[str, object]:
         """For JSON: what does not match."""
         return {
-            "only_in_base": list(self.only_base),
-            "only_in_tuned": list(self.only_tuned),
+            "only_in_base": list(self.joined.only_base),
+            "only_in_tuned": list(self.joined.only_tuned),
             "differing": {name: {"base": a, "tuned": b} for name, (a, b) in self.differing.items()},
         }
 
 
 def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     """Plan the comparison of two checkpoints; if nothing of them can be scored, a `MismatchError`."""
-    common = {name: info for name, info in base.tensors.items() if same_tensor(info, tuned.tensors.get(name))}
+    joined = join(base, tuned)
+    tuned = joined.tuned
+    common = {
+        name: info
+        for name, info in base.tensors.items()
+        if name not in joined.copies and same_tensor(info, tuned.tensors.get(name))
+    }
     if not common:
         raise _nothing_common(base, tuned)
-    anatomy = scoped_anatomy(scope, common, base.config)
-    both = sorted((base.tensors.keys() & tuned.tensors.keys()) - common.keys(), key=natural_key)
-    result = Pair(
-        base,
-        tuned,
-        anatomy,
-        tuple(sorted(base.tensors.keys() - tuned.tensors.keys(), key=natural_key)),
-        tuple(sorted(tuned.tensors.keys() - base.tensors.keys(), key=natural_key)),
-        {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both},
-    )
+    anatomy = scoped_anatomy(_under_one_name(scope, common, joined.copies), common, base.config)
+    shared = base.tensors.keys() & tuned.tensors.keys()
+    both = sorted(shared - common.keys() - joined.copies.keys(), key=natural_key)
+    differing = {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both}
+    result = Pair(base, joined, anatomy, differing)
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
         raise _nothing_scored(base, anatomy)
     return result
@@ -121,6 +144,20 @@ def scoped_anatomy(
     """The neurons of a checkpoint's tensors that are looked at."""
     patterns = {"include": scope.include, "exclude": scope.exclude, "only": scope.only}
     return read_anatomy(scope.anatomy, tensors, config, axis=scope.axis, **patterns)
+
+
+def _under_one_name(scope: Scope, names: Collection[str], copies: Mapping[str, str]) -> Scope:
+    """The scope, in which patterns that match a copy of a tied tensor name the tensor that is compared."""
+
+    def renamed(globs: Sequence[str]) -> tuple[str, ...]:
+        globs = (globs,) if isinstance(globs, str) else globs  # as elsewhere, one pattern stands for itself
+        kept = [glob for glob in globs if matching([glob], names) or not matching([glob], copies)]
+        return (*kept, *sorted({copies[name] for name in matching(globs, copies)}))
+
+    if not copies:
+        return scope
+    include, exclude, only = map(renamed, (scope.include, scope.exclude, scope.only))
+    return replace(scope, include=include, exclude=exclude, only=only)
 
 
 def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, Any]:

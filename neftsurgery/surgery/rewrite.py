@@ -21,20 +21,20 @@ from ..errors import NeftError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
 from ..patch.digests import digests
 from ..patch.overlap import RowSource
-from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
 from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
+from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
 from .verify import PatchState, summary
 
 __all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "touched_files"]
 
 
-_TensorRows = tuple[RowSource, str]  # and a tensor's name
+_TensorRows = tuple[RowSource, str, TensorInfo]  # a tensor of the patch, and one of the file
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class RewritePlan:
     out: Path | None  # None: in place
     force: bool
     files: FolderFiles | None  # the other files of the folder; None for a single file or in place
-    warnings: Sequence[str]
+    warnings: Sequence[str]  # sentences for the user
     timing: Timing  # of checking
 
     @cached_property
@@ -174,9 +174,9 @@ class RevertPlan(RewritePlan):
     goal = "base"
 
 
-def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shard]:
-    """The weight files that hold a tensor of ``patches``."""
-    paths = {checkpoint.shard_of(name).path for patch in patches for name in patch.tensors}
+def touched_files(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[Shard]:
+    """The weight files that hold a tensor that is written."""
+    paths = {checkpoint.shard_of(info.name).path for one in rows for _, info in one.targets(checkpoint)}
     return [shard for shard in checkpoint.shards if shard.path in paths]
 
 
@@ -203,7 +203,8 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
                 advance(done)
 
             def write(shard: Shard) -> None:
-                path = folder / shard.path.name
+                path = folder / shard.name
+                path.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 try:
                     with naming(path):
@@ -243,8 +244,8 @@ def _touched(plan: RewritePlan) -> dict[Path, list[_TensorRows]]:
     """What is written, by weight file, in the order of the patches."""
     found: dict[Path, list[_TensorRows]] = {}
     for rows in plan.rows:
-        for name in rows.patch.tensors:
-            found.setdefault(plan.checkpoint.shard_of(name).path, []).append((rows, name))
+        for name, info in rows.targets(plan.checkpoint):
+            found.setdefault(plan.checkpoint.shard_of(info.name).path, []).append((rows, name, info))
     return found
 
 
@@ -255,10 +256,10 @@ def _write_rows(
     block: int | None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    for rows, name in tensors:
+    for rows, name, info in tensors:
         tensor, index = rows.patch.tensors[name], rows.patch.index(name)
-        offset = shard.header.offsets[name]
-        place = (fd, offset, tensor.info, tensor.layout)
+        offset = shard.header.offsets[info.name]
+        place = (fd, offset, info, tensor.layout)
         for start, stop in tensor.blocks(block):
             vectors = rows.read(name, start, stop)
             scatter(*place, index[start:stop], vectors, str(shard.path), block=block)
@@ -269,9 +270,11 @@ def _write_rows(
 def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> None:
     checkpoint, block = plan.checkpoint, limits.block
     changes = [
-        Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name, block), block)
+        Change(
+            info, rows.patch.tensors[name].layout, rows.patch.index(name), _digests(rows, name, block), block
+        )
         for rows in plan.rows
-        for name, tensor in rows.patch.tensors.items()
+        for name, info in rows.targets(checkpoint)
     ]
     layouts = [change.layout for change in changes]
     touched = _touched(plan)

@@ -61,6 +61,7 @@ class Summary:
     kinds: tuple[Movement, ...]
     top: tuple[Neuron, ...]  # the most sensitive first
     captured: dict[str, float]  # per budget, the share of the change of all common tensors
+    unscored_changed: tuple[str, ...] = ()  # tensors with a differing bit that are not scored, by name
 
     @property
     def identical(self) -> bool:
@@ -84,6 +85,7 @@ class Summary:
             "kinds": [movement.describe() for movement in self.kinds],
             "most_sensitive": [asdict(neuron) for neuron in self.top],
             "captured_by_budget": self.captured,
+            "unscored_changed": list(self.unscored_changed),
         }
 
 
@@ -127,6 +129,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         _moved(kinds, delta),
         tuple(_top(scores, top)),
         dict(_captures(scores)),
+        tuple(sorted(name for name, entry in scores.unscored.items() if entry.changed)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,8 @@ from typing import Final, Literal, Unpack
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.folder_files import file_notes
+from ..checkpoint.ties import stored_ties
 from ..errors import boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions
@@ -23,7 +26,7 @@ from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DType
 from ..text import plural
 from .same_base import same_bases
-from .verb import load_patch, run_keywords
+from .verb import load_patch, run_keywords, warn
 
 __all__ = [
     "JOURNAL_HINT",
@@ -36,6 +39,8 @@ __all__ = [
     "summary",
     "verify",
 ]
+
+log = logging.getLogger(__name__)
 
 #: A possible reason for vectors that are neither old nor new.
 JOURNAL_HINT = (
@@ -273,6 +278,7 @@ class VerifyPlan:
 
     checkpoint: Checkpoint
     patch: Patch
+    warnings: Sequence[str] = ()  # sentences for the user
 
     def describe(self) -> dict[str, object]:
         """For JSON."""
@@ -323,11 +329,14 @@ def verify(
     CorruptFileError
         If the patch does not match its own hashes, or a file is damaged.
     """
-    return plan_verify(checkpoint, patch).run(**run_keywords("verify", options))
+    plan = plan_verify(checkpoint, patch)
+    warn(log, plan.warnings)
+    return plan.run(**run_keywords("verify", options))
 
 
 def plan_verify(checkpoint: AnyPath, patch: Patch | AnyPath) -> VerifyPlan:
     """Read the headers of both and check that they fit each other."""
-    opened, loaded = Checkpoint.open(checkpoint), load_patch(patch)
-    loaded.require_fit(opened)
-    return VerifyPlan(opened, loaded)
+    loaded = load_patch(patch)
+    fitting = loaded.require_fit(Checkpoint.open(checkpoint))
+    _, notes = stored_ties(fitting, (fitting.tensors[name].name for name in loaded.tensors))
+    return VerifyPlan(fitting, loaded, (*notes, *file_notes(fitting)))

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..errors import CorruptFileError, MachineError, MismatchError, UsageError, naming
 from ..sources.resolve import is_hub_id
+from ..tensors.document import MAX_OBJECT_BYTES
+from ..tensors.json_text import loads
 
 __all__ = ["PromptTemplate", "RawExample", "first_line", "read_raw_examples"]
 
@@ -72,14 +74,22 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             "there is no such file of examples", file=path, hint="name a .jsonl file, or a Hub dataset"
         )
     with naming(path), path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_OBJECT_BYTES + 1), b""), 1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                what = f"line {number}: not valid JSON: {error}"
-                raise CorruptFileError(what, file=path, hint=_ONE_PER_LINE) from error
+                if len(line) > MAX_OBJECT_BYTES:
+                    raise ValueError(f"larger than {MAX_OBJECT_BYTES:,} bytes")
+                content = loads(line)
+                if b"\\u" in line:
+                    json.dumps(content, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # tokenizers take no such text
+                raise CorruptFileError(
+                    f"line {number}: a text holds half of a surrogate pair", file=path
+                ) from error
+            except ValueError as error:
+                raise CorruptFileError(f"line {number}: {error}", file=path, hint=_ONE_PER_LINE) from error
+            yield number, content
 
 
 def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:

@@ -67,11 +67,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for (key, _), value in zip(node.value, keys, strict=True):
-            if keys.count(value) > 1:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (value := str(key.value)) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{value!r} is given twice", key.start_mark
                 )
+            seen.add(value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping

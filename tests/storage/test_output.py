@@ -108,6 +108,27 @@ def test_an_existing_output_is_refused_unless_forced(tmp_path: Path, what: str) 
             refuse_output(out, inputs=[], force=False, kind="directory")
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="a file system of Linux")
+@pytest.mark.parametrize("folder", ["/proc", "/proc/self/fd", "/proc/self/task", "/proc/1/task"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_takes_no_files_ends_at_once(kind: str, folder: str) -> None:
+    """The kernel says that the folder is there, and that a new name in it is not."""
+    with pytest.raises(OSError, match=r"nothing can be created|not permitted|denied") as caught:
+        stage(kind, Path(folder, "neft")).__enter__()
+    assert folder in str(getattr(caught.value, "file", None) or caught.value.filename)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_are_taken_each_time_end_at_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder whose files have other inode numbers when they are asked for again, as some have."""
+    monkeypatch.setattr(output, "identity", lambda path: (0, 0))
+    with pytest.raises(MachineError, match="nothing can be created in this folder"):
+        stage(kind, tmp_path / "out").__enter__()
+    assert entries(tmp_path) == []
+
+
 def test_a_new_name_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "base"
     source.mkdir()

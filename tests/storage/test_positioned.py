@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def test_consecutive_runs(dtype: type[np.integer]) -> None:
     index = np.array([0, 1, 2, 5, 7, 8, 11], dtype)
     assert list(consecutive_runs(index)) == [(0, 3, 0), (3, 4, 5), (4, 6, 7), (6, 7, 11)]
     assert list(consecutive_runs(index[:0])) == []
+
+
+def test_a_write_that_never_moves_a_byte_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: 0)
+    with open(tmp_path / "x", "wb") as file, pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_exactly(file.fileno(), b"abc", 0)
 
 
 def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

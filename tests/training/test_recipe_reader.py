@@ -77,6 +77,7 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
         (LEAST.replace("data: {train: d.jsonl}\n", ""), [], "does not say data.train"),
         (LEAST + "out: again\n", [], "'out' is given twice"),
         (LEAST + "train: 5\n", [], "a section with keys of its own"),
+        ("{" + ", ".join(f"k{n}: 1" for n in range(9_000)) + ", k7: 2}", [], "'k7' is given twice"),
         ("- a\n- b\n", [], "a mapping"),
         ("a: [\n", [], "not valid YAML in line"),
         (LEAST + "train: !!timestamp x\n", [], "a value does not match its tag"),

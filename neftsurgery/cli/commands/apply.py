@@ -73,6 +73,7 @@ def run_rewrite(console: Console, plan: RewritePlan, dry_run: bool) -> None:
     """Run an apply or revert, or say what it would do."""
     console.warn(plan.warnings)
     facts = plan.describe()
+    console.warn(plan.warnings)
     if dry_run:
         _say_planned(console, plan)
         console.answer({**facts, "written": False}, plan.timing, dry_run=True)

@@ -15,7 +15,7 @@ from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
 from ...surgery.pairing import Pair
 from ...surgery.summary import Movement, Summary, summarize
-from ...text import commas, percent, plural, size
+from ...text import commas, percent, plural, size, some
 from ..console import Console, can_print
 from ..options import options_of, output_option, take, writing_options
 
@@ -91,20 +91,18 @@ def _say_pair(console: Console, plan: Pair) -> None:
     reasons = Counter(entry.reason.partition(":")[0] for entry in plan.anatomy.listed)
     if reasons:
         console.say("not scored: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))
-    for what, names in (("only in base", plan.only_base), ("only in tuned", plan.only_tuned)):
+    joined = plan.joined
+    for what, names in (("only in base", joined.only_base), ("only in tuned", joined.only_tuned)):
         if names:
-            console.say(f"{what}: {_some(names)}")
+            console.say(f"{what}: {some(names)}")
+    if joined.copies:
+        console.say(f"tied: {some([f'{copy} is {name}' for copy, name in joined.copies.items()])}")
     if plan.differing:
         shown = [f"{name} ({a} and {b})" for name, (a, b) in plan.differing.items()]
-        console.say(f"of another shape or dtype: {_some(shown)}")
-    console.warn(plan.anatomy.warnings)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(name[:120] for name in names[:_SHOWN]) + (
-        f" and {commas(more)} more" if more > 0 else ""
-    )
+        console.say(f"of another shape or dtype: {some(shown)}")
+    if plan.not_compared:
+        console.say(f"not compared: {some(plan.not_compared)}")
+    console.warn(plan.warnings)
 
 
 def _say_summary(console: Console, summary: Summary, score: str) -> None:
@@ -112,8 +110,13 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
     console.say()
     if summary.nonfinite:
         console.say(f"{plural(summary.nonfinite, 'neuron')} hold a NaN or Inf, and are never chosen by score")
+    if summary.identical and not summary.unscored_changed:
+        console.say("The two are identical in every scored neuron, and in all else that was compared.")
+        return
+    if summary.unscored_changed:
+        console.say(f"not scored, and different: {some(summary.unscored_changed)}")
     if summary.identical:
-        console.say("The two are identical in every scored neuron.")
+        console.say("In the scored neurons nothing differs.")
         return
     same = summary.neurons - summary.changed_neurons
     console.say(*_relation(summary))

@@ -11,8 +11,8 @@ from ...options import BudgetOptions, Scope, ScopeOptions, ScoreOptions, SeedOpt
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...selection.selection_facts import SelectionFacts
-from ...surgery.extract import ExtractPlan, is_whole_change, plan_extract
-from ...text import commas, percent, plural, size
+from ...surgery.extract import ExtractPlan, Remainder, plan_extract
+from ...text import commas, percent, plural, size, some
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
 
@@ -84,18 +84,18 @@ def command(
 
 
 def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> None:
-    chosen, total = plan.selection, plan.base.parameters
+    chosen, total = plan.selection, plan.parameters
     console.say(
         f"{'would cut' if dry_run else 'cut'} {plural(chosen.neurons, 'neuron')} "
         f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
-    _say_captured(console, plan.facts, whole=is_whole_change(plan))
+    _say_captured(console, plan.facts, plan.remainder)
     share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
     console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
 
 
-def _say_captured(console: Console, facts: SelectionFacts, *, whole: bool | None) -> None:
+def _say_captured(console: Console, facts: SelectionFacts, rest: Remainder | None) -> None:
     """Say what share of the change a selection holds, and whether base plus patch is the tuned model."""
     captured, scored = facts.captured, facts.captured_scored
     if captured is not None:
@@ -103,12 +103,18 @@ def _say_captured(console: Console, facts: SelectionFacts, *, whole: bool | None
             f"it captures {percent(captured)} of the whole change"
             + (f" ({percent(scored)} of that of the scored tensors)" if scored is not None else "")
         )
-    if whole:
-        console.say("base plus patch is the tuned model, bit for bit")
-    elif whole is None:
+    if rest is None:
         console.say("base plus patch is the tuned model only if nothing else was changed")
-    else:
+        return
+    if rest.left:
         console.say("base plus patch is NOT the tuned model: it has only these neurons of it")
+        console.say(f"still different: {some(rest.left)}")
+    elif rest.not_compared:
+        console.say("base plus patch is the tuned model, bit for bit, in all that was compared")
+    else:
+        console.say("base plus patch is the tuned model, bit for bit")
+    if rest.not_compared:
+        console.say(f"not compared: {some(rest.not_compared)}")
 
 
 def _refuse_scoring_options(given: str) -> None:

@@ -31,7 +31,9 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     Example:
       neftsurgery verify patched/ neuron_patch.safetensors --expect patched
     """
-    found = plan_verify(checkpoint, patch).run(**console.running)
+    plan = plan_verify(checkpoint, patch)
+    console.warn(plan.warnings)
+    found = plan.run(**console.running)
     good = found.holds(expect)
     console.say(str(found).partition("\n")[0])
     if found.state in ("mixed", "neither"):
@@ -53,6 +55,7 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
             "same_base": found.same_base,
             "remark": found.remark,
             "neurons": found.neurons,
+            "warnings": list(plan.warnings),
             "tensors": {name: {"state": t.state, **asdict(t)} for name, t in found.tensors.items()},
         },
         found.timing,
