@@ -19,7 +19,6 @@ ELSEWHERE = {
     "cli/demo/session.py": "cli/test_demo.py",
     "cli/demo/training_demo.py": "cli/test_demo.py",
     "cli/main.py": "cli/test_help.py",
-    "errors.py": "selection/test_budget.py",
     "neuron_utilization/result.py": "neuron_utilization/test_utilization_result.py",
     "patch/digests.py": "patch/test_patch.py",
     "patch/lora.py": "surgery/test_export.py",

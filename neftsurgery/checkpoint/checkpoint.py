@@ -23,7 +23,7 @@ from ..tensors.document import read_object
 from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
-from ..text import plural, size
+from ..text import lines, plural, printable, size
 from .name_prefixes import Prefixes
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files
@@ -205,12 +205,13 @@ class Checkpoint:
         )
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.name}: {plural(len(self.stored), 'tensor')}, {size(self.nbytes)}>"
+        tensors = plural(len(self.stored), "tensor")
+        return printable(f"<Checkpoint {self.name}: {tensors}, {size(self.nbytes)}>")
 
     def __str__(self) -> str:
         dtypes = Counter(info.dtype for info in self.stored)
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common(3))
-        return "\n".join(
+        return lines(
             [
                 f"checkpoint {self.name}: {plural(len(self.shards), 'file')}, {size(self.nbytes)}",
                 f"  {plural(len(self.stored), 'tensor')} ({kinds}), {plural(self.parameters, 'parameter')}",

@@ -18,14 +18,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary, naming
 from ..neurons.layout import Layout
 from ..neurons.vectors import distinct_counts, gather, scatter
 from ..sources.resolve import Source, is_hub_id, resolve
 from ..storage.output import fsync
 from ..storage.positioned import consecutive_runs
 from ..tensors.header import TensorInfo
-from ..text import plural
+from ..text import plural, printable
 from .checkpoint import Checkpoint, Shard
 from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
 from .journal_record import is_recorded
@@ -61,8 +61,10 @@ class HealResult:
 
     def __str__(self) -> str:
         if not self.journals:
-            return f"{self.checkpoint}: there is nothing to heal: no change in place was interrupted"
-        return f"{self.checkpoint}: healed: {plural(self.neurons, 'neuron')} written back"
+            done = "there is nothing to heal: no change in place was interrupted"
+        else:
+            done = f"healed: {plural(self.neurons, 'neuron')} written back"
+        return printable(f"{self.checkpoint}: {done}")
 
 
 @dataclass(frozen=True)
@@ -241,9 +243,11 @@ class Restoration:
                 fd, offset = descriptors[shard.path], shard.header.offsets[change.info.name]
                 for start, stop in change.blocks():
                     old, index = journal.old(number, start, stop), change.index[start:stop]
-                    scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
-            for fd in descriptors.values():
-                fsync(fd)
+                    with naming(shard.path):
+                        scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
+            for path, fd in descriptors.items():
+                with naming(path):
+                    fsync(fd)
             # Under the lock: without it, the journal at this path may be that of another change.
             remove_journal(journal.path, journal.sha256)
 

@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, UsageError
+from ..errors import CorruptFileError, MachineError, UsageError, naming
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index, gather
@@ -81,11 +81,12 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
     try:
         for shard in shards:
             fd = descriptors[shard.path] = open_shard(checkpoint, shard)
-            status = os.fstat(fd)
-            if not os.path.samestat(status, shard.status):
-                raise changed_file(shard.path)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with naming(shard.path):
+                    status = os.fstat(fd)
+                    if not os.path.samestat(status, shard.status):
+                        raise changed_file(shard.path)
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise _busy(shard.path) from error
         yield descriptors
@@ -209,7 +210,7 @@ class Journal:
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex."""
-        with self._file.stream() as stream:
+        with naming(self.path), self._file.stream() as stream:
             return sha256_of(stream)
 
     def old(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
@@ -289,7 +290,7 @@ def describe_file(
 ) -> dict[str, Any]:
     """What identifies a weight file, whatever the state of the change."""
     header = bytearray(shard.header.size)
-    with open(shard.path, "rb") as file:
+    with naming(shard.path), open(shard.path, "rb") as file:
         file.readinto(header)
     sample = xxhash.xxh3_128()
     for name in sorted(shard.header.tensors):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..neurons.ties import is_head, stated_tie, tie_groups
 from ..tensors.header import TensorInfo
-from ..text import label
+from ..text import label, natural_key
 from .checkpoint import Checkpoint, Side
 from .provenance import same_tensor
 
@@ -65,7 +65,8 @@ def join(base: Checkpoint, tuned: Side) -> Joined:
         )
     only_base = base.tensors.keys() - tuned.tensors.keys() - aliases.keys() - copies.keys()
     only_tuned = tuned.tensors.keys() - base.tensors.keys() - settled
-    return Joined(seen, copies, untied, tuple(sorted(only_base)), tuple(sorted(only_tuned)), tuple(notes))
+    base_alone, tuned_alone = (tuple(sorted(names, key=natural_key)) for names in (only_base, only_tuned))
+    return Joined(seen, copies, untied, base_alone, tuned_alone, tuple(notes))
 
 
 def with_tied_names(checkpoint: Checkpoint, wanted: Iterable[TensorInfo]) -> Checkpoint:

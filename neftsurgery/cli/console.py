@@ -15,7 +15,7 @@ import click
 
 from ..errors import spelled
 from ..progress import Timing
-from ..text import printable
+from ..text import lines, printable
 
 if TYPE_CHECKING:
     from ..storage.threads import Limits
@@ -31,7 +31,9 @@ def flag(name: str, value: str | None) -> str:
     spelled = f"--{name.replace('_', '-')}"
     if value is None or value == "True":
         return spelled
-    return f"{spelled} {name.upper() if value == '...' else shlex.quote(value)}"
+    if value == "...":
+        return f"{spelled} {'GLOB=N' if name == 'axis' else name.upper()}"
+    return f"{spelled} {shlex.quote(value)}"
 
 
 class Console:
@@ -47,10 +49,10 @@ class Console:
         """The keywords of the ``run`` of a plan."""
         return {"limits": self.limits, "progress": self.progress}
 
-    def say(self, text: str = "") -> None:
-        """Print a line of the result, for people."""
+    def say(self, *texts: str) -> None:
+        """Print lines of the result, for people; without any, an empty one."""
         if not (self.as_json or self.quiet):
-            click.echo(printable(text))
+            click.echo(lines(texts))
 
     def say_table(
         self,
@@ -72,7 +74,7 @@ class Console:
         return not (self.as_json or self.quiet) and sys.stdout.isatty()
 
     def note(self, text: str) -> None:
-        """Print a remark beside the result, on stderr."""
+        """Print a remark beside the result, on stderr, as one line."""
         if not self.quiet:
             click.echo(printable(spelled(text, flag)), err=True)
 
@@ -138,6 +140,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterat
     """Lines of aligned columns; those in ``right`` are flush right."""
     if not rows:
         return
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [

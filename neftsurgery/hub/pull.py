@@ -15,7 +15,7 @@ from ..sources.resolve import Source
 from ..storage.output_checks import refuse_output
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import check_sha256, load_patch
-from ..text import size
+from ..text import printable, size
 
 __all__ = ["PullPlan", "plan_pull", "pull"]
 
@@ -35,7 +35,7 @@ class PullPlan:
         if self.file is not None:
             found = f"{size(self.file.nbytes or 0)}, commit {self.file.commit}"
         then = "keep it in the cache" if self.out is None else f"write {os.fspath(self.out)}"
-        return f"fetch {self.hub_id} ({found}) and {then}"
+        return printable(f"fetch {self.hub_id} ({found}) and {then}")
 
     def describe(self) -> dict[str, object]:
         """For JSON. What only `run` can tell is None."""

@@ -15,7 +15,7 @@ from ..sources.hub_client import page
 from ..sources.hub_id import is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
-from ..text import plural
+from ..text import lines, plural
 from .base_model import BaseModel, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
@@ -59,15 +59,15 @@ class PushResult:
     created_branch: bool = False
 
     def __str__(self) -> str:
-        lines = [f"created {self.repo}"] if self.created else []
-        lines += [f"created branch {self.branch}"] if self.created_branch else []
+        said = [f"created {self.repo}"] if self.created else []
+        said += [f"created branch {self.branch}"] if self.created_branch else []
         if self.changed:
-            lines.append(f"pushed {_what(self.neurons, self.tensors)} to {self.url}")
+            said.append(f"pushed {_what(self.neurons, self.tensors)} to {self.url}")
         else:
-            nothing = "no commit was needed" if lines else "nothing to push"
-            lines.append(f"{nothing}: {self.repo} has this patch and this card already")
-        lines.append(f"branch {self.branch}, commit {self.commit}")
-        return "\n".join([*lines, f"SHA-256 of {PATCH_NAME}: {self.sha256}"])
+            nothing = "no commit was needed" if said else "nothing to push"
+            said.append(f"{nothing}: {self.repo} has this patch and this card already")
+        said.append(f"branch {self.branch}, commit {self.commit}")
+        return lines([*said, f"SHA-256 of {PATCH_NAME}: {self.sha256}"])
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,14 @@ class PushPlan:
         what = _what(self.patch.neurons, len(self.patch.tensors))
         new = "branch" if self.repository.exists else "repository"
         new = f", a new {new}" if self.repository.needs_branch or not self.repository.exists else ""
-        return (
-            f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
-            f"base: {self.base.hub_id or 'unknown'}\n"
-            f"files: {', '.join(self.files)}\n"
-            f"SHA-256 of {PATCH_NAME}: {self.sha256}\n"
-            f"commit message: {self.message}"
+        return lines(
+            [
+                f"push {what} to {self.repository.repo} ({self.repository.branch}{new})",
+                f"base: {self.base.hub_id or 'unknown'}",
+                f"files: {', '.join(self.files)}",
+                f"SHA-256 of {PATCH_NAME}: {self.sha256}",
+                f"commit message: {self.message}",
+            ]
         )
 
     def describe(self) -> dict[str, object]:

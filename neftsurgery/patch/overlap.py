@@ -14,6 +14,7 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import find
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
+from ..text import natural_key
 from .patch import Patch, PatchTensor
 
 __all__ = ["Meeting", "Overlap", "RowSource", "lay_over", "meetings", "overlap", "overlay"]
@@ -89,7 +90,7 @@ class Overlap:
 
 def overlap(one: Patch, other: Patch) -> Overlap:
     """Compare two patches; reads their indices and digests."""
-    both = tuple(sorted(one.tensors.keys() & other.tensors.keys()))
+    both = tuple(sorted(one.tensors.keys() & other.tensors.keys(), key=natural_key))
     sides = [(name, one.tensors[name], other.tensors[name]) for name in both]
     unfit = tuple(n for n, a, b in sides if not same_tensor(a.info, b.info))
     crossing = tuple(n for n, a, b in sides if n not in unfit and a.layout.axes != b.layout.axes)

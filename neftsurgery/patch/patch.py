@@ -27,7 +27,7 @@ from ..tensors.document import Facts, bad, read_document, require_entry
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
-from ..text import plural, size
+from ..text import lines, plural, printable, size
 from ..version import __version__
 from .digests import DigestHash, digests
 
@@ -120,11 +120,11 @@ class Patch(FileBacked):
 
     def __repr__(self) -> str:
         what = f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
-        return f"<Patch {self._label}: {what}>"
+        return printable(f"<Patch {self._label}: {what}>")
 
     def __str__(self) -> str:
         undo = "reversible" if self.reversible else "not reversible: revert needs the base"
-        return "\n".join(
+        return lines(
             [
                 f"patch {self._label}, {size(self.nbytes)}",
                 f"  {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}, "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from ..text import tilde_hint
 from .hub_client import fetch_file, fetch_model
 from .hub_id import HubId
 
@@ -65,7 +66,8 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     raise UsageError(
         "there is no such file or folder" + (", and it is not a Hub id" if text.count("/") == 1 else ""),
         file=text,
-        hint="name a .safetensors file, a folder of shards with their index, or org/name on the Hub",
+        hint=tilde_hint(text)
+        or "name a .safetensors file, a folder of shards with their index, or org/name on the Hub",
     )
 
 

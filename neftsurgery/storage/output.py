@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import MachineError, UsageError
+from ..errors import MachineError, NeftError, UsageError, naming
 from .output_checks import MAX_NAME, AnyPath, identity, named_output
 from .positioned import write_exactly
 
@@ -103,9 +104,19 @@ def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Ite
         else:
             _place(path, final)
         fsync_folder(final.parent)
+    except OSError as error:
+        if not isinstance(error, NeftError):
+            error.filename = _named(error.filename, entry.path, final)
+        raise
     finally:
         # After a failure this removes the partial output; after an exchange, the old content of OUT.
         entry.remove()
+
+
+def _named(file: Any, staged: Path | None, out: Path) -> str:
+    """The file of an error, with the name of the output for that of the staging file or folder."""
+    path = Path(os.fsdecode(file)) if isinstance(file, str | bytes | os.PathLike) else out
+    return str(out / path.relative_to(staged) if staged and path.is_relative_to(staged) else path)
 
 
 class _StagedEntry:
@@ -346,7 +357,8 @@ def fsync_folder(folder: Path) -> None:
     """Make a folder's names durable, where the file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:  # some file systems cannot sync a folder
             raise
@@ -366,7 +378,8 @@ def _fsync_tree(top: Path) -> None:
             if stat.S_ISREG(os.lstat(file).st_mode):
                 fd = os.open(file, _OPEN)
                 try:
-                    fsync(fd)
+                    with naming(file):
+                        fsync(fd)
                 finally:
                     os.close(fd)
         fsync_folder(Path(folder))

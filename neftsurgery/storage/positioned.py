@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError
+from ..errors import CorruptFileError, MachineError, naming
 
 __all__ = [
     "OpenFile",
@@ -31,7 +31,8 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLi
     """Fill ``buffer`` from byte ``offset`` of ``fd``; a file that is too short is a `CorruptFileError`."""
     done = 0
     while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
+        with naming(path):
+            got = os.preadv(fd, [buffer[done:]], offset + done)
         if got == 0:
             raise CorruptFileError(
                 "the file ends too soon: it was truncated while it was read",
@@ -52,12 +53,13 @@ def read_rows_exactly(
     """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``."""
     row = out.shape[1]
     buffer = out.data.cast("B")
-    for first, last, number in consecutive_runs(rows):
-        part, position = buffer[first * row : last * row], offset + number * row
-        # One bare call, as there may be thousands; the loop reads only the rest.
-        got = os.preadv(fd, (part,), position)
-        if got < len(part):
-            read_exactly(fd, part[got:], position + got, path)
+    with naming(path):
+        for first, last, number in consecutive_runs(rows):
+            part, position = buffer[first * row : last * row], offset + number * row
+            # One bare call, as there may be thousands; the loop reads only the rest.
+            got = os.preadv(fd, (part,), position)
+            if got < len(part):
+                read_exactly(fd, part[got:], position + got, path)
 
 
 def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
@@ -109,19 +111,25 @@ def sha256_of(file: BinaryIO) -> str:
 class OpenFile:
     """A file open for reading, closed with its last reference; Python's own file objects warn of that."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, path: str | os.PathLike[str] | None = None) -> None:
         self._fd = fd
+        self.path = path
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str]) -> OpenFile:
+    def at(cls, path: str | os.PathLike[str], flags: int = 0) -> OpenFile:
         """Open the file at ``path``."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags), path)
 
     def fileno(self) -> int:
         """The descriptor; a closed file raises a ``ValueError``."""
         if self._fd < 0:
             raise ValueError("the file is closed")
         return self._fd
+
+    def status(self) -> os.stat_result:
+        """Size, time and identity."""
+        with naming(self.path):
+            return os.fstat(self.fileno())
 
     def close(self) -> None:
         """Close the file, if it is open."""

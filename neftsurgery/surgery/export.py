@@ -26,7 +26,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
-from ..text import commas, percent, plural, size
+from ..text import commas, percent, plural, printable, size
 from .lora_modules import lora_modules, task_of
 from .same_base import other_base
 from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
@@ -80,7 +80,7 @@ class ExportResult:
 
     def __str__(self) -> str:
         what = f"{plural(len(self.modules), 'module')} at rank {self.rank}, {size(self.nbytes)}"
-        return f"{self.out}: {what}; {self.exactness}"
+        return printable(f"{self.out}: {what}; {self.exactness}")
 
 
 @dataclass(frozen=True)

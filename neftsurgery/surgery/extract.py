@@ -38,6 +38,7 @@ from ..selection.selection_facts import SelectionFacts
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
+from ..text import size
 from .diff import DiffPlan, check_score
 from .pairing import open_sides, pair
 from .verb import running, warn
@@ -249,7 +250,8 @@ def plan_extract(
     ``budget`` as `SelectOptions`; ``inputs``: files that ``out`` must not replace.
     """
     if selection is not None and (budget or scores is not None):
-        raise UsageError("a selection does not go with scores or a budget", hint="give one or the other")
+        other = "scores" if scores is not None else next(iter(budget or ()))
+        raise UsageError(f"[[selection]] does not go with [[{other}]]", hint="give one or the other")
     checked = None if selection is not None else Budget.of(**(budget or {}))
     check_score(score)
     first, second = open_sides(base, tuned, prefixes)
@@ -280,6 +282,7 @@ def plan_extract(
                 require_same_files(f"the scores are of another {side}", recorded, here, file=file, hint=hint)
         if checked is not None and scores is not None:
             selection = scores.choose(checked)
+            warnings += checked.warnings(scores.units or scores.neurons)
     if scores is not None and scores.nonfinite:
         warnings.append(f"{scores.nonfinite} neurons hold a NaN or Inf, and are never chosen by score")
     assert selection is not None  # given, or chosen just now
@@ -288,7 +291,7 @@ def plan_extract(
     selection.require_fit(first, joined.tuned)
     if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
-    return ExtractPlan(
+    plan = ExtractPlan(
         first,
         joined,
         selection,
@@ -302,6 +305,11 @@ def plan_extract(
         timing + watch.timing,
         given is not None,
     )
+    if plan.nbytes > first.nbytes:
+        sizes = f"({size(plan.nbytes)} and {size(first.nbytes)})"
+        advice = "[[reversible]] doubles it" if reversible else "[[neurons=3%]] would make a small one"
+        warnings.append(f"the patch is larger than the base {sizes}: {advice}")
+    return plan
 
 
 def _with_ties(selection: Selection, joined: Joined) -> Selection:

@@ -23,7 +23,7 @@ from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
-from ..text import commas, percent, plural, size, some
+from ..text import commas, lines, natural_key, percent, plural, printable, size, some
 from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
@@ -48,10 +48,10 @@ class Inspection(dict[str, Any]):
         return dict(self)
 
     def __str__(self) -> str:
-        return "\n".join(spelled("  ".join(row), keyword) for rows in self.tables for row in rows)
+        return lines(spelled("  ".join(row), keyword) for rows in self.tables for row in rows)
 
     def __repr__(self) -> str:
-        return f"<Inspection: {'  '.join(self.tables[0][0])}>"
+        return printable(f"<Inspection: {'  '.join(self.tables[0][0])}>")
 
 
 @boundary
@@ -140,7 +140,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "tied": {names[0]: names[1:] for names in ties.values()},
         "not_read": not_compared(checkpoint),
         "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
-        "tensors": sorted(tensors, key=lambda tensor: str(tensor["name"])),
+        "tensors": _in_order(tensors),
     }
 
 
@@ -158,6 +158,11 @@ def _tensor(
     return facts if of is None else facts | {"of": of}
 
 
+def _in_order(tensors: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layer 2 before layer 10."""
+    return sorted(tensors, key=lambda tensor: natural_key(tensor["name"]))
+
+
 def _patch(patch: Patch) -> dict[str, Any]:
     return {
         "kind": "patch",
@@ -171,7 +176,9 @@ def _patch(patch: Patch) -> dict[str, Any]:
         "base": dict(patch.base),
         "selection": dict(patch.facts),
         "created_by": patch.manifest.get("created_by"),
-        "tensors": [_tensor(t.info, t.layout.axes, t.count, t.layout.count) for t in patch.tensors.values()],
+        "tensors": _in_order(
+            _tensor(t.info, t.layout.axes, t.count, t.layout.count) for t in patch.tensors.values()
+        ),
     }
 
 
@@ -202,7 +209,7 @@ def _selection(selection: Selection, name: str) -> dict[str, Any]:
         "neurons": selection.neurons,
         "parameters": selection.parameters,
         "selection": dict(selection.facts),
-        "tensors": [_tensor(c.info, c.layout.axes, len(c.index), c.layout.count) for c in selection],
+        "tensors": _in_order(_tensor(c.info, c.layout.axes, len(c.index), c.layout.count) for c in selection),
     }
 
 
@@ -218,7 +225,7 @@ def _scores(scores: Scores) -> dict[str, Any]:
         "parameters": scores.parameters,
         **{key: scores.facts[key] for key in known if key in scores.facts},
         **summarize(scores).describe(),
-        "tensors": [_tensor(t.info, t.layout.axes, t.layout.count) for t in scores.tensors.values()],
+        "tensors": _in_order(_tensor(t.info, t.layout.axes, t.layout.count) for t in scores.tensors.values()),
     }
 
 

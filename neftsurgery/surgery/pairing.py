@@ -23,6 +23,7 @@ from ..scoring.engine import Job
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
+from ..text import natural_key
 
 __all__ = ["Pair", "described", "open_sides", "pair", "scoped_anatomy", "scored_count"]
 
@@ -148,7 +149,8 @@ def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     }
     if not common:
         raise _nothing_common(base, tuned)
-    both = sorted((base.tensors.keys() & tuned.tensors.keys()) - common.keys() - joined.copies.keys())
+    shared = base.tensors.keys() & tuned.tensors.keys()
+    both = sorted(shared - common.keys() - joined.copies.keys(), key=natural_key)
     differing = {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both}
     scope = _under_one_name(scope, common, joined.copies)
     _refuse_unequal(scope, common, differing, {base.name: joined.only_base, tuned.name: joined.only_tuned})
@@ -274,7 +276,7 @@ def _nothing_common(base: Side, tuned: Side) -> MismatchError:
 
 
 def _first_names(tensors: Iterable[str]) -> str:
-    names = sorted(name[:80] for name in tensors)
+    names = [name[:80] for name in sorted(tensors, key=natural_key)]
     return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])]) or "no tensors"
 
 

@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import Change, journaled, locked
-from ..errors import NeftError
+from ..errors import NeftError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
 from ..patch.digests import digests
 from ..patch.overlap import RowSource
@@ -28,7 +28,7 @@ from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
-from ..text import plural
+from ..text import lines, plural, printable
 from .verify import PatchState, summary
 
 __all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "touched_files"]
@@ -68,12 +68,12 @@ class RewriteResult:
     def __str__(self) -> str:
         what = f"{plural(self.neurons, 'neuron')} in {plural(self.tensors, 'tensor')}"
         if not self.written:
-            return f"{self.checkpoint} is {self.goal} already: nothing was written"
+            return printable(f"{self.checkpoint} is {self.goal} already: nothing was written")
         now = "patched" if self.goal == "patched" else "in the base"
-        text = f"{self.checkpoint}: {what} are now as {now}"
+        said = [f"{self.checkpoint}: {what} are now as {now}"]
         if self.left_behind:
-            text += f"\nleft behind: {', '.join(str(path) for path in self.left_behind)}"
-        return text
+            said.append(f"left behind: {', '.join(str(path) for path in self.left_behind)}")
+        return lines(said)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
                 path.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 try:
-                    _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
+                    with naming(path):
+                        _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
                 finally:
                     os.close(fd)
 
@@ -284,7 +285,8 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
             checkpoint.check_unchanged()  # it was examined without the lock
 
             def write(shard: Shard) -> None:
-                _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
+                with naming(shard.path):
+                    _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
 
             with journaled(checkpoint, changes):
                 for _ in in_order(write, shards, limits.workers(block_memory(layouts, block))):
@@ -292,7 +294,8 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
                 for rows in plan.rows:
                     rows.patch.check_unchanged()
                 for shard in shards:
-                    fsync(descriptors[shard.path])
+                    with naming(shard.path):
+                        fsync(descriptors[shard.path])
     except BaseException:
         # The journal, if there is one already, is still there: undo the change at once if possible.
         with suppress(NeftError, OSError):

@@ -15,6 +15,7 @@ from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..tensors.arrays import Float64Array
+from ..text import natural_key
 
 __all__ = ["Movement", "Neuron", "Summary", "summarize"]
 
@@ -135,7 +136,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
 def _moved(groups: Mapping[str, Float64Array], whole: float) -> tuple[Movement, ...]:
     sums = [(name, *group.tolist()) for name, group in groups.items()]
     found = [Movement(name, _relative(base, d), d / whole if whole else 0.0) for name, base, d, _ in sums]
-    return tuple(sorted(found, key=lambda m: (-m.relative, m.name)))
+    return tuple(sorted(found, key=lambda m: (-m.relative, natural_key(m.name))))
 
 
 def _captures(scores: Scores) -> Iterator[tuple[str, float]]:

@@ -21,6 +21,7 @@ from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import IndexArray, RawBytes
+from ..text import printable
 
 __all__ = [
     "Running",
@@ -87,7 +88,7 @@ def check_sha256(given: str | Sequence[str] | None, patches: int) -> list[str | 
 def warn(log: logging.Logger, warnings: Sequence[str]) -> None:
     """Log what a plan found, in the words of Python."""
     for warning in warnings:
-        log.warning("%s", spelled(warning, keyword))
+        log.warning("%s", printable(spelled(warning, keyword)))
 
 
 def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:

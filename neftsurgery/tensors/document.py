@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, naming
 from .file_kinds import tensor_kind, what_helps
 from .json_text import loads
 from .reader import TensorFile
@@ -79,7 +79,10 @@ def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
 def read_object(path: Path, *, most: int = MAX_OBJECT_BYTES) -> dict[str, Any]:
     """The JSON object in a file of at most ``most`` bytes; a `CorruptFileError` if it is anything else."""
     # O_NONBLOCK: opening a pipe must not wait for a writer.
-    with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+    with (
+        naming(path),
+        open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file,
+    ):
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise CorruptFileError("not a regular file", file=path)

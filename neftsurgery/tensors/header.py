@@ -18,7 +18,7 @@ from json.encoder import encode_basestring_ascii
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CorruptFileError, MachineError
+from ..errors import CorruptFileError, MachineError, naming
 from .dtypes import DTYPES, DType
 from .file_kinds import foreign_file
 from .json_text import loads, require_bounded
@@ -73,7 +73,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises a `CorruptFileError` if the safetensors package refuses the file, a key occurs twice, or the header
     would take far more memory than its size suggests. It says what the file is instead, if that is known.
     """
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)
         length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1
         most = min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size - _PREFIX.size)

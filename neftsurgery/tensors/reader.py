@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..errors import MachineError, NeftError, UsageError
 from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
+from ..text import tilde_hint
 from .arrays import IndexArray, RawBytes
 from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
@@ -50,7 +51,7 @@ class WeightReader(RowReader, Protocol):
 
 
 def _stamp(file: OpenFile) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
+    status = file.status()
     return status.st_size, status.st_mtime_ns
 
 
@@ -71,7 +72,7 @@ class TensorFile:
         """Open the file at ``path``; raises a `CorruptFileError` if it is not a valid safetensors file."""
         file = OpenFile.at(path)
         header = read_header(path)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        if not os.path.samestat(file.status(), os.stat(path)):
             raise MachineError("the file was replaced while it was opened", file=path, hint="try again")
         return cls(file, header, Path(path))
 
@@ -92,7 +93,7 @@ class TensorFile:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             folder = isinstance(error, IsADirectoryError)
             what = "expected a file, found a folder" if folder else "there is no such file"
-            hint = folder_instead(path, key) if folder and key else None
+            hint = folder_instead(path, key) if folder and key else tilde_hint(path)
             raise UsageError(what, file=path, hint=hint) from error
 
     @property
@@ -146,11 +147,11 @@ class TensorFile:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole file."""
-        return os.fstat(self._file.fileno()).st_size
+        return self._file.status().st_size
 
     def check_in_place(self) -> None:
         """Raise a ``FileNotFoundError`` if the file was removed or replaced since it was opened."""
-        if self.path is not None and not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+        if self.path is not None and not os.path.samestat(self._file.status(), self.path.stat()):
             raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
 
     def stream(self) -> BinaryIO:

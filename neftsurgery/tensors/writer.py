@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MismatchError
+from ..errors import MismatchError, naming
 from ..storage.output import begin_writeback, staged_file
 from ..storage.output_checks import require_space
 from ..storage.positioned import OpenFile, sha256_of, write_exactly
@@ -152,7 +152,8 @@ def written_file(
         with tempfile.TemporaryFile(prefix="neft-", buffering=0) as nameless:
             spool = OpenFile(os.dup(nameless.fileno()))
         require_space(tempfile.gettempdir(), plan.nbytes)
-        yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
+        with naming(tempfile.gettempdir()):
+            yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
         return
     path = Path(out).absolute()  # the caller may change the current folder meanwhile
     with staged_file(path, force=force) as staged:

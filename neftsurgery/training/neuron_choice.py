@@ -15,7 +15,7 @@ from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.extract import plan_extract
-from ..surgery.pairing import pair
+from ..surgery.pairing import pair, scored_count
 from .recipe import Recipe, Select
 
 __all__ = ["NeuronChoice", "budget_of", "choose_from_files"]
@@ -72,9 +72,9 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
     by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
     if by in ("gradients", "fisher", "finetune"):
         anatomy = pair(base, base, select.scope).anatomy
-        if select.like is not None:
-            Selection.load(select.like)  # it is needed only after the probe, but an error belongs here
-        return NeuronChoice(anatomy=anatomy, warnings=tuple(anatomy.warnings))
+        budget = Budget.of(**budget_of(select))  # an unreadable selection is found here, not after the probe
+        neurons = anatomy.unit_count or sum(scored_count(tensor) for tensor in anatomy.scored)
+        return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *budget.warnings(neurons)))
     assert path is not None  # check_recipe has made sure
     if by == "tuned":
         plan = plan_extract(
@@ -86,8 +86,10 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
     if by == "scores":
         with Scores.load(path) as scores:
             require_same_files("the scores are of another base", Provenance.of(base), scores.base, file=path)
-            selection = scores.select(**budget_of(select))
+            budget = Budget.of(**budget_of(select))
+            selection, neurons = scores.choose(budget), scores.units or scores.neurons
+        warnings = tuple(budget.warnings(neurons))
     else:
-        selection = Selection.load(path)
+        selection, warnings = Selection.load(path), ()
     selection.require_fit(base)
-    return NeuronChoice(selection)
+    return NeuronChoice(selection, warnings=warnings)

@@ -26,7 +26,7 @@ from .raw_examples import PromptTemplate
 from .recipe import PATH_KEYS, Data, Probe, Recipe, Select, Train
 from .recipe_yaml import load_yaml, parse_yaml
 
-__all__ = ["AnyRecipe", "check_recipe", "known_keys", "nearest", "parse_overrides", "read_recipe"]
+__all__ = ["AnyRecipe", "as_key", "check_recipe", "known_keys", "nearest", "parse_overrides", "read_recipe"]
 
 AnyRecipe = str | os.PathLike[str] | Mapping[str, Any]
 """A recipe as a user gives it: the path of a YAML file, or a mapping with its content."""
@@ -280,13 +280,13 @@ def in_recipe_words(file: Path | None = None) -> Iterator[None]:
     try:
         yield
     except NeftError as error:
-        error.what = spelled(error.what, _as_key)
-        error.hint = error.hint and spelled(error.hint, _as_key)
+        error.what = spelled(error.what, as_key)
+        error.hint = error.hint and spelled(error.hint, as_key)
         error.file = error.file or (None if file is None else str(file))
         raise
 
 
-def _as_key(name: str, value: str | None) -> str:
+def as_key(name: str, value: str | None) -> str:
     """An option as a recipe spells it; one that is not a key stays for whoever shows the message."""
     section = "select" if name in Select.__dataclass_fields__ else "probe"
     if name not in Select.__dataclass_fields__ and name not in PrefixOptions.__annotations__:

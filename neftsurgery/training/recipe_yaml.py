@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, naming
 
 __all__ = ["load_yaml", "parse_yaml"]
 
@@ -20,7 +20,7 @@ def load_yaml(file: Path) -> Any:
 
     Raises UsageError if it is too large to be a recipe, or not YAML in UTF-8.
     """
-    with open(file, "rb") as stream:
+    with naming(file), open(file, "rb") as stream:
         raw = stream.read(_MAX_BYTES + 1)
     if len(raw) > _MAX_BYTES:
         raise UsageError(f"this is not a recipe: it is larger than {_MAX_BYTES:,} bytes", file=file)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptFileError, UsageError
+from ..errors import CorruptFileError, UsageError, naming
 from ..selection.selection import Selection
 from ..storage.output import staged_file
 from ..tensors.document import read_object
@@ -116,7 +116,7 @@ class RunDirectory:
         Raises UsageError if another process is training here.
         """
         self.path.mkdir(exist_ok=True)
-        with open(self.path / _LOCK, "wb") as lock:
+        with naming(self.path), open(self.path / _LOCK, "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..checkpoint.provenance import require_same_files
-from ..errors import CorruptFileError, NeftError, UsageError, boundary
+from ..errors import CorruptFileError, NeftError, UsageError, boundary, naming
 from ..patch.patch import Patch
 from ..storage.output import fsync, fsync_folder, staged_file
 from ..tensors.document import read_object
@@ -206,7 +206,7 @@ def _mark_complete(save: Path) -> None:
     files = {}
     for path in sorted(save.rglob("*")):
         if path.is_file():
-            with open(path, "rb") as file:
+            with naming(path), open(path, "rb") as file:
                 fsync(file.fileno())
             files[path.relative_to(save).as_posix()] = path.stat().st_size
     fsync_folder(save)

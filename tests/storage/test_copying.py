@@ -147,6 +147,18 @@ def test_the_kernel_does_the_work_where_it_can(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("no_clone")
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "copy_file_range", raising("EXDEV"), raising=False)
+    monkeypatch.setattr(os, "pread", raising("EIO"))
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(content(1000))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+        copy_file(source, target, step=STEP)
+    assert caught.value.filename == str(source)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("failure", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_a_real_failure_is_an_error_that_names_the_copy(

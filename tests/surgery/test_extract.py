@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,6 +283,47 @@ def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path, axis: int) -> Non
     assert (tmp_path / "back").stat().st_size == (tmp_path / "base").stat().st_size
     patch = raw_read(tmp_path / "p")
     assert patch["w:value"][1].nbytes > 30e6
+
+
+def pair_of(tmp_path: Path, neurons: int) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path in paths:
+        save_file({"x.weight": rng.standard_normal((neurons, 4)).astype(np.float32)}, path)
+    return paths
+
+
+def test_a_patch_larger_than_the_base_is_warned_of(tmp_path: Path) -> None:
+    """A row of 16 bytes takes 36 in a patch: its values, its number and its digest."""
+    sides = pair_of(tmp_path, 2000)
+
+    def said(**options: Any) -> list[str]:
+        return [text for text in plan_extract(*sides, **options).warnings if "larger" in text]
+
+    (text,) = said(budget={"changed": True})
+    assert re.fullmatch(
+        r"the patch is larger than the base \(7[23]\.\d kB and 32\.0 kB\): "
+        r"\[\[neurons=3%\]\] would make a small one",
+        text,
+    )
+    assert said(budget={"neurons": "40%"}) == []
+    (text,) = said(budget={"neurons": "80%"}, reversible=True)
+    assert text.endswith("[[reversible]] doubles it")
+
+
+@pytest.mark.parametrize(
+    ("neurons", "amount", "warned"),
+    [(1000, 3, True), (1000, 20, True), (1000, 21, False), (999, 3, False), (1000, "3%", False)],
+)
+def test_a_number_that_may_be_meant_as_a_percentage_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, neurons: int, amount: object, warned: bool
+) -> None:
+    sides = pair_of(tmp_path, neurons)
+    ns.extract(*sides, neurons=amount).close()
+    said = f"neurons={amount} chooses {amount} neurons of 1,000: {amount} percent is neurons='{amount}%'"
+    assert [record.getMessage() for record in caplog.records if "percent" in record.getMessage()] == (
+        [said] if warned else []
+    )
 
 
 # Whether base plus patch is the tuned model.

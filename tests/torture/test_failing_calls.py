@@ -132,6 +132,10 @@ class Fixtures:
         assert "internal error" not in said, said
         if outcome.status > 0:
             assert 1 <= said.count("\n") <= 6, said
+        if outcome.status == 5:
+            (message,) = [line for line in said.splitlines() if line.startswith("neftsurgery:")]
+            assert str(self.root) in message or "state folder" in message, f"no file is named: {said}"
+            assert ".neft-" not in message.replace("neft-journal", ""), f"a name that nobody knows: {said}"
         if outcome.status == 0 and "there is no config.json" in said:
             return  # it vanished, it is said, and it is not needed
         if outcome.status == 0 and work.out is None and not work.changes:

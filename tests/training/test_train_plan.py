@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,30 @@ def test_a_fine_tune_under_another_prefix_is_read_with_the_keys_that_the_refusal
     assert found.selection is not None
     assert expected.selection is not None
     assert found.selection.counts == expected.selection.counts
+
+
+@pytest.mark.parametrize("by", ["gradients", "tuned", "scores"])
+def test_a_number_that_may_be_meant_as_a_percentage_is_warned_of_by_its_key(
+    recipe: dict[str, Any], base: Path, tmp_path: Path, by: str
+) -> None:
+    """``select.neurons: 3`` trains three neurons; who means percent must say so."""
+    make(tmp_path / "tuned", 6)
+    select = {"neurons": "3", "anatomy": "rows"}
+    probe: dict[str, Any] = {"by": by}
+    if by == "scores":
+        ns.diff(base, tmp_path / "tuned", out=tmp_path / "scores").close()
+        probe["path"], select = tmp_path / "scores", {"neurons": "3"}
+    elif by == "tuned":
+        probe["path"] = tmp_path / "tuned"
+    said = [
+        text for text in plan_train(recipe | {"probe": probe, "select": select}).warnings if "percent" in text
+    ]
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"select\.neurons: 3 chooses 3 neurons of 1,\d{3}: 3 percent is select\.neurons: 3%", said[0]
+    )
+    few = recipe | {"probe": probe, "select": select | {"neurons": "3%"}}
+    assert not any("percent" in text for text in plan_train(few).warnings)
 
 
 def test_the_name_train_loads_no_torch() -> None:

@@ -121,7 +121,7 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
         console.say("In the scored neurons nothing differs.")
         return
     same = summary.neurons - summary.changed_neurons
-    console.say(_relation(summary))
+    console.say(*_relation(summary))
     if same:
         console.say(
             f"{plural(same, 'neuron')} of {commas(summary.neurons)} are bit-identical "
@@ -130,31 +130,31 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
     _say_movements(console, "layers that moved most", summary.layers)
     _say_movements(console, "kinds of weight that moved most", summary.kinds)
     if summary.top:
-        console.say(f"\nmost sensitive neurons ({score})")
+        console.say("", f"most sensitive neurons ({score})")
         rows = [[f"{n.score:.4g}", f"{n.tensor[:120]} [{n.index}]"] for n in summary.top[:_SHOWN]]
         console.say_table(rows, right=[0])
     if summary.captured:
-        console.say("\nshare of the whole change that the most sensitive neurons hold")
+        console.say("", "share of the whole change that the most sensitive neurons hold")
         rows = [[f"top {budget}", percent(share)] for budget, share in summary.captured.items()]
         console.say_table(rows, right=[0, 1])
     console.say()
 
 
-def _relation(summary: Summary) -> str:
+def _relation(summary: Summary) -> list[str]:
     text = f"cosine {summary.cosine:.6f} over all scored weights, relative change {summary.relative:.3g}"
     if summary.related:
-        return f"The two are related: {text}."
-    return (
-        f"The two do NOT look related: {text}. Independent models have a cosine near 0;\n"
-        "is this the base that the other was tuned from?"
-    )
+        return [f"The two are related: {text}."]
+    return [
+        f"The two do NOT look related: {text}. Independent models have a cosine near 0;",
+        "is this the base that the other was tuned from?",
+    ]
 
 
 def _say_movements(console: Console, title: str, movements: Sequence[Movement]) -> None:
     if not movements:
         return
     most = max(movement.relative for movement in movements)
-    console.say(f"\n{title} (relative change, share of the change)")
+    console.say("", f"{title} (relative change, share of the change)")
     rows = [
         [
             movement.name[:80],

@@ -56,10 +56,9 @@ def command(console: Console, patch: str, repo: str, dry_run: bool, **options: A
     console.warn(plan.warnings)
     answer = plan.describe() | {"dry_run": dry_run}
     if dry_run:
-        console.say(plan.card)
-        console.say(f"would {plan}")
+        console.say(*plan.card.split("\n"), *f"would {plan}".split("\n"))
     else:
         done = plan.run()
-        console.say(str(done))
+        console.say(*str(done).split("\n"))
         answer |= {key: getattr(done, key) for key in _DONE}
     console.answer(answer)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from ...surgery.verify import JOURNAL_HINT, TensorState, plan_verify
+from ...text import natural_key
 from ..console import Console
 from ..options import common_options
 
@@ -36,7 +37,8 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     good = found.holds(expect)
     console.say(str(found).partition("\n")[0])
     if found.state in ("mixed", "neither"):
-        odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in found.tensors.items()]
+        tensors = sorted(found.tensors.items(), key=lambda item: natural_key(item[0]))
+        odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in tensors]
         console.say_table(odd, shown=_SHOWN, rest="more; see them with --json")
     if any(tensor.neither for tensor in found.tensors.values()):
         console.note(f"note: {JOURNAL_HINT}")
