@@ -149,7 +149,15 @@ def test_few_descriptors(fixtures: Fixtures, runner: Runner, trials: Trials, nam
 
 
 #: As a shell redirects them.
-CLOSED = {"stdin is closed": "<&-", "stdout is full": ">/dev/full", "stderr is full": "2>/dev/full"}
+CLOSED = {
+    "stdin is closed": "<&-",
+    "stdout is closed": ">&-",
+    "stderr is closed": "2>&-",
+    "stdout and stderr are closed": ">&- 2>&-",
+    "all are closed": "<&- >&- 2>&-",
+    "stdout is full": ">/dev/full",
+    "stderr is full": "2>/dev/full",
+}
 
 
 def closed_runs(rng: random.Random) -> Iterator[tuple[str, str]]:
