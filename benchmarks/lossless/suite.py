@@ -1,4 +1,4 @@
-"""Each contestant encodes and decodes each pair on one core; sizes, processor time, and the entropy as the limit."""
+"""Each contestant encodes and decodes each pair on one core; the entropy of the differences is the limit."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _measured(label: str, coder: Coder, base: Path, tuned: Path, rounds: int) ->
 
 
 def entropy(base: Path, tuned: Path) -> dict[str, float]:
-    """Bytes that the differences need at least, given the exponent of the base's element, by kind of tensor."""
+    """Bytes that the differences need at least, given the base's exponent, by kind of tensor."""
     from safetensors.numpy import load_file  # bf16 is read as its bits
 
     bits, changed, total = 0.0, 0, 0
@@ -199,7 +199,8 @@ def _speed(nbytes: int, seconds: list[float]) -> tuple[str, str]:
     return f"{statistics.median(speeds):.0f}", f"({min(speeds):.0f}-{max(speeds):.0f})"
 
 
-PREFACE = """Made by `python -m benchmarks lossless`: fine-tunes of all-MiniLM-L6-v2 (22.7M parameters, rounded to bf16 before), on one core,
-in one run. Speeds are bytes of the tuned file per second of processor time, the median of the rounds and their range. "SFT" is AdamW
-at 2e-5 in float32 on this project's documentation, "RL" a single step at 1e-6. The entropy is that of the differences given the
-exponent of the base's element, by kind of tensor: what no code of this kind can go below."""
+PREFACE = """Made by `python -m benchmarks lossless`: fine-tunes of all-MiniLM-L6-v2 (22.7M parameters, rounded
+to bf16 before), on one core, in one run. Speeds are bytes of the tuned file per second of processor time: the
+median of the rounds and their range. "SFT" is AdamW at 2e-5 in float32 on this project's documentation, "RL" a
+single step at 1e-6. The entropy is that of the differences given the exponent of the base's element, by kind of
+tensor: what no code of this kind can go below."""

@@ -25,7 +25,8 @@ from ..coding.elements import Carrier, Elements
 from ..coding.tables import Table, unpack
 from ..errors import MismatchError
 from ..tensors.document import bad
-from ..tensors.header import Header, TensorInfo, loads, parse_header
+from ..tensors.header import Header, TensorInfo, parse_header
+from ..tensors.json_text import loads
 from ..tensors.reader import TensorFile, WeightReader
 
 __all__ = [

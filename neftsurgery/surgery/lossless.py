@@ -13,7 +13,6 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..checkpoint.weight_files import INDEX_NAME
@@ -43,6 +42,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
+from .pairing import open_sides
 
 __all__ = ["LosslessPlan", "plan_lossless"]
 
@@ -158,7 +158,7 @@ def plan_lossless(
 
     ``inputs``: files that ``out`` must not replace. Raises as `extract`.
     """
-    first, second = open_pair(base, tuned)
+    first, second = open_sides(base, tuned)
     if not isinstance(second, Checkpoint):
         raise UsageError(
             "an adapter has no weights of its own",
