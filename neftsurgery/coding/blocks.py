@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -19,7 +20,7 @@ from .kernels import (
     find_changes,
     find_values,
 )
-from .tables import Table, events
+from .tables import Events, Table, events
 
 __all__ = ["BLOCK", "Form", "decode", "encode", "encode_fast"]
 
@@ -44,14 +45,13 @@ class Form(IntEnum):
 _local = threading.local()
 
 
-def _scratch(length: int, size: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Room for the words and plain bits of a block, kept per thread."""
-    words: NDArray[np.uint32] | None = getattr(_local, "words", None)
-    if words is None or len(words) < 2 * length + 96 or len(_local.extras) < length * size // 2 + 96:
-        _local.words = words = np.empty(2 * length + 96, np.uint32)
-        _local.extras = np.empty(length * size // 2 + 96, np.uint32)
-        _local.events = events(length)
-    return words, _local.extras
+def _scratch(length: int, size: int) -> tuple[Events, NDArray[np.uint16], NDArray[np.uint32]]:
+    """Room for the events, words and plain bits of a block, kept per thread and size of element."""
+    kept: dict[Any, tuple[Events, NDArray[np.uint16], NDArray[np.uint32]]] = vars(_local)
+    if size not in kept or len(kept[size][1]) < 2 * length + 96:
+        extras = np.empty((size + 1) * length // 2 + 96, np.uint32)
+        kept[size] = (events(length, size), np.empty(2 * length + 96, np.uint16), extras)
+    return kept[size]
 
 
 def encode(
@@ -90,18 +90,19 @@ def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
 
 def _coded(base: Carrier, tuned: Carrier, elements: Elements, table: Table) -> tuple[bytes, int]:
     """The code, and how many elements it holds."""
-    words, extras = _scratch(len(tuned), elements.size)
+    room, words, extras = _scratch(len(tuned), elements.size)
     gap_table, value_table = table.encoding
     if table.dense:
-        find_values(base, tuned, elements.rules, table.contexts, _local.events)
         changes = len(tuned)
-        w, e = encode_values(changes, _local.events, value_table, words, extras)
+        find_values(base, tuned, elements.rules, table.contexts, room)
+        w, e = encode_values(changes, room, value_table, words, extras)
     else:
-        count, room = len(table.values), _local.events
+        count = len(table.values)
         n = find_changes(base, tuned, elements.rules, table.contexts, count, room)
         w, e = encode_changes(n, count, room, gap_table, value_table, words, extras)
         changes = n - count
-    return b"".join([_COUNT.pack(w), words[:w].tobytes(), extras[:e].tobytes()]), changes
+    padding = bytes(2 * (w % 2))
+    return b"".join([_COUNT.pack(w), words[:w].tobytes(), padding, extras[:e].tobytes()]), changes
 
 
 def _changes(base: Carrier, tuned: Carrier, most: int) -> bytes | None:
@@ -174,11 +175,12 @@ def _decode_changed(code: bytes, base: Carrier, out: Carrier) -> None:
 
 def _decode_coded(code: bytes, base: Carrier, out: Carrier, elements: Elements, table: Table) -> None:
     (count,) = _COUNT.unpack(code[:4]) if len(code) >= 4 and len(code) % 4 == 0 else (-1,)
-    if not 0 <= count <= len(code) // 4 - 1:
+    middle = 4 + 4 * -(-count // 2)  # the words fill whole groups of four bytes
+    if count < 0 or middle > len(code) or (count % 2 and any(code[middle - 2 : middle])):
         raise ValueError("its code has another length")
+    words = np.frombuffer(code[: 4 + 2 * count] + bytes(2), "<u2")[2:]
+    extras = np.frombuffer(code[middle:] + bytes(4), "<u4")
     gaps, values = table.decoding()
-    padded = np.frombuffer(code + bytes(4), "<u4")[1:]
-    words, extras = padded[: count + 1], padded[count:]
     rules, contexts = elements.rules, table.contexts
     if table.dense:
         failed = decode_values(base, out, rules, contexts, values, words, extras)

@@ -27,7 +27,7 @@ class Elements:
     """
 
     carrier: np.dtype[np.unsignedinteger[Any]]
-    rules: NDArray[np.uint64]
+    rules: tuple[np.uint64, ...]
 
     @property
     def size(self) -> int:
@@ -52,4 +52,4 @@ class Elements:
             dropped = max(0, exponent_bits - 8)
             mask = (1 << (exponent_bits - dropped)) - 1
             rules = [kind.format.fraction_bits + dropped, mask, top, full, full, top]
-        return Elements(np.dtype(f"u{bits // 8}"), np.array(rules, np.uint64))
+        return Elements(np.dtype(f"u{bits // 8}"), tuple(np.uint64(rule) for rule in rules))

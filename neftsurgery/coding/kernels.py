@@ -40,11 +40,12 @@ CLASSES = 256
 #: Symbols of gaps: 0, no further change; then the classes of numbers below 2^20.
 GAPS = 81
 
-u32, u64, i32 = np.uint32, np.uint64, np.int32
+u16, u32, u64, i32 = np.uint16, np.uint32, np.uint64, np.int32
 _LOW = u64((1 << PRECISION) - 1)
-_LEAST_STATE = u64(1 << 31)
-_FULL_STATE = u64(1 << (63 - PRECISION))
+_LEAST_STATE = u64(1 << 15)
+_FULL_STATE = u64(1 << (31 - PRECISION))
 _HALF = u64(0xFFFFFFFF)
+_WORD = u64(0xFFFF)
 _NEVER = i32(2**31 - 1)
 
 _OCTAVES = [(4 | part) << (top - 2) for top in range(4, 64) for part in range(4)]
@@ -60,33 +61,45 @@ def _leading_zeros(typing_context: Any, number: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
+# None of the following branches on what is coded: it would be mispredicted half of the time.
+
+
+@numba.njit(inline="always")
+def _mask(condition):  # type: ignore[no-untyped-def]
+    """All bits if the condition holds, else none."""
+    return u64(0) - u64(condition)
+
+
 @numba.njit(inline="always")
 def _class_of(number):  # type: ignore[no-untyped-def]
     top = u64(63) - _leading_zeros(number | u64(8))
     large = (top << u64(2)) + ((number >> (top - u64(2))) & u64(3))
-    return number if number < u64(16) else large
+    return large ^ ((large ^ number) & _mask(number < u64(16)))
+
+
+# `Elements.rules` is unpacked once per kernel: the compiler cannot know that writing leaves it alone.
 
 
 @numba.njit(inline="always")
-def _difference(base, tuned, rules):  # type: ignore[no-untyped-def]
-    """The zigzag number of the difference of two elements' places in the order of values."""
-    top, full, negative, positive = rules[2], rules[3], rules[4], rules[5]
-    a = base ^ (negative if base & top else positive)
-    b = tuned ^ (negative if tuned & top else positive)
-    d = (b - a) & full
-    return ((d << u64(1)) & full) ^ (full if d & top else u64(0))
+def _place(element, top, negative, positive):  # type: ignore[no-untyped-def]
+    """The place of an element in the order of values."""
+    return element ^ positive ^ ((negative ^ positive) & _mask((element & top) != u64(0)))
 
 
 @numba.njit(inline="always")
-def _changed(base, zigzag, rules):  # type: ignore[no-untyped-def]
+def _difference(base, tuned, top, full, negative, positive):  # type: ignore[no-untyped-def]
+    """The zigzag number of the difference of two elements' places."""
+    d = (_place(tuned, top, negative, positive) - _place(base, top, negative, positive)) & full
+    return ((d << u64(1)) & full) ^ (full & _mask((d & top) != u64(0)))
+
+
+@numba.njit(inline="always")
+def _changed(base, zigzag, top, full, negative, positive):  # type: ignore[no-untyped-def]
     """The element at a difference from ``base``: the inverse of `_difference`."""
-    top, full, negative, positive = rules[2], rules[3], rules[4], rules[5]
-    a = base ^ (negative if base & top else positive)
-    b = (a + ((zigzag >> u64(1)) ^ (full if zigzag & u64(1) else u64(0)))) & full
-    return b ^ (positive if b & top else negative)
-
-
-# None of the following branches on what is coded: it would be mispredicted half of the time.
+    d = (zigzag >> u64(1)) ^ (full & _mask((zigzag & u64(1)) != u64(0)))
+    place = (_place(base, top, negative, positive) + d) & full
+    # Places of positive elements have the highest bit: it was flipped, or the order is that of the bits.
+    return place ^ negative ^ ((negative ^ positive) & _mask((place & top) != u64(0)))
 
 
 @numba.njit(inline="always")
@@ -100,14 +113,14 @@ def _put(number, bits, extras, acc, fill, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _push(state, start, frequency, words, w):  # type: ignore[no-untyped-def]
-    """Put one symbol into a rANS state."""
-    frequency = u64(frequency)
-    words[w] = u32(state & _HALF)
+def _push(state, entry, words, w):  # type: ignore[no-untyped-def]
+    """Put one symbol into a rANS state; ``entry`` is its row of a table, see `tables.Table.encoding`."""
+    frequency = u64(entry[1])
+    words[w] = u16(state & _WORD)
     full = u64(state >= _FULL_STATE * frequency)
-    state >>= full << u64(5)
-    whole = state // frequency
-    return (whole << u64(PRECISION)) + (state - whole * frequency) + u64(start), w + np.intp(full)
+    state >>= full << u64(4)
+    whole = (state * u64(entry[2])) >> u64(entry[3])
+    return (whole << u64(PRECISION)) + (state - whole * frequency) + u64(entry[0]), w + np.intp(full)
 
 
 @numba.njit(inline="always")
@@ -116,7 +129,7 @@ def _pop(state, slot, words, w, end):  # type: ignore[no-untyped-def]
     state = (((slot >> u64(12)) & _LOW) + u64(1)) * (state >> u64(PRECISION)) + (slot & _LOW)
     word = u64(words[w if w < end else end])
     low = state < _LEAST_STATE
-    return ((state << u64(32)) | word) if low else state, w + np.intp(low)
+    return ((state << u64(16)) | word) if low else state, w + np.intp(low)
 
 
 @numba.njit(inline="always")
@@ -132,10 +145,10 @@ def _take(bits, extras, acc, fill, e, end):  # type: ignore[no-untyped-def]
 @numba.njit(inline="always")
 def _end(first, second, words, w):  # type: ignore[no-untyped-def]
     """Write both states, and put the words into the order of reading; returns how many there are."""
-    words[w] = u32(second & _HALF)
-    words[w + 1] = u32(second >> u64(32))
-    words[w + 2] = u32(first & _HALF)
-    words[w + 3] = u32(first >> u64(32))
+    words[w] = u16(second & _WORD)
+    words[w + 1] = u16(second >> u64(16))
+    words[w + 2] = u16(first & _WORD)
+    words[w + 3] = u16(first >> u64(16))
     w += 4
     for i in range(w // 2):
         words[i], words[w - 1 - i] = words[w - 1 - i], words[i]
@@ -151,7 +164,7 @@ def find_changes(base, tuned, rules, contexts, count, events):  # type: ignore[n
     many there are.
     """
     homes, gap_symbols, gaps, classes, numbers = events
-    shift, mask = rules[0], rules[1]
+    shift, mask, top, full, negative, positive = rules
     last = np.zeros(256, np.int64)
     since = np.zeros(256, np.int32)
     for first in range(count):
@@ -169,7 +182,7 @@ def find_changes(base, tuned, rules, contexts, count, events):  # type: ignore[n
             since[c] = i32(0)
             gaps[last[c]] = gap
             gap_symbols[last[c]] = u64(1) + _class_of(u64(gap))
-            number = _difference(u64(a), u64(b), rules) - u64(1)
+            number = _difference(u64(a), u64(b), top, full, negative, positive) - u64(1)
             numbers[n] = number
             classes[n] = _class_of(number)
             homes[n] = c
@@ -183,7 +196,7 @@ def find_changes(base, tuned, rules, contexts, count, events):  # type: ignore[n
 
 @compiled(error_model="numpy")
 def encode_changes(n, count, events, gap_table, value_table, words, extras):  # type: ignore[no-untyped-def]
-    """Code the events of `find_changes`; the tables are ``[contexts, symbols, 2]``: starts and frequencies.
+    """Code the events of `find_changes`; the tables are those of `tables.Table.encoding`.
 
     Returns how many ``words`` and ``extras`` it wrote.
     """
@@ -208,10 +221,10 @@ def encode_changes(n, count, events, gap_table, value_table, words, extras):  # 
     for i in range(n - 1, -1, -1):
         c = homes[i]
         symbol = gap_symbols[i]
-        x, w = _push(x, gap_table[c, symbol, 0], gap_table[c, symbol, 1], words, w)
+        x, w = _push(x, gap_table[c, symbol], words, w)
         if i >= count:
             symbol = classes[i]
-            y, w = _push(y, value_table[c, symbol, 0], value_table[c, symbol, 1], words, w)
+            y, w = _push(y, value_table[c, symbol], words, w)
     return _end(x, y, words, w), e
 
 
@@ -222,12 +235,12 @@ def decode_changes(base, out, rules, contexts, count, gap_slots, value_slots, wo
     ``slots``, ``[contexts, 2^PRECISION]``, hold symbol, frequency less one, and place within the symbol.
     Behind ``words`` and ``extras`` is one more element, whose value does not matter.
     """
-    shift, mask = rules[0], rules[1]
+    shift, mask, top, full, negative, positive = rules
     n, w_end, e_end = u64(base.shape[0]), words.shape[0] - 1, extras.shape[0] - 1
     if w_end < 4:
         return 1
-    x = (u64(words[0]) << u64(32)) | u64(words[1])
-    y = (u64(words[2]) << u64(32)) | u64(words[3])
+    x = (u64(words[0]) << u64(16)) | u64(words[1])
+    y = (u64(words[2]) << u64(16)) | u64(words[3])
     w, e = 4, 0
     acc, fill = u64(0), u64(0)
     left = np.zeros(256, np.int32)
@@ -265,7 +278,7 @@ def decode_changes(base, out, rules, contexts, count, gap_slots, value_slots, wo
             bits -= u64(32)
         rest, acc, fill, e = _take(bits, extras, acc, fill, e, e_end)
         number += rest << moved
-        out[i] = _changed(u64(a), number + u64(1), rules)
+        out[i] = _changed(u64(a), number + u64(1), top, full, negative, positive)
         slot = u64(gap_slots[c, x & _LOW])
         x, w = _pop(x, slot, words, w, w_end)
         symbol = slot >> u64(24)
@@ -283,10 +296,10 @@ def decode_changes(base, out, rules, contexts, count, gap_slots, value_slots, wo
 def find_values(base, tuned, rules, contexts, events):  # type: ignore[no-untyped-def]
     """The differences of all elements of a block; fills contexts, classes and numbers of ``events``."""
     homes, _, _, classes, numbers = events
-    shift, mask = rules[0], rules[1]
+    shift, mask, top, full, negative, positive = rules
     for i in range(base.shape[0]):
         a = u64(base[i])
-        number = _difference(a, u64(tuned[i]), rules)
+        number = _difference(a, u64(tuned[i]), top, full, negative, positive)
         homes[i] = contexts[(a >> shift) & mask]
         classes[i] = _class_of(number)
         numbers[i] = number
@@ -314,24 +327,24 @@ def encode_values(n, events, value_table, words, extras):  # type: ignore[no-unt
     x, y, w = _LEAST_STATE, _LEAST_STATE, 0
     if n & 1:
         c, symbol = homes[n - 1], classes[n - 1]
-        x, w = _push(x, value_table[c, symbol, 0], value_table[c, symbol, 1], words, w)
+        x, w = _push(x, value_table[c, symbol], words, w)
     for i in range(n // 2 * 2 - 1, 0, -2):
         c, symbol = homes[i], classes[i]
-        y, w = _push(y, value_table[c, symbol, 0], value_table[c, symbol, 1], words, w)
+        y, w = _push(y, value_table[c, symbol], words, w)
         c, symbol = homes[i - 1], classes[i - 1]
-        x, w = _push(x, value_table[c, symbol, 0], value_table[c, symbol, 1], words, w)
+        x, w = _push(x, value_table[c, symbol], words, w)
     return _end(x, y, words, w), e
 
 
 @compiled(error_model="numpy")
 def decode_values(base, out, rules, contexts, value_slots, words, extras):  # type: ignore[no-untyped-def]
     """As `decode_changes`, of what `encode_values` coded."""
-    shift, mask = rules[0], rules[1]
+    shift, mask, top, full, negative, positive = rules
     n, w_end, e_end = u64(base.shape[0]), words.shape[0] - 1, extras.shape[0] - 1
     if w_end < 4:
         return 1
-    x = (u64(words[0]) << u64(32)) | u64(words[1])
-    y = (u64(words[2]) << u64(32)) | u64(words[3])
+    x = (u64(words[0]) << u64(16)) | u64(words[1])
+    y = (u64(words[2]) << u64(16)) | u64(words[3])
     w, e = 4, 0
     acc, fill = u64(0), u64(0)
     i = u64(0)
@@ -349,7 +362,7 @@ def decode_values(base, out, rules, contexts, value_slots, words, extras):  # ty
             moved = u64(32)
             bits -= u64(32)
         rest, acc, fill, e = _take(bits, extras, acc, fill, e, e_end)
-        out[i] = _changed(a, number + (rest << moved), rules)
+        out[i] = _changed(a, number + (rest << moved), top, full, negative, positive)
         i += u64(1)
     done = x == _LEAST_STATE and y == _LEAST_STATE and w == w_end and e == e_end and acc == u64(0)
     return 0 if done else 1

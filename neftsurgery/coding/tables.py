@@ -16,7 +16,7 @@ from ..tensors.arrays import Int64Array
 from .elements import Carrier, Elements
 from .kernels import CLASSES, GAPS, PRECISION, find_changes, find_values
 
-__all__ = ["Table", "events", "fit", "pack", "unpack"]
+__all__ = ["Events", "Table", "events", "fit", "pack", "unpack"]
 
 _TOTAL = 1 << PRECISION
 #: What a context takes in the stored table, about, compressed.
@@ -44,9 +44,9 @@ class Table:
         return len(self.gaps) == 0
 
     @cached_property
-    def encoding(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Of gaps and values: start and frequency of each symbol, ``[contexts, symbols, 2]``."""
-        return _starts(self.gaps), _starts(self.values)
+    def encoding(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Of gaps and values: how each symbol is put into a state, ``[contexts, symbols, 4]``."""
+        return _coding(self.gaps), _coding(self.values)
 
     @lru_cache(maxsize=64)  # noqa: B019
     def decoding(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
@@ -54,9 +54,13 @@ class Table:
         return _slots(self.gaps), _slots(self.values)
 
 
-def _starts(frequencies: NDArray[np.uint16]) -> NDArray[np.uint32]:
-    wide = frequencies.astype(np.uint32)
-    return np.stack([np.cumsum(wide, axis=1, dtype=np.uint32) - wide, wide], axis=2)
+def _coding(frequencies: NDArray[np.uint16]) -> NDArray[np.uint64]:
+    """Start, frequency, and what divides a state below 2^31 by the frequency: a factor and a shift."""
+    wide = frequencies.astype(np.uint64)
+    shift = 32 + np.ceil(np.log2(np.maximum(wide, 1))).astype(np.uint64)
+    factor = (np.uint64(1) << shift) // np.maximum(wide, 1)
+    factor += (factor * np.maximum(wide, 1)) != (np.uint64(1) << shift)  # rounded up
+    return np.stack([np.cumsum(wide, axis=1, dtype=np.uint64) - wide, wide, factor, shift], axis=2)
 
 
 def _slots(frequencies: NDArray[np.uint16]) -> NDArray[np.uint32]:
@@ -76,7 +80,7 @@ def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: flo
     """
     exponents = np.arange(256, dtype=np.uint8)
     values = np.zeros((256, CLASSES), np.int64)
-    room = events(max((len(base) for base, _ in pairs), default=0))
+    room = events(max((len(base) for base, _ in pairs), default=0), elements.size)
     for base, tuned in pairs:
         find_values(base, tuned, elements.rules, exponents, room)
         values += _counted(room[0], room[3], len(base), values.shape)
@@ -105,15 +109,19 @@ def _counted(
 
 
 Events: TypeAlias = tuple[
-    NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int32], NDArray[np.uint8], NDArray[np.uint64]
+    NDArray[np.uint8],
+    NDArray[np.uint8],
+    NDArray[np.int32],
+    NDArray[np.uint8],
+    Carrier,
 ]
 
 
-def events(length: int) -> Events:
-    """Room for the events of `kernels.find_changes` in a block of ``length`` elements."""
+def events(length: int, size: int) -> Events:
+    """Room for the events of `kernels.find_changes` in a block of ``length`` elements of ``size`` bytes."""
     most = length + MOST_CONTEXTS
     small = [np.empty(most, np.uint8) for _ in range(3)]
-    return small[0], small[1], np.empty(most, np.int32), small[2], np.empty(most, np.uint64)
+    return small[0], small[1], np.empty(most, np.int32), small[2], np.empty(most, f"u{max(4, size)}")
 
 
 def _contexts(values: Int64Array, share: float) -> NDArray[np.uint8]:

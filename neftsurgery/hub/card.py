@@ -132,9 +132,7 @@ def _front_matter(
     tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
     ours = _TAGS if isinstance(patch, Patch) else _LOSSLESS_TAGS
     kept_tags = [tag for tag in tags if tag not in {*_TAGS, *_LOSSLESS_TAGS}]
-    found["tags"] = list(
-        dict.fromkeys([*(tag for tag in tags if tag not in {*_TAGS, *_LOSSLESS_TAGS}), *ours])
-    )
+    found["tags"] = list(dict.fromkeys([*kept_tags, *ours]))
     loss = patch.training.number("dev_loss") if isinstance(patch, Patch) else None
     if loss is not None:
         result = client().EvalResult(
