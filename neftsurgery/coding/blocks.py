@@ -7,9 +7,9 @@ import threading
 from enum import IntEnum
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
+from .compression import compress, decompress
 from .elements import Carrier, Elements
 from .kernels import (
     decode_changes,
@@ -19,7 +19,7 @@ from .kernels import (
     find_changes,
     find_values,
 )
-from .tables import Table, events
+from .tables import FrequencyTable, events
 
 __all__ = ["BLOCK", "Form", "decode", "encode", "encode_fast"]
 
@@ -55,7 +55,7 @@ def _scratch(length: int, size: int) -> tuple[NDArray[np.uint32], NDArray[np.uin
 
 
 def encode(
-    base: Carrier | None, tuned: Carrier, elements: Elements, table: Table | None
+    base: Carrier | None, tuned: Carrier, elements: Elements, table: FrequencyTable | None
 ) -> tuple[Form, bytes]:
     """The smallest form of ``tuned``; CODED only with a ``table``. Without ``base``, zeros stand for it."""
     against = np.zeros_like(tuned) if base is None else base
@@ -67,7 +67,7 @@ def encode(
         if len(coded) < len(code):
             form, code = Form.CODED, coded
     if base is None or len(code) >= _POOR * tuned.nbytes:
-        packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(tuned.tobytes())
+        packed = compress(tuned.tobytes(), _ZSTD_LEVEL)
         if len(packed) < len(code):
             form, code = Form.ZSTD, packed
     if base is not None and changes * (1 + elements.size) < len(code):
@@ -88,7 +88,7 @@ def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
     return Form.RAW, tuned.tobytes()
 
 
-def _coded(base: Carrier, tuned: Carrier, elements: Elements, table: Table) -> tuple[bytes, int]:
+def _coded(base: Carrier, tuned: Carrier, elements: Elements, table: FrequencyTable) -> tuple[bytes, int]:
     """The code, and how many elements it holds."""
     words, extras = _scratch(len(tuned), elements.size)
     gap_table, value_table = table.encoding
@@ -132,7 +132,12 @@ def _stepped(steps: NDArray[np.int64], flips: Carrier, kind: np.dtype[np.unsigne
 
 
 def decode(
-    form: int, code: bytes, base: Carrier | None, out: Carrier, elements: Elements, table: Table | None
+    form: int,
+    code: bytes,
+    base: Carrier | None,
+    out: Carrier,
+    elements: Elements,
+    table: FrequencyTable | None,
 ) -> None:
     """Fill ``out`` with the block that ``code`` stands for.
 
@@ -144,13 +149,7 @@ def decode(
     elif form == Form.RAW and len(code) == out.nbytes:
         out[:] = np.frombuffer(code, out.dtype)
     elif form == Form.ZSTD:
-        try:
-            raw = zstandard.ZstdDecompressor().decompress(code, max_output_size=out.nbytes)
-        except zstandard.ZstdError as error:
-            raise ValueError("it is not what zstd wrote") from error
-        if len(raw) != out.nbytes:
-            raise ValueError("it has another length")
-        out[:] = np.frombuffer(raw, out.dtype)
+        out[:] = np.frombuffer(decompress(code, out.nbytes), out.dtype)
     elif form == Form.CHANGED:
         _decode_changed(code, against, out)
     elif form == Form.CODED and table is not None:
@@ -172,7 +171,9 @@ def _decode_changed(code: bytes, base: Carrier, out: Carrier) -> None:
     out[positions] ^= np.frombuffer(code[middle:], out.dtype)
 
 
-def _decode_coded(code: bytes, base: Carrier, out: Carrier, elements: Elements, table: Table) -> None:
+def _decode_coded(
+    code: bytes, base: Carrier, out: Carrier, elements: Elements, table: FrequencyTable
+) -> None:
     (count,) = _COUNT.unpack(code[:4]) if len(code) >= 4 and len(code) % 4 == 0 else (-1,)
     if not 0 <= count <= len(code) // 4 - 1:
         raise ValueError("its code has another length")

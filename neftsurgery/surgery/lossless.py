@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from ..checkpoint.adapter import open_pair
@@ -17,18 +16,20 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.blocks import Form, encode, encode_fast
+from ..coding.compression import compress
 from ..coding.elements import Carrier
-from ..coding.tables import Table, fit, pack
+from ..coding.tables import MOST_TABLES, FrequencyTable, fit, pack
 from ..errors import MismatchError, UsageError
 from ..patch.delta import (
     ARRAYS,
-    Block,
+    MOST_SIDE_BYTES,
+    SIDE_NAMES,
+    DeltaBlock,
     SideFile,
     WeightFile,
     block_hash,
     blocks_of,
     counterpart,
-    is_plain,
     pack_layout,
     read_block,
 )
@@ -45,15 +46,6 @@ from ..version import __version__
 
 __all__ = ["LosslessPlan", "plan_lossless"]
 
-#: Files beside the weights that belong to a model and that a patch carries. Never code.
-_SIDE_NAMES = frozenset(
-    {
-        INDEX_NAME, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
-    }
-)  # fmt: skip
-_MOST_SIDE_BYTES = 64 << 20
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
 _SAMPLES = 6
@@ -145,14 +137,10 @@ def plan_lossless(
     reversible: bool = False,
     fast: bool = False,
     weights_only: bool = False,
-    inputs: Sequence[AnyPath] = (),
     out: AnyPath | None = None,
     force: bool = False,
 ) -> LosslessPlan:
-    """Check everything that a lossless `extract` needs; nothing is written.
-
-    ``inputs``: files that ``out`` must not replace. Raises as `extract`.
-    """
+    """Check everything that a lossless `extract` needs; nothing is written. Raises as `extract`."""
     first, second = open_pair(base, tuned)
     if not isinstance(second, Checkpoint):
         raise UsageError(
@@ -163,13 +151,16 @@ def plan_lossless(
     for checkpoint in (first, second):
         if any(shard.path.parent != checkpoint.root for shard in checkpoint.shards):
             raise UsageError("a lossless patch holds weight files of one folder only", file=checkpoint.name)
+        if not checkpoint.is_file and not all(
+            s.path.name.endswith(".safetensors") for s in checkpoint.shards
+        ):
+            raise UsageError("a weight file of the folder does not end in .safetensors", file=checkpoint.name)
     if not any(counterpart(info, first.tensors) for info in second.tensors.values()):
         raise MismatchError(
             "the checkpoints have no tensor in common", file=second.name, hint="are they of one model?"
         )
     if out is not None:
-        sources = [first.source.path, second.source.path, *inputs]
-        refuse_output(out, inputs=sources, force=force, kind="file")
+        refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
     carried, others = ((), ()) if second.is_file else _side_files(second)
     if weights_only:
         others = (*others, *(path.name for path in carried if path.name != INDEX_NAME))
@@ -185,9 +176,9 @@ def _side_files(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ..
     for path in sorted(checkpoint.root.iterdir()):
         if path.name in weights or path.name.startswith("."):
             continue
-        small = path.is_file() and path.stat().st_size <= _MOST_SIDE_BYTES
+        small = path.is_file() and path.stat().st_size <= MOST_SIDE_BYTES
         stale = path.name == INDEX_NAME and len(weights) == 1 and "model.safetensors" in weights
-        if path.name in _SIDE_NAMES and small and not stale and is_plain(path.name):
+        if path.name in SIDE_NAMES and small and not stale:
             carried.append(path)
         else:
             others.append(path.name)
@@ -258,7 +249,7 @@ class _Way:
     def _parts(self) -> dict[str, bytes]:
         return {"layout": self._layout, "tables": self._packed_tables, "side": self._side}
 
-    def _read(self, block: Block) -> tuple[Carrier | None, Carrier, int]:
+    def _read(self, block: DeltaBlock) -> tuple[Carrier | None, Carrier, int]:
         """A block of both sides, and the hash of what the source has of it."""
         found = read_block(self._target, block)
         assert found is not None  # a block of the target
@@ -268,7 +259,7 @@ class _Way:
             return None, found[0], 0
         return there[0], found[0], block_hash(there[0][: there[1]])
 
-    def _coded(self, block: Block) -> tuple[Form, bytes, int, int]:
+    def _coded(self, block: DeltaBlock) -> tuple[Form, bytes, int, int]:
         base, tuned, before = self._read(block)
         if self._fast:
             form, code = encode_fast(base, tuned)
@@ -278,14 +269,14 @@ class _Way:
             form, code = encode(base, tuned, block.elements, table)
         return form, code, before, block_hash(tuned)
 
-    def _fitted(self) -> tuple[Mapping[str, int], list[Table]]:
+    def _fitted(self) -> tuple[Mapping[str, int], list[FrequencyTable]]:
         """A table for each kind of tensor, from a sample of its blocks."""
-        kinds: dict[tuple[str, str, bool], list[Block]] = {}
+        kinds: dict[tuple[str, str, bool], list[DeltaBlock]] = {}
         for block in self.blocks:
             new = self._counterparts[block.info.name] is None
             kinds.setdefault((re.sub(r"\d+", "*", block.info.name), block.info.dtype, new), []).append(block)
-        table_of, tables = dict[str, int](), list[Table]()
-        for blocks in kinds.values():
+        table_of, tables = dict[str, int](), list[FrequencyTable]()
+        for blocks in [*kinds.values()][:MOST_TABLES]:  # any further ones take a form without a table
             chosen = [blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))]
             pairs = []
             for block in chosen:
@@ -307,10 +298,9 @@ def _packed(paths: Sequence[Path], source: Checkpoint) -> tuple[list[SideFile], 
     for path in paths:
         content = path.read_bytes()
         twin = source.root / path.name
-        if not source.is_file and twin.is_file() and content and twin.read_bytes() == content:
-            parts.append(b"")
-        else:
-            parts.append(zstandard.ZstdCompressor(level=_SIDE_LEVEL).compress(content))
+        same = not source.is_file and twin.is_file() and twin.stat().st_size == len(content) > 0
+        same = same and twin.read_bytes() == content
+        parts.append(b"" if same else compress(content, _SIDE_LEVEL))
         digest = hashlib.sha256(content).hexdigest()
         described.append(SideFile(path.name, len(content), digest, len(parts[-1])))
     return described, b"".join(parts)

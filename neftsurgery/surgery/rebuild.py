@@ -14,7 +14,7 @@ from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.elements import Carrier
 from ..errors import MismatchError, UsageError
-from ..patch.delta import Block, Delta, block_hash, counterpart, read_block
+from ..patch.delta import Delta, DeltaBlock, block_state
 from ..patch.lossless import LosslessPatch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
@@ -112,7 +112,28 @@ class RebuildPlan:
         """Write the checkpoint; every block is checked before and after."""
         limits = limits or Limits.of()
         watch, before = Stopwatch(), self.checkpoint.bytes_read
-        with watch.running(), progress("writing", self.nbytes) as advance:
+        with watch.running():
+            if self.delta is None:
+                self._check_copied(limits, progress)
+            self._write(limits, progress)
+        watch.bytes_read = self.checkpoint.bytes_read - before
+        return RebuildResult(self.out, self.goal, self.names, self.timing + watch.timing)
+
+    def _check_copied(self, limits: Limits, progress: Progress) -> None:
+        """Compare what will be copied with the hashes of the base, as far as the patch has them."""
+        with progress("checking", self.patch.forward.nbytes) as advance:
+            advance(sum(file.header.size for file in self.patch.forward.files))
+            for block, (_, state, _) in in_order(
+                lambda block: block_state(self.checkpoint, block),
+                self.patch.forward.blocks,
+                limits.workers(_BLOCK_MEMORY),
+            ):
+                if state != int(self.patch.forward.before[block.number]):
+                    raise self._another(block)
+                advance(block.nbytes)
+
+    def _write(self, limits: Limits, progress: Progress) -> None:
+        with progress("writing", self.nbytes) as advance:
             if self.single:
                 with staged_file(self.out, force=self.force) as staged:
                     require_space(self.out.absolute().parent, self.nbytes)
@@ -123,14 +144,16 @@ class RebuildPlan:
                     require_space(self.out.absolute().parent, self.nbytes)
                     self._write_folder(folder, limits, advance)
                     self._check_unchanged()
-        watch.bytes_read = self.checkpoint.bytes_read - before
-        return RebuildResult(self.out, self.goal, self.names, self.timing + watch.timing)
 
     def _check_unchanged(self) -> None:
         self.checkpoint.check_unchanged()
         self.patch.check_unchanged()
 
     def _write_folder(self, folder: Path, limits: Limits, advance: Callable[[int], None]) -> None:
+        if self.delta is not None:
+            for one in self.delta.side:
+                (folder / one.name).write_bytes(self.delta.side_content(one, self.checkpoint.root))
+                advance(one.nbytes)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         weights = len(self.checkpoint.shards if self.delta is None else self.delta.files)
         for number, name in enumerate(self.names[:weights]):
@@ -139,9 +162,6 @@ class RebuildPlan:
                 self._write_weights(number, fd, limits, advance)
             finally:
                 os.close(fd)
-        if self.delta is not None:
-            for one in self.delta.side:
-                (folder / one.name).write_bytes(self.delta.side_content(one, self.checkpoint.root))
         for path in self.along:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(self.checkpoint.root / path, folder / path)
@@ -153,8 +173,9 @@ class RebuildPlan:
         delta, file = self.delta, self.delta.files[number]
         os.ftruncate(fd, file.nbytes)
         write_exactly(fd, file.start, 0)
+        advance(file.header.size)
 
-        def write(block: Block) -> None:
+        def write(block: DeltaBlock) -> None:
             found = self._rebuilt(delta, block)
             write_exactly(fd, found.data.cast("B"), block.offset)
             begin_writeback(fd, block.offset, block.nbytes)
@@ -163,16 +184,17 @@ class RebuildPlan:
         for block, _ in in_order(write, blocks, limits.workers(_BLOCK_MEMORY)):
             advance(block.nbytes)
 
-    def _rebuilt(self, delta: Delta, block: Block) -> Carrier:
+    def _rebuilt(self, delta: Delta, block: DeltaBlock) -> Carrier:
         """A block of the result. What is the result's already, stays."""
-        info = counterpart(block.info, self.checkpoint.tensors)
-        found = None if info is None else read_block(self.checkpoint, block, info)
-        state = 0 if found is None else block_hash(found[0][: found[1]])
+        found, state, whole = block_state(self.checkpoint, block)
         if state == int(delta.before[block.number]):
-            return delta.decoded(block, None if found is None else found[0])
-        if found is not None and state == int(delta.after[block.number]):
-            return found[0]
-        raise MismatchError(
+            return delta.decoded(block, found)
+        if found is not None and whole and state == int(delta.after[block.number]):
+            return found
+        raise self._another(block)
+
+    def _another(self, block: DeltaBlock) -> MismatchError:
+        return MismatchError(
             f"{self.patch.name} was made from another {'base' if self.goal == 'patched' else 'checkpoint'}",
             file=self.checkpoint.name,
             tensor=block.info.name,
@@ -217,9 +239,11 @@ def plan_rebuild(
             inputs.append(checkpoint.source.path)
             _require(patch, checkpoint, target)
             along = () if checkpoint.is_file else folder_files(checkpoint).along
-        elif patch.manifest.get("weights_only") is True and not checkpoint.is_file and delta is not None:
+        elif delta is not None and patch.manifest.get("weights_only") is True and not checkpoint.is_file:
             own = {file.name for file in delta.files} | {INDEX_NAME}
             along = tuple(path for path in folder_files(checkpoint).along if str(path) not in own)
+        if delta is not None and delta.single:
+            along = ()
         plan = RebuildPlan(checkpoint, patch, delta, goal, Path(out), force, along, watch.timing)
         refuse_output(out, inputs=inputs, force=force, kind="file" if plan.single else "directory")
     return dataclasses.replace(plan, timing=watch.timing)

@@ -14,7 +14,7 @@ from ..checkpoint.provenance import fingerprint
 from ..errors import boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions
-from ..patch.delta import Block, block_hash, counterpart, read_block
+from ..patch.delta import DeltaBlock, block_state
 from ..patch.digests import DigestHash, digests
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.overlap import overlay
@@ -178,14 +178,9 @@ def examine_blocks(
     delta = patch.forward
     tensors = {name: TensorState() for name in delta.tensors}
 
-    def look(block: Block) -> tuple[bool, bool]:
-        info = counterpart(block.info, checkpoint.tensors)
-        found = None if info is None else read_block(checkpoint, block, info)
-        if found is None:
-            return int(delta.before[block.number]) == 0, False
-        digest = block_hash(found[0][: found[1]])
-        whole = found[1] == block.stop - block.start
-        return digest == int(delta.before[block.number]), whole and digest == int(delta.after[block.number])
+    def look(block: DeltaBlock) -> tuple[bool, bool]:
+        _, state, whole = block_state(checkpoint, block)
+        return state == int(delta.before[block.number]), whole and state == int(delta.after[block.number])
 
     for block, (is_base, is_patched) in in_order(look, delta.blocks, limits.threads):
         tensor = tensors[block.info.name]
