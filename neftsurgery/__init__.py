@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .hub.push import PushResult, push
     from .neuron_utilization.result import Utilization
     from .neuron_utilization.utilization import utilization
+    from .patch.lossless import LosslessPatch
     from .patch.patch import Patch
     from .reporting.report import report
     from .scoring.scores import Scores
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .surgery.extract import extract
     from .surgery.inspect import Inspection, inspect
     from .surgery.merge import merge
+    from .surgery.rebuild import RebuildResult
     from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
     from .training.train import TrainResult, train
@@ -54,12 +56,14 @@ __all__ = [
     "ExportResult",
     "HealResult",
     "Inspection",
+    "LosslessPatch",
     "MachineError",
     "MismatchError",
     "NeftError",
     "Patch",
     "PatchSaving",
     "PushResult",
+    "RebuildResult",
     "RewriteResult",
     "Scores",
     "Selection",
@@ -91,9 +95,11 @@ _HOMES = {
     "ExportResult": "surgery.export",
     "HealResult": "checkpoint.healing",
     "Inspection": "surgery.inspect",
+    "LosslessPatch": "patch.lossless",
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
     "PushResult": "hub.push",
+    "RebuildResult": "surgery.rebuild",
     "RewriteResult": "surgery.rewrite",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",

@@ -11,12 +11,11 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,11 +61,13 @@ SIDE_NAMES = frozenset(
 MOST_SIDE_BYTES = 64 << 20
 
 #: The arrays with an element per block, and their types in the file.
-ARRAYS = {"form": "U8", "table": "U16", "size": "U32", "before": "U64", "after": "U64"}
+ARRAYS = {
+    "form": "U8", "table": "U16", "size": "U32", "changed": "U32", "before": "U64", "after": "U64",
+}  # fmt: skip
 #: All entries of a delta, by the part of their names behind the prefix.
 ENTRIES = (*ARRAYS, "layout", "tables", "side")
 _PREFIX = struct.Struct("<Q")
-_BLOCK_BYTES = 23  # in the arrays
+_BLOCK_BYTES = 27  # in the arrays
 _LAYOUT_LEVEL = 10
 _WHAT = "patch"
 
@@ -223,6 +224,7 @@ class Delta:
         self.blocks = tuple(blocks_of(self.files))
         self.forms: NDArray[np.uint8] = self._array("form")
         self.sizes = self._array("size").astype(np.int64)
+        self.changed = self._array("changed").astype(np.int64)  # elements that differ from the source
         self.before: NDArray[np.uint64] = self._array("before")
         self.after: NDArray[np.uint64] = self._array("after")
         self.table_of: NDArray[np.uint16] = self._array("table")
@@ -279,18 +281,27 @@ class Delta:
             raise self._bad("a block does not have the hash of its result", block.info.name)
         return out
 
-    def side_content(self, side: SideFile, source: Path) -> bytes:
-        """The content of a side file, from the patch or from the folder ``source``; its hash is checked.
+    def block_at(self, name: str, start: int) -> DeltaBlock | None:
+        """The block of tensor ``name`` that begins at element ``start``; None beyond its end."""
+        number = self._first.get(name, len(self.blocks)) + start // BLOCK
+        block = self.blocks[number] if number < len(self.blocks) else None
+        return block if block is not None and (block.info.name, block.start) == (name, start) else None
+
+    @cached_property
+    def _first(self) -> dict[str, int]:
+        return {block.info.name: block.number for block in reversed(self.blocks)}
+
+    def side_content(self, side: SideFile, source: Callable[[], bytes]) -> bytes:
+        """The content of a side file, from the patch or from ``source``; its hash is checked.
 
         Raises a `CorruptFileError`, or a `MismatchError` if the source's file is another one.
         """
         if side.packed == 0:
-            twin = source / side.name
-            content = twin.read_bytes() if twin.is_file() and twin.stat().st_size == side.nbytes else b""
+            content = source()
             if hashlib.sha256(content).hexdigest() != side.sha256:
                 raise MismatchError(
-                    "the file is not the one that the patch was made beside",
-                    file=twin,
+                    f"the {side.name} beside the weights is not the one that the patch was made with",
+                    file=self._file.path,
                     hint="restore it, or use the checkpoint that the patch was made from",
                 )
             return content

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import xxhash
 
@@ -44,6 +45,14 @@ class LosslessPatch(FileBacked):
     ) -> None:
         super().__init__(file)
         self.manifest, self.source = manifest, source
+        if manifest.get("kind") != "lossless":
+            raise CorruptFileError(
+                "the patch is of a kind that this version does not know",
+                file=file.path,
+                expected="lossless",
+                found=str(manifest.get("kind"))[:100],
+                hint="update neftsurgery",
+            )
         code = file.tensors.get("code")
         if code is None or code.dtype != "U8" or len(code.shape) != 1:
             raise bad(file, _WHAT, "it has no code")
@@ -122,6 +131,26 @@ class LosslessPatch(FileBacked):
             nbytes[form] += block.nbytes
             code[form] += int(self.forward.sizes[block.number])
         return {form: {"blocks": counts[form], "bytes": nbytes[form], "code": code[form]} for form in counts}
+
+    def weights(self, *, by_kind: bool = False) -> dict[str, dict[str, Any]]:
+        """By tensor: its elements, how many changed, bytes of code, forms.
+
+        Tensors of a kind together, if asked: those whose names differ in numbers only, written as ``*``.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for block in self.forward.blocks:
+            info = block.info
+            name = re.sub(r"\d+", "*", info.name) if by_kind else info.name
+            own = {} if by_kind else {"dtype": info.dtype, "shape": list(info.shape)}
+            empty = {"name": name, **own, "elements": 0, "changed": 0, "code": 0, "forms": []}
+            facts = found.setdefault(name, empty)
+            facts["elements"] += block.stop - block.start
+            facts["changed"] += int(self.forward.changed[block.number])
+            facts["code"] += int(self.forward.sizes[block.number])
+            form = Form(self.forward.forms[block.number]).name.lower()
+            if form not in facts["forms"]:
+                facts["forms"].append(form)
+        return found
 
     def __repr__(self) -> str:
         return f"<LosslessPatch {self._label}>"

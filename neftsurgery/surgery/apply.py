@@ -21,7 +21,7 @@ from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import Source, is_hub_id
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
-from .rebuild import RebuildPlan, RebuildResult, plan_rebuild
+from .rebuild import RebuildPlan, RebuildResult, chain_of, plan_rebuild
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
 from .verb import replaced_rows, require_replaced, run_keywords
 from .verify import JOURNAL_HINT, PatchState, examine
@@ -38,6 +38,7 @@ def apply(
     base: AnyPath,
     patches: AnyPatch | Sequence[AnyPatch],
     *,
+    to: int | None = None,
     out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
@@ -51,7 +52,10 @@ def apply(
         A checkpoint: a file, a folder, or a Hub id. It may be patched already, or partly.
     patches:
         A patch, or several, each a `Patch` or a path; each is checked against the state that the
-        ones before it leave. A lossless patch makes the whole tuned checkpoint, and comes alone.
+        ones before it leave. Lossless patches make a whole checkpoint, and follow each other; a folder stands
+        for its patches, in their order.
+    to:
+        Of a folder of lossless patches, the number of the last one: that in its file name.
     out:
         The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
     in_place:
@@ -77,7 +81,7 @@ def apply(
     if in_place:
         undo_unfinished(base)
     several = [patches] if isinstance(patches, (Patch, LosslessPatch, Source, str, os.PathLike)) else patches
-    return plan_apply(base, several, out=out, in_place=in_place, force=force, **run).run(**run)
+    return plan_apply(base, several, to=to, out=out, in_place=in_place, force=force, **run).run(**run)
 
 
 @boundary
@@ -126,6 +130,7 @@ def plan_apply(
     base: AnyPath,
     patches: Sequence[AnyPatch],
     *,
+    to: int | None = None,
     out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
@@ -135,13 +140,20 @@ def plan_apply(
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
-    rows = []
-    for patch in map(load_any, patches):
-        if isinstance(patch, LosslessPatch):
-            if len(patches) > 1:
-                raise UsageError("a lossless patch is applied alone", file=patch.place)
-            return plan_rebuild(base, patch, goal="patched", out=out, in_place=in_place, force=force)
-        rows.append(RowSource(patch, patch.values))
+    opened = list[Patch | LosslessPatch]()
+    for patch in patches:
+        if isinstance(patch, str | os.PathLike) and os.path.isdir(patch):
+            opened += chain_of(Path(patch), to)
+        else:
+            opened.append(load_any(patch))
+    lossless = [patch for patch in opened if isinstance(patch, LosslessPatch)]
+    if lossless:
+        if len(lossless) < len(opened):
+            raise UsageError(
+                "lossless patches and neuron patches are not applied together", file=lossless[0].place
+            )
+        return plan_rebuild(base, lossless, goal="patched", out=out, in_place=in_place, force=force)
+    rows = [RowSource(patch, patch.values) for patch in opened if isinstance(patch, Patch)]
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
@@ -160,7 +172,7 @@ def plan_revert(
     patch = load_any(patch)
     if isinstance(patch, LosslessPatch):
         return plan_rebuild(
-            checkpoint, patch, goal="base", base=base, out=out, in_place=in_place, force=force
+            checkpoint, [patch], goal="base", base=base, out=out, in_place=in_place, force=force
         )
     inputs, read = list[Path](), patch.base_values
     if base is not None:

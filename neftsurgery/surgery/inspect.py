@@ -15,6 +15,7 @@ from ..checkpoint.folder_files import folder_files
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import MismatchError, UsageError, boundary, keyword, spelled
 from ..options import Scope, ScopeOptions, split
+from ..patch.lossless import LosslessPatch, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
 from ..scoring.scores import SCORES_KEY, Scores
@@ -40,6 +41,8 @@ class Inspection(dict[str, Any]):
     @property
     def tables(self) -> list[list[list[str]]]:
         """What a person wants to know, as rows of cells; options as ``[[name]]``."""
+        if self.get("lossless"):
+            return [_lossless_rows(self)]
         return _patch_tables(self) if self.kind == "patches" else [_rows(self)]
 
     def to_json(self) -> dict[str, object]:
@@ -94,7 +97,8 @@ def _one(named: AnyPath, scope: Scope) -> dict[str, Any]:
     if source.path.is_file():
         metadata = read_header(source.path).metadata
         if PATCH_KEY in metadata:
-            return _patch(Patch.load(source))
+            patch = load_any(source)
+            return _patch(patch) if isinstance(patch, Patch) else _lossless(patch)
         if SCORES_KEY in metadata:
             return _scores(Scores.load(source.path))
         if SELECTION_KEY in metadata:
@@ -169,6 +173,27 @@ def _patch(patch: Patch) -> dict[str, Any]:
     }
 
 
+def _lossless(patch: LosslessPatch) -> dict[str, Any]:
+    return {
+        "kind": "patch",
+        "name": patch.name,
+        "version": patch.manifest["version"],
+        "lossless": True,
+        "bytes": patch.nbytes,
+        "tuned_bytes": patch.forward.nbytes,
+        "reversible": patch.reversible,
+        "base": dict(patch.base),
+        "tuned": dict(patch.tuned),
+        "created_by": patch.manifest.get("created_by"),
+        "files": [file.name for file in patch.forward.files],
+        "side_files": [asdict(one) for one in patch.forward.side],
+        "not_carried": list(patch.not_carried),
+        "forms": patch.forms(),
+        "weights": list(patch.weights(by_kind=True).values()),
+        "tensors": list(patch.weights().values()),
+    }
+
+
 def _patches(named: Sequence[AnyPath]) -> dict[str, Any]:
     """Several patches, and what each two of them have in common."""
     if not named:
@@ -214,6 +239,27 @@ def _scores(scores: Scores) -> dict[str, Any]:
         **summarize(scores).describe(),
         "tensors": [_tensor(t.info, t.layout.axes, t.layout.count) for t in scores.tensors.values()],
     }
+
+
+def _lossless_rows(facts: Mapping[str, Any]) -> list[list[str]]:
+    files = [*facts["files"], *(one["name"] for one in facts["side_files"])]
+    rows = [
+        ["lossless patch", str(facts["name"])],
+        ["size", f"{size(facts['bytes'])} for {size(facts['tuned_bytes'])} of weights"],
+        ["files", ", ".join(files)],
+        *([["not carried", ", ".join(facts["not_carried"])]] if facts["not_carried"] else []),
+        *_origin(facts),
+    ]
+    for found in facts["weights"]:
+        share = percent(found["changed"] / found["elements"]) if found["elements"] else "0%"
+        forms = ", ".join(found["forms"])
+        rows.append(
+            [
+                found["name"],
+                f"{share} of {commas(found['elements'])} changed, {size(found['code'])} ({forms})",
+            ]
+        )
+    return rows
 
 
 def _rows(facts: Mapping[str, Any]) -> list[list[str]]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..checkpoint.weight_files import INDEX_NAME
-from ..coding.blocks import Form, encode, encode_fast
+from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
 from ..coding.elements import Carrier
 from ..coding.tables import MOST_TABLES, FrequencyTable, fit, pack
@@ -49,8 +50,12 @@ __all__ = ["LosslessPlan", "plan_lossless"]
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
 _SAMPLES = 6
+#: Kinds of tensor with fewer changes share a table: one of their own would cost more than it saves.
+_FEW_CHANGES = 4096
 #: Bytes that a thread holds: a block of either side, its symbols, its code.
 _BLOCK_MEMORY = 48 << 20
+
+_Pair: TypeAlias = tuple[Carrier, Carrier]  # a block of the source, and the same of the target
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,8 @@ def plan_lossless(
     for checkpoint in (first, second):
         if any(shard.path.parent != checkpoint.root for shard in checkpoint.shards):
             raise UsageError("a lossless patch holds weight files of one folder only", file=checkpoint.name)
-        if not checkpoint.is_file and not all(
-            s.path.name.endswith(".safetensors") for s in checkpoint.shards
-        ):
+        names = () if checkpoint.is_file else tuple(shard.path.name for shard in checkpoint.shards)
+        if not all(name.endswith(".safetensors") for name in names):
             raise UsageError("a weight file of the folder does not end in .safetensors", file=checkpoint.name)
     if not any(counterpart(info, first.tensors) for info in second.tensors.values()):
         raise MismatchError(
@@ -226,14 +230,13 @@ class _Way:
     ) -> int:
         """Code and write all blocks from byte ``start`` of the code; returns where it ends."""
         arrays, end = self._arrays, start
-        for block, (form, code, before, after) in in_order(
-            self._coded, self.blocks, limits.workers(_BLOCK_MEMORY)
-        ):
+        for block, (form, code, *facts) in in_order(self._coded, self.blocks, limits.workers(_BLOCK_MEMORY)):
             writer.write("code", end, np.frombuffer(code, np.uint8))
             end += len(code)
             number = block.number
             arrays["form"][number], arrays["size"][number] = form, len(code)
-            arrays["before"][number], arrays["after"][number] = before, after
+            for name, fact in zip(("changed", "before", "after"), facts, strict=True):
+                arrays[name][number] = fact
             arrays["table"][number] = self._table_of.get(block.info.name, 0)
             advance(block.nbytes)
         return end
@@ -259,7 +262,7 @@ class _Way:
             return None, found[0], 0
         return there[0], found[0], block_hash(there[0][: there[1]])
 
-    def _coded(self, block: DeltaBlock) -> tuple[Form, bytes, int, int]:
+    def _coded(self, block: DeltaBlock) -> tuple[Form, bytes, int, int, int]:
         base, tuned, before = self._read(block)
         if self._fast:
             form, code = encode_fast(base, tuned)
@@ -267,26 +270,45 @@ class _Way:
             number = self._table_of.get(block.info.name)
             table = None if number is None else self._tables[number]
             form, code = encode(base, tuned, block.elements, table)
-        return form, code, before, block_hash(tuned)
+        changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
+        return form, code, changed, before, block_hash(tuned)
 
     def _fitted(self) -> tuple[Mapping[str, int], list[FrequencyTable]]:
-        """A table for each kind of tensor, from a sample of its blocks."""
+        """A table for each kind of tensor, from a sample of its blocks; kinds with few changes share one."""
         kinds: dict[tuple[str, str, bool], list[DeltaBlock]] = {}
         for block in self.blocks:
             new = self._counterparts[block.info.name] is None
             kinds.setdefault((re.sub(r"\d+", "*", block.info.name), block.info.dtype, new), []).append(block)
         table_of, tables = dict[str, int](), list[FrequencyTable]()
-        for blocks in [*kinds.values()][:MOST_TABLES]:  # any further ones take a form without a table
-            chosen = [blocks[i] for i in np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))]
-            pairs = []
-            for block in chosen:
-                base, tuned, _ = self._read(block)
-                pairs.append((np.zeros_like(tuned) if base is None else base, tuned))
-            share = sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
-            for block in blocks:
-                table_of[block.info.name] = len(tables)
-            tables.append(fit(pairs, blocks[0].elements, share))
+        small: dict[str, tuple[list[DeltaBlock], list[_Pair]]] = {}
+
+        def add(blocks: Sequence[DeltaBlock], pairs: Sequence[_Pair]) -> None:
+            table_of.update((block.info.name, len(tables)) for block in blocks)
+            tables.append(fit(pairs, blocks[0].elements, _share(pairs, blocks)))
+
+        for (_, dtype, _), blocks in kinds.items():
+            chosen = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))
+            pairs = [self._pair(blocks[i]) for i in chosen]
+            changes = sum(int(np.count_nonzero(base != tuned)) for base, tuned in pairs)
+            if changes < _FEW_CHANGES * _share(pairs, blocks) or len(tables) >= MOST_TABLES - len(DTYPES):
+                group = small.setdefault(dtype, ([], []))
+                group[0].extend(blocks)
+                if sum(len(tuned) for _, tuned in group[1]) < _SAMPLES * BLOCK:  # what is held is bounded
+                    group[1].append(pairs[0])
+            else:
+                add(blocks, pairs)
+        for blocks, pairs in small.values():
+            add(blocks, pairs)
         return table_of, tables
+
+    def _pair(self, block: DeltaBlock) -> _Pair:
+        base, tuned, _ = self._read(block)
+        return np.zeros_like(tuned) if base is None else base, tuned
+
+
+def _share(pairs: Sequence[_Pair], blocks: Sequence[DeltaBlock]) -> float:
+    """What part of the elements of ``blocks`` is in ``pairs``."""
+    return sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
 
 
 def _packed(paths: Sequence[Path], source: Checkpoint) -> tuple[list[SideFile], bytes]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
@@ -14,17 +18,19 @@ from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.elements import Carrier
 from ..errors import MismatchError, UsageError
-from ..patch.delta import Delta, DeltaBlock, block_state
+from ..patch.delta import Delta, DeltaBlock, SideFile, block_state, counterpart
 from ..patch.lossless import LosslessPatch
+from ..patch.patch import PATCH_KEY
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, staged_directory, staged_file
 from ..storage.output_checks import AnyPath, refuse_output, require_space
 from ..storage.positioned import write_exactly
 from ..storage.threads import Limits, in_order
+from ..tensors.header import read_header
 from ..text import plural
 
-__all__ = ["RebuildPlan", "RebuildResult", "plan_rebuild"]
+__all__ = ["RebuildPlan", "RebuildResult", "chain_of", "plan_rebuild"]
 
 _BLOCK_MEMORY = 24 << 20
 
@@ -65,8 +71,8 @@ class RebuildPlan:
     """A checkpoint that is written anew. Made by `plan_rebuild`; nothing is written yet."""
 
     checkpoint: Checkpoint  # what is read
-    patch: LosslessPatch
-    delta: Delta | None  # None: the files of `checkpoint` are copied, as it is the base
+    patches: tuple[LosslessPatch, ...]
+    links: tuple[Delta, ...]  # one after the other; none: the files of `checkpoint` are copied
     goal: str  # ``patched`` or ``base``
     out: Path
     force: bool
@@ -76,36 +82,40 @@ class RebuildPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of what is written, files that are copied along not counted."""
-        if self.delta is None:
+        if not self.links:
             return sum(shard.size for shard in self.checkpoint.shards)
-        return self.delta.nbytes + sum(one.nbytes for one in self.delta.side)
+        return self.links[-1].nbytes + sum(one.nbytes for one in self.links[-1].side)
 
     @property
     def single(self) -> bool:
         """Whether the result is one file."""
-        return self.checkpoint.is_file if self.delta is None else self.delta.single
+        return self.links[-1].single if self.links else self.checkpoint.is_file
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the files."""
-        if self.delta is None:
-            own = [shard.path.name for shard in self.checkpoint.shards]
-        else:
-            own = [file.name for file in self.delta.files] + [one.name for one in self.delta.side]
-        return (*own, *map(str, self.along))
+        if self.links:
+            own = [file.name for file in self.links[-1].files] + [one.name for one in self.links[-1].side]
+            return (*own, *map(str, self.along))
+        return (*(shard.path.name for shard in self.checkpoint.shards), *map(str, self.along))
+
+    @property
+    def not_carried(self) -> tuple[str, ...]:
+        """Files of the result that no patch holds."""
+        return self.patches[-1].not_carried if self.goal == "patched" else ()
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
         return {
             "checkpoint": self.checkpoint.name,
-            "patch": self.patch.name,
+            "patches": [patch.name for patch in self.patches],
             "lossless": True,
             "out": str(self.out),
             "in_place": False,
-            "tensors": len(self.patch.forward.tensors if self.delta else self.checkpoint.tensors),
+            "tensors": len(self.links[-1].tensors if self.links else self.checkpoint.tensors),
             "files": list(self.names),
             "bytes": self.nbytes,
-            "not_carried": list(self.patch.not_carried),
+            "not_carried": list(self.not_carried),
         }
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RebuildResult:
@@ -113,7 +123,7 @@ class RebuildPlan:
         limits = limits or Limits.of()
         watch, before = Stopwatch(), self.checkpoint.bytes_read
         with watch.running():
-            if self.delta is None:
+            if not self.links:
                 self._check_copied(limits, progress)
             self._write(limits, progress)
         watch.bytes_read = self.checkpoint.bytes_read - before
@@ -121,14 +131,14 @@ class RebuildPlan:
 
     def _check_copied(self, limits: Limits, progress: Progress) -> None:
         """Compare what will be copied with the hashes of the base, as far as the patch has them."""
-        with progress("checking", self.patch.forward.nbytes) as advance:
-            advance(sum(file.header.size for file in self.patch.forward.files))
-            for block, (_, state, _) in in_order(
-                lambda block: block_state(self.checkpoint, block),
-                self.patch.forward.blocks,
-                limits.workers(_BLOCK_MEMORY),
-            ):
-                if state != int(self.patch.forward.before[block.number]):
+        delta = self.patches[-1].forward
+
+        def state(block: DeltaBlock) -> int:
+            return block_state(self.checkpoint, block)[1]
+
+        with progress("checking", sum(block.nbytes for block in delta.blocks)) as advance:
+            for block, found in in_order(state, delta.blocks, limits.workers(_BLOCK_MEMORY)):
+                if found != int(delta.before[block.number]):
                     raise self._another(block)
                 advance(block.nbytes)
 
@@ -147,15 +157,15 @@ class RebuildPlan:
 
     def _check_unchanged(self) -> None:
         self.checkpoint.check_unchanged()
-        self.patch.check_unchanged()
+        for patch in self.patches:
+            patch.check_unchanged()
 
     def _write_folder(self, folder: Path, limits: Limits, advance: Callable[[int], None]) -> None:
-        if self.delta is not None:
-            for one in self.delta.side:
-                (folder / one.name).write_bytes(self.delta.side_content(one, self.checkpoint.root))
-                advance(one.nbytes)
+        for one in self.links[-1].side if self.links else ():
+            (folder / one.name).write_bytes(self._side_content(one))
+            advance(one.nbytes)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        weights = len(self.checkpoint.shards if self.delta is None else self.delta.files)
+        weights = len(self.links[-1].files if self.links else self.checkpoint.shards)
         for number, name in enumerate(self.names[:weights]):
             fd = os.open(folder / name, flags, 0o666)
             try:
@@ -167,25 +177,45 @@ class RebuildPlan:
             copy_file(self.checkpoint.root / path, folder / path)
 
     def _write_weights(self, number: int, fd: int, limits: Limits, advance: Callable[[int], None]) -> None:
-        if self.delta is None:
+        if not self.links:
             copy_file(self.checkpoint.shards[number].path, fd, progress=advance)
             return
-        delta, file = self.delta, self.delta.files[number]
+        file = self.links[-1].files[number]
         os.ftruncate(fd, file.nbytes)
         write_exactly(fd, file.start, 0)
         advance(file.header.size)
 
         def write(block: DeltaBlock) -> None:
-            found = self._rebuilt(delta, block)
+            found = self._rebuilt(block)
             write_exactly(fd, found.data.cast("B"), block.offset)
             begin_writeback(fd, block.offset, block.nbytes)
 
-        blocks = (block for block in delta.blocks if block.file is file)
+        blocks = (block for block in self.links[-1].blocks if block.file is file)
         for block, _ in in_order(write, blocks, limits.workers(_BLOCK_MEMORY)):
             advance(block.nbytes)
 
-    def _rebuilt(self, delta: Delta, block: DeltaBlock) -> Carrier:
-        """A block of the result. What is the result's already, stays."""
+    def _rebuilt(self, block: DeltaBlock) -> Carrier:
+        """A block of what all links make, from what each makes of it. What is the result's already, stays."""
+        ways = [(self.links[-1], block)]
+        for delta in reversed(self.links[:-1]):
+            info = counterpart(ways[-1][1].info, delta.tensors)
+            source = None if info is None else delta.block_at(info.name, block.start)
+            if source is None:
+                break
+            ways.append((delta, source))
+        found = self._first_made(*ways.pop()) if len(ways) == len(self.links) else None
+        for delta, one in reversed(ways):
+            source_elements = None
+            if found is not None:
+                source_elements = np.zeros(one.stop - one.start, one.elements.carrier)
+                there = min(len(found), len(source_elements))
+                source_elements[:there] = found[:there]
+            found = delta.decoded(one, source_elements)
+        assert found is not None
+        return found
+
+    def _first_made(self, delta: Delta, block: DeltaBlock) -> Carrier:
+        """A block of what the first link makes of the checkpoint."""
         found, state, whole = block_state(self.checkpoint, block)
         if state == int(delta.before[block.number]):
             return delta.decoded(block, found)
@@ -195,16 +225,31 @@ class RebuildPlan:
 
     def _another(self, block: DeltaBlock) -> MismatchError:
         return MismatchError(
-            f"{self.patch.name} was made from another {'base' if self.goal == 'patched' else 'checkpoint'}",
+            f"{self.patches[0].name} was made from another checkpoint",
             file=self.checkpoint.name,
             tensor=block.info.name,
             hint="nothing was written; `neftsurgery verify` shows every tensor's state",
         )
 
+    def _side_content(self, side: SideFile) -> bytes:
+        """A file beside the weights: from the last link that holds it, else the checkpoint's own."""
+
+        def source() -> bytes:
+            for delta in reversed(self.links[:-1]):
+                own = next((one for one in delta.side if one.name == side.name), None)
+                if own is None:
+                    return b""
+                if own.packed:
+                    return delta.side_content(own, bytes)
+            path = self.checkpoint.root / side.name
+            return path.read_bytes() if path.is_file() and path.stat().st_size == side.nbytes else b""
+
+        return self.links[-1].side_content(side, source)
+
 
 def plan_rebuild(
     named: AnyPath,
-    patch: LosslessPatch,
+    patches: Sequence[LosslessPatch],
     *,
     goal: str,
     base: AnyPath | None = None,
@@ -212,45 +257,66 @@ def plan_rebuild(
     in_place: bool = False,
     force: bool = False,
 ) -> RebuildPlan:
-    """Check everything that applying or reverting a lossless patch needs; nothing is written."""
+    """Check everything that applying or reverting lossless patches needs; nothing is written."""
+    last = patches[-1]
     if in_place or out is None:
         raise UsageError(
             "a lossless patch makes a whole checkpoint, and is not applied in place",
-            file=patch.place,
+            file=last.place,
             hint="write a new checkpoint with [[out=...]]",
         )
-    delta = patch.forward if goal == "patched" else patch.backward
-    if delta is None and base is None:
+    if goal == "base" and base is None and last.backward is None:
         raise UsageError(
             "the patch does not hold the way back",
-            file=patch.place,
+            file=last.place,
             hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
             "that hold the way back",
         )
     watch = Stopwatch()
     with watch.running():
         checkpoint = Checkpoint.open(named)
-        source, target = (patch.base, patch.tuned) if goal == "patched" else (patch.tuned, patch.base)
-        _require(patch, checkpoint, source, target)
-        inputs = [checkpoint.source.path, *([patch.path] if patch.path is not None else [])]
+        inputs = [checkpoint.source.path, *(patch.path for patch in patches if patch.path is not None)]
         along: tuple[Path, ...] = ()
-        if base is not None and goal == "base":
-            checkpoint, delta = Checkpoint.open(base), None
-            inputs.append(checkpoint.source.path)
-            _require(patch, checkpoint, target)
-            along = () if checkpoint.is_file else folder_files(checkpoint).along
-        elif delta is not None and patch.manifest.get("weights_only") is True and not checkpoint.is_file:
-            own = {file.name for file in delta.files} | {INDEX_NAME}
-            along = tuple(path for path in folder_files(checkpoint).along if str(path) not in own)
-        if delta is not None and delta.single:
-            along = ()
-        plan = RebuildPlan(checkpoint, patch, delta, goal, Path(out), force, along, watch.timing)
+        if goal == "patched":
+            links = _links(checkpoint, patches)
+            weights_only = any(patch.manifest.get("weights_only") is True for patch in patches)
+            if weights_only and not checkpoint.is_file and not links[-1].single:
+                own = {file.name for file in links[-1].files} | {INDEX_NAME}
+                along = tuple(path for path in folder_files(checkpoint).along if str(path) not in own)
+        else:
+            _require(last, checkpoint, last.tuned, last.base)
+            links = () if last.backward is None else (last.backward,)
+            if base is not None:
+                checkpoint, links = Checkpoint.open(base), ()
+                inputs.append(checkpoint.source.path)
+                _require(last, checkpoint, last.base)
+                along = () if checkpoint.is_file else folder_files(checkpoint).along
+        plan = RebuildPlan(checkpoint, tuple(patches), links, goal, Path(out), force, along, watch.timing)
         refuse_output(out, inputs=inputs, force=force, kind="file" if plan.single else "directory")
     return dataclasses.replace(plan, timing=watch.timing)
 
 
+def _links(checkpoint: Checkpoint, patches: Sequence[LosslessPatch]) -> tuple[Delta, ...]:
+    """The deltas from a checkpoint on: it is the base of one of the patches, or what the last one makes."""
+    for earlier, later in pairwise(patches):
+        if later.base.fingerprint != earlier.tuned.fingerprint:
+            raise MismatchError(
+                f"{later.name} does not follow {earlier.name}",
+                file=later.place,
+                expected=f"fingerprint {earlier.tuned.fingerprint}",
+                found=later.base.fingerprint,
+                hint="a link of the chain is missing, or the patches are in another order",
+            )
+    found = fingerprint(checkpoint)
+    for number, patch in enumerate(patches):
+        if patch.base.fingerprint == found:
+            return tuple(one.forward for one in patches[number:])
+    _require(patches[0], checkpoint, patches[0].base, patches[-1].tuned)
+    return (patches[-1].forward,)
+
+
 def _require(patch: LosslessPatch, checkpoint: Checkpoint, *sides: Provenance) -> None:
-    """Raise a `MismatchError` unless the checkpoint is one of the patch's sides."""
+    """Raise a `MismatchError` unless the checkpoint is one of ``sides`` of a patch."""
     found = fingerprint(checkpoint)
     if found not in [side.fingerprint for side in sides]:
         raise MismatchError(
@@ -260,3 +326,37 @@ def _require(patch: LosslessPatch, checkpoint: Checkpoint, *sides: Provenance) -
             found=found,
             hint=f"expected {sides[0].label}" if sides[0].label else None,
         )
+
+
+def chain_of(folder: Path, last: int | None) -> list[LosslessPatch]:
+    """The patches of a folder, each followed by the next, up to number ``last``.
+
+    The number of a patch is the last number in its file's name. Raises a `UsageError` if there is none, or
+    none of that number, and a `MismatchError` if they are not one chain.
+    """
+    paths = [path for path in sorted(folder.glob("*.safetensors")) if PATCH_KEY in read_header(path).metadata]
+    found = [LosslessPatch.load(path) for path in paths]
+    if not found:
+        raise UsageError("the folder holds no patch", file=folder)
+    after = {patch.base.fingerprint: patch for patch in found}
+    made = {patch.tuned.fingerprint for patch in found}
+    first = [patch for patch in found if patch.base.fingerprint not in made]
+    if len(after) != len(found) or len(first) != 1:
+        starts = ", ".join(Path(str(patch.path)).name for patch in first) or "none"
+        raise MismatchError(
+            "the patches of the folder are not one chain",
+            file=folder,
+            expected="one patch that follows no other",
+            found=starts,
+            hint="a link is missing, or patches of several chains lie here",
+        )
+    chain = [first[0]]
+    while (following := after.get(chain[-1].tuned.fingerprint)) is not None and following not in chain:
+        chain.append(following)
+    if last is None:
+        return chain
+    for count, patch in enumerate(chain, 1):
+        digits = re.findall(r"\d+", Path(str(patch.path)).stem)
+        if digits and int(digits[-1]) == last:
+            return chain[:count]
+    raise UsageError(f"no patch of the chain has the number {last}", file=folder)

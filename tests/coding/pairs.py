@@ -32,7 +32,7 @@ def weights(dtype: str, length: int, rng: np.random.Generator) -> Carrier:
 
 
 def changed(dtype: str, base: Carrier, share: float, kind: str, rng: np.random.Generator) -> Carrier:
-    """A ``share`` of the elements changed: by small ``steps`` of their bits, to ``odd`` values, to ``noise``."""
+    """A ``share`` of the elements changed: by ``steps`` of their bits, to ``odd`` values, to ``noise``."""
     new = {
         "steps": base + rng.integers(1, 4, len(base)).astype(base.dtype),
         "noise": rng.integers(0, 256, (len(base), base.itemsize), np.uint8).view(base.dtype).reshape(-1),

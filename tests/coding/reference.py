@@ -13,8 +13,8 @@ FLOATS = {
 #: Bits of the unsigned integers that stand for elements; types of fewer bits are taken as bytes.
 WIDTHS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 32, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16,
-    "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "U8": 8,
-    "I8": 8, "BOOL": 8, "F4": 8, "F6_E2M3": 8, "F6_E3M2": 8,
+    "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "U8": 8, "I8": 8, "BOOL": 8, "F4": 8, "F6_E2M3": 8, "F6_E3M2": 8,
 }  # fmt: skip
 
 
@@ -83,12 +83,11 @@ class Symbols:
         self.state = (next(words) << 32) | next(words)
 
     def take(self, frequencies: Sequence[int]) -> int:
-        slot, start = self.state % 4096, 0
-        for symbol, frequency in enumerate(frequencies):
-            if slot < start + frequency:
-                break
-            start += frequency
-        self.state = frequency * (self.state // 4096) + slot - start
+        slot, start, symbol = self.state % 4096, 0, 0
+        while slot >= start + frequencies[symbol]:
+            start += frequencies[symbol]
+            symbol += 1
+        self.state = frequencies[symbol] * (self.state // 4096) + slot - start
         if self.state < 1 << 31:
             self.state = (self.state << 32) | next(self._words)
         return symbol

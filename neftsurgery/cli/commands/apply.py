@@ -28,6 +28,9 @@ target_options = stack(
 @click.command("apply")
 @click.argument("base")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
+@click.option(
+    "--to", type=int, metavar="N", help="Of a folder of lossless patches: up to the one with this number."
+)
 @target_options
 @writing_options
 def command(
@@ -36,12 +39,14 @@ def command(
     """Write a patched checkpoint: BASE with the neurons of one or more PATCHes.
 
     Every touched neuron of BASE is checked first: a patch for another base is refused before anything
-    is written. BASE may be patched already, or partly.
+    is written. BASE may be patched already, or partly. Lossless patches follow each other; a folder stands
+    for its patches.
 
     \b
     Example:
       neftsurgery apply base/ neuron_patch.safetensors -o patched/
       neftsurgery apply base.safetensors neuron_patch.safetensors --in-place
+      neftsurgery apply base/ run/ --to 120 -o step-120/
     """
     if in_place and not dry_run:
         undo_unfinished(base)
@@ -63,8 +68,8 @@ def run_rewrite(console: Console, plan: RewritePlan | RebuildPlan, dry_run: bool
     console.say(str(result).partition("\n")[0])
     if isinstance(plan, RewritePlan):
         _note(console, plan)
-    elif plan.patch.not_carried and plan.goal == "patched":
-        console.note(f"the patch does not carry {', '.join(plan.patch.not_carried)} of the tuned checkpoint")
+    elif plan.not_carried:
+        console.note(f"the patch does not carry {', '.join(plan.not_carried)} of the tuned checkpoint")
     console.answer({**facts, "written": result.written}, result.timing, dry_run=False)
 
 

@@ -11,7 +11,7 @@ import click
 from ...errors import spelled
 from ...options import ScopeOptions
 from ...surgery.inspect import inspect
-from ...text import commas
+from ...text import commas, size
 from ..console import Console, flag, table
 from ..options import common_options, options_of, take
 
@@ -56,7 +56,9 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
 
 
 def _tensor(tensor: Mapping[str, Any]) -> list[str]:
-    if "reason" in tensor:
+    if "changed" in tensor:
+        what = f"{commas(tensor['changed'])} changed, {size(tensor['code'])}"
+    elif "reason" in tensor:
         what = f"not scored: {tensor['reason']}"
     else:
         of = f" of {commas(tensor['of'])}" if "of" in tensor else ""
