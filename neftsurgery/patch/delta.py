@@ -255,6 +255,11 @@ class Delta:
         """Bytes of the target's weight files."""
         return sum(file.nbytes for file in self.files)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of all blocks: what work on each of them makes progress by."""
+        return sum(block.nbytes for block in self.blocks)
+
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensors of the target, by name."""
@@ -393,7 +398,7 @@ def _is_valid(header: Header, content: Mapping[str, Any]) -> bool:
         begin, stop = content[name]["data_offsets"]
         if not all(type(number) is int and 0 <= number < 1 << 64 for number in (begin, stop, *info.shape)):
             return False
-        if max(accumulate(info.shape, mul), default=1) >= 1 << 64:
+        if any(size >= 1 << 64 for size in accumulate(info.shape, mul)):
             return False
         if begin != end or stop != begin + info.nbytes or info.elements * info.type.bits % 8:
             return False

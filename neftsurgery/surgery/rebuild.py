@@ -136,7 +136,7 @@ class RebuildPlan:
         def state(block: DeltaBlock) -> int:
             return block_state(self.checkpoint, block)[1]
 
-        with progress("checking", sum(block.nbytes for block in delta.blocks)) as advance:
+        with progress("checking", delta.block_bytes) as advance:
             for block, found in in_order(state, delta.blocks, limits.workers(_BLOCK_MEMORY)):
                 if found != int(delta.before[block.number]):
                     raise self._another(block)

@@ -258,7 +258,11 @@ class VerifyPlan:
         """Compare every vector that the patch touches; of a lossless patch, every block."""
         watch, limits = Stopwatch(), limits or Limits.of()
         lossless = isinstance(self.patch, LosslessPatch)
-        total = self.patch.forward.nbytes if isinstance(self.patch, LosslessPatch) else self.patch.value_bytes
+        total = (
+            self.patch.forward.block_bytes
+            if isinstance(self.patch, LosslessPatch)
+            else self.patch.value_bytes
+        )
         with watch.running(), progress("checking", total) as advance:
             if isinstance(self.patch, LosslessPatch):
                 state, tensors = examine_blocks(self.checkpoint, self.patch, limits=limits, advance=advance)
