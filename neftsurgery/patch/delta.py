@@ -218,6 +218,8 @@ class Delta:
         self.single = layout.get("single") is True
         self.files = tuple(self._weight_file(entry) for entry in _objects(layout.get("files")))
         self.side = tuple(self._side_file(entry) for entry in _objects(layout.get("side")))
+        if sum(len(file.header.tensors) for file in self.files) != len(self.tensors):
+            raise self._bad("a tensor is in two files")
         count = _block_count(self.files)
         for name, dtype in ARRAYS.items():  # before anything is made for each block
             self._require(name, dtype, (count,))

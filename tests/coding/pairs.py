@@ -50,7 +50,7 @@ def conditional_entropy(dtype: str, base: Carrier, tuned: Carrier) -> float:
         wide = bits.astype(np.int64)
         return np.where(wide & top, 2 * top - 1 - wide, wide + top)
 
-    pairs = np.stack([exponents, place(tuned) - place(base)])
-    _, joint = np.unique(pairs, axis=1, return_counts=True)
+    pairs = (exponents << 40) + place(tuned) - place(base)
+    _, joint = np.unique(pairs, return_counts=True)
     _, alone = np.unique(exponents, return_counts=True)
     return float((np.log2(alone) * alone).sum() - (np.log2(joint) * joint).sum()) / 8

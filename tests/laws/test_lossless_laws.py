@@ -16,7 +16,7 @@ from lossless_support import BITS, Tensors, contents, folder, tensor, touched
 
 import neftsurgery as ns
 
-law = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+law = settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 
 NAMES = ["layers.0.w", "layers.1.w", "a:code", "forward:form", "../../etc/passwd", "gewicht ⚖ [0]*", "code"]
 FILES = ["config.json", "vocab.txt", "chat_template.jinja", "merges.txt"]
@@ -43,7 +43,7 @@ def pairs(draw: st.DrawFn) -> list[Tensors]:
         elif kind in ("noise", "second"):
             sides[1][name] = tensor(dtype, shape, rng)
         elif kind == "longer" and shape:
-            sides[1][name] = tensor(dtype, (shape[0] + draw(st.integers(0, 3)), *shape[1:]), rng)
+            sides[1][name] = tensor(dtype, (shape[0] + draw(st.sampled_from([0, 8, 16])), *shape[1:]), rng)
         elif kind == "other":
             sides[1][name] = tensor("F16", (*shape, 2), rng)
     return sides if draw(st.booleans()) else sides[::-1]

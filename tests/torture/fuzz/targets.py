@@ -21,6 +21,7 @@ from neftsurgery.checkpoint.unfinished import journal_path
 from neftsurgery.checkpoint.weight_files import weight_files
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.neurons.anatomy import read_anatomy
+from neftsurgery.patch.lossless import LosslessPatch
 from neftsurgery.patch.patch import Patch
 from neftsurgery.scoring.scores import Scores
 from neftsurgery.selection.selection import Selection
@@ -132,8 +133,11 @@ def _documents(root: Path) -> Iterator[Target]:
         ns.extract(base, tuned, chosen, reversible=reversible, out=root / f"patch.{number}").close()
     ns.extract(base, tuned, changed=True, include=["*"], out=root / "patch.2").close()
 
+    for number, options in enumerate(({"fast": True}, {"reversible": True})):
+        ns.extract(base, tuned, lossless=True, out=root / f"lossless.{number}", **options).close()
+
     def seeds(kind: str) -> list[bytes]:
-        return [path.read_bytes() for path in sorted(root.glob(f"{kind}.*"))]
+        return [path.read_bytes() for path in sorted(root.glob(f"{kind.partition(' ')[0]}.*"))]
 
     def read_patch(raw: bytes) -> None:
         with Patch.load(root / "a-patch") as patch:
@@ -141,6 +145,13 @@ def _documents(root: Path) -> Iterator[Target]:
                 _check_index(patch.index(name), tensor.layout.count)
             patch.check()
             ns.verify(base, patch)
+
+    def read_lossless(raw: bytes) -> None:
+        shutil.rmtree(root / "made", ignore_errors=True)
+        with LosslessPatch.load(root / "a-lossless-patch") as patch:
+            patch.weights(by_kind=True)
+            ns.verify(base, patch)
+            ns.apply(base, patch, out=root / "made")
 
     def read_selection(raw: bytes) -> None:
         for chosen in Selection.load(root / "a-selection"):
@@ -153,6 +164,7 @@ def _documents(root: Path) -> Iterator[Target]:
 
     for kind, path, read, share in (
         ("patch", root / "a-patch", read_patch, 1.5),
+        ("lossless patch", root / "a-lossless-patch", read_lossless, 0.5),
         ("selection", root / "a-selection", read_selection, 1.5),
         ("scores", root / "some-scores", read_scores, 0.7),
     ):
