@@ -28,6 +28,7 @@ from neftsurgery.selection.selection import Selection
 from neftsurgery.sources.resolve import Source, resolve
 from neftsurgery.tensors.header import read_header
 
+from .forge import mutate_lossless
 from .mutate import Mutator, mutate_bytes, mutate_safetensors, mutate_text
 from .oracle import agrees, packages_view, stricter
 
@@ -137,7 +138,7 @@ def _documents(root: Path) -> Iterator[Target]:
         ns.extract(base, tuned, lossless=True, out=root / f"lossless.{number}", **options).close()
 
     def seeds(kind: str) -> list[bytes]:
-        return [path.read_bytes() for path in sorted(root.glob(f"{kind.partition(' ')[0]}.*"))]
+        return [path.read_bytes() for path in sorted(root.glob(f"{kind}.*"))]
 
     def read_patch(raw: bytes) -> None:
         with Patch.load(root / "a-patch") as patch:
@@ -162,9 +163,11 @@ def _documents(root: Path) -> Iterator[Target]:
             for chosen in scores.select(neurons=2):
                 _check_index(chosen.index, chosen.layout.count)
 
+    yield Target(
+        "lossless patch", root / "a-lossless-patch", seeds("lossless"), mutate_lossless, read_lossless, 0.5
+    )
     for kind, path, read, share in (
         ("patch", root / "a-patch", read_patch, 1.5),
-        ("lossless patch", root / "a-lossless-patch", read_lossless, 0.5),
         ("selection", root / "a-selection", read_selection, 1.5),
         ("scores", root / "some-scores", read_scores, 0.7),
     ):
