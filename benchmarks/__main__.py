@@ -1,4 +1,4 @@
-"""``files``, ``training`` and ``selection`` measure, then render; ``render`` only renders."""
+"""``files``, ``training``, ``selection`` and ``lossless`` measure, then render; ``render`` only renders."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def main() -> None:
         "selection", help="does choosing neurons help, or only freezing: NeFT's main table in miniature"
     )
     selection.add_arguments(arms)
+    whole = commands.add_parser("lossless", help="size and speed of lossless patches; then render")
+    whole.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results go")
+    whole.add_argument("--steps", type=int, default=12, help="training steps of the SFT")
+    whole.add_argument("--rate", type=float, default=2e-5, help="learning rate of the SFT")
+    whole.add_argument("--rounds", type=int, default=3, help="how often each contestant runs")
     page = commands.add_parser("render", help="make the pages and the charts from stored results")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
@@ -43,6 +48,12 @@ def main() -> None:
         from benchmarks.selection import suite as selection_suite
 
         selection_suite.measure(selection.Options.of(given))
+    if given.command == "lossless":
+        from benchmarks.lossless import suite as lossless
+
+        options = lossless.Options(given.out, given.steps, given.rate, given.rounds)
+        found = lossless.page(lossless.measure(options))
+        given.out.with_name("benchmarks-lossless.md").write_text(found)
     if given.command in ("files", "render") and (given.out / RESULTS).exists():
         render(given.out)
     if given.command in ("training", "render") and (given.out / training_suite.RESULTS).exists():

@@ -12,9 +12,12 @@ from __future__ import annotations
 import errno
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import ParamSpec, TypeVar
+
+from .text import lines
 
 __all__ = [
     "CorruptFileError",
@@ -24,7 +27,9 @@ __all__ = [
     "UsageError",
     "Spelling",
     "boundary",
+    "hub_place",
     "keyword",
+    "naming",
     "spelled",
 ]
 
@@ -34,6 +39,15 @@ T = TypeVar("T")
 #: Spells an option, given its Python name and, where the message names one, its value.
 Spelling = Callable[[str, str | None], str]
 _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
+
+
+#: Where huggingface_hub keeps a model, which its users know as ``org/name@commit``.
+_IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
+
+
+def hub_place(path: str) -> str:
+    """A path as its user knows it: in huggingface_hub's cache, ``org/name@commit/file``."""
+    return _IN_CACHE.sub(r"\1/\2@", path)
 
 
 def keyword(name: str, value: str | None) -> str:
@@ -72,7 +86,7 @@ class NeftError(Exception):
     ) -> None:
         super().__init__(what)
         self.what = what
-        self.file = None if file is None else str(file)
+        self.file = None if file is None else hub_place(str(file))
         self.tensor = tensor
         self.expected = expected
         self.found = found
@@ -87,14 +101,15 @@ class NeftError(Exception):
         return self.text(keyword)
 
     def text(self, spell: Spelling) -> str:
-        """The message, with options spelled by ``spell``."""
-        where = [part for part in (self.file, self.tensor and f"tensor {_clip(self.tensor)}") if part]
-        text = (", ".join(where) + ": " if where else "") + self.what
+        """The message, one line and one for the hint, with options spelled by ``spell``."""
+        file = self.file if self.file is None or self.file.strip() else repr(self.file)
+        where = [part for part in (file, self.tensor and f"tensor {_clip(self.tensor)}") if part]
+        text = (", ".join(where) + ": " if where else "") + spelled(self.what, spell)
         if self.expected is not None:
             text += f" (expected {self.expected}, found {self.found})"
         elif self.found is not None:
             text += f" (found {self.found})"
-        return spelled(f"{text}\n{self.hint}" if self.hint else text, spell)
+        return lines([text, spelled(self.hint, spell)] if self.hint else [text])
 
 
 def spelled(text: str, spell: Spelling) -> str:
@@ -117,6 +132,12 @@ class CorruptFileError(NeftError):
 class MachineError(NeftError, OSError):
     """The machine or the network failed: disk full, permission, gated, a dropped connection."""
 
+    @classmethod
+    def of(cls, error: OSError) -> MachineError:
+        """The operating system's error, with its file and what to do."""
+        what = (error.strerror or str(error) or type(error).__name__).lower()
+        return cls(what, file=error.filename, hint=_HINTS.get(error.errno or 0))
+
 
 def _clip(name: str, limit: int = 200) -> str:
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
@@ -129,6 +150,17 @@ _HINTS = {
     errno.EPERM: "check the permissions of the file and of its folder",
     errno.EROFS: "the file system is mounted read-only: write the output elsewhere",
 }
+
+
+@contextmanager
+def naming(file: str | PathLike[str] | None) -> Iterator[None]:
+    """Name ``file`` in an ``OSError`` that names none, as the kernel's about a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and file is not None and not isinstance(error, NeftError):
+            error.filename = str(file)
+        raise
 
 
 def boundary(verb: Callable[P, T]) -> Callable[P, T]:
@@ -144,10 +176,6 @@ def boundary(verb: Callable[P, T]) -> Callable[P, T]:
         except NeftError:
             raise
         except OSError as error:
-            raise MachineError(
-                (error.strerror or str(error) or type(error).__name__).lower(),
-                file=error.filename,
-                hint=_HINTS.get(error.errno or 0),
-            ) from error
+            raise MachineError.of(error) from error
 
     return translated

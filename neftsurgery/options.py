@@ -22,6 +22,7 @@ __all__ = [
     "HasCounts",
     "LosslessOptions",
     "Option",
+    "PrefixOptions",
     "RunOptions",
     "Scope",
     "ScopeOptions",
@@ -78,6 +79,23 @@ class ScopeOptions(TypedDict, total=False):
         Option(
             "The neuron axes of tensors that no config explains, such as '*.kernel=1'. The last match wins.",
             metavar="GLOB=N[,M]",
+        ),
+    ]
+
+
+class PrefixOptions(TypedDict, total=False):
+    """How the names of a tuned checkpoint become those of its base."""
+
+    strip_prefix: Annotated[
+        str,
+        Option("Remove this from the front of TUNED's tensor names, as in 'model.'.", metavar="PREFIX"),
+    ]
+    add_prefix: Annotated[
+        str,
+        Option(
+            "Put this in front of TUNED's tensor names: of those that had the stripped prefix, or else of "
+            "those that BASE does not have.",
+            metavar="PREFIX",
         ),
     ]
 
@@ -181,11 +199,11 @@ class SelectOptions(BudgetOptions, SeedOptions):
     """The keywords of `Scores.select`."""
 
 
-class DiffOptions(ScopeOptions, ScoreOptions, SeedOptions, RunOptions):
+class DiffOptions(PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions):
     """The keywords of `diff` besides its output."""
 
 
-class CutOptions(ScopeOptions, ScoreOptions, SelectOptions, RunOptions):
+class CutOptions(PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions):
     """The keywords of `extract` besides its inputs and output."""
 
 

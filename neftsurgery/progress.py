@@ -28,7 +28,7 @@ def silent(what: str, total: int) -> Iterator[Callable[[int], None]]:
 class Timing:
     """What the work took."""
 
-    bytes_read: int = 0  # of weights
+    bytes_read: int = 0  # of weights: of checkpoints, and of the values of patches
     seconds: float = 0.0  # from the first weight byte asked for to the last result
 
     def __add__(self, other: Timing) -> Timing:

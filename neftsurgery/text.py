@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+from os import PathLike
+
 __all__ = [
     "commas",
     "correlation",
     "four_digits",
     "label",
+    "lines",
+    "natural_key",
     "percent",
     "plural",
     "power_of_ten",
     "printable",
     "size",
+    "some",
+    "tilde_hint",
 ]
 
 _LABEL_LENGTH = 60
@@ -19,17 +27,35 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def printable(text: str) -> str:
-    """``text`` with its control characters escaped, so that a name from a file cannot steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """``text`` on one line: what a name from a file could steer a terminal with is escaped, newlines too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def lines(texts: Iterable[str]) -> str:
+    """Texts as lines, one each, whatever names are in them."""
+    return "\n".join(map(printable, texts))
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key that puts ``layers.2`` before ``layers.10``."""
+    return tuple(
+        (0, int(part), part) if part.isascii() and part.isdecimal() and len(part) < 19 else (1, 0, part)
+        for part in re.split(r"([0-9]+)", name)
+    )
 
 
 def label(name: str, length: int = _LABEL_LENGTH) -> str:
     """``name`` on one line: printable, shortened in the middle to ``length`` characters, never empty."""
-    clean = printable(name.replace("\n", "\\n"))
+    clean = printable(name)
     if len(clean) > length:
         half = (length - 1) // 2
         clean = f"{clean[: length - 1 - half]}…{clean[len(clean) - half :]}"
     return clean or "(no name)"
+
+
+def tilde_hint(path: str | PathLike[str]) -> str | None:
+    """What to do about a path that starts with ``~``, if it does."""
+    return "~ is expanded by the shell alone: write the whole path" if str(path).startswith("~") else None
 
 
 def size(nbytes: float) -> str:
@@ -49,6 +75,12 @@ def commas(count: int) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun: ``1 tensor``, ``2 tensors``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first of many names, and how many more there are; each on one line, shortened."""
+    more = len(names) - shown
+    return ", ".join(label(name, 120) for name in names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def percent(share: float) -> str:

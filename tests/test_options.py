@@ -17,6 +17,7 @@ from neftsurgery.options import (
     BudgetOptions,
     CutOptions,
     DiffOptions,
+    PrefixOptions,
     RunOptions,
     Scope,
     ScopeOptions,
@@ -46,8 +47,8 @@ def test_the_values_have_the_declared_options() -> None:
 @pytest.mark.parametrize(
     ("command", "groups"),
     [
-        ("diff", (ScopeOptions, ScoreOptions, SeedOptions, RunOptions)),
-        ("extract", (ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
+        ("diff", (PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions)),
+        ("extract", (PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
         ("select", (SelectOptions, RunOptions)),
         ("report", (SelectOptions, RunOptions)),
         ("inspect", (ScopeOptions, RunOptions)),
@@ -67,7 +68,8 @@ def test_the_flags_are_the_declared_options(command: str, groups: tuple[type, ..
 
 def test_the_keywords_of_a_verb_are_the_declared_options() -> None:
     assert declared(DiffOptions).keys() == {
-        *declared(ScopeOptions), *declared(ScoreOptions), *declared(SeedOptions), *declared(RunOptions),
+        *declared(PrefixOptions), *declared(ScopeOptions), *declared(ScoreOptions), *declared(SeedOptions),
+        *declared(RunOptions),
     }  # fmt: skip
     assert declared(CutOptions).keys() == {*declared(DiffOptions), *declared(BudgetOptions)}
     for verb, wrong, near in ((ns.diff, "anatomi", "anatomy"), (ns.extract, "neuron", "neurons")):
@@ -103,3 +105,11 @@ def test_each_surface_spells_an_option_its_own_way(
 ) -> None:
     assert spelled(text, flag) == on_the_command_line
     assert spelled(text, keyword) == in_python
+
+
+def test_a_value_from_a_file_is_quoted_for_the_shell_that_it_will_be_pasted_into() -> None:
+    """A message may show a prefix that a stranger's checkpoint has."""
+    assert flag("strip_prefix", "model.") == "--strip-prefix model."
+    assert flag("strip_prefix", "$(touch x).") == "--strip-prefix '$(touch x).'"
+    assert flag("neurons", "3%") == "--neurons 3%"
+    assert flag("base", "...") == "--base BASE"

@@ -10,7 +10,16 @@ from neftsurgery import text
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (text.printable("a\x1b[2J\n"), "a\\x1b[2J\n"),
+        (text.printable("a\x1b[2J\n\r"), r"a\x1b[2J\n\r"),
+        (
+            text.printable("\u202e\u200b\u2066\ufeff\x85\u2028\udcff"),
+            r"\u202e\u200b\u2066\ufeff\x85\u2028\udcff",
+        ),
+        (text.printable("größe/神経"), "größe/神経"),
+        (text.lines(["a\nb", "c"]), "a\\nb\nc"),
+        (text.lines([]), ""),
+        (text.tilde_hint("~/x"), "~ is expanded by the shell alone: write the whole path"),
+        (text.tilde_hint("x~"), None),
         (text.label("a\nb"), "a\\nb"),
         (text.label(""), "(no name)"),
         (text.label("0123456789", 5), "01…89"),
@@ -38,3 +47,8 @@ from neftsurgery import text
 )
 def test_formatting(shown, expected):
     assert shown == expected
+
+
+def test_natural_order():
+    names = ["h.10", "h.9", "h", "g.1"]
+    assert sorted(names, key=text.natural_key) == ["g.1", "h", "h.9", "h.10"]

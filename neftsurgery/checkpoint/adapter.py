@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..sources.resolve import Source
+from ..sources.resolve import Source, resolve
 from ..tensors.arrays import Float32Array, IndexArray, RawBytes
 from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
@@ -40,8 +40,8 @@ def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tu
 
     Raises a `MismatchError` if an adapter is not for this base, or is of a kind that cannot be read.
     """
-    first = Checkpoint.open(base)
-    return first, AdaptedWeights.open(first, tuned) if is_adapter(tuned) else Checkpoint.open(tuned)
+    first, source = Checkpoint.open(base), resolve(tuned)
+    return first, AdaptedWeights.open(first, source) if is_adapter(source.path) else Checkpoint.open(source)
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class AdaptedWeights:
     factors: Mapping[str, Factor | None]  # of the tensors that are computed; None: only converted
 
     @classmethod
-    def open(cls, base: Checkpoint, folder: str | os.PathLike[str]) -> AdaptedWeights:
-        """The adapter in ``folder`` on an open base."""
-        path = Path(folder)
+    def open(cls, base: Checkpoint, source: Source) -> AdaptedWeights:
+        """The adapter in a folder, which may be that of a Hub repository, on an open base."""
+        path = source.path
         if not (path / WEIGHTS_NAME).is_file():
             raise CorruptFileError(
                 f"the adapter folder has no {WEIGHTS_NAME}",
-                file=folder,
+                file=source.named,
                 hint="adapters saved as .bin are not read: save it again with safetensors",
             )
         file = TensorFile.named(path / WEIGHTS_NAME)
         factors = read_factors(path / CONFIG_NAME, file, base)
-        return cls(Source(path, os.fspath(folder)), base, file, base.tensors, {**factors})
+        return cls(source, base, file, base.tensors, {**factors})
 
     def in_float32(self) -> tuple[AdaptedWeights, AdaptedWeights]:
         """The base and this, with the adapted tensors in F32: what is added is seen before it is rounded."""
@@ -119,7 +119,7 @@ class AdaptedWeights:
             self.base.read_into(name, start, buffer)
             return
         info, stored = self.tensors[name], self.base.tensors[name]
-        columns = info.shape[1]
+        columns = info.elements // info.shape[0]
         row, size = columns * info.type.itemsize, columns * stored.type.itemsize
         low, high = start // row, -(-(start + len(buffer)) // row)
         raw = np.empty((high - low, size), np.uint8)
@@ -133,11 +133,12 @@ class AdaptedWeights:
             self.base.read_rows(name, rows, out)
             return
         info, stored = self.tensors[name], self.base.tensors[name]
-        if out.shape[1] != info.shape[1] * info.type.itemsize:  # rows of the caller, not of the matrix
+        columns = info.elements // info.shape[0]
+        if out.shape[1] != columns * info.type.itemsize:  # rows of the caller, not of the matrix
             for row, place in zip(rows.tolist(), out, strict=True):
                 self.read_into(name, row * out.shape[1], place.data)
             return
-        raw = np.empty((len(rows), info.shape[1] * stored.type.itemsize), np.uint8)
+        raw = np.empty((len(rows), columns * stored.type.itemsize), np.uint8)
         self.base.read_rows(name, rows, raw)
         out[:] = self._merged(name, rows, raw)
 
@@ -166,7 +167,8 @@ class AdaptedWeights:
                     widen(self.file.array_bytes(entry), self.file.tensors[entry].dtype).astype(np.float32)
                     for entry in (factor.a, factor.b)
                 )
-            left, right = (a.T, b.T) if factor.transposed else (b, a)
-            return np.ascontiguousarray(left), np.ascontiguousarray(right), np.float32(factor.scale)
+            pair = (a.T, b.T) if factor.transposed else (b, a)
+            left, right = (np.ascontiguousarray(one).reshape(len(one), -1) for one in pair)
+            return left, right, np.float32(factor.scale)
 
         return load

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,14 +15,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, boundary
+from ..errors import CorruptFileError, UsageError, boundary
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
-from ..storage.positioned import OpenFile, changed_file, read_exactly, read_rows_exactly
+from ..storage.positioned import OpenFile, changed_file, most_descriptors, read_exactly, read_rows_exactly
 from ..tensors.document import read_object
+from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..tensors.reader import WeightReader
-from ..text import plural, size
+from ..text import lines, plural, printable, size
+from .name_prefixes import Prefixes
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files
 
@@ -37,14 +39,16 @@ class Shard:
     """One weight file of a checkpoint, and its status when it was opened."""
 
     path: Path
+    name: str  # its path below the checkpoint's folder
     header: Header
     status: os.stat_result
 
     @classmethod
-    def open(cls, path: Path) -> Shard:
-        """Read the header of the file at ``path``."""
+    def open(cls, root: Path, name: str) -> Shard:
+        """Read the header of the file ``name`` in the folder ``root``."""
+        path = root / name
         status = path.stat()
-        return cls(path, read_header(path), status)
+        return cls(path, name, read_header(path), status)
 
     @property
     def size(self) -> int:
@@ -110,9 +114,14 @@ class Checkpoint:
     shards:
         The weight files, by path.
     tensors:
-        By name, in file order.
+        By name, in file order. A tensor may also be found under a name that is tied to its own
+        (`neftsurgery.checkpoint.ties`); ``info.name`` is the one that its file has.
+    absent:
+        Names that the index lists and no file has.
     opened:
         The files that are open, and how many bytes were read.
+    prefixes, original:
+        If its names are changed: how, and the checkpoint with the names that its files have.
     """
 
     source: Source
@@ -121,7 +130,10 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
     _home: Mapping[str, int] = field(repr=False)
+    absent: tuple[str, ...] = ()
     opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
+    prefixes: Prefixes | None = None
+    original: Checkpoint | None = None
 
     @classmethod
     @boundary
@@ -144,34 +156,65 @@ class Checkpoint:
     @classmethod
     def read(cls, source: Source) -> Checkpoint:
         """As `open`, but a change in place may be unfinished: for `heal` and `inspect`."""
+        listed: Iterable[str] = ()
         if source.path.is_dir():
-            root, paths = source.path, weight_files(source.path)
+            root, (names, listed) = source.path, weight_files(source.path)
         else:
-            root, paths = source.path.parent, [source.path]
-        shards = tuple(Shard.open(path) for path in paths)
+            root, names = source.path.parent, [source.path.name]
+        shards = tuple(Shard.open(root, name) for name in names)
         tensors: dict[str, TensorInfo] = {}
         home: dict[str, int] = {}
         for number, shard in enumerate(shards):
+            if (kind := tensor_kind(shard.header.metadata)) in KINDS.values():
+                hint = what_helps("", kind, shard.path)
+                raise UsageError("expected a checkpoint", file=shard.path, found=kind, hint=hint)
             for name, info in shard.header.tensors.items():
                 if name in home:
                     raise CorruptFileError(
-                        f"the tensor is in two files, {shards[home[name]].path.name} and {shard.path.name}",
+                        f"the tensor is in two files, {shards[home[name]].name} and {shard.name}",
                         file=root,
                         tensor=name,
                     )
                 tensors[name], home[name] = info, number
-        return cls(source, root, not source.path.is_dir(), shards, tensors, home)
+        absent = tuple(sorted(name for name in listed if name not in tensors))
+        return cls(source, root, not source.path.is_dir(), shards, tensors, home, absent)
+
+    def under(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same files, in which a tensor is also found under the names that ``names`` maps to its own."""
+        if not names:
+            return self
+        more = {name: self.tensors[stored] for name, stored in names.items()}
+        homes = {name: self._home[stored] for name, stored in names.items()}
+        return replace(self, tensors={**self.tensors, **more}, _home={**self._home, **homes})
+
+    def renamed(self, prefixes: Prefixes, base: Collection[str]) -> Checkpoint:
+        """The same tensors, read under other names; ``base``: the names of the base that they will meet.
+
+        Raises as `Prefixes.changed`.
+        """
+        new = prefixes.changed(self.tensors, base, self.name)
+        tensors = {new[name]: replace(info, name=new[name]) for name, info in self.tensors.items()}
+        shards = []
+        for shard in self.shards:
+            offsets = {new[name]: offset for name, offset in shard.header.offsets.items()}
+            infos = {name: tensors[name] for name in offsets}
+            shards.append(replace(shard, header=replace(shard.header, tensors=infos, offsets=offsets)))
+        home = {new[name]: number for name, number in self._home.items()}
+        return replace(
+            self, shards=tuple(shards), tensors=tensors, _home=home, prefixes=prefixes, original=self
+        )
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.name}: {plural(len(self.tensors), 'tensor')}, {size(self.nbytes)}>"
+        tensors = plural(len(self.stored), "tensor")
+        return printable(f"<Checkpoint {self.name}: {tensors}, {size(self.nbytes)}>")
 
     def __str__(self) -> str:
-        dtypes = Counter(info.dtype for info in self.tensors.values())
+        dtypes = Counter(info.dtype for info in self.stored)
         kinds = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common(3))
-        return "\n".join(
+        return lines(
             [
                 f"checkpoint {self.name}: {plural(len(self.shards), 'file')}, {size(self.nbytes)}",
-                f"  {plural(len(self.tensors), 'tensor')} ({kinds}), {plural(self.parameters, 'parameter')}",
+                f"  {plural(len(self.stored), 'tensor')} ({kinds}), {plural(self.parameters, 'parameter')}",
             ]
         )
 
@@ -187,14 +230,19 @@ class Checkpoint:
         return read_object(path) if path.is_file() else None
 
     @property
+    def stored(self) -> list[TensorInfo]:
+        """The tensors of the files, each once."""
+        return [info for name, info in self.tensors.items() if info.name == name]
+
+    @property
     def parameters(self) -> int:
         """Elements of all floating-point tensors, packed ones included; buffers of integers do not count."""
-        return sum(t.elements for t in self.tensors.values() if t.type.kind not in ("integer", "bool"))
+        return sum(t.elements for t in self.stored if t.type.kind not in ("integer", "bool"))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensor data."""
-        return sum(info.nbytes for info in self.tensors.values())
+        return sum(info.nbytes for info in self.stored)
 
     def shard_of(self, name: str) -> Shard:
         """The weight file that holds tensor ``name``."""
@@ -202,21 +250,21 @@ class Checkpoint:
 
     def position(self, name: str) -> tuple[int, int]:
         """Shard number and byte offset of tensor ``name``: sorting by it gives reading order."""
-        return self._home[name], self.shard_of(name).header.offsets[name]
+        return self._home[name], self.shard_of(name).header.offsets[self.tensors[name].name]
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
         shard = self.shard_of(name)
         file = self.opened.get(shard)
         self.opened.count(len(buffer))
-        read_exactly(file.fileno(), buffer, shard.header.offsets[name] + start, shard.path)
+        read_exactly(file.fileno(), buffer, self.position(name)[1] + start, shard.path)
 
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of ``name``. Thread-safe."""
         shard = self.shard_of(name)
         file = self.opened.get(shard)
         self.opened.count(out.nbytes)
-        fd, offset, row = file.fileno(), shard.header.offsets[name], out.shape[1]
+        fd, offset, row = file.fileno(), self.position(name)[1], out.shape[1]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, 0)
         # Cached rows are read by thousands of calls that never wait for a disk. Several threads at once would
         # only hand each other the GIL.
@@ -231,7 +279,7 @@ class Checkpoint:
         """
         shard = self.shard_of(name)
         file = self.opened.get(shard)
-        found = map_cached(file.fileno(), shard.header.offsets[name] + start, size)
+        found = map_cached(file.fileno(), self.position(name)[1] + start, size)
         if found is not None:
             self.opened.count(size)
         return found
@@ -252,10 +300,10 @@ class Checkpoint:
 
 
 class OpenShards:
-    """The most recently read shards, open; ``most`` of them, as the system limits open files."""
+    """The most recently read shards, open: at most 64, or an eighth of the files that a process may open."""
 
-    def __init__(self, most: int = 64) -> None:
-        self._most = most
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most or max(1, min(64, most_descriptors() // 8))
         self._open: OrderedDict[Path, OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes_read = 0

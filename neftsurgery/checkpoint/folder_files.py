@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..sources.hub_client import OTHER_ENDINGS, OTHER_FOLDERS
-from .checkpoint import Checkpoint
+from ..text import plural, some
+from .checkpoint import Checkpoint, Side
+from .ties import missing_tensors
 from .unfinished import JOURNAL_NAME
-from .weight_files import INDEX_NAME, SINGLE_NAME
+from .weight_files import INDEX_NAME, SINGLE_NAME, shard_count
 
-__all__ = ["FolderFiles", "folder_files"]
+__all__ = ["FolderFiles", "file_notes", "folder_files", "not_compared"]
 
 _STALE_ENDINGS = (*OTHER_ENDINGS, ".safetensors")
 _STALE_FOLDERS = (*OTHER_FOLDERS, ".git", ".cache")
+_WEIGHT_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
+_SAVE = re.compile(r"(checkpoint-|global_step)\d+")
 #: Journals of single files, and what killed processes of this package left.
 _OURS = re.compile(r"\..+\.neft-(journal|(old-)?[0-9a-f]{16})")
 
@@ -35,7 +40,7 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     Subfolders (modules, as in sentence-transformers) are copied whole.
     """
     root = checkpoint.root
-    own = {shard.path.name for shard in checkpoint.shards}
+    own = {shard.name for shard in checkpoint.shards}
     # Any other names were found through the index; one shard may have an index, too.
     stale_index = INDEX_NAME if own == {SINGLE_NAME} else None
     along: list[Path] = []
@@ -48,12 +53,50 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
             if name in _STALE_FOLDERS or entry.is_symlink():  # a link may lead anywhere, also back here
                 left.append(Path(name))
             else:
-                along += _tree(root, Path(name))
+                along += [path for path in _tree(root, Path(name)) if path.as_posix() not in own]
         elif name != stale_index and not name.endswith(_STALE_ENDINGS) and entry.is_file():
             along.append(Path(name))
         else:  # stale, a pipe, or a link that leads nowhere
             left.append(Path(name))
     return FolderFiles(tuple(along), tuple(left))
+
+
+def not_compared(*sides: Side) -> list[str]:
+    """What may belong to checkpoints and is not among their tensors: other weight files, and names."""
+    found = [name for side in sides for name in (*missing_tensors(side), *_unread_weights(side))]
+    return list(dict.fromkeys(found))
+
+
+def file_notes(side: Side) -> Iterator[str]:
+    """What is wrong with the files of a checkpoint, short of an error."""
+    if missing := missing_tensors(side):
+        count = plural(len(missing), "tensor")
+        yield f"{side.name}: the index lists {count} that no file has: {some(missing)}"
+    counts = {None, *(shard_count(shard.name) for shard in side.shards)}
+    beside = [name for name in _unread_weights(side) if "/" not in name]
+    if stale := [name for name in beside if shard_count(name) not in counts]:
+        yield f"{side.name}: the folder also holds shards of another save, which are not read: {some(stale)}"
+
+
+def _unread_weights(side: Side) -> list[str]:
+    """The weight files that seem to belong to a checkpoint, and whose tensors are not among its own.
+
+    Saves of a training below it (``checkpoint-500``) are checkpoints of their own, and files of other formats
+    beside the weights hold the same tensors.
+    """
+    if not isinstance(side, Checkpoint):
+        return []
+    if side.is_file:
+        count = shard_count(side.shards[0].name) or 1
+        return [f"the other {plural(count - 1, 'shard')} of {count}"] if count > 1 else []
+    own, found = {shard.name for shard in side.shards}, list[str]()
+    for path, folders, names in os.walk(side.root):  # what cannot be listed is passed over
+        below = Path(path).relative_to(side.root)
+        aside = {name for name in folders if not below.parts and _SAVE.fullmatch(name)}
+        folders[:] = sorted({*folders} - {*_STALE_FOLDERS} - aside)
+        endings = (".safetensors", *(_WEIGHT_ENDINGS if below.parts else ()))
+        found += [(below / name).as_posix() for name in sorted(names) if name.endswith(endings)]
+    return [name for name in found if name not in own]
 
 
 def _tree(root: Path, folder: Path) -> list[Path]:

@@ -18,12 +18,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary
-from ..neurons.vectors import gather, scatter
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary, naming
+from ..neurons.layout import Layout
+from ..neurons.vectors import distinct_counts, gather, scatter
 from ..sources.resolve import Source, is_hub_id, resolve
 from ..storage.output import fsync
 from ..storage.positioned import consecutive_runs
-from ..text import plural
+from ..tensors.header import TensorInfo
+from ..text import plural, printable
 from .checkpoint import Checkpoint, Shard
 from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
 from .journal_record import is_recorded
@@ -59,8 +61,10 @@ class HealResult:
 
     def __str__(self) -> str:
         if not self.journals:
-            return f"{self.checkpoint}: there is nothing to heal: no change in place was interrupted"
-        return f"{self.checkpoint}: healed: {plural(self.neurons, 'neuron')} written back"
+            done = "there is nothing to heal: no change in place was interrupted"
+        else:
+            done = f"healed: {plural(self.neurons, 'neuron')} written back"
+        return printable(f"{self.checkpoint}: {done}")
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Restoration:
         checkpoint = Checkpoint.read(source)
         shards = []
         for entry in journal.files:
-            shard = next((s for s in checkpoint.shards if s.path.name == entry.get("name")), None)
+            shard = next((s for s in checkpoint.shards if s.name == entry.get("name")), None)
             if shard is None:
                 raise _foreign(journal, str(entry.get("name"))[:200])
             shards.append(shard)
@@ -190,8 +194,12 @@ class Restoration:
 
     @property
     def neurons(self) -> int:
-        """How many vectors it would write."""
-        return sum(len(change.index) for change in self.journal.changes)
+        """How many vectors it would write, each counted once."""
+        return sum(self._counts.values())
+
+    @property
+    def _counts(self) -> dict[tuple[TensorInfo, Layout], int]:
+        return distinct_counts((one.info, one.layout, one.index) for one in self.journal.changes)
 
     def describe(self) -> dict[str, Any]:
         """For ``--dry-run`` and JSON."""
@@ -200,7 +208,7 @@ class Restoration:
             "sha256": self.journal.sha256,
             "recorded": is_recorded(self.journal.sha256),
             "files": [str(shard.path) for shard in self.shards],
-            "bytes": sum(len(c.index) * c.layout.width * c.info.type.itemsize for c in self.journal.changes),
+            "bytes": sum(n * of.width * info.type.itemsize for (info, of), n in self._counts.items()),
             "tensors": [
                 {
                     "name": change.info.name,
@@ -235,9 +243,11 @@ class Restoration:
                 fd, offset = descriptors[shard.path], shard.header.offsets[change.info.name]
                 for start, stop in change.blocks():
                     old, index = journal.old(number, start, stop), change.index[start:stop]
-                    scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
-            for fd in descriptors.values():
-                fsync(fd)
+                    with naming(shard.path):
+                        scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
+            for path, fd in descriptors.items():
+                with naming(path):
+                    fsync(fd)
             # Under the lock: without it, the journal at this path may be that of another change.
             remove_journal(journal.path, journal.sha256)
 
@@ -249,7 +259,7 @@ class Restoration:
             if any(change.info != info for change in changes) or (
                 self.checkpoint.shard_of(name).path not in paths
             ):
-                raise _foreign(self.journal, next((s.path.name for s in self.shards), "the checkpoint"))
+                raise _foreign(self.journal, next((s.name for s in self.shards), "the checkpoint"))
             if len(changes) > _MOST_COPIES:
                 raise CorruptFileError(
                     "a damaged journal: it is larger than the checkpoint", file=self.journal.path, tensor=name
@@ -261,9 +271,9 @@ class Restoration:
         by_tensor = changes_by_tensor(self.journal.changes)
         for shard, entry in zip(self.shards, self.journal.files, strict=True):
             if entry != describe_file(self.checkpoint, shard, by_tensor):
-                raise _foreign(self.journal, shard.path.name)
+                raise _foreign(self.journal, shard.name)
         if self.journal.changes and not _is_recognized(self.checkpoint, self.journal):
-            raise _foreign(self.journal, self.shards[0].path.name)
+            raise _foreign(self.journal, self.shards[0].name)
 
 
 @contextmanager

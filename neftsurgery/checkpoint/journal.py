@@ -23,7 +23,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, UsageError
+from ..errors import CorruptFileError, MachineError, UsageError, naming
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index, gather
@@ -81,11 +81,12 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
     try:
         for shard in shards:
             fd = descriptors[shard.path] = open_shard(checkpoint, shard)
-            status = os.fstat(fd)
-            if not os.path.samestat(status, shard.status):
-                raise changed_file(shard.path)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with naming(shard.path):
+                    status = os.fstat(fd)
+                    if not os.path.samestat(status, shard.status):
+                        raise changed_file(shard.path)
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise _busy(shard.path) from error
         yield descriptors
@@ -209,7 +210,7 @@ class Journal:
     @cached_property
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex."""
-        with self._file.stream() as stream:
+        with naming(self.path), self._file.stream() as stream:
             return sha256_of(stream)
 
     def old(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
@@ -224,14 +225,17 @@ class Journal:
         CorruptFileError
             If they do not match.
         """
+        known: dict[str, list[int]] = {}  # changes of each tensor: there may be 100,000 tensors
         for number, change in enumerate(self.changes):
             old_hash = xxhash.xxh3_128()
             for start, stop in change.blocks():
                 old_hash.update(self.old(number, start, stop).data)
             if self._old_hashes[number] != old_hash.hexdigest():
                 raise bad(self._file, _WHAT, "its old vectors do not match their hash", change.info.name)
-            for earlier in range(number):
+            same = known.setdefault(change.info.name, [])
+            for earlier in same:
                 self._check_overlap(earlier, number)
+            same.append(number)
 
     def _check_overlap(self, first: int, second: int) -> None:
         """Two changes of the same neurons must hold the same old vectors."""
@@ -286,7 +290,7 @@ def describe_file(
 ) -> dict[str, Any]:
     """What identifies a weight file, whatever the state of the change."""
     header = bytearray(shard.header.size)
-    with open(shard.path, "rb") as file:
+    with naming(shard.path), open(shard.path, "rb") as file:
         file.readinto(header)
     sample = xxhash.xxh3_128()
     for name in sorted(shard.header.tensors):
@@ -310,7 +314,7 @@ def describe_file(
             checkpoint.read_into(name, start, memoryview(buffer))
             sample.update(buffer)
     return {
-        "name": shard.path.name,
+        "name": shard.name,
         "size": shard.size,
         "header": xxhash.xxh3_128_hexdigest(header),
         "sample": sample.hexdigest(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import Self
 
@@ -13,7 +13,8 @@ from ..errors import MismatchError
 from ..tensors.document import Facts
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from .checkpoint import Side
+from .checkpoint import Checkpoint, Side
+from .saved_forms import why_unfit
 
 __all__ = [
     "HASH_PREFIX",
@@ -29,26 +30,36 @@ _EDGE_BYTES = 4096
 HASH_PREFIX = "xxh3-128:"
 
 
-def fingerprint(weights: WeightReader) -> str:
+def fingerprint(
+    weights: WeightReader, change: Callable[[str, int, memoryview], None] = lambda name, start, part: None
+) -> str:
     """XXH3-128 over every tensor, by name: name, dtype, shape, first and last 4096 bytes.
 
     Per tensor, in code-point order of names, the hash takes in the JSON text
     ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the first ``min(4096, n)`` and the
-    last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count.
+    last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count. ``change`` may alter what was
+    read: bytes of a tensor, given its name, from a byte of it.
     """
+
+    def read(name: str, start: int, part: memoryview) -> None:
+        weights.read_into(name, start, part)
+        change(name, start, part)
+
     state = xxhash.xxh3_128()
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
     for name in sorted(weights.tensors):
         info = weights.tensors[name]
+        if info.name != name:  # another name of a tied tensor
+            continue
         state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):
             view = buffer[: info.nbytes]
-            weights.read_into(name, 0, view)
+            read(name, 0, view)
         else:
             view = buffer
-            weights.read_into(name, 0, view[:edge])
-            weights.read_into(name, info.nbytes - edge, view[edge:])
+            read(name, 0, view[:edge])
+            read(name, info.nbytes - edge, view[edge:])
         state.update(view[:edge])
         state.update(view[len(view) - edge :])
     return HASH_PREFIX + state.hexdigest()
@@ -61,8 +72,13 @@ class Provenance(Facts):
     def of(cls, checkpoint: Side) -> Self:
         """Of a checkpoint that is at hand; reads the edges of its tensors."""
         source = checkpoint.source
-        hub = {} if source.repo is None else {"repo": source.repo, "revision": source.revision}
-        return cls({"name": source.local_name, **hub, "fingerprint": fingerprint(checkpoint)})
+        known: dict[str, object] = {"name": source.local_name}
+        if source.repo is not None:
+            known |= {"repo": source.repo, "revision": source.revision}
+        if isinstance(checkpoint, Checkpoint) and checkpoint.original is not None and checkpoint.prefixes:
+            known |= checkpoint.prefixes.to_json()
+            checkpoint = checkpoint.original  # its fingerprint is of the names in its files
+        return cls({**known, "fingerprint": fingerprint(checkpoint)})
 
     @property
     def name(self) -> str | None:
@@ -102,17 +118,19 @@ def require_tensors(
 
     For the message: ``what`` they belong to, and the checkpoint that this was made from.
     """
-    for info in tensors:
+    needed = {info.name: info for info in tensors}
+    for info in needed.values():
         found = checkpoint.tensors.get(info.name)
         if not same_tensor(info, found):
             label = None if made_from is None else made_from.label
+            hint = None if label is None else f"it was made from {label}"
             raise MismatchError(
                 f"{what} is not for this checkpoint",
                 file=checkpoint.name,
                 tensor=info.name,
                 expected=info.describe(),
                 found=found.describe() if found else "no such tensor",
-                hint=None if label is None else f"it was made from {label}",
+                hint=why_unfit(needed, checkpoint) or hint,
             )
 
 

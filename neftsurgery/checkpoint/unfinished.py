@@ -17,6 +17,7 @@ from .weight_files import weight_files
 __all__ = ["JOURNAL_NAME", "find_journals", "journal_path", "refuse_unfinished"]
 
 JOURNAL_NAME = ".neft-journal"
+_DEEPEST = 4  # levels below a checkpoint's folder where its shards may be
 
 
 def journal_path(source: Source) -> Path:
@@ -39,12 +40,13 @@ def find_journals(source: Source) -> list[Source]:
         named = str(path)
     found = [Source(path, named)]
     if path.is_dir():
-        for journal in sorted(path.glob(f".*{JOURNAL_NAME}")):
-            file = path / journal.name[1 : -len(JOURNAL_NAME)]
+        for journal in sorted([*path.glob(f".*{JOURNAL_NAME}"), *path.glob(f"[!.]*/**/.*{JOURNAL_NAME}")]):
+            file = journal.with_name(journal.name[1 : -len(JOURNAL_NAME)])
             if _belongs(file, path):
                 found.append(Source(file, str(file)))
-    elif os.path.lexists(path.parent / JOURNAL_NAME) and _belongs(path, path.parent):
-        found.append(Source(path.parent, str(path.parent)))
+    above = () if path.is_dir() else path.parents[:_DEEPEST]
+    above = [one for one in above if os.path.lexists(one / JOURNAL_NAME) and _belongs(path, one)]
+    found += [Source(folder, str(folder)) for folder in above]
     return [one for one in found if os.path.lexists(journal_path(one))]
 
 
@@ -60,6 +62,6 @@ def refuse_unfinished(source: Source) -> None:
 
 def _belongs(file: Path, folder: Path) -> bool:
     try:
-        return file in weight_files(folder)
+        return file in [folder / name for name in weight_files(folder)[0]]
     except NeftError:
         return False

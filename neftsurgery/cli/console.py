@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import click
 
 from ..errors import spelled
 from ..progress import Timing
-from ..text import printable
+from ..text import lines, printable
 
 if TYPE_CHECKING:
     from ..storage.threads import Limits
@@ -28,7 +29,11 @@ def flag(name: str, value: str | None) -> str:
     if name == "out":
         return "-o OUT"
     spelled = f"--{name.replace('_', '-')}"
-    return spelled if value in (None, "True") else f"{spelled} {name.upper() if value == '...' else value}"
+    if value is None or value == "True":
+        return spelled
+    if value == "...":
+        return f"{spelled} {'GLOB=N' if name == 'axis' else name.upper()}"
+    return f"{spelled} {shlex.quote(value)}"
 
 
 class Console:
@@ -44,10 +49,10 @@ class Console:
         """The keywords of the ``run`` of a plan."""
         return {"limits": self.limits, "progress": self.progress}
 
-    def say(self, text: str = "") -> None:
-        """Print a line of the result, for people."""
+    def say(self, *texts: str) -> None:
+        """Print lines of the result, for people; without any, an empty one."""
         if not (self.as_json or self.quiet):
-            click.echo(printable(text))
+            click.echo(lines(texts))
 
     def say_table(
         self,
@@ -69,7 +74,7 @@ class Console:
         return not (self.as_json or self.quiet) and sys.stdout.isatty()
 
     def note(self, text: str) -> None:
-        """Print a remark beside the result, on stderr."""
+        """Print a remark beside the result, on stderr, as one line."""
         if not self.quiet:
             click.echo(printable(spelled(text, flag)), err=True)
 
@@ -135,6 +140,7 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterat
     """Lines of aligned columns; those in ``right`` are flush right."""
     if not rows:
         return
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import gc
 import importlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,9 +21,11 @@ import click
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, spelled
 from ..sources.secrets import redacted
-from ..text import printable
+from ..text import lines, printable
 from ..version import __version__
 from .console import flag
+from .options import console_options
+from .streams import lossy_streams
 
 __all__ = ["cli", "run"]
 
@@ -56,7 +60,6 @@ _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (MismatchError, 3),
     (CorruptFileError, 4),
     (MachineError, 5),
-    (OSError, 5),
     (MemoryError, 5),
 )
 
@@ -66,6 +69,16 @@ class _LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name.lower(), [*_COMMANDS, "--help", "--version"], 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
@@ -87,7 +100,8 @@ class _LazyGroup(click.Group):
     "4 corrupt file, 5 machine or network, 130 interrupted.",
 )
 @click.version_option(__version__, package_name="neftsurgery", message="%(prog)s %(version)s")
-def cli() -> None:
+@console_options
+def cli(**options: bool) -> None:
     """Neuron-level surgery on model checkpoints.
 
     Find the neurons a fine-tune changed most, cut them out as a small patch, put them into the base,
@@ -107,8 +121,18 @@ def run(args: list[str] | None = None) -> NoReturn:
     args = sys.argv[1:] if args is None else args
     # How an error is shown depends on these options; with a wrong command line, click does not parse them.
     options = args[: args.index("--")] if "--" in args else args
-    as_json, verbose = "--json" in options, "-v" in options or "--verbose" in options
-    quiet = "-q" in options or "--quiet" in options
+    short = {letter for word in options if re.fullmatch("-[qv]+", word) for letter in word}
+    as_json, verbose = "--json" in options, "v" in short or "--verbose" in options
+    quiet = "q" in short or "--quiet" in options
+    with lossy_streams() as lost:
+        code = _run(args, as_json, verbose, quiet)
+        if code == 0 and (error := lost()) is not None:
+            code = _report(error, as_json, verbose)
+    sys.exit(code)
+
+
+def _run(args: list[str], as_json: bool, verbose: bool, quiet: bool) -> int:
+    """Run a command so that signals stop it; return the exit code."""
     unraisable = sys.unraisablehook
     try:
         sys.unraisablehook = _stop_again
@@ -126,28 +150,28 @@ def run(args: list[str] | None = None) -> NoReturn:
         sys.unraisablehook = unraisable
         logging.getLogger("neftsurgery").handlers.clear()
         gc.freeze()  # no last search for cycles: the system takes all memory back at once
-    sys.exit(code)
+    return code
 
 
 def _outcome(args: list[str], as_json: bool, verbose: bool) -> int:
     """Run the command that ``args`` name, report an error, and return the exit code."""
+    if not args:
+        with cli.make_context("neftsurgery", args, resilient_parsing=True) as context:
+            click.echo(context.get_help(), err=True)
+        return 2
     try:
         with _hidden("scipy") if args[:1] in _SCORING else nullcontext():
             result = cli.main(args, prog_name="neftsurgery", standalone_mode=False)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except BrokenPipeError:  # the reader of our output has left: `neftsurgery diff … | head`
-        sys.stderr.close()
-        return 0
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.exceptions.Abort as error:
         return _report(error, as_json, verbose)
     except click.ClickException as error:
-        message = error.format_message()
-        context = getattr(error, "ctx", None)
-        hint = f"\nsee `{context.command_path} --help`" if context is not None else ""
-        click.echo(printable(f"neftsurgery: {message}{hint}"), err=True)
+        message = printable(" ".join(error.format_message().split()))  # click lists choices line by line
+        where = getattr(error, "ctx", None)
+        hint = f"\nsee `{where.command_path} --help`" if where is not None else ""
+        click.echo(f"neftsurgery: {message}{hint}", err=True)
         return _as_json(message, error.exit_code) if as_json else error.exit_code
     except Exception as error:
         return _report(error, as_json, verbose)
@@ -200,8 +224,17 @@ def _on_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handler
 
 def _log_to_stderr(level: int) -> None:
     logger = logging.getLogger("neftsurgery")
-    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logger.handlers = [handler]
     logger.setLevel(level)
+
+
+class _OneLine(logging.Formatter):
+    """A record is one line, whatever names are in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _tell_hub_client(quiet: bool, verbose: bool) -> None:
@@ -213,24 +246,23 @@ def _tell_hub_client(quiet: bool, verbose: bool) -> None:
 
 
 def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
-    code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
     if verbose:
-        click.echo(redacted("".join(traceback.format_exception(error))), err=True, nl=False)
+        trace = redacted("".join(traceback.format_exception(error)))
+        click.echo(lines(trace.split("\n")), err=True, nl=False)
+    if isinstance(error, OSError) and not isinstance(error, NeftError):
+        error = MachineError.of(error)
+    code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
     if isinstance(error, (_Stopped, click.exceptions.Abort)):
         message = "interrupted"
         code = int(error.code or 0) if isinstance(error, _Stopped) else 130
     elif isinstance(error, NeftError):
         message = error.text(flag)
-    elif isinstance(error, OSError):
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     elif isinstance(error, MemoryError):
         message = "there is not enough memory"
     else:
-        message = (
-            f"internal error: {type(error).__name__}: {error}\nplease run the command with -v and report it"
-        )
-
-    click.echo(printable(f"neftsurgery: {message}"), err=True)
+        found = f"internal error: {type(error).__name__}: {error}"
+        message = lines([found, "please run the command with -v and report it"])
+    click.echo(f"neftsurgery: {message}", err=True)
     return _as_json(message, code, error) if as_json else code
 
 
@@ -238,7 +270,7 @@ def _as_json(message: str, code: int, error: BaseException | None = None) -> int
     facts: dict[str, object] = {"error": message, "exit_code": code}
     if isinstance(error, NeftError):
         facts |= {
-            key: spelled(str(value), flag)
+            key: spelled(str(value), flag) if key == "hint" else str(value)
             for key in ("file", "tensor", "expected", "found", "hint")
             if (value := getattr(error, key)) is not None
         }

@@ -15,14 +15,17 @@ from ..options import AxisOption, Option, RunOptions, declared
 from .console import Console, flag
 
 __all__ = [
+    "WholeNumber",
     "base_option",
     "common_options",
+    "console_options",
     "dry_run_option",
     "options_of",
     "output_option",
     "stack",
     "take",
     "take_budget",
+    "writing",
     "writing_options",
 ]
 
@@ -53,6 +56,16 @@ def _size(context: click.Context, parameter: click.Parameter, value: str | None)
     return int(float(number) * (1024 if binary else 1000) ** _UNITS[unit])
 
 
+#: What is printed. These options may also stand before the command.
+console_options = stack(
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
+    click.option("-v", "--verbose", is_flag=True, help="Print details, and a traceback with an error."),
+)
+
+
 def common_options(command: Command) -> Command:
     """The options of all commands; the command gets a `Console` made of them as its first argument."""
 
@@ -68,30 +81,26 @@ def common_options(command: Command) -> Command:
     ) -> Any:
         from ..storage.threads import Limits
 
+        before = click.get_current_context().find_root().params  # `neftsurgery --json diff …`
+        as_json, quiet = as_json or before["as_json"], quiet or before["quiet"]
         console = Console(as_json=as_json, quiet=quiet, limits=Limits.of(threads, memory, mapped=True))
         return command(console, *args, **options)
 
     wrapped.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
-    return stack(
-        options_of(RunOptions),
-        click.option(
-            "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else, on stdout."
-        ),
-        click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
-        click.option("-v", "--verbose", is_flag=True, help="Print details, and a traceback with an error."),
-    )(wrapped)
+    return stack(options_of(RunOptions), console_options)(wrapped)
 
 
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Check and plan everything, and say what would be written; write nothing."
 )
 
-#: The last options of a command that writes an output.
-writing_options = stack(
-    click.option("--force", is_flag=True, help="Replace an existing output atomically."),
-    dry_run_option,
-    common_options,
-)
+
+def writing(*, force: str) -> Callable[[Command], Command]:
+    """The last options of a command that writes an output; ``force``: the help of ``--force``."""
+    return stack(click.option("--force", is_flag=True, help=force), dry_run_option, common_options)
+
+
+writing_options = writing(force="Replace an existing output atomically.")
 
 base_option = click.option(
     "--base",
@@ -131,10 +140,16 @@ def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], 
     elif name == "memory":
         settings["callback"] = _size
     elif name in _RANGES:
-        settings["type"] = click.IntRange(**_RANGES[name])
+        settings["type"] = WholeNumber(**_RANGES[name])
     elif kind in (int, float):
         settings["type"] = kind
     return click.option(f"--{name.replace('_', '-')}", **settings)
+
+
+class WholeNumber(click.IntRange):
+    """An ``IntRange`` with another name in messages."""
+
+    name = "whole number"
 
 
 _RANGES: dict[str, dict[str, Any]] = {"threads": {"min": 1, "max": 256}, "seed": {"min": 0}}

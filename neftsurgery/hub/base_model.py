@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import MismatchError, NeftError, UsageError
 from ..patch.patch import Patch
-from ..sources.hub_client import client, page
+from ..sources.hub_client import client, fetch_file, page
 from ..sources.hub_errors import hub_errors
 from ..sources.hub_id import HubId, is_repo, is_revision
+from .repository import CARD_NAME
 
 __all__ = ["BaseModel", "read_licence"]
 
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
+_MAX_CARD = 2**20
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -55,8 +58,8 @@ class BaseModel:
 
 
 def _completed(known: HubId | None, named: str) -> HubId:
-    given = HubId.split(named)
-    if not is_repo(given.repo) or ("@" in named and not is_revision(given.revision)):
+    given = HubId.parse(named)
+    if given is None:
         raise UsageError(
             "[[base]] is not a Hub id", file=named, hint="name it as org/name or org/name@revision"
         )
@@ -83,13 +86,30 @@ def read_licence(base: BaseModel, *, required: bool) -> tuple[dict[str, str], st
     try:
         with hub_errors(base.hub_id):
             info = client().HfApi().model_info(base.hub_id.repo, revision=base.hub_id.revision)
+            data = _card_data(base.hub_id.repo, info)
     except NeftError as error:
         if required:
             raise
         return {}, f"the card names no licence: {error.what} ({base.hub_id}, the base)"
-    data = info.card_data.to_dict() if info.card_data is not None else {}
     found = _licence(data, base.hub_id.repo)
     return found, None if found else f"the card names no licence: the base, {base.hub_id.repo}, names none"
+
+
+def _card_data(repo: str, info: Any) -> dict[str, object]:
+    """The front matter of a card: from the API or, as not every Hub sends it there, from the README."""
+    import yaml
+
+    if info.card_data is not None:
+        return dict(info.card_data.to_dict())
+    if CARD_NAME not in [file.rfilename for file in info.siblings or []]:
+        return {}
+    readme = fetch_file(HubId(repo, info.sha), CARD_NAME)
+    if readme.stat().st_size > _MAX_CARD:
+        return {}
+    try:
+        return client().metadata_load(readme) or {}
+    except (ValueError, RecursionError, yaml.YAMLError):  # it is not a card
+        return {}
 
 
 def _licence(data: Mapping[str, object], repo: str) -> dict[str, str]:

@@ -81,7 +81,7 @@ def _read(text: str, repo: str) -> Any:
 
     try:
         return client().ModelCard(text)
-    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise MismatchError(
             f"the front matter of the README on the Hub cannot be read ({type(error).__name__})",
             file=repo,

@@ -9,12 +9,13 @@ from pathlib import Path
 from ..errors import CorruptFileError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
-from ..sources.hub_client import HubFile, fetch_file, find_file, is_damaged, is_offline
-from ..sources.hub_id import HubId, is_repo
+from ..sources.hub_client import HubFile, fetch_file, find_file, is_offline
+from ..sources.hub_id import HubId
 from ..sources.resolve import Source
 from ..storage.output_checks import refuse_output
 from ..surgery.merge_checks import check_patches
-from ..text import size
+from ..surgery.verb import check_sha256, load_patch
+from ..text import printable, size
 
 __all__ = ["PullPlan", "plan_pull", "pull"]
 
@@ -27,13 +28,14 @@ class PullPlan:
     out: str | os.PathLike[str] | None  # None: the patch stays in the cache
     force: bool
     file: HubFile | None  # None in offline mode, where only the cache is read
+    sha256: str | None = None  # that the file must have
 
     def __str__(self) -> str:
         found = "from the cache"
         if self.file is not None:
             found = f"{size(self.file.nbytes or 0)}, commit {self.file.commit}"
         then = "keep it in the cache" if self.out is None else f"write {os.fspath(self.out)}"
-        return f"fetch {self.hub_id} ({found}) and {then}"
+        return printable(f"fetch {self.hub_id} ({found}) and {then}")
 
     def describe(self) -> dict[str, object]:
         """For JSON. What only `run` can tell is None."""
@@ -49,43 +51,52 @@ class PullPlan:
     @boundary
     def run(self, *, progress: Progress = silent) -> Patch:
         """Fetch the patch, check it and write it; raises as `pull`."""
-        source = self._fetched()
-        try:
-            patch = _checked(source, progress)
-        except CorruptFileError:
-            if self.file is None or not is_damaged(source.path):
-                raise
-            # The copy in the cache differs from the Hub's file: fetch that again.
-            patch = _checked(self._fetched(again=True), progress)
+        patch = _checked(self._fetched(), self.sha256, progress)
         if self.out is None:
             return patch
         with patch:
             patch.save(self.out, force=self.force)
         return Patch.load(Path(self.out))
 
-    def _fetched(self, *, again: bool = False) -> Source:
+    def _fetched(self) -> Source:
         """The file in the cache, of the very commit that was planned for, even if the branch has moved."""
         commit = None if self.file is None else self.file.commit
         pinned = self.hub_id if commit is None else HubId(self.hub_id.repo, commit)
-        path = fetch_file(pinned, PATCH_NAME, again=again)
-        return Source(path, str(self.hub_id), self.hub_id.repo, path.parent.name)
+        for again in (False, True):  # a damaged copy in the cache is fetched once more
+            path = fetch_file(pinned, PATCH_NAME, again=again)
+            with path.open("rb") as content:
+                if self.file is None or self.file.is_content(content):
+                    return Source(path, str(self.hub_id), self.hub_id.repo, path.parent.name)
+        raise CorruptFileError(
+            f"the {PATCH_NAME} that was received is not the one that the Hub announced",
+            file=str(self.hub_id),
+            hint="nothing was written: run the command again",
+        )
 
 
 @boundary
-def plan_pull(named: str, out: str | os.PathLike[str] | None = None, *, force: bool = False) -> PullPlan:
+def plan_pull(
+    named: str,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    sha256: str | None = None,
+    force: bool = False,
+) -> PullPlan:
     """Check what `pull` needs without fetching the file; arguments and errors as there."""
-    hub_id = HubId.split(str(named))
-    if not is_repo(hub_id.repo) or ("@" in str(named) and hub_id.revision is None):
+    (wanted,) = check_sha256(sha256, 1)
+    hub_id = HubId.parse(str(named))
+    if hub_id is None:
         raise UsageError("not a Hub id", file=named, hint="name it as org/name or org/name@revision")
     if out is not None:
         refuse_output(out, inputs=[], force=force, kind="file")
-    return PullPlan(hub_id, out, force, None if is_offline() else find_file(hub_id, PATCH_NAME))
+    return PullPlan(hub_id, out, force, None if is_offline() else find_file(hub_id, PATCH_NAME), wanted)
 
 
 def pull(
     named: str,
     out: str | os.PathLike[str] | None = None,
     *,
+    sha256: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Patch:
@@ -100,6 +111,8 @@ def pull(
         ``org/name`` or ``org/name@revision``.
     out:
         The file to write, all or nothing. None: the patch stays in the cache.
+    sha256:
+        The SHA-256 that the file must have.
     force:
         Replace ``out`` if it exists.
 
@@ -110,15 +123,15 @@ def pull(
     MismatchError
         If the repository has no patch.
     CorruptFileError
-        If the patch is damaged; nothing is written.
+        If the patch is damaged, or has another SHA-256; nothing is written.
     MachineError
         If the Hub refuses (401, 403, gated) or cannot be reached, or ``out`` cannot be written.
     """
-    return plan_pull(named, out, force=force).run(progress=progress)
+    return plan_pull(named, out, sha256=sha256, force=force).run(progress=progress)
 
 
-def _checked(source: Source, progress: Progress) -> Patch:
-    patch = Patch.load(source)
+def _checked(source: Source, sha256: str | None, progress: Progress) -> Patch:
+    patch = load_patch(source, sha256)
     try:
         check_patches([patch], progress)
     except BaseException:

@@ -6,15 +6,16 @@ import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
 from ..sources.hub_client import page
-from ..sources.hub_id import is_repo
+from ..sources.hub_id import is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
-from ..text import plural
+from ..text import lines, plural
 from .base_model import BaseModel, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
@@ -34,11 +35,15 @@ class PushResult:
         Where the patch is now; pull it as ``repo@commit``. The address is that of the repository's page.
     created, changed:
         Whether the repository was created, and whether there is a new commit. There is none if all files were
-        there already.
+        there already: the Hub was asked for their sizes and hashes.
     card:
         The README.
     neurons, tensors:
         How many the patch has.
+    sha256:
+        Of the patch's file: what `pull` and `apply` check if they are given it.
+    created_branch:
+        Whether the branch was created, from main's head.
     """
 
     repo: str
@@ -50,13 +55,19 @@ class PushResult:
     card: str = field(repr=False)
     neurons: int
     tensors: int
+    sha256: str
+    created_branch: bool = False
 
     def __str__(self) -> str:
-        head = f"branch {self.branch}, commit {self.commit}"
-        if not self.changed:
-            return f"nothing to push: {self.repo} has this patch and this card already\n{head}"
-        created = f"created {self.repo}\n" if self.created else ""
-        return f"{created}pushed {_what(self.neurons, self.tensors)} to {self.url}\n{head}"
+        said = [f"created {self.repo}"] if self.created else []
+        said += [f"created branch {self.branch}"] if self.created_branch else []
+        if self.changed:
+            said.append(f"pushed {_what(self.neurons, self.tensors)} to {self.url}")
+        else:
+            nothing = "no commit was needed" if said else "nothing to push"
+            said.append(f"{nothing}: {self.repo} has this patch and this card already")
+        said.append(f"branch {self.branch}, commit {self.commit}")
+        return lines([*said, f"SHA-256 of {PATCH_NAME}: {self.sha256}"])
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,11 @@ class PushPlan:
     figure: bytes | None = field(repr=False)  # PNG; None if there is nothing to draw it with
     warnings: tuple[str, ...]
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the patch's file; reads all of it."""
+        return self.patch.sha256()
+
     @property
     def files(self) -> list[str]:
         """The names of the files that are sent."""
@@ -79,12 +95,16 @@ class PushPlan:
 
     def __str__(self) -> str:
         what = _what(self.patch.neurons, len(self.patch.tensors))
-        new = "" if self.repository.exists else ", a new repository"
-        return (
-            f"push {what} to {self.repository.repo} ({self.repository.branch}{new})\n"
-            f"base: {self.base.hub_id or 'unknown'}\n"
-            f"files: {', '.join(self.files)}\n"
-            f"commit message: {self.message}"
+        new = "branch" if self.repository.exists else "repository"
+        new = f", a new {new}" if self.repository.needs_branch or not self.repository.exists else ""
+        return lines(
+            [
+                f"push {what} to {self.repository.repo} ({self.repository.branch}{new})",
+                f"base: {self.base.hub_id or 'unknown'}",
+                f"files: {', '.join(self.files)}",
+                f"SHA-256 of {PATCH_NAME}: {self.sha256}",
+                f"commit message: {self.message}",
+            ]
         )
 
     def describe(self) -> dict[str, object]:
@@ -98,6 +118,7 @@ class PushPlan:
             "commit": None,
             "url": None,
             "created": False,
+            "created_branch": False,
             "changed": False,
             "private": repository.private if repository.exists else self.private,
             "files": self.files,
@@ -106,6 +127,7 @@ class PushPlan:
             "base_revision": self.base.revision,
             "neurons": self.patch.neurons,
             "selected": self.patch.neurons,
+            "sha256": self.sha256,
             "card": self.card,
             "warnings": list(self.warnings),
         }
@@ -113,7 +135,7 @@ class PushPlan:
     @boundary
     def run(self) -> PushResult:
         """Send the patch and its card; raises as `push`."""
-        patch, repository = self.patch, self.repository
+        patch, repository, sha256 = self.patch, self.repository, self.sha256
         with ExitStack() as stack:
             if patch.path is not None:
                 patch.check_in_place()  # what is sent is what was checked
@@ -132,6 +154,8 @@ class PushPlan:
             card=self.card,
             neurons=patch.neurons,
             tensors=len(patch.tensors),
+            sha256=sha256,
+            created_branch=repository.needs_branch,
         )
 
 
@@ -227,14 +251,21 @@ def plan_push(
         )
     if message is not None and not message.strip():
         raise UsageError("the commit message is empty")
+    branch = MAIN if revision is None else revision
+    if not is_revision(branch) or branch == "HEAD":
+        raise UsageError(
+            f"[[revision]] is not the name of a branch: {branch!r}",
+            file=repo,
+            hint="name it with letters, digits and . _ - /, as git allows",
+        )
     check_patches([patch], progress)
     warnings = []
     try:
-        repository = read_repository(repo, revision or MAIN)
+        repository = read_repository(repo, branch)
     except MachineError as error:
         if not dry_run:
             raise
-        repository = Repository(repo, revision or MAIN)
+        repository = Repository(repo, branch)
         warnings.append(f"the repository on the Hub was not read: {error.what}")
     else:
         _check_repository(repository, private, parent)

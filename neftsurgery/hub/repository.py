@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from ..errors import MachineError, MismatchError, NeftError
-from ..sources.hub_client import client, fetch_file
+from ..errors import CorruptFileError, MachineError, MismatchError, NeftError
+from ..sources.hub_client import client, fetch_file, find_file
 from ..sources.hub_errors import hub_errors
-from ..sources.hub_id import HubId
+from ..sources.hub_id import HubId, is_revision
 from ..sources.secrets import redacted
 
 __all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_repository", "send_commit"]
@@ -21,7 +22,6 @@ Files = Mapping[str, Path | BinaryIO | bytes]
 CARD_NAME = "README.md"
 FIGURE_NAME = "neurons.png"
 MAIN = "main"
-_LEFT_EMPTY = "the repository was created, and is still empty"
 CARD_HINT = "correct it on the Hub, or write a new card with [[replace_card=True]]"
 
 
@@ -42,6 +42,11 @@ class Repository:
     def exists(self) -> bool:
         """Whether the repository exists."""
         return self.head is not None
+
+    @property
+    def needs_branch(self) -> bool:
+        """Whether the branch must be created; a new repository has a main branch."""
+        return not self.has_branch and self.branch != MAIN
 
     @property
     def hub_id(self) -> HubId:
@@ -83,8 +88,8 @@ def read_repository(repo: str, branch: str) -> Repository:
             if isinstance(error, hub.errors.GatedRepoError) or error.response.status_code != 404:
                 raise
             return Repository(repo, branch)
-    files = [file.rfilename for file in info.siblings or []]
-    return Repository(repo, branch, has_branch, info.sha, bool(info.private), files)
+        head, files = _commit(info.sha), [file.rfilename for file in info.siblings or []]
+    return Repository(repo, branch, has_branch, head, bool(info.private), files)
 
 
 def send_commit(
@@ -95,20 +100,22 @@ def send_commit(
     A repository or branch that does not exist is created, ``private`` or (None) as the user's settings on the
     Hub say. Returns the branch's commit and the one before; they are equal if all files were there already.
     """
-    api, repo, branch = client().HfApi(), repository.repo, repository.branch
-    with hub_errors(repository.hub_id, doing="pushing to"):
-        parent = repository.head
-        if parent is None:
-            api.create_repo(repo, private=private)
-            parent = api.model_info(repo).sha
+    api, repo, parent = client().HfApi(), repository.repo, repository.head
+    created = []
     try:
         with hub_errors(repository.hub_id, doing="pushing to"):
-            if not repository.has_branch and branch != MAIN:
-                api.create_branch(repo, branch=branch, revision=parent, exist_ok=False)
+            if parent is None:
+                api.create_repo(repo, private=private)
+                created.append("the repository")
+                parent = _commit(api.model_info(repo).sha)
+            if repository.needs_branch:
+                api.create_branch(repo, branch=repository.branch, revision=parent, exist_ok=False)
+                created.append(f"the branch {repository.branch}")
             return _send(repository, files, message, parent), parent
     except NeftError as error:
-        if not repository.exists:
-            error.hint = "; ".join(filter(None, [error.hint, _LEFT_EMPTY]))
+        if created:
+            left = f"this push created {' and '.join(created)}"
+            error.hint = "; ".join(filter(None, [error.hint, left]))
         raise
 
 
@@ -131,7 +138,31 @@ def _send(repository: Repository, files: Files, message: str, parent: str) -> st
     except ValueError as error:
         _raise_if_card_refused(error, repo)
         raise
-    return str(done.oid)
+    if done.oid == parent:
+        _require_files(HubId(repo, parent), operations.values())
+    return _commit(done.oid)
+
+
+def _commit(name: object) -> str:
+    """A commit as an answer names it: shown to the user, and a part of addresses."""
+    if not is_revision(name):
+        raise CorruptFileError("the Hub names a commit that cannot be one", found=repr(name)[:80])
+    return name
+
+
+def _require_files(hub_id: HubId, operations: Iterable[Any]) -> None:
+    """Compare the files of a commit with those that were to be sent: a Hub may only say that it has them."""
+    for operation in operations:
+        found = None
+        with suppress(MismatchError):  # there is no such file
+            found = find_file(hub_id, operation.path_in_repo)
+        with operation.as_file() as content:
+            if found is None or not found.is_content(content):
+                raise MachineError(
+                    f"the Hub made no commit, but its {operation.path_in_repo} is not the one that was sent",
+                    file=str(hub_id),
+                    hint="run the command again",
+                )
 
 
 def _raise_if_card_refused(error: ValueError, repo: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from ..errors import CorruptFileError, UsageError
+from ..errors import CorruptFileError, UsageError, naming
 
 __all__ = ["TokenChunk", "TokenizedText", "token_batches", "tokenize_file"]
 
@@ -62,7 +62,8 @@ def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, 
     file = Path(path)
     if not file.is_file():
         raise UsageError("there is no such text file", file=file, hint=_TEXT_HINT)
-    content = file.read_bytes()
+    with naming(file):
+        content = file.read_bytes()
     try:
         lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:

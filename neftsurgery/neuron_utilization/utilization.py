@@ -22,6 +22,7 @@ from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.verify import verify
 from ..tensors.header import read_header
+from ..text import printable
 from ..version import __version__
 from .hidden_states import find_block_stack, hidden_size
 from .measure import measure
@@ -58,7 +59,7 @@ class UtilizationPlan:
     force: bool  # whether to replace an existing ``out``
 
     def __repr__(self) -> str:
-        return (
+        return printable(
             f"UtilizationPlan(base={self.base.name}, neurons={self.neurons}, text={self.text.name}, "
             f"tokens={self.text.tokens}, states={self.states})"
         )

@@ -265,6 +265,9 @@ class _Reader:
             found = [entry for entry in listed if entry.reason.startswith(start)]
             if found:
                 yield f"{len(found)} {text} (first: {found[0].info.name}, {found[0].reason})"
+        empty = sum(entry.reason == "no elements" for entry in listed)
+        if 2 * empty > len(self.tensors):
+            yield f"{empty} tensors have no elements, as DeepSpeed ZeRO-3 and FSDP leave them"
         for submodel in self.submodels.all if self.name == "units" else ():
             if any(family.feed_forward and not family.attention for family in submodel.families):
                 yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"

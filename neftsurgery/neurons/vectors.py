@@ -8,6 +8,7 @@ memory. Where vectors are contiguous, exactly their bytes are read or written. W
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
 from .layout import Layout
 
-__all__ = ["block_memory", "blocks", "check_index", "find", "gather", "scatter"]
+__all__ = ["block_memory", "blocks", "check_index", "distinct_counts", "find", "gather", "scatter"]
 
 # Bytes of vectors handled at once; each thread holds a few such blocks. Every block of strided vectors
 # reads their whole slab, so for these fewer and larger blocks are better.
@@ -64,6 +65,16 @@ def find(index: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Mask]:
     hit = slot < len(index)
     hit[hit] = index[slot[hit]] == wanted[hit]
     return slot, hit
+
+
+def distinct_counts(
+    parts: Iterable[tuple[TensorInfo, Layout, IndexArray]],
+) -> dict[tuple[TensorInfo, Layout], int]:
+    """By tensor and layout how many different neurons the indices hold together."""
+    indices: dict[tuple[TensorInfo, Layout], list[IndexArray]] = defaultdict(list)
+    for info, layout, index in parts:
+        indices[info, layout].append(index)
+    return {tensor: len(np.unique(np.concatenate(several))) for tensor, several in indices.items()}
 
 
 def gather(

@@ -29,7 +29,8 @@ from ..coding.elements import Carrier, Elements
 from ..coding.tables import FrequencyTable, unpack
 from ..errors import MismatchError
 from ..tensors.document import bad
-from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, loads, parse_header
+from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, parse_header
+from ..tensors.json_text import loads
 from ..tensors.reader import TensorFile, WeightReader
 
 __all__ = [

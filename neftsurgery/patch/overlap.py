@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import same_files, same_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import find
 from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.header import TensorInfo
+from ..text import natural_key
 from .patch import Patch, PatchTensor
 
-__all__ = ["Meeting", "Overlap", "meetings", "overlap", "overlay"]
+__all__ = ["Meeting", "Overlap", "RowSource", "lay_over", "meetings", "overlap", "overlay"]
 
 _ELEMENTS = 1 << 18  # that `overlay` looks up at once; each takes some ten words of memory
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """The vectors to write for one patch: its values, or those they replaced."""
+
+    patch: Patch
+    read: Callable[[str, int, int], RawBytes]
+    #: Tied tensors that are written as well, by the patch's name of them.
+    copies: Mapping[str, Sequence[str]] = field(default_factory=dict, compare=False)
+
+    def targets(self, checkpoint: Checkpoint) -> Iterator[tuple[str, TensorInfo]]:
+        """Each touched tensor, with every tensor of the files that it is."""
+        for name in self.patch.tensors:
+            yield from ((name, checkpoint.tensors[one]) for one in (name, *self.copies.get(name, ())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +76,8 @@ class Overlap:
 
     same_base: bool | None  # whether they were made from the same files; None if one does not say
     tensors: tuple[str, ...]  # those that both touch
-    neurons: int  # those that both replace
+    shared: tuple[str, ...]  # those of `tensors` with a neuron that both replace
+    neurons: int  # those that both replace, companion biases not counted
     foreign: int  # those of `neurons` that were not the same in both bases
     crossing: tuple[str, ...]  # tensors cut along different axes: every neuron of one meets all of the other
     unfit: tuple[str, ...]  # tensors of another shape or dtype in one than in the other
@@ -70,15 +90,17 @@ class Overlap:
 
 def overlap(one: Patch, other: Patch) -> Overlap:
     """Compare two patches; reads their indices and digests."""
-    both = tuple(sorted(one.tensors.keys() & other.tensors.keys()))
+    both = tuple(sorted(one.tensors.keys() & other.tensors.keys(), key=natural_key))
     sides = [(name, one.tensors[name], other.tensors[name]) for name in both]
     unfit = tuple(n for n, a, b in sides if not same_tensor(a.info, b.info))
     crossing = tuple(n for n, a, b in sides if n not in unfit and a.layout.axes != b.layout.axes)
     found = list(meetings([one, other], set(both) - {*unfit, *crossing}))
+    biases = one.facts.companion_biases & other.facts.companion_biases
     return Overlap(
         same_files(one.base, other.base),
         both,
-        sum(len(meeting.shared) for meeting in found),
+        tuple(meeting.name for meeting in found if len(meeting.shared)),
+        sum(len(meeting.shared) for meeting in found if meeting.name not in biases),
         sum(len(meeting.foreign) for meeting in found),
         crossing,
         unfit,
@@ -102,13 +124,33 @@ def overlay(vectors: RawBytes, index: Int64Array, tensor: PatchTensor, earlier: 
     elements = vectors.view(tensor.info.type.carrier)
     step = max(1, _ELEMENTS // max(1, tensor.layout.width))
     for first in range(0, len(index), step):
-        neuron, place = _owner(theirs.layout, _positions(tensor.layout, index[first : first + step]))
-        slot, hit = find(their_index, neuron)
-        for start, stop in theirs.blocks():
-            here = hit & (slot >= start) & (slot < stop)
-            if here.any():
-                values = earlier.values(name, start, stop).view(tensor.info.type.carrier)
-                elements[first : first + step][here] = values[slot[here] - start, place[here]]
+        positions = _positions(tensor.layout, index[first : first + step])
+        _lay_elements(elements[first : first + step], positions, name, RowSource(earlier, earlier.values))
+
+
+def lay_over(layers: Sequence[RowSource], name: str, start: int, part: memoryview) -> None:
+    """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``."""
+    for rows in layers:
+        for known in rows.patch.tensors:
+            if name == known or name in rows.copies.get(known, ()):
+                elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
+                first = start // elements.itemsize
+                _lay_elements(elements, np.arange(first, first + len(elements)), known, rows)
+
+
+def _lay_elements(
+    elements: NDArray[np.unsignedinteger], positions: Int64Array, name: str, rows: RowSource
+) -> None:
+    """Replace those of ``elements``, which lie at ``positions`` of a tensor, that are of its vectors."""
+    tensor = rows.patch.tensors[name]
+    neuron, place = _owner(tensor.layout, positions)
+    slot, hit = find(rows.patch.index(name), neuron)
+    for start, stop in tensor.blocks():
+        here = hit & (slot >= start) & (slot < stop)
+        if here.any():
+            first, last = int(slot[here].min()), int(slot[here].max())
+            values = rows.read(name, first, last + 1).view(tensor.info.type.carrier)
+            elements[here] = values[slot[here] - first, place[here]]
 
 
 def _positions(layout: Layout, index: Int64Array) -> Int64Array:

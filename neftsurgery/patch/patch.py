@@ -13,6 +13,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
+from ..checkpoint.ties import with_tied_names
 from ..errors import CorruptFileError, MismatchError, boundary
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
@@ -26,7 +27,7 @@ from ..tensors.document import Facts, bad, read_document, require_entry
 from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
-from ..text import plural, size
+from ..text import lines, plural, printable, size
 from ..version import __version__
 from .digests import DigestHash, digests
 
@@ -121,11 +122,11 @@ class Patch(FileBacked):
 
     def __repr__(self) -> str:
         what = f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
-        return f"<Patch {self._label}: {what}>"
+        return printable(f"<Patch {self._label}: {what}>")
 
     def __str__(self) -> str:
         undo = "reversible" if self.reversible else "not reversible: revert needs the base"
-        return "\n".join(
+        return lines(
             [
                 f"patch {self._label}, {size(self.nbytes)}",
                 f"  {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}, "
@@ -161,12 +162,7 @@ class Patch(FileBacked):
             If it cannot be read, or the Hub refuses or cannot be reached.
         """
         source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
-        try:
-            return cls.read(TensorFile.named(source.path), source)
-        except CorruptFileError as error:
-            if source.repo is not None and error.file == str(source.path):
-                error.file = source.named  # not where the cache keeps it
-            raise
+        return cls.read(TensorFile.named(source.path, PATCH_KEY), source)
 
     @classmethod
     def read(cls, file: TensorFile, source: Source | None = None) -> Patch:
@@ -259,9 +255,15 @@ class Patch(FileBacked):
         """The digests of the replaced vectors, uint8 ``[k, 16]``."""
         return self._file.array(f"{name}:base_digest", start, stop)
 
-    def require_fit(self, checkpoint: Checkpoint) -> None:
-        """Raise a `MismatchError` unless the checkpoint has the touched tensors, in shape and dtype."""
-        require_tensors(checkpoint, (t.info for t in self.tensors.values()), self.name, self.base)
+    def require_fit(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint, in which the touched tensors are found under their names in the patch.
+
+        Raises a `MismatchError` unless it has them, in shape and dtype.
+        """
+        infos = [tensor.info for tensor in self.tensors.values()]
+        fitting = with_tied_names(checkpoint, infos)
+        require_tensors(fitting, infos, self.name, self.base)
+        return fitting
 
     @boundary
     def check(self, *, limits: Limits | None = None) -> None:

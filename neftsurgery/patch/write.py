@@ -12,7 +12,7 @@ from ..tensors.arrays import RawBytes
 from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
-from ..tensors.writer import TensorFileWriter, written_file
+from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
 from .digests import DigestHash, digests
 from .patch import PATCH_KEY, Manifest, Patch
 
@@ -32,9 +32,9 @@ def _entries(selection: Selection, reversible: bool) -> list[TensorInfo]:
     return entries
 
 
-def patch_bytes(selection: Selection, reversible: bool) -> int:
-    """Bytes of tensor data that a patch of ``selection`` takes; its header comes on top."""
-    return sum(entry.nbytes for entry in _entries(selection, reversible))
+def patch_bytes(selection: Selection, manifest: Manifest, reversible: bool) -> int:
+    """Bytes of the file that `written_patch` would write."""
+    return planned_bytes(_entries(selection, reversible), _room(selection, manifest))
 
 
 class PatchWriter:
@@ -92,6 +92,11 @@ class PatchWriter:
         self._writer.finish(_metadata(self._selection, self._manifest, hashes))
 
 
+def _room(selection: Selection, manifest: Manifest) -> dict[str, str]:
+    """Metadata as long as the final one."""
+    return _metadata(selection, manifest, dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH)))
+
+
 def _metadata(
     selection: Selection, manifest: Manifest, hashes: Mapping[str, tuple[str, str]]
 ) -> dict[str, str]:
@@ -112,8 +117,7 @@ def written_patch(
     force: bool = False,
 ) -> Iterator[PatchWriter]:
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
-    nothing = dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH))
-    room = _metadata(selection, manifest, nothing)
+    room = _room(selection, manifest)
     with written_file(_entries(selection, reversible), room, out, force=force) as written:
         writer = PatchWriter(written.writer, selection, manifest, reversible)
         yield writer

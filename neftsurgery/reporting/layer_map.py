@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from ..patch.patch import Patch
 from ..scoring.scores import Scores
 from ..selection.selection import Selection
 from ..tensors.arrays import Int64Array
-from ..text import commas, label, percent
+from ..text import commas, label, natural_key, percent
 from .figure import Column, ReportFigure, Table
 from .plotting import MplFigure, heatmap, new_axes
 
@@ -27,7 +26,6 @@ __all__ = [
     "layer_map_figure",
     "layer_map_lines",
     "locate_tensors",
-    "natural_key",
     "sorted_layers",
 ]
 
@@ -58,14 +56,6 @@ def locate_tensors(names: Iterable[str]) -> dict[str, TensorLocation]:
     if any(location.layer for location in found.values()):
         return found
     return {name: TensorLocation(*name.rpartition(".")[::2]) for name in found}
-
-
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """A sort key that puts ``layers.2`` before ``layers.10``."""
-    return tuple(
-        (0, int(part), part) if part.isascii() and part.isdecimal() and len(part) < 19 else (1, 0, part)
-        for part in re.split(r"([0-9]+)", name)
-    )
 
 
 def sorted_layers(locations: Iterable[TensorLocation]) -> list[str]:

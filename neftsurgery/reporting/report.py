@@ -86,7 +86,7 @@ class ReportPlan:
     def __repr__(self) -> str:
         names = ", ".join(entry.name for entry in self.inputs)
         outputs = [os.fspath(path) for path in (self.out, self.figures) if path is not None]
-        return f"ReportPlan({names} -> {', '.join(outputs) or 'nothing written'})"
+        return text.printable(f"ReportPlan({names} -> {', '.join(outputs) or 'nothing written'})")
 
     def describe(self) -> dict[str, object]:
         """The plan as JSON."""

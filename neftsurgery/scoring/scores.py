@@ -22,7 +22,7 @@ from ..tensors.arrays import Float32Array, Int64Array
 from ..tensors.document import Facts, bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.reader import TensorFile
-from ..text import plural, size
+from ..text import lines, plural, printable, size
 from .scored_tensors import (
     WHAT,
     CompanionBias,
@@ -77,7 +77,7 @@ class Scores(FileBacked):
         CorruptFileError
             If it is not a scores file, or damaged.
         """
-        return cls.read(TensorFile.named(path))
+        return cls.read(TensorFile.named(path, SCORES_KEY))
 
     @classmethod
     def read(cls, file: TensorFile) -> Scores:
@@ -94,12 +94,12 @@ class Scores(FileBacked):
         return cls(file, facts, tensors, companion_biases)
 
     def __repr__(self) -> str:
-        return f"<Scores {self.path or 'not saved'}: {self.score} of {self.neurons:,} neurons>"
+        return printable(f"<Scores {self.path or 'not saved'}: {self.score} of {self.neurons:,} neurons>")
 
     def __str__(self) -> str:
         units = f" in {plural(self.units, 'unit')}" if self.by_unit else ""
         base, tuned = self.base.name, self.tuned.name
-        return "\n".join(
+        return lines(
             [
                 f"scores {self.path or '(not saved)'}, {size(self.nbytes)}",
                 f"  {self.score} of {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 from ..errors import UsageError
 from ..options import HasCounts
+from ..text import plural
 
 __all__ = ["Amount", "Budget", "Per", "Policy"]
 
@@ -30,6 +31,7 @@ _COUNT = re.compile(
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _SIZES = ("neurons", "params", "threshold", "changed", "like")
 _LONGEST = 40
+_FEW, _MANY = 20, 1000  # a number like a percentage, and neurons of which it is a small part
 _DECIMALS = 40
 
 
@@ -78,6 +80,8 @@ class Amount:
                 raise UsageError(f"an amount cannot be negative: {shown}", hint=_EXAMPLES)
             if re.fullmatch(r"\.[0-9]+", clean):
                 raise _fraction(float(clean), shown)
+            if _PERCENT.fullmatch(point := clean.replace(",", ".")):
+                raise UsageError(f"{shown!r} is not an amount", hint=f"write {point}")
         raise UsageError(f"{shown!r} is not an amount", hint=_EXAMPLES)
 
     def __str__(self) -> str:
@@ -249,6 +253,16 @@ class Budget:
                 raise UsageError(
                     f"[[{option}]] does not go with [[anatomy=units]]", hint="a unit lies in several tensors"
                 )
+
+    def warnings(self, neurons: int) -> list[str]:
+        """What may not be meant: 3 neurons of thousands instead of 3 percent of ``neurons``."""
+        count = 0 if self.neurons is None else self.neurons.count or 0
+        if not 0 < count <= _FEW or neurons < _MANY:
+            return []
+        return [
+            f"[[neurons={count}]] chooses {plural(count, 'neuron')} of {neurons:,}: "
+            f"{count} percent is [[neurons={count}%]]"
+        ]
 
     def describe(self) -> dict[str, object]:
         """JSON for a manifest, only what is set: ``Budget.of(**described)`` is this budget again."""

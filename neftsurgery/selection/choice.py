@@ -127,7 +127,8 @@ def _no_room(params: Amount, limits: Sequence[int], costs: Sequence[int]) -> Usa
         f"[[params={params}]] is too small for a single neuron",
         expected=f"neurons of {sizes} parameters",
         found=f"a budget of {sum(limits)}" + (f", split over {len(limits)} pools" if len(limits) > 1 else ""),
-        hint="give a larger [[params]]" + (", or [[per=model]]" if len(limits) > 1 else ""),
+        hint="give a larger number, or a share such as [[params=3%]]"
+        + (", or [[per=model]]" if len(limits) > 1 else ""),
     )
 
 

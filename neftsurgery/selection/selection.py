@@ -22,7 +22,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
-from ..text import percent, plural
+from ..text import lines, percent, plural
 from .selection_facts import SelectionFacts
 
 __all__ = [
@@ -101,15 +101,15 @@ class Selection:
         facts = self.facts
         how = [one for one in (facts.policy, facts.score, facts.anatomy) if one]
         how += [f"{key} {value}" for key, value in facts.budget.items() if key not in ("policy", "seed")]
-        lines = [
+        said = [
             f"selection of {plural(self.neurons, 'neuron')} in {plural(len(self.tensors), 'tensor')}, "
             f"{plural(self.parameters, 'parameter')}"
         ]
         if how:
-            lines.append(f"  chosen by {', '.join(how)}")
+            said.append(f"  chosen by {', '.join(how)}")
         if facts.captured is not None:
-            lines.append(f"  it captures {percent(facts.captured)} of the whole change")
-        return "\n".join(lines)
+            said.append(f"  it captures {percent(facts.captured)} of the whole change")
+        return lines(said)
 
     def __iter__(self) -> Iterator[Chosen]:
         return iter(self.tensors.values())
@@ -191,7 +191,7 @@ class Selection:
         CorruptFileError
             If it is not a selection file, or damaged.
         """
-        with TensorFile.named(path) as file:
+        with TensorFile.named(path, SELECTION_KEY) as file:
             content = read_document(file, SELECTION_KEY, _WHAT, _VERSION)
             tensors = {}
             for name in sorted(content["tensors"]):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 from .hub_errors import hub_errors
 from .hub_id import HubId
@@ -21,7 +23,6 @@ __all__ = [
     "fetch_file",
     "fetch_model",
     "find_file",
-    "is_damaged",
     "is_offline",
     "page",
 ]
@@ -84,10 +85,24 @@ def fetch_file(hub_id: HubId, filename: str, *, again: bool = False) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file on the Hub, not fetched: the commit it was found at, and its size in bytes."""
+    """A file on the Hub, not fetched: the commit it was found at, its size in bytes, and its ETag."""
 
     commit: str | None
     nbytes: int | None
+    etag: str | None = None
+
+    def is_content(self, content: BinaryIO) -> bool:
+        """Whether an open file has the size and the hash: a SHA-256, or Git's SHA-1, if the ETag is one."""
+        nbytes = content.seek(0, os.SEEK_END)
+        content.seek(0)
+        is_hash = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", self.etag or "")
+        if self.nbytes not in (None, nbytes) or is_hash is None:
+            return self.nbytes in (None, nbytes)
+        git = hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
+        state = git if len(is_hash[0]) == 40 else hashlib.sha256()
+        while chunk := content.read(1 << 20):
+            state.update(chunk)
+        return state.hexdigest() == self.etag
 
 
 def find_file(hub_id: HubId, filename: str) -> HubFile:
@@ -97,13 +112,4 @@ def find_file(hub_id: HubId, filename: str) -> HubFile:
         found = hub.HfApi().get_hf_file_metadata(
             url=hub.hf_hub_url(hub_id.repo, filename, revision=hub_id.revision)
         )
-    return HubFile(found.commit_hash, found.size)
-
-
-def is_damaged(path: Path) -> bool:
-    """Whether a large file in the cache differs from the Hub's: its blob is named after its SHA-256."""
-    blob = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name) is None:
-        return False
-    with blob.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() != blob.name
+    return HubFile(found.commit_hash, found.size, found.etag)

@@ -9,7 +9,9 @@ from typing import TypeGuard
 __all__ = ["HubId", "is_repo", "is_revision"]
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_REVISION = re.compile(r"[\w][\w./-]{0,199}", re.ASCII)
+_REVISION = re.compile(r"\w[\w./-]{0,199}", re.ASCII)
+#: What git allows in no name of a branch: `git check-ref-format`.
+_REFUSED = re.compile(r"\.\.|//|/\.|\.lock(/|$)|[./]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +22,10 @@ class HubId:
     revision: str | None = None  # a branch, a tag or a commit; None for the main branch
 
     @classmethod
-    def split(cls, text: str) -> HubId:
-        """Split ``text`` at its first ``@``; the parts are not checked."""
-        repo, _, revision = text.partition("@")
-        return cls(repo, revision or None)
+    def parse(cls, text: str) -> HubId | None:
+        """``org/name`` or ``org/name@revision``; None if ``text`` is neither."""
+        repo, at, revision = text.partition("@")
+        return cls(repo, revision or None) if is_repo(repo) and (not at or is_revision(revision)) else None
 
     def __str__(self) -> str:
         return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
@@ -36,4 +38,4 @@ def is_repo(text: object) -> TypeGuard[str]:
 
 def is_revision(text: object) -> TypeGuard[str]:
     """Whether ``text`` can name a branch, a tag or a commit."""
-    return isinstance(text, str) and _REVISION.fullmatch(text) is not None and ".." not in text
+    return isinstance(text, str) and bool(_REVISION.fullmatch(text)) and not _REFUSED.search(text)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
+from ..text import tilde_hint
 from .hub_client import fetch_file, fetch_model
 from .hub_id import HubId
 
-__all__ = ["Source", "is_hub_id", "resolve", "resolve_file"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Source", "is_hub_id", "resolve", "resolve_file"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]+)?")
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class Source:
 def resolve(named: str | os.PathLike[str]) -> Source:
     """Find what ``named`` refers to. An existing local path takes precedence over a Hub id.
 
+    The index of a folder's shards stands for the folder.
+
     The model of a Hub id (``org/name`` or ``org/name@revision``) is fetched into huggingface_hub's
     cache, unless it is there already. Raises a `UsageError` if there is no such path; else as `fetch_model`.
     """
@@ -42,18 +45,29 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     path = Path(text)
     if text and _exists(path):
         if not path.exists():
-            raise UsageError("the symlink is broken: its target does not exist", file=text)
+            annexed = ".git/annex/objects/" in os.readlink(path)
+            raise UsageError(
+                "the symlink is broken: its target does not exist",
+                file=text,
+                hint="fetch the content: `git annex get`" if annexed else None,
+            )
         if not (path.is_file() or path.is_dir()):
             raise UsageError("expected a file or folder, found a device, pipe or socket", file=text)
-        return Source(path, text)
-    if is_hub_id(named):
-        hub_id = HubId.split(text)
+        if path.name != INDEX_NAME or path.is_dir():
+            return Source(path, text)
+        if (path.parent / SINGLE_NAME).is_file():
+            raise UsageError(
+                f"readers take the {SINGLE_NAME} beside this index", file=text, hint="name that file"
+            )
+        return Source(path.parent, text)
+    if (hub_id := _hub_id(named)) is not None:
         folder = fetch_model(hub_id)
         return Source(folder, text, hub_id.repo, folder.name)
     raise UsageError(
         "there is no such file or folder" + (", and it is not a Hub id" if text.count("/") == 1 else ""),
         file=text,
-        hint="name a .safetensors file, a folder of shards with their index, or org/name on the Hub",
+        hint=tilde_hint(text)
+        or "name a .safetensors file, a folder of shards with their index, or org/name on the Hub",
     )
 
 
@@ -64,23 +78,24 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
     in ``.safetensors`` is always a path. Raises as `fetch_file`.
     """
     text = os.fspath(named)
-    if text.endswith(".safetensors") or not is_hub_id(named):
+    hub_id = None if text.endswith(".safetensors") else _hub_id(named)
+    if hub_id is None:
         return Source(Path(text), text)
-    hub_id = HubId.split(text)
     file = fetch_file(hub_id, filename)
     return Source(file, text, hub_id.repo, file.parent.name)
 
 
 def is_hub_id(named: str | os.PathLike[str]) -> bool:
     """Whether `resolve` would ask the Hub for ``named``."""
+    return _hub_id(named) is not None
+
+
+def _hub_id(named: str | os.PathLike[str]) -> HubId | None:
+    hub_id = HubId.parse(named) if isinstance(named, str) else None
     path = Path(named)
-    return (
-        isinstance(named, str)
-        and _HUB_ID.fullmatch(named) is not None
-        and not _exists(path)
-        and not path.parent.is_file()
-        and not (path.parent.is_dir() and named.endswith(".safetensors"))
-    )
+    if hub_id is None or _exists(path) or path.parent.is_file():
+        return None
+    return None if path.parent.is_dir() and path.suffix == ".safetensors" else hub_id
 
 
 def _exists(path: Path) -> bool:

@@ -16,26 +16,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import MismatchError, UsageError
+from ..errors import MismatchError, UsageError, naming
 from .output import begin_writeback
-from .positioned import write_exactly
+from .positioned import OpenFile, write_exactly
 
 __all__ = ["copy_file"]
 
 _STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too large to cost anything
 _FICLONE = 0x40049409  # _IOW(0x94, 9, int); the fcntl module has it from Python 3.13
-# Errors of copy_file_range if the file systems or a sandbox do not allow it.
-_KERNEL_REFUSALS = {
-    errno.EXDEV,
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ETXTBSY,
-    errno.EPERM,
-    errno.EACCES,
-    errno.EBADF,
-}
 
 
 def copy_file(
@@ -62,9 +50,9 @@ def copy_file(
         Bytes that the kernel copies at once; through a buffer it is an eighth of them.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer.
-    reader = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    reader = OpenFile.at(source, os.O_NONBLOCK)
     try:
-        before = os.fstat(reader)
+        before = reader.status()
         if not stat.S_ISREG(before.st_mode):
             raise UsageError("not a regular file", file=source)
         mode = stat.S_IMODE(before.st_mode) & 0o777
@@ -79,11 +67,11 @@ def copy_file(
         error.file = error.file or str(source)
         raise
     finally:
-        os.close(reader)
+        reader.close()
 
 
 def _copy_to_path(
-    reader: int,
+    reader: OpenFile,
     target: Path,
     before: os.stat_result,
     mode: int,
@@ -93,20 +81,19 @@ def _copy_to_path(
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     writer = os.open(target, flags, 0o600)
     try:
-        _copy_content(reader, writer, before, progress, step)
-        os.fchmod(writer, mode)
-    except BaseException as error:
+        with naming(target):
+            _copy_content(reader, writer, before, progress, step)
+            os.fchmod(writer, mode)
+    except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(target)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = os.fspath(target)
         raise
     finally:
         os.close(writer)
 
 
 def _copy_content(
-    reader: int, writer: int, before: os.stat_result, progress: Callable[[int], None] | None, step: int
+    reader: OpenFile, writer: int, before: os.stat_result, progress: Callable[[int], None] | None, step: int
 ) -> None:
     advance = progress or (lambda nbytes: None)
     if _clone(reader, writer):
@@ -121,11 +108,15 @@ def _copy_content(
             done = stop
         if before.st_size > done:
             advance(before.st_size - done)
-    after = os.fstat(reader)
+    after = reader.status()
     if after.st_size != before.st_size:
         raise _changed(expected=f"{before.st_size} bytes", found=after.st_size)
     if after.st_mtime_ns != before.st_mtime_ns:
         raise _changed()
+    if os.pread(reader.fileno(), 1, before.st_size):  # as in /proc, where files seem to be empty
+        raise _changed(expected=f"{before.st_size} bytes", found="more")
+    if (size := os.fstat(writer).st_size) != before.st_size:
+        raise OSError(errno.EIO, f"the copy has {size} bytes instead of {before.st_size}")
 
 
 def _changed(**sides: Any) -> MismatchError:
@@ -133,18 +124,18 @@ def _changed(**sides: Any) -> MismatchError:
     return MismatchError("the file changed while it was being copied", hint=hint, **sides)
 
 
-def _clone(reader: int, writer: int) -> bool:
+def _clone(reader: OpenFile, writer: int) -> bool:
     """Share all blocks of one file with another; false where the file system cannot."""
     if sys.platform != "linux":
         return False
     try:
-        fcntl.ioctl(writer, _FICLONE, reader)
+        fcntl.ioctl(writer, _FICLONE, reader.fileno())
     except OSError:  # a real failure (disk full) stops the copy that follows
         return False
     return True
 
 
-def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
+def _data_ranges(reader: OpenFile, status: os.stat_result) -> Iterator[tuple[int, int]]:
     """The parts ``[start, stop)`` of a file that are not holes, ascending."""
     size = status.st_size
     if not hasattr(os, "SEEK_DATA") or status.st_blocks * 512 >= size:
@@ -153,8 +144,10 @@ def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int
     position = 0
     while position < size:
         try:
-            start = os.lseek(reader, position, os.SEEK_DATA)
-            stop = min(os.lseek(reader, start, os.SEEK_HOLE), size)
+            start = os.lseek(reader.fileno(), position, os.SEEK_DATA)
+            stop = min(os.lseek(reader.fileno(), start, os.SEEK_HOLE), size)
+            if stop <= start:  # a hole that was made just now, or a file system that is wrong
+                stop = size
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole up to the end
                 return
@@ -166,7 +159,7 @@ def _data_ranges(reader: int, status: os.stat_result) -> Iterator[tuple[int, int
 
 
 def _copy_range(
-    reader: int,
+    reader: OpenFile,
     writer: int,
     start: int,
     stop: int,
@@ -189,20 +182,21 @@ def _copy_range(
     return by_kernel
 
 
-def _kernel_step(reader: int, writer: int, position: int, count: int) -> int:
+def _kernel_step(reader: OpenFile, writer: int, position: int, count: int) -> int:
     """Bytes copied by the kernel; 0 if it cannot copy between these files."""
     if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
         return 0
     try:
-        return os.copy_file_range(reader, writer, count, position, position)
-    except OSError as error:
-        if error.errno in _KERNEL_REFUSALS:
-            return 0
-        raise
+        return os.copy_file_range(reader.fileno(), writer, count, position, position)
+    except (
+        OSError
+    ):  # not between these files, not on this system, or a real failure, which a write meets again
+        return 0
 
 
-def _user_step(reader: int, writer: int, position: int, count: int) -> int:
+def _user_step(reader: OpenFile, writer: int, position: int, count: int) -> int:
     """Bytes copied through a buffer; 0 at the end of the file."""
-    data = os.pread(reader, count, position)
+    with naming(reader.path):
+        data = os.pread(reader.fileno(), count, position)
     write_exactly(writer, data, position)
     return len(data)

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from ..errors import UsageError
+from ..errors import UsageError, naming
 
 __all__ = ["open_to_change"]
 
@@ -30,7 +30,8 @@ def open_to_change(path: Path, *, below: Path) -> int:
             reached = reached / folder
             fd = _step(folder, _FOLDER, fd, reached)
         fd = _step(name, _FILE, fd, path)
-        status = os.fstat(fd)
+        with naming(path):
+            status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise UsageError("not a regular file: it cannot be changed in place", file=path)
         if status.st_nlink > 1:

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import UsageError
+from ..errors import MachineError, NeftError, UsageError, naming
 from .output_checks import MAX_NAME, AnyPath, identity, named_output
 from .positioned import write_exactly
 
@@ -37,6 +38,8 @@ _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TOKEN = re.compile(r"(old-)?[0-9a-f]{16}")
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+#: Each try fails only if another process takes the name at that moment, or the folder takes no files (/proc).
+_TRIES = 20
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -101,9 +104,19 @@ def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Ite
         else:
             _place(path, final)
         fsync_folder(final.parent)
+    except OSError as error:
+        if not isinstance(error, NeftError):
+            error.filename = _named(error.filename, entry.path, final)
+        raise
     finally:
         # After a failure this removes the partial output; after an exchange, the old content of OUT.
         entry.remove()
+
+
+def _named(file: Any, staged: Path | None, out: Path) -> str:
+    """The file of an error, with the name of the output for that of the staging file or folder."""
+    path = Path(os.fsdecode(file)) if isinstance(file, str | bytes | os.PathLike) else out
+    return str(out / path.relative_to(staged) if staged and path.is_relative_to(staged) else path)
 
 
 class _StagedEntry:
@@ -126,7 +139,7 @@ class _StagedEntry:
 
 def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> Path:
     """Create and lock a file or folder under a new staging name for ``out``; ``entry`` keeps both."""
-    while True:
+    for _ in range(_TRIES):
         path = entry.path = _staging_name(out)
         try:
             entry.fd = create(path)
@@ -139,6 +152,9 @@ def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> P
         if _lock(entry.fd) is not False and _identity_of(entry.fd) == identity(path):
             return path
         entry.remove()
+    raise MachineError(
+        "nothing can be created in this folder", file=out.parent, hint="name an output elsewhere"
+    )
 
 
 def _staging_name(out: Path, tag: str = "") -> Path:
@@ -341,7 +357,8 @@ def fsync_folder(folder: Path) -> None:
     """Make a folder's names durable, where the file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:  # some file systems cannot sync a folder
             raise
@@ -361,7 +378,8 @@ def _fsync_tree(top: Path) -> None:
             if stat.S_ISREG(os.lstat(file).st_mode):
                 fd = os.open(file, _OPEN)
                 try:
-                    fsync(fd)
+                    with naming(file):
+                        fsync(fd)
                 finally:
                     os.close(fd)
         fsync_folder(Path(folder))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import MachineError, UsageError
+from ..text import tilde_hint
 
 __all__ = ["MAX_NAME", "AnyPath", "identity", "named_output", "refuse_output", "require_space"]
 
@@ -55,6 +56,8 @@ def refuse_output(
 def named_output(out: AnyPath) -> Path:
     """The output as a path; raises a `UsageError` if it has no name, or its folder does not exist."""
     path = Path(out)
+    if os.fspath(out) == "-":
+        raise UsageError("an output cannot go to stdout", file=out, hint="name a file; ./- is one named -")
     if path.name in ("", ".."):
         raise UsageError(
             "the output has no name of its own", file=out, hint="give the name of a file or folder to create"
@@ -66,7 +69,7 @@ def named_output(out: AnyPath) -> Path:
         raise UsageError(
             f"the folder {path.parent} does not exist" if missing else f"{path.parent} is not a folder",
             file=out,
-            hint="create it first, or check the spelling" if missing else None,
+            hint=(tilde_hint(out) or "create it first, or check the spelling") if missing else None,
         )
     return path
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from .positioned import most_descriptors
 from .truncated_maps import register
 
 __all__ = ["is_cached", "map_cached"]
@@ -38,12 +39,14 @@ def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
     skipped = start % mmap.ALLOCATIONGRANULARITY
     length = skipped + size
     try:
+        if _free_descriptor(fd) > most_descriptors() // 2:  # a mapping has one, and others need some
+            return None
         # Writable only because the kernels are compiled for writable arrays; private, so that even a
         # stray write would not reach the file.
         mapping = mmap.mmap(
             fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=start - skipped
         )
-    except (OSError, ValueError):  # no address space left; the file became shorter
+    except (OSError, ValueError):  # no address space or descriptor left; the file became shorter
         return None
     pages = np.frombuffer(mapping, np.uint8)
     # Fills all page tables in one call, and fails without a signal if the file was truncated.
@@ -51,6 +54,13 @@ def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
         return None
     register(pages)
     return pages[skipped:]
+
+
+def _free_descriptor(fd: int) -> int:
+    """The lowest free descriptor, which is about how many are in use."""
+    free = os.dup(fd)
+    os.close(free)
+    return free
 
 
 def is_cached(fd: int, start: int, size: int) -> bool:

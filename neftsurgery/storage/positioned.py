@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError
+from ..errors import CorruptFileError, MachineError, naming
 
 __all__ = [
     "OpenFile",
     "changed_file",
     "consecutive_runs",
+    "most_descriptors",
     "read_exactly",
     "read_rows_exactly",
     "sha256_of",
@@ -27,7 +31,8 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLi
     """Fill ``buffer`` from byte ``offset`` of ``fd``; a file that is too short is a `CorruptFileError`."""
     done = 0
     while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
+        with naming(path):
+            got = os.preadv(fd, [buffer[done:]], offset + done)
         if got == 0:
             raise CorruptFileError(
                 "the file ends too soon: it was truncated while it was read",
@@ -48,12 +53,13 @@ def read_rows_exactly(
     """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``."""
     row = out.shape[1]
     buffer = out.data.cast("B")
-    for first, last, number in consecutive_runs(rows):
-        part, position = buffer[first * row : last * row], offset + number * row
-        # One bare call, as there may be thousands; the loop reads only the rest.
-        got = os.preadv(fd, (part,), position)
-        if got < len(part):
-            read_exactly(fd, part[got:], position + got, path)
+    with naming(path):
+        for first, last, number in consecutive_runs(rows):
+            part, position = buffer[first * row : last * row], offset + number * row
+            # One bare call, as there may be thousands; the loop reads only the rest.
+            got = os.preadv(fd, (part,), position)
+            if got < len(part):
+                read_exactly(fd, part[got:], position + got, path)
 
 
 def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
@@ -73,7 +79,10 @@ def write_exactly(fd: int, data: memoryview | bytes | bytearray, offset: int) ->
     if view.nbytes:  # an empty view of several dimensions cannot be cast
         view = view.cast("B")
     while done < view.nbytes:
-        done += os.pwrite(fd, view[done:], offset + done)
+        written = os.pwrite(fd, view[done:], offset + done)
+        if not written:  # no file system should: trying again might never end
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done += written
 
 
 def changed_file(path: str | os.PathLike[str]) -> MachineError:
@@ -83,6 +92,12 @@ def changed_file(path: str | os.PathLike[str]) -> MachineError:
         file=path,
         hint="nothing was written; run the command again when nothing else writes to the file",
     )
+
+
+def most_descriptors() -> int:
+    """How many descriptors this process may have."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def sha256_of(file: BinaryIO) -> str:
@@ -96,19 +111,25 @@ def sha256_of(file: BinaryIO) -> str:
 class OpenFile:
     """A file open for reading, closed with its last reference; Python's own file objects warn of that."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, path: str | os.PathLike[str] | None = None) -> None:
         self._fd = fd
+        self.path = path
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str]) -> OpenFile:
+    def at(cls, path: str | os.PathLike[str], flags: int = 0) -> OpenFile:
         """Open the file at ``path``."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags), path)
 
     def fileno(self) -> int:
         """The descriptor; a closed file raises a ``ValueError``."""
         if self._fd < 0:
             raise ValueError("the file is closed")
         return self._fd
+
+    def status(self) -> os.stat_result:
+        """Size, time and identity."""
+        with naming(self.path):
+            return os.fstat(self.fileno())
 
     def close(self) -> None:
         """Close the file, if it is open."""

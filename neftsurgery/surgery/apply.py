@@ -5,25 +5,31 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, Unpack
 
+import numpy as np
+
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.folder_files import folder_files
+from ..checkpoint.folder_files import file_notes, folder_files
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import open_shard
+from ..checkpoint.ties import stored_ties
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
+from ..patch.overlap import RowSource
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, silent
 from ..sources.resolve import Source, is_hub_id
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .rebuild import RebuildPlan, RebuildResult, chain_of, plan_rebuild
-from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, RowSource, touched_files
-from .verb import replaced_rows, require_replaced, run_keywords
+from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, touched_files
+from .same_base import other_base
+from .verb import load_patches, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -41,6 +47,7 @@ def apply(
     to: int | None = None,
     out: AnyPath | None = None,
     in_place: bool = False,
+    sha256: str | Sequence[str] | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
 ) -> RewriteResult | RebuildResult:
@@ -60,8 +67,10 @@ def apply(
         The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
     in_place:
         Change ``base`` itself: only the touched rows are written, their old bytes journaled first.
+    sha256:
+        The SHA-256 that the patch's file must have; of several patches, one each, in order.
     force:
-        Replace ``out`` if it exists.
+        Replace ``out`` if it exists. Also write where only fingerprints tell models apart, and they differ.
     threads, memory, progress:
         As in `diff`.
 
@@ -70,18 +79,24 @@ def apply(
     UsageError
         If ``out`` exists or makes no sense, or ``base`` cannot be changed in place.
     MismatchError
-        If a patch was made from another base.
+        If a patch was made from another base. Without ``force``, also if nothing shows that it was not.
     CorruptFileError
-        If a patch's hashes do not match its content, or a file is damaged.
+        If a patch's hashes do not match its content, or its file not ``sha256``, or a file is damaged.
     MachineError
         If something cannot be read or written; ``base`` is as it was. Also if an earlier change in place of
         ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
     run = run_keywords("apply", options)
+    loaded = opened_patches(
+        [patches] if isinstance(patches, (Patch, LosslessPatch, Source, str, os.PathLike)) else patches,
+        sha256,
+        to,
+    )
     if in_place:
         undo_unfinished(base)
-    several = [patches] if isinstance(patches, (Patch, LosslessPatch, Source, str, os.PathLike)) else patches
-    return plan_apply(base, several, to=to, out=out, in_place=in_place, force=force, **run).run(**run)
+    plan = plan_apply(base, loaded, out=out, in_place=in_place, force=force, **run)
+    warn(log, plan.warnings)
+    return plan.run(**run)
 
 
 @boundary
@@ -117,6 +132,7 @@ def revert(
     if in_place:
         undo_unfinished(checkpoint)
     plan = plan_revert(checkpoint, patch, base=base, out=out, in_place=in_place, force=force, **run)
+    warn(log, plan.warnings)
     return plan.run(**run)
 
 
@@ -126,11 +142,23 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
         log.warning("%s: a change in place was interrupted; it is undone", healed.checkpoint)
 
 
+def opened_patches(
+    named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None, to: int | None = None
+) -> list[Patch | LosslessPatch]:
+    """The patches, opened and checked as `load_patches` does; a folder stands for its chain up to ``to``."""
+    found = list[AnyPatch]()
+    for one in named:
+        if isinstance(one, str | os.PathLike) and os.path.isdir(one):
+            found += chain_of(Path(one), to)
+        else:
+            found.append(one)
+    return load_patches(found, sha256)
+
+
 def plan_apply(
     base: AnyPath,
-    patches: Sequence[AnyPatch],
+    patches: Sequence[Patch | LosslessPatch],
     *,
-    to: int | None = None,
     out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
@@ -140,20 +168,14 @@ def plan_apply(
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
-    opened = list[Patch | LosslessPatch]()
-    for patch in patches:
-        if isinstance(patch, str | os.PathLike) and os.path.isdir(patch):
-            opened += chain_of(Path(patch), to)
-        else:
-            opened.append(load_any(patch))
-    lossless = [patch for patch in opened if isinstance(patch, LosslessPatch)]
+    lossless = [patch for patch in patches if isinstance(patch, LosslessPatch)]
     if lossless:
-        if len(lossless) < len(opened):
+        if len(lossless) < len(patches):
             raise UsageError(
                 "lossless patches and neuron patches are not applied together", file=lossless[0].place
             )
         return plan_rebuild(base, lossless, goal="patched", out=out, in_place=in_place, force=force)
-    rows = [RowSource(patch, patch.values) for patch in opened if isinstance(patch, Patch)]
+    rows = [RowSource(patch, patch.values) for patch in patches if isinstance(patch, Patch)]
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
@@ -174,16 +196,17 @@ def plan_revert(
         return plan_rebuild(
             checkpoint, [patch], goal="base", base=base, out=out, in_place=in_place, force=force
         )
-    inputs, read = list[Path](), patch.base_values
+    inputs, warnings, read = list[Path](), list[str](), patch.base_values
     if base is not None:
-        original = Checkpoint.open(base)
-        patch.require_fit(original)
+        original = patch.require_fit(Checkpoint.open(base))
+        warnings = other_base(original, patch.base, patch.name)
         inputs.append(original.source.path)
         read = partial(replaced_rows, patch, original)
     else:
         require_replaced(patch, "revert")
+    rows = [RowSource(patch, read)]
     return _plan(
-        RevertPlan, checkpoint, [RowSource(patch, read)], out, in_place, force, limits, progress, inputs
+        RevertPlan, checkpoint, rows, out, in_place, force, limits, progress, inputs=inputs, warnings=warnings
     )
 
 
@@ -196,7 +219,9 @@ def _plan(
     force: bool,
     limits: Limits | None,
     progress: Progress,
+    *,
     inputs: Sequence[Path] = (),
+    warnings: Sequence[str] = (),
 ) -> _Rewrite:
     if (out is None) == (not in_place):
         raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
@@ -209,10 +234,11 @@ def _plan(
     checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:
-        patch.require_fit(checkpoint)
+        checkpoint = patch.require_fit(checkpoint)
+    rows, notes = _with_copies(checkpoint, rows)
     files = None
     if out is None:
-        for shard in touched_files(checkpoint, patches):
+        for shard in touched_files(checkpoint, rows):
             os.close(open_shard(checkpoint, shard))  # it can be written
     else:
         sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
@@ -220,12 +246,67 @@ def _plan(
         files = None if checkpoint.is_file else folder_files(checkpoint)
     watch = Stopwatch()
     with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        states = examine(checkpoint, patches, limits=limits or Limits.of(), advance=advance)
+        replaced = rows if kind is RevertPlan else None
+        states = examine(
+            checkpoint, patches, replaced=replaced, limits=limits or Limits.of(), advance=advance
+        )
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
-    watch.bytes_read = checkpoint.bytes_read
+        warnings = [*warnings, *_doubts(checkpoint, patch, state, kind.goal, force)]
+    watch.bytes_read = checkpoint.bytes_read + sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
-    return kind(checkpoint, rows, states, place, force, files, watch.timing)
+    return kind(checkpoint, rows, states, place, force, files, [*notes, *warnings], watch.timing)
+
+
+def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, force: bool) -> list[str]:
+    """What speaks against a patch whose vectors fit; refuses if only the fingerprint tells models apart."""
+    done, other = state.is_done(goal), state.same_base is False
+    if state.remark is None or (done and not other):
+        return []
+    if other and not (state.tells_models_apart or done or force):
+        raise MismatchError(
+            state.remark,
+            file=checkpoint.name,
+            expected=f"fingerprint {patch.base.fingerprint}",
+            found="another",
+            hint=f"nothing was written; name the checkpoint that {patch.name} is for, and in one command the "
+            "patches that are on it already; [[force=True]] writes all the same",
+        )
+    return [f"{patch.name} on {checkpoint.name}: {state.remark}"]
+
+
+def _with_copies(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> tuple[list[RowSource], list[str]]:
+    """The rows, written to every copy of a tied tensor too; and what the user should know of ties and files.
+
+    A copy that a patch itself changes is left to it: it unties the two.
+    """
+    homes = [{name: checkpoint.tensors[name].name for name in one.patch.tensors} for one in rows]
+    ties, notes = stored_ties(checkpoint, (home for known in homes for home in known.values()))
+    taken: dict[str, tuple[Patch, str]] = {}
+    found = []
+    for one, known in zip(rows, homes, strict=True):
+        own = set(known.values())
+        copies = {name: [c for c in ties.get(home, ()) if c not in own] for name, home in known.items()}
+        found.append(replace(one, copies=copies))
+        for name, home in known.items():
+            for place in (home, *copies[name]):
+                other, theirs = taken.setdefault(place, (one.patch, name))
+                if theirs != name and not _agree(other, theirs, one.patch, name):
+                    raise MismatchError(
+                        f"{one.patch.name} changes {theirs} in another way, and the two are one tensor here",
+                        file=checkpoint.name,
+                        tensor=name,
+                        hint="save the base with both, and with tie_word_embeddings false in config.json",
+                    )
+    return found, [*notes, *file_notes(checkpoint)]
+
+
+def _agree(one: Patch, name: str, other: Patch, theirs: str) -> bool:
+    """Whether two patches, or one, may change a tensor under two names: alike, or other neurons of it."""
+    if one is not other:
+        return not np.intersect1d(one.index(name), other.index(theirs)).size
+    same = one.tensors[name].patched_hash == one.tensors[theirs].patched_hash
+    return same and np.array_equal(one.index(name), one.index(theirs))
 
 
 def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> None:

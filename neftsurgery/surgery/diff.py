@@ -11,11 +11,20 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.adapter import open_pair
+from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
 from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
 from ..neurons.anatomy import NeuronTensor
-from ..options import DiffOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions, split
+from ..options import (
+    DiffOptions,
+    PrefixOptions,
+    RunOptions,
+    Scope,
+    ScopeOptions,
+    ScoreOptions,
+    SeedOptions,
+    split,
+)
 from ..progress import Progress, Stopwatch, silent
 from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
@@ -26,7 +35,7 @@ from ..storage.threads import Limits
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
-from .pairing import Pair, described, pair
+from .pairing import Pair, described, open_sides, pair
 from .verb import running, warn
 
 __all__ = ["DiffPlan", "check_score", "describe_tensor", "diff", "plan_diff"]
@@ -39,7 +48,10 @@ _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e
 
 @dataclass(frozen=True)
 class DiffPlan:
-    """Which checkpoints are compared and how; headers are read, no weight is. Made by `plan_diff`."""
+    """Which checkpoints are compared and how. Made by `plan_diff`.
+
+    Headers are read; of weights, only what may be tied.
+    """
 
     pair: Pair
     score: str = "cosine"
@@ -50,7 +62,7 @@ class DiffPlan:
     @property
     def warnings(self) -> Sequence[str]:
         """Sentences for the user."""
-        return self.pair.anatomy.warnings
+        return self.pair.warnings
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -67,6 +79,8 @@ class DiffPlan:
             "bytes_to_read": self.pair.nbytes,
             "out": None if self.out is None else str(self.out),
             "warnings": list(self.warnings),
+            "tied": dict(self.pair.joined.copies),
+            "not_compared": self.pair.not_compared,
             **self.pair.describe(),
         }
 
@@ -103,7 +117,7 @@ class DiffPlan:
             "version": SCORES_VERSION,
             "score": self.score,
             "anatomy": self.pair.anatomy.name,
-            "parameters": self.pair.base.parameters,
+            "parameters": self.pair.parameters,
             "base": Provenance.of(self.pair.base).to_json(),
             "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),
@@ -132,6 +146,9 @@ def diff(
         Where to write the scores file. None: the scores live in a temporary file until saved.
     force:
         Replace ``out`` if it exists.
+    strip_prefix, add_prefix:
+        What is removed from the front of ``tuned``'s tensor names, and put there: ``strip_prefix="module."``.
+        With both, it is put where the other was; without ``strip_prefix``, before names that ``base`` lacks.
     anatomy:
         What counts as a neuron: ``rows`` (default), ``ffn`` or ``units``.
     axis:
@@ -160,9 +177,12 @@ def diff(
     MachineError
         If something cannot be read or written.
     """
-    scope, score, seed, run = split("diff", options, ScopeOptions, ScoreOptions, SeedOptions, RunOptions)
+    prefix, scope, score, seed, run = split(
+        "diff", options, PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions
+    )
     machine = running(run)
-    plan = plan_diff(base, tuned, scope=Scope(**scope), **score, **seed, out=out, force=force)
+    names = Prefixes.of(**prefix)
+    plan = plan_diff(base, tuned, scope=Scope(**scope), prefixes=names, **score, **seed, out=out, force=force)
     warn(log, plan.warnings)
     return plan.run(**machine)
 
@@ -172,6 +192,7 @@ def plan_diff(
     tuned: AnyPath,
     *,
     scope: Scope,
+    prefixes: Prefixes = NO_CHANGE,
     score: str = "cosine",
     seed: int = 0,
     out: AnyPath | None = None,
@@ -181,7 +202,7 @@ def plan_diff(
     check_score(score)
     if seed < 0:
         raise UsageError("[[seed]] must not be negative", found=seed)
-    first, second = open_pair(base, tuned)
+    first, second = open_sides(base, tuned, prefixes)
     if out is not None:
         refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
     return DiffPlan(pair(first, second, scope), score, seed, None if out is None else Path(out), force)

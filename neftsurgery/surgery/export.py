@@ -24,15 +24,18 @@ from ..storage.output import staged_directory
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.floats import narrow, widen
-from ..tensors.writer import TensorFileWriter, written_file
-from ..text import commas, percent, plural, size
+from ..tensors.header import TensorInfo
+from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
+from ..text import commas, percent, plural, printable, size
 from .lora_modules import lora_modules, task_of
+from .same_base import other_base
 from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 
 __all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
 
 log = logging.getLogger(__name__)
 
+_METADATA = {"format": "pt"}
 _CHUNK_BYTES = 16 << 20  # of a factor that is filled column by column
 _BATCH_BYTES = 1 << 20  # of raw vectors, computed with at once
 
@@ -77,7 +80,7 @@ class ExportResult:
 
     def __str__(self) -> str:
         what = f"{plural(len(self.modules), 'module')} at rank {self.rank}, {size(self.nbytes)}"
-        return f"{self.out}: {what}; {self.exactness}"
+        return printable(f"{self.out}: {what}; {self.exactness}")
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,12 @@ class ExportPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the adapter's weights, its header not counted."""
-        return sum(entry.nbytes for module in self.modules for entry in module.entries(self.rank))
+        """Bytes of the file of the adapter's weights."""
+        return planned_bytes(self._entries, _METADATA)
+
+    @property
+    def _entries(self) -> list[TensorInfo]:
+        return [entry for module in self.modules for entry in module.entries(self.rank)]
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -120,13 +127,12 @@ class ExportPlan:
         limits = limits or Limits.of()
         layouts = [tensor.layout for tensor in self.patch.tensors.values()]
         workers = limits.workers(block_memory(layouts, limits.block) + _CHUNK_BYTES)
-        entries = [entry for module in self.modules for entry in module.entries(self.rank)]
         touched = [self.patch.tensors[module.tensor] for module in self.modules]
         total = sum(tensor.count * tensor.vector_bytes for tensor in touched)
         watch, inexact = Stopwatch(), 0
         with watch.running(), staged_directory(self.out, force=self.force) as folder:
             self.patch.check(limits=limits)
-            with written_file(entries, {"format": "pt"}, folder / WEIGHTS_NAME) as written:
+            with written_file(self._entries, _METADATA, folder / WEIGHTS_NAME) as written:
 
                 def write(module: LoraModule) -> int:
                     factors = _Factors(self, module, written.writer, limits.block)
@@ -137,7 +143,7 @@ class ExportPlan:
                         inexact += lost
                         tensor = self.patch.tensors[module.tensor]
                         advance(tensor.count * tensor.vector_bytes)
-                written.writer.finish({"format": "pt"})
+                written.writer.finish(_METADATA)
             (folder / CONFIG_NAME).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             self.patch.check_unchanged()
             if self.base is not None:
@@ -214,8 +220,9 @@ def plan_export(
     if original is None:
         require_replaced(patch, "a LoRA")
     else:
-        patch.require_fit(original)
+        original = patch.require_fit(original)
     modules, warnings = lora_modules(patch, original, prefix)
+    warnings += other_base(original, patch.base, patch.name)
     needed = max(module.count for module in modules)
     chosen = _rank(patch, modules, needed, rank)
     if next_step(chosen) != chosen:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
-from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint, Side
-from ..checkpoint.provenance import Provenance, require_same_files, same_files
+from ..checkpoint.folder_files import file_notes, not_compared
+from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
+from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
+from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
-from ..options import CutOptions, RunOptions, Scope, ScopeOptions, ScoreOptions, SelectOptions, split
+from ..options import (
+    CutOptions,
+    PrefixOptions,
+    RunOptions,
+    Scope,
+    ScopeOptions,
+    ScoreOptions,
+    SelectOptions,
+    split,
+)
 from ..patch.lossless import LosslessPatch
 from ..patch.patch import Manifest, Patch
 from ..patch.write import patch_bytes, written_patch
@@ -27,14 +39,28 @@ from ..selection.selection_facts import SelectionFacts
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
+from ..text import size
 from .diff import DiffPlan, check_score
 from .lossless import plan_lossless
-from .pairing import pair
+from .pairing import open_sides, pair
 from .verb import running, warn
 
-__all__ = ["ExtractPlan", "extract", "is_whole_change", "plan_extract"]
+__all__ = ["ExtractPlan", "Remainder", "extract", "plan_extract"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """What base plus patch may lack of the tuned model."""
+
+    left: Sequence[str]  # tensors that differ from it
+    not_compared: Sequence[str]  # files, and tensors, of which nothing is known
+
+    @property
+    def is_whole(self) -> bool | None:
+        """Whether base plus patch is the tuned model bit for bit; None if nothing says that it is not."""
+        return False if self.left else None if self.not_compared else True
 
 
 @dataclass(frozen=True)
@@ -42,7 +68,7 @@ class ExtractPlan:
     """The neurons are chosen, none is cut out yet. Made by `plan_extract`, which scores first if need be."""
 
     base: Checkpoint
-    tuned: Side
+    joined: Joined  # with the tuned model
     selection: Selection
     origin: Provenance  # of the base, for the manifest
     captured_known: bool  # whether the selection's captured share is about these checkpoints
@@ -52,11 +78,36 @@ class ExtractPlan:
     force: bool = False
     warnings: Sequence[str] = ()
     timing: Timing = field(default_factory=Timing)  # of choosing
+    scored_before: bool = (
+        False  # by another run: fingerprints, which skip most bytes, say that nothing changed
+    )
 
     @property
+    def tuned(self) -> Side:
+        """The tuned model, under the names of the base."""
+        return self.joined.tuned
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model; a tied tensor counts once."""
+        return self.base.parameters if self.scores is None else self.scores.parameters
+
+    @cached_property
+    def remainder(self) -> Remainder | None:
+        """What base plus patch lacks of the tuned model; None if only a selection is known, and no lack."""
+        if self.scores is not None and self.captured_known:
+            return _remainder(self, self.scores)
+        left = [*self.joined.only_base, *self.joined.only_tuned]
+        return Remainder(left, not_compared(self.base, self.tuned)) if left else None
+
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of the patch, as far as they are known beforehand."""
-        return patch_bytes(self.selection, self.reversible)
+        """Bytes of the patch file."""
+        return patch_bytes(self.selection, self._manifest, self.reversible)
+
+    @property
+    def _manifest(self) -> Manifest:
+        return Manifest.of(self.origin, self.facts)
 
     @property
     def facts(self) -> SelectionFacts:
@@ -72,11 +123,13 @@ class ExtractPlan:
             "neurons": self.scores.neurons if self.scores is not None else chosen.neurons,
             "selected": chosen.neurons,
             "selected_parameters": chosen.parameters,
-            "parameters": self.base.parameters,
+            "parameters": self.parameters,
             "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
             "captured": self.facts.captured,
             "captured_scored": self.facts.captured_scored,
-            "whole_change": is_whole_change(self),
+            "whole_change": None if self.remainder is None else self.remainder.is_whole,
+            "left_out": [] if self.remainder is None else list(self.remainder.left),
+            "not_compared": [] if self.remainder is None else list(self.remainder.not_compared),
             "reversible": self.reversible,
             "bytes": self.nbytes,
             "out": None if self.out is None else str(self.out),
@@ -87,12 +140,13 @@ class ExtractPlan:
         """Cut the chosen neurons out, and write the patch."""
         limits = limits or Limits.of()
         chosen, sides = self.selection, (self.base, self.tuned)
-        manifest = Manifest.of(self.origin, self.facts)
         watch = Stopwatch()
         before = sum(side.bytes_read for side in sides)
         with (
             watch.running(),
-            written_patch(chosen, manifest, self.out, reversible=self.reversible, force=self.force) as writer,
+            written_patch(
+                chosen, self._manifest, self.out, reversible=self.reversible, force=self.force
+            ) as writer,
         ):
 
             def copy(block: RowBlock) -> tuple[RawBytes, RawBytes]:
@@ -182,7 +236,7 @@ def extract(
         Where to write the patch. None: it lives in a temporary file until saved.
     neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias:
         The budget, as in `Scores.select`: ``neurons="3%"`` and so on.
-    force, threads, memory, progress:
+    strip_prefix, add_prefix, force, threads, memory, progress:
         As in `diff`.
 
     Raises
@@ -192,8 +246,8 @@ def extract(
     MismatchError
         If the checkpoints do not fit each other or the selection.
     """
-    scope, score, budget, run = split(
-        "extract", options, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
+    prefix, scope, score, budget, run = split(
+        "extract", options, PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
     )
     machine = running(run)
     if lossless:
@@ -218,6 +272,7 @@ def extract(
         selection,
         scores=scores,
         scope=Scope(**scope),
+        prefixes=Prefixes.of(**prefix),
         **score,
         budget=budget,
         reversible=reversible,
@@ -236,6 +291,7 @@ def plan_extract(
     *,
     scores: Scores | None = None,
     scope: Scope | None = None,
+    prefixes: Prefixes = NO_CHANGE,
     score: str = "cosine",
     budget: Mapping[str, Any] | None = None,
     reversible: bool = False,
@@ -250,19 +306,23 @@ def plan_extract(
     ``budget`` as `SelectOptions`; ``inputs``: files that ``out`` must not replace.
     """
     if selection is not None and (budget or scores is not None):
-        raise UsageError("a selection does not go with scores or a budget", hint="give one or the other")
+        other = "scores" if scores is not None else next(iter(budget or ()))
+        raise UsageError(f"[[selection]] does not go with [[{other}]]", hint="give one or the other")
     checked = None if selection is not None else Budget.of(**(budget or {}))
     check_score(score)
-    first, second = open_pair(base, tuned)
+    first, second = open_sides(base, tuned, prefixes)
     if out is not None:
         inputs = [first.source.path, second.source.path, *inputs]
         refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
         comparison = DiffPlan(pair(first, second, scope or Scope()), score, checked.seed)
-        warnings += comparison.warnings
+        joined, warnings = comparison.pair.joined, [*comparison.warnings]
         scores = comparison.run(limits=limits, progress=progress)
         timing = scores.timing
+    else:
+        joined = join(first, second)
+        warnings += [*joined.notes, *file_notes(first), *file_notes(second)]
     watch = Stopwatch()
     with watch.running():
         if given is None and scores is not None:
@@ -278,15 +338,18 @@ def plan_extract(
                 require_same_files(f"the scores are of another {side}", recorded, here, file=file, hint=hint)
         if checked is not None and scores is not None:
             selection = scores.choose(checked)
+            warnings += checked.warnings(scores.units or scores.neurons)
     if scores is not None and scores.nonfinite:
         warnings.append(f"{scores.nonfinite} neurons hold a NaN or Inf, and are never chosen by score")
     assert selection is not None  # given, or chosen just now
-    selection.require_fit(first, second)
+    selection = _with_ties(selection, joined)
+    first = with_tied_names(first, [chosen.info for chosen in selection])
+    selection.require_fit(first, joined.tuned)
     if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
-    return ExtractPlan(
+    plan = ExtractPlan(
         first,
-        second,
+        joined,
         selection,
         origin,
         same_files(selection.facts.tuned, result) is True,
@@ -296,25 +359,51 @@ def plan_extract(
         force,
         warnings,
         timing + watch.timing,
+        given is not None,
     )
+    if plan.nbytes > first.nbytes:
+        sizes = f"({size(plan.nbytes)} and {size(first.nbytes)})"
+        advice = "[[reversible]] doubles it" if reversible else "[[neurons=3%]] would make a small one"
+        warnings.append(f"the patch is larger than the base {sizes}: {advice}")
+    return plan
 
 
-def is_whole_change(plan: ExtractPlan) -> bool | None:
-    """Whether base plus patch is the tuned model bit for bit; None if only a selection is known."""
-    scores, chosen = plan.scores, plan.selection.tensors
-    if scores is None or not plan.captured_known:
-        return None
-    if any(scores.facts.get(key) for key in ("only_in_base", "only_in_tuned", "differing")):
-        return False
-    for name in scores.tensors:
-        changed = scores.sums(name, "changed")
-        if changed is None:
-            return None
-        if changed.any() and (name not in chosen or np.delete(changed, chosen[name].index).any()):
-            return False
-    for name, entry in scores.unscored.items():
-        changed = scores.sums(name, "changed") if name in chosen else None
-        left = entry.changed if changed is None else np.delete(changed, chosen[name].index).sum()
-        if left:
-            return False
-    return True
+def _with_ties(selection: Selection, joined: Joined) -> Selection:
+    """The selection; what it says of a copy of a tied tensor is of the tensor.
+
+    Of two that only the base ties, both are in it if one is: `apply` writes what a patch says of one of two
+    tied tensors to both, unless it says something of both.
+    """
+    tensors = dict(selection.tensors)
+    for copy, name in joined.copies.items():
+        if (chosen := tensors.pop(copy, None)) is not None:
+            index = np.union1d(chosen.index, tensors[name].index) if name in tensors else chosen.index
+            tensors[name] = replace(chosen, info=replace(chosen.info, name=name), index=index)
+    for names in joined.untied.items():
+        for name, other in (names, names[::-1]):
+            if name not in tensors and other in tensors:
+                chosen = tensors[other]
+                tensors[name] = replace(chosen, info=replace(chosen.info, name=name))
+    return Selection(dict(sorted(tensors.items())), selection.facts)
+
+
+def _remainder(plan: ExtractPlan, scores: Scores) -> Remainder:
+    """Compare what changed with what was chosen, tensor by tensor."""
+    chosen, joined = plan.selection.tensors, plan.joined
+    left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(plan.base, plan.tuned)
+    unknown += ["changes since the scores were made"] if plan.scored_before else []
+    for name, info in plan.base.tensors.items():
+        if name in left or name in joined.copies or info.name != name:
+            continue
+        entry = scores.unscored.get(name)
+        changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
+        if not same_tensor(info, plan.tuned.tensors.get(name)):
+            left.add(name)
+        elif changed is not None:
+            kept = np.delete(changed, chosen[name].index) if name in chosen else changed
+            left |= {name} if kept.any() else set()
+        elif entry is None:
+            unknown.append(name)
+        elif entry.changed:
+            left.add(name)
+    return Remainder(sorted(left), unknown)

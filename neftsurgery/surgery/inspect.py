@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.folder_files import folder_files
+from ..checkpoint.folder_files import file_notes, folder_files, not_compared
+from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import MismatchError, UsageError, boundary, keyword, spelled
 from ..options import Scope, ScopeOptions, split
@@ -23,7 +24,7 @@ from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
-from ..text import commas, percent, plural, size
+from ..text import commas, lines, natural_key, percent, plural, printable, size, some
 from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
@@ -50,10 +51,10 @@ class Inspection(dict[str, Any]):
         return dict(self)
 
     def __str__(self) -> str:
-        return "\n".join(spelled("  ".join(row), keyword) for rows in self.tables for row in rows)
+        return lines(spelled("  ".join(row), keyword) for rows in self.tables for row in rows)
 
     def __repr__(self) -> str:
-        return f"<Inspection: {'  '.join(self.tables[0][0])}>"
+        return printable(f"<Inspection: {'  '.join(self.tables[0][0])}>")
 
 
 @boundary
@@ -122,15 +123,17 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
+    ties, notes = stored_ties(checkpoint)
+    copied = sum(checkpoint.tensors[name].elements for name, same in ties.items() if name != same[0])
     aside = {} if checkpoint.is_file else {"left_behind_by_apply": _paths(folder_files(checkpoint).left)}
     return {
         "kind": "checkpoint",
         "name": checkpoint.name,
         "repo": checkpoint.source.repo,
         "revision": checkpoint.source.revision,
-        "files": [shard.path.name for shard in checkpoint.shards],
+        "files": [shard.name for shard in checkpoint.shards],
         "bytes": checkpoint.nbytes,
-        "parameters": checkpoint.parameters,
+        "parameters": checkpoint.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
         "model_type": (checkpoint.config or {}).get("model_type"),
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
@@ -138,8 +141,10 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "anatomy": anatomy.name,
         "neurons": neurons,
         "units": anatomy.unit_count,
-        "warnings": list(anatomy.warnings),
-        "tensors": sorted(tensors, key=lambda tensor: str(tensor["name"])),
+        "tied": {names[0]: names[1:] for names in ties.values()},
+        "not_read": not_compared(checkpoint),
+        "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
+        "tensors": _in_order(tensors),
     }
 
 
@@ -157,19 +162,27 @@ def _tensor(
     return facts if of is None else facts | {"of": of}
 
 
+def _in_order(tensors: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layer 2 before layer 10."""
+    return sorted(tensors, key=lambda tensor: natural_key(tensor["name"]))
+
+
 def _patch(patch: Patch) -> dict[str, Any]:
     return {
         "kind": "patch",
         "name": patch.name,
         "version": patch.manifest["version"],
         "bytes": patch.nbytes,
+        "sha256": patch.sha256(),
         "neurons": patch.neurons,
         "parameters": patch.parameters,
         "reversible": patch.reversible,
         "base": dict(patch.base),
         "selection": dict(patch.facts),
         "created_by": patch.manifest.get("created_by"),
-        "tensors": [_tensor(t.info, t.layout.axes, t.count, t.layout.count) for t in patch.tensors.values()],
+        "tensors": _in_order(
+            _tensor(t.info, t.layout.axes, t.count, t.layout.count) for t in patch.tensors.values()
+        ),
     }
 
 
@@ -221,7 +234,7 @@ def _selection(selection: Selection, name: str) -> dict[str, Any]:
         "neurons": selection.neurons,
         "parameters": selection.parameters,
         "selection": dict(selection.facts),
-        "tensors": [_tensor(c.info, c.layout.axes, len(c.index), c.layout.count) for c in selection],
+        "tensors": _in_order(_tensor(c.info, c.layout.axes, len(c.index), c.layout.count) for c in selection),
     }
 
 
@@ -237,7 +250,7 @@ def _scores(scores: Scores) -> dict[str, Any]:
         "parameters": scores.parameters,
         **{key: scores.facts[key] for key in known if key in scores.facts},
         **summarize(scores).describe(),
-        "tensors": [_tensor(t.info, t.layout.axes, t.layout.count) for t in scores.tensors.values()],
+        "tensors": _in_order(_tensor(t.info, t.layout.axes, t.layout.count) for t in scores.tensors.values()),
     }
 
 
@@ -272,11 +285,17 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
         ]
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
+    rows += [["sha256", facts["sha256"]]] if "sha256" in facts else []
     if "parameters" in facts:
         rows.append(["parameters", commas(facts["parameters"])])
     units = f" in {commas(facts['units'])} units" if facts.get("units") else ""
     rows.append(["neurons", commas(facts["neurons"]) + units])
     rows += [[key, str(facts[key])] for key in ("anatomy", "score") if key in facts]
+    if facts.get("tied"):
+        tied = [f"{name} is {', '.join(copies)}" for name, copies in facts["tied"].items()]
+        rows.append(["tied", some(tied)])
+    if facts.get("not_read"):
+        rows.append(["not read", some(facts["not_read"])])
     if "reversible" in facts:
         rows.append(["reversible", "yes" if facts["reversible"] else "no: revert needs [[base]]"])
     return rows + _origin(facts)
@@ -292,7 +311,8 @@ def _patch_tables(facts: Mapping[str, Any]) -> list[list[list[str]]]:
     overlaps = [
         [
             f"{found['first'] + 1} and {found['second'] + 1}",
-            f"{plural(found['neurons'], 'neuron')} in common, of {plural(len(found['tensors']), 'tensor')}",
+            f"{plural(found['neurons'], 'neuron')} in common, in {commas(len(found['shared']))} of the "
+            f"{plural(len(found['tensors']), 'tensor')} that both touch",
             _bases(found),
         ]
         for found in facts["overlaps"]
@@ -339,5 +359,6 @@ def _merged(merged: Mapping[str, Any]) -> str:
     """From which patches a patch was merged, by its manifest, which may hold any JSON."""
     parts = merged.get("patches")
     parts = parts if isinstance(parts, list) else []
-    names = [str(part.get("name") or "?") for part in parts if isinstance(part, dict)]
+    known = [(part.get("name") or "?", part.get("revision")) for part in parts if isinstance(part, dict)]
+    names = ["@".join(str(one) for one in name if one) for name in known]
     return f"from {', '.join(names)} ({merged.get('on_overlap')})"

@@ -12,7 +12,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..checkpoint.weight_files import INDEX_NAME
@@ -44,6 +43,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
+from .pairing import open_sides
 
 __all__ = ["LosslessPlan", "plan_lossless"]
 
@@ -146,7 +146,7 @@ def plan_lossless(
     force: bool = False,
 ) -> LosslessPlan:
     """Check everything that a lossless `extract` needs; nothing is written. Raises as `extract`."""
-    first, second = open_pair(base, tuned)
+    first, second = open_sides(base, tuned)
     if not isinstance(second, Checkpoint):
         raise UsageError(
             "an adapter has no weights of its own",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Unpack
 
@@ -24,6 +25,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from .merge_checks import OverlapRule, check_patches, plan_union
+from .same_base import other_base
 from .verb import base_rows, load_patch, run_keywords, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
@@ -49,18 +51,19 @@ class MergePlan:
 
     @property
     def shared(self) -> int:
-        """Neurons that several patches replace."""
-        return sum(len(meeting.shared) for meeting in self.meetings.values())
+        """Neurons that several patches replace, companion biases not counted."""
+        biases = self.manifest.selection.companion_biases
+        return sum(len(meeting.shared) for name, meeting in self.meetings.items() if name not in biases)
 
     @property
     def reads_base(self) -> bool:
         """Whether replaced values are read: to compute with, to keep, or to check a base that was named."""
         return self.base is not None or self.reversible or self.rule.needs_base
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        """Bytes of the result, as far as they are known beforehand."""
-        return patch_bytes(self.selection, self.reversible)
+        """Bytes of the merged patch's file."""
+        return patch_bytes(self.selection, self.manifest, self.reversible)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -104,9 +107,9 @@ class MergePlan:
             with progress("merging", self.selection.nbytes) as advance:
                 for block, (before, after) in in_order(join, self.selection.blocks(limits.block), workers):
                     writer.add_digests(block.name, before, after)
-                    watch.bytes_read += block.nbytes
                     advance(block.nbytes)
             for patch in self.patches:
+                watch.bytes_read += patch.value_bytes
                 patch.check_unchanged()
             if self.base is not None:
                 self.base.check_unchanged()
@@ -195,7 +198,7 @@ def plan_merge(
         original = Checkpoint.open(base)
         inputs.append(original.source.path)
         for patch in patches:
-            patch.require_fit(original)
+            original = patch.require_fit(original)
     if out is not None:
         refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()
@@ -203,6 +206,7 @@ def plan_merge(
     with watch.running():
         meetings, selection, manifest, warnings = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
+        warnings += other_base(original, manifest.base, "the patches")
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
     return MergePlan(

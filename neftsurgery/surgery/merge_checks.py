@@ -94,7 +94,7 @@ def plan_union(
             found[meeting.name] = meeting
             chosen[meeting.name] = Chosen(owner.info, owner.layout, meeting.union)
     if not chosen:
-        raise MismatchError("the patches replace no neuron", file=patches[0].path)
+        raise MismatchError("the patches replace no neuron", file=patches[0].place)
     if base is None:
         _check_replaced(patches, rule, found, reversible)
     manifest = _manifest(patches, rule, base)
@@ -102,8 +102,8 @@ def plan_union(
 
 
 def _called(patches: Sequence[Patch], number: int) -> str:
-    path = patches[number].path
-    return str(path) if path is not None else f"patch {number + 1}"
+    place = patches[number].place
+    return str(place) if place is not None else f"patch {number + 1}"
 
 
 def _check_origins(patches: Sequence[Patch], *, checked: bool) -> list[str]:

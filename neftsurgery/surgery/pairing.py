@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ..checkpoint.adapter import AdaptedWeights
+from ..checkpoint.adapter import AdaptedWeights, open_pair
 from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.folder_files import file_notes, not_compared
+from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor
-from ..errors import MismatchError
+from ..checkpoint.saved_forms import why_unlike
+from ..checkpoint.ties import Joined, join
+from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
 from ..neurons.layout import Layout
+from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Job
+from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
+from ..text import natural_key
 
-__all__ = ["Pair", "described", "pair", "scoped_anatomy", "scored_count"]
+__all__ = ["Pair", "described", "open_sides", "pair", "scoped_anatomy", "scored_count"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,32 @@ class Pair:
     """A base and a tuned checkpoint, planned: no weight is read yet."""
 
     base: Checkpoint
-    tuned: Side
-    anatomy: Anatomy  # of the tensors in common
-    only_base: tuple[str, ...]
-    only_tuned: tuple[str, ...]
+    joined: Joined  # with the tuned model
+    anatomy: Anatomy  # of the tensors in common, each once
     differing: Mapping[str, tuple[str, str]]  # of another shape or dtype: both descriptions
+
+    @property
+    def tuned(self) -> Side:
+        """The tuned model, under the names of the base."""
+        return self.joined.tuned
+
+    @cached_property
+    def not_compared(self) -> list[str]:
+        """What may belong to the two and was not compared: files, and tensors that no file has."""
+        return not_compared(self.base, self.tuned)
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """Sentences for the user."""
+        notes = [*self.joined.notes, *file_notes(self.base), *file_notes(self.tuned)]
+        if self.differing and (why := why_unlike(self.base, self.tuned)):
+            notes.append(why)
+        return [*self.anatomy.warnings, *dict.fromkeys(notes)]
+
+    @property
+    def parameters(self) -> int:
+        """Of the base; a tied tensor counts once."""
+        return self.base.parameters - sum(self.base.tensors[name].elements for name in self.joined.copies)
 
     @cached_property
     def companion_biases(self) -> dict[str, tuple[int, ...]]:
@@ -88,30 +116,48 @@ class Pair:
     def describe(self) -> dict[str, object]:
         """For JSON: what does not match."""
         return {
-            "only_in_base": list(self.only_base),
-            "only_in_tuned": list(self.only_tuned),
+            "only_in_base": list(self.joined.only_base),
+            "only_in_tuned": list(self.joined.only_tuned),
             "differing": {name: {"base": a, "tuned": b} for name, (a, b) in self.differing.items()},
         }
 
 
+def open_sides(base: AnyPath, tuned: AnyPath, prefixes: Prefixes = NO_CHANGE) -> tuple[Checkpoint, Side]:
+    """Open a base and what was tuned from it, whose tensor names are changed by ``prefixes``.
+
+    Raises a `MismatchError` if the two have names in common only outside their layers, or if other prefixes
+    would give them more names in common.
+    """
+    first, second = open_pair(base, tuned)
+    if prefixes and not isinstance(second, Checkpoint):
+        raise UsageError(f"{prefixes} does not go with an adapter", file=tuned, hint="name its own base")
+    given = second.tensors
+    if isinstance(second, Checkpoint) and prefixes:
+        second = second.renamed(prefixes, first.tensors)
+    _refuse_other_names(first, second, given, prefixes)
+    return first, second
+
+
 def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
     """Plan the comparison of two checkpoints; if nothing of them can be scored, a `MismatchError`."""
-    common = {name: info for name, info in base.tensors.items() if same_tensor(info, tuned.tensors.get(name))}
+    joined = join(base, tuned)
+    tuned = joined.tuned
+    common = {
+        name: info
+        for name, info in base.tensors.items()
+        if name not in joined.copies and same_tensor(info, tuned.tensors.get(name))
+    }
     if not common:
         raise _nothing_common(base, tuned)
+    shared = base.tensors.keys() & tuned.tensors.keys()
+    both = sorted(shared - common.keys() - joined.copies.keys(), key=natural_key)
+    differing = {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both}
+    scope = _under_one_name(scope, common, joined.copies)
+    _refuse_unequal(scope, common, differing, {base.name: joined.only_base, tuned.name: joined.only_tuned})
     anatomy = scoped_anatomy(scope, common, base.config)
-    both = sorted(name for name in base.tensors.keys() & tuned.tensors.keys() if name not in common)
-    result = Pair(
-        base,
-        tuned,
-        anatomy,
-        tuple(sorted(base.tensors.keys() - tuned.tensors.keys())),
-        tuple(sorted(tuned.tensors.keys() - base.tensors.keys())),
-        {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both},
-    )
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
-        raise _nothing_scored(base, anatomy)
-    return result
+        raise _nothing_scored(base, tuned, anatomy)
+    return Pair(base, joined, anatomy, differing)
 
 
 def scoped_anatomy(
@@ -120,6 +166,20 @@ def scoped_anatomy(
     """The neurons of a checkpoint's tensors that are looked at."""
     patterns = {"include": scope.include, "exclude": scope.exclude, "only": scope.only}
     return read_anatomy(scope.anatomy, tensors, config, axis=scope.axis, **patterns)
+
+
+def _under_one_name(scope: Scope, names: Collection[str], copies: Mapping[str, str]) -> Scope:
+    """The scope, in which patterns that match a copy of a tied tensor name the tensor that is compared."""
+
+    def renamed(globs: Sequence[str]) -> tuple[str, ...]:
+        globs = (globs,) if isinstance(globs, str) else globs  # as elsewhere, one pattern stands for itself
+        kept = [glob for glob in globs if matching([glob], names) or not matching([glob], copies)]
+        return (*kept, *sorted({copies[name] for name in matching(globs, copies)}))
+
+    if not copies:
+        return scope
+    include, exclude, only = map(renamed, (scope.include, scope.exclude, scope.only))
+    return replace(scope, include=include, exclude=exclude, only=only)
 
 
 def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, Any]:
@@ -133,19 +193,79 @@ def scored_count(tensor: NeuronTensor) -> int:
     return tensor.layout.count if tensor.part is None else tensor.part.count
 
 
+def _refuse_other_names(
+    base: Checkpoint, tuned: Side, given: Mapping[str, TensorInfo], prefixes: Prefixes
+) -> None:
+    """Refuse two checkpoints with unlike names; ``given``: the tuned tensors by the names in their files."""
+    common = base.tensors.keys() & tuned.tensors.keys()
+    layered = all(any(map(_in_layer, side.tensors)) for side in (base, tuned))
+    comparable = not layered or any(map(_in_layer, common))
+    fitting = fitting_prefixes(base.tensors, given)
+    if fitting and not (prefixes and common and comparable):
+        raise MismatchError(
+            f"{tuned.name} has the tensors of {base.name} under another prefix",
+            expected=_first_names(base.tensors),
+            found=_first_names(given),
+            hint=f"have the names changed while they are read: {fitting}",
+        )
+    if not common:
+        raise _nothing_common(base, tuned)
+    if not comparable:
+        raise MismatchError(
+            f"{base.name} and {tuned.name} have no tensor of a layer in common",
+            expected=_first_names(filter(_in_layer, base.tensors)),
+            found=_first_names(filter(_in_layer, tuned.tensors)),
+            hint=why_unlike(base, tuned) or f"what they have in common: {_first_names(common)}",
+        )
+
+
+def _in_layer(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _refuse_unequal(
+    scope: Scope,
+    common: Mapping[str, TensorInfo],
+    differing: Mapping[str, tuple[str, str]],
+    only: Mapping[str, Sequence[str]],
+) -> None:
+    """Refuse a pattern that matches tensors, but none that can be compared."""
+    axes = [glob for glob, _ in (scope.axis.items() if isinstance(scope.axis, Mapping) else scope.axis)]
+    for option, globs in (("include", scope.include), ("only", scope.only), ("axis", axes)):
+        for glob in (globs,) if isinstance(globs, str) else globs:
+            if matching([glob], common):
+                continue
+            if found := sorted(matching([glob], differing)):
+                expected, other = differing[found[0]]
+                raise MismatchError(
+                    f"[[{option}]] {glob!r} matches only tensors of unequal shape or dtype",
+                    tensor=found[0],
+                    expected=expected,
+                    found=other,
+                    hint="neurons are compared one by one: save both with equal shapes, or leave it out",
+                )
+            for side, names in only.items():
+                if found := sorted(matching([glob], names)):
+                    raise MismatchError(
+                        f"[[{option}]] {glob!r} matches only tensors that {side} alone has", tensor=found[0]
+                    )
+
+
 def _nothing_common(base: Side, tuned: Side) -> MismatchError:
     both = sorted(base.tensors.keys() & tuned.tensors.keys())
     what = f"{base.name} and {tuned.name} have no tensor in common"
+    hint = why_unlike(base, tuned)
     if not both:
         return MismatchError(
             what,
-            expected=_first_names(base),
-            found=_first_names(tuned),
-            hint="they are not of one model, or one was saved under other names",
+            expected=_first_names(base.tensors),
+            found=_first_names(tuned.tensors),
+            hint=hint or "they are not of one model, or one was saved under other names",
         )
     name = both[0]
     a, b = base.tensors[name], tuned.tensors[name]
-    hint = "convert one of them, so that both have the same dtype" if a.shape == b.shape else None
+    if a.shape == b.shape:
+        hint = hint or "convert one of them, so that both have the same dtype"
     return MismatchError(
         f"{what} of the same shape and dtype",
         tensor=name,
@@ -155,12 +275,12 @@ def _nothing_common(base: Side, tuned: Side) -> MismatchError:
     )
 
 
-def _first_names(side: Side) -> str:
-    names = sorted(name[:80] for name in side.tensors)
+def _first_names(tensors: Iterable[str]) -> str:
+    names = [name[:80] for name in sorted(tensors, key=natural_key)]
     return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])]) or "no tensors"
 
 
-def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:
+def _nothing_scored(base: Checkpoint, tuned: Side, anatomy: Anatomy) -> MismatchError:
     reasons: dict[str, list[str]] = {}
     for entry in anatomy.listed:
         reasons.setdefault(entry.reason, []).append(entry.info.name)
@@ -170,5 +290,5 @@ def _nothing_scored(base: Checkpoint, anatomy: Anatomy) -> MismatchError:
         f"no neuron of the anatomy {anatomy.name} can be scored",
         file=base.name,
         found=found,
-        hint="see [[include]], [[axis]] and [[anatomy]]",
+        hint=why_unlike(base, tuned) or "see [[include]], [[axis]] and [[anatomy]]",
     )

@@ -78,6 +78,7 @@ class RebuildPlan:
     force: bool
     along: tuple[Path, ...]  # files of `checkpoint` that are copied
     timing: Timing
+    warnings: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,31 +17,24 @@ from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import Change, journaled, locked
-from ..errors import NeftError
-from ..neurons.vectors import block_memory, scatter
+from ..errors import NeftError, naming
+from ..neurons.vectors import block_memory, distinct_counts, scatter
 from ..patch.digests import digests
-from ..patch.patch import Patch
+from ..patch.overlap import RowSource
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
 from ..storage.output_checks import require_space
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
-from ..text import plural
+from ..tensors.header import TensorInfo
+from ..text import lines, plural, printable
 from .verify import PatchState, summary
 
-__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "RowSource", "touched_files"]
+__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "touched_files"]
 
 
-@dataclass(frozen=True, slots=True)
-class RowSource:
-    """The vectors to write for one patch: its values, or those they replaced."""
-
-    patch: Patch
-    read: Callable[[str, int, int], RawBytes]
-
-
-_TensorRows = tuple[RowSource, str]  # and a tensor's name
+_TensorRows = tuple[RowSource, str, TensorInfo]  # a tensor of the patch, and one of the file
 
 
 @dataclass(frozen=True)
@@ -74,12 +68,12 @@ class RewriteResult:
     def __str__(self) -> str:
         what = f"{plural(self.neurons, 'neuron')} in {plural(self.tensors, 'tensor')}"
         if not self.written:
-            return f"{self.checkpoint} is {self.goal} already: nothing was written"
+            return printable(f"{self.checkpoint} is {self.goal} already: nothing was written")
         now = "patched" if self.goal == "patched" else "in the base"
-        text = f"{self.checkpoint}: {what} are now as {now}"
+        said = [f"{self.checkpoint}: {what} are now as {now}"]
         if self.left_behind:
-            text += f"\nleft behind: {', '.join(str(path) for path in self.left_behind)}"
-        return text
+            said.append(f"left behind: {', '.join(str(path) for path in self.left_behind)}")
+        return lines(said)
 
 
 @dataclass(frozen=True)
@@ -94,12 +88,19 @@ class RewritePlan:
     out: Path | None  # None: in place
     force: bool
     files: FolderFiles | None  # the other files of the folder; None for a single file or in place
+    warnings: Sequence[str]  # sentences for the user
     timing: Timing  # of checking
 
-    @property
+    @cached_property
     def neurons(self) -> int:
-        """Neurons of all patches together."""
-        return sum(rows.patch.neurons for rows in self.rows)
+        """How many neurons any patch replaces, companion biases not counted."""
+        found = distinct_counts(
+            (tensor.info, tensor.layout, rows.patch.index(name))
+            for rows in self.rows
+            for name, tensor in rows.patch.tensors.items()
+            if name not in rows.patch.facts.companion_biases
+        )
+        return sum(found.values())
 
     @property
     def tensors(self) -> int:
@@ -107,9 +108,16 @@ class RewritePlan:
         return len({name for rows in self.rows for name in rows.patch.tensors})
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the new checkpoint."""
+        along = () if self.files is None else self.files.along
+        weights = sum(shard.size for shard in self.checkpoint.shards)
+        return weights + sum((self.checkpoint.root / path).stat().st_size for path in along)
+
+    @property
     def needed(self) -> bool:
         """Whether any vector has to be written."""
-        return not all(state.state == self.goal or state.changes_nothing for state in self.states)
+        return not all(state.is_done(self.goal) for state in self.states)
 
     @property
     def left_behind(self) -> tuple[Path, ...]:
@@ -126,8 +134,10 @@ class RewritePlan:
             "tensors": self.tensors,
             "neurons": self.neurons,
             "selected": self.neurons,
+            "bytes": None if self.out is None else self.nbytes,
             "captured": self.rows[0].patch.facts.captured if len(self.rows) == 1 else None,
             "left_behind": [str(path) for path in self.left_behind],
+            "warnings": list(self.warnings),
         }
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
@@ -164,28 +174,26 @@ class RevertPlan(RewritePlan):
     goal = "base"
 
 
-def touched_files(checkpoint: Checkpoint, patches: Sequence[Patch]) -> list[Shard]:
-    """The weight files that hold a tensor of ``patches``."""
-    paths = {checkpoint.shard_of(name).path for patch in patches for name in patch.tensors}
+def touched_files(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[Shard]:
+    """The weight files that hold a tensor that is written."""
+    paths = {checkpoint.shard_of(info.name).path for one in rows for _, info in one.targets(checkpoint)}
     return [shard for shard in checkpoint.shards if shard.path in paths]
 
 
 def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
     checkpoint = plan.checkpoint
     along = () if plan.files is None else plan.files.along
-    sizes = [shard.size for shard in checkpoint.shards]
-    sizes += [(checkpoint.root / path).stat().st_size for path in along]
-    parent, touched = out.absolute().parent, _touched(plan)
-    with progress("copying", sum(sizes)) as advance:
+    parent, touched, nbytes = out.absolute().parent, _touched(plan), plan.nbytes
+    with progress("copying", nbytes) as advance:
         if checkpoint.is_file:
             with staged_file(out, force=plan.force) as staged:
-                require_space(parent, sum(sizes))
+                require_space(parent, nbytes)
                 shard = checkpoint.shards[0]
                 _write_shard(shard, staged.fd, touched.get(shard.path, ()), limits.block, advance)
                 _check_unchanged(plan)
             return
         with staged_directory(out, force=plan.force) as folder:
-            require_space(parent, sum(sizes))
+            require_space(parent, nbytes)
 
             stop = threading.Event()
 
@@ -195,11 +203,12 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
                 advance(done)
 
             def write(shard: Shard) -> None:
-                fd = os.open(
-                    folder / shard.path.name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-                )
+                path = folder / shard.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 try:
-                    _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
+                    with naming(path):
+                        _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
                 finally:
                     os.close(fd)
 
@@ -235,8 +244,8 @@ def _touched(plan: RewritePlan) -> dict[Path, list[_TensorRows]]:
     """What is written, by weight file, in the order of the patches."""
     found: dict[Path, list[_TensorRows]] = {}
     for rows in plan.rows:
-        for name in rows.patch.tensors:
-            found.setdefault(plan.checkpoint.shard_of(name).path, []).append((rows, name))
+        for name, info in rows.targets(plan.checkpoint):
+            found.setdefault(plan.checkpoint.shard_of(info.name).path, []).append((rows, name, info))
     return found
 
 
@@ -247,10 +256,10 @@ def _write_rows(
     block: int | None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> None:
-    for rows, name in tensors:
+    for rows, name, info in tensors:
         tensor, index = rows.patch.tensors[name], rows.patch.index(name)
-        offset = shard.header.offsets[name]
-        place = (fd, offset, tensor.info, tensor.layout)
+        offset = shard.header.offsets[info.name]
+        place = (fd, offset, info, tensor.layout)
         for start, stop in tensor.blocks(block):
             vectors = rows.read(name, start, stop)
             scatter(*place, index[start:stop], vectors, str(shard.path), block=block)
@@ -261,9 +270,11 @@ def _write_rows(
 def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> None:
     checkpoint, block = plan.checkpoint, limits.block
     changes = [
-        Change(tensor.info, tensor.layout, rows.patch.index(name), _digests(rows, name, block), block)
+        Change(
+            info, rows.patch.tensors[name].layout, rows.patch.index(name), _digests(rows, name, block), block
+        )
         for rows in plan.rows
-        for name, tensor in rows.patch.tensors.items()
+        for name, info in rows.targets(checkpoint)
     ]
     layouts = [change.layout for change in changes]
     touched = _touched(plan)
@@ -274,7 +285,8 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
             checkpoint.check_unchanged()  # it was examined without the lock
 
             def write(shard: Shard) -> None:
-                _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
+                with naming(shard.path):
+                    _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
 
             with journaled(checkpoint, changes):
                 for _ in in_order(write, shards, limits.workers(block_memory(layouts, block))):
@@ -282,7 +294,8 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
                 for rows in plan.rows:
                     rows.patch.check_unchanged()
                 for shard in shards:
-                    fsync(descriptors[shard.path])
+                    with naming(shard.path):
+                        fsync(descriptors[shard.path])
     except BaseException:
         # The journal, if there is one already, is still there: undo the change at once if possible.
         with suppress(NeftError, OSError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import MismatchError
 from ..scoring.scores import Scores
+from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.output_checks import AnyPath, refuse_output
 
@@ -23,6 +24,7 @@ class SelectPlan:
     selection: Selection
     out: Path
     force: bool = False
+    warnings: Sequence[str] = ()
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -36,6 +38,7 @@ class SelectPlan:
             "captured_scored": chosen.facts.captured_scored,
             "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
             "out": str(self.out),
+            "warnings": list(self.warnings),
         }
 
     def run(self) -> Selection:
@@ -55,7 +58,9 @@ def plan_select(
     """Choose neurons by scores; ``budget`` as the keywords of `Scores.select`. To choose none is an error."""
     here = [scores.path] if scores.path is not None else []
     refuse_output(out, inputs=[*here, *inputs], force=force, kind="file")
-    selection = scores.select(**budget)
+    checked = Budget.of(**budget)
+    selection = scores.choose(checked)
     if not selection.tensors:
         raise MismatchError("no neuron is chosen", file=scores.path, hint="the threshold may be too high")
-    return SelectPlan(scores, selection, Path(out), force)
+    warnings = checked.warnings(scores.units or scores.neurons)
+    return SelectPlan(scores, selection, Path(out), force, warnings)

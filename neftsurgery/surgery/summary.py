@@ -15,6 +15,7 @@ from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..tensors.arrays import Float64Array
+from ..text import natural_key
 
 __all__ = ["Movement", "Neuron", "Summary", "summarize"]
 
@@ -60,6 +61,7 @@ class Summary:
     kinds: tuple[Movement, ...]
     top: tuple[Neuron, ...]  # the most sensitive first
     captured: dict[str, float]  # per budget, the share of the change of all common tensors
+    unscored_changed: tuple[str, ...] = ()  # tensors with a differing bit that are not scored, by name
 
     @property
     def identical(self) -> bool:
@@ -83,6 +85,7 @@ class Summary:
             "kinds": [movement.describe() for movement in self.kinds],
             "most_sensitive": [asdict(neuron) for neuron in self.top],
             "captured_by_budget": self.captured,
+            "unscored_changed": list(self.unscored_changed),
         }
 
 
@@ -126,13 +129,14 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         _moved(kinds, delta),
         tuple(_top(scores, top)),
         dict(_captures(scores)),
+        tuple(sorted(name for name, entry in scores.unscored.items() if entry.changed)),
     )
 
 
 def _moved(groups: Mapping[str, Float64Array], whole: float) -> tuple[Movement, ...]:
     sums = [(name, *group.tolist()) for name, group in groups.items()]
     found = [Movement(name, _relative(base, d), d / whole if whole else 0.0) for name, base, d, _ in sums]
-    return tuple(sorted(found, key=lambda m: (-m.relative, m.name)))
+    return tuple(sorted(found, key=lambda m: (-m.relative, natural_key(m.name))))
 
 
 def _captures(scores: Scores) -> Iterator[tuple[str, float]]:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError, UsageError, keyword, spelled
+from ..errors import CorruptFileError, MismatchError, UsageError, keyword, spelled
 from ..neurons.vectors import gather
 from ..options import RunOptions, split
 from ..patch.digests import digests
+from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch, PatchTensor
 from ..progress import Progress, silent
 from ..selection.selection import Chosen
+from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import IndexArray, RawBytes
+from ..text import printable
 
 __all__ = [
     "Running",
     "base_rows",
+    "check_sha256",
     "load_patch",
+    "load_patches",
     "replaced_rows",
     "require_replaced",
     "run_keywords",
@@ -50,15 +56,48 @@ def run_keywords(verb: str, options: Mapping[str, Any]) -> Running:
     return running(*split(verb, options, RunOptions))
 
 
-def load_patch(patch: Patch | AnyPath) -> Patch:
-    """The patch, opened if it is only named."""
-    return patch if isinstance(patch, Patch) else Patch.load(patch)
+def load_patch(named: Patch | AnyPath | Source, sha256: str | None = None) -> Patch:
+    """The patch, opened if it is only named; a `CorruptFileError` if its file has another SHA-256."""
+    patch = named if isinstance(named, Patch) else Patch.load(named)
+    _require_sha256(patch, sha256)
+    return patch
+
+
+def _require_sha256(patch: Patch | LosslessPatch, sha256: str | None) -> None:
+    if sha256 is not None:
+        if (found := patch.sha256()) != sha256:
+            hint = "nothing was written; find out why it is another file before you use it"
+            what = "this is not the file whose [[sha256]] was given"
+            raise CorruptFileError(what, file=patch.place, expected=sha256, found=found, hint=hint)
+        patch.check_unchanged()
+
+
+def load_patches(
+    named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None
+) -> list[Patch | LosslessPatch]:
+    """As `load_patch`, for several of either kind; their SHA-256 as `check_sha256` takes them."""
+    found = []
+    for one, wanted in zip(named, check_sha256(sha256, len(named)), strict=True):
+        found.append(load_any(one))
+        _require_sha256(found[-1], wanted)
+    return found
+
+
+def check_sha256(given: str | Sequence[str] | None, patches: int) -> list[str | None]:
+    """The SHA-256 that each of so many patches must have, in order; None if none is given."""
+    wanted = [given] if isinstance(given, str) else list(given or ())
+    for one in wanted:
+        if re.fullmatch("[0-9a-fA-F]{64}", one) is None:
+            raise UsageError("[[sha256]] is not a SHA-256", expected="64 hexadecimal digits", found=repr(one))
+    if wanted and len(wanted) != patches:
+        raise UsageError("expected one [[sha256]] per patch, in order", expected=patches, found=len(wanted))
+    return [one.lower() for one in wanted] or [None] * patches
 
 
 def warn(log: logging.Logger, warnings: Sequence[str]) -> None:
     """Log what a plan found, in the words of Python."""
     for warning in warnings:
-        log.warning("%s", spelled(warning, keyword))
+        log.warning("%s", printable(spelled(warning, keyword)))
 
 
 def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Unpack
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, Unpack
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.provenance import fingerprint
+from ..checkpoint.folder_files import file_notes
+from ..checkpoint.ties import stored_ties
 from ..errors import boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions
-from ..patch.delta import DeltaBlock, block_state
 from ..patch.digests import DigestHash, digests
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
-from ..patch.overlap import overlay
+from ..patch.overlap import RowSource, overlay
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
+from ..tensors.dtypes import DType
 from ..text import plural
-from .verb import run_keywords
+from .block_states import examine_blocks, whole_state
+from .same_base import same_bases
+from .verb import run_keywords, warn
 
 __all__ = [
     "JOURNAL_HINT",
@@ -38,6 +42,8 @@ __all__ = [
     "verify",
 ]
 
+log = logging.getLogger(__name__)
+
 #: A possible reason for vectors that are neither old nor new.
 JOURNAL_HINT = (
     "if the checkpoint was copied or renamed after a change in place was interrupted, its .neft-journal may "
@@ -45,6 +51,11 @@ JOURNAL_HINT = (
 )
 
 State = Literal["base", "patched", "mixed", "neither"]
+
+#: Neurons that hold fewer different numbers than this do not tell models apart: rows of zeros or ones, or a
+#: handful of norm weights or biases, are alike in models that have nothing to do with each other.
+TELLING: Final = 16
+_ELEMENTS = 4096  # looked at in one go, until there are enough numbers
 
 
 @dataclass(slots=True)
@@ -71,6 +82,28 @@ class PatchState:
     """The state with respect to one patch, by tensor name."""
 
     tensors: dict[str, TensorState] = field(default_factory=dict)
+    same_base: bool | None = None  # whether, without the patch, it has the fingerprint of the patch's base
+    applied: bool = False  # whether the checkpoint itself holds any new vector of the patch
+    numbers: set[int] = field(default_factory=set)  # that the compared neurons hold, as bits: enough of them
+
+    @property
+    def tells_models_apart(self) -> bool:
+        """Whether the compared neurons can tell models apart; see `TELLING`."""
+        return len(self.numbers) >= TELLING
+
+    @property
+    def remark(self) -> str | None:
+        """What speaks against the patch having been made for this checkpoint, or is not known of that."""
+        if self.tells_models_apart:
+            other = "its fingerprint is not the base's: something besides the patch's neurons differs"
+            return other if self.same_base is False else None
+        if self.same_base:
+            return None
+        known = "cannot be compared" if self.same_base is None else "is another"
+        return (
+            f"this may not be the model that the patch is for: its fingerprint {known}, and the neurons "
+            f"of the patch hold fewer than {TELLING} different numbers, which do not tell models apart"
+        )
 
     @property
     def state(self) -> State:
@@ -82,10 +115,10 @@ class PatchState:
             total.neither += tensor.neither
         return total.state
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether old and new vectors are equal throughout."""
-        return not any(tensor.base or tensor.patched for tensor in self.tensors.values())
+    def is_done(self, goal: str) -> bool:
+        """Whether all vectors are in the state ``goal``, or old and new ones are equal throughout."""
+        changed = any(tensor.base or tensor.patched for tensor in self.tensors.values())
+        return self.state == goal or not changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +134,15 @@ def examine(
     checkpoint: Checkpoint,
     patches: Sequence[Patch],
     *,
+    replaced: Sequence[RowSource] | None = None,
     limits: Limits,
     advance: Callable[[int], None],
 ) -> list[PatchState]:
     """Compare every touched vector with each patch, and each patch's hashes with its content.
 
     Each patch is compared with the state that those before it leave. A vector counts as patched if it is
-    already what this patch, or this one and some that follow, make of it. Raises as `verify`.
+    already what this patch, or this one and some that follow, make of it. ``replaced``: the vectors that the
+    patches replaced, where others have them than the patches. Raises as `verify`.
     """
     for patch in patches:
         patch.require_fit(checkpoint)
@@ -118,24 +153,7 @@ def examine(
     )
 
     def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
-        patch = patches[block.patch]
-        tensor = patch.tensors[block.name]
-        before = patch.base_digests(block.name, block.start, block.stop)
-        patch.check_base_rows(block.name, before, block.start, block.stop)
-        reached = patch.values(block.name, block.start, block.stop)
-        after = digests(reached)
-        index = patch.index(block.name)[block.start : block.stop]
-        now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=limits.block)
-        others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
-        if not others:
-            return before, after, digests(now)
-        settled = (now == reached).all(axis=1)
-        for later in (patches[n] for n in others if n > block.patch):
-            overlay(reached, index, tensor, later)
-            settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
-        for earlier in (patches[n] for n in others if n < block.patch):
-            overlay(now, index, tensor, earlier)
-        return before, after, np.where(settled[:, None], after, digests(now))
+        return _compare(checkpoint, patches, states, block, limits.block)
 
     for block, (before, after, now) in in_order(compare, _blocks(patches, limits.block), workers):
         patch = patches[block.patch]
@@ -146,7 +164,47 @@ def examine(
             patch.check_hashes(block.name, *hashes)
             hashes = (DigestHash(), DigestHash())
         advance((block.stop - block.start) * patch.tensors[block.name].vector_bytes)
-    return states
+    if replaced is None:
+        replaced = [RowSource(patch, patch.base_values) for patch in reversed(patches) if patch.reversible]
+    known = same_bases(checkpoint, patches, [state.applied for state in states], replaced)
+    return [replace(state, same_base=same) for state, same in zip(states, known, strict=True)]
+
+
+def _compare(
+    checkpoint: Checkpoint,
+    patches: Sequence[Patch],
+    states: Sequence[PatchState],
+    block: _Block,
+    size: int | None,
+) -> tuple[RawBytes, RawBytes, RawBytes]:
+    """The digests of a block before and after its patch, and now; takes notes in its patch's state."""
+    patch, state = patches[block.patch], states[block.patch]
+    tensor = patch.tensors[block.name]
+    before = patch.base_digests(block.name, block.start, block.stop)
+    patch.check_base_rows(block.name, before, block.start, block.stop)
+    reached = patch.values(block.name, block.start, block.stop)
+    after = digests(reached)
+    index = patch.index(block.name)[block.start : block.stop]
+    now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=size)
+    others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
+    settled = (now == reached).all(axis=1)
+    if (settled & (before != after).any(axis=1)).any():
+        state.applied = True
+    for later in (patches[n] for n in others if n > block.patch):
+        overlay(reached, index, tensor, later)
+        settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
+    for earlier in (patches[n] for n in others if n < block.patch):
+        overlay(now, index, tensor, earlier)
+    _note_numbers(now, tensor.info.type, state.numbers)
+    return before, after, np.where(settled[:, None], after, digests(now))
+
+
+def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
+    """Add the elements of ``vectors`` to ``numbers``, until there are `TELLING` of them."""
+    elements = vectors.view(dtype.carrier).reshape(-1)
+    for start in range(0, len(elements), _ELEMENTS):
+        if len(numbers) < TELLING:
+            numbers.update(np.unique(elements[start : start + _ELEMENTS]).tolist())
 
 
 def _blocks(patches: Sequence[Patch], size: int | None) -> Iterator[_Block]:
@@ -171,37 +229,6 @@ def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
     return dict(Counter(tensor.state for tensor in states.values()))
 
 
-def examine_blocks(
-    checkpoint: Checkpoint, patch: LosslessPatch, *, limits: Limits, advance: Callable[[int], None]
-) -> tuple[State, dict[str, TensorState]]:
-    """Compare every block with both of its hashes, and all tensors with both fingerprints."""
-    delta = patch.forward
-    tensors = {name: TensorState() for name in delta.tensors}
-
-    def look(block: DeltaBlock) -> tuple[bool, bool]:
-        _, state, whole = block_state(checkpoint, block)
-        return state == int(delta.before[block.number]), whole and state == int(delta.after[block.number])
-
-    for block, (is_base, is_patched) in in_order(look, delta.blocks, limits.threads):
-        tensor = tensors[block.info.name]
-        tensor.both += is_base and is_patched
-        tensor.base += is_base and not is_patched
-        tensor.patched += is_patched and not is_base
-        tensor.neither += not is_base and not is_patched
-        advance(block.nbytes)
-    state = PatchState(tensors).state
-    if state in ("base", "patched"):
-        # Blocks do not tell which tensors only one side has.
-        whole = fingerprint(checkpoint)
-        if whole == patch.tuned.fingerprint and not any(t.base for t in tensors.values()):
-            state = "patched"
-        elif whole == patch.base.fingerprint and not any(t.patched for t in tensors.values()):
-            state = "base"
-        else:
-            state = "mixed"
-    return state, tensors
-
-
 @dataclass(frozen=True, repr=False)
 class Verification:
     """What `verify` found.
@@ -213,24 +240,33 @@ class Verification:
         no bit, both ``base`` and ``patched`` hold, and the state is ``patched``.
     tensors:
         How many vectors are in which state, by touched tensor.
+    neurons:
+        How many neurons were compared, companion biases not counted; of a lossless patch, how many blocks.
+    same_base:
+        Whether the checkpoint, without the patch, has the fingerprint of the patch's base. None if the patch
+        does not record it, or does not hold what it replaced.
+    remark:
+        What speaks against the patch having been made for this checkpoint, or is not known of that.
     """
 
     state: State
     tensors: dict[str, TensorState]
+    neurons: int
+    same_base: bool | None = None
+    remark: str | None = None
     timing: Timing = field(default_factory=Timing)
     #: What was compared: neurons, or blocks of a lossless patch.
     unit: str = "neuron"
 
-    @property
-    def neurons(self) -> int:
-        """How many vectors or blocks were compared."""
-        return sum(t.base + t.patched + t.both + t.neither for t in self.tensors.values())
-
     def __str__(self) -> str:
-        return f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"
+        return "\n".join([self._headline, *([] if self.remark is None else [self.remark])])
 
     def __repr__(self) -> str:
-        return f"<Verification {self}>"
+        return f"<Verification {self._headline}>"
+
+    @property
+    def _headline(self) -> str:
+        return f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"
 
     def holds(self, expected: str | None = None) -> bool:
         """Whether all vectors are in the state ``expected``; None: all in the base, or all patched."""
@@ -246,6 +282,7 @@ class VerifyPlan:
 
     checkpoint: Checkpoint
     patch: Patch | LosslessPatch
+    warnings: Sequence[str] = ()  # sentences for the user
 
     def describe(self) -> dict[str, object]:
         """For JSON."""
@@ -255,24 +292,36 @@ class VerifyPlan:
         return {**facts, "neurons": self.patch.neurons, "tensors": list(self.patch.tensors)}
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
-        """Compare every vector that the patch touches; of a lossless patch, every block."""
-        watch, limits = Stopwatch(), limits or Limits.of()
-        lossless = isinstance(self.patch, LosslessPatch)
-        total = (
-            self.patch.forward.block_bytes
-            if isinstance(self.patch, LosslessPatch)
-            else self.patch.value_bytes
-        )
-        with watch.running(), progress("checking", total) as advance:
-            if isinstance(self.patch, LosslessPatch):
-                state, tensors = examine_blocks(self.checkpoint, self.patch, limits=limits, advance=advance)
-            else:
-                (found,) = examine(self.checkpoint, [self.patch], limits=limits, advance=advance)
-                state, tensors = found.state, found.tensors
+        """Compare every vector that the patch touches, or every block of a lossless one."""
+        if isinstance(self.patch, LosslessPatch):
+            return self._compared_blocks(self.patch, limits or Limits.of(), progress)
+        watch = Stopwatch()
+        with watch.running(), progress("checking", self.patch.value_bytes) as advance:
+            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), advance=advance)
             self.checkpoint.check_unchanged()
             self.patch.check_unchanged()
+        watch.bytes_read = self.checkpoint.bytes_read + self.patch.value_bytes
+        return Verification(
+            found.state,
+            found.tensors,
+            self.patch.neurons,
+            found.same_base,
+            None if found.state == "neither" else found.remark,
+            watch.timing,
+        )
+
+    def _compared_blocks(self, patch: LosslessPatch, limits: Limits, progress: Progress) -> Verification:
+        watch = Stopwatch()
+        with watch.running(), progress("checking", patch.forward.block_bytes) as advance:
+            counts = examine_blocks(self.checkpoint, patch, limits=limits, advance=advance)
+            tensors = {name: TensorState(*found) for name, found in counts.items()}
+            state = PatchState(tensors).state
+            if state in ("base", "patched"):
+                state = whole_state(self.checkpoint, patch, counts)
+            self.checkpoint.check_unchanged()
+            patch.check_unchanged()
         watch.bytes_read = self.checkpoint.bytes_read
-        return Verification(state, tensors, watch.timing, "block" if lossless else "neuron")
+        return Verification(state, tensors, len(patch.forward.blocks), timing=watch.timing, unit="block")
 
 
 @boundary
@@ -281,7 +330,7 @@ def verify(
     patch: AnyPatch,
     **options: Unpack[RunOptions],
 ) -> Verification:
-    """Compare every vector that a patch touches with its state before and after; or every block.
+    """Compare every vector that a patch touches, or every block, with its state before and after.
 
     Parameters
     ----------
@@ -297,13 +346,16 @@ def verify(
     CorruptFileError
         If the patch does not match its own hashes, or a file is damaged.
     """
-    return plan_verify(checkpoint, patch).run(**run_keywords("verify", options))
+    plan = plan_verify(checkpoint, patch)
+    warn(log, plan.warnings)
+    return plan.run(**run_keywords("verify", options))
 
 
 def plan_verify(checkpoint: AnyPath, patch: AnyPatch) -> VerifyPlan:
     """Read the headers of both and check that they fit each other."""
-    opened = Checkpoint.open(checkpoint)
     loaded = load_any(patch)
-    if isinstance(loaded, Patch):
-        loaded.require_fit(opened)
-    return VerifyPlan(opened, loaded)
+    if isinstance(loaded, LosslessPatch):
+        return VerifyPlan(Checkpoint.open(checkpoint), loaded)
+    fitting = loaded.require_fit(Checkpoint.open(checkpoint))
+    _, notes = stored_ties(fitting, (fitting.tensors[name].name for name in loaded.tensors))
+    return VerifyPlan(fitting, loaded, (*notes, *file_notes(fitting)))

@@ -7,16 +7,22 @@ with a ``version`` and the ``tensors`` that it describes. This module reads and 
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import CorruptFileError
-from .header import loads
+from ..errors import CorruptFileError, naming
+from .file_kinds import tensor_kind, what_helps
+from .json_text import loads
 from .reader import TensorFile
 
-__all__ = ["Facts", "bad", "dump", "read_document", "read_object", "require_entry"]
+__all__ = ["MAX_OBJECT_BYTES", "Facts", "bad", "dump", "read_document", "read_object", "require_entry"]
+
+#: Of a config: the largest real ones, with the names of 22,000 classes, have 2 MB.
+MAX_OBJECT_BYTES = 10_000_000
 
 
 class Facts(Mapping[str, object]):
@@ -70,12 +76,23 @@ def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
     return {key: json.dumps(content, separators=(",", ":"), allow_nan=False)}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; a `CorruptFileError` if there is another thing in it."""
+def read_object(path: Path, *, most: int = MAX_OBJECT_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most ``most`` bytes; a `CorruptFileError` if it is anything else."""
+    # O_NONBLOCK: opening a pipe must not wait for a writer.
+    with (
+        naming(path),
+        open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file,
+    ):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptFileError("not a regular file", file=path)
+        if status.st_size > most:
+            raise CorruptFileError(f"the file is larger than {most:,} bytes", file=path)
+        raw = file.read(status.st_size)
     try:
-        content = loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"not valid JSON: {error}", file=path) from error
+        content = loads(raw)
+    except ValueError as error:
+        raise CorruptFileError(str(error), file=path) from error
     if not isinstance(content, dict):
         raise CorruptFileError("not a JSON object", file=path)
     return content
@@ -88,11 +105,17 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
     """
     text = file.header.metadata.get(key)
     if text is None:
-        raise CorruptFileError(f"not a {what}: its header has no {key!r}", file=file.path)
+        kind = tensor_kind(file.header.metadata, file.tensors)
+        raise CorruptFileError(
+            f"not a {what}: its header has no {key!r}",
+            file=file.path,
+            found=kind,
+            hint=what_helps(key, kind, file.path),
+        )
     try:
-        content = loads(text)
-    except (ValueError, RecursionError) as error:
-        raise bad(file, what, f"{key!r} is not valid JSON") from error
+        content = loads(text.encode())
+    except ValueError as error:
+        raise bad(file, what, f"{key!r} is {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("tensors"), dict):
         raise bad(file, what, f"{key!r} is not an object with tensors")
     found = content.get("version")

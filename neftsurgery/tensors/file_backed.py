@@ -10,6 +10,7 @@ from ..errors import boundary
 from ..progress import Timing
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
+from ..storage.positioned import sha256_of
 from .reader import TensorFile
 
 __all__ = ["FileBacked"]
@@ -58,6 +59,11 @@ class FileBacked:
     def stream(self) -> BinaryIO:
         """The file's bytes from the start, as a file that the caller closes; open one at a time."""
         return self._file.stream()
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
+        with self.stream() as file:
+            return sha256_of(file)
 
     def check_in_place(self) -> None:
         """Raise a ``FileNotFoundError`` if its file was removed or replaced since it was opened."""

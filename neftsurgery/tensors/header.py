@@ -15,14 +15,15 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CorruptFileError, MachineError
+from ..errors import CorruptFileError, MachineError, naming
 from .dtypes import DTYPES, DType
+from .file_kinds import foreign_file
+from .json_text import loads, require_bounded
 
-__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "loads", "parse_header", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "parse_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 _PREFIX = struct.Struct("<Q")
@@ -66,60 +67,40 @@ class Header:
     size: int  # bytes of prefix and header together: where the data area starts
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def loads(text: str | bytes) -> Any:
-    """Parse untrusted JSON: duplicate keys and numbers that are not finite (NaN, 1e999) are refused.
-
-    Raises a ValueError, or a RecursionError if it is nested too deeply.
-    """
-    return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text[:40]} is not a finite number")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(key)
-            seen.add(key)
-    return result
-
-
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of the file at ``path``; no tensor data is read.
 
-    Raises a `CorruptFileError` if the safetensors package refuses the file, or a key occurs twice.
+    Raises a `CorruptFileError` if the safetensors package refuses the file, a key occurs twice, or the header
+    would take far more memory than its size suggests. It says what the file is instead, if that is known.
     """
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
+        prefix = file.read(_PREFIX.size)
+        length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1
+        most = min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size - _PREFIX.size)
+        raw = file.read(length) if 0 <= length <= most else b""
         try:
+            require_bounded(raw)
             with safe_open(os.fspath(path), framework="numpy"):
                 pass
         except FileNotFoundError as error:  # raised by the package whenever it cannot open a file
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # raises the true reason
             raise MachineError("the file could not be opened a second time", file=path) from error
         except SafetensorError as error:
+            if (kind := foreign_file(path)) is not None:
+                what, hint = kind
+                raise CorruptFileError(
+                    "not a valid safetensors file", file=path, found=what, hint=hint
+                ) from error
             raise CorruptFileError(
                 "not a valid safetensors file: "
                 + str(error).removeprefix("Error while deserializing header: "),
                 file=path,
                 hint="the file is damaged or truncated: fetch or write it again",
             ) from error
-        prefix = file.read(_PREFIX.size)
-        length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1
-        raw = file.read(length) if 0 <= length <= MAX_HEADER_BYTES else b""
-        if len(raw) != length:
-            raise CorruptFileError("the file was truncated while it was opened", file=path)
+        except ValueError as error:
+            raise CorruptFileError(f"the header is {error}", file=path) from error
+    if len(raw) != length:
+        raise CorruptFileError("the file was changed while it was opened", file=path)
     return parse_header(raw, path)
 
 
@@ -129,15 +110,11 @@ def parse_header(raw: bytes, path: str | os.PathLike[str] | None) -> Header:
     Raises a `CorruptFileError` about ``path`` if it is not valid JSON, or a key occurs twice.
     """
     try:
-        content = loads(raw.decode("utf-8"))
-    except _DuplicateKeyError as error:
+        content = loads(raw)
+    except ValueError as error:
         raise CorruptFileError(
-            f"the key {str(error)[:200]!r} occurs twice in the header",
-            file=path,
-            hint="readers disagree on which one counts; write the file again with the safetensors package",
+            f"the header is {error}", file=path, hint="write the file again with the safetensors package"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"the header is not valid JSON: {error}", file=path) from error
     metadata = content.pop("__metadata__", None) or {}
     start = _PREFIX.size + len(raw)
     tensors: dict[str, TensorInfo] = {}
@@ -173,7 +150,7 @@ class FilePlan:
         """Place ``entries`` one after the other, after a header with space for metadata as long as ``room``.
 
         Larger element types come first, so that every entry is aligned. Raises a ValueError if two entries
-        have one name, or the header would be larger than the format allows.
+        have one name, or the header would be larger than the format allows, or than it may be to be read.
         """
         tensors: dict[str, TensorInfo] = {}
         offsets: dict[str, int] = {}
@@ -188,10 +165,12 @@ class FilePlan:
             packed.write(f'{"," if tensors else ""}{text}"data_offsets":[{position},{end}]}}'.encode("ascii"))
             tensors[entry.name], offsets[entry.name] = entry, position
             position = end
-        size = 2 + packed.tell() + len(_metadata_text(room, bool(tensors)))
+        metadata = _metadata_text(room, bool(tensors))
+        size = 2 + packed.tell() + len(metadata)
         start = _PREFIX.size + (size + 7) // 8 * 8
         if start - _PREFIX.size > MAX_HEADER_BYTES:
             raise ValueError(f"the header takes {start - _PREFIX.size} bytes; at most {MAX_HEADER_BYTES} fit")
+        require_bounded(metadata + packed.getvalue())
         for name in offsets:
             offsets[name] += start
         return cls(tensors, offsets, start, start + position, packed.getbuffer())

@@ -7,6 +7,7 @@ adapters and converted tensors all follow the protocols.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 
 from ..errors import MachineError, NeftError, UsageError
 from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
+from ..text import tilde_hint
 from .arrays import IndexArray, RawBytes
+from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
 
 __all__ = ["RowReader", "TensorFile", "WeightReader"]
@@ -48,7 +51,7 @@ class WeightReader(RowReader, Protocol):
 
 
 def _stamp(file: OpenFile) -> tuple[int, int]:
-    status = os.fstat(file.fileno())
+    status = file.status()
     return status.st_size, status.st_mtime_ns
 
 
@@ -69,13 +72,16 @@ class TensorFile:
         """Open the file at ``path``; raises a `CorruptFileError` if it is not a valid safetensors file."""
         file = OpenFile.at(path)
         header = read_header(path)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        if not os.path.samestat(file.status(), os.stat(path)):
             raise MachineError("the file was replaced while it was opened", file=path, hint="try again")
         return cls(file, header, Path(path))
 
     @classmethod
-    def named(cls, path: str | os.PathLike[str]) -> TensorFile:
-        """As `open`, for a path given by a user: raises a `UsageError` if there is no such file."""
+    def named(cls, path: str | os.PathLike[str], key: str | None = None) -> TensorFile:
+        """As `open`, for a path given by a user: raises a `UsageError` if there is no such file.
+
+        ``key``: that of the document that the file should hold; the error for a folder says what helps.
+        """
         try:
             if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
                 raise UsageError("this is a device, pipe or socket, not a file", file=path)
@@ -87,7 +93,8 @@ class TensorFile:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             folder = isinstance(error, IsADirectoryError)
             what = "expected a file, found a folder" if folder else "there is no such file"
-            raise UsageError(what, file=path) from error
+            hint = folder_instead(path, key) if folder and key else tilde_hint(path)
+            raise UsageError(what, file=path, hint=hint) from error
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -112,7 +119,7 @@ class TensorFile:
         info = self.tensors[name]
         rows = info.shape[0] if info.shape else 1
         stop = rows if stop is None else min(stop, rows)
-        row = info.nbytes // rows if rows else 0
+        row = info.type.nbytes(math.prod(info.shape[1:]))  # also if there are no rows
         raw = np.empty((stop - start, row), dtype=np.uint8)
         if raw.size:
             self.read_into(name, start * row, raw.data.cast("B"))
@@ -140,11 +147,11 @@ class TensorFile:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole file."""
-        return os.fstat(self._file.fileno()).st_size
+        return self._file.status().st_size
 
     def check_in_place(self) -> None:
         """Raise a ``FileNotFoundError`` if the file was removed or replaced since it was opened."""
-        if self.path is not None and not os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+        if self.path is not None and not os.path.samestat(self._file.status(), self.path.stat()):
             raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
 
     def stream(self) -> BinaryIO:

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MismatchError
+from ..errors import MismatchError, naming
 from ..storage.output import begin_writeback, staged_file
 from ..storage.output_checks import require_space
 from ..storage.positioned import OpenFile, sha256_of, write_exactly
 from .header import FilePlan, Header, TensorInfo
 from .reader import TensorFile
 
-__all__ = ["TensorFileWriter", "written_file"]
+__all__ = ["TensorFileWriter", "planned_bytes", "written_file"]
 
 _SMALL_BYTES = 32 << 10
 _BUFFER_BYTES = 4 << 20
@@ -155,17 +155,29 @@ def written_file(
     must be free, by default as many as the file has. Raises a `UsageError` if ``out`` exists, without
     ``force``, and a `MismatchError` if the names clash or do not fit a header.
     """
-    try:
-        plan = FilePlan.of(entries, room)
-    except ValueError as error:
-        raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error
+    plan = _planned(entries, room, out)
     if out is None:
         with tempfile.TemporaryFile(prefix="neft-", buffering=0) as nameless:
             spool = OpenFile(os.dup(nameless.fileno()))
         require_space(tempfile.gettempdir(), plan.nbytes if space is None else space)
-        yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
+        with naming(tempfile.gettempdir()):
+            yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
         return
     path = Path(out).absolute()  # the caller may change the current folder meanwhile
     with staged_file(path, force=force) as staged:
         require_space(path.parent, plan.nbytes if space is None else space)
         yield _Written(TensorFileWriter(plan, staged.fd), None, path)
+
+
+def planned_bytes(entries: Sequence[TensorInfo], room: Mapping[str, str]) -> int:
+    """Bytes of the file that `written_file` would write."""
+    return _planned(entries, room).nbytes
+
+
+def _planned(
+    entries: Sequence[TensorInfo], room: Mapping[str, str], out: str | os.PathLike[str] | None = None
+) -> FilePlan:
+    try:
+        return FilePlan.of(entries, room)
+    except ValueError as error:
+        raise MismatchError(f"these tensors do not fit one safetensors file: {error}", file=out) from error

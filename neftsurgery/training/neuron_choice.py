@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.name_prefixes import Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
 from ..progress import Progress
@@ -14,7 +15,7 @@ from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.extract import plan_extract
-from ..surgery.pairing import pair
+from ..surgery.pairing import pair, scored_count
 from .recipe import Recipe, Select
 
 __all__ = ["NeuronChoice", "budget_of", "choose_from_files"]
@@ -71,21 +72,24 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
     by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
     if by in ("gradients", "fisher", "finetune"):
         anatomy = pair(base, base, select.scope).anatomy
-        if select.like is not None:
-            Selection.load(select.like)  # it is needed only after the probe, but an error belongs here
-        return NeuronChoice(anatomy=anatomy, warnings=tuple(anatomy.warnings))
+        budget = Budget.of(**budget_of(select))  # an unreadable selection is found here, not after the probe
+        neurons = anatomy.unit_count or sum(scored_count(tensor) for tensor in anatomy.scored)
+        return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *budget.warnings(neurons)))
     assert path is not None  # check_recipe has made sure
     if by == "tuned":
         plan = plan_extract(
             recipe.model, path, scope=select.scope, score=select.score or "cosine",
+            prefixes=Prefixes.of(recipe.probe.strip_prefix, recipe.probe.add_prefix),
             budget=budget_of(select), limits=limits, progress=progress,
         )  # fmt: skip
         return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))
     if by == "scores":
         with Scores.load(path) as scores:
             require_same_files("the scores are of another base", Provenance.of(base), scores.base, file=path)
-            selection = scores.select(**budget_of(select))
+            budget = Budget.of(**budget_of(select))
+            selection, neurons = scores.choose(budget), scores.units or scores.neurons
+        warnings = tuple(budget.warnings(neurons))
     else:
-        selection = Selection.load(path)
+        selection, warnings = Selection.load(path), ()
     selection.require_fit(base)
-    return NeuronChoice(selection)
+    return NeuronChoice(selection, warnings=warnings)

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptFileError, MachineError, UsageError
+from ..errors import CorruptFileError, MachineError, MismatchError, UsageError, naming
 from ..sources.resolve import is_hub_id
+from ..tensors.document import MAX_OBJECT_BYTES
+from ..tensors.json_text import loads
 
 __all__ = ["PromptTemplate", "RawExample", "first_line", "read_raw_examples"]
 
 _FORMATTER = string.Formatter()
+_ONE_PER_LINE = "a .jsonl file has one JSON object on each line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,9 @@ class RawExample:
     content: Mapping[str, Any]  # the row's object
     kind: str  # ``prompt``, ``messages`` or ``text``
 
-    def error(self, what: str) -> CorruptFileError:
-        """The error that this row is wrong."""
-        return CorruptFileError(f"line {self.line}: {what}", file=self.file)
+    def error(self, what: str) -> MismatchError:
+        """The error that this row cannot be learned from."""
+        return _unfit(self.file, self.line, what)
 
 
 def read_raw_examples(
@@ -45,8 +48,9 @@ def read_raw_examples(
     ``split`` and ``subset`` (the configuration) are those of a Hub dataset. ``template`` makes prompt and
     completion from a row's fields. At most ``limit`` rows are read.
 
-    Raises UsageError if the file does not exist or holds no rows; CorruptFileError for a line that is not an
-    object or has none of the known forms, naming the line; and MachineError if the Hub cannot be reached.
+    Raises UsageError if the file does not exist or holds no rows; MismatchError for a row that is not an
+    object or has none of the known forms, and CorruptFileError for a line that is not JSON, both naming the
+    line; and MachineError if the Hub cannot be reached.
     """
     lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
     examples = []
@@ -69,14 +73,23 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise UsageError(
             "there is no such file of examples", file=path, hint="name a .jsonl file, or a Hub dataset"
         )
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with naming(path), path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_OBJECT_BYTES + 1), b""), 1):
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
+                if len(line) > MAX_OBJECT_BYTES:
+                    raise ValueError(f"larger than {MAX_OBJECT_BYTES:,} bytes")
+                content = loads(line)
+                if b"\\u" in line:
+                    json.dumps(content, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # tokenizers take no such text
+                raise CorruptFileError(
+                    f"line {number}: a text holds half of a surrogate pair", file=path
+                ) from error
             except ValueError as error:
-                raise CorruptFileError(f"line {number}: not valid JSON: {error}", file=path) from error
+                raise CorruptFileError(f"line {number}: {error}", file=path, hint=_ONE_PER_LINE) from error
+            yield number, content
 
 
 def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
@@ -102,18 +115,13 @@ def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int,
 
 def _checked(named: str, line: int, content: Any, template: PromptTemplate | None) -> RawExample:
     if not isinstance(content, dict):
-        raise CorruptFileError(
-            f"line {line}: an example must be an object", file=named, found=type(content).__name__
-        )
+        raise _unfit(named, line, "an example must be an object", found=type(content).__name__)
     if template is not None:
         try:
             content = template.fill(content)
         except LookupError as error:
-            raise CorruptFileError(
-                f"line {line}: there is no text in the field {{{error.args[0]}}} of the prompt template",
-                file=named,
-                found=_keys(content),
-            ) from error
+            what = f"there is no text in the field {{{error.args[0]}}} of the prompt template"
+            raise _unfit(named, line, what, found=_keys(content)) from error
     kind = next((kind for kind in ("prompt", "messages", "text") if content.get(kind) is not None), "")
     example = RawExample(named, line, content, kind)
     if kind == "prompt" and not all(isinstance(content.get(key), str) for key in ("prompt", "completion")):
@@ -125,12 +133,17 @@ def _checked(named: str, line: int, content: Any, template: PromptTemplate | Non
     if kind == "text" and not isinstance(content["text"], str):
         raise example.error("text must be a text")
     if not kind:
-        raise CorruptFileError(
-            f"line {line}: expected prompt and completion, or messages, or text; found {_keys(content)}",
-            file=named,
+        raise _unfit(
+            named,
+            line,
+            f"expected prompt and completion, or messages, or text; found {_keys(content)}",
             hint="data.prompt and data.completion of the recipe make these from other fields",
         )
     return example
+
+
+def _unfit(file: str, line: int, what: str, **more: Any) -> MismatchError:
+    return MismatchError(f"line {line}: {what}", file=file, **more)
 
 
 def _keys(content: Mapping[str, Any]) -> str:

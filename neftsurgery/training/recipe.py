@@ -58,6 +58,9 @@ class Probe:
     # The number of batches of a gradient probe, or of steps of the fine-tune. Default: 100.
     steps: int | None = None
     learning_rate: float = 2e-5  # the learning rate of the fine-tune
+    # For ``tuned``: how its tensor names become those of the base, as in `neftsurgery.extract`.
+    strip_prefix: str | None = None
+    add_prefix: str | None = None
 
 
 @dataclass(frozen=True)

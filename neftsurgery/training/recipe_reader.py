@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import NeftError, UsageError, boundary, spelled
-from ..options import Scope
+from ..options import PrefixOptions, Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 from .raw_examples import PromptTemplate
 from .recipe import PATH_KEYS, Data, Probe, Recipe, Select, Train
 from .recipe_yaml import load_yaml, parse_yaml
 
-__all__ = ["AnyRecipe", "check_recipe", "known_keys", "nearest", "parse_overrides", "read_recipe"]
+__all__ = ["AnyRecipe", "as_key", "check_recipe", "known_keys", "nearest", "parse_overrides", "read_recipe"]
 
 AnyRecipe = str | os.PathLike[str] | Mapping[str, Any]
 """A recipe as a user gives it: the path of a YAML file, or a mapping with its content."""
@@ -240,6 +240,8 @@ def _check_probe(probe: Probe, file: Path | None) -> None:
         raise UsageError(f"probe.by {probe.by} needs probe.path", file=file)
     if not has_file and probe.path is not None:
         raise UsageError(f"probe.path does not go with probe.by {probe.by}", file=file)
+    if probe.by != "tuned" and (probe.strip_prefix or probe.add_prefix):
+        raise UsageError("probe.strip_prefix and probe.add_prefix need probe.by: tuned", file=file)
     if has_file and probe.steps is not None:
         raise UsageError(f"probe.steps does not go with probe.by {probe.by}", file=file)
 
@@ -278,14 +280,15 @@ def in_recipe_words(file: Path | None = None) -> Iterator[None]:
     try:
         yield
     except NeftError as error:
-        error.what = spelled(error.what, _as_key)
-        error.hint = error.hint and spelled(error.hint, _as_key)
+        error.what = spelled(error.what, as_key)
+        error.hint = error.hint and spelled(error.hint, as_key)
         error.file = error.file or (None if file is None else str(file))
         raise
 
 
-def _as_key(name: str, value: str | None) -> str:
+def as_key(name: str, value: str | None) -> str:
     """An option as a recipe spells it; one that is not a key stays for whoever shows the message."""
-    if name not in Select.__dataclass_fields__:
+    section = "select" if name in Select.__dataclass_fields__ else "probe"
+    if name not in Select.__dataclass_fields__ and name not in PrefixOptions.__annotations__:
         return f"[[{name}]]" if value is None else f"[[{name}={value}]]"
-    return f"select.{name}" if value is None else f"select.{name}: {value}"
+    return f"{section}.{name}" if value is None else f"{section}.{name}: {value}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UsageError
+from ..errors import UsageError, naming
 
 __all__ = ["load_yaml", "parse_yaml"]
 
@@ -20,7 +20,7 @@ def load_yaml(file: Path) -> Any:
 
     Raises UsageError if it is too large to be a recipe, or not YAML in UTF-8.
     """
-    with open(file, "rb") as stream:
+    with naming(file), open(file, "rb") as stream:
         raw = stream.read(_MAX_BYTES + 1)
     if len(raw) > _MAX_BYTES:
         raise UsageError(f"this is not a recipe: it is larger than {_MAX_BYTES:,} bytes", file=file)
@@ -67,11 +67,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for (key, _), value in zip(node.value, keys, strict=True):
-            if keys.count(value) > 1:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (value := str(key.value)) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{value!r} is given twice", key.start_mark
                 )
+            seen.add(value)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
         return mapping

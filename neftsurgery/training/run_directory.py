@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import CorruptFileError, UsageError, naming
 from ..selection.selection import Selection
 from ..storage.output import staged_file
+from ..tensors.document import read_object
 from ..tuning.trainer import last_save
 
 __all__ = ["RunDirectory", "RunIdentity"]
@@ -88,10 +89,10 @@ class RunDirectory:
         Raises UsageError if a run of another identity has saved here.
         """
         try:
-            known = RunIdentity.from_json(json.loads((self.path / _IDENTITY).read_bytes()))
+            known = RunIdentity.from_json(read_object(self.path / _IDENTITY))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
+        except CorruptFileError:
             known = RunIdentity.from_json(None)
         differences = known.differences(identity)
         if differences and not self.last_step:
@@ -115,7 +116,7 @@ class RunDirectory:
         Raises UsageError if another process is training here.
         """
         self.path.mkdir(exist_ok=True)
-        with open(self.path / _LOCK, "wb") as lock:
+        with naming(self.path), open(self.path / _LOCK, "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -12,6 +12,7 @@ from ..progress import Progress, silent
 from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.verb import warn
+from ..text import printable
 from .loss_curve import LossPoint
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ def train(
     UsageError
         For a wrong recipe, missing files, an existing ``out``, or packages that are not installed.
     MismatchError
-        If files do not fit the model, no neuron is chosen, or the loss is not a number.
+        If files do not fit the model, no neuron is chosen, an example has other fields than expected, or the
+        loss is not a number.
     CorruptFileError
-        For an unreadable example; it names the line.
+        For a line of examples that is not JSON.
     MachineError
         If something cannot be read or written.
     """
@@ -150,7 +152,7 @@ class TrainResult:
             if self.finished
             else f"stopped at step {self.step} of {self.steps}, saved in {self.run_directory}"
         )
-        return ", ".join([where, f"{self.selection.neurons:,} neurons", *measured])
+        return printable(", ".join([where, f"{self.selection.neurons:,} neurons", *measured]))
 
     def describe(self) -> dict[str, object]:
         """For JSON; together with `TrainPlan.describe` it is what ``--json`` prints."""

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import fingerprint
-from ..errors import UsageError, boundary
+from ..errors import UsageError, boundary, spelled
 from ..live.loading import load_tokenizer, meta_model
 from ..live.names import live_names
 from ..progress import Progress, silent
@@ -23,7 +23,7 @@ from ..storage.threads import Limits
 from .examples import Examples, read_examples
 from .neuron_choice import NeuronChoice, choose_from_files
 from .recipe import Recipe
-from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
+from .recipe_reader import AnyRecipe, as_key, in_recipe_words, read_recipe
 from .run import run_training
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
@@ -136,8 +136,8 @@ def plan_train(
     discards it.
 
     Raises UsageError for a wrong recipe, missing files, an existing ``out``, or an unusable model or
-    tokenizer; MismatchError if a selection or scores do not fit the model, or no neuron is chosen; and
-    CorruptFileError for an unreadable example, naming the line.
+    tokenizer; MismatchError if a selection, scores or an example do not fit, or no neuron is chosen; and
+    CorruptFileError for a line of examples that is not JSON.
     """
     if resume and restart:
         raise UsageError("[[resume]] and [[restart]] do not go together")
@@ -180,7 +180,7 @@ def plan_train(
         resumes=resumes,
         force=force,
         restart=restart,
-        warnings=(*examples.warnings, *choice.warnings),
+        warnings=tuple(spelled(warning, as_key) for warning in (*examples.warnings, *choice.warnings)),
     )
     plan.trainer_arguments(plan.out)  # refuses what does not go together
     return plan

@@ -21,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..checkpoint.provenance import require_same_files
-from ..errors import CorruptFileError, UsageError, boundary
+from ..errors import CorruptFileError, NeftError, UsageError, boundary, naming
 from ..patch.patch import Patch
 from ..storage.output import fsync, fsync_folder, staged_file
+from ..tensors.document import read_object
 from .attached import Attached
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _mark_complete(save: Path) -> None:
     files = {}
     for path in sorted(save.rglob("*")):
         if path.is_file():
-            with open(path, "rb") as file:
+            with naming(path), open(path, "rb") as file:
                 fsync(file.fileno())
             files[path.relative_to(save).as_posix()] = path.stat().st_size
     fsync_folder(save)
@@ -215,9 +216,9 @@ def _mark_complete(save: Path) -> None:
 
 def _is_complete(save: Path) -> bool:
     try:
-        files = json.loads((save / _MARKER_NAME).read_bytes())["files"]
+        files = read_object(save / _MARKER_NAME)["files"]
         return bool(files) and all((save / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (NeftError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

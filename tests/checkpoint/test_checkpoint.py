@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -15,11 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from support import write_file, write_folder
+from safetensors.numpy import load_file
+from support import snapshot, write_file, write_folder
 
+import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint, OpenShards
+from neftsurgery.checkpoint.ties import missing_tensors
 from neftsurgery.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from neftsurgery.errors import CorruptFileError, MachineError, UsageError, boundary
+from neftsurgery.options import Scope
+from neftsurgery.surgery import rewrite
+from neftsurgery.surgery.apply import plan_apply
+from neftsurgery.surgery.diff import plan_diff
+from neftsurgery.surgery.verify import plan_verify
 
 Arrays = dict[str, NDArray[np.float32]]
 ARRAYS: Arrays = {
@@ -92,6 +101,37 @@ def test_reads_from_any_position_are_counted(tmp_path: Path) -> None:
     assert checkpoint.bytes_read == 7
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_index_named_directly_stands_for_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=3)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.chdir(folder if inside else tmp_path)
+    named = INDEX_NAME if inside else f"m/{INDEX_NAME}"
+    checkpoint = Checkpoint.open(named)
+    assert_holds(checkpoint, ARRAYS)
+    assert (checkpoint.name, checkpoint.is_file) == (named, False)
+    assert checkpoint.config == {"model_type": "llama"}
+    tuned = write_folder(tmp_path / "t", {name: array + 1 for name, array in ARRAYS.items()})
+    patch = ns.extract(named, tuned, changed=True)
+    assert patch.base.name == "m"
+    ns.apply(named, patch, out=tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(os.listdir(folder))
+    with pytest.raises(UsageError, match="inside"):
+        ns.apply(named, patch, out=folder / "out")
+    ns.apply(named, patch, in_place=True)
+    assert ns.verify(named, patch).state == ns.verify(tmp_path / "out", patch).state == "patched"
+
+
+def test_an_index_that_no_reader_takes_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    write_file(folder / SINGLE_NAME, {"only": np.ones((2, 2), np.float32)})
+    with pytest.raises(UsageError, match=f"readers take the {re.escape(SINGLE_NAME)}") as error:
+        Checkpoint.open(folder / INDEX_NAME)
+    assert error.value.file == str(folder / INDEX_NAME)
+
+
 def test_a_single_file_beats_an_index_beside_it(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     single = {"only": np.ones((2, 2), np.float32)}
@@ -139,7 +179,7 @@ def test_a_folder_with_neither_names_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="holds neither") as error:
         Checkpoint.open(tmp_path)
-    assert error.value.hint is None
+    assert str(error.value.hint).startswith("there are no safetensors weights here")
     for name in ("d", "b", "c", "a"):
         write_file(tmp_path / f"{name}.safetensors", {})
     with pytest.raises(UsageError) as error:
@@ -151,7 +191,8 @@ def test_a_folder_with_neither_names_what_it_holds(tmp_path: Path) -> None:
 
 OUTSIDE = [
     "../x.safetensors",
-    "sub/x.safetensors",
+    "../m/sub/x.safetensors",
+    "sub/../../x.safetensors",
     "sub\\x.safetensors",
     "x\0.safetensors",
     "..",
@@ -179,6 +220,112 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path, name: str) -> 
     assert "\0" not in str(error.value)
 
 
+SPELLED = [
+    ("./x.safetensors", "x.safetensors"),
+    ("sub/x.safetensors", "sub/x.safetensors"),
+    ("sub/../x.safetensors", "x.safetensors"),
+    ("sub//deep/./x.safetensors", "sub/deep/x.safetensors"),
+]
+EXTRA = {"extra.weight": np.arange(24, dtype=np.float32).reshape(6, 4)}
+
+
+@pytest.mark.parametrize(("name", "place"), SPELLED)
+def test_an_index_may_spell_a_shard_in_any_way(tmp_path: Path, name: str, place: str) -> None:
+    """Two spellings of one file are one file; a patched copy has it in the same place."""
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    (folder / "sub" / "deep").mkdir(parents=True)
+    extra = EXTRA | {"extra.bias": np.ones(3, np.float32)}
+    write_file(folder / place, extra)
+    reindex(folder, lambda weight_map: weight_map.update({"extra.weight": name, "extra.bias": place}))
+    assert_holds(Checkpoint.open(folder), ARRAYS | extra)
+    tuned = write_file(tmp_path / "t.safetensors", {n: a + 1 for n, a in (ARRAYS | extra).items()})
+    patch = ns.extract(folder, tuned, changed=True, only=["extra.weight", "layers.0.weight"])
+    out = tmp_path / "out"
+    ns.apply(folder, patch, out=out)
+    np.testing.assert_array_equal(load_file(out / place)["extra.weight"], extra["extra.weight"] + 1)
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == files
+    ns.apply(folder, patch, in_place=True)
+    for path in files:
+        assert (folder / path).read_bytes() == (out / path).read_bytes()
+
+
+def test_two_shards_of_one_name_in_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal tells them apart, and naming a shard alone shows the journal of its folder."""
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    (folder / "sub").mkdir()
+    name = "model-00001-of-00002.safetensors"
+    write_file(folder / "sub" / name, EXTRA)
+    reindex(folder, lambda weight_map: weight_map.update({"extra.weight": f"sub/{name}"}))
+    before = snapshot(folder)
+    tuned = write_file(tmp_path / "t.safetensors", {n: a + 1 for n, a in (ARRAYS | EXTRA).items()})
+    for named, patch in ((folder, None), (folder / "sub" / name, ["extra.weight"])):
+        patch = ns.extract(folder, tuned, changed=True, only=patch or ())
+        with monkeypatch.context() as broken:
+            broken.setattr(rewrite, "fsync", fail)
+            broken.setattr(rewrite, "heal_recorded", lambda source: None)
+            with pytest.raises(MachineError):
+                ns.apply(named, patch, in_place=True)
+        assert snapshot(folder) != before
+        for one in (folder, named):
+            with pytest.raises(MachineError, match="interrupted"):
+                Checkpoint.open(one)
+        ns.heal(named)
+        assert snapshot(folder) == before
+
+
+def fail(fd: int) -> None:
+    raise OSError("no")
+
+
+def test_tensors_that_only_the_index_has(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    name = "model-00001-of-00002.safetensors"
+    reindex(folder, lambda weight_map: weight_map.update({"lost.weight": name, "gone.weight": name}))
+    assert Checkpoint.open(folder).absent == ("gone.weight", "lost.weight")
+    plan = plan_diff(folder, folder, scope=Scope())
+    (said,) = [one for one in plan.warnings if "index" in one]
+    assert said == f"{folder}: the index lists 2 tensors that no file has: gone.weight, lost.weight"
+    assert plan.describe()["not_compared"] == ["gone.weight", "lost.weight"]
+    assert ns.inspect(folder)["not_read"] == ["gone.weight", "lost.weight"]
+    tuned = write_file(tmp_path / "t.safetensors", {n: a + 1 for n, a in ARRAYS.items()})
+    patch = ns.extract(folder, tuned, neurons=2)
+    assert said in plan_apply(folder, [patch], out=tmp_path / "o").warnings
+    assert said in plan_verify(folder, patch).warnings
+
+
+def test_a_tied_tensor_that_only_the_index_has_is_no_loss(tmp_path: Path) -> None:
+    arrays = {"model.embed_tokens.weight": ARRAYS["layers.0.weight"], **ARRAYS}
+    folder = write_folder(tmp_path / "m", arrays, shards=2, config={"tie_word_embeddings": True})
+    name = "model-00001-of-00002.safetensors"
+    reindex(folder, lambda weight_map: weight_map.update({"lm_head.weight": name}))
+    assert missing_tensors(Checkpoint.open(folder)) == []
+    (folder / "config.json").write_text('{"tie_word_embeddings": false}')
+    assert missing_tensors(Checkpoint.open(folder)) == ["lm_head.weight"]
+
+
+def test_a_stale_index(tmp_path: Path) -> None:
+    """It is of a save with another number of shards."""
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    old = (folder / INDEX_NAME).read_bytes()
+    shutil.rmtree(folder)
+    write_folder(folder, ARRAYS, shards=3)
+    (folder / INDEX_NAME).write_bytes(old)
+    with pytest.raises(CorruptFileError, match="the index is stale") as error:
+        Checkpoint.open(folder)
+    assert "00001-of-00002" in str(error.value)
+    assert "00001-of-00003" in str(error.value)
+
+
+def test_shards_of_an_older_save_beside_the_checkpoint(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
+    for path in write_folder(tmp_path / "old", ARRAYS, shards=3).glob("*.safetensors"):
+        path.rename(folder / path.name)
+    (said,) = [one for one in plan_diff(folder, folder, scope=Scope()).warnings if "shards" in one]
+    assert "another save" in said
+    assert "model-00001-of-00003.safetensors" in said
+
+
 def test_an_absolute_path_in_an_index_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     path = write_file(tmp_path / "x.safetensors", {"extra": np.ones(3, np.float32)})
@@ -191,6 +338,7 @@ def test_an_absolute_path_in_an_index_is_refused(tmp_path: Path) -> None:
 def test_a_missing_shard(tmp_path: Path, name: str) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     (folder / "sub").mkdir()
+    write_file(folder / "adapter.safetensors", EXTRA)  # says nothing of the index
     reindex(folder, lambda weight_map: weight_map.update(extra=name))
     with pytest.raises(CorruptFileError, match="is not there") as error:
         Checkpoint.open(folder)

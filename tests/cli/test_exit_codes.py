@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import time
 import numpy as np
 import pytest
 from support import LLAMA_CONFIG, process, write_file, write_folder
+
+import neftsurgery as ns
 
 
 @pytest.fixture
@@ -345,3 +348,172 @@ def test_a_mistyped_file_is_not_looked_for_on_the_hub(neft, patch):
 def test_values_that_are_not_numbers_are_refused(neft, patch, tmp_path, number):
     (tmp_path / "base" / "config.json").write_text(f'{{"model_type": "llama", "x": {number}}}')
     assert neft("inspect", "base").code == 4
+
+
+WORDS = [
+    (
+        ("dif", "base", "tuned"),
+        "neftsurgery: No such command 'dif'. Did you mean diff?",
+        "see `neftsurgery --help`",
+    ),
+    (
+        ("Extract",),
+        "neftsurgery: No such command 'Extract'. Did you mean extract?",
+        "see `neftsurgery --help`",
+    ),
+    (("help",), "neftsurgery: No such command 'help'. Did you mean --help?", "see `neftsurgery --help`"),
+    (
+        ("export", "p", "-o", "x"),
+        "neftsurgery: Missing option '--to'. Choose from: lora",
+        "see `neftsurgery export --help`",
+    ),
+    (
+        ("diff", "a", "b", "--threads", "1.5"),
+        "neftsurgery: Invalid value for '--threads': '1.5' is not a valid whole number.",
+        "see `neftsurgery diff --help`",
+    ),
+    (("diff", "a\nb", "--x\x1b[1m\ny"), r"neftsurgery: No such option '--x\x1b[1m\ny'", "see `neftsurgery"),
+    (("inspect", ""), "neftsurgery: '': there is no such file or folder", "name a .safetensors file"),
+    (("inspect", "a\nb"), r"neftsurgery: a\nb: there is no such file or folder", "name a .safetensors file"),
+    (
+        ("inspect", "~/a/b"),
+        "neftsurgery: ~/a/b: there is no such file or folder",
+        "~ is expanded by the shell",
+    ),
+    (("verify", "base", "~/p"), "neftsurgery: ~/p: there is no such file", "~ is expanded by the shell"),
+    (
+        ("diff", "base", "tuned", "-o", "~/x"),
+        "neftsurgery: ~/x: the folder ~ does not exist",
+        "~ is expanded by the shell",
+    ),
+    (
+        ("diff", "base", "tuned", "-o", "-"),
+        "neftsurgery: -: an output cannot go to stdout",
+        "name a file; ./-",
+    ),
+    (
+        ("extract", "base", "tuned", "-o", "x", "--neurons", "0,5%"),
+        "neftsurgery: --neurons: '0,5%' is not an amount",
+        "write 0.5%",
+    ),
+    (
+        ("extract", "base", "tuned", "-o", "x", "--neurons", "3%", "--selection", "sel"),
+        "neftsurgery: --selection does not go with --neurons",
+        "give one or the other",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "says", "hint"), WORDS, ids=[" ".join(case[0]) for case in WORDS])
+def test_what_newcomers_type_is_answered_in_one_line_and_a_hint(neft, pair, patch, words, says, hint):
+    assert neft("select", "s.safetensors", "--neurons", "5%", "-o", "sel").code == 0
+    result = neft(*words)
+    assert (result.code, result.out) == (2, "")
+    first, *rest = result.err.splitlines()
+    assert first.startswith(says)
+    assert len(rest) == 1
+    assert rest[0].startswith(hint)
+
+
+def test_no_words_at_all_show_the_help(neft):
+    bare, asked = neft(), neft("--help")
+    assert (bare.code, bare.out, bare.err) == (2, "", asked.out)
+
+
+def test_options_of_the_console_may_stand_before_the_command(neft, pair, patch):
+    after = neft("inspect", "p.safetensors", "--json")
+    assert neft("--json", "inspect", "p.safetensors") == after
+    assert neft("-q", "inspect", "p.safetensors").out == ""
+    assert neft("-q", "--json", "inspect", "p.safetensors") == after
+    assert json.loads(neft("--json", "inspect", "nothing").out)["exit_code"] == 2
+    for words in (("-v", "inspect", "nothing"), ("inspect", "nothing", "-v"), ("-qv", "inspect", "nothing")):
+        assert neft(*words).err.startswith("Traceback")
+    assert not neft("inspect", "nothing").err.startswith("Traceback")
+
+
+EVIL = "model.layers.{}.x\nneftsurgery: all is well\r\x1b[31m\u202e.weight"
+
+
+@pytest.fixture
+def evil(neft, tmp_path):
+    """Two checkpoints with names that would print lines of their own; their patch and their scores."""
+    rng = np.random.default_rng(0)
+    for folder in ("a\nneftsurgery: all is well", "b\x1b[31m"):
+        tensors = {EVIL.format(n): rng.standard_normal((40, 8)).astype(np.float32) for n in range(3)}
+        write_folder(tmp_path / folder, tensors, 1, {"model_type": "?\nneftsurgery: all is well"})
+    base, tuned = "a\nneftsurgery: all is well", "b\x1b[31m"
+    assert neft("extract", base, tuned, "--neurons", "9%", "-o", "p\r").code == 0
+    assert neft("diff", base, tuned, "-o", "s\u202e").code == 0
+    return base, tuned, "p\r", "s\u202e"
+
+
+def test_no_name_prints_a_line_of_its_own(neft, evil, tmp_path):
+    """Names of tensors, files and folders, and what configs and manifests say."""
+    base, tuned, patch, scores = evil
+    write_file(tmp_path / "other", {"x": np.ones((4, 3), np.float32)})
+    lines = [
+        ("inspect", base),
+        ("inspect", patch),
+        ("inspect", scores),
+        ("inspect", patch, patch),
+        ("diff", base, tuned),
+        ("select", scores, "--neurons", "9%", "-o", "sel\n"),
+        ("apply", base, patch, "-o", "out\n"),
+        ("apply", "other", patch, "-o", "x"),
+        ("verify", base, patch),
+        ("verify", tuned, patch, "--expect", "base"),
+        ("verify", "other", patch),
+        ("revert", base, patch, "-o", "x"),
+        ("merge", patch, patch, "-o", "merged\n"),
+        ("merge", patch, patch, "-o", "merged\n"),
+        ("export", patch, "--to", "lora", "-o", "x"),
+        ("report", scores, patch, "-o", "page\n"),
+        ("push", patch, "me/it", "--dry-run"),
+        ("heal", base),
+        ("diff", base, "other"),
+        ("inspect", base, "--only", "x\nneftsurgery: all is well"),
+        ("-v", "inspect", "no\nneftsurgery: all is well"),
+    ]
+    for words in lines:
+        result = neft(*words)
+        for text in (result.out, result.err):
+            assert all(c.isprintable() or c == "\n" for c in text), (words, text)
+            assert not any(line.lstrip().startswith("neftsurgery: all") for line in text.split("\n")), text
+        assert "internal error" not in result.err, result.err
+    page = (tmp_path / "page\n").read_text()
+    assert all(c.isprintable() or c == "\n" for c in page)
+
+
+def test_what_prints_itself_prints_no_lines_of_others(neft, evil, tmp_path, monkeypatch, caplog):
+    base, tuned, patch, scores = evil
+    found = [ns.Patch.load(patch), ns.Scores.load(scores), ns.Checkpoint.open(base), ns.inspect(base)]
+    found.append(ns.apply(base, patch, out="out\n"))
+    found.append(ns.verify(base, patch))
+    ns.diff(base, tuned).close()
+    for text in (*map(str, found), *map(repr, found), *(record.getMessage() for record in caplog.records)):
+        assert all(c.isprintable() or c == "\n" for c in text), text
+        assert not any(line.startswith("neftsurgery: all") for line in text.split("\n")), text
+    assert caplog.records
+
+
+def test_layers_are_listed_in_their_order(neft, tmp_path):
+    rng = np.random.default_rng(0)
+    for folder in ("base", "tuned"):
+        names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(12)]
+        more = (
+            {"only.10": np.ones(3, np.float32), "only.9": np.ones(3, np.float32)} if folder == "base" else {}
+        )
+        tensors = {name: rng.standard_normal((8, 4)).astype(np.float32) for name in names}
+        write_folder(tmp_path / folder, tensors | more, 1, {"model_type": "?"})
+    assert neft("extract", "base", "tuned", "--changed", "-o", "p").code == 0
+    assert neft("diff", "base", "tuned", "-o", "s").code == 0
+    assert neft("select", "s", "--neurons", "100%", "-o", "sel").code == 0
+    for subject in ("base", "p", "s", "sel"):
+        listed = [tensor["name"] for tensor in neft("inspect", subject, "--json").json["tensors"]]
+        assert listed[:12] == names
+        printed = neft("inspect", subject, "--all").out
+        assert re.findall(r"model\.layers\.\d+\.mlp\.up_proj\.weight", printed) == names
+    assert "only in base: only.9, only.10" in neft("diff", "base", "tuned").out
+    write_folder(tmp_path / "mixed", {name: np.ones((8, 4), np.float32) for name in names}, 1, None)
+    assert re.findall(r"(model\S+)", neft("verify", "mixed", "p").out) == names
+    assert neft("inspect", "p", "p", "--json").json["overlaps"][0]["tensors"] == names

@@ -177,6 +177,20 @@ def test_identical_models_are_reported_as_identical(neft, pair):
     assert "identical in every scored neuron" in neft("diff", "base", "base").out
 
 
+def test_what_differs_beside_identical_neurons_is_named(neft, pair, llama_arrays, tmp_path):
+    from support import LLAMA_CONFIG, write_folder
+
+    arrays = llama_arrays()
+    write_folder(tmp_path / "same", arrays, 1, LLAMA_CONFIG)
+    arrays["model.norm.weight"] = arrays["model.norm.weight"] + 1
+    write_folder(tmp_path / "other", arrays, 1, LLAMA_CONFIG)
+    result = neft("diff", "same", "other")
+    assert "identical" not in result.out
+    assert "not scored, and different: model.norm.weight\n" in result.out
+    assert neft("diff", "same", "other", "--json").json["unscored_changed"] == ["model.norm.weight"]
+    assert neft("diff", "same", "same", "--json").json["unscored_changed"] == []
+
+
 def test_a_closed_pipe_is_not_an_error(pair, tmp_path):
     import subprocess
 

@@ -456,6 +456,7 @@ def test_tensors_without_elements_and_patches_without_neurons(case: Case) -> Non
     assert ns.verify(base, path).holds()
     ns.apply(base, path, out=case.root / "out")
     ns.apply(base, path, in_place=True)
+    ns.apply(base, [path, path], in_place=True)
     ns.revert(base, path, in_place=True)
     assert snapshot(case.root / "out") == snapshot(base) == before
 

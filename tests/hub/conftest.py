@@ -22,7 +22,7 @@ def one_hub() -> Iterator[Hub]:
 @pytest.fixture
 def hub(one_hub: Hub) -> Hub:
     one_hub.ask("reset")
-    return one_hub
+    return Hub(one_hub.address)
 
 
 @pytest.fixture

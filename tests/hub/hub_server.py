@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -27,6 +28,7 @@ USERS = {
     "plainsecretplainsecret": "writer",
 }
 SIGNATURE = "X-Amz-Signature=5ec2e75167a7u2e"
+ZEROS = bytes(1 << 20)
 
 
 HUB = Hub()
@@ -39,6 +41,7 @@ class Refusal(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    fault: dict[str, Any] | None = None  # the lie that this call gets
     disable_nagle_algorithm = True  # else every answer waits until the client has acknowledged the header
 
     def log_message(self, format: str, *args: object) -> None:
@@ -63,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer("PUT")
 
     def answer(self, method: str) -> None:
-        parts = urlsplit(self.path)
+        self.fault, parts = None, urlsplit(self.path)
         self.method, self.route, self.query = method, unquote(parts.path), parse_qs(parts.query)
         if self.route == "/_control":
             return self.control()
@@ -86,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.fault and "status" in self.fault:
                 raise Refusal(self.fault["status"], self.fault.get("code"), self.fault.get("message"))
+            if self.fault and self.fault.keys() & {"drip", "endless"}:  # the others must not wait for it
+                return self.dispatch(method, body)
             with HUB.lock:
                 self.dispatch(method, body)
         except Refusal as refusal:
@@ -115,14 +120,38 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def reply(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        lie = self.fault or {}
+        if isinstance(value, dict):
+            value = value | lie.get("fields", {})
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        data = lie["body"].encode() if "body" in lie else data
+        headers = (headers or {}) | {"Content-Length": str(len(data))}
+        if "endless" in lie:
+            del headers["Content-Length"]
+            headers["Transfer-Encoding"] = "chunked"
         self.send_response(status)
-        for name, text in (headers or {}).items():
-            self.send_header(name, text)
-        self.send_header("Content-Length", str(len(data)))
+        for name, text in (headers | lie.get("headers", {})).items():
+            if text is not None:
+                self.send_header(name, text)
         self.end_headers()
-        if self.method != "HEAD":
+        if self.method == "HEAD":
+            return
+        if "drip" in lie:
+            for place in range(len(data)):
+                self.wfile.write(data[place : place + 1])
+                self.wfile.flush()
+                time.sleep(lie["drip"])
+        elif "endless" in lie:
+            self.chunk(data)
+            for _ in range(lie["endless"]):
+                HUB.sent["too much"] = HUB.sent.get("too much", 0) + len(ZEROS)
+                self.chunk(ZEROS)
+            self.chunk(b"")
+        else:
             self.wfile.write(data)
+
+    def chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def refuse(self, refusal: Refusal) -> None:
         headers = {"Retry-After": "0"} if refusal.status in (429, 500, 502, 503, 504) else {}
@@ -294,7 +323,10 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in repo.lfs:
                     raise Refusal(400, None, "LFS object is missing")
                 named[value["path"]] = value["oid"]
-        commit = HUB.commit(repo, revision, named, header["summary"])
+        if self.fault and self.fault.get("no_commit"):  # as if all files were there
+            commit = head
+        else:
+            commit = HUB.commit(repo, revision, named, header["summary"])
         self.reply({"commitUrl": f"{address()}/{name}/commit/{commit.oid}", "commitOid": commit.oid})
 
     def resolve(self, user: str | None, body: bytes, name: str, revision: str, path: str) -> None:
@@ -318,6 +350,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(HUB.blobs[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}, oid)
 
     def send(self, data: bytes, headers: dict[str, str], what: str) -> None:
+        if self.fault and self.fault.get("other"):
+            data = HUB.blobs[self.fault["other"]]
         if self.fault and self.fault.get("corrupt"):
             data = data[:-1] + bytes([data[-1] ^ 1])
         start, status = 0, 200

@@ -10,7 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Hub:
     """The server, by its address."""
 
     address: str
+    variables: dict[str, str] = field(default_factory=dict)  # of processes that use it
 
     def ask(self, do: str, **what: Any) -> Any:
         body = json.dumps({"do": do, **what}).encode()
@@ -48,7 +49,12 @@ class Hub:
         return base64.b64decode(self.ask("read", name=name, path=path, revision=revision))
 
     def fault(self, match: str, **what: Any) -> None:
-        """Have the next calls that match ``METHOD /path`` fail by status, code, hold, cut_upload, …"""
+        """Have the next calls that match ``METHOD /path`` fail or lie.
+
+        They fail by status (with code and message), hold, cut_upload and cut_download (a share). They lie by
+        corrupt, other (content of that hash), headers, fields (of JSON), body, endless (more MiB), drip
+        (seconds for each byte) and no_commit.
+        """
         self.ask("fault", match=match, **what)
 
     @property
@@ -64,6 +70,7 @@ class Hub:
         """The environment of a process that uses this Hub, with its own cache in ``home``."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         found = kept | {"HF_ENDPOINT": self.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+        found |= self.variables
         return found if token is None else found | {"HF_TOKEN": token}
 
 

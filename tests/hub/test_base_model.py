@@ -74,10 +74,44 @@ LINK = "https://huggingface.co/org/base/blob/main/LICENSE"
 )
 def test_the_fields_of_a_card(monkeypatch, data, found):
     card = None if data is None else SimpleNamespace(to_dict=lambda: data)
-    answer(monkeypatch, lambda self, repo, revision: SimpleNamespace(card_data=card))
+    answer(monkeypatch, lambda self, repo, revision: SimpleNamespace(card_data=card, siblings=None))
     licence, warning = read_licence(KNOWN, required=True)
     assert licence == found
     assert warning == (None if found else "the card names no licence: the base, org/base, names none")
+
+
+FRONT = b"---\nlicense: apache-2.0\ntags: [x]\n---\n# Base\n"
+READMES = [
+    (FRONT, {"license": "apache-2.0"}),
+    (b"\xef\xbb\xbf" + FRONT, {"license": "apache-2.0"}),
+    (b"# Base\n", {}),
+    (b"---\n- a list\n---\n", {}),
+    (b"---\n{: [\n---\n", {}),
+    (b"---\nlicense: caf\xe9\n---\n", {}),
+    (b"---\nlicense: " + b"[" * 100_000 + b"\n---\n", {}),
+    (FRONT + bytes(2 << 20), {}),
+    (None, {}),
+]
+
+
+@pytest.mark.parametrize(("readme", "found"), READMES, ids=range(len(READMES)))
+def test_without_card_data_the_readme_is_read(monkeypatch, tmp_path, readme, found):
+    """Not every Hub sends the front matter with the rest of what it knows of a model."""
+    names = [] if readme is None else [SimpleNamespace(rfilename="README.md")]
+    info = SimpleNamespace(card_data=None, siblings=names, sha="2e" * 20)
+    (tmp_path / "README.md").write_bytes(readme or b"")
+    asked = []
+
+    def download(repo, name, *, revision, force_download):
+        asked.append((repo, name, revision))
+        return str(tmp_path / name)
+
+    answer(monkeypatch, lambda self, repo, revision: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    licence, warning = read_licence(KNOWN, required=True)
+    assert licence == found
+    assert (warning is None) == bool(found)
+    assert asked == ([] if readme is None else [("org/base", "README.md", "2e" * 20)])
 
 
 def test_an_unknown_base_has_no_licence_and_no_warning():

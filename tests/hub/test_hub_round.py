@@ -152,3 +152,64 @@ def test_the_python_api(hub, pair, tmp_path):
     assert snapshot(tmp_path / "back") == snapshot(tmp_path / "base")
     card = ModelCard(hub.read("me/made-here", "README.md").decode())
     assert (card.data.base_model, card.data.license) == ("org/base", "mit")
+
+
+def test_a_lora_repository_as_tuned_is_as_the_local_folder(hub, several, pair, patch_file, tmp_path):
+    base, _ = pair
+    with ns.Patch.load(patch_file) as patch:
+        ns.export_lora(patch, tmp_path / "lora", base=base)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "lora").iterdir()}
+    commit = hub.make("org/lora", files)
+    hub.make("org/base", {file.name: file.read_bytes() for file in base.iterdir()})
+    local, remote, both, here, there = several(
+        [
+            ("diff", "base", "lora", "--json"),
+            ("diff", "base", "org/lora", "-o", "s.safetensors", "--json"),
+            ("diff", "org/base", f"org/lora@{commit}", "--json"),
+            ("extract", "base", "lora", "--neurons", "9", "-o", "here.safetensors"),
+            ("extract", "org/base", "org/lora", "--neurons", "9", "-o", "there.safetensors"),
+        ]
+    )
+    assert {one.code for one in (local, remote, both, here, there)} == {0}, (local, remote, both, here, there)
+    for one, named in ((remote, "org/lora"), (both, f"org/lora@{commit}")):
+        assert one.json["tuned"] == named
+        for key in ("neurons", "changed_neurons", "cosine", "relative_change", "most_sensitive"):
+            assert one.json[key] == local.json[key], key
+    with ns.Scores.load(tmp_path / "s.safetensors") as scores:
+        assert (scores.tuned.repo, scores.tuned.revision) == ("org/lora", commit)
+    one, two = (ns.Patch.load(tmp_path / f"{name}.safetensors") for name in ("here", "there"))
+    with one, two:
+        assert list(one.tensors) == list(two.tensors)
+        for name in one.tensors:
+            np.testing.assert_array_equal(one.index(name), two.index(name))
+            np.testing.assert_array_equal(one.values(name), two.values(name))
+
+
+def test_messages_name_repositories_and_not_where_they_are_kept(hub, several, pair, patch_file, tmp_path):
+    base, _ = pair
+    data = {file.name: file.read_bytes() for file in base.iterdir()}
+    weights = next(name for name in data if name.endswith(".safetensors"))
+    one = hub.make("org/one", {NAME: patch_file.read_bytes()})
+    two = hub.make("org/two", {NAME: patch_file.read_bytes()})
+    damaged = hub.make("org/damaged", data | {weights: b"\xff" * 8 + data[weights][8:]})
+    results = several(
+        [
+            ("merge", "org/one", "org/two", "-o", "m.safetensors", "--on-overlap", "error"),
+            ("merge", "org/one", "org/two", "-o", "m.safetensors", "--on-overlap", "mean"),
+            ("inspect", "m.safetensors"),
+            ("diff", "org/one", "base"),
+            ("diff", "base", "org/one", "--json"),
+            ("diff", "base", "org/damaged"),
+            ("verify", f"org/damaged@{damaged}", "org/one"),
+        ]
+    )
+    assert [result.code for result in results] == [3, 0, 0, 2, 2, 4, 4], results
+    for result in results:
+        assert "snapshots" not in result.out + result.err, result
+        assert str(tmp_path / "home") not in result.out + result.err, result
+    assert "org/one and org/two overlap" in results[0].err
+    assert f"merged      from org/one@{one}, org/two@{two} (mean)" in results[2].out
+    assert f"org/one@{one}: " in results[3].err
+    assert results[4].json["file"] == f"org/one@{one}"
+    assert f"org/damaged@{damaged}/{weights}: " in results[5].err
+    assert f"org/damaged@{damaged}/{weights}: " in results[6].err

@@ -234,3 +234,30 @@ def test_a_hub_that_cannot_be_reached_is_5(published, several, tmp_path, monkeyp
     assert (pulled.code, pushed.code) == (5, 5), (pulled, pushed)
     assert all(1 <= len(result.err.strip().splitlines()) <= 2 for result in (pulled, pushed))
     nothing_is_left(tmp_path)
+
+
+def test_the_sha256_that_push_shows_is_what_pull_and_apply_check(hub, several, patch_file, tmp_path):
+    content = patch_file.read_bytes()
+    expected, other = hashlib.sha256(content).hexdigest(), hashlib.sha256(content[:-1]).hexdigest()
+    dry, shown = several(
+        [("push", "p.safetensors", "me/patch", "--dry-run"), ("push", "p.safetensors", "me/patch")]
+    )
+    for said in (dry, shown):
+        assert f"SHA-256 of {NAME}: {expected}" in said.out, said
+    pinned = f"me/patch@{hub.repos['me/patch']['refs']['main']}"
+    again, good, bad, applied, refused = several(
+        [
+            ("push", "p.safetensors", "me/patch", "--json"),
+            (*PULL, "--sha256", expected.upper()),
+            ("pull", "me/patch", "-o", "r.safetensors", "--sha256", other),
+            ("apply", "base", "me/patch", "-o", "patched", "--sha256", expected),
+            ("apply", "base", pinned, "-o", "no", "--sha256", other),
+        ]
+    )
+    assert (again.json["sha256"], again.json["changed"]) == (expected, False)
+    assert (good.code, bad.code, applied.code, refused.code) == (0, 4, 0, 4), (good, bad, applied, refused)
+    assert (tmp_path / "q.safetensors").read_bytes() == content
+    assert f"me/patch: this is not the file whose --sha256 was given (expected {other}" in bad.err
+    assert f"found {expected})" in refused.err
+    assert not (tmp_path / "r.safetensors").exists()
+    assert not (tmp_path / "no").exists()

@@ -71,6 +71,7 @@ def test_a_plan_prints_what_it_would_push_where(llama):
         "push 15 neurons of 6 tensors to me/x (v2, a new repository)",
         "base: unknown",
         "files: neuron_patch.safetensors, README.md, neurons.png",
+        f"SHA-256 of neuron_patch.safetensors: {llama.sha256()}",
         "commit message: Add it",
     ]
     there = Repository("me/x", "main", has_branch=True, head="1f" * 20)
@@ -79,6 +80,7 @@ def test_a_plan_prints_what_it_would_push_where(llama):
         "push 15 neurons of 6 tensors to me/x (main)",
         "base: org/base@v1",
         "files: neuron_patch.safetensors, README.md",
+        f"SHA-256 of neuron_patch.safetensors: {llama.sha256()}",
         "commit message: Add it",
     ]
     assert "# Card" not in repr(plan)
@@ -93,8 +95,14 @@ def test_a_plan_prints_what_it_would_push_where(llama):
     ],
 )
 def test_a_result_prints_what_was_pushed_where(created, changed, lines):
-    done = PushResult("me/x", "main", "1f" * 20, "https://hub/me/x", created, changed, "# Card", 1, 2)
-    assert str(done).splitlines() == [*lines, f"branch main, commit {'1f' * 20}"]
+    done = PushResult(
+        "me/x", "main", "1f" * 20, "https://hub/me/x", created, changed, "# Card", 1, 2, "ab" * 32
+    )
+    assert str(done).splitlines() == [
+        *lines,
+        f"branch main, commit {'1f' * 20}",
+        f"SHA-256 of neuron_patch.safetensors: {'ab' * 32}",
+    ]
     assert "# Card" not in repr(done)
 
 

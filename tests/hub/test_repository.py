@@ -176,6 +176,6 @@ def test_an_error_names_a_repository_that_was_created_and_left_empty(hub, severa
     hub.fault("POST /api/models/me/patch/commit", status=403)
     (result,) = several([("push", "p.safetensors", "me/patch")])
     assert result.code == 5, result
-    assert "still empty" in result.err
+    assert "this push created the repository" in result.err
     (result,) = several([("push", "p.safetensors", "me/patch")])
     assert result.code == 0, result

@@ -8,7 +8,7 @@ from report_support import best, read
 from support import LLAMA_CONFIG, write_folder
 
 import neftsurgery as ns
-from neftsurgery.reporting.layer_map import NO_LAYER, LayerMap, natural_key
+from neftsurgery.reporting.layer_map import NO_LAYER, LayerMap
 
 
 def test_the_map(told, scores):
@@ -93,11 +93,6 @@ def test_folding_keeps_every_neuron():
     assert folded.kinds == ("kind5", "kind6", "5 others")
     assert whole.folded(9, 7) is not None
     np.testing.assert_array_equal(whole.folded(9, 7).chosen, whole.chosen)
-
-
-def test_natural_order():
-    names = ["h.10", "h.9", "h", "g.1"]
-    assert sorted(names, key=natural_key) == ["g.1", "h", "h.9", "h.10"]
 
 
 def test_unusual_names_do_not_make_a_huge_map():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from support import write_folder
 
 import neftsurgery
-from neftsurgery.sources.hub_client import is_damaged
+from neftsurgery.sources.hub_client import HubFile
 from neftsurgery.sources.resolve import Source, resolve
 
 SHA, OLDER = "1f" * 20, "2e" * 20
@@ -54,15 +55,30 @@ def test_what_is_asked_of_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -
         assert set(kept) == files
 
 
-def test_a_large_file_is_damaged_if_its_hash_is_not_its_name(tmp_path: Path) -> None:
-    blob = tmp_path / "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
-    blob.write_bytes(b"hello")
-    (tmp_path / "model").symlink_to(blob)
-    assert not is_damaged(tmp_path / "model")
-    blob.write_bytes(b"hallo")
-    assert is_damaged(tmp_path / "model")
-    (tmp_path / "small").write_bytes(b"named after another hash, as git does")
-    assert not is_damaged(tmp_path / "small")
+SHA256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # of hello: sha256sum
+GIT_SHA1 = "b6fc4c620b67d95f953a5c1c1230aaab5db5a1b0"  # of hello: git hash-object
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "etag", "content", "same"),
+    [
+        (5, SHA256, b"hello", True),
+        (5, SHA256, b"hallo", False),
+        (5, GIT_SHA1, b"hello", True),
+        (5, GIT_SHA1, b"hallo", False),
+        (6, SHA256, b"hello", False),
+        (None, SHA256, b"hello", True),
+        (5, None, b"hello", True),
+        (4, None, b"hello", False),
+        (5, "5d41402abc4b2a76b9719d911017c592-2", b"hallo", True),  # of an object store: it is no such hash
+    ],
+)
+def test_content_is_compared_with_what_the_hub_announced(
+    nbytes: int | None, etag: str | None, content: bytes, same: bool
+) -> None:
+    file = io.BytesIO(content)
+    file.seek(3)
+    assert HubFile(SHA, nbytes, etag).is_content(file) == same
 
 
 def cached(cache: Path, repo: str, revisions: dict[str, str], arrays: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from neftsurgery.sources.hub_id import HubId, is_repo, is_revision
@@ -16,13 +18,15 @@ from neftsurgery.sources.hub_id import HubId, is_repo, is_revision
     ],
 )
 def test_a_hub_id_is_split_and_put_together_again(text: str, repo: str, revision: str | None) -> None:
-    assert HubId.split(text) == HubId(repo, revision)
+    assert HubId.parse(text) == HubId(repo, revision)
     assert str(HubId(repo, revision)) == text
 
 
-def test_only_the_first_sign_splits() -> None:
-    assert HubId.split("o/n@a@b") == HubId("o/n", "a@b")
-    assert HubId.split("o/n@") == HubId("o/n")
+@pytest.mark.parametrize(
+    "text", ["o/n@a@b", "o/n@", "@v1", "o/n@../x", "o/n@a b", "name", "o/n/x", "", "o/n\n"]
+)
+def test_what_is_not_a_hub_id(text: str) -> None:
+    assert HubId.parse(text) is None
 
 
 @pytest.mark.parametrize("text", ["org/name", "a/b", "Org-1/na.me_2"])
@@ -37,11 +41,29 @@ def test_what_is_not_a_repository(text: object) -> None:
     assert not is_repo(text)
 
 
-@pytest.mark.parametrize("text", ["main", "v1.0", "refs/pr/3", "1f" * 20])
+@pytest.mark.parametrize("text", ["main", "v1.0", "refs/pr/3", "1f" * 20, "a.b/c-d_e", "x.locked", "lock"])
 def test_revisions(text: str) -> None:
     assert is_revision(text)
+    assert allowed_by_git(text)
 
 
-@pytest.mark.parametrize("text", ["", "-x", "a b", "../x", "a..b", "x" * 201, "ä", None])
-def test_what_is_not_a_revision(text: object) -> None:
+@pytest.mark.parametrize("text", ["x" * 201, "ä", "a+b", "@", None])
+def test_what_is_not_a_revision_here(text: object) -> None:
     assert not is_revision(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "-x", "a b", "../x", "a..b", "a/../b", "/a", "a/", "a//b", ".a", "a/.b", "a.", "a/b.", "a.lock",
+        "a.lock/b", "a~1", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "a@{0}", "a\n", "a\x7f",
+    ],
+)  # fmt: skip
+def test_what_git_refuses_is_not_a_revision(text: str) -> None:
+    assert not allowed_by_git(text)
+    assert not is_revision(text)
+
+
+def allowed_by_git(name: str) -> bool:
+    command = ["git", "check-ref-format", "--branch", name]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -39,6 +39,16 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Local paths.
 
 
+@pytest.mark.parametrize("annexed", [True, False])
+def test_a_broken_symlink_of_git_annex_says_how_to_fetch_it(here: Path, annexed: bool) -> None:
+    key = "SHA256E-s99--00.safetensors"
+    target = f".git/annex/objects/0f/{key}/{key}" if annexed else f"blobs/{key}"
+    (here / "model.safetensors").symlink_to(target)
+    with pytest.raises(UsageError, match="the symlink is broken") as error:
+        resolve("model.safetensors")
+    assert error.value.hint == ("fetch the content: `git annex get`" if annexed else None)
+
+
 @pytest.mark.parametrize(
     "named", ["org/name", "org/name@main", "plain", "a b/ü.safetensors", "./org/name", "a/b/c/d"]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from neftsurgery.errors import MismatchError, UsageError
 from neftsurgery.storage import copying
 from neftsurgery.storage.copying import copy_file
 
-REFUSALS = ["EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "ETXTBSY", "EPERM"]
+REFUSALS = ["EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "ETXTBSY", "EPERM", "EIO", "ENOMEM", "EOVERFLOW"]
 
 needs_kernel = pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="Linux only")
 
@@ -146,6 +147,18 @@ def test_the_kernel_does_the_work_where_it_can(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("no_clone")
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "copy_file_range", raising("EXDEV"), raising=False)
+    monkeypatch.setattr(os, "pread", raising("EIO"))
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(content(1000))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+        copy_file(source, target, step=STEP)
+    assert caught.value.filename == str(source)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("failure", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_a_real_failure_is_an_error_that_names_the_copy(
@@ -160,6 +173,36 @@ def test_a_real_failure_is_an_error_that_names_the_copy(
     with pytest.raises(OSError, match=os.strerror(getattr(errno, failure))) as caught:
         copy_file(source, target, step=STEP)
     assert caught.value.filename == str(target)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(not Path("/proc/version").is_file(), reason="a file system of Linux")
+def test_a_file_that_is_longer_than_it_says_is_an_error(tmp_path: Path) -> None:
+    assert os.stat("/proc/version").st_size == 0
+    with pytest.raises(MismatchError, match="expected 0 bytes, found more"):
+        copy_file("/proc/version", tmp_path / "b")
+    assert os.listdir(tmp_path) == []
+
+
+def test_from_one_file_system_to_another(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        if os.stat(folder).st_dev == os.stat(tmp_path).st_dev:
+            pytest.skip("there is one file system here")
+        (Path(folder) / "a").write_bytes(content(100_001))
+        copy_file(Path(folder) / "a", tmp_path / "b", step=STEP)
+        copy_file(tmp_path / "b", Path(folder) / "c", step=STEP)
+        assert (tmp_path / "b").read_bytes() == (Path(folder) / "c").read_bytes() == content(100_001)
+
+
+@pytest.mark.usefixtures("no_clone")
+def test_a_copy_of_another_size_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that says it has written what it has not, beyond the end of the copy."""
+    monkeypatch.setattr(os, "ftruncate", lambda fd, size: None)
+    monkeypatch.setattr(os, "copy_file_range", lambda src, dst, count, *offsets: count, raising=False)
+    (tmp_path / "a").write_bytes(content(1000))
+    with pytest.raises(OSError, match="the copy has 0 bytes instead of 1000") as caught:
+        copy_file(tmp_path / "a", tmp_path / "b")
+    assert caught.value.filename == str(tmp_path / "b")
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -279,6 +322,18 @@ def test_a_file_system_that_cannot_seek_holes(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(copying, "_clone", lambda reader, writer: False)
     monkeypatch.setattr(os, "lseek", raising("EINVAL"))
     copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.usefixtures("no_clone")
+def test_a_file_system_that_finds_its_holes_where_its_data_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data from here, and a hole from here, too: the rest is copied, and the search ends."""
+    source, target = tmp_path / "a", tmp_path / "b"
+    sparse(source, 1 << 20, {0: b"a", 500_000: b"b"})
+    monkeypatch.setattr(os, "lseek", lambda fd, position, how: position)
+    copy_file(source, target, step=STEP)
     assert target.read_bytes() == source.read_bytes()
 
 

@@ -6,14 +6,17 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import secrets
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,6 +106,27 @@ def test_an_existing_output_is_refused_unless_forced(tmp_path: Path, what: str) 
     else:
         with pytest.raises(UsageError, match=r"exists already.*\n.*replace it with force=True$"):
             refuse_output(out, inputs=[], force=False, kind="directory")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="a file system of Linux")
+@pytest.mark.parametrize("folder", ["/proc", "/proc/self/fd", "/proc/self/task", "/proc/1/task"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_that_takes_no_files_ends_at_once(kind: str, folder: str) -> None:
+    """The kernel says that the folder is there, and that a new name in it is not."""
+    with pytest.raises(OSError, match=r"nothing can be created|not permitted|denied") as caught:
+        stage(kind, Path(folder, "neft")).__enter__()
+    assert folder in str(getattr(caught.value, "file", None) or caught.value.filename)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_that_are_taken_each_time_end_at_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder whose files have other inode numbers when they are asked for again, as some have."""
+    monkeypatch.setattr(output, "identity", lambda path: (0, 0))
+    with pytest.raises(MachineError, match="nothing can be created in this folder"):
+        stage(kind, tmp_path / "out").__enter__()
+    assert entries(tmp_path) == []
 
 
 def test_a_new_name_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -764,3 +788,38 @@ def test_without_locks_nothing_counts_as_stale(
     with stage(kind, tmp_path / "out") as staged:
         fill(staged)
     assert entries(tmp_path) == [left, "out"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may have more than 1,000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_errors_of_the_kernel_name_the_output_and_not_its_staging_name(tmp_path: Path) -> None:
+    """The kernel knows a descriptor; the user knows OUT."""
+    out = tmp_path / "out"
+
+    def failing(staging: AbstractContextManager[Any], write: Callable[[Any], object]) -> str:
+        with pytest.raises(OSError, match="too large") as caught, staging as staged:
+            write(staged)
+        assert os.listdir(tmp_path) == []
+        return str(caught.value.filename)
+
+    assert failing(staged_file(out), lambda staged: staged.write_at(bytes(2000), 0)) == str(out)
+    assert failing(staged_file(out), lambda staged: os.ftruncate(staged.fd, 2000)) == str(out)
+    assert failing(staged_directory(out), lambda folder: (folder / "a").write_bytes(bytes(2000))) == str(out)
+    path = "no such file"
+    with pytest.raises(FileNotFoundError) as caught, staged_file(out):
+        Path(path).read_bytes()
+    assert caught.value.filename == path  # an input keeps its own name
+
+
+def test_a_file_of_an_output_folder_is_named_by_its_place_in_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, staged_directory(tmp_path / "out") as folder:
+        (folder / "sub" / "file").read_bytes()
+    assert caught.value.filename == str(tmp_path / "out" / "sub" / "file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 
 from neftsurgery.errors import CorruptFileError
-from neftsurgery.storage.positioned import consecutive_runs, read_exactly, read_rows_exactly, write_exactly
+from neftsurgery.storage.positioned import (
+    OpenFile,
+    consecutive_runs,
+    read_exactly,
+    read_rows_exactly,
+    write_exactly,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -32,6 +39,12 @@ def test_consecutive_runs(dtype: type[np.integer]) -> None:
     assert list(consecutive_runs(index[:0])) == []
 
 
+def test_a_write_that_never_moves_a_byte_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, offset: 0)
+    with open(tmp_path / "x", "wb") as file, pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_exactly(file.fileno(), b"abc", 0)
+
+
 def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = RNG.integers(0, 256, 100, dtype=np.uint8).tobytes()
     path = tmp_path / "x"
@@ -47,3 +60,30 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytes
         os.close(fd)
     assert bytes(buffer) == data
     assert path.read_bytes() == bytes(11) + data
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="Linux only")
+def test_a_read_that_fails_names_its_file() -> None:
+    """Address 0 of a process is not mapped: a real input/output error."""
+    path = "/proc/self/mem"
+    with open(path, "rb") as file:
+        for read in (
+            lambda: read_exactly(file.fileno(), memoryview(bytearray(4)), 0, path),
+            lambda: read_rows_exactly(file.fileno(), 0, np.array([0]), np.zeros((1, 4), np.uint8), path),
+        ):
+            with pytest.raises(OSError, match="Input/output error") as caught:
+                read()
+            assert caught.value.filename == path
+
+
+def test_the_status_of_a_file_that_is_gone_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"1234")
+    file = OpenFile.at(path)
+    assert file.status().st_size == 4
+    fd = file.fileno()
+    os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        file.status()
+    assert caught.value.filename == str(path)
+    os.dup2(os.open(path, os.O_RDONLY), fd)  # what its finalizer will close

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
-from support import patched_by_hand, raw_folder, raw_read, snapshot, write_file
+from safetensors.numpy import load_file, save_file
+from support import Result, patched_by_hand, raw_file, raw_folder, raw_read, snapshot, write_file
 
 import neftsurgery as ns
+from neftsurgery.options import Scope
+from neftsurgery.surgery.extract import plan_extract
 
 RNG = np.random.default_rng(0)
 SHAPES = {"a.weight": (8, 6), "b.weight": (5, 9), "a.bias": (8,), "norm": (6,)}
@@ -279,3 +283,155 @@ def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path, axis: int) -> Non
     assert (tmp_path / "back").stat().st_size == (tmp_path / "base").stat().st_size
     patch = raw_read(tmp_path / "p")
     assert patch["w:value"][1].nbytes > 30e6
+
+
+def pair_of(tmp_path: Path, neurons: int) -> tuple[Path, Path]:
+    rng = np.random.default_rng(0)
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path in paths:
+        save_file({"x.weight": rng.standard_normal((neurons, 4)).astype(np.float32)}, path)
+    return paths
+
+
+def test_a_patch_larger_than_the_base_is_warned_of(tmp_path: Path) -> None:
+    """A row of 16 bytes takes 36 in a patch: its values, its number and its digest."""
+    sides = pair_of(tmp_path, 2000)
+
+    def said(**options: Any) -> list[str]:
+        return [text for text in plan_extract(*sides, **options).warnings if "larger" in text]
+
+    (text,) = said(budget={"changed": True})
+    assert re.fullmatch(
+        r"the patch is larger than the base \(7[23]\.\d kB and 32\.0 kB\): "
+        r"\[\[neurons=3%\]\] would make a small one",
+        text,
+    )
+    assert said(budget={"neurons": "40%"}) == []
+    (text,) = said(budget={"neurons": "80%"}, reversible=True)
+    assert text.endswith("[[reversible]] doubles it")
+
+
+@pytest.mark.parametrize(
+    ("neurons", "amount", "warned"),
+    [(1000, 3, True), (1000, 20, True), (1000, 21, False), (999, 3, False), (1000, "3%", False)],
+)
+def test_a_number_that_may_be_meant_as_a_percentage_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, neurons: int, amount: object, warned: bool
+) -> None:
+    sides = pair_of(tmp_path, neurons)
+    ns.extract(*sides, neurons=amount).close()
+    said = f"neurons={amount} chooses {amount} neurons of 1,000: {amount} percent is neurons='{amount}%'"
+    assert [record.getMessage() for record in caplog.records if "percent" in record.getMessage()] == (
+        [said] if warned else []
+    )
+
+
+# Whether base plus patch is the tuned model.
+
+EVERYTHING = {"changed": True, "with_bias": True}
+
+
+def remainder(base: Path, tuned: Path, scope: Scope | None = None, **budget: object) -> dict[str, object]:
+    plan = plan_extract(base, tuned, scope=scope or Scope(include=["*"]), budget=EVERYTHING | budget)
+    return {key: plan.describe()[key] for key in ("whole_change", "left_out", "not_compared")}
+
+
+WHOLE = {"whole_change": True, "left_out": [], "not_compared": []}
+
+
+def test_the_whole_change(sides: tuple[Path, Path]) -> None:
+    assert remainder(*sides) == WHOLE
+    assert remainder(*sides, Scope()) == WHOLE | {"whole_change": False, "left_out": ["norm"]}
+    left = ["a.bias", "a.weight", "norm"]
+    assert remainder(*sides, Scope(exclude=["a.*"])) == WHOLE | {"whole_change": False, "left_out": left}
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    "name",
+    ["extra.safetensors", "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "part/deep/x.pt"],
+)
+def test_a_file_of_weights_that_was_not_compared(sides: tuple[Path, Path], name: str, side: int) -> None:
+    path = sides[side] / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, {"x": np.ones(3, np.float32)})
+    assert remainder(*sides) == {"whole_change": None, "left_out": [], "not_compared": [name]}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoint-5/model.safetensors", "optimizer.pt"])
+def test_other_forms_and_other_saves_are_not_the_model(sides: tuple[Path, Path], name: str) -> None:
+    (sides[1] / name).parent.mkdir(exist_ok=True)
+    (sides[1] / name).write_bytes(b"other")
+    assert remainder(*sides) == WHOLE
+
+
+def test_one_shard_is_not_the_model(sides: tuple[Path, Path]) -> None:
+    shard = sides[0] / "model-00002-of-00003.safetensors"
+    assert remainder(shard, shard_of(sides[1], shard))["not_compared"] == ["the other 2 shards of 3"]
+
+
+def shard_of(folder: Path, like: Path) -> Path:
+    """The tuned tensors of a shard, in a file of their own."""
+    kept = raw_read(like).keys()
+    return raw_file(folder / "part.safetensors", {name: TUNED[name] for name in kept})
+
+
+def test_a_tensor_of_one_side_and_one_of_another_shape_are_left_out(tmp_path: Path) -> None:
+    base = raw_folder(tmp_path / "base", BASE | {"old": BASE["norm"], "odd": BASE["norm"]})
+    tuned = raw_folder(tmp_path / "tuned", TUNED | {"new": BASE["norm"], "odd": BASE["a.bias"]})
+    assert remainder(base, tuned) == WHOLE | {"whole_change": False, "left_out": ["new", "odd", "old"]}
+    chosen = ns.diff(base, tuned).select(changed=True)
+    plan = plan_extract(base, tuned, chosen)  # nothing was compared, but that much is known
+    assert plan.describe()["whole_change"] is False
+    assert plan.describe()["left_out"] == ["old", "new"]
+
+
+def test_quantized_scales_that_differ_are_left_out(tmp_path: Path) -> None:
+    codes = {"q.weight": ("F8_E4M3", np.ones((4, 4), "u1")), "q.weight_scale": ("F32", np.ones(1, "u4"))}
+    base = raw_folder(tmp_path / "base", BASE | codes)
+    scale = codes | {"q.weight_scale": ("F32", np.full(1, 2, "u4"))}
+    tuned = raw_folder(tmp_path / "tuned", TUNED | scale)
+    found = remainder(base, tuned)
+    assert found == WHOLE | {"whole_change": False, "left_out": ["q.weight_scale"]}
+
+
+def test_scores_that_do_not_cover_a_tensor(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """As a stranger may make them."""
+    scores = ns.diff(*sides, include=["*"])
+    facts = dict(scores.facts) | {"unscored": {}}
+    del facts["tensors"]["b.weight"]
+    arrays = {name: scores._file.array(name) for name in scores._file.tensors if "a.weight" in name}
+    save_file(arrays, tmp_path / "s.safetensors", {"neuron_scores": json.dumps(facts)})
+    plan = plan_extract(*sides, scores=ns.Scores.load(tmp_path / "s.safetensors"), budget={"changed": True})
+    found = plan.describe()
+    assert found["whole_change"] is None
+    assert sorted(found["not_compared"]) == ["a.bias", "b.weight", AGED, "norm"]
+
+
+AGED = "changes since the scores were made"
+
+
+def test_what_changed_since_the_scores_were_made(sides: tuple[Path, Path]) -> None:
+    """Fingerprints take in the ends of a tensor only."""
+    big = {"w.weight": ("F32", np.zeros((64, 512), "u4"))}
+    base, tuned = (raw_folder(path.parent / f"big {path.name}", big) for path in sides)
+    scores = ns.diff(base, tuned)
+    late = {"w.weight": ("F32", np.zeros((64, 512), "u4"))}
+    late["w.weight"][1][32] = 7
+    raw_file(tuned / "model.safetensors", late, {"format": "pt"})
+    plan = plan_extract(base, tuned, scores=scores, budget={"neurons": 1})
+    assert plan.describe()["whole_change"] is None
+    assert plan.describe()["not_compared"] == [AGED]
+
+
+def test_the_command_says_what_was_not_compared(
+    sides: tuple[Path, Path], neft: Callable[..., Result]
+) -> None:
+    every = ("--changed", "--include", "*", "--with-bias", "-o")
+    assert "bit for bit\n" in neft("extract", *sides, *every, "p").out
+    said = neft("extract", *sides, "--changed", "-o", "q").out
+    assert "NOT the tuned model" in said
+    assert "still different: a.bias, norm\n" in said
+    write_file(sides[1] / "extra.safetensors", {"x": np.ones(3, np.float32)})
+    said = neft("extract", *sides, *every, "r").out
+    assert "bit for bit, in all that was compared\nnot compared: extra.safetensors\n" in said

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/fs.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -16,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -193,6 +195,17 @@ ssize_t copy_file_range(int from, off64_t *start, int to, off64_t *place, size_t
     if (what == 1 || what == 3)
         return what == 1 ? -1 : 0;
     return REAL(copy_file_range)(from, start, to, place, what == 2 ? HALF(count) : count, flags);
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    va_list more;
+    va_start(more, request);
+    void *argument = va_arg(more, void *);
+    va_end(more);
+    if (request == FICLONE && ON_FD(COPY, fd) == 1)
+        return -1;
+    return REAL(ioctl)(fd, request, argument);
 }
 
 #define PLAIN(kind, on, name, parameters, arguments)                         \

@@ -79,13 +79,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit status (negative: the signal's number), its output, calls seen and failed."""
+    """How a run ended: exit status (negative: the signal's number), its output, calls seen and failed.
+
+    ``peak`` is the most memory it had, in bytes, with what it shares with the server.
+    """
 
     status: int
     out: str
     err: str
     seen: int
     hit: int
+    peak: int
 
 
 @functools.cache
@@ -138,7 +142,7 @@ class Runner:
         self.server.stdin.flush()
         answer = json.loads(self._receive())
         out, err = (log.read_text() for log in logs)
-        return Outcome(answer["status"], out, err, answer["seen"], answer["hit"])
+        return Outcome(answer["status"], out, err, answer["seen"], answer["hit"], answer["peak"])
 
     def verb(
         self, verb: str, *arguments: object, after: float | None = None, signal: int = 9, **options: object
@@ -154,9 +158,13 @@ class Runner:
         after: float | None = None,
         signal: int = 9,
         environment: Mapping[str, str] | None = None,
+        seconds: int | None = None,
+        files: int | None = None,
+        cwd: Path | None = None,
     ) -> Outcome:
-        """A command line."""
+        """A command line, in folder ``cwd``; SIGALRM ends it after ``seconds``, and it may open ``files``."""
         job: dict[str, Any] = {"words": [str(word) for word in words], "after": after, "signal": signal}
+        job |= {"seconds": seconds, "files": files, "cwd": cwd}
         if fault is not None:
             job["fault"] = fault.described()
         return self._request(job | {"environment": dict(environment or {})})

@@ -12,6 +12,7 @@ import ctypes
 import json
 import mmap
 import os
+import resource
 import signal
 import sys
 import time
@@ -47,9 +48,10 @@ def main() -> None:
         if job.get("after") is not None:
             time.sleep(job["after"])
             os.kill(child, job["signal"])  # not waited for yet, so the number is still this child's
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _, ended, usage = os.wait4(child, 0)
+        status, peak = os.waitstatus_to_exitcode(ended), usage.ru_maxrss * 1024
         seen, hit = (int.from_bytes(shared[place : place + 8], "little") for place in (0, 8))
-        print(json.dumps({"status": status, "seen": seen, "hit": hit}), flush=True)
+        print(json.dumps({"status": status, "seen": seen, "hit": hit, "peak": peak}), flush=True)
 
 
 def warm(ns: Any) -> None:
@@ -80,8 +82,12 @@ def work(job: dict[str, Any], verbs: dict[str, Any], run: Any, shared: mmap.mmap
         for number in (1, 2):
             os.dup2(os.open(job["log"][number - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.environ.update(job.get("environment", {}))
-        if "cwd" in job:
+        if job.get("cwd"):
             os.chdir(job["cwd"])
+        if job.get("files"):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (job["files"], job["files"]))
+        if job.get("seconds"):
+            signal.alarm(job["seconds"])  # ends the process
         if "fault" in job:
             arm(job["fault"])
         code = execute(job, verbs, run)

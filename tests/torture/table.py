@@ -9,6 +9,8 @@ from typing import Any
 __all__ = ["put_table", "table"]
 
 FEW = 4
+#: Faults that are counted by what reads a file.
+READERS = ("hostile file", "JSON of many or long values")
 BEGIN, END = "<!-- table: made by `make torture` -->", "<!-- end of table -->"
 
 
@@ -20,7 +22,7 @@ def table(figures: dict[str, Any]) -> Iterator[str]:
     for row in figures["rows"]:
         faults.setdefault(row["fault"], []).append(row)
     for fault, rows in faults.items():
-        what = "readers" if fault == "hostile file" else "commands"
+        what = "readers" if fault in READERS else "commands"
         works = ", ".join(row["work"] for row in rows) if len(rows) <= FEW else f"{len(rows)} {what}"
         yield f"| {fault} | {works} | {_total(rows, 'tried')} | {_total(rows, 'losses')} |"
     every = figures["rows"]

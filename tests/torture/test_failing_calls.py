@@ -112,10 +112,10 @@ class Fixtures:
     def words(self, name: str) -> list[str]:
         return [f"{self.root}/{word[1:]}" if word[0] == "@" else word for word in WORKS[name].words]
 
-    def learn(self, name: str, kinds: Call) -> int:
+    def learn(self, name: str, kinds: Call | None = None) -> int:
         """Run it without a fault: how many calls it makes, and its result."""
         self.prepare(name)
-        outcome = self.run(name, Fault(self.root, kinds, 1 << 40))
+        outcome = self.run(name, None if kinds is None else Fault(self.root, kinds, 1 << 40))
         assert outcome.status == 0, outcome.err
         assert outcome.hit == 0
         work = WORKS[name]
@@ -132,6 +132,10 @@ class Fixtures:
         assert "internal error" not in said, said
         if outcome.status > 0:
             assert 1 <= said.count("\n") <= 6, said
+        if outcome.status == 5:
+            (message,) = [line for line in said.splitlines() if line.startswith("neftsurgery:")]
+            assert str(self.root) in message or "state folder" in message, f"no file is named: {said}"
+            assert ".neft-" not in message.replace("neft-journal", ""), f"a name that nobody knows: {said}"
         if outcome.status == 0 and "there is no config.json" in said:
             return  # it vanished, it is said, and it is not needed
         if outcome.status == 0 and work.out is None and not work.changes:
@@ -183,6 +187,7 @@ def fixtures(faulty: Runner, tmp_path_factory: pytest.TempPathFactory) -> Fixtur
 
 
 CHANGING = Call.WRITE | Call.SYNC | Call.RENAME | Call.RESIZE | Call.COPY | Call.MKDIR | Call.MODE
+ON_DESCRIPTORS = Call.READ | Call.WRITE | Call.SYNC | Call.RESIZE | Call.COPY | Call.MODE | Call.MAP
 ASKING = Call.OPEN | Call.READ | Call.STAT | Call.LIST | Call.MAP
 
 
@@ -223,6 +228,11 @@ FAILURES = {
     ),
     "short read or write": Failure(Call.READ | Call.WRITE | Call.COPY, Style.SHORT, 0, ()),
     "file ends too soon": Failure(Call.READ, Style.END, 0, (3, 4, 5)),
+    "descriptors closed (EBADF), from a call on": Failure(ON_DESCRIPTORS, Style.ONWARD, errno.EBADF),
+    "copy_file_range fails (EIO), from a call on": Failure(Call.COPY, Style.ONWARD, errno.EIO, ()),
+    "copy_file_range fails (ENOSYS), from a call on": Failure(Call.COPY, Style.ONWARD, errno.ENOSYS, ()),
+    "copy_file_range fails (EXDEV), once": Failure(Call.COPY, Style.ONCE, errno.EXDEV, ()),
+    "copy_file_range copies nothing": Failure(Call.COPY, Style.END, 0, ()),
     "SIGKILL before a call": Failure(EVERY_CALL, Style.SIGNAL, signal.SIGKILL, (-9,), leaves=True),
     "SIGINT before a call": Failure(EVERY_CALL, Style.SIGNAL, signal.SIGINT, (130,)),
     "SIGTERM before a call": Failure(EVERY_CALL, Style.SIGNAL, signal.SIGTERM, (143,)),

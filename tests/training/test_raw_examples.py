@@ -16,7 +16,8 @@ GOOD = {"prompt": "a", "completion": "b"}
 
 def read(tmp_path: Path, *contents: Any, **options: Any) -> Any:
     path = tmp_path / "data.jsonl"
-    path.write_text("".join((c if isinstance(c, str) else json.dumps(c)) + "\n" for c in contents))
+    text = "".join((c if isinstance(c, str) else json.dumps(c)) + "\n" for c in contents)
+    path.write_text(text, "utf-8", "surrogateescape")
     return read_raw_examples(str(path), "train", **options)
 
 
@@ -27,10 +28,14 @@ def test_rows_know_their_line_and_kind(tmp_path: Path) -> None:
     assert len(read(tmp_path, GOOD, GOOD, GOOD, limit=2)) == 2
 
 
+def test_a_byte_order_mark_and_characters_beyond_the_basic_plane(tmp_path: Path) -> None:
+    rows = read(tmp_path, "\ufeff" + json.dumps({"text": "a"}), {"text": "\U0001f600"})
+    assert [row.content["text"] for row in rows] == ["a", "\U0001f600"]
+
+
 @pytest.mark.parametrize(
     ("bad", "why"),
     [
-        ('{"prompt": "a"', "not valid JSON"),
         ([1], "an example must be an object"),
         ({"prompt": "a"}, "two texts"),
         ({"prompt": "a", "completion": ""}, "empty"),
@@ -41,8 +46,32 @@ def test_rows_know_their_line_and_kind(tmp_path: Path) -> None:
     ],
 )
 def test_bad_rows_are_named_by_their_line(tmp_path: Path, bad: Any, why: str) -> None:
+    with pytest.raises(ns.MismatchError, match=rf"line 3: .*{why}"):
+        read(tmp_path, GOOD, "", bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ('{"prompt": "a"', "not valid JSON"),
+        ("prompt,completion", "not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": "a", "text": "b"}', "the key 'text' occurs twice"),
+        ('{"text": "a", "weight": NaN}', "NaN is not a finite number"),
+        ('{"text": "a \\ud83d"}', "half of a surrogate pair"),
+        ('{"text": "\udc80"}', "byte 10 is not UTF-8"),
+        ('{"text": "' + "a" * 10_000_000 + '"}', "larger than 10,000,000 bytes"),
+        ('{"text": "a", "more": [' + "[]," * 1_000_000 + "0]}", "too large: its 2,000,00"),
+    ],
+)
+def test_lines_that_are_not_json_are_damage(tmp_path: Path, bad: str, why: str) -> None:
     with pytest.raises(ns.CorruptFileError, match=rf"line 3: .*{why}"):
         read(tmp_path, GOOD, "", bad)
+
+
+def test_what_a_jsonl_file_is_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ns.CorruptFileError, match="has one JSON object on each line"):
+        read(tmp_path, "[")
 
 
 def test_a_template_makes_the_texts(tmp_path: Path) -> None:
@@ -51,7 +80,7 @@ def test_a_template_makes_the_texts(tmp_path: Path) -> None:
     (row,) = read(tmp_path, fields, template=template)
     assert row.content == {"prompt": "{y} 3 is", "completion": " b{q}"}
     for bad in ({"q": 3}, {**fields, "translation": ["en"]}, {**fields, "q": None}, {**fields, "q": [1]}):
-        with pytest.raises(ns.CorruptFileError, match="line 2: there is no text in the field"):
+        with pytest.raises(ns.MismatchError, match="line 2: there is no text in the field"):
             read(tmp_path, fields, bad, template=template)
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from recipes_support import make
-from support import snapshot
+from support import raw_folder, raw_read, snapshot
 
 import neftsurgery as ns
 from neftsurgery.training.train_plan import plan_train
@@ -125,6 +127,52 @@ def test_scores_of_another_base_are_refused(recipe: dict[str, Any], base: Path, 
     ns.diff(tmp_path / "other", base, out=tmp_path / "scores").close()
     with pytest.raises(ns.MismatchError, match="the scores are of another base"):
         plan_train(recipe | {"probe": {"by": "scores", "path": tmp_path / "scores"}})
+
+
+def test_a_fine_tune_under_another_prefix_is_read_with_the_keys_that_the_refusal_names(
+    recipe: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    tuned = {  # another last bit, in some elements
+        name: (kind, bits ^ (rng.random(bits.shape) < 0.1).astype(bits.dtype))
+        for name, (kind, bits) in raw_read(base / "model.safetensors").items()
+    }
+    config = json.loads((base / "config.json").read_text())
+    raw_folder(tmp_path / "plain", tuned, 1, config)
+    raw_folder(tmp_path / "wrapped", {f"module.{name}": one for name, one in tuned.items()}, 1, config)
+    probe = {"by": "tuned", "path": tmp_path / "wrapped"}
+    with pytest.raises(ns.MismatchError, match=r"under another prefix") as error:
+        plan_train({**recipe, "probe": probe})
+    assert str(error.value).endswith("probe.strip_prefix: module.")
+    found = plan_train({**recipe, "probe": {**probe, "strip_prefix": "module"}}).choice
+    expected = plan_train({**recipe, "probe": {"by": "tuned", "path": tmp_path / "plain"}}).choice
+    assert found.selection is not None
+    assert expected.selection is not None
+    assert found.selection.counts == expected.selection.counts
+
+
+@pytest.mark.parametrize("by", ["gradients", "tuned", "scores"])
+def test_a_number_that_may_be_meant_as_a_percentage_is_warned_of_by_its_key(
+    recipe: dict[str, Any], base: Path, tmp_path: Path, by: str
+) -> None:
+    """``select.neurons: 3`` trains three neurons; who means percent must say so."""
+    make(tmp_path / "tuned", 6)
+    select = {"neurons": "3", "anatomy": "rows"}
+    probe: dict[str, Any] = {"by": by}
+    if by == "scores":
+        ns.diff(base, tmp_path / "tuned", out=tmp_path / "scores").close()
+        probe["path"], select = tmp_path / "scores", {"neurons": "3"}
+    elif by == "tuned":
+        probe["path"] = tmp_path / "tuned"
+    said = [
+        text for text in plan_train(recipe | {"probe": probe, "select": select}).warnings if "percent" in text
+    ]
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"select\.neurons: 3 chooses 3 neurons of 1,\d{3}: 3 percent is select\.neurons: 3%", said[0]
+    )
+    few = recipe | {"probe": probe, "select": select | {"neurons": "3%"}}
+    assert not any("percent" in text for text in plan_train(few).warnings)
 
 
 def test_the_name_train_loads_no_torch() -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 import click
 
-from ...surgery.apply import plan_apply, undo_unfinished
+from ...surgery.apply import opened_patches, plan_apply, undo_unfinished
 from ...surgery.rebuild import RebuildPlan
 from ...surgery.rewrite import RewritePlan
 from ...text import plural, size
 from ..console import Console
-from ..options import output_option, stack, writing_options
+from ..options import output_option, stack, writing
 
-__all__ = ["command", "run_rewrite", "target_options"]
+__all__ = ["command", "rewriting_options", "run_rewrite", "target_options"]
 
 target_options = stack(
     output_option("OUT", text="The new checkpoint: a file for a file, else a folder."),
@@ -25,6 +25,12 @@ target_options = stack(
 )
 
 
+rewriting_options = writing(
+    force="Replace an existing output atomically. Also write to another model than PATCH was made for, "
+    "where only the fingerprint tells."
+)
+
+
 @click.command("apply")
 @click.argument("base")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
@@ -32,9 +38,22 @@ target_options = stack(
     "--to", type=int, metavar="N", help="Of a folder of lossless patches: up to the one with this number."
 )
 @target_options
-@writing_options
+@click.option(
+    "--sha256",
+    multiple=True,
+    metavar="HEX",
+    help="The SHA-256 that PATCH must have, as sha256sum shows it; of several PATCHes, one each, in order.",
+)
+@rewriting_options
 def command(
-    console: Console, base: str, patches: tuple[str, ...], in_place: bool, dry_run: bool, **options: Any
+    console: Console,
+    base: str,
+    patches: tuple[str, ...],
+    in_place: bool,
+    to: int | None,
+    sha256: tuple[str, ...],
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Write a patched checkpoint: BASE with the neurons of one or more PATCHes.
 
@@ -47,15 +66,18 @@ def command(
       neftsurgery apply base/ neuron_patch.safetensors -o patched/
       neftsurgery apply base.safetensors neuron_patch.safetensors --in-place
       neftsurgery apply base/ run/ --to 120 -o step-120/
+      neftsurgery apply base/ me/llama-french -o patched/ --sha256 9f86d081...
     """
+    loaded = opened_patches(patches, sha256, to)
     if in_place and not dry_run:
         undo_unfinished(base)
-    plan = plan_apply(base, patches, in_place=in_place, **options, **console.running)
+    plan = plan_apply(base, loaded, in_place=in_place, **options, **console.running)
     run_rewrite(console, plan, dry_run)
 
 
 def run_rewrite(console: Console, plan: RewritePlan | RebuildPlan, dry_run: bool) -> None:
     """Run an apply or revert, or say what it would do."""
+    console.warn(plan.warnings)
     facts = plan.describe()
     if dry_run:
         if isinstance(plan, RebuildPlan):
@@ -82,7 +104,7 @@ def _say_planned(console: Console, plan: RewritePlan) -> None:
         console.say(f"would write {what} of {where}")
     _note(console, plan)
     if plan.out is not None:
-        console.say(f"it takes {size(sum(shard.size for shard in plan.checkpoint.shards))}")
+        console.say(f"it takes {size(plan.nbytes)}")
 
 
 def _note(console: Console, plan: RewritePlan) -> None:

@@ -20,7 +20,7 @@ from ...patch.patch import Patch
 from ...text import plural
 from ..console import Console
 from ..demo.session import FILES_LINES, TRAINING_LINES, DemoSession, can_draw
-from ..options import common_options, dry_run_option
+from ..options import WholeNumber, common_options, dry_run_option
 
 __all__ = ["command"]
 
@@ -30,7 +30,7 @@ __all__ = ["command"]
 @click.option(
     "--files-only", is_flag=True, help="Only the demo on files: it takes seconds and needs no torch."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="The random seed of training.")
+@click.option("--seed", type=WholeNumber(min=0), default=0, help="The random seed of training.")
 @dry_run_option
 @common_options
 def command(console: Console, folder: str | None, files_only: bool, seed: int, dry_run: bool) -> int:

@@ -9,13 +9,14 @@ from typing import Any
 import click
 
 from ...checkpoint.checkpoint import Side
-from ...options import Scope, ScopeOptions, ScoreOptions, SeedOptions
+from ...checkpoint.name_prefixes import Prefixes
+from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
 from ...surgery.pairing import Pair
 from ...surgery.summary import Movement, Summary, summarize
-from ...text import commas, percent, plural, size
+from ...text import commas, percent, plural, size, some
 from ..console import Console, can_print
 from ..options import options_of, output_option, take, writing_options
 
@@ -30,7 +31,7 @@ _MAPPED = "3%"
 @click.argument("base")
 @click.argument("tuned")
 @output_option("SCORES", text="Write the scores to this file.")
-@options_of(ScoreOptions, ScopeOptions, SeedOptions)
+@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
 @writing_options
 def command(
     console: Console, base: str, tuned: str, out: str | None, score: str, dry_run: bool, **options: Any
@@ -48,7 +49,8 @@ def command(
       neftsurgery diff meta-llama/Llama-3.2-1B my-fine-tune/ --anatomy ffn
     """
     scope = Scope(**take(options, ScopeOptions))
-    plan = plan_diff(base, tuned, scope=scope, score=score, out=out, **options)
+    prefixes = Prefixes.of(**take(options, PrefixOptions))
+    plan = plan_diff(base, tuned, scope=scope, prefixes=prefixes, score=score, out=out, **options)
     _say_pair(console, plan.pair)
     facts = plan.describe()
     if dry_run:
@@ -91,20 +93,18 @@ def _say_pair(console: Console, plan: Pair) -> None:
     reasons = Counter(entry.reason.partition(":")[0] for entry in plan.anatomy.listed)
     if reasons:
         console.say("not scored: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common()))
-    for what, names in (("only in base", plan.only_base), ("only in tuned", plan.only_tuned)):
+    joined = plan.joined
+    for what, names in (("only in base", joined.only_base), ("only in tuned", joined.only_tuned)):
         if names:
-            console.say(f"{what}: {_some(names)}")
+            console.say(f"{what}: {some(names)}")
+    if joined.copies:
+        console.say(f"tied: {some([f'{copy} is {name}' for copy, name in joined.copies.items()])}")
     if plan.differing:
         shown = [f"{name} ({a} and {b})" for name, (a, b) in plan.differing.items()]
-        console.say(f"of another shape or dtype: {_some(shown)}")
-    console.warn(plan.anatomy.warnings)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(name[:120] for name in names[:_SHOWN]) + (
-        f" and {commas(more)} more" if more > 0 else ""
-    )
+        console.say(f"of another shape or dtype: {some(shown)}")
+    if plan.not_compared:
+        console.say(f"not compared: {some(plan.not_compared)}")
+    console.warn(plan.warnings)
 
 
 def _say_summary(console: Console, summary: Summary, score: str) -> None:
@@ -112,11 +112,16 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
     console.say()
     if summary.nonfinite:
         console.say(f"{plural(summary.nonfinite, 'neuron')} hold a NaN or Inf, and are never chosen by score")
+    if summary.identical and not summary.unscored_changed:
+        console.say("The two are identical in every scored neuron, and in all else that was compared.")
+        return
+    if summary.unscored_changed:
+        console.say(f"not scored, and different: {some(summary.unscored_changed)}")
     if summary.identical:
-        console.say("The two are identical in every scored neuron.")
+        console.say("In the scored neurons nothing differs.")
         return
     same = summary.neurons - summary.changed_neurons
-    console.say(_relation(summary))
+    console.say(*_relation(summary))
     if same:
         console.say(
             f"{plural(same, 'neuron')} of {commas(summary.neurons)} are bit-identical "
@@ -125,31 +130,31 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
     _say_movements(console, "layers that moved most", summary.layers)
     _say_movements(console, "kinds of weight that moved most", summary.kinds)
     if summary.top:
-        console.say(f"\nmost sensitive neurons ({score})")
+        console.say("", f"most sensitive neurons ({score})")
         rows = [[f"{n.score:.4g}", f"{n.tensor[:120]} [{n.index}]"] for n in summary.top[:_SHOWN]]
         console.say_table(rows, right=[0])
     if summary.captured:
-        console.say("\nshare of the whole change that the most sensitive neurons hold")
+        console.say("", "share of the whole change that the most sensitive neurons hold")
         rows = [[f"top {budget}", percent(share)] for budget, share in summary.captured.items()]
         console.say_table(rows, right=[0, 1])
     console.say()
 
 
-def _relation(summary: Summary) -> str:
+def _relation(summary: Summary) -> list[str]:
     text = f"cosine {summary.cosine:.6f} over all scored weights, relative change {summary.relative:.3g}"
     if summary.related:
-        return f"The two are related: {text}."
-    return (
-        f"The two do NOT look related: {text}. Independent models have a cosine near 0;\n"
-        "is this the base that the other was tuned from?"
-    )
+        return [f"The two are related: {text}."]
+    return [
+        f"The two do NOT look related: {text}. Independent models have a cosine near 0;",
+        "is this the base that the other was tuned from?",
+    ]
 
 
 def _say_movements(console: Console, title: str, movements: Sequence[Movement]) -> None:
     if not movements:
         return
     most = max(movement.relative for movement in movements)
-    console.say(f"\n{title} (relative change, share of the change)")
+    console.say("", f"{title} (relative change, share of the change)")
     rows = [
         [
             movement.name[:80],

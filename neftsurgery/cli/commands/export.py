@@ -10,7 +10,7 @@ from ...progress import Timing
 from ...surgery.export import plan_export
 from ...text import commas, plural, size
 from ..console import Console
-from ..options import base_option, output_option, writing_options
+from ..options import WholeNumber, base_option, output_option, writing_options
 
 __all__ = ["command"]
 
@@ -24,7 +24,7 @@ __all__ = ["command"]
 @base_option
 @click.option(
     "--rank",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     metavar="N",
     help="Pad to this rank. Default: the next rank that vLLM takes.",
 )

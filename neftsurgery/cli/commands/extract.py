@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from ...checkpoint.name_prefixes import Prefixes
 from ...errors import UsageError
 from ...options import (
     BudgetOptions,
     LosslessOptions,
+    PrefixOptions,
     Scope,
     ScopeOptions,
     ScoreOptions,
@@ -22,9 +24,9 @@ from ...progress import Timing
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...selection.selection_facts import SelectionFacts
-from ...surgery.extract import ExtractPlan, is_whole_change, plan_extract
+from ...surgery.extract import ExtractPlan, Remainder, plan_extract
 from ...surgery.lossless import plan_lossless
-from ...text import commas, percent, plural, size
+from ...text import commas, percent, plural, size, some
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
 
@@ -43,7 +45,7 @@ __all__ = ["command"]
     is_flag=True,
     help="Keep the replaced values too: revert then needs no base, and the patch is twice as large.",
 )
-@options_of(ScoreOptions, ScopeOptions, SeedOptions)
+@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
 @writing_options
 def command(
     console: Console,
@@ -89,6 +91,7 @@ def command(
         None if selection is None else Selection.load(selection),
         scores=None if scores is None else Scores.load(scores),
         scope=scope,
+        prefixes=Prefixes.of(**take(options, PrefixOptions)),
         **score,
         budget=budget,
         inputs=inputs,
@@ -136,18 +139,18 @@ def _extract_whole(
 
 
 def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> None:
-    chosen, total = plan.selection, plan.base.parameters
+    chosen, total = plan.selection, plan.parameters
     console.say(
         f"{'would cut' if dry_run else 'cut'} {plural(chosen.neurons, 'neuron')} "
         f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
-    _say_captured(console, plan.facts, whole=is_whole_change(plan))
+    _say_captured(console, plan.facts, plan.remainder)
     share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
     console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
 
 
-def _say_captured(console: Console, facts: SelectionFacts, *, whole: bool | None) -> None:
+def _say_captured(console: Console, facts: SelectionFacts, rest: Remainder | None) -> None:
     """Say what share of the change a selection holds, and whether base plus patch is the tuned model."""
     captured, scored = facts.captured, facts.captured_scored
     if captured is not None:
@@ -155,12 +158,18 @@ def _say_captured(console: Console, facts: SelectionFacts, *, whole: bool | None
             f"it captures {percent(captured)} of the whole change"
             + (f" ({percent(scored)} of that of the scored tensors)" if scored is not None else "")
         )
-    if whole:
-        console.say("base plus patch is the tuned model, bit for bit")
-    elif whole is None:
+    if rest is None:
         console.say("base plus patch is the tuned model only if nothing else was changed")
-    else:
+        return
+    if rest.left:
         console.say("base plus patch is NOT the tuned model: it has only these neurons of it")
+        console.say(f"still different: {some(rest.left)}")
+    elif rest.not_compared:
+        console.say("base plus patch is the tuned model, bit for bit, in all that was compared")
+    else:
+        console.say("base plus patch is the tuned model, bit for bit")
+    if rest.not_compared:
+        console.say(f"not compared: {some(rest.not_compared)}")
 
 
 def _refuse(names: Iterable[str], given: str, why: str) -> None:

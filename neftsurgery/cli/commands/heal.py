@@ -54,8 +54,7 @@ def _say(console: Console, plan: HealPlan) -> None:
         facts = restoration.describe()
         whose = "written here by you" if facts["recorded"] else "NOT known to be yours"
         console.say(f"{facts['journal']} ({whose})")
-        neurons = sum(tensor["neurons"] for tensor in facts["tensors"])
-        console.say(f"would write {plural(neurons, 'neuron')} ({size(facts['bytes'])}) into")
+        console.say(f"would write {plural(restoration.neurons, 'neuron')} ({size(facts['bytes'])}) into")
         for file in facts["files"]:
             console.say(f"  {file}")
         rows = [

@@ -15,8 +15,9 @@ __all__ = ["command"]
 @click.command("pull")
 @click.argument("named", metavar="ORG/NAME[@REV]")
 @output_option("PATCH", required=True, text="Write the patch to this file.")
+@click.option("--sha256", metavar="HEX", help="The SHA-256 that the file must have, as push shows it.")
 @writing_options
-def command(console: Console, named: str, out: str, force: bool, dry_run: bool) -> None:
+def command(console: Console, named: str, out: str, sha256: str | None, force: bool, dry_run: bool) -> None:
     """Fetch a patch from the Hugging Face Hub, and check all of its hashes.
 
     Commands that take a PATCH also take ORG/NAME[@REV]: use pull only if you need the file itself.
@@ -25,8 +26,9 @@ def command(console: Console, named: str, out: str, force: bool, dry_run: bool) 
     Example:
       neftsurgery pull me/llama-french -o neuron_patch.safetensors
       neftsurgery pull me/llama-french@v2 -o neuron_patch.safetensors --force
+      neftsurgery pull me/llama-french -o neuron_patch.safetensors --sha256 9f86d081...
     """
-    plan = plan_pull(named, out, force=force)
+    plan = plan_pull(named, out, sha256=sha256, force=force)
     answer = plan.describe() | {"dry_run": dry_run}
     if dry_run:
         console.say(f"would {plan}")

@@ -12,6 +12,8 @@ from ..options import common_options, dry_run_option
 
 __all__ = ["command"]
 
+_DONE = ("commit", "url", "created", "created_branch", "changed")
+
 
 @click.command("push")
 @click.argument("patch")
@@ -54,10 +56,9 @@ def command(console: Console, patch: str, repo: str, dry_run: bool, **options: A
     console.warn(plan.warnings)
     answer = plan.describe() | {"dry_run": dry_run}
     if dry_run:
-        console.say(plan.card)
-        console.say(f"would {plan}")
+        console.say(*plan.card.split("\n"), *f"would {plan}".split("\n"))
     else:
         done = plan.run()
-        console.say(str(done))
-        answer |= {key: getattr(done, key) for key in ("commit", "url", "created", "changed")}
+        console.say(*str(done).split("\n"))
+        answer |= {key: getattr(done, key) for key in _DONE}
     console.answer(answer)

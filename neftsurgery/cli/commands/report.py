@@ -18,7 +18,7 @@ from ...reporting.inputs import PatchInput
 from ...reporting.report import Report, ReportPlan, plan_report
 from ...text import plural, size
 from ..console import Console
-from ..options import options_of, output_option, stack, take_budget, writing_options
+from ..options import WholeNumber, options_of, output_option, stack, take_budget, writing_options
 
 if TYPE_CHECKING:
     from ...neuron_utilization.utilization import UtilizationPlan
@@ -53,13 +53,13 @@ _utilization_options = stack(
     ),
     click.option(
         "--tokens",
-        type=click.IntRange(min=1),
+        type=WholeNumber(min=1),
         metavar="N",
         help=f"The largest number of tokens of the text. Default: {TOKENS}.",
     ),
     click.option(
         "--batch",
-        type=click.IntRange(min=1),
+        type=WholeNumber(min=1),
         metavar="N",
         help=f"The number of tokens that go through the model at once. Default: {BATCH}.",
     ),

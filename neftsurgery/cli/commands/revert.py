@@ -8,8 +8,8 @@ import click
 
 from ...surgery.apply import plan_revert, undo_unfinished
 from ..console import Console
-from ..options import base_option, writing_options
-from .apply import run_rewrite, target_options
+from ..options import base_option
+from .apply import rewriting_options, run_rewrite, target_options
 
 __all__ = ["command"]
 
@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.argument("patch")
 @target_options
 @base_option
-@writing_options
+@rewriting_options
 def command(
     console: Console, checkpoint: str, patch: str, in_place: bool, dry_run: bool, **options: Any
 ) -> None:

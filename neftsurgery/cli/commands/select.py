@@ -10,7 +10,7 @@ from ...options import BudgetOptions, SeedOptions, SelectOptions
 from ...scoring.scores import Scores
 from ...selection.selection import Selection
 from ...surgery.select import plan_select
-from ...text import commas, percent, plural
+from ...text import commas, natural_key, percent, plural
 from ..console import Console
 from ..options import options_of, output_option, take_budget, writing_options
 
@@ -35,6 +35,7 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
     budget, inputs = take_budget(options, SelectOptions)
     with Scores.load(scores) as loaded:
         plan = plan_select(loaded, budget, out=out, inputs=inputs, force=force)
+        console.warn(plan.warnings)
         selection, facts = plan.selection, plan.describe()
         if not dry_run:
             plan.run()
@@ -54,5 +55,5 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
 
 
 def _largest(selection: Selection, count: int = 5) -> list[list[str]]:
-    most = sorted(selection, key=lambda chosen: (-len(chosen.index), chosen.info.name))[:count]
+    most = sorted(selection, key=lambda chosen: (-len(chosen.index), natural_key(chosen.info.name)))[:count]
     return [[c.info.name[:120], commas(len(c.index)), f"of {commas(c.layout.count)}"] for c in most]

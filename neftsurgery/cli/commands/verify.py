@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from ...surgery.verify import JOURNAL_HINT, TensorState, plan_verify
+from ...text import natural_key
 from ..console import Console
 from ..options import common_options
 
@@ -30,14 +31,19 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     Example:
       neftsurgery verify patched/ neuron_patch.safetensors --expect patched
     """
-    found = plan_verify(checkpoint, patch).run(**console.running)
+    plan = plan_verify(checkpoint, patch)
+    console.warn(plan.warnings)
+    found = plan.run(**console.running)
     good = found.holds(expect)
-    console.say(str(found))
+    console.say(str(found).partition("\n")[0])
     if found.state in ("mixed", "neither"):
-        odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in found.tensors.items()]
+        tensors = sorted(found.tensors.items(), key=lambda item: natural_key(item[0]))
+        odd = [[name[:120], tensor.state, _counts(tensor)] for name, tensor in tensors]
         console.say_table(odd, shown=_SHOWN, rest="more; see them with --json")
     if any(tensor.neither for tensor in found.tensors.values()):
         console.note(f"note: {JOURNAL_HINT}")
+    if found.remark is not None:
+        console.note(f"note: {found.remark}")
     if not good:
         wanted = expect or "base or patched"
         console.note(f"neftsurgery: {checkpoint}: expected {wanted}, found {found.state}")
@@ -46,7 +52,10 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
             "state": found.state,
             "expected": expect,
             "ok": good,
+            "same_base": found.same_base,
+            "remark": found.remark,
             "neurons": found.neurons,
+            "warnings": list(plan.warnings),
             "tensors": {name: {"state": t.state, **asdict(t)} for name, t in found.tensors.items()},
         },
         found.timing,

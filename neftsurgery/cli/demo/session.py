@@ -44,7 +44,7 @@ class DemoSession:
 
     def heading(self, text: str) -> None:
         """Begin a part of the demo."""
-        self.console.say(f"\n== {text}")
+        self.console.say("", f"== {text}")
 
     def run_command(self, line: str) -> None:
         """Show a command and run it."""

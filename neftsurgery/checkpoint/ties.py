@@ -1,0 +1,195 @@
+"""Tied tensors: several names of a model for one tensor, of which its files hold one, or equal copies.
+
+As transformers loads them: if the config ties the names, one that the files lack is the other, and two that
+are equal are one tensor; two that differ are not tied. ``safetensors.torch.save_model`` says in a file's
+metadata under which name it kept a tensor. Where a config says nothing, the files decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..neurons.ties import is_head, stated_tie, tie_groups
+from ..tensors.header import TensorInfo
+from ..text import label, natural_key
+from .checkpoint import Checkpoint, Side
+from .provenance import same_tensor
+
+__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "with_tied_names"]
+
+_FIRST = 64 << 10  # bytes that tell most tensors apart
+_PIECE = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A base and a tuned model, whose tensors are found under the names of the base."""
+
+    tuned: Side
+    copies: Mapping[str, str]  # tensors of the base that are another one of it, on both sides; and that one
+    untied: Mapping[str, str]  # tensors of the base that are another one of it, but not in the tuned model
+    only_base: tuple[str, ...]
+    only_tuned: tuple[str, ...]
+    notes: tuple[str, ...]  # where config and files disagree
+
+
+def join(base: Checkpoint, tuned: Side) -> Joined:
+    """Find out which tensors are one. Reads those of one side that may be equal, until they differ."""
+    sides = (_Ties.of(base), _Ties.of(tuned))
+    aliases, copies, untied = dict[str, str](), dict[str, str](), dict[str, str]()
+    settled, notes = set[str](), list[str]()
+    for group in _groups(sides, {**base.tensors, **tuned.tensors}):
+        here, there = (side.stored(group) for side in sides)
+        a = sides[0].meaning(group, here, there)
+        b = sides[1].meaning(group, there, here)
+        notes += [*sides[0].notes(group, here), *sides[1].notes(group, there)]
+        first: dict[tuple[str, str], str] = {}
+        for name in sorted(group, key=lambda name: name not in here):  # else embeddings first
+            if name not in a or name not in b:
+                continue
+            one = first.setdefault((a[name], b[name]), name)
+            if name not in here:
+                settled |= {name} if one in here else set()
+            elif one != name:
+                copies[name] = one
+            else:
+                aliases |= {name: b[name]} if name not in there else {}
+                untied |= {name: a[name]} if a[name] != name else {}
+    seen = tuned.under(aliases) if isinstance(tuned, Checkpoint) else tuned
+    for name, one in untied.items():
+        notes.append(
+            f"{tuned.name} has {label(name)} apart from {label(one)}: in {base.name} they are one tensor"
+        )
+    only_base = base.tensors.keys() - tuned.tensors.keys() - aliases.keys() - copies.keys()
+    only_tuned = tuned.tensors.keys() - base.tensors.keys() - settled
+    base_alone, tuned_alone = (tuple(sorted(names, key=natural_key)) for names in (only_base, only_tuned))
+    return Joined(seen, copies, untied, base_alone, tuned_alone, tuple(notes))
+
+
+def with_tied_names(checkpoint: Checkpoint, wanted: Iterable[TensorInfo]) -> Checkpoint:
+    """The checkpoint; those of ``wanted`` that it holds under a tied name are found under their own, too."""
+    absent = {info.name: info for info in wanted if info.name not in checkpoint.tensors}
+    aliases: dict[str, str] = {}
+    if absent:
+        side = _Ties.of(checkpoint)
+        for group in _groups((side,), {**checkpoint.tensors, **absent}):
+            meaning = side.meaning(group, side.stored(group), {})
+            aliases |= {name: meaning[name] for name in group if name in absent and name in meaning}
+    return checkpoint.under(aliases)
+
+
+def stored_ties(
+    checkpoint: Checkpoint, about: Iterable[str] | None = None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """By stored tensor of a tie, all that are one with it, embeddings first. And notes, as `Joined` has them.
+
+    Only of tensors that may be tied to one of ``about``. Reads them.
+    """
+    side, wanted = _Ties.of(checkpoint), None if about is None else set(about)
+    same, notes = dict[str, list[str]](), list[str]()
+    for group in _groups((side,), checkpoint.tensors):
+        if wanted is None or not wanted.isdisjoint(group):
+            stored = side.stored(group)
+            notes += side.notes(group, stored)
+            for name, home in stored.items():
+                same[name] = same.setdefault(home, [])
+                same[name].append(name)
+    return {name: names for name, names in same.items() if len(names) > 1}, notes
+
+
+def missing_tensors(side: Side) -> list[str]:
+    """The tensors that an index lists and no file has, without those that are tied to one that is there."""
+    absent = set(side.absent) if isinstance(side, Checkpoint) else set[str]()
+    ties = _Ties.of(side)
+    for group in tie_groups([*side.tensors, *absent], ties.saved.items()) if absent else ():
+        absent -= ties.meaning(group, {name: name for name in group if name in side.tensors}, {}).keys()
+    return sorted(absent)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ties:
+    """What the config and the metadata of one model say, and what is equal in its files."""
+
+    side: Side
+    stated: bool | None  # whether the config ties heads to embeddings
+    saved: Mapping[str, str]  # by a name that was not saved, the one that was
+
+    @classmethod
+    def of(cls, side: Side) -> _Ties:
+        pairs = [pair for shard in side.shards for pair in shard.header.metadata.items()]
+        saved = {a: b for a, b in pairs if a not in side.tensors and b in side.tensors}
+        return cls(side, stated_tie(side.config), saved)
+
+    def stored(self, group: Iterable[str]) -> dict[str, str]:
+        """The tensors of ``group`` that the files hold; each with the first that is the same."""
+        tensors = self.side.tensors
+        names = [name for name in group if name in tensors and tensors[name].name == name]
+        equal = _equal_tensors(self.side, names)
+        apart = self.stated is False
+        homes: dict[tuple[str, bool], str] = {}
+        return {name: homes.setdefault((equal[name], apart and is_head(name)), name) for name in names}
+
+    def meaning(
+        self, group: Iterable[str], stored: Mapping[str, str], other: Mapping[str, str]
+    ) -> dict[str, str]:
+        """By name, the stored tensor that it is, if that is known; ``other``: what the other side holds."""
+        found = dict(stored)
+        # If nothing is stated, a head that is not an embedding on the other side tells against a tie.
+        tied = self.stated is True or (self.stated is None and len(set(other.values())) < 2)
+        kinds = {head: {stored[one] for one in stored if is_head(one) == head} for head in (False, True)}
+        for name in group:
+            likely = kinds[is_head(name)] or (kinds[not is_head(name)] if tied else set())
+            if name not in found and self.saved.get(name) in stored:
+                found[name] = stored[self.saved[name]]
+            elif name not in found and len(likely) == 1:
+                found[name] = next(iter(likely))
+        return found
+
+    def notes(self, group: Iterable[str], stored: Mapping[str, str]) -> Iterator[str]:
+        """Where config and files disagree about the head and an embedding of ``group``."""
+        embedding = next((name for name in stored if not is_head(name)), None)
+        head = next((name for name in group if is_head(name)), None)
+        if self.stated is None or embedding is None or head is None:
+            return
+        tied = "tied" if self.stated else "not tied"
+        said = f"{self.side.name}: config.json says that {label(head)} is {tied} to {label(embedding)}"
+        if self.stated and head in stored and stored[head] != stored[embedding]:
+            yield f"{said}, but the two differ in the files: they count as two tensors"
+        elif not self.stated and head not in stored:
+            yield f"{said}, but the files hold only the latter"
+        elif not self.stated and len(set(_equal_tensors(self.side, [embedding, head]).values())) == 1:
+            yield f"{said}, but the two are equal in the files: they count as two tensors"
+
+
+def _groups(sides: Iterable[_Ties], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """Names that may be one tensor, all of one shape and dtype."""
+    known = [pair for side in sides for pair in side.saved.items()]
+    for group in tie_groups(tensors, known):
+        kinds: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        for name in group:
+            info = tensors.get(name)
+            if info is not None and all(same_tensor(info, s.side.tensors.get(name, info)) for s in sides):
+                kinds.setdefault((info.dtype, info.shape), []).append(name)
+        yield from (names for names in kinds.values() if len(names) > 1)
+
+
+def _equal_tensors(side: Side, names: Collection[str]) -> dict[str, str]:
+    """By name, a text that is the same for tensors with the same bytes."""
+    if len(names) < 2:
+        return dict(zip(names, names, strict=True))
+    found = {name: _digest(side, name, _FIRST) for name in names}
+    count = Counter(found.values())
+    alike = [name for name in names if count[found[name]] > 1]
+    return found | {name: _digest(side, name, side.tensors[name].nbytes) for name in alike}
+
+
+def _digest(side: Side, name: str, most: int) -> str:
+    state, size = hashlib.blake2b(), min(most, side.tensors[name].nbytes)
+    for start in range(0, size, _PIECE):
+        buffer = bytearray(min(_PIECE, size - start))
+        side.read_into(name, start, memoryview(buffer))
+        state.update(buffer)
+    return state.hexdigest()
