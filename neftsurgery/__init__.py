@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .checkpoint.healing import HealResult, heal
     from .hub.pull import pull
     from .hub.push import PushResult, push
+    from .live.apply_live import apply_live
     from .neuron_utilization.result import Utilization
     from .neuron_utilization.utilization import utilization
     from .patch.lossless import LosslessPatch
@@ -73,6 +74,7 @@ __all__ = [
     "Verification",
     "__version__",
     "apply",
+    "apply_live",
     "attach",
     "diff",
     "export_lora",
@@ -107,6 +109,7 @@ _HOMES = {
     "Utilization": "neuron_utilization.result",
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
+    "apply_live": "live.apply_live",
     "attach": "tuning.attach",
     "diff": "surgery.diff",
     "export_lora": "surgery.export",

@@ -199,8 +199,9 @@ def _speed(nbytes: int, seconds: list[float]) -> tuple[str, str]:
     return f"{statistics.median(speeds):.0f}", f"({min(speeds):.0f}-{max(speeds):.0f})"
 
 
-PREFACE = """Made by `python -m benchmarks lossless`: fine-tunes of all-MiniLM-L6-v2 (22.7M parameters, rounded
-to bf16 before), on one core, in one run. Speeds are bytes of the tuned file per second of processor time: the
-median of the rounds and their range. "SFT" is AdamW at 2e-5 in float32 on this project's documentation, "RL" a
-single step at 1e-6. The entropy is that of the differences given the exponent of the base's element, by kind of
-tensor: what no code of this kind can go below."""
+PREFACE = """Made by `python -m benchmarks lossless`: fine-tunes of all-MiniLM-L6-v2 (22.7M parameters,
+rounded to bf16 before), on one core, in one run. Speeds are bytes of the tuned file per second
+of processor time: the median of the rounds and their range. "SFT" is AdamW at 2e-5 in float32
+on this project's documentation, "RL" a single step at 1e-6. The entropy is that of the
+differences given the exponent of the base's element, by kind of tensor: what no code of this
+kind can go below."""

@@ -170,8 +170,8 @@ class ExtractPlan:
 
 @overload
 def extract(
-    base: AnyPath,
-    tuned: AnyPath,
+    base: AnyPath | Mapping[str, Any],
+    tuned: AnyPath | Mapping[str, Any],
     *,
     lossless: Literal[True],
     fast: bool = False,
@@ -199,8 +199,8 @@ def extract(
 
 @boundary
 def extract(
-    base: AnyPath,
-    tuned: AnyPath,
+    base: AnyPath | Mapping[str, Any],
+    tuned: AnyPath | Mapping[str, Any],
     selection: Selection | None = None,
     *,
     scores: Scores | None = None,
@@ -218,7 +218,7 @@ def extract(
     ----------
     base, tuned:
         Checkpoints: a file, a folder, or a Hub id; ``tuned`` may be a PEFT LoRA adapter of the base, and
-        counts as merged into it.
+        counts as merged into it. With ``lossless`` also mappings of names to tensors, of numpy or torch.
     selection:
         The neurons to cut out. None: choose them by ``scores`` and a budget.
     scores:
@@ -266,6 +266,8 @@ def extract(
         return whole.run(**machine)
     if fast or weights_only:
         raise UsageError(f"[[{'fast' if fast else 'weights_only'}]] is for [[lossless]] patches only")
+    if isinstance(base, Mapping) or isinstance(tuned, Mapping):
+        raise UsageError("tensors in memory are taken with [[lossless=True]] only")
     plan = plan_extract(
         base,
         tuned,

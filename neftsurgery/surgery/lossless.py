@@ -7,14 +7,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
-from ..checkpoint.weight_files import INDEX_NAME
+from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
 from ..coding.elements import Carrier
@@ -40,7 +41,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
-from ..tensors.header import TensorInfo
+from ..tensors.header import FilePlan, TensorInfo, parse_header
 from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
 from .pairing import open_sides
@@ -62,8 +63,8 @@ _Pair: TypeAlias = tuple[Carrier, Carrier]  # a block of the source, and the sam
 class LosslessPlan:
     """What would be written. Made by `plan_lossless`; nothing is written yet."""
 
-    base: Checkpoint
-    tuned: Checkpoint
+    base: Checkpoint | TensorsInMemory
+    tuned: Checkpoint | TensorsInMemory
     side: tuple[Path, ...]  # of the tuned checkpoint
     not_carried: tuple[str, ...]
     reversible: bool
@@ -79,10 +80,10 @@ class LosslessPlan:
             "base": self.base.name,
             "tuned": self.tuned.name,
             "tensors": len(self.tuned.tensors),
-            "files": [shard.path.name for shard in self.tuned.shards],
+            "files": [file.name for file in _weight_files(self.tuned)],
             "side_files": [path.name for path in self.side],
             "not_carried": list(self.not_carried),
-            "tuned_bytes": sum(shard.size for shard in self.tuned.shards),
+            "tuned_bytes": sum(file.nbytes for file in _weight_files(self.tuned)),
             "reversible": self.reversible,
             "fast": self.fast,
             "out": None if self.out is None else str(self.out),
@@ -95,7 +96,7 @@ class LosslessPlan:
         with watch.running():
             ways = [_Way("forward", self.base, self.tuned, self.side, self.fast)]
             if self.reversible:
-                back = () if self.base.is_file or self.weights_only else _side_files(self.base)[0]
+                back = () if self.weights_only else _side_files(self.base)[0]
                 ways.append(_Way("backward", self.tuned, self.base, back, self.fast))
             manifest = self._manifest()
             room = dump(PATCH_KEY, manifest | {"content_hash": HASH_PREFIX + "0" * 32})
@@ -136,8 +137,8 @@ class LosslessPlan:
 
 
 def plan_lossless(
-    base: AnyPath,
-    tuned: AnyPath,
+    base: AnyPath | Mapping[str, Any],
+    tuned: AnyPath | Mapping[str, Any],
     *,
     reversible: bool = False,
     fast: bool = False,
@@ -146,6 +147,29 @@ def plan_lossless(
     force: bool = False,
 ) -> LosslessPlan:
     """Check everything that a lossless `extract` needs; nothing is written. Raises as `extract`."""
+    first, second = _opened(base, tuned)
+    if not any(counterpart(info, first.tensors) for info in second.tensors.values()):
+        raise MismatchError(
+            "the checkpoints have no tensor in common", file=second.name, hint="are they of one model?"
+        )
+    if out is not None:
+        sides = [side.source.path for side in (first, second) if isinstance(side, Checkpoint)]
+        refuse_output(out, inputs=sides, force=force, kind="file")
+    carried, others = _side_files(second)
+    if weights_only:
+        others = (*others, *(path.name for path in carried if path.name != INDEX_NAME))
+        carried = tuple(path for path in carried if path.name == INDEX_NAME)
+    place = None if out is None else Path(out)
+    return LosslessPlan(first, second, carried, others, reversible, fast, weights_only, place, force)
+
+
+def _opened(
+    base: AnyPath | Mapping[str, Any], tuned: AnyPath | Mapping[str, Any]
+) -> tuple[Checkpoint | TensorsInMemory, Checkpoint | TensorsInMemory]:
+    if isinstance(base, Mapping) or isinstance(tuned, Mapping):
+        if not (isinstance(base, Mapping) and isinstance(tuned, Mapping)):
+            raise UsageError("tensors in memory and files are not compared", hint="give two of one kind")
+        return TensorsInMemory(base, "base"), TensorsInMemory(tuned, "tuned")
     first, second = open_sides(base, tuned)
     if not isinstance(second, Checkpoint):
         raise UsageError(
@@ -159,22 +183,13 @@ def plan_lossless(
         names = () if checkpoint.is_file else tuple(shard.path.name for shard in checkpoint.shards)
         if not all(name.endswith(".safetensors") for name in names):
             raise UsageError("a weight file of the folder does not end in .safetensors", file=checkpoint.name)
-    if not any(counterpart(info, first.tensors) for info in second.tensors.values()):
-        raise MismatchError(
-            "the checkpoints have no tensor in common", file=second.name, hint="are they of one model?"
-        )
-    if out is not None:
-        refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    carried, others = ((), ()) if second.is_file else _side_files(second)
-    if weights_only:
-        others = (*others, *(path.name for path in carried if path.name != INDEX_NAME))
-        carried = tuple(path for path in carried if path.name == INDEX_NAME)
-    place = None if out is None else Path(out)
-    return LosslessPlan(first, second, carried, others, reversible, fast, weights_only, place, force)
+    return first, second
 
 
-def _side_files(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def _side_files(checkpoint: Checkpoint | TensorsInMemory) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """The files beside the weights that a patch carries, and the names of those that it does not."""
+    if isinstance(checkpoint, TensorsInMemory) or checkpoint.is_file:
+        return (), ()
     weights = {shard.path.name for shard in checkpoint.shards}
     carried, others = list[Path](), list[str]()
     for path in sorted(checkpoint.root.iterdir()):
@@ -189,7 +204,12 @@ def _side_files(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ..
     return tuple(carried), tuple(others)
 
 
-def _weight_files(checkpoint: Checkpoint) -> tuple[WeightFile, ...]:
+def _weight_files(checkpoint: Checkpoint | TensorsInMemory) -> tuple[WeightFile, ...]:
+    if isinstance(checkpoint, TensorsInMemory):
+        metadata = {"format": "pt"}
+        parts = FilePlan.of(checkpoint.tensors.values(), metadata).pack(metadata)
+        raw = b"".join(parts)[8:]
+        return (WeightFile(SINGLE_NAME, parse_header(raw, None), raw),)
     files = []
     for shard in checkpoint.shards:
         with open(shard.path, "rb") as file:
@@ -202,7 +222,12 @@ class _Way:
     """The coding of one checkpoint as its difference from another."""
 
     def __init__(
-        self, prefix: str, source: Checkpoint, target: Checkpoint, side: Sequence[Path], fast: bool
+        self,
+        prefix: str,
+        source: Checkpoint | TensorsInMemory,
+        target: Checkpoint | TensorsInMemory,
+        side: Sequence[Path],
+        fast: bool,
     ) -> None:
         self._prefix, self._source, self._target, self._fast = prefix, source, target, fast
         files = _weight_files(target)
@@ -311,7 +336,7 @@ def _share(pairs: Sequence[_Pair], blocks: Sequence[DeltaBlock]) -> float:
     return sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
 
 
-def _packed(paths: Sequence[Path], source: Checkpoint) -> tuple[list[SideFile], bytes]:
+def _packed(paths: Sequence[Path], source: Checkpoint | TensorsInMemory) -> tuple[list[SideFile], bytes]:
     """Side files as they are in a patch: described, and compressed one behind the other.
 
     Nothing is kept of a file that the source has, too.
@@ -319,9 +344,9 @@ def _packed(paths: Sequence[Path], source: Checkpoint) -> tuple[list[SideFile], 
     described, parts = list[SideFile](), list[bytes]()
     for path in paths:
         content = path.read_bytes()
-        twin = source.root / path.name
-        same = not source.is_file and twin.is_file() and twin.stat().st_size == len(content) > 0
-        same = same and twin.read_bytes() == content
+        twin = None if isinstance(source, TensorsInMemory) or source.is_file else source.root / path.name
+        same = twin is not None and twin.is_file() and twin.stat().st_size == len(content) > 0
+        same = same and twin is not None and twin.read_bytes() == content
         parts.append(b"" if same else compress(content, _SIDE_LEVEL))
         digest = hashlib.sha256(content).hexdigest()
         described.append(SideFile(path.name, len(content), digest, len(parts[-1])))
