@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MismatchError, NeftError, UsageError
+from ..patch.lossless import LosslessPatch
 from ..patch.patch import Patch
 from ..sources.hub_client import client, fetch_file, page
 from ..sources.hub_errors import hub_errors
@@ -45,7 +46,7 @@ class BaseModel:
         return "BASE" if self.hub_id is None else str(self.hub_id)
 
     @classmethod
-    def of(cls, patch: Patch, named: str | None) -> BaseModel:
+    def of(cls, patch: Patch | LosslessPatch, named: str | None) -> BaseModel:
         """The base that the patch's manifest names, completed by ``named``: ``org/name[@revision]``.
 
         Raises a `MismatchError` if the manifest names another base or another revision.

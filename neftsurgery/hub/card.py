@@ -8,11 +8,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MismatchError
+from ..patch.lossless import LosslessPatch
 from ..patch.patch import Patch
 from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import client
 from .base_model import BaseModel
 from .card_text import card_text
+from .lossless_card import lossless_card_text
 from .repository import CARD_HINT
 
 __all__ = ["BEGIN", "END", "card_figure", "write_card"]
@@ -24,13 +26,14 @@ END = "<!-- neftsurgery:end: text outside the two marks is kept -->"
 _MARKED = re.compile(r"<!-- neftsurgery:begin\b.*?-->.*?<!-- neftsurgery:end\b.*?-->", re.DOTALL)
 _MARK = re.compile(r"<!-- neftsurgery:(begin|end)\b")
 _TAGS = ["neftsurgery", "neuron-patch", "neft"]
+_LOSSLESS_TAGS = ["neftsurgery", "lossless-patch"]
 _LIBRARY = "neftsurgery"
 #: The name of the result that holds the recorded loss. It tells our result from those of the card's owner.
 _LOSS = "loss on held-out examples"
 
 
 def write_card(
-    patch: Patch,
+    patch: Patch | LosslessPatch,
     repo: str,
     base: BaseModel,
     licence: Mapping[str, str],
@@ -51,7 +54,11 @@ def write_card(
         its front matter except the fields that describe the patch and its base. A `MismatchError` says that
         it is not a card, or that the part that an earlier push wrote is not clear.
     """
-    block = f"{BEGIN}\n\n{card_text(patch, repo, base, figure)}\n\n{END}"
+    if isinstance(patch, LosslessPatch):
+        text = lossless_card_text(patch, repo, base)
+    else:
+        text = card_text(patch, repo, base, figure)
+    block = f"{BEGIN}\n\n{text}\n\n{END}"
     hub = client()
     if existing is None:
         found = _front_matter(patch, repo, base, licence, {}, [])
@@ -106,7 +113,7 @@ def _with_block(text: str, block: str, repo: str) -> str:
 
 
 def _front_matter(
-    patch: Patch,
+    patch: Patch | LosslessPatch,
     repo: str,
     base: BaseModel,
     licence: Mapping[str, str],
@@ -116,14 +123,20 @@ def _front_matter(
     """The fields that a push writes, given those that the card has (``known``) and the results to keep."""
     found: dict[str, Any] = {}
     if base.repo is not None:
-        found |= {"base_model": base.repo, "base_model_relation": "adapter"}
+        relation = "adapter" if isinstance(patch, Patch) else "finetune"
+        found |= {"base_model": base.repo, "base_model_relation": relation}
     found["library_name"] = _LIBRARY
     if not known.get("license"):
         found |= licence
     tags = known.get("tags")
     tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    found["tags"] = list(dict.fromkeys([*tags, *_TAGS]))
-    if (loss := patch.training.number("dev_loss")) is not None:
+    ours = _TAGS if isinstance(patch, Patch) else _LOSSLESS_TAGS
+    kept_tags = [tag for tag in tags if tag not in {*_TAGS, *_LOSSLESS_TAGS}]
+    found["tags"] = list(
+        dict.fromkeys([*(tag for tag in tags if tag not in {*_TAGS, *_LOSSLESS_TAGS}), *ours])
+    )
+    loss = patch.training.number("dev_loss") if isinstance(patch, Patch) else None
+    if loss is not None:
         result = client().EvalResult(
             task_type="text-generation",
             dataset_type="custom",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptFileError, UsageError, boundary
+from ..patch.lossless import LosslessPatch, load_any
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
 from ..sources.hub_client import HubFile, fetch_file, find_file, is_offline
@@ -14,7 +15,7 @@ from ..sources.hub_id import HubId
 from ..sources.resolve import Source
 from ..storage.output_checks import refuse_output
 from ..surgery.merge_checks import check_patches
-from ..surgery.verb import check_sha256, load_patch
+from ..surgery.verb import check_sha256, load_patches
 from ..text import printable, size
 
 __all__ = ["PullPlan", "plan_pull", "pull"]
@@ -49,14 +50,14 @@ class PullPlan:
         }
 
     @boundary
-    def run(self, *, progress: Progress = silent) -> Patch:
+    def run(self, *, progress: Progress = silent) -> Patch | LosslessPatch:
         """Fetch the patch, check it and write it; raises as `pull`."""
         patch = _checked(self._fetched(), self.sha256, progress)
         if self.out is None:
             return patch
         with patch:
             patch.save(self.out, force=self.force)
-        return Patch.load(Path(self.out))
+        return load_any(Path(self.out))
 
     def _fetched(self) -> Source:
         """The file in the cache, of the very commit that was planned for, even if the branch has moved."""
@@ -99,7 +100,7 @@ def pull(
     sha256: str | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> Patch:
+) -> Patch | LosslessPatch:
     """Fetch a patch from the Hugging Face Hub, and check all hashes of its content.
 
     Only the patch is fetched, into huggingface_hub's cache, unless it is there already. Returns the patch at
@@ -130,10 +131,11 @@ def pull(
     return plan_pull(named, out, sha256=sha256, force=force).run(progress=progress)
 
 
-def _checked(source: Source, sha256: str | None, progress: Progress) -> Patch:
-    patch = load_patch(source, sha256)
+def _checked(source: Source, sha256: str | None, progress: Progress) -> Patch | LosslessPatch:
+    (patch,) = load_patches([source], sha256)
     try:
-        check_patches([patch], progress)
+        if isinstance(patch, Patch):
+            check_patches([patch], progress)  # a lossless one needs its base for that
     except BaseException:
         patch.close()
         raise

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
+from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import PATCH_NAME, Patch
 from ..progress import Progress, silent
 from ..sources.hub_client import page
 from ..sources.hub_id import is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
-from ..text import lines, plural
+from ..text import lines
 from .base_model import BaseModel, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
@@ -39,7 +39,9 @@ class PushResult:
     card:
         The README.
     neurons, tensors:
-        How many the patch has.
+        How many the patch has; a lossless one counts no neurons.
+    what:
+        What the patch holds, in a few words.
     sha256:
         Of the patch's file: what `pull` and `apply` check if they are given it.
     created_branch:
@@ -56,13 +58,14 @@ class PushResult:
     neurons: int
     tensors: int
     sha256: str
+    what: str = field(repr=False)
     created_branch: bool = False
 
     def __str__(self) -> str:
         said = [f"created {self.repo}"] if self.created else []
         said += [f"created branch {self.branch}"] if self.created_branch else []
         if self.changed:
-            said.append(f"pushed {_what(self.neurons, self.tensors)} to {self.url}")
+            said.append(f"pushed {self.what} to {self.url}")
         else:
             nothing = "no commit was needed" if said else "nothing to push"
             said.append(f"{nothing}: {self.repo} has this patch and this card already")
@@ -74,7 +77,7 @@ class PushResult:
 class PushPlan:
     """A planned push: everything is checked, and nothing is sent."""
 
-    patch: Patch
+    patch: Patch | LosslessPatch
     base: BaseModel
     repository: Repository  # where the patch goes, as it is now
     private: bool | None  # of a new repository; None: as the user's settings on the Hub say
@@ -94,7 +97,7 @@ class PushPlan:
         return [PATCH_NAME, CARD_NAME, *([FIGURE_NAME] if self.figure else [])]
 
     def __str__(self) -> str:
-        what = _what(self.patch.neurons, len(self.patch.tensors))
+        what = self.patch.what
         new = "branch" if self.repository.exists else "repository"
         new = f", a new {new}" if self.repository.needs_branch or not self.repository.exists else ""
         return lines(
@@ -153,14 +156,15 @@ class PushPlan:
             changed=commit != parent,
             card=self.card,
             neurons=patch.neurons,
-            tensors=len(patch.tensors),
+            tensors=len(patch.forward.tensors if isinstance(patch, LosslessPatch) else patch.tensors),
+            what=patch.what,
             sha256=sha256,
             created_branch=repository.needs_branch,
         )
 
 
 def push(
-    patch: Patch | str | os.PathLike[str],
+    patch: AnyPatch,
     repo: str,
     *,
     private: bool | None = None,
@@ -224,7 +228,7 @@ def push(
 
 @boundary
 def plan_push(
-    patch: Patch | str | os.PathLike[str],
+    patch: AnyPatch,
     repo: str,
     *,
     private: bool | None = None,
@@ -241,7 +245,7 @@ def plan_push(
     With ``dry_run``, a Hub that refuses or cannot be reached is a warning: the card is then that of a
     new repository.
     """
-    patch = patch if isinstance(patch, Patch) else Patch.load(patch)
+    patch = load_any(patch)
     if not is_repo(repo):
         raise UsageError("not the name of a repository", file=repo, hint="name it as org/name")
     base_model = BaseModel.of(patch, base)
@@ -258,7 +262,8 @@ def plan_push(
             file=repo,
             hint="name it with letters, digits and . _ - /, as git allows",
         )
-    check_patches([patch], progress)
+    if isinstance(patch, Patch):
+        check_patches([patch], progress)  # a lossless one needs its base for that
     warnings = []
     try:
         repository = read_repository(repo, branch)
@@ -276,7 +281,7 @@ def plan_push(
         warnings.append(
             "the patch does not say which Hub model is its base, so the card names none: give it as [[base]]"
         )
-    figure = card_figure(patch)
+    figure = card_figure(patch) if isinstance(patch, Patch) else None
     card = write_card(
         patch,
         repo,
@@ -287,7 +292,8 @@ def plan_push(
     )
     if message is None:
         verb = "Update" if PATCH_NAME in repository.files else "Add"
-        message = f"{verb} neuron patch: {_what(patch.neurons, len(patch.tensors))}"
+        kind = "neuron" if isinstance(patch, Patch) else "lossless"
+        message = f"{verb} {kind} patch: {patch.what}"
     return PushPlan(patch, base_model, repository, private, message, card, figure, tuple(warnings))
 
 
@@ -306,7 +312,3 @@ def _check_repository(repository: Repository, private: bool | None, parent: str 
             found=repository.head or "no repository",
             hint="nothing was changed: look at the new commit, and name it with [[parent=...]]",
         )
-
-
-def _what(neurons: int, tensors: int) -> str:
-    return f"{plural(neurons, 'neuron')} of {plural(tensors, 'tensor')}"

@@ -106,6 +106,14 @@ class LosslessPatch(FileBacked):
         """The checkpoint it makes."""
         return Provenance.from_json(self.manifest.get("tuned"))
 
+    #: It counts no neurons.
+    neurons = 0
+
+    @property
+    def what(self) -> str:
+        """What it holds, in a few words."""
+        return f"all changes of {plural(len(self.forward.tensors), 'tensor')}, to the bit"
+
     @property
     def reversible(self) -> bool:
         """Whether it holds the way back."""

@@ -219,6 +219,11 @@ class Patch(FileBacked):
         return all(tensor.reversible for tensor in self.tensors.values())
 
     @property
+    def what(self) -> str:
+        """What it holds, in a few words."""
+        return f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
+
+    @property
     def facts(self) -> SelectionFacts:
         """How its neurons were chosen, as far as that is known."""
         return Manifest(self.manifest).selection

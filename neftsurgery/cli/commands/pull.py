@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ...hub.pull import plan_pull
-from ...text import plural, size
+from ...text import size
 from ..console import Console
 from ..options import output_option, writing_options
 
@@ -34,8 +34,7 @@ def command(console: Console, named: str, out: str, sha256: str | None, force: b
         console.say(f"would {plan}")
     else:
         with plan.run(progress=console.progress) as patch:
-            neurons, nbytes = patch.neurons, patch.nbytes
-            what = f"{plural(neurons, 'neuron')} of {plural(len(patch.tensors), 'tensor')}"
+            neurons, nbytes, what = patch.neurons, patch.nbytes, patch.what
         answer |= {"out": out, "bytes": nbytes, "neurons": neurons, "selected": neurons}
         commit = f" (commit {answer['commit']})" if answer["commit"] else ""
         console.say(f"{named}: {what}, all hashes match{commit}")
