@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
@@ -44,7 +45,6 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import FilePlan, TensorInfo, parse_header
 from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
-from .pairing import open_sides
 
 __all__ = ["LosslessPlan", "plan_lossless"]
 
@@ -170,7 +170,7 @@ def _opened(
         if not (isinstance(base, Mapping) and isinstance(tuned, Mapping)):
             raise UsageError("tensors in memory and files are not compared", hint="give two of one kind")
         return TensorsInMemory(base, "base"), TensorsInMemory(tuned, "tuned")
-    first, second = open_sides(base, tuned)
+    first, second = open_pair(base, tuned)
     if not isinstance(second, Checkpoint):
         raise UsageError(
             "an adapter has no weights of its own",

@@ -153,6 +153,7 @@ def test_a_dry_run_writes_nothing(sides: tuple[Path, Path], tmp_path: Path, neft
         (("--lossless", "--scores", "s"), "--scores does not go with --lossless"),
         (("--lossless", "--selection", "s"), "--selection does not go with --lossless"),
         (("--lossless", "--anatomy", "ffn"), "--anatomy does not go with --lossless"),
+        (("--lossless", "--strip-prefix", "model."), "--strip-prefix does not go with --lossless"),
         (("--lossless", "--include", "*"), "--include does not go with --lossless"),
         (("--fast",), "--fast is for --lossless patches only"),
         (("--weights-only",), "--weights-only is for --lossless patches only"),
@@ -167,7 +168,13 @@ def test_options_that_do_not_go_together(
 
 
 def test_keywords_that_do_not_go_together(sides: tuple[Path, Path]) -> None:
-    for options in ({"neurons": 3}, {"anatomy": "ffn"}, {"scores": "s"}, {"selection": "s"}, {"seed": 1}):
+    for options in (
+        {"neurons": 3},
+        {"anatomy": "ffn"},
+        {"scores": "s"},
+        {"selection": "s"},
+        {"strip_prefix": "m."},
+    ):
         with pytest.raises(ns.UsageError, match=f"{next(iter(options))} does not go with lossless"):
             ns.extract(*sides, lossless=True, **options)
     with pytest.raises(ns.UsageError, match="fast is for lossless"):
@@ -232,3 +239,21 @@ def test_more_kinds_of_tensor_than_tables(tmp_path: Path) -> None:
         assert len(patch.forward.tables) == 1
     ns.apply(sides[0], tmp_path / "p", out=tmp_path / "out")
     assert contents(tmp_path / "out") == contents(sides[1])
+
+
+def test_names_are_compared_as_they_are_and_files_beside_are_only_bytes(tmp_path: Path) -> None:
+    """A prefix is not looked for, as it could not be changed: what has another name is another tensor."""
+    rng = np.random.default_rng(4)
+    tensors = {f"layers.{n}.w": tensor("F16", (6, 5), rng) for n in range(3)}
+    tuned = {f"model.{name}": one for name, one in tensors.items()}
+    head = {"head": tensor("F16", (3,), rng)}
+    sides = [
+        folder(tmp_path / "base", tensors | head, 1, {"config.json": b"not JSON"}),
+        folder(tmp_path / "tuned", tuned | head, 1, {"config.json": b"{" * 9}),
+    ]
+    ns.extract(*sides, lossless=True, out=tmp_path / "p").close()
+    ns.apply(sides[0], tmp_path / "p", out=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(sides[1])
+    other = folder(tmp_path / "other", tuned)
+    with pytest.raises(ns.MismatchError, match="no tensor in common"):
+        ns.extract(sides[0], other, lossless=True)
