@@ -8,9 +8,9 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
+from .compression import compress, decompress
 from .elements import Carrier, Elements
 from .kernels import (
     decode_changes,
@@ -20,7 +20,7 @@ from .kernels import (
     find_changes,
     find_values,
 )
-from .tables import Events, Table, events
+from .tables import Events, FrequencyTable, events
 
 __all__ = ["BLOCK", "Form", "decode", "encode", "encode_fast"]
 
@@ -55,7 +55,7 @@ def _scratch(length: int, size: int) -> tuple[Events, NDArray[np.uint16], NDArra
 
 
 def encode(
-    base: Carrier | None, tuned: Carrier, elements: Elements, table: Table | None
+    base: Carrier | None, tuned: Carrier, elements: Elements, table: FrequencyTable | None
 ) -> tuple[Form, bytes]:
     """The smallest form of ``tuned``; CODED only with a ``table``. Without ``base``, zeros stand for it."""
     against = np.zeros_like(tuned) if base is None else base
@@ -67,7 +67,7 @@ def encode(
         if len(coded) < len(code):
             form, code = Form.CODED, coded
     if base is None or len(code) >= _POOR * tuned.nbytes:
-        packed = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(tuned.tobytes())
+        packed = compress(tuned.tobytes(), _ZSTD_LEVEL)
         if len(packed) < len(code):
             form, code = Form.ZSTD, packed
     if base is not None and changes * (1 + elements.size) < len(code):
@@ -88,7 +88,7 @@ def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
     return Form.RAW, tuned.tobytes()
 
 
-def _coded(base: Carrier, tuned: Carrier, elements: Elements, table: Table) -> tuple[bytes, int]:
+def _coded(base: Carrier, tuned: Carrier, elements: Elements, table: FrequencyTable) -> tuple[bytes, int]:
     """The code, and how many elements it holds."""
     room, words, extras = _scratch(len(tuned), elements.size)
     gap_table, value_table = table.encoding
@@ -133,7 +133,12 @@ def _stepped(steps: NDArray[np.int64], flips: Carrier, kind: np.dtype[np.unsigne
 
 
 def decode(
-    form: int, code: bytes, base: Carrier | None, out: Carrier, elements: Elements, table: Table | None
+    form: int,
+    code: bytes,
+    base: Carrier | None,
+    out: Carrier,
+    elements: Elements,
+    table: FrequencyTable | None,
 ) -> None:
     """Fill ``out`` with the block that ``code`` stands for.
 
@@ -145,13 +150,7 @@ def decode(
     elif form == Form.RAW and len(code) == out.nbytes:
         out[:] = np.frombuffer(code, out.dtype)
     elif form == Form.ZSTD:
-        try:
-            raw = zstandard.ZstdDecompressor().decompress(code, max_output_size=out.nbytes)
-        except zstandard.ZstdError as error:
-            raise ValueError("it is not what zstd wrote") from error
-        if len(raw) != out.nbytes:
-            raise ValueError("it has another length")
-        out[:] = np.frombuffer(raw, out.dtype)
+        out[:] = np.frombuffer(decompress(code, out.nbytes), out.dtype)
     elif form == Form.CHANGED:
         _decode_changed(code, against, out)
     elif form == Form.CODED and table is not None:
@@ -173,7 +172,9 @@ def _decode_changed(code: bytes, base: Carrier, out: Carrier) -> None:
     out[positions] ^= np.frombuffer(code[middle:], out.dtype)
 
 
-def _decode_coded(code: bytes, base: Carrier, out: Carrier, elements: Elements, table: Table) -> None:
+def _decode_coded(
+    code: bytes, base: Carrier, out: Carrier, elements: Elements, table: FrequencyTable
+) -> None:
     (count,) = _COUNT.unpack(code[:4]) if len(code) >= 4 and len(code) % 4 == 0 else (-1,)
     middle = 4 + 4 * -(-count // 2)  # the words fill whole groups of four bytes
     if count < 0 or middle > len(code) or (count % 2 and any(code[middle - 2 : middle])):

@@ -9,24 +9,26 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
 from ..tensors.arrays import Int64Array
+from .compression import compress, content_size, decompress
 from .elements import Carrier, Elements
 from .kernels import CLASSES, GAPS, PRECISION, find_changes, find_values
 
-__all__ = ["Events", "Table", "events", "fit", "pack", "unpack"]
+__all__ = ["MOST_TABLES", "Events", "FrequencyTable", "events", "fit", "pack", "unpack"]
 
 _TOTAL = 1 << PRECISION
 #: What a context takes in the stored table, about, compressed.
 _CONTEXT_BITS = 400
 MOST_CONTEXTS = 32
-_MOST_TABLES = 1 << 16
+#: Tables of a delta.
+MOST_TABLES = 1 << 12
+_MOST_BYTES = 258 + 2 * MOST_CONTEXTS * (GAPS + CLASSES)  # of a table
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class FrequencyTable:
     """The frequencies that code the blocks of one kind of tensor.
 
     ``contexts``, uint8 ``[256]``, gives each exponent its context. ``gaps``, uint16 ``[contexts, GAPS]``, and
@@ -73,7 +75,7 @@ def _slots(frequencies: NDArray[np.uint16]) -> NDArray[np.uint32]:
     return found
 
 
-def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: float = 1.0) -> Table:
+def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: float = 1.0) -> FrequencyTable:
     """The table for blocks like ``pairs`` of base and tuned elements, which are a ``share`` of them all.
 
     Blocks that are not alike can be coded, too.
@@ -97,7 +99,7 @@ def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: flo
             gaps += _counted(room[0], room[1], n, gaps.shape)
             joined += _counted(room[0][count:], room[3][count:], n - count, joined.shape)
     classes = 16 + 4 * (8 * elements.size - 4)  # those of numbers that an element can hold
-    return Table(contexts, _rounded(gaps, GAPS), _rounded(joined, classes))
+    return FrequencyTable(contexts, _rounded(gaps, GAPS), _rounded(joined, classes))
 
 
 def _counted(
@@ -165,26 +167,22 @@ def _rounded(counts: Int64Array, reachable: int) -> NDArray[np.uint16]:
     return found
 
 
-def pack(tables: Iterable[Table]) -> bytes:
+def pack(tables: Iterable[FrequencyTable]) -> bytes:
     """Tables as bytes, compressed by zstd."""
     parts = []
     for table in tables:
         parts.append(bytes([len(table.values), table.dense]) + table.contexts.tobytes())
         parts += [table.gaps.astype("<u2").tobytes(), table.values.astype("<u2").tobytes()]
-    return zstandard.ZstdCompressor(level=19).compress(b"".join(parts))
+    return compress(b"".join(parts), 19)
 
 
-def unpack(packed: bytes) -> list[Table]:
-    """The inverse of `pack`. Raises a ``ValueError`` if the bytes are damaged."""
-    most = _MOST_TABLES * 258
-    size = zstandard.frame_content_size(packed)
-    if not 0 <= size <= most * 64:
+def unpack(packed: bytes, most: int) -> list[FrequencyTable]:
+    """The inverse of `pack`, of ``most`` tables or fewer. Raises a ``ValueError`` if they are damaged."""
+    size = content_size(packed)
+    if size > min(most, MOST_TABLES) * _MOST_BYTES:
         raise ValueError("the tables are too large")
-    try:
-        raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=size)
-    except zstandard.ZstdError as error:
-        raise ValueError("the tables are damaged") from error
-    tables, place = list[Table](), 0
+    raw = decompress(packed, size)
+    tables, place = list[FrequencyTable](), 0
     while place < len(raw):
         count, dense = raw[place], raw[place + 1 : place + 2] != b"\0"
         sizes = [256, 0 if dense else 2 * count * GAPS, 2 * count * CLASSES]
@@ -195,7 +193,7 @@ def unpack(packed: bytes) -> list[Table]:
             np.frombuffer(raw[end - part : end], kind)
             for end, part, kind in zip(ends, sizes, ("u1", "<u2", "<u2"), strict=True)
         )
-        table = Table(contexts, gaps.reshape(-1, GAPS), values.reshape(-1, CLASSES))
+        table = FrequencyTable(contexts, gaps.reshape(-1, GAPS), values.reshape(-1, CLASSES))
         if int(contexts.max()) >= count or any(
             (part.sum(axis=1, dtype=np.int64) != _TOTAL).any() for part in (table.gaps, table.values)
         ):

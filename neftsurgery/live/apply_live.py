@@ -14,7 +14,7 @@ from ..checkpoint.provenance import same_tensor
 from ..coding.elements import Carrier
 from ..errors import MismatchError, boundary
 from ..neurons.layout import Layout
-from ..patch.delta import Block, block_hash
+from ..patch.delta import DeltaBlock, block_hash
 from ..patch.digests import digests
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch
@@ -85,7 +85,7 @@ def _tensors(model: nn.Module | Mapping[str, Tensor], names: list[str]) -> dict[
 
 def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
     delta = patch.forward
-    blocks: dict[str, list[Block]] = {name: [] for name in delta.tensors}
+    blocks: dict[str, list[DeltaBlock]] = {name: [] for name in delta.tensors}
     for block in delta.blocks:
         blocks[block.info.name].append(block)
 
@@ -102,7 +102,7 @@ def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
     return changes
 
 
-def _rebuilt(patch: LosslessPatch, block: Block, now: Carrier) -> Carrier:
+def _rebuilt(patch: LosslessPatch, block: DeltaBlock, now: Carrier) -> Carrier:
     digest = block_hash(np.ascontiguousarray(now))
     if digest == int(patch.forward.after[block.number]):
         return now

@@ -9,46 +9,67 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import numpy as np
 import xxhash
-import zstandard
 from numpy.typing import NDArray
 
+from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.blocks import BLOCK, Form, decode
+from ..coding.compression import compress, content_size, decompress
 from ..coding.elements import Carrier, Elements
-from ..coding.tables import Table, unpack
+from ..coding.tables import FrequencyTable, unpack
 from ..errors import MismatchError
 from ..tensors.document import bad
-from ..tensors.header import Header, TensorInfo, parse_header
+from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, parse_header
 from ..tensors.json_text import loads
 from ..tensors.reader import TensorFile, WeightReader
 
 __all__ = [
     "ARRAYS",
-    "Block",
+    "ENTRIES",
+    "MOST_SIDE_BYTES",
+    "SIDE_NAMES",
     "Delta",
+    "DeltaBlock",
     "SideFile",
     "WeightFile",
     "block_hash",
+    "block_state",
     "blocks_of",
     "counterpart",
+    "is_plain",
     "pack_layout",
     "read_block",
 ]
+
+#: Files beside the weights that belong to a model and that a patch carries. Never code.
+SIDE_NAMES = frozenset(
+    {
+        INDEX_NAME, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
+    }
+)  # fmt: skip
+MOST_SIDE_BYTES = 64 << 20
 
 #: The arrays with an element per block, and their types in the file.
 ARRAYS = {
     "form": "U8", "table": "U16", "size": "U32", "changed": "U32", "before": "U64", "after": "U64",
 }  # fmt: skip
+#: All entries of a delta, by the part of their names behind the prefix.
+ENTRIES = (*ARRAYS, "layout", "tables", "side")
 _PREFIX = struct.Struct("<Q")
-_MOST_LAYOUT_BYTES = 400_000_000
-_MOST_SIDE_BYTES = 64 << 20
+_BLOCK_BYTES = 27  # in the arrays
+_LAYOUT_LEVEL = 10
 _WHAT = "patch"
 
 
@@ -82,7 +103,7 @@ class SideFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class DeltaBlock:
     """A range of elements of a tensor of the target."""
 
     number: int
@@ -107,15 +128,26 @@ class Block:
         return self.file.header.offsets[self.info.name] + self.start * self.elements.size
 
 
-def blocks_of(files: Sequence[WeightFile]) -> Iterator[Block]:
+def blocks_of(files: Sequence[WeightFile]) -> Iterator[DeltaBlock]:
     """All blocks of weight files, in order."""
     number = 0
     for file in files:
         for info in file.header.tensors.values():
             count = info.nbytes // Elements.of(info.dtype).size
             for start in range(0, count, BLOCK):
-                yield Block(number, file, info, start, min(start + BLOCK, count))
+                yield DeltaBlock(number, file, info, start, min(start + BLOCK, count))
                 number += 1
+
+
+def _block_count(files: Sequence[WeightFile]) -> int:
+    """How many `blocks_of` there are, counted without making them."""
+    tensors = (info for file in files for info in file.header.tensors.values())
+    return sum(-(-info.nbytes // Elements.of(info.dtype).size // BLOCK) for info in tensors)
+
+
+def _most_layout(nbytes: int) -> int:
+    """Bytes that the layout in a patch of ``nbytes`` may have, so that a small patch takes little memory."""
+    return (4 << 20) + 8 * nbytes
 
 
 def counterpart(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
@@ -127,7 +159,7 @@ def counterpart(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorIn
 
 
 def read_block(
-    weights: WeightReader, block: Block, info: TensorInfo | None = None
+    weights: WeightReader, block: DeltaBlock, info: TensorInfo | None = None
 ) -> tuple[Carrier, int] | None:
     """A block of a tensor, filled up with zeros, and how many elements of it there are; None if none."""
     info = info or block.info
@@ -141,13 +173,25 @@ def read_block(
     return found, there
 
 
+def block_state(weights: WeightReader, block: DeltaBlock) -> tuple[Carrier | None, int, bool]:
+    """What a checkpoint has of a block: its elements, filled up, their hash, and whether it has them all."""
+    info = counterpart(block.info, weights.tensors)
+    found = None if info is None else read_block(weights, block, info)
+    if found is None:
+        return None, 0, False
+    return found[0], block_hash(found[0][: found[1]]), found[1] == len(found[0])
+
+
 def block_hash(elements: Carrier) -> int:
     """XXH3-64 of the bytes of elements."""
     return xxhash.xxh3_64_intdigest(elements.data.cast("B")) if len(elements) else 0
 
 
 def pack_layout(files: Sequence[WeightFile], side: Sequence[SideFile], *, single: bool) -> bytes:
-    """The layout of a target, as it is in a patch."""
+    """The layout of a target, as it is in a patch.
+
+    Raises a `MismatchError` if it is out of proportion to its blocks, as a header with megabytes of padding.
+    """
     content = {
         "single": single,
         "files": [{"name": file.name, "header": file.raw.decode()} for file in files],
@@ -156,7 +200,11 @@ def pack_layout(files: Sequence[WeightFile], side: Sequence[SideFile], *, single
             for one in side
         ],
     }
-    return zstandard.ZstdCompressor(level=10).compress(json.dumps(content, separators=(",", ":")).encode())
+    text = json.dumps(content, separators=(",", ":")).encode()
+    packed = compress(text, _LAYOUT_LEVEL)
+    if len(text) > _most_layout(len(packed) + _BLOCK_BYTES * _block_count(files)):
+        raise MismatchError("the headers of the weight files are too large for what they describe")
+    return packed
 
 
 class Delta:
@@ -171,9 +219,12 @@ class Delta:
         self.single = layout.get("single") is True
         self.files = tuple(self._weight_file(entry) for entry in _objects(layout.get("files")))
         self.side = tuple(self._side_file(entry) for entry in _objects(layout.get("side")))
+        if sum(len(file.header.tensors) for file in self.files) != len(self.tensors):
+            raise self._bad("a tensor is in two files")
+        count = _block_count(self.files)
+        for name, dtype in ARRAYS.items():  # before anything is made for each block
+            self._require(name, dtype, (count,))
         self.blocks = tuple(blocks_of(self.files))
-        for name, dtype in ARRAYS.items():
-            self._require(name, dtype, (len(self.blocks),))
         self.forms: NDArray[np.uint8] = self._array("form")
         self.sizes = self._array("size").astype(np.int64)
         self.changed = self._array("changed").astype(np.int64)  # elements that differ from the source
@@ -185,14 +236,18 @@ class Delta:
         names = [file.name for file in self.files] + [one.name for one in self.side]
         if not self.files or len(set(names)) != len(names) or any(not is_plain(name) for name in names):
             raise self._bad("its files have no plain names of their own")
+        if not self.single and not all(file.name.endswith(".safetensors") for file in self.files):
+            raise self._bad("a weight file has another ending than .safetensors")
+        if self.single and len(self.files) + len(self.side) > 1:
+            raise self._bad("it makes a single file, and holds several")
+        if not SIDE_NAMES.issuperset(one.name for one in self.side):
+            raise self._bad("it holds a file that does not belong beside weights")
         if self.forms.size and int(self.forms.max()) > max(Form):
             raise self._bad("a block has an unknown form")
-        side = self._file.tensors.get(f"{prefix}:side")
-        if side is None or side.nbytes != sum(one.packed for one in self.side):
-            raise self._bad("its side files do not fit")
+        self._require("side", "U8", (sum(one.packed for one in self.side),))
         try:
-            self.tables: Sequence[Table] = unpack(self._file.array_bytes(f"{prefix}:tables").tobytes())
-        except (ValueError, KeyError) as error:
+            self.tables: Sequence[FrequencyTable] = unpack(self._content("tables"), count)
+        except ValueError as error:
             raise self._bad(str(error)) from error
         coded = self.table_of[self.forms == Form.CODED]
         if coded.size and int(coded.max()) >= len(self.tables):
@@ -203,20 +258,25 @@ class Delta:
         """Bytes of the target's weight files."""
         return sum(file.nbytes for file in self.files)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of all blocks: what work on each of them makes progress by."""
+        return sum(block.nbytes for block in self.blocks)
+
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensors of the target, by name."""
         return {info.name: info for file in self.files for info in file.header.tensors.values()}
 
-    def decoded(self, block: Block, base: Carrier | None) -> Carrier:
+    def decoded(self, block: DeltaBlock, base: Carrier | None) -> Carrier:
         """The target's block, from that of the source; its hash is checked.
 
         Raises a `CorruptFileError`.
         """
         number = block.number
-        code = bytearray(int(self.sizes[number]))
-        if self.sizes[number] > 2 * block.nbytes + 4096:
+        if self.sizes[number] > block.nbytes:
             raise self._bad("a block takes more bytes than it has", block.info.name)
+        code = bytearray(int(self.sizes[number]))
         self._file.read_into("code", int(self._starts[number]), memoryview(code))
         out = np.empty(block.stop - block.start, block.elements.carrier)
         form = int(self.forms[number])
@@ -229,7 +289,7 @@ class Delta:
             raise self._bad("a block does not have the hash of its result", block.info.name)
         return out
 
-    def block_at(self, name: str, start: int) -> Block | None:
+    def block_at(self, name: str, start: int) -> DeltaBlock | None:
         """The block of tensor ``name`` that begins at element ``start``; None beyond its end."""
         number = self._first.get(name, len(self.blocks)) + start // BLOCK
         block = self.blocks[number] if number < len(self.blocks) else None
@@ -257,8 +317,8 @@ class Delta:
         packed = bytearray(side.packed)
         self._file.read_into(f"{self._prefix}:side", start, memoryview(packed))
         try:
-            found = zstandard.ZstdDecompressor().decompress(bytes(packed), max_output_size=side.nbytes)
-        except zstandard.ZstdError as error:
+            found = decompress(bytes(packed), side.nbytes)
+        except ValueError as error:
             raise self._bad(f"the side file {side.name} is damaged") from error
         if hashlib.sha256(found).hexdigest() != side.sha256:
             raise self._bad(f"the side file {side.name} does not match its hash")
@@ -266,20 +326,23 @@ class Delta:
 
     def index_bytes(self) -> Iterator[tuple[str, bytes]]:
         """Everything but the code, by name: what the patch's own hash is over."""
-        for name in (*ARRAYS, "layout", "tables", "side"):
+        for name in ENTRIES:
             yield f"{self._prefix}:{name}", self._file.array_bytes(f"{self._prefix}:{name}").tobytes()
 
-    def _layout(self) -> dict[str, Any]:
-        entry = self._file.tensors.get(f"{self._prefix}:layout")
+    def _content(self, name: str) -> bytes:
+        entry = self._file.tensors.get(f"{self._prefix}:{name}")
         if entry is None or entry.dtype != "U8" or len(entry.shape) != 1:
-            raise self._bad("it has no layout")
-        packed = self._file.array_bytes(f"{self._prefix}:layout").tobytes()
+            raise self._bad(f"it has no {name}")
+        return self._file.array_bytes(entry.name).tobytes()
+
+    def _layout(self) -> dict[str, Any]:
+        packed = self._content("layout")
         try:
-            size = zstandard.frame_content_size(packed)
-            if not 0 <= size <= _MOST_LAYOUT_BYTES:
+            size = content_size(packed)
+            if size > _most_layout(self._file.nbytes):
                 raise self._bad("its layout is too large")
-            found = loads(zstandard.ZstdDecompressor().decompress(packed, max_output_size=size))
-        except (zstandard.ZstdError, ValueError, RecursionError) as error:
+            found = loads(decompress(packed, size))
+        except (ValueError, RecursionError) as error:
             raise self._bad("its layout is not valid") from error
         if not isinstance(found, dict):
             raise self._bad("its layout is not an object")
@@ -292,12 +355,9 @@ class Delta:
         raw = text.encode("utf-8", "surrogatepass")
         try:
             header = parse_header(raw, self._file.path)
-            end = header.size
-            for info in header.tensors.values():
-                if header.offsets[info.name] != end or min(info.shape, default=0) < 0:
-                    raise self._bad("the data of a weight file has gaps", info.name)
-                end += info.nbytes
-        except (KeyError, TypeError, AttributeError) as error:
+            if len(raw) > MAX_HEADER_BYTES or not _is_valid(header, loads(raw)):
+                raise ValueError("not a header that the safetensors package accepts")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._bad("the header of a weight file does not follow the format") from error
         return WeightFile(name, header, raw)
 
@@ -305,7 +365,7 @@ class Delta:
         values: list[Any] = [entry.get(key) for key in ("name", "bytes", "sha256", "packed")]
         kinds = [str, int, str, int]
         if [type(value) for value in values] != kinds or not all(
-            0 <= number <= 2 * _MOST_SIDE_BYTES for number in values[1::2]
+            0 <= number <= 2 * MOST_SIDE_BYTES for number in values[1::2]
         ):
             raise self._bad("a side file is not described")
         return SideFile(*values)
@@ -324,11 +384,29 @@ class Delta:
 
 def is_plain(name: str) -> bool:
     """Whether a name names a file in the folder itself."""
-    return (
-        0 < len(name.encode("utf-8", "surrogatepass")) <= 255
-        and name not in (".", "..")
-        and not set(name) & set("/\\\0")
-    )
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return 0 < len(encoded) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
+
+
+def _is_valid(header: Header, content: Mapping[str, Any]) -> bool:
+    """Whether the safetensors package accepts a header, with data that fills the file from end to end."""
+    metadata = content.get("__metadata__") or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        return False
+    end = 0
+    for name, info in header.tensors.items():
+        begin, stop = content[name]["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 1 << 64 for number in (begin, stop, *info.shape)):
+            return False
+        if any(size >= 1 << 64 for size in accumulate(info.shape, mul)):
+            return False
+        if begin != end or stop != begin + info.nbytes or info.elements * info.type.bits % 8:
+            return False
+        end = stop
+    return True
 
 
 def _objects(value: object) -> list[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from ..tensors.document import bad, read_document
 from ..tensors.file_backed import FileBacked
 from ..tensors.reader import TensorFile
 from ..text import plural, size
-from .delta import Delta
+from .delta import ENTRIES, Delta
 from .patch import LOSSLESS_VERSION, PATCH_KEY, PATCH_NAME, Patch
 
 __all__ = ["AnyPatch", "LosslessPatch", "content_hash", "load_any"]
@@ -64,6 +64,9 @@ class LosslessPatch(FileBacked):
             ways.append(self.backward)
         if ways[-1].code_end != code.shape[0]:
             raise bad(file, _WHAT, "its code has another length")
+        prefixes = ("forward", "backward")[: len(ways)]
+        if file.tensors.keys() - {f"{prefix}:{name}" for prefix in prefixes for name in ENTRIES} != {"code"}:
+            raise bad(file, _WHAT, "it has entries that belong to nothing")
         parts = (part for way in ways for part in way.index_bytes())
         if manifest.get("content_hash") != content_hash(manifest, parts):
             raise CorruptFileError(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import fingerprint
-from ..patch.delta import Block, block_hash, counterpart, read_block
+from ..patch.delta import DeltaBlock, block_state
 from ..patch.lossless import LosslessPatch
 from ..storage.threads import Limits, in_order
 
@@ -21,16 +21,11 @@ def examine_blocks(
     delta = patch.forward
     counts = {name: [0, 0, 0, 0] for name in delta.tensors}
 
-    def look(block: Block) -> int:
-        info = counterpart(block.info, checkpoint.tensors)
-        found = None if info is None else read_block(checkpoint, block, info)
-        before, after = int(delta.before[block.number]), int(delta.after[block.number])
-        if found is None:
-            return 0 if before == 0 else 3
-        digest = block_hash(found[0][: found[1]])
-        whole = found[1] == block.stop - block.start
-        states = (digest == before, whole and digest == after)
-        return {(True, False): 0, (False, True): 1, (True, True): 2, (False, False): 3}[states]
+    def look(block: DeltaBlock) -> int:
+        _, digest, whole = block_state(checkpoint, block)
+        is_base = digest == int(delta.before[block.number])
+        is_patched = whole and digest == int(delta.after[block.number])
+        return {(True, False): 0, (False, True): 1, (True, True): 2, (False, False): 3}[is_base, is_patched]
 
     for block, state in in_order(look, delta.blocks, limits.threads):
         counts[block.info.name][state] += 1

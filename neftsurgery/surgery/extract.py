@@ -252,6 +252,7 @@ def extract(
     machine = running(run)
     if lossless:
         given = [
+            *prefix,
             *scope,
             *score,
             *budget,

@@ -10,26 +10,28 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 
+from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
-from ..coding.blocks import Form, encode, encode_fast
+from ..coding.blocks import BLOCK, Form, encode, encode_fast
+from ..coding.compression import compress
 from ..coding.elements import Carrier
-from ..coding.tables import Table, fit, pack
+from ..coding.tables import MOST_TABLES, FrequencyTable, fit, pack
 from ..errors import MismatchError, UsageError
 from ..patch.delta import (
     ARRAYS,
-    Block,
+    MOST_SIDE_BYTES,
+    SIDE_NAMES,
+    DeltaBlock,
     SideFile,
     WeightFile,
     block_hash,
     blocks_of,
     counterpart,
-    is_plain,
     pack_layout,
     read_block,
 )
@@ -43,19 +45,9 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import FilePlan, TensorInfo, parse_header
 from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
-from .pairing import open_sides
 
 __all__ = ["LosslessPlan", "plan_lossless"]
 
-#: Files beside the weights that belong to a model and that a patch carries. Never code.
-_SIDE_NAMES = frozenset(
-    {
-        INDEX_NAME, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
-    }
-)  # fmt: skip
-_MOST_SIDE_BYTES = 64 << 20
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
 _SAMPLES = 6
@@ -151,14 +143,10 @@ def plan_lossless(
     reversible: bool = False,
     fast: bool = False,
     weights_only: bool = False,
-    inputs: Sequence[AnyPath] = (),
     out: AnyPath | None = None,
     force: bool = False,
 ) -> LosslessPlan:
-    """Check everything that a lossless `extract` needs; nothing is written.
-
-    ``inputs``: files that ``out`` must not replace. Raises as `extract`.
-    """
+    """Check everything that a lossless `extract` needs; nothing is written. Raises as `extract`."""
     first, second = _opened(base, tuned)
     if not any(counterpart(info, first.tensors) for info in second.tensors.values()):
         raise MismatchError(
@@ -166,8 +154,7 @@ def plan_lossless(
         )
     if out is not None:
         sides = [side.source.path for side in (first, second) if isinstance(side, Checkpoint)]
-        sources = [*sides, *inputs]
-        refuse_output(out, inputs=sources, force=force, kind="file")
+        refuse_output(out, inputs=sides, force=force, kind="file")
     carried, others = _side_files(second)
     if weights_only:
         others = (*others, *(path.name for path in carried if path.name != INDEX_NAME))
@@ -183,7 +170,7 @@ def _opened(
         if not (isinstance(base, Mapping) and isinstance(tuned, Mapping)):
             raise UsageError("tensors in memory and files are not compared", hint="give two of one kind")
         return TensorsInMemory(base, "base"), TensorsInMemory(tuned, "tuned")
-    first, second = open_sides(base, tuned)
+    first, second = open_pair(base, tuned)
     if not isinstance(second, Checkpoint):
         raise UsageError(
             "an adapter has no weights of its own",
@@ -193,6 +180,9 @@ def _opened(
     for checkpoint in (first, second):
         if any(shard.path.parent != checkpoint.root for shard in checkpoint.shards):
             raise UsageError("a lossless patch holds weight files of one folder only", file=checkpoint.name)
+        names = () if checkpoint.is_file else tuple(shard.path.name for shard in checkpoint.shards)
+        if not all(name.endswith(".safetensors") for name in names):
+            raise UsageError("a weight file of the folder does not end in .safetensors", file=checkpoint.name)
     return first, second
 
 
@@ -205,9 +195,9 @@ def _side_files(checkpoint: Checkpoint | TensorsInMemory) -> tuple[tuple[Path, .
     for path in sorted(checkpoint.root.iterdir()):
         if path.name in weights or path.name.startswith("."):
             continue
-        small = path.is_file() and path.stat().st_size <= _MOST_SIDE_BYTES
+        small = path.is_file() and path.stat().st_size <= MOST_SIDE_BYTES
         stale = path.name == INDEX_NAME and len(weights) == 1 and "model.safetensors" in weights
-        if path.name in _SIDE_NAMES and small and not stale and is_plain(path.name):
+        if path.name in SIDE_NAMES and small and not stale:
             carried.append(path)
         else:
             others.append(path.name)
@@ -287,7 +277,7 @@ class _Way:
     def _parts(self) -> dict[str, bytes]:
         return {"layout": self._layout, "tables": self._packed_tables, "side": self._side}
 
-    def _read(self, block: Block) -> tuple[Carrier | None, Carrier, int]:
+    def _read(self, block: DeltaBlock) -> tuple[Carrier | None, Carrier, int]:
         """A block of both sides, and the hash of what the source has of it."""
         found = read_block(self._target, block)
         assert found is not None  # a block of the target
@@ -297,7 +287,7 @@ class _Way:
             return None, found[0], 0
         return there[0], found[0], block_hash(there[0][: there[1]])
 
-    def _coded(self, block: Block) -> tuple[Form, bytes, int, int, int]:
+    def _coded(self, block: DeltaBlock) -> tuple[Form, bytes, int, int, int]:
         base, tuned, before = self._read(block)
         if self._fast:
             form, code = encode_fast(base, tuned)
@@ -308,16 +298,16 @@ class _Way:
         changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
         return form, code, changed, before, block_hash(tuned)
 
-    def _fitted(self) -> tuple[Mapping[str, int], list[Table]]:
+    def _fitted(self) -> tuple[Mapping[str, int], list[FrequencyTable]]:
         """A table for each kind of tensor, from a sample of its blocks; kinds with few changes share one."""
-        kinds: dict[tuple[str, str, bool], list[Block]] = {}
+        kinds: dict[tuple[str, str, bool], list[DeltaBlock]] = {}
         for block in self.blocks:
             new = self._counterparts[block.info.name] is None
             kinds.setdefault((re.sub(r"\d+", "*", block.info.name), block.info.dtype, new), []).append(block)
-        table_of, tables = dict[str, int](), list[Table]()
-        small: dict[str, tuple[list[Block], list[_Pair]]] = {}
+        table_of, tables = dict[str, int](), list[FrequencyTable]()
+        small: dict[str, tuple[list[DeltaBlock], list[_Pair]]] = {}
 
-        def add(blocks: Sequence[Block], pairs: Sequence[_Pair]) -> None:
+        def add(blocks: Sequence[DeltaBlock], pairs: Sequence[_Pair]) -> None:
             table_of.update((block.info.name, len(tables)) for block in blocks)
             tables.append(fit(pairs, blocks[0].elements, _share(pairs, blocks)))
 
@@ -325,22 +315,23 @@ class _Way:
             chosen = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))
             pairs = [self._pair(blocks[i]) for i in chosen]
             changes = sum(int(np.count_nonzero(base != tuned)) for base, tuned in pairs)
-            if changes < _FEW_CHANGES * _share(pairs, blocks):
+            if changes < _FEW_CHANGES * _share(pairs, blocks) or len(tables) >= MOST_TABLES - len(DTYPES):
                 group = small.setdefault(dtype, ([], []))
                 group[0].extend(blocks)
-                group[1].append(pairs[0])
+                if sum(len(tuned) for _, tuned in group[1]) < _SAMPLES * BLOCK:  # what is held is bounded
+                    group[1].append(pairs[0])
             else:
                 add(blocks, pairs)
         for blocks, pairs in small.values():
             add(blocks, pairs)
         return table_of, tables
 
-    def _pair(self, block: Block) -> _Pair:
+    def _pair(self, block: DeltaBlock) -> _Pair:
         base, tuned, _ = self._read(block)
         return np.zeros_like(tuned) if base is None else base, tuned
 
 
-def _share(pairs: Sequence[_Pair], blocks: Sequence[Block]) -> float:
+def _share(pairs: Sequence[_Pair], blocks: Sequence[DeltaBlock]) -> float:
     """What part of the elements of ``blocks`` is in ``pairs``."""
     return sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
 
@@ -354,10 +345,9 @@ def _packed(paths: Sequence[Path], source: Checkpoint | TensorsInMemory) -> tupl
     for path in paths:
         content = path.read_bytes()
         twin = None if isinstance(source, TensorsInMemory) or source.is_file else source.root / path.name
-        if twin is not None and twin.is_file() and content and twin.read_bytes() == content:
-            parts.append(b"")
-        else:
-            parts.append(zstandard.ZstdCompressor(level=_SIDE_LEVEL).compress(content))
+        same = twin is not None and twin.is_file() and twin.stat().st_size == len(content) > 0
+        same = same and twin is not None and twin.read_bytes() == content
+        parts.append(b"" if same else compress(content, _SIDE_LEVEL))
         digest = hashlib.sha256(content).hexdigest()
         described.append(SideFile(path.name, len(content), digest, len(parts[-1])))
     return described, b"".join(parts)

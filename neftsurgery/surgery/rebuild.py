@@ -18,7 +18,7 @@ from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.elements import Carrier
 from ..errors import MismatchError, UsageError
-from ..patch.delta import Block, Delta, block_hash, counterpart, read_block
+from ..patch.delta import Delta, DeltaBlock, SideFile, block_state, counterpart
 from ..patch.lossless import LosslessPatch
 from ..patch.patch import PATCH_KEY
 from ..progress import Progress, Stopwatch, Timing, silent
@@ -123,7 +123,28 @@ class RebuildPlan:
         """Write the checkpoint; every block is checked before and after."""
         limits = limits or Limits.of()
         watch, before = Stopwatch(), self.checkpoint.bytes_read
-        with watch.running(), progress("writing", self.nbytes) as advance:
+        with watch.running():
+            if not self.links:
+                self._check_copied(limits, progress)
+            self._write(limits, progress)
+        watch.bytes_read = self.checkpoint.bytes_read - before
+        return RebuildResult(self.out, self.goal, self.names, self.timing + watch.timing)
+
+    def _check_copied(self, limits: Limits, progress: Progress) -> None:
+        """Compare what will be copied with the hashes of the base, as far as the patch has them."""
+        delta = self.patches[-1].forward
+
+        def state(block: DeltaBlock) -> int:
+            return block_state(self.checkpoint, block)[1]
+
+        with progress("checking", delta.block_bytes) as advance:
+            for block, found in in_order(state, delta.blocks, limits.workers(_BLOCK_MEMORY)):
+                if found != int(delta.before[block.number]):
+                    raise self._another(block)
+                advance(block.nbytes)
+
+    def _write(self, limits: Limits, progress: Progress) -> None:
+        with progress("writing", self.nbytes) as advance:
             if self.single:
                 with staged_file(self.out, force=self.force) as staged:
                     require_space(self.out.absolute().parent, self.nbytes)
@@ -134,8 +155,6 @@ class RebuildPlan:
                     require_space(self.out.absolute().parent, self.nbytes)
                     self._write_folder(folder, limits, advance)
                     self._check_unchanged()
-        watch.bytes_read = self.checkpoint.bytes_read - before
-        return RebuildResult(self.out, self.goal, self.names, self.timing + watch.timing)
 
     def _check_unchanged(self) -> None:
         self.checkpoint.check_unchanged()
@@ -143,6 +162,9 @@ class RebuildPlan:
             patch.check_unchanged()
 
     def _write_folder(self, folder: Path, limits: Limits, advance: Callable[[int], None]) -> None:
+        for one in self.links[-1].side if self.links else ():
+            (folder / one.name).write_bytes(self._side_content(one))
+            advance(one.nbytes)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         weights = len(self.links[-1].files if self.links else self.checkpoint.shards)
         for number, name in enumerate(self.names[:weights]):
@@ -151,8 +173,6 @@ class RebuildPlan:
                 self._write_weights(number, fd, limits, advance)
             finally:
                 os.close(fd)
-        for one in self.links[-1].side if self.links else ():
-            (folder / one.name).write_bytes(self._side_content(one.name, len(self.links)))
         for path in self.along:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             copy_file(self.checkpoint.root / path, folder / path)
@@ -164,9 +184,10 @@ class RebuildPlan:
         file = self.links[-1].files[number]
         os.ftruncate(fd, file.nbytes)
         write_exactly(fd, file.start, 0)
+        advance(file.header.size)
 
-        def write(block: Block) -> None:
-            found = self._rebuilt(block, len(self.links))
+        def write(block: DeltaBlock) -> None:
+            found = self._rebuilt(block)
             write_exactly(fd, found.data.cast("B"), block.offset)
             begin_writeback(fd, block.offset, block.nbytes)
 
@@ -174,46 +195,57 @@ class RebuildPlan:
         for block, _ in in_order(write, blocks, limits.workers(_BLOCK_MEMORY)):
             advance(block.nbytes)
 
-    def _rebuilt(self, block: Block, count: int) -> Carrier:
-        """A block of what the first ``count`` links make. What is the result's already, stays."""
-        delta = self.links[count - 1]
-        if count > 1:
-            return delta.decoded(block, self._from_link(block, count - 1))
-        info = counterpart(block.info, self.checkpoint.tensors)
-        found = None if info is None else read_block(self.checkpoint, block, info)
-        digest = 0 if found is None else block_hash(found[0][: found[1]])
-        if digest == int(delta.before[block.number]):
-            return delta.decoded(block, None if found is None else found[0])
-        if found is not None and digest == int(delta.after[block.number]):
-            return found[0]
-        raise MismatchError(
+    def _rebuilt(self, block: DeltaBlock) -> Carrier:
+        """A block of what all links make, from what each makes of it. What is the result's already, stays."""
+        ways = [(self.links[-1], block)]
+        for delta in reversed(self.links[:-1]):
+            info = counterpart(ways[-1][1].info, delta.tensors)
+            source = None if info is None else delta.block_at(info.name, block.start)
+            if source is None:
+                break
+            ways.append((delta, source))
+        found = self._first_made(*ways.pop()) if len(ways) == len(self.links) else None
+        for delta, one in reversed(ways):
+            source_elements = None
+            if found is not None:
+                source_elements = np.zeros(one.stop - one.start, one.elements.carrier)
+                there = min(len(found), len(source_elements))
+                source_elements[:there] = found[:there]
+            found = delta.decoded(one, source_elements)
+        assert found is not None
+        return found
+
+    def _first_made(self, delta: Delta, block: DeltaBlock) -> Carrier:
+        """A block of what the first link makes of the checkpoint."""
+        found, state, whole = block_state(self.checkpoint, block)
+        if state == int(delta.before[block.number]):
+            return delta.decoded(block, found)
+        if found is not None and whole and state == int(delta.after[block.number]):
+            return found
+        raise self._another(block)
+
+    def _another(self, block: DeltaBlock) -> MismatchError:
+        return MismatchError(
             f"{self.patches[0].name} was made from another checkpoint",
             file=self.checkpoint.name,
             tensor=block.info.name,
             hint="nothing was written; `neftsurgery verify` shows every tensor's state",
         )
 
-    def _from_link(self, block: Block, count: int) -> Carrier | None:
-        """What the first ``count`` links make of a block of the next one, filled up with zeros."""
-        info = counterpart(block.info, self.links[count - 1].tensors)
-        source = None if info is None else self.links[count - 1].block_at(info.name, block.start)
-        if source is None:
-            return None
-        found = np.zeros(block.stop - block.start, block.elements.carrier)
-        made = self._rebuilt(source, count)[: len(found)]
-        found[: len(made)] = made
-        return found
+    def _side_content(self, side: SideFile) -> bytes:
+        """A file beside the weights: from the last link that holds it, else the checkpoint's own."""
 
-    def _side_content(self, name: str, count: int) -> bytes:
-        """A file beside the weights, as the first ``count`` links make it."""
-        if count == 0:
-            path = self.checkpoint.root / name
-            return path.read_bytes() if path.is_file() else b""
-        delta = self.links[count - 1]
-        side = next((one for one in delta.side if one.name == name), None)
-        if side is None:
-            return b""
-        return delta.side_content(side, lambda: self._side_content(name, count - 1))
+        def source() -> bytes:
+            for delta in reversed(self.links[:-1]):
+                own = next((one for one in delta.side if one.name == side.name), None)
+                if own is None:
+                    return b""
+                if own.packed:
+                    return delta.side_content(own, bytes)
+            path = self.checkpoint.root / side.name
+            return path.read_bytes() if path.is_file() and path.stat().st_size == side.nbytes else b""
+
+        return self.links[-1].side_content(side, source)
 
 
 def plan_rebuild(

@@ -312,7 +312,7 @@ class VerifyPlan:
 
     def _compared_blocks(self, patch: LosslessPatch, limits: Limits, progress: Progress) -> Verification:
         watch = Stopwatch()
-        with watch.running(), progress("checking", patch.forward.nbytes) as advance:
+        with watch.running(), progress("checking", patch.forward.block_bytes) as advance:
             counts = examine_blocks(self.checkpoint, patch, limits=limits, advance=advance)
             tensors = {name: TensorState(*found) for name, found in counts.items()}
             state = PatchState(tensors).state

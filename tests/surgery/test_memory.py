@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,3 +115,17 @@ def test_a_pair_of_billions_stays_under_400_mb(billion, words):
     assert _peak(billion, *words) < LIMIT
     for patch in billion.glob("*.safetensors"):
         patch.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_a_whole_fine_tune_of_billions_stays_under_400_mb(billion):
+    assert _peak(billion, "extract", "base", "tuned", "--lossless", "-o", "whole.safetensors") < LIMIT
+    try:
+        assert _peak(billion, "verify", "tuned", "whole.safetensors") < LIMIT
+        assert _peak(billion, "apply", "base", "whole.safetensors", "-o", "out") < LIMIT
+        sides = (billion / side / "model.safetensors" for side in ("out", "tuned"))
+        assert filecmp.cmp(*sides, shallow=False)
+    finally:
+        shutil.rmtree(billion / "out", ignore_errors=True)
+        (billion / "whole.safetensors").unlink()

@@ -32,7 +32,13 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("work", ["apply", "revert", "extract", "merge", "export", "apply --in-place"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "apply", "revert", "extract", "merge", "export", "apply --in-place",
+        "extract --lossless", "apply (lossless)", "revert (lossless)",
+    ],
+)  # fmt: skip
 def test_a_disk_with_too_little_room(
     runner: Runner, trials: Trials, sides: tuple[Path, Path], tmp_path: Path, disk: Path, work: str
 ) -> None:
@@ -44,6 +50,7 @@ def test_a_disk_with_too_little_room(
     with ns.Patch.load(rows) as patch:
         patch.selection.save(tmp_path / "selection")
     ns.apply(base, rows, out=tmp_path / "patched")
+    ns.extract(*sides, lossless=True, reversible=True, out=tmp_path / "whole").close()
     words = {
         "apply": ("apply", base, rows, "-o", out),
         "revert": ("revert", tmp_path / "patched", rows, "-o", out),
@@ -51,6 +58,9 @@ def test_a_disk_with_too_little_room(
         "merge": ("merge", rows, "-o", out),
         "export": ("export", rows, "--to", "lora", "-o", out),
         "apply --in-place": ("apply", out, rows, "--in-place"),
+        "extract --lossless": ("extract", base, tuned, "--lossless", "--reversible", "-o", out),
+        "apply (lossless)": ("apply", base, tmp_path / "whole", "-o", out),
+        "revert (lossless)": ("revert", tuned, tmp_path / "whole", "-o", out),
     }[work]
 
     def prepare(free: int) -> None:

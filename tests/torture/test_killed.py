@@ -80,6 +80,7 @@ def works(sides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     with ns.Patch.load(rows) as opened:
         opened.selection.save(root / "selection")
     ns.apply(base, rows, out=root / "patched")
+    ns.extract(*sides, lossless=True, reversible=True, out=root / "whole").close()
     return {
         "apply": Work(("apply", base, rows), (base, rows)),
         "apply (columns)": Work(("apply", base, columns), (base, columns)),
@@ -90,11 +91,20 @@ def works(sides: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
         ),
         "merge": Work(("merge", rows, few, "--on-overlap", "mean"), (rows, few)),
         "export": Work(("export", few, "--to", "lora"), (few,)),
+        "extract --lossless": Work(("extract", base, tuned, "--lossless", "--reversible"), (base, tuned)),
+        "apply (lossless)": Work(("apply", base, root / "whole"), (base, root / "whole")),
+        "revert (lossless)": Work(("revert", tuned, root / "whole"), (tuned, root / "whole")),
     }
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("name", ["apply", "apply (columns)", "revert", "extract", "merge", "export"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "apply", "apply (columns)", "revert", "extract", "merge", "export",
+        "extract --lossless", "apply (lossless)", "revert (lossless)",
+    ],
+)  # fmt: skip
 def test_a_new_output_is_absent_or_whole(
     runner: Runner, trials: Trials, works: dict[str, Work], tmp_path: Path, name: str, number: signal.Signals
 ) -> None:

@@ -115,6 +115,7 @@ def _extract_whole(
     if not whole.pop("lossless", False):
         raise UsageError(f"[[{next(iter(whole))}]] is for [[lossless]] patches only")
     chosen = {
+        *declared(PrefixOptions),
         *declared(ScoreOptions),
         *declared(ScopeOptions),
         *declared(SelectOptions),

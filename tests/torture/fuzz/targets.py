@@ -21,12 +21,14 @@ from neftsurgery.checkpoint.unfinished import journal_path
 from neftsurgery.checkpoint.weight_files import weight_files
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.neurons.anatomy import read_anatomy
+from neftsurgery.patch.lossless import LosslessPatch
 from neftsurgery.patch.patch import Patch
 from neftsurgery.scoring.scores import Scores
 from neftsurgery.selection.selection import Selection
 from neftsurgery.sources.resolve import Source, resolve
 from neftsurgery.tensors.header import read_header
 
+from .forge import mutate_lossless
 from .mutate import Mutator, mutate_bytes, mutate_safetensors, mutate_text
 from .oracle import agrees, packages_view, stricter
 
@@ -133,6 +135,9 @@ def _documents(root: Path) -> Iterator[Target]:
         ns.extract(base, tuned, chosen, reversible=reversible, out=root / f"patch.{number}").close()
     ns.extract(base, tuned, changed=True, include=["*"], out=root / "patch.2").close()
 
+    for number, options in enumerate(({"fast": True}, {"reversible": True})):
+        ns.extract(base, tuned, lossless=True, out=root / f"lossless.{number}", **options).close()
+
     def seeds(kind: str) -> list[bytes]:
         return [path.read_bytes() for path in sorted(root.glob(f"{kind}.*"))]
 
@@ -143,6 +148,13 @@ def _documents(root: Path) -> Iterator[Target]:
             patch.check()
             ns.verify(base, patch)
 
+    def read_lossless(raw: bytes) -> None:
+        shutil.rmtree(root / "made", ignore_errors=True)
+        with LosslessPatch.load(root / "a-lossless-patch") as patch:
+            patch.weights(by_kind=True)
+            ns.verify(base, patch)
+            ns.apply(base, patch, out=root / "made")
+
     def read_selection(raw: bytes) -> None:
         for chosen in Selection.load(root / "a-selection"):
             _check_index(chosen.index, chosen.layout.count)
@@ -152,6 +164,9 @@ def _documents(root: Path) -> Iterator[Target]:
             for chosen in scores.select(neurons=2):
                 _check_index(chosen.index, chosen.layout.count)
 
+    yield Target(
+        "lossless patch", root / "a-lossless-patch", seeds("lossless"), mutate_lossless, read_lossless, 0.5
+    )
     for kind, path, read, share in (
         ("patch", root / "a-patch", read_patch, 1.5),
         ("selection", root / "a-selection", read_selection, 1.5),
