@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from typing import Self
 
@@ -31,26 +31,29 @@ HASH_PREFIX = "xxh3-128:"
 
 
 def fingerprint(
-    weights: WeightReader, change: Callable[[str, int, memoryview], None] = lambda name, start, part: None
+    weights: WeightReader,
+    change: Callable[[str, int, memoryview], None] = lambda name, start, part: None,
+    names: Mapping[str, str] | None = None,
 ) -> str:
     """XXH3-128 over every tensor, by name: name, dtype, shape, first and last 4096 bytes.
 
     Per tensor, in code-point order of names, the hash takes in the JSON text
     ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the first ``min(4096, n)`` and the
     last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count. ``change`` may alter what was
-    read: bytes of a tensor, given its name, from a byte of it.
+    read: bytes of a tensor, given its name, from a byte of it. ``names``: by the name
+    that counts, the one in the files, if they are not the same.
     """
+    if names is None:
+        names = {name: name for name, info in weights.tensors.items() if info.name == name}
 
     def read(name: str, start: int, part: memoryview) -> None:
-        weights.read_into(name, start, part)
+        weights.read_into(names[name], start, part)
         change(name, start, part)
 
     state = xxhash.xxh3_128()
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
-    for name in sorted(weights.tensors):
-        info = weights.tensors[name]
-        if info.name != name:  # another name of a tied tensor
-            continue
+    for name in sorted(names):
+        info = weights.tensors[names[name]]
         state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):

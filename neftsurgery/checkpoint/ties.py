@@ -18,10 +18,12 @@ from ..text import label, natural_key
 from .checkpoint import Checkpoint, Side
 from .provenance import same_tensor
 
-__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "with_tied_names"]
+__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "tied_forms", "with_tied_names"]
 
 _FIRST = 64 << 10  # bytes that tell most tensors apart
 _PIECE = 4 << 20
+_HEAD = "lm_head.weight"  # what most models call their output head
+_MOST_FORMS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,30 @@ def stored_ties(
                 same[name] = same.setdefault(home, [])
                 same[name].append(name)
     return {name: names for name, names in same.items() if len(names) > 1}, notes
+
+
+def tied_forms(checkpoint: Checkpoint) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+    """How files may hold this model: the stored tensor by each name. And by name, all that are tied to it.
+
+    The first form is that of its files. A tied tensor may be held under any of its names, or all of them.
+    """
+    side, infos = _Ties.of(checkpoint), dict(checkpoint.tensors)
+    infos |= {name: infos[one] for name, one in side.saved.items()}
+    for group in tie_groups([*infos, _HEAD]):
+        if _HEAD in group and group[0] in infos:
+            infos.setdefault(_HEAD, infos[group[0]])
+    own = {info.name: info.name for info in checkpoint.stored}
+    forms, tied = [own], dict[str, list[str]]()
+    for group in _groups((side,), infos):
+        homes = set(side.stored(group).values())
+        if len(homes) == 1:
+            (home,) = homes
+            tied |= dict.fromkeys(group, group)
+            held = [group, *([name] for name in group)]
+            rest = [{name: one for name, one in form.items() if name not in group} for form in forms]
+            forms += [form | dict.fromkeys(names, home) for form in rest for names in held]
+            forms = forms[:_MOST_FORMS]
+    return forms, tied
 
 
 def missing_tensors(side: Side) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,14 +129,22 @@ def overlay(vectors: RawBytes, index: Int64Array, tensor: PatchTensor, earlier: 
         _lay_elements(elements[first : first + step], positions, name, RowSource(earlier, earlier.values))
 
 
-def lay_over(layers: Sequence[RowSource], name: str, start: int, part: memoryview) -> None:
-    """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``."""
+def lay_over(
+    layers: Sequence[RowSource],
+    name: str,
+    start: int,
+    part: memoryview,
+    tied: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
+    """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``.
+
+    A patch that has no vectors of that name has them under a name ``tied`` to it.
+    """
     for rows in layers:
-        for known in rows.patch.tensors:
-            if name == known or name in rows.copies.get(known, ()):
-                elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
-                first = start // elements.itemsize
-                _lay_elements(elements, np.arange(first, first + len(elements)), known, rows)
+        for known in [one for one in (name, *tied.get(name, ())) if one in rows.patch.tensors][:1]:
+            elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
+            first = start // elements.itemsize
+            _lay_elements(elements, np.arange(first, first + len(elements)), known, rows)
 
 
 def _lay_elements(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.provenance import Provenance, fingerprint, same_files
+from ..checkpoint.provenance import Provenance, fingerprint
+from ..checkpoint.ties import tied_forms
 from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch
 
@@ -19,15 +20,23 @@ def same_bases(
     """For each patch whether the checkpoint is its base, or that with the patch; None if it cannot be known.
 
     The patches may follow each other or be made from one base, and any of them may be ``applied`` already. So
-    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only. ``undone``
-    are the vectors that patches replaced, as far as they are known, those of the last patch first.
+    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only; and its
+    files may have held tied tensors in another form. ``undone`` are the vectors that patches replaced, as far
+    as they are known, those of the last patch first.
     """
     known = {rows.patch for rows in undone}
     hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
 
+    plain = cache(partial(fingerprint, checkpoint))
+
     @cache
-    def found(layers: tuple[RowSource, ...]) -> str:
-        return fingerprint(checkpoint, partial(lay_over, layers))
+    def forms() -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+        return tied_forms(checkpoint)
+
+    @cache
+    def found(layers: tuple[RowSource, ...], form: int) -> str:
+        names, tied = forms()
+        return fingerprint(checkpoint, partial(lay_over, layers, tied=tied), names[form])
 
     def same(number: int) -> bool | None:
         patch = patches[number]
@@ -35,13 +44,18 @@ def same_bases(
             return None
         earlier = [RowSource(one, one.values) for one in patches[:number]]
         ways = ((), tuple(undone), (*undone, *earlier))
-        return any(found(way) == patch.base.fingerprint for way in ways) or (None if hidden else False)
+        tries = ((way, form) for form in range(len(forms()[0])) for way in ways)
+        if plain() == patch.base.fingerprint or any(found(*one) == patch.base.fingerprint for one in tries):
+            return True
+        return None if hidden else False
 
     return [same(number) for number in range(len(patches))]
 
 
 def other_base(named: Checkpoint | None, base: Provenance, what: str) -> list[str]:
     """A warning if a checkpoint that is named as the ``base`` of ``what`` has another fingerprint."""
-    if named is None or base.fingerprint is None or same_files(base, Provenance.of(named)):
+    if named is None or base.fingerprint in (None, fingerprint(named)):
+        return []
+    if base.fingerprint in (fingerprint(named, names=form) for form in tied_forms(named)[0]):
         return []
     return [f"{named.name} has another fingerprint than the base of {what}"]
