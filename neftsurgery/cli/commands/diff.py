@@ -112,13 +112,16 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
     console.say()
     if summary.nonfinite:
         console.say(f"{plural(summary.nonfinite, 'neuron')} hold a NaN or Inf, and are never chosen by score")
-    if summary.identical and not summary.unscored_changed:
+    if not summary.neurons:
+        console.say("No neuron was scored.")
+    elif summary.identical and not summary.unscored_changed:
         console.say("The two are identical in every scored neuron, and in all else that was compared.")
         return
     if summary.unscored_changed:
         console.say(f"not scored, and different: {some(summary.unscored_changed)}")
     if summary.identical:
-        console.say("In the scored neurons nothing differs.")
+        if summary.neurons:
+            console.say("In the scored neurons nothing differs.")
         return
     same = summary.neurons - summary.changed_neurons
     console.say(*_relation(summary))
