@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from os import PathLike
 from typing import Self
 
@@ -33,6 +33,7 @@ HASH_PREFIX = "xxh3-128:"
 def fingerprint(
     weights: WeightReader,
     change: Callable[[str, int, memoryview], None] = lambda name, start, part: None,
+    tied: Collection[str] = (),
     names: Mapping[str, str] | None = None,
 ) -> str:
     """XXH3-128 over every tensor, by name: name, dtype, shape, first and last 4096 bytes.
@@ -40,11 +41,11 @@ def fingerprint(
     Per tensor, in code-point order of names, the hash takes in the JSON text
     ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the first ``min(4096, n)`` and the
     last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count. ``change`` may alter what was
-    read: bytes of a tensor, given its name, from a byte of it. ``names``: by the name
-    that counts, the one in the files, if they are not the same.
+    read: bytes of a tensor, given its name, from a byte of it. Instead of tensors
+    that are ``tied``, those of ``names`` count: by the name that counts, the one in the files.
     """
-    if names is None:
-        names = {name: name for name, info in weights.tensors.items() if info.name == name}
+    own = {n: n for n, info in weights.tensors.items() if info.name == n and n not in tied}
+    names = {**own, **(names or {})}
 
     def read(name: str, start: int, part: memoryview) -> None:
         weights.read_into(names[name], start, part)

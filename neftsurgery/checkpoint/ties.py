@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice, product
 
 from ..neurons.ties import is_head, stated_tie, tie_groups
 from ..tensors.header import TensorInfo
@@ -23,7 +24,7 @@ __all__ = ["Joined", "join", "missing_tensors", "stored_ties", "tied_forms", "wi
 _FIRST = 64 << 10  # bytes that tell most tensors apart
 _PIECE = 4 << 20
 _HEAD = "lm_head.weight"  # what most models call their output head
-_MOST_FORMS = 64
+_MOST_TIES, _MOST_FORMS = 4, 64  # that `tied_forms` tries
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +104,24 @@ def stored_ties(
 
 
 def tied_forms(checkpoint: Checkpoint) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
-    """How files may hold this model: the stored tensor by each name. And by name, all that are tied to it.
+    """How files may hold the tied tensors of this model: the stored one by each name, in each form.
 
-    The first form is that of its files. A tied tensor may be held under any of its names, or all of them.
+    Its own form is the first; then they may be there under all of their names, or any one. And by name, all
+    that are tied to it. Of odd models with many ties, only a few forms.
     """
     side, infos = _Ties.of(checkpoint), dict(checkpoint.tensors)
     infos |= {name: infos[one] for name, one in side.saved.items()}
     for group in tie_groups([*infos, _HEAD]):
         if _HEAD in group and group[0] in infos:
             infos.setdefault(_HEAD, infos[group[0]])
-    own = {info.name: info.name for info in checkpoint.stored}
-    forms, tied = [own], dict[str, list[str]]()
-    for group in _groups((side,), infos):
-        homes = set(side.stored(group).values())
-        if len(homes) == 1:
-            (home,) = homes
+    choices, tied = list[list[dict[str, str]]](), dict[str, list[str]]()
+    for group in islice(_groups((side,), infos), _MOST_TIES):
+        stored = side.stored(group)
+        if len(homes := set(stored.values())) == 1:
             tied |= dict.fromkeys(group, group)
-            held = [group, *([name] for name in group)]
-            rest = [{name: one for name, one in form.items() if name not in group} for form in forms]
-            forms += [form | dict.fromkeys(names, home) for form in rest for names in held]
-            forms = forms[:_MOST_FORMS]
-    return forms, tied
+            held = [stored, group, *([name] for name in group[:_MOST_TIES])]
+            choices.append([dict.fromkeys(names, *homes) for names in held])
+    return [dict(chain(*map(dict.items, one))) for one in islice(product(*choices), _MOST_FORMS)], tied
 
 
 def missing_tensors(side: Side) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,14 +133,14 @@ def lay_over(
     name: str,
     start: int,
     part: memoryview,
-    tied: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    tied: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``.
 
     A patch that has no vectors of that name has them under a name ``tied`` to it.
     """
     for rows in layers:
-        for known in [one for one in (name, *tied.get(name, ())) if one in rows.patch.tensors][:1]:
+        for known in [one for one in (name, *(tied or {}).get(name, ())) if one in rows.patch.tensors][:1]:
             elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
             first = start // elements.itemsize
             _lay_elements(elements, np.arange(first, first + len(elements)), known, rows)

@@ -71,7 +71,7 @@ def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> N
     if isinstance(error, theirs.LocalEntryNotFoundError):
         return _not_in_cache(error.__cause__)
     if isinstance(error, theirs.EntryNotFoundError):
-        hint = "check the name and the revision: `neftsurgery push` writes this file"
+        hint = "patches come after the base; of an adapter: `neftsurgery extract BASE ADAPTER --changed`"
         return MismatchError(f"the Hub repository has no file {filename}", hint=hint)
     if isinstance(error, theirs.HfHubHTTPError):
         return _answered(error, status)

@@ -27,27 +27,22 @@ def same_bases(
     known = {rows.patch for rows in undone}
     hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
 
-    plain = cache(partial(fingerprint, checkpoint))
-
-    @cache
-    def forms() -> tuple[list[dict[str, str]], dict[str, list[str]]]:
-        return tied_forms(checkpoint)
+    plain = fingerprint(checkpoint)
+    clear = all(patch.base.fingerprint in (None, plain) for patch in patches)
+    forms, tied = ([], {}) if clear else tied_forms(checkpoint)
 
     @cache
     def found(layers: tuple[RowSource, ...], form: int) -> str:
-        names, tied = forms()
-        return fingerprint(checkpoint, partial(lay_over, layers, tied=tied), names[form])
+        return fingerprint(checkpoint, partial(lay_over, layers, tied=tied), tied, forms[form])
 
     def same(number: int) -> bool | None:
-        patch = patches[number]
-        if patch.base.fingerprint is None:
-            return None
+        wanted = patches[number].base.fingerprint
+        if wanted in (None, plain):
+            return None if wanted is None else True
         earlier = [RowSource(one, one.values) for one in patches[:number]]
         ways = ((), tuple(undone), (*undone, *earlier))
-        tries = ((way, form) for form in range(len(forms()[0])) for way in ways)
-        if plain() == patch.base.fingerprint or any(found(*one) == patch.base.fingerprint for one in tries):
-            return True
-        return None if hidden else False
+        tries = (found(way, form) for form in range(len(forms)) for way in ways)
+        return wanted in tries or (None if hidden else False)
 
     return [same(number) for number in range(len(patches))]
 
@@ -56,6 +51,7 @@ def other_base(named: Checkpoint | None, base: Provenance, what: str) -> list[st
     """A warning if a checkpoint that is named as the ``base`` of ``what`` has another fingerprint."""
     if named is None or base.fingerprint in (None, fingerprint(named)):
         return []
-    if base.fingerprint in (fingerprint(named, names=form) for form in tied_forms(named)[0]):
+    forms, tied = tied_forms(named)
+    if base.fingerprint in (fingerprint(named, tied=tied, names=form) for form in forms):
         return []
     return [f"{named.name} has another fingerprint than the base of {what}"]

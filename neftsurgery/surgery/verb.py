@@ -31,6 +31,7 @@ __all__ = [
     "load_patches",
     "replaced_rows",
     "require_replaced",
+    "require_sha256",
     "run_keywords",
     "running",
     "warn",
@@ -59,12 +60,17 @@ def load_patch(named: Patch | AnyPath | Source, sha256: str | None = None) -> Pa
     """The patch, opened if it is only named; a `CorruptFileError` if its file has another SHA-256."""
     patch = named if isinstance(named, Patch) else Patch.load(named)
     if sha256 is not None:
-        if (found := patch.sha256()) != sha256:
-            hint = "nothing was written; find out why it is another file before you use it"
-            what = "this is not the file whose [[sha256]] was given"
-            raise CorruptFileError(what, file=patch.place, expected=sha256, found=found, hint=hint)
+        require_sha256(patch.place, sha256, patch.sha256())
         patch.check_unchanged()
     return patch
+
+
+def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:
+    """Raise a `CorruptFileError` if the file at ``place`` has another SHA-256 than was ``wanted``."""
+    if found != wanted:
+        hint = "nothing was written; find out why it is another file before you use it"
+        what = "this is not the file whose [[sha256]] was given"
+        raise CorruptFileError(what, file=place, expected=wanted, found=found, hint=hint)
 
 
 def load_patches(

@@ -128,6 +128,7 @@ _FOLDERS = (
     ("latest_checkpointed_iteration.txt", "a checkpoint of Megatron", "export it with Megatron Bridge"),
     ("model_index.json", "a pipeline of several models", "name the weight file of one of them"),
     ("checkpoint-*", "a folder of training checkpoints", "name one of them: {path}/{first}"),
+    ("neuron_patch.safetensors", "a neuron patch", "name its file or Hub id as PATCH, after the base"),
 )
 
 
