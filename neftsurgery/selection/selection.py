@@ -152,7 +152,8 @@ class Selection:
         Also if no neuron is chosen.
         """
         if not self.tensors:
-            raise MismatchError("no neuron is chosen", hint="the two may be equal, or the threshold too high")
+            hint = "the scored neurons may be equal (diff says what else differs), or the threshold too high"
+            raise MismatchError("no neuron is chosen", hint=hint)
         for checkpoint in checkpoints:
             require_tensors(checkpoint, (chosen.info for chosen in self), "the selection")
 
