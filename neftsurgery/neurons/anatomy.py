@@ -269,7 +269,8 @@ class _Reader:
         if 2 * empty > len(self.tensors):
             yield f"{empty} tensors have no elements, as DeepSpeed ZeRO-3 and FSDP leave them"
         for submodel in self.submodels.all if self.name == "units" else ():
-            if any(family.feed_forward and not family.attention for family in submodel.families):
+            kinds = [{type(block) for block in family.blocks} for family in submodel.families]
+            if {FeedForward} in kinds:
                 yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
 
 

@@ -15,39 +15,12 @@ from ..tensors.header import TensorInfo
 __all__ = ["quantization_reasons"]
 
 # Names of scales after ``X.``, the most certain first.
-_SCALE_SUFFIXES = (
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_scale_2",
-    "weight_scales",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "weight_global_scale",
-    "scales",
-    "qzeros",
-    "g_idx",
-    "SCB",
-    "biases",
-    "codebooks",
-    "scale",
-    "zero",
-    "input_scale",
-    "input_global_scale",
-    "weight_format",
-)
+_SCALES_OF_STEM = """weight_scale weight_scale_inv weight_scale_2 weight_scales weight_zero_point weight_shape
+weight_g_idx weight_global_scale scales qzeros g_idx SCB biases codebooks scale zero input_scale
+input_global_scale weight_format"""
 # Names of scales after the whole name of the codes, "X.weight" or "experts.gate_up_proj".
-_SCALE_ENDINGS = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    "._scale",
-    "._shift",
-    "_scale_inv",
-    "_scale",
-    "_scales",
-)
+_SCALES_OF_NAME = """.absmax .quant_map .nested_absmax .nested_quant_map ._scale ._shift _scale_inv _scale
+_scales"""
 # bitsandbytes packs its settings into a byte tensor "X.weight.quant_state.bitsandbytes__nf4".
 _STATE = ".quant_state."
 # Names of the codes themselves after ``X.``; MXFP4 experts write "gate_up_proj_blocks".
@@ -99,9 +72,9 @@ def _method(config: Mapping[str, Any] | None) -> str | None:
 
 
 def _scales_of(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:
-    candidates = [name + suffix for suffix in _SCALE_ENDINGS]
+    candidates = [name + suffix for suffix in _SCALES_OF_NAME.split()]
     if stem is not None:
-        candidates += [stem + scale for scale in _SCALE_SUFFIXES]
+        candidates += [stem + scale for scale in _SCALES_OF_STEM.split()]
     if name.endswith(_BLOCKS):
         candidates.append(name.removesuffix(_BLOCKS) + _SCALES)
     return [scale for scale in candidates if scale != name and scale in tensors]

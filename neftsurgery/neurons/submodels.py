@@ -46,36 +46,19 @@ _HEAD_COUNTS: tuple[tuple[str, int, int | None], ...] = (
     ("whisper", 6, 6),
     ("bloom t5 clip_text_model", 8, None),
     ("gemma2 gemma3_text vaultgemma", 8, 4),
-    (
-        (
-            "gpt2 gpt_bigcode opt bert roberta xlm-roberta camembert distilbert modernbert vit deit "
-            "dinov2 dinov2_with_registers clip_vision_model siglip_text_model siglip_vision_model"
-        ),
-        12,
-        None,
-    ),
-    (
-        (
-            "olmoe gpt_neo gptj codegen mpt biogpt bart mbart marian pegasus m2m_100 qwen2_vl_vision "
-            "qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision pixtral llama4_vision_model"
-        ),
-        16,
-        None,
-    ),
+    ("gpt2 gpt_bigcode opt bert roberta xlm-roberta camembert distilbert modernbert vit deit", 12, None),
+    ("dinov2 dinov2_with_registers clip_vision_model siglip_text_model siglip_vision_model", 12, None),
+    ("olmoe gpt_neo gptj codegen mpt biogpt bart mbart marian pegasus m2m_100", 16, None),
+    ("qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision pixtral", 16, None),
+    ("llama4_vision_model", 16, None),
     ("ernie4_5", 16, 2),
     ("smollm3", 16, 4),
     ("gemma qwen2_moe qwen3_vl_moe_text", 16, 16),
     ("helium", 20, 20),
     ("deberta-v2", 24, None),
     ("starcoder2", 24, 2),
-    (
-        (
-            "llama olmo olmo2 olmo3 granite hunyuan_v1_dense arcee apertus phi phi3 flex_olmo "
-            "deepseek_v2 granitemoe blenderbot"
-        ),
-        32,
-        None,
-    ),
+    ("llama olmo olmo2 olmo3 granite hunyuan_v1_dense arcee apertus phi phi3 flex_olmo", 32, None),
+    ("deepseek_v2 granitemoe blenderbot", 32, None),
     ("glm glm4", 32, 2),
     ("qwen3_moe", 32, 4),
     ("mistral ministral mixtral phimoe", 32, 8),
@@ -129,14 +112,13 @@ def roles(family: Family) -> dict[tuple[str, ...], Role]:
     """All patterns of ``family``, split at the dots, with what they say."""
     found: dict[tuple[str, ...], Role] = {}
     for role, patterns in (
-        (Role("embedding", "out in"), EMBEDDINGS + family.embeddings),
-        (Role("output head", "out in"), HEADS + family.heads),
+        (Role("embedding", "out in"), f"{EMBEDDINGS} {family.embeddings}"),
+        (Role("output head", "out in"), f"{HEADS} {family.heads}"),
         (Role("router", "out in"), family.routers),
         (Role("weight", "in out"), family.transposed),
     ):
-        found |= {tuple(pattern.split(".")): role for pattern in patterns}
-    blocks: tuple[FeedForward | Attention, ...] = (*family.feed_forward, *family.attention)
-    for block in blocks:
+        found |= {tuple(pattern.split(".")): role for pattern in patterns.split()}
+    for block in family.blocks:
         named = ((field.name, getattr(block, field.name)) for field in fields(block))
         members = {name: tuple(text.split(".")) for name, text in named if text and name not in _NO_PATTERN}
         columns = zip(*(parts[:-1] for parts in members.values()), strict=False)
