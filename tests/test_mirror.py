@@ -28,7 +28,6 @@ ELSEWHERE = {
     "scoring/partial_sums.py": "scoring/test_engine.py",
     "scoring/pieces.py": "scoring/test_engine.py",
     "scoring/scored_tensors.py": "scoring/test_scores.py",
-    "storage/no_follow.py": "hostile/test_planted_journals.py",
     "storage/output_checks.py": "storage/test_output.py",
     "storage/threads.py": "surgery/test_apply.py",
     "surgery/lora_modules.py": "surgery/test_export.py",

@@ -9,6 +9,7 @@ vectors that the change leaves alone, and is never applied to others.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
@@ -27,9 +28,8 @@ from ..errors import CorruptFileError, MachineError, UsageError, naming
 from ..neurons.description import described_tensor
 from ..neurons.layout import Layout
 from ..neurons.vectors import blocks, check_index, gather
-from ..storage.no_follow import open_to_change
 from ..storage.output import fsync_folder
-from ..storage.positioned import changed_file, sha256_of
+from ..storage.positioned import changed_file, open_to_change
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -211,7 +211,7 @@ class Journal:
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex."""
         with naming(self.path), self._file.stream() as stream:
-            return sha256_of(stream)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def old(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
         """Old vectors ``[start, stop)`` of a change, as raw bytes."""

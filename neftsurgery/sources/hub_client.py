@@ -7,9 +7,9 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
 
 from .hub_errors import hub_errors
 from .hub_id import HubId
@@ -91,7 +91,7 @@ class HubFile:
     nbytes: int | None
     etag: str | None = None
 
-    def is_content(self, content: BinaryIO) -> bool:
+    def is_content(self, content: BufferedReader) -> bool:
         """Whether an open file has the size and the hash: a SHA-256, or Git's SHA-1, if the ETag is one."""
         nbytes = content.seek(0, os.SEEK_END)
         content.seek(0)
@@ -100,9 +100,7 @@ class HubFile:
             return self.nbytes in (None, nbytes)
         git = hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
         state = git if len(is_hash[0]) == 40 else hashlib.sha256()
-        while chunk := content.read(1 << 20):
-            state.update(chunk)
-        return state.hexdigest() == self.etag
+        return hashlib.file_digest(content, lambda: state).hexdigest() == self.etag
 
 
 def find_file(hub_id: HubId, filename: str) -> HubFile:

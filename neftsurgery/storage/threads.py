@@ -29,7 +29,7 @@ class Limits:
     threads: int
     memory: int  # bytes of buffers and of files mapped into memory
     #: Whether files in the page cache may be mapped instead of read. That is faster, and needs a signal
-    #: handler (`neftsurgery.storage.truncated_maps`): only the command line sets it.
+    #: handler (`neftsurgery.storage.page_cache`): only the command line sets it.
     mapped: bool = False
     #: Bytes of vectors handled at once by a thread; None: what suits their layout (`neurons.vectors`).
     block: int | None = None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 from ..errors import boundary
 from ..progress import Timing
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
-from ..storage.positioned import sha256_of
 from .reader import TensorFile
 
 __all__ = ["FileBacked"]
@@ -56,14 +57,14 @@ class FileBacked:
             self._file.copy_to(staged.fd)
             self.check_unchanged()
 
-    def stream(self) -> BinaryIO:
+    def stream(self) -> BufferedReader:
         """The file's bytes from the start, as a file that the caller closes; open one at a time."""
         return self._file.stream()
 
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
         with self.stream() as file:
-            return sha256_of(file)
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_in_place(self) -> None:
         """Raise a ``FileNotFoundError`` if its file was removed or replaced since it was opened."""

@@ -11,8 +11,9 @@ import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +155,7 @@ class TensorFile:
         if self.path is not None and not os.path.samestat(self._file.status(), self.path.stat()):
             raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
 
-    def stream(self) -> BinaryIO:
+    def stream(self) -> BufferedReader:
         """The whole file from its start, as a buffered file that the caller closes."""
         copy = os.dup(self._file.fileno())
         os.lseek(copy, 0, os.SEEK_SET)  # another stream may have moved it; positioned reads do not

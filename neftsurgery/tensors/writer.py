@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import MismatchError, naming
 from ..storage.output import begin_writeback, staged_file
 from ..storage.output_checks import require_space
-from ..storage.positioned import OpenFile, sha256_of, write_exactly
+from ..storage.positioned import OpenFile, write_exactly
 from .header import FilePlan, Header, TensorInfo
 from .reader import TensorFile
 
@@ -79,7 +80,7 @@ class TensorFileWriter:
         """The SHA-256 of the finished file, in hex."""
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
-            return sha256_of(file)
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _SmallWrites:
