@@ -11,7 +11,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "checkpoint/adapter_config.py": "checkpoint/test_adapter.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
-    "checkpoint/unfinished.py": "checkpoint/test_journal.py",
     "checkpoint/weight_files.py": "checkpoint/test_checkpoint.py",
     "cli/commands/heal.py": "checkpoint/test_healing.py",
     "cli/commands/select.py": "cli/test_round.py",

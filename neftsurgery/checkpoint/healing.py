@@ -28,8 +28,7 @@ from ..tensors.header import TensorInfo
 from ..text import plural, printable
 from .checkpoint import Checkpoint, Shard
 from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
-from .journal_record import is_recorded
-from .unfinished import find_journals, journal_path, refuse_unfinished
+from .unfinished import find_journals, is_recorded, journal_path, refuse_unfinished
 
 __all__ = ["HealPlan", "HealResult", "heal", "heal_recorded", "plan_heal"]
 

@@ -35,8 +35,7 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from .checkpoint import Checkpoint, Shard
-from .journal_record import forget, record
-from .unfinished import journal_path
+from .unfinished import forget, journal_path, record
 
 __all__ = [
     "Change",
@@ -114,7 +113,7 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
 
     The caller holds the lock of all shards it touches (`locked`), and has synced its writes when the
     context ends. If it ends by an exception, the journal stays. The journal is recorded as ours
-    (`journal_record`) before it gets its name. A `MachineError` says that the state folder or the journal
+    (`record`) before it gets its name. A `MachineError` says that the state folder or the journal
     cannot be written; then no weight was.
     """
     path = journal_path(checkpoint.source)

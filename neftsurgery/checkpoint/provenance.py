@@ -13,7 +13,7 @@ from ..errors import MismatchError
 from ..tensors.document import Facts
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from .checkpoint import Checkpoint, Side
+from .checkpoint import Checkpoint
 from .saved_forms import why_unfit
 
 __all__ = [
@@ -69,13 +69,13 @@ class Provenance(Facts):
     """The ``base`` or ``tuned`` of a file: what is known of the checkpoint it was made from."""
 
     @classmethod
-    def of(cls, checkpoint: Side) -> Self:
+    def of(cls, checkpoint: Checkpoint) -> Self:
         """Of a checkpoint that is at hand; reads the edges of its tensors."""
         source = checkpoint.source
         known: dict[str, object] = {"name": source.local_name}
         if source.repo is not None:
             known |= {"repo": source.repo, "revision": source.revision}
-        if isinstance(checkpoint, Checkpoint) and checkpoint.original is not None and checkpoint.prefixes:
+        if checkpoint.original is not None and checkpoint.prefixes:
             known |= checkpoint.prefixes.to_json()
             checkpoint = checkpoint.original  # its fingerprint is of the names in its files
         return cls({**known, "fingerprint": fingerprint(checkpoint)})
@@ -112,7 +112,7 @@ def same_tensor(a: TensorInfo | None, b: TensorInfo | None) -> bool:
 
 
 def require_tensors(
-    checkpoint: Side, tensors: Iterable[TensorInfo], what: str, made_from: Provenance | None = None
+    checkpoint: Checkpoint, tensors: Iterable[TensorInfo], what: str, made_from: Provenance | None = None
 ) -> None:
     """Raise a `MismatchError` unless the checkpoint has all ``tensors``, with their shapes and dtypes.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ..neurons.quantized import quantization_reasons
 from ..tensors.header import TensorInfo
-from .checkpoint import Side
+from .checkpoint import Checkpoint
 from .name_prefixes import fitting_prefixes
 
 __all__ = ["why_unfit", "why_unlike"]
@@ -23,7 +23,7 @@ _GATHER = (
 )
 
 
-def why_unlike(one: Side, other: Side) -> str | None:
+def why_unlike(one: Checkpoint, other: Checkpoint) -> str | None:
     """Why two checkpoints that should be of one model have so little in common, and what helps."""
     for side, model in ((other, one), (one, other)):
         if why := _form(side, model):
@@ -31,7 +31,7 @@ def why_unlike(one: Side, other: Side) -> str | None:
     return None
 
 
-def _form(side: Side, model: Side) -> str | None:
+def _form(side: Checkpoint, model: Checkpoint) -> str | None:
     """The form of ``side``, if ``model`` does not have it."""
     new = side.tensors.keys() - model.tensors.keys()
     if any(".lora_A." in name for name in new):
@@ -44,7 +44,7 @@ def _form(side: Side, model: Side) -> str | None:
     return f"is quantized: {_DEQUANTIZE}" if quantized and not plain else _shapes(model.tensors, side.tensors)
 
 
-def why_unfit(needed: Mapping[str, TensorInfo], side: Side) -> str | None:
+def why_unfit(needed: Mapping[str, TensorInfo], side: Checkpoint) -> str | None:
     """Why a checkpoint lacks tensors that something was made for, and what helps."""
     if form := _shapes(needed, side.tensors):
         return f"{side.name} {form}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..tensors.header import TensorInfo
 from ..text import label, natural_key
-from .checkpoint import Checkpoint, Side
+from .checkpoint import Checkpoint
 from .provenance import same_tensor
 
 __all__ = [
@@ -52,7 +52,7 @@ _LAYER_HEAD = re.compile(r"^(?:model\.decoder\.)?((?:class|bbox)_embed)\.\d+\.")
 class Joined:
     """A base and a tuned model, whose tensors are found under the names of the base."""
 
-    tuned: Side
+    tuned: Checkpoint
     copies: Mapping[str, str]  # tensors of the base that are another one of it, on both sides; and that one
     untied: Mapping[str, str]  # tensors of the base that are another one of it, but not in the tuned model
     only_base: tuple[str, ...]
@@ -60,7 +60,7 @@ class Joined:
     notes: tuple[str, ...]  # where config and files disagree
 
 
-def join(base: Checkpoint, tuned: Side) -> Joined:
+def join(base: Checkpoint, tuned: Checkpoint) -> Joined:
     """Find out which tensors are one. Reads those of one side that may be equal, until they differ."""
     sides = (_Ties.of(base), _Ties.of(tuned))
     aliases, copies, untied = dict[str, str](), dict[str, str](), dict[str, str]()
@@ -82,7 +82,7 @@ def join(base: Checkpoint, tuned: Side) -> Joined:
             else:
                 aliases |= {name: b[name]} if name not in there else {}
                 untied |= {name: a[name]} if a[name] != name else {}
-    seen = tuned.under(aliases) if isinstance(tuned, Checkpoint) else tuned
+    seen = tuned.under(aliases)
     for name, one in untied.items():
         notes.append(
             f"{tuned.name} has {label(name)} apart from {label(one)}: in {base.name} they are one tensor"
@@ -124,9 +124,9 @@ def stored_ties(
     return {name: names for name, names in same.items() if len(names) > 1}, notes
 
 
-def missing_tensors(side: Side) -> list[str]:
+def missing_tensors(side: Checkpoint) -> list[str]:
     """The tensors that an index lists and no file has, without those that are tied to one that is there."""
-    absent = set(side.absent) if isinstance(side, Checkpoint) else set[str]()
+    absent = set(side.absent)
     ties = _Ties.of(side)
     for group in tie_groups([*side.tensors, *absent], ties.saved.items()) if absent else ():
         absent -= ties.meaning(group, {name: name for name in group if name in side.tensors}, {}).keys()
@@ -137,12 +137,12 @@ def missing_tensors(side: Side) -> list[str]:
 class _Ties:
     """What the config and the metadata of one model say, and what is equal in its files."""
 
-    side: Side
+    side: Checkpoint
     stated: bool | None  # whether the config ties heads to embeddings
     saved: Mapping[str, str]  # by a name that was not saved, the one that was
 
     @classmethod
-    def of(cls, side: Side) -> _Ties:
+    def of(cls, side: Checkpoint) -> _Ties:
         pairs = [pair for shard in side.shards for pair in shard.header.metadata.items()]
         saved = {a: b for a, b in pairs if a not in side.tensors and b in side.tensors}
         return cls(side, stated_tie(side.config), saved)
@@ -200,7 +200,7 @@ def _groups(sides: Iterable[_Ties], tensors: Mapping[str, TensorInfo]) -> Iterat
         yield from (names for names in kinds.values() if len(names) > 1)
 
 
-def _equal_tensors(side: Side, names: Collection[str]) -> dict[str, str]:
+def _equal_tensors(side: Checkpoint, names: Collection[str]) -> dict[str, str]:
     """By name, a text that is the same for tensors with the same bytes."""
     if len(names) < 2:
         return dict(zip(names, names, strict=True))
@@ -210,7 +210,7 @@ def _equal_tensors(side: Side, names: Collection[str]) -> dict[str, str]:
     return found | {name: _digest(side, name, side.tensors[name].nbytes) for name in alike}
 
 
-def _digest(side: Side, name: str, most: int) -> str:
+def _digest(side: Checkpoint, name: str, most: int) -> str:
     state, size = hashlib.blake2b(), min(most, side.tensors[name].nbytes)
     for start in range(0, size, _PIECE):
         buffer = bytearray(min(_PIECE, size - start))

@@ -8,7 +8,9 @@ other axes. In memory and on disk the tensor is row-major over all of ``S``.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,16 +66,9 @@ class Layout:
         Axes of size 1 are dropped, as they do not change the order. A linear weight is
         ``((True, out), (False, in))``; a ``Conv1D`` weight ``((False, in), (True, out))``.
         """
-        merged: list[tuple[bool, int]] = []
-        for axis, size in enumerate(self.shape):
-            is_neuron = axis in self.axes
-            if size == 1:
-                continue
-            if merged and merged[-1][0] is is_neuron:
-                merged[-1] = (is_neuron, merged[-1][1] * size)
-            else:
-                merged.append((is_neuron, size))
-        return tuple(merged)
+        sizes = [(axis in self.axes, size) for axis, size in enumerate(self.shape) if size != 1]
+        groups = itertools.groupby(sizes, key=operator.itemgetter(0))
+        return tuple((is_neuron, math.prod(size for _, size in group)) for is_neuron, group in groups)
 
     @property
     def contiguous(self) -> bool:
@@ -92,9 +87,8 @@ class Layout:
         """The neuron of the first element of each of the runs ``[start, stop)``, shape ``[stop - start]``."""
         runs = np.arange(start, stop, dtype=np.int64)
         neuron = np.zeros(len(runs), dtype=np.int64)
-        stride = 1
-        if self.groups and self.groups[-1][0]:
-            stride = self.groups[-1][1]
+        is_neuron, size = self.run
+        stride = size if is_neuron else 1
         for is_neuron, size in reversed(self.groups[:-1]):
             if is_neuron:
                 neuron += (runs % size) * stride

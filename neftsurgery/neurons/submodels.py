@@ -102,9 +102,9 @@ class Role:
 
 
 @functools.cache
-def family_of(model_type: str) -> Family | None:
-    """The family that serves ``model_type``, or None."""
-    return next((family for family in FAMILIES if model_type in family.model_types.split()), None)
+def families_of(model_type: str) -> tuple[Family, ...]:
+    """The family that serves ``model_type``, if one does."""
+    return tuple(family for family in FAMILIES if model_type in family.model_types.split())
 
 
 @functools.cache
@@ -200,13 +200,13 @@ class Submodels:
         sections = {key: value for key in TOWERS if isinstance(value := config.get(key), Mapping)}
         types = {key: _section_type(key, section, whole) for key, section in sections.items()}
         towers = {
-            part: Submodel(types[key], _families(types[key]), bool(_families(types[key])), section)
+            part: Submodel(types[key], families_of(types[key]), bool(families_of(types[key])), section)
             for key, section in sections.items()
             for part in TOWERS[key]
         }
         text = types.get("text_config", "")
-        nested = _families(text)
-        own = _families(whole)
+        nested = families_of(text)
+        own = families_of(whole)
         main = Submodel(
             text if nested else whole,
             (*nested, *(family for family in own if family not in nested)),
@@ -234,15 +234,10 @@ def _text(value: object) -> str:
     return value[:80] if isinstance(value, str) else ""
 
 
-def _families(model_type: str) -> tuple[Family, ...]:
-    family = family_of(model_type) if model_type else None
-    return () if family is None else (family,)
-
-
 def _section_type(key: str, section: Mapping[str, Any], whole: str) -> str:
     stated = _text(section.get("model_type"))
     implied = COMPOSITES.get(whole, {}).get(key)
     # Older configs repeat the whole model's type in their nested ones.
-    if implied is not None and (stated == whole or family_of(stated) is None):
+    if implied is not None and (stated == whole or not families_of(stated)):
         return implied
     return stated

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Side
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, boundary
 from ..neurons.description import described_tensor
@@ -146,7 +146,7 @@ class Selection:
         biases = self.facts.companion_biases
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
-    def require_fit(self, *checkpoints: Side) -> None:
+    def require_fit(self, *checkpoints: Checkpoint) -> None:
         """Raise a `MismatchError` unless all ``checkpoints`` have every tensor, of its shape and dtype.
 
         Also if no neuron is chosen.
