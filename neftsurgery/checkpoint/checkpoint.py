@@ -79,15 +79,12 @@ class Checkpoint:
         Where it came from.
     root, is_file:
         The folder of its files, and whether it was named as one file.
-    shards:
-        The weight files, by path.
+    shards, opened:
+        The weight files, by path; those that are open, and how many bytes were read.
     tensors:
-        By name, in file order. A tensor may also be found under a name that is tied to its own
-        (`neftsurgery.checkpoint.ties`); ``info.name`` is the one that its file has.
+        By name, in file order, under tied names too; ``info.name`` is the one that its file has.
     absent:
         Names that the index lists and no file has.
-    opened:
-        The files that are open, and how many bytes were read.
     prefixes, original:
         If its names are changed: how, and the checkpoint with the names that its files have.
     """

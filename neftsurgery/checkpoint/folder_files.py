@@ -37,8 +37,8 @@ class FolderFiles:
 def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     """Sort the files beside the weights of a checkpoint folder.
 
-    Weights in the top folder that are not the checkpoint's own are left behind, whatever their format.
-    Subfolders (modules, as in sentence-transformers) are copied whole.
+    Other weights in the top folder are left behind; subfolders (as in sentence-transformers) are copied
+    whole.
     """
     root = checkpoint.root
     own = {shard.name for shard in checkpoint.shards}
@@ -82,8 +82,7 @@ def file_notes(side: Checkpoint) -> Iterator[str]:
 def _unread_weights(side: Checkpoint) -> list[str]:
     """The weight files that seem to belong to a checkpoint, and whose tensors are not among its own.
 
-    Saves of a training below it (``checkpoint-500``) are checkpoints of their own, and files of other formats
-    beside the weights hold the same tensors.
+    Not saves of a training below it (``checkpoint-500``), nor other formats beside the weights.
     """
     if isinstance(side, AdaptedWeights):
         return []

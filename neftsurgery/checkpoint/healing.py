@@ -1,8 +1,7 @@
 """Healing: write back the old vectors of a change in place that was interrupted.
 
-A journal says what to write, and a stranger may have made it. So it is followed only if a person asks for it
-(`plan_heal`), or if this user's own commands wrote it (`heal_recorded`). Only regular files of the checkpoint
-itself are written, never through a symlink, and no file with other hard links.
+A stranger may have made the journal. So it is followed only if a person asks for it (`plan_heal`), or if this
+user's own commands wrote it (`heal_recorded`). Only files of the checkpoint itself are written.
 """
 
 from __future__ import annotations
@@ -48,10 +47,8 @@ class HealResult:
     ----------
     checkpoint:
         As it was named.
-    journals:
-        Those that were followed and removed; none if the checkpoint was whole.
-    neurons:
-        How many vectors were written back.
+    journals, neurons:
+        Those that were followed and removed, none if it was whole; how many vectors were written back.
     """
 
     checkpoint: str
@@ -105,12 +102,9 @@ def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
     Raises
     ------
     UsageError
-        If there is no such checkpoint, or a file of it is reached through a symlink, or has several hard
-        links.
-    CorruptFileError
-        If the journal is damaged.
-    MismatchError
-        If the journal belongs to other files.
+        If there is no such checkpoint, or a file of it is a symlink or has several hard links.
+    CorruptFileError, MismatchError
+        If the journal is damaged, or belongs to other files.
     MachineError
         If another process is changing the checkpoint now, or it cannot be written.
     """
@@ -146,8 +140,7 @@ def _plan(source: Source, found: Sequence[Source], opened: Mapping[Source, Journ
 def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | None:
     """Heal what this user's own commands left; for commands that are about to change ``checkpoint``.
 
-    None if there was nothing to heal. Raises as `heal`, and a `MachineError` if there is a journal that this
-    user's commands did not write here.
+    None if there was nothing to heal. Raises as `heal`, and a `MachineError` for a journal of someone else.
     """
     if isinstance(checkpoint, str | os.PathLike) and is_hub_id(checkpoint):
         return None

@@ -71,10 +71,9 @@ class Change:
 
 @contextmanager
 def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Path, int]]:
-    """Open weight files for writing, each locked against other processes that change it.
+    """Open weight files for writing, each locked against other processes; yields descriptors by path.
 
-    Yields their descriptors by path. Raises as `open_to_change`, and a `MachineError` if another process
-    holds a file, or it was replaced since the checkpoint was read.
+    Raises as `open_to_change`, and a `MachineError` if another process holds a file or has replaced it.
     """
     descriptors: dict[Path, int] = {}
     try:
@@ -109,12 +108,10 @@ def _busy(path: Path) -> MachineError:
 
 @contextmanager
 def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[None]:
-    """Keep the old vectors of ``changes`` on disk for as long as the context lasts.
+    """Keep the old vectors of ``changes`` on disk while the context lasts, and longer after an exception.
 
-    The caller holds the lock of all shards it touches (`locked`), and has synced its writes when the
-    context ends. If it ends by an exception, the journal stays. The journal is recorded as ours
-    (`record`) before it gets its name. A `MachineError` says that the state folder or the journal
-    cannot be written; then no weight was.
+    The caller holds the lock of all shards it touches (`locked`), and has synced its writes when the context
+    ends. A `MachineError` says that the journal or its `record` cannot be written; then no weight was.
     """
     path = journal_path(checkpoint.source)
     touched = {checkpoint.shard_of(change.info.name).path for change in changes}
@@ -172,10 +169,9 @@ def remove_journal(path: Path, sha256: str) -> None:
 
 
 class Journal:
-    """A journal opened for reading: which files it belongs to, and what it would write. Made by `open`.
+    """A journal opened for reading: what it would write, and its weight files as `describe_file` has them.
 
-    ``files`` describes the weight files it belongs to; compare with `describe_file`. The old vectors of its
-    ``changes`` are checked by `check_old`, not before.
+    Made by `open`. The old vectors of its ``changes`` are checked by `check_old`, not before.
     """
 
     def __init__(self, path: Path, file: TensorFile) -> None:
@@ -217,13 +213,7 @@ class Journal:
         return self._file.array_bytes(f"{number}:old", start, stop)
 
     def check_old(self) -> None:
-        """Compare all old vectors with their hashes, and those of overlapping changes with each other.
-
-        Raises
-        ------
-        CorruptFileError
-            If they do not match.
-        """
+        """Raise a `CorruptFileError` unless old vectors match their hashes, and each other."""
         known: dict[str, list[int]] = {}  # changes of each tensor: there may be 100,000 tensors
         for number, change in enumerate(self.changes):
             old_hash = xxhash.xxh3_128()

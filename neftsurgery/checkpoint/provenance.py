@@ -10,7 +10,7 @@ from typing import Self
 import xxhash
 
 from ..errors import MismatchError
-from ..tensors.document import Facts
+from ..tensors.document import Facts, TextFact
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from .checkpoint import Checkpoint
@@ -33,11 +33,10 @@ HASH_PREFIX = "xxh3-128:"
 def fingerprint(
     weights: WeightReader, change: Callable[[str, int, memoryview], None] = lambda name, start, part: None
 ) -> str:
-    """XXH3-128 over every tensor, by name: name, dtype, shape, first and last 4096 bytes.
+    """XXH3-128 over every tensor, in code-point order of names: dtype, shape, first and last 4096 bytes.
 
-    Per tensor, in code-point order of names, the hash takes in the JSON text
-    ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the first ``min(4096, n)`` and the
-    last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count. ``change`` may alter what was
+    Of each, the hash takes in the JSON text ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the
+    first ``min(4096, n)`` and the last ``min(4096, n)`` of its ``n`` bytes. ``change`` may alter what was
     read: bytes of a tensor, given its name, from a byte of it.
     """
 
@@ -68,6 +67,11 @@ def fingerprint(
 class Provenance(Facts):
     """The ``base`` or ``tuned`` of a file: what is known of the checkpoint it was made from."""
 
+    name = TextFact()  # of its file or folder
+    repo = TextFact()  # ``org/name`` on the Hub
+    revision = TextFact()  # of `repo`
+    fingerprint = TextFact()  # of its tensors
+
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:
         """Of a checkpoint that is at hand; reads the edges of its tensors."""
@@ -79,26 +83,6 @@ class Provenance(Facts):
             known |= checkpoint.prefixes.to_json()
             checkpoint = checkpoint.original  # its fingerprint is of the names in its files
         return cls({**known, "fingerprint": fingerprint(checkpoint)})
-
-    @property
-    def name(self) -> str | None:
-        """The name of its file or folder."""
-        return self.text("name")
-
-    @property
-    def repo(self) -> str | None:
-        """``org/name`` on the Hub."""
-        return self.text("repo")
-
-    @property
-    def revision(self) -> str | None:
-        """The revision of ``repo``."""
-        return self.text("revision")
-
-    @property
-    def fingerprint(self) -> str | None:
-        """The fingerprint of its tensors."""
-        return self.text("fingerprint")
 
     @property
     def label(self) -> str | None:

@@ -1,9 +1,8 @@
 """Tied tensors: several names of a model for one tensor, of which its files hold one, or equal copies.
 
-As transformers loads them: if the config ties the names, one that the files lack is the other, and two that
-are equal are one tensor; two that differ are not tied. ``safetensors.torch.save_model`` says in a file's
-metadata under which name it kept a tensor. Where a config says nothing, the files decide. The names that
-models may tie are those of transformers' ``_tied_weights_keys``.
+As transformers loads them (``_tied_weights_keys``): if the config ties the names, one that the files lack is
+the other, and two are one if they are equal. ``safetensors.torch.save_model`` says in a file's metadata under
+which name it kept a tensor. Where a config says nothing, the files decide.
 """
 
 from __future__ import annotations

@@ -40,9 +40,8 @@ def journal_path(source: Source) -> Path:
 
 
 def find_journals(source: Source) -> list[Source]:
-    """The folders and files whose journals concern the checkpoint ``source``.
+    """The folders and files whose journals concern ``source``: it, its weight files, and the folders above.
 
-    A folder's weight files may have been changed one by one, and a file together with its folder.
     If a symlink was named, the journal is beside its target. A Hub model has none.
     """
     if source.repo is not None:

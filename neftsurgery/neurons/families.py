@@ -72,7 +72,6 @@ EMBEDDINGS = "embed_tokens word_embeddings position_embeddings token_type_embedd
 HEADS = "lm_head"
 """What every family leaves out, besides its own."""
 
-_SWIGLU = FeedForward(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj")
 _SWIGLU_FUSED = FeedForward(gate_up="mlp.gate_up_proj", down="mlp.down_proj")
 _FC = FeedForward(up="fc1", down="fc2")
 _MLP_FC = FeedForward(up="mlp.fc1", down="mlp.fc2")
@@ -82,12 +81,9 @@ _C_FC = FeedForward(up="mlp.c_fc", down="mlp.c_proj")
 _BERT_FFN = FeedForward(up="intermediate.dense", down="output.dense")
 
 
-def _experts(
-    block: str, up: str = "up_proj", gate: str = "gate_proj", down: str = "down_proj"
-) -> FeedForward:
-    """A file per expert: ``block.experts.3.up_proj``."""
-    path = f"{block}.experts.*"
-    return FeedForward(f"{path}.{up}", f"{path}.{gate}", f"{path}.{down}")
+def _gated(block: str) -> FeedForward:
+    """Three tensors ``block.up_proj`` to ``block.down_proj``; ``mlp.experts.*`` has a file per expert."""
+    return FeedForward(up=f"{block}.up_proj", gate=f"{block}.gate_proj", down=f"{block}.down_proj")
 
 
 def _stacked(block: str, order: AxisOrder, fused: Literal["halves", "pairs"] = "halves") -> FeedForward:
@@ -95,10 +91,6 @@ def _stacked(block: str, order: AxisOrder, fused: Literal["halves", "pairs"] = "
     return FeedForward(
         gate_up=f"{block}.experts.gate_up_proj", down=f"{block}.experts.down_proj", fused=fused, order=order
     )
-
-
-def _shared(block: str) -> FeedForward:
-    return FeedForward(up=f"{block}.up_proj", gate=f"{block}.gate_proj", down=f"{block}.down_proj")
 
 
 def _projections(block: str, o: str = "o_proj") -> Attention:
@@ -114,6 +106,7 @@ def _bert_attention(block: str, o: str = "attention.output.dense") -> Attention:
     return Attention(f"{block}.query", f"{block}.key", f"{block}.value", o)
 
 
+_SWIGLU = _gated("mlp")
 _SELF_ATTN = _projections("self_attn")
 _SELF_OUT = _projections("self_attn", "out_proj")
 _CROSS_OUT = _projections("encoder_attn", "out_proj")
@@ -137,7 +130,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "mixtral phimoe",
         (
-            _experts("block_sparse_moe", up="w3", gate="w1", down="w2"),
+            FeedForward(*(f"block_sparse_moe.experts.*.{name}" for name in ("w3", "w1", "w2"))),
             _stacked("mlp", "E out in"),
             _SELF_ATTN,
         ),
@@ -146,11 +139,11 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "qwen2_moe qwen3_moe olmoe flex_olmo dots1 glm4_moe",
         (
-            _experts("mlp"),
+            _gated("mlp.experts.*"),
             _stacked("mlp", "E out in"),
             _SWIGLU,
-            _shared("mlp.shared_expert"),
-            _shared("mlp.shared_experts"),
+            _gated("mlp.shared_expert"),
+            _gated("mlp.shared_experts"),
             _SELF_ATTN,
         ),
         routers="mlp.gate mlp.shared_expert_gate",
@@ -158,7 +151,7 @@ FAMILIES: tuple[Family, ...] = (
     # Latent attention mixes heads in its low-rank tensors: it has no attention units.
     Family(
         "deepseek_v2 deepseek_v3",
-        (_experts("mlp"), _stacked("mlp", "E out in"), _SWIGLU, _shared("mlp.shared_experts")),
+        (_gated("mlp.experts.*"), _stacked("mlp", "E out in"), _SWIGLU, _gated("mlp.shared_experts")),
         routers="mlp.gate",
     ),
     Family(
@@ -179,8 +172,8 @@ FAMILIES: tuple[Family, ...] = (
         "llama4_text",
         (
             _stacked("feed_forward", "E in out"),
-            _shared("feed_forward.shared_expert"),
-            _shared("feed_forward"),
+            _gated("feed_forward.shared_expert"),
+            _gated("feed_forward"),
             _SELF_ATTN,
         ),
         routers="feed_forward.router",
@@ -311,7 +304,7 @@ FAMILIES: tuple[Family, ...] = (
         (FeedForward(up="mlp.linear_fc1", down="mlp.linear_fc2"), Attention(qkv="attn.qkv", o="attn.proj")),
         embeddings="pos_embed",
     ),
-    Family("pixtral", (_shared("feed_forward"), _projections("attention"))),
+    Family("pixtral", (_gated("feed_forward"), _projections("attention"))),
     Family("llama4_vision_model", (_MLP_FC, _SELF_ATTN), embeddings="positional_embedding_vlm"),
     # Models put together from the above: only what belongs to none of their parts.
     Family(

@@ -61,10 +61,9 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[tuple[bool, int], ...]:
-        """The axes, neighbours of one kind merged: ``(is a neuron axis, size)``, outermost first.
+        """The axes without those of size 1, neighbours of one kind merged: ``(is a neuron axis, size)``.
 
-        Axes of size 1 are dropped, as they do not change the order. A linear weight is
-        ``((True, out), (False, in))``; a ``Conv1D`` weight ``((False, in), (True, out))``.
+        A linear weight is ``((True, out), (False, in))``; a ``Conv1D`` weight ``((False, in), (True, out))``.
         """
         sizes = [(axis in self.axes, size) for axis, size in enumerate(self.shape) if size != 1]
         groups = itertools.groupby(sizes, key=operator.itemgetter(0))
@@ -103,11 +102,9 @@ class Layout:
 
     @cached_property
     def slabs(self) -> int:
-        """How many equal, unbroken ranges of the tensor hold whole vectors.
+        """How many equal ranges of the tensor hold whole vectors: the steps of an outermost neuron group.
 
-        If the outermost group is a neuron group, each of its steps is a *slab*: an expert of
-        ``[E, in, out]`` with axes 0 and 2, or a row of a linear weight. Any other tensor, such as a
-        ``Conv1D`` weight, is one slab.
+        Such a *slab* is an expert of ``[E, in, out]`` with axes 0 and 2. A ``Conv1D`` weight is one slab.
         """
         return self.groups[0][1] if self.groups and self.groups[0][0] else 1
 

@@ -1,8 +1,7 @@
-"""Which tensors of a checkpoint are codes whose value needs a scale stored elsewhere.
+"""Which tensors of a checkpoint are codes whose value needs a scale stored elsewhere, and which are scales.
 
-Rows of codes are not rows of weights, so they are never scored. Formats write a weight ``X.weight``
-as codes (8-bit floats, packed or plain integers) beside scales (and zero points and the
-like) with similar names: ``X.weight_scale``, ``X.scales``, ``X.weight.absmax``. Those are not weights either.
+Formats write ``X.weight`` as codes beside ``X.weight_scale``, ``X.scales``, ``X.weight.absmax`` and the like.
+Rows of either are not rows of weights, so they are never scored.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ def quantization_reasons(
 ) -> dict[str, str]:
     """Why each quantized tensor and each scale is left out, by name.
 
-    Where ``config`` (the model's ``config.json``) has a ``quantization_config``, 8-bit floats and integers
-    named like weights count as codes even without a scale.
+    By a ``quantization_config``, 8-bit floats and integers named like weights are codes even without a scale.
     """
     method = _method(config)
     codes: dict[str, str] = {}

@@ -1,8 +1,4 @@
-"""The submodels that a config describes: the family that serves each, the roles of its tensors, its heads.
-
-A config may nest others, for an image tower or a language model. The parts of a tensor's name tell which
-one it belongs to.
-"""
+"""The submodels that a config describes, an image tower say: the family of each, its roles and its heads."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Copies of whole files, made by the kernel if it can: blocks are shared, holes kept.
-
-A checkpoint of many gigabytes is copied before a few of its bytes are rewritten, so data goes
-through user space only if it must.
-"""
+"""Copies of whole files, made by the kernel if it can: data goes through user space only if it must."""
 
 from __future__ import annotations
 

@@ -59,9 +59,8 @@ class StagedFile:
 def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
     """Write the file ``out`` atomically, with permission bits ``mode`` (by default those under the umask).
 
-    It appears when the context ends. If that ends with an exception, nothing is left. ``force`` replaces what
-    is there, even a folder; links are replaced, not followed. Raises a `UsageError` if ``out`` exists at the
-    end and ``force`` is false, or its folder does not exist.
+    It appears when the context ends, unless by an exception. ``force`` replaces what is there, even a folder
+    or a link. A `UsageError` says that ``out`` exists at the end, without ``force``, or its folder does not.
     """
     with _staging(out, force=force, create=functools.partial(_create_file, mode=mode)) as (path, fd):
         yield StagedFile(path, fd)
@@ -72,10 +71,9 @@ def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -
 
 @contextmanager
 def staged_directory(out: AnyPath, *, force: bool = False) -> Iterator[Path]:
-    """Write the directory ``out`` atomically: yields an empty directory to fill.
+    """Write the directory ``out`` atomically: yields one to fill, with all files closed at the end.
 
-    An empty directory at ``out`` is replaced; ``force`` replaces anything else as well. All files must be
-    closed when the context ends. Raises as `staged_file`.
+    As `staged_file`, but an empty directory at ``out`` is replaced even without ``force``.
     """
     with _staging(out, force=force, create=_create_directory) as (path, _):
         yield path

@@ -27,16 +27,9 @@ def refuse_output(
 ) -> None:
     """Raise a `UsageError` for an output that must not be written, a `MachineError` if its folder cannot be.
 
-    Parameters
-    ----------
-    out:
-        The output as the user typed it: a trailing slash means a folder.
-    inputs:
-        Local files and folders that are read, and what they link to.
-    force:
-        Whether an existing output may be replaced, unless it is, holds or is inside an input.
-    kind:
-        What will be written, if known. Only a ``"directory"`` may replace an empty folder without force.
+    ``out`` is as the user typed it: a trailing slash means a folder. With ``force`` it may be replaced,
+    unless it is, holds or is inside one of ``inputs`` or what they link to. Only a ``"directory"`` may
+    replace an empty one without it.
     """
     path = named_output(out)
     if kind == "file" and os.fspath(out).endswith(os.sep):

@@ -75,9 +75,8 @@ if _SUPPORTED:
 def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
     """Bytes ``[start, start + size)`` of a file, mapped from the page cache; None if they may not be cached.
 
-    Do not write to the array. The mapping lives as long as its last view. Also None if the file is too short,
-    or if the system cannot tell: not on Linux, and on most network file systems, whose mappings can fail
-    later.
+    Do not write to the array; its last view ends the mapping. Also None if the file is too short, or the
+    system cannot tell: not on Linux, and on most network file systems, whose mappings can fail later.
     """
     if size == 0 or not is_cached(fd, start, size):
         return None

@@ -139,11 +139,10 @@ class OpenFile:
 
 
 def open_to_change(path: Path, *, below: Path) -> int:
-    """Open the regular file ``path`` for reading and writing.
+    """Open a regular file for reading and writing: never through a symlink, nor one with other hard links.
 
-    Every component of ``path`` after ``below`` is opened by itself and never followed, and the link count is
-    that of the open file. So a link that appears meanwhile is not followed either. A `UsageError` says that
-    a component is a symlink, or that the file is not a regular one or has several hard links.
+    Every component of ``path`` after ``below`` is opened by itself, and the link count is that of the open
+    file: links that appear meanwhile are not followed either. A `UsageError` says what is in the way.
     """
     *folders, name = path.relative_to(below).parts
     fd = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -62,8 +62,8 @@ def in_order(
 ) -> Iterator[tuple[Item, Result]]:
     """Run ``work`` on items in ``workers`` threads, a few ahead; yields items with results, in order.
 
-    An exception of ``work`` is raised here, in its place in the order. Then items that have not begun are
-    dropped, and ``stop`` is set for those that have.
+    An exception of ``work`` is raised in its place. Then ``stop`` is set, and items that have not begun are
+    dropped.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="neft")

@@ -1,7 +1,6 @@
 """Floats of the safetensors format to float64 and back, with the types that numpy lacks.
 
-Narrowing rounds once, to nearest, ties to even. That holds from float64 to the short types too: going
-through float32 would round twice.
+Narrowing rounds once, to nearest, ties to even: going through float32 would round twice.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ def widen(raw: RawBytes, dtype: str) -> Float64Array:
 def narrow(values: NDArray[Any], dtype: str) -> RawBytes:
     """Raw elements nearest to ``values``: float ``[..., k]`` to uint8 ``[..., k * itemsize]``.
 
-    Numbers that are too large become an infinity. In a type without infinities they become the largest
-    number, and infinities become NaN.
+    Too large numbers become an infinity, or in types without one the largest number, and infinities NaN.
     """
     native = DTYPES[dtype].native
     wide = np.ascontiguousarray(values, np.float64)

@@ -70,8 +70,7 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of the file at ``path``; no tensor data is read.
 
-    Raises a `CorruptFileError` if the safetensors package refuses the file, a key occurs twice, or the header
-    would take far more memory than its size suggests. It says what the file is instead, if that is known.
+    A `CorruptFileError` says what is wrong with it, or what the file is instead, if that is known.
     """
     with naming(path), open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)

@@ -1,7 +1,7 @@
 """JSON that anyone may have written: parsed in memory that is in proportion to it, or refused.
 
-A value takes up to forty times as much memory as its text, so a header full of ``[],[],...`` or of short keys
-could take gigabytes. Values are therefore counted before they are parsed; real files have longer ones.
+A value takes up to forty times the memory of its text: ``[],[],...`` could take gigabytes. So they are
+counted.
 """
 
 from __future__ import annotations

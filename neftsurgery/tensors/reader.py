@@ -1,8 +1,4 @@
-"""How weights are read, wherever they are; and one safetensors file, open for positioned reads.
-
-Scores, selections, patches and the factors of LoRA adapters are read through `TensorFile`. Local files,
-adapters and converted tensors all follow the protocols.
-"""
+"""How weights are read, wherever they are; and one safetensors file, open for positioned reads."""
 
 from __future__ import annotations
 
@@ -57,10 +53,7 @@ def _stamp(file: OpenFile) -> tuple[int, int]:
 
 
 class TensorFile:
-    """A safetensors file opened for positioned reads.
-
-    Nothing but the header is held; every read asks for the bytes it needs.
-    """
+    """A safetensors file opened for positioned reads; nothing but its header is held."""
 
     def __init__(self, file: OpenFile, header: Header, path: Path | None) -> None:
         self._file = file

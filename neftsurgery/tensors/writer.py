@@ -31,8 +31,7 @@ _WRITEBACK_BYTES = 512 << 10
 class TensorFileWriter:
     """Writes a safetensors file whose entries are known, and whose metadata may still change.
 
-    Made by `written_file`. Writes may come in any order, and from several threads. Those below
-    ``small_bytes`` are collected, up to ``buffer_bytes`` of them.
+    Writes may come in any order, and from several threads. Those below ``small_bytes`` are collected.
     """
 
     def __init__(
@@ -142,11 +141,10 @@ def written_file(
     *,
     force: bool = False,
 ) -> Iterator[_Written]:
-    """Write a safetensors file with ``entries``, all or nothing.
+    """Write a safetensors file with ``entries``, all or nothing; without ``out``, a nameless temporary one.
 
-    ``room`` is metadata as large as the final metadata can get: it only reserves space in the header. Without
-    ``out`` the file is a nameless temporary one, which lives as long as its reader. Raises a `UsageError` if
-    ``out`` exists, without ``force``, and a `MismatchError` if the names clash or do not fit a header.
+    ``room`` is metadata as large as the final metadata can get. A `MismatchError` says that names clash or do
+    not fit a header; else it raises as `staged_file`.
     """
     plan = _planned(entries, room, out)
     if out is None:
