@@ -138,17 +138,17 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
     try:
         with written_file(entries, dump(_KEY, content), path) as written:
             for number, change in enumerate(changes):
-                written.writer.write(f"{number}:index", 0, change.index)
-                written.writer.write(f"{number}:new_digest", 0, change.new_digests)
+                written.write(f"{number}:index", 0, change.index)
+                written.write(f"{number}:new_digest", 0, change.new_digests)
                 old_hash = xxhash.xxh3_128()
                 for start, stop in change.blocks():
                     index = change.index[start:stop]
                     old = gather(checkpoint, change.info, change.layout, index, block=change.block)
-                    written.writer.write(f"{number}:old", start, old)
+                    written.write(f"{number}:old", start, old)
                     old_hash.update(old.data)
                 tensors[str(number)]["old_hash"] = old_hash.hexdigest()
-            written.writer.finish(dump(_KEY, content))
-            sha256 = written.writer.sha256()
+            written.finish(dump(_KEY, content))
+            sha256 = written.sha256()
             record(sha256, path)
     except BaseException as error:
         taken = isinstance(error, UsageError)  # the journal of another process is there

@@ -20,16 +20,7 @@ from ..text import label, natural_key
 from .checkpoint import Checkpoint
 from .provenance import same_tensor
 
-__all__ = [
-    "Joined",
-    "is_head",
-    "join",
-    "missing_tensors",
-    "stated_tie",
-    "stored_ties",
-    "tie_groups",
-    "with_tied_names",
-]
+__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "with_tied_names"]
 
 _FIRST = 64 << 10  # bytes that tell most tensors apart
 _PIECE = 4 << 20

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 JOURNAL_NAME = ".neft-journal"
+_STATE_HOME = "set XDG_STATE_HOME to a folder that can be written, or write a new checkpoint with [[out=...]]"
 _DEEPEST = 4  # levels below a checkpoint's folder where its shards may be
 
 
@@ -98,8 +99,7 @@ def record(sha256: str, journal: Path) -> None:
         raise MachineError(
             f"the state folder cannot be written: {(error.strerror or str(error)).lower()}",
             file=folder,
-            hint="nothing was changed; a change in place is recorded there first: set XDG_STATE_HOME to a "
-            "folder that can be written, or write a new checkpoint with [[out=...]]",
+            hint=f"nothing was changed; a change in place is recorded there first: {_STATE_HOME}",
         ) from error
 
 
@@ -127,8 +127,7 @@ def _folder() -> Path:
     if not folder.is_absolute():
         raise MachineError(
             "there is no home folder, where changes in place are recorded",
-            hint="nothing was changed; set XDG_STATE_HOME to a folder that can be written, or write a new "
-            "checkpoint with [[out=...]]",
+            hint=f"nothing was changed; {_STATE_HOME}",
         )
     return folder
 

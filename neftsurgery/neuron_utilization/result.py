@@ -285,8 +285,8 @@ class Utilization:
             for name, tensor in self.tensors.items():
                 for entry, dtype in _ENTRIES:
                     values = getattr(tensor, entry).astype(_TYPES[dtype])
-                    written.writer.write(f"{name}:{entry}", 0, values)
-            written.writer.finish(metadata)
+                    written.write(f"{name}:{entry}", 0, values)
+            written.finish(metadata)
 
     @classmethod
     @boundary

@@ -140,14 +140,9 @@ class _Reader:
         self.assumed: dict[str, None] = {}
 
     def read(self) -> Anatomy:
-        scored: list[NeuronTensor] = []
-        listed: list[Listed] = []
-        for name in sorted(self.tensors):
-            found = self.judge(self.tensors[name])
-            if isinstance(found, Listed):
-                listed.append(found)
-            else:
-                scored.append(found)
+        found = [self.judge(self.tensors[name]) for name in sorted(self.tensors)]
+        scored = [tensor for tensor in found if isinstance(tensor, NeuronTensor)]
+        listed = [tensor for tensor in found if isinstance(tensor, Listed)]
         count = 0
         if self.name == "units":
             scored, count = _numbered(scored, self.shares)

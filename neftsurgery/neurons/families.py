@@ -81,9 +81,9 @@ _C_FC = FeedForward(up="mlp.c_fc", down="mlp.c_proj")
 _BERT_FFN = FeedForward(up="intermediate.dense", down="output.dense")
 
 
-def _gated(block: str) -> FeedForward:
-    """Three tensors ``block.up_proj`` to ``block.down_proj``; ``mlp.experts.*`` has a file per expert."""
-    return FeedForward(up=f"{block}.up_proj", gate=f"{block}.gate_proj", down=f"{block}.down_proj")
+def _gated(block: str, up: str = "up_proj", gate: str = "gate_proj", down: str = "down_proj") -> FeedForward:
+    """Three tensors ``block.up_proj`` to ``block.down_proj``; in ``mlp.experts.*``, of each expert."""
+    return FeedForward(f"{block}.{up}", f"{block}.{gate}", f"{block}.{down}")
 
 
 def _stacked(block: str, order: AxisOrder, fused: Literal["halves", "pairs"] = "halves") -> FeedForward:
@@ -102,8 +102,8 @@ def _query_key_value(block: str) -> Attention:
     return Attention(qkv=f"{block}.query_key_value", o=f"{block}.dense", fused="heads")
 
 
-def _bert_attention(block: str, o: str = "attention.output.dense") -> Attention:
-    return Attention(f"{block}.query", f"{block}.key", f"{block}.value", o)
+def _bert_attention(block: str, o: str = "attention.output.dense", end: str = "") -> Attention:
+    return Attention(f"{block}.query{end}", f"{block}.key{end}", f"{block}.value{end}", o)
 
 
 _SWIGLU = _gated("mlp")
@@ -130,7 +130,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "mixtral phimoe",
         (
-            FeedForward(*(f"block_sparse_moe.experts.*.{name}" for name in ("w3", "w1", "w2"))),
+            _gated("block_sparse_moe.experts.*", "w3", "w1", "w2"),
             _stacked("mlp", "E out in"),
             _SELF_ATTN,
         ),
@@ -248,15 +248,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "deberta-v2",
-        (
-            _BERT_FFN,
-            Attention(
-                "attention.self.query_proj",
-                "attention.self.key_proj",
-                "attention.self.value_proj",
-                "attention.output.dense",
-            ),
-        ),
+        (_BERT_FFN, _bert_attention("attention.self", end="_proj")),
         embeddings="rel_embeddings",
         heads="cls.predictions.decoder lm_predictions.lm_head",
     ),

@@ -178,8 +178,8 @@ class Selection:
         with written_file(entries, metadata, path, force=force) as written:
             for name, chosen in self.tensors.items():
                 kind = DTYPES[index_dtype(chosen.layout.count)].numpy
-                written.writer.write(f"{name}:index", 0, chosen.index.astype(kind))
-            written.writer.finish(metadata)
+                written.write(f"{name}:index", 0, chosen.index.astype(kind))
+            written.finish(metadata)
 
     @classmethod
     @boundary

@@ -35,10 +35,15 @@ class TensorFileWriter:
     """
 
     def __init__(
-        self, plan: FilePlan, fd: int, *, small_bytes: int = _SMALL_BYTES, buffer_bytes: int = _BUFFER_BYTES
+        self,
+        plan: FilePlan,
+        fd: int,
+        home: Path | OpenFile,
+        *,
+        small_bytes: int = _SMALL_BYTES,
+        buffer_bytes: int = _BUFFER_BYTES,
     ) -> None:
-        self._plan = plan
-        self._fd = fd
+        self._plan, self._fd, self._home = plan, fd, home
         self._small_bytes = small_bytes
         self._small = _SmallWrites(fd, buffer_bytes)
         self.header: Header | None = None
@@ -81,6 +86,14 @@ class TensorFileWriter:
             file.seek(0)
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def reader(self) -> TensorFile:
+        """The file, once `written_file` has ended. Its header is not read and checked again."""
+        if self.header is None:
+            raise ValueError("the file is not finished")
+        if isinstance(self._home, OpenFile):
+            return TensorFile(self._home, self.header, None)
+        return TensorFile(OpenFile.at(self._home), self.header, self._home)
+
 
 class _SmallWrites:
     """Collects small writes and joins neighbours, so that few calls are made. Thread-safe."""
@@ -117,22 +130,6 @@ class _SmallWrites:
         write_exactly(self._fd, b"".join(parts), start)
 
 
-class _Written:
-    """What `written_file` yields: the writer, and after the context a reader of the file."""
-
-    def __init__(self, writer: TensorFileWriter, spool: OpenFile | None, out: Path | None) -> None:
-        self.writer = writer
-        self._spool, self._out = spool, out
-
-    def reader(self) -> TensorFile:
-        """The finished file, after the context has ended. Its header is not read and checked again."""
-        if self.writer.header is None:
-            raise ValueError("the file is not finished")
-        file = OpenFile.at(self._out) if self._out is not None else self._spool
-        assert file is not None  # one of the two is given
-        return TensorFile(file, self.writer.header, self._out)
-
-
 @contextmanager
 def written_file(
     entries: Sequence[TensorInfo],
@@ -140,7 +137,7 @@ def written_file(
     out: str | os.PathLike[str] | None,
     *,
     force: bool = False,
-) -> Iterator[_Written]:
+) -> Iterator[TensorFileWriter]:
     """Write a safetensors file with ``entries``, all or nothing; without ``out``, a nameless temporary one.
 
     ``room`` is metadata as large as the final metadata can get. A `MismatchError` says that names clash or do
@@ -152,12 +149,12 @@ def written_file(
             spool = OpenFile(os.dup(nameless.fileno()))
         require_space(tempfile.gettempdir(), plan.nbytes)
         with naming(tempfile.gettempdir()):
-            yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
+            yield TensorFileWriter(plan, spool.fileno(), spool)
         return
     path = Path(out).absolute()  # the caller may change the current folder meanwhile
     with staged_file(path, force=force) as staged:
         require_space(path.parent, plan.nbytes)
-        yield _Written(TensorFileWriter(plan, staged.fd), None, path)
+        yield TensorFileWriter(plan, staged.fd, path)
 
 
 def planned_bytes(entries: Sequence[TensorInfo], room: Mapping[str, str]) -> int:

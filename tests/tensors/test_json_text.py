@@ -131,7 +131,7 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     """A file of this package with the shortest entries there are, far more of them than any model has."""
     entries = [TensorInfo(f"{number:x}", "U8", (1,)) for number in range(200_000)]
     with written_file(entries, {}, tmp_path / "many") as written:
-        written.writer.finish({})
+        written.finish({})
     assert len(read_header(tmp_path / "many").tensors) == 200_000
 
 
