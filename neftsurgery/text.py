@@ -22,7 +22,6 @@ __all__ = [
     "tilde_hint",
 ]
 
-_LABEL_LENGTH = 60
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -44,7 +43,7 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     )
 
 
-def label(name: str, length: int = _LABEL_LENGTH) -> str:
+def label(name: str, length: int = 60) -> str:
     """``name`` on one line: printable, shortened in the middle to ``length`` characters, never empty."""
     clean = printable(name)
     if len(clean) > length:

@@ -36,7 +36,6 @@ ELSEWHERE = {
     "surgery/select.py": "cli/test_round.py",
     "surgery/summary.py": "surgery/test_diff.py",
     "tensors/arrays.py": "scoring/test_kernels.py",
-    "tensors/file_backed.py": "scoring/test_scores.py",
     "training/neuron_choice.py": "training/test_train_plan.py",
     "training/probe.py": "cli/test_train.py",
     "training/recipe_yaml.py": "training/test_recipe_reader.py",

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,10 @@ class Restoration:
                     "neuron_axes": list(change.layout.axes),
                     "neurons": len(change.index),
                     "of": change.layout.count,
-                    "ranges": _ranges(change.index)[:_RANGES],
+                    "ranges": [
+                        [first, first + stop - start - 1]
+                        for start, stop, first in islice(consecutive_runs(change.index), _RANGES)
+                    ],
                 }
                 for change in self.journal.changes
             ],
@@ -289,11 +293,6 @@ def _foreign(journal: Journal, name: str) -> MismatchError:
         file=journal.path,
         hint="if you have replaced the checkpoint's files since, delete the journal; otherwise restore them",
     )
-
-
-def _ranges(index: NDArray[np.int64]) -> list[list[int]]:
-    """Ascending numbers as ranges ``[first, last]``."""
-    return [[number, number + stop - start - 1] for start, stop, number in consecutive_runs(index)]
 
 
 def _is_recognized(checkpoint: Checkpoint, journal: Journal) -> bool:

@@ -25,8 +25,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError, naming
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index, gather
 from ..storage.output import fsync_folder
 from ..storage.positioned import changed_file, open_to_change
@@ -195,10 +194,8 @@ class Journal:
 
         Raises a ``FileNotFoundError`` if there is none, a `CorruptFileError` if it is not a whole journal.
         """
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise CorruptFileError("a damaged journal: not a regular file", file=path)
-        file = TensorFile.open(path)
-        if path.is_symlink():  # it became one meanwhile
+        file = TensorFile.open(path) if stat.S_ISREG(path.lstat().st_mode) else None
+        if file is None or path.is_symlink():  # it may have become one meanwhile
             raise CorruptFileError("a damaged journal: not a regular file", file=path)
         return cls(path, file)
 

@@ -129,11 +129,7 @@ FAMILIES: tuple[Family, ...] = (
     # Mixtures of experts. transformers 5 holds experts stacked in memory and writes one file each.
     Family(
         "mixtral phimoe",
-        (
-            _gated("block_sparse_moe.experts.*", "w3", "w1", "w2"),
-            _stacked("mlp", "E out in"),
-            _SELF_ATTN,
-        ),
+        (_gated("block_sparse_moe.experts.*", "w3", "w1", "w2"), _stacked("mlp", "E out in"), _SELF_ATTN),
         routers="block_sparse_moe.gate mlp.gate mlp.router",
     ),
     Family(

@@ -1,4 +1,4 @@
-"""Where the neurons of one tensor lie: pure arithmetic on shapes, no I/O.
+"""Where the neurons of one tensor lie, and how files describe that: arithmetic on shapes, no I/O.
 
 A tensor of shape ``S`` has *neuron axes* ``A``, an ascending subset of its axes. Neuron ``i`` runs
 row-major over ``A``; its *vector* is the slice at those coordinates, flattened row-major over the
@@ -14,11 +14,20 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Layout"]
+from ..tensors.document import bad
+from ..tensors.dtypes import DTYPES
+from ..tensors.header import TensorInfo
+from ..tensors.reader import TensorFile
+
+__all__ = ["Layout", "described_tensor"]
+
+_MAX_AXES = 64
+_MAX_ELEMENTS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -122,3 +131,33 @@ class Layout:
 @functools.lru_cache(maxsize=4096)
 def _shared(shape: tuple[int, ...], axes: tuple[int, ...]) -> Layout:
     return Layout(tuple(int(n) for n in shape), tuple(int(a) for a in axes))
+
+
+def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> tuple[TensorInfo, Layout]:
+    """A tensor's ``shape``, ``dtype`` and ``neuron_axes``, from its entry in ``tensors``.
+
+    Raises a `CorruptFileError` if one is missing or makes no sense.
+    """
+    if not isinstance(entry, dict):
+        raise bad(file, what, "its description is not an object", name)
+    shape, dtype, axes = entry.get("shape"), entry.get("dtype"), entry.get("neuron_axes")
+    if not _naturals(shape) or not _naturals(axes) or not _known(dtype):
+        raise bad(file, what, "its shape, dtype or neuron_axes are missing or make no sense", name)
+    if len(shape) > _MAX_AXES or len(axes) > len(shape) or math.prod(shape) >= _MAX_ELEMENTS:
+        raise bad(file, what, "its shape has too many axes or elements", name)
+    if DTYPES[dtype].bits % 8:
+        raise bad(file, what, f"{dtype} elements do not fill whole bytes", name)
+    try:
+        return TensorInfo(name, dtype, tuple(shape)), Layout.of(shape, axes)
+    except ValueError as error:
+        raise bad(file, what, str(error), name) from error
+
+
+def _known(dtype: object) -> TypeGuard[str]:
+    return isinstance(dtype, str) and dtype in DTYPES
+
+
+def _naturals(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value
+    )

@@ -12,8 +12,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, boundary
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array

@@ -92,8 +92,8 @@ def _within(inner: Path, outer: Path) -> bool:
     )
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of what is at ``path``, links followed; None if there is nothing."""
+def identity(path: Path | int) -> tuple[int, int] | None:
+    """Device and inode of an open file, or of what is at a path, links followed; None if there is nothing."""
     try:
         status = os.stat(path)
     except OSError:

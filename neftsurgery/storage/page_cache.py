@@ -83,7 +83,9 @@ def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
     skipped = start % mmap.ALLOCATIONGRANULARITY
     length = skipped + size
     try:
-        if _free_descriptor(fd) > most_descriptors() // 2:  # a mapping has one, and others need some
+        free = os.dup(fd)  # the lowest free descriptor, which is about how many are in use
+        os.close(free)
+        if free > most_descriptors() // 2:  # a mapping has one, and others need some
             return None
         # Writable only because the kernels are compiled for writable arrays; private, so that even a
         # stray write would not reach the file.
@@ -98,13 +100,6 @@ def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:
         return None
     _register(pages)
     return pages[skipped:]
-
-
-def _free_descriptor(fd: int) -> int:
-    """The lowest free descriptor, which is about how many are in use."""
-    free = os.dup(fd)
-    os.close(free)
-    return free
 
 
 def is_cached(fd: int, start: int, size: int) -> bool:

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import Float64Array, RawBytes
-from .dtypes import DTYPES, FloatFormat
+from .dtypes import DTYPES
 
 __all__ = ["FLOATS", "narrow", "widen"]
 
-
+_FORMATS = {name: dtype.format for name, dtype in DTYPES.items() if dtype.format is not None}
 #: The types that `widen` and `narrow` know, by safetensors' name.
-FLOATS = frozenset(name for name, dtype in DTYPES.items() if dtype.format is not None)
+FLOATS = frozenset(_FORMATS)
 
 
 def widen(raw: RawBytes, dtype: str) -> Float64Array:
@@ -64,7 +64,7 @@ def _to_bfloat16(values: Float64Array) -> NDArray[np.uint16]:
 
 
 def _to_byte(values: Float64Array, dtype: str) -> RawBytes:
-    format = _format(dtype)
+    format = _FORMATS[dtype]
     special, magnitudes = format.nonfinite, _magnitudes(dtype)
     size = np.abs(values)
     codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, size)
@@ -81,16 +81,10 @@ def _to_byte(values: Float64Array, dtype: str) -> RawBytes:
     return bits.astype(np.uint8)
 
 
-def _format(dtype: str) -> FloatFormat:
-    format = DTYPES[dtype].format
-    assert format is not None  # `FLOATS` are those that have one
-    return format
-
-
 @functools.cache
 def _magnitudes(dtype: str) -> Float64Array:
     """The values of codes 0 to ``nonfinite``; the last as if the finite numbers went on."""
-    format = _format(dtype)
+    format = _FORMATS[dtype]
     fraction_bits, bias = format.fraction_bits, format.bias
     codes = np.arange(format.nonfinite + 1)
     exponent, fraction = codes >> fraction_bits, codes & ((1 << fraction_bits) - 1)
@@ -102,7 +96,7 @@ def _magnitudes(dtype: str) -> Float64Array:
 @functools.cache
 def _values(dtype: str) -> Float64Array:
     """The values of all 256 codes."""
-    format = _format(dtype)
+    format = _FORMATS[dtype]
     special = format.nonfinite
     half = np.full(128, np.nan)
     finite = _magnitudes(dtype)[: min(special, 128)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import stat
@@ -14,14 +15,17 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MachineError, NeftError, UsageError
+from ..errors import MachineError, NeftError, UsageError, boundary
+from ..progress import Timing
+from ..storage.output import staged_file
+from ..storage.output_checks import refuse_output, require_space
 from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
 from ..text import tilde_hint
 from .arrays import IndexArray, RawBytes
 from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
 
-__all__ = ["RowReader", "TensorFile", "WeightReader"]
+__all__ = ["FileBacked", "RowReader", "TensorFile", "WeightReader"]
 
 _COPY_BYTES = 8 << 20
 
@@ -173,6 +177,70 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file; a nameless temporary one is deleted by that."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class FileBacked:
+    """A value whose content stays in its file, which it holds open; saved by copying that file."""
+
+    #: What making it took, where a verb made it.
+    timing: Timing = Timing()
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a value that was never saved, which ends with its last reference."""
+        return self._file.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._file.nbytes
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the file was edited since it was opened."""
+        self._file.check_unchanged()
+
+    @boundary
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Copy it to the file ``path``, whole or not at all.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, without ``force``.
+        MachineError
+            If it cannot be written.
+        """
+        refuse_output(path, inputs=[], force=force, kind="file")
+        with staged_file(path, force=force) as staged:
+            require_space(Path(path).absolute().parent, self.nbytes)
+            self._file.copy_to(staged.fd)
+            self.check_unchanged()
+
+    def stream(self) -> BufferedReader:
+        """The file's bytes from the start, as a file that the caller closes; open one at a time."""
+        return self._file.stream()
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
+        with self.stream() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check_in_place(self) -> None:
+        """Raise a ``FileNotFoundError`` if its file was removed or replaced since it was opened."""
+        self._file.check_in_place()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -109,17 +109,13 @@ class _SmallWrites:
         with self._lock:
             self._waiting.append((position, data))
             self._size += len(data)
-            if self._size < self._buffer_bytes:
-                return
-            waiting, self._waiting, self._size = self._waiting, [], 0
-        self._write(waiting)
+            full = self._size >= self._buffer_bytes
+        if full:
+            self.flush()
 
     def flush(self) -> None:
         with self._lock:
             waiting, self._waiting, self._size = self._waiting, [], 0
-        self._write(waiting)
-
-    def _write(self, waiting: list[tuple[int, bytes]]) -> None:
         start, end, parts = 0, 0, list[bytes]()
         for position, data in sorted(waiting):
             if position != end:
