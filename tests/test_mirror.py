@@ -11,7 +11,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "checkpoint/adapter_config.py": "checkpoint/test_adapter.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
-    "checkpoint/unfinished.py": "checkpoint/test_journal.py",
     "checkpoint/weight_files.py": "checkpoint/test_checkpoint.py",
     "cli/commands/heal.py": "checkpoint/test_healing.py",
     "cli/commands/select.py": "cli/test_round.py",
@@ -28,7 +27,6 @@ ELSEWHERE = {
     "scoring/partial_sums.py": "scoring/test_engine.py",
     "scoring/pieces.py": "scoring/test_engine.py",
     "scoring/scored_tensors.py": "scoring/test_scores.py",
-    "storage/no_follow.py": "hostile/test_planted_journals.py",
     "storage/output_checks.py": "storage/test_output.py",
     "storage/threads.py": "surgery/test_apply.py",
     "surgery/lora_modules.py": "surgery/test_export.py",
@@ -38,7 +36,6 @@ ELSEWHERE = {
     "surgery/select.py": "cli/test_round.py",
     "surgery/summary.py": "surgery/test_diff.py",
     "tensors/arrays.py": "scoring/test_kernels.py",
-    "tensors/file_backed.py": "scoring/test_scores.py",
     "training/neuron_choice.py": "training/test_train_plan.py",
     "training/probe.py": "cli/test_train.py",
     "training/recipe_yaml.py": "training/test_recipe_reader.py",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ..neurons.quantized import quantization_reasons
 from ..tensors.header import TensorInfo
-from .checkpoint import Side
+from .checkpoint import Checkpoint
 from .name_prefixes import fitting_prefixes
 
 __all__ = ["why_unfit", "why_unlike"]
@@ -23,7 +23,7 @@ _GATHER = (
 )
 
 
-def why_unlike(one: Side, other: Side) -> str | None:
+def why_unlike(one: Checkpoint, other: Checkpoint) -> str | None:
     """Why two checkpoints that should be of one model have so little in common, and what helps."""
     for side, model in ((other, one), (one, other)):
         if why := _form(side, model.tensors, model.config):
@@ -32,7 +32,7 @@ def why_unlike(one: Side, other: Side) -> str | None:
 
 
 def _form(
-    side: Side, tensors: Mapping[str, TensorInfo], config: Mapping[str, object] | None = None
+    side: Checkpoint, tensors: Mapping[str, TensorInfo], config: Mapping[str, object] | None = None
 ) -> str | None:
     """The form of ``side``, if a model with these ``tensors`` does not have it."""
     new = side.tensors.keys() - tensors.keys()
@@ -47,7 +47,7 @@ def _form(
     return _shapes(tensors, side.tensors)
 
 
-def why_unfit(needed: Mapping[str, TensorInfo], side: Side) -> str | None:
+def why_unfit(needed: Mapping[str, TensorInfo], side: Checkpoint) -> str | None:
     """Why a checkpoint lacks tensors that something was made for, and what helps."""
     if prefixes := fitting_prefixes(side.tensors, needed):
         return f"its names have another prefix: `neftsurgery extract` makes a patch for it, with {prefixes}"

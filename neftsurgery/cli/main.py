@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, spelled
-from ..sources.secrets import redacted
+from ..sources.hub_errors import redacted
 from ..text import lines, printable
 from ..version import __version__
 from .console import flag

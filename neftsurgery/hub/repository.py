@@ -10,9 +10,8 @@ from typing import Any, BinaryIO
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError
 from ..sources.hub_client import client, fetch_file, find_file
-from ..sources.hub_errors import hub_errors
+from ..sources.hub_errors import hub_errors, redacted
 from ..sources.hub_id import HubId, is_revision
-from ..sources.secrets import redacted
 
 __all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_repository", "send_commit"]
 

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, boundary
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..selection.budget import Amount
 from ..storage.output_checks import refuse_output
 from ..tensors.document import bad, dump, read_document
@@ -285,8 +284,8 @@ class Utilization:
             for name, tensor in self.tensors.items():
                 for entry, dtype in _ENTRIES:
                     values = getattr(tensor, entry).astype(_TYPES[dtype])
-                    written.writer.write(f"{name}:{entry}", 0, values)
-            written.writer.finish(metadata)
+                    written.write(f"{name}:{entry}", 0, values)
+            written.finish(metadata)
 
     @classmethod
     @boundary

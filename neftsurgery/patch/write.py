@@ -119,7 +119,7 @@ def written_patch(
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
     room = _room(selection, manifest)
     with written_file(_entries(selection, reversible), room, out, force=force) as written:
-        writer = PatchWriter(written.writer, selection, manifest, reversible)
+        writer = PatchWriter(written, selection, manifest, reversible)
         yield writer
         writer.finish()
     writer.patch = Patch.read(written.reader())

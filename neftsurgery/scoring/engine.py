@@ -16,8 +16,8 @@ import numpy as np
 
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
+from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
-from ..storage.truncated_maps import is_truncated, sigbus_guard
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader

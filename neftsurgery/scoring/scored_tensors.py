@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.units import CountedSlice
 from ..tensors.arrays import IndexArray, Int64Array, Mask
 from ..tensors.document import Facts, bad, require_entry

@@ -20,8 +20,7 @@ from ..selection.choice import Block, choose
 from ..selection.selection import Chosen, Selection
 from ..tensors.arrays import Float32Array, Int64Array
 from ..tensors.document import Facts, bad, read_document
-from ..tensors.file_backed import FileBacked
-from ..tensors.reader import TensorFile
+from ..tensors.reader import FileBacked, TensorFile
 from ..text import lines, plural, printable, size
 from .scored_tensors import (
     WHAT,

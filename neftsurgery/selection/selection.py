@@ -9,11 +9,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Side
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, boundary
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array
@@ -146,7 +145,7 @@ class Selection:
         biases = self.facts.companion_biases
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
-    def require_fit(self, *checkpoints: Side) -> None:
+    def require_fit(self, *checkpoints: Checkpoint) -> None:
         """Raise a `MismatchError` unless all ``checkpoints`` have every tensor, of its shape and dtype.
 
         Also if no neuron is chosen.
@@ -179,8 +178,8 @@ class Selection:
         with written_file(entries, metadata, path, force=force) as written:
             for name, chosen in self.tensors.items():
                 kind = DTYPES[index_dtype(chosen.layout.count)].numpy
-                written.writer.write(f"{name}:index", 0, chosen.index.astype(kind))
-            written.writer.finish(metadata)
+                written.write(f"{name}:index", 0, chosen.index.astype(kind))
+            written.finish(metadata)
 
     @classmethod
     @boundary

@@ -135,7 +135,7 @@ class ExportPlan:
             with written_file(self._entries, _METADATA, folder / WEIGHTS_NAME) as written:
 
                 def write(module: LoraModule) -> int:
-                    factors = _Factors(self, module, written.writer, limits.block)
+                    factors = _Factors(self, module, written, limits.block)
                     return factors.write_rows() if module.rows else factors.write_columns()
 
                 with progress("exporting", total) as advance:
@@ -143,7 +143,7 @@ class ExportPlan:
                         inexact += lost
                         tensor = self.patch.tensors[module.tensor]
                         advance(tensor.count * tensor.vector_bytes)
-                written.writer.finish(_METADATA)
+                written.finish(_METADATA)
             (folder / CONFIG_NAME).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             self.patch.check_unchanged()
             if self.base is not None:

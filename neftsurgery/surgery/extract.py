@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
@@ -81,7 +81,7 @@ class ExtractPlan:
     )
 
     @property
-    def tuned(self) -> Side:
+    def tuned(self) -> Checkpoint:
         """The tuned model, under the names of the base."""
         return self.joined.tuned
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights, open_pair
-from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor
@@ -38,7 +38,7 @@ class Pair:
     differing: Mapping[str, tuple[str, str]]  # of another shape or dtype: both descriptions
 
     @property
-    def tuned(self) -> Side:
+    def tuned(self) -> Checkpoint:
         """The tuned model, under the names of the base."""
         return self.joined.tuned
 
@@ -122,23 +122,25 @@ class Pair:
         }
 
 
-def open_sides(base: AnyPath, tuned: AnyPath, prefixes: Prefixes = NO_CHANGE) -> tuple[Checkpoint, Side]:
+def open_sides(
+    base: AnyPath, tuned: AnyPath, prefixes: Prefixes = NO_CHANGE
+) -> tuple[Checkpoint, Checkpoint]:
     """Open a base and what was tuned from it, whose tensor names are changed by ``prefixes``.
 
     Raises a `MismatchError` if the two have names in common only outside their layers, or if other prefixes
     would give them more names in common.
     """
     first, second = open_pair(base, tuned)
-    if prefixes and not isinstance(second, Checkpoint):
+    if prefixes and isinstance(second, AdaptedWeights):
         raise UsageError(f"{prefixes} does not go with an adapter", file=tuned, hint="name its own base")
     given = second.tensors
-    if isinstance(second, Checkpoint) and prefixes:
+    if prefixes:
         second = second.renamed(prefixes, first.tensors)
     _refuse_other_names(first, second, given, prefixes)
     return first, second
 
 
-def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
+def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     """Plan the comparison of two checkpoints; if nothing of them can be scored, a `MismatchError`."""
     joined = join(base, tuned)
     tuned = joined.tuned
@@ -194,7 +196,7 @@ def scored_count(tensor: NeuronTensor) -> int:
 
 
 def _refuse_other_names(
-    base: Checkpoint, tuned: Side, given: Mapping[str, TensorInfo], prefixes: Prefixes
+    base: Checkpoint, tuned: Checkpoint, given: Mapping[str, TensorInfo], prefixes: Prefixes
 ) -> None:
     """Refuse two checkpoints with unlike names; ``given``: the tuned tensors by the names in their files."""
     common = base.tensors.keys() & tuned.tensors.keys()
@@ -251,7 +253,7 @@ def _refuse_unequal(
                     )
 
 
-def _nothing_common(base: Side, tuned: Side) -> MismatchError:
+def _nothing_common(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
     both = sorted(base.tensors.keys() & tuned.tensors.keys())
     what = f"{base.name} and {tuned.name} have no tensor in common"
     hint = why_unlike(base, tuned)
@@ -280,7 +282,7 @@ def _first_names(tensors: Iterable[str]) -> str:
     return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])]) or "no tensors"
 
 
-def _nothing_scored(base: Checkpoint, tuned: Side, anatomy: Anatomy) -> MismatchError:
+def _nothing_scored(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> MismatchError:
     reasons: dict[str, list[str]] = {}
     for entry in anatomy.listed:
         reasons.setdefault(entry.reason, []).append(entry.info.name)

@@ -240,12 +240,12 @@ def write_scores(
     metadata = dump(SCORES_KEY, facts)
     with written_file(entries, metadata, out) as written:
         for name, value in values.items():
-            written.writer.write(name, 0, value.astype(np.float32))
+            written.write(name, 0, value.astype(np.float32))
         for name, ids in units.items():
-            written.writer.write(f"{name}:unit", 0, ids)
+            written.write(f"{name}:unit", 0, ids)
         for info in companions:  # nothing has changed yet; being listed lets a bias go with its neurons
-            written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
-        written.writer.finish(metadata)
+            written.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
+        written.finish(metadata)
     return Scores.read(written.reader())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ...checkpoint.checkpoint import Side
+from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.name_prefixes import Prefixes
 from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
@@ -67,7 +67,7 @@ def command(
         console.answer({**facts, **summary.describe()}, scores.timing, dry_run=False)
 
 
-def _checkpoint_cells(checkpoint: Side) -> list[str]:
+def _checkpoint_cells(checkpoint: Checkpoint) -> list[str]:
     """The cells of a row: name, bytes, files, dtypes, model type."""
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
