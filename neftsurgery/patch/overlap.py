@@ -155,38 +155,27 @@ def _lay_elements(
 
 def _positions(layout: Layout, index: Int64Array) -> Int64Array:
     """The flat positions in the tensor of the elements of neurons ``index``, ``[k, width]``."""
-    shape = layout.shape
-    strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-    others = [axis for axis in range(len(shape)) if axis not in layout.axes]
-    start = _offset(index, [shape[a] for a in layout.axes], [strides[a] for a in layout.axes])
-    inner = _offset(
-        np.arange(layout.width, dtype=np.int64), [shape[a] for a in others], [strides[a] for a in others]
-    )
-    positions: Int64Array = start[:, None] + inner
-    return positions
-
-
-def _offset(flat: Int64Array, sizes: Sequence[int], strides: Sequence[int]) -> Int64Array:
-    total = np.zeros(len(flat), np.int64)
-    rest = flat.astype(np.int64)
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        total += rest % size * stride
-        rest = rest // size
-    return total
+    shape, places = (1, *layout.shape), np.arange(layout.width)
+    coordinates: list[Int64Array] = [places] * len(shape)
+    for axes, flat in zip(_sides(layout), (index[:, None], places), strict=True):
+        found = np.unravel_index(flat, [shape[axis] for axis in axes])
+        for axis, values in zip(axes, found, strict=True):
+            coordinates[axis] = values
+    return np.ravel_multi_index(coordinates, shape)
 
 
 def _owner(layout: Layout, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Per flat position the neuron it belongs to, and where in that neuron's vector it is."""
-    neuron, place = np.zeros_like(positions), np.zeros_like(positions)
-    neuron_stride = place_stride = 1
-    rest = positions.copy()
-    for axis in reversed(range(len(layout.shape))):
-        size = layout.shape[axis]
-        if axis in layout.axes:
-            neuron += rest % size * neuron_stride
-            neuron_stride *= size
-        else:
-            place += rest % size * place_stride
-            place_stride *= size
-        rest //= size
+    shape = (1, *layout.shape)
+    at = np.unravel_index(positions, shape)
+    neuron, place = (
+        np.ravel_multi_index([at[axis] for axis in axes], [shape[axis] for axis in axes])
+        for axes in _sides(layout)
+    )
     return neuron, place
+
+
+def _sides(layout: Layout) -> tuple[list[int], list[int]]:
+    """The neuron axes, and the others; both with an axis of length 1 that is put before the tensor's own."""
+    others = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
+    return [0, *(axis + 1 for axis in layout.axes)], [0, *(axis + 1 for axis in others)]
