@@ -155,27 +155,38 @@ def _lay_elements(
 
 def _positions(layout: Layout, index: Int64Array) -> Int64Array:
     """The flat positions in the tensor of the elements of neurons ``index``, ``[k, width]``."""
-    shape, places = (1, *layout.shape), np.arange(layout.width)
-    coordinates: list[Int64Array] = [places] * len(shape)
-    for axes, flat in zip(_sides(layout), (index[:, None], places), strict=True):
-        found = np.unravel_index(flat, [shape[axis] for axis in axes])
-        for axis, values in zip(axes, found, strict=True):
-            coordinates[axis] = values
-    return np.ravel_multi_index(coordinates, shape)
+    shape, strides = layout.shape, _strides(layout.shape, range(len(layout.shape)))
+    start, inner = (
+        _offset(flat, [shape[axis] for axis in axes], [strides[axis] for axis in axes])
+        for axes, flat in zip(_sides(layout), (index, np.arange(layout.width)), strict=True)
+    )
+    return start[:, None] + inner
 
 
 def _owner(layout: Layout, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Per flat position the neuron it belongs to, and where in that neuron's vector it is."""
-    shape = (1, *layout.shape)
-    at = np.unravel_index(positions, shape)
-    neuron, place = (
-        np.ravel_multi_index([at[axis] for axis in axes], [shape[axis] for axis in axes])
-        for axes in _sides(layout)
-    )
+    shape = layout.shape
+    neuron, place = (_offset(positions, shape, _strides(shape, axes)) for axes in _sides(layout))
     return neuron, place
 
 
-def _sides(layout: Layout) -> tuple[list[int], list[int]]:
-    """The neuron axes, and the others; both with an axis of length 1 that is put before the tensor's own."""
-    others = [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
-    return [0, *(axis + 1 for axis in layout.axes)], [0, *(axis + 1 for axis in others)]
+def _sides(layout: Layout) -> tuple[Sequence[int], Sequence[int]]:
+    """The neuron axes, and the others."""
+    return layout.axes, [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
+
+
+def _strides(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
+    """How far neighbours along each axis lie apart in a tensor of ``axes`` alone; 0 along the others."""
+    found, stride = [0] * len(shape), 1
+    for axis in reversed(axes):
+        found[axis] = stride
+        stride *= shape[axis]
+    return found
+
+
+def _offset(flat: Int64Array, sizes: Sequence[int], strides: Sequence[int]) -> Int64Array:
+    total, rest = np.zeros_like(flat), flat
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        total += rest % size * stride
+        rest = rest // size
+    return total
