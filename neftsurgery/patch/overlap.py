@@ -155,38 +155,38 @@ def _lay_elements(
 
 def _positions(layout: Layout, index: Int64Array) -> Int64Array:
     """The flat positions in the tensor of the elements of neurons ``index``, ``[k, width]``."""
-    shape, strides = layout.shape, _strides(layout.shape, range(len(layout.shape)))
-    start, inner = (
-        _offset(flat, [shape[axis] for axis in axes], [strides[axis] for axis in axes])
-        for axes, flat in zip(_sides(layout), (index, np.arange(layout.width)), strict=True)
-    )
-    return start[:, None] + inner
-
-
-def _owner(layout: Layout, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Per flat position the neuron it belongs to, and where in that neuron's vector it is."""
     shape = layout.shape
-    neuron, place = (_offset(positions, shape, _strides(shape, axes)) for axes in _sides(layout))
-    return neuron, place
-
-
-def _sides(layout: Layout) -> tuple[Sequence[int], Sequence[int]]:
-    """The neuron axes, and the others."""
-    return layout.axes, [axis for axis in range(len(layout.shape)) if axis not in layout.axes]
-
-
-def _strides(shape: Sequence[int], axes: Sequence[int]) -> list[int]:
-    """How far neighbours along each axis lie apart in a tensor of ``axes`` alone; 0 along the others."""
-    found, stride = [0] * len(shape), 1
-    for axis in reversed(axes):
-        found[axis] = stride
-        stride *= shape[axis]
-    return found
+    strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
+    others = [axis for axis in range(len(shape)) if axis not in layout.axes]
+    start = _offset(index, [shape[a] for a in layout.axes], [strides[a] for a in layout.axes])
+    inner = _offset(
+        np.arange(layout.width, dtype=np.int64), [shape[a] for a in others], [strides[a] for a in others]
+    )
+    positions: Int64Array = start[:, None] + inner
+    return positions
 
 
 def _offset(flat: Int64Array, sizes: Sequence[int], strides: Sequence[int]) -> Int64Array:
-    total, rest = np.zeros_like(flat), flat
+    total = np.zeros(len(flat), np.int64)
+    rest = flat.astype(np.int64)
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         total += rest % size * stride
         rest = rest // size
     return total
+
+
+def _owner(layout: Layout, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Per flat position the neuron it belongs to, and where in that neuron's vector it is."""
+    neuron, place = np.zeros_like(positions), np.zeros_like(positions)
+    neuron_stride = place_stride = 1
+    rest = positions.copy()
+    for axis in reversed(range(len(layout.shape))):
+        size = layout.shape[axis]
+        if axis in layout.axes:
+            neuron += rest % size * neuron_stride
+            neuron_stride *= size
+        else:
+            place += rest % size * place_stride
+            place_stride *= size
+        rest //= size
+    return neuron, place
