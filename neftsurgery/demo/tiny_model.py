@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..checkpoint.checkpoint import Checkpoint
 from ..live import loading
 from ..selection.selection import Selection
-from ..tuning.attach import attach
+from ..tuning.attached import attach
 
 __all__ = [
     "NEW",

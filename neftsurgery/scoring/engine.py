@@ -21,8 +21,7 @@ from ..storage.truncated_maps import is_truncated, sigbus_guard
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from .partial_sums import PartialSums, partial_sums
-from .pieces import CUT_SIZES, CutSizes, Job, TensorPiece, joined, tasks
+from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .sums import Exact, Sums, exact
 
 __all__ = ["Job", "TensorResult", "stream"]

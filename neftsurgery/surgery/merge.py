@@ -25,8 +25,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from .merge_checks import OverlapRule, check_patches, plan_union
-from .same_base import other_base
-from .verb import base_rows, load_patch, run_keywords, warn
+from .verb import base_rows, load_patch, other_base, run_keywords, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
 

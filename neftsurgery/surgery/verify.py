@@ -25,8 +25,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DType
 from ..text import plural
-from .same_base import same_bases
-from .verb import load_patch, run_keywords, warn
+from .verb import load_patch, run_keywords, same_bases, warn
 
 __all__ = [
     "JOURNAL_HINT",

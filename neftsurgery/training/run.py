@@ -19,15 +19,13 @@ from ..progress import Progress
 from ..selection.selection import Selection
 from ..storage.output import staged_directory
 from ..storage.threads import Limits
-from ..tuning.attach import attach
-from ..tuning.attached import Attached
+from ..tuning.attached import Attached, attach
 from ..tuning.trainer import PATCH_NAME, last_save
-from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
+from .gradient_probe import probe
+from .loss_curve import TrainingFacts, curve_from_log, losses_of, plot_curve, write_curve
 from .neuron_choice import budget_of
-from .probe import probe
 from .train import TrainResult
 from .trainer import make_trainer
-from .training_facts import TrainingFacts
 
 if TYPE_CHECKING:
     from .train_plan import TrainPlan
