@@ -46,10 +46,7 @@ class BaseModel:
 
     @classmethod
     def of(cls, patch: Patch, named: str | None) -> BaseModel:
-        """The base that the patch's manifest names, completed by ``named``: ``org/name[@revision]``.
-
-        Raises a `MismatchError` if the manifest names another base or another revision.
-        """
+        """The base that the manifest names, completed by ``named``; a `MismatchError` if that is another."""
         origin, hub_id = patch.base, None
         if is_repo(origin.repo):
             hub_id = HubId(origin.repo, origin.revision if is_revision(origin.revision) else None)
@@ -77,10 +74,7 @@ def _completed(known: HubId | None, named: str) -> HubId:
 
 
 def read_licence(base: BaseModel, *, required: bool) -> tuple[dict[str, str], str | None]:
-    """The fields of the base's card that name its licence, and a warning if there are none.
-
-    ``required`` raises the error if the base cannot be read: for a base that the user has named.
-    """
+    """The licence fields of the base's card, or a warning; ``required``: not to read it is an error."""
     if base.hub_id is None:
         return {}, None
     try:

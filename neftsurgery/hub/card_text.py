@@ -43,11 +43,7 @@ _BAR_LENGTH = 12
 
 
 def card_text(patch: Patch, repo: str, base: BaseModel, figure: str | None) -> str:
-    """The part of a card that `push` writes, in Markdown.
-
-    Everything that comes from the patch's manifest or from names of tensors is a number, or stands in a
-    code span that it cannot leave.
-    """
+    """The part of a card that `push` writes, in Markdown: from files only numbers and code spans."""
     parts = [
         _lead(patch, base),
         _usage(repo, base),
@@ -202,10 +198,7 @@ def _columns(found: LayerMap, counts: Int64Array) -> tuple[list[str | None], Int
 
 
 def _rows(layers: Sequence[str], counts: Int64Array) -> Iterator[tuple[str, str, list[int]]]:
-    """First layer, last layer and counts of each row: `_MAX_LAYERS` rows, and one more per stack of layers.
-
-    Layers that share a row are neighbours in the same stack.
-    """
+    """First layer, last layer and counts of each row: of one layer, or of neighbours in one stack."""
     size = -(-len(layers) // _MAX_LAYERS)
     start = 0
     while start < len(layers):

@@ -110,10 +110,7 @@ class RankBucket:
 
 
 def with_ranks(tensors: Iterable[TensorUtilization]) -> dict[str, TensorUtilization]:
-    """The same neurons with their ranks, kind by kind. Equal correlations rank in the order of tensor names.
-
-    A neuron whose correlation is NaN before or after training is not ranked in either.
-    """
+    """The same neurons with their ranks, kind by kind and ties by name; a NaN is not ranked."""
     kinds: dict[str, list[TensorUtilization]] = {}
     for tensor in sorted(tensors, key=lambda tensor: tensor.info.name):
         kinds.setdefault(tensor.kind, []).append(tensor)

@@ -32,11 +32,7 @@ _TITLE_NAMES = 4
 
 
 def render_html(title: str, sections: Sequence[ReportSection], advance: Callable[[int], None]) -> str:
-    """The page as text; ``advance`` is called with 1 after each figure.
-
-    All text from files is escaped. The page's content security policy forbids scripts and network requests.
-    Raises UsageError if jinja2 or matplotlib is not installed.
-    """
+    """The page as text, all that comes from files escaped; ``advance`` gets 1 after each figure."""
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
@@ -157,10 +153,7 @@ class ReportPlan:
 
     @boundary
     def run(self, *, more: Sequence[ReportSection] = (), progress: Progress = silent) -> Report:
-        """Compute the report with ``more`` sections at its end, and write its page and its figures.
-
-        The errors are those of `report`.
-        """
+        """Compute the report with ``more`` sections at its end, and write its page and its figures."""
         made = Report(self._title(more), (*sections_of(self.inputs, progress), *more))
         if self.out is not None:
             page = made.html(progress=progress).encode("utf-8", "backslashreplace")

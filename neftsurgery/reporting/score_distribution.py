@@ -159,8 +159,7 @@ def _edges(values: NDArray[np.float64], log: bool) -> NDArray[np.float64]:
 def top_neurons_figure(candidates: Candidates, score: str, *, id: str = "sensitive") -> ReportFigure:
     """The neurons or units with the highest scores.
 
-    The column ``smaller`` is the share of all candidates that have a smaller base vector. Norms and changes
-    are NaN if the scores file holds no sums.
+    ``smaller`` is the share of all that have a smaller base vector. Without sums, norms and changes are NaN.
     """
     top = candidates.order[:_SHOWN]
     count = len(candidates)

@@ -51,9 +51,7 @@ def stream(
 ) -> Iterator[TensorResult]:
     """Compare the tensors of ``jobs``; yields one result per job, in order.
 
-    Each thread reads into two buffers of 2 MiB. If ``limits.mapped``, what is in the page cache is summed
-    where it lies, in windows that together keep to ``limits``. ``progress`` is given the bytes read, on
-    the caller's thread.
+    Buffers and mapped windows keep to ``limits``. ``progress`` gets the bytes read, on the caller's thread.
     """
     engine = _Engine(base, tuned, jobs, limits, sizes)
     workers = limits.workers(2 * sizes.least_task)

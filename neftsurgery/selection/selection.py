@@ -33,10 +33,7 @@ _WHAT = "selection"
 
 
 class SelectionFacts(Facts):
-    """The facts of a selection file, and the ``selection`` of a patch's manifest.
-
-    Besides what the properties read there may be ``seed``, ``merged`` and anything that others have written.
-    """
+    """The facts of a selection file, and the ``selection`` of a patch's manifest, which may hold more."""
 
     @property
     def score(self) -> str | None:
@@ -203,10 +200,7 @@ class Selection:
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
     def require_fit(self, *checkpoints: Side) -> None:
-        """Raise a `MismatchError` unless all ``checkpoints`` have every tensor, of its shape and dtype.
-
-        Also if no neuron is chosen.
-        """
+        """Raise a `MismatchError` if no neuron is chosen, or a checkpoint lacks one of the tensors."""
         if not self.tensors:
             raise MismatchError("no neuron is chosen", hint="the two may be equal, or the threshold too high")
         for checkpoint in checkpoints:

@@ -122,10 +122,7 @@ def _total(values: Tensor, layout: Layout) -> Tensor:
 def _accumulate(
     model: nn.Module, sums: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
 ) -> int:
-    """Add the gradients of all batches to the sums, by parameter; returns the number of batches.
-
-    Raises MismatchError if the loss is not a number.
-    """
+    """Add the gradients of all batches to the sums, by parameter; returns the number of batches."""
     model.eval()  # without dropout, equal batches give equal scores
     parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
     count = 0
@@ -177,12 +174,9 @@ def gradient_scores(
     *,
     score: str = "gradient",
 ) -> Scores:
-    """Score the neurons of ``anatomy`` by their gradients, into a scores file.
+    """Score the neurons of ``anatomy`` of ``base``, whose live model is given, into a scores file.
 
-    ``model`` is the live model of ``base``. A batch holds the model's keyword arguments, ``labels`` included,
-    on its device. Without ``out`` the scores file is temporary. ``score`` is ``gradient`` or ``fisher``.
-
-    Raises MismatchError if the loss is not a number.
+    A batch holds the model's keyword arguments, ``labels`` included, on its device.
     """
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
     kind = _SUMS[score]
@@ -229,11 +223,9 @@ def write_scores(
     units: Mapping[str, NDArray[np.int64]],
     out: str | os.PathLike[str] | None = None,
 ) -> Scores:
-    """Write the scores of the neurons of ``anatomy`` in the format of `neftsurgery.diff`.
+    """Write scores by tensor in the format of `neftsurgery.diff`; a neuron with NaN is never chosen.
 
-    ``values`` are the neurons' scores, ``[n]``, per tensor of ``anatomy.scored``; a neuron with NaN is never
-    chosen. ``units`` are the neurons' units, ``[n]``, per tensor, if the anatomy has units; the neurons of a
-    unit have the same score. Without ``out`` the file is temporary.
+    ``units``: the unit of each neuron; the neurons of one have the same score. Without ``out``: temporary.
     """
     biases = {t.bias for t in anatomy.scored if t.bias is not None}
     companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]
@@ -275,10 +267,7 @@ def probe(
     limits: Limits,
     note: Callable[[str], None],
 ) -> Scores:
-    """Score the neurons on the training examples; the scores file stays in the run directory.
-
-    ``model`` is the live base. A gradient probe moves it to ``device`` and leaves its weights as they are.
-    """
+    """Score the neurons on the training examples; the scores file stays in the run directory."""
     out = plan.run_directory.scores
     out.unlink(missing_ok=True)
     steps = plan.recipe.probe.steps or STEPS

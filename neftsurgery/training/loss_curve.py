@@ -55,10 +55,7 @@ def curve_from_log(log: Sequence[Mapping[str, Any]]) -> tuple[LossPoint, ...]:
 
 
 def losses_of(points: Sequence[LossPoint], most: int = 200) -> list[LossPoint]:
-    """The losses alone, in at most ``most`` points.
-
-    If all dev losses fit, all are kept, with evenly spaced train losses; otherwise evenly spaced dev losses.
-    """
+    """The losses alone, evenly thinned to ``most`` points: dev losses are kept as long as they fit."""
     kept = [
         LossPoint(point.step, point.train_loss, point.dev_loss)
         for point in points

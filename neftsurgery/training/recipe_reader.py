@@ -61,13 +61,9 @@ _NOT_NEGATIVE = (
 
 @boundary
 def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe.
+    """Read a recipe: a YAML file, whose paths start from its folder, or a mapping.
 
-    ``recipe`` is a YAML file, whose paths start from its folder, or a mapping, whose paths start from the
-    current folder. ``overrides`` are values that replace the recipe's, as ``{"train.steps": 100}`` or
-    ``{"train": {"steps": 100}}``. Their paths start from the current folder.
-
-    Raises UsageError for an unknown key, a value of the wrong type, or keys that do not go together.
+    ``overrides`` replace values, as ``{"train.steps": 100}`` or ``{"train": {"steps": 100}}``.
     """
     if isinstance(recipe, Mapping):
         file, values = None, dict(_flat(recipe, None))
@@ -91,10 +87,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """The overrides that ``--set KEY=VALUE`` gives; a value is YAML.
-
-    Raises UsageError for an unknown key, or a value that is not YAML.
-    """
+    """The overrides that ``--set KEY=VALUE`` gives; a value is YAML."""
     overrides = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -233,10 +226,7 @@ def _is_plain(value: Mapping[str, Any]) -> bool:
 
 
 def check_recipe(recipe: Recipe, file: Path | None) -> None:
-    """Refuse a recipe that makes no sense; ``file`` is named in errors.
-
-    Raises UsageError for numbers out of range, or keys that do not go together.
-    """
+    """Raise a `UsageError` for numbers out of range, or keys that do not go together."""
     for key in (*_POSITIVE, *_NOT_NEGATIVE):
         section, _, name = key.partition(".")
         value = getattr(getattr(recipe, section), name)
@@ -312,10 +302,7 @@ def as_key(name: str, value: str | None) -> str:
 
 
 def load_yaml(file: Path) -> Any:
-    """The content of a recipe file.
-
-    Raises UsageError if it is too large to be a recipe, or not YAML in UTF-8.
-    """
+    """The content of a recipe file; a `UsageError` if it is too large, or not YAML in UTF-8."""
     with naming(file), open(file, "rb") as stream:
         raw = stream.read(_MAX_BYTES + 1)
     if len(raw) > _MAX_BYTES:

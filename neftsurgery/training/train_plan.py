@@ -107,13 +107,9 @@ class TrainPlan:
         note: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = _never,
     ) -> TrainResult:
-        """Train. An unfinished run of the same recipe resumes from its last save.
+        """Train, or resume an unfinished run of the same recipe; errors as in `train`.
 
-        ``progress`` receives optimizer steps; ``note`` receives dev losses, and what happens next, as
-        sentences. ``stop`` is called after every step; if it returns True, the run saves and stops.
-
-        Raises UsageError if another process is training here; MismatchError if the model cannot be trained
-        this way, or its loss is not a number; and MachineError if something cannot be read or written.
+        ``note`` gets sentences; ``stop`` is asked after every step: True saves and stops the run.
         """
         return run_training(self, limits=limits or Limits.of(), progress=progress, note=note, stop=stop)
 
@@ -131,13 +127,7 @@ def plan_train(
 ) -> TrainPlan:
     """Check everything that a recipe names, and choose the neurons if files suffice for that.
 
-    ``recipe`` and ``overrides`` are those of `read_recipe`. ``force``: replace an existing ``out``.
-    ``resume``: require an unfinished run; one is resumed in any case, unless ``restart`` is given, which
-    discards it.
-
-    Raises UsageError for a wrong recipe, missing files, an existing ``out``, or an unusable model or
-    tokenizer; MismatchError if a selection, scores or an example do not fit, or no neuron is chosen; and
-    CorruptFileError for a line of examples that is not JSON.
+    Arguments and errors as in `train`; ``overrides`` as in `read_recipe`.
     """
     if resume and restart:
         raise UsageError("[[resume]] and [[restart]] do not go together")
