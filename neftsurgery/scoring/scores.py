@@ -113,7 +113,7 @@ class Scores(FileBacked):
         return self._file.array(name)
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
-        """The sum ``which`` of tensor ``name``, ``[n]``, as ``delta_sq``; None where the file has none."""
+        """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of a tensor, ``[n]``; None if not held."""
         entry = f"{name}:{which}"
         return self._file.array(entry) if entry in self._file.tensors else None
 
