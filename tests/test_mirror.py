@@ -38,7 +38,6 @@ ELSEWHERE = {
     "tensors/arrays.py": "scoring/test_kernels.py",
     "tensors/file_backed.py": "scoring/test_scores.py",
     "training/neuron_choice.py": "training/test_train_plan.py",
-    "training/run.py": "cli/test_train.py",
     "version.py": "cli/test_help.py",
 }
 

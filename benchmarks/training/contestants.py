@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from neftsurgery.tuning.attacheded import attach
 from torch import Tensor, nn
 
 from benchmarks.training.models import LINEAR, linears
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.selection.selection import Chosen, Selection
 from neftsurgery.tensors.header import TensorInfo
+from neftsurgery.tuning.attached import attach
 
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 

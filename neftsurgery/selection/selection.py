@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -25,7 +25,7 @@ from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from ..text import lines, percent, plural
 
-__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "index_dtype"]
+__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "described", "index_dtype"]
 
 SELECTION_KEY = "neuron_selection"
 _VERSION = 1
@@ -91,6 +91,12 @@ class SelectionFacts(Facts):
         return type(self)({key: value for key, value in self.items() if key not in left_out})
 
 
+def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, object]:
+    """What files and JSON say of a tensor and, if it has any, of its neurons."""
+    facts: dict[str, object] = {"shape": list(info.shape), "dtype": info.dtype}
+    return facts if axes is None else facts | {"neuron_axes": list(axes)}
+
+
 def index_dtype(count: int) -> str:
     """The element type of indices into ``count`` neurons: ``"I32"``, or ``"I64"`` past 2**31."""
     return "I32" if count <= 1 << 31 else "I64"
@@ -111,11 +117,7 @@ class Chosen:
 
     def describe(self) -> dict[str, object]:
         """Its entry in the ``tensors`` of a file."""
-        return {
-            "shape": list(self.info.shape),
-            "dtype": self.info.dtype,
-            "neuron_axes": list(self.layout.axes),
-        }
+        return described(self.info, self.layout.axes)
 
 
 @dataclass(frozen=True, slots=True)

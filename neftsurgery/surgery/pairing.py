@@ -20,6 +20,7 @@ from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Job
+from ..selection.selection import described
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
@@ -180,12 +181,6 @@ def _under_one_name(scope: Scope, names: Collection[str], copies: Mapping[str, s
         return scope
     include, exclude, only = map(renamed, (scope.include, scope.exclude, scope.only))
     return replace(scope, include=include, exclude=exclude, only=only)
-
-
-def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, Any]:
-    """What files and JSON say of a tensor and, if it has any, of its neurons."""
-    facts = {"shape": list(info.shape), "dtype": info.dtype}
-    return facts if axes is None else facts | {"neuron_axes": list(axes)}
 
 
 def scored_count(tensor: NeuronTensor) -> int:

@@ -39,6 +39,7 @@ from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
+from ..selection.selection import described
 from ..storage.threads import Limits
 from ..surgery.diff import DiffPlan, describe_tensor
 from ..surgery.pairing import pair
@@ -237,7 +238,9 @@ def write_scores(
         "base": Provenance.of(base).to_json(),
         "nonfinite": 0,
         "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
-        "unscored": {info.name: _describe_bias(info) for info in companions},
+        "unscored": {
+            info.name: {"reason": "bias", **described(info, range(len(info.shape)))} for info in companions
+        },
     }
     entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
     entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
@@ -252,11 +255,6 @@ def write_scores(
             written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
         written.writer.finish(metadata)
     return Scores.read(written.reader())
-
-
-def _describe_bias(info: TensorInfo) -> dict[str, Any]:
-    axes = list(range(len(info.shape)))
-    return {"reason": "bias", "shape": list(info.shape), "dtype": info.dtype, "neuron_axes": axes}
 
 
 def probe(

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from neftsurgery.tuning.attacheded_neurons import AttachedNeurons
 from tuning_support import FAMILIES, batch, bits, gpt2, llama, saved, select, train
 
 import neftsurgery as ns
+from neftsurgery.tuning.attached_neurons import AttachedNeurons
 from neftsurgery.tuning.install import has_foreign_forward
 
 MODES = ("scatter", "overlay")
