@@ -21,6 +21,7 @@ from ..neurons.anatomy import read_anatomy
 from ..patch.patch import Patch, PatchTensor
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
+from ..text import some
 
 __all__ = ["LoraModule", "STEPS", "adapter_config", "lora_modules", "next_step", "task_of"]
 
@@ -140,13 +141,11 @@ def _refusal(tensor: PatchTensor, reason: str) -> str | None:
 
 
 def _refused(patch: Patch, refused: list[tuple[str, str]]) -> MismatchError:
-    shown = ", ".join(f"{name[:120]} ({why})" for name, why in refused[:_SHOWN])
-    more = f" and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
     return MismatchError(
         "some of the patch has no LoRA form",
         file=patch.place,
         expected="rows or columns of linear weights",
-        found=shown + more,
+        found=some([f"{name} ({why})" for name, why in refused], _SHOWN),
         hint="leave it out when neurons are chosen ([[exclude]], no [[with_bias]]), "
         "or write the patched checkpoint: `neftsurgery apply BASE PATCH -o OUT`",
     )
