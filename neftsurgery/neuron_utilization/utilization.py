@@ -129,7 +129,7 @@ def utilization(
         Default: ``ffn``, and in addition the kinds of weight in which the patch has neurons.
     states:
         Which hidden states count: those that enter the neuron's block or an earlier one (``preceding``, the
-        default, as in the paper), leave it or a later one (``following``, as in the paper's code), or ``all``.
+        default, as in the paper), leave it or a later one (``following``, as the paper's code), or ``all``.
     strongly:
         A neuron that moves by more ranks than this is strongly affected: a number, or a share of the neurons
         ranked together (``"5%"``). Default: the paper's 100,000 ranks as a share, 28.4%.
