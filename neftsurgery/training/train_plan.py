@@ -22,6 +22,7 @@ from ..checkpoint.provenance import fingerprint
 from ..errors import UsageError, boundary, spelled
 from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
 from ..live.names import live_names
+from ..patch.patch import PATCH_NAME
 from ..progress import Progress, silent
 from ..selection.selection import Selection
 from ..sources.resolve import is_hub_id
@@ -29,7 +30,7 @@ from ..storage.output import staged_directory
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from ..tuning.attached import Attached, attach
-from ..tuning.trainer import PATCH_NAME, last_save
+from ..tuning.trainer import last_save
 from .examples import Examples, read_examples
 from .gradient_probe import probe
 from .loss_curve import TrainingFacts, curve_from_log, losses_of, plot_curve, write_curve
