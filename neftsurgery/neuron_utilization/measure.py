@@ -16,6 +16,7 @@ from ..live.names import live_names
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..surgery.diff import diff
+from ..surgery.pairing import scored_count
 from ..tuning.attached import attach
 from .hidden_states import find_block_stack, mean_hidden_states
 from .options import DTYPES
@@ -100,7 +101,7 @@ def _of_tensor(
     values, states = max_correlations(weight, tensor.layout, means[start:stop])
     if tensor.part is not None:
         values[torch.from_numpy(~tensor.part.mask())] = torch.nan
-    advance(tensor.layout.count if tensor.part is None else tensor.part.count)
+    advance(scored_count(tensor))
     return values.numpy(), (states + start).numpy().astype(np.int32)
 
 

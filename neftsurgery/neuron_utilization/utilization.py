@@ -20,6 +20,7 @@ from ..progress import Progress, silent
 from ..selection.budget import Amount
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
+from ..surgery.pairing import scored_count
 from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..text import printable
@@ -67,7 +68,7 @@ class UtilizationPlan:
     @property
     def neurons(self) -> int:
         """How many neurons are ranked."""
-        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
+        return sum(map(scored_count, self.tensors.values()))
 
     def facts(self) -> dict[str, Any]:
         """What is compared, and how: the `Utilization.facts` of the result."""
