@@ -141,7 +141,7 @@ class Budget:
         """The budget of options as a user gives them: amounts as text or numbers. Raises as the class."""
         values: dict[str, Any] = dict(options)
         for name, read in _READ.items():
-            if values.get(name) is not None:
+            if values.get(name) is not None or (name == "seed" and name in values):
                 values[name] = read(f"[[{name}]]", values[name])
         return cls(**values)
 

@@ -14,7 +14,6 @@ from ..reporting.training_record import loss_figure
 
 __all__ = ["LossPoint", "TrainingFacts", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
 
-
 _LOG_NAMES = {
     "loss": "train_loss",
     "eval_loss": "dev_loss",

@@ -44,7 +44,6 @@ __all__ = [
 _MAX_BYTES = 100_000
 _MAX_DEPTH = 50
 
-
 AnyRecipe = str | os.PathLike[str] | Mapping[str, Any]
 """A recipe as a user gives it: the path of a YAML file, or a mapping with its content."""
 

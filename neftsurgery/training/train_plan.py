@@ -43,7 +43,6 @@ from .trainer import make_trainer, trainer_arguments
 
 __all__ = ["TrainPlan", "plan_train", "run_training"]
 
-
 _SAVES = 10  # per run, if the recipe gives no save_every
 _ADAM_BYTES = 8  # per parameter: AdamW's two moments in float32
 
