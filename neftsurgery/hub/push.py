@@ -236,7 +236,11 @@ def plan_push(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> PushPlan:
-    """Check what `push` needs; with ``dry_run``, a Hub that cannot be reached is only a warning."""
+    """Check what `push` needs, and write the card; arguments and errors as there.
+
+    With ``dry_run``, a Hub that refuses or cannot be reached is a warning: the card is then that of a
+    new repository.
+    """
     patch = patch if isinstance(patch, Patch) else Patch.load(patch)
     if not is_repo(repo):
         raise UsageError("not the name of a repository", file=repo, hint="name it as org/name")

@@ -19,7 +19,6 @@ from ..selection.budget import Amount
 from ..selection.selection import described
 from ..storage.output_checks import refuse_output
 from ..tensors.document import bad, dump, read_document
-from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
@@ -52,6 +51,7 @@ _ENTRIES = (
     ("before", "F64"), ("after", "F64"), ("state_before", "I32"), ("state_after", "I32"),
     ("rank_before", "I64"), ("rank_after", "I64"), ("trained", "U8"),
 )  # fmt: skip
+_TYPES = {"F64": np.dtype("<f8"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U8": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,7 +276,7 @@ class Utilization:
         with written_file(entries, metadata, path, force=force) as written:
             for name, tensor in self.tensors.items():
                 for entry, dtype in _ENTRIES:
-                    values = getattr(tensor, entry).astype(DTYPES[dtype].numpy)
+                    values = getattr(tensor, entry).astype(_TYPES[dtype])
                     written.writer.write(f"{name}:{entry}", 0, values)
             written.writer.finish(metadata)
 

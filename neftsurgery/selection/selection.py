@@ -202,7 +202,10 @@ class Selection:
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
     def require_fit(self, *checkpoints: Side) -> None:
-        """Raise a `MismatchError` if no neuron is chosen, or a checkpoint lacks one of the tensors."""
+        """Raise a `MismatchError` unless all ``checkpoints`` have every tensor, of its shape and dtype.
+
+        Also if no neuron is chosen.
+        """
         if not self.tensors:
             raise MismatchError("no neuron is chosen", hint="the two may be equal, or the threshold too high")
         for checkpoint in checkpoints:

@@ -26,7 +26,8 @@ from ..sources.resolve import is_hub_id
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, touched_files
-from .verb import load_patch, load_patches, other_base, replaced_rows, require_replaced, run_keywords, warn
+from .same_base import other_base
+from .verb import load_patch, load_patches, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]

@@ -27,7 +27,8 @@ from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
 from ..text import commas, percent, plural, printable, size
 from .lora_modules import STEPS, LoraModule, adapter_config, lora_modules, next_step, task_of
-from .verb import load_patch, other_base, replaced_rows, require_replaced, run_keywords, warn
+from .same_base import other_base
+from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 
 __all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
 

@@ -25,7 +25,8 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from .merge_checks import OverlapRule, check_patches, plan_union
-from .verb import base_rows, load_patch, other_base, run_keywords, warn
+from .same_base import other_base
+from .verb import base_rows, load_patch, run_keywords, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
 

@@ -1,22 +1,19 @@
-"""What verbs share: the keywords of a run, warnings, what patches replaced, and whether a base is theirs."""
+"""What verbs share: the keywords of a run, warnings, and what patches replaced."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
 from typing import Any, TypedDict
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.provenance import Provenance, fingerprint, same_files
 from ..errors import CorruptFileError, MismatchError, UsageError, keyword, spelled
 from ..neurons.vectors import gather
 from ..options import RunOptions, split
 from ..patch.digests import digests
-from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch, PatchTensor
 from ..progress import Progress, silent
 from ..selection.selection import Chosen
@@ -32,12 +29,10 @@ __all__ = [
     "check_sha256",
     "load_patch",
     "load_patches",
-    "other_base",
     "replaced_rows",
     "require_replaced",
     "run_keywords",
     "running",
-    "same_bases",
     "warn",
 ]
 
@@ -130,37 +125,3 @@ def require_replaced(patch: Patch, what: str) -> None:
             hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
             "that hold them",
         )
-
-
-def same_bases(
-    checkpoint: Checkpoint, patches: Sequence[Patch], applied: Sequence[bool], undone: Sequence[RowSource]
-) -> list[bool | None]:
-    """For each patch whether the checkpoint is its base, or that with the patch; None if it cannot be known.
-
-    The patches may follow each other or be made from one base, and any of them may be ``applied`` already. So
-    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only. ``undone``
-    are the vectors that patches replaced, as far as they are known, those of the last patch first.
-    """
-    known = {rows.patch for rows in undone}
-    hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
-
-    @cache
-    def found(layers: tuple[RowSource, ...]) -> str:
-        return fingerprint(checkpoint, partial(lay_over, layers))
-
-    def same(number: int) -> bool | None:
-        patch = patches[number]
-        if patch.base.fingerprint is None:
-            return None
-        earlier = [RowSource(one, one.values) for one in patches[:number]]
-        ways = ((), tuple(undone), (*undone, *earlier))
-        return any(found(way) == patch.base.fingerprint for way in ways) or (None if hidden else False)
-
-    return [same(number) for number in range(len(patches))]
-
-
-def other_base(named: Checkpoint | None, base: Provenance, what: str) -> list[str]:
-    """A warning if a checkpoint that is named as the ``base`` of ``what`` has another fingerprint."""
-    if named is None or base.fingerprint is None or same_files(base, Provenance.of(named)):
-        return []
-    return [f"{named.name} has another fingerprint than the base of {what}"]

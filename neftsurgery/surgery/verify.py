@@ -25,7 +25,8 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DType
 from ..text import plural
-from .verb import load_patch, run_keywords, same_bases, warn
+from .same_base import same_bases
+from .verb import load_patch, run_keywords, warn
 
 __all__ = [
     "JOURNAL_HINT",
