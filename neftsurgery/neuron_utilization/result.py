@@ -268,11 +268,11 @@ class Utilization:
             for name, tensor in self.tensors.items()
             for entry, dtype in _ENTRIES
         ]
-        described = {
+        tensors = {
             name: {**described(t.info, t.layout.axes), "layer": t.layer, "kind": t.kind}
             for name, t in self.tensors.items()
         }
-        metadata = dump(UTILIZATION_KEY, {"version": _VERSION, **self.facts, "tensors": described})
+        metadata = dump(UTILIZATION_KEY, {"version": _VERSION, **self.facts, "tensors": tensors})
         with written_file(entries, metadata, path, force=force) as written:
             for name, tensor in self.tensors.items():
                 for entry, dtype in _ENTRIES:
