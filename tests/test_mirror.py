@@ -20,12 +20,10 @@ ELSEWHERE = {
     "cli/main.py": "cli/test_help.py",
     "neuron_utilization/result.py": "neuron_utilization/test_utilization_result.py",
     "patch/digests.py": "patch/test_patch.py",
-    "patch/lora.py": "surgery/test_export.py",
     "patch/overlap.py": "surgery/test_merge.py",
     "patch/write.py": "patch/test_patch.py",
     "progress.py": "surgery/test_verify.py",
     "scoring/partial_sums.py": "scoring/test_engine.py",
-    "scoring/pieces.py": "scoring/test_engine.py",
     "scoring/scored_tensors.py": "scoring/test_scores.py",
     "storage/output_checks.py": "storage/test_output.py",
     "storage/threads.py": "surgery/test_apply.py",
@@ -37,9 +35,6 @@ ELSEWHERE = {
     "surgery/summary.py": "surgery/test_diff.py",
     "tensors/arrays.py": "scoring/test_kernels.py",
     "training/neuron_choice.py": "training/test_train_plan.py",
-    "training/probe.py": "cli/test_train.py",
-    "training/recipe_yaml.py": "training/test_recipe_reader.py",
-    "training/run.py": "cli/test_train.py",
     "version.py": "cli/test_help.py",
 }
 

@@ -17,8 +17,7 @@ from ..checkpoint.ties import with_tied_names
 from ..errors import CorruptFileError, boundary
 from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
-from ..selection.selection import Chosen, Selection
-from ..selection.selection_facts import SelectionFacts
+from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..sources.resolve import Source, resolve_file
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes

@@ -112,10 +112,7 @@ class Scores(FileBacked):
         return self._file.array(name)
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
-        """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
-
-        None where the file does not hold it.
-        """
+        """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of a tensor, ``[n]``, or None."""
         entry = f"{name}:{which}"
         return self._file.array(entry) if entry in self._file.tensors else None
 

@@ -48,10 +48,7 @@ _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e
 
 @dataclass(frozen=True)
 class DiffPlan:
-    """Which checkpoints are compared and how. Made by `plan_diff`.
-
-    Headers are read; of weights, only what may be tied.
-    """
+    """Which checkpoints are compared and how. Headers are read; of weights, only what may be tied."""
 
     pair: Pair
     score: str = "cosine"

@@ -17,7 +17,6 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions
-from ..patch.lora import STEPS, LoraModule, adapter_config, next_step
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.output import staged_directory
@@ -27,7 +26,7 @@ from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
 from ..text import commas, percent, plural, printable, size
-from .lora_modules import lora_modules, task_of
+from .lora_modules import STEPS, LoraModule, adapter_config, lora_modules, next_step, task_of
 from .same_base import other_base
 from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 

@@ -33,8 +33,7 @@ from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
-from ..selection.selection import RowBlock, Selection
-from ..selection.selection_facts import SelectionFacts
+from ..selection.selection import RowBlock, Selection, SelectionFacts
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes

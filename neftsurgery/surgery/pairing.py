@@ -20,6 +20,7 @@ from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Job
+from ..selection.selection import described
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
@@ -76,19 +77,16 @@ class Pair:
     def jobs(self) -> list[Job]:
         """All common tensors, in reading order; under ``units`` layer by layer."""
         layers: dict[str, int] = {}
-        keys: dict[str, tuple[int, ...]] = {}
-        jobs: dict[str, Job] = {}
+        jobs: list[tuple[int, Job]] = []  # with their stages
         for tensor in sorted(self.anatomy.scored, key=lambda t: self.base.position(t.info.name)):
-            name = tensor.info.name
             stage = layers.setdefault(tensor.layer, len(layers)) if tensor.units is not None else 0
-            keys[name] = (stage, *self.base.position(name))
-            jobs[name] = Job(tensor.info, tensor.layout)
+            jobs.append((stage, Job(tensor.info, tensor.layout)))
         for entry in self.anatomy.listed:
-            name = entry.info.name
-            axes = self.companion_biases.get(name)
-            keys[name] = (len(layers), *self.base.position(name))
-            jobs[name] = Job(entry.info, None if axes is None else Layout.of(entry.info.shape, axes))
-        return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
+            axes = self.companion_biases.get(entry.info.name)
+            layout = None if axes is None else Layout.of(entry.info.shape, axes)
+            jobs.append((len(layers), Job(entry.info, layout)))
+        jobs.sort(key=lambda one: (one[0], self.base.position(one[1].info.name)))
+        return [job for _, job in jobs]
 
     @cached_property
     def compared(self) -> tuple[WeightReader, WeightReader, list[Job]]:
@@ -182,12 +180,6 @@ def _under_one_name(scope: Scope, names: Collection[str], copies: Mapping[str, s
         return scope
     include, exclude, only = map(renamed, (scope.include, scope.exclude, scope.only))
     return replace(scope, include=include, exclude=exclude, only=only)
-
-
-def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, Any]:
-    """What files and JSON say of a tensor and, if it has any, of its neurons."""
-    facts = {"shape": list(info.shape), "dtype": info.dtype}
-    return facts if axes is None else facts | {"neuron_axes": list(axes)}
 
 
 def scored_count(tensor: NeuronTensor) -> int:

@@ -98,10 +98,7 @@ def warn(log: logging.Logger, warnings: Sequence[str]) -> None:
 
 
 def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:
-    """The replaced vectors ``[start, stop)`` (positions in the index), checked against their digests.
-
-    Raises a `MismatchError` or, if those in the patch are wrong, a `CorruptFileError`.
-    """
+    """The replaced vectors ``[start, stop)`` (positions in the index), checked against their digests."""
     stored = patch.base_digests(name, start, stop)
     if base is None:
         patch.check_base_rows(name, stored, start, stop)

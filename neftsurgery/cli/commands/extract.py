@@ -19,8 +19,7 @@ from ...options import (
     declared,
 )
 from ...scoring.scores import Scores
-from ...selection.selection import Selection
-from ...selection.selection_facts import SelectionFacts
+from ...selection.selection import Selection, SelectionFacts
 from ...surgery.extract import ExtractPlan, Remainder, plan_extract
 from ...text import commas, percent, plural, size, some
 from ..console import Console
