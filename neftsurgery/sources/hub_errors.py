@@ -14,7 +14,12 @@ from ..errors import MachineError, MismatchError, NeftError, UsageError
 from .hub_guard import guarded
 from .hub_id import HubId
 
-__all__ = ["Redacting", "hub_errors", "redacted"]
+__all__ = ["AbsentFileError", "Redacting", "hub_errors", "redacted"]
+
+
+class AbsentFileError(MismatchError):
+    """A repository has no file of the name that was asked for."""
+
 
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?i:bearer)\s+\S+|(?<=[\w/])\?[^\s'\"<>]+=[^\s'\"<>]*")
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
@@ -80,7 +85,7 @@ def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> N
         return _not_in_cache(error.__cause__)
     if isinstance(error, theirs.EntryNotFoundError):
         hint = "patches come after the base; of an adapter: `neftsurgery extract BASE ADAPTER --changed`"
-        return MismatchError(f"the Hub repository has no file {filename}", hint=hint)
+        return AbsentFileError(f"the Hub repository has no file {filename}", hint=hint)
     if isinstance(error, theirs.HfHubHTTPError):
         return _answered(error, status)
     if isinstance(error, theirs.OfflineModeIsEnabled):
