@@ -46,8 +46,7 @@ if TYPE_CHECKING:
     from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
     from .training.train import TrainResult, train
-    from .tuning.attach import attach
-    from .tuning.attached import Attached
+    from .tuning.attached import Attached, attach
     from .tuning.trainer import PatchSaving
 
 __all__ = [
@@ -110,7 +109,7 @@ _HOMES = {
     "Verification": "surgery.verify",
     "apply": "surgery.apply",
     "apply_live": "live.apply_live",
-    "attach": "tuning.attach",
+    "attach": "tuning.attached",
     "diff": "surgery.diff",
     "export_lora": "surgery.export",
     "extract": "surgery.extract",

@@ -22,13 +22,12 @@ __all__ = [
     "tilde_hint",
 ]
 
-_LABEL_LENGTH = 60
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def printable(text: str) -> str:
     """``text`` on one line: what a name from a file could steer a terminal with is escaped, newlines too."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def lines(texts: Iterable[str]) -> str:
@@ -44,7 +43,7 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     )
 
 
-def label(name: str, length: int = _LABEL_LENGTH) -> str:
+def label(name: str, length: int = 60) -> str:
     """``name`` on one line: printable, shortened in the middle to ``length`` characters, never empty."""
     clean = printable(name)
     if len(clean) > length:

@@ -39,9 +39,10 @@ def test_the_values_have_the_declared_options() -> None:
     assert names(Scope) == declared(ScopeOptions).keys()
     assert names(Budget) == declared(SelectOptions).keys()
     assert declared(RunOptions).keys() <= names(Limits)
-    assert list(inspect.signature(Budget.of).parameters) != []
-    for name, parameter in inspect.signature(Budget.of).parameters.items():
-        assert name in declared(SelectOptions), parameter
+    (options,) = inspect.signature(Budget.of).parameters.values()
+    assert options.annotation == "Unpack[SelectOptions]"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'neuron'"):
+        Budget.of(neuron="3%")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from benchmarks.selection.text import read
 from benchmarks.selection.tuning import TrainingResult, batches_of, make_trainable, rank_of, train
 from neftsurgery import Selection
 from neftsurgery.checkpoint.provenance import fingerprint
-from neftsurgery.training.probe import STEPS
+from neftsurgery.training.gradient_probe import STEPS
 
 FACTS = "pretraining.json"
 

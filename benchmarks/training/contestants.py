@@ -14,7 +14,7 @@ from benchmarks.training.models import LINEAR, linears
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.selection.selection import Chosen, Selection
 from neftsurgery.tensors.header import TensorInfo
-from neftsurgery.tuning.attach import attach
+from neftsurgery.tuning.attached import attach
 
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 

@@ -1,1 +1,1 @@
-"""Safetensors files and checkpoints: headers, positioned reads and writes, all-or-nothing outputs."""
+"""Checkpoints: files, tied tensors, provenance, adapters on them, changes in place that can be undone."""

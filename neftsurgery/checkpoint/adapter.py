@@ -23,7 +23,7 @@ from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from .adapter_config import CONFIG_NAME, WEIGHTS_NAME, Factor, read_factors
-from .checkpoint import Checkpoint, Shard, Side
+from .checkpoint import Checkpoint
 
 __all__ = ["AdaptedWeights", "is_adapter", "open_pair"]
 
@@ -35,27 +35,28 @@ def is_adapter(named: str | os.PathLike[str]) -> bool:
     return (Path(named) / CONFIG_NAME).is_file()
 
 
-def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tuple[Checkpoint, Side]:
+def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
     """Open a base and a tuned checkpoint, or a base and a LoRA adapter of it.
 
     Raises a `MismatchError` if an adapter is not for this base, or is of a kind that cannot be read.
     """
     first, source = Checkpoint.open(base), resolve(tuned)
-    return first, AdaptedWeights.open(first, source) if is_adapter(source.path) else Checkpoint.open(source)
+    return first, AdaptedWeights.on(first, source) if is_adapter(source.path) else Checkpoint.open(source)
 
 
-@dataclass(frozen=True)
-class AdaptedWeights:
-    """The tensors of a base with an adapter merged into them. Made by `open`; implements `Side`."""
+@dataclass(frozen=True, repr=False, kw_only=True)
+class AdaptedWeights(Checkpoint):
+    """A base whose tensors have an adapter merged into them. Made by `on`.
 
-    source: Source  # the adapter's folder
+    Its ``tensors`` are as they are read: in the base's dtypes, or some in F32. Reads of the base count there.
+    """
+
     base: Checkpoint
     file: TensorFile  # the adapter's factors
-    tensors: Mapping[str, TensorInfo]  # as they are read: in the base's dtypes, or some of them in F32
     factors: Mapping[str, Factor | None]  # of the tensors that are computed; None: only converted
 
     @classmethod
-    def open(cls, base: Checkpoint, source: Source) -> AdaptedWeights:
+    def on(cls, base: Checkpoint, source: Source) -> AdaptedWeights:
         """The adapter in a folder, which may be that of a Hub repository, on an open base."""
         path = source.path
         if not (path / WEIGHTS_NAME).is_file():
@@ -66,7 +67,8 @@ class AdaptedWeights:
             )
         file = TensorFile.named(path / WEIGHTS_NAME)
         factors = read_factors(path / CONFIG_NAME, file, base)
-        return cls(source, base, file, base.tensors, {**factors})
+        parts = (base.root, base.is_file, base.shards, base.tensors, base._home)
+        return cls(source, *parts, base=base, file=file, factors={**factors})
 
     def in_float32(self) -> tuple[AdaptedWeights, AdaptedWeights]:
         """The base and this, with the adapted tensors in F32: what is added is seen before it is rounded."""
@@ -77,31 +79,6 @@ class AdaptedWeights:
         }
         shown = replace(self, tensors={**self.tensors, **short})
         return replace(shown, factors=dict.fromkeys(short)), shown
-
-    @property
-    def name(self) -> str:
-        """The adapter's folder, as the user named it."""
-        return self.source.named
-
-    @property
-    def config(self) -> Mapping[str, Any] | None:
-        """The base's."""
-        return self.base.config
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The base's."""
-        return self.base.shards
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the merged tensors."""
-        return self.base.nbytes
-
-    @property
-    def bytes_read(self) -> int:
-        """None: what is read of the base counts there."""
-        return 0
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if a file of the base or the adapter was edited or replaced."""

@@ -53,8 +53,7 @@ class Factor:
 def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[str, Factor]:
     """What the adapter adds, by tensor of the base.
 
-    Raises a `CorruptFileError` if the config or a factor is damaged, and a `MismatchError` if the adapter is
-    of a kind that cannot be read, contradicts itself, or is not for this base.
+    A `CorruptFileError` says what is damaged, a `MismatchError` what cannot be read or is not for this base.
     """
     config = _read_config(config_path)
     pairs = _pairs(file)

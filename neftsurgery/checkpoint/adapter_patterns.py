@@ -46,8 +46,8 @@ def ranks_and_alphas(
 ) -> dict[str, tuple[object, object]]:
     """The rank and alpha of those modules at ``paths`` that the config, read from ``file``, targets.
 
-    Raises a `CorruptFileError` if a setting is of a type that PEFT does not write, and a `MismatchError` if
-    its patterns cannot be matched.
+    A `CorruptFileError` names a setting that PEFT does not write, a `MismatchError` patterns that do not
+    match.
     """
     ranks, alphas = (_setting(config, key, file, dict) or {} for key in ("rank_pattern", "alpha_pattern"))
     targets = _setting(config, "target_modules", file, str, list)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,12 @@ from ..storage.positioned import OpenFile, changed_file, most_descriptors, read_
 from ..tensors.document import read_object
 from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
-from ..tensors.reader import WeightReader
 from ..text import lines, plural, printable, size
 from .name_prefixes import Prefixes
 from .unfinished import refuse_unfinished
 from .weight_files import weight_files
 
-__all__ = ["Checkpoint", "OpenShards", "Shard", "Side"]
+__all__ = ["Checkpoint", "OpenShards", "Shard"]
 
 _MANY_ROWS = 16
 _cached_rows_lock = threading.Lock()
@@ -70,37 +69,6 @@ def _version(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
-class Side(WeightReader, Protocol):
-    """What diff and extract need of a model on either side: a checkpoint, or a base with an adapter on it."""
-
-    @property
-    def source(self) -> Source:
-        """Where they came from."""
-
-    @property
-    def name(self) -> str:
-        """As the user named them."""
-
-    @property
-    def config(self) -> Mapping[str, Any] | None:
-        """The model's ``config.json``."""
-
-    @property
-    def shards(self) -> tuple[Shard, ...]:
-        """The weight files that hold the tensors."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensor data."""
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of tensor data read so far, from files that no other side counts."""
-
-    def check_unchanged(self) -> None:
-        """Raise a `MachineError` if a file was edited or replaced since it was opened."""
-
-
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
     """Tensors by name, wherever their shards are. Made by `Checkpoint.open`; holds no weights.
@@ -111,15 +79,12 @@ class Checkpoint:
         Where it came from.
     root, is_file:
         The folder of its files, and whether it was named as one file.
-    shards:
-        The weight files, by path.
+    shards, opened:
+        The weight files, by path; those that are open, and how many bytes were read.
     tensors:
-        By name, in file order. A tensor may also be found under a name that is tied to its own
-        (`neftsurgery.checkpoint.ties`); ``info.name`` is the one that its file has.
+        By name, in file order, under tied names too; ``info.name`` is the one that its file has.
     absent:
         Names that the index lists and no file has.
-    opened:
-        The files that are open, and how many bytes were read.
     prefixes, original:
         If its names are changed: how, and the checkpoint with the names that its files have.
     """

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..sources.hub_client import OTHER_ENDINGS, OTHER_FOLDERS
 from ..text import plural, some
-from .checkpoint import Checkpoint, Side
+from .adapter import AdaptedWeights
+from .checkpoint import Checkpoint
 from .ties import missing_tensors
 from .unfinished import JOURNAL_NAME
 from .weight_files import INDEX_NAME, SINGLE_NAME, shard_count
@@ -36,8 +37,8 @@ class FolderFiles:
 def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     """Sort the files beside the weights of a checkpoint folder.
 
-    Weights in the top folder that are not the checkpoint's own are left behind, whatever their format.
-    Subfolders (modules, as in sentence-transformers) are copied whole.
+    Other weights in the top folder are left behind; subfolders (as in sentence-transformers) are copied
+    whole.
     """
     root = checkpoint.root
     own = {shard.name for shard in checkpoint.shards}
@@ -61,13 +62,13 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     return FolderFiles(tuple(along), tuple(left))
 
 
-def not_compared(*sides: Side) -> list[str]:
+def not_compared(*sides: Checkpoint) -> list[str]:
     """What may belong to checkpoints and is not among their tensors: other weight files, and names."""
     found = [name for side in sides for name in (*missing_tensors(side), *_unread_weights(side))]
     return list(dict.fromkeys(found))
 
 
-def file_notes(side: Side) -> Iterator[str]:
+def file_notes(side: Checkpoint) -> Iterator[str]:
     """What is wrong with the files of a checkpoint, short of an error."""
     if missing := missing_tensors(side):
         count = plural(len(missing), "tensor")
@@ -78,13 +79,12 @@ def file_notes(side: Side) -> Iterator[str]:
         yield f"{side.name}: the folder also holds shards of another save, which are not read: {some(stale)}"
 
 
-def _unread_weights(side: Side) -> list[str]:
+def _unread_weights(side: Checkpoint) -> list[str]:
     """The weight files that seem to belong to a checkpoint, and whose tensors are not among its own.
 
-    Saves of a training below it (``checkpoint-500``) are checkpoints of their own, and files of other formats
-    beside the weights hold the same tensors.
+    Not saves of a training below it (``checkpoint-500``), nor other formats beside the weights.
     """
-    if not isinstance(side, Checkpoint):
+    if isinstance(side, AdaptedWeights):
         return []
     if side.is_file:
         count = shard_count(side.shards[0].name) or 1

@@ -1,8 +1,7 @@
 """Healing: write back the old vectors of a change in place that was interrupted.
 
-A journal says what to write, and a stranger may have made it. So it is followed only if a person asks for it
-(`plan_heal`), or if this user's own commands wrote it (`heal_recorded`). Only regular files of the checkpoint
-itself are written, never through a symlink, and no file with other hard links.
+A stranger may have made the journal. So it is followed only if a person asks for it (`plan_heal`), or if this
+user's own commands wrote it (`heal_recorded`). Only files of the checkpoint itself are written.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,7 @@ from ..tensors.header import TensorInfo
 from ..text import plural, printable
 from .checkpoint import Checkpoint, Shard
 from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
-from .journal_record import is_recorded
-from .unfinished import find_journals, journal_path, refuse_unfinished
+from .unfinished import find_journals, is_recorded, journal_path, refuse_unfinished
 
 __all__ = ["HealPlan", "HealResult", "heal", "heal_recorded", "plan_heal"]
 
@@ -49,10 +48,8 @@ class HealResult:
     ----------
     checkpoint:
         As it was named.
-    journals:
-        Those that were followed and removed; none if the checkpoint was whole.
-    neurons:
-        How many vectors were written back.
+    journals, neurons:
+        Those that were followed and removed, none if it was whole; how many vectors were written back.
     """
 
     checkpoint: str
@@ -106,12 +103,9 @@ def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
     Raises
     ------
     UsageError
-        If there is no such checkpoint, or a file of it is reached through a symlink, or has several hard
-        links.
-    CorruptFileError
-        If the journal is damaged.
-    MismatchError
-        If the journal belongs to other files.
+        If there is no such checkpoint, or a file of it is a symlink or has several hard links.
+    CorruptFileError, MismatchError
+        If the journal is damaged, or belongs to other files.
     MachineError
         If another process is changing the checkpoint now, or it cannot be written.
     """
@@ -147,8 +141,7 @@ def _plan(source: Source, found: Sequence[Source], opened: Mapping[Source, Journ
 def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | None:
     """Heal what this user's own commands left; for commands that are about to change ``checkpoint``.
 
-    None if there was nothing to heal. Raises as `heal`, and a `MachineError` if there is a journal that this
-    user's commands did not write here.
+    None if there was nothing to heal. Raises as `heal`, and a `MachineError` for a journal of someone else.
     """
     if isinstance(checkpoint, str | os.PathLike) and is_hub_id(checkpoint):
         return None
@@ -217,7 +210,10 @@ class Restoration:
                     "neuron_axes": list(change.layout.axes),
                     "neurons": len(change.index),
                     "of": change.layout.count,
-                    "ranges": _ranges(change.index)[:_RANGES],
+                    "ranges": [
+                        [first, first + stop - start - 1]
+                        for start, stop, first in islice(consecutive_runs(change.index), _RANGES)
+                    ],
                 }
                 for change in self.journal.changes
             ],
@@ -297,11 +293,6 @@ def _foreign(journal: Journal, name: str) -> MismatchError:
         file=journal.path,
         hint="if you have replaced the checkpoint's files since, delete the journal; otherwise restore them",
     )
-
-
-def _ranges(index: NDArray[np.int64]) -> list[list[int]]:
-    """Ascending numbers as ranges ``[first, last]``."""
-    return [[number, number + stop - start - 1] for start, stop, number in consecutive_runs(index)]
 
 
 def _is_recognized(checkpoint: Checkpoint, journal: Journal) -> bool:

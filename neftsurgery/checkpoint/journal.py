@@ -9,6 +9,7 @@ vectors that the change leaves alone, and is never applied to others.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
@@ -24,19 +25,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError, naming
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index, gather
-from ..storage.no_follow import open_to_change
 from ..storage.output import fsync_folder
-from ..storage.positioned import changed_file, sha256_of
+from ..storage.positioned import changed_file, open_to_change
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from .checkpoint import Checkpoint, Shard
-from .journal_record import forget, record
-from .unfinished import journal_path
+from .unfinished import forget, journal_path, record
 
 __all__ = [
     "Change",
@@ -72,10 +70,9 @@ class Change:
 
 @contextmanager
 def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Path, int]]:
-    """Open weight files for writing, each locked against other processes that change it.
+    """Open weight files for writing, each locked against other processes; yields descriptors by path.
 
-    Yields their descriptors by path. Raises as `open_to_change`, and a `MachineError` if another process
-    holds a file, or it was replaced since the checkpoint was read.
+    Raises as `open_to_change`, and a `MachineError` if another process holds a file or has replaced it.
     """
     descriptors: dict[Path, int] = {}
     try:
@@ -110,12 +107,10 @@ def _busy(path: Path) -> MachineError:
 
 @contextmanager
 def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[None]:
-    """Keep the old vectors of ``changes`` on disk for as long as the context lasts.
+    """Keep the old vectors of ``changes`` on disk while the context lasts, and longer after an exception.
 
-    The caller holds the lock of all shards it touches (`locked`), and has synced its writes when the
-    context ends. If it ends by an exception, the journal stays. The journal is recorded as ours
-    (`journal_record`) before it gets its name. A `MachineError` says that the state folder or the journal
-    cannot be written; then no weight was.
+    The caller holds the lock of all shards it touches (`locked`), and has synced its writes when the context
+    ends. A `MachineError` says that the journal or its `record` cannot be written; then no weight was.
     """
     path = journal_path(checkpoint.source)
     touched = {checkpoint.shard_of(change.info.name).path for change in changes}
@@ -142,17 +137,17 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
     try:
         with written_file(entries, dump(_KEY, content), path) as written:
             for number, change in enumerate(changes):
-                written.writer.write(f"{number}:index", 0, change.index)
-                written.writer.write(f"{number}:new_digest", 0, change.new_digests)
+                written.write(f"{number}:index", 0, change.index)
+                written.write(f"{number}:new_digest", 0, change.new_digests)
                 old_hash = xxhash.xxh3_128()
                 for start, stop in change.blocks():
                     index = change.index[start:stop]
                     old = gather(checkpoint, change.info, change.layout, index, block=change.block)
-                    written.writer.write(f"{number}:old", start, old)
+                    written.write(f"{number}:old", start, old)
                     old_hash.update(old.data)
                 tensors[str(number)]["old_hash"] = old_hash.hexdigest()
-            written.writer.finish(dump(_KEY, content))
-            sha256 = written.writer.sha256()
+            written.finish(dump(_KEY, content))
+            sha256 = written.sha256()
             record(sha256, path)
     except BaseException as error:
         taken = isinstance(error, UsageError)  # the journal of another process is there
@@ -173,10 +168,9 @@ def remove_journal(path: Path, sha256: str) -> None:
 
 
 class Journal:
-    """A journal opened for reading: which files it belongs to, and what it would write. Made by `open`.
+    """A journal opened for reading: what it would write, and its weight files as `describe_file` has them.
 
-    ``files`` describes the weight files it belongs to; compare with `describe_file`. The old vectors of its
-    ``changes`` are checked by `check_old`, not before.
+    Made by `open`. The old vectors of its ``changes`` are checked by `check_old`, not before.
     """
 
     def __init__(self, path: Path, file: TensorFile) -> None:
@@ -200,10 +194,8 @@ class Journal:
 
         Raises a ``FileNotFoundError`` if there is none, a `CorruptFileError` if it is not a whole journal.
         """
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise CorruptFileError("a damaged journal: not a regular file", file=path)
-        file = TensorFile.open(path)
-        if path.is_symlink():  # it became one meanwhile
+        file = TensorFile.open(path) if stat.S_ISREG(path.lstat().st_mode) else None
+        if file is None or path.is_symlink():  # it may have become one meanwhile
             raise CorruptFileError("a damaged journal: not a regular file", file=path)
         return cls(path, file)
 
@@ -211,20 +203,14 @@ class Journal:
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex."""
         with naming(self.path), self._file.stream() as stream:
-            return sha256_of(stream)
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def old(self, number: int, start: int, stop: int) -> NDArray[np.uint8]:
         """Old vectors ``[start, stop)`` of a change, as raw bytes."""
         return self._file.array_bytes(f"{number}:old", start, stop)
 
     def check_old(self) -> None:
-        """Compare all old vectors with their hashes, and those of overlapping changes with each other.
-
-        Raises
-        ------
-        CorruptFileError
-            If they do not match.
-        """
+        """Raise a `CorruptFileError` unless old vectors match their hashes, and each other."""
         known: dict[str, list[int]] = {}  # changes of each tensor: there may be 100,000 tensors
         for number, change in enumerate(self.changes):
             old_hash = xxhash.xxh3_128()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from os import PathLike
 from typing import Self
 
 import xxhash
 
 from ..errors import MismatchError
-from ..tensors.document import Facts
+from ..tensors.document import Facts, TextFact
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from .checkpoint import Checkpoint, Side
+from .checkpoint import Checkpoint
 from .saved_forms import why_unfit
 
 __all__ = [
@@ -31,26 +31,29 @@ HASH_PREFIX = "xxh3-128:"
 
 
 def fingerprint(
-    weights: WeightReader, change: Callable[[str, int, memoryview], None] = lambda name, start, part: None
+    weights: WeightReader,
+    change: Callable[[str, int, memoryview], None] = lambda name, start, part: None,
+    tied: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> str:
-    """XXH3-128 over every tensor, by name: name, dtype, shape, first and last 4096 bytes.
+    """XXH3-128 over every tensor, in code-point order of names: dtype, shape, first and last 4096 bytes.
 
-    Per tensor, in code-point order of names, the hash takes in the JSON text
-    ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the first ``min(4096, n)`` and the
-    last ``min(4096, n)`` of its ``n`` bytes. Shards and metadata do not count. ``change`` may alter what was
-    read: bytes of a tensor, given its name, from a byte of it.
+    Of each, the hash takes in the JSON text ``[name, dtype, [shape]]`` (ASCII, no spaces), a newline, the
+    first ``min(4096, n)`` and the last ``min(4096, n)`` of its ``n`` bytes. ``change`` may alter what was
+    read: bytes of a tensor, given its name, from a byte of it. Instead of tensors that are ``tied``, those
+    of ``names`` count: by the name that counts, the one in the files.
     """
+    own = {n: n for n, info in weights.tensors.items() if info.name == n and n not in tied}
+    names = {**own, **(names or {})}
 
     def read(name: str, start: int, part: memoryview) -> None:
-        weights.read_into(name, start, part)
+        weights.read_into(names[name], start, part)
         change(name, start, part)
 
     state = xxhash.xxh3_128()
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
-    for name in sorted(weights.tensors):
-        info = weights.tensors[name]
-        if info.name != name:  # another name of a tied tensor
-            continue
+    for name in sorted(names):
+        info = weights.tensors[names[name]]
         state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):
@@ -68,37 +71,22 @@ def fingerprint(
 class Provenance(Facts):
     """The ``base`` or ``tuned`` of a file: what is known of the checkpoint it was made from."""
 
+    name = TextFact()  # of its file or folder
+    repo = TextFact()  # ``org/name`` on the Hub
+    revision = TextFact()  # of `repo`
+    fingerprint = TextFact()  # of its tensors
+
     @classmethod
-    def of(cls, checkpoint: Side) -> Self:
+    def of(cls, checkpoint: Checkpoint) -> Self:
         """Of a checkpoint that is at hand; reads the edges of its tensors."""
         source = checkpoint.source
         known: dict[str, object] = {"name": source.local_name}
         if source.repo is not None:
             known |= {"repo": source.repo, "revision": source.revision}
-        if isinstance(checkpoint, Checkpoint) and checkpoint.original is not None and checkpoint.prefixes:
+        if checkpoint.original is not None and checkpoint.prefixes:
             known |= checkpoint.prefixes.to_json()
             checkpoint = checkpoint.original  # its fingerprint is of the names in its files
         return cls({**known, "fingerprint": fingerprint(checkpoint)})
-
-    @property
-    def name(self) -> str | None:
-        """The name of its file or folder."""
-        return self.text("name")
-
-    @property
-    def repo(self) -> str | None:
-        """``org/name`` on the Hub."""
-        return self.text("repo")
-
-    @property
-    def revision(self) -> str | None:
-        """The revision of ``repo``."""
-        return self.text("revision")
-
-    @property
-    def fingerprint(self) -> str | None:
-        """The fingerprint of its tensors."""
-        return self.text("fingerprint")
 
     @property
     def label(self) -> str | None:
@@ -112,7 +100,7 @@ def same_tensor(a: TensorInfo | None, b: TensorInfo | None) -> bool:
 
 
 def require_tensors(
-    checkpoint: Side, tensors: Iterable[TensorInfo], what: str, made_from: Provenance | None = None
+    checkpoint: Checkpoint, tensors: Iterable[TensorInfo], what: str, made_from: Provenance | None = None
 ) -> None:
     """Raise a `MismatchError` unless the checkpoint has all ``tensors``, with their shapes and dtypes.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ..neurons.quantized import quantization_reasons
 from ..tensors.header import TensorInfo
-from .checkpoint import Side
+from .checkpoint import Checkpoint
 from .name_prefixes import fitting_prefixes
 
 __all__ = ["why_unfit", "why_unlike"]
@@ -23,34 +23,36 @@ _GATHER = (
 )
 
 
-def why_unlike(one: Side, other: Side) -> str | None:
+def why_unlike(one: Checkpoint, other: Checkpoint) -> str | None:
     """Why two checkpoints that should be of one model have so little in common, and what helps."""
     for side, model in ((other, one), (one, other)):
-        if why := _form(side, model):
+        if why := _form(side, model.tensors, model.config):
             return f"{side.name} {why}"
     return None
 
 
-def _form(side: Side, model: Side) -> str | None:
-    """The form of ``side``, if ``model`` does not have it."""
-    new = side.tensors.keys() - model.tensors.keys()
+def _form(
+    side: Checkpoint, tensors: Mapping[str, TensorInfo], config: Mapping[str, object] | None = None
+) -> str | None:
+    """The form of ``side``, if a model with these ``tensors`` does not have it."""
+    new = side.tensors.keys() - tensors.keys()
     if any(".lora_A." in name for name in new):
         return f"holds the factors of a LoRA adapter: {_MERGE}"
     if any(name.endswith((".exp_avg", ".exp_avg_sq")) for name in new):
         return "holds the state of an optimizer: name the weights"
     if wrapper := next((found[1] for name in new if (found := _WRAPPERS.search(name))), None):
         return f"was saved with a wrapper ({wrapper!r} in its names): {_UNWRAP}"
-    quantized, plain = (quantization_reasons(one.tensors, one.config) for one in (side, model))
-    return f"is quantized: {_DEQUANTIZE}" if quantized and not plain else _shapes(model.tensors, side.tensors)
+    if quantization_reasons(side.tensors, side.config) and not quantization_reasons(tensors, config):
+        return f"is quantized: {_DEQUANTIZE}"
+    return _shapes(tensors, side.tensors)
 
 
-def why_unfit(needed: Mapping[str, TensorInfo], side: Side) -> str | None:
+def why_unfit(needed: Mapping[str, TensorInfo], side: Checkpoint) -> str | None:
     """Why a checkpoint lacks tensors that something was made for, and what helps."""
-    if form := _shapes(needed, side.tensors):
-        return f"{side.name} {form}"
     if prefixes := fitting_prefixes(side.tensors, needed):
         return f"its names have another prefix: `neftsurgery extract` makes a patch for it, with {prefixes}"
-    return None
+    form = _form(side, needed)
+    return f"{side.name} {form}" if form else None
 
 
 def _shapes(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> str | None:

@@ -1,34 +1,50 @@
 """Tied tensors: several names of a model for one tensor, of which its files hold one, or equal copies.
 
-As transformers loads them: if the config ties the names, one that the files lack is the other, and two that
-are equal are one tensor; two that differ are not tied. ``safetensors.torch.save_model`` says in a file's
-metadata under which name it kept a tensor. Where a config says nothing, the files decide.
+As transformers loads them (``_tied_weights_keys``): if the config ties the names, one that the files lack is
+the other, and two are one if they are equal. ``safetensors.torch.save_model`` says in a file's metadata under
+which name it kept a tensor. Where a config says nothing, the files decide.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice, product
+from typing import Any
 
-from ..neurons.ties import is_head, stated_tie, tie_groups
 from ..tensors.header import TensorInfo
 from ..text import label, natural_key
-from .checkpoint import Checkpoint, Side
+from .checkpoint import Checkpoint
 from .provenance import same_tensor
 
-__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "with_tied_names"]
+__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "tied_forms", "with_tied_names"]
 
 _FIRST = 64 << 10  # bytes that tell most tensors apart
 _PIECE = 4 << 20
+_HEAD = "lm_head.weight"  # what most models call their output head
+_MOST_TIES, _MOST_FORMS = 4, 64  # that `tied_forms` tries
+_LONGEST_NAME = 300
+# Ends of names without ``.weight``; ``^`` is the start of a name.
+_HEAD_ENDS = """lm_head lm_head.decoder lm_head.out_proj generator_lm_head cls.predictions.decoder
+predictions.decoder entity_predictions.decoder mlm_score.decoder lm_loss vocab_projector pred_layer.proj
+proj_out head.decoder output_projection embed_out ^.decoder ^.head ^.output"""
+_SHARED_ENDS = """shared word_embeddings encoder.embed_tokens decoder.embed_tokens encoder.word_embeddings
+decoder.word_embeddings text_encoder.embed_tokens text_decoder.embed_tokens"""
+_OTHER_ENDS = """embed_tokens embed_tokens.embed_tokens wte w word_embedding tok_embeddings tokens_embed
+embed_in entity_embeddings embeddings"""
+_HEADS, _SHARED = frozenset(_HEAD_ENDS.split()), frozenset(_SHARED_ENDS.split())
+_EMBEDDINGS = _SHARED.union(_OTHER_ENDS.split())
+_LAYER_HEAD = re.compile(r"^(?:model\.decoder\.)?((?:class|bbox)_embed)\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
     """A base and a tuned model, whose tensors are found under the names of the base."""
 
-    tuned: Side
+    tuned: Checkpoint
     copies: Mapping[str, str]  # tensors of the base that are another one of it, on both sides; and that one
     untied: Mapping[str, str]  # tensors of the base that are another one of it, but not in the tuned model
     only_base: tuple[str, ...]
@@ -36,7 +52,7 @@ class Joined:
     notes: tuple[str, ...]  # where config and files disagree
 
 
-def join(base: Checkpoint, tuned: Side) -> Joined:
+def join(base: Checkpoint, tuned: Checkpoint) -> Joined:
     """Find out which tensors are one. Reads those of one side that may be equal, until they differ."""
     sides = (_Ties.of(base), _Ties.of(tuned))
     aliases, copies, untied = dict[str, str](), dict[str, str](), dict[str, str]()
@@ -58,7 +74,7 @@ def join(base: Checkpoint, tuned: Side) -> Joined:
             else:
                 aliases |= {name: b[name]} if name not in there else {}
                 untied |= {name: a[name]} if a[name] != name else {}
-    seen = tuned.under(aliases) if isinstance(tuned, Checkpoint) else tuned
+    seen = tuned.under(aliases)
     for name, one in untied.items():
         notes.append(
             f"{tuned.name} has {label(name)} apart from {label(one)}: in {base.name} they are one tensor"
@@ -100,9 +116,30 @@ def stored_ties(
     return {name: names for name, names in same.items() if len(names) > 1}, notes
 
 
-def missing_tensors(side: Side) -> list[str]:
+def tied_forms(checkpoint: Checkpoint) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+    """How files may hold the tied tensors of this model: the stored one by each name, in each form.
+
+    Its own form is the first; then they may be there under all of their names, or any one. And by name, all
+    that are tied to it. Of odd models with many ties, only a few forms.
+    """
+    side, infos = _Ties.of(checkpoint), dict(checkpoint.tensors)
+    infos |= {name: infos[one] for name, one in side.saved.items()}
+    for group in tie_groups([*infos, _HEAD]):
+        if _HEAD in group and group[0] in infos:
+            infos.setdefault(_HEAD, infos[group[0]])
+    choices, tied = list[list[dict[str, str]]](), dict[str, list[str]]()
+    for group in islice(_groups((side,), infos), _MOST_TIES):
+        stored = side.stored(group)
+        if len(homes := set(stored.values())) == 1:
+            tied |= dict.fromkeys(group, group)
+            held = [stored, group, *([name] for name in group[:_MOST_TIES])]
+            choices.append([dict.fromkeys(names, *homes) for names in held])
+    return [dict(chain(*map(dict.items, one))) for one in islice(product(*choices), _MOST_FORMS)], tied
+
+
+def missing_tensors(side: Checkpoint) -> list[str]:
     """The tensors that an index lists and no file has, without those that are tied to one that is there."""
-    absent = set(side.absent) if isinstance(side, Checkpoint) else set[str]()
+    absent = set(side.absent)
     ties = _Ties.of(side)
     for group in tie_groups([*side.tensors, *absent], ties.saved.items()) if absent else ():
         absent -= ties.meaning(group, {name: name for name in group if name in side.tensors}, {}).keys()
@@ -113,12 +150,12 @@ def missing_tensors(side: Side) -> list[str]:
 class _Ties:
     """What the config and the metadata of one model say, and what is equal in its files."""
 
-    side: Side
+    side: Checkpoint
     stated: bool | None  # whether the config ties heads to embeddings
     saved: Mapping[str, str]  # by a name that was not saved, the one that was
 
     @classmethod
-    def of(cls, side: Side) -> _Ties:
+    def of(cls, side: Checkpoint) -> _Ties:
         pairs = [pair for shard in side.shards for pair in shard.header.metadata.items()]
         saved = {a: b for a, b in pairs if a not in side.tensors and b in side.tensors}
         return cls(side, stated_tie(side.config), saved)
@@ -176,7 +213,7 @@ def _groups(sides: Iterable[_Ties], tensors: Mapping[str, TensorInfo]) -> Iterat
         yield from (names for names in kinds.values() if len(names) > 1)
 
 
-def _equal_tensors(side: Side, names: Collection[str]) -> dict[str, str]:
+def _equal_tensors(side: Checkpoint, names: Collection[str]) -> dict[str, str]:
     """By name, a text that is the same for tensors with the same bytes."""
     if len(names) < 2:
         return dict(zip(names, names, strict=True))
@@ -186,10 +223,72 @@ def _equal_tensors(side: Side, names: Collection[str]) -> dict[str, str]:
     return found | {name: _digest(side, name, side.tensors[name].nbytes) for name in alike}
 
 
-def _digest(side: Side, name: str, most: int) -> str:
+def _digest(side: Checkpoint, name: str, most: int) -> str:
     state, size = hashlib.blake2b(), min(most, side.tensors[name].nbytes)
     for start in range(0, size, _PIECE):
         buffer = bytearray(min(_PIECE, size - start))
         side.read_into(name, start, memoryview(buffer))
         state.update(buffer)
     return state.hexdigest()
+
+
+def is_head(name: str) -> bool:
+    """Whether ``name`` is that of an output head, which a model may tie to an embedding."""
+    return _prefix(name, _HEADS) is not None
+
+
+def stated_tie(config: Mapping[str, Any] | None) -> bool | None:
+    """Whether a ``config.json`` says that the output head is tied to the embedding; None: it does not say."""
+    sections = [config or {}, (config or {}).get("text_config"), (config or {}).get("decoder")]
+    stated = [one.get("tie_word_embeddings") for one in sections if isinstance(one, Mapping)]
+    return True if True in stated else False if False in stated else None
+
+
+def tie_groups(names: Iterable[str], known: Iterable[tuple[str, str]] = ()) -> list[list[str]]:
+    """Those of ``names`` that may be one tensor, by group, embeddings first; ``known`` pairs are in a group.
+
+    A head goes with the embeddings below its own prefix, such as ``text_decoder.``
+    """
+    above: dict[str, str] = {}  # a forest: the names of a tree are a group
+
+    def root(key: str) -> str:
+        while (up := above.setdefault(key, key)) != key:
+            above[key] = above[up]
+            key = up
+        return key
+
+    heads: dict[str, str] = {}
+    embeddings: list[str] = []
+    for name in names:
+        if (prefix := _prefix(name, _HEADS)) is not None:
+            above[root(name)] = root(heads.setdefault(prefix, name))
+        elif _prefix(name, _EMBEDDINGS) is not None:
+            embeddings.append(name)
+            if (prefix := _prefix(name, _SHARED)) is not None:
+                above[root(name)] = root(f"\0{prefix}")
+        elif name.endswith(".decoder.bias"):
+            above[root(name)] = root(name.removesuffix(".decoder.bias") + ".bias")
+        elif "_embed." in name and _LAYER_HEAD.match(name):
+            above[root(name)] = root("\0" + _LAYER_HEAD.sub(r"\1.", name))
+    for name in embeddings:
+        starts = accumulate(name.split("."), "{}.{}".format, initial="^")
+        for prefix in heads.keys() & set(starts):
+            above[root(heads[prefix])] = root(name)
+    for one, other in known:
+        above[root(one)] = root(other)
+    found: dict[str, list[str]] = {}
+    for name in sorted(above, key=lambda name: (is_head(name), name)):
+        if not name.startswith("\0"):
+            found.setdefault(root(name), []).append(name)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _prefix(name: str, ends: Collection[str]) -> str | None:
+    """What is before the end of ``name`` that is one of ``ends``; None if it has no such end."""
+    if len(name) > _LONGEST_NAME or not name.endswith(".weight"):
+        return None
+    parts = ["^", *name.split(".")[:-1]]
+    for count in (3, 2, 1):
+        if ".".join(parts[-count:]) in ends:
+            return ".".join(parts[:-count]) or "^"
+    return None

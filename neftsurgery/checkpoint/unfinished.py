@@ -1,22 +1,36 @@
-"""Unfinished changes in place: where their journals are, and the refusal of a checkpoint that has one.
+"""Unfinished changes in place: where their journals are, who wrote them, the refusal of such a checkpoint.
 
 While its journal exists, a change is not complete, and the weights are neither the old nor the new ones. A
 command that reads refuses such a checkpoint. It never heals it, because a stranger may have made the journal.
+A command that changes it heals unasked only what this user's own commands wrote: the SHA-256 of their
+journals is in the user's state folder. The record is synced to disk before the journal gets its name, and so
+before the first weight byte is written. It is removed after the journal.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import MachineError, NeftError
 from ..sources.resolve import Source
+from ..storage.output import fsync, fsync_folder
 from .weight_files import weight_files
 
-__all__ = ["JOURNAL_NAME", "find_journals", "journal_path", "refuse_unfinished"]
+__all__ = [
+    "JOURNAL_NAME",
+    "find_journals",
+    "forget",
+    "is_recorded",
+    "journal_path",
+    "record",
+    "refuse_unfinished",
+]
 
 JOURNAL_NAME = ".neft-journal"
+_STATE_HOME = "set XDG_STATE_HOME to a folder that can be written, or write a new checkpoint with [[out=...]]"
 _DEEPEST = 4  # levels below a checkpoint's folder where its shards may be
 
 
@@ -27,9 +41,8 @@ def journal_path(source: Source) -> Path:
 
 
 def find_journals(source: Source) -> list[Source]:
-    """The folders and files whose journals concern the checkpoint ``source``.
+    """The folders and files whose journals concern ``source``: it, its weight files, and the folders above.
 
-    A folder's weight files may have been changed one by one, and a file together with its folder.
     If a symlink was named, the journal is beside its target. A Hub model has none.
     """
     if source.repo is not None:
@@ -65,3 +78,64 @@ def _belongs(file: Path, folder: Path) -> bool:
         return file in [folder / name for name in weight_files(folder)[0]]
     except NeftError:
         return False
+
+
+def record(sha256: str, journal: Path) -> None:
+    """Record that a journal with this SHA-256 is this user's, and sync the record to disk.
+
+    Raises a `MachineError` if there is no home folder, or the state folder cannot be written.
+    """
+    folder = _folder()
+    try:
+        _make(folder)
+        fd = os.open(folder / sha256, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, f"{journal.absolute()}\n".encode("utf-8", "surrogateescape"))
+            fsync(fd)
+        finally:
+            os.close(fd)
+        fsync_folder(folder)
+    except OSError as error:
+        raise MachineError(
+            f"the state folder cannot be written: {(error.strerror or str(error)).lower()}",
+            file=folder,
+            hint=f"nothing was changed; a change in place is recorded there first: {_STATE_HOME}",
+        ) from error
+
+
+def is_recorded(sha256: str) -> bool:
+    """Whether a journal with this SHA-256 was written by a command of this user, on this machine."""
+    try:
+        return (_folder() / sha256).is_file()
+    except OSError:  # no home, or no access to it
+        return False
+
+
+def forget(sha256: str) -> None:
+    """Remove the record of a journal that was removed; one that stays does no harm."""
+    with suppress(OSError):
+        (_folder() / sha256).unlink()
+
+
+def _folder() -> Path:
+    import platformdirs
+
+    try:
+        folder = platformdirs.user_state_path("neftsurgery") / "journals"
+    except RuntimeError:  # a user without a home folder
+        folder = Path()
+    if not folder.is_absolute():
+        raise MachineError(
+            "there is no home folder, where changes in place are recorded",
+            hint=f"nothing was changed; {_STATE_HOME}",
+        )
+    return folder
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and its parents, each name synced to disk."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        fsync_folder(folder.parent)

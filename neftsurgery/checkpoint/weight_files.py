@@ -24,8 +24,8 @@ _SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})\.safetensors$")
 def weight_files(folder: Path) -> tuple[list[str], Collection[str]]:
     """The weight files of a checkpoint folder, as paths below it, and the tensors that its index lists.
 
-    A single file beats an index beside it. Raises a `UsageError` if there are none, a `CorruptFileError` if
-    the index is damaged, or points outside its folder.
+    A single file beats an index. A `UsageError` says that there are none, a `CorruptFileError` what is
+    damaged.
     """
     single, index = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.is_file():

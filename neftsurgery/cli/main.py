@@ -20,12 +20,11 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, spelled
-from ..sources.secrets import redacted
+from ..sources.hub_errors import redacted
 from ..text import lines, printable
 from ..version import __version__
-from .console import flag
+from .console import flag, lossy_streams
 from .options import console_options
-from .streams import lossy_streams
 
 __all__ = ["cli", "run"]
 

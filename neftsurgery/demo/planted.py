@@ -117,8 +117,8 @@ def _write(folder: Path, weights: Arrays) -> None:
         entries = [TensorInfo(name, "BF16", weights[name].shape) for name in part]
         with written_file(entries, {"format": "pt"}, folder / file) as written:
             for name in part:
-                written.writer.write(name, 0, (weights[name].view(np.uint32) >> 16).astype(np.uint16))
-            written.writer.finish({"format": "pt"})
+                written.write(name, 0, (weights[name].view(np.uint32) >> 16).astype(np.uint16))
+            written.finish({"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 2 * sum(w.size for w in weights.values())}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

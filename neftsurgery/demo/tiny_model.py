@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..checkpoint.checkpoint import Checkpoint
 from ..live import loading
 from ..selection.selection import Selection
-from ..tuning.attach import attach
+from ..tuning.attached import attach
 
 __all__ = [
     "NEW",
@@ -62,10 +62,7 @@ class Losses:
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Within the context, torch uses one thread and transformers shows no bars.
-
-    A model this small gains little from a second thread, and loses much on a busy machine.
-    """
+    """Within the context, torch uses one thread, which is faster here; transformers shows no bars."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -134,10 +131,7 @@ def train_selection(
     settings: TrainingSettings,
     advance: Callable[[int], object] = lambda steps: None,
 ) -> tuple[Any, int, float]:
-    """Train the neurons of ``selection`` from ``base``, and write them to ``patch``.
-
-    Returns the trained model, the number of trained parameters, and the seconds that it took.
-    """
+    """Train ``selection`` into ``patch``; returns model, number of trained parameters, seconds."""
     model = load_model(base)
     attached = attach(model, Selection.load(selection))
     parameters = list(attached.parameters())

@@ -78,10 +78,7 @@ def _completed(known: HubId | None, named: str) -> HubId:
 
 
 def read_licence(base: BaseModel, *, required: bool) -> tuple[dict[str, str], str | None]:
-    """The fields of the base's card that name its licence, and a warning if there are none.
-
-    ``required`` raises the error if the base cannot be read: for a base that the user has named.
-    """
+    """The licence fields of the base's card, or a warning; ``required``: not to read it is an error."""
     if base.hub_id is None:
         return {}, None
     try:

@@ -1,4 +1,7 @@
-"""The generated text of a model card: how to use the patch, where its neurons are, how they were chosen."""
+"""The generated text of a model card: how to use the patch, where its neurons are, how they were chosen.
+
+Names and values come from files, which may be hostile: they stand in code spans that they cannot leave.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,8 @@ from ..sources.hub_client import page
 from ..tensors.arrays import Int64Array
 from ..text import percent, plural, size
 from .base_model import BaseModel
-from .markdown import code_span, link, table, text_bar
 
-__all__ = ["LayerCounts", "card_text"]
+__all__ = ["LayerCounts", "card_text", "code_span", "link", "table", "text_bar"]
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
 _MAX_TRAINING_FACTS = 40
@@ -34,14 +36,14 @@ _SELECTION_LABELS = {
     "seed": "seed",
     "merged": "merged from",
 }
+#: Characters that could end a code span or a table cell, or begin a tag or a comment.
+_SPECIAL = "`|<>"
+_MAX_LENGTH = 100
+_BAR_LENGTH = 12
 
 
 def card_text(patch: Patch, repo: str, base: BaseModel, figure: str | None) -> str:
-    """The part of a card that `push` writes, in Markdown.
-
-    Everything that comes from the patch's manifest or from names of tensors is a number, or stands in a
-    code span that it cannot leave.
-    """
+    """The part of a card that `push` writes, in Markdown: from files only numbers and code spans."""
     parts = [
         _lead(patch, base),
         _usage(repo, base),
@@ -196,10 +198,7 @@ def _columns(found: LayerMap, counts: Int64Array) -> tuple[list[str | None], Int
 
 
 def _rows(layers: Sequence[str], counts: Int64Array) -> Iterator[tuple[str, str, list[int]]]:
-    """First layer, last layer and counts of each row: `_MAX_LAYERS` rows, and one more per stack of layers.
-
-    Layers that share a row are neighbours in the same stack.
-    """
+    """First layer, last layer and counts of each row: of one layer, or of neighbours in one stack."""
     size = -(-len(layers) // _MAX_LAYERS)
     start = 0
     while start < len(layers):
@@ -209,3 +208,41 @@ def _rows(layers: Sequence[str], counts: Int64Array) -> Iterator[tuple[str, str,
             stop += 1
         yield layers[start], layers[stop - 1], counts[start:stop].sum(axis=0).tolist()
         start = stop
+
+
+def code_span(value: object, longest: int = _MAX_LENGTH) -> str:
+    """``value`` as a code span that it cannot leave, in any renderer.
+
+    Nothing in a code span is a link, a tag or a formula. Characters that could end the span, and those
+    that do not print (line ends, marks that change the direction of writing), are escaped: ``\\x60``.
+    """
+    text = str(value)
+    if len(text) > longest:
+        text = text[: longest - 1] + "…"
+    safe = "".join(c if c.isprintable() and c not in _SPECIAL else _escaped(c) for c in text)
+    return f"`{safe}`" if safe.strip() else "`(empty)`"
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def link(text: str, address: str) -> str:
+    """A link; the caller knows that ``text`` and ``address`` are safe."""
+    return f"[{text}]({address})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """A table; columns in ``right`` are aligned right. Cells are Markdown already."""
+    rule = "|".join("--:" if column in right else "---" for column in range(len(head)))
+    return "\n".join([_line(head), f"|{rule}|", *map(_line, rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def text_bar(value: float, largest: float) -> str:
+    """A bar in characters; at least one for a value above 0."""
+    return "█" * max(1, round(_BAR_LENGTH * value / largest)) if value > 0 else ""

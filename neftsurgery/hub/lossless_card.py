@@ -9,7 +9,7 @@ from ..patch.patch import PATCH_NAME
 from ..sources.hub_client import page
 from ..text import percent, plural, size
 from .base_model import BaseModel
-from .markdown import code_span, link, table
+from .card_text import code_span, link, table
 
 __all__ = ["lossless_card_text"]
 

@@ -15,7 +15,7 @@ from ..sources.hub_id import HubId
 from ..sources.resolve import Source
 from ..storage.output_checks import refuse_output
 from ..surgery.merge_checks import check_patches
-from ..surgery.verb import check_sha256, load_patches
+from ..surgery.verb import check_sha256, load_patches, require_sha256
 from ..text import printable, size
 
 __all__ = ["PullPlan", "plan_pull", "pull"]
@@ -90,7 +90,10 @@ def plan_pull(
         raise UsageError("not a Hub id", file=named, hint="name it as org/name or org/name@revision")
     if out is not None:
         refuse_output(out, inputs=[], force=force, kind="file")
-    return PullPlan(hub_id, out, force, None if is_offline() else find_file(hub_id, PATCH_NAME), wanted)
+    file = None if is_offline() else find_file(hub_id, PATCH_NAME)
+    if wanted and file and file.etag and len(file.etag) == len(wanted):  # that of a large file is its SHA-256
+        require_sha256(str(hub_id), wanted, file.etag)
+    return PullPlan(hub_id, out, force, file, wanted)
 
 
 def pull(

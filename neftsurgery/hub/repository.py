@@ -10,9 +10,8 @@ from typing import Any, BinaryIO
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError
 from ..sources.hub_client import client, fetch_file, find_file
-from ..sources.hub_errors import hub_errors
+from ..sources.hub_errors import hub_errors, redacted
 from ..sources.hub_id import HubId, is_revision
-from ..sources.secrets import redacted
 
 __all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_repository", "send_commit"]
 
@@ -67,11 +66,7 @@ class Repository:
 
 
 def read_repository(repo: str, branch: str) -> Repository:
-    """Ask the Hub for a repository, which need not exist.
-
-    Raises a `UsageError` if the Hub does not allow the name, and a `MachineError` if no token is found, or
-    the Hub refuses or cannot be reached.
-    """
+    """Ask the Hub for a repository, which need not exist; a `MachineError` if there is no token."""
     hub = client()
     if hub.get_token() is None:
         raise MachineError(
@@ -95,10 +90,9 @@ def read_repository(repo: str, branch: str) -> Repository:
 def send_commit(
     repository: Repository, files: Files, message: str, *, private: bool | None
 ) -> tuple[str, str]:
-    """Add ``files`` to a repository in one commit on top of ``repository.head``, all or nothing.
+    """Add ``files`` in one commit on top of ``repository.head``, all or nothing; returns it and its parent.
 
-    A repository or branch that does not exist is created, ``private`` or (None) as the user's settings on the
-    Hub say. Returns the branch's commit and the one before; they are equal if all files were there already.
+    What does not exist is created. The two commits are equal if all files were there already.
     """
     api, repo, parent = client().HfApi(), repository.repo, repository.head
     created = []

@@ -38,10 +38,7 @@ _FAILURES = (
 
 
 def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint, if it is a folder with a config.
-
-    Raises UsageError if it is a single file, or has no config.
-    """
+    """The same checkpoint; a `UsageError` unless it is a folder with a config."""
     if checkpoint.is_file or checkpoint.config is None:
         raise UsageError(
             "expected a model folder with a config.json",
@@ -53,11 +50,7 @@ def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of ``checkpoint``.
-
-    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot load its
-    tokenizer.
-    """
+    """The tokenizer of ``checkpoint``; a `UsageError` if transformers cannot load it."""
     from transformers import AutoTokenizer
 
     require_model_folder(checkpoint)
@@ -72,10 +65,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def meta_model(checkpoint: Checkpoint, model_class: ModelClass) -> Any:
-    """The model without its weights, on the meta device. Reads only the config.
-
-    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot build the model.
-    """
+    """The model without its weights, from the config alone; a `UsageError` if it cannot be built."""
     require_model_folder(checkpoint)
     try:
         config = _config(checkpoint)
@@ -96,14 +86,9 @@ def load_model(
     dtype: torch.dtype | Literal["auto"] = "auto",
     required: str | None = None,
 ) -> Any:
-    """The model with its weights, on the CPU, in evaluation mode.
+    """The model with its weights, on the CPU, in evaluation mode; errors if they do not fit it.
 
-    ``dtype`` is that of the weights; ``auto``: as in the files. ``required`` is the path of a module, such as
-    ``model.layers``: the files must have every weight in it. Without this, transformers initialises missing
-    weights at random, and warns.
-
-    Raises UsageError if the checkpoint is not a folder with a config, or transformers cannot load the model,
-    and MismatchError if a weight in the files has another shape, or the files lack a weight of ``required``.
+    The files must have every weight in the module ``required``: others are initialised at random if missing.
     """
     require_model_folder(checkpoint)
     try:

@@ -23,13 +23,7 @@ __all__ = ["live_names"]
 
 
 def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The parameter of ``model`` that each tensor of the files becomes.
-
-    ``names`` are tensor names as the files have them.
-
-    Raises MismatchError if the model has no such parameter, the loader makes another tensor of it, or two
-    tensors become the same parameter.
-    """
+    """The parameter of ``model`` that each tensor of the files becomes; an error unless each has its own."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     renaming = _Renaming(model, parameters) if _is_transformers(model) else None
     found: dict[str, str] = {}
@@ -97,10 +91,7 @@ class _Renaming:
             ) from error
 
     def live(self, name: str) -> str:
-        """The parameter that tensor ``name`` becomes.
-
-        Raises MismatchError if the tensor is merged, split or transposed.
-        """
+        """The parameter that tensor ``name`` becomes; an error if it is merged, split or transposed."""
         live, converted = self._rename(
             name, self._renamings, self._converters, self._prefix, self._parameters
         )

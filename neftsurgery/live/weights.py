@@ -77,10 +77,7 @@ def can_represent(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 
 def read_vectors(weight: Tensor, layout: Layout, index: Tensor) -> Tensor:
-    """A copy of the vectors of neurons ``index``, contiguous ``[k, width]``, in the weight's dtype.
-
-    ``weight`` has the layout's shape; ``index`` is int64 ``[k]``, on the weight's device.
-    """
+    """A copy of the vectors of neurons ``index``, contiguous ``[k, width]``, in the weight's dtype."""
     if len(layout.axes) == 1:
         picked = weight.index_select(layout.axes[0], index).movedim(layout.axes[0], 0)
         return picked.reshape(len(index), layout.width).contiguous()

@@ -31,11 +31,7 @@ def mean_hidden_states(
 ) -> Tensor:
     """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU.
 
-    ``model`` is a transformers model that contains ``stack``; its head is not run. Each batch holds the
-    chunks that go through the model together; the token id ``padding``, which is masked, fills up the short
-    ones. ``advance`` is called with the number of tokens after each batch.
-
-    Raises MismatchError if the blocks do not pass on hidden states, or a hidden state is not finite.
+    Each batch goes through the model together; ``padding``, which is masked, fills it up. No head is run.
     """
     sums = _StateSums(stack)
     body, device = model.base_model, next(model.parameters()).device
@@ -141,10 +137,7 @@ class BlockStack:
 
 
 def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
-    """The stack of blocks that contains ``parameters``; of several, that of the language model.
-
-    Raises MismatchError if there is no such stack, or more than one.
-    """
+    """The stack of blocks with ``parameters``, of several the language model's; else an error."""
     paths = dict.fromkeys(layer_and_kind(name.split("."))[0].rpartition(".")[0] for name in parameters)
     modules = dict(model.named_modules())
     found = {}
@@ -165,10 +158,7 @@ def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
 
 
 def hidden_size(model: Any) -> int:
-    """The width of a model's hidden states.
-
-    Raises MismatchError if the model's config has no ``hidden_size``.
-    """
+    """The width of a model's hidden states; a `MismatchError` if its config does not say."""
     width = getattr(_text_config(model), "hidden_size", None)
     if not isinstance(width, int):
         raise MismatchError("the model's config has no hidden_size", found=type(model).__name__)

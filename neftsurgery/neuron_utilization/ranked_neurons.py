@@ -18,14 +18,9 @@ __all__ = ["count_unranked", "ranked_tensors"]
 def ranked_tensors(
     base: Checkpoint, trained: Selection | None, anatomy: str | None, width: int
 ) -> dict[str, NeuronTensor]:
-    """The tensors whose neurons are ranked, by name.
+    """The tensors by name whose neurons are as wide as the hidden states (``width``) and ranked.
 
-    ``trained``: the trained neurons, if they are known. ``anatomy``: ``ffn`` or ``rows``; None is the paper's
-    ``ffn``, and in addition all tensors of the kinds in which ``trained`` has neurons, along the same axes.
-    ``width``: that of the hidden states.
-
-    Raises UsageError if there is no such anatomy, and MismatchError if the architecture is unknown, or has no
-    neuron of that width.
+    Without ``anatomy``: the paper's ``ffn``, and all tensors of the kinds in which ``trained`` has neurons.
     """
     if anatomy is not None and anatomy not in ANATOMIES:
         raise UsageError(

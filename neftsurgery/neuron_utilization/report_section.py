@@ -24,10 +24,7 @@ _STATES = {
 
 
 def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> ReportSection:
-    """A utilization as a section of a report.
-
-    ``suffix`` is appended to the ids of the section and its figures, which must be unique in a report.
-    """
+    """A utilization as a section; ``suffix`` makes the ids of it and its figures unique in a report."""
     facts, text = found.facts, found.facts["text"]
     unranked = facts["patch"]["outside"] if "patch" in facts else 0
     limits = ", ".join(commas(limit) for limit in dict.fromkeys(found.limits.values()))

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, boundary
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..selection.budget import Amount
+from ..selection.selection import described
 from ..storage.output_checks import refuse_output
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
@@ -110,10 +110,7 @@ class RankBucket:
 
 
 def with_ranks(tensors: Iterable[TensorUtilization]) -> dict[str, TensorUtilization]:
-    """The same neurons with their ranks, kind by kind. Equal correlations rank in the order of tensor names.
-
-    A neuron whose correlation is NaN before or after training is not ranked in either.
-    """
+    """The same neurons with their ranks, kind by kind and ties by name; a NaN is not ranked."""
     kinds: dict[str, list[TensorUtilization]] = {}
     for tensor in sorted(tensors, key=lambda tensor: tensor.info.name):
         kinds.setdefault(tensor.kind, []).append(tensor)
@@ -270,23 +267,17 @@ class Utilization:
             for name, tensor in self.tensors.items()
             for entry, dtype in _ENTRIES
         ]
-        described = {
-            name: {
-                "shape": list(t.info.shape),
-                "dtype": t.info.dtype,
-                "neuron_axes": list(t.layout.axes),
-                "layer": t.layer,
-                "kind": t.kind,
-            }
+        tensors = {
+            name: {**described(t.info, t.layout.axes), "layer": t.layer, "kind": t.kind}
             for name, t in self.tensors.items()
         }
-        metadata = dump(UTILIZATION_KEY, {"version": _VERSION, **self.facts, "tensors": described})
+        metadata = dump(UTILIZATION_KEY, {"version": _VERSION, **self.facts, "tensors": tensors})
         with written_file(entries, metadata, path, force=force) as written:
             for name, tensor in self.tensors.items():
                 for entry, dtype in _ENTRIES:
                     values = getattr(tensor, entry).astype(_TYPES[dtype])
-                    written.writer.write(f"{name}:{entry}", 0, values)
-            written.writer.finish(metadata)
+                    written.write(f"{name}:{entry}", 0, values)
+            written.finish(metadata)
 
     @classmethod
     @boundary

@@ -50,14 +50,9 @@ class TokenizedText:
 
 
 def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, length: int) -> TokenizedText:
-    """Tokenize a text file. Every line that is not blank is a text; a long text becomes several chunks.
+    """Tokenize a text file up to ``tokens`` tokens. Every line that is not blank is a text.
 
-    At most ``tokens`` tokens are taken, from the beginning of the UTF-8 file; the last text is truncated to
-    fit. A chunk has at most ``length`` tokens. Special tokens that the tokenizer adds to a text count like
-    others.
-
-    Raises UsageError if there is no such file, or it contains no token, and CorruptFileError if the file is
-    not UTF-8.
+    A long text becomes several chunks of at most ``length`` tokens, special tokens included.
     """
     file = Path(path)
     if not file.is_file():
@@ -90,10 +85,7 @@ def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, 
 
 
 def token_batches(text: TokenizedText, size: int) -> Iterator[list[TokenChunk]]:
-    """Batches of chunks: up to ``size`` tokens including padding, or one chunk.
-
-    Chunks are sorted by length, the longest first, so that little padding is needed.
-    """
+    """Batches of chunks, the longest first: up to ``size`` tokens with padding, or one chunk."""
     chunks = sorted(text.chunks, key=lambda chunk: -len(chunk.ids))
     start = 0
     while start < len(chunks):

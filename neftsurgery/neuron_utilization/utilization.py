@@ -20,6 +20,7 @@ from ..progress import Progress, silent
 from ..selection.budget import Amount
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
+from ..surgery.pairing import scored_count
 from ..surgery.verify import verify
 from ..tensors.header import read_header
 from ..text import printable
@@ -67,7 +68,7 @@ class UtilizationPlan:
     @property
     def neurons(self) -> int:
         """How many neurons are ranked."""
-        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
+        return sum(map(scored_count, self.tensors.values()))
 
     def facts(self) -> dict[str, Any]:
         """What is compared, and how: the `Utilization.facts` of the result."""
@@ -110,10 +111,9 @@ def utilization(
 ) -> Utilization:
     """Measure how a fine-tune moved neurons in the ranking by correlation with hidden states.
 
-    The score of a neuron is the largest absolute Pearson correlation of its weight vector with the mean
-    hidden state of a layer on a text. Neurons of the same kind are ranked by it. The difference of the ranks
-    before and after training shows what training did to the neuron. The method is that of Xu et al., "Let's
-    Focus on Neuron", COLING 2025, section 6.1 (https://aclanthology.org/2025.coling-main.630/).
+    Neurons of the same kind are ranked by their largest absolute Pearson correlation with the mean hidden
+    state of a layer on a text, before and after training. The method is that of Xu et al., "Let's Focus on
+    Neuron", COLING 2025, section 6.1 (https://aclanthology.org/2025.coling-main.630/);
     ``docs/utilization.md`` has the definitions, and the choices made where the paper is silent.
 
     Parameters
@@ -121,29 +121,22 @@ def utilization(
     base:
         The checkpoint before training: a folder or Hub id, with config and tokenizer.
     tuned:
-        A patch of the base, or another checkpoint. A patch is put into the live model, so that no second copy
-        is needed, and its neurons count as trained. Of another checkpoint, the neurons with any differing bit
-        count as trained.
+        A patch of the base, whose neurons count as trained; or another checkpoint, whose neurons with any
+        differing bit do. Of a patch, no second model is loaded.
     text:
         A UTF-8 file with a text on each line.
     anatomy:
-        ``ffn`` (the paper's up rows and down columns) or ``rows``. Default: ``ffn``, and in addition the
-        kinds of weight in which the patch has neurons. Only neurons whose vectors are as wide as the hidden
-        states are ranked.
+        ``ffn`` (the paper's up rows and down columns) or ``rows``, of vectors as wide as the hidden states.
+        Default: ``ffn``, and in addition the kinds of weight in which the patch has neurons.
     states:
-        Which hidden states count: those that enter the neuron's block or an earlier one (``preceding``, as in
-        the paper; the default), those that leave its block or a later one (``following``, as in the code
-        published with the paper), or ``all``.
+        Which hidden states count: those that enter the neuron's block or an earlier one (``preceding``, the
+        default, as in the paper), leave it or a later one (``following``, as the paper's code), or ``all``.
     strongly:
         A neuron that moves by more ranks than this is strongly affected: a number, or a share of the neurons
         ranked together (``"5%"``). Default: the paper's 100,000 ranks as a share, 28.4%.
-    tokens:
-        The largest number of tokens of the text. Default: 32,768.
-    length:
-        The largest number of tokens of a text that the model sees together. Default: 512, or the model's
-        maximum if it is smaller.
-    batch:
-        The number of tokens that go through the model at once. Default: 4,096.
+    tokens, length, batch:
+        The most tokens of the text (default 32,768), of a text that the model sees together (default 512, or
+        the model's maximum), and of those that go through it at once (default 4,096).
     dtype, device:
         What the model computes in (default ``auto``: the dtype of its files), and where (default ``auto``: a
         GPU if there is one). Correlations are always computed in float64.

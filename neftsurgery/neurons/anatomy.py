@@ -1,7 +1,6 @@
-"""Which tensors of a checkpoint hold neurons, and along which axes.
+"""Which tensors of a checkpoint hold neurons, and along which axes: by names, shapes and the config alone.
 
-An anatomy is read from tensor names, shapes and the model's config alone: no weight is read. The family
-table (`neftsurgery.neurons.families`) says what a name means; a shape never does.
+The family table (`neftsurgery.neurons.families`) says what a name means; a shape never does.
 """
 
 from __future__ import annotations
@@ -91,15 +90,10 @@ def read_anatomy(
 ) -> Anatomy:
     """Decide for every tensor whether it holds neurons, and along which axes.
 
-    ``rows`` are the output units of every linear or convolution weight; ``ffn`` the up rows and down columns
-    of every feed-forward block, each on its own (the published NeFT experiments); ``units`` feed-forward and
-    attention units, whose parts lie in several tensors. ``axis`` overrides the family table; its last match
-    wins. ``include`` adds embeddings, output head, norms, routers, and under ``ffn`` and ``units`` all other
-    weights. ``exclude`` leaves out, whatever ``include`` says. ``only``, if given, names all that may count.
-
-    Raises a `UsageError` for an unknown anatomy, axes that a tensor does not have, and patterns of ``axis``,
-    ``include`` or ``only`` that match no tensor. Raises a `MismatchError` for ``ffn`` and ``units`` if the
-    architecture is not known, or if the tensors of a block have different numbers of units.
+    ``rows`` are output units of weights; ``ffn`` the up rows and down columns of feed-forward blocks, each on
+    its own; ``units`` feed-forward and attention units, whose parts lie in several tensors. ``axis``
+    overrides the family table; the others are patterns of tensors to add, leave out, or look at alone. Raises
+    a `UsageError` for what no tensor has, and a `MismatchError` where ``ffn`` or ``units`` cannot be told.
     """
     if name not in ANATOMIES:
         raise UsageError(f"there is no anatomy {name!r}", hint=f"known ones: {', '.join(ANATOMIES)}")
@@ -146,14 +140,9 @@ class _Reader:
         self.assumed: dict[str, None] = {}
 
     def read(self) -> Anatomy:
-        scored: list[NeuronTensor] = []
-        listed: list[Listed] = []
-        for name in sorted(self.tensors):
-            found = self.judge(self.tensors[name])
-            if isinstance(found, Listed):
-                listed.append(found)
-            else:
-                scored.append(found)
+        found = [self.judge(self.tensors[name]) for name in sorted(self.tensors)]
+        scored = [tensor for tensor in found if isinstance(tensor, NeuronTensor)]
+        listed = [tensor for tensor in found if isinstance(tensor, Listed)]
         count = 0
         if self.name == "units":
             scored, count = _numbered(scored, self.shares)
@@ -269,7 +258,8 @@ class _Reader:
         if 2 * empty > len(self.tensors):
             yield f"{empty} tensors have no elements, as DeepSpeed ZeRO-3 and FSDP leave them"
         for submodel in self.submodels.all if self.name == "units" else ():
-            if any(family.feed_forward and not family.attention for family in submodel.families):
+            kinds = [{type(block) for block in family.blocks} for family in submodel.families]
+            if {FeedForward} in kinds:
                 yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
 
 

@@ -1,4 +1,4 @@
-"""Where the neurons of one tensor lie: pure arithmetic on shapes, no I/O.
+"""Where the neurons of one tensor lie, and how files describe that: arithmetic on shapes, no I/O.
 
 A tensor of shape ``S`` has *neuron axes* ``A``, an ascending subset of its axes. Neuron ``i`` runs
 row-major over ``A``; its *vector* is the slice at those coordinates, flattened row-major over the
@@ -8,15 +8,26 @@ other axes. In memory and on disk the tensor is row-major over all of ``S``.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Layout"]
+from ..tensors.document import bad
+from ..tensors.dtypes import DTYPES
+from ..tensors.header import TensorInfo
+from ..tensors.reader import TensorFile
+
+__all__ = ["Layout", "described_tensor"]
+
+_MAX_AXES = 64
+_MAX_ELEMENTS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -59,21 +70,13 @@ class Layout:
 
     @cached_property
     def groups(self) -> tuple[tuple[bool, int], ...]:
-        """The axes, neighbours of one kind merged: ``(is a neuron axis, size)``, outermost first.
+        """The axes without those of size 1, neighbours of one kind merged: ``(is a neuron axis, size)``.
 
-        Axes of size 1 are dropped, as they do not change the order. A linear weight is
-        ``((True, out), (False, in))``; a ``Conv1D`` weight ``((False, in), (True, out))``.
+        A linear weight is ``((True, out), (False, in))``; a ``Conv1D`` weight ``((False, in), (True, out))``.
         """
-        merged: list[tuple[bool, int]] = []
-        for axis, size in enumerate(self.shape):
-            is_neuron = axis in self.axes
-            if size == 1:
-                continue
-            if merged and merged[-1][0] is is_neuron:
-                merged[-1] = (is_neuron, merged[-1][1] * size)
-            else:
-                merged.append((is_neuron, size))
-        return tuple(merged)
+        sizes = [(axis in self.axes, size) for axis, size in enumerate(self.shape) if size != 1]
+        groups = itertools.groupby(sizes, key=operator.itemgetter(0))
+        return tuple((is_neuron, math.prod(size for _, size in group)) for is_neuron, group in groups)
 
     @property
     def contiguous(self) -> bool:
@@ -92,9 +95,8 @@ class Layout:
         """The neuron of the first element of each of the runs ``[start, stop)``, shape ``[stop - start]``."""
         runs = np.arange(start, stop, dtype=np.int64)
         neuron = np.zeros(len(runs), dtype=np.int64)
-        stride = 1
-        if self.groups and self.groups[-1][0]:
-            stride = self.groups[-1][1]
+        is_neuron, size = self.run
+        stride = size if is_neuron else 1
         for is_neuron, size in reversed(self.groups[:-1]):
             if is_neuron:
                 neuron += (runs % size) * stride
@@ -109,11 +111,9 @@ class Layout:
 
     @cached_property
     def slabs(self) -> int:
-        """How many equal, unbroken ranges of the tensor hold whole vectors.
+        """How many equal ranges of the tensor hold whole vectors: the steps of an outermost neuron group.
 
-        If the outermost group is a neuron group, each of its steps is a *slab*: an expert of
-        ``[E, in, out]`` with axes 0 and 2, or a row of a linear weight. Any other tensor, such as a
-        ``Conv1D`` weight, is one slab.
+        Such a *slab* is an expert of ``[E, in, out]`` with axes 0 and 2. A ``Conv1D`` weight is one slab.
         """
         return self.groups[0][1] if self.groups and self.groups[0][0] else 1
 
@@ -131,3 +131,33 @@ class Layout:
 @functools.lru_cache(maxsize=4096)
 def _shared(shape: tuple[int, ...], axes: tuple[int, ...]) -> Layout:
     return Layout(tuple(int(n) for n in shape), tuple(int(a) for a in axes))
+
+
+def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> tuple[TensorInfo, Layout]:
+    """A tensor's ``shape``, ``dtype`` and ``neuron_axes``, from its entry in ``tensors``.
+
+    Raises a `CorruptFileError` if one is missing or makes no sense.
+    """
+    if not isinstance(entry, dict):
+        raise bad(file, what, "its description is not an object", name)
+    shape, dtype, axes = entry.get("shape"), entry.get("dtype"), entry.get("neuron_axes")
+    if not _naturals(shape) or not _naturals(axes) or not _known(dtype):
+        raise bad(file, what, "its shape, dtype or neuron_axes are missing or make no sense", name)
+    if len(shape) > _MAX_AXES or len(axes) > len(shape) or math.prod(shape) >= _MAX_ELEMENTS:
+        raise bad(file, what, "its shape has too many axes or elements", name)
+    if DTYPES[dtype].bits % 8:
+        raise bad(file, what, f"{dtype} elements do not fill whole bytes", name)
+    try:
+        return TensorInfo(name, dtype, tuple(shape)), Layout.of(shape, axes)
+    except ValueError as error:
+        raise bad(file, what, str(error), name) from error
+
+
+def _known(dtype: object) -> TypeGuard[str]:
+    return isinstance(dtype, str) and dtype in DTYPES
+
+
+def _naturals(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value
+    )

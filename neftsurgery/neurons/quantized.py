@@ -1,8 +1,7 @@
-"""Which tensors of a checkpoint are codes whose value needs a scale stored elsewhere.
+"""Which tensors of a checkpoint are codes whose value needs a scale stored elsewhere, and which are scales.
 
-Rows of codes are not rows of weights, so they are never scored. Formats write a weight ``X.weight``
-as codes (8-bit floats, packed or plain integers) beside scales (and zero points and the
-like) with similar names: ``X.weight_scale``, ``X.scales``, ``X.weight.absmax``. Those are not weights either.
+Formats write ``X.weight`` as codes beside ``X.weight_scale``, ``X.scales``, ``X.weight.absmax`` and the like.
+Rows of either are not rows of weights, so they are never scored.
 """
 
 from __future__ import annotations
@@ -15,39 +14,12 @@ from ..tensors.header import TensorInfo
 __all__ = ["quantization_reasons"]
 
 # Names of scales after ``X.``, the most certain first.
-_SCALE_SUFFIXES = (
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_scale_2",
-    "weight_scales",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "weight_global_scale",
-    "scales",
-    "qzeros",
-    "g_idx",
-    "SCB",
-    "biases",
-    "codebooks",
-    "scale",
-    "zero",
-    "input_scale",
-    "input_global_scale",
-    "weight_format",
-)
+_SCALES_OF_STEM = """weight_scale weight_scale_inv weight_scale_2 weight_scales weight_zero_point weight_shape
+weight_g_idx weight_global_scale scales qzeros g_idx SCB biases codebooks scale zero input_scale
+input_global_scale weight_format"""
 # Names of scales after the whole name of the codes, "X.weight" or "experts.gate_up_proj".
-_SCALE_ENDINGS = (
-    ".absmax",
-    ".quant_map",
-    ".nested_absmax",
-    ".nested_quant_map",
-    "._scale",
-    "._shift",
-    "_scale_inv",
-    "_scale",
-    "_scales",
-)
+_SCALES_OF_NAME = """.absmax .quant_map .nested_absmax .nested_quant_map ._scale ._shift _scale_inv _scale
+_scales"""
 # bitsandbytes packs its settings into a byte tensor "X.weight.quant_state.bitsandbytes__nf4".
 _STATE = ".quant_state."
 # Names of the codes themselves after ``X.``; MXFP4 experts write "gate_up_proj_blocks".
@@ -60,8 +32,7 @@ def quantization_reasons(
 ) -> dict[str, str]:
     """Why each quantized tensor and each scale is left out, by name.
 
-    Where ``config`` (the model's ``config.json``) has a ``quantization_config``, 8-bit floats and integers
-    named like weights count as codes even without a scale.
+    By a ``quantization_config``, 8-bit floats and integers named like weights are codes even without a scale.
     """
     method = _method(config)
     codes: dict[str, str] = {}
@@ -99,9 +70,9 @@ def _method(config: Mapping[str, Any] | None) -> str | None:
 
 
 def _scales_of(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:
-    candidates = [name + suffix for suffix in _SCALE_ENDINGS]
+    candidates = [name + suffix for suffix in _SCALES_OF_NAME.split()]
     if stem is not None:
-        candidates += [stem + scale for scale in _SCALE_SUFFIXES]
+        candidates += [stem + scale for scale in _SCALES_OF_STEM.split()]
     if name.endswith(_BLOCKS):
         candidates.append(name.removesuffix(_BLOCKS) + _SCALES)
     return [scale for scale in candidates if scale != name and scale in tensors]

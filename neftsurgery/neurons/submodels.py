@@ -1,8 +1,4 @@
-"""The submodels that a config describes: the family that serves each, the roles of its tensors, its heads.
-
-A config may nest others, for an image tower or a language model. The parts of a tensor's name tell which
-one it belongs to.
-"""
+"""The submodels that a config describes, an image tower say: the family of each, its roles and its heads."""
 
 from __future__ import annotations
 
@@ -46,36 +42,19 @@ _HEAD_COUNTS: tuple[tuple[str, int, int | None], ...] = (
     ("whisper", 6, 6),
     ("bloom t5 clip_text_model", 8, None),
     ("gemma2 gemma3_text vaultgemma", 8, 4),
-    (
-        (
-            "gpt2 gpt_bigcode opt bert roberta xlm-roberta camembert distilbert modernbert vit deit "
-            "dinov2 dinov2_with_registers clip_vision_model siglip_text_model siglip_vision_model"
-        ),
-        12,
-        None,
-    ),
-    (
-        (
-            "olmoe gpt_neo gptj codegen mpt biogpt bart mbart marian pegasus m2m_100 qwen2_vl_vision "
-            "qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision pixtral llama4_vision_model"
-        ),
-        16,
-        None,
-    ),
+    ("gpt2 gpt_bigcode opt bert roberta xlm-roberta camembert distilbert modernbert vit deit", 12, None),
+    ("dinov2 dinov2_with_registers clip_vision_model siglip_text_model siglip_vision_model", 12, None),
+    ("olmoe gpt_neo gptj codegen mpt biogpt bart mbart marian pegasus m2m_100", 16, None),
+    ("qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision pixtral", 16, None),
+    ("llama4_vision_model", 16, None),
     ("ernie4_5", 16, 2),
     ("smollm3", 16, 4),
     ("gemma qwen2_moe qwen3_vl_moe_text", 16, 16),
     ("helium", 20, 20),
     ("deberta-v2", 24, None),
     ("starcoder2", 24, 2),
-    (
-        (
-            "llama olmo olmo2 olmo3 granite hunyuan_v1_dense arcee apertus phi phi3 flex_olmo "
-            "deepseek_v2 granitemoe blenderbot"
-        ),
-        32,
-        None,
-    ),
+    ("llama olmo olmo2 olmo3 granite hunyuan_v1_dense arcee apertus phi phi3 flex_olmo", 32, None),
+    ("deepseek_v2 granitemoe blenderbot", 32, None),
     ("glm glm4", 32, 2),
     ("qwen3_moe", 32, 4),
     ("mistral ministral mixtral phimoe", 32, 8),
@@ -119,9 +98,9 @@ class Role:
 
 
 @functools.cache
-def family_of(model_type: str) -> Family | None:
-    """The family that serves ``model_type``, or None."""
-    return next((family for family in FAMILIES if model_type in family.model_types.split()), None)
+def families_of(model_type: str) -> tuple[Family, ...]:
+    """The family that serves ``model_type``, if one does."""
+    return tuple(family for family in FAMILIES if model_type in family.model_types.split())
 
 
 @functools.cache
@@ -129,14 +108,13 @@ def roles(family: Family) -> dict[tuple[str, ...], Role]:
     """All patterns of ``family``, split at the dots, with what they say."""
     found: dict[tuple[str, ...], Role] = {}
     for role, patterns in (
-        (Role("embedding", "out in"), EMBEDDINGS + family.embeddings),
-        (Role("output head", "out in"), HEADS + family.heads),
+        (Role("embedding", "out in"), f"{EMBEDDINGS} {family.embeddings}"),
+        (Role("output head", "out in"), f"{HEADS} {family.heads}"),
         (Role("router", "out in"), family.routers),
         (Role("weight", "in out"), family.transposed),
     ):
-        found |= {tuple(pattern.split(".")): role for pattern in patterns}
-    blocks: tuple[FeedForward | Attention, ...] = (*family.feed_forward, *family.attention)
-    for block in blocks:
+        found |= {tuple(pattern.split(".")): role for pattern in patterns.split()}
+    for block in family.blocks:
         named = ((field.name, getattr(block, field.name)) for field in fields(block))
         members = {name: tuple(text.split(".")) for name, text in named if text and name not in _NO_PATTERN}
         columns = zip(*(parts[:-1] for parts in members.values()), strict=False)
@@ -218,13 +196,13 @@ class Submodels:
         sections = {key: value for key in TOWERS if isinstance(value := config.get(key), Mapping)}
         types = {key: _section_type(key, section, whole) for key, section in sections.items()}
         towers = {
-            part: Submodel(types[key], _families(types[key]), bool(_families(types[key])), section)
+            part: Submodel(types[key], families_of(types[key]), bool(families_of(types[key])), section)
             for key, section in sections.items()
             for part in TOWERS[key]
         }
         text = types.get("text_config", "")
-        nested = _families(text)
-        own = _families(whole)
+        nested = families_of(text)
+        own = families_of(whole)
         main = Submodel(
             text if nested else whole,
             (*nested, *(family for family in own if family not in nested)),
@@ -252,15 +230,10 @@ def _text(value: object) -> str:
     return value[:80] if isinstance(value, str) else ""
 
 
-def _families(model_type: str) -> tuple[Family, ...]:
-    family = family_of(model_type) if model_type else None
-    return () if family is None else (family,)
-
-
 def _section_type(key: str, section: Mapping[str, Any], whole: str) -> str:
     stated = _text(section.get("model_type"))
     implied = COMPOSITES.get(whole, {}).get(key)
     # Older configs repeat the whole model's type in their nested ones.
-    if implied is not None and (stated == whole or family_of(stated) is None):
+    if implied is not None and (stated == whole or not families_of(stated)):
         return implied
     return stated

@@ -27,17 +27,12 @@ __all__ = [
     "layer_and_kind",
 ]
 
-_OUTPUT_AXES: dict[str, tuple[int, ...]] = {
-    "out in": (0,),
-    "in out": (1,),
-    "E out in": (0, 1),
-    "E in out": (0, 2),
-}
-_INPUT_AXES: dict[str, tuple[int, ...]] = {
-    "out in": (1,),
-    "in out": (0,),
-    "E out in": (0, 2),
-    "E in out": (0, 1),
+#: By the order of a weight's axes, those of its output units and those of its input units.
+_AXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "out in": ((0,), (1,)),
+    "in out": ((1,), (0,)),
+    "E out in": ((0, 1), (0, 2)),
+    "E in out": ((0, 2), (0, 1)),
 }
 COLUMNS = ("down", "o")
 _NORM = re.compile(r"(^|_)ln(_|\d|$)|norm\d*$|layer_?norm|layrnorm", re.IGNORECASE)
@@ -71,7 +66,7 @@ def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameRe
             return NameReading(
                 f"{ndim} axes, which its family does not expect", None, submodel, needs_axis=True
             )
-        axes = _OUTPUT_AXES.get(role.order)
+        axes = _AXES[role.order][0] if role.order in _AXES else None
         return NameReading("" if axes else UNKNOWN_EXPERTS, axes, submodel, role, needs_axis=axes is None)
     if (submodel.fully_known or ndim < 2) and _NORM.search(stem[-1]):
         return NameReading("norm", None, submodel)
@@ -88,7 +83,9 @@ def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameRe
 
 def member_axes(role: Role, reading: NameReading) -> tuple[int, ...] | None:
     """The neuron axes of a member of a block: columns of down and o, else rows."""
-    return _INPUT_AXES.get(role.order) if role.member in COLUMNS else reading.axes
+    if role.member not in COLUMNS:
+        return reading.axes
+    return _AXES[role.order][1] if role.order in _AXES else None
 
 
 def layer_and_kind(parts: Sequence[str]) -> tuple[str, str]:

@@ -1,7 +1,6 @@
 """Which unit each neuron of a tensor belongs to, and which neurons of a tensor count: as formulas.
 
-A checkpoint can hold hundreds of millions of neurons. So the values here hold a few integers instead of
-an array with an entry per neuron, and build that array for one tensor at a time, on demand.
+There can be hundreds of millions of neurons: an array of them is built for one tensor at a time, on demand.
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
 def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, ...]:
     """How the ``inner`` neurons of a member of a block, on its last neuron axis, are divided among its units.
 
-    ``heads`` are of the attention block; None if the config does not state them. Raises a ValueError with the
-    reason if ``inner`` does not divide as the block needs.
+    ``heads`` are of the attention block, if known. A ValueError says why ``inner`` does not divide.
     """
     if isinstance(role.block, FeedForward):
         if role.member != "gate_up":

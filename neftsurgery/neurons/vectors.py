@@ -7,15 +7,14 @@ memory. Where vectors are contiguous, exactly their bytes are read or written. W
 
 from __future__ import annotations
 
-import os
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..storage.positioned import consecutive_runs, read_exactly, read_rows_exactly, write_exactly
+from ..storage.positioned import consecutive_runs, read_exactly, write_exactly
 from ..tensors.arrays import IndexArray, Int64Array, Mask, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
@@ -94,8 +93,9 @@ def gather(
         source.read_rows(info.name, index, out)
         return out
     elements = out.view(info.type.carrier)
-    for _, member, piece, place in _pieces(source, info, layout, index, block):
-        elements[member, place] = piece.vectors
+    read = functools.partial(source.read_into, info.name)
+    for _, _, grid, chosen, part in _pieces(read, info, layout, index, block):
+        elements[part] = grid[chosen].reshape(len(chosen[0]), -1)
     return out
 
 
@@ -122,52 +122,28 @@ def scatter(
         return vectors.nbytes
     elements = np.ascontiguousarray(vectors).view(info.type.carrier)
     written = 0
-    for start, member, piece, place in _pieces(_FileRange(fd, offset, path), info, layout, index, block):
-        piece.assign(elements[member, place])
-        write_exactly(fd, piece.raw.data, offset + start)
-        written += piece.raw.nbytes
+
+    def read(start: int, buffer: memoryview) -> None:
+        read_exactly(fd, buffer, offset + start, path)
+
+    for start, raw, grid, chosen, part in _pieces(read, info, layout, index, block):
+        grid[chosen] = elements[part].reshape(-1, *grid.shape[len(chosen) :])
+        write_exactly(fd, raw.data, offset + start)
+        written += raw.nbytes
     return written
 
 
-class _FileRange:
-    """The bytes of one tensor inside an open file."""
-
-    def __init__(self, fd: int, offset: int, path: str | os.PathLike[str]) -> None:
-        self._fd, self._offset, self._path = fd, offset, path
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        read_exactly(self._fd, buffer, self._offset + start, self._path)
-
-    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
-        read_rows_exactly(self._fd, self._offset, rows, out, self._path)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _SlabPiece:
-    """A piece of a slab, in memory: its bytes, and the elements of the chosen vectors within it."""
-
-    raw: RawBytes
-    grid: NDArray[np.unsignedinteger]  # a view of `raw`: neuron axes first, vector axes after them
-    chosen: tuple[IndexArray, ...]
-
-    @property
-    def vectors(self) -> NDArray[np.unsignedinteger]:
-        """Shape ``[k, elements of a vector in this piece]``."""
-        picked: NDArray[np.unsignedinteger] = self.grid[self.chosen]
-        return picked.reshape(picked.shape[0], -1)
-
-    def assign(self, vectors: NDArray[np.unsignedinteger]) -> None:
-        """The inverse of `vectors`: changes `raw`."""
-        self.grid[self.chosen] = vectors.reshape(vectors.shape[0], *self.grid.shape[len(self.chosen) :])
-
-
 def _pieces(
-    source: RowReader, info: TensorInfo, layout: Layout, index: IndexArray, block: int | None
-) -> Iterator[tuple[int, slice, _SlabPiece, slice]]:
+    read: Callable[[int, memoryview], None],
+    info: TensorInfo,
+    layout: Layout,
+    index: IndexArray,
+    block: int | None,
+) -> Iterator[tuple[int, RawBytes, NDArray[np.unsignedinteger], tuple[IndexArray, ...], tuple[slice, slice]]]:
     """Read the slabs that hold the neurons ``index``, piece by piece along their outermost (vector) axis.
 
-    Yields the piece's first byte in the tensor, which of the neurons lie in its slab, the piece, and which
-    elements of their vectors it holds.
+    Yields the piece's first byte in the tensor; its bytes; a view of them, neuron axes first; where in that
+    the chosen neurons are; and which of the neurons these are, and which elements of their vectors.
     """
     size = info.type.itemsize
     groups = layout.slab_groups
@@ -187,9 +163,9 @@ def _pieces(
             rows = min(step, sizes[0] - row)
             raw = np.empty(rows * row_elements * size, dtype=np.uint8)
             start = (int(slab) * layout.slab_elements + row * row_elements) * size
-            source.read_into(info.name, start, raw.data)
+            read(start, raw.data)
             grid = (
                 raw.view(info.type.carrier).reshape([rows, *sizes[1:]]).transpose(neuron_axes + vector_axes)
             )
             place = slice(row * tail, (row + rows) * tail)
-            yield start, slice(int(low), int(high)), _SlabPiece(raw, grid, chosen), place
+            yield start, raw, grid, chosen, (slice(int(low), int(high)), place)

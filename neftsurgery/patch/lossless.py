@@ -16,8 +16,7 @@ from ..coding.blocks import Form
 from ..errors import CorruptFileError, boundary
 from ..sources.resolve import Source, resolve_file
 from ..tensors.document import bad, read_document
-from ..tensors.file_backed import FileBacked
-from ..tensors.reader import TensorFile
+from ..tensors.reader import FileBacked, TensorFile
 from ..text import plural, size
 from .delta import ENTRIES, Delta
 from .patch import LOSSLESS_VERSION, PATCH_KEY, PATCH_NAME, Patch

@@ -49,10 +49,7 @@ class Meeting:
 
 
 def meetings(patches: Sequence[Patch], names: Iterable[str] | None = None) -> Iterator[Meeting]:
-    """Every tensor that any of the patches touches, by name; or those in ``names``.
-
-    The tensor's shape, dtype and neuron axes must be the same in all of them that touch it.
-    """
+    """Every tensor that patches touch, or those in ``names``: of one shape, dtype and neuron axes each."""
     every = {name for patch in patches for name in patch.tensors} if names is None else set(names)
     for name in sorted(every):
         holders = tuple(n for n, patch in enumerate(patches) if name in patch.tensors)
@@ -108,10 +105,7 @@ def overlap(one: Patch, other: Patch) -> Overlap:
 
 
 def overlay(vectors: RawBytes, index: Int64Array, tensor: PatchTensor, earlier: Patch) -> None:
-    """Put the values of ``earlier`` into ``vectors``, the raw vectors of neurons ``index`` of a tensor.
-
-    Vectors that the earlier patch does not touch stay as they are.
-    """
+    """Put the values of ``earlier`` into ``vectors``, the raw vectors of neurons ``index`` of a tensor."""
     name = tensor.info.name
     theirs, their_index = earlier.tensors[name], earlier.index(name)
     if theirs.layout.axes == tensor.layout.axes:
@@ -128,14 +122,22 @@ def overlay(vectors: RawBytes, index: Int64Array, tensor: PatchTensor, earlier: 
         _lay_elements(elements[first : first + step], positions, name, RowSource(earlier, earlier.values))
 
 
-def lay_over(layers: Sequence[RowSource], name: str, start: int, part: memoryview) -> None:
-    """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``."""
+def lay_over(
+    layers: Sequence[RowSource],
+    name: str,
+    start: int,
+    part: memoryview,
+    tied: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``.
+
+    A patch that has no vectors of that name has them under a name ``tied`` to it.
+    """
     for rows in layers:
-        for known in rows.patch.tensors:
-            if name == known or name in rows.copies.get(known, ()):
-                elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
-                first = start // elements.itemsize
-                _lay_elements(elements, np.arange(first, first + len(elements)), known, rows)
+        for known in [one for one in (name, *(tied or {}).get(name, ())) if one in rows.patch.tensors][:1]:
+            elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
+            first = start // elements.itemsize
+            _lay_elements(elements, np.arange(first, first + len(elements)), known, rows)
 
 
 def _lay_elements(

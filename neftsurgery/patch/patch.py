@@ -15,18 +15,15 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
 from ..checkpoint.ties import with_tied_names
 from ..errors import CorruptFileError, MismatchError, boundary
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
-from ..selection.selection import Chosen, Selection
-from ..selection.selection_facts import SelectionFacts
+from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..sources.resolve import Source, resolve_file
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.document import Facts, bad, read_document, require_entry
-from ..tensors.file_backed import FileBacked
 from ..tensors.header import TensorInfo
-from ..tensors.reader import TensorFile
+from ..tensors.reader import FileBacked, TensorFile
 from ..text import lines, plural, printable, size
 from ..version import __version__
 from .digests import DigestHash, digests

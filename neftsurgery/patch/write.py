@@ -38,10 +38,7 @@ def patch_bytes(selection: Selection, manifest: Manifest, reversible: bool) -> i
 
 
 class PatchWriter:
-    """Takes the rows of a patch, block by block, each tensor's blocks in index order.
-
-    Once the context of `written_patch` has ended, ``patch`` is the finished patch.
-    """
+    """Takes rows, each tensor's blocks in index order. ``patch`` is set once `written_patch` has ended."""
 
     patch: Patch
 
@@ -60,20 +57,14 @@ class PatchWriter:
     def write_rows(
         self, name: str, start: int, base: RawBytes, values: RawBytes
     ) -> tuple[RawBytes, RawBytes]:
-        """Write rows from position ``start``; returns their digests before and after, for `add_digests`.
-
-        May be called from any thread, in any order.
-        """
+        """Write rows from ``start``, from any thread; returns digests before and after, for `add_digests`."""
         before = digests(base)
         return before, self.write_values(name, start, before, values, base)
 
     def write_values(
         self, name: str, start: int, before: RawBytes, values: RawBytes, base: RawBytes | None
     ) -> RawBytes:
-        """As `write_rows`, where the digests of the replaced rows are known and the rows may not be.
-
-        Returns the digests after. A reversible patch needs ``base``.
-        """
+        """As `write_rows`, given the digests of the replaced rows; a reversible patch needs ``base``."""
         self._writer.write(f"{name}:value", start, values)
         self._writer.write(f"{name}:base_digest", start, before)
         if self._reversible:
@@ -119,7 +110,7 @@ def written_patch(
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
     room = _room(selection, manifest)
     with written_file(_entries(selection, reversible), room, out, force=force) as written:
-        writer = PatchWriter(written.writer, selection, manifest, reversible)
+        writer = PatchWriter(written, selection, manifest, reversible)
         yield writer
         writer.finish()
     writer.patch = Patch.read(written.reader())

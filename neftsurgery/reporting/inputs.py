@@ -28,10 +28,7 @@ _DIFF_HINT = "make scores first: `neftsurgery diff BASE TUNED -o scores.safetens
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What a budget chooses from: the neurons that have a score, or the units that they form.
-
-    They are ordered as ties are broken: by tensor name, then by index. A unit is placed by its first neuron.
-    """
+    """What a budget chooses from, neurons or units (at their first neuron), in the order of ties."""
 
     word: str  # ``neuron`` or ``unit``
     tensors: tuple[str, ...]  # the names of all scored tensors
@@ -110,11 +107,7 @@ ReportInput = ScoresInput | PatchInput
 
 
 def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list[ReportInput]:
-    """Open the inputs of a report, and choose neurons from each scores file.
-
-    Raises UsageError if there is no input, or a path is neither a scores file nor a patch; MismatchError if
-    the budget chooses no neuron from a scores file; and CorruptFileError if a file is damaged.
-    """
+    """Open the inputs of a report, and choose neurons from each scores file."""
     if not paths:
         raise UsageError("there is nothing to report on", hint="name scores files or patches")
     found: list[ReportInput] = []

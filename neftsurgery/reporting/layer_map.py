@@ -96,10 +96,7 @@ class LayerMap:
 
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerMap:
-        """The map of the neurons that a patch replaces. It has only the tensors that the patch changes.
-
-        Bias elements that go with their neurons are not counted.
-        """
+        """The map of the neurons that a patch replaces, companion biases not counted."""
         companions = patch.facts.companion_biases
         return cls.of_counts(
             {
@@ -272,11 +269,9 @@ def _draw(fig: MplFigure, found: LayerMap) -> None:
 def layer_map_lines(
     found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: int = 12
 ) -> Iterator[str]:
-    """The layer map as text for a terminal: one line per kind of weight, one character per layer.
+    """The layer map as text: one line per kind of weight, one character per layer, in ASCII or blocks.
 
-    If there are more layers than ``layers``, neighbouring ones share a character; if there are more kinds
-    than ``kinds``, those with the fewest chosen neurons become one. Without ``blocks``, all characters are
-    ASCII.
+    If there are many, layers share a character, and the kinds with the fewest chosen neurons a line.
     """
     if not found.neurons:
         return

@@ -168,10 +168,7 @@ def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[
 def new_axes(
     fig: MplFigure, height: float, *, grid: Literal["x", "y", "both"] | None = None, **labels: Any
 ) -> Axes:
-    """The axes of a figure that is ``height`` inches high; ``labels``: what `Axes.set` takes.
-
-    With ``grid``, they have the grid lines of that axis instead of a box and ticks.
-    """
+    """The axes of a figure, ``height`` inches high; with ``grid``, lines of that axis, not a box."""
     fig.set_size_inches(FIGURE_WIDTH, height)
     axes: Axes = fig.add_subplot()
     axes.set(**labels)
@@ -204,11 +201,9 @@ def heatmap(
     slanted: bool = True,
     gaps: bool = True,
 ) -> QuadMesh:
-    """Draw shares as coloured cells with their percentages.
+    """Draw shares ``[rows, columns]``, NaN where empty, as coloured cells with their percentages.
 
-    ``share`` is float64 ``[rows, columns]``, NaN for an empty cell; ``rows`` and ``columns`` are the labels.
-    The share ``top`` has the lightest colour. ``small``: the percentages use the smaller font. ``slanted``:
-    the labels of the columns, which stand above them, are slanted. ``gaps``: the cells have gaps.
+    The share ``top`` is lightest. ``small``: the font; ``slanted``: the column labels; ``gaps``: of cells.
     """
     cells = np.ma.masked_invalid(share)
     edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE} if gaps else {}

@@ -1,11 +1,12 @@
-"""The verb ``report``: figures of scores files and patches, as a page, as files, and as numbers."""
+"""The verb ``report``: figures of scores files and patches, as one HTML page, as files, as numbers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,70 @@ from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.output import staged_directory, staged_file
 from ..storage.output_checks import AnyPath, refuse_output
-from .figure import ReportFigure
-from .html_page import render_html
+from ..version import __version__
+from .figure import Column, ReportFigure, Table
 from .inputs import ReportInput, open_inputs
-from .plotting import require_matplotlib
+from .plotting import COLOURS, require_matplotlib
 from .sections import ReportSection, sections_of
 
-__all__ = ["Report", "ReportPlan", "plan_report", "report"]
+__all__ = ["Report", "ReportPlan", "plan_report", "render_html", "report"]
 
+#: The page shows this many rows of a table. The CSV and the JSON have all of them.
+_MAX_ROWS = 300
 _DEFAULT_NEURONS = "3%"
 _TITLE_NAMES = 4
+
+
+def render_html(title: str, sections: Sequence[ReportSection], advance: Callable[[int], None]) -> str:
+    """The page as text, all that comes from files escaped; ``advance`` gets 1 after each figure."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise UsageError(
+            "the page needs jinja2, which is not installed", hint="pip install 'neftsurgery[report]'"
+        ) from error
+    folder = files(__package__)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+
+    def image(figure: ReportFigure) -> Markup:
+        drawn = Markup(figure.inline_svg())  # the XML writer has escaped it
+        advance(1)
+        return drawn
+
+    return template.render(
+        title=title,
+        sections=sections,
+        image=image,
+        rows=_rows,
+        max_rows=_MAX_ROWS,
+        style=Markup((folder / "page.css").read_text(encoding="utf-8")),  # a file of this package
+        light=[(name, colour) for name, colour, _ in COLOURS],
+        dark=[(name, colour) for name, _, colour in COLOURS],
+        version=__version__,
+    )
+
+
+def _rows(table: Table) -> list[list[dict[str, Any]]]:
+    """The cells of a table's first rows: text, whether it is a number, and the length of its bar."""
+    shown = table.rows[:_MAX_ROWS]
+    tops = [_largest(table, index) if column.bar else 0.0 for index, column in enumerate(table.columns)]
+    return [[_cell(*cell) for cell in zip(table.columns, row, tops, strict=True)] for row in shown]
+
+
+def _largest(table: Table, index: int) -> float:
+    numbers = [abs(cell) for row in table.rows if isinstance(cell := row[index], int | float)]
+    return max((number for number in numbers if number == number), default=0.0)
+
+
+def _cell(column: Column, value: Any, top: float) -> dict[str, Any]:
+    text = "-" if value is None else column.show(value)
+    known = isinstance(value, int | float) and value == value
+    bar = round(100 * abs(value) / top, 1) if top and known else None
+    return {"text": text, "number": column.is_number, "bar": bar}
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,10 +153,7 @@ class ReportPlan:
 
     @boundary
     def run(self, *, more: Sequence[ReportSection] = (), progress: Progress = silent) -> Report:
-        """Compute the report with ``more`` sections at its end, and write its page and its figures.
-
-        The errors are those of `report`.
-        """
+        """Compute the report with ``more`` sections at its end, and write its page and its figures."""
         made = Report(self._title(more), (*sections_of(self.inputs, progress), *more))
         if self.out is not None:
             page = made.html(progress=progress).encode("utf-8", "backslashreplace")

@@ -15,9 +15,8 @@ from .control_comparison import ControlComparison
 from .figure import ReportFigure
 from .inputs import PatchInput, ReportInput, ScoresInput
 from .layer_map import layer_map_figure
-from .score_distribution import ScoreDistribution
+from .score_distribution import ScoreDistribution, top_neurons_figure
 from .selection_overlap import SelectionOverlap
-from .top_neurons import top_neurons_figure
 from .training_record import loss_figure, training_facts
 
 __all__ = ["ReportSection", "sections_of"]

@@ -16,13 +16,12 @@ import numpy as np
 
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
+from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
-from ..storage.truncated_maps import is_truncated, sigbus_guard
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from .partial_sums import PartialSums, partial_sums
-from .pieces import CUT_SIZES, CutSizes, Job, TensorPiece, joined, tasks
+from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .sums import Exact, Sums, exact
 
 __all__ = ["Job", "TensorResult", "stream"]
@@ -52,9 +51,7 @@ def stream(
 ) -> Iterator[TensorResult]:
     """Compare the tensors of ``jobs``; yields one result per job, in order.
 
-    Each thread reads into two buffers of 2 MiB. If ``limits.mapped``, what is in the page cache is summed
-    where it lies, in windows that together keep to ``limits``. ``progress`` is given the bytes read, on
-    the caller's thread.
+    Buffers and mapped windows keep to ``limits``. ``progress`` gets the bytes read, on the caller's thread.
     """
     engine = _Engine(base, tuned, jobs, limits, sizes)
     workers = limits.workers(2 * sizes.least_task)

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.units import CountedSlice
 from ..tensors.arrays import IndexArray, Int64Array, Mask
 from ..tensors.document import Facts, bad, require_entry
@@ -52,10 +51,7 @@ class ScoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class CompanionBias:
-    """A tensor of one-element neurons, whose changes are recorded and not scored.
-
-    It goes with the neurons of its weight. If ``included``, the user named it, and it may be any such tensor.
-    """
+    """A tensor of one-element neurons, whose changes are recorded and not scored."""
 
     info: TensorInfo
     layout: Layout
@@ -77,10 +73,7 @@ class Unscored:
 
 
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
-    """The scored tensor ``name``, from its entry in ``tensors`` and the vectors beside it.
-
-    Raises a `CorruptFileError` if one is missing, or they do not fit each other.
-    """
+    """The scored tensor ``name``, from its entry and the vectors beside it; else a `CorruptFileError`."""
     info, layout = described_tensor(file, WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
     if layout.width < 1 or layout.count < 1:
@@ -113,10 +106,7 @@ def _check_sums(file: TensorFile, name: str, which: Iterable[str], layout: Layou
 def read_companion_biases(
     file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
 ) -> Iterator[tuple[str, CompanionBias]]:
-    """The unscored tensors whose changes the file records element by element.
-
-    Raises a `CorruptFileError` if the file's entry of an unscored tensor makes no sense.
-    """
+    """The unscored tensors whose changes are recorded element by element."""
     if not isinstance(unscored, dict):
         raise bad(file, WHAT, "unscored is not an object")
     counts: dict[str | None, set[int]] = {}
@@ -152,10 +142,7 @@ class SumBatch:
         return np.add.reduceat(self.sums[which], self.starts)
 
     def total(self, which: str, chosen: Mapping[str, IndexArray] | None = None) -> float:
-        """The sum over all neurons, or over those in ``chosen``, by tensor.
-
-        If ``chosen`` names all neurons, the two are equal to the bit.
-        """
+        """The sum over all neurons, or those in ``chosen`` by tensor; equal to the bit if that is all."""
         if chosen is None:
             return float(self.sums[which].sum())
         picked = np.zeros_like(self.sums[which])

@@ -20,8 +20,7 @@ from ..selection.choice import Block, choose
 from ..selection.selection import Chosen, Selection
 from ..tensors.arrays import Float32Array, Int64Array
 from ..tensors.document import Facts, bad, read_document
-from ..tensors.file_backed import FileBacked
-from ..tensors.reader import TensorFile
+from ..tensors.reader import FileBacked, TensorFile
 from ..text import lines, plural, printable, size
 from .scored_tensors import (
     WHAT,
@@ -113,10 +112,7 @@ class Scores(FileBacked):
         return self._file.array(name)
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
-        """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of tensor ``name``, ``[n]``.
-
-        None where the file does not hold it.
-        """
+        """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of a tensor, ``[n]``, or None."""
         entry = f"{name}:{which}"
         return self._file.array(entry) if entry in self._file.tensors else None
 

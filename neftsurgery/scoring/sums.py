@@ -30,10 +30,7 @@ _LEAST_ACROSS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Float64 results for some vectors, shape ``[k]`` each, of elements multiplied by ``scale``.
-
-    ``scale`` is 1 unless squares would have left float64's range.
-    """
+    """Float64 results for some vectors, ``[k]``, scaled by ``scale``: 1 unless squares leave the range."""
 
     aa: Float64Array
     dd: Float64Array

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Unpack, cast, get_args
 
 from ..errors import UsageError
-from ..options import HasCounts
+from ..options import HasCounts, SelectOptions
 from ..text import plural
 
 __all__ = ["Amount", "Budget", "Per", "Policy"]
@@ -116,42 +116,15 @@ def _whole(what: str, value: object) -> int:
 class Budget:
     """How many neurons to choose, out of which pools, and which first.
 
-    Exactly one of ``neurons``, ``params``, ``threshold``, ``changed`` and ``like`` is given.
-
-    Attributes
-    ----------
-    neurons:
-        Of the neurons that have a score: a share of each pool, or a number split over the pools.
-    params:
-        Of all the model's parameters, or a number of parameters; split over the pools.
-    threshold:
-        Every neuron that scores above it.
-    changed:
-        Every neuron with a differing bit.
-    like:
-        Per tensor name, how many neurons.
-    per:
-        What makes a pool: the whole ``"model"``, each ``"layer"`` or each ``"tensor"``.
-    max_per_tensor:
-        Keep only so many neurons of each tensor, the first by ``policy``.
-    policy:
-        Which neurons come first: the most ``"sensitive"``, the least (``"reversed"``), or any.
-    seed:
-        For the policy ``"random"``.
-    with_bias:
-        A bias element goes with its neuron.
-
-    Raises
-    ------
-    UsageError
-        For values out of range, or options that do not go together.
+    Exactly one of ``neurons``, ``params``, ``threshold``, ``changed`` and ``like`` is given; values out of
+    range, and options that do not go together, are a `UsageError`. `BudgetOptions` says what they mean.
     """
 
     neurons: Amount | None = None
     params: Amount | None = None
     threshold: float | None = None
     changed: bool = False
-    like: Mapping[str, int] | None = None
+    like: Mapping[str, int] | None = None  # neurons by tensor name
     per: Per = "model"
     max_per_tensor: int | None = None
     policy: Policy = "sensitive"
@@ -164,37 +137,13 @@ class Budget:
         self._check_combinations()
 
     @classmethod
-    def of(
-        cls,
-        *,
-        neurons: Amount | str | int | None = None,
-        params: Amount | str | int | None = None,
-        threshold: float | None = None,
-        changed: bool = False,
-        like: HasCounts | Mapping[str, int] | None = None,
-        per: str = "model",
-        max_per_tensor: int | None = None,
-        policy: str = "sensitive",
-        seed: int = 0,
-        with_bias: bool = False,
-    ) -> Budget:
-        """The budget of options as a user gives them, amounts as text or numbers.
-
-        Raises a `UsageError` as the class does, and for amounts that cannot be read.
-        """
-        counts = like if like is None or isinstance(like, Mapping) else like.counts
-        return cls(
-            neurons=_amount("[[neurons]]", neurons),
-            params=_amount("[[params]]", params),
-            threshold=None if threshold is None else _number("[[threshold]]", threshold),
-            changed=changed,
-            like=None if counts is None else {name: _whole("[[like]]", n) for name, n in counts.items()},
-            per=cast(Per, per),
-            max_per_tensor=None if max_per_tensor is None else _whole("[[max_per_tensor]]", max_per_tensor),
-            policy=cast(Policy, policy),
-            seed=_whole("[[seed]]", seed),
-            with_bias=with_bias,
-        )
+    def of(cls, **options: Unpack[SelectOptions]) -> Budget:
+        """The budget of options as a user gives them: amounts as text or numbers. Raises as the class."""
+        values: dict[str, Any] = dict(options)
+        for name, read in _READ.items():
+            if values.get(name) is not None or (name == "seed" and name in values):
+                values[name] = read(f"[[{name}]]", values[name])
+        return cls(**values)
 
     @property
     def option(self) -> str:
@@ -281,8 +230,8 @@ class Budget:
         return {option: value for option, value in described.items() if value is not None}
 
 
-def _amount(option: str, value: Amount | str | int | None) -> Amount | None:
-    if value is None or isinstance(value, Amount):
+def _amount(option: str, value: Amount | str | int) -> Amount:
+    if isinstance(value, Amount):
         return value
     try:
         return Amount.parse(value)
@@ -295,3 +244,18 @@ def _number(option: str, value: object) -> float:
         return float(cast(Any, value))
     except (TypeError, ValueError, OverflowError):
         raise UsageError(f"{option} must be a number", found=value) from None
+
+
+def _counts(option: str, like: HasCounts | Mapping[str, int]) -> dict[str, int]:
+    counts = like if isinstance(like, Mapping) else like.counts
+    return {name: _whole(option, count) for name, count in counts.items()}
+
+
+_READ: dict[str, Callable[[str, Any], object]] = {
+    "neurons": _amount,
+    "params": _amount,
+    "threshold": _number,
+    "like": _counts,
+    "max_per_tensor": _whole,
+    "seed": _whole,
+}

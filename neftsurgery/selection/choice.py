@@ -188,8 +188,7 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
 def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[Float32Array]:
     """A random number for every candidate, NaN for the others.
 
-    Uniform over the ordered images of all float32 numbers, so that two neurons hardly ever draw the same
-    one: a uniform float32 in [0, 1) has only 2**24 values.
+    Of all float32 numbers, so that hardly any two are equal: a uniform one in [0, 1) has only 2**24 values.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     keys = [np.full(len(block), np.nan, np.float32) for block in scores]

@@ -1,41 +1,99 @@
-"""A selection: which neurons, per tensor, and how they were chosen."""
+"""A selection: which neurons, per tensor, and how they were chosen, as its file records it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Side
-from ..checkpoint.provenance import require_tensors
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import Provenance, require_tensors
 from ..errors import MismatchError, boundary
-from ..neurons.description import described_tensor
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array
-from ..tensors.document import bad, dump, read_document
+from ..tensors.document import Facts, bad, dump, read_document
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from ..text import lines, percent, plural
-from .selection_facts import SelectionFacts
 
-__all__ = [
-    "SELECTION_KEY",
-    "Chosen",
-    "RowBlock",
-    "Selection",
-    "index_dtype",
-]
+__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "described", "index_dtype"]
 
 SELECTION_KEY = "neuron_selection"
 _VERSION = 1
 _WHAT = "selection"
+
+
+class SelectionFacts(Facts):
+    """The facts of a selection file, and the ``selection`` of a patch's manifest, which may hold more."""
+
+    @property
+    def score(self) -> str | None:
+        """The score they were chosen by."""
+        return self.text("score")
+
+    @property
+    def anatomy(self) -> str | None:
+        """What counts as a neuron: ``rows``, ``ffn`` or ``units``."""
+        return self.text("anatomy")
+
+    @property
+    def policy(self) -> str | None:
+        """Which neurons come first: ``sensitive``, ``reversed`` or ``random``."""
+        return self.text("policy")
+
+    @property
+    def budget(self) -> Mapping[str, object]:
+        """The options that say how many, as `Budget.describe` writes them."""
+        return Facts.from_json(self.get("budget"))
+
+    @property
+    def captured(self) -> float | None:
+        """The share of the squared change of all common tensors that they hold."""
+        return self.number("captured")
+
+    @property
+    def captured_scored(self) -> float | None:
+        """The share of the squared change of the scored tensors that they hold."""
+        return self.number("captured_scored")
+
+    @property
+    def companion_biases(self) -> frozenset[str]:
+        """The tensors (biases) whose elements only go with the neurons of others; ``followers`` in files."""
+        found = self.get("followers")
+        names = found if isinstance(found, list) else []
+        return frozenset(name for name in names if isinstance(name, str))
+
+    @property
+    def base(self) -> Provenance:
+        """The base they were chosen on."""
+        return Provenance.from_json(self.get("base"))
+
+    @property
+    def tuned(self) -> Provenance:
+        """The fine-tuned checkpoint they were chosen by."""
+        return Provenance.from_json(self.get("tuned"))
+
+    def for_patch(self, *, captured: bool) -> Self:
+        """What a patch records of them: its own manifest names the base.
+
+        ``captured``: whether it has the values of ``tuned``, so that the captured shares hold for it too.
+        """
+        left_out = {"base", "tuned", *(key for key in self if key.startswith("captured") and not captured)}
+        return type(self)({key: value for key, value in self.items() if key not in left_out})
+
+
+def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, object]:
+    """What files and JSON say of a tensor and, if it has any, of its neurons."""
+    facts: dict[str, object] = {"shape": list(info.shape), "dtype": info.dtype}
+    return facts if axes is None else facts | {"neuron_axes": list(axes)}
 
 
 def index_dtype(count: int) -> str:
@@ -58,11 +116,7 @@ class Chosen:
 
     def describe(self) -> dict[str, object]:
         """Its entry in the ``tensors`` of a file."""
-        return {
-            "shape": list(self.info.shape),
-            "dtype": self.info.dtype,
-            "neuron_axes": list(self.layout.axes),
-        }
+        return described(self.info, self.layout.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +200,14 @@ class Selection:
         biases = self.facts.companion_biases
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
-    def require_fit(self, *checkpoints: Side) -> None:
+    def require_fit(self, *checkpoints: Checkpoint) -> None:
         """Raise a `MismatchError` unless all ``checkpoints`` have every tensor, of its shape and dtype.
 
         Also if no neuron is chosen.
         """
         if not self.tensors:
-            raise MismatchError("no neuron is chosen", hint="the two may be equal, or the threshold too high")
+            hint = "the scored neurons may be equal (diff says what else differs), or the threshold too high"
+            raise MismatchError("no neuron is chosen", hint=hint)
         for checkpoint in checkpoints:
             require_tensors(checkpoint, (chosen.info for chosen in self), "the selection")
 
@@ -178,8 +233,8 @@ class Selection:
         with written_file(entries, metadata, path, force=force) as written:
             for name, chosen in self.tensors.items():
                 kind = DTYPES[index_dtype(chosen.layout.count)].numpy
-                written.writer.write(f"{name}:index", 0, chosen.index.astype(kind))
-            written.writer.finish(metadata)
+                written.write(f"{name}:index", 0, chosen.index.astype(kind))
+            written.finish(metadata)
 
     @classmethod
     @boundary

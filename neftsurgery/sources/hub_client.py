@@ -7,13 +7,12 @@ import logging
 import os
 import re
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
 
-from .hub_errors import hub_errors
+from .hub_errors import Redacting, hub_errors
 from .hub_id import HubId
-from .secrets import Redacting
 
 __all__ = [
     "OTHER_ENDINGS",
@@ -62,8 +61,7 @@ def is_offline() -> bool:
 def fetch_model(hub_id: HubId) -> Path:
     """Fetch a model into huggingface_hub's cache; returns its folder, which is named after the commit.
 
-    Raises a `UsageError` if there is no such repository or revision, and a `MachineError` if the Hub refuses
-    (401, 403, gated) or cannot be reached.
+    A `UsageError` says that it does not exist, a `MachineError` that the Hub refuses or cannot be reached.
     """
     with hub_errors(hub_id):
         folder = client().snapshot_download(
@@ -73,10 +71,9 @@ def fetch_model(hub_id: HubId) -> Path:
 
 
 def fetch_file(hub_id: HubId, filename: str, *, again: bool = False) -> Path:
-    """Fetch one file into huggingface_hub's cache; its folder is named after the commit.
+    """Fetch one file into the cache, in the folder of its commit; ``again``: even if it is there.
 
-    ``again`` fetches it even if it is in the cache. Raises as `fetch_model`, and a `MismatchError` if the
-    repository has no such file.
+    Raises as `fetch_model`, and a `MismatchError` if the repository has no such file.
     """
     with hub_errors(hub_id, filename):
         path = client().hf_hub_download(hub_id.repo, filename, revision=hub_id.revision, force_download=again)
@@ -91,7 +88,7 @@ class HubFile:
     nbytes: int | None
     etag: str | None = None
 
-    def is_content(self, content: BinaryIO) -> bool:
+    def is_content(self, content: BufferedReader) -> bool:
         """Whether an open file has the size and the hash: a SHA-256, or Git's SHA-1, if the ETag is one."""
         nbytes = content.seek(0, os.SEEK_END)
         content.seek(0)
@@ -100,9 +97,7 @@ class HubFile:
             return self.nbytes in (None, nbytes)
         git = hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
         state = git if len(is_hash[0]) == 40 else hashlib.sha256()
-        while chunk := content.read(1 << 20):
-            state.update(chunk)
-        return state.hexdigest() == self.etag
+        return hashlib.file_digest(content, lambda: state).hexdigest() == self.etag
 
 
 def find_file(hub_id: HubId, filename: str) -> HubFile:

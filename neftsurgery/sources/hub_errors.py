@@ -1,17 +1,30 @@
-"""What huggingface_hub raises, as errors of this package."""
+"""What huggingface_hub raises, as errors of this package. Access tokens and signatures are never printed."""
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..errors import MachineError, MismatchError, NeftError, UsageError
 from .hub_guard import guarded
 from .hub_id import HubId
-from .secrets import redacted
 
-__all__ = ["hub_errors"]
+__all__ = ["AbsentFileError", "Redacting", "hub_errors", "redacted"]
+
+
+class AbsentFileError(MismatchError):
+    """A repository has no file of the name that was asked for."""
+
+
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?i:bearer)\s+\S+|(?<=[\w/])\?[^\s'\"<>]+=[^\s'\"<>]*")
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+#: A shorter value is not a token; removing it would damage other text.
+_MIN_TOKEN_LENGTH = 8
 
 _LOGIN = "log in with `hf auth login`, and accept the model's terms on its page if it has any"
 _TOKEN = "the token may no longer be valid: log in again with `hf auth login`"
@@ -71,8 +84,8 @@ def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> N
     if isinstance(error, theirs.LocalEntryNotFoundError):
         return _not_in_cache(error.__cause__)
     if isinstance(error, theirs.EntryNotFoundError):
-        hint = "check the name and the revision: `neftsurgery push` writes this file"
-        return MismatchError(f"the Hub repository has no file {filename}", hint=hint)
+        hint = "patches come after the base; of an adapter: `neftsurgery extract BASE ADAPTER --changed`"
+        return AbsentFileError(f"the Hub repository has no file {filename}", hint=hint)
     if isinstance(error, theirs.HfHubHTTPError):
         return _answered(error, status)
     if isinstance(error, theirs.OfflineModeIsEnabled):
@@ -152,3 +165,28 @@ def _first_line(said: object) -> str:
     """The first line of an error's text, without secrets and control characters."""
     line = next(iter(str(said).strip().splitlines()), "") or type(said).__name__
     return "".join(one if one.isprintable() else "?" for one in redacted(line)[:200])
+
+
+def redacted(text: str) -> str:
+    """``text`` without tokens, and without the query strings of addresses, which may be signatures."""
+    for token in _tokens():
+        text = text.replace(token, "…")
+    return _SECRET.sub("…", text)
+
+
+def _tokens() -> Iterator[str]:
+    """The tokens of this process, longest first: from the environment, and the one huggingface_hub uses."""
+    found = {os.environ.get(name, "").strip() for name in _VARIABLES}
+    if (client := sys.modules.get("huggingface_hub")) is not None:
+        with suppress(Exception):  # a token file that cannot be read was not used either
+            found.add(client.get_token() or "")
+    yield from sorted((token for token in found if len(token) >= _MIN_TOKEN_LENGTH), key=len, reverse=True)
+
+
+class Redacting(logging.Filter):
+    """Removes secrets from log records: those of huggingface_hub contain addresses, some of them signed."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Remove the secrets of ``record``, and let it pass."""
+        record.msg, record.args = redacted(record.getMessage()), ()
+        return True

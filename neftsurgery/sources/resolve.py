@@ -34,12 +34,10 @@ class Source:
 
 
 def resolve(named: str | os.PathLike[str]) -> Source:
-    """Find what ``named`` refers to. An existing local path takes precedence over a Hub id.
+    """Find what ``named`` refers to: an existing local path, or else a Hub id (``org/name[@revision]``).
 
-    The index of a folder's shards stands for the folder.
-
-    The model of a Hub id (``org/name`` or ``org/name@revision``) is fetched into huggingface_hub's
-    cache, unless it is there already. Raises a `UsageError` if there is no such path; else as `fetch_model`.
+    The index of a folder's shards stands for the folder. The model of a Hub id is fetched into
+    huggingface_hub's cache. Raises a `UsageError` if there is no such path; else as `fetch_model`.
     """
     text = os.fspath(named)
     path = Path(text)
@@ -72,10 +70,9 @@ def resolve(named: str | os.PathLike[str]) -> Source:
 
 
 def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
-    """As `resolve`, for one file: only ``filename`` is fetched from a Hub repository.
+    """As `resolve`, for one file: only ``filename`` is fetched from a Hub repository. Raises as `fetch_file`.
 
-    A local path is not checked: opening it will tell whether it exists and is a file. A name that ends
-    in ``.safetensors`` is always a path. Raises as `fetch_file`.
+    A local path is not checked: opening it will. A name that ends in ``.safetensors`` is always a path.
     """
     text = os.fspath(named)
     hub_id = None if text.endswith(".safetensors") else _hub_id(named)

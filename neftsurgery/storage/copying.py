@@ -1,8 +1,4 @@
-"""Copies of whole files, made by the kernel if it can: blocks are shared, holes kept.
-
-A checkpoint of many gigabytes is copied before a few of its bytes are rewritten, so data goes
-through user space only if it must.
-"""
+"""Copies of whole files, made by the kernel if it can: data goes through user space only if it must."""
 
 from __future__ import annotations
 
@@ -12,7 +8,8 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +27,15 @@ def copy_file(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str] | int,
     *,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
     step: int = _STEP,
 ) -> int:
     """Copy a regular file byte for byte; holes stay holes, blocks are shared if possible.
 
-    Returns the permission bits of ``source`` (no set-id or sticky bits). Links to it are followed. Raises a
-    `UsageError` if it is not a regular file, and a `MismatchError` if it changed while it was being copied.
-
-    Parameters
-    ----------
-    target:
-        A path where nothing is: the file is created, gets the permission bits of ``source`` at the end, and
-        is removed if the copy fails. Or the descriptor of an empty file, open for writing, whose permission
-        bits are left to the caller.
-    progress:
-        Called with the number of bytes copied since its last call. What it raises ends the copy.
-    step:
-        Bytes that the kernel copies at once; through a buffer it is an eighth of them.
+    ``target`` is a path where nothing is, or the descriptor of an empty file. A new file gets the permission
+    bits of ``source`` (no set-id or sticky bits), which are returned, and is removed if the copy fails.
+    ``progress`` is told of bytes copied; the kernel copies ``step`` of them at once. Raises a `UsageError` if
+    ``source`` is not a regular file, and a `MismatchError` if it changed meanwhile.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer.
     reader = OpenFile.at(source, os.O_NONBLOCK)
@@ -59,9 +47,10 @@ def copy_file(
         if isinstance(target, int):
             if os.fstat(target).st_size:
                 raise ValueError("the target of a copy must be empty")
-            _copy_content(reader, target, before, progress, step)
+            _Copy(reader, target, before, progress, step).run()
         else:
-            _copy_to_path(reader, Path(target), before, mode, progress, step)
+            with naming(target), _created(Path(target), mode) as writer:
+                _Copy(reader, writer, before, progress, step).run()
         return mode
     except MismatchError as error:
         error.file = error.file or str(source)
@@ -70,53 +59,86 @@ def copy_file(
         reader.close()
 
 
-def _copy_to_path(
-    reader: OpenFile,
-    target: Path,
-    before: os.stat_result,
-    mode: int,
-    progress: Callable[[int], None] | None,
-    step: int,
-) -> None:
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    writer = os.open(target, flags, 0o600)
+@contextmanager
+def _created(path: Path, mode: int) -> Iterator[int]:
+    """A new file, open for writing, which is removed if the context fails."""
+    writer = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with naming(target):
-            _copy_content(reader, writer, before, progress, step)
-            os.fchmod(writer, mode)
+        yield writer
+        os.fchmod(writer, mode)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(target)
+            os.unlink(path)
         raise
     finally:
         os.close(writer)
 
 
-def _copy_content(
-    reader: OpenFile, writer: int, before: os.stat_result, progress: Callable[[int], None] | None, step: int
-) -> None:
-    advance = progress or (lambda nbytes: None)
-    if _clone(reader, writer):
-        advance(before.st_size)
-    else:
-        os.ftruncate(writer, before.st_size)
-        done, by_kernel = 0, True
-        for start, stop in _data_ranges(reader, before):
-            if start > done:
-                advance(start - done)
-            by_kernel = _copy_range(reader, writer, start, stop, advance, by_kernel, step)
-            done = stop
-        if before.st_size > done:
-            advance(before.st_size - done)
-    after = reader.status()
-    if after.st_size != before.st_size:
-        raise _changed(expected=f"{before.st_size} bytes", found=after.st_size)
-    if after.st_mtime_ns != before.st_mtime_ns:
-        raise _changed()
-    if os.pread(reader.fileno(), 1, before.st_size):  # as in /proc, where files seem to be empty
-        raise _changed(expected=f"{before.st_size} bytes", found="more")
-    if (size := os.fstat(writer).st_size) != before.st_size:
-        raise OSError(errno.EIO, f"the copy has {size} bytes instead of {before.st_size}")
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A copy of one open file to another."""
+
+    reader: OpenFile
+    writer: int
+    before: os.stat_result  # of the reader
+    advance: Callable[[int], None]
+    step: int
+
+    def run(self) -> None:
+        """Copy all of it, and check that it did not change."""
+        before = self.before
+        if _clone(self.reader, self.writer):
+            self.advance(before.st_size)
+        else:
+            os.ftruncate(self.writer, before.st_size)
+            done, by_kernel = 0, True
+            for start, stop in _data_ranges(self.reader, before):
+                if start > done:
+                    self.advance(start - done)
+                by_kernel = self._copy_range(start, stop, by_kernel)
+                done = stop
+            if before.st_size > done:
+                self.advance(before.st_size - done)
+        after = self.reader.status()
+        if after.st_size != before.st_size:
+            raise _changed(expected=f"{before.st_size} bytes", found=after.st_size)
+        if after.st_mtime_ns != before.st_mtime_ns:
+            raise _changed()
+        if os.pread(self.reader.fileno(), 1, before.st_size):  # as in /proc, where files seem to be empty
+            raise _changed(expected=f"{before.st_size} bytes", found="more")
+        if (size := os.fstat(self.writer).st_size) != before.st_size:
+            raise OSError(errno.EIO, f"the copy has {size} bytes instead of {before.st_size}")
+
+    def _copy_range(self, start: int, stop: int, by_kernel: bool) -> bool:
+        """Copy bytes ``[start, stop)``, or raise; returns whether it is worth asking the kernel again."""
+        while start < stop:
+            copied = self._by_kernel(start, min(self.step, stop - start)) if by_kernel else 0
+            if not copied:
+                # Some kernels return 0 before the end: a plain read decides.
+                by_kernel = False
+                copied = self._by_buffer(start, min(max(1, self.step // 8), stop - start))
+            if not copied:
+                raise _changed(expected=f"{stop} bytes", found=start)
+            begin_writeback(self.writer, start, copied)
+            start += copied
+            self.advance(copied)
+        return by_kernel
+
+    def _by_kernel(self, position: int, count: int) -> int:
+        """Bytes copied by the kernel; 0 if it cannot copy between these files."""
+        if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
+            return 0
+        try:
+            return os.copy_file_range(self.reader.fileno(), self.writer, count, position, position)
+        except OSError:  # not here, or a real failure, which a write meets again
+            return 0
+
+    def _by_buffer(self, position: int, count: int) -> int:
+        """Bytes copied through a buffer; 0 at the end of the file."""
+        with naming(self.reader.path):
+            data = os.pread(self.reader.fileno(), count, position)
+        write_exactly(self.writer, data, position)
+        return len(data)
 
 
 def _changed(**sides: Any) -> MismatchError:
@@ -156,47 +178,3 @@ def _data_ranges(reader: OpenFile, status: os.stat_result) -> Iterator[tuple[int
             return
         yield start, stop
         position = stop
-
-
-def _copy_range(
-    reader: OpenFile,
-    writer: int,
-    start: int,
-    stop: int,
-    advance: Callable[[int], None],
-    by_kernel: bool,
-    step: int,
-) -> bool:
-    """Copy bytes ``[start, stop)``, or raise; returns whether it is worth asking the kernel again."""
-    while start < stop:
-        copied = _kernel_step(reader, writer, start, min(step, stop - start)) if by_kernel else 0
-        if not copied:
-            # Some kernels return 0 before the end: a plain read decides.
-            by_kernel = False
-            copied = _user_step(reader, writer, start, min(max(1, step // 8), stop - start))
-        if not copied:
-            raise _changed(expected=f"{stop} bytes", found=start)
-        begin_writeback(writer, start, copied)
-        start += copied
-        advance(copied)
-    return by_kernel
-
-
-def _kernel_step(reader: OpenFile, writer: int, position: int, count: int) -> int:
-    """Bytes copied by the kernel; 0 if it cannot copy between these files."""
-    if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
-        return 0
-    try:
-        return os.copy_file_range(reader.fileno(), writer, count, position, position)
-    except (
-        OSError
-    ):  # not between these files, not on this system, or a real failure, which a write meets again
-        return 0
-
-
-def _user_step(reader: OpenFile, writer: int, position: int, count: int) -> int:
-    """Bytes copied through a buffer; 0 at the end of the file."""
-    with naming(reader.path):
-        data = os.pread(reader.fileno(), count, position)
-    write_exactly(writer, data, position)
-    return len(data)

@@ -59,11 +59,11 @@ class StagedFile:
 def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -> Iterator[StagedFile]:
     """Write the file ``out`` atomically, with permission bits ``mode`` (by default those under the umask).
 
-    It appears when the context ends. If that ends with an exception, nothing is left. ``force`` replaces what
-    is there, even a folder; links are replaced, not followed. Raises a `UsageError` if ``out`` exists at the
-    end and ``force`` is false, or its folder does not exist.
+    It appears when the context ends, unless by an exception. ``force`` replaces what is there, even a folder
+    or a link. A `UsageError` says that ``out`` exists at the end, without ``force``, or its folder does not.
     """
-    with _staging(out, force=force, create=functools.partial(_create_file, mode=mode)) as (path, fd):
+    bits = 0o666 if mode is None else 0o600
+    with _staging(out, force=force, create=lambda path: os.open(path, _CREATE, bits)) as (path, fd):
         yield StagedFile(path, fd)
         if mode is not None:
             os.fchmod(fd, mode)
@@ -72,18 +72,13 @@ def staged_file(out: AnyPath, *, force: bool = False, mode: int | None = None) -
 
 @contextmanager
 def staged_directory(out: AnyPath, *, force: bool = False) -> Iterator[Path]:
-    """Write the directory ``out`` atomically: yields an empty directory to fill.
+    """Write the directory ``out`` atomically: yields one to fill, with all files closed at the end.
 
-    An empty directory at ``out`` is replaced; ``force`` replaces anything else as well. All files must be
-    closed when the context ends. Raises as `staged_file`.
+    As `staged_file`, but an empty directory at ``out`` is replaced even without ``force``.
     """
     with _staging(out, force=force, create=_create_directory) as (path, _):
         yield path
         _fsync_tree(path)
-
-
-def _create_file(path: Path, *, mode: int | None) -> int:
-    return os.open(path, _CREATE, 0o666 if mode is None else 0o600)
 
 
 def _create_directory(path: Path) -> int:
@@ -149,7 +144,7 @@ def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> P
                 continue
             raise
         # Before it was locked, another process may have taken it for a stale one, and removed it.
-        if _lock(entry.fd) is not False and _identity_of(entry.fd) == identity(path):
+        if _lock(entry.fd) is not False and identity(entry.fd) == identity(path):
             return path
         entry.remove()
     raise MachineError(
@@ -189,7 +184,7 @@ def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
     fd = os.open(path, _OPEN)  # refuses links, which are not staging names
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
-        if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and _identity_of(fd) == identity(path):
+        if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and identity(fd) == identity(path):
             _log.info("removing what an interrupted run left: %s", path)
             if aside:
                 _restore_or_discard(path, out)
@@ -208,11 +203,6 @@ def _lock(fd: int) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _identity_of(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
 
 
 def _place(path: Path, out: Path) -> None:

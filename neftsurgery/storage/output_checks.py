@@ -27,16 +27,9 @@ def refuse_output(
 ) -> None:
     """Raise a `UsageError` for an output that must not be written, a `MachineError` if its folder cannot be.
 
-    Parameters
-    ----------
-    out:
-        The output as the user typed it: a trailing slash means a folder.
-    inputs:
-        Local files and folders that are read, and what they link to.
-    force:
-        Whether an existing output may be replaced, unless it is, holds or is inside an input.
-    kind:
-        What will be written, if known. Only a ``"directory"`` may replace an empty folder without force.
+    ``out`` is as the user typed it: a trailing slash means a folder. With ``force`` it may be replaced,
+    unless it is, holds or is inside one of ``inputs`` or what they link to. Only a ``"directory"`` may
+    replace an empty one without it.
     """
     path = named_output(out)
     if kind == "file" and os.fspath(out).endswith(os.sep):
@@ -99,8 +92,8 @@ def _within(inner: Path, outer: Path) -> bool:
     )
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of what is at ``path``, links followed; None if there is nothing."""
+def identity(path: Path | int) -> tuple[int, int] | None:
+    """Device and inode of an open file, or of what is at a path, links followed; None if there is nothing."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,30 +1,33 @@
-"""Positioned reads and writes: all of the bytes asked for, or an error."""
+"""Files open for positioned reads and writes: all of the bytes asked for, or an error."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import resource
+import stat
 import sys
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptFileError, MachineError, naming
+from ..errors import CorruptFileError, MachineError, UsageError, naming
 
 __all__ = [
     "OpenFile",
     "changed_file",
     "consecutive_runs",
     "most_descriptors",
+    "open_to_change",
     "read_exactly",
     "read_rows_exactly",
-    "sha256_of",
     "write_exactly",
 ]
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLike[str] | None) -> None:
@@ -100,14 +103,6 @@ def most_descriptors() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-def sha256_of(file: BinaryIO) -> str:
-    """The SHA-256 of the rest of ``file``, in hex, as ``sha256sum`` shows it."""
-    state = hashlib.sha256()
-    while block := file.read(8 << 20):
-        state.update(block)
-    return state.hexdigest()
-
-
 class OpenFile:
     """A file open for reading, closed with its last reference; Python's own file objects warn of that."""
 
@@ -141,3 +136,49 @@ class OpenFile:
         # ``close`` is bound early: at interpreter exit, modules may be gone before their objects.
         if self._fd >= 0:
             close(self._fd)
+
+
+def open_to_change(path: Path, *, below: Path) -> int:
+    """Open a regular file for reading and writing: never through a symlink, nor one with other hard links.
+
+    Every component of ``path`` after ``below`` is opened by itself, and the link count is that of the open
+    file: links that appear meanwhile are not followed either. A `UsageError` says what is in the way.
+    """
+    *folders, name = path.relative_to(below).parts
+    fd = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    reached = below
+    try:
+        for folder in folders:
+            reached = reached / folder
+            fd = _step(folder, _FOLDER, fd, reached)
+        fd = _step(name, _FILE, fd, path)
+        with naming(path):
+            status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError("not a regular file: it cannot be changed in place", file=path)
+        if status.st_nlink > 1:
+            raise UsageError(
+                "a file with several hard links cannot be changed in place: all of them would change",
+                file=path,
+                hint="write a new checkpoint with [[out=...]], or copy the file first",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _step(name: str, flags: int, folder: int, path: Path) -> int:
+    """Open ``name`` in the open ``folder``, which is closed; on an error it stays open."""
+    try:
+        fd = os.open(name, flags, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK) and path.is_symlink():
+            raise UsageError(
+                "a symlink cannot be changed in place: its target may be shared",
+                file=path,
+                hint="write a new checkpoint with [[out=...]], or name the real file",
+            ) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    os.close(folder)
+    return fd

@@ -29,7 +29,7 @@ class Limits:
     threads: int
     memory: int  # bytes of buffers and of files mapped into memory
     #: Whether files in the page cache may be mapped instead of read. That is faster, and needs a signal
-    #: handler (`neftsurgery.storage.truncated_maps`): only the command line sets it.
+    #: handler (`neftsurgery.storage.page_cache`): only the command line sets it.
     mapped: bool = False
     #: Bytes of vectors handled at once by a thread; None: what suits their layout (`neurons.vectors`).
     block: int | None = None
@@ -62,8 +62,8 @@ def in_order(
 ) -> Iterator[tuple[Item, Result]]:
     """Run ``work`` on items in ``workers`` threads, a few ahead; yields items with results, in order.
 
-    An exception of ``work`` is raised here, in its place in the order. Then items that have not begun are
-    dropped, and ``stop`` is set for those that have.
+    An exception of ``work`` is raised in its place. Then ``stop`` is set, and items that have not begun are
+    dropped.
     """
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="neft")

@@ -269,8 +269,9 @@ def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, 
             file=checkpoint.name,
             expected=f"fingerprint {patch.base.fingerprint}",
             found="another",
-            hint=f"nothing was written; name the checkpoint that {patch.name} is for, and in one command the "
-            "patches that are on it already; [[force=True]] writes all the same",
+            hint=f"nothing was written; name the checkpoint that {patch.name} is for, and "
+            + ("in one command the" if goal == "patched" else "before it take out the later")
+            + " patches that are on it already; [[force=True]] writes all the same",
         )
     return [f"{patch.name} on {checkpoint.name}: {state.remark}"]
 

@@ -48,10 +48,7 @@ _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e
 
 @dataclass(frozen=True)
 class DiffPlan:
-    """Which checkpoints are compared and how. Made by `plan_diff`.
-
-    Headers are read; of weights, only what may be tied.
-    """
+    """Which checkpoints are compared and how. Headers are read; of weights, only what may be tied."""
 
     pair: Pair
     score: str = "cosine"
@@ -97,14 +94,14 @@ class DiffPlan:
                 SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
             )
             with written_file(list(_entries(self.pair)), room, self.out, force=self.force) as written:
-                sink = _Sink(self.pair, self.score, self.seed, written.writer)
+                sink = _Sink(self.pair, self.score, self.seed, written)
                 with progress("scoring", self.pair.nbytes) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
                 sink.finish()
                 for side in (self.pair.base, self.pair.tuned):
                     side.check_unchanged()
-                written.writer.finish(
+                written.finish(
                     dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
                 )
             scores = Scores.read(written.reader())

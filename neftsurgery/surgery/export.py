@@ -17,7 +17,6 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError, boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions
-from ..patch.lora import STEPS, LoraModule, adapter_config, next_step
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.output import staged_directory
@@ -27,7 +26,7 @@ from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
 from ..text import commas, percent, plural, printable, size
-from .lora_modules import lora_modules, task_of
+from .lora_modules import STEPS, LoraModule, adapter_config, lora_modules, next_step, task_of
 from .same_base import other_base
 from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
 
@@ -135,7 +134,7 @@ class ExportPlan:
             with written_file(self._entries, _METADATA, folder / WEIGHTS_NAME) as written:
 
                 def write(module: LoraModule) -> int:
-                    factors = _Factors(self, module, written.writer, limits.block)
+                    factors = _Factors(self, module, written, limits.block)
                     return factors.write_rows() if module.rows else factors.write_columns()
 
                 with progress("exporting", total) as advance:
@@ -143,7 +142,7 @@ class ExportPlan:
                         inexact += lost
                         tensor = self.patch.tensors[module.tensor]
                         advance(tensor.count * tensor.vector_bytes)
-                written.writer.finish(_METADATA)
+                written.finish(_METADATA)
             (folder / CONFIG_NAME).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             self.patch.check_unchanged()
             if self.base is not None:

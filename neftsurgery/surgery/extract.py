@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
@@ -34,8 +34,7 @@ from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
-from ..selection.selection import RowBlock, Selection
-from ..selection.selection_facts import SelectionFacts
+from ..selection.selection import RowBlock, Selection, SelectionFacts
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
@@ -83,7 +82,7 @@ class ExtractPlan:
     )
 
     @property
-    def tuned(self) -> Side:
+    def tuned(self) -> Checkpoint:
         """The tuned model, under the names of the base."""
         return self.joined.tuned
 

@@ -14,13 +14,14 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
-from ..errors import MismatchError, UsageError, boundary, keyword, spelled
+from ..errors import UsageError, boundary, keyword, spelled
 from ..options import Scope, ScopeOptions, split
 from ..patch.lossless import LosslessPatch, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
+from ..sources.hub_errors import AbsentFileError
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
@@ -112,7 +113,7 @@ def _found(named: AnyPath) -> Source:
     if is_hub_id(named):
         try:
             return resolve_file(named, PATCH_NAME)
-        except MismatchError:  # there is none: it is a checkpoint
+        except AbsentFileError:  # it is a checkpoint
             pass
     return resolve(named)
 

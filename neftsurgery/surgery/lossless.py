@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
-from ..checkpoint.provenance import HASH_PREFIX, Provenance
+from ..checkpoint.provenance import HASH_PREFIX, Provenance, fingerprint
 from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
@@ -109,11 +109,11 @@ class LosslessPlan:
             ):
                 end = 0
                 for way in ways:
-                    end = way.code(written.writer, end, limits, advance)
-                written.writer.shrink("code", end)
-                parts = [part for way in ways for part in way.write(written.writer)]
+                    end = way.code(written, end, limits, advance)
+                written.shrink("code", end)
+                parts = [part for way in ways for part in way.write(written)]
                 manifest["content_hash"] = content_hash(manifest, parts)
-                written.writer.finish(dump(PATCH_KEY, manifest))
+                written.finish(dump(PATCH_KEY, manifest))
                 for checkpoint in (self.base, self.tuned):
                     checkpoint.check_unchanged()
         patch = LosslessPatch(written.reader(), manifest)
@@ -125,8 +125,8 @@ class LosslessPlan:
         return {
             "version": LOSSLESS_VERSION,
             "kind": "lossless",
-            "base": Provenance.of(self.base).to_json(),
-            "tuned": Provenance.of(self.tuned).to_json(),
+            "base": _origin(self.base).to_json(),
+            "tuned": _origin(self.tuned).to_json(),
             "created_by": f"neftsurgery {__version__}",
             "reversible": self.reversible,
             "fast": self.fast,
@@ -134,6 +134,12 @@ class LosslessPlan:
             "not_carried": list(self.not_carried),
             "tensors": {},
         }
+
+
+def _origin(side: Checkpoint | TensorsInMemory) -> Provenance:
+    if isinstance(side, Checkpoint):
+        return Provenance.of(side)
+    return Provenance({"name": side.name, "fingerprint": fingerprint(side)})
 
 
 def plan_lossless(

@@ -16,8 +16,7 @@ from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings
 from ..patch.patch import Manifest, Patch
 from ..progress import Progress
-from ..selection.selection import Chosen, Selection
-from ..selection.selection_facts import SelectionFacts
+from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..tensors.floats import FLOATS
 from .verb import require_replaced
 

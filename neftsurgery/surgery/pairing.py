@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights, open_pair
-from ..checkpoint.checkpoint import Checkpoint, Side
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor
@@ -20,6 +20,7 @@ from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Job
+from ..selection.selection import described
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
@@ -38,7 +39,7 @@ class Pair:
     differing: Mapping[str, tuple[str, str]]  # of another shape or dtype: both descriptions
 
     @property
-    def tuned(self) -> Side:
+    def tuned(self) -> Checkpoint:
         """The tuned model, under the names of the base."""
         return self.joined.tuned
 
@@ -76,19 +77,16 @@ class Pair:
     def jobs(self) -> list[Job]:
         """All common tensors, in reading order; under ``units`` layer by layer."""
         layers: dict[str, int] = {}
-        keys: dict[str, tuple[int, ...]] = {}
-        jobs: dict[str, Job] = {}
+        jobs: list[tuple[int, Job]] = []  # with their stages
         for tensor in sorted(self.anatomy.scored, key=lambda t: self.base.position(t.info.name)):
-            name = tensor.info.name
             stage = layers.setdefault(tensor.layer, len(layers)) if tensor.units is not None else 0
-            keys[name] = (stage, *self.base.position(name))
-            jobs[name] = Job(tensor.info, tensor.layout)
+            jobs.append((stage, Job(tensor.info, tensor.layout)))
         for entry in self.anatomy.listed:
-            name = entry.info.name
-            axes = self.companion_biases.get(name)
-            keys[name] = (len(layers), *self.base.position(name))
-            jobs[name] = Job(entry.info, None if axes is None else Layout.of(entry.info.shape, axes))
-        return [jobs[name] for name in sorted(jobs, key=lambda name: keys[name])]
+            axes = self.companion_biases.get(entry.info.name)
+            layout = None if axes is None else Layout.of(entry.info.shape, axes)
+            jobs.append((len(layers), Job(entry.info, layout)))
+        jobs.sort(key=lambda one: (one[0], self.base.position(one[1].info.name)))
+        return [job for _, job in jobs]
 
     @cached_property
     def compared(self) -> tuple[WeightReader, WeightReader, list[Job]]:
@@ -122,23 +120,25 @@ class Pair:
         }
 
 
-def open_sides(base: AnyPath, tuned: AnyPath, prefixes: Prefixes = NO_CHANGE) -> tuple[Checkpoint, Side]:
+def open_sides(
+    base: AnyPath, tuned: AnyPath, prefixes: Prefixes = NO_CHANGE
+) -> tuple[Checkpoint, Checkpoint]:
     """Open a base and what was tuned from it, whose tensor names are changed by ``prefixes``.
 
     Raises a `MismatchError` if the two have names in common only outside their layers, or if other prefixes
     would give them more names in common.
     """
     first, second = open_pair(base, tuned)
-    if prefixes and not isinstance(second, Checkpoint):
+    if prefixes and isinstance(second, AdaptedWeights):
         raise UsageError(f"{prefixes} does not go with an adapter", file=tuned, hint="name its own base")
     given = second.tensors
-    if isinstance(second, Checkpoint) and prefixes:
+    if prefixes:
         second = second.renamed(prefixes, first.tensors)
     _refuse_other_names(first, second, given, prefixes)
     return first, second
 
 
-def pair(base: Checkpoint, tuned: Side, scope: Scope) -> Pair:
+def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     """Plan the comparison of two checkpoints; if nothing of them can be scored, a `MismatchError`."""
     joined = join(base, tuned)
     tuned = joined.tuned
@@ -182,19 +182,13 @@ def _under_one_name(scope: Scope, names: Collection[str], copies: Mapping[str, s
     return replace(scope, include=include, exclude=exclude, only=only)
 
 
-def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, Any]:
-    """What files and JSON say of a tensor and, if it has any, of its neurons."""
-    facts = {"shape": list(info.shape), "dtype": info.dtype}
-    return facts if axes is None else facts | {"neuron_axes": list(axes)}
-
-
 def scored_count(tensor: NeuronTensor) -> int:
     """How many neurons of a tensor are scored."""
     return tensor.layout.count if tensor.part is None else tensor.part.count
 
 
 def _refuse_other_names(
-    base: Checkpoint, tuned: Side, given: Mapping[str, TensorInfo], prefixes: Prefixes
+    base: Checkpoint, tuned: Checkpoint, given: Mapping[str, TensorInfo], prefixes: Prefixes
 ) -> None:
     """Refuse two checkpoints with unlike names; ``given``: the tuned tensors by the names in their files."""
     common = base.tensors.keys() & tuned.tensors.keys()
@@ -251,7 +245,7 @@ def _refuse_unequal(
                     )
 
 
-def _nothing_common(base: Side, tuned: Side) -> MismatchError:
+def _nothing_common(base: Checkpoint, tuned: Checkpoint) -> MismatchError:
     both = sorted(base.tensors.keys() & tuned.tensors.keys())
     what = f"{base.name} and {tuned.name} have no tensor in common"
     hint = why_unlike(base, tuned)
@@ -280,7 +274,7 @@ def _first_names(tensors: Iterable[str]) -> str:
     return ", ".join([*names[:2], *(["…"] if len(names) > 2 else [])]) or "no tensors"
 
 
-def _nothing_scored(base: Checkpoint, tuned: Side, anatomy: Anatomy) -> MismatchError:
+def _nothing_scored(base: Checkpoint, tuned: Checkpoint, anatomy: Anatomy) -> MismatchError:
     reasons: dict[str, list[str]] = {}
     for entry in anatomy.listed:
         reasons.setdefault(entry.reason, []).append(entry.info.name)

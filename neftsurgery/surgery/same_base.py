@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from functools import cache, partial
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.provenance import Provenance, fingerprint, same_files
+from ..checkpoint.provenance import Provenance, fingerprint
+from ..checkpoint.ties import tied_forms
 from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch
 
@@ -19,29 +20,38 @@ def same_bases(
     """For each patch whether the checkpoint is its base, or that with the patch; None if it cannot be known.
 
     The patches may follow each other or be made from one base, and any of them may be ``applied`` already. So
-    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only. ``undone``
-    are the vectors that patches replaced, as far as they are known, those of the last patch first.
+    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only; and its
+    files may have held tied tensors in another form. ``undone`` are the vectors that patches replaced, as far
+    as they are known, those of the last patch first.
     """
     known = {rows.patch for rows in undone}
     hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
 
+    plain = fingerprint(checkpoint)
+    clear = all(patch.base.fingerprint in (None, plain) for patch in patches)
+    forms, tied = ([], {}) if clear else tied_forms(checkpoint)
+
     @cache
-    def found(layers: tuple[RowSource, ...]) -> str:
-        return fingerprint(checkpoint, partial(lay_over, layers))
+    def found(layers: tuple[RowSource, ...], form: int) -> str:
+        return fingerprint(checkpoint, partial(lay_over, layers, tied=tied), tied, forms[form])
 
     def same(number: int) -> bool | None:
-        patch = patches[number]
-        if patch.base.fingerprint is None:
-            return None
+        wanted = patches[number].base.fingerprint
+        if wanted in (None, plain):
+            return None if wanted is None else True
         earlier = [RowSource(one, one.values) for one in patches[:number]]
         ways = ((), tuple(undone), (*undone, *earlier))
-        return any(found(way) == patch.base.fingerprint for way in ways) or (None if hidden else False)
+        tries = (found(way, form) for form in range(len(forms)) for way in ways)
+        return wanted in tries or (None if hidden else False)
 
     return [same(number) for number in range(len(patches))]
 
 
 def other_base(named: Checkpoint | None, base: Provenance, what: str) -> list[str]:
     """A warning if a checkpoint that is named as the ``base`` of ``what`` has another fingerprint."""
-    if named is None or base.fingerprint is None or same_files(base, Provenance.of(named)):
+    if named is None or base.fingerprint in (None, fingerprint(named)):
+        return []
+    forms, tied = tied_forms(named)
+    if base.fingerprint in (fingerprint(named, tied=tied, names=form) for form in forms):
         return []
     return [f"{named.name} has another fingerprint than the base of {what}"]

@@ -103,10 +103,7 @@ def _cosine(base: float, delta: float, dot: float) -> float:
 
 
 def summarize(scores: Scores, *, top: int = 10) -> Summary:
-    """Sum scores up; reads all of the file, tensor by tensor.
-
-    A scores file that holds no sums gives NaN and empty groups where they are needed.
-    """
+    """Sum scores up, tensor by tensor. Without sums in the file, what needs them is NaN or empty."""
     whole = np.zeros(len(_SUMS))
     layers, kinds = (defaultdict[str, Float64Array](lambda: np.zeros(len(_SUMS))) for _ in range(2))
     changed = sum(int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed"))

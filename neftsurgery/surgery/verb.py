@@ -32,6 +32,7 @@ __all__ = [
     "load_patches",
     "replaced_rows",
     "require_replaced",
+    "require_sha256",
     "run_keywords",
     "running",
     "warn",
@@ -65,11 +66,16 @@ def load_patch(named: Patch | AnyPath | Source, sha256: str | None = None) -> Pa
 
 def _require_sha256(patch: Patch | LosslessPatch, sha256: str | None) -> None:
     if sha256 is not None:
-        if (found := patch.sha256()) != sha256:
-            hint = "nothing was written; find out why it is another file before you use it"
-            what = "this is not the file whose [[sha256]] was given"
-            raise CorruptFileError(what, file=patch.place, expected=sha256, found=found, hint=hint)
+        require_sha256(patch.place, sha256, patch.sha256())
         patch.check_unchanged()
+
+
+def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:
+    """Raise a `CorruptFileError` if the file at ``place`` has another SHA-256 than was ``wanted``."""
+    if found != wanted:
+        hint = "nothing was written; find out why it is another file before you use it"
+        what = "this is not the file whose [[sha256]] was given"
+        raise CorruptFileError(what, file=place, expected=wanted, found=found, hint=hint)
 
 
 def load_patches(
@@ -101,10 +107,7 @@ def warn(log: logging.Logger, warnings: Sequence[str]) -> None:
 
 
 def replaced_rows(patch: Patch, base: Checkpoint | None, name: str, start: int, stop: int) -> RawBytes:
-    """The replaced vectors ``[start, stop)`` (positions in the index), checked against their digests.
-
-    Raises a `MismatchError` or, if those in the patch are wrong, a `CorruptFileError`.
-    """
+    """The replaced vectors ``[start, stop)`` (positions in the index), checked against their digests."""
     stored = patch.base_digests(name, start, stop)
     if base is None:
         patch.check_base_rows(name, stored, start, stop)

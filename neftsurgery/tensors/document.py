@@ -1,7 +1,6 @@
-"""The JSON document that scores, selections and patches carry in a safetensors header.
+"""The JSON document that scores, selections and patches carry in a safetensors header, under one key.
 
-Each of these files is a safetensors file whose ``__metadata__`` has one key. Its value is a JSON object
-with a ``version`` and the ``tensors`` that it describes. This module reads and checks what they share.
+It is an object with a ``version`` and the ``tensors`` that it describes. Here is what its readers share.
 """
 
 from __future__ import annotations
@@ -19,17 +18,25 @@ from .file_kinds import tensor_kind, what_helps
 from .json_text import loads
 from .reader import TensorFile
 
-__all__ = ["MAX_OBJECT_BYTES", "Facts", "bad", "dump", "read_document", "read_object", "require_entry"]
+__all__ = [
+    "MAX_OBJECT_BYTES",
+    "Facts",
+    "TextFact",
+    "bad",
+    "dump",
+    "read_document",
+    "read_object",
+    "require_entry",
+]
 
 #: Of a config: the largest real ones, with the names of 22,000 classes, have 2 MB.
 MAX_OBJECT_BYTES = 10_000_000
 
 
 class Facts(Mapping[str, object]):
-    """A JSON object of a file as a value: a mapping that has typed properties in its subclasses.
+    """A JSON object of a file, which anyone may have written: a mapping with typed properties in subclasses.
 
-    Anyone may have written the file. A property is None, or empty, where a value is missing or of another
-    type. No key is lost.
+    A property is None, or empty, where a value is missing or of another type. No key is lost.
     """
 
     __slots__ = ("_facts",)
@@ -69,6 +76,16 @@ class Facts(Mapping[str, object]):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         return value if abs(value) <= sys.float_info.max else None
+
+
+class TextFact:
+    """A property of `Facts`: the value under its own name, if that is a text."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._key = name
+
+    def __get__(self, facts: Facts, owner: type) -> str | None:
+        return facts.text(self._key)
 
 
 def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:

@@ -37,9 +37,8 @@ _GGUF = (
     "AutoModelForCausalLM as M, GgufConfig as G; M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2], "
     'quantization_config=G(dequantize=True)).save_pretrained(sys.argv[3])" {folder} {name} OUT`'
 )
-_TRANSFORMERS_4 = (
-    "convert it with transformers 4: from_pretrained(FOLDER, {flag}=True), then save_pretrained(OUT)"
-)
+_FROM_TF = "convert it with transformers 4: from_pretrained(FOLDER, from_tf=True), then save_pretrained(OUT)"
+_FROM_FLAX = _FROM_TF.replace("from_tf", "from_flax")
 _ORIGINAL = "fetch the model's safetensors weights instead"
 _AGAIN = "fetch the file again: `hf download ORG/NAME {name}`"
 _UNPACK = "unpack it: `tar -xf {path}`"
@@ -55,16 +54,8 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x80\x02\x8a\nl\xfc\x9cF\xf9", "a PyTorch pickle, as torch.save wrote before 1.6", _PICKLE),
     (rb"\x80[\x02-\x05]", "a Python pickle", f"loading a pickle runs its code: {_ORIGINAL}"),
     (rb"PK\x03\x04.*\.npy", "a NumPy archive (.npz), as MLX writes", _NUMPY),
-    (
-        rb"PK\x03\x04.*\.weights\.h5|\x89HDF\r\n",
-        "HDF5, as Keras and TensorFlow write",
-        _TRANSFORMERS_4.replace("{flag}", "from_tf"),
-    ),
-    (
-        rb"[\x81-\x8f][\xa1-\xbf\xd9]|\xde..[\xa1-\xbf\xd9]",
-        "msgpack, as Flax writes",
-        _TRANSFORMERS_4.replace("{flag}", "from_flax"),
-    ),
+    (rb"PK\x03\x04.*\.weights\.h5|\x89HDF\r\n", "HDF5, as Keras and TensorFlow write", _FROM_TF),
+    (rb"[\x81-\x8f][\xa1-\xbf\xd9]|\xde..[\xa1-\xbf\xd9]", "msgpack, as Flax writes", _FROM_FLAX),
     (rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX graph", _ORIGINAL),
     (rb"....TFL3", "a TensorFlow Lite graph", _ORIGINAL),
     (rb"\x93NUMPY", "one NumPy array (.npy)", "save it under its name with safetensors.numpy.save_file"),
@@ -74,11 +65,7 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\xfd7zXZ|BZh[1-9]|7z\xbc\xaf|\x04\x22\x4d\x18", "a compressed archive", _UNPACK),
     (rb".{257}ustar", "a tar archive, as NeMo writes", _UNPACK),
     (rb"version https://git-lfs", "a Git LFS pointer, not the content", "fetch the content: `git lfs pull`"),
-    (
-        rb"/annex/objects/",
-        "a git-annex pointer, not the content",
-        "fetch it: `git annex get {path}`",
-    ),
+    (rb"/annex/objects/", "a git-annex pointer, not the content", "fetch it: `git annex get {path}`"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, often one that tells of an error", _AGAIN),
     (rb'\s*\{.*"weight_map"', "an index of shards", _FOLDER),
     (rb'\s*\{.*"peft_type"', "the config of a PEFT adapter", _FOLDER),
@@ -128,6 +115,7 @@ _FOLDERS = (
     ("latest_checkpointed_iteration.txt", "a checkpoint of Megatron", "export it with Megatron Bridge"),
     ("model_index.json", "a pipeline of several models", "name the weight file of one of them"),
     ("checkpoint-*", "a folder of training checkpoints", "name one of them: {path}/{first}"),
+    ("neuron_patch.safetensors", "a neuron patch", "name its file or Hub id as PATCH, after the base"),
 )
 
 

@@ -1,7 +1,6 @@
 """Floats of the safetensors format to float64 and back, with the types that numpy lacks.
 
-Narrowing rounds once, to nearest, ties to even. That holds from float64 to the short types too: going
-through float32 would round twice.
+Narrowing rounds once, to nearest, ties to even: going through float32 would round twice.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import Float64Array, RawBytes
-from .dtypes import DTYPES, FloatFormat
+from .dtypes import DTYPES
 
 __all__ = ["FLOATS", "narrow", "widen"]
 
-
+_FORMATS = {name: dtype.format for name, dtype in DTYPES.items() if dtype.format is not None}
 #: The types that `widen` and `narrow` know, by safetensors' name.
-FLOATS = frozenset(name for name, dtype in DTYPES.items() if dtype.format is not None)
+FLOATS = frozenset(_FORMATS)
 
 
 def widen(raw: RawBytes, dtype: str) -> Float64Array:
@@ -38,8 +37,7 @@ def widen(raw: RawBytes, dtype: str) -> Float64Array:
 def narrow(values: NDArray[Any], dtype: str) -> RawBytes:
     """Raw elements nearest to ``values``: float ``[..., k]`` to uint8 ``[..., k * itemsize]``.
 
-    Numbers that are too large become an infinity. In a type without infinities they become the largest
-    number, and infinities become NaN.
+    Too large numbers become an infinity, or in types without one the largest number, and infinities NaN.
     """
     native = DTYPES[dtype].native
     wide = np.ascontiguousarray(values, np.float64)
@@ -66,7 +64,7 @@ def _to_bfloat16(values: Float64Array) -> NDArray[np.uint16]:
 
 
 def _to_byte(values: Float64Array, dtype: str) -> RawBytes:
-    format = _format(dtype)
+    format = _FORMATS[dtype]
     special, magnitudes = format.nonfinite, _magnitudes(dtype)
     size = np.abs(values)
     codes = np.searchsorted((magnitudes[1:] + magnitudes[:-1]) / 2, size)
@@ -83,16 +81,10 @@ def _to_byte(values: Float64Array, dtype: str) -> RawBytes:
     return bits.astype(np.uint8)
 
 
-def _format(dtype: str) -> FloatFormat:
-    format = DTYPES[dtype].format
-    assert format is not None  # `FLOATS` are those that have one
-    return format
-
-
 @functools.cache
 def _magnitudes(dtype: str) -> Float64Array:
     """The values of codes 0 to ``nonfinite``; the last as if the finite numbers went on."""
-    format = _format(dtype)
+    format = _FORMATS[dtype]
     fraction_bits, bias = format.fraction_bits, format.bias
     codes = np.arange(format.nonfinite + 1)
     exponent, fraction = codes >> fraction_bits, codes & ((1 << fraction_bits) - 1)
@@ -104,7 +96,7 @@ def _magnitudes(dtype: str) -> Float64Array:
 @functools.cache
 def _values(dtype: str) -> Float64Array:
     """The values of all 256 codes."""
-    format = _format(dtype)
+    format = _FORMATS[dtype]
     special = format.nonfinite
     half = np.full(128, np.nan)
     finite = _magnitudes(dtype)[: min(special, 128)]

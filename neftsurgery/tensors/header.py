@@ -26,6 +26,7 @@ from .json_text import loads, require_bounded
 __all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "parse_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
+_DAMAGED = "the file is damaged or truncated: fetch or write it again"
 _PREFIX = struct.Struct("<Q")
 
 
@@ -70,8 +71,7 @@ class Header:
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read and check the header of the file at ``path``; no tensor data is read.
 
-    Raises a `CorruptFileError` if the safetensors package refuses the file, a key occurs twice, or the header
-    would take far more memory than its size suggests. It says what the file is instead, if that is known.
+    A `CorruptFileError` says what is wrong with it, or what the file is instead, if that is known.
     """
     with naming(path), open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)
@@ -86,17 +86,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))  # raises the true reason
             raise MachineError("the file could not be opened a second time", file=path) from error
         except SafetensorError as error:
-            if (kind := foreign_file(path)) is not None:
-                what, hint = kind
-                raise CorruptFileError(
-                    "not a valid safetensors file", file=path, found=what, hint=hint
-                ) from error
-            raise CorruptFileError(
-                "not a valid safetensors file: "
-                + str(error).removeprefix("Error while deserializing header: "),
-                file=path,
-                hint="the file is damaged or truncated: fetch or write it again",
-            ) from error
+            kind, hint = foreign_file(path) or (None, _DAMAGED)
+            why = "" if kind else f": {str(error).removeprefix('Error while deserializing header: ')}"
+            what = f"not a valid safetensors file{why}"
+            raise CorruptFileError(what, file=path, found=kind, hint=hint) from error
         except ValueError as error:
             raise CorruptFileError(f"the header is {error}", file=path) from error
     if len(raw) != length:

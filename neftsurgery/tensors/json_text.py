@@ -1,13 +1,14 @@
 """JSON that anyone may have written: parsed in memory that is in proportion to it, or refused.
 
-A value takes up to forty times as much memory as its text, so a header full of ``[],[],...`` or of short keys
-could take gigabytes. Values are therefore counted before they are parsed; real files have longer ones.
+A value takes up to forty times the memory of its text: ``[],[],...`` could take gigabytes. So they are
+counted.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 __all__ = ["loads", "require_bounded"]
@@ -59,9 +60,6 @@ def _finite(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {key[:200]!r} occurs twice")
-            seen.add(key)
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key[:200]!r} occurs twice")
     return result

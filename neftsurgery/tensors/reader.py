@@ -1,30 +1,31 @@
-"""How weights are read, wherever they are; and one safetensors file, open for positioned reads.
-
-Scores, selections, patches and the factors of LoRA adapters are read through `TensorFile`. Local files,
-adapters and converted tensors all follow the protocols.
-"""
+"""How weights are read, wherever they are; and one safetensors file, open for positioned reads."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MachineError, NeftError, UsageError
+from ..errors import MachineError, NeftError, UsageError, boundary
+from ..progress import Timing
+from ..storage.output import staged_file
+from ..storage.output_checks import refuse_output, require_space
 from ..storage.positioned import OpenFile, changed_file, read_exactly, write_exactly
 from ..text import tilde_hint
 from .arrays import IndexArray, RawBytes
 from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
 
-__all__ = ["RowReader", "TensorFile", "WeightReader"]
+__all__ = ["FileBacked", "RowReader", "TensorFile", "WeightReader"]
 
 _COPY_BYTES = 8 << 20
 
@@ -56,10 +57,7 @@ def _stamp(file: OpenFile) -> tuple[int, int]:
 
 
 class TensorFile:
-    """A safetensors file opened for positioned reads.
-
-    Nothing but the header is held; every read asks for the bytes it needs.
-    """
+    """A safetensors file opened for positioned reads; nothing but its header is held."""
 
     def __init__(self, file: OpenFile, header: Header, path: Path | None) -> None:
         self._file = file
@@ -154,7 +152,7 @@ class TensorFile:
         if self.path is not None and not os.path.samestat(self._file.status(), self.path.stat()):
             raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
 
-    def stream(self) -> BinaryIO:
+    def stream(self) -> BufferedReader:
         """The whole file from its start, as a buffered file that the caller closes."""
         copy = os.dup(self._file.fileno())
         os.lseek(copy, 0, os.SEEK_SET)  # another stream may have moved it; positioned reads do not
@@ -179,6 +177,70 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file; a nameless temporary one is deleted by that."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class FileBacked:
+    """A value whose content stays in its file, which it holds open; saved by copying that file."""
+
+    #: What making it took, where a verb made it.
+    timing: Timing = Timing()
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a value that was never saved, which ends with its last reference."""
+        return self._file.path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._file.nbytes
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the file was edited since it was opened."""
+        self._file.check_unchanged()
+
+    @boundary
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Copy it to the file ``path``, whole or not at all.
+
+        Raises
+        ------
+        UsageError
+            If ``path`` exists, without ``force``.
+        MachineError
+            If it cannot be written.
+        """
+        refuse_output(path, inputs=[], force=force, kind="file")
+        with staged_file(path, force=force) as staged:
+            require_space(Path(path).absolute().parent, self.nbytes)
+            self._file.copy_to(staged.fd)
+            self.check_unchanged()
+
+    def stream(self) -> BufferedReader:
+        """The file's bytes from the start, as a file that the caller closes; open one at a time."""
+        return self._file.stream()
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
+        with self.stream() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check_in_place(self) -> None:
+        """Raise a ``FileNotFoundError`` if its file was removed or replaced since it was opened."""
+        self._file.check_in_place()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import threading
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ..errors import MismatchError, naming
 from ..storage.output import begin_writeback, staged_file
 from ..storage.output_checks import require_space
-from ..storage.positioned import OpenFile, sha256_of, write_exactly
+from ..storage.positioned import OpenFile, write_exactly
 from .header import FilePlan, Header, TensorInfo
 from .reader import TensorFile
 
@@ -30,15 +31,19 @@ _WRITEBACK_BYTES = 512 << 10
 class TensorFileWriter:
     """Writes a safetensors file whose entries are known, and whose metadata may still change.
 
-    Made by `written_file`. Writes may come in any order, and from several threads. Those below
-    ``small_bytes`` are collected, up to ``buffer_bytes`` of them.
+    Writes may come in any order, and from several threads. Those below ``small_bytes`` are collected.
     """
 
     def __init__(
-        self, plan: FilePlan, fd: int, *, small_bytes: int = _SMALL_BYTES, buffer_bytes: int = _BUFFER_BYTES
+        self,
+        plan: FilePlan,
+        fd: int,
+        home: Path | OpenFile,
+        *,
+        small_bytes: int = _SMALL_BYTES,
+        buffer_bytes: int = _BUFFER_BYTES,
     ) -> None:
-        self._plan = plan
-        self._fd = fd
+        self._plan, self._fd, self._home = plan, fd, home
         self._small_bytes = small_bytes
         self._small = _SmallWrites(fd, buffer_bytes)
         self.header: Header | None = None
@@ -85,7 +90,15 @@ class TensorFileWriter:
         """The SHA-256 of the finished file, in hex."""
         with os.fdopen(os.dup(self._fd), "rb") as file:
             file.seek(0)
-            return sha256_of(file)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def reader(self) -> TensorFile:
+        """The file, once `written_file` has ended. Its header is not read and checked again."""
+        if self.header is None:
+            raise ValueError("the file is not finished")
+        if isinstance(self._home, OpenFile):
+            return TensorFile(self._home, self.header, None)
+        return TensorFile(OpenFile.at(self._home), self.header, self._home)
 
 
 class _SmallWrites:
@@ -102,17 +115,13 @@ class _SmallWrites:
         with self._lock:
             self._waiting.append((position, data))
             self._size += len(data)
-            if self._size < self._buffer_bytes:
-                return
-            waiting, self._waiting, self._size = self._waiting, [], 0
-        self._write(waiting)
+            full = self._size >= self._buffer_bytes
+        if full:
+            self.flush()
 
     def flush(self) -> None:
         with self._lock:
             waiting, self._waiting, self._size = self._waiting, [], 0
-        self._write(waiting)
-
-    def _write(self, waiting: list[tuple[int, bytes]]) -> None:
         start, end, parts = 0, 0, list[bytes]()
         for position, data in sorted(waiting):
             if position != end:
@@ -123,22 +132,6 @@ class _SmallWrites:
         write_exactly(self._fd, b"".join(parts), start)
 
 
-class _Written:
-    """What `written_file` yields: the writer, and after the context a reader of the file."""
-
-    def __init__(self, writer: TensorFileWriter, spool: OpenFile | None, out: Path | None) -> None:
-        self.writer = writer
-        self._spool, self._out = spool, out
-
-    def reader(self) -> TensorFile:
-        """The finished file, after the context has ended. Its header is not read and checked again."""
-        if self.writer.header is None:
-            raise ValueError("the file is not finished")
-        file = OpenFile.at(self._out) if self._out is not None else self._spool
-        assert file is not None  # one of the two is given
-        return TensorFile(file, self.writer.header, self._out)
-
-
 @contextmanager
 def written_file(
     entries: Sequence[TensorInfo],
@@ -147,13 +140,12 @@ def written_file(
     *,
     force: bool = False,
     space: int | None = None,
-) -> Iterator[_Written]:
-    """Write a safetensors file with ``entries``, all or nothing.
+) -> Iterator[TensorFileWriter]:
+    """Write a safetensors file with ``entries``, all or nothing; without ``out``, a nameless temporary one.
 
-    ``room`` is metadata as large as the final metadata can get: it only reserves space in the header. Without
-    ``out`` the file is a nameless temporary one, which lives as long as its reader. ``space``: how many bytes
-    must be free, by default as many as the file has. Raises a `UsageError` if ``out`` exists, without
-    ``force``, and a `MismatchError` if the names clash or do not fit a header.
+    ``room`` is metadata as large as the final metadata can get; ``space`` how many bytes must be free, by
+    default the file's. A `MismatchError` says that names clash or do not fit a header; else it raises as
+    `staged_file`.
     """
     plan = _planned(entries, room, out)
     if out is None:
@@ -161,12 +153,12 @@ def written_file(
             spool = OpenFile(os.dup(nameless.fileno()))
         require_space(tempfile.gettempdir(), plan.nbytes if space is None else space)
         with naming(tempfile.gettempdir()):
-            yield _Written(TensorFileWriter(plan, spool.fileno()), spool, None)
+            yield TensorFileWriter(plan, spool.fileno(), spool)
         return
     path = Path(out).absolute()  # the caller may change the current folder meanwhile
     with staged_file(path, force=force) as staged:
         require_space(path.parent, plan.nbytes if space is None else space)
-        yield _Written(TensorFileWriter(plan, staged.fd), None, path)
+        yield TensorFileWriter(plan, staged.fd, path)
 
 
 def planned_bytes(entries: Sequence[TensorInfo], room: Mapping[str, str]) -> int:

@@ -93,10 +93,7 @@ class Encoder:
         self.dropped = 0  # how many examples had no token to learn, after truncation
 
     def encode(self, raw_examples: Sequence[RawExample]) -> list[Example]:
-        """The examples that have a token to learn.
-
-        Raises UsageError if the tokenizer lacks a chat template that is needed, or no example is left.
-        """
+        """The examples that have a token to learn; a `UsageError` if none is left."""
         encoders = {"prompt": self._completion, "messages": self._chat, "text": self._text}
         examples = []
         for raw in raw_examples:

@@ -1,4 +1,4 @@
-"""The gradient probes: they score neurons by the gradients of the base on some batches.
+"""The probes of the live model, which score neurons on training examples: by gradients, or a short fine-tune.
 
 ``gradient``: how far sign descent would turn the neuron. The first steps of Adam (Kingma and Ba, 2015),
 and all steps of signSGD (Bernstein et al., 2018), move every element by the learning rate against the
@@ -18,32 +18,46 @@ scores are written in the format of `neftsurgery.diff`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError
+from ..live.loading import load_model
 from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
-from ..surgery.diff import describe_tensor
+from ..selection.selection import described
+from ..storage.threads import Limits
+from ..surgery.diff import DiffPlan, describe_tensor
+from ..surgery.pairing import pair
 from ..tensors.arrays import Float64Array
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
+from .examples import collator
 
-__all__ = ["gradient_scores", "write_scores"]
+if TYPE_CHECKING:
+    from .train_plan import TrainPlan
+
+__all__ = ["STEPS", "gradient_scores", "probe", "write_scores"]
 
 _LARGEST = float(np.finfo(np.float32).max)
+#: Batches of a gradient probe, or steps of the fine-tune, if the recipe gives no number.
+STEPS = 100
+_SCORES = {"gradients": "gradient", "fisher": "fisher"}
 
 
 class _Signs:
@@ -109,10 +123,7 @@ def _total(values: Tensor, layout: Layout) -> Tensor:
 def _accumulate(
     model: nn.Module, sums: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
 ) -> int:
-    """Add the gradients of all batches to the sums, by parameter; returns the number of batches.
-
-    Raises MismatchError if the loss is not a number.
-    """
+    """Add the gradients of all batches to the sums, by parameter; returns the number of batches."""
     model.eval()  # without dropout, equal batches give equal scores
     parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
     count = 0
@@ -164,12 +175,9 @@ def gradient_scores(
     *,
     score: str = "gradient",
 ) -> Scores:
-    """Score the neurons of ``anatomy`` by their gradients, into a scores file.
+    """Score the neurons of ``anatomy`` of ``base``, whose live model is given, into a scores file.
 
-    ``model`` is the live model of ``base``. A batch holds the model's keyword arguments, ``labels`` included,
-    on its device. Without ``out`` the scores file is temporary. ``score`` is ``gradient`` or ``fisher``.
-
-    Raises MismatchError if the loss is not a number.
+    A batch holds the model's keyword arguments, ``labels`` included, on its device.
     """
     live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
     kind = _SUMS[score]
@@ -216,11 +224,9 @@ def write_scores(
     units: Mapping[str, NDArray[np.int64]],
     out: str | os.PathLike[str] | None = None,
 ) -> Scores:
-    """Write the scores of the neurons of ``anatomy`` in the format of `neftsurgery.diff`.
+    """Write scores by tensor in the format of `neftsurgery.diff`; a neuron with NaN is never chosen.
 
-    ``values`` are the neurons' scores, ``[n]``, per tensor of ``anatomy.scored``; a neuron with NaN is never
-    chosen. ``units`` are the neurons' units, ``[n]``, per tensor, if the anatomy has units; the neurons of a
-    unit have the same score. Without ``out`` the file is temporary.
+    ``units``: the unit of each neuron; the neurons of one have the same score. Without ``out``: temporary.
     """
     biases = {t.bias for t in anatomy.scored if t.bias is not None}
     companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]
@@ -232,7 +238,9 @@ def write_scores(
         "base": Provenance.of(base).to_json(),
         "nonfinite": 0,
         "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
-        "unscored": {info.name: _describe_bias(info) for info in companions},
+        "unscored": {
+            info.name: {"reason": "bias", **described(info, range(len(info.shape)))} for info in companions
+        },
     }
     entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
     entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
@@ -240,15 +248,72 @@ def write_scores(
     metadata = dump(SCORES_KEY, facts)
     with written_file(entries, metadata, out) as written:
         for name, value in values.items():
-            written.writer.write(name, 0, value.astype(np.float32))
+            written.write(name, 0, value.astype(np.float32))
         for name, ids in units.items():
-            written.writer.write(f"{name}:unit", 0, ids)
+            written.write(f"{name}:unit", 0, ids)
         for info in companions:  # nothing has changed yet; being listed lets a bias go with its neurons
-            written.writer.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
-        written.writer.finish(metadata)
+            written.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
+        written.finish(metadata)
     return Scores.read(written.reader())
 
 
-def _describe_bias(info: TensorInfo) -> dict[str, Any]:
-    axes = list(range(len(info.shape)))
-    return {"reason": "bias", "shape": list(info.shape), "dtype": info.dtype, "neuron_axes": axes}
+def probe(
+    plan: TrainPlan,
+    model: Any,
+    device: torch.device,
+    *,
+    limits: Limits,
+    note: Callable[[str], None],
+) -> Scores:
+    """Score the neurons on the training examples; the scores file stays in the run directory."""
+    out = plan.run_directory.scores
+    out.unlink(missing_ok=True)
+    steps = plan.recipe.probe.steps or STEPS
+    try:
+        if plan.recipe.probe.by == "finetune":
+            note(f"fine-tuning the whole model for {steps} steps to see which neurons change")
+            return _finetune_scores(plan, steps, limits)
+        assert plan.choice.anatomy is not None  # planned for a probe
+        note(f"scoring neurons by their gradients on {steps} batches")
+        model.to(device)
+        score = _SCORES[plan.recipe.probe.by]
+        batches = _batches(plan, steps, device)
+        return gradient_scores(model, plan.base, plan.choice.anatomy, batches, out, score=score)
+    finally:
+        plan.base.close()
+
+
+def _batches(plan: TrainPlan, count: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """At most ``count`` batches; no example is drawn twice."""
+    collate, size, examples = collator(plan.tokenizer), plan.recipe.train.batch_size, plan.examples.train
+    order = list(range(len(examples)))
+    random.Random(plan.recipe.train.seed).shuffle(order)
+    for start in range(0, min(len(order), count * size), size):
+        batch = collate([examples[n] for n in order[start : start + size]])
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits) -> Scores:
+    """Fine-tune a copy of the whole model, score its change, and delete it."""
+    recipe, directory = plan.recipe, plan.run_directory
+    shutil.rmtree(directory.probe, ignore_errors=True)
+    model = load_model(plan.base, "causal_lm")
+    dtype = model.dtype
+    model.to(torch.float32)  # the steps of a short fine-tune are smaller than the rounding of bfloat16
+    args = plan.trainer_arguments(
+        directory.probe / "trainer", steps=steps, save_every=steps, dev=False,
+        learning_rate=recipe.probe.learning_rate, save_strategy="no", logging_strategy="no",
+    )  # fmt: skip
+    examples = plan.examples.train
+    trainer = Trainer(model=model, args=args, train_dataset=examples, data_collator=collator(plan.tokenizer))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.to(device="cpu", dtype=dtype).save_pretrained(directory.probe / "tuned")
+    del trainer, model
+    tuned = Checkpoint.open(directory.probe / "tuned")
+    sides = pair(plan.base, tuned, recipe.select.scope)
+    comparison = DiffPlan(sides, recipe.select.score or "cosine", recipe.select.seed, directory.scores)
+    scores = comparison.run(limits=limits)
+    tuned.close()
+    shutil.rmtree(directory.probe)
+    return scores

@@ -1,4 +1,4 @@
-"""The loss curve of a run: values per step, as JSON lines and as a plot."""
+"""The record of a run: its loss curve, as JSON lines and as a plot, and the manifest's ``training``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..reporting.training_record import loss_figure
 
-__all__ = ["LossPoint", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
+__all__ = ["LossPoint", "TrainingFacts", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
 
 _LOG_NAMES = {
     "loss": "train_loss",
@@ -54,10 +54,7 @@ def curve_from_log(log: Sequence[Mapping[str, Any]]) -> tuple[LossPoint, ...]:
 
 
 def losses_of(points: Sequence[LossPoint], most: int = 200) -> list[LossPoint]:
-    """The losses alone, in at most ``most`` points.
-
-    If all dev losses fit, all are kept, with evenly spaced train losses; otherwise evenly spaced dev losses.
-    """
+    """The losses alone, evenly thinned to ``most`` points: dev losses are kept as long as they fit."""
     kept = [
         LossPoint(point.step, point.train_loss, point.dev_loss)
         for point in points
@@ -91,3 +88,46 @@ def plot_curve(points: Sequence[LossPoint], path: Path) -> bool:
         return False
     path.write_bytes(figure.png())
     return True
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """How a patch was trained. There are no paths: they mean nothing on another machine."""
+
+    data: str  # the name of the file or data set
+    examples: int  # for training
+    examples_digest: str  # of all examples
+    probe: str  # `probe.by` of the recipe
+    steps: int  # of the optimizer
+    options: Mapping[str, Any]  # the other keys of the recipe's section `train`
+    train_loss: float | None  # this, `dev_loss` and `best_step` as in `TrainResult`
+    dev_loss: float | None
+    best_step: int | None
+    curve: tuple[LossPoint, ...]  # thinned
+    seconds: float  # of the run
+    torch: str  # version
+    transformers: str  # version
+
+    def to_json(self) -> dict[str, object]:
+        """The manifest's ``training``. The options stand beside the rest; a loss that is None is left out."""
+        facts: dict[str, Any] = {}
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if one.name == "options":
+                facts |= value
+            elif one.name == "curve":
+                facts["curve"] = [point.to_json() for point in value]
+            elif value is not None:
+                facts[one.name] = value
+        return facts
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TrainingFacts:
+        """The inverse of `to_json`."""
+        own = {one.name for one in dataclasses.fields(cls)} - {"options", "curve"}
+        known: dict[str, Any] = {name: value.get(name) for name in own}
+        return cls(
+            **known,
+            options={key: one for key, one in value.items() if key not in own | {"curve"}},
+            curve=tuple(LossPoint.from_json(point) for point in value.get("curve", ())),
+        )

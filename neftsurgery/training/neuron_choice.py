@@ -47,7 +47,7 @@ class NeuronChoice:
         if select.like is not None:
             like = Selection.load(select.like).counts
             return sum(like.get(t.info.name, 0) * t.layout.width for t in scored)
-        counts = [t.layout.count if t.part is None else t.part.count for t in scored]
+        counts = list(map(scored_count, scored))
         whole = sum(count * t.layout.width for count, t in zip(counts, scored, strict=True))
         budget = Budget.of(**select.budget)
         for amount, total, each in (

@@ -43,14 +43,9 @@ def read_raw_examples(
     template: PromptTemplate | None = None,
     limit: int | None = None,
 ) -> list[RawExample]:
-    """Read a jsonl file or a Hub dataset.
+    """Read at most ``limit`` rows of a jsonl file, or of the ``split`` of a Hub dataset's ``subset``.
 
-    ``split`` and ``subset`` (the configuration) are those of a Hub dataset. ``template`` makes prompt and
-    completion from a row's fields. At most ``limit`` rows are read.
-
-    Raises UsageError if the file does not exist or holds no rows; MismatchError for a row that is not an
-    object or has none of the known forms, and CorruptFileError for a line that is not JSON, both naming the
-    line; and MachineError if the Hub cannot be reached.
+    ``template`` makes prompt and completion from a row's fields. Errors name the line.
     """
     lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
     examples = []
@@ -174,10 +169,7 @@ class PromptTemplate:
 
     @classmethod
     def of(cls, prompt: str | None, completion: str | None) -> PromptTemplate | None:
-        """The checked template of a recipe; None if it has none.
-
-        Raises UsageError if one of the two texts is missing, or one is not a template.
-        """
+        """The checked template of a recipe; None if it has none, a `UsageError` if it is not one."""
         if prompt is None and completion is None:
             return None
         if prompt is None or completion is None:
@@ -187,10 +179,7 @@ class PromptTemplate:
         return cls(prompt, completion)
 
     def fill(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """``prompt`` and ``completion`` of a row.
-
-        Raises LookupError if the row lacks a field. The argument is the field's name.
-        """
+        """``prompt`` and ``completion`` of a row; a LookupError with the name of a missing field."""
         return {"prompt": _filled(self.prompt, row), "completion": _filled(self.completion, row)}
 
 

@@ -137,10 +137,7 @@ class Recipe:
     train: Train
 
     def to_json(self) -> dict[str, Any]:
-        """All keys, defaults included. Paths are absolute, so that the recipe means the same in any folder.
-
-        `neftsurgery.training.recipe_reader.read_recipe` reads it back.
-        """
+        """All keys, for `read_recipe`. Paths are absolute, so that it means the same in any folder."""
         described = dataclasses.asdict(self)
         for key in PATH_KEYS:
             section, _, name = key.rpartition(".")

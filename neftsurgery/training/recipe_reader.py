@@ -1,5 +1,7 @@
 """From a YAML file or a mapping to a `Recipe`.
 
+YAML is read by PyYAML's safe loader, reduced to what recipes need; errors name the line.
+
 An unknown key is an error, and the message suggests the nearest one. A value of the wrong type is an error,
 and the message states the type. So are numbers that make no sense, and keys that do not go together.
 """
@@ -18,15 +20,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import NeftError, UsageError, boundary, spelled
+import yaml
+
+from ..errors import NeftError, UsageError, boundary, naming, spelled
 from ..options import PrefixOptions, Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 from .raw_examples import PromptTemplate
 from .recipe import PATH_KEYS, Data, Probe, Recipe, Select, Train
-from .recipe_yaml import load_yaml, parse_yaml
 
-__all__ = ["AnyRecipe", "as_key", "check_recipe", "known_keys", "nearest", "parse_overrides", "read_recipe"]
+__all__ = [
+    "AnyRecipe",
+    "as_key",
+    "check_recipe",
+    "known_keys",
+    "load_yaml",
+    "nearest",
+    "parse_overrides",
+    "parse_yaml",
+    "read_recipe",
+]
+
+_MAX_BYTES = 100_000
+_MAX_DEPTH = 50
 
 AnyRecipe = str | os.PathLike[str] | Mapping[str, Any]
 """A recipe as a user gives it: the path of a YAML file, or a mapping with its content."""
@@ -44,13 +60,9 @@ _NOT_NEGATIVE = (
 
 @boundary
 def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe.
+    """Read a recipe: a YAML file, whose paths start from its folder, or a mapping.
 
-    ``recipe`` is a YAML file, whose paths start from its folder, or a mapping, whose paths start from the
-    current folder. ``overrides`` are values that replace the recipe's, as ``{"train.steps": 100}`` or
-    ``{"train": {"steps": 100}}``. Their paths start from the current folder.
-
-    Raises UsageError for an unknown key, a value of the wrong type, or keys that do not go together.
+    ``overrides`` replace values, as ``{"train.steps": 100}`` or ``{"train": {"steps": 100}}``.
     """
     if isinstance(recipe, Mapping):
         file, values = None, dict(_flat(recipe, None))
@@ -74,10 +86,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
-    """The overrides that ``--set KEY=VALUE`` gives; a value is YAML.
-
-    Raises UsageError for an unknown key, or a value that is not YAML.
-    """
+    """The overrides that ``--set KEY=VALUE`` gives; a value is YAML."""
     overrides = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -216,10 +225,7 @@ def _is_plain(value: Mapping[str, Any]) -> bool:
 
 
 def check_recipe(recipe: Recipe, file: Path | None) -> None:
-    """Refuse a recipe that makes no sense; ``file`` is named in errors.
-
-    Raises UsageError for numbers out of range, or keys that do not go together.
-    """
+    """Raise a `UsageError` for numbers out of range, or keys that do not go together."""
     for key in (*_POSITIVE, *_NOT_NEGATIVE):
         section, _, name = key.partition(".")
         value = getattr(getattr(recipe, section), name)
@@ -292,3 +298,63 @@ def as_key(name: str, value: str | None) -> str:
     if name not in Select.__dataclass_fields__ and name not in PrefixOptions.__annotations__:
         return f"[[{name}]]" if value is None else f"[[{name}={value}]]"
     return f"{section}.{name}" if value is None else f"{section}.{name}: {value}"
+
+
+def load_yaml(file: Path) -> Any:
+    """The content of a recipe file; a `UsageError` if it is too large, or not YAML in UTF-8."""
+    with naming(file), open(file, "rb") as stream:
+        raw = stream.read(_MAX_BYTES + 1)
+    if len(raw) > _MAX_BYTES:
+        raise UsageError(f"this is not a recipe: it is larger than {_MAX_BYTES:,} bytes", file=file)
+    try:
+        return parse_yaml(raw.decode("utf-8"), file)
+    except UnicodeDecodeError as error:
+        raise UsageError("this is not a recipe: it is not UTF-8 text", file=file) from error
+
+
+def parse_yaml(text: str, file: str | Path) -> Any:
+    """The value of a YAML text; ``file`` is named in errors. Raises UsageError if it is not valid YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise UsageError("not valid YAML: it is nested too deeply", file=file) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise UsageError(f"not valid YAML{where}: {problem}", file=file) from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML raises these for `!!timestamp x` and the like.
+        raise UsageError("not valid YAML: a value does not match its tag", file=file) from error
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """The safe loader, which also refuses duplicate keys, aliases and deep nesting.
+
+    A few lines of aliases to aliases expand to a document of any size. The time PyYAML takes for nested
+    brackets is quadratic in their depth.
+    """
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        if self.flow_level >= _MAX_DEPTH:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"*{event.anchor}: recipes have no anchors and aliases", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (value := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{value!r} is given twice", key.start_mark
+                )
+            seen.add(value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping

@@ -84,10 +84,7 @@ class RunDirectory:
         return 0 if save is None else int(save.name.rpartition("-")[2])
 
     def resumable_step(self, identity: RunIdentity) -> int | None:
-        """The step from which a run of this identity would resume; None if there is no unfinished run of it.
-
-        Raises UsageError if a run of another identity has saved here.
-        """
+        """The step where a run of this identity resumes, or None; a `UsageError` if another saved."""
         try:
             known = RunIdentity.from_json(read_object(self.path / _IDENTITY))
         except (FileNotFoundError, NotADirectoryError):
@@ -111,10 +108,7 @@ class RunDirectory:
 
     @contextmanager
     def opened(self, identity: RunIdentity, *, restart: bool) -> Iterator[None]:
-        """Lock the folder for this process, and empty it unless the run resumes.
-
-        Raises UsageError if another process is training here.
-        """
+        """Lock the folder for this process alone, and empty it unless the run resumes."""
         self.path.mkdir(exist_ok=True)
         with naming(self.path), open(self.path / _LOCK, "wb") as lock:
             try:

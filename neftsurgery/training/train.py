@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..patch.patch import PATCH_NAME
 from ..progress import Progress, silent
 from ..selection.selection import Selection
 from ..storage.threads import Limits
@@ -140,7 +141,7 @@ class TrainResult:
     @property
     def patch(self) -> Path | None:
         """The patch file; None if the run has not finished."""
-        return self.out / "neuron_patch.safetensors" if self.finished else None
+        return self.out / PATCH_NAME if self.finished else None
 
     def __str__(self) -> str:
         losses = (("train loss", self.train_loss), ("dev loss", self.dev_loss))

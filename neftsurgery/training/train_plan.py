@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+import yaml
 from transformers import TrainingArguments
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import fingerprint
 from ..errors import UsageError, boundary, spelled
-from ..live.loading import load_tokenizer, meta_model
+from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
 from ..live.names import live_names
+from ..patch.patch import PATCH_NAME
 from ..progress import Progress, silent
+from ..selection.selection import Selection
 from ..sources.resolve import is_hub_id
+from ..storage.output import staged_directory
 from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
+from ..tuning.attached import Attached, attach
+from ..tuning.trainer import last_save
 from .examples import Examples, read_examples
-from .neuron_choice import NeuronChoice, choose_from_files
+from .gradient_probe import probe
+from .loss_curve import TrainingFacts, curve_from_log, losses_of, plot_curve, write_curve
+from .neuron_choice import NeuronChoice, budget_of, choose_from_files
 from .recipe import Recipe
 from .recipe_reader import AnyRecipe, as_key, in_recipe_words, read_recipe
-from .run import run_training
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
-from .trainer import trainer_arguments
+from .trainer import make_trainer, trainer_arguments
 
-__all__ = ["TrainPlan", "plan_train"]
+__all__ = ["TrainPlan", "plan_train", "run_training"]
 
 _SAVES = 10  # per run, if the recipe gives no save_every
 _ADAM_BYTES = 8  # per parameter: AdamW's two moments in float32
@@ -107,13 +119,9 @@ class TrainPlan:
         note: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = _never,
     ) -> TrainResult:
-        """Train. An unfinished run of the same recipe resumes from its last save.
+        """Train, or resume an unfinished run of the same recipe; errors as in `train`.
 
-        ``progress`` receives optimizer steps; ``note`` receives dev losses, and what happens next, as
-        sentences. ``stop`` is called after every step; if it returns True, the run saves and stops.
-
-        Raises UsageError if another process is training here; MismatchError if the model cannot be trained
-        this way, or its loss is not a number; and MachineError if something cannot be read or written.
+        ``note`` gets sentences; ``stop`` is asked after every step: True saves and stops the run.
         """
         return run_training(self, limits=limits or Limits.of(), progress=progress, note=note, stop=stop)
 
@@ -131,13 +139,7 @@ def plan_train(
 ) -> TrainPlan:
     """Check everything that a recipe names, and choose the neurons if files suffice for that.
 
-    ``recipe`` and ``overrides`` are those of `read_recipe`. ``force``: replace an existing ``out``.
-    ``resume``: require an unfinished run; one is resumed in any case, unless ``restart`` is given, which
-    discards it.
-
-    Raises UsageError for a wrong recipe, missing files, an existing ``out``, or an unusable model or
-    tokenizer; MismatchError if a selection, scores or an example do not fit, or no neuron is chosen; and
-    CorruptFileError for a line of examples that is not JSON.
+    Arguments and errors as in `train`; ``overrides`` as in `read_recipe`.
     """
     if resume and restart:
         raise UsageError("[[resume]] and [[restart]] do not go together")
@@ -201,3 +203,119 @@ def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdenti
     described = recipe.to_json()
     del described["out"]
     return RunIdentity(described, fingerprint(base), examples.digest())
+
+
+def run_training(
+    plan: TrainPlan,
+    *,
+    limits: Limits,
+    progress: Progress,
+    note: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> TrainResult:
+    """Run a planned training, or resume it; see `TrainPlan.run`."""
+    start = time.perf_counter()
+    directory = plan.run_directory
+    with directory.opened(plan.identity, restart=plan.restart), _quiet_transformers():
+        save = last_save(directory.saves)
+        args = plan.trainer_arguments(directory.saves, eval_on_start=bool(plan.examples.dev) and save is None)
+        model = load_model(plan.base, "causal_lm")
+        selection = directory.load_selection()
+        if selection is None:
+            selection = _choose(plan, model, args.device, limits, note)
+        with attach(model, selection, base=plan.recipe.model, mode=plan.recipe.train.mode) as attached:
+            with progress("training", plan.steps) as advance:
+                resumed_from = directory.last_step
+                advance(resumed_from)
+                trainer = make_trainer(plan, attached, args, advance=advance, note=note, stop=stop)
+                trainer.train(resume_from_checkpoint=None if save is None else str(save))
+            result = _result(plan, trainer.state, resumed_from, selection)
+            if not result.finished:
+                return result
+            result = _publish(plan, attached, result, time.perf_counter() - start)
+        directory.remove()
+    return result
+
+
+def _result(plan: TrainPlan, state: Any, resumed_from: int, selection: Selection) -> TrainResult:
+    curve, dev = curve_from_log(state.log_history), bool(plan.examples.dev)
+    return TrainResult(
+        out=plan.out,
+        run_directory=plan.run_directory.path,
+        step=state.global_step,
+        steps=plan.steps,
+        resumed_from=resumed_from,
+        selection=selection,
+        curve=curve,
+        train_loss=next((p.train_loss for p in reversed(curve) if p.train_loss is not None), None),
+        dev_loss=state.best_metric if dev else None,
+        best_step=state.best_global_step if dev else None,
+    )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own messages and progress bars."""
+    logging: Any = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _choose(
+    plan: TrainPlan,
+    model: Any,
+    device: torch.device,
+    limits: Limits,
+    note: Callable[[str], None],
+) -> Selection:
+    """Choose the neurons, and keep them in the run directory."""
+    selection, scores, directory = plan.choice.selection, plan.choice.scores, plan.run_directory
+    if selection is None:
+        with probe(plan, model, device, limits=limits, note=note) as probed:
+            selection = probed.select(**budget_of(plan.recipe.select))
+    elif scores is not None:
+        scores.save(directory.scores, force=True)
+    selection.require_fit(plan.base)
+    selection.save(directory.selection)
+    note(f"chose {selection.neurons:,} neurons, {selection.parameters:,} parameters")
+    return selection
+
+
+def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> TrainingFacts:
+    options = plan.recipe.to_json()["train"]
+    return TrainingFacts(
+        data=Path(plan.recipe.data.train).name,
+        examples=len(plan.examples.train),
+        examples_digest=plan.examples.digest(),
+        probe=plan.recipe.probe.by,
+        steps=plan.steps,
+        options={key: one for key, one in options.items() if key not in ("steps", "epochs", "save_every")},
+        train_loss=result.train_loss,
+        dev_loss=result.dev_loss,
+        best_step=result.best_step,
+        curve=tuple(losses_of(result.curve)),
+        seconds=round(seconds, 3),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
+
+
+def _publish(plan: TrainPlan, attached: Attached, result: TrainResult, seconds: float) -> TrainResult:
+    """Write OUT, whole or not at all."""
+    facts = {"training": _training_facts(plan, result, seconds).to_json()}
+    with staged_directory(plan.out, force=plan.force) as folder:
+        with attached.patch(folder / PATCH_NAME, facts=facts) as patch:
+            nbytes = patch.nbytes
+        result.selection.save(folder / "selection.safetensors")
+        if plan.run_directory.scores.exists():
+            shutil.copyfile(plan.run_directory.scores, folder / "scores.safetensors")
+        write_curve(result.curve, folder / "losses.jsonl")
+        recipe = yaml.safe_dump(plan.recipe.to_json(), sort_keys=False)
+        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        plotted = plot_curve(result.curve, folder / "losses.png")
+    return replace(result, plotted=plotted, patch_bytes=nbytes)

@@ -30,10 +30,7 @@ _KEPT_SAVES = 2  # the last, and the best
 def trainer_arguments(
     recipe: Recipe, saves: Path, *, steps: int, save_every: int, dev: bool, **options: Any
 ) -> TrainingArguments:
-    """The Trainer's arguments; ``options`` replace the recipe's.
-
-    Raises UsageError if ``train.more`` has an unknown argument, or one that the recipe has a key for.
-    """
+    """The Trainer's arguments; ``options`` replace the recipe's, ``train.more`` adds others."""
     train = recipe.train
     ours: dict[str, Any] = {
         "output_dir": str(saves),

@@ -113,10 +113,7 @@ class AttachedNeurons:
         self.active = False
 
     def refresh(self, force: bool = False) -> None:
-        """Write the values into the weight if either has changed in place; ``force``: in any case.
-
-        Costs a few comparisons if nothing has changed. An overlay writes nothing.
-        """
+        """Write the values into the weight if either has changed in place; ``force``: in any case."""
         weight = self.weight
         if self.index.device != weight.device:
             self._move(weight.device)

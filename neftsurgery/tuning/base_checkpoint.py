@@ -38,11 +38,7 @@ BaseOption: TypeAlias = str | os.PathLike[str] | Literal[False] | None
 
 
 def find_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
-    """The checkpoint that the model was loaded from.
-
-    ``base`` is its path or Hub id. None: what the model itself names, if that is on this machine.
-    False: none.
-    """
+    """The checkpoint of ``base``; None: the one that the model names, if it is on this machine."""
     if base is False:
         return None
     if base is not None:
@@ -109,10 +105,9 @@ def _representable(vectors: Tensor, dtype: torch.dtype) -> NDArray[np.bool_]:
 
 
 def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> None:
-    """Raise a `MismatchError` unless ``vectors``, ``[k, width]`` of a live weight, are those of the base.
+    """Raise a `MismatchError` unless ``vectors``, ``[k, width]`` of a live weight, are the base's.
 
-    With a ``base`` they must equal its vectors, cast to the live dtype. Without one they must be values of
-    the selection's dtype.
+    They must equal its vectors, cast to the live dtype; without a ``base``, fit the selection's dtype.
     """
     name, dtype = chosen.info.name, chosen.info.dtype
     for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
@@ -144,9 +139,7 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
 def checked_values(patch: Patch, name: str, vectors: Tensor | None, base: Checkpoint | None) -> Tensor:
     """A patch's values of one tensor, ``[k, width]`` in its dtype, after checking that the patch fits.
 
-    ``vectors`` are those that the live weight holds, None if it is quantized. The base is read where they
-    cannot tell. Raises a `MismatchError` if the patch was not made from this model's base, a
-    `CorruptFileError` if its content does not match its hashes.
+    ``vectors``: those of the live weight, None if it is quantized; the base is read if they cannot tell.
     """
     tensor = patch.tensors[name]
     before, after = DigestHash(), DigestHash()

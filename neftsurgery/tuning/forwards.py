@@ -218,11 +218,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def forward_of(module: nn.Module) -> LayerForward | None:
-    """How ``module`` computes; None if that is not known.
-
-    The class's forward method decides, not its name: a subclass that overrides it is another layer type.
-    A linear layer with a quantized weight is taken for a linear map of the dequantized weight.
-    """
+    """How ``module`` computes, as its class's forward method says, not its name; None if unknown."""
     cls: Any = type(module)
     if isinstance(module, nn.Linear):
         if cls is nn.modules.linear.NonDynamicallyQuantizableLinear:

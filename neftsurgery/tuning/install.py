@@ -81,10 +81,7 @@ def has_foreign_forward(module: nn.Module) -> bool:
 
 
 def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers) -> None:
-    """Attach ``neurons`` with ``values`` (see `AttachedNeurons.install`); have ``layers`` compute with them.
-
-    If this is interrupted, `remove` undoes what was done.
-    """
+    """Install ``neurons`` with ``values``, and have ``layers`` compute with them; `remove` undoes it."""
     neurons.install(values)
     state = _state(neurons.module)
     state.owned.append(neurons)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ..checkpoint.provenance import require_same_files
 from ..errors import CorruptFileError, NeftError, UsageError, boundary, naming
-from ..patch.patch import Patch
+from ..patch.patch import PATCH_NAME, Patch
 from ..storage.output import fsync, fsync_folder, staged_file
 from ..tensors.document import read_object
 from .attached import Attached
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 else:  # the class after the mixin, any Trainer; importing one takes seconds
     _Trainer = object
 
-__all__ = ["PATCH_NAME", "PatchSaving", "last_save"]
+__all__ = ["PatchSaving", "last_save"]
 
-PATCH_NAME = "neuron_patch.safetensors"
 _STATE_NAME = "neuron_state.safetensors"
 _MARKER_NAME = "neuron_save.json"
 _SAVE = re.compile(r"checkpoint-(\d+)")

@@ -54,11 +54,7 @@ def plan_weights(
     mode: ModeOption,
     trainable: bool,
 ) -> list[WeightPlan]:
-    """Plan how each tensor of ``what`` is attached to the model.
-
-    Raises MismatchError if the selection or the patch does not fit the model or its base, and UsageError if
-    the layers' types, or neurons that are already attached, do not allow it.
-    """
+    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`."""
     if mode not in ("auto", "scatter", "overlay"):
         raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)
     if not isinstance(what, (Selection, Patch)):

@@ -146,9 +146,10 @@ def test_nothing_to_heal(tmp_path: Path, neft: Run) -> None:
     base = write_folder(tmp_path / "base", {"w": np.ones((2, 3), np.float32)})
     assert plan_heal(base).restorations == ()
     assert heal_recorded(base) is None
-    result = neft("heal", base)
-    assert result.code == 0
-    assert "nothing to heal" in result.out
+    for more in ((), ("--dry-run",)):
+        result = neft("heal", base, *more)
+        assert result.code == 0
+        assert "nothing to heal" in result.out
     assert neft("heal", tmp_path / "missing").code == 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,3 +212,28 @@ def test_a_pattern_that_matches_only_tensors_of_one_side(here: Path) -> None:
         ns.diff("more", "base", include=["*extra*"])
     with pytest.raises(ns.UsageError, match="no tensor matches include 'nothing'"):
         ns.diff("base", "more", include=["nothing"])
+
+
+def test_forms_are_told_where_a_patch_does_not_fit(here: Path) -> None:
+    """The file of an adapter, and a quantized model, given as what is patched or verified."""
+    patch = ns.extract("base", write_folder(here / "tuned", TUNED), neurons=3)
+    name, *_ = patch.tensors
+    factors = {f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight": BASE[name] for x in "AB"}
+    write_file(here / "adapter.safetensors", factors)
+    codes = {one: array.astype(np.int8) if array.ndim == 2 else array for one, array in BASE.items()}
+    scales = {f"{one}_scale": np.ones(len(array), np.float32) for one, array in BASE.items()}
+    write_folder(here / "quantized", codes | scales, 1, LLAMA_CONFIG)
+    for side, what in (("adapter.safetensors", "factors of a LoRA adapter"), ("quantized", "is quantized")):
+        for options in ({"out": "new"}, None):
+            with pytest.raises(ns.MismatchError, match=what):
+                ns.verify(side, patch) if options is None else ns.apply(side, patch, **options)
+
+
+def test_nothing_is_called_identical_where_no_neuron_was_scored(here: Path, neft: Any) -> None:
+    """Only norms have equal shapes in one rank's part, and they are not neurons."""
+    write_folder(
+        here / "part", {n: a if "norm" in n else a[: len(a) // 2] for n, a in TUNED.items()}, 1, LLAMA_CONFIG
+    )
+    done = neft("diff", "base", "part", "--include", "*")
+    assert (done.code, "No neuron was scored." in done.out, "dentical" in done.out) == (0, True, False)
+    assert "scored neurons nothing" not in done.out

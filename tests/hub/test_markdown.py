@@ -8,7 +8,7 @@ from card_support import RENDER
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neftsurgery.hub.markdown import code_span, link, table, text_bar
+from neftsurgery.hub.card_text import code_span, link, table, text_bar
 
 
 @settings(max_examples=60)

@@ -82,6 +82,7 @@ def test_repositories_that_do_not_exist_or_are_not_accessible(published, several
     cases = [
         (WRITER, ("pull", "me/nothing"), 2, "check the spelling"),
         (WRITER, ("pull", "org/model"), 3, "has no file neuron_patch.safetensors"),
+        (WRITER, ("pull", "org/model@main"), 3, "extract BASE ADAPTER"),
         (WRITER, ("pull", "me/patch@v9"), 2, "no revision"),
         (WRITER, ("pull", "me"), 2, "org/name"),
         (WRITER, ("pull", "local/file.safetensors/x"), 2, "org/name"),
@@ -245,13 +246,14 @@ def test_the_sha256_that_push_shows_is_what_pull_and_apply_check(hub, several, p
     for said in (dry, shown):
         assert f"SHA-256 of {NAME}: {expected}" in said.out, said
     pinned = f"me/patch@{hub.repos['me/patch']['refs']['main']}"
-    again, good, bad, applied, refused = several(
+    again, good, bad, applied, refused, dry = several(
         [
             ("push", "p.safetensors", "me/patch", "--json"),
             (*PULL, "--sha256", expected.upper()),
             ("pull", "me/patch", "-o", "r.safetensors", "--sha256", other),
             ("apply", "base", "me/patch", "-o", "patched", "--sha256", expected),
             ("apply", "base", pinned, "-o", "no", "--sha256", other),
+            ("pull", "me/patch", "-o", "r.safetensors", "--sha256", other, "--dry-run"),
         ]
     )
     assert (again.json["sha256"], again.json["changed"]) == (expected, False)
@@ -259,5 +261,6 @@ def test_the_sha256_that_push_shows_is_what_pull_and_apply_check(hub, several, p
     assert (tmp_path / "q.safetensors").read_bytes() == content
     assert f"me/patch: this is not the file whose --sha256 was given (expected {other}" in bad.err
     assert f"found {expected})" in refused.err
+    assert (dry.code, dry.out, dry.err) == (bad.code, "", bad.err)
     assert not (tmp_path / "r.safetensors").exists()
     assert not (tmp_path / "no").exists()

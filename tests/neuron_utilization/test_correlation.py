@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from neftsurgery.neuron_utilization.correlation import max_correlations
+from neftsurgery.neuron_utilization.measure import max_correlations
 from neftsurgery.neurons.layout import Layout
 
 NAN = float("nan")

@@ -10,7 +10,7 @@ import pytest
 
 import neftsurgery as ns
 from neftsurgery.neuron_utilization import measure
-from neftsurgery.neuron_utilization.correlation import max_correlations
+from neftsurgery.neuron_utilization.measure import max_correlations
 
 
 def test_correlations_do_not_depend_on_the_block_size(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neftsurgery.errors import CorruptFileError
-from neftsurgery.neurons.description import described_tensor
-from neftsurgery.neurons.layout import Layout
+from neftsurgery.neurons.layout import Layout, described_tensor
 from neftsurgery.tensors.header import TensorInfo
 
 

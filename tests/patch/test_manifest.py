@@ -5,7 +5,7 @@ from __future__ import annotations
 from neftsurgery import __version__
 from neftsurgery.checkpoint.provenance import Provenance
 from neftsurgery.patch.patch import Manifest
-from neftsurgery.selection.selection_facts import SelectionFacts
+from neftsurgery.selection.selection import SelectionFacts
 
 BASE, FACTS = Provenance({"name": "base", "fingerprint": None}), SelectionFacts({"score": "cosine"})
 

@@ -14,7 +14,7 @@ from test_kernels import ALL, DEFINITIONS, SMALL, Bits, decode, decoded, encode,
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.scoring import kernels
 from neftsurgery.scoring.engine import Job, TensorResult, stream
-from neftsurgery.scoring.pieces import CUT_SIZES, CutSizes
+from neftsurgery.scoring.partial_sums import CUT_SIZES, CutSizes
 from neftsurgery.storage.threads import Limits
 from neftsurgery.tensors.dtypes import DTYPES
 from neftsurgery.tensors.header import TensorInfo

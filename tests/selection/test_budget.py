@@ -130,6 +130,7 @@ def test_the_text_of_an_amount_reads_back(amount: Amount) -> None:
         ({"neurons": "3%", "max_per_tensor": 0}, ["--max-per-tensor"]),
         ({"neurons": "3%", "max_per_tensor": 1.5}, ["--max-per-tensor"]),
         ({"neurons": "3%", "seed": -1}, ["--seed"]),
+        ({"neurons": "3%", "seed": None}, ["--seed"]),
         ({"neurons": "3%", "per": "head"}, ["--per", "head"]),
         ({"neurons": "3%", "policy": "best"}, ["--policy", "best"]),
         ({"neurons": 0.03}, ["--neurons", "3%"]),

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from neftsurgery import Selection
-from neftsurgery.selection.selection_facts import SelectionFacts
+from neftsurgery.selection.selection import SelectionFacts
 
 RAW = {
     "score": "cosine", "policy": "random", "budget": {"neurons": "3%"}, "anatomy": "rows", "seed": 5,

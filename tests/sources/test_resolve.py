@@ -128,7 +128,8 @@ def test_nonsense_is_a_usage_error_and_asks_no_hub(here: Path, no_hub: list[str]
     with pytest.raises(UsageError, match="no such file or folder") as error:
         resolve(named)
     assert error.value.file == named
-    assert "org/name on the Hub" in str(error.value.hint)
+    what_helps = "write the whole path" if named.startswith("~") else "org/name on the Hub"
+    assert what_helps in str(error.value.hint)
     assert no_hub == []
 
 

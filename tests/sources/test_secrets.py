@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from neftsurgery.sources.hub_client import client
-from neftsurgery.sources.secrets import redacted
+from neftsurgery.sources.hub_errors import redacted
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
 

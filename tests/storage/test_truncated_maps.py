@@ -18,9 +18,8 @@ import neftsurgery as ns
 from neftsurgery.cli.main import cli
 from neftsurgery.options import Scope
 from neftsurgery.scoring import engine
-from neftsurgery.storage.page_cache import map_cached
+from neftsurgery.storage.page_cache import is_truncated, map_cached, sigbus_guard
 from neftsurgery.storage.threads import Limits
-from neftsurgery.storage.truncated_maps import is_truncated, sigbus_guard
 from neftsurgery.surgery.diff import plan_diff
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux maps files here")
@@ -63,7 +62,7 @@ def test_a_new_mapping_at_an_old_place_is_whole(tmp_path: Path, window: np.ndarr
 OTHERS = """
 import mmap, os, sys
 from neftsurgery.storage.threads import Limits
-from neftsurgery.storage.truncated_maps import sigbus_guard
+from neftsurgery.storage.page_cache import sigbus_guard
 with open(sys.argv[1], "rb") as file:
     mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 with sigbus_guard():

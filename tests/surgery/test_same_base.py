@@ -112,6 +112,7 @@ def test_revert_does_not_take_a_patch_out_of_a_model_it_was_not_put_into(tmp_pat
             refused = neft("revert", "wrong", *words, *place)
             assert (refused.code, snapshot(tmp_path)) == (3, before)
             assert "may not be the model" in refused.err
+            assert "before it take out the later patches" in refused.err  # revert takes one PATCH
         good = neft("revert", "patched", *words, "-o", "back", "--force")
         assert (good.code, good.err) == (0, "")
         assert snapshot(tmp_path / "back") == snapshot(tmp_path / "base")

@@ -98,6 +98,31 @@ def test_a_tied_tensor_is_one_tensor_however_it_is_saved(
         assert snapshot(other) == snapshot(out)
 
 
+@pytest.mark.parametrize("base_form", FORMS)
+def test_the_base_is_known_in_every_form(tmp_path: Path, base_form: str, neft: Callable[..., Result]) -> None:
+    """Saved again in another form, it has another fingerprint of its files, and is the same model."""
+    a = save(build(0), tmp_path / "a", base_form)
+    b = save(build(1), tmp_path / "b", "both")
+    ns.extract(a, b, out=tmp_path / "p", reversible=True, **LOSSLESS).close()
+    norm = {"changed": True, "only": ["*norm*"], "include": ["*norm*"], "axis": {"*norm*": 0}}
+    ns.extract(a, b, out=tmp_path / "scalars", reversible=True, **norm).close()
+    for number, form in enumerate(FORMS):
+        save(build(0), tmp_path / f"base{number}", form)
+        for patch in ("p", "scalars"):
+            steps = [
+                ("verify", f"base{number}", patch, "--json"),
+                ("apply", f"base{number}", patch, "-o", f"{patch}{number}", "--json"),
+                ("verify", f"{patch}{number}", patch, "--json"),
+                ("revert", f"{patch}{number}", patch, "--base", f"base{number}", "-o", "back", "--force"),
+            ]
+            for step in steps:
+                done = neft(*step)
+                assert (done.code, done.err) == (0, ""), step
+                assert "--json" not in step or done.json.get("same_base", True) is True
+    save(build(3), tmp_path / "wrong", base_form)
+    assert neft("verify", "wrong", "scalars", "--json").json["same_base"] is False
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [E, H, "lm_head*"])
 def test_either_name_includes_it(tmp_path: Path, form: str, name: str) -> None:

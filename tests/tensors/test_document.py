@@ -35,7 +35,7 @@ def test_dump_is_what_is_read(tmp_path: Path) -> None:
     assert list(metadata) == ["neuron_patch"]
     assert json.loads(metadata["neuron_patch"]) == GOOD
     with written_file([], metadata, tmp_path / "x") as written:
-        written.writer.finish(metadata)
+        written.finish(metadata)
     with written.reader() as file:
         assert read_document(file, "neuron_patch", "patch", 2) == GOOD
 

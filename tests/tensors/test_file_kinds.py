@@ -209,6 +209,7 @@ FOLDERS: dict[str, tuple[list[str], str, str]] = {
     "FSDP ranks": (["model_world_size_2_rank_0.pt", "config.json"], "one a rank", "join"),
     "Megatron": (["latest_checkpointed_iteration.txt", "iter_0000100/"], "Megatron", "Megatron Bridge"),
     "pipeline": (["model_index.json", "unet/"], "pipeline", "weight file"),
+    "patch": (["neuron_patch.safetensors", "README.md"], "a neuron patch", "as PATCH, after the base"),
     "trainer": (["checkpoint-500/", "trainer_state.json"], "training checkpoints", "checkpoint-500"),
     "tokenizer": (["tokenizer.json", "tokenizer_config.json"], "None", "hf download"),
     "empty": ([], "an empty folder", "weights"),

@@ -54,8 +54,8 @@ def test_what_is_written_is_what_the_package_reads(tmp_path: Path) -> None:
     arrays, out = arrays_of(ENTRIES), tmp_path / "x.safetensors"
     with written_file(ENTRIES, {"doc": "?" * 50}, out) as written:
         for name, array in arrays.items():
-            written.writer.write(name, 0, array)
-        written.writer.finish({"doc": "short"})
+            written.write(name, 0, array)
+        written.finish({"doc": "short"})
     theirs = load_file(out)
     assert theirs.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -72,13 +72,13 @@ def test_what_is_written_is_what_the_package_reads(tmp_path: Path) -> None:
 def test_entries_are_aligned_and_the_file_is_as_large_as_said(tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     with written_file(ENTRIES, {"doc": "x"}, out) as written:
-        written.writer.finish({})
+        written.finish({})
     header = read_header(out)
     assert header.size % 8 == 0
     assert {n: i.shape for n, i in header.tensors.items()} == {e.name: e.shape for e in ENTRIES}
     for entry in ENTRIES:
         assert header.offsets[entry.name] % entry.type.itemsize == 0
-    assert out.stat().st_size == written.writer.nbytes == header.size + sum(e.nbytes for e in ENTRIES)
+    assert out.stat().st_size == written.nbytes == header.size + sum(e.nbytes for e in ENTRIES)
     assert not any(out.read_bytes()[header.size :])  # what was not written is zero
 
 
@@ -110,11 +110,11 @@ def test_rows_may_come_in_any_order(
         copy = Path(folder) / "copy.safetensors"
         with written_file(entries, {}, out) as written:
             for name, start, rows in writes:
-                written.writer.write(name, start, rows)
-            written.writer.finish({})
+                written.write(name, start, rows)
+            written.finish({})
         with written.reader() as reader, copy.open("wb") as target:
             reader.copy_to(target.fileno())
-            assert reader.nbytes == written.writer.nbytes
+            assert reader.nbytes == written.nbytes
             for name, start, rows in writes:
                 np.testing.assert_array_equal(reader.array_bytes(name, start, start + len(rows)), rows)
         assert out is None or out.read_bytes() == copy.read_bytes()
@@ -134,10 +134,10 @@ def test_a_spooled_file_has_no_name_and_goes_with_its_reader(
     before = len(os.listdir("/dev/fd"))
     with written_file([TensorInfo("a", "F32", (4,))], {"k": "?"}, None) as written:
         assert os.listdir(tmp_path) == []
-        written.writer.write("a", 0, np.arange(4, dtype=np.float32))
+        written.write("a", 0, np.arange(4, dtype=np.float32))
         with pytest.raises(ValueError, match="not finished"):
             written.reader()
-        written.writer.finish({"k": "v"})
+        written.finish({"k": "v"})
     reader = written.reader()
     assert reader.path is None
     assert reader.header.metadata == {"k": "v"}
@@ -153,8 +153,8 @@ def test_non_contiguous_data_is_written_in_its_own_order(tmp_path: Path) -> None
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     out = tmp_path / "x.safetensors"
     with written_file([TensorInfo("a", "F32", (4, 3))], {}, out) as written:
-        written.writer.write("a", 0, array.T)
-        written.writer.finish({})
+        written.write("a", 0, array.T)
+        written.finish({})
     np.testing.assert_array_equal(load_file(out)["a"], array.T)
 
 
@@ -165,14 +165,14 @@ def test_writes_from_several_threads(tmp_path: Path) -> None:
 
         def write(first: int) -> None:
             for row in range(first, 64, 8):
-                written.writer.write("a", row, rows[row : row + 1])
+                written.write("a", row, rows[row : row + 1])
 
         threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        written.writer.finish({})
+        written.finish({})
     np.testing.assert_array_equal(load_file(out)["a"], rows)
 
 
@@ -183,7 +183,7 @@ def test_small_writes_in_any_order(tmp_path: Path, buffer_bytes: int) -> None:
     out = tmp_path / "x.safetensors"
     plan = FilePlan.of([TensorInfo(n, "I64", a.shape) for n, a in arrays.items()], {})
     with out.open("wb") as file:
-        writer = TensorFileWriter(plan, file.fileno(), small_bytes=100, buffer_bytes=buffer_bytes)
+        writer = TensorFileWriter(plan, file.fileno(), out, small_bytes=100, buffer_bytes=buffer_bytes)
         places = [(name, row) for name, array in arrays.items() if name != "t2" for row in range(len(array))]
         for place in RNG.permutation(len(places)):
             name, row = places[place]
@@ -202,20 +202,20 @@ def test_a_write_outside_its_entry_is_refused(tmp_path: Path, start: int) -> Non
             [TensorInfo("a", "U8", (3, 4)), TensorInfo("b", "U8", (9,))], {}, tmp_path / "x"
         ) as written,
     ):
-        written.writer.write("a", start, np.zeros((2, 4), np.uint8))
+        written.write("a", start, np.zeros((2, 4), np.uint8))
     assert os.listdir(tmp_path) == []
 
 
 def test_metadata_may_shrink_but_not_outgrow_its_room(tmp_path: Path) -> None:
     entries = [TensorInfo("a", "U8", (3,))]
     with written_file(entries, {"k": "x" * 100}, tmp_path / "good") as written:
-        written.writer.finish({"k": "y" * 100})
+        written.finish({"k": "y" * 100})
     assert read_header(tmp_path / "good").metadata == {"k": "y" * 100}
     with (
         pytest.raises(ValueError, match="takes"),
         written_file(entries, {"k": "x" * 100}, tmp_path / "bad") as written,
     ):
-        written.writer.finish({"k": "y" * 200})
+        written.finish({"k": "y" * 200})
     assert os.listdir(tmp_path) == ["good"]
 
 
@@ -234,7 +234,7 @@ def test_the_mode_is_what_the_umask_gives(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         with written_file([], {}, tmp_path / "x") as written:
-            written.writer.finish({})
+            written.finish({})
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~umask
@@ -254,7 +254,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]
     (tmp_path / "old").write_bytes(b"old")
     for name, force in (("new", False), ("old", True)):
         with pytest.raises(error), written_file(ENTRIES, {}, tmp_path / name, force=force) as written:
-            fail_after_a_write(written.writer, error)
+            fail_after_a_write(written, error)
     assert os.listdir(tmp_path) == ["old"]
     assert (tmp_path / "old").read_bytes() == b"old"
 
@@ -262,10 +262,10 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]
 def test_an_existing_file_is_kept_without_force(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"old")
     with pytest.raises(UsageError), written_file([], {}, tmp_path / "x") as written:
-        written.writer.finish({})
+        written.finish({})
     assert (tmp_path / "x").read_bytes() == b"old"
     with written_file([], {}, tmp_path / "x", force=True) as written:
-        written.writer.finish({})
+        written.finish({})
     assert load_file(tmp_path / "x") == {}
     assert os.listdir(tmp_path) == ["x"]
 

@@ -1,4 +1,4 @@
-"""Recipes (with `recipe_yaml`, which it calls): what they may say, and the errors."""
+"""Recipes and their YAML: what they may say, and the errors."""
 
 from __future__ import annotations
 

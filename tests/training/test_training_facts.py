@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from neftsurgery.training.loss_curve import LossPoint
-from neftsurgery.training.training_facts import TrainingFacts
+from neftsurgery.training.loss_curve import LossPoint, TrainingFacts
 
 #: As the version before typed facts wrote it.
 WRITTEN = json.loads(

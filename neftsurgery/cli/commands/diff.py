@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ...checkpoint.checkpoint import Side
+from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.name_prefixes import Prefixes
 from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
@@ -67,7 +67,7 @@ def command(
         console.answer({**facts, **summary.describe()}, scores.timing, dry_run=False)
 
 
-def _checkpoint_cells(checkpoint: Side) -> list[str]:
+def _checkpoint_cells(checkpoint: Checkpoint) -> list[str]:
     """The cells of a row: name, bytes, files, dtypes, model type."""
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
@@ -112,13 +112,16 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
     console.say()
     if summary.nonfinite:
         console.say(f"{plural(summary.nonfinite, 'neuron')} hold a NaN or Inf, and are never chosen by score")
-    if summary.identical and not summary.unscored_changed:
+    if not summary.neurons:
+        console.say("No neuron was scored.")
+    elif summary.identical and not summary.unscored_changed:
         console.say("The two are identical in every scored neuron, and in all else that was compared.")
         return
     if summary.unscored_changed:
         console.say(f"not scored, and different: {some(summary.unscored_changed)}")
     if summary.identical:
-        console.say("In the scored neurons nothing differs.")
+        if summary.neurons:
+            console.say("In the scored neurons nothing differs.")
         return
     same = summary.neurons - summary.changed_neurons
     console.say(*_relation(summary))

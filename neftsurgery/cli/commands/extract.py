@@ -22,8 +22,7 @@ from ...options import (
 )
 from ...progress import Timing
 from ...scoring.scores import Scores
-from ...selection.selection import Selection
-from ...selection.selection_facts import SelectionFacts
+from ...selection.selection import Selection, SelectionFacts
 from ...surgery.extract import ExtractPlan, Remainder, plan_extract
 from ...surgery.lossless import plan_lossless
 from ...text import commas, percent, plural, size, some

@@ -42,7 +42,7 @@ def command(console: Console, checkpoint: str, yes: bool, dry_run: bool) -> None
         _ask(console)
     facts = plan.describe()
     healed = False
-    if not dry_run:
+    if not (dry_run and plan.restorations):
         result = plan.run()
         healed = bool(result.journals)
         console.say(str(result))

@@ -189,7 +189,7 @@ def _adapter(root: Path) -> Iterator[Target]:
     opened = Checkpoint.read(resolve(base))
 
     def read(raw: bytes) -> None:
-        adapted = AdaptedWeights.open(opened, resolve(folder))
+        adapted = AdaptedWeights.on(opened, resolve(folder))
         for name, info in list(adapted.tensors.items())[:4]:
             buffer = memoryview(bytearray(min(info.nbytes, 64)))
             adapted.read_into(name, 0, buffer)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from neftsurgery.neurons.ties import is_head, stated_tie, tie_groups
+from neftsurgery.checkpoint.ties import is_head, stated_tie, tie_groups
 
 #: Ties of transformers that are not known here: whole layers and modules, and names of a single model.
 UNKNOWN = {

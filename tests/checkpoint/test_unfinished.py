@@ -12,8 +12,8 @@ import pytest
 from support import snapshot, write_folder
 
 import neftsurgery as ns
-from neftsurgery.checkpoint import journal_record
-from neftsurgery.checkpoint.journal_record import forget, is_recorded, record
+from neftsurgery.checkpoint import unfinished
+from neftsurgery.checkpoint.unfinished import forget, is_recorded, record
 from neftsurgery.surgery import rewrite
 
 SHA = "ab" * 32
@@ -51,7 +51,7 @@ def test_every_new_folder_is_synced_into_its_parent(
     state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(journal_record, "fsync_folder", synced.append)
+    monkeypatch.setattr(unfinished, "fsync_folder", synced.append)
     record(SHA, tmp_path / ".neft-journal")
     assert synced == [tmp_path, *list(state.parents)[2::-1], state]
 
