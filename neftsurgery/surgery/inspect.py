@@ -195,6 +195,7 @@ def _lossless(patch: LosslessPatch) -> dict[str, Any]:
         "lossless": True,
         "bytes": patch.nbytes,
         "tuned_bytes": patch.forward.nbytes,
+        "sha256": patch.sha256(),
         "reversible": patch.reversible,
         "base": dict(patch.base),
         "tuned": dict(patch.tuned),
@@ -260,6 +261,7 @@ def _lossless_rows(facts: Mapping[str, Any]) -> list[list[str]]:
     rows = [
         ["lossless patch", str(facts["name"])],
         ["size", f"{size(facts['bytes'])} for {size(facts['tuned_bytes'])} of weights"],
+        ["SHA-256", facts["sha256"]],
         ["files", ", ".join(files)],
         *([["not carried", ", ".join(facts["not_carried"])]] if facts["not_carried"] else []),
         *_origin(facts),

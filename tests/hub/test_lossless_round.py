@@ -52,6 +52,7 @@ def test_push_pull_apply_makes_the_tuned_folder(hub, on_hub, several, whole, tmp
     (tmp_path / "tuned" / "modeling_mine.py").unlink()
     assert snapshot(tmp_path / "pulled") == snapshot(tmp_path / "direct") == snapshot(tmp_path / "tuned")
     assert "lossless patch" in results[4].out
+    assert digest in results[4].out
 
 
 def test_the_card_says_what_it_is(hub, on_hub, whole):
