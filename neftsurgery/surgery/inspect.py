@@ -261,7 +261,7 @@ def _lossless_rows(facts: Mapping[str, Any]) -> list[list[str]]:
     rows = [
         ["lossless patch", str(facts["name"])],
         ["size", f"{size(facts['bytes'])} for {size(facts['tuned_bytes'])} of weights"],
-        ["SHA-256", facts["sha256"]],
+        ["sha256", facts["sha256"]],
         ["files", ", ".join(files)],
         *([["not carried", ", ".join(facts["not_carried"])]] if facts["not_carried"] else []),
         *_origin(facts),
