@@ -12,14 +12,6 @@ from numpy.typing import NDArray
 
 from .compression import compress, decompress
 from .elements import Carrier, Elements
-from .kernels import (
-    decode_changes,
-    decode_values,
-    encode_changes,
-    encode_values,
-    find_changes,
-    find_values,
-)
 from .tables import Events, FrequencyTable, events
 
 __all__ = ["BLOCK", "Form", "decode", "encode", "encode_fast"]
@@ -90,6 +82,8 @@ def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
 
 def _coded(base: Carrier, tuned: Carrier, elements: Elements, table: FrequencyTable) -> tuple[bytes, int]:
     """The code, and how many elements it holds."""
+    from .kernels import encode_changes, encode_values, find_changes, find_values
+
     room, words, extras = _scratch(len(tuned), elements.size)
     gap_table, value_table = table.encoding
     if table.dense:
@@ -175,6 +169,8 @@ def _decode_changed(code: bytes, base: Carrier, out: Carrier) -> None:
 def _decode_coded(
     code: bytes, base: Carrier, out: Carrier, elements: Elements, table: FrequencyTable
 ) -> None:
+    from .kernels import decode_changes, decode_values
+
     (count,) = _COUNT.unpack(code[:4]) if len(code) >= 4 and len(code) % 4 == 0 else (-1,)
     middle = 4 + 4 * -(-count // 2)  # the words fill whole groups of four bytes
     if count < 0 or middle > len(code) or (count % 2 and any(code[middle - 2 : middle])):

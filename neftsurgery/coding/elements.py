@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from ..tensors.dtypes import DTYPES
 
-__all__ = ["Carrier", "Elements"]
+__all__ = ["CLASSES", "GAPS", "PRECISION", "Carrier", "Elements"]
+
+#: Frequencies of a context sum to two to this power.
+PRECISION = 12
+#: Classes of numbers below 2^64.
+CLASSES = 256
+#: Symbols of gaps: 0, no further change; then the classes of numbers below 2^20.
+GAPS = 81
 
 Carrier: TypeAlias = NDArray[np.unsignedinteger[Any]]
 """Elements as the unsigned integers of their bits."""

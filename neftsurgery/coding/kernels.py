@@ -20,11 +20,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..tensors.compiled import compiled
+from .elements import PRECISION
 
 __all__ = [
-    "CLASSES",
-    "GAPS",
-    "PRECISION",
     "decode_changes",
     "decode_values",
     "encode_changes",
@@ -33,12 +31,6 @@ __all__ = [
     "find_values",
 ]
 
-#: Frequencies of a context sum to two to this power.
-PRECISION = 12
-#: Classes of numbers below 2^64.
-CLASSES = 256
-#: Symbols of gaps: 0, no further change; then the classes of numbers below 2^20.
-GAPS = 81
 
 u16, u32, u64, i32 = np.uint16, np.uint32, np.uint64, np.int32
 _LOW = u64((1 << PRECISION) - 1)

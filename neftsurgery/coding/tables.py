@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from ..tensors.arrays import Int64Array
 from .compression import compress, content_size, decompress
-from .elements import Carrier, Elements
-from .kernels import CLASSES, GAPS, PRECISION, find_changes, find_values
+from .elements import CLASSES, GAPS, PRECISION, Carrier, Elements
 
 __all__ = ["MOST_TABLES", "Events", "FrequencyTable", "events", "fit", "pack", "unpack"]
 
@@ -80,6 +79,8 @@ def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: flo
 
     Blocks that are not alike can be coded, too.
     """
+    from .kernels import find_changes, find_values  # numba takes long to import, and most commands need none
+
     exponents = np.arange(256, dtype=np.uint8)
     values = np.zeros((256, CLASSES), np.int64)
     room = events(max((len(base) for base, _ in pairs), default=0), elements.size)

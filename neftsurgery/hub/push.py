@@ -15,7 +15,7 @@ from ..sources.hub_client import page
 from ..sources.hub_id import is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
-from ..text import lines
+from ..text import lines, plural
 from .base_model import BaseModel, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
@@ -40,8 +40,8 @@ class PushResult:
         The README.
     neurons, tensors:
         How many the patch has; a lossless one counts no neurons.
-    what:
-        What the patch holds, in a few words.
+    lossless:
+        Whether it is a lossless patch.
     sha256:
         Of the patch's file: what `pull` and `apply` check if they are given it.
     created_branch:
@@ -58,8 +58,14 @@ class PushResult:
     neurons: int
     tensors: int
     sha256: str
-    what: str = field(repr=False)
     created_branch: bool = False
+    lossless: bool = False
+
+    @property
+    def what(self) -> str:
+        """What the patch holds, in a few words."""
+        tensors = plural(self.tensors, "tensor")
+        return f"all changes of {tensors}, to the bit" if self.lossless else _what(self.neurons, tensors)
 
     def __str__(self) -> str:
         said = [f"created {self.repo}"] if self.created else []
@@ -157,7 +163,7 @@ class PushPlan:
             card=self.card,
             neurons=patch.neurons,
             tensors=len(patch.forward.tensors if isinstance(patch, LosslessPatch) else patch.tensors),
-            what=patch.what,
+            lossless=isinstance(patch, LosslessPatch),
             sha256=sha256,
             created_branch=repository.needs_branch,
         )
@@ -312,3 +318,7 @@ def _check_repository(repository: Repository, private: bool | None, parent: str 
             found=repository.head or "no repository",
             hint="nothing was changed: look at the new commit, and name it with [[parent=...]]",
         )
+
+
+def _what(neurons: int, tensors: str) -> str:
+    return f"{plural(neurons, 'neuron')} of {tensors}"

@@ -199,7 +199,7 @@ def load_any(named: AnyPatch) -> Patch | LosslessPatch:
     if isinstance(named, Patch | LosslessPatch):
         return named
     source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
-    file = TensorFile.named(source.path)
+    file = TensorFile.named(source.path, PATCH_KEY)
     try:
         manifest = read_document(file, PATCH_KEY, _WHAT, LOSSLESS_VERSION)
         if manifest["version"] < LOSSLESS_VERSION:

@@ -148,10 +148,10 @@ def opened_patches(
     """The patches, opened and checked as `load_patches` does; a folder stands for its chain up to ``to``."""
     found = list[AnyPatch]()
     for one in named:
+        chain = list[LosslessPatch]()
         if isinstance(one, str | os.PathLike) and os.path.isdir(one):
-            found += chain_of(Path(one), to)
-        else:
-            found.append(one)
+            chain = chain_of(Path(one), to)
+        found += chain or [one]
     return load_patches(found, sha256)
 
 

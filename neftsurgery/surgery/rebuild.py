@@ -19,7 +19,7 @@ from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.elements import Carrier
 from ..errors import MismatchError, UsageError
 from ..patch.delta import Delta, DeltaBlock, SideFile, block_state, counterpart
-from ..patch.lossless import LosslessPatch
+from ..patch.lossless import LosslessPatch, load_any
 from ..patch.patch import PATCH_KEY
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.copying import copy_file
@@ -332,13 +332,13 @@ def _require(patch: LosslessPatch, checkpoint: Checkpoint, *sides: Provenance) -
 def chain_of(folder: Path, last: int | None) -> list[LosslessPatch]:
     """The patches of a folder, each followed by the next, up to number ``last``.
 
-    The number of a patch is the last number in its file's name. Raises a `UsageError` if there is none, or
-    none of that number, and a `MismatchError` if they are not one chain.
+    The number of a patch is the last number in its file's name. None if the folder holds no lossless patch.
+    Raises a `UsageError` if none has that number, and a `MismatchError` if they are not one chain.
     """
     paths = [path for path in sorted(folder.glob("*.safetensors")) if PATCH_KEY in read_header(path).metadata]
-    found = [LosslessPatch.load(path) for path in paths]
+    found = [patch for patch in map(load_any, paths) if isinstance(patch, LosslessPatch)]
     if not found:
-        raise UsageError("the folder holds no patch", file=folder)
+        return []
     after = {patch.base.fingerprint: patch for patch in found}
     made = {patch.tuned.fingerprint for patch in found}
     first = [patch for patch in found if patch.base.fingerprint not in made]

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from coding import reference
 from coding.pairs import changed, weights
 from neftsurgery.coding.blocks import Form, decode, encode
-from neftsurgery.coding.elements import Elements
-from neftsurgery.coding.kernels import CLASSES, GAPS, PRECISION
+from neftsurgery.coding.elements import CLASSES, GAPS, PRECISION, Elements
 from neftsurgery.coding.tables import FrequencyTable, fit, pack, unpack
 
 

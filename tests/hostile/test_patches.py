@@ -201,8 +201,8 @@ def test_a_manifest_that_makes_no_sense(case: Case, change: Callable[[dict[str, 
 
 
 def test_a_newer_version_says_both_versions_and_what_to_do(case: Case) -> None:
-    path = case.write(manifest=case.manifest() | {"version": 2})
-    case.refused(path, says=r"newer version \(expected 1 or older, found 2\)\n.*pip install -U")
+    path = case.write(manifest=case.manifest() | {"version": 3})
+    case.refused(path, says=r"newer version \(expected 2 or older, found 3\)\n.*pip install -U")
 
 
 def test_a_missing_field(case: Case) -> None:

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 )
 
 from neftsurgery.errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
+from neftsurgery.sources.hub_errors import AbsentFileError
 from neftsurgery.sources.resolve import resolve, resolve_file
 
 TOKEN = "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZ012345"
@@ -147,7 +148,7 @@ FILE_FAILURES: dict[str, tuple[Callable[[], Exception], type[NeftError], str]] =
     **{name: case for name, case in FAILURES.items() if name != "not cached"},
     "no such file": (
         lambda: RemoteEntryNotFoundError(f"{SECRETS}\nTraceback", response=answer(404)),
-        MismatchError,
+        AbsentFileError,
         "has no file x.safetensors",
     ),
     "429": (lambda: HfHubHTTPError(SECRETS, response=answer(429)), MachineError, "too many requests"),

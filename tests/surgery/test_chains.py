@@ -66,7 +66,7 @@ def test_a_chain_that_is_none_is_refused(run: Path, tmp_path: Path) -> None:
         ns.apply(tmp_path / "0", run, out=tmp_path / "x")
     shutil.rmtree(run)
     run.mkdir()
-    with pytest.raises(ns.UsageError, match="holds no patch"):
+    with pytest.raises(ns.UsageError, match="found a folder"):
         ns.apply(tmp_path / "0", run, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
