@@ -18,7 +18,7 @@ from ..tensors.arrays import Int64Array
 from ..text import percent, plural, size
 from .base_model import BaseModel
 
-__all__ = ["LayerCounts", "card_text", "code_span", "link", "table", "text_bar"]
+__all__ = ["base_facts", "LayerCounts", "card_text", "code_span", "link", "table", "text_bar"]
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
 _MAX_TRAINING_FACTS = 40
@@ -88,7 +88,8 @@ writes anything. `neftsurgery revert` takes the patch out again, bit for bit.
 [What a patch is]({_PROJECT}/blob/main/docs/patch-format.md)."""
 
 
-def _facts(patch: Patch, base: BaseModel) -> Iterator[tuple[str, str]]:
+def base_facts(base: BaseModel) -> Iterator[tuple[str, str]]:
+    """What a card of either kind of patch says of the base, as rows of a table."""
     if base.repo is not None:
         yield "base", link(code_span(base.repo), page(base.repo))
         yield "revision of the base", code_span(base.revision) if base.revision else "unknown"
@@ -96,6 +97,10 @@ def _facts(patch: Patch, base: BaseModel) -> Iterator[tuple[str, str]]:
         yield "local name of the base", code_span(base.name)
     if base.fingerprint:
         yield "fingerprint of the base", code_span(base.fingerprint)
+
+
+def _facts(patch: Patch, base: BaseModel) -> Iterator[tuple[str, str]]:
+    yield from base_facts(base)
     yield "neurons", f"{patch.neurons:,}"
     yield "parameters", f"{patch.parameters:,}"
     dtypes = sorted({tensor.info.dtype for tensor in patch.tensors.values()})

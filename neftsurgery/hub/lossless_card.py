@@ -9,7 +9,7 @@ from ..patch.patch import PATCH_NAME
 from ..sources.hub_client import page
 from ..text import percent, plural, size
 from .base_model import BaseModel
-from .card_text import code_span, link, table
+from .card_text import base_facts, code_span, link, table
 
 __all__ = ["lossless_card_text"]
 
@@ -40,14 +40,9 @@ def lossless_card_text(patch: LosslessPatch, repo: str, base: BaseModel) -> str:
 
 
 def _facts(patch: LosslessPatch, base: BaseModel) -> Iterator[tuple[str, str]]:
-    if base.repo is not None:
-        yield "base", link(code_span(base.repo), page(base.repo))
-        yield "revision of the base", code_span(base.revision) if base.revision else "unknown"
-    elif base.name:
-        yield "local name of the base", code_span(base.name)
-    for what, side in (("base", patch.base), ("result", patch.tuned)):
-        if side.fingerprint:
-            yield f"fingerprint of the {what}", code_span(side.fingerprint)
+    yield from base_facts(base)
+    if patch.tuned.fingerprint:
+        yield "fingerprint of the result", code_span(patch.tuned.fingerprint)
     yield "file", f"{code_span(PATCH_NAME)}, {size(patch.nbytes)}"
     names = [file.name for file in patch.forward.files] + [one.name for one in patch.forward.side]
     yield "files of the result", ", ".join(code_span(name) for name in names[:_MAX_KINDS])

@@ -75,15 +75,16 @@ class LosslessPlan:
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
+        files = _weight_files(self.tuned)
         return {
             "lossless": True,
             "base": self.base.name,
             "tuned": self.tuned.name,
             "tensors": len(self.tuned.tensors),
-            "files": [file.name for file in _weight_files(self.tuned)],
+            "files": [file.name for file in files],
             "side_files": [path.name for path in self.side],
             "not_carried": list(self.not_carried),
-            "tuned_bytes": sum(file.nbytes for file in _weight_files(self.tuned)),
+            "tuned_bytes": sum(file.nbytes for file in files),
             "reversible": self.reversible,
             "fast": self.fast,
             "out": None if self.out is None else str(self.out),
