@@ -16,17 +16,17 @@ from ..coding.blocks import Form
 from ..errors import CorruptFileError, boundary
 from ..sources.resolve import Source, resolve_file
 from ..tensors.document import bad, read_document
-from ..tensors.reader import FileBacked, TensorFile
+from ..tensors.reader import TensorFile
 from ..text import plural, size
 from .delta import ENTRIES, Delta
-from .patch import LOSSLESS_VERSION, PATCH_KEY, PATCH_NAME, Patch
+from .patch import LOSSLESS_VERSION, PATCH_KEY, PATCH_NAME, Patch, PatchFile
 
 __all__ = ["AnyPatch", "LosslessPatch", "content_hash", "load_any"]
 
 _WHAT = "patch"
 
 
-class LosslessPatch(FileBacked):
+class LosslessPatch(PatchFile):
     """A lossless patch: a file with the difference of two checkpoints. Made by `extract` with ``lossless``.
 
     Attributes
@@ -86,16 +86,6 @@ class LosslessPatch(FileBacked):
         return found
 
     @property
-    def name(self) -> str:
-        """What messages call it."""
-        return str(self.place) if self.place is not None else "the patch"
-
-    @property
-    def place(self) -> str | os.PathLike[str] | None:
-        """Where errors say it is, as in `Patch`."""
-        return self.source.named if self.source is not None and self.source.repo is not None else self.path
-
-    @property
     def base(self) -> Provenance:
         """The checkpoint it was made from."""
         return Provenance.from_json(self.manifest.get("base"))
@@ -123,6 +113,11 @@ class LosslessPatch(FileBacked):
         """Files beside the tuned weights that it does not hold."""
         found = self.manifest.get("not_carried")
         return tuple(str(name) for name in found) if isinstance(found, list) else ()
+
+    @property
+    def changed_blocks(self) -> int:
+        """How many blocks of the tuned checkpoint differ from the base."""
+        return int((self.forward.forms != Form.SAME).sum())
 
     def forms(self) -> dict[str, dict[str, int]]:
         """By form, in how many blocks it is used, of how many bytes, and in how many bytes of code."""

@@ -28,7 +28,7 @@ from ..text import lines, plural, printable, size
 from ..version import __version__
 from .digests import DigestHash, digests
 
-__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
+__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchFile", "PatchTensor"]
 
 PATCH_VERSION: Final = 1
 #: The version from which the file holds a whole fine-tune: see `neftsurgery.patch.lossless`.
@@ -92,7 +92,23 @@ class PatchTensor:
         return blocks(self.info, self.layout, self.count, block)
 
 
-class Patch(FileBacked):
+class PatchFile(FileBacked):
+    """A file that holds a patch of either kind, and what was named to open it."""
+
+    source: Source | None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.place) if self.place is not None else "the patch"
+
+    @property
+    def place(self) -> str | os.PathLike[str] | None:
+        """Where errors say it is: a file, or as the Hub calls it; None for one that was never saved."""
+        return self.source.named if self.source is not None and self.source.repo is not None else self.path
+
+
+class Patch(PatchFile):
     """A neuron patch, opened. Nothing in it is ever executed, and it names no file.
 
     Attributes
@@ -183,16 +199,6 @@ class Patch(FileBacked):
             if why := check_index(patch.index(name), tensor.layout.count):
                 raise bad(file, _WHAT, why, name)
         return patch
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return str(self.place) if self.place is not None else "the patch"
-
-    @property
-    def place(self) -> str | os.PathLike[str] | None:
-        """Where errors say it is: a file, or as the Hub calls it; None for one that was never saved."""
-        return self.source.named if self.source is not None and self.source.repo is not None else self.path
 
     @cached_property
     def neurons(self) -> int:
