@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from support import LLAMA_CONFIG, write_folder
 
-from neftsurgery.neurons.families import FAMILIES
+from neftsurgery.neurons.families import SHARED, architectures
 from neftsurgery.tensors.reader import TensorFile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +31,11 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, llama_arra
         assert (tmp_path / "restored" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_the_anatomy_page_lists_every_architecture():
-    page = (ROOT / "docs" / "anatomy.md").read_text()
-    known = {name for family in FAMILIES for name in family.model_types.split()}
-    listed = set(re.findall(r"`([a-z0-9_-]+)`", page.partition("## Architectures")[2]))
-    assert listed - {"model_type"} == known
-    assert f"{len(known)} values" in page
+def test_the_architectures_page_lists_every_model_type():
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    known = architectures().rows.keys() - {SHARED}
+    assert f"The table knows {len(known)} model types" in page
+    assert set(re.findall(r"`([^`\n]+)`", page.partition("The table knows ")[2])) == known
 
 
 def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):
