@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -117,6 +118,7 @@ def named_attention(
                 unit_of[ids] = units_of(member, len(ids), block.heads, block.fused)
     found: dict[int, dict[str, set[tuple[str, str]]]] = {}
     fused_as: dict[int, str] = {}
+    held_as: Counter[str] = Counter()
     for name, tensor in picture.items():
         if tensor.ids is None or tensor.verdict not in ("out in", "in out") or len(tensor.shape) != 2:
             continue
@@ -135,18 +137,22 @@ def named_attention(
             except ValueError:
                 continue
             if field == "o" or bool((expected == unit_of[ids]).all()):
-                found.setdefault(number, {}).setdefault(field, set()).add(
-                    (NUMBER.sub("*", name), tensor.verdict)
-                )
+                pattern = NUMBER.sub("*", name)
+                held_as[pattern] += 1
+                found.setdefault(number, {}).setdefault(field, set()).add((pattern, tensor.verdict))
                 if field == "qkv":
                     fused_as[number] = fused
                 break
+    # A name that stands for a member in one layer and for something else in another tells nothing.
+    everywhere = Counter(NUMBER.sub("*", name) for name in picture)
+    doubtful = {name for name, count in everywhere.items() if 0 < held_as[name] < count}
     named: dict[str, dict[str, str]] = {}
     for number, fields in found.items():
         orders = {order for names in fields.values() for _, order in names}
         if fields.keys() not in ({"q", "k", "v", "o"}, {"qkv", "o"}) or len(orders) != 1:
             continue
-        if any(len(names) != 1 for names in fields.values()):
+        patterns = {pattern for names in fields.values() for pattern, _ in names}
+        if len(patterns) != len(fields) or patterns & doubtful:
             continue
         entry = {
             field: next(iter(names))[0].removesuffix(".weight") for field, names in sorted(fields.items())

@@ -75,6 +75,7 @@ def put_page(page: Path, outcomes: Mapping[str, Outcome], failed: Mapping[str, s
     """Replace the part of ``page`` between the two marks."""
     tensors = sum((outcome.tensors for outcome in outcomes.values()), Counter[str]())
     types = Counter(outcome.verdict for outcome in outcomes.values())
+    parts = len(failed.keys() & architectures().rows.keys())
     lines = [
         _START,
         "",
@@ -94,7 +95,7 @@ def put_page(page: Path, outcomes: Mapping[str, Outcome], failed: Mapping[str, s
         f"{sum(one.units for one in outcomes.values())} offer `units`.",
         "",
         f"{len(failed)} model types have no model of their own that could be built. "
-        f"The table has {len(failed.keys() & architectures().rows.keys())} of them as parts of composites. The others:",
+        f"The table has {parts} of them as parts of composites. The others:",
         "",
     ]
     reasons: dict[str, list[str]] = {}

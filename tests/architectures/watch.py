@@ -84,6 +84,8 @@ def _indexes(module: Any, args: Any, kwargs: Any, weight: Any, axis: int) -> boo
         part += torch.randn(part.shape, generator=torch.Generator().manual_seed(index))
         out = module(*args, **kwargs)
         part.copy_(kept)
+        if bool((out == base).all()):  # an activation that never fires
+            return None
         moved.append((out - base).abs() > 1e-6 * (1 + base.abs()))
     for other in range(base.ndim):
         places = [
