@@ -273,7 +273,8 @@ class Verification:
         if expected is None:
             return self.state in ("base", "patched")
         wrong = "patched" if expected == "base" else "base"
-        return not any(tensor.neither or getattr(tensor, wrong) for tensor in self.tensors.values())
+        clear = self.state in ("base", "patched")
+        return clear and not any(one.neither or getattr(one, wrong) for one in self.tensors.values())
 
 
 @dataclass(frozen=True)

@@ -655,7 +655,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], obj
 
 
 BAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
-    "newer": lambda d, a: d.update(version=2),
+    "newer": lambda d, a: d.update(version=3),
     "no version": lambda d, a: d.pop("version"),
     "no files": lambda d, a: d.pop("files"),
     "files no list": lambda d, a: d.update(files={"name": "x"}),
