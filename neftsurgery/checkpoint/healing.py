@@ -246,12 +246,9 @@ class Restoration:
             journal.check_in_place()
             self._check_files()
             for number, change in enumerate(journal.changes):
-                path = self.checkpoint.shard_of(change.info.name).path
+                fd = descriptors[self.checkpoint.shard_of(change.info.name).path]
                 for start, stop in change.blocks():
-                    with naming(path):
-                        change.write(
-                            self.checkpoint, descriptors[path], start, journal.old(number, start, stop)
-                        )
+                    change.write(self.checkpoint, fd, start, journal.old(number, start, stop))
             for path, fd in descriptors.items():
                 with naming(path):
                     fsync(fd)

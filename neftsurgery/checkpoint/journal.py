@@ -111,10 +111,11 @@ class Change:
         """Write vectors over those from ``start`` of the index on, in the weight file ``fd``."""
         index, shard = self.index[start : start + len(vectors)], checkpoint.shard_of(self.info.name)
         offset = shard.header.offsets[self.info.name]
-        if last := self._last(checkpoint, index):
-            write_exactly(fd, vectors[-1, :last].data, offset + int(index[-1]) * self.layout.width)
-            index, vectors = index[:-1], vectors[:-1]
-        scatter(fd, offset, self.info, self.layout, index, vectors, str(shard.path))
+        with naming(shard.path):
+            if last := self._last(checkpoint, index):
+                write_exactly(fd, vectors[-1, :last].data, offset + int(index[-1]) * self.layout.width)
+                index, vectors = index[:-1], vectors[:-1]
+            scatter(fd, offset, self.info, self.layout, index, vectors, str(shard.path))
 
 
 @contextmanager

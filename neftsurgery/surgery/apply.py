@@ -67,7 +67,8 @@ def apply(
     out:
         The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
     in_place:
-        Change ``base`` itself: only the touched rows are written, their old bytes journaled first.
+        Change ``base`` itself: only what differs is written, the old bytes journaled first. A lossless patch
+        needs a base whose weight files have the headers that those of the result have.
     sha256:
         The SHA-256 that the patch's file must have; of several patches, one each, in order.
     force:

@@ -333,6 +333,8 @@ def verify(
 ) -> Verification:
     """Compare every vector that a patch touches, or every block, with its state before and after.
 
+    A lossless patch is decoded, too: if the checkpoint is its base, `apply` will succeed.
+
     Parameters
     ----------
     checkpoint, patch:

@@ -21,7 +21,7 @@ target_options = stack(
     click.option(
         "--in-place",
         is_flag=True,
-        help="Change the checkpoint itself: write a journal of the touched rows, then the rows.",
+        help="Change the checkpoint itself: write a journal of what changes, then the changes.",
     ),
 )
 
@@ -60,7 +60,7 @@ def command(
 
     Every touched neuron of BASE is checked first: a patch for another base is refused before anything
     is written. BASE may be patched already, or partly. Lossless patches follow each other; a folder stands
-    for its patches.
+    for its patches. In place they need the same weight files and headers before and after.
 
     \b
     Example:

@@ -64,7 +64,7 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Make one patch from several PATCHes of one base, or of a chain.
+    """Make one patch from several PATCHes of one base.
 
     Neurons that one patch alone replaces are taken as they are. Patches of different bases are refused. With
     --chain, lossless patches that follow each other become one lossless patch, or those of a folder.
