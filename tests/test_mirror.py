@@ -35,7 +35,6 @@ ELSEWHERE = {
     "surgery/merge_checks.py": "surgery/test_merge.py",
     "surgery/model_files.py": "surgery/test_lossless.py",
     "surgery/pairing.py": "surgery/test_diff.py",
-    "surgery/rebuilt_weights.py": "surgery/test_chains.py",
     "surgery/rewrite.py": "surgery/test_apply.py",
     "surgery/select.py": "cli/test_round.py",
     "surgery/summary.py": "surgery/test_diff.py",

@@ -39,7 +39,7 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from .checkpoint import Checkpoint, Shard
-from .side_files import SIDE_NAMES, SideChange
+from .side_files import SIDE_NAMES, SideChange, read_side
 from .unfinished import forget, journal_path, record
 
 __all__ = [
@@ -208,7 +208,7 @@ def journaled(
                     old_hash.update(old.data)
                 tensors[str(number)]["old_hash"] = old_hash.hexdigest()
             for one in replaced:
-                raw = (checkpoint.root / one.name).read_bytes()
+                raw = read_side(checkpoint.root / one.name)
                 if xxhash.xxh3_128_hexdigest(raw) != one.old:
                     raise changed_file(checkpoint.root / one.name)
                 written.write(f"side:{one.name}", 0, np.frombuffer(raw, np.uint8))

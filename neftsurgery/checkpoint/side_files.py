@@ -9,12 +9,20 @@ from pathlib import Path
 
 import xxhash
 
-from ..errors import UsageError
+from ..errors import UsageError, naming
 from ..storage.output import fsync_folder, remove_stale, staged_file
 from .checkpoint import Checkpoint
 from .weight_files import INDEX_NAME, SINGLE_NAME
 
-__all__ = ["MOST_SIDE_BYTES", "SIDE_NAMES", "SideChange", "put_side", "side_digest", "side_files"]
+__all__ = [
+    "MOST_SIDE_BYTES",
+    "SIDE_NAMES",
+    "SideChange",
+    "put_side",
+    "read_side",
+    "side_digest",
+    "side_files",
+]
 
 #: Files beside the weights that belong to a model and that a lossless patch carries. Never code.
 SIDE_NAMES = frozenset(
@@ -60,6 +68,12 @@ def side_files(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...
     return tuple(carried), tuple(others)
 
 
+def read_side(path: Path) -> bytes:
+    """The content of a file; an ``OSError`` names it."""
+    with naming(path):
+        return path.read_bytes()
+
+
 def side_digest(path: Path) -> tuple[str | None, int | None]:
     """XXH3-128 of the content of a file, and its permission bits; None if there is no file.
 
@@ -75,7 +89,7 @@ def side_digest(path: Path) -> tuple[str | None, int | None]:
             file=path,
             hint="write a new checkpoint with [[out=...]]",
         )
-    return xxhash.xxh3_128_hexdigest(path.read_bytes()), mode & 0o777
+    return xxhash.xxh3_128_hexdigest(read_side(path)), mode & 0o777
 
 
 def put_side(path: Path, content: bytes | None, mode: int | None) -> None:

@@ -146,10 +146,11 @@ def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> P
         path = entry.path = _staging_name(out)
         try:
             entry.fd = create(path)
-        except (FileExistsError, FileNotFoundError):
+        except (FileExistsError, FileNotFoundError) as error:
             entry.path = None  # another process's, or none
             if out.parent.is_dir():
                 continue
+            error.filename = str(out)
             raise
         # Before it was locked, another process may have taken it for a stale one, and removed it.
         if _lock(entry.fd) is not False and identity(entry.fd) == identity(path):

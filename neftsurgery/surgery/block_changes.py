@@ -14,24 +14,22 @@ from ..checkpoint.side_files import SideChange, side_digest, side_files
 from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.elements import Carrier
 from ..errors import UsageError
-from ..patch.delta import DeltaBlock, blocks_of
+from ..patch.delta import DeltaBlock, block_hash, blocks_of
 from ..patch.digests import digests
+from ..patch.lossless import LosslessPatch
 from ..progress import Progress
 from ..storage.output import begin_writeback
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.json_text import loads
-from .model_files import ModelFiles, read_whole, weight_file
-from .rebuilt_weights import BLOCK_MEMORY
+from .model_files import BLOCK_MEMORY, ModelFiles, another_checkpoint, read_whole, weight_file
 from .rewrite import changed_in_place
 
 __all__ = ["BlockChanges", "require_same_layout"]
 
 #: Bytes that are journaled and written together. Every block begins with such a range.
 _RANGE = 1 << 16
-
-_Check = Callable[[DeltaBlock, Carrier, Carrier], None]  # a block, as it is and as it will be
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,20 @@ class BlockChanges:
         cls,
         checkpoint: Checkpoint,
         target: ModelFiles,
-        *,
+        patch: LosslessPatch | None,
         weights_only: bool,
-        check: _Check,
         limits: Limits,
         progress: Progress,
     ) -> BlockChanges:
-        """Compare every block with what it becomes; ``check`` raises for one that must not be changed."""
+        """Compare every block with what it becomes; with ``patch``, only what this one makes may change."""
         found: dict[str, list[tuple[Int64Array, RawBytes]]] = {}
 
         def look(block: DeltaBlock) -> tuple[Int64Array, RawBytes]:
             old, new = read_whole(checkpoint, block), read_whole(target.weights, block)
-            check(block, old, new)
+            if patch is not None and not np.array_equal(old, new):
+                made = patch.forward.block_at(block.info.name, block.start)
+                if made is None or block_hash(old) != int(patch.forward.after[made.number]):
+                    raise another_checkpoint(patch, checkpoint, block)
             rows = _ranges(block, new)
             index = np.flatnonzero((rows != _ranges(block, old)).any(axis=1))
             return index + _first(block), digests(rows[index])

@@ -10,7 +10,7 @@ from ..checkpoint.provenance import fingerprint
 from ..patch.delta import DeltaBlock, block_state
 from ..patch.lossless import LosslessPatch
 from ..storage.threads import Limits, in_order
-from .rebuilt_weights import BLOCK_MEMORY, RebuiltWeights, require_result
+from .model_files import BLOCK_MEMORY, RebuiltWeights, require_result
 
 __all__ = ["examine_blocks", "whole_state"]
 

@@ -17,8 +17,7 @@ from ..patch.patch import PATCH_KEY, Patch
 from ..storage.output_checks import AnyPath
 from ..tensors.header import read_header
 from .lossless import LosslessPlan, plan_between
-from .model_files import ModelFiles
-from .rebuilt_weights import RebuiltWeights
+from .model_files import ModelFiles, RebuiltWeights
 from .verb import load_patches
 
 __all__ = ["chain_of", "links_from", "opened_patches", "plan_chain", "require_end"]

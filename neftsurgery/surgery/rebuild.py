@@ -13,9 +13,8 @@ from ..checkpoint.folder_files import folder_files
 from ..checkpoint.journal import open_shard
 from ..checkpoint.provenance import fingerprint
 from ..checkpoint.weight_files import INDEX_NAME
-from ..coding.elements import Carrier
 from ..errors import CorruptFileError, UsageError
-from ..patch.delta import DeltaBlock, block_hash, block_state, blocks_of
+from ..patch.delta import DeltaBlock, blocks_of
 from ..patch.lossless import LosslessPatch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..sources.resolve import Source
@@ -27,8 +26,7 @@ from ..storage.threads import Limits, in_order
 from ..text import plural, printable
 from .block_changes import BlockChanges, require_same_layout
 from .chains import links_from, require_end
-from .model_files import ModelFiles, read_whole
-from .rebuilt_weights import BLOCK_MEMORY, RebuiltWeights, another_checkpoint, require_result
+from .model_files import BLOCK_MEMORY, CheckedBase, ModelFiles, RebuiltWeights, read_whole, require_result
 from .rewrite import require_place
 
 __all__ = ["RebuildPlan", "RebuildResult", "plan_rebuild"]
@@ -82,11 +80,6 @@ class RebuildPlan:
     warnings: tuple[str, ...] = ()
 
     @property
-    def copied(self) -> bool:
-        """Whether the files of `checkpoint` are the result."""
-        return self.target.weights is self.checkpoint
-
-    @property
     def needed(self) -> bool:
         """Whether anything has to be written."""
         return self.changes is None or bool(self.changes.changes or self.changes.side)
@@ -94,17 +87,19 @@ class RebuildPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of what is written, files that are copied along not counted."""
-        if self.changes is not None:
-            return self.changes.nbytes
-        return self.target.nbytes + (0 if self.copied else self.target.side_bytes)
+        return self.target.nbytes + self.target.side_bytes if self.changes is None else self.changes.nbytes
+
+    @property
+    def side(self) -> list[str]:
+        """The files beside the weights that are written, not copied along."""
+        return [name for name in self.target.side if Path(name) not in self.along]
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the files that are written."""
         if self.changes is not None:
             return self.changes.names
-        side = () if self.copied else self.target.side
-        return (*(file.name for file in self.target.files), *side, *map(str, self.along))
+        return (*(file.name for file in self.target.files), *self.side, *map(str, self.along))
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -128,54 +123,32 @@ class RebuildPlan:
             if self.out is not None:
                 self._write(self.out, limits, progress)
             elif self.changes is not None and self.needed:
-                self.changes.write(self._check_changed, limits, progress)
+                source = self.changes.checkpoint.source
+                self.changes.write(lambda: self._check_result(source), limits, progress)
         watch.bytes_read = self.checkpoint.bytes_read - before
         place = self.out or (self.changes or self).checkpoint.source.path
         return RebuildResult(place, self.goal, self.names, self.timing + watch.timing, self.needed)
 
-    def _check_copied(self, limits: Limits, progress: Progress) -> None:
-        """Compare what will be copied with the hashes of the base, as far as the patch has them."""
-        delta = self.patches[-1].forward
-
-        def state(block: DeltaBlock) -> int:
-            return block_state(self.checkpoint, block)[1]
-
-        with progress("checking", delta.block_bytes) as advance:
-            for block, found in in_order(state, delta.blocks, limits.workers(BLOCK_MEMORY)):
-                if found != int(delta.before[block.number]):
-                    raise another_checkpoint(self.patches[-1], self.checkpoint, block)
-                advance(block.nbytes)
-
     def _write(self, out: Path, limits: Limits, progress: Progress) -> None:
-        if self.copied:
-            self._check_copied(limits, progress)
         with progress("writing", self.nbytes) as advance:
             if self.target.single:
                 with staged_file(out, force=self.force) as staged:
                     require_space(out.absolute().parent, self.nbytes)
                     self._write_weights(0, staged.fd, limits, advance)
-                    self._check_written(Source(staged.path, str(out)))
+                    self._check_result(Source(staged.path, str(out)))
             else:
                 with staged_directory(out, force=self.force) as folder:
                     require_space(out.absolute().parent, self.nbytes)
                     self._write_folder(folder, limits, advance)
-                    self._check_written(Source(folder, str(out)))
-
-    def _check_written(self, source: Source) -> None:
-        self.checkpoint.check_unchanged()
-        self._check_result(source)
-
-    def _check_changed(self) -> None:
-        assert self.changes is not None
-        if self.copied:
-            self.checkpoint.check_unchanged()
-        self._check_result(self.changes.checkpoint.source)
+                    self._check_result(Source(folder, str(out)))
 
     def _check_result(self, source: Source) -> None:
         """What was written must have the fingerprint that the patch records."""
         patch = self.patches[-1]
         for one in self.patches:
             one.check_unchanged()
+        if source.path != self.checkpoint.source.path:  # else it was changed here
+            self.checkpoint.check_unchanged()
         expected = patch.tuned if self.goal == "patched" else patch.base
         try:
             found = fingerprint(Checkpoint.read(source))
@@ -184,8 +157,8 @@ class RebuildPlan:
         require_result(found, patch, expected)
 
     def _write_folder(self, folder: Path, limits: Limits, advance: Callable[[int], None]) -> None:
-        for name, read in self.target.side.items() if not self.copied else ():
-            advance((folder / name).write_bytes(read()))
+        for name in self.side:
+            advance((folder / name).write_bytes(self.target.side[name]()))
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         for number, file in enumerate(self.target.files):
             fd = os.open(folder / file.name, flags, 0o666)
@@ -198,9 +171,6 @@ class RebuildPlan:
             copy_file(self.checkpoint.root / path, folder / path)
 
     def _write_weights(self, number: int, fd: int, limits: Limits, advance: Callable[[int], None]) -> None:
-        if self.copied:
-            copy_file(self.checkpoint.shards[number].path, fd, progress=advance)
-            return
         file = self.target.files[number]
         os.ftruncate(fd, file.nbytes)
         write_exactly(fd, file.start, 0)
@@ -250,54 +220,23 @@ def plan_rebuild(
             checkpoint = Checkpoint.open(base)
             inputs.append(checkpoint.source.path)
             require_end(last, checkpoint, last.base)
-            target = ModelFiles.of(checkpoint)
+            target = CheckedBase.model(checkpoint, last)
         weights_only = any(patch.weights_only for patch in patches)
         along: tuple[Path, ...] = ()
-        if not (checkpoint.is_file or target.single) and (weights_only or target.weights is checkpoint):
-            own = {file.name for file in target.files}
-            own |= {INDEX_NAME} if target.weights is not checkpoint else set()
+        if not (checkpoint.is_file or target.single) and (weights_only or checkpoint is not here):
+            own = {INDEX_NAME, *(file.name for file in target.files)}
             along = tuple(path for path in folder_files(checkpoint).along if str(path) not in own)
         changes = None
         if out is None:
-            changes = _changes(here, last, target, weights_only, limits or Limits.of(), progress)
+            require_same_layout(here, target)
+            for shard in here.shards:
+                os.close(open_shard(here, shard))  # it can be written
+            replaced = None if checkpoint is here else last
+            limits = limits or Limits.of()
+            changes = BlockChanges.find(here, target, replaced, weights_only, limits, progress)
         else:
             kind: Literal["file", "directory"] = "file" if target.single else "directory"
             refuse_output(out, inputs=inputs, force=force, kind=kind)
+    watch.bytes_read = here.bytes_read
     place = None if out is None else Path(out)
     return RebuildPlan(checkpoint, tuple(patches), target, goal, place, force, along, changes, watch.timing)
-
-
-def _changes(
-    here: Checkpoint,
-    patch: LosslessPatch,
-    target: ModelFiles,
-    weights_only: bool,
-    limits: Limits,
-    progress: Progress,
-) -> BlockChanges:
-    """What has to be written to make a checkpoint the target in place; every block is compared."""
-    require_same_layout(here, target)
-    for shard in here.shards:
-        os.close(open_shard(here, shard))  # it can be written
-
-    def check(block: DeltaBlock, old: Carrier, new: Carrier) -> None:
-        """Of a base that was named, and of a checkpoint that is put back to it."""
-        same = patch.forward.block_at(block.info.name, block.start)
-        if same is None or same.stop != block.stop:
-            known = {block_hash(new)}
-        else:
-            known = {int(patch.forward.before[same.number]), int(patch.forward.after[same.number])}
-            if block_hash(new) != int(patch.forward.before[same.number]):
-                raise another_checkpoint(patch, target.weights, block)
-        if block_hash(old) not in known:
-            raise another_checkpoint(patch, here, block)
-
-    copied = isinstance(target.weights, Checkpoint)
-    return BlockChanges.find(
-        here,
-        target,
-        weights_only=weights_only,
-        check=check if copied else lambda *_: None,  # what is rebuilt is checked where it is read
-        limits=limits,
-        progress=progress,
-    )
