@@ -197,8 +197,8 @@ class Restoration:
     @property
     def unit(self) -> str:
         """What its vectors are: neurons, or ranges of bytes."""
-        changes, tensors = self.journal.changes, self.checkpoint.tensors
-        return "neuron" if all(one.info == tensors[one.info.name] for one in changes) else "range"
+        neurons = all(one.info == self.checkpoint.tensors[one.info.name] for one in self.journal.changes)
+        return "neuron" if neurons and not self.journal.side else "range"
 
     @property
     def _counts(self) -> dict[tuple[TensorInfo, Layout], int]:

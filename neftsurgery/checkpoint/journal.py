@@ -87,10 +87,11 @@ class Change:
 
     def is_of(self, info: TensorInfo | None) -> bool:
         """Whether it is about a tensor: its vectors, or ranges of its bytes."""
-        if info is None or self.info == info:
-            return info is not None
+        if info is None:
+            return False
         ranges = self.info.dtype == "U8" and len(self.info.shape) == 2 and self.layout.axes == (0,)
-        return ranges and 0 <= self.info.nbytes - info.nbytes < max(1, self.layout.width)
+        more = self.info.nbytes - info.nbytes
+        return self.info == info or (ranges and 0 <= more < max(1, self.layout.width))
 
     def _last(self, checkpoint: Checkpoint, index: NDArray[np.int64]) -> int:
         """If the last of these is a range that is filled up, how many bytes of it there are; else 0."""
@@ -251,7 +252,8 @@ class Journal:
         self.path = path
         self.files: Sequence[Mapping[str, Any]] = files
         self.changes = [_read_change(file, n, entry) for n, entry in content["tensors"].items()]
-        self.side = [_read_side(file, entry) for entry in content.get("side") or ()]
+        side = content.get("side", [])
+        self.side = [_read_side(file, entry) for entry in (side if isinstance(side, list) else [side])]
         if len({one.name for one in self.side}) != len(self.side):
             raise bad(file, _WHAT, "it names a file twice")
         self._file = file
