@@ -102,7 +102,7 @@ class LosslessPatch(PatchFile):
     @property
     def what(self) -> str:
         """What it holds, in a few words."""
-        return f"all changes of {plural(len(self.forward.tensors), 'tensor')}, to the bit"
+        return f"every change of {plural(len(self.forward.tensors), 'tensor')}"
 
     @property
     def reversible(self) -> bool:
