@@ -225,7 +225,10 @@ def _patches(named: Sequence[AnyPath]) -> dict[str, Any]:
             raise UsageError(
                 "only patches can be inspected together", file=path, hint="name one thing, or patches only"
             )
-        patches.append(Patch.load(source))
+        patch = load_any(source)
+        if not isinstance(patch, Patch):
+            raise UsageError("a lossless patch is inspected by itself: it chooses no neurons", file=path)
+        patches.append(patch)
     overlaps = []
     for a, b in combinations(range(len(patches)), 2):
         found = overlap(patches[a], patches[b])

@@ -47,6 +47,9 @@ def test_a_lossless_patch_says_per_kind_how_it_is_stored(
     assert found["bytes"] > sum(kind["code"] for kind in kinds.values()) > 0
     assert json.loads(json.dumps(found)) | {"name": "whole"} == neft("inspect", "whole", "--json").json
 
+    together = neft("inspect", "whole", "whole")
+    assert (together.code, "inspected by itself" in together.err) == (2, True)
+
     for text in (str(found), neft("inspect", "whole").out):
         rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
         assert rows["mlp.up_proj"][1:3] == ["2", "3,072"]
