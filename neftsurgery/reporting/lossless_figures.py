@@ -32,15 +32,19 @@ def lossless_figures(patch: LosslessPatch, suffix: str) -> tuple[ReportFigure, .
             f"changed{suffix}",
             "How much of each weight changed",
             "elements whose bits differ from the base's, percent of those of that weight",
+            "of all elements changed",
             {name: (one.changed, one.elements) for name, one in weights.items()},
-            (_CHANGED, _ELEMENTS),
+            _CHANGED,
+            _ELEMENTS,
         ),
         _map_figure(
             f"stored{suffix}",
             "What each weight takes in the patch",
             "bytes in the patch, percent of those in the tuned files",
+            "of the tuned bytes are stored",
             {name: (one.code, one.tuned_bytes) for name, one in weights.items()},
-            (_CODE, _BYTES),
+            _CODE,
+            _BYTES,
         ),
         ReportFigure(
             f"forms{suffix}",
@@ -54,10 +58,9 @@ def lossless_figures(patch: LosslessPatch, suffix: str) -> tuple[ReportFigure, .
 
 
 def _map_figure(
-    id: str, title: str, units: str, counts: Mapping[str, tuple[int, int]], columns: tuple[Column, Column]
+    id: str, title: str, units: str, verdict: str, counts: Mapping[str, tuple[int, int]], *columns: Column
 ) -> ReportFigure:
     found = LayerMap.of_counts(counts)
-    (part, part_column), (whole, whole_column) = zip((found.neurons, found.total), columns, strict=True)
     return ReportFigure(
         id,
         title,
@@ -66,6 +69,5 @@ def _map_figure(
         "percentage; lighter cells have more. An empty cell means that there is no such weight.",
         Table((_LAYER, _KIND, *columns, _SHARE), tuple((*row, row[2] / row[3]) for row in found.rows())),
         (lambda fig: draw_layer_map(fig, found, _MOST_COLUMNS)) if counts else None,
-        f"{part_column.title}: {part_column.show(part)} of {whole_column.show(whole)} {whole_column.title} "
-        f"({percent(part / max(1, whole))}).",
+        f"{percent(found.neurons / max(1, found.total))} {verdict}.",
     )

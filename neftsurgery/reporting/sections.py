@@ -147,7 +147,7 @@ def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSe
     facts = (
         ("size", text.size(patch.nbytes)),
         ("tuned weights", text.size(delta.nbytes)),
-        ("other files", text.some([one.name for one in delta.side]) or "none"),
+        ("other files", text.commas(len(delta.side))),
         ("files not carried", text.some(patch.not_carried) or "none"),
         ("reversible", "yes" if patch.reversible else "no"),
     )

@@ -64,7 +64,7 @@ def test_beside_scores_and_a_neuron_patch(neft, files, whole):
     assert {"changed-2", "stored-2", "forms-2"} <= result.json["figures"].keys()
     assert len(result.json["figures"]["overlap"]["rows"]) == 1
     told = neft("report", whole, "-o", "one.html", "--neurons", "3%")
-    assert "changed: " in told.out
+    assert "of all elements changed." in told.out
     assert "neurons" not in told.out
 
 
