@@ -218,13 +218,21 @@ def journaled(
             record(sha256, path)
     except BaseException as error:
         taken = isinstance(error, UsageError)  # the journal of another process is there
-        if sha256 and (taken or not os.path.lexists(path)):
+        if sha256 and (taken or _is_gone(path)):
             forget(sha256)
         if taken:
             raise _busy(path) from error
         raise
     yield
     remove_journal(path, sha256)
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # on a share that is gone, it may still be there
+    return False
 
 
 def remove_journal(path: Path, sha256: str) -> None:

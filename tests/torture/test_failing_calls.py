@@ -230,7 +230,7 @@ FAILURES = {
         EVERY_CALL, Style.ONWARD, errno.ESTALE, leaves=True
     ),
     "vanished (ENOENT), from a call on": Failure(
-        ASKING | CHANGING | Call.UNLINK, Style.ONWARD, errno.ENOENT, (2, 4, 5), leaves=True
+        ASKING | CHANGING | Call.UNLINK, Style.ONWARD, errno.ENOENT, (2, 3, 4, 5), leaves=True
     ),
     "short read or write": Failure(Call.READ | Call.WRITE | Call.COPY, Style.SHORT, 0, ()),
     "file ends too soon": Failure(Call.READ, Style.END, 0, (3, 4, 5)),
