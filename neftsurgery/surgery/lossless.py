@@ -298,11 +298,11 @@ class _Way:
         base, tuned, before = self._read(block)
         if self._fast:
             form, code = encode_fast(base, tuned)
+            changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
         else:
             number = self._table_of.get(block.info.name)
             table = None if number is None else self._tables[number]
-            form, code = encode(base, tuned, block.elements, table)
-        changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
+            form, code, changed = encode(base, tuned, block.elements, table)
         return form, code, changed, before, block_hash(tuned)
 
     def _fitted(self) -> tuple[Mapping[str, int], list[FrequencyTable]]:
