@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compression import compress, decompress
-from .elements import CHUNK, Carrier, Elements
-from .tables import FrequencyTable, changes_of
+from .elements import BLOCK, CHUNK, Carrier, Elements
+from .fitting import changes_of
+from .tables import MOST_CONTEXTS, FrequencyTable
 
 __all__ = ["BLOCK", "Form", "decode", "encode", "encode_fast"]
 
-#: Elements of a block at most.
-BLOCK = 1 << 20
 _COUNT = struct.Struct("<I")
 _ZSTD_LEVEL = 3
 #: Coded at this share of its size or more, a block is worth a try with zstd.
@@ -88,33 +87,39 @@ def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
 
 def _coded(base: Carrier, numbers: Carrier, elements: Elements, table: FrequencyTable) -> bytes:
     """The code of the differences ``numbers``."""
-    from .kernels import encode_changes, encode_values
+    from .kernels import classify, encode_changes, encode_values
 
     n = len(base)
-    values = table.values.encoding
+    values, kinds = table.values.encoding, _scratch("kinds", 2 * n + 2 * MOST_CONTEXTS).view(np.uint16)
     words = _scratch("words", 4 * n + 256).view("<u2")
     extras = _scratch("extras", 8 * n + 8 * n + 256).view("<u4")
     if table.gaps is None:
-        room = _scratch("chosen", n), _scratch("wide", 4 * n + 4).view(np.uint32)
-        w, e = encode_values(base, numbers, elements.rules, table.contexts, values, *room, words, extras)
+        wide = _scratch("wide", 4 * n + 4).view(np.uint32)
+        classify(numbers, values[0], kinds)
+        w, e = encode_values(
+            base, numbers, elements.rules, table.contexts, values, kinds, wide, words, extras
+        )
     else:
         events = changes_of(base, numbers, elements, table)
-        count, most = len(events[0]), len(table.starts)
-        w, e = encode_changes(count, most, *events, table.gaps.encoding, values, words, extras)
+        count, most, gaps = len(events[0]), len(table.starts), table.gaps.encoding
+        steps = np.empty(count, np.uint16)
+        classify(events[1], gaps[0], steps)
+        classify(events[2], values[0], kinds)
+        w, e = encode_changes(count, most, *events, steps, kinds, gaps, values, words, extras)
     padding = bytes(2 * ((len(words) - w) % 2))
     return b"".join([words[w:].tobytes(), padding, extras[:e][::-1].tobytes()])
 
 
 def _changes(base: Carrier, tuned: Carrier, most: int) -> bytes | None:
     """Positions and XORs of the changed elements, if they take less than ``most`` bytes."""
-    flipped = base ^ tuned
-    positions = np.flatnonzero(flipped)
-    if len(positions) * (1 + flipped.itemsize) >= most:
+    positions = np.flatnonzero(base != tuned)
+    if len(positions) * (1 + base.itemsize) >= most:
         return None
+    flips = base[positions] ^ tuned[positions]
     steps = np.diff(positions, prepend=-1) - 1
     best: bytes | None = None
     for kind in (np.dtype("u1"), np.dtype("<u2")):
-        code = _stepped(steps, flipped[positions], kind)
+        code = _stepped(steps, flips, kind)
         if len(code) < (most if best is None else len(best)):
             best = code
     return best
@@ -186,8 +191,8 @@ def _decode_coded(
     w, e = before // 2, (before + len(code)) // 4 - 1
     rules, contexts, values = elements.rules, table.contexts, table.values.decoding()
     if table.gaps is None:
-        found = (np.empty(CHUNK, np.uint8), np.empty(CHUNK, base.dtype), np.empty(CHUNK + 1, np.uint64))
-        w, e, done = decode_values(base, out, rules, contexts, values, words, w, extras, e, found)
+        found = [np.empty(CHUNK + 1, kind) for kind in ("u1", base.dtype, "u8")]
+        w, e, done = decode_values(base, out, rules, contexts, values, words, w, extras, e, tuple(found))
     else:
         most, gaps, left = len(table.starts), table.gaps.decoding(), np.empty(256, np.int64)
         w, e, done = decode_changes(base, out, rules, contexts, most, gaps, values, words, w, extras, e, left)

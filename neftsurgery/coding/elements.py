@@ -11,14 +11,29 @@ from numpy.typing import NDArray
 
 from ..tensors.dtypes import DTYPES
 
-__all__ = ["CHUNK", "FINE", "NEVER", "PRECISION", "Carrier", "Elements", "fine_classes"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "CLASSES",
+    "FINE",
+    "HASH",
+    "NEVER",
+    "PRECISION",
+    "Carrier",
+    "Elements",
+    "fine_classes",
+]
 
+#: Elements of a block at most.
+BLOCK = 1 << 20
 #: Frequencies of a context sum to two to this power.
 PRECISION = 12
 #: Fine classes tell numbers apart by this many of their highest bits.
 FINE = 6
+#: How many there are of numbers below 2^64. Classes from here on are of single numbers, by bits of a hash.
+CLASSES, HASH = (64 - FINE + 2) << (FINE - 1), 9
 #: A gap that leads out of every block: none follows.
-NEVER = 1 << 20
+NEVER = BLOCK
 
 #: Elements that are decoded between two looks at where the code ends. Each takes at most a word from the
 #: front of it, and two from the back.

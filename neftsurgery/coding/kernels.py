@@ -20,25 +20,27 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..tensors.compiled import compiled
-from .elements import CHUNK, FINE, NEVER, PRECISION
+from .elements import CHUNK, CLASSES, FINE, HASH, NEVER, PRECISION
 
 __all__ = [
+    "classify",
     "count",
     "decode_changes",
     "decode_values",
     "differences",
     "encode_changes",
     "encode_values",
+    "enter",
     "find_changes",
 ]
 
 u16, u32, u64, i64 = np.uint16, np.uint32, np.uint64, np.int64
 _LOW = u64((1 << PRECISION) - 1)
 _LEAST_STATE = u64(1 << 15)
-_FULL_STATE = u64(1 << (31 - PRECISION))
 _HALF = u64(0xFFFFFFFF)
 _WORD = u64(0xFFFF)
 _PLAIN = u64(0xFF << 32)
+_SYMBOL = u64(0xFF)
 _TOP = u64(FINE - 1)
 
 
@@ -64,10 +66,8 @@ def _mask(condition):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _fine(number):  # type: ignore[no-untyped-def]
-    """The fine class of a number, see `elements.fine_classes`."""
-    octave = u64(63) - _leading_zeros(number | (u64(1) << _TOP)) - _TOP
-    return (octave << _TOP) + (number >> octave)
+def _hash(number):  # type: ignore[no-untyped-def]
+    return (number * u64(0x9E3779B97F4A7C15)) >> u64(64 - HASH)
 
 
 # `Elements.rules` is unpacked once per kernel: the compiler cannot know that writing leaves it alone.
@@ -99,10 +99,36 @@ def differences(base, tuned, rules, numbers):  # type: ignore[no-untyped-def]
 
 
 @compiled(error_model="numpy", _nrt=False)
-def count(homes, numbers, counts):  # type: ignore[no-untyped-def]
-    """Add to ``counts``, ``[homes, fine classes]``, how often each class of number comes in each home."""
+def enter(numbers, hot):  # type: ignore[no-untyped-def]
+    """Put ``numbers`` into the hash table ``hot``; of two with one hash, the first."""
+    hot[:] = 0
+    hot[0] = 1  # 0 has this place: no number is in its own but those that are put there
     for i in range(len(numbers)):
-        counts[homes[i], _fine(u64(numbers[i]))] += u32(1)
+        place = _hash(u64(numbers[i]))
+        if hot[place] == u64(place == u64(0)):
+            hot[place] = numbers[i]
+
+
+@compiled(error_model="numpy", _nrt=False)
+def classify(numbers, hot, classes):  # type: ignore[no-untyped-def]
+    """Fill ``classes``: fine ones, but for the numbers in the hash table ``hot``, which may be empty."""
+    for i in range(len(numbers)):
+        number = u64(numbers[i])
+        octave = u64(63) - _leading_zeros(number | (u64(1) << _TOP)) - _TOP
+        classes[i] = u16((octave << _TOP) + (number >> octave))
+    if len(hot) > 0:
+        for i in range(len(numbers)):
+            place = _hash(u64(numbers[i]))
+            if hot[place] == u64(numbers[i]):
+                classes[i] = u64(CLASSES) + place
+
+
+@compiled(error_model="numpy", _nrt=False)
+def count(bits, rules, classes, counts):  # type: ignore[no-untyped-def]
+    """Add to ``counts``, ``[exponents, classes]``, what comes with the exponents of ``bits``."""
+    shift, mask, _, _, _, _ = rules
+    for i in range(len(classes)):
+        counts[(u64(bits[i]) >> shift) & mask, u64(classes[i])] += u32(1)
 
 
 @_inlined
@@ -123,14 +149,13 @@ def _put(number, bits, extras, acc, fill, n):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _push(state, entries, symbol, words, w):  # type: ignore[no-untyped-def]
-    """Put one symbol into a rANS state; ``entries`` are `tables.Alphabet.encoding`. Words go to the front."""
-    frequency = u64(entries[symbol, 1])
-    full = u64(state >= _FULL_STATE * frequency)
+def _push(state, entries, place, words, w):  # type: ignore[no-untyped-def]
+    """Put a symbol into a rANS state: row ``place`` of `tables.Alphabet.encoding`. Words go to the front."""
+    full = u64(state >= entries[place, 0])
     words[w - u64(1)] = u16(state & _WORD)
     state >>= full << u64(4)
-    whole = (state * entries[symbol, 2]) >> entries[symbol, 3]
-    return (whole << u64(PRECISION)) + (state - whole * frequency) + entries[symbol, 0], w - full
+    whole = (state * entries[place, 1]) >> (entries[place, 2] & u64(63))
+    return state + whole * (entries[place, 3] & _WORD) + (entries[place, 3] >> u64(16)), w - full
 
 
 @_inlined
@@ -152,9 +177,9 @@ def _pop(state, home, symbols, entries, words, w):  # type: ignore[no-untyped-de
     symbol = (home << u64(8)) + u64(symbols[(home << u64(PRECISION)) + slot])
     entry = entries[symbol]
     state = (entry & _WORD) * (state >> u64(PRECISION)) + slot - ((entry >> u64(16)) & _WORD)
-    low = u64(state < _LEAST_STATE)
-    state = (state << (low << u64(4))) | (u64(words[w]) & (u64(0) - low))
-    return state, entry, w + low
+    longer = (state << u64(16)) | u64(words[w])
+    low = state < _LEAST_STATE
+    return longer if low else state, entry, w + u64(low)
 
 
 @_inlined
@@ -206,17 +231,25 @@ def find_changes(base, numbers, rules, contexts, homes, gaps, changes, most, roo
 
 
 @compiled(error_model="numpy", _nrt=False)
-def encode_changes(n, most, homes, gaps, changes, gap_code, code, words, extras):  # type: ignore[no-untyped-def]
-    """Code ``n`` events of `find_changes`. Returns where ``words`` begin, and how many ``extras`` come."""
-    gap_symbols, gap_least, gap_bits, gap_entries = gap_code
-    symbols, least, bits, entries = code
+def encode_changes(n, most, homes, gaps, changes, steps, kinds, gap_code, code, words, extras):  # type: ignore[no-untyped-def]
+    """Code ``n`` events of `find_changes`; ``steps`` and ``kinds`` are the classes of gaps and changes.
+
+    Returns where ``words`` begin, and how many ``extras`` come. Classes are replaced by places in tables.
+    """
+    _, gap_places, gap_least, gap_bits, gap_entries = gap_code
+    _, places, least, bits, entries = code
     acc, fill, e = u64(0), u64(0), u64(0)
     for i in range(n):
+        c = u64(homes[i])
         if i >= most:
-            symbol = symbols[_fine(u64(changes[i]))]
+            place = u64(places[c, kinds[i]])
+            kinds[i] = place
+            symbol = place & _SYMBOL
             if bits[symbol] > 0:
                 acc, fill, e = _put(u64(changes[i]) - least[symbol], bits[symbol], extras, acc, fill, e)
-        symbol = gap_symbols[_fine(u64(gaps[i]))]
+        place = u64(gap_places[c, steps[i]])
+        steps[i] = place
+        symbol = place & _SYMBOL
         if gap_bits[symbol] > 0:
             acc, fill, e = _put(u64(gaps[i]) - gap_least[symbol], gap_bits[symbol], extras, acc, fill, e)
     if fill:
@@ -224,10 +257,9 @@ def encode_changes(n, most, homes, gaps, changes, gap_code, code, words, extras)
         e += u64(1)
     x, y, w = _LEAST_STATE, _LEAST_STATE, u64(words.shape[0])
     for i in range(n - 1, -1, -1):
-        c = u64(homes[i])
-        x, w = _push(x, gap_entries[c], gap_symbols[_fine(u64(gaps[i]))], words, w)
+        x, w = _push(x, gap_entries, u64(steps[i]), words, w)
         if i >= most:
-            y, w = _push(y, entries[c], symbols[_fine(u64(changes[i]))], words, w)
+            y, w = _push(y, entries, u64(kinds[i]), words, w)
     w = _close(y, words, w)
     return _close(x, words, w), e
 
@@ -270,24 +302,23 @@ def decode_changes(base, out, rules, contexts, most, gap_code, code, words, w, e
 
 
 @compiled(error_model="numpy", _nrt=False)
-def encode_values(base, numbers, rules, contexts, code, chosen, wide, words, extras):  # type: ignore[no-untyped-def]
-    """Code the ``numbers`` of all elements. Returns as `encode_changes`.
+def encode_values(base, numbers, rules, contexts, code, kinds, wide, words, extras):  # type: ignore[no-untyped-def]
+    """Code the ``numbers`` of all elements; ``kinds`` are their classes. Returns as `encode_changes`.
 
-    ``chosen`` is room for their symbols, ``wide`` for where those with plain bits are.
+    ``wide`` is room for where those with plain bits are.
     """
-    symbols, least, bits, entries = code
+    _, places, least, bits, entries = code
     shift, mask, _, _, _, _ = rules
-    n = u64(base.shape[0])
-    acc, fill, e = u64(0), u64(0), u64(0)
-    count = u64(0)
+    n, count = u64(base.shape[0]), u64(0)
     for i in range(n):
-        symbol = symbols[_fine(u64(numbers[i]))]
-        chosen[i] = symbol
+        place = u64(places[u64(contexts[(u64(base[i]) >> shift) & mask]), u64(kinds[i])])
+        kinds[i] = place
         wide[count] = i
-        count += u64(bits[symbol] > u64(0))
+        count += u64(bits[place & _SYMBOL] > u64(0))
+    acc, fill, e = u64(0), u64(0), u64(0)
     for k in range(count):
         i = u64(wide[k])
-        symbol = chosen[i]
+        symbol = u64(kinds[i]) & _SYMBOL
         acc, fill, e = _put(u64(numbers[i]) - least[symbol], bits[symbol], extras, acc, fill, e)
     if fill:
         extras[e] = u32(acc)
@@ -297,18 +328,13 @@ def encode_values(base, numbers, rules, contexts, code, chosen, wide, words, ext
     while i & u64(3):
         i -= u64(1)
         x, y, z, t = t, x, y, z
-        c = u64(contexts[(u64(base[i]) >> shift) & mask])
-        x, w = _push(x, entries[c], chosen[i], words, w)
+        x, w = _push(x, entries, u64(kinds[i]), words, w)
     while i > u64(0):
         i -= u64(4)
-        c = u64(contexts[(u64(base[i + u64(3)]) >> shift) & mask])
-        t, w = _push(t, entries[c], chosen[i + u64(3)], words, w)
-        c = u64(contexts[(u64(base[i + u64(2)]) >> shift) & mask])
-        z, w = _push(z, entries[c], chosen[i + u64(2)], words, w)
-        c = u64(contexts[(u64(base[i + u64(1)]) >> shift) & mask])
-        y, w = _push(y, entries[c], chosen[i + u64(1)], words, w)
-        c = u64(contexts[(u64(base[i]) >> shift) & mask])
-        x, w = _push(x, entries[c], chosen[i], words, w)
+        t, w = _push(t, entries, u64(kinds[i + u64(3)]), words, w)
+        z, w = _push(z, entries, u64(kinds[i + u64(2)]), words, w)
+        y, w = _push(y, entries, u64(kinds[i + u64(1)]), words, w)
+        x, w = _push(x, entries, u64(kinds[i]), words, w)
     w = _close(t, words, w)
     w = _close(z, words, w)
     w = _close(y, words, w)

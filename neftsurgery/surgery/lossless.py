@@ -20,7 +20,8 @@ from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
 from ..coding.elements import Carrier
-from ..coding.tables import MOST_TABLES, FrequencyTable, fit, pack
+from ..coding.fitting import fit
+from ..coding.tables import MOST_TABLES, FrequencyTable, pack
 from ..errors import MismatchError, UsageError
 from ..patch.delta import (
     ARRAYS,
@@ -50,7 +51,7 @@ __all__ = ["LosslessPlan", "plan_lossless"]
 
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
-_SAMPLES = 6
+_SAMPLES = 3
 #: Kinds of tensor with fewer changes share a table: one of their own would cost more than it saves.
 _FEW_CHANGES = 4096
 #: Bytes that a thread holds: a block of either side, its symbols, its code.

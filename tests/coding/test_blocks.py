@@ -12,7 +12,7 @@ from coding.reference import WIDTHS
 from coding.test_kernels import coded, stored
 from neftsurgery.coding.blocks import BLOCK, Form, decode, encode, encode_fast
 from neftsurgery.coding.elements import Elements
-from neftsurgery.coding.tables import fit
+from neftsurgery.coding.fitting import fit
 
 LENGTHS = st.sampled_from([0, 1, 2, 3, 255, 256, 257, 4000])
 SHARES = st.sampled_from([0.0, 1e-3, 0.02, 0.3, 0.9, 1.0])

@@ -16,8 +16,9 @@ from coding import reference
 from coding.pairs import changed, weights
 from neftsurgery.coding.blocks import Form, decode, encode
 from neftsurgery.coding.elements import Elements, fine_classes
-from neftsurgery.coding.kernels import count, differences
-from neftsurgery.coding.tables import Alphabet, FrequencyTable, fit, pack, unpack
+from neftsurgery.coding.fitting import fit
+from neftsurgery.coding.kernels import classify, differences
+from neftsurgery.coding.tables import Alphabet, FrequencyTable, pack, unpack
 
 
 def stored(table: FrequencyTable) -> FrequencyTable:
@@ -37,14 +38,14 @@ def read_slowly(dtype: str, base: np.ndarray, code: bytes, table: FrequencyTable
 
 @pytest.mark.parametrize("width", [8, 16, 20, 32, 64])
 def test_fine_classes_cover_all_numbers_without_gaps(width: int) -> None:
-    """And they are those that the kernels count by: at both ends of every class."""
+    """And they are those of the kernels: at both ends of every class."""
     least, plain = (part.tolist() for part in fine_classes(width))
     ends = [start + (1 << bits) for start, bits in zip(least, plain, strict=True)]
     assert [0, *ends] == [*least, 1 << width]
     numbers = np.array([*least, *(end - 1 for end in ends)], np.uint64)
-    counts = np.zeros((1, len(least)), np.uint32)
-    count(np.zeros(len(numbers), np.uint8), numbers, counts)
-    assert (counts == 2).all()
+    classes = np.empty(len(numbers), np.uint16)
+    classify(numbers, np.empty(0, np.uint64), classes)
+    assert classes.tolist() == 2 * list(range(len(least)))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64", "F8_E4M3", "I8", "U64", "F4"])
@@ -102,7 +103,7 @@ from coding.test_blocks import mangled
 from coding.test_kernels import coded, stored
 from neftsurgery.coding.blocks import decode
 from neftsurgery.coding.elements import Elements
-from neftsurgery.coding.tables import fit
+from neftsurgery.coding.fitting import fit
 
 rng = np.random.default_rng(0)
 for dtype, share in (("BF16", 0.05), ("BF16", 1.0)):
