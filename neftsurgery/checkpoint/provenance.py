@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _EDGE_BYTES = 4096
+_encoded = json.JSONEncoder(separators=(",", ":")).encode
 HASH_PREFIX = "xxh3-128:"
 
 
@@ -54,7 +55,7 @@ def fingerprint(
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
     for name in sorted(names):
         info = weights.tensors[names[name]]
-        state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
+        state.update(_encoded([name, info.dtype, list(info.shape)]).encode() + b"\n")
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):
             view = buffer[: info.nbytes]

@@ -1,9 +1,10 @@
-"""The tensors of a scores file: what it says about each, read and checked; their sums, in batches."""
+"""The tensors of a scores file: what it says about each, read and checked; where their numbers lie."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,34 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
 __all__ = [
+    "SUMS",
     "WHAT",
     "CompanionBias",
+    "ScoreArrays",
     "ScoredTensor",
     "SumBatch",
     "Unscored",
+    "array_entries",
+    "arranged",
     "batches",
-    "has_sums",
     "read_companion_biases",
     "read_scored",
 ]
 
 #: The name of the file in messages.
 WHAT = "scores file"
-_SUMS = {"base_sq": "F64", "delta_sq": "F64", "dot": "F64", "changed": "I64", "unit": "I64"}
+#: The kinds of numbers, and their dtypes: the first is that of version 1.
+_KINDS = {
+    "score": ("F32",),
+    "base_sq": ("F64",),
+    "delta_sq": ("F64",),
+    "dot": ("F64",),
+    "changed": ("I64", "I32"),
+    "unit": ("I64", "I32"),
+}
+#: Version 2 has all of these, or none.
+SUMS = ("base_sq", "delta_sq", "dot", "changed")
+_OF_ELEMENTS = ("delta_sq", "changed")  # what is recorded of companion biases as well
 _NEURONS = 1 << 20  # of a batch
 
 
@@ -73,13 +88,11 @@ class Unscored:
 
 
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
-    """The scored tensor ``name``, from its entry and the vectors beside it; else a `CorruptFileError`."""
+    """The scored tensor ``name``, from its entry in ``tensors``; else a `CorruptFileError`."""
     info, layout = described_tensor(file, WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
     if layout.width < 1 or layout.count < 1:
         raise bad(file, WHAT, "a scored tensor has no neurons", name)
-    require_entry(file, WHAT, name, "", "F32", (layout.count,))
-    _check_sums(file, name, _SUMS, layout)
     layer, bias, part = entry.get("layer", ""), entry.get("bias"), entry.get("part")
     if not isinstance(layer, str) or not (bias is None or isinstance(bias, str)):
         raise bad(file, WHAT, "its layer or bias is not a name", name)
@@ -97,14 +110,8 @@ def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     return ScoredTensor(info, layout, layer, bias, part)
 
 
-def _check_sums(file: TensorFile, name: str, which: Iterable[str], layout: Layout) -> None:
-    for part in which:
-        if f"{name}:{part}" in file.tensors:
-            require_entry(file, WHAT, name, part, _SUMS[part], (layout.count,))
-
-
 def read_companion_biases(
-    file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
+    file: TensorFile, version: int, unscored: object, tensors: Mapping[str, ScoredTensor]
 ) -> Iterator[tuple[str, CompanionBias]]:
     """The unscored tensors whose changes are recorded element by element."""
     if not isinstance(unscored, dict):
@@ -118,12 +125,93 @@ def read_companion_biases(
         delta = 0.0 if entry.get("delta_sq") is None else entry["delta_sq"]
         if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
             raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
-        if f"{name}:changed" in file.tensors:
+        if "neuron_axes" in entry if version > 1 else f"{name}:changed" in file.tensors:
             info, layout = described_tensor(file, WHAT, name, entry)
-            _check_sums(file, name, ("changed", "delta_sq"), layout)
             if counts.get(name, {layout.count}) != {layout.count}:
                 raise bad(file, WHAT, "a bias does not have as many neurons as its weight", name)
             yield name, CompanionBias(info, layout, entry.get("included") is True)
+
+
+def arranged(
+    neurons: Mapping[str, int], elements: Mapping[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Where each tensor's numbers begin in the arrays of version 2, and the length of each array.
+
+    ``neurons``: how many each scored tensor has; ``elements``: the same for companion biases.
+    """
+    starts: dict[str, int] = {}
+    total = 0
+    for counts in (neurons, elements):
+        for name in sorted(counts):
+            starts[name] = total
+            total += counts[name]
+    scored = total - sum(elements.values())
+    return starts, {which: total if which in _OF_ELEMENTS else scored for which in _KINDS}
+
+
+def array_entries(lengths: Mapping[str, int], kinds: Sequence[str], widest: int = 0) -> list[TensorInfo]:
+    """The entries of version 2 for ``kinds`` of numbers; ``widest``: the most elements a vector has."""
+    short = max(widest, *lengths.values()) < 1 << 31
+    return [TensorInfo(which, _KINDS[which][-1 if short else 0], (lengths[which],)) for which in kinds]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreArrays:
+    """The numbers of a scores file, read when asked for.
+
+    Version 2 has an array per kind, with the numbers of tensor after tensor; ``starts`` says where a tensor's
+    begin. Version 1 has an entry per tensor and kind, and no ``starts``.
+    """
+
+    file: TensorFile
+    starts: Mapping[str, int] | None
+
+    @classmethod
+    def checked(
+        cls,
+        file: TensorFile,
+        facts: Mapping[str, object],
+        tensors: Mapping[str, ScoredTensor],
+        companion_biases: Mapping[str, CompanionBias],
+    ) -> ScoreArrays:
+        """Those of ``file``; a `CorruptFileError` if its entries do not fit the tensors."""
+        groups: list[Mapping[str, ScoredTensor | CompanionBias]] = [tensors, companion_biases]
+        if facts["version"] == 1:
+            for group, kinds in zip(groups, (_KINDS, _OF_ELEMENTS), strict=True):
+                for (name, tensor), which in product(group.items(), kinds):
+                    if which == "score" or f"{name}:{which}" in file.tensors:
+                        part = "" if which == "score" else which
+                        require_entry(file, WHAT, name, part, _KINDS[which][0], (tensor.layout.count,))
+            return cls(file, None)
+        starts, lengths = arranged(*({name: t.layout.count for name, t in g.items()} for g in groups))
+        sums = SUMS if any(which in file.tensors for which in SUMS) else ()
+        needed = ("score", *sums, *(["unit"] if facts.get("anatomy") == "units" else []))
+        for which, dtypes in _KINDS.items():
+            found = file.tensors.get(which)
+            if found is not None or which in needed:
+                dtype = found.dtype if found is not None and found.dtype in dtypes else dtypes[0]
+                require_entry(file, WHAT, which, "", dtype, (lengths[which],))
+        return cls(file, starts)
+
+    def has(self, name: str, *kinds: str) -> bool:
+        """Whether it has all of these numbers of a tensor."""
+        if self.starts is None:
+            return all(_entry(name, which) in self.file.tensors for which in kinds)
+        found = (self.file.tensors.get(which) for which in kinds)
+        return name in self.starts and all(e is not None and self.starts[name] < e.shape[0] for e in found)
+
+    def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
+        """One kind of numbers of tensors that have it, one after the other in the order of `Scores`."""
+        if self.starts is None:
+            return self.file.joined([_entry(tensor.info.name, which) for tensor in tensors])
+        start = self.starts[tensors[0].info.name]
+        values = self.file.array(which, start, start + sum(tensor.layout.count for tensor in tensors))
+        return values.astype(np.int64) if values.dtype.kind == "i" else values
+
+
+def _entry(name: str, which: str) -> str:
+    """The name of an entry in version 1."""
+    return name if which == "score" else f"{name}:{which}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,29 +241,28 @@ class SumBatch:
         return float(picked.sum())
 
 
-def has_sums(file: TensorFile, tensor: ScoredTensor, which: Iterable[str]) -> bool:
-    """Whether the file holds all of these sums of a tensor."""
-    return all(f"{tensor.info.name}:{part}" in file.tensors for part in which)
-
-
-def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[str]) -> Iterator[SumBatch]:
-    """Read the sums ``which``, which all ``tensors`` have, about a million neurons at a time."""
+def batches(
+    numbers: ScoreArrays, tensors: Iterable[ScoredTensor], which: Sequence[str]
+) -> Iterator[SumBatch]:
+    """Read the sums ``which`` of those ``tensors`` that have them, about a million neurons at a time."""
     waiting: list[ScoredTensor] = []
     size = 0
     for tensor in tensors:
+        if not numbers.has(tensor.info.name, *which):
+            continue
         if waiting and size + tensor.layout.count > _NEURONS:
-            yield _read(file, waiting, which)
+            yield _read(numbers, waiting, which)
             waiting, size = [], 0
         waiting.append(tensor)
         size += tensor.layout.count
     if waiting:
-        yield _read(file, waiting, which)
+        yield _read(numbers, waiting, which)
 
 
-def _read(file: TensorFile, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:
+def _read(numbers: ScoreArrays, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:
     counts = [tensor.layout.count for tensor in tensors]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-    sums = {part: file.joined([f"{tensor.info.name}:{part}" for tensor in tensors]) for part in which}
+    sums = {part: numbers.read(part, tensors) for part in which}
     for values in sums.values():
         values[np.isnan(values)] = 0
     masks = [tensor.belongs() for tensor in tensors]

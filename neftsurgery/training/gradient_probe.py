@@ -38,6 +38,7 @@ from ..live.loading import load_model
 from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
+from ..scoring.scored_tensors import arranged, array_entries
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..selection.selection import described
 from ..storage.threads import Limits
@@ -45,7 +46,6 @@ from ..surgery.diff import DiffPlan, describe_tensor
 from ..surgery.pairing import pair
 from ..tensors.arrays import Float64Array
 from ..tensors.document import dump
-from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
 from .examples import collator
 
@@ -242,17 +242,14 @@ def write_scores(
             info.name: {"reason": "bias", **described(info, range(len(info.shape)))} for info in companions
         },
     }
-    entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
-    entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
-    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in companions]
+    # Nothing has changed yet. Being listed with its axes lets a bias go with its neurons.
+    starts, lengths = arranged({name: len(value) for name, value in values.items()}, {})
     metadata = dump(SCORES_KEY, facts)
-    with written_file(entries, metadata, out) as written:
-        for name, value in values.items():
-            written.write(name, 0, value.astype(np.float32))
-        for name, ids in units.items():
-            written.write(f"{name}:unit", 0, ids)
-        for info in companions:  # nothing has changed yet; being listed lets a bias go with its neurons
-            written.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
+    entries = {e.name: e for e in array_entries(lengths, ["score", *(["unit"] if units else [])])}
+    with written_file(list(entries.values()), metadata, out) as written:
+        for which, numbers in (("score", values), ("unit", units)):
+            for name, each in numbers.items():
+                written.write(which, starts[name], each.astype(entries[which].type.numpy))
         written.finish(metadata)
     return Scores.read(written.reader())
 

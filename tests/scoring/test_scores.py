@@ -1,8 +1,9 @@
-"""Scores files: selecting from anyone's, what a selection captures, and damaged ones."""
+"""Scores files of both versions: selecting from anyone's, what a selection captures, and damaged ones."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,14 @@ def full() -> tuple[Content, Arrays]:
     return content, arrays
 
 
+def by_layers() -> tuple[Content, Arrays]:
+    """As `full`, without biases."""
+    content, arrays = full()
+    for tensor in content["tensors"].values():
+        tensor.pop("bias")
+    return content, arrays
+
+
 def by_units() -> tuple[Content, Arrays]:
     """Three units over two tensors, one of them in both twice; and a neuron that is in none."""
     tensors = {"x": described([4, 3], layer="m.0"), "y": described([2, 4], (1,), layer="m.0")}
@@ -89,12 +98,39 @@ def by_units() -> tuple[Content, Arrays]:
     return content, arrays
 
 
+def compact(content: Content, arrays: Arrays) -> tuple[Content, Arrays]:
+    """The same scores in version 2: an array per kind, the tensors one after the other in order of names.
+
+    Sums that not all tensors have, or that some other sum lacks, are filled with zeros.
+    """
+    counts = {name: len(arrays[name]) for name in sorted(content["tensors"])}
+    elements = {name: len(arrays[f"{name}:changed"]) for name in ("l.0.b", "norm") if "unscored" in content}
+    content.get("unscored", {}).get("embed", {}).pop("neuron_axes", None)  # it has no records
+    kinds = {name.rpartition(":")[2] for name in arrays if ":" in name}
+    if kinds - {"unit"}:
+        kinds |= {"base_sq", "delta_sq", "dot", "changed"}
+    found: Arrays = {"score": np.concatenate([arrays[name] for name in counts])}
+    for kind in kinds:
+        of = counts | dict(sorted(elements.items())) if kind in ("delta_sq", "changed") else counts
+        dtype = "i4" if kind in ("changed", "unit") else "f8"
+        parts = [arrays.get(f"{name}:{kind}", np.zeros(count)).astype(dtype) for name, count in of.items()]
+        found[kind] = np.concatenate(parts)
+    return {**content, "version": 2}, found
+
+
 @pytest.fixture
-def load(tmp_path):
+def load_as_it_is(tmp_path):
     def make(content: object, arrays: Mapping[str, NDArray[Any]]) -> Scores:
         return Scores.load(write(tmp_path / "scores.safetensors", content, arrays))
 
     return make
+
+
+@pytest.fixture(params=[1, 2])
+def load(request, load_as_it_is):
+    return lambda content, arrays: load_as_it_is(
+        *((content, arrays) if request.param == 1 else compact(content, arrays))
+    )
 
 
 def counts(selection: Selection) -> dict[str, list[int]]:
@@ -303,7 +339,8 @@ DAMAGED = [
     ("", {}),
     ("null", {}),
     change("version", ...),
-    change("version", 2),
+    change("version", 2),  # whose arrays are missing
+    change("version", 3),
     change("tensors", ...),
     change("tensors", []),
     change("tensors/l.0.w", 5),
@@ -358,23 +395,124 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("case", range(len(DAMAGED)))
-def test_damaged_files(load, case):
+def test_damaged_files(load_as_it_is, case):
     with pytest.raises(CorruptFileError) as error:
-        load(*DAMAGED[case])
+        load_as_it_is(*DAMAGED[case])
     assert error.value.file.endswith("scores.safetensors")
+
+
+def without(kind: str, make=full) -> tuple[Content, Arrays]:
+    content, arrays = compact(*make())
+    del arrays[kind]
+    return content, arrays
+
+
+def replaced(kind: str, values: NDArray[Any], make=full) -> tuple[Content, Arrays]:
+    content, arrays = compact(*make())
+    assert kind in arrays
+    return content, {**arrays, kind: values}
+
+
+def also(group: str, name: str, **more: object) -> tuple[Content, Arrays]:
+    content, arrays = compact(*full())
+    content[group][name] = described([1], **more)
+    return content, arrays
+
+
+DAMAGED_ARRAYS = [
+    *(without(kind) for kind in ("score", "base_sq", "delta_sq", "dot", "changed")),
+    change("version", 1, lambda: compact(*full())),
+    change("tensors/l.0.w/shape", [5, 3], lambda: compact(*full())),  # a bias has as many neurons
+    change("tensors/l.1.w/shape", [6, 6], lambda: compact(*by_layers())),
+    change("tensors/l.1.w", ..., lambda: compact(*full())),
+    change("unscored/norm/shape", [4], lambda: compact(*full())),
+    change("unscored/norm", ..., lambda: compact(*full())),
+    change("unscored/embed/neuron_axes", [0], lambda: compact(*full())),
+    change("unscored/norm/neuron_axes", None, lambda: compact(*full())),
+    change("unscored/norm/dtype", ..., lambda: compact(*full())),
+    change("anatomy", "units", lambda: compact(*full())),  # whose units are missing
+    also("tensors", "more"),
+    also("tensors", "norm"),  # scored, and not scored
+    also("unscored", "more"),
+    replaced("score", np.zeros(9)),
+    replaced("score", np.zeros(8, np.float32)),
+    replaced("score", np.zeros((9, 1), np.float32)),
+    replaced("score", np.zeros(16, np.float32)),
+    replaced("base_sq", np.zeros(16)),
+    replaced("dot", np.zeros(9, np.float32)),
+    replaced("delta_sq", np.zeros(9)),
+    replaced("delta_sq", np.zeros(17)),
+    replaced("changed", np.zeros(9, np.int32)),
+    replaced("changed", np.zeros(16)),
+    replaced("unit", np.zeros(7, np.int32), by_units),
+    replaced("unit", np.zeros(8), by_units),
+]
+
+
+@pytest.mark.parametrize("case", range(len(DAMAGED_ARRAYS)))
+def test_damaged_arrays(load_as_it_is, case):
+    with pytest.raises(CorruptFileError) as error:
+        load_as_it_is(*DAMAGED_ARRAYS[case])
+    assert error.value.file.endswith("scores.safetensors")
+
+
+def test_an_array_of_another_length_is_told(load_as_it_is):
+    with pytest.raises(CorruptFileError, match="its entry dot does not fit") as error:
+        load_as_it_is(*replaced("dot", np.zeros(16)))
+    assert (error.value.expected, error.value.found) == ("F64 [9]", "F64 [16]")
+
+
+def test_a_name_that_occurs_twice(tmp_path):
+    content, arrays = compact(*least())
+    text = json.dumps(content).replace('"a":', '"b":')
+    with pytest.raises(CorruptFileError, match="the key 'b' occurs twice"):
+        Scores.load(write(tmp_path / "s.safetensors", text, arrays))
+
+
+def test_integers_may_be_wide_or_narrow(load_as_it_is):
+    """I64 where a count or a number of a unit takes it."""
+    for make, kind in ((full, "changed"), (by_units, "unit")):
+        content, arrays = compact(*make())
+        wide = load_as_it_is(content, {**arrays, kind: arrays[kind].astype(np.int64)})
+        name = next(iter(wide.tensors))
+        np.testing.assert_array_equal(wide.sums(name, kind), make()[1][f"{name}:{kind}"])
+
+
+def test_numbers_that_a_version_2_file_has_of_more(load_as_it_is):
+    """Entries that a reader does not know may be there."""
+    content, arrays = compact(*least())
+    scores = load_as_it_is(content, {**arrays, "later": np.zeros(3), "a": np.zeros(2)})
+    assert counts(scores.select(neurons=1)) == {"b": [1]}
+
+
+def test_only_what_is_asked_for_is_read(load_as_it_is, tmp_path):
+    """Selecting by score and reading counts leaves the sums alone, which may be lost with the file's end."""
+    content, arrays = compact(*full())
+    order = ["score", "changed", "delta_sq", "base_sq", "dot"]
+    scores = load_as_it_is(content, {kind: arrays[kind] for kind in order})
+    path = tmp_path / "scores.safetensors"
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.truncate(status.st_size - 2 * 9 * 8)  # base_sq and dot are gone
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert scores.values("l.0.w")[1] == np.float32(0.4)
+    assert scores.sums("norm", "changed").tolist() == [0, 1, 0]
+    assert [batch.sums["delta_sq"].sum() for batch in scores.batches("delta_sq")] == [20]
+    with pytest.raises(CorruptFileError, match="ends too soon"):
+        scores.sums("l.0.w", "dot")
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [("x:unit", None), ("x:unit", [0, 1, 2, 99]), ("x:unit", [0, 1, 2, -2]), ("y:unit", [0, 1, 2, 1 << 62])],
 )
-def test_damaged_units(load, name, values):
-    scores = load(*with_array(name, None if values is None else np.array(values), by_units))
+def test_damaged_units(load_as_it_is, name, values):
+    scores = load_as_it_is(*with_array(name, None if values is None else np.array(values), by_units))
     with pytest.raises(CorruptFileError, match="unit"):
         scores.select(neurons=1)
 
 
-def test_other_files(load, tmp_path):
+def test_other_files(tmp_path):
     path = raw_file(tmp_path / "plain.safetensors", [("w", "F32", [1], bytes(4))])
     with pytest.raises(CorruptFileError, match="not a scores file"):
         Scores.load(path)

@@ -68,7 +68,7 @@ def test_the_file_is_as_the_contract_says(llamas, tmp_path):
     entries = load_file(path)
     with safe_open(path, "numpy") as file:
         metadata = json.loads(file.metadata()["neuron_scores"])
-    assert metadata["version"] == 1
+    assert metadata["version"] == 2
     assert metadata["score"] == "cosine"
     assert metadata["anatomy"] == "rows"
     assert metadata["parameters"] == sum(a.size for a in base.values())
@@ -80,8 +80,13 @@ def test_the_file_is_as_the_contract_says(llamas, tmp_path):
     assert metadata.keys() >= {"tensors", "unscored"}
     assert sorted(metadata["tensors"]) == sorted(name for name in base if linear(name))
     assert sorted(metadata["unscored"]) == sorted(name for name in base if not linear(name))
-    expected = set()
-    for name, entry in metadata["tensors"].items():
+    neurons = sum(base[name].shape[0] for name in metadata["tensors"])
+    arrays = {"score": "f4", "base_sq": "f8", "delta_sq": "f8", "dot": "f8", "changed": "i4"}
+    assert {name: (array.dtype, array.shape) for name, array in entries.items()} == {
+        name: (np.dtype(kind), (neurons,)) for name, kind in arrays.items()
+    }
+    start = 0
+    for name, entry in sorted(metadata["tensors"].items()):
         assert (entry["shape"], entry["dtype"], entry["neuron_axes"]) == (list(base[name].shape), "F32", [0])
         a, b = (side[name].astype(np.float64) for side in (base, tuned))
         sums = {
@@ -91,15 +96,12 @@ def test_the_file_is_as_the_contract_says(llamas, tmp_path):
             "changed": base[name] != tuned[name],
         }
         for which, products in sums.items():
-            found = entries[f"{name}:{which}"]
-            assert found.dtype == (np.int64 if which == "changed" else np.float64)
+            found = entries[which][start : start + len(a)]
             size = math.sqrt(sums["base_sq"].sum() * sums["delta_sq"].sum())
             np.testing.assert_allclose(found, products.sum(1), rtol=1e-5, atol=1e-6 * size * (which == "dot"))
-            expected.add(f"{name}:{which}")
-        assert entries[name].dtype == np.float32
-        np.testing.assert_array_equal(entries[name], scores.values(name))
-        expected.add(name)
-    assert set(entries) == expected
+            np.testing.assert_array_equal(found, scores.sums(name, which))
+        np.testing.assert_array_equal(entries["score"][start : start + len(a)], scores.values(name))
+        start += len(a)
     for name, entry in metadata["unscored"].items():
         assert_unscored(entry, base[name], tuned[name])
     assert path.stat().st_mode == (folders[0] / "config.json").stat().st_mode  # as the umask has it
@@ -653,21 +655,20 @@ def test_units_are_scored_as_concatenated_vectors(llama_arrays, tmp_path, kind, 
 
 
 def test_unit_ids(llamas, tmp_path):
-    """Numbered model-wide by first member, in the order of names and indices; in the file as I64."""
+    """Numbered model-wide by first member, in the order of names and indices; in the file as one array."""
     base, _, *folders = llamas
     scores = ns.diff(*folders, anatomy="units", out=tmp_path / "s.safetensors")
     home = {(name, neuron): unit for unit, parts in units_of(base).items() for name, neuron, _ in parts}
     numbers: dict[tuple[int, str, int], int] = {}
     for member in sorted(home):
         numbers.setdefault(home[member], len(numbers))
-    entries = load_file(tmp_path / "s.safetensors")
+    found = load_file(tmp_path / "s.safetensors")["unit"]
+    assert found.dtype == np.int32
+    assert found.tolist() == [numbers[home[member]] for member in sorted(home)]
     for name in scores.tensors:
-        ids = entries[f"{name}:unit"]
+        ids = scores.sums(name, "unit")
         assert ids.dtype == np.int64
         assert ids.tolist() == [numbers[home[name, neuron]] for neuron in range(len(ids))]
-    assert sorted(f"{name}:unit" for name in scores.tensors) == sorted(
-        n for n in entries if n.endswith(":unit")
-    )
     assert set(scores.tensors) == {name for name, _ in home}
 
 
