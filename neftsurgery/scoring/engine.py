@@ -18,7 +18,7 @@ from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
 from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
-from ..tensors.arrays import Float64Array, Int64Array, RawBytes
+from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
@@ -32,31 +32,12 @@ class TensorResult:
     """The result of comparing one tensor."""
 
     job: Job
-    totals: Sums  # per neuron; of the whole tensor, as if it were one, if the job has no layout
-
-    @property
-    def sums(self) -> Sums | None:
-        """The sums per neuron, if the job has a layout."""
-        return None if self.job.layout is None else self.totals
-
-    @property
-    def base_sq(self) -> float:
-        """The squared norm of the base tensor, of finite elements only; 0 for packed types."""
-        return self._total(self.totals.aa)
-
-    @property
-    def delta_sq(self) -> float:
-        """The same of the difference."""
-        return self._total(self.totals.dd)
-
-    @property
-    def changed(self) -> int:
-        """How many elements of the tensor have bits that differ."""
-        return int(self.totals.changed.sum())
-
-    def _total(self, squares: Float64Array) -> float:
-        with np.errstate(over="ignore"):
-            return float(squares[self.totals.finite].sum())
+    sums: Sums | None  # per neuron, if the job has a layout
+    # Over the whole tensor: squared norms of the base and of the difference (of finite elements only; 0 for
+    # packed types), and the number of elements whose bits differ.
+    base_sq: float
+    delta_sq: float
+    changed: int
 
 
 def stream(
@@ -190,12 +171,18 @@ class _Collector:
                 np.add.at(self._changed, result.index, result.changed)
 
     def finish(self, base: WeightReader, tuned: WeightReader, limits: Limits) -> TensorResult:
+        if self._job.layout is None:
+            (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
+            return TensorResult(self._job, None, float(aa), float(dd), changed)
         sums = Sums(self._sums, self._changed)
         for index, values in self._refined:
             sums.refine(index, values)
-        if self._job.layout is not None and not self._all_refined:
+        if not self._all_refined:
             self._refine(sums, base, tuned, limits)
-        return TensorResult(self._job, sums)
+        good = sums.finite
+        with np.errstate(over="ignore"):
+            totals = sums.aa[good].sum(), sums.dd[good].sum()
+        return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
     def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
         """Read the vectors whose sums are doubtful again, whole, and refine their sums."""

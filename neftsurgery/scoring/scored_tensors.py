@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ __all__ = [
     "ScoredTensor",
     "SumBatch",
     "Unscored",
-    "array_entries",
     "arranged",
     "batches",
     "read_companion_biases",
@@ -34,15 +33,8 @@ __all__ = [
 
 #: The name of the file in messages.
 WHAT = "scores file"
-#: The kinds of numbers, and their dtypes: the first is that of version 1.
-_KINDS = {
-    "score": ("F32",),
-    "base_sq": ("F64",),
-    "delta_sq": ("F64",),
-    "dot": ("F64",),
-    "changed": ("I64", "I32"),
-    "unit": ("I64", "I32"),
-}
+#: The kinds of numbers, and their dtypes in version 2. In version 1 ``changed`` is I64.
+_KINDS = {"score": "F32", "base_sq": "F64", "delta_sq": "F64", "dot": "F64", "changed": "U32", "unit": "I64"}
 #: Version 2 has all of these, or none.
 SUMS = ("base_sq", "delta_sq", "dot", "changed")
 _OF_ELEMENTS = ("delta_sq", "changed")  # what is recorded of companion biases as well
@@ -88,7 +80,7 @@ class Unscored:
 
 
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
-    """The scored tensor ``name``, from its entry in ``tensors``; else a `CorruptFileError`."""
+    """The scored tensor ``name``, from its description; else a `CorruptFileError`."""
     info, layout = described_tensor(file, WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
     if layout.width < 1 or layout.count < 1:
@@ -133,26 +125,17 @@ def read_companion_biases(
 
 
 def arranged(
-    neurons: Mapping[str, int], elements: Mapping[str, int]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Where each tensor's numbers begin in the arrays of version 2, and the length of each array.
+    counts: Mapping[str, int], elements: Mapping[str, int], kinds: Iterable[str]
+) -> tuple[dict[str, int], list[TensorInfo]]:
+    """Where each tensor's numbers begin in the arrays of version 2, and the entries of these arrays.
 
-    ``neurons``: how many each scored tensor has; ``elements``: the same for companion biases.
+    ``counts``: how many neurons each scored tensor has; ``elements``: the same of companion biases.
     """
-    starts: dict[str, int] = {}
-    total = 0
-    for counts in (neurons, elements):
-        for name in sorted(counts):
-            starts[name] = total
-            total += counts[name]
-    scored = total - sum(elements.values())
-    return starts, {which: total if which in _OF_ELEMENTS else scored for which in _KINDS}
-
-
-def array_entries(lengths: Mapping[str, int], kinds: Sequence[str], widest: int = 0) -> list[TensorInfo]:
-    """The entries of version 2 for ``kinds`` of numbers; ``widest``: the most elements a vector has."""
-    short = max(widest, *lengths.values()) < 1 << 31
-    return [TensorInfo(which, _KINDS[which][-1 if short else 0], (lengths[which],)) for which in kinds]
+    ordered = dict([*sorted(counts.items()), *sorted(elements.items())])
+    edges = [0, *accumulate(ordered.values())]
+    lengths = {which: edges[-1 if which in _OF_ELEMENTS else len(counts)] for which in kinds}
+    entries = [TensorInfo(which, _KINDS[which], (length,)) for which, length in lengths.items()]
+    return dict(zip(ordered, edges, strict=False)), entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,38 +158,37 @@ class ScoreArrays:
         companion_biases: Mapping[str, CompanionBias],
     ) -> ScoreArrays:
         """Those of ``file``; a `CorruptFileError` if its entries do not fit the tensors."""
-        groups: list[Mapping[str, ScoredTensor | CompanionBias]] = [tensors, companion_biases]
+        counts = {name: tensor.layout.count for name, tensor in tensors.items()}
+        elements = {name: bias.layout.count for name, bias in companion_biases.items()}
         if facts["version"] == 1:
-            for group, kinds in zip(groups, (_KINDS, _OF_ELEMENTS), strict=True):
-                for (name, tensor), which in product(group.items(), kinds):
+            for group, kinds in ((counts, _KINDS), (elements, _OF_ELEMENTS)):
+                for (name, count), which in product(group.items(), kinds):
                     if which == "score" or f"{name}:{which}" in file.tensors:
-                        part = "" if which == "score" else which
-                        require_entry(file, WHAT, name, part, _KINDS[which][0], (tensor.layout.count,))
+                        dtype = "I64" if which == "changed" else _KINDS[which]
+                        require_entry(file, WHAT, name, which.removeprefix("score"), dtype, (count,))
             return cls(file, None)
-        starts, lengths = arranged(*({name: t.layout.count for name, t in g.items()} for g in groups))
         sums = SUMS if any(which in file.tensors for which in SUMS) else ()
-        needed = ("score", *sums, *(["unit"] if facts.get("anatomy") == "units" else []))
-        for which, dtypes in _KINDS.items():
-            found = file.tensors.get(which)
-            if found is not None or which in needed:
-                dtype = found.dtype if found is not None and found.dtype in dtypes else dtypes[0]
-                require_entry(file, WHAT, which, "", dtype, (lengths[which],))
+        unit = ["unit"] if facts.get("anatomy") == "units" or "unit" in file.tensors else []
+        starts, entries = arranged(counts, elements, ["score", *sums, *unit])
+        for entry in entries:
+            require_entry(file, WHAT, entry.name, "", entry.dtype, entry.shape)
         return cls(file, starts)
 
     def has(self, name: str, *kinds: str) -> bool:
         """Whether it has all of these numbers of a tensor."""
+        entries = self.file.tensors
         if self.starts is None:
-            return all(_entry(name, which) in self.file.tensors for which in kinds)
-        found = (self.file.tensors.get(which) for which in kinds)
-        return name in self.starts and all(e is not None and self.starts[name] < e.shape[0] for e in found)
+            return all(_entry(name, which) in entries for which in kinds)
+        shortest = min(entries[which].shape[0] if which in entries else 0 for which in kinds)
+        return self.starts.get(name, shortest) < shortest
 
     def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
-        """One kind of numbers of tensors that have it, one after the other in the order of `Scores`."""
+        """One kind of numbers of tensors that follow each other and have it, one after the other."""
         if self.starts is None:
             return self.file.joined([_entry(tensor.info.name, which) for tensor in tensors])
         start = self.starts[tensors[0].info.name]
         values = self.file.array(which, start, start + sum(tensor.layout.count for tensor in tensors))
-        return values.astype(np.int64) if values.dtype.kind == "i" else values
+        return values.astype(np.int64) if which == "changed" else values
 
 
 def _entry(name: str, which: str) -> str:

@@ -84,6 +84,12 @@ class Scores(FileBacked):
     def read(cls, file: TensorFile) -> Scores:
         """The scores in an open file, which the new object takes over."""
         facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
+        if facts["version"] > 1:  # tens of thousands of tensors share a few descriptions
+            try:
+                known = dict(enumerate(facts.pop("descriptions")))
+                facts["tensors"] = {name: known[number] for name, number in facts["tensors"].items()}
+            except (KeyError, TypeError) as error:
+                raise bad(file, WHAT, "a tensor has no description") from error
         tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
         unscored = facts.get("unscored", {})
         companion_biases = dict(read_companion_biases(file, facts["version"], unscored, tensors))
@@ -155,7 +161,7 @@ class Scores(FileBacked):
         found = Facts.from_json(self.facts.get("unscored"))
         return {name: Unscored.from_json(entry) for name, entry in found.items()}
 
-    @property
+    @cached_property
     def by_unit(self) -> bool:
         """Whether neurons are chosen by whole units."""
         return any(self._arrays.has(name, "unit") for name in self.tensors)
@@ -257,7 +263,7 @@ class Scores(FileBacked):
             seen.append(fresh[np.sort(np.unique(fresh, return_index=True)[1])])
             score[unit] = self.values(name)[mine]
             layer[unit] = layers.index(tensor.layer)
-            cost += np.bincount(unit, minlength=count) * tensor.layout.width
+            np.add.at(cost, unit, tensor.layout.width)
         order = np.concatenate(seen)  # units by first member: the order that breaks ties
         edges = np.flatnonzero((np.diff(cost[order]) != 0) | (np.diff(layer[order]) != 0)) + 1
         runs = [run for run in np.split(order, edges) if len(run)]

@@ -10,7 +10,7 @@ Neuron: Neuron-Level Supervised Fine-tuning for Large Language Model", COLING 20
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -97,16 +97,10 @@ class Sums:
         sums = [np.concatenate([getattr(part, which) for part in parts]) for which in ("aa", "dd", "ad")]
         whole = cls(np.stack(sums), np.concatenate([part.changed for part in parts]))
         whole.finite = np.concatenate([part.finite for part in parts])
-        starts = np.cumsum([0, *(len(part.changed) for part in parts)])
-        found = [
-            (start + index, values)
-            for start, part in zip(starts, parts, strict=False)
-            for index, values in part._refined
-        ]
-        if found:
-            names = [field.name for field in fields(Exact)]
-            columns = [np.concatenate([getattr(values, name) for _, values in found]) for name in names]
-            whole._refined = [(np.concatenate([index for index, _ in found]), Exact(*columns))]
+        start = 0
+        for part in parts:
+            whole._refined += [(start + index, values) for index, values in part._refined]
+            start += len(part.changed)
         return whole
 
     def score(self, kind: str, width: int | Int64Array) -> Float32Array:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Unpack
@@ -30,7 +30,7 @@ from ..options import (
 from ..progress import Progress, Stopwatch, silent
 from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
-from ..scoring.scored_tensors import SUMS, arranged, array_entries
+from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
 from ..storage.output_checks import AnyPath, refuse_output
@@ -42,7 +42,7 @@ from ..tensors.writer import TensorFileWriter, written_file
 from .pairing import Pair, described, open_sides, pair
 from .verb import running, warn
 
-__all__ = ["DiffPlan", "check_score", "describe_tensor", "diff", "plan_diff"]
+__all__ = ["DiffPlan", "check_score", "describe_tensors", "diff", "plan_diff"]
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,9 @@ class DiffPlan:
             room = dump(
                 SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
             )
-            starts, entries = _arrays(self.pair)
-            with written_file(entries, room, self.out, force=self.force) as written:
-                sink = _Sink(self.pair, self.score, self.seed, starts, entries, written)
+            starts, arrays = _arrays(self.pair)
+            with written_file(arrays, room, self.out, force=self.force) as written:
+                sink = _Sink(self.pair, self.score, self.seed, starts, written)
                 with progress("scoring", self.pair.nbytes) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
@@ -124,7 +124,7 @@ class DiffPlan:
             "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),
             **self.pair.describe(),
-            "tensors": {t.info.name: describe_tensor(t) for t in self.pair.anatomy.scored},
+            **describe_tensors(self.pair.anatomy.scored),
         }
 
 
@@ -216,7 +216,17 @@ def check_score(score: str) -> None:
         raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
 
 
-def describe_tensor(tensor: NeuronTensor) -> dict[str, object]:
+def describe_tensors(tensors: Iterable[NeuronTensor]) -> dict[str, object]:
+    """The descriptions in a scores file, and the number of each tensor's own."""
+    found: dict[NeuronTensor, int] = {}
+    numbers = {}
+    for tensor in tensors:
+        nameless = replace(tensor, info=replace(tensor.info, name=""), units=None)
+        numbers[tensor.info.name] = found.setdefault(nameless, len(found))
+    return {"descriptions": [_description(tensor) for tensor in found], "tensors": numbers}
+
+
+def _description(tensor: NeuronTensor) -> dict[str, object]:
     """What a scores file says of a scored tensor."""
     entry = {**described(tensor.info, tensor.axes), "layer": tensor.layer, "kind": tensor.kind}
     if tensor.bias is not None:
@@ -239,28 +249,18 @@ def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[s
 
 def _arrays(plan: Pair) -> tuple[dict[str, int], list[TensorInfo]]:
     """Where each tensor's numbers begin in the arrays of the file, and these."""
-    layouts = {tensor.info.name: tensor.layout for tensor in plan.anatomy.scored}
-    companions = {name: plan.base.tensors[name].elements for name in plan.companion_biases}
-    starts, lengths = arranged({name: layout.count for name, layout in layouts.items()}, companions)
-    kinds = ("score", *SUMS, *(["unit"] if plan.anatomy.name == "units" else []))
-    widest = max((layout.width for layout in layouts.values()), default=0)
-    return starts, array_entries(lengths, kinds, widest)
+    counts = {tensor.info.name: tensor.layout.count for tensor in plan.anatomy.scored}
+    elements = {name: plan.base.tensors[name].elements for name in plan.companion_biases}
+    return arranged(counts, elements, ["score", *SUMS, *(["unit"] if plan.anatomy.name == "units" else [])])
 
 
 class _Sink:
     """Takes results as they come, and writes in batches; the scores of units when their layer is done."""
 
     def __init__(
-        self,
-        plan: Pair,
-        score: str,
-        seed: int,
-        starts: Mapping[str, int],
-        entries: Sequence[TensorInfo],
-        writer: TensorFileWriter,
+        self, plan: Pair, score: str, seed: int, starts: Mapping[str, int], writer: TensorFileWriter
     ) -> None:
         self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
-        self._types = {entry.name: entry.type.numpy for entry in entries}
         self._waiting: list[tuple[int, NeuronTensor, Sums]] = []  # with where their numbers begin
         self._neurons = 0  # of those waiting
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
@@ -274,13 +274,14 @@ class _Sink:
         if tensor is None:
             self._list(result)
             return
+        assert result.sums is not None  # its job has a layout
         if tensor.units is not None:
             if self._layer is None or self._layer.name != tensor.layer:
                 self._finish_layer()
                 tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
                 self._layer = _LayerUnits(tensor.layer, tensors)
-            self._layer.add(tensor, result.totals)
-        self._waiting.append((self._starts[name], tensor, result.totals))
+            self._layer.add(tensor, result.sums)
+        self._waiting.append((self._starts[name], tensor, result.sums))
         self._neurons += tensor.layout.count
         if self._neurons >= _BATCH:
             self._write_batch()
@@ -297,12 +298,11 @@ class _Sink:
             # JSON has no infinity, which the squares of large F64 reach.
             entry[which] = float(np.nan_to_num(total))
         if result.sums is not None:
-            changes = {"delta_sq": result.sums.dd, "changed": result.sums.changed}
-            self._write(self._starts[name], changes)
+            self._write(self._starts[name], _changes(result.sums))
 
     def _write(self, start: int, numbers: Mapping[str, NDArray[Any]]) -> None:
         for which, values in numbers.items():
-            self._writer.write(which, start, values.astype(self._types[which], copy=False))
+            self._writer.write(which, start, values)
 
     def _write_batch(self) -> None:
         waiting = sorted(self._waiting, key=operator.itemgetter(0))
@@ -311,14 +311,14 @@ class _Sink:
             return
         starts, tensors, parts = zip(*waiting, strict=True)
         sums = Sums.joined(parts)
-        numbers = {"base_sq": sums.aa, "delta_sq": sums.dd, "dot": sums.ad, "changed": sums.changed}
+        numbers = {"base_sq": sums.aa, "dot": sums.ad, **_changes(sums)}
         edges = np.cumsum([0, *(tensor.layout.count for tensor in tensors)])
         counted = np.ones(edges[-1], np.bool_)
         for start, stop, tensor in zip(edges, edges[1:], tensors, strict=False):
             if tensor.part is not None:
                 counted[start:stop] = tensor.part.mask()
         self.nonfinite += int(np.count_nonzero(~sums.finite & counted))
-        if "unit" not in self._types:
+        if tensors[0].units is None:
             numbers["score"] = self._scores(tensors, sums)
             numbers["score"][~counted] = np.nan
         # Tensors whose numbers are neighbours in the file are written as one.
@@ -344,6 +344,11 @@ class _Sink:
         """Write all that is left."""
         self._write_batch()
         self._finish_layer()
+
+
+def _changes(sums: Sums) -> dict[str, NDArray[Any]]:
+    """What is recorded of every neuron, scored or not."""
+    return {"delta_sq": sums.dd, "changed": np.minimum(sums.changed, (1 << 32) - 1).astype(np.uint32)}
 
 
 class _LayerUnits:

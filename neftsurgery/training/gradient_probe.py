@@ -38,11 +38,11 @@ from ..live.loading import load_model
 from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
-from ..scoring.scored_tensors import arranged, array_entries
+from ..scoring.scored_tensors import arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..selection.selection import described
 from ..storage.threads import Limits
-from ..surgery.diff import DiffPlan, describe_tensor
+from ..surgery.diff import DiffPlan, describe_tensors
 from ..surgery.pairing import pair
 from ..tensors.arrays import Float64Array
 from ..tensors.document import dump
@@ -237,19 +237,20 @@ def write_scores(
         "parameters": base.parameters,
         "base": Provenance.of(base).to_json(),
         "nonfinite": 0,
-        "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
+        **describe_tensors(anatomy.scored),
         "unscored": {
             info.name: {"reason": "bias", **described(info, range(len(info.shape)))} for info in companions
         },
     }
     # Nothing has changed yet. Being listed with its axes lets a bias go with its neurons.
-    starts, lengths = arranged({name: len(value) for name, value in values.items()}, {})
+    counts, kinds = {name: len(value) for name, value in values.items()}, ["score", *(["unit"] * bool(units))]
+    starts, arrays = arranged(counts, {}, kinds)
     metadata = dump(SCORES_KEY, facts)
-    entries = {e.name: e for e in array_entries(lengths, ["score", *(["unit"] if units else [])])}
-    with written_file(list(entries.values()), metadata, out) as written:
-        for which, numbers in (("score", values), ("unit", units)):
-            for name, each in numbers.items():
-                written.write(which, starts[name], each.astype(entries[which].type.numpy))
+    with written_file(arrays, metadata, out) as written:
+        for name, value in values.items():
+            written.write("score", starts[name], value.astype(np.float32))
+        for name, ids in units.items():
+            written.write("unit", starts[name], ids)
         written.finish(metadata)
     return Scores.read(written.reader())
 

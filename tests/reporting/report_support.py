@@ -57,7 +57,10 @@ def read(path):
     with safe_open(path, "numpy") as file:
         told = json.loads(file.metadata()["neuron_scores"])
         names = sorted(told["tensors"])
-        counts, widths = zip(*(told["tensors"][name]["shape"] for name in names), strict=True)
+        entries = [told["tensors"][name] for name in names]
+        if told["version"] > 1:
+            entries = [told["descriptions"][number] for number in entries]
+        counts, widths = zip(*(entry["shape"] for entry in entries), strict=True)
         if told["version"] == 1:
             score, base, delta = (
                 np.concatenate([file.get_tensor(name + part) for name in names])

@@ -81,12 +81,13 @@ def test_the_file_is_as_the_contract_says(llamas, tmp_path):
     assert sorted(metadata["tensors"]) == sorted(name for name in base if linear(name))
     assert sorted(metadata["unscored"]) == sorted(name for name in base if not linear(name))
     neurons = sum(base[name].shape[0] for name in metadata["tensors"])
-    arrays = {"score": "f4", "base_sq": "f8", "delta_sq": "f8", "dot": "f8", "changed": "i4"}
+    arrays = {"score": "f4", "base_sq": "f8", "delta_sq": "f8", "dot": "f8", "changed": "u4"}
     assert {name: (array.dtype, array.shape) for name, array in entries.items()} == {
         name: (np.dtype(kind), (neurons,)) for name, kind in arrays.items()
     }
     start = 0
-    for name, entry in sorted(metadata["tensors"].items()):
+    for name, number in sorted(metadata["tensors"].items()):
+        entry = metadata["descriptions"][number]
         assert (entry["shape"], entry["dtype"], entry["neuron_axes"]) == (list(base[name].shape), "F32", [0])
         a, b = (side[name].astype(np.float64) for side in (base, tuned))
         sums = {
@@ -663,7 +664,7 @@ def test_unit_ids(llamas, tmp_path):
     for member in sorted(home):
         numbers.setdefault(home[member], len(numbers))
     found = load_file(tmp_path / "s.safetensors")["unit"]
-    assert found.dtype == np.int32
+    assert found.dtype == np.int64
     assert found.tolist() == [numbers[home[member]] for member in sorted(home)]
     for name in scores.tensors:
         ids = scores.sums(name, "unit")
