@@ -17,6 +17,7 @@ from support import LLAMA_CONFIG, raw_file, vectors_of, write_file, write_folder
 from test_accuracy import LARGEST, SCORES, assert_close, reference
 
 import neftsurgery as ns
+from neftsurgery.scoring.sums import random_scores
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -168,6 +169,41 @@ def test_a_folder_and_its_file_score_alike(llamas):
     by_folder = ns.diff(base, tuned)
     for name in by_folder.tensors:
         np.testing.assert_array_equal(by_file.values(name), by_folder.values(name))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "changed", "random"])
+def test_thousands_of_tensors_in_another_order_than_their_names(tmp_path, kind):
+    """Their numbers are written in batches. One of them alone is larger than a batch."""
+    rng = np.random.default_rng(0)
+    shapes = {f"layers.{n % 7}.experts.{n}.weight": (1 + 97 * n % 113, 3 + n % 5) for n in range(2000)}
+    shapes["layers.3.router.weight"] = (70_000, 2)
+    base = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tuned = {name: np.where(rng.random(a.shape) < 0.5, a, a + np.float32(0.1)) for name, a in base.items()}
+    folders = [write_folder(tmp_path / name, side, 3) for name, side in (("a", base), ("b", tuned))]
+    scores = ns.diff(*folders, include=["*"], score=kind, out=tmp_path / "scores")
+    assert list(scores.tensors) == sorted(shapes)
+    names = list(scores.tensors)
+    a, b = (np.concatenate([np.pad(side[n], ((0, 0), (0, 7 - side[n].shape[1]))) for n in names])
+            for side in (base, tuned))  # fmt: skip
+    widths = np.concatenate([np.full(*base[n].shape) for n in names])
+    arrays = load_file(tmp_path / "scores")
+    np.testing.assert_array_equal(arrays["changed"], (a != b).sum(1))
+    wide = a.astype(np.float64), (b - a).astype(np.float64)
+    np.testing.assert_allclose(arrays["base_sq"], (wide[0] ** 2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(arrays["delta_sq"], (wide[1] ** 2).sum(1), rtol=1e-5)
+    if kind == "random":
+        assert len(set(arrays["score"].tolist())) > len(a) * 0.98
+        np.testing.assert_array_equal(
+            scores.values(names[5]), random_scores(names[5], shapes[names[5]][0], 0)
+        )
+    else:
+        expected = (a != b).sum(1) / widths if kind == "changed" else reference(kind, a, b)
+        assert_close(arrays["score"], expected, kind)
+    picked = names[1234]
+    found = ns.diff(*folders, include=[picked], only=[picked], score=kind)
+    for which in ("base_sq", "delta_sq", "dot", "changed"):
+        np.testing.assert_array_equal(scores.sums(picked, which), found.sums(picked, which), strict=True)
+    np.testing.assert_array_equal(scores.values(picked), found.values(picked), strict=True)
 
 
 def test_the_output(llamas, tmp_path):
