@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate, groupby, product
 from typing import Any
 
 import numpy as np
@@ -227,18 +227,10 @@ def batches(
     numbers: ScoreArrays, tensors: Iterable[ScoredTensor], which: Sequence[str]
 ) -> Iterator[SumBatch]:
     """Read the sums ``which`` of those ``tensors`` that have them, about a million neurons at a time."""
-    waiting: list[ScoredTensor] = []
-    size = 0
-    for tensor in tensors:
-        if not numbers.has(tensor.info.name, *which):
-            continue
-        if waiting and size + tensor.layout.count > _NEURONS:
-            yield _read(numbers, waiting, which)
-            waiting, size = [], 0
-        waiting.append(tensor)
-        size += tensor.layout.count
-    if waiting:
-        yield _read(numbers, waiting, which)
+    having = [tensor for tensor in tensors if numbers.has(tensor.info.name, *which)]
+    ends = accumulate(tensor.layout.count for tensor in having)
+    for _, group in groupby(zip(having, ends, strict=True), key=lambda one: one[1] // _NEURONS):
+        yield _read(numbers, [tensor for tensor, _ in group], which)
 
 
 def _read(numbers: ScoreArrays, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:

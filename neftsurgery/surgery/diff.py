@@ -217,23 +217,20 @@ def check_score(score: str) -> None:
 
 
 def describe_tensors(tensors: Iterable[NeuronTensor]) -> dict[str, object]:
-    """The descriptions in a scores file, and the number of each tensor's own."""
-    found: dict[NeuronTensor, int] = {}
-    numbers = {}
+    """What a scores file says of the scored tensors: all descriptions, and the number of each one's."""
+    numbers, names = dict[NeuronTensor, int](), dict[str, int]()
     for tensor in tensors:
         nameless = replace(tensor, info=replace(tensor.info, name=""), units=None)
-        numbers[tensor.info.name] = found.setdefault(nameless, len(found))
-    return {"descriptions": [_description(tensor) for tensor in found], "tensors": numbers}
-
-
-def _description(tensor: NeuronTensor) -> dict[str, object]:
-    """What a scores file says of a scored tensor."""
-    entry = {**described(tensor.info, tensor.axes), "layer": tensor.layer, "kind": tensor.kind}
-    if tensor.bias is not None:
-        entry["bias"] = tensor.bias
-    if tensor.part is not None:
-        entry["part"] = [tensor.part.start, tensor.part.stop, tensor.part.step]
-    return entry
+        names[tensor.info.name] = numbers.setdefault(nameless, len(numbers))
+    descriptions = []
+    for tensor in numbers:
+        entry = {**described(tensor.info, tensor.axes), "layer": tensor.layer, "kind": tensor.kind}
+        if tensor.bias is not None:
+            entry["bias"] = tensor.bias
+        if tensor.part is not None:
+            entry["part"] = [tensor.part.start, tensor.part.stop, tensor.part.step]
+        descriptions.append(entry)
+    return {"descriptions": descriptions, "tensors": names}
 
 
 def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[str, Any]]:
