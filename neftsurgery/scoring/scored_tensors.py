@@ -185,10 +185,13 @@ class ScoreArrays:
     def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
         """One kind of numbers of tensors that follow each other and have it, one after the other."""
         if self.starts is None:
-            return self.file.joined([_entry(tensor.info.name, which) for tensor in tensors])
-        start = self.starts[tensors[0].info.name]
-        values = self.file.array(which, start, start + sum(tensor.layout.count for tensor in tensors))
-        return values.astype(np.int64) if which == "changed" else values
+            values = self.file.joined([_entry(tensor.info.name, which) for tensor in tensors])
+        else:
+            start = self.starts[tensors[0].info.name]
+            values = self.file.array(which, start, start + sum(tensor.layout.count for tensor in tensors))
+        if which.endswith("_sq") and (values < 0).any():
+            raise bad(self.file, WHAT, f"{which} is negative", tensors[0].info.name)
+        return values.astype(np.int64, copy=False) if which == "changed" else values
 
 
 def _entry(name: str, which: str) -> str:

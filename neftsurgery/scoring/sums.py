@@ -94,6 +94,8 @@ class Sums:
     @classmethod
     def joined(cls, parts: Sequence[Sums]) -> Sums:
         """The sums of the neurons of all ``parts``, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
         sums = [np.concatenate([getattr(part, which) for part in parts]) for which in ("aa", "dd", "ad")]
         whole = cls(np.stack(sums), np.concatenate([part.changed for part in parts]))
         whole.finite = np.concatenate([part.finite for part in parts])

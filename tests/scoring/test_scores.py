@@ -481,6 +481,22 @@ def test_an_array_of_another_length_is_told(load_as_it_is):
     assert (error.value.expected, error.value.found) == ("F64 [9]", "F64 [16]")
 
 
+@pytest.mark.parametrize("kind", ["base_sq", "delta_sq"])
+@pytest.mark.parametrize("name", ["l.0.w", "l.1.w"])
+def test_squares_that_are_negative(load, tmp_path, kind, name):
+    content, arrays = full()
+    for one in content["tensors"]:
+        for which in ("base_sq", "delta_sq", "dot"):
+            arrays.setdefault(f"{one}:{which}", np.ones(len(arrays[one])))
+    arrays[f"{name}:{kind}"][1] = -1e-3
+    with load(content, arrays) as scores:
+        assert scores.values(name)[1] in (np.float32(0.4), 0)
+        with pytest.raises(CorruptFileError, match=f"{kind} is negative"):
+            scores.sums(name, kind)
+    with pytest.raises(CorruptFileError, match=f"{kind} is negative"):
+        ns.inspect(tmp_path / "scores.safetensors")
+
+
 def test_a_name_that_occurs_twice(tmp_path):
     content, arrays = compact(*least())
     text = json.dumps(content).replace('"a":', '"b":')
