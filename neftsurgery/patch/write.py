@@ -6,35 +6,39 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..checkpoint.provenance import HASH_PREFIX
+import numpy as np
+
 from ..selection.selection import Selection, index_dtype
 from ..tensors.arrays import RawBytes
-from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
-from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
-from .digests import DigestHash, digests
-from .patch import PATCH_KEY, Manifest, Patch
+from .digests import NO_HASH, DigestHash, digests
+from .patch import Manifest, Patch
+from .patch_file import sealed
+from .shared_entries import SharedEntries
 
 __all__ = ["PatchWriter", "patch_bytes", "written_patch"]
 
-_NO_HASH = HASH_PREFIX + "0" * 32
 
+class _Entries:
+    """What the file of a patch of ``selection`` holds, and where."""
 
-def _entries(selection: Selection, reversible: bool) -> list[TensorInfo]:
-    entries = []
-    for name, chosen in selection.tensors.items():
-        count, width = len(chosen.index), chosen.layout.width
-        entries.append(TensorInfo(f"{name}:index", index_dtype(chosen.layout.count), (count,)))
-        entries.append(TensorInfo(f"{name}:base_digest", "U8", (count, 16)))
-        parts = ("value", "base") if reversible else ("value",)
-        entries += [TensorInfo(f"{name}:{part}", chosen.info.dtype, (count, width)) for part in parts]
-    return entries
+    def __init__(self, selection: Selection, reversible: bool) -> None:
+        shared = SharedEntries()
+        self.places = {
+            name: shared.add(chosen.info, chosen.layout, len(chosen.index), reversible)
+            for name, chosen in selection.tensors.items()
+        }
+        most = max((chosen.layout.count for chosen in selection), default=0)
+        self.infos = shared.entries(index_dtype(most))
+        self.index = np.concatenate([np.empty(0, np.int64), *(chosen.index for chosen in selection)])
+        self.index = self.index.astype(DTYPES[index_dtype(most)].numpy)
 
 
 def patch_bytes(selection: Selection, manifest: Manifest, reversible: bool) -> int:
     """Bytes of the file that `written_patch` would write."""
-    return planned_bytes(_entries(selection, reversible), _room(selection, manifest))
+    room = sealed(_document(selection, manifest, reversible), ())
+    return planned_bytes(_Entries(selection, reversible).infos, room)
 
 
 class PatchWriter:
@@ -43,16 +47,20 @@ class PatchWriter:
     patch: Patch
 
     def __init__(
-        self, writer: TensorFileWriter, selection: Selection, manifest: Manifest, reversible: bool
+        self,
+        writer: TensorFileWriter,
+        entries: _Entries,
+        selection: Selection,
+        manifest: Manifest,
+        reversible: bool,
     ) -> None:
         self._writer = writer
+        self._entries = entries
         self._selection = selection
         self._manifest = manifest
         self._reversible = reversible
         self._hashes = {name: (DigestHash(), DigestHash()) for name in selection.tensors}
-        for name, chosen in selection.tensors.items():
-            kind = DTYPES[index_dtype(chosen.layout.count)].numpy
-            writer.write(f"{name}:index", 0, chosen.index.astype(kind))
+        writer.write("index", 0, entries.index)
 
     def write_rows(
         self, name: str, start: int, base: RawBytes, values: RawBytes
@@ -65,12 +73,16 @@ class PatchWriter:
         self, name: str, start: int, before: RawBytes, values: RawBytes, base: RawBytes | None
     ) -> RawBytes:
         """As `write_rows`, given the digests of the replaced rows; a reversible patch needs ``base``."""
-        self._writer.write(f"{name}:value", start, values)
-        self._writer.write(f"{name}:base_digest", start, before)
+        self._write(name, "value", start, values)
+        self._write(name, "base_digest", start, before)
         if self._reversible:
             assert base is not None  # whoever plans a reversible patch has them
-            self._writer.write(f"{name}:base", start, base)
+            self._write(name, "base", start, base)
         return digests(values)
+
+    def _write(self, name: str, part: str, start: int, rows: RawBytes) -> None:
+        entry, first, step = self._entries.places[name].of(part)
+        self._writer.write(entry, first + start * step, rows)
 
     def add_digests(self, name: str, before: RawBytes, after: RawBytes) -> None:
         """Take the digests of a tensor's next rows into its hashes: in index order."""
@@ -80,22 +92,23 @@ class PatchWriter:
     def finish(self) -> None:
         """Write the manifest."""
         hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
-        self._writer.finish(_metadata(self._selection, self._manifest, hashes))
+        document = _document(self._selection, self._manifest, self._reversible, hashes)
+        self._writer.finish(sealed(document, [("index", self._entries.index.tobytes())]))
 
 
-def _room(selection: Selection, manifest: Manifest) -> dict[str, str]:
-    """Metadata as long as the final one."""
-    return _metadata(selection, manifest, dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH)))
-
-
-def _metadata(
-    selection: Selection, manifest: Manifest, hashes: Mapping[str, tuple[str, str]]
-) -> dict[str, str]:
-    tensors = {
-        name: chosen.describe() | {"base_hash": hashes[name][0], "patched_hash": hashes[name][1]}
-        for name, chosen in selection.tensors.items()
-    }
-    return dump(PATCH_KEY, manifest.written(tensors))
+def _document(
+    selection: Selection,
+    manifest: Manifest,
+    reversible: bool,
+    hashes: Mapping[str, tuple[str, str]] | None = None,
+) -> dict[str, object]:
+    """The manifest; without ``hashes``, one as long as with them."""
+    tensors = dict[str, object]()
+    for name, chosen in selection.tensors.items():
+        before, after = (NO_HASH, NO_HASH) if hashes is None else hashes[name]
+        facts = chosen.describe() | {"rows": len(chosen.index)} | ({"reversible": True} if reversible else {})
+        tensors[name] = facts | {"base_hash": before, "patched_hash": after}
+    return manifest.written(tensors)
 
 
 @contextmanager
@@ -108,9 +121,9 @@ def written_patch(
     force: bool = False,
 ) -> Iterator[PatchWriter]:
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
-    room = _room(selection, manifest)
-    with written_file(_entries(selection, reversible), room, out, force=force) as written:
-        writer = PatchWriter(written, selection, manifest, reversible)
+    entries, room = _Entries(selection, reversible), sealed(_document(selection, manifest, reversible), ())
+    with written_file(entries.infos, room, out, force=force) as written:
+        writer = PatchWriter(written, entries, selection, manifest, reversible)
         yield writer
         writer.finish()
     writer.patch = Patch.read(written.reader())
