@@ -17,7 +17,7 @@ from ..tensors.reader import TensorFile
 from ..text import plural, size
 from .delta import ENTRIES, Delta
 from .patch import Patch
-from .patch_file import PatchFile, open_patch, read_manifest, require_seal
+from .patch_file import PatchFile, open_patch, require_seal
 
 __all__ = ["AnyPatch", "LosslessPatch", "load_any"]
 
@@ -42,8 +42,7 @@ class LosslessPatch(PatchFile):
     def __init__(
         self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
     ) -> None:
-        super().__init__(file)
-        self.manifest, self.source = manifest, source
+        super().__init__(file, manifest, source)
         code = file.tensors.get("code")
         if code is None or code.dtype != "U8" or len(code.shape) != 1:
             raise bad(file, _WHAT, "it has no code")
@@ -59,13 +58,6 @@ class LosslessPatch(PatchFile):
         if file.tensors.keys() - {f"{prefix}:{name}" for prefix in prefixes for name in ENTRIES} != {"code"}:
             raise bad(file, _WHAT, "it has entries that belong to nothing")
         require_seal(file, manifest, (part for way in ways for part in way.index_bytes()))
-
-    @classmethod
-    def read(
-        cls, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
-    ) -> LosslessPatch:
-        """The patch in an open file, which is the new object's from now on; its manifest if it is known."""
-        return cls(file, manifest or read_manifest(file), source)
 
     @property
     def tuned(self) -> Provenance:

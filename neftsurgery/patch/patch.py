@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -25,8 +25,8 @@ from ..tensors.reader import TensorFile
 from ..text import lines, plural, printable, size
 from ..version import __version__
 from .digests import DigestHash, digests, is_hash
+from .entries import PatchEntries, RowPlaces
 from .patch_file import PATCH_KEY, PATCH_NAME, PATCH_VERSION, PatchFile, read_manifest, require_seal
-from .shared_entries import RowPlaces, SharedEntries
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
 
@@ -108,16 +108,13 @@ class Patch(PatchFile):
         file: TensorFile,
         manifest: Mapping[str, object],
         tensors: Mapping[str, PatchTensor],
+        places: Mapping[str, RowPlaces],
         source: Source | None = None,
-        places: Mapping[str, RowPlaces] | None = None,
     ) -> None:
-        super().__init__(file)
-        self.manifest = manifest
+        super().__init__(file, manifest, source)
         self.tensors = tensors
-        self.source = source
-        self._places = places  # None: every tensor has entries of its own
-        if places is not None:
-            self._index = file.array("index")
+        self._places = places
+        self._last_index = "", np.empty(0, np.int64)  # the entry that was read last
 
     def __repr__(self) -> str:
         what = f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
@@ -145,12 +142,10 @@ class Patch(PatchFile):
         """The patch in an open file, which is the new object's from now on; its manifest if it is known."""
         manifest = manifest or read_manifest(file)
         tensors = {name: _tensor(file, name, manifest) for name in sorted(manifest["tensors"])}
-        if manifest["version"] == 1:
-            _require_own_entries(file, tensors)
-            patch = cls(file, manifest, tensors, source)
-        else:
-            patch = cls(file, manifest, tensors, source, _require_shared_entries(file, tensors))
-            require_seal(file, manifest, [("index", patch._index.tobytes())])
+        places = _require_entries(file, manifest, tensors)
+        patch = cls(file, manifest, tensors, places, source)
+        if manifest["version"] > 1:
+            require_seal(file, manifest, [("index", file.array_bytes("index").tobytes())])
             _require_no_groups(file, manifest, tensors)
         for name, tensor in tensors.items():
             if why := check_index(patch.index(name), tensor.layout.count):
@@ -201,10 +196,12 @@ class Patch(PatchFile):
 
     def index(self, name: str) -> Int64Array:
         """The neurons of tensor ``name``, ascending, int64 ``[k]``."""
-        if self._places is None:
-            return self._file.array(f"{name}:index").astype(np.int64)
-        first = self._places[name].row
-        return self._index[first : first + self.tensors[name].count].astype(np.int64)
+        entry, first, _ = self._places[name]["index"]
+        last, index = self._last_index
+        if entry != last:
+            index = self._file.array(entry)
+            self._last_index = entry, index
+        return index[first : first + self.tensors[name].count].astype(np.int64)
 
     def values(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """New values ``[start, stop)`` (positions in the index) as raw bytes, ``[k, width * itemsize]``."""
@@ -221,9 +218,7 @@ class Patch(PatchFile):
     def _rows(self, name: str, part: str, start: int = 0, stop: int | None = None) -> RawBytes:
         count = self.tensors[name].count
         stop = count if stop is None else min(stop, count)
-        if self._places is None:
-            return self._file.array_bytes(f"{name}:{part}", start, stop)
-        entry, first, step = self._places[name].of(part)
+        entry, first, step = self._places[name][part]
         raw = self._file.array_bytes(entry, first + start * step, first + stop * step)
         return raw.reshape(stop - start, step * raw.shape[1])
 
@@ -293,34 +288,22 @@ def _tensor(file: TensorFile, name: str, manifest: Mapping[str, Any]) -> PatchTe
     return PatchTensor(info, layout, rows, before, after, reversible)
 
 
-def _require_own_entries(file: TensorFile, tensors: Mapping[str, PatchTensor]) -> None:
-    """Raise a `CorruptFileError` unless each tensor has its entries of version 1, and there are no others."""
-    known = {f"{name}:index" for name in tensors}
-    for name, tensor in tensors.items():
-        values = (tensor.info.dtype, (tensor.count, tensor.layout.width))
-        parts = {"value": values, "base_digest": ("U8", (tensor.count, 16))}
-        for part, (dtype, shape) in (parts | ({"base": values} if tensor.reversible else {})).items():
-            require_entry(file, _WHAT, name, part, dtype, shape)
-            known.add(f"{name}:{part}")
-    _require_no_others(file, known)
-
-
-def _require_shared_entries(file: TensorFile, tensors: Mapping[str, PatchTensor]) -> dict[str, RowPlaces]:
+def _require_entries(
+    file: TensorFile, manifest: Mapping[str, Any], tensors: Mapping[str, PatchTensor]
+) -> dict[str, RowPlaces]:
     """Where the rows of each tensor lie; a `CorruptFileError` unless the file has just their entries."""
-    shared = SharedEntries()
-    places = {n: shared.add(t.info, t.layout, t.count, t.reversible) for n, t in tensors.items()}
-    index = file.tensors.get("index")
-    entries = shared.entries("I64" if index is not None and index.dtype == "I64" else "I32")
-    for entry in entries:
+    own, index = manifest["version"] == 1, file.tensors.get("index")
+    entries = PatchEntries("I64" if index is not None and index.dtype == "I64" else "I32", own=own)
+    places = {}
+    for name, tensor in tensors.items():
+        dtype = file.tensors[f"{name}:index"].dtype if own else None
+        places[name] = entries.add(tensor.info, tensor.layout, tensor.count, tensor.reversible, dtype)
+    for entry in entries.infos.values():
         require_entry(file, _WHAT, entry.name, "", entry.dtype, entry.shape)
-    _require_no_others(file, {entry.name for entry in entries})
-    return places
-
-
-def _require_no_others(file: TensorFile, known: Collection[str]) -> None:
     for name in file.tensors:
-        if name not in known:
+        if name not in entries.infos:
             raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)
+    return places
 
 
 def _require_no_groups(

@@ -42,8 +42,12 @@ class PatchFile(FileBacked):
     """A file that holds a patch of either kind, and what was named to open it."""
 
     kind: ClassVar[str]
-    manifest: Mapping[str, object]
-    source: Source | None
+
+    def __init__(
+        self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
+    ) -> None:
+        super().__init__(file)
+        self.manifest, self.source = manifest, source
 
     @classmethod
     @boundary
@@ -74,7 +78,7 @@ class PatchFile(FileBacked):
         cls, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
     ) -> Self:
         """The patch in an open file, which is the new object's from now on; its manifest if it is known."""
-        raise NotImplementedError
+        return cls(file, manifest or read_manifest(file), source)
 
     @property
     def name(self) -> str:

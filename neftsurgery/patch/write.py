@@ -13,32 +13,43 @@ from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DTYPES
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
 from .digests import NO_HASH, DigestHash, digests
+from .entries import PatchEntries
 from .patch import Manifest, Patch
 from .patch_file import sealed
-from .shared_entries import SharedEntries
 
 __all__ = ["PatchWriter", "patch_bytes", "written_patch"]
 
 
-class _Entries:
-    """What the file of a patch of ``selection`` holds, and where."""
+class _Plan:
+    """What the file of a patch holds, and where."""
 
-    def __init__(self, selection: Selection, reversible: bool) -> None:
-        shared = SharedEntries()
+    def __init__(self, selection: Selection, manifest: Manifest, reversible: bool) -> None:
+        self.selection, self.manifest, self.reversible = selection, manifest, reversible
+        dtype = index_dtype(max((chosen.layout.count for chosen in selection), default=0))
+        entries = PatchEntries(dtype)
         self.places = {
-            name: shared.add(chosen.info, chosen.layout, len(chosen.index), reversible)
+            name: entries.add(chosen.info, chosen.layout, len(chosen.index), reversible)
             for name, chosen in selection.tensors.items()
         }
-        most = max((chosen.layout.count for chosen in selection), default=0)
-        self.infos = shared.entries(index_dtype(most))
-        self.index = np.concatenate([np.empty(0, np.int64), *(chosen.index for chosen in selection)])
-        self.index = self.index.astype(DTYPES[index_dtype(most)].numpy)
+        self.entries = list(entries.infos.values())
+        index = [chosen.index.astype(DTYPES[dtype].numpy) for chosen in selection]
+        self.index = np.concatenate(index) if index else np.empty(0, DTYPES[dtype].numpy)
+
+    def metadata(self, hashes: Mapping[str, tuple[str, str]] | None = None) -> dict[str, str]:
+        """That of the file; without the hashes of all tensors, one as long as with them."""
+        more = {"reversible": True} if self.reversible else {}
+        tensors = dict[str, object]()
+        for name, chosen in self.selection.tensors.items():
+            before, after = (NO_HASH, NO_HASH) if hashes is None else hashes[name]
+            facts = chosen.describe() | {"rows": len(chosen.index), **more}
+            tensors[name] = facts | {"base_hash": before, "patched_hash": after}
+        return sealed(self.manifest.written(tensors), [("index", self.index.tobytes())])
 
 
 def patch_bytes(selection: Selection, manifest: Manifest, reversible: bool) -> int:
     """Bytes of the file that `written_patch` would write."""
-    room = sealed(_document(selection, manifest, reversible), ())
-    return planned_bytes(_Entries(selection, reversible).infos, room)
+    plan = _Plan(selection, manifest, reversible)
+    return planned_bytes(plan.entries, plan.metadata())
 
 
 class PatchWriter:
@@ -46,21 +57,10 @@ class PatchWriter:
 
     patch: Patch
 
-    def __init__(
-        self,
-        writer: TensorFileWriter,
-        entries: _Entries,
-        selection: Selection,
-        manifest: Manifest,
-        reversible: bool,
-    ) -> None:
-        self._writer = writer
-        self._entries = entries
-        self._selection = selection
-        self._manifest = manifest
-        self._reversible = reversible
-        self._hashes = {name: (DigestHash(), DigestHash()) for name in selection.tensors}
-        writer.write("index", 0, entries.index)
+    def __init__(self, writer: TensorFileWriter, plan: _Plan) -> None:
+        self._writer, self._plan = writer, plan
+        self._hashes = {name: (DigestHash(), DigestHash()) for name in plan.places}
+        writer.write("index", 0, plan.index)
 
     def write_rows(
         self, name: str, start: int, base: RawBytes, values: RawBytes
@@ -75,13 +75,13 @@ class PatchWriter:
         """As `write_rows`, given the digests of the replaced rows; a reversible patch needs ``base``."""
         self._write(name, "value", start, values)
         self._write(name, "base_digest", start, before)
-        if self._reversible:
+        if self._plan.reversible:
             assert base is not None  # whoever plans a reversible patch has them
             self._write(name, "base", start, base)
         return digests(values)
 
     def _write(self, name: str, part: str, start: int, rows: RawBytes) -> None:
-        entry, first, step = self._entries.places[name].of(part)
+        entry, first, step = self._plan.places[name][part]
         self._writer.write(entry, first + start * step, rows)
 
     def add_digests(self, name: str, before: RawBytes, after: RawBytes) -> None:
@@ -92,23 +92,7 @@ class PatchWriter:
     def finish(self) -> None:
         """Write the manifest."""
         hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
-        document = _document(self._selection, self._manifest, self._reversible, hashes)
-        self._writer.finish(sealed(document, [("index", self._entries.index.tobytes())]))
-
-
-def _document(
-    selection: Selection,
-    manifest: Manifest,
-    reversible: bool,
-    hashes: Mapping[str, tuple[str, str]] | None = None,
-) -> dict[str, object]:
-    """The manifest; without ``hashes``, one as long as with them."""
-    tensors = dict[str, object]()
-    for name, chosen in selection.tensors.items():
-        before, after = (NO_HASH, NO_HASH) if hashes is None else hashes[name]
-        facts = chosen.describe() | {"rows": len(chosen.index)} | ({"reversible": True} if reversible else {})
-        tensors[name] = facts | {"base_hash": before, "patched_hash": after}
-    return manifest.written(tensors)
+        self._writer.finish(self._plan.metadata(hashes))
 
 
 @contextmanager
@@ -121,9 +105,9 @@ def written_patch(
     force: bool = False,
 ) -> Iterator[PatchWriter]:
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
-    entries, room = _Entries(selection, reversible), sealed(_document(selection, manifest, reversible), ())
-    with written_file(entries.infos, room, out, force=force) as written:
-        writer = PatchWriter(written, entries, selection, manifest, reversible)
+    plan = _Plan(selection, manifest, reversible)
+    with written_file(plan.entries, plan.metadata(), out, force=force) as written:
+        writer = PatchWriter(written, plan)
         yield writer
         writer.finish()
     writer.patch = Patch.read(written.reader())
