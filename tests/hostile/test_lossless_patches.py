@@ -91,7 +91,7 @@ class Case:
 
     def write(self, *, fitting: bool = True) -> Path:
         """The patch; ``fitting``: with the hash that its parts have."""
-        metadata = {"neuron_patch": json.dumps(self.manifest)}
+        metadata = {"neuron_patch": json.dumps(self.manifest, separators=(",", ":"))}
         if fitting:
             reversible = self.manifest.get("reversible") is True
             names = [f"{way}:{part}" for way in ("forward", "backward")[: 1 + reversible] for part in ORDER]
@@ -146,6 +146,7 @@ def test_the_hash_of_the_specification_is_the_one_that_is_written(case: Case) ->
 
 @pytest.mark.parametrize("name", [f"{way}:{part}" for way in ("forward", "backward") for part in ORDER])
 def test_one_flipped_bit_of_anything_but_the_code(case: Case, name: str) -> None:
+    LosslessPatch.load(case.write(fitting=False)).close()
     bits = case.entries[name][1]
     bits.reshape(-1).view(np.uint8)[bits.nbytes // 2] ^= 1
     case.refused(case.write(fitting=False), says="damaged|hash|layout|table|block|form")

@@ -62,7 +62,7 @@ class Case:
     def write(self, *, fitting: bool = True) -> Path:
         """The patch; ``fitting``: with the hash that its parts have."""
         index = self.entries.get("index", ("I32", np.zeros(0, "u4")))[1].tobytes()
-        metadata = {"neuron_patch": json.dumps(self.manifest)}
+        metadata = {"neuron_patch": json.dumps(self.manifest, separators=(",", ":"))}
         metadata = sealed(self.manifest, [("index", index)]) if fitting else metadata
         return raw_file(self.root / "bad", self.entries, metadata)
 
@@ -99,8 +99,14 @@ def case(tmp_path: Path) -> Case:
 def test_one_flipped_bit_of_any_entry(case: Case, entry: str, position: float) -> None:
     raw = case.entries[entry][1].reshape(-1).view("u1")
     raw[int(position * (len(raw) - 1))] ^= 1
-    says = "does not match its hash" if entry == "index" else "do(es)? not match"
-    case.refused(case.write(fitting=False), ns.CorruptFileError, says)
+    path, errors = case.write(fitting=False), (ns.CorruptFileError,)
+    if entry == "index":
+        case.refused(path, errors, "the patch does not match its hash")
+        return
+    ns.Patch.load(path).close()
+    if entry == "base_digest":
+        errors += (ns.MismatchError,)  # merge compares the patches' bases first
+    case.refused(path, errors, "do not match|different bases")
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -120,6 +126,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_manifest_that_was_altered(case: Case, change: Callable[[dict[str, Any]], object]) -> None:
+    ns.Patch.load(case.write(fitting=False)).close()
     change(case.manifest)
     case.refused(case.write(fitting=False), ns.CorruptFileError, "does not match its hash")
 
