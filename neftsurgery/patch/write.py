@@ -24,22 +24,23 @@ class _Plan:
     """What the file of a patch holds, and where."""
 
     def __init__(self, selection: Selection, manifest: Manifest, reversible: bool) -> None:
-        self.selection, self.manifest, self.reversible = selection, manifest, reversible
+        self.manifest, self.reversible = manifest, reversible
+        self.tensors = dict(sorted(selection.tensors.items()))  # the order of their rows in the file
         dtype = index_dtype(max((chosen.layout.count for chosen in selection), default=0))
         entries = PatchEntries(dtype)
         self.places = {
             name: entries.add(chosen.info, chosen.layout, len(chosen.index), reversible)
-            for name, chosen in selection.tensors.items()
+            for name, chosen in self.tensors.items()
         }
         self.entries = list(entries.infos.values())
-        index = [chosen.index.astype(DTYPES[dtype].numpy) for chosen in selection]
+        index = [chosen.index.astype(DTYPES[dtype].numpy) for chosen in self.tensors.values()]
         self.index = np.concatenate(index) if index else np.empty(0, DTYPES[dtype].numpy)
 
     def metadata(self, hashes: Mapping[str, tuple[str, str]] | None = None) -> dict[str, str]:
         """That of the file; without the hashes of all tensors, one as long as with them."""
         more = {"reversible": True} if self.reversible else {}
         tensors = dict[str, object]()
-        for name, chosen in self.selection.tensors.items():
+        for name, chosen in self.tensors.items():
             before, after = (NO_HASH, NO_HASH) if hashes is None else hashes[name]
             facts = chosen.describe() | {"rows": len(chosen.index), **more}
             tensors[name] = facts | {"base_hash": before, "patched_hash": after}
