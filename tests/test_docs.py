@@ -102,8 +102,9 @@ def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):
         tmp_path / "base", tmp_path / "tuned", neurons=3, reversible=True, out=tmp_path / "patch.safetensors"
     )
     with TensorFile.open(tmp_path / "patch.safetensors") as file:
-        entries = {name.rpartition(":")[2] for name in file.tensors}
-    assert all(f"`NAME:{entry}`" in page for entry in entries)
+        entries = {re.sub(":.*", ":DTYPE", name) for name in file.tensors}
+    assert entries == {"index", "base_digest", "value:DTYPE", "base:DTYPE"}
+    assert all(f"\n| `{entry}` |" in page for entry in entries)
     described = next(iter(patch.manifest["tensors"].values()))
     for key in [*patch.manifest, *patch.facts, *patch.base, *described]:
         assert f"`{key}`" in page, key

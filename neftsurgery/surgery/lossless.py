@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
-from ..checkpoint.provenance import HASH_PREFIX, Provenance, fingerprint
+from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
@@ -36,12 +36,11 @@ from ..patch.delta import (
     pack_layout,
     read_block,
 )
-from ..patch.lossless import LosslessPatch, content_hash
-from ..patch.patch import LOSSLESS_VERSION, PATCH_KEY
+from ..patch.lossless import LosslessPatch
+from ..patch.patch_file import PATCH_VERSION, sealed
 from ..progress import Progress, Stopwatch, silent
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
-from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import FilePlan, TensorInfo, parse_header
 from ..tensors.writer import TensorFileWriter, written_file
@@ -101,32 +100,29 @@ class LosslessPlan:
                 back = () if self.weights_only else _side_files(self.base)[0]
                 ways.append(_Way("backward", self.tuned, self.base, back, self.fast))
             manifest = self._manifest()
-            room = dump(PATCH_KEY, manifest | {"content_hash": HASH_PREFIX + "0" * 32})
             most = sum(block.nbytes for way in ways for block in way.blocks)
             entries = [entry for way in ways for entry in way.entries()]
             entries.append(TensorInfo("code", "U8", (most,)))
             with (
                 progress("coding", most) as advance,
-                written_file(entries, room, self.out, force=self.force, space=0) as written,
+                written_file(entries, sealed(manifest, ()), self.out, force=self.force, space=0) as written,
             ):
                 end = 0
                 for way in ways:
                     end = way.code(written, end, limits, advance)
                 written.shrink("code", end)
-                parts = [part for way in ways for part in way.write(written)]
-                manifest["content_hash"] = content_hash(manifest, parts)
-                written.finish(dump(PATCH_KEY, manifest))
+                written.finish(sealed(manifest, [part for way in ways for part in way.write(written)]))
                 for checkpoint in (self.base, self.tuned):
                     checkpoint.check_unchanged()
-        patch = LosslessPatch(written.reader(), manifest)
+        patch = LosslessPatch.read(written.reader())
         watch.bytes_read = self.base.bytes_read + self.tuned.bytes_read
         patch.timing = watch.timing
         return patch
 
     def _manifest(self) -> dict[str, object]:
         return {
-            "version": LOSSLESS_VERSION,
-            "kind": "lossless",
+            "version": PATCH_VERSION,
+            "kind": LosslessPatch.kind,
             "base": _origin(self.base).to_json(),
             "tuned": _origin(self.tuned).to_json(),
             "created_by": f"neftsurgery {__version__}",

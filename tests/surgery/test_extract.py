@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support import Result, patched_by_hand, raw_file, raw_folder, raw_read, snapshot, write_file
+from support import Result, patch_rows, patched_by_hand, raw_file, raw_folder, raw_read, snapshot, write_file
 
 import neftsurgery as ns
 from neftsurgery.options import Scope
@@ -281,7 +281,7 @@ def test_memory_is_bounded_whatever_the_tensor(tmp_path: Path, axis: int) -> Non
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400e6
     assert (tmp_path / "back").stat().st_size == (tmp_path / "base").stat().st_size
-    patch = raw_read(tmp_path / "p")
+    patch = patch_rows(tmp_path / "p")
     assert patch["w:value"][1].nbytes > 30e6
 
 
