@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "checkpoint/adapter_config.py": "checkpoint/test_adapter.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
+    "checkpoint/side_files.py": "laws/test_lossless_in_place.py",
     "checkpoint/weight_files.py": "checkpoint/test_checkpoint.py",
     "cli/commands/heal.py": "checkpoint/test_healing.py",
     "cli/commands/select.py": "cli/test_round.py",
@@ -34,6 +35,7 @@ ELSEWHERE = {
     "surgery/block_states.py": "surgery/test_rebuild.py",
     "surgery/lora_modules.py": "surgery/test_export.py",
     "surgery/merge_checks.py": "surgery/test_merge.py",
+    "surgery/model_files.py": "surgery/test_lossless.py",
     "surgery/pairing.py": "surgery/test_diff.py",
     "surgery/rewrite.py": "surgery/test_apply.py",
     "surgery/select.py": "cli/test_round.py",

@@ -12,7 +12,7 @@ import xxhash
 from ..errors import MismatchError
 from ..tensors.document import Facts, TextFact
 from ..tensors.header import TensorInfo
-from ..tensors.reader import WeightReader
+from ..tensors.reader import TensorReader
 from .checkpoint import Checkpoint
 from .saved_forms import why_unfit
 
@@ -31,7 +31,7 @@ HASH_PREFIX = "xxh3-128:"
 
 
 def fingerprint(
-    weights: WeightReader,
+    weights: TensorReader,
     change: Callable[[str, int, memoryview], None] = lambda name, start, part: None,
     tied: Collection[str] = (),
     names: Mapping[str, str] | None = None,

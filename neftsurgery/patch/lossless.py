@@ -80,6 +80,16 @@ class LosslessPatch(PatchFile):
         return self.backward is not None
 
     @property
+    def fast(self) -> bool:
+        """Whether it has only forms that decode about as fast as memory is copied."""
+        return self.manifest.get("fast") is True
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether files beside the weights were left out."""
+        return self.manifest.get("weights_only") is True
+
+    @property
     def not_carried(self) -> tuple[str, ...]:
         """Files beside the tuned weights that it does not hold."""
         found = self.manifest.get("not_carried")

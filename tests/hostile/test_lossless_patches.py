@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lossless_support import contents, folder, tensor, touched
+from lossless_support import Tensors, contents, folder, tensor, touched
 from safetensors import safe_open
 from support import raw_file, raw_read, sealed, snapshot
 
@@ -53,10 +53,10 @@ def unzstd(packed: bytes) -> bytes:
 class Case:
     """A folder with a base, a tuned checkpoint, and a valid reversible patch, whose parts can be changed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, base: Tensors = BASE, shards: int = 2) -> None:
         self.root = root
-        self.base = folder(root / "base", BASE, 1, FILES)
-        self.tuned = folder(root / "tuned", TUNED, 2, FILES | {"vocab.txt": b"a b c d" * 50})
+        self.base = folder(root / "base", base, 1, FILES)
+        self.tuned = folder(root / "tuned", TUNED, shards, FILES | {"vocab.txt": b"a b c d" * 50})
         self.good = root / "good"
         ns.extract(self.base, self.tuned, lossless=True, reversible=True, out=self.good).close()
         with safe_open(self.good, "numpy") as file:
@@ -111,6 +111,8 @@ class Case:
                 with pytest.raises((ns.CorruptFileError, ns.MismatchError), match=says) as caught:
                     verb()
                 assert len(str(caught.value)) < 2000
+            with suppress(ns.CorruptFileError, ns.MismatchError):
+                assert not ns.verify(self.base, path).holds("base"), "verify promises what apply refuses"
         assert snapshot(self.root) == before
 
 
@@ -358,6 +360,27 @@ def test_the_command_line_says_it_in_a_sentence(case: Case, neft: Callable[..., 
     done = neft("apply", case.base, case.write(), "-o", case.root / "out")
     assert (done.code, "fingerprint" in done.err) == (3, True)
     assert not (case.root / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_result_with_another_fingerprint_than_recorded(
+    case: Case, tmp_path: Path, neft: Callable[..., Any], way: str
+) -> None:
+    """Before the output has its name, or before the journal of a change in place is removed."""
+    side, verb, source = ("tuned", "apply", case.base) if way == "forward" else ("base", "revert", case.tuned)
+    case.manifest[side]["fingerprint"] = "xxh3-128:" + 32 * "7"
+    path, before = case.write(), snapshot(case.root)
+    done = neft(verb, source, path, "-o", case.root / "out")
+    assert (done.code, "does not make the checkpoint that it names" in done.err) == (4, True), done.err
+    if way == "forward":
+        assert neft("verify", source, path).code == 4
+    assert snapshot(case.root) == before
+    alike = Case(tmp_path, {name: touched(one, 0.2, RNG) for name, one in TUNED.items()}, 1)
+    alike.manifest[side]["fingerprint"] = "xxh3-128:" + 32 * "7"
+    path, before = alike.write(), snapshot(tmp_path)
+    done = neft(verb, alike.base if way == "forward" else alike.tuned, path, "--in-place")
+    assert (done.code, "does not make the checkpoint that it names" in done.err) == (4, True), done.err
+    assert snapshot(tmp_path) == before
 
 
 def test_what_the_manifest_says_is_shown_and_not_relied_on(case: Case) -> None:
