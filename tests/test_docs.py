@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -102,11 +103,33 @@ def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):
         tmp_path / "base", tmp_path / "tuned", neurons=3, reversible=True, out=tmp_path / "patch.safetensors"
     )
     with TensorFile.open(tmp_path / "patch.safetensors") as file:
-        entries = {name.rpartition(":")[2] for name in file.tensors}
-    assert all(f"`NAME:{entry}`" in page for entry in entries)
+        entries = {re.sub(":.*", ":DTYPE", name) for name in file.tensors}
+    assert entries == {"index", "base_digest", "value:DTYPE", "base:DTYPE"}
+    assert all(f"\n| `{entry}` |" in page for entry in entries)
     described = next(iter(patch.manifest["tensors"].values()))
     for key in [*patch.manifest, *patch.facts, *patch.base, *described]:
         assert f"`{key}`" in page, key
+
+
+def test_the_format_page_names_every_entry_of_a_scores_file(tmp_path, llama_arrays):
+    import neftsurgery as ns
+
+    page = (
+        (ROOT / "docs" / "patch-format.md")
+        .read_text()
+        .partition("## Scores")[2]
+        .partition("## Selections")[0]
+    )
+    write_folder(tmp_path / "base", llama_arrays(), 1, LLAMA_CONFIG)
+    write_folder(tmp_path / "tuned", llama_arrays(seed=1), 1, LLAMA_CONFIG)
+    options = {"anatomy": "units", "score": "random"}
+    ns.diff(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "scores", **options).close()
+    with TensorFile.open(tmp_path / "scores") as file:
+        told = json.loads(file.header.metadata["neuron_scores"])
+        names = [*file.tensors, *told, *told["descriptions"][0], *next(iter(told["unscored"].values()))]
+    assert len(file.tensors) == 6
+    for name in names:
+        assert f"`{name}`" in page, name
 
 
 def test_the_tests_that_prove_a_promise_are_there():

@@ -25,6 +25,8 @@ ELSEWHERE = {
     "neuron_utilization/result.py": "neuron_utilization/test_utilization_result.py",
     "patch/digests.py": "patch/test_patch.py",
     "patch/overlap.py": "surgery/test_merge.py",
+    "patch/patch_file.py": "patch/test_lossless_patch.py",
+    "patch/entries.py": "hostile/test_version_2.py",
     "patch/write.py": "patch/test_patch.py",
     "progress.py": "surgery/test_verify.py",
     "scoring/partial_sums.py": "scoring/test_engine.py",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from json.encoder import encode_basestring_ascii
 from os import PathLike
 from typing import Self
 
@@ -54,7 +54,8 @@ def fingerprint(
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
     for name in sorted(names):
         info = weights.tensors[names[name]]
-        state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
+        shape = ",".join(map(str, info.shape))
+        state.update(f'[{encode_basestring_ascii(name)},"{info.dtype}",[{shape}]]\n'.encode())
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):
             view = buffer[: info.nbytes]

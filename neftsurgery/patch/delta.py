@@ -155,8 +155,9 @@ def read_block(
     stop = min(block.stop, info.nbytes // size)
     if stop <= block.start:
         return None
-    found = np.zeros(block.stop - block.start, block.elements.carrier)
+    found = np.empty(block.stop - block.start, block.elements.carrier)
     there = stop - block.start
+    found[there:] = 0
     weights.read_into(info.name, block.start * size, found[:there].view(np.uint8).data)
     return found, there
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
-from ..checkpoint.provenance import HASH_PREFIX
 from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
 from ..coding.elements import Carrier
-from ..coding.tables import MOST_TABLES, FrequencyTable, fit, pack
+from ..coding.fitting import fit
+from ..coding.tables import MOST_TABLES, FrequencyTable, pack
 from ..errors import MismatchError, UsageError
 from ..patch.delta import (
     ARRAYS,
@@ -31,12 +31,11 @@ from ..patch.delta import (
     pack_layout,
     read_block,
 )
-from ..patch.lossless import LosslessPatch, content_hash
-from ..patch.patch import LOSSLESS_VERSION, PATCH_KEY
+from ..patch.lossless import LosslessPatch
+from ..patch.patch_file import PATCH_VERSION, sealed
 from ..progress import Progress, Stopwatch, silent
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
-from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
@@ -47,7 +46,7 @@ __all__ = ["LosslessPlan", "plan_between", "plan_lossless"]
 
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
-_SAMPLES = 6
+_SAMPLES = 3
 #: Kinds of tensor with fewer changes share a table: one of their own would cost more than it saves.
 _FEW_CHANGES = 4096
 #: Bytes that a thread holds: a block of either side, its symbols, its code.
@@ -93,32 +92,29 @@ class LosslessPlan:
             if self.reversible:
                 ways.append(_Way("backward", self.tuned, self.base, self.fast))
             manifest = self._manifest()
-            room = dump(PATCH_KEY, manifest | {"content_hash": HASH_PREFIX + "0" * 32})
             most = sum(block.nbytes for way in ways for block in way.blocks)
             entries = [entry for way in ways for entry in way.entries()]
             entries.append(TensorInfo("code", "U8", (most,)))
             with (
                 progress("coding", most) as advance,
-                written_file(entries, room, self.out, force=self.force, space=0) as written,
+                written_file(entries, sealed(manifest, ()), self.out, force=self.force, space=0) as written,
             ):
                 end = 0
                 for way in ways:
                     end = way.code(written, end, limits, advance)
                 written.shrink("code", end)
-                parts = [part for way in ways for part in way.write(written)]
-                manifest["content_hash"] = content_hash(manifest, parts)
-                written.finish(dump(PATCH_KEY, manifest))
+                written.finish(sealed(manifest, [part for way in ways for part in way.write(written)]))
                 for model in (self.base, self.tuned):
                     model.weights.check_unchanged()
-        patch = LosslessPatch(written.reader(), manifest)
+        patch = LosslessPatch.read(written.reader())
         watch.bytes_read = self.base.weights.bytes_read + self.tuned.weights.bytes_read
         patch.timing = watch.timing
         return patch
 
     def _manifest(self) -> dict[str, object]:
         return {
-            "version": LOSSLESS_VERSION,
-            "kind": "lossless",
+            "version": PATCH_VERSION,
+            "kind": LosslessPatch.kind,
             "base": self.base.origin().to_json(),
             "tuned": self.tuned.origin().to_json(),
             "created_by": f"neftsurgery {__version__}",
@@ -272,11 +268,11 @@ class _Way:
         base, tuned, before = self._read(block)
         if self._fast:
             form, code = encode_fast(base, tuned)
+            changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
         else:
             number = self._table_of.get(block.info.name)
             table = None if number is None else self._tables[number]
-            form, code = encode(base, tuned, block.elements, table)
-        changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
+            form, code, changed = encode(base, tuned, block.elements, table)
         return form, code, changed, before, block_hash(tuned)
 
     def _fitted(self) -> tuple[Mapping[str, int], list[FrequencyTable]]:
