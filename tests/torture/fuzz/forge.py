@@ -67,14 +67,15 @@ def _layout(rng: random.Random, text: bytes) -> bytes:
 
 
 def _written(entries: Entries, manifest: Any) -> bytes:
-    known = {key: value for key, value in manifest.items() if key != "content_hash"}
-    state = xxhash.xxh3_128(json.dumps(known, separators=(",", ":"), sort_keys=True).encode())
-    for way in ("forward", "backward") if known.get("reversible") is True else ("forward",):
+    zeros = f"xxh3-128:{0:032}"
+    text = dumps(manifest | {"content_hash": zeros})
+    state = xxhash.xxh3_128(text.encode())
+    for way in ("forward", "backward") if manifest.get("reversible") is True else ("forward",):
         for part in _PARTS:
             content = entries.get(f"{way}:{part}", ("", b""))[1]
             state.update(f"\n{way}:{part}\n{len(content)}\n".encode() + content)
-    manifest = known | {"content_hash": f"xxh3-128:{state.hexdigest()}"}
-    header: dict[str, Any] = {"__metadata__": {"neuron_patch": dumps(manifest)}}
+    text = text.replace(zeros, f"xxh3-128:{state.hexdigest()}")
+    header: dict[str, Any] = {"__metadata__": {"neuron_patch": text}}
     end = 0
     for name, (dtype, content) in entries.items():
         stop = end + len(content)
