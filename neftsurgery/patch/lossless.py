@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+import numpy as np
 import xxhash
 
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..coding.blocks import Form
 from ..errors import CorruptFileError, boundary
+from ..neurons.tensor_names import layer_and_kind
 from ..sources.resolve import Source, resolve_file
 from ..tensors.document import bad, read_document
 from ..tensors.reader import TensorFile
 from ..text import plural, size
 from .delta import ENTRIES, Delta
 from .patch import LOSSLESS_VERSION, PATCH_KEY, PATCH_NAME, Patch, PatchFile
+from .stored_weights import StoredWeights, stored_weights
 
 __all__ = ["AnyPatch", "LosslessPatch", "content_hash", "load_any"]
 
@@ -101,7 +102,7 @@ class LosslessPatch(PatchFile):
     @property
     def what(self) -> str:
         """What it holds, in a few words."""
-        return f"all changes of {plural(len(self.forward.tensors), 'tensor')}, to the bit"
+        return f"every change of {plural(len(self.forward.tensors), 'tensor')}"
 
     @property
     def reversible(self) -> bool:
@@ -121,33 +122,24 @@ class LosslessPatch(PatchFile):
 
     def forms(self) -> dict[str, dict[str, int]]:
         """By form, in how many blocks it is used, of how many bytes, and in how many bytes of code."""
-        counts, nbytes, code = Counter[str](), Counter[str](), Counter[str]()
-        for block in self.forward.blocks:
-            form = Form(self.forward.forms[block.number]).name.lower()
-            counts[form] += 1
-            nbytes[form] += block.nbytes
-            code[form] += int(self.forward.sizes[block.number])
-        return {form: {"blocks": counts[form], "bytes": nbytes[form], "code": code[form]} for form in counts}
-
-    def weights(self, *, by_kind: bool = False) -> dict[str, dict[str, Any]]:
-        """By tensor: its elements, how many changed, bytes of code, forms.
-
-        Tensors of a kind together, if asked: those whose names differ in numbers only, written as ``*``.
-        """
-        found: dict[str, dict[str, Any]] = {}
-        for block in self.forward.blocks:
-            info = block.info
-            name = re.sub(r"\d+", "*", info.name) if by_kind else info.name
-            own = {} if by_kind else {"dtype": info.dtype, "shape": list(info.shape)}
-            empty = {"name": name, **own, "elements": 0, "changed": 0, "code": 0, "forms": []}
-            facts = found.setdefault(name, empty)
-            facts["elements"] += block.stop - block.start
-            facts["changed"] += int(self.forward.changed[block.number])
-            facts["code"] += int(self.forward.sizes[block.number])
-            form = Form(self.forward.forms[block.number]).name.lower()
-            if form not in facts["forms"]:
-                facts["forms"].append(form)
+        nbytes = np.array([block.nbytes for block in self.forward.blocks], np.int64)
+        found = {}
+        for form in Form:
+            used = self.forward.forms == form
+            if blocks := int(used.sum()):
+                sums = int(nbytes[used].sum()), int(self.forward.sizes[used].sum())
+                found[form.name.lower()] = {"blocks": blocks, "bytes": sums[0], "code": sums[1]}
         return found
+
+    def weights(self) -> dict[str, StoredWeights]:
+        """How much of each tensor changed, and how it is stored."""
+        return stored_weights(self.forward, {name: name for name in self.forward.tensors})
+
+    def kinds(self) -> dict[str, StoredWeights]:
+        """As `weights`, by kind of weight; those that take the most bytes first."""
+        kinds = {name: layer_and_kind(name.split("."))[1] for name in self.forward.tensors}
+        found = stored_weights(self.forward, kinds)
+        return dict(sorted(found.items(), key=lambda item: -item[1].code))
 
     def __repr__(self) -> str:
         return f"<LosslessPatch {self._label}>"
