@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-ROOT = Path(__file__).resolve().parents[2]
-GSM8K = ROOT.parent / "shared" / "data" / "text" / "gsm8k" / "train.jsonl"
+from benchmarks.lossless.pairs import GSM8K, ROOT
+
 _EXAMPLES = 2000
 
 

