@@ -100,7 +100,7 @@ def _coded(base: Carrier, numbers: Carrier, elements: Elements, table: Frequency
             base, numbers, elements.rules, table.contexts, values, kinds, wide, words, extras
         )
     else:
-        events = changes_of(base, numbers, elements, table)
+        events = changes_of(base, numbers, elements, table.contexts)
         count, most, gaps = len(events[0]), len(table.starts), table.gaps.encoding
         steps = np.empty(count, np.uint16)
         classify(events[1], gaps[0], steps)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .elements import BLOCK, CLASSES, FINE, HASH, NEVER, PRECISION, Carrier, Elements, fine_classes
-from .tables import MOST_CONTEXTS, MOST_SYMBOLS, Alphabet, FrequencyTable
+from .tables import MOST_CONTEXTS, MOST_SYMBOLS, Alphabet, FrequencyTable, contexts_of
 
 __all__ = ["changes_of", "fit"]
 
@@ -44,25 +44,21 @@ def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: flo
     first = _contexts(counts, share)
     values = np.add.reduceat(counts, first, axis=0)
     starts = np.append(0, seen[first[1:]]).astype(np.uint8)
-    dense = FrequencyTable(starts, None, _alphabet(values, hot, width, share))
-    if 2 * int(values[:, 0].sum()) < int(values.sum()):
-        return dense
-    never, gap_counts = np.empty(1 << HASH, np.uint64), np.zeros((len(starts), counts.shape[1]), np.uint32)
-    kernels.enter(np.array([NEVER], np.uint64), never)
-    for (base, _), numbers in zip(pairs, found, strict=True):
-        homes, steps, _ = changes_of(base, numbers, elements, dense)
-        kernels.classify(steps, never, classes)
-        kernels.count(homes, _WHOLE, classes[: len(steps)], gap_counts)
-    gaps = gap_counts.astype(np.int64)
     changes = values * (np.arange(values.shape[1]) > 0)
-    sparse = (
-        _bits(changes)
-        + _bits(gaps)
-        + int(gaps[:, :CLASSES].sum(axis=0) @ fine_classes(64)[1].astype(np.int64))
-    )
-    if int(changes.sum()) > _MANY * int(values.sum()) and _bits(values) < _NEAR * sparse:
-        return dense
-    return FrequencyTable(starts, _alphabet(gaps, never, 20, share), _alphabet(changes, hot, width, share))
+    share_changed = int(changes.sum()) / max(1, int(values.sum()))
+    never, steps = np.empty(1 << HASH, np.uint64), np.zeros((len(starts), counts.shape[1]), np.uint32)
+    if share_changed <= 0.5:
+        kernels.enter(np.array([NEVER], np.uint64), never)
+        for (base, _), numbers in zip(pairs, found, strict=True):
+            homes, gaps, _ = changes_of(base, numbers, elements, contexts_of(starts))
+            kernels.classify(gaps, never, classes)
+            kernels.count(homes, _WHOLE, classes[: len(gaps)], steps)
+    plain = float((steps[:, :CLASSES] * fine_classes(64)[1]).sum())
+    sparse = _bits(changes) + _bits(steps) + plain
+    if share_changed > 0.5 or (share_changed > _MANY and _bits(values) < _NEAR * sparse):
+        return FrequencyTable(starts, None, _alphabet(values, hot, width, share))
+    gap_alphabet = _alphabet(steps.astype(np.int64), never, 20, share)
+    return FrequencyTable(starts, gap_alphabet, _alphabet(changes, hot, width, share))
 
 
 def _hot(found: Sequence[Carrier]) -> NDArray[np.uint64]:
@@ -87,16 +83,16 @@ def _hot(found: Sequence[Carrier]) -> NDArray[np.uint64]:
 
 
 def changes_of(
-    base: Carrier, numbers: Carrier, elements: Elements, table: FrequencyTable
+    base: Carrier, numbers: Carrier, elements: Elements, contexts: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], Carrier]:
     """The events of `kernels.find_changes`: their contexts, gaps and differences."""
     from .kernels import find_changes
 
-    most = len(table.starts)
+    most = int(contexts[-1]) + 1
     room = int(np.count_nonzero(numbers)) + most
     events = (np.empty(room, np.uint8), np.empty(room, np.uint32), np.empty(room, numbers.dtype))
-    counters = np.empty((2, 256), np.int64)
-    find_changes(base, numbers, elements.rules, table.contexts, *events, most, (counters[0], counters[1]))
+    last, since = np.empty(most, np.int64), np.zeros((4, most), np.int64)
+    find_changes(base, numbers, elements.rules, contexts, *events, most, last, since)
     return events
 
 

@@ -200,34 +200,31 @@ def _take(bits, extras, acc, fill, e):  # type: ignore[no-untyped-def]
 
 
 @compiled(error_model="numpy", _nrt=False)
-def find_changes(base, numbers, rules, contexts, homes, gaps, changes, most, room):  # type: ignore[no-untyped-def]
+def find_changes(base, numbers, rules, contexts, homes, gaps, changes, most, last, since):  # type: ignore[no-untyped-def]
     """The events of a block in order: first one per context, then one per change.
 
     ``homes`` gets the context of each; ``gaps`` how many elements of the context come before its next change,
-    `NEVER` if none follows; ``changes`` the difference, 0 for the first ones. Returns how many there are.
+    `NEVER` if none follows; ``changes`` the difference, 0 for the first ones.
     """
     shift, mask, _, _, _, _ = rules
-    last, since = room
     for first in range(most):
-        since[first] = 0
         homes[first] = first
         changes[first] = 0
         last[first] = first
-    n = most
-    for i in range(base.shape[0]):
+    n = u64(most)
+    for i in range(u64(base.shape[0])):
         c = u64(contexts[(u64(base[i]) >> shift) & mask])
         if numbers[i] == 0:
-            since[c] += 1
+            since[i & u64(3), c] += 1  # four counters: to add to the same one again takes its time
         else:
-            gaps[last[c]] = since[c]
-            since[c] = 0
+            gaps[last[c]] = since[0, c] + since[1, c] + since[2, c] + since[3, c]
+            since[:, c] = 0
             changes[n] = numbers[i]
             homes[n] = c
             last[c] = n
-            n += 1
+            n += u64(1)
     for context in range(most):
         gaps[last[context]] = NEVER
-    return n
 
 
 @compiled(error_model="numpy", _nrt=False)
@@ -325,16 +322,10 @@ def encode_values(base, numbers, rules, contexts, code, kinds, wide, words, extr
         e += u64(1)
     x, y, z, t = _LEAST_STATE, _LEAST_STATE, _LEAST_STATE, _LEAST_STATE
     w, i = u64(words.shape[0]), n
-    while i & u64(3):
-        i -= u64(1)
-        x, y, z, t = t, x, y, z
-        x, w = _push(x, entries, u64(kinds[i]), words, w)
     while i > u64(0):
-        i -= u64(4)
-        t, w = _push(t, entries, u64(kinds[i + u64(3)]), words, w)
-        z, w = _push(z, entries, u64(kinds[i + u64(2)]), words, w)
-        y, w = _push(y, entries, u64(kinds[i + u64(1)]), words, w)
-        x, w = _push(x, entries, u64(kinds[i]), words, w)
+        i -= u64(1)
+        v, w = _push(t, entries, u64(kinds[i]), words, w)
+        x, y, z, t = v, x, y, z  # the states take turns
     w = _close(t, words, w)
     w = _close(z, words, w)
     w = _close(y, words, w)
@@ -358,32 +349,13 @@ def decode_values(base, out, rules, contexts, code, words, w, extras, e, found):
         some = min(u64(CHUNK), n - start)
         for i in range(some):
             homes[i] = contexts[(u64(base[start + i]) >> shift) & mask]
-        i, count = u64(0), u64(0)
-        while i + u64(4) <= some:
-            x, entry, w = _pop(x, u64(homes[i]), symbols, entries, words, w)
-            wide[count] = (entry & _PLAIN) | i
-            numbers[i] = least[entry >> u64(40)]
-            count += u64((entry & _PLAIN) != u64(0))
-            y, entry, w = _pop(y, u64(homes[i + u64(1)]), symbols, entries, words, w)
-            wide[count] = (entry & _PLAIN) | (i + u64(1))
-            numbers[i + u64(1)] = least[entry >> u64(40)]
-            count += u64((entry & _PLAIN) != u64(0))
-            z, entry, w = _pop(z, u64(homes[i + u64(2)]), symbols, entries, words, w)
-            wide[count] = (entry & _PLAIN) | (i + u64(2))
-            numbers[i + u64(2)] = least[entry >> u64(40)]
-            count += u64((entry & _PLAIN) != u64(0))
-            t, entry, w = _pop(t, u64(homes[i + u64(3)]), symbols, entries, words, w)
-            wide[count] = (entry & _PLAIN) | (i + u64(3))
-            numbers[i + u64(3)] = least[entry >> u64(40)]
-            count += u64((entry & _PLAIN) != u64(0))
-            i += u64(4)
-        while i < some:
+        count = u64(0)
+        for i in range(some):
             v, entry, w = _pop(x, u64(homes[i]), symbols, entries, words, w)
+            x, y, z, t = y, z, t, v  # the states take turns
             wide[count] = (entry & _PLAIN) | i
             numbers[i] = least[entry >> u64(40)]
             count += u64((entry & _PLAIN) != u64(0))
-            x, y, z, t = y, z, t, v
-            i += u64(1)
         for k in range(count):
             i = wide[k] & u64(0xFFFF)
             rest, acc, fill, e = _take(wide[k] >> u64(32), extras, acc, fill, e)

@@ -13,7 +13,16 @@ from numpy.typing import NDArray
 from .compression import compress, content_size, decompress
 from .elements import CLASSES, FINE, HASH, PRECISION, fine_classes
 
-__all__ = ["MOST_CONTEXTS", "MOST_SYMBOLS", "MOST_TABLES", "Alphabet", "FrequencyTable", "pack", "unpack"]
+__all__ = [
+    "MOST_CONTEXTS",
+    "MOST_SYMBOLS",
+    "MOST_TABLES",
+    "Alphabet",
+    "FrequencyTable",
+    "contexts_of",
+    "pack",
+    "unpack",
+]
 
 _TOTAL = 1 << PRECISION
 MOST_CONTEXTS = 32
@@ -122,7 +131,12 @@ class FrequencyTable:
     @cached_property
     def contexts(self) -> NDArray[np.uint8]:
         """The context of each exponent."""
-        return (np.searchsorted(self.starts, np.arange(256), "right") - 1).astype(np.uint8)
+        return contexts_of(self.starts)
+
+
+def contexts_of(starts: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The context of each exponent."""
+    return (np.searchsorted(starts, np.arange(256), "right") - 1).astype(np.uint8)
 
 
 def pack(tables: Iterable[FrequencyTable]) -> bytes:
