@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Modules without a test file of their own, most often because they are seen only through another one.
 ELSEWHERE = {
     "checkpoint/adapter_config.py": "checkpoint/test_adapter.py",
+    "checkpoint/changes.py": "checkpoint/test_journal.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
     "checkpoint/side_files.py": "laws/test_lossless_in_place.py",
     "checkpoint/weight_files.py": "checkpoint/test_checkpoint.py",

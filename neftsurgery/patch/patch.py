@@ -19,7 +19,7 @@ from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..sources.resolve import Source
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
-from ..tensors.document import Facts, bad, require_entry
+from ..tensors.document import Facts, bad
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..text import lines, plural, printable, size
@@ -299,7 +299,13 @@ def _require_entries(
         dtype = file.tensors[f"{name}:index"].dtype if own else None
         places[name] = entries.add(tensor.info, tensor.layout, tensor.count, tensor.reversible, dtype)
     for entry in entries.infos.values():
-        require_entry(file, _WHAT, entry.name, "", entry.dtype, entry.shape)
+        if (found := file.tensors.get(entry.name)) != entry:
+            raise CorruptFileError(
+                f"a damaged {_WHAT}: its entry {entry.name} does not fit",
+                file=file.path,
+                expected=entry.describe(),
+                found=found.describe() if found else "nothing",
+            )
     for name in file.tensors:
         if name not in entries.infos:
             raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)

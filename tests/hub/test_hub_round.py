@@ -192,7 +192,7 @@ def test_messages_name_repositories_and_not_where_they_are_kept(hub, several, pa
     one = hub.make("org/one", {NAME: patch_file.read_bytes()})
     two = hub.make("org/two", {NAME: patch_file.read_bytes()})
     damaged = hub.make("org/damaged", data | {weights: b"\xff" * 8 + data[weights][8:]})
-    hub.make("org/altered", {NAME: patch_file.read_bytes().replace(b"sensitive", b"sensible!")})
+    altered = hub.make("org/altered", {NAME: patch_file.read_bytes().replace(b"sensitive", b"sensible!")})
     results = several(
         [
             ("merge", "org/one", "org/two", "-o", "m.safetensors", "--on-overlap", "error"),
@@ -217,4 +217,4 @@ def test_messages_name_repositories_and_not_where_they_are_kept(hub, several, pa
     assert f"org/damaged@{damaged}/{weights}: " in results[5].err
     assert f"org/damaged@{damaged}/{weights}: " in results[6].err
     for result in results[7:]:
-        assert "org/altered: the patch does not match its hash" in result.err
+        assert f"org/altered@{altered}/{NAME}: the patch does not match its hash" in result.err
