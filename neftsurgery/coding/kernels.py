@@ -337,7 +337,7 @@ def decode_values(base, out, rules, contexts, code, words, w, extras, e, found):
     """As `decode_changes`, of what `encode_values` coded. ``found`` is room for what is in a chunk."""
     shift, mask, top, full, negative, positive = rules
     least, symbols, entries = code
-    homes, numbers, wide = found
+    numbers, wide = found
     w, e = u64(w), u64(e)
     x, w = _open(words, w)
     y, w = _open(words, w)
@@ -347,11 +347,10 @@ def decode_values(base, out, rules, contexts, code, words, w, extras, e, found):
     n, start = u64(base.shape[0]), u64(0)
     while start < n and w <= u64(2) * (e + u64(1)):
         some = min(u64(CHUNK), n - start)
-        for i in range(some):
-            homes[i] = contexts[(u64(base[start + i]) >> shift) & mask]
         count = u64(0)
         for i in range(some):
-            v, entry, w = _pop(x, u64(homes[i]), symbols, entries, words, w)
+            home = u64(contexts[(u64(base[start + i]) >> shift) & mask])
+            v, entry, w = _pop(x, home, symbols, entries, words, w)
             x, y, z, t = y, z, t, v  # the states take turns
             wide[count] = (entry & _PLAIN) | i
             numbers[i] = least[entry >> u64(40)]
