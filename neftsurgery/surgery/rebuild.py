@@ -130,7 +130,7 @@ class RebuildPlan:
         return RebuildResult(place, self.goal, self.names, self.timing + watch.timing, self.needed)
 
     def _write(self, out: Path, limits: Limits, progress: Progress) -> None:
-        with progress("writing", self.nbytes) as advance:
+        with progress("writing", self.target.nbytes) as advance:
             if self.target.single:
                 with staged_file(out, force=self.force) as staged:
                     require_space(out.absolute().parent, self.nbytes)
@@ -158,7 +158,7 @@ class RebuildPlan:
 
     def _write_folder(self, folder: Path, limits: Limits, advance: Callable[[int], None]) -> None:
         for name in self.side:
-            advance((folder / name).write_bytes(self.target.side[name]()))
+            (folder / name).write_bytes(self.target.side[name]())
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         for number, file in enumerate(self.target.files):
             fd = os.open(folder / file.name, flags, 0o666)
