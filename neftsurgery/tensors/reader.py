@@ -25,7 +25,7 @@ from .arrays import IndexArray, RawBytes
 from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
 
-__all__ = ["FileBacked", "RowReader", "TensorFile", "WeightReader"]
+__all__ = ["FileBacked", "RowReader", "TensorFile", "TensorReader", "WeightReader"]
 
 _COPY_BYTES = 8 << 20
 
@@ -40,12 +40,19 @@ class RowReader(Protocol):
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
 
 
-class WeightReader(RowReader, Protocol):
-    """All that scoring sees of a model. Thread-safe."""
+class TensorReader(Protocol):
+    """The tensors of a model, and their bytes by range."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensors, by name."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """As in `RowReader`."""
+
+
+class WeightReader(TensorReader, RowReader, Protocol):
+    """All that scoring sees of a model. Thread-safe."""
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""

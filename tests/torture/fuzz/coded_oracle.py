@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import struct
+from typing import TypeAlias
 
 import numpy as np
 import zstandard
+from coding import reference
 from coding.reference import WIDTHS
 from coding.reference import decode as decode_coded
 
 from neftsurgery.coding.blocks import Form
-from neftsurgery.coding.tables import FrequencyTable
+from neftsurgery.coding.tables import Alphabet, FrequencyTable
 
 __all__ = ["MOST_ELEMENTS", "expected"]
 
@@ -25,8 +27,18 @@ def expected(
     """The bytes of a block; None if the code is damaged. ``base``: the source's, filled up with zeros."""
     parts = None
     if form == Form.CODED and table is not None:
-        parts = table.contexts.tobytes(), table.gaps.tobytes(), table.values.tobytes()
+        parts = table.starts.tobytes(), _stored(table.gaps), _stored(table.values)
     return _expected(dtype, base, nbytes, form, code, parts)
+
+
+_Stored: TypeAlias = tuple[bytes, bytes, bytes]
+
+
+def _stored(alphabet: Alphabet | None) -> _Stored | None:
+    """What can be a key of a cache."""
+    if alphabet is None:
+        return None
+    return alphabet.tops.tobytes(), alphabet.bits.tobytes(), alphabet.frequencies.tobytes()
 
 
 @functools.lru_cache(maxsize=256)  # most blocks of a mutated patch are as they were
@@ -36,7 +48,7 @@ def _expected(
     nbytes: int,
     form: int,
     code: bytes,
-    table: tuple[bytes, bytes, bytes] | None,
+    table: tuple[bytes, _Stored | None, _Stored | None] | None,
 ) -> bytes | None:
     source = bytes(nbytes) if base is None else base
     match form:
@@ -84,20 +96,24 @@ def _flipped(code: bytes, source: bytes, size: int) -> bytes | None:
 
 
 def _coded(
-    dtype: str, source: bytes, code: bytes, contexts: bytes, gaps: bytes, values: bytes
+    dtype: str, source: bytes, code: bytes, starts: bytes, gaps: _Stored | None, values: _Stored | None
 ) -> bytes | None:
     width = WIDTHS[dtype] // 8
     base = np.frombuffer(source, f"<u{width}").tolist()
-    count = max(contexts) + 1
-    rows = [
-        np.frombuffer(part, "<u2").reshape(len(part) // (2 * columns), columns).tolist()
-        for part, columns in ((gaps, 81), (values, 256))
-    ]
-    assert count <= len(rows[1])
+    assert values is not None
     if len(code) % 4:
         return None
     try:
-        found = decode_coded(dtype, base, code, list(contexts), *rows)
+        some = None if gaps is None else _read(gaps)
+        found = decode_coded(dtype, base, code, list(starts), some, _read(values))
     except (AssertionError, StopIteration, RuntimeError, struct.error):
         return None
     return np.array(found, f"<u{width}").tobytes()
+
+
+def _read(stored: _Stored) -> reference.Alphabet:
+    tops, bits, frequencies = (
+        np.frombuffer(part, kind) for part, kind in zip(stored, ("<u4", "u1", "<u2"), strict=True)
+    )
+    pairs = list(zip(tops.tolist(), bits.tolist(), strict=True))
+    return pairs, frequencies.reshape(-1, len(pairs)).tolist()

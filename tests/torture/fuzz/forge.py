@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from .mutate import dumps, mutate_bytes, mutate_json, mutate_safetensors, mutate
 __all__ = ["mutate_lossless", "mutate_neurons"]
 
 _PARTS = ("form", "table", "size", "changed", "before", "after", "layout", "tables", "side")
-_SIZES = {"U8": 1, "U16": 2, "U32": 4, "U64": 8, "I32": 4, "I64": 8}
+_SIZES = {"U8": 1, "U16": 2, "U32": 4, "U64": 8, "I32": 4, "I64": 8, "F32": 4, "F64": 8}
 
 Entries = dict[str, tuple[str, bytes]]
 
@@ -54,13 +55,13 @@ def mutate_neurons(rng: random.Random, data: bytes, others: Sequence[bytes] = ()
         else:
             name = rng.choice(list(entries))
             dtype, content = entries[name]
-            if name.endswith(":index") and rng.random() < 0.7:
+            if name.endswith("index") and rng.random() < 0.7:
                 content = _numbers(rng, content, _SIZES[dtype])
             else:
                 content = mutate_bytes(rng, content)[: len(content)].ljust(len(content), b"\1")
             entries[name] = dtype, content
         shapes = {name: entry["shape"] for name, entry in _header(data).items() if name in entries}
-        return _written(entries, _digested(entries, manifest, shapes), shapes)
+        return _written(entries, _hashed(entries, _digested(entries, manifest)), shapes)
     except _UNREADABLE:
         return mutate_bytes(rng, data, others)
 
@@ -110,32 +111,46 @@ def _layout(rng: random.Random, text: bytes) -> bytes:
     return dumps(layout).encode()
 
 
-def _hashed(entries: Entries, manifest: Any) -> Any:
-    """The manifest of a lossless patch, with the hash that fits."""
-    known = {key: value for key, value in manifest.items() if key != "content_hash"}
-    state = xxhash.xxh3_128(json.dumps(known, separators=(",", ":"), sort_keys=True).encode())
-    for way in ("forward", "backward") if known.get("reversible") is True else ("forward",):
-        for part in _PARTS:
-            content = entries.get(f"{way}:{part}", ("", b""))[1]
-            state.update(f"\n{way}:{part}\n{len(content)}\n".encode() + content)
-    return known | {"content_hash": f"xxh3-128:{state.hexdigest()}"}
+def _hashed(entries: Entries, manifest: Any) -> str:
+    """The text of a manifest, with the hash that fits its entries."""
+    if manifest["version"] == 1:
+        return dumps(manifest)
+    ways = ("forward", "backward") if manifest.get("reversible") is True else ("forward",)
+    names = [f"{way}:{part}" for way in ways for part in _PARTS]
+    names = ["index"] if manifest.get("kind") == "neurons" else names
+    zeros = f"xxh3-128:{0:032}"
+    text = dumps(manifest | {"content_hash": zeros})
+    state = xxhash.xxh3_128(text.encode())
+    for name in names:
+        content = entries.get(name, ("", b""))[1]
+        state.update(f"\n{name}\n{len(content)}\n".encode() + content)
+    return text.replace(zeros, f"xxh3-128:{state.hexdigest()}")
 
 
-def _digested(entries: Entries, manifest: Any, shapes: dict[str, list[int]]) -> Any:
+def _digested(entries: Entries, manifest: Any) -> Any:
     """The manifest of a neuron patch, with the hashes of its vectors that fit."""
-    for name, described in manifest["tensors"].items():
-        value, count = entries[f"{name}:value"][1], shapes[f"{name}:value"][0]
-        width = len(value) // count
-        rows = [value[start : start + width] for start in range(0, len(value), width)]
-        digests = b"".join(map(xxhash.xxh3_128_digest, rows))
-        for key, content in (("base_hash", entries[f"{name}:base_digest"][1]), ("patched_hash", digests)):
+    used: dict[str, int] = dict.fromkeys(entries, 0)
+
+    def take(name: str, nbytes: int) -> bytes:
+        start, used[name] = used[name], used[name] + nbytes
+        return entries[name][1][start : used[name]]
+
+    for name, described in sorted(manifest["tensors"].items()):
+        old = manifest["version"] == 1
+        rows = len(entries[f"{name}:base_digest"][1]) // 16 if old else described["rows"]
+        value = f"{name}:value" if old else f"value:{described['dtype']}"
+        wide = [size for axis, size in enumerate(described["shape"]) if axis not in described["neuron_axes"]]
+        width = math.prod(wide) * _SIZES[entries[value][0]]
+        digests = b"".join(xxhash.xxh3_128_digest(take(value, width)) for _ in range(min(rows, 1000)))
+        before = take(f"{name}:base_digest" if old else "base_digest", 16 * rows)
+        for key, content in (("base_hash", before), ("patched_hash", digests)):
             described[key] = f"xxh3-128:{xxhash.xxh3_128_hexdigest(content)}"
     return manifest
 
 
-def _written(entries: Entries, manifest: Any, shapes: dict[str, list[int]] | None = None) -> bytes:
+def _written(entries: Entries, manifest: str, shapes: dict[str, list[int]] | None = None) -> bytes:
     """The file; entries without a shape are vectors."""
-    header: dict[str, Any] = {"__metadata__": {"neuron_patch": dumps(manifest)}}
+    header: dict[str, Any] = {"__metadata__": {"neuron_patch": manifest}}
     end = 0
     for name, (dtype, content) in entries.items():
         stop = end + len(content)

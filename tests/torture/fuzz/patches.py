@@ -17,7 +17,7 @@ import zstandard
 from coding.pairs import changed, weights
 from lossless_support import Tensors, folder
 from safetensors import deserialize
-from support import assert_same_tensors, patched_by_hand, raw_read
+from support import as_version_1, assert_same_tensors, patch_rows, patched_by_hand, raw_read
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
@@ -25,7 +25,8 @@ from neftsurgery.checkpoint.provenance import fingerprint
 from neftsurgery.coding.blocks import Form, decode, encode
 from neftsurgery.coding.compression import compress
 from neftsurgery.coding.elements import Carrier, Elements
-from neftsurgery.coding.tables import fit, pack, unpack
+from neftsurgery.coding.fitting import fit
+from neftsurgery.coding.tables import pack, unpack
 from neftsurgery.errors import CorruptFileError, MismatchError
 from neftsurgery.patch.delta import Delta, DeltaBlock, block_hash, block_state
 from neftsurgery.patch.lossless import LosslessPatch
@@ -60,10 +61,12 @@ def patch_targets(root: Path) -> Iterator[Target]:
     lossless = _read_lossless(root, pairs)
     yield Target("lossless patch", root / "a-lossless-patch", seeds, mutate_lossless, lossless, 0.5, REFUSALS)
     yield _block_target(root, [(path, pair[0]) for path, pair in made])
-    few = [root / f"neurons.{number}" for number in range(2)]
+    few = [root / f"neurons.{number}" for number in range(3)]
     common = {"include": ["*"], "axis": {"b.*": 1}}
     ns.extract(*pairs[1], neurons=9, reversible=True, score="changed", out=few[0], **common).close()
     ns.extract(*pairs[1], changed=True, with_bias=True, out=few[1], **common).close()
+    shutil.copyfile(few[0], few[2])
+    as_version_1(few[2])
     seeds = [path.read_bytes() for path in few]
     neurons = _read_neurons(root, pairs[1][0])
     yield Target("patch", root / "a-patch", seeds, mutate_neurons, neurons, 1.5, REFUSALS)
@@ -77,7 +80,7 @@ def _compile_kernels() -> None:
         for share in (0.1, 1.0):
             after = changed(dtype, before, share, "steps", rng)
             (table,) = unpack(pack([fit([(before, after)], elements)]), 1)
-            form, code = encode(before, after, elements, table)
+            form, code, *_ = encode(before, after, elements, table)
             decode(form, code, before, np.empty_like(after), elements, table)
             assert form == Form.CODED
 
@@ -126,7 +129,7 @@ def _read_lossless(root: Path, pairs: Sequence[Pair]) -> Callable[[bytes], None]
 
     def read(raw: bytes) -> None:
         with LosslessPatch.load(path) as patch:
-            assert all((str(patch), repr(patch), patch.weights(by_kind=True) is not None))
+            assert all((str(patch), repr(patch), patch.kinds() is not None, patch.forms() is not None))
             found = known.get(str(patch.base.fingerprint))
             if found is None:
                 raise MismatchError("the patch is of another base")
@@ -270,8 +273,11 @@ def _mutate_block(rng: random.Random, data: bytes, others: Sequence[bytes] = ())
         return mutate_bytes(rng, data, others)
     number, length = _HEAD.unpack_from(data)
     table, code = bytearray(data[_HEAD.size :][:length]), data[_HEAD.size + length :]
-    if table and rng.random() < 0.3:
-        _move(rng, table)
+    if table and rng.random() < 0.4:
+        try:
+            _move(rng, table)
+        except (struct.error, ValueError, IndexError):  # it is damaged already
+            return mutate_bytes(rng, data, others)
     else:
         mutated = mutate_bytes(rng, code)
         code = mutated if rng.random() < 0.3 else mutated[: len(code)].ljust(len(code), b"\0")
@@ -279,17 +285,30 @@ def _mutate_block(rng: random.Random, data: bytes, others: Sequence[bytes] = ())
 
 
 def _move(rng: random.Random, table: bytearray) -> None:
-    """Move a part of one frequency to another, or change a context."""
-    places = range(2 + 256, len(table) - 1, 2)
-    if rng.random() < 0.2 or len(places) < 2:
-        table[rng.randrange(min(len(table), 2 + 256))] = rng.choice((0, 1, 2, 31, 32, 255))
-        return
-    one = rng.choice(places)
-    two = rng.choice(places[max(0, places.index(one) - 40) :][:80])
-    a, b = (int.from_bytes(table[place : place + 2], "little") for place in (one, two))
-    part = rng.choice((1, a, a // 2, 7))
-    for place, value in ((one, a - part), (two, b + part)):
-        table[place : place + 2] = (value % (1 << 16)).to_bytes(2, "little")
+    """Change a number of the table, or move a part of one frequency to another."""
+    count, gaps, values = struct.unpack_from("<BHH", table)
+    alphabets, end = [], 5 + count
+    for used in (gaps, values):
+        alphabets.append((end, used))
+        end += used * (5 + 2 * count)
+    start, used = rng.choice([one for one in alphabets if one[1]])
+    match rng.randrange(6):
+        case 0:
+            table[rng.randrange(5 + count)] = rng.choice((0, 1, 2, 31, 32, 255))
+        case 1:
+            place = start + 4 * rng.randrange(used)
+            table[place : place + 4] = rng.choice((0, 1, 255, 1 << 20, 1 << 31, (1 << 32) - 1)).to_bytes(
+                4, "little"
+            )
+        case 2:
+            table[start + 4 * used + rng.randrange(used)] = rng.choice((0, 1, 8, 31, 32, 33, 63, 64, 65))
+        case _:
+            row = start + 5 * used + 2 * used * rng.randrange(count)
+            one, two = (row + 2 * rng.randrange(used) for _ in range(2))
+            a, b = (int.from_bytes(table[place : place + 2], "little") for place in (one, two))
+            part = min(a, rng.choice((1, 7, a // 2, a)))
+            for place, value in ((one, a - part), (two, b + part)) if one != two else ():
+                table[place : place + 2] = (value % (1 << 16)).to_bytes(2, "little")
 
 
 # --- neuron patches
@@ -303,7 +322,7 @@ def _read_neurons(root: Path, base: Path) -> Callable[[bytes], None]:
         with Patch.load(path) as patch:
             assert all((str(patch), repr(patch), patch.selection is not None))
             patch.check()
-            _check_neurons(patch, raw)
+            _check_neurons(patch, path)
             if next(done) < 8 or zlib.crc32(raw) % VERBS == 0:  # the first ones are valid
                 ns.verify(base, patch)
                 _remove(out)
@@ -313,16 +332,14 @@ def _read_neurons(root: Path, base: Path) -> Callable[[bytes], None]:
     return read
 
 
-def _check_neurons(patch: Patch, raw: bytes) -> None:
-    """What an accepted patch says is what the safetensors package finds in the file."""
-    entries = dict(deserialize(raw))
+def _check_neurons(patch: Patch, path: Path) -> None:
+    """What an accepted patch says is what the text of the format says of the file."""
+    entries = patch_rows(path)
     for name, tensor in patch.tensors.items():
         index = patch.index(name)
-        entry = entries[f"{name}:index"]
-        kind = {"I32": "<i4", "I64": "<i8"}[entry["dtype"]]
-        assert np.array_equal(np.frombuffer(entry["data"], kind), index)
+        assert np.array_equal(entries[f"{name}:index"][1].astype(np.int64), index)
         assert np.all(index[1:] > index[:-1])
         assert not len(index) or 0 <= index[0] <= index[-1] < tensor.layout.count
-        assert patch.values(name).tobytes() == bytes(entries[f"{name}:value"]["data"])
+        assert patch.values(name).tobytes() == entries[f"{name}:value"][1].tobytes()
         if tensor.reversible:
-            assert patch.base_values(name).tobytes() == bytes(entries[f"{name}:base"]["data"])
+            assert patch.base_values(name).tobytes() == entries[f"{name}:base"][1].tobytes()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scoring.test_golden_scores import GOLDEN
 from support import LLAMA_CONFIG, llama, raw_file, snapshot, write_folder
 
 import neftsurgery as ns
@@ -98,6 +101,8 @@ def _documents(root: Path) -> Iterator[Target]:
     base, tuned = root / "base", root / "tuned"
     ns.diff(base, tuned, out=root / "scores.0").close()
     ns.diff(base, tuned, anatomy="units", out=root / "scores.1").close()
+    for number, text in enumerate(GOLDEN.values()):  # of both versions
+        (root / f"scores.golden-{number}").write_bytes(zlib.decompress(base64.b64decode(text)))
     with ns.Scores.load(root / "scores.0") as scores:
         chosen = scores.select(neurons=9, with_bias=True)
     chosen.save(root / "selection.0")
@@ -114,6 +119,7 @@ def _documents(root: Path) -> Iterator[Target]:
 
     def read_scores(raw: bytes) -> None:
         with Scores.load(root / "some-scores") as scores:
+            ns.inspect(root / "some-scores")
             for chosen in scores.select(neurons=2):
                 _check_index(chosen.index, chosen.layout.count)
 
