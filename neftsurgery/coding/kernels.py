@@ -289,7 +289,8 @@ def decode_changes(base, out, rules, contexts, most, gap_code, code, words, w, e
         if k == 0:
             y, entry, w = _pop(y, c, symbols, entries, words, w)
             rest, acc, fill, e = _take((entry >> u64(32)) & u64(255), extras, acc, fill, e)
-            a = _changed(a, least[entry >> u64(40)] + rest, top, full, negative, positive)
+            number = (least[entry >> u64(40)] + rest) & full
+            a = _changed(a, number, top, full, negative, positive)
             x, entry, w = _pop(x, c, gap_symbols, gap_entries, words, w)
             rest, acc, fill, e = _take((entry >> u64(32)) & u64(255), extras, acc, fill, e)
             left[c] = i64((gap_least[entry >> u64(40)] + rest) & _HALF)
