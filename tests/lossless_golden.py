@@ -15,7 +15,7 @@ import numpy as np
 from lossless_support import Tensors, contents, folder
 
 FOLDER = Path(__file__).parent / "patch" / "golden"
-EXPECTED = FOLDER / "expected.json"
+EXPECTED = FOLDER / "lossless-expected.json"
 SIDE = {"config.json": b'{"model_type": "golden"}', "tokenizer.json": b'{"tokens": ["a", "b"]}\n' * 9}
 
 

@@ -46,9 +46,8 @@ class Contestant:
     memory: bool = False
 
 
-def contestants(pair: Pair, folder: Path) -> Iterator[Contestant]:
+def contestants(pair: Pair, place: Place) -> Iterator[Contestant]:
     """Those that work on files, and then those in memory, where all that they read is beforehand."""
-    place = Place.within(folder)
     for fast in (False, True):
         encode, decode = partial(_extract, pair, place, fast), partial(_apply, pair, place)
         yield Contestant(_ours(fast), "ours", encode, decode)

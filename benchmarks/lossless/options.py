@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", type=_parts, default=tuple(PARTS), help=f"some of: {', '.join(PARTS)}")
     add("--rounds", type=int, default=3, help="turns of each contestant (default: 3)")
     add("--steps", type=int, default=12, help="steps of the SFT and the LoRA (default: 12)")
-    add("--curve", type=_steps, default=(12, 25, 50, 100, 200, 300), help="steps of the curve, increasing")
+    add("--curve", type=_steps, default=(12, 25, 50, 100, 200), help="steps of the curve, increasing")
     add("--work", type=Path, default=work, help=f"folder of the tuned models, kept (default: {work})")
     add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-lossless.md")
 

@@ -6,7 +6,7 @@ import contextlib
 import filecmp
 import os
 import resource
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -85,15 +85,12 @@ def _pairs(part: str, options: Options) -> Result:
 def _group(pair: Pair, rounds: int, work: Path) -> Result:
     nbytes = pair.tuned.stat().st_size
     log(f"  {pair.words}, {pair.dtype}, {format_size(nbytes)}")
-    folder = work / "measured"
-    try:
-        with one_core():
-            entries = [_Entry(one, pair, folder) for one in contestants(pair, folder)]
-            for number in range(rounds):
-                for entry in entries:
-                    entry.take_turn(number)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="measured-", dir=work) as folder, one_core():
+        place = Place.within(Path(folder))
+        entries = [_Entry(one, pair, place) for one in contestants(pair, place)]
+        for number in range(rounds):
+            for entry in entries:
+                entry.take_turn(number)
     found = {
         "kind": pair.kind,
         "dtype": pair.dtype,
@@ -109,9 +106,9 @@ def _group(pair: Pair, rounds: int, work: Path) -> Result:
 
 
 class _Entry:
-    def __init__(self, contestant: Contestant, pair: Pair, folder: Path) -> None:
+    def __init__(self, contestant: Contestant, pair: Pair, place: Place) -> None:
         self._contestant, self._tuned = contestant, pair.tuned
-        self._place, self._size = Place.within(folder), 0
+        self._place, self._size = place, 0
         self._runs: list[Result] = []
         self.skipped = contestant.skipped
         if contestant.slow and pair.tuned.stat().st_size > SLOW_BYTES:
@@ -180,7 +177,8 @@ def one_core() -> Iterator[None]:
 
 def _threads(part: str, options: Options) -> Result:
     pair = next(pairs("smollm2", options.work, options.steps))
-    return threads.measure(pair, options.rounds, options.work / "measured")
+    with tempfile.TemporaryDirectory(prefix="measured-", dir=options.work) as folder:
+        return threads.measure(pair, options.rounds, Path(folder))
 
 
 def _chain(part: str, options: Options) -> Result:

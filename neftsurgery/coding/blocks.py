@@ -191,7 +191,7 @@ def _decode_coded(
     w, e = before // 2, (before + len(code)) // 4 - 1
     rules, contexts, values = elements.rules, table.contexts, table.values.decoding()
     if table.gaps is None:
-        found = [np.empty(CHUNK + 1, kind) for kind in ("u1", base.dtype, "u8")]
+        found = [np.empty(CHUNK + 1, kind) for kind in (base.dtype, "u8")]
         w, e, done = decode_values(base, out, rules, contexts, values, words, w, extras, e, tuple(found))
     else:
         most, gaps, left = len(table.starts), table.gaps.decoding(), np.empty(256, np.int64)

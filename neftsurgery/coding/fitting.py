@@ -75,6 +75,7 @@ def _hot(found: Sequence[Carrier]) -> NDArray[np.uint64]:
     classes = np.searchsorted(first, numbers, "right") - 1
     expected = np.bincount(classes, counts, CLASSES)[classes] / 2.0 ** bits[classes]
     often = (counts >= 3 * expected) & (counts >= np.maximum(8, _OFTEN * counts.sum()))
+    often &= numbers < 1 << 32  # as `Alphabet.tops` are
     order = np.argsort(counts[often], kind="stable")[::-1][:_HOT]
     hot = np.empty((1 << HASH) * (len(order) > 0), np.uint64)
     if len(order):
@@ -134,11 +135,8 @@ def _alphabet(counts: NDArray[np.int64], hot: NDArray[np.uint64], width: int, sh
     all contexts, and stands for every number.
     """
     first, bits = fine_classes(width)
-    price, fine, single = (
-        _SYMBOL_BITS * share,
-        counts[:, : len(first)],
-        np.flatnonzero(counts[:, CLASSES:].any(axis=0)),
-    )
+    price, fine = _SYMBOL_BITS * share, counts[:, : len(first)]
+    single = np.flatnonzero(counts[:, CLASSES:].any(axis=0))
     while True:
         levels = _levels(fine, price)
         starts = np.flatnonzero(np.arange(len(first)) % (1 << levels) == 0)
@@ -150,10 +148,9 @@ def _alphabet(counts: NDArray[np.int64], hot: NDArray[np.uint64], width: int, sh
         price *= 2
     plain = bits[starts] + levels[starts].astype(np.uint64)
     tops = np.concatenate([first[starts] >> plain, hot[single], [0]])
-    counts = np.concatenate(
-        [joined, counts[:, CLASSES + single], np.ones((len(counts), 1), np.int64)], axis=1
-    )
-    counts[:, :-1][:, tops[:-1] == NEVER] |= width == 20
+    last = np.ones((len(counts), 1), np.int64)
+    counts = np.concatenate([joined, counts[:, CLASSES + single], last], axis=1)
+    counts[:, :-1][:, tops[:-1] == NEVER] |= width == 20  # a gap of no further change: in all contexts, too
     plains = np.concatenate([plain, np.zeros(len(single)), [width]])
     return Alphabet(tops.astype(np.uint32), plains.astype(np.uint8), _rounded(counts))
 

@@ -289,7 +289,8 @@ def decode_changes(base, out, rules, contexts, most, gap_code, code, words, w, e
         if k == 0:
             y, entry, w = _pop(y, c, symbols, entries, words, w)
             rest, acc, fill, e = _take((entry >> u64(32)) & u64(255), extras, acc, fill, e)
-            a = _changed(a, least[entry >> u64(40)] + rest, top, full, negative, positive)
+            number = (least[entry >> u64(40)] + rest) & full
+            a = _changed(a, number, top, full, negative, positive)
             x, entry, w = _pop(x, c, gap_symbols, gap_entries, words, w)
             rest, acc, fill, e = _take((entry >> u64(32)) & u64(255), extras, acc, fill, e)
             left[c] = i64((gap_least[entry >> u64(40)] + rest) & _HALF)
@@ -337,7 +338,7 @@ def decode_values(base, out, rules, contexts, code, words, w, extras, e, found):
     """As `decode_changes`, of what `encode_values` coded. ``found`` is room for what is in a chunk."""
     shift, mask, top, full, negative, positive = rules
     least, symbols, entries = code
-    homes, numbers, wide = found
+    numbers, wide = found
     w, e = u64(w), u64(e)
     x, w = _open(words, w)
     y, w = _open(words, w)
@@ -347,11 +348,10 @@ def decode_values(base, out, rules, contexts, code, words, w, extras, e, found):
     n, start = u64(base.shape[0]), u64(0)
     while start < n and w <= u64(2) * (e + u64(1)):
         some = min(u64(CHUNK), n - start)
-        for i in range(some):
-            homes[i] = contexts[(u64(base[start + i]) >> shift) & mask]
         count = u64(0)
         for i in range(some):
-            v, entry, w = _pop(x, u64(homes[i]), symbols, entries, words, w)
+            home = u64(contexts[(u64(base[start + i]) >> shift) & mask])
+            v, entry, w = _pop(x, home, symbols, entries, words, w)
             x, y, z, t = y, z, t, v  # the states take turns
             wide[count] = (entry & _PLAIN) | i
             numbers[i] = least[entry >> u64(40)]

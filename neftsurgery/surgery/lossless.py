@@ -88,9 +88,9 @@ class LosslessPlan:
         limits = limits or Limits.of()
         watch = Stopwatch()
         with watch.running():
-            ways = [_Way("forward", self.base, self.tuned, self.fast)]
+            ways = [_Way("forward", self.base, self.tuned, self.fast, limits)]
             if self.reversible:
-                ways.append(_Way("backward", self.tuned, self.base, self.fast))
+                ways.append(_Way("backward", self.tuned, self.base, self.fast, limits))
             manifest = self._manifest()
             most = sum(block.nbytes for way in ways for block in way.blocks)
             entries = [entry for way in ways for entry in way.entries()]
@@ -205,6 +205,7 @@ class _Way:
         source: ModelFiles,
         target: ModelFiles,
         fast: bool,
+        limits: Limits,
     ) -> None:
         self._prefix, self._fast = prefix, fast
         self._source, self._target = source.weights, target.weights
@@ -212,7 +213,7 @@ class _Way:
         self._counterparts = {
             name: counterpart(info, self._source.tensors) for name, info in self._target.tensors.items()
         }
-        self._table_of, self._tables = ({}, []) if fast else self._fitted()
+        self._table_of, self._tables = ({}, []) if fast else self._fitted(limits)
         described, self._side = _packed(target, source)
         self._layout = pack_layout(target.files, described, single=target.single)
         self._packed_tables = pack(self._tables)
@@ -275,7 +276,7 @@ class _Way:
             form, code, changed = encode(base, tuned, block.elements, table)
         return form, code, changed, before, block_hash(tuned)
 
-    def _fitted(self) -> tuple[Mapping[str, int], list[FrequencyTable]]:
+    def _fitted(self, limits: Limits) -> tuple[Mapping[str, int], list[FrequencyTable]]:
         """A table for each kind of tensor, from a sample of its blocks; kinds with few changes share one."""
         kinds: dict[tuple[str, str, bool], list[DeltaBlock]] = {}
         for block in self.blocks:
@@ -284,23 +285,29 @@ class _Way:
         table_of, tables = dict[str, int](), list[FrequencyTable]()
         small: dict[str, tuple[list[DeltaBlock], list[_Pair]]] = {}
 
-        def add(blocks: Sequence[DeltaBlock], pairs: Sequence[_Pair]) -> None:
-            table_of.update((block.info.name, len(tables)) for block in blocks)
-            tables.append(fit(pairs, blocks[0].elements, _share(pairs, blocks)))
-
-        for (_, dtype, _), blocks in kinds.items():
+        def fitted(blocks: Sequence[DeltaBlock]) -> tuple[_Pair, FrequencyTable | None]:
             chosen = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))
             pairs = [self._pair(blocks[i]) for i in chosen]
-            changes = sum(int(np.count_nonzero(base != tuned)) for base, tuned in pairs)
-            if changes < _FEW_CHANGES * _share(pairs, blocks) or len(tables) >= MOST_TABLES - len(DTYPES):
-                group = small.setdefault(dtype, ([], []))
-                group[0].extend(blocks)
-                if sum(len(tuned) for _, tuned in group[1]) < _SAMPLES * BLOCK:  # what is held is bounded
-                    group[1].append(pairs[0])
-            else:
-                add(blocks, pairs)
+            changes, share = sum(int(np.count_nonzero(a != b)) for a, b in pairs), _share(pairs, blocks)
+            few = changes < _FEW_CHANGES * share
+            return pairs[0], None if few else fit(pairs, blocks[0].elements, share)
+
+        def add(blocks: Sequence[DeltaBlock], table: FrequencyTable) -> None:
+            table_of.update((block.info.name, len(tables)) for block in blocks)
+            tables.append(table)
+
+        for blocks, (pair, table) in in_order(
+            fitted, kinds.values(), limits.workers(_SAMPLES * _BLOCK_MEMORY)
+        ):
+            if table is not None and len(tables) < MOST_TABLES - len(DTYPES):
+                add(blocks, table)
+                continue
+            group = small.setdefault(blocks[0].info.dtype, ([], []))
+            group[0].extend(blocks)
+            if sum(len(tuned) for _, tuned in group[1]) < _SAMPLES * BLOCK:  # what is held is bounded
+                group[1].append(pair)
         for blocks, pairs in small.values():
-            add(blocks, pairs)
+            add(blocks, fit(pairs, blocks[0].elements, _share(pairs, blocks)))
         return table_of, tables
 
     def _pair(self, block: DeltaBlock) -> _Pair:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MachineError, NeftError, UsageError, boundary
+from ..errors import MachineError, NeftError, UsageError, boundary, naming
 from ..progress import Timing
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
@@ -239,7 +239,7 @@ class FileBacked:
 
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
-        with self.stream() as file:
+        with naming(self.path), self.stream() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_in_place(self) -> None:

@@ -110,7 +110,7 @@ def decode(
     def number(state: Symbols, alphabet: Alphabet, where: int) -> int:
         symbols, frequencies = alphabet
         top, plain = symbols[state.take(frequencies[where])]
-        return (top << plain) + bits.take(plain)
+        return ((top << plain) + bits.take(plain)) % (1 << (32 if alphabet is gaps else WIDTHS[dtype]))
 
     out = list(base)
     if gaps is None:

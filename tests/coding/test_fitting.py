@@ -102,3 +102,19 @@ def test_what_no_sample_had_in_a_context_is_coded() -> None:
     out = np.empty_like(new)
     decode(Form.CODED, coded(other, new, elements, table), other, out, elements, table)
     np.testing.assert_array_equal(out, new)
+
+
+@pytest.mark.parametrize("step", [1 << 20, 1 << 45])
+def test_one_large_step_of_wide_elements_is_coded_well(step: int) -> None:
+    """A step that all changed elements make, whether a table can name it or not."""
+    rng = np.random.default_rng(4)
+    base = rng.integers(1 << 60, 1 << 61, 50_000, np.uint64)
+    tuned = base + np.where(rng.random(len(base)) < 0.5, np.uint64(step), np.uint64(0))
+    elements = Elements.of("U64")
+    table = stored(fit([(base, tuned)], elements))
+    code = coded(base, tuned, elements, table)
+    plain = 0 if step < 1 << 31 else step.bit_length() - 5  # without the bits that tell its fine class
+    assert len(code) < 1.02 * len(base) * (1 + plain / 2) / 8
+    out = np.empty_like(tuned)
+    decode(Form.CODED, code, base, out, elements, table)
+    np.testing.assert_array_equal(out, tuned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,23 @@ def test_a_whole_block_survives(share: float) -> None:
     out = np.empty_like(tuned)
     decode(form, code, base, out, elements, table)
     np.testing.assert_array_equal(out, tuned)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0], ids=["sparse", "dense"])
+def test_of_a_number_beyond_an_element_only_the_lowest_bits_count(share: float) -> None:
+    rng, elements = np.random.default_rng(2), Elements.of("BF16")
+    base = weights("BF16", 2000, rng)
+    tuned = changed("BF16", base, share, "steps", rng)
+    table = stored(fit([(base, tuned)], elements))
+    code = coded(base, tuned, elements, table)
+    exact = table.values.bits == 0
+    assert exact.any()
+    tops = table.values.tops + np.where(exact, 1 << 16, 0).astype(np.uint32)
+    forged = replace(table, values=replace(table.values, tops=tops))
+    out = np.empty_like(tuned)
+    decode(Form.CODED, code, base, out, elements, forged)
+    np.testing.assert_array_equal(out, tuned)
+    assert read_slowly("BF16", base, code, forged) == tuned.tolist()
 
 
 BOUNDS = """
