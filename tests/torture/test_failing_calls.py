@@ -38,7 +38,8 @@ class Work:
 
 WORKS = {
     "inspect": Work(("inspect", "@base")),
-    "inspect patches": Work(("inspect", "@patch", "@second", "@whole")),
+    "inspect patches": Work(("inspect", "@patch", "@second")),
+    "inspect (lossless)": Work(("inspect", "@whole")),
     "verify": Work(("verify", "@base", "@patch", "--expect", "base")),
     "diff": Work(("diff", "@base", "@tuned", "-o", "@out"), "out"),
     "diff of an adapter": Work(("diff", "@base", "@adapter", "-o", "@out"), "out"),
