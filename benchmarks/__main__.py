@@ -8,7 +8,9 @@ from pathlib import Path
 
 from benchmarks.files import options as files
 from benchmarks.files.suite import RESULTS, measure
+from benchmarks.lossless import options as lossless
 from benchmarks.page.files import render
+from benchmarks.page.lossless import render_lossless
 from benchmarks.page.training import render_training
 from benchmarks.selection import options as selection
 from benchmarks.training import options as training
@@ -27,10 +29,7 @@ def main() -> None:
     )
     selection.add_arguments(arms)
     whole = commands.add_parser("lossless", help="size and speed of lossless patches; then render")
-    whole.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results go")
-    whole.add_argument("--steps", type=int, default=12, help="training steps of the SFT")
-    whole.add_argument("--rate", type=float, default=2e-5, help="learning rate of the SFT")
-    whole.add_argument("--rounds", type=int, default=3, help="how often each contestant runs")
+    lossless.add_arguments(whole)
     page = commands.add_parser("render", help="make the pages and the charts from stored results")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
@@ -49,15 +48,22 @@ def main() -> None:
 
         selection_suite.measure(selection.Options.of(given))
     if given.command == "lossless":
-        from benchmarks.lossless import suite as lossless
+        from benchmarks.lossless import suite as lossless_suite
 
-        options = lossless.Options(given.out, given.steps, given.rate, given.rounds)
-        found = lossless.page(lossless.measure(options))
-        given.out.with_name("benchmarks-lossless.md").write_text(found)
-    if given.command in ("files", "render") and (given.out / RESULTS).exists():
-        render(given.out)
-    if given.command in ("training", "render") and (given.out / training_suite.RESULTS).exists():
-        render_training(given.out)
+        lossless_suite.measure(lossless.Options.of(given))
+    _render(given)
+
+
+def _render(given: argparse.Namespace) -> None:
+    """The pages of what was measured, or all."""
+    pages = {
+        "files": (RESULTS, render),
+        "training": (training_suite.RESULTS, render_training),
+        "lossless": (lossless.RESULTS, render_lossless),
+    }
+    for command, (file, make) in pages.items():
+        if given.command in (command, "render") and (given.out / file).exists():
+            make(given.out)
     of_selection = given.out if given.command == "selection" else given.out.with_name("results")
     if given.command in ("selection", "render") and any(of_selection.glob("selection-*.jsonl")):
         # Imported late: it is large, and the memory of this process counts in that of the measured ones.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
-from support import LLAMA_CONFIG, write_folder
+import pytest
+from support import LLAMA_CONFIG, snapshot, write_folder
 
 from neftsurgery.neurons.families import SHARED, architectures
 from neftsurgery.tensors.reader import TensorFile
@@ -31,6 +34,57 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch, llama_arra
         assert (tmp_path / "restored" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.fixture
+def run_of_a_model(tmp_path, llama_arrays):
+    """``base``, ``tuned`` and ``step-13`` to ``step-15``: each follows from the one before."""
+    arrays, rng = llama_arrays(), np.random.default_rng(0)
+    for name in ("base", "tuned", "step-13", "step-14", "step-15"):
+        folder = write_folder(tmp_path / name, arrays, 1, LLAMA_CONFIG)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / file).write_text("{}")
+        arrays = {key: (a + 1e-3 * rng.standard_normal(a.shape)).astype("f4") for key, a in arrays.items()}
+    (tmp_path / "tuned" / "modeling_mine.py").write_text("")
+    return tmp_path
+
+
+def shape_of(text):
+    """Lines without their numbers."""
+    return [re.sub(r"\d[\d.,]*( [kMG]?B)?%?", "#", line).strip() for line in text.splitlines()]
+
+
+def test_the_commands_of_the_lossless_page_say_what_it_shows(neft, run_of_a_model):
+    page = (ROOT / "docs" / "lossless.md").read_text()
+    ran = 0
+    for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL):
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, shown = step.partition("\n")
+            words = shlex.split(command)
+            if words[0] == "mkdir":
+                (run_of_a_model / words[1]).mkdir()
+            if words[0] == "mv":
+                (run_of_a_model / words[1]).rename(run_of_a_model / words[2])
+            on_hub = any(word.startswith("me/") for word in words)
+            if words[0] != "neftsurgery" or on_hub:
+                continue
+            result = neft(*words[1:])
+            assert (result.code == 0) != shown.startswith("neftsurgery: "), result
+            if words[1] != "inspect":
+                assert set(shape_of(shown)) <= set(shape_of(result.out + result.err)), (command, result)
+            ran += 1
+    assert ran >= 15
+    assert snapshot(run_of_a_model / "step-14-at-once") == snapshot(run_of_a_model / "step-14")
+    assert snapshot(run_of_a_model / "restored") == snapshot(run_of_a_model / "base")
+    assert snapshot(run_of_a_model / "step-14-again") == snapshot(run_of_a_model / "step-14")
+
+
+def test_the_loop_of_the_lossless_page_runs(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "lossless.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    shown = "".join(re.findall(r"```\n((?:step|tensor).*?)```", page, re.DOTALL))
+    assert shape_of(capsys.readouterr().out) == shape_of(shown)
+
+
 def test_the_architectures_page_lists_every_model_type():
     page = (ROOT / "docs" / "architectures.md").read_text()
     known = architectures().rows.keys() - {SHARED}
@@ -48,11 +102,33 @@ def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):
         tmp_path / "base", tmp_path / "tuned", neurons=3, reversible=True, out=tmp_path / "patch.safetensors"
     )
     with TensorFile.open(tmp_path / "patch.safetensors") as file:
-        entries = {name.rpartition(":")[2] for name in file.tensors}
-    assert all(f"`NAME:{entry}`" in page for entry in entries)
+        entries = {re.sub(":.*", ":DTYPE", name) for name in file.tensors}
+    assert entries == {"index", "base_digest", "value:DTYPE", "base:DTYPE"}
+    assert all(f"\n| `{entry}` |" in page for entry in entries)
     described = next(iter(patch.manifest["tensors"].values()))
     for key in [*patch.manifest, *patch.facts, *patch.base, *described]:
         assert f"`{key}`" in page, key
+
+
+def test_the_format_page_names_every_entry_of_a_scores_file(tmp_path, llama_arrays):
+    import neftsurgery as ns
+
+    page = (
+        (ROOT / "docs" / "patch-format.md")
+        .read_text()
+        .partition("## Scores")[2]
+        .partition("## Selections")[0]
+    )
+    write_folder(tmp_path / "base", llama_arrays(), 1, LLAMA_CONFIG)
+    write_folder(tmp_path / "tuned", llama_arrays(seed=1), 1, LLAMA_CONFIG)
+    options = {"anatomy": "units", "score": "random"}
+    ns.diff(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "scores", **options).close()
+    with TensorFile.open(tmp_path / "scores") as file:
+        told = json.loads(file.header.metadata["neuron_scores"])
+        names = [*file.tensors, *told, *told["descriptions"][0], *next(iter(told["unscored"].values()))]
+    assert len(file.tensors) == 6
+    for name in names:
+        assert f"`{name}`" in page, name
 
 
 def test_the_tests_that_prove_a_promise_are_there():

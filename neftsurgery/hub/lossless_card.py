@@ -20,10 +20,9 @@ def lossless_card_text(patch: LosslessPatch, repo: str, base: BaseModel) -> str:
     """The part of a card that `push` writes, in Markdown; names from the patch stand in code spans."""
     model = link(code_span(base.repo), page(base.repo)) if base.repo else "the model it was made from"
     note = "" if base.repo else "`BASE` stands for the model that the patch was made from.\n\n"
-    kinds = sorted(patch.weights(by_kind=True).values(), key=lambda kind: -kind["code"])
     rows = [
-        [code_span(kind["name"], 80), percent(kind["changed"] / max(1, kind["elements"])), size(kind["code"])]
-        for kind in kinds[:_MAX_KINDS]
+        [code_span(name, 80), percent(kind.changed / max(1, kind.elements)), size(kind.code)]
+        for name, kind in list(patch.kinds().items())[:_MAX_KINDS]
     ]
     tuned = f"{size(patch.forward.nbytes)} of weights in {plural(len(patch.forward.tensors), 'tensor')}"
     return "\n\n".join(

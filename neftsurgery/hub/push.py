@@ -65,7 +65,7 @@ class PushResult:
     def what(self) -> str:
         """What the patch holds, in a few words."""
         tensors = plural(self.tensors, "tensor")
-        return f"all changes of {tensors}, to the bit" if self.lossless else _what(self.neurons, tensors)
+        return f"every change of {tensors}" if self.lossless else _what(self.neurons, tensors)
 
     def __str__(self) -> str:
         said = [f"created {self.repo}"] if self.created else []

@@ -32,7 +32,7 @@ class Column:
     @property
     def is_number(self) -> bool:
         """Whether the column is aligned right."""
-        return self.show in (text.commas, text.percent, text.four_digits)
+        return self.show in (text.commas, text.percent, text.four_digits, text.size)
 
 
 @dataclass(frozen=True, slots=True)

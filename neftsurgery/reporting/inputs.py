@@ -1,4 +1,4 @@
-"""The inputs of a report: scores files, each with what a budget chooses, and patches."""
+"""The inputs of a report: scores files, each with what a budget chooses, and patches of both kinds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MismatchError, UsageError
+from ..patch.lossless import LosslessPatch, load_any
 from ..patch.patch import PATCH_KEY, Patch
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.budget import Budget
@@ -21,7 +22,7 @@ from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.header import read_header
 from .layer_map import LayerMap, locate_tensors
 
-__all__ = ["Candidates", "PatchInput", "ReportInput", "ScoresInput", "open_inputs"]
+__all__ = ["Candidates", "LosslessInput", "PatchInput", "ReportInput", "ScoresInput", "open_inputs"]
 
 _DIFF_HINT = "make scores first: `neftsurgery diff BASE TUNED -o scores.safetensors`"
 
@@ -103,7 +104,15 @@ class PatchInput:
         return self.patch.selection
 
 
-ReportInput = ScoresInput | PatchInput
+@dataclass(frozen=True, eq=False)
+class LosslessInput:
+    """A lossless patch, which chooses no neurons."""
+
+    name: str
+    patch: LosslessPatch
+
+
+ReportInput = ScoresInput | PatchInput | LosslessInput
 
 
 def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list[ReportInput]:
@@ -121,7 +130,8 @@ def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list
         if SCORES_KEY in metadata:
             found.append(_scores_input(name, Scores.load(path), budget))
         elif PATCH_KEY in metadata:
-            found.append(PatchInput(name, Patch.load(path)))
+            patch = load_any(path)
+            found.append(PatchInput(name, patch) if isinstance(patch, Patch) else LosslessInput(name, patch))
         else:
             raise UsageError("this is neither a scores file nor a patch", file=path, hint=_DIFF_HINT)
     return found

@@ -23,6 +23,7 @@ __all__ = [
     "NO_LAYER",
     "LayerMap",
     "TensorLocation",
+    "draw_layer_map",
     "layer_map_figure",
     "layer_map_lines",
     "locate_tensors",
@@ -227,7 +228,7 @@ def layer_map_figure(
             else "An empty cell means that there is no such weight."
         ),
         Table(columns, rows),
-        lambda fig: _draw(fig, found.folded(_MOST_ROWS, _MOST_COLUMNS)),
+        lambda fig: draw_layer_map(fig, found),
         _verdict(found, word, " of the weights that the patch changes" if of_patch else ""),
     )
 
@@ -249,7 +250,9 @@ def _verdict(found: LayerMap, word: str, which: str) -> str:
     return text
 
 
-def _draw(fig: MplFigure, found: LayerMap) -> None:
+def draw_layer_map(fig: MplFigure, found: LayerMap, columns: int = _MOST_COLUMNS) -> None:
+    """Draw the share of each cell; of many rows or columns, those with the fewest chosen ones as one."""
+    found = found.folded(_MOST_ROWS, columns)
     rows, kinds = found.totals.shape
     height = 0.21 if rows <= 48 else 0.15
     slanted = 0.042 * max(len(name) for name in found.column_labels)

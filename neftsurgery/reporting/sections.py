@@ -13,8 +13,9 @@ from ..selection.budget import Budget
 from .budget_sweep import BudgetSweep
 from .control_comparison import ControlComparison
 from .figure import ReportFigure
-from .inputs import PatchInput, ReportInput, ScoresInput
+from .inputs import LosslessInput, PatchInput, ReportInput, ScoresInput
 from .layer_map import layer_map_figure
+from .lossless_figures import lossless_figures
 from .score_distribution import ScoreDistribution, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
@@ -43,10 +44,13 @@ def sections_of(inputs: Sequence[ReportInput], progress: Progress) -> tuple[Repo
         title = f"{number}. {text.label(entry.name)}" if suffix else text.label(entry.name)
         if isinstance(entry, ScoresInput):
             sections.append(_scores_section(entry, title, suffix, progress))
-        else:
+        elif isinstance(entry, PatchInput):
             sections.append(_patch_section(entry, title, suffix))
-    if len(inputs) > 1:
-        sections.append(_overlap_section(inputs))
+        else:
+            sections.append(_lossless_section(entry, title, suffix))
+    choices = [entry for entry in inputs if not isinstance(entry, LosslessInput)]
+    if len(choices) > 1:
+        sections.append(_overlap_section(choices))
     return tuple(sections)
 
 
@@ -138,14 +142,37 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     return ReportSection(f"patch{suffix}", title, lead, tuple(facts), tuple(figures), data)
 
 
-def _overlap_section(inputs: Sequence[ReportInput]) -> ReportSection:
+def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSection:
+    patch, delta = entry.patch, entry.patch.forward
+    facts = (
+        ("size", text.size(patch.nbytes)),
+        ("tuned weights", text.size(delta.nbytes)),
+        ("other files", text.commas(len(delta.side))),
+        ("files not carried", text.some(patch.not_carried) or "none"),
+        ("reversible", "yes" if patch.reversible else "no"),
+    )
+    data = {
+        "kind": "lossless",
+        "name": entry.name,
+        "bytes": patch.nbytes,
+        "tuned_bytes": delta.nbytes,
+        "base": dict(patch.base),
+        "tuned": dict(patch.tuned),
+        "forms": patch.forms(),
+    }
+    base, tuned = _quoted(patch.base, "Its base"), _quoted(patch.tuned, "the fine-tune")
+    lead = f"{base} with this patch is {tuned}, to the bit."
+    return ReportSection(f"lossless{suffix}", title, lead, facts, lossless_figures(patch, suffix), data)
+
+
+def _overlap_section(inputs: Sequence[ScoresInput | PatchInput]) -> ReportSection:
     overlap = SelectionOverlap.of([entry.name for entry in inputs], [entry.selection for entry in inputs])
     figures = [overlap.figure()]
     if len(overlap.layers) > 1:
         figures.append(overlap.layers_figure())
     return ReportSection(
         "together",
-        "Overlap of all inputs",
+        "Overlap of the chosen neurons",
         "The neurons that several of them choose or replace.",
         (),
         tuple(figures),

@@ -19,17 +19,20 @@ from ..options import Scope, ScopeOptions, split
 from ..patch.lossless import LosslessPatch, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
+from ..patch.stored_weights import form_shares
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.hub_errors import AbsentFileError
 from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
-from ..text import commas, lines, natural_key, percent, plural, printable, size, some
+from ..text import commas, label, lines, natural_key, percent, plural, printable, size, some
 from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
 __all__ = ["Inspection", "inspect"]
+
+_SHOWN = 40
 
 
 class Inspection(dict[str, Any]):
@@ -44,7 +47,7 @@ class Inspection(dict[str, Any]):
     def tables(self) -> list[list[list[str]]]:
         """What a person wants to know, as rows of cells; options as ``[[name]]``."""
         if self.get("lossless"):
-            return [_lossless_rows(self)]
+            return [_lossless_rows(self), _kind_rows(self["weights"])]
         return _patch_tables(self) if self.kind == "patches" else [_rows(self)]
 
     def to_json(self) -> dict[str, object]:
@@ -204,8 +207,10 @@ def _lossless(patch: LosslessPatch) -> dict[str, Any]:
         "side_files": [asdict(one) for one in patch.forward.side],
         "not_carried": list(patch.not_carried),
         "forms": patch.forms(),
-        "weights": list(patch.weights(by_kind=True).values()),
-        "tensors": list(patch.weights().values()),
+        "weights": [{"name": kind, **vars(found)} for kind, found in patch.kinds().items()],
+        "tensors": [
+            _tensor(patch.forward.tensors[name]) | vars(found) for name, found in patch.weights().items()
+        ],
     }
 
 
@@ -220,7 +225,10 @@ def _patches(named: Sequence[AnyPath]) -> dict[str, Any]:
             raise UsageError(
                 "only patches can be inspected together", file=path, hint="name one thing, or patches only"
             )
-        patches.append(Patch.load(source))
+        patch = load_any(source)
+        if not isinstance(patch, Patch):
+            raise UsageError("a lossless patch is inspected by itself: it chooses no neurons", file=path)
+        patches.append(patch)
     overlaps = []
     for a, b in combinations(range(len(patches)), 2):
         found = overlap(patches[a], patches[b])
@@ -258,24 +266,30 @@ def _scores(scores: Scores) -> dict[str, Any]:
 
 def _lossless_rows(facts: Mapping[str, Any]) -> list[list[str]]:
     files = [*facts["files"], *(one["name"] for one in facts["side_files"])]
-    rows = [
+    changed, elements = (sum(kind[key] for kind in facts["weights"]) for key in ("changed", "elements"))
+    return [
         ["lossless patch", str(facts["name"])],
         ["size", f"{size(facts['bytes'])} for {size(facts['tuned_bytes'])} of weights"],
         ["sha256", facts["sha256"]],
-        ["files", ", ".join(files)],
-        *([["not carried", ", ".join(facts["not_carried"])]] if facts["not_carried"] else []),
+        ["files", some(files, _SHOWN)],
+        *([["not carried", some(facts["not_carried"], _SHOWN)]] if facts["not_carried"] else []),
+        ["reversible", "yes" if facts["reversible"] else "no: revert needs [[base]]"],
         *_origin(facts),
+        ["changed", f"{percent(changed / max(1, elements))} of {plural(elements, 'element')}"],
+        ["stored as", form_shares({form: one["bytes"] for form, one in facts["forms"].items()})],
     ]
-    for found in facts["weights"]:
-        share = percent(found["changed"] / found["elements"]) if found["elements"] else "0%"
-        forms = ", ".join(found["forms"])
-        rows.append(
-            [
-                found["name"],
-                f"{share} of {commas(found['elements'])} changed, {size(found['code'])} ({forms})",
-            ]
-        )
-    return rows
+
+
+def _kind_rows(kinds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """How much of each kind of weight changed, and how it is stored."""
+    rows = [["kind of weight", "tensors", "elements", "changed", "tuned", "patch", "share", "stored as"]]
+    for kind in kinds[:_SHOWN]:
+        changed = kind["changed"] / max(1, kind["elements"])
+        stored = kind["code"] / max(1, kind["tuned_bytes"])
+        counts = commas(kind["tensors"]), commas(kind["elements"]), percent(changed)
+        sizes = size(kind["tuned_bytes"]), size(kind["code"]), percent(stored)
+        rows.append([label(kind["name"]), *counts, *sizes, form_shares(kind["forms"])])
+    return rows + [[f"and {len(kinds) - _SHOWN:,} more", *[""] * 7]] * (len(kinds) > _SHOWN)
 
 
 def _rows(facts: Mapping[str, Any]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from benchmarks.files.options import PARTS
 from benchmarks.harness import page_cache, results
 from benchmarks.harness.side_by_side import Contestant, run_side_by_side
 from benchmarks.page.files import render
+from benchmarks.page.lossless import render_lossless
 from benchmarks.page.training import render_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,5 +106,6 @@ def test_the_pages_in_docs_match_their_results(tmp_path):
     shutil.copytree(ROOT / "docs" / "benchmarks", tmp_path / "benchmarks")
     render(tmp_path / "benchmarks")
     render_training(tmp_path / "benchmarks")
-    for page in ("benchmarks.md", "benchmarks-training.md"):
+    render_lossless(tmp_path / "benchmarks")
+    for page in ("benchmarks.md", "benchmarks-training.md", "benchmarks-lossless.md"):
         assert (tmp_path / page).read_text() == (ROOT / "docs" / page).read_text(), page

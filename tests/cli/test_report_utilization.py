@@ -124,7 +124,7 @@ def test_a_dry_run_loads_no_weights_and_writes_nothing(
         (("patch.safetensors", "--utilization", "--text", "text.txt"), 2, "--utilization needs --base"),
         (("patch.safetensors", "--utilization", "--base", "base"), 2, "--utilization needs --text"),
         (("patch.safetensors", "--text", "text.txt"), 2, "--text needs --utilization"),
-        (("scores.safetensors", *HOW), 2, "--utilization needs a patch or a checkpoint, not only scores"),
+        (("scores.safetensors", *HOW), 2, "--utilization needs a patch of chosen neurons, or a checkpoint"),
         (("patch.safetensors", "tuned", *HOW, "--neurons-out", "x"), 2, "--neurons-out needs exactly one"),
         (("patch.safetensors", *HOW, "--neurons-out", "text.txt"), 2, "text.txt: "),
         (("patch.safetensors", *HOW, "--strongly", "0.5"), 2, "neither a percentage nor a whole number"),

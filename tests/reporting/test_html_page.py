@@ -57,7 +57,8 @@ def check(page, file, made):
             seen = page.evaluate(_LOOK)
             assert [name for name, *_ in seen["pictures"]] == list(made.figures)
             assert all(across > 200 and high > 20 and rows for _, across, high, rows in seen["pictures"])
-            assert all(across <= 640 for name, across, *_ in seen["pictures"] if "sensitive" not in name)
+            tables = ("sensitive", "forms")
+            assert all(across <= 640 for name, across, *_ in seen["pictures"] if not name.startswith(tables))
             assert seen["wide"] <= width
             assert len(set(seen["ids"])) == len(seen["ids"])
             assert seen["scripts"] == 0
@@ -85,6 +86,15 @@ def test_the_demos_pair(page, demo, tmp_path):
     check(page, tmp_path / "report.html", made)
     shared = made.describe()["figures"]["overlap"]["rows"][0]
     assert (shared["shared"], shared["jaccard"]) == (64, 1.0)
+
+
+@pytest.mark.slow
+def test_a_lossless_patch(page, demo, tmp_path):
+    ns.extract(demo / "base", demo / "tuned", lossless=True, out=tmp_path / "whole.safetensors").close()
+    made = ns.report(tmp_path / "whole.safetensors", out=tmp_path / "report.html")
+    assert list(made.figures) == ["changed", "stored", "forms"]
+    seen = check(page, tmp_path / "report.html", made)
+    assert "mlp.gate_proj" in seen["text"]
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
     for number, rows in enumerate(facts.tables):
         if number:
             console.say()
-        for line in table(rows):
+        for line in table(rows, right=range(1, len(rows[0]) - 1) if facts.get("lossless") else ()):
             console.say(spelled(line, flag))
     for journal in facts.get("unfinished", ()):
         console.note(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ...hub.pull import plan_pull
+from ...patch.patch import Patch
 from ...text import size
 from ..console import Console
 from ..options import output_option, writing_options
@@ -35,8 +36,9 @@ def command(console: Console, named: str, out: str, sha256: str | None, force: b
     else:
         with plan.run(progress=console.progress) as patch:
             neurons, nbytes, what = patch.neurons, patch.nbytes, patch.what
+            checked = ", all hashes match" if isinstance(patch, Patch) else "; apply checks its blocks"
         answer |= {"out": out, "bytes": nbytes, "neurons": neurons, "selected": neurons}
         commit = f" (commit {answer['commit']})" if answer["commit"] else ""
-        console.say(f"{named}: {what}, all hashes match{commit}")
+        console.say(f"{named}: {what}{checked}{commit}")
         console.say(f"wrote {out} ({size(nbytes)})")
     console.answer(answer)

@@ -14,7 +14,7 @@ import click
 from ...errors import UsageError
 from ...neuron_utilization.options import ANATOMIES, BATCH, DTYPES, TOKENS, States, UtilizationOptions
 from ...options import BudgetOptions, SeedOptions
-from ...reporting.inputs import PatchInput
+from ...reporting.inputs import LosslessInput, PatchInput
 from ...reporting.report import Report, ReportPlan, plan_report
 from ...text import plural, size
 from ..console import Console
@@ -97,8 +97,9 @@ def command(
     """Show where a fine-tune changed the model, and which neurons a budget chooses.
 
     Writes one HTML page on one or several SCORES files or PATCHes. The page needs no network and opens from
-    disk. The budget says which neurons count as sensitive; the default is --neurons 3%. With --json and no
-    output, the numbers of all figures are printed and nothing is drawn.
+    disk. The budget says which neurons count as sensitive; the default is --neurons 3%. Of a lossless patch
+    it shows how much of each weight changed, and how it is stored. With --json and no output, the numbers of
+    all figures are printed and nothing is drawn.
 
     With --utilization, the page also shows how training changed the use of neurons: of each PATCH or
     CHECKPOINT compared with --base, on the texts of a file. This loads the model, and needs
@@ -122,7 +123,8 @@ def command(
         files, out=out, figures=figures, force=force, other_inputs=other_inputs, seed=seed, **budget
     )
     for entry in plan.inputs:
-        console.say(f"{entry.name}: {plural(entry.map.neurons, 'neuron')} {entry.word}")
+        if not isinstance(entry, LosslessInput):
+            console.say(f"{entry.name}: {plural(entry.map.neurons, 'neuron')} {entry.word}")
     sections: list[_SectionPlan] = []
     if utilization is not None:
         patches = [f for f, entry in zip(files, plan.inputs, strict=True) if isinstance(entry, PatchInput)]
@@ -224,7 +226,7 @@ def _plan_utilization_sections(
     options = dict(options)
     base, text, out = options.pop("base"), options.pop("text"), options.pop("neurons_out", None)
     if not paths:
-        raise UsageError("[[utilization]] needs a patch or a checkpoint, not only scores")
+        raise UsageError("[[utilization]] needs a patch of chosen neurons, or a checkpoint")
     if out is not None and len(paths) > 1:
         raise UsageError("[[neurons_out]] needs exactly one patch or checkpoint", found=len(paths))
     return [
