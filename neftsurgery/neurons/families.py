@@ -18,7 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["SHARED", "Attention", "AxisOrder", "Family", "FeedForward", "Part", "architectures", "family_of"]
+__all__ = [
+    "SHARED",
+    "Attention",
+    "AxisOrder",
+    "CompositePart",
+    "Family",
+    "FeedForward",
+    "architectures",
+    "family_of",
+]
 
 AxisOrder = Literal["out in", "in out", "E out in", "E in out", "E ? ?"]
 """The order of a weight's axes; ``E`` are experts, ``?`` is not known and never guessed.
@@ -82,7 +91,7 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CompositePart:
     """The part of a composite that a nested config describes."""
 
     model_type: str  # of a nested config that does not state its own, or states that of the whole model
@@ -95,7 +104,7 @@ class Architectures:
 
     rows: Mapping[str, Mapping[str, Any]]
     head_counts: Mapping[str, tuple[int, int | None]]
-    parts: Mapping[str, Mapping[str, Part]]
+    parts: Mapping[str, Mapping[str, CompositePart]]
 
 
 @functools.cache
@@ -108,7 +117,7 @@ def architectures() -> Architectures:
         {name: row for row in data["rows"] for name in row["model_types"].split()},
         {name: (query, kv) for query, kv, names in data["head_counts"] for name in names.split()},
         {
-            name: {key: Part(kind, tuple(names.split())) for key, (kind, names) in parts.items()}
+            name: {key: CompositePart(kind, tuple(names.split())) for key, (kind, names) in parts.items()}
             for name, parts in data["parts"].items()
         },
     )

@@ -28,7 +28,7 @@ def test_the_file_is_small_readable_and_every_row_is_one() -> None:
 
 def test_the_file_is_not_read_before_an_anatomy_is_asked_for() -> None:
     code = (
-        "import contextlib, sys\nfrom neftsurgery.cli import run\n"
+        "import contextlib, sys\nfrom neftsurgery.cli.main import run\n"
         "sys.argv = ['neftsurgery', 'diff', '--help']\n"
         "with contextlib.suppress(SystemExit):\n    run()\n"
         "module = sys.modules.get('neftsurgery.neurons.families')\n"
