@@ -24,6 +24,7 @@ _TOWERS: dict[str, tuple[str, ...]] = {
 _QUERY_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _SIDES = ("encoder", "decoder")
+_MOST_DEEP = 4  # configs in configs
 _NO_PATTERN = ("fused", "order")  # the fields of a block that name no tensor
 
 
@@ -139,7 +140,7 @@ class Submodels:
     towers: Mapping[str, Submodels]  # by a part of the name
 
     @classmethod
-    def of(cls, config: Mapping[str, Any] | None, implied: str = "") -> Submodels:
+    def of(cls, config: Mapping[str, Any] | None, implied: str = "", *, depth: int = _MOST_DEEP) -> Submodels:
         """The submodels of a ``config.json``, read leniently: what it does not state is unknown.
 
         ``implied`` is the model type of a nested config that does not state it.
@@ -149,7 +150,7 @@ class Submodels:
         parts = architectures().parts.get(whole, {})
         towers: dict[str, Submodels] = {}
         text: Submodel | None = None
-        for key in sorted({*_TOWERS, *parts}):
+        for key in sorted({*_TOWERS, *parts}) if depth else ():
             part = parts.get(key)
             section = config.get(key)
             if section is None and part and part.model_type != whole:
@@ -159,7 +160,7 @@ class Submodels:
                 stated = _text(section.get("model_type"))
                 # Older configs repeat the whole model's type in their nested ones.
                 unstated = stated == whole or family_of(stated) is None
-                tower = cls.of(section, part.model_type if part and unstated else stated)
+                tower = cls.of(section, part.model_type if part and unstated else stated, depth=depth - 1)
                 towers |= dict.fromkeys((*(part.names if part else ()), *_TOWERS.get(key, ())), tower)
                 if key == "text_config" and tower.main.families:
                     text = tower.main
