@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -107,17 +108,18 @@ def test_what_a_patch_says_is_json_and_true(sides) -> None:
         )
         with ns.extract(base, tuned, lossless=True) as patch:
             weights = patch.weights()
-            json.dumps(weights)
+            json.dumps({name: asdict(facts) for name, facts in weights.items()})
+            assert weights.keys() == sides[1][0].keys()
             for name, facts in weights.items():
                 dtype, shape, data = sides[1][0][name]
-                assert (facts["dtype"], tuple(facts["shape"])) == (dtype, shape)
+                assert (facts.tensors, facts.tuned_bytes) == (1, len(data))
                 size = max(1, {"C64": 4}.get(dtype, BITS[dtype] // 8))
                 old = sides[0][0].get(name, (dtype, (), b""))
                 alike = old[0] == dtype and len(old[1]) == len(shape) and old[1][1:] == shape[1:]
                 theirs = old[2][: len(data)].ljust(len(data), b"\0") if alike and old[2] else None
                 new = np.frombuffer(data, np.uint8).reshape(-1, size)
                 if theirs is None:
-                    assert facts["changed"] == len(new)
+                    assert facts.changed == len(new)
                 else:
                     differs = (np.frombuffer(theirs, np.uint8).reshape(-1, size) != new).any(axis=1)
-                    assert facts["changed"] == differs.sum()
+                    assert facts.changed == differs.sum()
