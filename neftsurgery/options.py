@@ -17,6 +17,7 @@ from .progress import Progress
 __all__ = [
     "AxisOption",
     "BudgetOptions",
+    "ChainOptions",
     "CutOptions",
     "DiffOptions",
     "HasCounts",
@@ -192,6 +193,26 @@ class LosslessOptions(TypedDict, total=False):
     weights_only: Annotated[
         bool,
         Option("With [[lossless]]: leave out the config, the tokenizer and other files beside the weights."),
+    ]
+
+
+class ChainOptions(TypedDict, total=False):
+    """Whether, and how, lossless patches that follow each other become one."""
+
+    chain: Annotated[
+        bool,
+        Option(
+            "Make one lossless patch of those that follow each other, from the first base to the last "
+            "checkpoint; a folder stands for its patches. Needs [[base=...]]."
+        ),
+    ]
+    fast: Annotated[
+        bool | None,
+        Option("With [[chain]]: as for extract. Default: if every patch is so."),
+    ]
+    weights_only: Annotated[
+        bool | None,
+        Option("With [[chain]]: as for extract. Default: if every patch is so."),
     ]
 
 

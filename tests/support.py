@@ -8,12 +8,13 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from safetensors import deserialize, safe_open
 from safetensors.numpy import save_file
@@ -164,14 +165,74 @@ def with_vectors(
     return np.ascontiguousarray(back).reshape(bits.shape)
 
 
+def patch_manifest(patch: Path) -> dict[str, Any]:
+    """The manifest of a patch file."""
+    with safe_open(patch, "numpy") as file:
+        found = json.loads(file.metadata()["neuron_patch"])
+    assert isinstance(found, dict)
+    return found
+
+
+def patch_rows(patch: Path) -> dict[str, tuple[str, NDArray[np.unsignedinteger]]]:
+    """``NAME:index``, ``NAME:value`` and so on of a patch of either version, from the format's text alone."""
+    entries, manifest = raw_read(patch), patch_manifest(patch)
+    if manifest["version"] == 1:
+        return entries
+    found, used = {}, dict.fromkeys(entries, 0)
+    for name, entry in sorted(manifest["tensors"].items()):
+        rows, dtype, axes = entry["rows"], entry["dtype"], entry["neuron_axes"]
+        width = math.prod(size for axis, size in enumerate(entry["shape"]) if axis not in axes)
+        for part in ("index", "base_digest", "value", *(["base"] if entry.get("reversible") else [])):
+            place = part if part in entries else f"{part}:{dtype}"
+            steps = rows if part in ("index", "base_digest") else rows * width
+            kind, bits = entries[place]
+            here = bits[used[place] : used[place] + steps]
+            assert len(here) == steps
+            used[place] += steps
+            found[f"{name}:{part}"] = kind, here.reshape(rows, width) if place != part else here
+    assert used == {place: len(bits) for place, (_, bits) in entries.items()}
+    return found
+
+
+def content_hash(manifest: str, parts: Iterable[tuple[str, bytes]]) -> str:
+    """The hash in a manifest of version 2, from the format's text alone: ``manifest`` has zeros for it."""
+    state = xxhash.xxh3_128(manifest.encode())
+    for name, content in parts:
+        state.update(f"\n{name}\n{len(content)}\n".encode() + content)
+    return f"xxh3-128:{state.hexdigest()}"
+
+
+def sealed(manifest: Mapping[str, object], parts: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    """The metadata of a patch file of version 2, with the hash that its parts have."""
+    zeros = f"xxh3-128:{0:032}"
+    text = json.dumps(dict(manifest) | {"content_hash": zeros})
+    return {"neuron_patch": text.replace(zeros, content_hash(text, parts))}
+
+
+def with_facts(patch: Path, out: Path, **facts: object) -> Path:
+    """The same neuron patch with other values of keys in its manifest, and the hash that fits."""
+    entries = raw_read(patch)
+    parts = [("index", entries["index"][1].tobytes())]
+    return raw_file(out, entries, sealed(patch_manifest(patch) | facts, parts))
+
+
+def as_version_1(patch: Path) -> None:
+    """Write a patch file again as one of version 1."""
+    manifest = patch_manifest(patch) | {"version": 1}
+    for key in ("kind", "content_hash"):
+        del manifest[key]
+    for entry in manifest["tensors"].values():
+        del entry["rows"]
+        entry.pop("reversible", None)
+    raw_file(patch, patch_rows(patch), {"neuron_patch": json.dumps(manifest)})
+
+
 def patched_by_hand(
     tensors: Raw, patch: Path, part: str = "value"
 ) -> dict[str, tuple[str, NDArray[np.generic]]]:
     """What applying a patch file means (``base``: reverting it), in numpy, from the format's text alone."""
-    entries, result = raw_read(patch), dict(tensors)
-    with safe_open(patch, "numpy") as file:
-        manifest = json.loads(file.metadata()["neuron_patch"])
-    for name, entry in manifest["tensors"].items():
+    entries, result = patch_rows(patch), dict(tensors)
+    for name, entry in patch_manifest(patch)["tensors"].items():
         kind, bits = result[name]
         index = entries[f"{name}:index"][1].astype(np.int64)
         result[name] = kind, with_vectors(bits, entry["neuron_axes"], index, entries[f"{name}:{part}"][1])

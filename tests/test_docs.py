@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -63,14 +64,15 @@ def test_the_commands_of_the_lossless_page_say_what_it_shows(neft, run_of_a_mode
             if words[0] == "mv":
                 (run_of_a_model / words[1]).rename(run_of_a_model / words[2])
             on_hub = any(word.startswith("me/") for word in words)
-            if words[0] != "neftsurgery" or on_hub or {"--chain", "--in-place"} & set(words):
+            if words[0] != "neftsurgery" or on_hub:
                 continue
             result = neft(*words[1:])
             assert (result.code == 0) != shown.startswith("neftsurgery: "), result
             if words[1] != "inspect":
                 assert set(shape_of(shown)) <= set(shape_of(result.out + result.err)), (command, result)
             ran += 1
-    assert ran >= 12
+    assert ran >= 15
+    assert snapshot(run_of_a_model / "step-14-at-once") == snapshot(run_of_a_model / "step-14")
     assert snapshot(run_of_a_model / "restored") == snapshot(run_of_a_model / "base")
     assert snapshot(run_of_a_model / "step-14-again") == snapshot(run_of_a_model / "step-14")
 
@@ -101,11 +103,33 @@ def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):
         tmp_path / "base", tmp_path / "tuned", neurons=3, reversible=True, out=tmp_path / "patch.safetensors"
     )
     with TensorFile.open(tmp_path / "patch.safetensors") as file:
-        entries = {name.rpartition(":")[2] for name in file.tensors}
-    assert all(f"`NAME:{entry}`" in page for entry in entries)
+        entries = {re.sub(":.*", ":DTYPE", name) for name in file.tensors}
+    assert entries == {"index", "base_digest", "value:DTYPE", "base:DTYPE"}
+    assert all(f"\n| `{entry}` |" in page for entry in entries)
     described = next(iter(patch.manifest["tensors"].values()))
     for key in [*patch.manifest, *patch.facts, *patch.base, *described]:
         assert f"`{key}`" in page, key
+
+
+def test_the_format_page_names_every_entry_of_a_scores_file(tmp_path, llama_arrays):
+    import neftsurgery as ns
+
+    page = (
+        (ROOT / "docs" / "patch-format.md")
+        .read_text()
+        .partition("## Scores")[2]
+        .partition("## Selections")[0]
+    )
+    write_folder(tmp_path / "base", llama_arrays(), 1, LLAMA_CONFIG)
+    write_folder(tmp_path / "tuned", llama_arrays(seed=1), 1, LLAMA_CONFIG)
+    options = {"anatomy": "units", "score": "random"}
+    ns.diff(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "scores", **options).close()
+    with TensorFile.open(tmp_path / "scores") as file:
+        told = json.loads(file.header.metadata["neuron_scores"])
+        names = [*file.tensors, *told, *told["descriptions"][0], *next(iter(told["unscored"].values()))]
+    assert len(file.tensors) == 6
+    for name in names:
+        assert f"`{name}`" in page, name
 
 
 def test_the_tests_that_prove_a_promise_are_there():

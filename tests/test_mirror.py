@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Modules without a test file of their own, most often because they are seen only through another one.
 ELSEWHERE = {
     "checkpoint/adapter_config.py": "checkpoint/test_adapter.py",
+    "checkpoint/changes.py": "checkpoint/test_journal.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
+    "checkpoint/side_files.py": "laws/test_lossless_in_place.py",
     "checkpoint/weight_files.py": "checkpoint/test_checkpoint.py",
     "cli/commands/heal.py": "checkpoint/test_healing.py",
     "cli/commands/select.py": "cli/test_round.py",
@@ -23,6 +25,8 @@ ELSEWHERE = {
     "neuron_utilization/result.py": "neuron_utilization/test_utilization_result.py",
     "patch/digests.py": "patch/test_patch.py",
     "patch/overlap.py": "surgery/test_merge.py",
+    "patch/patch_file.py": "patch/test_lossless_patch.py",
+    "patch/entries.py": "hostile/test_version_2.py",
     "patch/write.py": "patch/test_patch.py",
     "progress.py": "surgery/test_verify.py",
     "scoring/partial_sums.py": "scoring/test_engine.py",
@@ -32,6 +36,7 @@ ELSEWHERE = {
     "surgery/block_states.py": "surgery/test_rebuild.py",
     "surgery/lora_modules.py": "surgery/test_export.py",
     "surgery/merge_checks.py": "surgery/test_merge.py",
+    "surgery/model_files.py": "surgery/test_lossless.py",
     "surgery/pairing.py": "surgery/test_diff.py",
     "surgery/rewrite.py": "surgery/test_apply.py",
     "surgery/select.py": "cli/test_round.py",

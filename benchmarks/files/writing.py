@@ -94,7 +94,7 @@ class _Reversible:
 
     def touched(self) -> int:
         """Bytes of the tensors that the patch has neurons of."""
-        names = {name.removesuffix(":index") for name in _header(self.patch) if name.endswith(":index")}
+        names = json.loads(_header(self.patch)["__metadata__"]["neuron_patch"])["tensors"]
         tensors = {k: v for file in self.base.glob("*.safetensors") for k, v in _header(file).items()}
         return sum(2 * math.prod(tensors[name]["shape"]) for name in names)
 

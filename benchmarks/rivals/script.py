@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # indices, new values
@@ -24,9 +27,15 @@ def timed(work: Callable[..., dict[str, int] | None]) -> None:
 
 def rows_of(patch: str) -> dict[str, Rows]:
     """The indices and values of the rows of each touched tensor."""
-    entries = load_file(patch)
-    names = [key.removesuffix(":index") for key in entries if key.endswith(":index")]
-    return {name: (entries[f"{name}:index"].long(), entries[f"{name}:value"]) for name in names}
+    entries, used, found = load_file(patch), Counter[str](), dict[str, Rows]()
+    with safe_open(patch, "pt") as file:
+        tensors = json.loads(file.metadata()["neuron_patch"])["tensors"]
+    for name, entry in sorted(tensors.items()):
+        value, rows, width = f"value:{entry['dtype']}", entry["rows"], math.prod(entry["shape"][1:])
+        index = entries["index"].narrow(0, used["index"], rows).long()
+        found[name] = index, entries[value].narrow(0, used[value], rows * width).view(rows, width)
+        used.update({"index": rows, value: rows * width})
+    return found
 
 
 def sync(folder: str) -> None:

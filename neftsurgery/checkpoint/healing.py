@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary, naming
 from ..neurons.layout import Layout
-from ..neurons.vectors import distinct_counts, gather, scatter
+from ..neurons.vectors import distinct_counts
 from ..sources.resolve import Source, is_hub_id, resolve
 from ..storage.output import fsync
 from ..storage.positioned import consecutive_runs
@@ -28,6 +28,7 @@ from ..tensors.header import TensorInfo
 from ..text import plural, printable
 from .checkpoint import Checkpoint, Shard
 from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
+from .side_files import put_side, side_digest
 from .unfinished import find_journals, is_recorded, journal_path, refuse_unfinished
 
 __all__ = ["HealPlan", "HealResult", "heal", "heal_recorded", "plan_heal"]
@@ -55,12 +56,14 @@ class HealResult:
     checkpoint: str
     journals: tuple[Path, ...]
     neurons: int
+    #: What was counted: neurons, or ranges of bytes.
+    unit: str = "neuron"
 
     def __str__(self) -> str:
         if not self.journals:
             done = "there is nothing to heal: no change in place was interrupted"
         else:
-            done = f"healed: {plural(self.neurons, 'neuron')} written back"
+            done = f"healed: {plural(self.neurons, self.unit)} written back"
         return printable(f"{self.checkpoint}: {done}")
 
 
@@ -91,6 +94,7 @@ class HealPlan:
             self.source.named,
             tuple(restoration.journal.path for restoration in done),
             sum(restoration.neurons for restoration in done),
+            next((restoration.unit for restoration in done), "neuron"),
         )
 
 
@@ -191,6 +195,12 @@ class Restoration:
         return sum(self._counts.values())
 
     @property
+    def unit(self) -> str:
+        """What its vectors are: neurons, or ranges of bytes."""
+        neurons = all(one.info == self.checkpoint.tensors[one.info.name] for one in self.journal.changes)
+        return "neuron" if neurons and not self.journal.side else "range"
+
+    @property
     def _counts(self) -> dict[tuple[TensorInfo, Layout], int]:
         return distinct_counts((one.info, one.layout, one.index) for one in self.journal.changes)
 
@@ -200,7 +210,8 @@ class Restoration:
             "journal": str(self.journal.path),
             "sha256": self.journal.sha256,
             "recorded": is_recorded(self.journal.sha256),
-            "files": [str(shard.path) for shard in self.shards],
+            "files": [str(shard.path) for shard in self.shards]
+            + [str(self.checkpoint.root / one.name) for one in self.journal.side],
             "bytes": sum(n * of.width * info.type.itemsize for (info, of), n in self._counts.items()),
             "tensors": [
                 {
@@ -235,15 +246,14 @@ class Restoration:
             journal.check_in_place()
             self._check_files()
             for number, change in enumerate(journal.changes):
-                shard = self.checkpoint.shard_of(change.info.name)
-                fd, offset = descriptors[shard.path], shard.header.offsets[change.info.name]
+                fd = descriptors[self.checkpoint.shard_of(change.info.name).path]
                 for start, stop in change.blocks():
-                    old, index = journal.old(number, start, stop), change.index[start:stop]
-                    with naming(shard.path):
-                        scatter(fd, offset, change.info, change.layout, index, old, str(shard.path))
+                    change.write(self.checkpoint, fd, start, journal.old(number, start, stop))
             for path, fd in descriptors.items():
                 with naming(path):
                     fsync(fd)
+            for one in journal.side:
+                put_side(self.checkpoint.root / one.name, journal.old_side(one), one.mode)
             # Under the lock: without it, the journal at this path may be that of another change.
             remove_journal(journal.path, journal.sha256)
 
@@ -252,7 +262,7 @@ class Restoration:
         paths = {shard.path for shard in self.shards}
         for name, changes in changes_by_tensor(self.journal.changes).items():
             info = self.checkpoint.tensors.get(name)
-            if any(change.info != info for change in changes) or (
+            if not all(change.is_of(info) for change in changes) or (
                 self.checkpoint.shard_of(name).path not in paths
             ):
                 raise _foreign(self.journal, next((s.name for s in self.shards), "the checkpoint"))
@@ -268,6 +278,10 @@ class Restoration:
         for shard, entry in zip(self.shards, self.journal.files, strict=True):
             if entry != describe_file(self.checkpoint, shard, by_tensor):
                 raise _foreign(self.journal, shard.name)
+        for one in self.journal.side:
+            now = side_digest(self.checkpoint.root / one.name)[0]
+            if self.checkpoint.is_file or now not in (one.old, one.new):
+                raise _foreign(self.journal, one.name)
         if self.journal.changes and not _is_recognized(self.checkpoint, self.journal):
             raise _foreign(self.journal, self.shards[0].name)
 
@@ -304,7 +318,7 @@ def _is_recognized(checkpoint: Checkpoint, journal: Journal) -> bool:
     for number, change in enumerate(journal.changes):
         carrier = change.info.type.carrier
         for start, stop in change.blocks():
-            now = gather(checkpoint, change.info, change.layout, change.index[start:stop])
+            now = change.read(checkpoint, start, stop)
             old = journal.old(number, start, stop)
             known = _known(now, old, change.new_digests[start:stop])
             all_known = all_known and bool(known.all())

@@ -4,6 +4,10 @@ The journal is a safetensors file beside the weights. For each touched tensor it
 vectors, and the digests of the new ones. While it exists the change is not complete (see `unfinished`), and
 `healing` writes the old vectors back. It identifies its weight files by size, header hash and a sample of
 vectors that the change leaves alone, and is never applied to others.
+
+Version 2 is written for changes that version 1 cannot say: the vectors of a tensor may be its bytes in ranges
+of equal size (dtype U8, shape ``[ranges, size]``; the last range is filled up with zeros), and files beside
+the weights may change (``side``: name, XXH3-128 before and after, permission bits; null for no file).
 """
 
 from __future__ import annotations
@@ -15,7 +19,6 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,17 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError, naming
-from ..neurons.layout import Layout, described_tensor
-from ..neurons.vectors import blocks, check_index, gather
+from ..neurons.layout import described_tensor
+from ..neurons.vectors import check_index
 from ..storage.output import fsync_folder
 from ..storage.positioned import changed_file, open_to_change
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
+from .changes import Change, changes_by_tensor
 from .checkpoint import Checkpoint, Shard
+from .side_files import SIDE_NAMES, SideChange, read_side
 from .unfinished import forget, journal_path, record
 
 __all__ = [
@@ -45,27 +50,13 @@ __all__ = [
     "locked",
     "open_shard",
     "remove_journal",
+    "touched_shards",
 ]
 
 _KEY = "neft_journal"
-_VERSION = 1
+_VERSION = 2
 _WHAT = "journal"
 _SAMPLES = 8
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Change:
-    """Vectors of one tensor that are replaced. A tensor may have several changes, even along other axes."""
-
-    info: TensorInfo
-    layout: Layout
-    index: NDArray[np.int64]  # the neurons, ascending, [k]
-    new_digests: NDArray[np.uint8]  # XXH3-128 of their new vectors, [k, 16]
-    block: int | None = None  # as in `storage.threads.Limits`
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
-        """Positions in the index, in ranges of bounded size."""
-        return blocks(self.info, self.layout, len(self.index), self.block)
 
 
 @contextmanager
@@ -105,18 +96,24 @@ def _busy(path: Path) -> MachineError:
     )
 
 
+def touched_shards(checkpoint: Checkpoint, changes: Sequence[Change]) -> list[Shard]:
+    """The weight files of changes; the first one, for its lock, if only files beside them change."""
+    paths = {checkpoint.shard_of(change.info.name).path for change in changes}
+    return [shard for shard in checkpoint.shards if shard.path in paths] or [*checkpoint.shards[:1]]
+
+
 @contextmanager
-def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[None]:
-    """Keep the old vectors of ``changes`` on disk while the context lasts, and longer after an exception.
+def journaled(
+    checkpoint: Checkpoint, changes: Sequence[Change], side: Sequence[SideChange] = ()
+) -> Iterator[None]:
+    """Keep what is replaced on disk while the context lasts, and longer after an exception.
 
     The caller holds the lock of all shards it touches (`locked`), and has synced its writes when the context
     ends. A `MachineError` says that the journal or its `record` cannot be written; then no weight was.
     """
     path = journal_path(checkpoint.source)
-    touched = {checkpoint.shard_of(change.info.name).path for change in changes}
     by_tensor = changes_by_tensor(changes)
-    shards = [shard for shard in checkpoint.shards if shard.path in touched]
-    files = [describe_file(checkpoint, shard, by_tensor) for shard in shards]
+    files = [describe_file(checkpoint, shard, by_tensor) for shard in touched_shards(checkpoint, changes)]
     tensors: dict[str, dict[str, Any]] = {}
     entries: list[TensorInfo] = []
     for number, change in enumerate(changes):
@@ -132,7 +129,13 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
         entries.append(TensorInfo(f"{number}:new_digest", "U8", (count, 16)))
         entries.append(TensorInfo(f"{number}:old", info.dtype, (count, change.layout.width)))
     # The id makes every journal unique, so that a record never stands for another change.
-    content = {"version": _VERSION, "id": secrets.token_hex(8), "files": files, "tensors": tensors}
+    content = {"version": 1, "id": secrets.token_hex(8), "files": files, "tensors": tensors}
+    if side or any(change.info != checkpoint.tensors[change.info.name] for change in changes):
+        facts = [{"name": one.name, "old": one.old, "new": one.new, "mode": one.mode} for one in side]
+        content |= {"version": _VERSION, "side": facts}
+    replaced = [one for one in side if one.old is not None]
+    sizes = ((checkpoint.root / one.name).stat().st_size for one in replaced)
+    entries += [TensorInfo(f"side:{one.name}", "U8", (n,)) for one, n in zip(replaced, sizes, strict=True)]
     sha256 = ""
     try:
         with written_file(entries, dump(_KEY, content), path) as written:
@@ -141,23 +144,35 @@ def journaled(checkpoint: Checkpoint, changes: Sequence[Change]) -> Iterator[Non
                 written.write(f"{number}:new_digest", 0, change.new_digests)
                 old_hash = xxhash.xxh3_128()
                 for start, stop in change.blocks():
-                    index = change.index[start:stop]
-                    old = gather(checkpoint, change.info, change.layout, index, block=change.block)
+                    old = change.read(checkpoint, start, stop)
                     written.write(f"{number}:old", start, old)
                     old_hash.update(old.data)
                 tensors[str(number)]["old_hash"] = old_hash.hexdigest()
+            for one in replaced:
+                raw = read_side(checkpoint.root / one.name)
+                if xxhash.xxh3_128_hexdigest(raw) != one.old:
+                    raise changed_file(checkpoint.root / one.name)
+                written.write(f"side:{one.name}", 0, np.frombuffer(raw, np.uint8))
             written.finish(dump(_KEY, content))
             sha256 = written.sha256()
             record(sha256, path)
     except BaseException as error:
         taken = isinstance(error, UsageError)  # the journal of another process is there
-        if sha256 and (taken or not os.path.lexists(path)):
+        if sha256 and (taken or _is_gone(path)):
             forget(sha256)
         if taken:
             raise _busy(path) from error
         raise
     yield
     remove_journal(path, sha256)
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.lstat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # on a share that is gone, it may still be there
+    return False
 
 
 def remove_journal(path: Path, sha256: str) -> None:
@@ -185,6 +200,10 @@ class Journal:
         self.path = path
         self.files: Sequence[Mapping[str, Any]] = files
         self.changes = [_read_change(file, n, entry) for n, entry in content["tensors"].items()]
+        side = content.get("side", [])
+        self.side = [_read_side(file, entry) for entry in (side if isinstance(side, list) else [side])]
+        if len({one.name for one in self.side}) != len(self.side):
+            raise bad(file, _WHAT, "it names a file twice")
         self._file = file
         self._old_hashes = [entry.get("old_hash") for entry in content["tensors"].values()]
 
@@ -209,8 +228,19 @@ class Journal:
         """Old vectors ``[start, stop)`` of a change, as raw bytes."""
         return self._file.array_bytes(f"{number}:old", start, stop)
 
+    def old_side(self, one: SideChange) -> bytes | None:
+        """What a file beside the weights held before; raises a `CorruptFileError` if it is damaged."""
+        if one.old is None:
+            return None
+        content = self._file.array_bytes(f"side:{one.name}").tobytes()
+        if xxhash.xxh3_128_hexdigest(content) != one.old:
+            raise bad(self._file, _WHAT, f"the old {one.name} does not match its hash")
+        return content
+
     def check_old(self) -> None:
-        """Raise a `CorruptFileError` unless old vectors match their hashes, and each other."""
+        """Raise a `CorruptFileError` unless what is old matches its hashes, and each other."""
+        for one in self.side:
+            self.old_side(one)
         known: dict[str, list[int]] = {}  # changes of each tensor: there may be 100,000 tensors
         for number, change in enumerate(self.changes):
             old_hash = xxhash.xxh3_128()
@@ -263,12 +293,19 @@ def _read_change(file: TensorFile, number: str, entry: Any) -> Change:
     return Change(info, layout, values, file.array(f"{number}:new_digest"))
 
 
-def changes_by_tensor(changes: Sequence[Change]) -> dict[str, list[Change]]:
-    """Changes by tensor name."""
-    found: dict[str, list[Change]] = {}
-    for change in changes:
-        found.setdefault(change.info.name, []).append(change)
-    return found
+def _read_side(file: TensorFile, entry: Any) -> SideChange:
+    """A file beside the weights that changes, as the journal has it; only files of the fixed list do."""
+    facts = entry if isinstance(entry, dict) else {}
+    name, mode = facts.get("name"), facts.get("mode")
+    old, new = facts.get("old"), facts.get("new")
+    if (
+        not (isinstance(name, str) and name in SIDE_NAMES)
+        or not all(one is None or isinstance(one, str) for one in (old, new))
+        or not (mode is None or (type(mode) is int and 0 <= mode <= 0o777))
+        or (old is not None and f"side:{name}" not in file.tensors)
+    ):
+        raise bad(file, _WHAT, "a file beside the weights is not described")
+    return SideChange(name, old, new, mode)
 
 
 def describe_file(
@@ -288,11 +325,12 @@ def describe_file(
             edge = min(4096, info.nbytes)
             starts = [0, info.nbytes - edge]
         elif len(mine) == 1 and mine[0].layout.contiguous:
-            layout, size = mine[0].layout, info.type.itemsize
+            layout, size = mine[0].layout, mine[0].info.type.itemsize
             edge = min(4096, layout.width * size)
             spread = np.unique(np.linspace(0, layout.count - 1, 8 * _SAMPLES).astype(np.int64))
             kept = np.setdiff1d(spread, mine[0].index)[:_SAMPLES]
             starts = [int(neuron) * layout.width * size for neuron in kept]
+            starts = [start for start in starts if start + edge <= info.nbytes]
         else:
             continue  # where changes cross, or run along columns, no range is cheap and sure to stay as it is
         for start in starts:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
+from json.encoder import encode_basestring_ascii
 from os import PathLike
 from typing import Self
 
@@ -12,7 +12,7 @@ import xxhash
 from ..errors import MismatchError
 from ..tensors.document import Facts, TextFact
 from ..tensors.header import TensorInfo
-from ..tensors.reader import WeightReader
+from ..tensors.reader import TensorReader
 from .checkpoint import Checkpoint
 from .saved_forms import why_unfit
 
@@ -31,7 +31,7 @@ HASH_PREFIX = "xxh3-128:"
 
 
 def fingerprint(
-    weights: WeightReader,
+    weights: TensorReader,
     change: Callable[[str, int, memoryview], None] = lambda name, start, part: None,
     tied: Collection[str] = (),
     names: Mapping[str, str] | None = None,
@@ -54,7 +54,8 @@ def fingerprint(
     buffer = memoryview(bytearray(2 * _EDGE_BYTES))
     for name in sorted(names):
         info = weights.tensors[names[name]]
-        state.update(json.dumps([name, info.dtype, list(info.shape)], separators=(",", ":")).encode() + b"\n")
+        shape = ",".join(map(str, info.shape))
+        state.update(f'[{encode_basestring_ascii(name)},"{info.dtype}",[{shape}]]\n'.encode())
         edge = min(_EDGE_BYTES, info.nbytes)
         if info.nbytes <= len(buffer):
             view = buffer[: info.nbytes]

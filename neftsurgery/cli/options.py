@@ -129,8 +129,12 @@ def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], 
     settings: dict[str, Any] = {"help": spelled(option.help, flag), "metavar": option.metavar}
     if option.default is not None:
         settings |= {"default": option.default, "show_default": True}
+    flags = f"--{name.replace('_', '-')}"
     if kind is bool:
         settings["is_flag"] = True
+    elif kind == bool | None:  # by default, as the inputs are
+        flags += f"/--no-{flags[2:]}"
+        settings |= {"default": None}
     elif option.choices:
         settings["type"] = click.Choice(option.choices)
     elif kind == AxisOption:
@@ -143,7 +147,7 @@ def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], 
         settings["type"] = WholeNumber(**_RANGES[name])
     elif kind in (int, float):
         settings["type"] = kind
-    return click.option(f"--{name.replace('_', '-')}", **settings)
+    return click.option(flags, **settings)
 
 
 class WholeNumber(click.IntRange):

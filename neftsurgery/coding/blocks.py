@@ -5,19 +5,17 @@ from __future__ import annotations
 import struct
 import threading
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .compression import compress, decompress
-from .elements import Carrier, Elements
-from .tables import Events, FrequencyTable, events
+from .elements import BLOCK, CHUNK, Carrier, Elements
+from .fitting import changes_of
+from .tables import MOST_CONTEXTS, FrequencyTable
 
 __all__ = ["BLOCK", "Form", "decode", "encode", "encode_fast"]
 
-#: Elements of a block at most.
-BLOCK = 1 << 20
 _COUNT = struct.Struct("<I")
 _ZSTD_LEVEL = 3
 #: Coded at this share of its size or more, a block is worth a try with zstd.
@@ -37,27 +35,34 @@ class Form(IntEnum):
 _local = threading.local()
 
 
-def _scratch(length: int, size: int) -> tuple[Events, NDArray[np.uint16], NDArray[np.uint32]]:
-    """Room for the events, words and plain bits of a block, kept per thread and size of element."""
-    kept: dict[Any, tuple[Events, NDArray[np.uint16], NDArray[np.uint32]]] = vars(_local)
-    if size not in kept or len(kept[size][1]) < 2 * length + 96:
-        extras = np.empty((size + 1) * length // 2 + 96, np.uint32)
-        kept[size] = (events(length, size), np.empty(2 * length + 96, np.uint16), extras)
-    return kept[size]
+def _scratch(name: str, nbytes: int) -> NDArray[np.uint8]:
+    """Room of at least ``nbytes``, kept per thread and name."""
+    kept: dict[str, NDArray[np.uint8]] = vars(_local)
+    if name not in kept or len(kept[name]) < nbytes:
+        kept[name] = np.empty(nbytes, np.uint8)
+    return kept[name]
 
 
 def encode(
     base: Carrier | None, tuned: Carrier, elements: Elements, table: FrequencyTable | None
-) -> tuple[Form, bytes]:
-    """The smallest form of ``tuned``; CODED only with a ``table``. Without ``base``, zeros stand for it."""
+) -> tuple[Form, bytes, int]:
+    """The smallest form of ``tuned``, and how many elements changed; CODED only with a ``table``.
+
+    Without ``base``, zeros stand for it, and all elements count as changed.
+    """
+    from .kernels import differences
+
     against = np.zeros_like(tuned) if base is None else base
-    if base is not None and np.array_equal(base, tuned):
-        return Form.SAME, b""
-    form, code, changes = Form.RAW, tuned.tobytes(), len(tuned)
+    numbers = _scratch("numbers", tuned.nbytes)[: tuned.nbytes].view(tuned.dtype)
+    differences(against, tuned, elements.rules, numbers)
+    changes = len(tuned) if base is None else int(np.count_nonzero(numbers))
+    if changes == 0 and base is not None:
+        return Form.SAME, b"", 0
+    form, code = Form.RAW, b""
     if table is not None:
-        coded, changes = _coded(against, tuned, elements, table)
-        if len(coded) < len(code):
-            form, code = Form.CODED, coded
+        form, code = Form.CODED, _coded(against, numbers, elements, table)
+    if form == Form.RAW or len(code) >= tuned.nbytes:
+        form, code = Form.RAW, tuned.tobytes()
     if base is None or len(code) >= _POOR * tuned.nbytes:
         packed = compress(tuned.tobytes(), _ZSTD_LEVEL)
         if len(packed) < len(code):
@@ -66,7 +71,7 @@ def encode(
         changed = _changes(base, tuned, len(code))
         if changed is not None:
             form, code = Form.CHANGED, changed
-    return form, code
+    return form, code, changes
 
 
 def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
@@ -80,35 +85,41 @@ def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
     return Form.RAW, tuned.tobytes()
 
 
-def _coded(base: Carrier, tuned: Carrier, elements: Elements, table: FrequencyTable) -> tuple[bytes, int]:
-    """The code, and how many elements it holds."""
-    from .kernels import encode_changes, encode_values, find_changes, find_values
+def _coded(base: Carrier, numbers: Carrier, elements: Elements, table: FrequencyTable) -> bytes:
+    """The code of the differences ``numbers``."""
+    from .kernels import classify, encode_changes, encode_values
 
-    room, words, extras = _scratch(len(tuned), elements.size)
-    gap_table, value_table = table.encoding
-    if table.dense:
-        changes = len(tuned)
-        find_values(base, tuned, elements.rules, table.contexts, room)
-        w, e = encode_values(changes, room, value_table, words, extras)
+    n = len(base)
+    values, kinds = table.values.encoding, _scratch("kinds", 2 * n + 2 * MOST_CONTEXTS).view(np.uint16)
+    words = _scratch("words", 4 * n + 256).view("<u2")
+    extras = _scratch("extras", 8 * n + 8 * n + 256).view("<u4")
+    if table.gaps is None:
+        wide = _scratch("wide", 4 * n + 4).view(np.uint32)
+        classify(numbers, values[0], kinds)
+        w, e = encode_values(
+            base, numbers, elements.rules, table.contexts, values, kinds, wide, words, extras
+        )
     else:
-        count = len(table.values)
-        n = find_changes(base, tuned, elements.rules, table.contexts, count, room)
-        w, e = encode_changes(n, count, room, gap_table, value_table, words, extras)
-        changes = n - count
-    padding = bytes(2 * (w % 2))
-    return b"".join([_COUNT.pack(w), words[:w].tobytes(), padding, extras[:e].tobytes()]), changes
+        events = changes_of(base, numbers, elements, table.contexts)
+        count, most, gaps = len(events[0]), len(table.starts), table.gaps.encoding
+        steps = np.empty(count, np.uint16)
+        classify(events[1], gaps[0], steps)
+        classify(events[2], values[0], kinds)
+        w, e = encode_changes(count, most, *events, steps, kinds, gaps, values, words, extras)
+    padding = bytes(2 * ((len(words) - w) % 2))
+    return b"".join([words[w:].tobytes(), padding, extras[:e][::-1].tobytes()])
 
 
 def _changes(base: Carrier, tuned: Carrier, most: int) -> bytes | None:
     """Positions and XORs of the changed elements, if they take less than ``most`` bytes."""
-    flipped = base ^ tuned
-    positions = np.flatnonzero(flipped)
-    if len(positions) * (1 + flipped.itemsize) >= most:
+    positions = np.flatnonzero(base != tuned)
+    if len(positions) * (1 + base.itemsize) >= most:
         return None
+    flips = base[positions] ^ tuned[positions]
     steps = np.diff(positions, prepend=-1) - 1
     best: bytes | None = None
     for kind in (np.dtype("u1"), np.dtype("<u2")):
-        code = _stepped(steps, flipped[positions], kind)
+        code = _stepped(steps, flips, kind)
         if len(code) < (most if best is None else len(best)):
             best = code
     return best
@@ -171,17 +182,20 @@ def _decode_coded(
 ) -> None:
     from .kernels import decode_changes, decode_values
 
-    (count,) = _COUNT.unpack(code[:4]) if len(code) >= 4 and len(code) % 4 == 0 else (-1,)
-    middle = 4 + 4 * -(-count // 2)  # the words fill whole groups of four bytes
-    if count < 0 or middle > len(code) or (count % 2 and any(code[middle - 2 : middle])):
+    if len(code) % 4:
         raise ValueError("its code has another length")
-    words = np.frombuffer(code[: 4 + 2 * count] + bytes(2), "<u2")[2:]
-    extras = np.frombuffer(code[middle:] + bytes(4), "<u4")
-    gaps, values = table.decoding()
-    rules, contexts = elements.rules, table.contexts
-    if table.dense:
-        failed = decode_values(base, out, rules, contexts, values, words, extras)
+    before = 8 * CHUNK + 64  # what the kernels may read around the code
+    room = _scratch("code", before + len(code) + before)
+    room[before : before + len(code)] = np.frombuffer(code, np.uint8)
+    words, extras = room[: len(room) // 4 * 4].view("<u2"), room[: len(room) // 4 * 4].view("<u4")
+    w, e = before // 2, (before + len(code)) // 4 - 1
+    rules, contexts, values = elements.rules, table.contexts, table.values.decoding()
+    if table.gaps is None:
+        found = [np.empty(CHUNK + 1, kind) for kind in (base.dtype, "u8")]
+        w, e, done = decode_values(base, out, rules, contexts, values, words, w, extras, e, tuple(found))
     else:
-        failed = decode_changes(base, out, rules, contexts, len(table.values), gaps, values, words, extras)
-    if failed:
+        most, gaps, left = len(table.starts), table.gaps.decoding(), np.empty(256, np.int64)
+        w, e, done = decode_changes(base, out, rules, contexts, most, gaps, values, words, w, extras, e, left)
+    left = 2 * (e + 1) - w
+    if not done or left not in (0, 1) or (left and words[w]):
         raise ValueError("its code ends too early or too late")

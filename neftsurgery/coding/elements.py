@@ -11,14 +11,33 @@ from numpy.typing import NDArray
 
 from ..tensors.dtypes import DTYPES
 
-__all__ = ["CLASSES", "GAPS", "PRECISION", "Carrier", "Elements"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "CLASSES",
+    "FINE",
+    "HASH",
+    "NEVER",
+    "PRECISION",
+    "Carrier",
+    "Elements",
+    "fine_classes",
+]
 
+#: Elements of a block at most.
+BLOCK = 1 << 20
 #: Frequencies of a context sum to two to this power.
 PRECISION = 12
-#: Classes of numbers below 2^64.
-CLASSES = 256
-#: Symbols of gaps: 0, no further change; then the classes of numbers below 2^20.
-GAPS = 81
+#: Fine classes tell numbers apart by this many of their highest bits.
+FINE = 6
+#: How many there are of numbers below 2^64. Classes from here on are of single numbers, by bits of a hash.
+CLASSES, HASH = (64 - FINE + 2) << (FINE - 1), 9
+#: A gap that leads out of every block: none follows.
+NEVER = BLOCK
+
+#: Elements that are decoded between two looks at where the code ends. Each takes at most a word from the
+#: front of it, and two from the back.
+CHUNK = 1024
 
 Carrier: TypeAlias = NDArray[np.unsignedinteger[Any]]
 """Elements as the unsigned integers of their bits."""
@@ -60,3 +79,11 @@ class Elements:
             mask = (1 << (exponent_bits - dropped)) - 1
             rules = [kind.format.fraction_bits + dropped, mask, top, full, full, top]
         return Elements(np.dtype(f"u{bits // 8}"), tuple(np.uint64(rule) for rule in rules))
+
+
+@functools.cache
+def fine_classes(width: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Of each fine class of numbers of ``width`` bits: its least number, and how many plain bits follow."""
+    octave = np.maximum(np.arange(max(0, width - FINE + 2) << (FINE - 1)) >> (FINE - 1), 1) - 1
+    first = np.arange(len(octave)) - (octave << (FINE - 1))
+    return first.astype(np.uint64) << octave.astype(np.uint64), octave.astype(np.uint64)

@@ -96,19 +96,14 @@ def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
             raw = np.array(tensor_bytes(tensors[name]))
             elements = raw.view(parts[0].elements.carrier)
             for part in parts:
-                elements[part.start : part.stop] = _rebuilt(patch, part, elements[part.start : part.stop])
+                now = np.ascontiguousarray(elements[part.start : part.stop])
+                made = delta.made(part, now, block_hash(now))
+                if made is None:
+                    raise _other(patch, name)
+                elements[part.start : part.stop] = made
             yield tensors[name], _as_tensor(raw, delta.tensors[name], tensors[name])
 
     return changes
-
-
-def _rebuilt(patch: LosslessPatch, block: DeltaBlock, now: Carrier) -> Carrier:
-    digest = block_hash(np.ascontiguousarray(now))
-    if digest == int(patch.forward.after[block.number]):
-        return now
-    if digest != int(patch.forward.before[block.number]):
-        raise _other(patch, block.info.name)
-    return patch.forward.decoded(block, np.ascontiguousarray(now))
 
 
 def _rows(patch: Patch, tensors: Mapping[str, Tensor]) -> _Changes:

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..checkpoint.weight_files import INDEX_NAME
+from ..checkpoint.side_files import MOST_SIDE_BYTES, SIDE_NAMES
 from ..coding.blocks import BLOCK, Form, decode
 from ..coding.compression import compress, content_size, decompress
 from ..coding.elements import Carrier, Elements
@@ -31,13 +31,11 @@ from ..errors import MismatchError
 from ..tensors.document import bad
 from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, parse_header
 from ..tensors.json_text import loads
-from ..tensors.reader import TensorFile, WeightReader
+from ..tensors.reader import TensorFile, TensorReader
 
 __all__ = [
     "ARRAYS",
     "ENTRIES",
-    "MOST_SIDE_BYTES",
-    "SIDE_NAMES",
     "Delta",
     "DeltaBlock",
     "SideFile",
@@ -50,16 +48,6 @@ __all__ = [
     "pack_layout",
     "read_block",
 ]
-
-#: Files beside the weights that belong to a model and that a patch carries. Never code.
-SIDE_NAMES = frozenset(
-    {
-        INDEX_NAME, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
-    }
-)  # fmt: skip
-MOST_SIDE_BYTES = 64 << 20
 
 #: The arrays with an element per block, and their types in the file.
 ARRAYS = {
@@ -159,7 +147,7 @@ def counterpart(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorIn
 
 
 def read_block(
-    weights: WeightReader, block: DeltaBlock, info: TensorInfo | None = None
+    weights: TensorReader, block: DeltaBlock, info: TensorInfo | None = None
 ) -> tuple[Carrier, int] | None:
     """A block of a tensor, filled up with zeros, and how many elements of it there are; None if none."""
     info = info or block.info
@@ -167,13 +155,14 @@ def read_block(
     stop = min(block.stop, info.nbytes // size)
     if stop <= block.start:
         return None
-    found = np.zeros(block.stop - block.start, block.elements.carrier)
+    found = np.empty(block.stop - block.start, block.elements.carrier)
     there = stop - block.start
+    found[there:] = 0
     weights.read_into(info.name, block.start * size, found[:there].view(np.uint8).data)
     return found, there
 
 
-def block_state(weights: WeightReader, block: DeltaBlock) -> tuple[Carrier | None, int, bool]:
+def block_state(weights: TensorReader, block: DeltaBlock) -> tuple[Carrier | None, int, bool]:
     """What a checkpoint has of a block: its elements, filled up, their hash, and whether it has them all."""
     info = counterpart(block.info, weights.tensors)
     found = None if info is None else read_block(weights, block, info)
@@ -288,6 +277,17 @@ class Delta:
         if block_hash(out) != int(self.after[number]):
             raise self._bad("a block does not have the hash of its result", block.info.name)
         return out
+
+    def made(
+        self, block: DeltaBlock, found: Carrier | None, digest: int, whole: bool = True
+    ) -> Carrier | None:
+        """The target's block from what there is (see `block_state`); None if that is of neither side.
+
+        Raises as `decoded`.
+        """
+        if digest == int(self.before[block.number]):
+            return self.decoded(block, found)
+        return found if whole and digest == int(self.after[block.number]) else None
 
     def block_at(self, name: str, start: int) -> DeltaBlock | None:
         """The block of tensor ``name`` that begins at element ``start``; None beyond its end."""

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
-import xxhash
 
-from ..checkpoint.provenance import HASH_PREFIX, Provenance
+from ..checkpoint.provenance import Provenance
 from ..coding.blocks import Form
-from ..errors import CorruptFileError, boundary
+from ..errors import boundary
 from ..neurons.tensor_names import layer_and_kind
-from ..sources.resolve import Source, resolve_file
-from ..tensors.document import bad, read_document
+from ..sources.resolve import Source
+from ..tensors.document import bad
 from ..tensors.reader import TensorFile
 from ..text import plural, size
 from .delta import ENTRIES, Delta
-from .patch import LOSSLESS_VERSION, PATCH_KEY, PATCH_NAME, Patch, PatchFile
+from .patch import Patch
+from .patch_file import PatchFile, open_patch, require_seal
 from .stored_weights import StoredWeights, stored_weights
 
-__all__ = ["AnyPatch", "LosslessPatch", "content_hash", "load_any"]
+__all__ = ["AnyPatch", "LosslessPatch", "load_any"]
 
 _WHAT = "patch"
 
@@ -40,19 +39,12 @@ class LosslessPatch(PatchFile):
         What was named to open it; None for a patch that was made here.
     """
 
+    kind = "lossless"
+
     def __init__(
         self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
     ) -> None:
-        super().__init__(file)
-        self.manifest, self.source = manifest, source
-        if manifest.get("kind") != "lossless":
-            raise CorruptFileError(
-                "the patch is of a kind that this version does not know",
-                file=file.path,
-                expected="lossless",
-                found=str(manifest.get("kind"))[:100],
-                hint="update neftsurgery",
-            )
+        super().__init__(file, manifest, source)
         code = file.tensors.get("code")
         if code is None or code.dtype != "U8" or len(code.shape) != 1:
             raise bad(file, _WHAT, "it has no code")
@@ -67,29 +59,7 @@ class LosslessPatch(PatchFile):
         prefixes = ("forward", "backward")[: len(ways)]
         if file.tensors.keys() - {f"{prefix}:{name}" for prefix in prefixes for name in ENTRIES} != {"code"}:
             raise bad(file, _WHAT, "it has entries that belong to nothing")
-        parts = (part for way in ways for part in way.index_bytes())
-        if manifest.get("content_hash") != content_hash(manifest, parts):
-            raise CorruptFileError(
-                "the patch does not match its hash",
-                file=file.path,
-                hint="the patch is damaged or was altered: fetch it again",
-            )
-
-    @classmethod
-    @boundary
-    def load(cls, named: str | os.PathLike[str] | Source) -> LosslessPatch:
-        """Open a patch; raises as `Patch.load`."""
-        found = load_any(named)
-        if not isinstance(found, cls):
-            raise CorruptFileError(
-                "the patch has chosen neurons only, not a whole fine-tune", file=found.name
-            )
-        return found
-
-    @property
-    def base(self) -> Provenance:
-        """The checkpoint it was made from."""
-        return Provenance.from_json(self.manifest.get("base"))
+        require_seal(file, manifest, (part for way in ways for part in way.index_bytes()))
 
     @property
     def tuned(self) -> Provenance:
@@ -108,6 +78,16 @@ class LosslessPatch(PatchFile):
     def reversible(self) -> bool:
         """Whether it holds the way back."""
         return self.backward is not None
+
+    @property
+    def fast(self) -> bool:
+        """Whether it has only forms that decode about as fast as memory is copied."""
+        return self.manifest.get("fast") is True
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether files beside the weights were left out."""
+        return self.manifest.get("weights_only") is True
 
     @property
     def not_carried(self) -> tuple[str, ...]:
@@ -164,30 +144,10 @@ AnyPatch: TypeAlias = Patch | LosslessPatch | str | os.PathLike[str] | Source
 """A patch of either kind, or what names one."""
 
 
-def content_hash(manifest: Mapping[str, object], parts: Iterable[tuple[str, bytes]]) -> str:
-    """The hash of all that no block hash is over: the manifest without it, and the arrays by name."""
-    state = xxhash.xxh3_128()
-    known = {key: value for key, value in manifest.items() if key != "content_hash"}
-    state.update(json.dumps(known, separators=(",", ":"), sort_keys=True, ensure_ascii=True).encode())
-    for name, content in parts:
-        state.update(f"\n{name}\n{len(content)}\n".encode())
-        state.update(content)
-    return HASH_PREFIX + state.hexdigest()
-
-
 @boundary
 def load_any(named: AnyPatch) -> Patch | LosslessPatch:
     """Open a patch of either kind; raises as `Patch.load`. One that is open stays as it is."""
     if isinstance(named, Patch | LosslessPatch):
         return named
-    source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
-    file = TensorFile.named(source.path, PATCH_KEY)
-    try:
-        manifest = read_document(file, PATCH_KEY, _WHAT, LOSSLESS_VERSION)
-        if manifest["version"] < LOSSLESS_VERSION:
-            return Patch.read(file, source)
-        return LosslessPatch(file, manifest, source)
-    except CorruptFileError as error:
-        if source.repo is not None and error.file == str(source.path):
-            error.file = source.named  # not where the cache keeps it
-        raise
+    kinds: Sequence[type[Patch | LosslessPatch]] = (Patch, LosslessPatch)
+    return open_patch(named, kinds)

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Self
+from typing import Any, Self
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
 from ..checkpoint.ties import with_tied_names
-from ..errors import CorruptFileError, MismatchError, boundary
+from ..errors import CorruptFileError, boundary
 from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..selection.selection import Chosen, Selection, SelectionFacts
-from ..sources.resolve import Source, resolve_file
+from ..sources.resolve import Source
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
-from ..tensors.document import Facts, bad, read_document, require_entry
+from ..tensors.document import Facts, bad
 from ..tensors.header import TensorInfo
-from ..tensors.reader import FileBacked, TensorFile
+from ..tensors.reader import TensorFile
 from ..text import lines, plural, printable, size
 from ..version import __version__
-from .digests import DigestHash, digests
+from .digests import DigestHash, digests, is_hash
+from .entries import PatchEntries, RowPlaces
+from .patch_file import PATCH_KEY, PATCH_NAME, PATCH_VERSION, PatchFile, read_manifest, require_seal
 
-__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchFile", "PatchTensor"]
+__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
 
-PATCH_VERSION: Final = 1
-#: The version from which the file holds a whole fine-tune: see `neftsurgery.patch.lossless`.
-LOSSLESS_VERSION: Final = 2
-PATCH_KEY = "neuron_patch"
-PATCH_NAME = "neuron_patch.safetensors"
 _WHAT = "neuron patch"
-_HASH = re.compile(r"xxh3-128:[0-9a-f]{32}")
+#: Keys of the manifest that describe the file's content: those of another file are not taken over.
+_OF_CONTENT = ("version", "kind", "tensors", "groups", "content_hash")
 
 
 class Manifest(Facts):
@@ -66,9 +62,9 @@ class Manifest(Facts):
         return Facts.from_json(self.get("training"))
 
     def written(self, tensors: Mapping[str, object]) -> dict[str, object]:
-        """The document of a new patch file that touches ``tensors``."""
-        rest = {key: value for key, value in self.items() if key not in ("version", "tensors")}
-        return {"version": PATCH_VERSION, **rest, "tensors": tensors}
+        """The document of a new patch file that touches ``tensors``, but for its hash."""
+        rest = {key: value for key, value in self.items() if key not in _OF_CONTENT}
+        return {"version": PATCH_VERSION, "kind": Patch.kind, **rest, "tensors": tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +88,6 @@ class PatchTensor:
         return blocks(self.info, self.layout, self.count, block)
 
 
-class PatchFile(FileBacked):
-    """A file that holds a patch of either kind, and what was named to open it."""
-
-    source: Source | None
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return str(self.place) if self.place is not None else "the patch"
-
-    @property
-    def place(self) -> str | os.PathLike[str] | None:
-        """Where errors say it is: a file, or as the Hub calls it; None for one that was never saved."""
-        return self.source.named if self.source is not None and self.source.repo is not None else self.path
-
-
 class Patch(PatchFile):
     """A neuron patch, opened. Nothing in it is ever executed, and it names no file.
 
@@ -121,17 +101,20 @@ class Patch(PatchFile):
         What was named to open it; None for a patch that was made here.
     """
 
+    kind = "neurons"
+
     def __init__(
         self,
         file: TensorFile,
         manifest: Mapping[str, object],
         tensors: Mapping[str, PatchTensor],
+        places: Mapping[str, RowPlaces],
         source: Source | None = None,
     ) -> None:
-        super().__init__(file)
-        self.manifest = manifest
+        super().__init__(file, manifest, source)
         self.tensors = tensors
-        self.source = source
+        self._places = places
+        self._last_index = "", np.empty(0, np.int64)  # the entry that was read last
 
     def __repr__(self) -> str:
         what = f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
@@ -153,48 +136,17 @@ class Patch(PatchFile):
         return str(self.place) if self.place is not None else "(not saved)"
 
     @classmethod
-    @boundary
-    def load(cls, named: str | os.PathLike[str] | Source) -> Patch:
-        """Open a patch. Its structure and indices are checked; `check` checks its hashes.
-
-        Parameters
-        ----------
-        named:
-            A file; or ``org/name`` or ``org/name@revision`` of the Hub, of which the patch alone is fetched
-            into huggingface_hub's cache. A local path beats a Hub id.
-
-        Raises
-        ------
-        UsageError
-            If there is no such file, repository or revision.
-        MismatchError
-            If the Hub repository holds no patch.
-        CorruptFileError
-            If it is no patch, damaged, or of a newer version.
-        MachineError
-            If it cannot be read, or the Hub refuses or cannot be reached.
-        """
-        source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
-        return cls.read(TensorFile.named(source.path, PATCH_KEY), source)
-
-    @classmethod
-    def read(cls, file: TensorFile, source: Source | None = None) -> Patch:
-        """The patch in an open file, which is the new object's from now on."""
-        manifest = read_document(file, PATCH_KEY, _WHAT, LOSSLESS_VERSION)
-        if manifest["version"] >= LOSSLESS_VERSION:
-            raise MismatchError(
-                "the patch is lossless: it holds a whole fine-tune, not chosen neurons",
-                file=file.path,
-                hint="write the tuned checkpoint with `neftsurgery apply BASE PATCH -o OUT`",
-            )
-        tensors = {
-            name: _tensor(file, name, manifest["tensors"][name]) for name in sorted(manifest["tensors"])
-        }
-        known = {f"{name}:{entry}" for name in tensors for entry in ("index", "value", "base_digest", "base")}
-        for name in file.tensors:
-            if name not in known:
-                raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)
-        patch = cls(file, manifest, tensors, source)
+    def read(
+        cls, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
+    ) -> Patch:
+        """The patch in an open file, which is the new object's from now on; its manifest if it is known."""
+        manifest = manifest or read_manifest(file)
+        tensors = {name: _tensor(file, name, manifest) for name in sorted(manifest["tensors"])}
+        places = _require_entries(file, manifest, tensors)
+        patch = cls(file, manifest, tensors, places, source)
+        if manifest["version"] > 1:
+            require_seal(file, manifest, [("index", file.array_bytes("index").tobytes())])
+            _require_no_groups(file, manifest, tensors)
         for name, tensor in tensors.items():
             if why := check_index(patch.index(name), tensor.layout.count):
                 raise bad(file, _WHAT, why, name)
@@ -232,11 +184,6 @@ class Patch(PatchFile):
         return Manifest(self.manifest).selection
 
     @property
-    def base(self) -> Provenance:
-        """What it was made from, as far as that is known."""
-        return Manifest(self.manifest).base
-
-    @property
     def training(self) -> Facts:
         """How its values were trained; empty if that is not recorded."""
         return Manifest(self.manifest).training
@@ -249,19 +196,31 @@ class Patch(PatchFile):
 
     def index(self, name: str) -> Int64Array:
         """The neurons of tensor ``name``, ascending, int64 ``[k]``."""
-        return self._file.array(f"{name}:index").astype(np.int64)
+        entry, first, _ = self._places[name]["index"]
+        last, index = self._last_index
+        if entry != last:
+            index = self._file.array(entry)
+            self._last_index = entry, index
+        return index[first : first + self.tensors[name].count].astype(np.int64)
 
     def values(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """New values ``[start, stop)`` (positions in the index) as raw bytes, ``[k, width * itemsize]``."""
-        return self._file.array_bytes(f"{name}:value", start, stop)
+        return self._rows(name, "value", start, stop)
 
     def base_values(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """The replaced values, of a reversible tensor; as `values`."""
-        return self._file.array_bytes(f"{name}:base", start, stop)
+        return self._rows(name, "base", start, stop)
 
     def base_digests(self, name: str, start: int = 0, stop: int | None = None) -> RawBytes:
         """The digests of the replaced vectors, uint8 ``[k, 16]``."""
-        return self._file.array(f"{name}:base_digest", start, stop)
+        return self._rows(name, "base_digest", start, stop)
+
+    def _rows(self, name: str, part: str, start: int = 0, stop: int | None = None) -> RawBytes:
+        count = self.tensors[name].count
+        stop = count if stop is None else min(stop, count)
+        entry, first, step = self._places[name][part]
+        raw = self._file.array_bytes(entry, first + start * step, first + stop * step)
+        return raw.reshape(stop - start, step * raw.shape[1])
 
     def require_fit(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint, in which the touched tensors are found under their names in the patch.
@@ -312,19 +271,65 @@ class Patch(PatchFile):
         )
 
 
-def _tensor(file: TensorFile, name: str, entry: object) -> PatchTensor:
+def _tensor(file: TensorFile, name: str, manifest: Mapping[str, Any]) -> PatchTensor:
+    entry = manifest["tensors"][name]
     info, layout = described_tensor(file, _WHAT, name, entry)
-    assert isinstance(entry, dict)  # described_tensor has checked it
-    index = file.tensors.get(f"{name}:index")
-    if index is None or index.dtype not in ("I32", "I64") or len(index.shape) != 1:
-        raise bad(file, _WHAT, "it has no index, or not one of whole numbers", name)
-    count = index.shape[0]
-    shapes = {"value": (info.dtype, (count, layout.width)), "base_digest": ("U8", (count, 16))}
-    if reversible := f"{name}:base" in file.tensors:
-        shapes["base"] = shapes["value"]
-    for part, (dtype, shape) in shapes.items():
-        require_entry(file, _WHAT, name, part, dtype, shape)
-    hashes = [str(entry.get(key)) for key in ("base_hash", "patched_hash")]
-    if not all(_HASH.fullmatch(text) for text in hashes):
+    before, after = entry.get("base_hash"), entry.get("patched_hash")
+    if not is_hash(before) or not is_hash(after):
         raise bad(file, _WHAT, "its base_hash or patched_hash is missing or no hash", name)
-    return PatchTensor(info, layout, count, hashes[0], hashes[1], reversible)
+    if manifest["version"] == 1:
+        index = file.tensors.get(f"{name}:index")
+        if index is None or index.dtype not in ("I32", "I64") or len(index.shape) != 1:
+            raise bad(file, _WHAT, "it has no index, or not one of whole numbers", name)
+        return PatchTensor(info, layout, index.shape[0], before, after, f"{name}:base" in file.tensors)
+    rows, reversible = entry.get("rows"), entry.get("reversible", False)
+    if type(rows) is not int or not 0 <= rows <= layout.count or not isinstance(reversible, bool):
+        raise bad(file, _WHAT, "its rows or reversible are missing or make no sense", name)
+    return PatchTensor(info, layout, rows, before, after, reversible)
+
+
+def _require_entries(
+    file: TensorFile, manifest: Mapping[str, Any], tensors: Mapping[str, PatchTensor]
+) -> dict[str, RowPlaces]:
+    """Where the rows of each tensor lie; a `CorruptFileError` unless the file has just their entries."""
+    own, index = manifest["version"] == 1, file.tensors.get("index")
+    entries = PatchEntries("I64" if index is not None and index.dtype == "I64" else "I32", own=own)
+    places = {}
+    for name, tensor in tensors.items():
+        dtype = file.tensors[f"{name}:index"].dtype if own else None
+        places[name] = entries.add(tensor.info, tensor.layout, tensor.count, tensor.reversible, dtype)
+    for entry in entries.infos.values():
+        if (found := file.tensors.get(entry.name)) != entry:
+            raise CorruptFileError(
+                f"a damaged {_WHAT}: its entry {entry.name} does not fit",
+                file=file.path,
+                expected=entry.describe(),
+                found=found.describe() if found else "nothing",
+            )
+    for name in file.tensors:
+        if name not in entries.infos:
+            raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)
+    return places
+
+
+def _require_no_groups(
+    file: TensorFile, manifest: Mapping[str, object], tensors: Mapping[str, PatchTensor]
+) -> None:
+    """Raise a `CorruptFileError` for tensors that belong together: no layout of such groups is known yet."""
+    groups = manifest.get("groups", [])
+    if not isinstance(groups, list):
+        raise bad(file, _WHAT, "its groups are not a list")
+    for group in groups:
+        layout = group.get("layout") if isinstance(group, dict) else None
+        members = group.get("members") if isinstance(group, dict) else None
+        if not isinstance(layout, str) or not isinstance(members, dict):
+            raise bad(file, _WHAT, "a group has no layout or members")
+        for name in members.values():
+            if not isinstance(name, str) or name not in tensors:
+                raise bad(file, _WHAT, "a group has a member that is not a tensor of the patch")
+        raise CorruptFileError(
+            f"the patch has a group of tensors of a layout that this version does not know: {layout[:100]!r}",
+            file=file.path,
+            tensor=next(iter(members.values()), None),
+            hint="update neftsurgery: pip install -U neftsurgery",
+        )

@@ -6,35 +6,51 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from ..checkpoint.provenance import HASH_PREFIX
+import numpy as np
+
 from ..selection.selection import Selection, index_dtype
 from ..tensors.arrays import RawBytes
-from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
-from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
-from .digests import DigestHash, digests
-from .patch import PATCH_KEY, Manifest, Patch
+from .digests import NO_HASH, DigestHash, digests
+from .entries import PatchEntries
+from .patch import Manifest, Patch
+from .patch_file import sealed
 
 __all__ = ["PatchWriter", "patch_bytes", "written_patch"]
 
-_NO_HASH = HASH_PREFIX + "0" * 32
 
+class _Plan:
+    """What the file of a patch holds, and where."""
 
-def _entries(selection: Selection, reversible: bool) -> list[TensorInfo]:
-    entries = []
-    for name, chosen in selection.tensors.items():
-        count, width = len(chosen.index), chosen.layout.width
-        entries.append(TensorInfo(f"{name}:index", index_dtype(chosen.layout.count), (count,)))
-        entries.append(TensorInfo(f"{name}:base_digest", "U8", (count, 16)))
-        parts = ("value", "base") if reversible else ("value",)
-        entries += [TensorInfo(f"{name}:{part}", chosen.info.dtype, (count, width)) for part in parts]
-    return entries
+    def __init__(self, selection: Selection, manifest: Manifest, reversible: bool) -> None:
+        self.manifest, self.reversible = manifest, reversible
+        self.tensors = dict(sorted(selection.tensors.items()))  # the order of their rows in the file
+        dtype = index_dtype(max((chosen.layout.count for chosen in selection), default=0))
+        entries = PatchEntries(dtype)
+        self.places = {
+            name: entries.add(chosen.info, chosen.layout, len(chosen.index), reversible)
+            for name, chosen in self.tensors.items()
+        }
+        self.entries = list(entries.infos.values())
+        index = [chosen.index.astype(DTYPES[dtype].numpy) for chosen in self.tensors.values()]
+        self.index = np.concatenate(index) if index else np.empty(0, DTYPES[dtype].numpy)
+
+    def metadata(self, hashes: Mapping[str, tuple[str, str]] | None = None) -> dict[str, str]:
+        """That of the file; without the hashes of all tensors, one as long as with them."""
+        more = {"reversible": True} if self.reversible else {}
+        tensors = dict[str, object]()
+        for name, chosen in self.tensors.items():
+            before, after = (NO_HASH, NO_HASH) if hashes is None else hashes[name]
+            facts = chosen.describe() | {"rows": len(chosen.index), **more}
+            tensors[name] = facts | {"base_hash": before, "patched_hash": after}
+        return sealed(self.manifest.written(tensors), [("index", self.index.tobytes())])
 
 
 def patch_bytes(selection: Selection, manifest: Manifest, reversible: bool) -> int:
     """Bytes of the file that `written_patch` would write."""
-    return planned_bytes(_entries(selection, reversible), _room(selection, manifest))
+    plan = _Plan(selection, manifest, reversible)
+    return planned_bytes(plan.entries, plan.metadata())
 
 
 class PatchWriter:
@@ -42,17 +58,10 @@ class PatchWriter:
 
     patch: Patch
 
-    def __init__(
-        self, writer: TensorFileWriter, selection: Selection, manifest: Manifest, reversible: bool
-    ) -> None:
-        self._writer = writer
-        self._selection = selection
-        self._manifest = manifest
-        self._reversible = reversible
-        self._hashes = {name: (DigestHash(), DigestHash()) for name in selection.tensors}
-        for name, chosen in selection.tensors.items():
-            kind = DTYPES[index_dtype(chosen.layout.count)].numpy
-            writer.write(f"{name}:index", 0, chosen.index.astype(kind))
+    def __init__(self, writer: TensorFileWriter, plan: _Plan) -> None:
+        self._writer, self._plan = writer, plan
+        self._hashes = {name: (DigestHash(), DigestHash()) for name in plan.places}
+        writer.write("index", 0, plan.index)
 
     def write_rows(
         self, name: str, start: int, base: RawBytes, values: RawBytes
@@ -65,12 +74,16 @@ class PatchWriter:
         self, name: str, start: int, before: RawBytes, values: RawBytes, base: RawBytes | None
     ) -> RawBytes:
         """As `write_rows`, given the digests of the replaced rows; a reversible patch needs ``base``."""
-        self._writer.write(f"{name}:value", start, values)
-        self._writer.write(f"{name}:base_digest", start, before)
-        if self._reversible:
+        self._write(name, "value", start, values)
+        self._write(name, "base_digest", start, before)
+        if self._plan.reversible:
             assert base is not None  # whoever plans a reversible patch has them
-            self._writer.write(f"{name}:base", start, base)
+            self._write(name, "base", start, base)
         return digests(values)
+
+    def _write(self, name: str, part: str, start: int, rows: RawBytes) -> None:
+        entry, first, step = self._plan.places[name][part]
+        self._writer.write(entry, first + start * step, rows)
 
     def add_digests(self, name: str, before: RawBytes, after: RawBytes) -> None:
         """Take the digests of a tensor's next rows into its hashes: in index order."""
@@ -80,22 +93,7 @@ class PatchWriter:
     def finish(self) -> None:
         """Write the manifest."""
         hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
-        self._writer.finish(_metadata(self._selection, self._manifest, hashes))
-
-
-def _room(selection: Selection, manifest: Manifest) -> dict[str, str]:
-    """Metadata as long as the final one."""
-    return _metadata(selection, manifest, dict.fromkeys(selection.tensors, (_NO_HASH, _NO_HASH)))
-
-
-def _metadata(
-    selection: Selection, manifest: Manifest, hashes: Mapping[str, tuple[str, str]]
-) -> dict[str, str]:
-    tensors = {
-        name: chosen.describe() | {"base_hash": hashes[name][0], "patched_hash": hashes[name][1]}
-        for name, chosen in selection.tensors.items()
-    }
-    return dump(PATCH_KEY, manifest.written(tensors))
+        self._writer.finish(self._plan.metadata(hashes))
 
 
 @contextmanager
@@ -108,9 +106,9 @@ def written_patch(
     force: bool = False,
 ) -> Iterator[PatchWriter]:
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
-    room = _room(selection, manifest)
-    with written_file(_entries(selection, reversible), room, out, force=force) as written:
-        writer = PatchWriter(written, selection, manifest, reversible)
+    plan = _Plan(selection, manifest, reversible)
+    with written_file(plan.entries, plan.metadata(), out, force=force) as written:
+        writer = PatchWriter(written, plan)
         yield writer
         writer.finish()
     writer.patch = Patch.read(written.reader())

@@ -1,9 +1,10 @@
-"""The tensors of a scores file: what it says about each, read and checked; their sums, in batches."""
+"""The tensors of a scores file: what it says about each, read and checked; where their numbers lie."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby, product
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,26 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
 __all__ = [
+    "SUMS",
     "WHAT",
     "CompanionBias",
+    "ScoreArrays",
     "ScoredTensor",
     "SumBatch",
     "Unscored",
+    "arranged",
     "batches",
-    "has_sums",
     "read_companion_biases",
     "read_scored",
 ]
 
 #: The name of the file in messages.
 WHAT = "scores file"
-_SUMS = {"base_sq": "F64", "delta_sq": "F64", "dot": "F64", "changed": "I64", "unit": "I64"}
+#: The kinds of numbers, and their dtypes in version 2. In version 1 ``changed`` is I64.
+_KINDS = {"score": "F32", "base_sq": "F64", "delta_sq": "F64", "dot": "F64", "changed": "U32", "unit": "I64"}
+#: Version 2 has all of these, or none.
+SUMS = ("base_sq", "delta_sq", "dot", "changed")
+_OF_ELEMENTS = ("delta_sq", "changed")  # what is recorded of companion biases as well
 _NEURONS = 1 << 20  # of a batch
 
 
@@ -73,13 +80,11 @@ class Unscored:
 
 
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
-    """The scored tensor ``name``, from its entry and the vectors beside it; else a `CorruptFileError`."""
+    """The scored tensor ``name``, from its description; else a `CorruptFileError`."""
     info, layout = described_tensor(file, WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
     if layout.width < 1 or layout.count < 1:
         raise bad(file, WHAT, "a scored tensor has no neurons", name)
-    require_entry(file, WHAT, name, "", "F32", (layout.count,))
-    _check_sums(file, name, _SUMS, layout)
     layer, bias, part = entry.get("layer", ""), entry.get("bias"), entry.get("part")
     if not isinstance(layer, str) or not (bias is None or isinstance(bias, str)):
         raise bad(file, WHAT, "its layer or bias is not a name", name)
@@ -97,14 +102,8 @@ def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     return ScoredTensor(info, layout, layer, bias, part)
 
 
-def _check_sums(file: TensorFile, name: str, which: Iterable[str], layout: Layout) -> None:
-    for part in which:
-        if f"{name}:{part}" in file.tensors:
-            require_entry(file, WHAT, name, part, _SUMS[part], (layout.count,))
-
-
 def read_companion_biases(
-    file: TensorFile, unscored: object, tensors: Mapping[str, ScoredTensor]
+    file: TensorFile, version: int, unscored: object, tensors: Mapping[str, ScoredTensor]
 ) -> Iterator[tuple[str, CompanionBias]]:
     """The unscored tensors whose changes are recorded element by element."""
     if not isinstance(unscored, dict):
@@ -118,12 +117,86 @@ def read_companion_biases(
         delta = 0.0 if entry.get("delta_sq") is None else entry["delta_sq"]
         if not isinstance(delta, int | float) or not 0 <= delta <= float(np.finfo(np.float64).max):
             raise bad(file, WHAT, "its delta_sq is not a sum of squares", name)
-        if f"{name}:changed" in file.tensors:
+        if "neuron_axes" in entry if version > 1 else f"{name}:changed" in file.tensors:
             info, layout = described_tensor(file, WHAT, name, entry)
-            _check_sums(file, name, ("changed", "delta_sq"), layout)
             if counts.get(name, {layout.count}) != {layout.count}:
                 raise bad(file, WHAT, "a bias does not have as many neurons as its weight", name)
             yield name, CompanionBias(info, layout, entry.get("included") is True)
+
+
+def arranged(
+    counts: Mapping[str, int], elements: Mapping[str, int], kinds: Iterable[str]
+) -> tuple[dict[str, int], list[TensorInfo]]:
+    """Where each tensor's numbers begin in the arrays of version 2, and the entries of these arrays.
+
+    ``counts``: how many neurons each scored tensor has; ``elements``: the same of companion biases.
+    """
+    ordered = dict([*sorted(counts.items()), *sorted(elements.items())])
+    edges = [0, *accumulate(ordered.values())]
+    lengths = {which: edges[-1 if which in _OF_ELEMENTS else len(counts)] for which in kinds}
+    entries = [TensorInfo(which, _KINDS[which], (length,)) for which, length in lengths.items()]
+    return dict(zip(ordered, edges, strict=False)), entries
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreArrays:
+    """The numbers of a scores file, read when asked for.
+
+    Version 2 has an array per kind, with the numbers of tensor after tensor; ``starts`` says where a tensor's
+    begin. Version 1 has an entry per tensor and kind, and no ``starts``.
+    """
+
+    file: TensorFile
+    starts: Mapping[str, int] | None
+
+    @classmethod
+    def checked(
+        cls,
+        file: TensorFile,
+        facts: Mapping[str, object],
+        tensors: Mapping[str, ScoredTensor],
+        companion_biases: Mapping[str, CompanionBias],
+    ) -> ScoreArrays:
+        """Those of ``file``; a `CorruptFileError` if its entries do not fit the tensors."""
+        counts = {name: tensor.layout.count for name, tensor in tensors.items()}
+        elements = {name: bias.layout.count for name, bias in companion_biases.items()}
+        if facts["version"] == 1:
+            for group, kinds in ((counts, _KINDS), (elements, _OF_ELEMENTS)):
+                for (name, count), which in product(group.items(), kinds):
+                    if which == "score" or f"{name}:{which}" in file.tensors:
+                        dtype = "I64" if which == "changed" else _KINDS[which]
+                        require_entry(file, WHAT, name, which.removeprefix("score"), dtype, (count,))
+            return cls(file, None)
+        sums = SUMS if any(which in file.tensors for which in SUMS) else ()
+        unit = ["unit"] if facts.get("anatomy") == "units" or "unit" in file.tensors else []
+        starts, entries = arranged(counts, elements, ["score", *sums, *unit])
+        for entry in entries:
+            require_entry(file, WHAT, entry.name, "", entry.dtype, entry.shape)
+        return cls(file, starts)
+
+    def has(self, name: str, *kinds: str) -> bool:
+        """Whether it has all of these numbers of a tensor."""
+        entries = self.file.tensors
+        if self.starts is None:
+            return all(_entry(name, which) in entries for which in kinds)
+        shortest = min(entries[which].shape[0] if which in entries else 0 for which in kinds)
+        return self.starts.get(name, shortest) < shortest
+
+    def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
+        """One kind of numbers of tensors that follow each other and have it, one after the other."""
+        if self.starts is None:
+            values = self.file.joined([_entry(tensor.info.name, which) for tensor in tensors])
+        else:
+            start = self.starts[tensors[0].info.name]
+            values = self.file.array(which, start, start + sum(tensor.layout.count for tensor in tensors))
+        if which.endswith("_sq") and (values < 0).any():
+            raise bad(self.file, WHAT, f"{which} is negative", tensors[0].info.name)
+        return values.astype(np.int64, copy=False) if which == "changed" else values
+
+
+def _entry(name: str, which: str) -> str:
+    """The name of an entry in version 1."""
+    return name if which == "score" else f"{name}:{which}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,29 +226,20 @@ class SumBatch:
         return float(picked.sum())
 
 
-def has_sums(file: TensorFile, tensor: ScoredTensor, which: Iterable[str]) -> bool:
-    """Whether the file holds all of these sums of a tensor."""
-    return all(f"{tensor.info.name}:{part}" in file.tensors for part in which)
+def batches(
+    numbers: ScoreArrays, tensors: Iterable[ScoredTensor], which: Sequence[str]
+) -> Iterator[SumBatch]:
+    """Read the sums ``which`` of those ``tensors`` that have them, about a million neurons at a time."""
+    having = [tensor for tensor in tensors if numbers.has(tensor.info.name, *which)]
+    ends = accumulate(tensor.layout.count for tensor in having)
+    for _, group in groupby(zip(having, ends, strict=True), key=lambda one: one[1] // _NEURONS):
+        yield _read(numbers, [tensor for tensor, _ in group], which)
 
 
-def batches(file: TensorFile, tensors: Iterable[ScoredTensor], which: Sequence[str]) -> Iterator[SumBatch]:
-    """Read the sums ``which``, which all ``tensors`` have, about a million neurons at a time."""
-    waiting: list[ScoredTensor] = []
-    size = 0
-    for tensor in tensors:
-        if waiting and size + tensor.layout.count > _NEURONS:
-            yield _read(file, waiting, which)
-            waiting, size = [], 0
-        waiting.append(tensor)
-        size += tensor.layout.count
-    if waiting:
-        yield _read(file, waiting, which)
-
-
-def _read(file: TensorFile, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:
+def _read(numbers: ScoreArrays, tensors: Sequence[ScoredTensor], which: Sequence[str]) -> SumBatch:
     counts = [tensor.layout.count for tensor in tensors]
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
-    sums = {part: file.joined([f"{tensor.info.name}:{part}" for tensor in tensors]) for part in which}
+    sums = {part: numbers.read(part, tensors) for part in which}
     for values in sums.values():
         values[np.isnan(values)] = 0
     masks = [tensor.belongs() for tensor in tensors]

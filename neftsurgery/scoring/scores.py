@@ -25,11 +25,11 @@ from ..text import lines, plural, printable, size
 from .scored_tensors import (
     WHAT,
     CompanionBias,
+    ScoreArrays,
     ScoredTensor,
     SumBatch,
     Unscored,
     batches,
-    has_sums,
     read_companion_biases,
     read_scored,
 )
@@ -37,7 +37,7 @@ from .scored_tensors import (
 __all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
 
 SCORES_KEY = "neuron_scores"
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leaves int64
 
 
@@ -60,11 +60,13 @@ class Scores(FileBacked):
         facts: Mapping[str, object],
         tensors: Mapping[str, ScoredTensor],
         companion_biases: Mapping[str, CompanionBias],
+        arrays: ScoreArrays,
     ) -> None:
         super().__init__(file)
         self.facts = Facts(facts)
         self.tensors = tensors
         self.companion_biases = companion_biases
+        self._arrays = arrays
 
     @classmethod
     @boundary
@@ -82,15 +84,23 @@ class Scores(FileBacked):
     def read(cls, file: TensorFile) -> Scores:
         """The scores in an open file, which the new object takes over."""
         facts = read_document(file, SCORES_KEY, WHAT, SCORES_VERSION)
+        if facts["version"] > 1:  # tens of thousands of tensors share a few descriptions
+            try:
+                known = dict(enumerate(facts.pop("descriptions")))
+                facts["tensors"] = {name: known[number] for name, number in facts["tensors"].items()}
+            except (KeyError, TypeError) as error:
+                raise bad(file, WHAT, "a tensor has no description") from error
         tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
-        companion_biases = dict(read_companion_biases(file, facts.get("unscored", {}), tensors))
+        unscored = facts.get("unscored", {})
+        companion_biases = dict(read_companion_biases(file, facts["version"], unscored, tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
             count = facts.get(which, least)
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise bad(file, WHAT, f"{which} is not a count")
         if sum(tensor.info.elements for tensor in tensors.values()) >= _MAX_ELEMENTS:
             raise bad(file, WHAT, "there are more elements than a model can have")
-        return cls(file, facts, tensors, companion_biases)
+        arrays = ScoreArrays.checked(file, facts, tensors, companion_biases)
+        return cls(file, facts, tensors, companion_biases, arrays)
 
     def __repr__(self) -> str:
         return printable(f"<Scores {self.path or 'not saved'}: {self.score} of {self.neurons:,} neurons>")
@@ -109,17 +119,16 @@ class Scores(FileBacked):
 
     def values(self, name: str) -> Float32Array:
         """The scores of tensor ``name``, float32 ``[n]``; NaN for neurons that cannot be chosen."""
-        return self._file.array(name)
+        return self._arrays.read("score", [self.tensors[name]])
 
     def sums(self, name: str, which: str) -> NDArray[Any] | None:
         """``base_sq``, ``delta_sq``, ``dot``, ``changed`` or ``unit`` of a tensor, ``[n]``, or None."""
-        entry = f"{name}:{which}"
-        return self._file.array(entry) if entry in self._file.tensors else None
+        tensor = self.tensors.get(name) or self.companion_biases.get(name)
+        return self._arrays.read(which, [tensor]) if tensor and self._arrays.has(name, which) else None
 
     def batches(self, *which: str) -> Iterator[SumBatch]:
         """The named sums of all tensors that have them, many tensors at a time."""
-        having = (tensor for tensor in self.tensors.values() if has_sums(self._file, tensor, which))
-        return batches(self._file, having, which)
+        return batches(self._arrays, self.tensors.values(), which)
 
     @property
     def score(self) -> str:
@@ -152,10 +161,10 @@ class Scores(FileBacked):
         found = Facts.from_json(self.facts.get("unscored"))
         return {name: Unscored.from_json(entry) for name, entry in found.items()}
 
-    @property
+    @cached_property
     def by_unit(self) -> bool:
         """Whether neurons are chosen by whole units."""
-        return any(f"{name}:unit" in self._file.tensors for name in self.tensors)
+        return any(self._arrays.has(name, "unit") for name in self.tensors)
 
     @cached_property
     def units(self) -> int:
@@ -231,7 +240,7 @@ class Scores(FileBacked):
 
         groups = [(key, list(members)) for key, members in groupby(self.tensors.values(), key=alike)]
         blocks = [
-            Block(name, layer, cost, self._file.joined([tensor.info.name for tensor in members]))
+            Block(name, layer, cost, self._arrays.read("score", members))
             for (name, layer, cost), members in groups
         ]
         masks = choose(blocks, budget, parameters=self.parameters)
@@ -254,7 +263,7 @@ class Scores(FileBacked):
             seen.append(fresh[np.sort(np.unique(fresh, return_index=True)[1])])
             score[unit] = self.values(name)[mine]
             layer[unit] = layers.index(tensor.layer)
-            cost += np.bincount(unit, minlength=count) * tensor.layout.width
+            np.add.at(cost, unit, tensor.layout.width)
         order = np.concatenate(seen)  # units by first member: the order that breaks ties
         edges = np.flatnonzero((np.diff(cost[order]) != 0) | (np.diff(layer[order]) != 0)) + 1
         runs = [run for run in np.split(order, edges) if len(run)]
@@ -276,22 +285,23 @@ class Scores(FileBacked):
 
     def _changed(self) -> Iterator[tuple[str, Int64Array]]:
         for name, tensor in self.tensors.items():
-            changed = self.sums(name, "changed")
-            if changed is None:
-                raise UsageError(
-                    "[[changed]] needs the number of changed elements, and these scores do not have it",
-                    file=self._file.path,
-                    tensor=name,
-                )
             mask = tensor.belongs()
-            yield name, np.flatnonzero(changed if mask is None else (changed > 0) & mask)
+            changed = self._differing(name)
+            yield name, changed if mask is None else changed[mask[changed]]
         for name, bias in self.companion_biases.items():
             if bias.included:
                 yield name, self._differing(name)
 
     def _differing(self, name: str) -> Int64Array:
-        """The elements of a bias that differ."""
-        return np.flatnonzero(self._file.array(f"{name}:changed"))
+        """The neurons of a tensor that have a bit that differs."""
+        changed = self.sums(name, "changed")
+        if changed is None:
+            raise UsageError(
+                "[[changed]] needs the number of changed elements, and these scores do not have it",
+                file=self._file.path,
+                tensor=name,
+            )
+        return np.flatnonzero(changed)
 
     def _bias_elements(self, chosen: Mapping[str, Int64Array], budget: Budget) -> dict[str, Int64Array]:
         """The bias elements that go with the chosen neurons; by ``--changed``, all that differ as well."""
@@ -328,7 +338,7 @@ class Scores(FileBacked):
         change has no size (a quantized one).
         """
         inside = scored = rest = 0.0
-        if not all(has_sums(self._file, tensor, ["delta_sq"]) for tensor in self.tensors.values()):
+        if not all(self._arrays.has(name, "delta_sq") for name in self.tensors):
             return {}
         chosen = {name: part.index for name, part in tensors.items() if name in self.tensors}
         for batch in self.batches("delta_sq"):

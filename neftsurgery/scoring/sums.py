@@ -9,6 +9,7 @@ Neuron: Neuron-Level Supervised Fine-tuning for Large Language Model", COLING 20
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,13 +91,31 @@ class Sums:
         self.finite[index] = values.finite
         self._refined.append((index, values))
 
-    def score(self, kind: str, width: int) -> Float32Array:
-        """The score ``kind`` (not ``random``) of each neuron, float32 ``[n]``; NaN where not finite."""
+    @classmethod
+    def joined(cls, parts: Sequence[Sums]) -> Sums:
+        """The sums of the neurons of all ``parts``, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        sums = [np.concatenate([getattr(part, which) for part in parts]) for which in ("aa", "dd", "ad")]
+        whole = cls(np.stack(sums), np.concatenate([part.changed for part in parts]))
+        whole.finite = np.concatenate([part.finite for part in parts])
+        start = 0
+        for part in parts:
+            whole._refined += [(start + index, values) for index, values in part._refined]
+            start += len(part.changed)
+        return whole
+
+    def score(self, kind: str, width: int | Int64Array) -> Float32Array:
+        """The score ``kind`` (not ``random``) of each neuron, float32 ``[n]``; NaN where not finite.
+
+        ``width``: elements of a vector; an array ``[n]`` if they differ.
+        """
+        widths = np.broadcast_to(width, len(self.changed))
         with np.errstate(all="ignore"):
             bb, ab, rr = self._derived()
-            result = _score(kind, self.aa, self.dd, bb, ab, rr, self.changed, width, 1.0)
+            result = _score(kind, self.aa, self.dd, bb, ab, rr, self.changed, widths, 1.0)
             for index, v in self._refined:
-                result[index] = _score(kind, v.aa, v.dd, v.bb, v.ab, v.rr, v.changed, width, v.scale)
+                result[index] = _score(kind, v.aa, v.dd, v.bb, v.ab, v.rr, v.changed, widths[index], v.scale)
             result[~self.finite] = np.nan
             return result.astype(np.float32)
 
@@ -123,7 +142,7 @@ def _score(
     ab: Float64Array,
     rr: Float64Array,
     changed: Int64Array,
-    width: int,
+    width: Int64Array | int,
     scale: Float64Array | float,
 ) -> Float64Array:
     if kind == "cosine":

@@ -30,7 +30,15 @@ from ..errors import MachineError, NeftError, UsageError, naming
 from .output_checks import MAX_NAME, AnyPath, identity, named_output
 from .positioned import write_exactly
 
-__all__ = ["StagedFile", "begin_writeback", "fsync", "fsync_folder", "staged_directory", "staged_file"]
+__all__ = [
+    "StagedFile",
+    "begin_writeback",
+    "fsync",
+    "fsync_folder",
+    "remove_stale",
+    "staged_directory",
+    "staged_file",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +97,7 @@ def _create_directory(path: Path) -> int:
 @contextmanager
 def _staging(out: AnyPath, *, force: bool, create: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
     final = named_output(out).absolute()  # the caller may change the current folder
-    _remove_stale(final)
+    remove_stale(final)
     entry = _StagedEntry()
     try:
         path = _reserve(final, create, entry)
@@ -138,10 +146,11 @@ def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> P
         path = entry.path = _staging_name(out)
         try:
             entry.fd = create(path)
-        except (FileExistsError, FileNotFoundError):
+        except (FileExistsError, FileNotFoundError) as error:
             entry.path = None  # another process's, or none
             if out.parent.is_dir():
                 continue
+            error.filename = str(out)
             raise
         # Before it was locked, another process may have taken it for a stale one, and removed it.
         if _lock(entry.fd) is not False and identity(entry.fd) == identity(path):
@@ -167,7 +176,7 @@ def _staging_prefix(out: Path) -> str:
     return f".{stem}.neft-"
 
 
-def _remove_stale(out: Path) -> None:
+def remove_stale(out: Path) -> None:
     """Remove what killed processes left of outputs of the same name, or restore it."""
     prefix = _staging_prefix(out)
     try:

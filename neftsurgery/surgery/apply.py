@@ -23,13 +23,14 @@ from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.overlap import RowSource
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, silent
-from ..sources.resolve import Source, is_hub_id
+from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
-from .rebuild import RebuildPlan, RebuildResult, chain_of, plan_rebuild
-from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, touched_files
+from .chains import opened_patches
+from .rebuild import RebuildPlan, RebuildResult, plan_rebuild
+from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, require_place, touched_files
 from .same_base import other_base
-from .verb import load_patches, replaced_rows, require_replaced, run_keywords, warn
+from .verb import replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
@@ -66,7 +67,8 @@ def apply(
     out:
         The new checkpoint: a file for a file, else a folder. It appears whole or not at all.
     in_place:
-        Change ``base`` itself: only the touched rows are written, their old bytes journaled first.
+        Change ``base`` itself: only what differs is written, the old bytes journaled first. A lossless patch
+        needs a base whose weight files have the headers that those of the result have.
     sha256:
         The SHA-256 that the patch's file must have; of several patches, one each, in order.
     force:
@@ -142,19 +144,6 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
         log.warning("%s: a change in place was interrupted; it is undone", healed.checkpoint)
 
 
-def opened_patches(
-    named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None, to: int | None = None
-) -> list[Patch | LosslessPatch]:
-    """The patches, opened and checked as `load_patches` does; a folder stands for its chain up to ``to``."""
-    found = list[AnyPatch]()
-    for one in named:
-        chain = list[LosslessPatch]()
-        if isinstance(one, str | os.PathLike) and os.path.isdir(one):
-            chain = chain_of(Path(one), to)
-        found += chain or [one]
-    return load_patches(found, sha256)
-
-
 def plan_apply(
     base: AnyPath,
     patches: Sequence[Patch | LosslessPatch],
@@ -174,7 +163,16 @@ def plan_apply(
             raise UsageError(
                 "lossless patches and neuron patches are not applied together", file=lossless[0].place
             )
-        return plan_rebuild(base, lossless, goal="patched", out=out, in_place=in_place, force=force)
+        return plan_rebuild(
+            base,
+            lossless,
+            goal="patched",
+            out=out,
+            in_place=in_place,
+            force=force,
+            limits=limits,
+            progress=progress,
+        )
     rows = [RowSource(patch, patch.values) for patch in patches if isinstance(patch, Patch)]
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
@@ -194,7 +192,15 @@ def plan_revert(
     patch = load_any(patch)
     if isinstance(patch, LosslessPatch):
         return plan_rebuild(
-            checkpoint, [patch], goal="base", base=base, out=out, in_place=in_place, force=force
+            checkpoint,
+            [patch],
+            goal="base",
+            base=base,
+            out=out,
+            in_place=in_place,
+            force=force,
+            limits=limits,
+            progress=progress,
         )
     inputs, warnings, read = list[Path](), list[str](), patch.base_values
     if base is not None:
@@ -223,14 +229,7 @@ def _plan(
     inputs: Sequence[Path] = (),
     warnings: Sequence[str] = (),
 ) -> _Rewrite:
-    if (out is None) == (not in_place):
-        raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
-    if out is None and is_hub_id(named):
-        raise UsageError(
-            "a Hub model cannot be changed in place: its files belong to the cache",
-            file=named,
-            hint="write a new checkpoint with [[out=...]]",
-        )
+    require_place(named, out, in_place)
     checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
     for patch in patches:

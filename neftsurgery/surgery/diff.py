@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -28,21 +30,23 @@ from ..options import (
 from ..progress import Progress, Stopwatch, silent
 from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
+from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
+from ..tensors.arrays import Float32Array
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from .pairing import Pair, described, open_sides, pair
 from .verb import running, warn
 
-__all__ = ["DiffPlan", "check_score", "describe_tensor", "diff", "plan_diff"]
+__all__ = ["DiffPlan", "check_score", "describe_tensors", "diff", "plan_diff"]
 
 log = logging.getLogger(__name__)
 
-_SUMS = (("base_sq", "F64"), ("delta_sq", "F64"), ("dot", "F64"), ("changed", "I64"))
+_BATCH = 1 << 16  # neurons whose numbers are written at once
 _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e-300, "changed": 1 << 62}
 
 
@@ -93,8 +97,9 @@ class DiffPlan:
             room = dump(
                 SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
             )
-            with written_file(list(_entries(self.pair)), room, self.out, force=self.force) as written:
-                sink = _Sink(self.pair, self.score, self.seed, written)
+            starts, arrays = _arrays(self.pair)
+            with written_file(arrays, room, self.out, force=self.force) as written:
+                sink = _Sink(self.pair, self.score, self.seed, starts, written)
                 with progress("scoring", self.pair.nbytes) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
@@ -119,7 +124,7 @@ class DiffPlan:
             "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),
             **self.pair.describe(),
-            "tensors": {t.info.name: describe_tensor(t) for t in self.pair.anatomy.scored},
+            **describe_tensors(self.pair.anatomy.scored),
         }
 
 
@@ -211,14 +216,21 @@ def check_score(score: str) -> None:
         raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
 
 
-def describe_tensor(tensor: NeuronTensor) -> dict[str, object]:
-    """What a scores file says of a scored tensor."""
-    entry = {**described(tensor.info, tensor.axes), "layer": tensor.layer, "kind": tensor.kind}
-    if tensor.bias is not None:
-        entry["bias"] = tensor.bias
-    if tensor.part is not None:
-        entry["part"] = [tensor.part.start, tensor.part.stop, tensor.part.step]
-    return entry
+def describe_tensors(tensors: Iterable[NeuronTensor]) -> dict[str, object]:
+    """What a scores file says of the scored tensors: all descriptions, and the number of each one's."""
+    numbers, names = dict[NeuronTensor, int](), dict[str, int]()
+    for tensor in tensors:
+        nameless = replace(tensor, info=replace(tensor.info, name=""), units=None)
+        names[tensor.info.name] = numbers.setdefault(nameless, len(numbers))
+    descriptions = []
+    for tensor in numbers:
+        entry = {**described(tensor.info, tensor.axes), "layer": tensor.layer, "kind": tensor.kind}
+        if tensor.bias is not None:
+            entry["bias"] = tensor.bias
+        if tensor.part is not None:
+            entry["part"] = [tensor.part.start, tensor.part.stop, tensor.part.step]
+        descriptions.append(entry)
+    return {"descriptions": descriptions, "tensors": names}
 
 
 def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[str, Any]]:
@@ -232,28 +244,22 @@ def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[s
     return found
 
 
-def _entries(plan: Pair) -> Iterator[TensorInfo]:
-    # Kind by kind and by name: as they are read.
-    scored = sorted(plan.anatomy.scored, key=lambda tensor: tensor.info.name)
-    for tensor in scored:
-        yield TensorInfo(tensor.info.name, "F32", (tensor.layout.count,))
-    for which, dtype in _SUMS:
-        for tensor in scored:
-            yield TensorInfo(f"{tensor.info.name}:{which}", dtype, (tensor.layout.count,))
-    for tensor in scored:
-        if tensor.units is not None:
-            yield TensorInfo(f"{tensor.info.name}:unit", "I64", (tensor.layout.count,))
-    for job in plan.jobs:
-        if job.info.name in plan.companion_biases:
-            for which, dtype in (("delta_sq", "F64"), ("changed", "I64")):
-                yield TensorInfo(f"{job.info.name}:{which}", dtype, (job.info.elements,))
+def _arrays(plan: Pair) -> tuple[dict[str, int], list[TensorInfo]]:
+    """Where each tensor's numbers begin in the arrays of the file, and these."""
+    counts = {tensor.info.name: tensor.layout.count for tensor in plan.anatomy.scored}
+    elements = {name: plan.base.tensors[name].elements for name in plan.companion_biases}
+    return arranged(counts, elements, ["score", *SUMS, *(["unit"] if plan.anatomy.name == "units" else [])])
 
 
 class _Sink:
-    """Takes results as they come, and writes scores: a tensor's at once, a unit's when its layer is done."""
+    """Takes results as they come, and writes in batches; the scores of units when their layer is done."""
 
-    def __init__(self, plan: Pair, score: str, seed: int, writer: TensorFileWriter) -> None:
-        self._score, self._seed, self._writer = score, seed, writer
+    def __init__(
+        self, plan: Pair, score: str, seed: int, starts: Mapping[str, int], writer: TensorFileWriter
+    ) -> None:
+        self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
+        self._waiting: list[tuple[int, NeuronTensor, Sums]] = []  # with where their numbers begin
+        self._neurons = 0  # of those waiting
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
         self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
         self.nonfinite = 0
@@ -266,17 +272,16 @@ class _Sink:
             self._list(result)
             return
         assert result.sums is not None  # its job has a layout
-        self._write_sums(name, result.sums, _SUMS)
-        counted = ~result.sums.finite if tensor.part is None else ~result.sums.finite & tensor.part.mask()
-        self.nonfinite += int(np.count_nonzero(counted))
-        if tensor.units is None:
-            self._write_scores(tensor, result.sums)
-            return
-        if self._layer is None or self._layer.name != tensor.layer:
-            self.finish()
-            tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
-            self._layer = _LayerUnits(tensor.layer, tensors)
-        self._writer.write(f"{name}:unit", 0, self._layer.add(tensor, result.sums))
+        if tensor.units is not None:
+            if self._layer is None or self._layer.name != tensor.layer:
+                self._finish_layer()
+                tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
+                self._layer = _LayerUnits(tensor.layer, tensors)
+            self._layer.add(tensor, result.sums)
+        self._waiting.append((self._starts[name], tensor, result.sums))
+        self._neurons += tensor.layout.count
+        if self._neurons >= _BATCH:
+            self._write_batch()
 
     def _list(self, result: TensorResult) -> None:
         """Record the change of a tensor that is not scored."""
@@ -290,30 +295,57 @@ class _Sink:
             # JSON has no infinity, which the squares of large F64 reach.
             entry[which] = float(np.nan_to_num(total))
         if result.sums is not None:
-            self._write_sums(name, result.sums, (_SUMS[1], _SUMS[3]))
+            self._write(self._starts[name], _changes(result.sums))
 
-    def _write_sums(self, name: str, sums: Sums, which: Sequence[tuple[str, str]]) -> None:
-        values = {"base_sq": sums.aa, "delta_sq": sums.dd, "dot": sums.ad, "changed": sums.changed}
-        for key, _ in which:
-            self._writer.write(f"{name}:{key}", 0, values[key])
+    def _write(self, start: int, numbers: Mapping[str, NDArray[Any]]) -> None:
+        for which, values in numbers.items():
+            self._writer.write(which, start, values)
 
-    def _write_scores(self, tensor: NeuronTensor, sums: Sums) -> None:
-        name = tensor.info.name
-        if self._score == "random":
-            scores = random_scores(name, tensor.layout.count, self._seed)
-            scores[~sums.finite] = np.nan
-        else:
-            scores = sums.score(self._score, tensor.layout.width)
-        if tensor.part is not None:
-            scores[~tensor.part.mask()] = np.nan
-        self._writer.write(name, 0, scores)
+    def _write_batch(self) -> None:
+        waiting = sorted(self._waiting, key=operator.itemgetter(0))
+        self._waiting, self._neurons = [], 0
+        if not waiting:
+            return
+        starts, tensors, parts = zip(*waiting, strict=True)
+        sums = Sums.joined(parts)
+        numbers = {"base_sq": sums.aa, "dot": sums.ad, **_changes(sums)}
+        edges = np.cumsum([0, *(tensor.layout.count for tensor in tensors)])
+        counted = np.ones(edges[-1], np.bool_)
+        for start, stop, tensor in zip(edges, edges[1:], tensors, strict=False):
+            if tensor.part is not None:
+                counted[start:stop] = tensor.part.mask()
+        self.nonfinite += int(np.count_nonzero(~sums.finite & counted))
+        if tensors[0].units is None:
+            numbers["score"] = self._scores(tensors, sums)
+            numbers["score"][~counted] = np.nan
+        # Tensors whose numbers are neighbours in the file are written as one.
+        breaks = np.flatnonzero(np.diff(np.asarray(starts) - edges[:-1])) + 1
+        for first, last in pairwise([0, *breaks, len(starts)]):
+            run = slice(edges[first], edges[last])
+            self._write(starts[first], {which: values[run] for which, values in numbers.items()})
 
-    def finish(self) -> None:
+    def _scores(self, tensors: Sequence[NeuronTensor], sums: Sums) -> Float32Array:
+        counts = [tensor.layout.count for tensor in tensors]
+        if self._score != "random":
+            return sums.score(self._score, np.repeat([tensor.layout.width for tensor in tensors], counts))
+        drawn = [random_scores(t.info.name, n, self._seed) for t, n in zip(tensors, counts, strict=True)]
+        return np.where(sums.finite, np.concatenate(drawn), np.float32(np.nan))
+
+    def _finish_layer(self) -> None:
         """Write the scores of the layer of units that is complete."""
         if self._layer is not None:
-            for name, scores in self._layer.scores(self._score, self._seed):
-                self._writer.write(name, 0, scores)
-            self._layer = None
+            for name, numbers in self._layer.numbers(self._score, self._seed):
+                self._write(self._starts[name], numbers)
+
+    def finish(self) -> None:
+        """Write all that is left."""
+        self._write_batch()
+        self._finish_layer()
+
+
+def _changes(sums: Sums) -> dict[str, NDArray[Any]]:
+    """What is recorded of every neuron, scored or not."""
+    return {"delta_sq": sums.dd, "changed": np.minimum(sums.changed, (1 << 32) - 1).astype(np.uint32)}
 
 
 class _LayerUnits:
@@ -326,15 +358,13 @@ class _LayerUnits:
         self._first = min(low for low, _ in spans)
         self._sums = UnitSums(max(high for _, high in spans) - self._first)
 
-    def add(self, tensor: NeuronTensor, sums: Sums) -> NDArray[np.int64]:
-        """Join a tensor's neurons to their units; returns the unit of each."""
+    def add(self, tensor: NeuronTensor, sums: Sums) -> None:
+        """Join a tensor's neurons to their units."""
         assert tensor.units is not None  # chosen for it
-        ids = tensor.units.ids()
-        self._sums.add(ids - self._first, sums, tensor.layout.width)
-        return ids
+        self._sums.add(tensor.units.ids() - self._first, sums, tensor.layout.width)
 
-    def scores(self, score: str, seed: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Per tensor its neurons' scores: those of their units."""
+    def numbers(self, score: str, seed: int) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
+        """Per tensor its neurons' units and scores: those of their units."""
         if score == "random":
             units = random_scores(self.name, len(self._sums.width), seed)
             units[np.isnan(self._sums.score("changed"))] = np.nan
@@ -342,4 +372,5 @@ class _LayerUnits:
             units = self._sums.score(score)
         for tensor in self._tensors:
             assert tensor.units is not None  # chosen for it
-            yield tensor.info.name, units[tensor.units.ids() - self._first]
+            ids = tensor.units.ids()
+            yield tensor.info.name, {"unit": ids, "score": units[ids - self._first]}

@@ -15,42 +15,38 @@ from numpy.typing import NDArray
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
-from ..checkpoint.provenance import HASH_PREFIX, Provenance, fingerprint
-from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
 from ..coding.elements import Carrier
-from ..coding.tables import MOST_TABLES, FrequencyTable, fit, pack
+from ..coding.fitting import fit
+from ..coding.tables import MOST_TABLES, FrequencyTable, pack
 from ..errors import MismatchError, UsageError
 from ..patch.delta import (
     ARRAYS,
-    MOST_SIDE_BYTES,
-    SIDE_NAMES,
     DeltaBlock,
     SideFile,
-    WeightFile,
     block_hash,
     blocks_of,
     counterpart,
     pack_layout,
     read_block,
 )
-from ..patch.lossless import LosslessPatch, content_hash
-from ..patch.patch import LOSSLESS_VERSION, PATCH_KEY
+from ..patch.lossless import LosslessPatch
+from ..patch.patch_file import PATCH_VERSION, sealed
 from ..progress import Progress, Stopwatch, silent
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
-from ..tensors.document import dump
 from ..tensors.dtypes import DTYPES
-from ..tensors.header import FilePlan, TensorInfo, parse_header
+from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
+from .model_files import ModelFiles
 
-__all__ = ["LosslessPlan", "plan_lossless"]
+__all__ = ["LosslessPlan", "plan_between", "plan_lossless"]
 
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
-_SAMPLES = 6
+_SAMPLES = 3
 #: Kinds of tensor with fewer changes share a table: one of their own would cost more than it saves.
 _FEW_CHANGES = 4096
 #: Bytes that a thread holds: a block of either side, its symbols, its code.
@@ -63,10 +59,8 @@ _Pair: TypeAlias = tuple[Carrier, Carrier]  # a block of the source, and the sam
 class LosslessPlan:
     """What would be written. Made by `plan_lossless`; nothing is written yet."""
 
-    base: Checkpoint | TensorsInMemory
-    tuned: Checkpoint | TensorsInMemory
-    side: tuple[Path, ...]  # of the tuned checkpoint
-    not_carried: tuple[str, ...]
+    base: ModelFiles
+    tuned: ModelFiles
     reversible: bool
     fast: bool
     weights_only: bool
@@ -75,16 +69,15 @@ class LosslessPlan:
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
-        files = _weight_files(self.tuned)
         return {
             "lossless": True,
-            "base": self.base.name,
-            "tuned": self.tuned.name,
-            "tensors": len(self.tuned.tensors),
-            "files": [file.name for file in files],
-            "side_files": [path.name for path in self.side],
-            "not_carried": list(self.not_carried),
-            "tuned_bytes": sum(file.nbytes for file in files),
+            "base": self.base.weights.name,
+            "tuned": self.tuned.weights.name,
+            "tensors": len(self.tuned.weights.tensors),
+            "files": [file.name for file in self.tuned.files],
+            "side_files": list(self.tuned.side),
+            "not_carried": list(self.tuned.not_carried),
+            "tuned_bytes": self.tuned.nbytes,
             "reversible": self.reversible,
             "fast": self.fast,
             "out": None if self.out is None else str(self.out),
@@ -95,52 +88,42 @@ class LosslessPlan:
         limits = limits or Limits.of()
         watch = Stopwatch()
         with watch.running():
-            ways = [_Way("forward", self.base, self.tuned, self.side, self.fast)]
+            ways = [_Way("forward", self.base, self.tuned, self.fast, limits)]
             if self.reversible:
-                back = () if self.weights_only else _side_files(self.base)[0]
-                ways.append(_Way("backward", self.tuned, self.base, back, self.fast))
+                ways.append(_Way("backward", self.tuned, self.base, self.fast, limits))
             manifest = self._manifest()
-            room = dump(PATCH_KEY, manifest | {"content_hash": HASH_PREFIX + "0" * 32})
             most = sum(block.nbytes for way in ways for block in way.blocks)
             entries = [entry for way in ways for entry in way.entries()]
             entries.append(TensorInfo("code", "U8", (most,)))
             with (
                 progress("coding", most) as advance,
-                written_file(entries, room, self.out, force=self.force, space=0) as written,
+                written_file(entries, sealed(manifest, ()), self.out, force=self.force, space=0) as written,
             ):
                 end = 0
                 for way in ways:
                     end = way.code(written, end, limits, advance)
                 written.shrink("code", end)
-                parts = [part for way in ways for part in way.write(written)]
-                manifest["content_hash"] = content_hash(manifest, parts)
-                written.finish(dump(PATCH_KEY, manifest))
-                for checkpoint in (self.base, self.tuned):
-                    checkpoint.check_unchanged()
-        patch = LosslessPatch(written.reader(), manifest)
-        watch.bytes_read = self.base.bytes_read + self.tuned.bytes_read
+                written.finish(sealed(manifest, [part for way in ways for part in way.write(written)]))
+                for model in (self.base, self.tuned):
+                    model.weights.check_unchanged()
+        patch = LosslessPatch.read(written.reader())
+        watch.bytes_read = self.base.weights.bytes_read + self.tuned.weights.bytes_read
         patch.timing = watch.timing
         return patch
 
     def _manifest(self) -> dict[str, object]:
         return {
-            "version": LOSSLESS_VERSION,
-            "kind": "lossless",
-            "base": _origin(self.base).to_json(),
-            "tuned": _origin(self.tuned).to_json(),
+            "version": PATCH_VERSION,
+            "kind": LosslessPatch.kind,
+            "base": self.base.origin().to_json(),
+            "tuned": self.tuned.origin().to_json(),
             "created_by": f"neftsurgery {__version__}",
             "reversible": self.reversible,
             "fast": self.fast,
             "weights_only": self.weights_only,
-            "not_carried": list(self.not_carried),
+            "not_carried": list(self.tuned.not_carried),
             "tensors": {},
         }
-
-
-def _origin(side: Checkpoint | TensorsInMemory) -> Provenance:
-    if isinstance(side, Checkpoint):
-        return Provenance.of(side)
-    return Provenance({"name": side.name, "fingerprint": fingerprint(side)})
 
 
 def plan_lossless(
@@ -154,25 +137,45 @@ def plan_lossless(
     force: bool = False,
 ) -> LosslessPlan:
     """Check everything that a lossless `extract` needs; nothing is written. Raises as `extract`."""
-    first, second = _opened(base, tuned)
-    if not any(counterpart(info, first.tensors) for info in second.tensors.values()):
+    sides = _opened(base, tuned)
+    return plan_between(
+        *map(ModelFiles.of, sides),
+        inputs=[side.source.path for side in sides if isinstance(side, Checkpoint)],
+        reversible=reversible,
+        fast=fast,
+        weights_only=weights_only,
+        out=out,
+        force=force,
+    )
+
+
+def plan_between(
+    base: ModelFiles,
+    tuned: ModelFiles,
+    *,
+    reversible: bool,
+    fast: bool,
+    weights_only: bool,
+    out: AnyPath | None,
+    force: bool,
+    inputs: Sequence[Path],
+) -> LosslessPlan:
+    """As `plan_lossless`, of two models; ``inputs``: files and folders that ``out`` must not replace."""
+    if not any(counterpart(info, base.weights.tensors) for info in tuned.weights.tensors.values()):
         raise MismatchError(
-            "the checkpoints have no tensor in common", file=second.name, hint="are they of one model?"
+            "the checkpoints have no tensor in common", file=tuned.weights.name, hint="are they of one model?"
         )
     if out is not None:
-        sides = [side.source.path for side in (first, second) if isinstance(side, Checkpoint)]
-        refuse_output(out, inputs=sides, force=force, kind="file")
-    carried, others = _side_files(second)
+        refuse_output(out, inputs=inputs, force=force, kind="file")
     if weights_only:
-        others = (*others, *(path.name for path in carried if path.name != INDEX_NAME))
-        carried = tuple(path for path in carried if path.name == INDEX_NAME)
+        base, tuned = base.without_side(), tuned.without_side()
     place = None if out is None else Path(out)
-    return LosslessPlan(first, second, carried, others, reversible, fast, weights_only, place, force)
+    return LosslessPlan(base, tuned, reversible, fast, weights_only, place, force)
 
 
 def _opened(
     base: AnyPath | Mapping[str, Any], tuned: AnyPath | Mapping[str, Any]
-) -> tuple[Checkpoint | TensorsInMemory, Checkpoint | TensorsInMemory]:
+) -> tuple[Checkpoint, Checkpoint] | tuple[TensorsInMemory, TensorsInMemory]:
     if isinstance(base, Mapping) or isinstance(tuned, Mapping):
         if not (isinstance(base, Mapping) and isinstance(tuned, Mapping)):
             raise UsageError("tensors in memory and files are not compared", hint="give two of one kind")
@@ -193,58 +196,26 @@ def _opened(
     return first, second
 
 
-def _side_files(checkpoint: Checkpoint | TensorsInMemory) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """The files beside the weights that a patch carries, and the names of those that it does not."""
-    if isinstance(checkpoint, TensorsInMemory) or checkpoint.is_file:
-        return (), ()
-    weights = {shard.path.name for shard in checkpoint.shards}
-    carried, others = list[Path](), list[str]()
-    for path in sorted(checkpoint.root.iterdir()):
-        if path.name in weights or path.name.startswith("."):
-            continue
-        small = path.is_file() and path.stat().st_size <= MOST_SIDE_BYTES
-        stale = path.name == INDEX_NAME and len(weights) == 1 and "model.safetensors" in weights
-        if path.name in SIDE_NAMES and small and not stale:
-            carried.append(path)
-        else:
-            others.append(path.name)
-    return tuple(carried), tuple(others)
-
-
-def _weight_files(checkpoint: Checkpoint | TensorsInMemory) -> tuple[WeightFile, ...]:
-    if isinstance(checkpoint, TensorsInMemory):
-        metadata = {"format": "pt"}
-        parts = FilePlan.of(checkpoint.tensors.values(), metadata).pack(metadata)
-        raw = b"".join(parts)[8:]
-        return (WeightFile(SINGLE_NAME, parse_header(raw, None), raw),)
-    files = []
-    for shard in checkpoint.shards:
-        with open(shard.path, "rb") as file:
-            file.seek(8)
-            files.append(WeightFile(shard.path.name, shard.header, file.read(shard.header.size - 8)))
-    return tuple(files)
-
-
 class _Way:
     """The coding of one checkpoint as its difference from another."""
 
     def __init__(
         self,
         prefix: str,
-        source: Checkpoint | TensorsInMemory,
-        target: Checkpoint | TensorsInMemory,
-        side: Sequence[Path],
+        source: ModelFiles,
+        target: ModelFiles,
         fast: bool,
+        limits: Limits,
     ) -> None:
-        self._prefix, self._source, self._target, self._fast = prefix, source, target, fast
-        files = _weight_files(target)
-        self.blocks = tuple(blocks_of(files))
+        self._prefix, self._fast = prefix, fast
+        self._source, self._target = source.weights, target.weights
+        self.blocks = tuple(blocks_of(target.files))
         self._counterparts = {
-            name: counterpart(info, source.tensors) for name, info in target.tensors.items()
+            name: counterpart(info, self._source.tensors) for name, info in self._target.tensors.items()
         }
-        self._table_of, self._tables = ({}, []) if fast else self._fitted()
-        described, self._side = _packed(side, source)
-        self._layout = pack_layout(files, described, single=target.is_file)
+        self._table_of, self._tables = ({}, []) if fast else self._fitted(limits)
+        described, self._side = _packed(target, source)
+        self._layout = pack_layout(target.files, described, single=target.single)
         self._packed_tables = pack(self._tables)
         self._arrays: dict[str, NDArray[np.unsignedinteger]] = {
             name: np.zeros(len(self.blocks), DTYPES[dtype].numpy) for name, dtype in ARRAYS.items()
@@ -298,14 +269,14 @@ class _Way:
         base, tuned, before = self._read(block)
         if self._fast:
             form, code = encode_fast(base, tuned)
+            changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
         else:
             number = self._table_of.get(block.info.name)
             table = None if number is None else self._tables[number]
-            form, code = encode(base, tuned, block.elements, table)
-        changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
+            form, code, changed = encode(base, tuned, block.elements, table)
         return form, code, changed, before, block_hash(tuned)
 
-    def _fitted(self) -> tuple[Mapping[str, int], list[FrequencyTable]]:
+    def _fitted(self, limits: Limits) -> tuple[Mapping[str, int], list[FrequencyTable]]:
         """A table for each kind of tensor, from a sample of its blocks; kinds with few changes share one."""
         kinds: dict[tuple[str, str, bool], list[DeltaBlock]] = {}
         for block in self.blocks:
@@ -314,23 +285,29 @@ class _Way:
         table_of, tables = dict[str, int](), list[FrequencyTable]()
         small: dict[str, tuple[list[DeltaBlock], list[_Pair]]] = {}
 
-        def add(blocks: Sequence[DeltaBlock], pairs: Sequence[_Pair]) -> None:
-            table_of.update((block.info.name, len(tables)) for block in blocks)
-            tables.append(fit(pairs, blocks[0].elements, _share(pairs, blocks)))
-
-        for (_, dtype, _), blocks in kinds.items():
+        def fitted(blocks: Sequence[DeltaBlock]) -> tuple[_Pair, FrequencyTable | None]:
             chosen = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))
             pairs = [self._pair(blocks[i]) for i in chosen]
-            changes = sum(int(np.count_nonzero(base != tuned)) for base, tuned in pairs)
-            if changes < _FEW_CHANGES * _share(pairs, blocks) or len(tables) >= MOST_TABLES - len(DTYPES):
-                group = small.setdefault(dtype, ([], []))
-                group[0].extend(blocks)
-                if sum(len(tuned) for _, tuned in group[1]) < _SAMPLES * BLOCK:  # what is held is bounded
-                    group[1].append(pairs[0])
-            else:
-                add(blocks, pairs)
+            changes, share = sum(int(np.count_nonzero(a != b)) for a, b in pairs), _share(pairs, blocks)
+            few = changes < _FEW_CHANGES * share
+            return pairs[0], None if few else fit(pairs, blocks[0].elements, share)
+
+        def add(blocks: Sequence[DeltaBlock], table: FrequencyTable) -> None:
+            table_of.update((block.info.name, len(tables)) for block in blocks)
+            tables.append(table)
+
+        for blocks, (pair, table) in in_order(
+            fitted, kinds.values(), limits.workers(_SAMPLES * _BLOCK_MEMORY)
+        ):
+            if table is not None and len(tables) < MOST_TABLES - len(DTYPES):
+                add(blocks, table)
+                continue
+            group = small.setdefault(blocks[0].info.dtype, ([], []))
+            group[0].extend(blocks)
+            if sum(len(tuned) for _, tuned in group[1]) < _SAMPLES * BLOCK:  # what is held is bounded
+                group[1].append(pair)
         for blocks, pairs in small.values():
-            add(blocks, pairs)
+            add(blocks, fit(pairs, blocks[0].elements, _share(pairs, blocks)))
         return table_of, tables
 
     def _pair(self, block: DeltaBlock) -> _Pair:
@@ -343,18 +320,16 @@ def _share(pairs: Sequence[_Pair], blocks: Sequence[DeltaBlock]) -> float:
     return sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
 
 
-def _packed(paths: Sequence[Path], source: Checkpoint | TensorsInMemory) -> tuple[list[SideFile], bytes]:
+def _packed(target: ModelFiles, source: ModelFiles) -> tuple[list[SideFile], bytes]:
     """Side files as they are in a patch: described, and compressed one behind the other.
 
     Nothing is kept of a file that the source has, too.
     """
     described, parts = list[SideFile](), list[bytes]()
-    for path in paths:
-        content = path.read_bytes()
-        twin = None if isinstance(source, TensorsInMemory) or source.is_file else source.root / path.name
-        same = twin is not None and twin.is_file() and twin.stat().st_size == len(content) > 0
-        same = same and twin is not None and twin.read_bytes() == content
+    for name, read in target.side.items():
+        content = read()
+        same = len(content) > 0 and name in source.side and source.side[name]() == content
         parts.append(b"" if same else compress(content, _SIDE_LEVEL))
         digest = hashlib.sha256(content).hexdigest()
-        described.append(SideFile(path.name, len(content), digest, len(parts[-1])))
+        described.append(SideFile(name, len(content), digest, len(parts[-1])))
     return described, b"".join(parts)

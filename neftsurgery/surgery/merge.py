@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Unpack
+from typing import Literal, Unpack, overload
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import boundary
+from ..errors import MismatchError, boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions
+from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Manifest, Patch
@@ -24,9 +25,10 @@ from ..selection.selection import RowBlock, Selection
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
-from .merge_checks import OverlapRule, check_patches, plan_union
+from .chains import plan_chain
+from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
 from .same_base import other_base
-from .verb import base_rows, load_patch, run_keywords, warn
+from .verb import base_rows, run_keywords, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
 
@@ -119,9 +121,24 @@ class MergePlan:
         return merged
 
 
-@boundary
+@overload
 def merge(
-    patches: Sequence[Patch | AnyPath],
+    patches: Sequence[AnyPatch],
+    *,
+    chain: Literal[True],
+    fast: bool | None = None,
+    weights_only: bool | None = None,
+    base: AnyPath,
+    reversible: bool | None = None,
+    out: AnyPath | None = None,
+    force: bool = False,
+    **options: Unpack[RunOptions],
+) -> LosslessPatch: ...
+
+
+@overload
+def merge(
+    patches: Sequence[AnyPatch],
     *,
     on_overlap: str = "error",
     weights: Sequence[float] | None = None,
@@ -131,8 +148,26 @@ def merge(
     out: AnyPath | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
-) -> Patch:
-    """Make one patch of several patches of one base.
+) -> Patch: ...
+
+
+@boundary
+def merge(
+    patches: Sequence[AnyPatch],
+    *,
+    chain: bool = False,
+    fast: bool | None = None,
+    weights_only: bool | None = None,
+    on_overlap: str = "error",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    base: AnyPath | None = None,
+    reversible: bool | None = None,
+    out: AnyPath | None = None,
+    force: bool = False,
+    **options: Unpack[RunOptions],
+) -> Patch | LosslessPatch:
+    """Make one patch of several patches of one base, or of lossless patches that follow each other.
 
     Neurons that one patch alone replaces are taken as they are; ``on_overlap`` says what becomes of
     those that several replace. The mean of the patches of clients that trained the same neurons is
@@ -142,6 +177,11 @@ def merge(
     ----------
     patches:
         Patches or paths. Each is checked against its own hashes.
+    chain:
+        The patches are lossless, and each was made from what the one before it makes; a folder stands for
+        its patches. The result leads from the first base, which must be given, to the last checkpoint.
+    fast, weights_only:
+        Of the patch of a chain, as in `extract`; by default if every patch is so.
     on_overlap:
         ``error``; ``first`` or ``last`` of them wins; ``mean`` of the new values; ``sum`` of the
         differences from the base; ``ties``: TIES-Merging (Yadav et al., NeurIPS 2023). See
@@ -172,6 +212,19 @@ def merge(
         If a patch's hashes do not match its content; if something cannot be read or written.
     """
     run = run_keywords("merge", options)
+    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
+    refuse_other_options(chain, overlap, {"fast": fast, "weights_only": weights_only})
+    if chain:
+        whole = plan_chain(
+            patches,
+            base=base,
+            reversible=reversible,
+            fast=fast,
+            weights_only=weights_only,
+            out=out,
+            force=force,
+        )
+        return whole.run(**run)
     rule = OverlapRule.of(on_overlap, weights, density, len(patches))
     plan = plan_merge(
         patches, rule, base=base, reversible=reversible, out=out, force=force, progress=run["progress"]
@@ -181,7 +234,7 @@ def merge(
 
 
 def plan_merge(
-    named: Sequence[Patch | AnyPath],
+    named: Sequence[AnyPatch],
     rule: OverlapRule,
     *,
     base: AnyPath | None = None,
@@ -191,7 +244,7 @@ def plan_merge(
     progress: Progress = silent,
 ) -> MergePlan:
     """Check everything that `merge` needs; nothing is written."""
-    patches = [load_patch(patch) for patch in named]
+    patches = [_loaded(patch) for patch in named]
     inputs = [patch.path for patch in patches if patch.path is not None]
     original = None
     if base is not None:
@@ -212,6 +265,17 @@ def plan_merge(
     return MergePlan(
         patches, rule, original, meetings, selection, manifest, keep, place, force, warnings, watch.timing
     )
+
+
+def _loaded(named: AnyPatch) -> Patch:
+    patch = load_any(named)
+    if isinstance(patch, LosslessPatch):
+        raise MismatchError(
+            "the patch is lossless: it holds a whole fine-tune, not chosen neurons",
+            file=patch.place,
+            hint="lossless patches that follow each other become one with [[chain=True]]",
+        )
+    return patch
 
 
 class _Rows:

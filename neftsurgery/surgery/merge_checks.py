@@ -20,7 +20,7 @@ from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..tensors.floats import FLOATS
 from .verb import require_replaced
 
-__all__ = ["OverlapRule", "check_patches", "plan_union"]
+__all__ = ["OverlapRule", "check_patches", "plan_union", "refuse_other_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,13 @@ class OverlapRule:
         if self.name in ARITHMETIC:
             facts["weights"] = list(self.weights)
         return facts | ({"density": self.density} if self.name == "ties" else {})
+
+
+def refuse_other_options(chain: bool, overlap: Mapping[str, object], coding: Mapping[str, object]) -> None:
+    """Raise a `UsageError` for an option of the other kind of merge: of neurons, or of a chain."""
+    for name, value in (overlap if chain else coding).items():
+        if value not in (None, "error"):
+            raise UsageError(f"[[{name}]] {'does not go with' if chain else 'goes only with'} [[chain]]")
 
 
 def check_patches(patches: Sequence[Patch], progress: Progress) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,22 +16,32 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.healing import heal_recorded
-from ..checkpoint.journal import Change, journaled, locked
-from ..errors import NeftError, naming
+from ..checkpoint.journal import Change, journaled, locked, touched_shards
+from ..checkpoint.side_files import SideChange
+from ..errors import NeftError, UsageError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
 from ..patch.digests import digests
 from ..patch.overlap import RowSource
 from ..progress import Progress, Stopwatch, Timing, silent
+from ..sources.resolve import is_hub_id
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
-from ..storage.output_checks import require_space
+from ..storage.output_checks import AnyPath, require_space
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
 from .verify import PatchState, summary
 
-__all__ = ["ApplyPlan", "RevertPlan", "RewritePlan", "RewriteResult", "touched_files"]
+__all__ = [
+    "ApplyPlan",
+    "RevertPlan",
+    "RewritePlan",
+    "RewriteResult",
+    "changed_in_place",
+    "require_place",
+    "touched_files",
+]
 
 
 _TensorRows = tuple[RowSource, str, TensorInfo]  # a tensor of the patch, and one of the file
@@ -174,6 +184,18 @@ class RevertPlan(RewritePlan):
     goal = "base"
 
 
+def require_place(named: AnyPath, out: AnyPath | None, in_place: bool) -> None:
+    """Raise a `UsageError` unless it is clear where the result goes, and it may go there."""
+    if (out is None) == (not in_place):
+        raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
+    if out is None and is_hub_id(named):
+        raise UsageError(
+            "a Hub model cannot be changed in place: its files belong to the cache",
+            file=named,
+            hint="write a new checkpoint with [[out=...]]",
+        )
+
+
 def touched_files(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[Shard]:
     """The weight files that hold a tensor that is written."""
     paths = {checkpoint.shard_of(info.name).path for one in rows for _, info in one.targets(checkpoint)}
@@ -278,26 +300,45 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
     ]
     layouts = [change.layout for change in changes]
     touched = _touched(plan)
-    shards = [shard for shard in checkpoint.shards if shard.path in touched]
     total = sum(rows.patch.value_bytes for rows in plan.rows)
+    with (
+        progress("writing in place", total) as advance,
+        changed_in_place(checkpoint, changes) as descriptors,
+    ):
+
+        def write(shard: Shard) -> None:
+            with naming(shard.path):
+                _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
+
+        shards = [shard for shard in checkpoint.shards if shard.path in touched]
+        for _ in in_order(write, shards, limits.workers(block_memory(layouts, block))):
+            pass
+        for rows in plan.rows:
+            rows.patch.check_unchanged()
+
+
+@contextmanager
+def changed_in_place(
+    checkpoint: Checkpoint, changes: Sequence[Change], side: Sequence[SideChange] = ()
+) -> Iterator[dict[Path, int]]:
+    """Change a checkpoint in place: yields descriptors by path, to write the vectors of ``changes``.
+
+    At the end they are synced, and then files beside the weights are replaced. After an exception the change
+    is undone at once if possible.
+    """
+    shards = touched_shards(checkpoint, changes)
     try:
-        with progress("writing in place", total) as advance, locked(checkpoint, shards) as descriptors:
+        with locked(checkpoint, shards) as descriptors:
             checkpoint.check_unchanged()  # it was examined without the lock
-
-            def write(shard: Shard) -> None:
-                with naming(shard.path):
-                    _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
-
-            with journaled(checkpoint, changes):
-                for _ in in_order(write, shards, limits.workers(block_memory(layouts, block))):
-                    pass
-                for rows in plan.rows:
-                    rows.patch.check_unchanged()
-                for shard in shards:
-                    with naming(shard.path):
-                        fsync(descriptors[shard.path])
+            with journaled(checkpoint, changes, side):
+                yield descriptors
+                for path, fd in descriptors.items():
+                    with naming(path):
+                        fsync(fd)
+                for one in side:
+                    one.put(checkpoint.root)
     except BaseException:
-        # The journal, if there is one already, is still there: undo the change at once if possible.
+        # The journal, if there is one already, is still there.
         with suppress(NeftError, OSError):
             heal_recorded(checkpoint.source)
         raise

@@ -273,7 +273,8 @@ class Verification:
         if expected is None:
             return self.state in ("base", "patched")
         wrong = "patched" if expected == "base" else "base"
-        return not any(tensor.neither or getattr(tensor, wrong) for tensor in self.tensors.values())
+        clear = self.state in ("base", "patched")
+        return clear and not any(one.neither or getattr(one, wrong) for one in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,8 @@ def verify(
     **options: Unpack[RunOptions],
 ) -> Verification:
     """Compare every vector that a patch touches, or every block, with its state before and after.
+
+    A lossless patch is decoded, too: if the checkpoint is its base, `apply` will succeed.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MachineError, NeftError, UsageError, boundary
+from ..errors import MachineError, NeftError, UsageError, boundary, naming
 from ..progress import Timing
 from ..storage.output import staged_file
 from ..storage.output_checks import refuse_output, require_space
@@ -25,7 +25,7 @@ from .arrays import IndexArray, RawBytes
 from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
 
-__all__ = ["FileBacked", "RowReader", "TensorFile", "WeightReader"]
+__all__ = ["FileBacked", "RowReader", "TensorFile", "TensorReader", "WeightReader"]
 
 _COPY_BYTES = 8 << 20
 
@@ -40,12 +40,19 @@ class RowReader(Protocol):
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
 
 
-class WeightReader(RowReader, Protocol):
-    """All that scoring sees of a model. Thread-safe."""
+class TensorReader(Protocol):
+    """The tensors of a model, and their bytes by range."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensors, by name."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """As in `RowReader`."""
+
+
+class WeightReader(TensorReader, RowReader, Protocol):
+    """All that scoring sees of a model. Thread-safe."""
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
@@ -232,7 +239,7 @@ class FileBacked:
 
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
-        with self.stream() as file:
+        with naming(self.path), self.stream() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_in_place(self) -> None:

@@ -38,14 +38,14 @@ from ..live.loading import load_model
 from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
+from ..scoring.scored_tensors import arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..selection.selection import described
 from ..storage.threads import Limits
-from ..surgery.diff import DiffPlan, describe_tensor
+from ..surgery.diff import DiffPlan, describe_tensors
 from ..surgery.pairing import pair
 from ..tensors.arrays import Float64Array
 from ..tensors.document import dump
-from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
 from .examples import collator
 
@@ -237,22 +237,20 @@ def write_scores(
         "parameters": base.parameters,
         "base": Provenance.of(base).to_json(),
         "nonfinite": 0,
-        "tensors": {tensor.info.name: describe_tensor(tensor) for tensor in anatomy.scored},
+        **describe_tensors(anatomy.scored),
         "unscored": {
             info.name: {"reason": "bias", **described(info, range(len(info.shape)))} for info in companions
         },
     }
-    entries = [TensorInfo(name, "F32", value.shape) for name, value in values.items()]
-    entries += [TensorInfo(f"{name}:unit", "I64", ids.shape) for name, ids in units.items()]
-    entries += [TensorInfo(f"{info.name}:changed", "I64", (info.elements,)) for info in companions]
+    # Nothing has changed yet. Being listed with its axes lets a bias go with its neurons.
+    counts, kinds = {name: len(value) for name, value in values.items()}, ["score", *(["unit"] * bool(units))]
+    starts, arrays = arranged(counts, {}, kinds)
     metadata = dump(SCORES_KEY, facts)
-    with written_file(entries, metadata, out) as written:
+    with written_file(arrays, metadata, out) as written:
         for name, value in values.items():
-            written.write(name, 0, value.astype(np.float32))
+            written.write("score", starts[name], value.astype(np.float32))
         for name, ids in units.items():
-            written.write(f"{name}:unit", 0, ids)
-        for info in companions:  # nothing has changed yet; being listed lets a bias go with its neurons
-            written.write(f"{info.name}:changed", 0, np.zeros(info.elements, np.int64))
+            written.write("unit", starts[name], ids)
         written.finish(metadata)
     return Scores.read(written.reader())
 

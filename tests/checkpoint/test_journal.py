@@ -655,8 +655,17 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], obj
 
 
 BAD: dict[str, Callable[[dict[str, Any], dict[str, Any]], object]] = {
-    "newer": lambda d, a: d.update(version=2),
+    "newer": lambda d, a: d.update(version=3),
     "no version": lambda d, a: d.pop("version"),
+    "files beside the weights no list": lambda d, a: d.update(side=5),
+    "a file beside the weights no object": lambda d, a: d.update(side=["config.json"]),
+    "a file beside the weights twice": lambda d, a: d.update(side=[{"name": "config.json"}] * 2),
+    "a file beside the weights without content": lambda d, a: d.update(
+        side=[{"name": "config.json", "old": "0" * 32}]
+    ),
+    "a file beside the weights with a mode of its own": lambda d, a: d.update(
+        side=[{"name": "config.json", "mode": 0o4777}]
+    ),
     "no files": lambda d, a: d.pop("files"),
     "files no list": lambda d, a: d.update(files={"name": "x"}),
     "file no object": lambda d, a: d.update(files=["x"]),

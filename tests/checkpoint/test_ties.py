@@ -28,6 +28,8 @@ UNKNOWN = {
     "unembedding_projection.weight",
 }
 PLAIN = re.compile(r"[\w.]+\.(weight|bias|\w+_embedding)")
+#: The dictionary of a class, in one line or several: parsing whole files takes seconds.
+TIED = re.compile(r"^    _tied_weights_keys = (\{.*\}|\{\n(?:        .*\n)*    \})$", re.MULTILINE)
 
 
 def tied_by_transformers() -> set[tuple[str, str]]:
@@ -37,11 +39,9 @@ def tied_by_transformers() -> set[tuple[str, str]]:
         pytest.skip("transformers is not installed")
     found = set()
     for path in Path(spec.origin).parent.glob("models/*/modeling_*.py"):
-        text = path.read_text("utf-8")
-        for node in ast.walk(ast.parse(text)) if "_tied_weights_keys = {" in text else ():
-            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_tied_weights_keys":
-                pairs = ast.literal_eval(node.value) or {}
-                found |= {(a, b.rstrip("$")) for a, b in pairs.items() if PLAIN.fullmatch(a)}
+        for literal in TIED.findall(path.read_text("utf-8")):
+            pairs = ast.literal_eval(literal)
+            found |= {(a, b.rstrip("$")) for a, b in pairs.items() if PLAIN.fullmatch(a)}
     return found
 
 

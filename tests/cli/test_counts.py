@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from support import write_file, write_folder
+from support import patch_manifest, patch_rows, write_file, write_folder
 
 SHAPES = {f"layers.{n}.{kind}": shape for n in range(3) for kind, shape in
           {"up": (24, 16), "down": (16, 24), "gate": (24, 16)}.items()}  # fmt: skip
@@ -49,11 +48,10 @@ def neurons_of(*patches: Path, weights_only: bool = True) -> set[tuple[str, int]
     """The neurons of patches, read by the safetensors package: tensor and number."""
     found = set()
     for path in patches:
-        with safe_open(path, "numpy") as file:
-            names = json.loads(file.metadata()["neuron_patch"])["tensors"]
-            for name in names:
-                if not (weights_only and name.endswith(".bias")):
-                    found |= {(name, int(i)) for i in file.get_tensor(f"{name}:index")}
+        rows = patch_rows(path)
+        for name in patch_manifest(path)["tensors"]:
+            if not (weights_only and name.endswith(".bias")):
+                found |= {(name, int(i)) for i in rows[f"{name}:index"][1]}
     return found
 
 

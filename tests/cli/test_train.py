@@ -157,48 +157,51 @@ def run_process(recipe: Path, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for_a_save(out: Path, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
-        if list((out.with_name(out.name + ".unfinished") / "saves").glob("checkpoint-*/neuron_save.json")):
+def saves(out: Path) -> set[str]:
+    """The complete saves of an unfinished run."""
+    folder = out.with_name(out.name + ".unfinished") / "saves"
+    return {path.parent.name for path in folder.glob("checkpoint-*/neuron_save.json")}
+
+
+def wait_for_a_save(out: Path, process: subprocess.Popen[str], seen: set[str]) -> None:
+    """Until there is one besides those ``seen``."""
+    for _ in range(2400):
+        if saves(out) - seen:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    raise AssertionError("no save in a minute")
+    raise AssertionError("no save in two minutes")
 
 
 LONG = ("--set", "train.steps=150", "--set", "train.save_every=5")
 
 
-@pytest.fixture(scope="module")
-def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The OUT of a long run that was not stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    process = run_process(write_recipe(tiny, folder), *LONG)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return folder / "run"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_a_stopped_run_resumes_to_the_same_patch(
-    neft: Any, recipe: Path, whole: Path, tmp_path: Path, number: signal.Signals
+def test_a_run_that_is_stopped_again_and_again_ends_with_the_same_patch(
+    neft: Any, recipe: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    process = run_process(recipe, *LONG)
-    wait_for_a_save(out, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert not out.exists()
-    if number == signal.SIGKILL:
-        assert process.returncode == -9
-    else:
-        assert process.returncode == 128 + number, errors
-        assert "run the same command again" in errors
+    """By every signal in turn; each run resumes what the last one left."""
+    (tmp_path / "whole").mkdir()
+    undisturbed = run_process(write_recipe(tiny, tmp_path / "whole"), *LONG)
+    _, errors = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, errors
+    out, whole = tmp_path / "run", tmp_path / "whole" / "run"
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        seen = saves(out)
+        process = run_process(recipe, *LONG, *(["--resume"] if seen else []))
+        wait_for_a_save(out, process, seen)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert not out.exists()
+        if number == signal.SIGKILL:
+            assert process.returncode == -9
+        else:
+            assert process.returncode == 128 + number, errors
+            assert "run the same command again" in errors
     other = neft("train", recipe, *LONG, "--set", "train.seed=5")
     assert (other.code, "train.seed differ" in other.err) == (2, True)
     resumed = run_process(recipe, *LONG, "--resume", "--json")
-    answer, errors = resumed.communicate(timeout=120)
+    answer, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, errors
     assert 0 < json.loads(answer)["resumed_from"] < 150
     one, two = (load_file(folder / "neuron_patch.safetensors") for folder in (out, whole))

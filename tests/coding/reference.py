@@ -49,30 +49,23 @@ def moved(dtype: str, base: int, zigzag: int) -> int:
     return unplace(dtype, (place(dtype, base) + step) % (1 << WIDTHS[dtype]))
 
 
-def least(number_class: int) -> tuple[int, int]:
-    """The least number of a class, and how many plain bits follow."""
-    if number_class < 16:
-        return number_class, 0
-    top, part = divmod(number_class, 4)  # the place of the highest bit; the two bits below it
-    return (4 + part) << (top - 2), top - 2
-
-
 class Bits:
     """Plain bits, the lowest of a number first, in 32-bit words."""
 
     def __init__(self, words: Sequence[int]) -> None:
         self._number = sum(word << (32 * place) for place, word in enumerate(words))
-        self._left = 32 * len(words)
+        self._size = 32 * len(words)
+        self.taken = 0
 
     def take(self, count: int) -> int:
-        assert self._left >= count
-        found, self._number = self._number & ((1 << count) - 1), self._number >> count
-        self._left -= count
-        return found
+        self.taken += count
+        assert self.taken <= self._size
+        return (self._number >> (self.taken - count)) & ((1 << count) - 1)
 
     @property
-    def done(self) -> bool:
-        return self._left < 32 and self._number == 0
+    def skipped_are_zero(self) -> bool:
+        """Whether the bits that remain in the last word are 0."""
+        return not (self._number >> self.taken) & ((1 << -self.taken % 32) - 1)
 
 
 class Symbols:
@@ -93,46 +86,49 @@ class Symbols:
         return symbol
 
 
+#: Symbols as pairs of top and plain bits, and their frequencies by context.
+Alphabet = tuple[Sequence[tuple[int, int]], Sequence[Sequence[int]]]
+
+
 def decode(
     dtype: str,
     base: Sequence[int],
     code: bytes,
-    contexts: Sequence[int],
-    gaps: Sequence[Sequence[int]],
-    values: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    gaps: Alphabet | None,
+    values: Alphabet,
 ) -> list[int]:
     """The block that ``code`` stands for; without ``gaps`` every element has its difference."""
-    (count,) = struct.unpack_from("<I", code)
-    middle = 4 + 4 * ((count + 1) // 2)  # an odd number of words is followed by two zero bytes
-    assert not count % 2 or code[middle - 2 : middle] == bytes(2)
-    words = iter(struct.unpack_from(f"<{count}H", code, 4))
-    bits = Bits(struct.unpack(f"<{(len(code) - middle) // 4}I", code[middle:]))
-    states = [Symbols(words), Symbols(words)]
+    assert len(code) % 4 == 0
+    words = iter(struct.unpack(f"<{len(code) // 2}H", code))
+    bits = Bits(struct.unpack(f"<{len(code) // 4}I", code)[::-1])
+    states = [Symbols(words) for _ in range(4 if gaps is None else 2)]
 
-    def number(symbol: int) -> int:
-        start, extra = least(symbol)
-        return start + bits.take(extra)
+    def context(element: int) -> int:
+        return max(k for k, start in enumerate(starts) if start <= exponent(dtype, element))
+
+    def number(state: Symbols, alphabet: Alphabet, where: int) -> int:
+        symbols, frequencies = alphabet
+        top, plain = symbols[state.take(frequencies[where])]
+        return ((top << plain) + bits.take(plain)) % (1 << (32 if alphabet is gaps else WIDTHS[dtype]))
 
     out = list(base)
-    if not gaps:
+    if gaps is None:
         for i, element in enumerate(base):
-            symbol = states[i % 2].take(values[contexts[exponent(dtype, element)]])
-            out[i] = moved(dtype, element, number(symbol))
+            out[i] = moved(dtype, element, number(states[i % 4], values, context(element)))
     else:
-
-        def gap(context: int) -> float:
-            symbol = states[0].take(gaps[context])
-            return number(symbol - 1) if symbol else float("inf")
-
-        left = [gap(context) for context in range(len(values))]
+        left = [number(states[0], gaps, where) for where in range(len(starts))]
         for i, element in enumerate(base):
-            context = contexts[exponent(dtype, element)]
-            if left[context] == 0:
-                out[i] = moved(dtype, element, 1 + number(states[1].take(values[context])))
-                left[context] = gap(context)
+            where = context(element)
+            if left[where] == 0:
+                out[i] = moved(dtype, element, number(states[1], values, where))
+                left[where] = number(states[0], gaps, where)
             else:
-                left[context] -= 1
-    assert [state.state for state in states] == [1 << 15, 1 << 15]
-    assert next(words, None) is None
-    assert bits.done
+                left[where] -= 1
+    assert all(state.state == 1 << 15 for state in states)
+    rest = list(words)  # padding, and the extras once more
+    assert bits.skipped_are_zero
+    extras = 2 * -(-bits.taken // 32)
+    assert len(rest) - extras in (0, 1)
+    assert not any(rest[: len(rest) - extras])
     return out

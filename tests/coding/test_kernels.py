@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from coding import reference
 from coding.pairs import changed, weights
 from neftsurgery.coding.blocks import Form, decode, encode
-from neftsurgery.coding.elements import CLASSES, GAPS, PRECISION, Elements
-from neftsurgery.coding.tables import FrequencyTable, fit, pack, unpack
+from neftsurgery.coding.elements import Elements, fine_classes
+from neftsurgery.coding.fitting import fit
+from neftsurgery.coding.kernels import classify, differences
+from neftsurgery.coding.tables import Alphabet, FrequencyTable, pack, unpack
 
 
 def stored(table: FrequencyTable) -> FrequencyTable:
@@ -26,15 +29,24 @@ def stored(table: FrequencyTable) -> FrequencyTable:
 
 
 def read_slowly(dtype: str, base: np.ndarray, code: bytes, table: FrequencyTable) -> list[int]:
-    parts = (part.tolist() for part in (table.contexts, table.gaps, table.values))
-    return reference.decode(dtype, base.tolist(), code, *parts)
+    def plain(one: Alphabet) -> reference.Alphabet:
+        symbols = list(zip(one.tops.tolist(), one.bits.tolist(), strict=True))
+        return symbols, one.frequencies.tolist()
+
+    gaps = None if table.gaps is None else plain(table.gaps)
+    return reference.decode(dtype, base.tolist(), code, table.starts.tolist(), gaps, plain(table.values))
 
 
-def test_the_classes_cover_all_numbers_without_gaps() -> None:
-    assert (1 << PRECISION, CLASSES, GAPS) == (4096, 256, 81)
-    ends = [start + (1 << extra) for start, extra in map(reference.least, range(CLASSES))]
-    assert ends == [reference.least(one)[0] for one in range(1, CLASSES)] + [1 << 64]
-    assert ends[GAPS - 2] == 1 << 20, "a block's longest gap"
+@pytest.mark.parametrize("width", [8, 16, 20, 32, 64])
+def test_fine_classes_cover_all_numbers_without_gaps(width: int) -> None:
+    """And they are those of the kernels: at both ends of every class."""
+    least, plain = (part.tolist() for part in fine_classes(width))
+    ends = [start + (1 << bits) for start, bits in zip(least, plain, strict=True)]
+    assert [0, *ends] == [*least, 1 << width]
+    numbers = np.array([*least, *(end - 1 for end in ends)], np.uint64)
+    classes = np.empty(len(numbers), np.uint16)
+    classify(numbers, np.empty(0, np.uint64), classes)
+    assert classes.tolist() == 2 * list(range(len(least)))
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64", "F8_E4M3", "I8", "U64", "F4"])
@@ -68,7 +80,9 @@ def coded(base: np.ndarray, tuned: np.ndarray, elements: Elements, table: Freque
     """The CODED form, also where another one is smaller."""
     from neftsurgery.coding import blocks
 
-    return blocks._coded(base, tuned, elements, table)[0]
+    numbers = np.empty_like(base)
+    differences(base, tuned, elements.rules, numbers)
+    return blocks._coded(base, numbers, elements, table)
 
 
 @pytest.mark.parametrize("share", [0.003, 0.13, 1.0])
@@ -77,10 +91,27 @@ def test_a_whole_block_survives(share: float) -> None:
     base = weights("BF16", 1 << 20, rng)
     tuned = changed("BF16", base, share, "noise", rng)
     table = stored(fit([(base, tuned)], elements))
-    form, code = encode(base, tuned, elements, table)
+    form, code, _ = encode(base, tuned, elements, table)
     out = np.empty_like(tuned)
     decode(form, code, base, out, elements, table)
     np.testing.assert_array_equal(out, tuned)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0], ids=["sparse", "dense"])
+def test_of_a_number_beyond_an_element_only_the_lowest_bits_count(share: float) -> None:
+    rng, elements = np.random.default_rng(2), Elements.of("BF16")
+    base = weights("BF16", 2000, rng)
+    tuned = changed("BF16", base, share, "steps", rng)
+    table = stored(fit([(base, tuned)], elements))
+    code = coded(base, tuned, elements, table)
+    exact = table.values.bits == 0
+    assert exact.any()
+    tops = table.values.tops + np.where(exact, 1 << 16, 0).astype(np.uint32)
+    forged = replace(table, values=replace(table.values, tops=tops))
+    out = np.empty_like(tuned)
+    decode(Form.CODED, code, base, out, elements, forged)
+    np.testing.assert_array_equal(out, tuned)
+    assert read_slowly("BF16", base, code, forged) == tuned.tolist()
 
 
 BOUNDS = """
@@ -90,7 +121,7 @@ from coding.test_blocks import mangled
 from coding.test_kernels import coded, stored
 from neftsurgery.coding.blocks import decode
 from neftsurgery.coding.elements import Elements
-from neftsurgery.coding.tables import fit
+from neftsurgery.coding.fitting import fit
 
 rng = np.random.default_rng(0)
 for dtype, share in (("BF16", 0.05), ("BF16", 1.0)):

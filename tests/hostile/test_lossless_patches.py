@@ -13,19 +13,18 @@ import shutil
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lossless_support import contents, folder, tensor, touched
+from lossless_support import Tensors, contents, folder, tensor, touched
 from safetensors import safe_open
-from support import raw_file, raw_read, snapshot
+from support import raw_file, raw_read, sealed, snapshot
 
 import neftsurgery as ns
 from neftsurgery.patch.lossless import LosslessPatch
@@ -54,10 +53,10 @@ def unzstd(packed: bytes) -> bytes:
 class Case:
     """A folder with a base, a tuned checkpoint, and a valid reversible patch, whose parts can be changed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, base: Tensors = BASE, shards: int = 2) -> None:
         self.root = root
-        self.base = folder(root / "base", BASE, 1, FILES)
-        self.tuned = folder(root / "tuned", TUNED, 2, FILES | {"vocab.txt": b"a b c d" * 50})
+        self.base = folder(root / "base", base, 1, FILES)
+        self.tuned = folder(root / "tuned", TUNED, shards, FILES | {"vocab.txt": b"a b c d" * 50})
         self.good = root / "good"
         ns.extract(self.base, self.tuned, lossless=True, reversible=True, out=self.good).close()
         with safe_open(self.good, "numpy") as file:
@@ -92,15 +91,14 @@ class Case:
 
     def write(self, *, fitting: bool = True) -> Path:
         """The patch; ``fitting``: with the hash that its parts have."""
+        metadata = {"neuron_patch": json.dumps(self.manifest, separators=(",", ":"))}
         if fitting:
-            known = {key: value for key, value in self.manifest.items() if key != "content_hash"}
-            state = xxhash.xxh3_128(json.dumps(known, separators=(",", ":"), sort_keys=True).encode())
-            for way in ("forward", "backward") if self.manifest.get("reversible") is True else ("forward",):
-                for part in ORDER:
-                    content = self.entries.get(f"{way}:{part}", ("U8", np.zeros(0, np.uint8)))[1].tobytes()
-                    state.update(f"\n{way}:{part}\n{len(content)}\n".encode() + content)
-            self.manifest["content_hash"] = f"xxh3-128:{state.hexdigest()}"
-        return raw_file(self.root / "bad", self.entries, {"neuron_patch": json.dumps(self.manifest)})
+            reversible = self.manifest.get("reversible") is True
+            names = [f"{way}:{part}" for way in ("forward", "backward")[: 1 + reversible] for part in ORDER]
+            none = "U8", np.zeros(0, np.uint8)
+            parts = [(name, self.entries.get(name, none)[1].tobytes()) for name in names]
+            metadata = sealed(self.manifest, parts)
+        return raw_file(self.root / "bad", self.entries, metadata)
 
     def refused(self, path: Path, says: str = ".") -> None:
         """Every verb refuses it, and changes no file or folder."""
@@ -113,6 +111,8 @@ class Case:
                 with pytest.raises((ns.CorruptFileError, ns.MismatchError), match=says) as caught:
                     verb()
                 assert len(str(caught.value)) < 2000
+            with suppress(ns.CorruptFileError, ns.MismatchError):
+                assert not ns.verify(self.base, path).holds("base"), "verify promises what apply refuses"
         assert snapshot(self.root) == before
 
 
@@ -148,6 +148,7 @@ def test_the_hash_of_the_specification_is_the_one_that_is_written(case: Case) ->
 
 @pytest.mark.parametrize("name", [f"{way}:{part}" for way in ("forward", "backward") for part in ORDER])
 def test_one_flipped_bit_of_anything_but_the_code(case: Case, name: str) -> None:
+    LosslessPatch.load(case.write(fitting=False)).close()
     bits = case.entries[name][1]
     bits.reshape(-1).view(np.uint8)[bits.nbytes // 2] ^= 1
     case.refused(case.write(fitting=False), says="damaged|hash|layout|table|block|form")
@@ -359,6 +360,27 @@ def test_the_command_line_says_it_in_a_sentence(case: Case, neft: Callable[..., 
     done = neft("apply", case.base, case.write(), "-o", case.root / "out")
     assert (done.code, "fingerprint" in done.err) == (3, True)
     assert not (case.root / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_result_with_another_fingerprint_than_recorded(
+    case: Case, tmp_path: Path, neft: Callable[..., Any], way: str
+) -> None:
+    """Before the output has its name, or before the journal of a change in place is removed."""
+    side, verb, source = ("tuned", "apply", case.base) if way == "forward" else ("base", "revert", case.tuned)
+    case.manifest[side]["fingerprint"] = "xxh3-128:" + 32 * "7"
+    path, before = case.write(), snapshot(case.root)
+    done = neft(verb, source, path, "-o", case.root / "out")
+    assert (done.code, "does not make the checkpoint that it names" in done.err) == (4, True), done.err
+    if way == "forward":
+        assert neft("verify", source, path).code == 4
+    assert snapshot(case.root) == before
+    alike = Case(tmp_path, {name: touched(one, 0.2, RNG) for name, one in TUNED.items()}, 1)
+    alike.manifest[side]["fingerprint"] = "xxh3-128:" + 32 * "7"
+    path, before = alike.write(), snapshot(tmp_path)
+    done = neft(verb, alike.base if way == "forward" else alike.tuned, path, "--in-place")
+    assert (done.code, "does not make the checkpoint that it names" in done.err) == (4, True), done.err
+    assert snapshot(tmp_path) == before
 
 
 def test_what_the_manifest_says_is_shown_and_not_relied_on(case: Case) -> None:

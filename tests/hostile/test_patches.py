@@ -1,4 +1,8 @@
-"""Files that are damaged, hostile or not patches: refused with a message, and nothing is written."""
+"""Files that are damaged, hostile or not patches: refused with a message, and nothing is written.
+
+The neuron patches are of version 1, which nothing writes any more and everything reads; those of version 2
+are in `test_version_2.py`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from support import assert_same_tensors, raw_file, raw_folder, raw_read, snapshot
+from support import as_version_1, assert_same_tensors, raw_file, raw_folder, raw_read, snapshot
 
 import neftsurgery as ns
 
@@ -46,6 +50,7 @@ class Case:
         options = {"axis": {"b.weight": 1}, "only": ["a.*", "b.*"], "score": "random"}
         self.good = root / "good"
         ns.extract(self.base, tuned, neurons="60%", reversible=True, out=self.good, **options).close()
+        as_version_1(self.good)
         ns.apply(self.base, self.good, out=root / "patched")
         self.expected = raw_read(root / "patched")
         with safe_open(self.good, "numpy") as file:

@@ -92,10 +92,12 @@ def hub_process() -> Iterator[Hub]:
                 child.kill()
 
 
-#: Runs several command lines in one process, to start it only once; prints [[code, out, err], …].
+#: Runs several command lines in one process, to start it only once; prints [[code, out, err], …]. It waits
+#: a moment only where huggingface_hub waits for seconds before it tries again.
 _SEVERAL = """
-import contextlib, io, json, sys
+import contextlib, io, json, sys, time
 from neftsurgery.cli.main import run
+time.sleep = lambda seconds, wait=time.sleep: wait(min(seconds, 0.05))
 results = []
 for words in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()

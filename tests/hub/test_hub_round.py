@@ -192,6 +192,7 @@ def test_messages_name_repositories_and_not_where_they_are_kept(hub, several, pa
     one = hub.make("org/one", {NAME: patch_file.read_bytes()})
     two = hub.make("org/two", {NAME: patch_file.read_bytes()})
     damaged = hub.make("org/damaged", data | {weights: b"\xff" * 8 + data[weights][8:]})
+    altered = hub.make("org/altered", {NAME: patch_file.read_bytes().replace(b"sensitive", b"sensible!")})
     results = several(
         [
             ("merge", "org/one", "org/two", "-o", "m.safetensors", "--on-overlap", "error"),
@@ -201,9 +202,11 @@ def test_messages_name_repositories_and_not_where_they_are_kept(hub, several, pa
             ("diff", "base", "org/one", "--json"),
             ("diff", "base", "org/damaged"),
             ("verify", f"org/damaged@{damaged}", "org/one"),
+            ("merge", "org/one", "org/altered", "-o", "n.safetensors", "--on-overlap", "mean"),
+            ("verify", "base", "org/altered"),
         ]
     )
-    assert [result.code for result in results] == [3, 0, 0, 2, 2, 4, 4], results
+    assert [result.code for result in results] == [3, 0, 0, 2, 2, 4, 4, 4, 4], results
     for result in results:
         assert "snapshots" not in result.out + result.err, result
         assert str(tmp_path / "home") not in result.out + result.err, result
@@ -213,3 +216,5 @@ def test_messages_name_repositories_and_not_where_they_are_kept(hub, several, pa
     assert results[4].json["file"] == f"org/one@{one}"
     assert f"org/damaged@{damaged}/{weights}: " in results[5].err
     assert f"org/damaged@{damaged}/{weights}: " in results[6].err
+    for result in results[7:]:
+        assert f"org/altered@{altered}/{NAME}: the patch does not match its hash" in result.err

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hub_support import PLAIN, READER, WRITER
 from huggingface_hub import ModelCard
-from support import process
+from support import process, with_facts
 
 import neftsurgery as ns
 from neftsurgery.hub.base_model import BaseModel
@@ -266,8 +264,4 @@ def test_a_base_that_cannot_be_read_is_a_warning_unless_it_was_named(hub, severa
 
 def rewritten(patch, out, **base):
     """Write the same patch with a manifest that says more about its base."""
-    from safetensors.numpy import load_file, save_file
-
-    manifest = json.loads(json.dumps(patch.manifest))
-    manifest["base"] |= base
-    save_file(load_file(patch.path), out, {"neuron_patch": json.dumps(manifest)})
+    with_facts(patch.path, out, base=dict(patch.base) | base)

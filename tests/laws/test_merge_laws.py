@@ -14,7 +14,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support import assert_same_tensors, patched_by_hand, raw_folder, raw_read, snapshot, vectors_of
+from support import (
+    assert_same_tensors,
+    patch_rows,
+    patched_by_hand,
+    raw_folder,
+    raw_read,
+    snapshot,
+    vectors_of,
+)
 from test_round_trip import Bits, Case, cases, lossless, some_of, written
 
 import neftsurgery as ns
@@ -27,7 +35,7 @@ TORCH = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16, "F1
 
 def without_story(patch: ns.Patch) -> tuple[object, dict[str, bytes]]:
     """What a patch does, without how it was made."""
-    entries = raw_read(patch.path)
+    entries = patch_rows(patch.path)
     return patch.manifest["tensors"], {name: bits.tobytes() for name, (_, bits) in entries.items()}
 
 

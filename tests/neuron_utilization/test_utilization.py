@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from support import vectors_of
+from support import patch_rows, vectors_of
 from transformers import AutoModel, AutoTokenizer
 from utilization_support import LINES
 
@@ -105,12 +105,11 @@ LIMITS = dict.fromkeys(KINDS, 34)  # of 120 neurons each, as 100,000 are of 352,
 
 def chosen(patch: Path) -> set[tuple[str, int]]:
     """The neurons of a patch file."""
-    entries = load_file(patch)
     return {
         (name.removesuffix(":index"), index)
-        for name in entries
+        for name, (_, bits) in patch_rows(patch).items()
         if name.endswith(":index")
-        for index in entries[name].tolist()
+        for index in bits.tolist()
     }
 
 

@@ -1,4 +1,4 @@
-"""Patch files as they are written down: version 1 must load, verify and apply for ever."""
+"""Patch files as they are written down: every version must load, verify and apply for ever."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import xxhash
 from safetensors import safe_open
-from support import assert_same_tensors, raw_file, raw_folder, raw_read, snapshot, vectors_of
+from support import (
+    assert_same_tensors,
+    content_hash,
+    patch_rows,
+    raw_file,
+    raw_folder,
+    raw_read,
+    snapshot,
+    vectors_of,
+)
 
 import neftsurgery as ns
 
@@ -99,8 +108,10 @@ def test_extract_writes_what_the_golden_patch_says(golden: Path, tmp_path: Path)
     axis = {"experts": (0, 2)}
     ns.extract(base, tuned, changed=True, axis=axis, reversible=True, out=tmp_path / "p").close()
     fresh, known = manifest(tmp_path / "p"), manifest(golden)
-    assert fresh["tensors"] == known["tensors"]
-    assert_same_tensors(raw_read(tmp_path / "p"), raw_read(golden))
+    assert fresh["tensors"] == {
+        name: entry | {"rows": 2, "reversible": True} for name, entry in known["tensors"].items()
+    }
+    assert_same_tensors(patch_rows(tmp_path / "p"), raw_read(golden))
 
 
 def manifest(path: Path) -> dict:
@@ -130,8 +141,10 @@ AXES = {"a.weight": (0,), "b.weight": (1,), "c": (0, 2), "a.bias": (0,)}
 
 def test_the_manifest_has_the_documented_keys(written: tuple[Path, Path, Path]) -> None:
     found = manifest(written[2])
-    assert set(found) == {"version", "base", "selection", "created_by", "tensors"}
-    assert found["version"] == 1
+    assert set(found) == {
+        "version", "kind", "base", "selection", "created_by", "tensors", "content_hash"
+    }  # fmt: skip
+    assert (found["version"], found["kind"]) == (2, "neurons")
     assert set(found["base"]) == {"name", "fingerprint"}
     assert found["base"]["name"] == "base"
     assert set(found["selection"]) <= {
@@ -141,12 +154,18 @@ def test_the_manifest_has_the_documented_keys(written: tuple[Path, Path, Path]) 
     assert found["created_by"] == f"neftsurgery {ns.__version__}"
     assert set(found["tensors"]) == set(AXES)
     for name, entry in found["tensors"].items():
-        assert set(entry) == {"shape", "dtype", "neuron_axes", "base_hash", "patched_hash"}
+        assert set(entry) == {
+            "shape", "dtype", "neuron_axes", "rows", "reversible", "base_hash", "patched_hash"
+        }  # fmt: skip
+        assert entry["reversible"] is True
         assert entry["neuron_axes"] == list(AXES[name])
 
 
 def test_the_entries_are_the_documented_ones(written: tuple[Path, Path, Path]) -> None:
-    entries = raw_read(written[2])
+    kinds = {name: kind for name, (kind, _) in raw_read(written[2]).items()}
+    assert kinds == {"index": "I32", "base_digest": "U8", "value:F32": "F32", "base:F32": "F32"}
+    assert [bits.ndim for _, bits in raw_read(written[2]).values()].count(1) == 3
+    entries = patch_rows(written[2])
     parts = ("index", "value", "base_digest", "base")
     assert set(entries) == {f"{name}:{part}" for name in AXES for part in parts}
     base, tuned = raw_read(written[0]), raw_read(written[1])
@@ -166,7 +185,7 @@ def test_the_entries_are_the_documented_ones(written: tuple[Path, Path, Path]) -
 
 
 def test_digests_are_xxh3_128_of_the_vectors_bytes(written: tuple[Path, Path, Path]) -> None:
-    entries, found = raw_read(written[2]), manifest(written[2])
+    entries, found = patch_rows(written[2]), manifest(written[2])
     base, tuned = raw_read(written[0]), raw_read(written[1])
     for name, axes in AXES.items():
         digests = {}
@@ -179,6 +198,14 @@ def test_digests_are_xxh3_128_of_the_vectors_bytes(written: tuple[Path, Path, Pa
         kind, stored = entries[f"{name}:base_digest"]
         assert (kind, stored.shape[1]) == ("U8", 16)
         assert stored.tobytes() == digests["base"]
+
+
+def test_the_content_hash_is_the_documented_one(written: tuple[Path, Path, Path]) -> None:
+    with safe_open(written[2], "numpy") as file:
+        text = file.metadata()["neuron_patch"]
+    found = json.loads(text)["content_hash"]
+    zeros = text.replace(found, f"xxh3-128:{0:032}")
+    assert found == content_hash(zeros, [("index", raw_read(written[2])["index"][1].tobytes())])
 
 
 def fingerprint_by_hand(tensors: dict[str, tuple[str, np.ndarray]]) -> str:

@@ -58,7 +58,7 @@ def test_each_kind_is_opened_as_what_it_is(sides: tuple[Path, Path], tmp_path: P
         assert isinstance(rows, Patch)
         assert load_any(whole) is whole
         assert load_any(rows) is rows
-    with pytest.raises(ns.CorruptFileError, match="chosen neurons only"):
+    with pytest.raises(ns.MismatchError, match="chosen neurons only"):
         LosslessPatch.load(tmp_path / "rows")
     with pytest.raises(ns.MismatchError, match="whole fine-tune, not chosen neurons"):
         Patch.load(tmp_path / "whole")

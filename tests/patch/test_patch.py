@@ -11,11 +11,14 @@ import pytest
 from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot, vectors_of
 
 import neftsurgery as ns
+from neftsurgery.checkpoint.provenance import Provenance
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.options import Scope
 from neftsurgery.patch.digests import DigestHash, digests
 from neftsurgery.patch.overlap import overlay
-from neftsurgery.patch.patch import PatchTensor
+from neftsurgery.patch.patch import Manifest, PatchTensor
+from neftsurgery.patch.write import written_patch
+from neftsurgery.selection.selection import Chosen, SelectionFacts
 from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
 from neftsurgery.surgery.apply import plan_apply, plan_revert
 from neftsurgery.surgery.extract import plan_extract
@@ -150,6 +153,26 @@ def test_neurons_do_not_count_followers(tmp_path: Path) -> None:
     assert (patch.neurons, patch.parameters) == (2, 8)
     assert patch.selection.counts == {"l.weight": 2}
     np.testing.assert_array_equal(patch.index("l.bias"), patch.index("l.weight"))
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c", "ä"], ["ä", "c", "a", "b"]])
+def test_the_order_of_a_selection_does_not_matter(names: list[str], tmp_path: Path) -> None:
+    rows = {name: np.full((2, 3), ord(name[0]) % 251, np.uint8) for name in names}
+    chosen = {
+        name: Chosen(TensorInfo(name, "U8", (9, 3)), Layout((9, 3), (0,)), np.array([number, number + 4]))
+        for number, name in enumerate(names)
+    }
+    manifest = Manifest.of(Provenance({}), SelectionFacts({}))
+    with written_patch(ns.Selection(chosen, {}), manifest, tmp_path / "p", reversible=True) as writer:
+        for name in names:
+            writer.add_digests(name, *writer.write_rows(name, 0, rows[name] + 1, rows[name]))
+    with ns.Patch.load(tmp_path / "p") as patch:
+        patch.check()
+        assert list(patch.tensors) == sorted(names)
+        for number, name in enumerate(names):
+            assert patch.index(name).tolist() == [number, number + 4]
+            np.testing.assert_array_equal(patch.values(name), rows[name])
+            np.testing.assert_array_equal(patch.base_values(name), rows[name] + 1)
 
 
 def test_check_finds_damage_that_loading_does_not(sides: tuple[Path, Path], tmp_path: Path) -> None:

@@ -57,17 +57,22 @@ def read(path):
     with safe_open(path, "numpy") as file:
         told = json.loads(file.metadata()["neuron_scores"])
         names = sorted(told["tensors"])
-        score = np.concatenate([file.get_tensor(name) for name in names]).astype(np.float64)
-        base, delta = (
-            np.concatenate([file.get_tensor(f"{name}:{which}") for name in names])
-            for which in ("base_sq", "delta_sq")
-        )
-        counts = [len(file.get_tensor(name)) for name in names]
-        widths = [told["tensors"][name]["shape"][1] for name in names]
+        entries = [told["tensors"][name] for name in names]
+        if told["version"] > 1:
+            entries = [told["descriptions"][number] for number in entries]
+        counts, widths = zip(*(entry["shape"] for entry in entries), strict=True)
+        if told["version"] == 1:
+            score, base, delta = (
+                np.concatenate([file.get_tensor(name + part) for name in names])
+                for part in ("", ":base_sq", ":delta_sq")
+            )
+        else:
+            score, base = file.get_tensor("score"), file.get_tensor("base_sq")
+            delta = file.get_tensor("delta_sq")[: len(score)]
     rest = sum(entry["delta_sq"] or 0 for entry in told.get("unscored", {}).values())
     tensor = np.repeat(names, counts)
     index = np.concatenate([np.arange(count) for count in counts])
-    return score, base, delta, tensor, index, rest, np.repeat(widths, counts)
+    return score.astype(np.float64), base, delta, tensor, index, rest, np.repeat(widths, counts)
 
 
 def best(score, count):

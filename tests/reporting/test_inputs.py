@@ -14,10 +14,7 @@ def test_units_are_counted_as_units(neft, pair, tmp_path):
     result = neft("report", "units.safetensors", "--json", "--neurons", "10%")
     assert result.code == 0, result.err
     with safe_open(tmp_path / "units.safetensors", "numpy") as file:
-        names = sorted(name for name in file.keys() if ":" not in name)  # noqa: SIM118
-        unit = np.concatenate([file.get_tensor(f"{name}:unit") for name in names])
-        score = np.concatenate([file.get_tensor(name) for name in names])
-        base = np.concatenate([file.get_tensor(f"{name}:base_sq") for name in names])
+        unit, score, base = (file.get_tensor(which) for which in ("unit", "score", "base_sq"))
     of_unit = {int(u): float(score[unit == u][0]) for u in np.unique(unit[unit >= 0])}
     norm = {u: np.sqrt(base[unit == u].sum()) for u in of_unit}
     rows = result.json["figures"]["sensitive"]["rows"]

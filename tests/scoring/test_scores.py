@@ -1,8 +1,9 @@
-"""Scores files: selecting from anyone's, what a selection captures, and damaged ones."""
+"""Scores files of both versions: selecting from anyone's, what a selection captures, and damaged ones."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ from neftsurgery import CorruptFileError, MismatchError, Scores, Selection, Usag
 Content = dict[str, Any]
 Arrays = dict[str, NDArray[Any]]
 
-KINDS = {"float32": "F32", "float64": "F64", "int64": "I64", "int32": "I32", "float16": "F16"}
+KINDS = {
+    "float32": "F32",
+    "float64": "F64",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint32": "U32",
+}
 
 
 def write(path: Path, content: object, arrays: Mapping[str, NDArray[Any]]) -> Path:
@@ -76,6 +84,14 @@ def full() -> tuple[Content, Arrays]:
     return content, arrays
 
 
+def by_layers() -> tuple[Content, Arrays]:
+    """As `full`, without biases."""
+    content, arrays = full()
+    for tensor in content["tensors"].values():
+        tensor.pop("bias")
+    return content, arrays
+
+
 def by_units() -> tuple[Content, Arrays]:
     """Three units over two tensors, one of them in both twice; and a neuron that is in none."""
     tensors = {"x": described([4, 3], layer="m.0"), "y": described([2, 4], (1,), layer="m.0")}
@@ -89,12 +105,41 @@ def by_units() -> tuple[Content, Arrays]:
     return content, arrays
 
 
+def compact(content: Content, arrays: Arrays) -> tuple[Content, Arrays]:
+    """The same scores in version 2: an array per kind, the tensors one after the other in order of names.
+
+    Sums that not all tensors have, or that some other sum lacks, are filled with zeros.
+    """
+    counts = {name: len(arrays[name]) for name in sorted(content["tensors"])}
+    elements = {name: len(arrays[f"{name}:changed"]) for name in ("l.0.b", "norm") if "unscored" in content}
+    content.get("unscored", {}).get("embed", {}).pop("neuron_axes", None)  # it has no records
+    kinds = {name.rpartition(":")[2] for name in arrays if ":" in name}
+    if kinds - {"unit"}:
+        kinds |= {"base_sq", "delta_sq", "dot", "changed"}
+    found: Arrays = {"score": np.concatenate([arrays[name] for name in counts])}
+    for kind in kinds:
+        of = counts | dict(sorted(elements.items())) if kind in ("delta_sq", "changed") else counts
+        dtype = {"changed": "u4", "unit": "i8"}.get(kind, "f8")
+        parts = [arrays.get(f"{name}:{kind}", np.zeros(count)).astype(dtype) for name, count in of.items()]
+        found[kind] = np.concatenate(parts)
+    numbers = {name: number for number, name in enumerate(content["tensors"])}
+    described = {"descriptions": list(content["tensors"].values()), "tensors": numbers}
+    return {**content, "version": 2, **described}, found
+
+
 @pytest.fixture
-def load(tmp_path):
+def load_as_it_is(tmp_path):
     def make(content: object, arrays: Mapping[str, NDArray[Any]]) -> Scores:
         return Scores.load(write(tmp_path / "scores.safetensors", content, arrays))
 
     return make
+
+
+@pytest.fixture(params=[1, 2])
+def load(request, load_as_it_is):
+    return lambda content, arrays: load_as_it_is(
+        *((content, arrays) if request.param == 1 else compact(content, arrays))
+    )
 
 
 def counts(selection: Selection) -> dict[str, list[int]]:
@@ -285,7 +330,7 @@ def change(place: str, value: object, make=full) -> tuple[Content, Arrays]:
     *path, last = place.split("/")
     inside = content
     for key in path:
-        inside = inside[key]
+        inside = inside[int(key) if isinstance(inside, list) else key]
     if value is ...:
         del inside[last]
     else:
@@ -303,7 +348,8 @@ DAMAGED = [
     ("", {}),
     ("null", {}),
     change("version", ...),
-    change("version", 2),
+    change("version", 2),  # whose arrays are missing
+    change("version", 3),
     change("tensors", ...),
     change("tensors", []),
     change("tensors/l.0.w", 5),
@@ -358,23 +404,141 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("case", range(len(DAMAGED)))
-def test_damaged_files(load, case):
+def test_damaged_files(load_as_it_is, case):
     with pytest.raises(CorruptFileError) as error:
-        load(*DAMAGED[case])
+        load_as_it_is(*DAMAGED[case])
     assert error.value.file.endswith("scores.safetensors")
+
+
+def without(kind: str, make=full) -> tuple[Content, Arrays]:
+    content, arrays = compact(*make())
+    del arrays[kind]
+    return content, arrays
+
+
+def replaced(kind: str, values: NDArray[Any], make=full) -> tuple[Content, Arrays]:
+    content, arrays = compact(*make())
+    assert kind in arrays
+    return content, {**arrays, kind: values}
+
+
+def second(place: str, value: object, make=full) -> tuple[Content, Arrays]:
+    """As `change`, in version 2."""
+    return change(place, value, lambda: compact(*make()))
+
+
+def also(group: str, name: str, value: object) -> tuple[Content, Arrays]:
+    content, arrays = compact(*full())
+    content[group][name] = value
+    return content, arrays
+
+
+DAMAGED_ARRAYS = [
+    *(without(kind) for kind in ("score", "base_sq", "delta_sq", "dot", "changed")),
+    second("version", 1),
+    *(second("descriptions", value) for value in (..., None, [], {}, "ab", [1, 2], [[]])),
+    *(second("tensors/l.1.w", value) for value in (..., -1, 2, 0.5, "0", None, [0], {})),
+    second("descriptions/0/shape", [5, 3]),  # a bias has as many neurons
+    second("descriptions/1/shape", [6, 6], by_layers),
+    second("descriptions/1/shape", ...),
+    second("descriptions/1/dtype", "F3"),
+    second("descriptions/1/layer", 3),
+    second("descriptions/1/part", "0:4"),
+    second("unscored/norm/shape", [4]),
+    second("unscored/norm", ...),
+    second("unscored/embed/neuron_axes", [0]),
+    second("unscored/norm/neuron_axes", None),
+    second("unscored/norm/dtype", ...),
+    second("anatomy", "units"),  # whose units are missing
+    also("tensors", "more", 0),
+    also("tensors", "norm", 0),  # scored, and not scored
+    also("unscored", "more", described([1])),
+    replaced("score", np.zeros(9)),
+    replaced("score", np.zeros(8, np.float32)),
+    replaced("score", np.zeros((9, 1), np.float32)),
+    replaced("score", np.zeros(16, np.float32)),
+    replaced("base_sq", np.zeros(16)),
+    replaced("dot", np.zeros(9, np.float32)),
+    replaced("delta_sq", np.zeros(9)),
+    replaced("delta_sq", np.zeros(17)),
+    replaced("changed", np.zeros(9, np.uint32)),
+    replaced("changed", np.zeros(16, np.int64)),
+    replaced("unit", np.zeros(7, np.int64), by_units),
+    replaced("unit", np.zeros(8, np.int32), by_units),
+]
+
+
+@pytest.mark.parametrize("case", range(len(DAMAGED_ARRAYS)))
+def test_damaged_arrays(load_as_it_is, case):
+    with pytest.raises(CorruptFileError) as error:
+        load_as_it_is(*DAMAGED_ARRAYS[case])
+    assert error.value.file.endswith("scores.safetensors")
+
+
+def test_an_array_of_another_length_is_told(load_as_it_is):
+    with pytest.raises(CorruptFileError, match="its entry dot does not fit") as error:
+        load_as_it_is(*replaced("dot", np.zeros(16)))
+    assert (error.value.expected, error.value.found) == ("F64 [9]", "F64 [16]")
+
+
+@pytest.mark.parametrize("kind", ["base_sq", "delta_sq"])
+@pytest.mark.parametrize("name", ["l.0.w", "l.1.w"])
+def test_squares_that_are_negative(load, tmp_path, kind, name):
+    content, arrays = full()
+    for one in content["tensors"]:
+        for which in ("base_sq", "delta_sq", "dot"):
+            arrays.setdefault(f"{one}:{which}", np.ones(len(arrays[one])))
+    arrays[f"{name}:{kind}"][1] = -1e-3
+    with load(content, arrays) as scores:
+        assert scores.values(name)[1] in (np.float32(0.4), 0)
+        with pytest.raises(CorruptFileError, match=f"{kind} is negative"):
+            scores.sums(name, kind)
+    with pytest.raises(CorruptFileError, match=f"{kind} is negative"):
+        ns.inspect(tmp_path / "scores.safetensors")
+
+
+def test_a_name_that_occurs_twice(tmp_path):
+    content, arrays = compact(*least())
+    text = json.dumps(content).replace('"a":', '"b":')
+    with pytest.raises(CorruptFileError, match="the key 'b' occurs twice"):
+        Scores.load(write(tmp_path / "s.safetensors", text, arrays))
+
+
+def test_numbers_that_a_version_2_file_has_of_more(load_as_it_is):
+    """Entries that a reader does not know may be there."""
+    content, arrays = compact(*least())
+    scores = load_as_it_is(content, {**arrays, "later": np.zeros(3), "a": np.zeros(2)})
+    assert counts(scores.select(neurons=1)) == {"b": [1]}
+
+
+def test_only_what_is_asked_for_is_read(load_as_it_is, tmp_path):
+    """Selecting by score and reading counts leaves the sums alone, which may be lost with the file's end."""
+    content, arrays = compact(*full())
+    order = ["score", "changed", "delta_sq", "base_sq", "dot"]
+    scores = load_as_it_is(content, {kind: arrays[kind] for kind in order})
+    path = tmp_path / "scores.safetensors"
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.truncate(status.st_size - 2 * 9 * 8)  # base_sq and dot are gone
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert scores.values("l.0.w")[1] == np.float32(0.4)
+    assert scores.sums("norm", "changed").tolist() == [0, 1, 0]
+    assert [batch.sums["delta_sq"].sum() for batch in scores.batches("delta_sq")] == [20]
+    with pytest.raises(CorruptFileError, match="ends too soon"):
+        scores.sums("l.0.w", "dot")
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
     [("x:unit", None), ("x:unit", [0, 1, 2, 99]), ("x:unit", [0, 1, 2, -2]), ("y:unit", [0, 1, 2, 1 << 62])],
 )
-def test_damaged_units(load, name, values):
-    scores = load(*with_array(name, None if values is None else np.array(values), by_units))
+def test_damaged_units(load_as_it_is, name, values):
+    scores = load_as_it_is(*with_array(name, None if values is None else np.array(values), by_units))
     with pytest.raises(CorruptFileError, match="unit"):
         scores.select(neurons=1)
 
 
-def test_other_files(load, tmp_path):
+def test_other_files(tmp_path):
     path = raw_file(tmp_path / "plain.safetensors", [("w", "F32", [1], bytes(4))])
     with pytest.raises(CorruptFileError, match="not a scores file"):
         Scores.load(path)
@@ -394,30 +558,48 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=6,
 )
-PLACES = ["version", "score", "anatomy", "parameters", "nonfinite", "base", "tuned", "tensors", "unscored"]
+PLACES = [
+    "descriptions",
+    "version",
+    "score",
+    "anatomy",
+    "parameters",
+    "nonfinite",
+    "base",
+    "tuned",
+    "tensors",
+    "unscored",
+]
 PLACES += [f"{group}/{name}" for group in ("tensors", "unscored") for name in ("l.0.w", "l.0.b", "norm")]
 for tensor in ("tensors/l.0.w", "unscored/l.0.b", "unscored/norm", "unscored/embed"):
     PLACES += [f"{tensor}/{key}" for key in ("shape", "dtype", "neuron_axes", "layer", "bias", "part")]
     PLACES += [f"{tensor}/{key}" for key in ("included", "delta_sq", "reason")]
 VECTORS = [None, "l.0.w", "l.0.w:changed", "l.0.w:unit", "l.0.b:changed", "norm:delta_sq", "embed:changed"]
 BUDGETS = ({"neurons": 2}, {"params": "50%"}, {"changed": True}, {"neurons": 1, "per": "layer"})
-NUMBERS = {1: None, 2: np.float32, 3: np.float64, 4: np.int64, 5: np.int32}
+ARRAYS = [None, "score", "base_sq", "delta_sq", "dot", "changed", "unit"]
+NUMBERS = {1: None, 2: np.float32, 3: np.float64, 4: np.int64, 5: np.uint32}
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     place=st.sampled_from(PLACES),
     value=JSON | st.lists(st.integers(0, 6), max_size=4),
-    name=st.sampled_from(VECTORS),
-    length=st.integers(0, 6),
+    name=st.sampled_from(VECTORS + ARRAYS),
+    length=st.integers(0, 6) | st.sampled_from([9, 16]),
     kind=st.sampled_from(sorted(NUMBERS)),
+    version=st.integers(1, 2),
 )
-@example(place="unscored/embed", value=None, name=None, length=0, kind=1)
-@example(place="tensors/l.0.w/bias", value="norm", name=None, length=0, kind=1)
-@example(place="unscored/norm/included", value=[], name="norm:changed", length=3, kind=4)
-def test_no_content_raises_anything_else(tmp_path, place, value, name, length, kind):
+@example(place="unscored/embed", value=None, name=None, length=0, kind=1, version=1)
+@example(place="tensors/l.0.w/bias", value="norm", name=None, length=0, kind=1, version=1)
+@example(place="unscored/norm/included", value=[], name="norm:changed", length=3, kind=4, version=1)
+@example(place="unscored/norm/shape", value=[1 << 62], name=None, length=0, kind=1, version=2)
+@example(place="tensors/l.1.w", value=True, name="unit", length=9, kind=4, version=2)
+def test_no_content_raises_anything_else(tmp_path, place, value, name, length, kind, version):
     """Whatever a file says, it is refused as damaged, or selected from."""
-    content, arrays = change(place, value)
+    if version == 1:
+        content, arrays = change(place, value)
+    else:
+        content, arrays = second(place.replace("tensors/l.0.w/", "descriptions/0/"), value)
     if name is not None:
         number = NUMBERS[kind]
         arrays.pop(name, None)

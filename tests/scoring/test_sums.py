@@ -139,6 +139,27 @@ def test_refined_values_count():
     assert all(np.isnan(found[kind][2]) for kind in KINDS)
 
 
+def test_joined_sums_score_as_their_parts():
+    """To the bit, with vectors of several widths, and with refined and infinite ones."""
+    rng = np.random.default_rng(2)
+    parts, widths = [], [40, 7, 300]
+    for width in widths:
+        x, y = fine_tuned(rng, 9, width, 1e-3, 0.99)  # so near to parallel that they are refined
+        x[2], y[3], y[5] = 0, x[3], np.nan
+        parts.append(compare("F32", encode("F32", x), encode("F32", y), (0,)).sums)
+    whole = Sums.joined(parts)
+    for kind in KINDS:
+        found = whole.score(kind, np.repeat(widths, 9))
+        expected = [part.score(kind, width) for part, width in zip(parts, widths, strict=True)]
+        np.testing.assert_array_equal(found, np.concatenate(expected), strict=True)
+    for which in ("aa", "dd", "ad", "changed", "finite"):
+        expected = np.concatenate([getattr(part, which) for part in parts])
+        np.testing.assert_array_equal(getattr(whole, which), expected, strict=True)
+    assert np.isnan(whole.aa[[5, 14, 23]]).all()
+    for mine, theirs in zip(whole.parts(), zip(*(part.parts() for part in parts), strict=True), strict=True):
+        np.testing.assert_array_equal(mine, np.concatenate(theirs))
+
+
 # Units: concatenated vectors.
 
 

@@ -655,7 +655,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["_lock", "identity", "_place", "_remove_stale"])
+@pytest.mark.parametrize("where", ["_lock", "identity", "_place", "remove_stale"])
 def test_ctrl_c_within_any_step_leaves_nothing(
     tmp_path: Path, kind: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from support import LLAMA_CONFIG, raw_file, vectors_of, write_file, write_folder
 from test_accuracy import LARGEST, SCORES, assert_close, reference
 
 import neftsurgery as ns
+from neftsurgery.scoring.sums import random_scores
 
 Tensors = dict[str, NDArray[np.float32]]
 
@@ -68,7 +69,7 @@ def test_the_file_is_as_the_contract_says(llamas, tmp_path):
     entries = load_file(path)
     with safe_open(path, "numpy") as file:
         metadata = json.loads(file.metadata()["neuron_scores"])
-    assert metadata["version"] == 1
+    assert metadata["version"] == 2
     assert metadata["score"] == "cosine"
     assert metadata["anatomy"] == "rows"
     assert metadata["parameters"] == sum(a.size for a in base.values())
@@ -80,8 +81,14 @@ def test_the_file_is_as_the_contract_says(llamas, tmp_path):
     assert metadata.keys() >= {"tensors", "unscored"}
     assert sorted(metadata["tensors"]) == sorted(name for name in base if linear(name))
     assert sorted(metadata["unscored"]) == sorted(name for name in base if not linear(name))
-    expected = set()
-    for name, entry in metadata["tensors"].items():
+    neurons = sum(base[name].shape[0] for name in metadata["tensors"])
+    arrays = {"score": "f4", "base_sq": "f8", "delta_sq": "f8", "dot": "f8", "changed": "u4"}
+    assert {name: (array.dtype, array.shape) for name, array in entries.items()} == {
+        name: (np.dtype(kind), (neurons,)) for name, kind in arrays.items()
+    }
+    start = 0
+    for name, number in sorted(metadata["tensors"].items()):
+        entry = metadata["descriptions"][number]
         assert (entry["shape"], entry["dtype"], entry["neuron_axes"]) == (list(base[name].shape), "F32", [0])
         a, b = (side[name].astype(np.float64) for side in (base, tuned))
         sums = {
@@ -91,15 +98,12 @@ def test_the_file_is_as_the_contract_says(llamas, tmp_path):
             "changed": base[name] != tuned[name],
         }
         for which, products in sums.items():
-            found = entries[f"{name}:{which}"]
-            assert found.dtype == (np.int64 if which == "changed" else np.float64)
+            found = entries[which][start : start + len(a)]
             size = math.sqrt(sums["base_sq"].sum() * sums["delta_sq"].sum())
             np.testing.assert_allclose(found, products.sum(1), rtol=1e-5, atol=1e-6 * size * (which == "dot"))
-            expected.add(f"{name}:{which}")
-        assert entries[name].dtype == np.float32
-        np.testing.assert_array_equal(entries[name], scores.values(name))
-        expected.add(name)
-    assert set(entries) == expected
+            np.testing.assert_array_equal(found, scores.sums(name, which))
+        np.testing.assert_array_equal(entries["score"][start : start + len(a)], scores.values(name))
+        start += len(a)
     for name, entry in metadata["unscored"].items():
         assert_unscored(entry, base[name], tuned[name])
     assert path.stat().st_mode == (folders[0] / "config.json").stat().st_mode  # as the umask has it
@@ -165,6 +169,41 @@ def test_a_folder_and_its_file_score_alike(llamas):
     by_folder = ns.diff(base, tuned)
     for name in by_folder.tensors:
         np.testing.assert_array_equal(by_file.values(name), by_folder.values(name))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "changed", "random"])
+def test_thousands_of_tensors_in_another_order_than_their_names(tmp_path, kind):
+    """Their numbers are written in batches. One of them alone is larger than a batch."""
+    rng = np.random.default_rng(0)
+    shapes = {f"layers.{n % 7}.experts.{n}.weight": (1 + 97 * n % 113, 3 + n % 5) for n in range(2000)}
+    shapes["layers.3.router.weight"] = (70_000, 2)
+    base = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    tuned = {name: np.where(rng.random(a.shape) < 0.5, a, a + np.float32(0.1)) for name, a in base.items()}
+    folders = [write_folder(tmp_path / name, side, 3) for name, side in (("a", base), ("b", tuned))]
+    scores = ns.diff(*folders, include=["*"], score=kind, out=tmp_path / "scores")
+    assert list(scores.tensors) == sorted(shapes)
+    names = list(scores.tensors)
+    a, b = (np.concatenate([np.pad(side[n], ((0, 0), (0, 7 - side[n].shape[1]))) for n in names])
+            for side in (base, tuned))  # fmt: skip
+    widths = np.concatenate([np.full(*base[n].shape) for n in names])
+    arrays = load_file(tmp_path / "scores")
+    np.testing.assert_array_equal(arrays["changed"], (a != b).sum(1))
+    wide = a.astype(np.float64), (b - a).astype(np.float64)
+    np.testing.assert_allclose(arrays["base_sq"], (wide[0] ** 2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(arrays["delta_sq"], (wide[1] ** 2).sum(1), rtol=1e-5)
+    if kind == "random":
+        assert len(set(arrays["score"].tolist())) > len(a) * 0.98
+        np.testing.assert_array_equal(
+            scores.values(names[5]), random_scores(names[5], shapes[names[5]][0], 0)
+        )
+    else:
+        expected = (a != b).sum(1) / widths if kind == "changed" else reference(kind, a, b)
+        assert_close(arrays["score"], expected, kind)
+    picked = names[1234]
+    found = ns.diff(*folders, include=[picked], only=[picked], score=kind)
+    for which in ("base_sq", "delta_sq", "dot", "changed"):
+        np.testing.assert_array_equal(scores.sums(picked, which), found.sums(picked, which), strict=True)
+    np.testing.assert_array_equal(scores.values(picked), found.values(picked), strict=True)
 
 
 def test_the_output(llamas, tmp_path):
@@ -653,21 +692,20 @@ def test_units_are_scored_as_concatenated_vectors(llama_arrays, tmp_path, kind, 
 
 
 def test_unit_ids(llamas, tmp_path):
-    """Numbered model-wide by first member, in the order of names and indices; in the file as I64."""
+    """Numbered model-wide by first member, in the order of names and indices; in the file as one array."""
     base, _, *folders = llamas
     scores = ns.diff(*folders, anatomy="units", out=tmp_path / "s.safetensors")
     home = {(name, neuron): unit for unit, parts in units_of(base).items() for name, neuron, _ in parts}
     numbers: dict[tuple[int, str, int], int] = {}
     for member in sorted(home):
         numbers.setdefault(home[member], len(numbers))
-    entries = load_file(tmp_path / "s.safetensors")
+    found = load_file(tmp_path / "s.safetensors")["unit"]
+    assert found.dtype == np.int64
+    assert found.tolist() == [numbers[home[member]] for member in sorted(home)]
     for name in scores.tensors:
-        ids = entries[f"{name}:unit"]
+        ids = scores.sums(name, "unit")
         assert ids.dtype == np.int64
         assert ids.tolist() == [numbers[home[name, neuron]] for neuron in range(len(ids))]
-    assert sorted(f"{name}:unit" for name in scores.tensors) == sorted(
-        n for n in entries if n.endswith(":unit")
-    )
     assert set(scores.tensors) == {name for name, _ in home}
 
 

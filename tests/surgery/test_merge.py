@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import LLAMA_CONFIG, Result, raw_file, raw_read, snapshot, write_file, write_folder
+from support import LLAMA_CONFIG, Result, raw_file, snapshot, with_facts, write_file, write_folder
 
 import neftsurgery as ns
 from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
@@ -36,13 +36,7 @@ def patches(pair: tuple[Path, Path], tmp_path: Path) -> list[Path]:
 
 def without_fingerprint(path: Path, out: Path) -> Path:
     """The same patch, by someone who did not have the files of its base."""
-    from safetensors import safe_open
-
-    with safe_open(path, "numpy") as file:
-        manifest = json.loads(file.metadata()["neuron_patch"])
-    manifest["base"] = {"name": "somewhere"}
-    entries = [(n, kind, list(bits.shape), bits.tobytes()) for n, (kind, bits) in raw_read(path).items()]
-    return raw_file(out, entries, {"neuron_patch": json.dumps(manifest)})
+    return with_facts(path, out, base={"name": "somewhere"})
 
 
 def test_overlapping_patches_of_one_tuned_model(

@@ -225,10 +225,11 @@ def test_the_way_back_needs_the_base_or_a_reversible_patch(sides, tmp_path: Path
     with unchanged(tmp_path):
         done = neft("revert", "tuned", "p", "-o", "out")
         assert (done.code, "--base" in done.err, "--reversible" in done.err) == (2, True, True)
-        for words in (("apply", "base", "p"), ("revert", "tuned", "p")):
-            done = neft(*words, "--in-place")
-            assert (done.code, "not applied in place" in done.err) == (2, True), done.err
-            assert neft(*words).code == 2
+        done = neft("revert", "tuned", "p", "--in-place")
+        assert (done.code, "--base" in done.err, "--reversible" in done.err) == (2, True, True)
+        for words in (("apply", "base", "p"), ("revert", "tuned", "p", "--base", "base")):
+            done = neft(*words)
+            assert (done.code, "--in-place" in done.err) == (2, True), done.err
 
 
 def test_a_file_beside_the_weights_that_is_gone_or_another(sides, tmp_path: Path, neft) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot
+from support import patch_rows, patched_by_hand, raw_file, raw_folder, snapshot
 
 import neftsurgery as ns
 
@@ -50,7 +50,7 @@ def test_with_the_base_and_without_are_the_same(s: Setting) -> None:
     ns.revert(s.patched, s.full, base=s.base, out=s.root / "by both")
     for name in ("by itself", "by base", "by both"):
         assert snapshot(s.root / name) == snapshot(s.base)
-    full, plain = raw_read(s.full), raw_read(s.plain)
+    full, plain = patch_rows(s.full), patch_rows(s.plain)
     assert {name for name in full if not name.endswith(":base")} == set(plain)
     for name, (kind, bits) in plain.items():
         assert full[name][0] == kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot
+from support import patch_rows, patched_by_hand, raw_file, raw_folder, raw_read, snapshot, with_facts
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
@@ -142,7 +141,7 @@ def test_neurons_that_tell_models_apart_may_be_put_into_a_relative(
     assert "\n" not in repr(found)
     assert (
         raw_read(tmp_path / "out")["a.weight"][1].tolist()
-        == raw_read(patch.path)["a.weight:value"][1].tolist()
+        == patch_rows(patch.path)["a.weight:value"][1].tolist()
     )
 
 
@@ -166,11 +165,8 @@ def test_a_patch_that_does_not_know_its_base_is_applied_with_a_warning(
     tmp_path: Path, says: Callable[[], list[str]]
 ) -> None:
     patch = cut(tmp_path, "p", BASE, tuned(BASE, *CONSTANT))
-    manifest = dict(patch.manifest)
-    assert manifest["base"]["fingerprint"]
-    manifest["base"] = manifest["base"] | {"fingerprint": None}
-    tensors = raw_read(tmp_path / "p")
-    raw_file(tmp_path / "q", tensors, {"neuron_patch": json.dumps(manifest)})
+    assert patch.base.fingerprint
+    with_facts(patch.path, tmp_path / "q", base=dict(patch.base) | {"fingerprint": None})
     wrong = raw_file(tmp_path / "wrong", OTHER)
     ns.apply(wrong, tmp_path / "q", out=tmp_path / "out")
     (said,) = says()

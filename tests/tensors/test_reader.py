@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from support import write_file
 from neftsurgery.errors import CorruptFileError
 from neftsurgery.storage.positioned import read_exactly
 from neftsurgery.tensors import reader
-from neftsurgery.tensors.reader import TensorFile
+from neftsurgery.tensors.reader import FileBacked, TensorFile
 
 RNG = np.random.default_rng(0)
 
@@ -80,3 +81,17 @@ def test_opening_what_is_no_file_of_ours(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("{}")
     with pytest.raises(CorruptFileError):
         TensorFile.open(tmp_path / "x")
+
+
+def test_an_error_while_a_file_is_hashed_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = FileBacked(TensorFile.open(write_file(tmp_path / "x", {"a": np.zeros(3, np.float32)})))
+
+    def gone(*arguments: object) -> int:
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr(os, "lseek", gone)
+    with pytest.raises(OSError, match="stale") as caught:
+        file.sha256()
+    assert caught.value.filename == str(tmp_path / "x")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import raw_folder
+from support import raw_folder, raw_read
 from torture.runner import Runner, injector, running
 from torture.trials import Trials
 
@@ -55,10 +55,16 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return raw_folder(root / "base", base, 3, config), raw_folder(root / "tuned", tuned, 2, config)
 
 
-@pytest.fixture(scope="session", params=[0, 1], ids=["rows", "columns"])
+@pytest.fixture(scope="session", params=[0, 1, None], ids=["rows", "columns", "lossless"])
 def patch(request: pytest.FixtureRequest, sides: tuple[Path, Path]) -> Path:
-    """Half of the neurons of every tensor."""
+    """Half of the neurons of every tensor; or all, in shards as the base has them, and the files beside."""
     path = sides[0].parent / f"patch{request.param}"
+    if request.param is None:
+        tensors = {n: bits for file in sides[1].glob("*.safetensors") for n, bits in raw_read(file).items()}
+        tuned = raw_folder(path.with_name("alike"), dict(sorted(tensors.items())), 3, {"model_type": "other"})
+        (tuned / "vocab.txt").write_text("a b c")
+        ns.extract(sides[0], tuned, lossless=True, reversible=True, out=path).close()
+        return path
     options = {"axis": {"*": request.param}, "per": "tensor", "score": "random", "reversible": True}
     ns.extract(*sides, neurons="50%", out=path, **options).close()
     return path

@@ -70,7 +70,10 @@ def warm(ns: Any) -> None:
         paths = [f"{folder}/{side}" for side in "ab"]
         for number, path in enumerate(paths):
             save_file({"a.weight": np.full((4, 4), number, np.float32), "b": np.ones(4, np.float32)}, path)
-        ns.diff(*paths).close()
+        ns.diff(*paths, out=f"{folder}/scores").close()
+        ns.report(f"{folder}/scores", out=f"{folder}/report.html")
+        ns.extract(*paths, lossless=True, out=f"{folder}/patch").close()
+        ns.apply(paths[0], f"{folder}/patch", out=f"{folder}/out")
 
 
 def work(job: dict[str, Any], verbs: dict[str, Any], run: Any, shared: mmap.mmap) -> None:

@@ -39,6 +39,8 @@ def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ns.extract(*sides, neurons="50%", out=tmp_path / "patch", **options).close()
     ns.extract(*sides, neurons="2%", out=tmp_path / "few", **options).close()
     ns.apply(sides[0], tmp_path / "patch", out=tmp_path / "patched")
+    sides = tmp_path / "base", tmp_path / "patched"
+    ns.extract(*sides, lossless=True, reversible=True, out=tmp_path / "whole").close()
     return tmp_path
 
 
@@ -166,7 +168,10 @@ def test_two_processes_write_one_output(trials: Trials, fixtures: Path) -> None:
             shutil.rmtree(out)
 
 
-def test_two_processes_change_one_checkpoint_in_place(trials: Trials, runner: Runner, fixtures: Path) -> None:
+@pytest.mark.parametrize("patch", ["patch", "whole"])
+def test_two_processes_change_one_checkpoint_in_place(
+    trials: Trials, runner: Runner, fixtures: Path, patch: str
+) -> None:
     """The second one is refused, or finds the change done."""
     shutil.rmtree(fixtures / "model", ignore_errors=True)
     shutil.copytree(fixtures / "base", fixtures / "model")
@@ -174,7 +179,7 @@ def test_two_processes_change_one_checkpoint_in_place(trials: Trials, runner: Ru
 
     def change() -> None:
         try:
-            ns.apply(fixtures / "model", fixtures / "patch", in_place=True)
+            ns.apply(fixtures / "model", fixtures / patch, in_place=True)
             ends.append(0)
         except ns.NeftError:
             ends.append(5)
@@ -183,13 +188,13 @@ def test_two_processes_change_one_checkpoint_in_place(trials: Trials, runner: Ru
         with trials.trial("two processes change one checkpoint", "apply --in-place"):
             other = threading.Thread(target=change)
             other.start()
-            outcome = runner.command("apply", fixtures / "model", fixtures / "patch", "--in-place")
+            outcome = runner.command("apply", fixtures / "model", fixtures / patch, "--in-place")
             other.join()
             assert outcome.status in (0, 3, 4, 5), outcome.err
             if 0 not in (outcome.status, ends[-1]):
-                ns.apply(fixtures / "model", fixtures / "patch", in_place=True)
+                ns.apply(fixtures / "model", fixtures / patch, in_place=True)
             assert snapshot(fixtures / "model") == snapshot(fixtures / "patched")
-            ns.revert(fixtures / "model", fixtures / "patch", in_place=True)
+            ns.revert(fixtures / "model", fixtures / patch, in_place=True)
             assert snapshot(fixtures / "model") == snapshot(fixtures / "base")
 
 

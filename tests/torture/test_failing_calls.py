@@ -11,6 +11,7 @@ import errno
 import random
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Work:
 
 WORKS = {
     "inspect": Work(("inspect", "@base")),
-    "inspect patches": Work(("inspect", "@patch", "@second")),
+    "inspect patches": Work(("inspect", "@patch", "@second", "@whole")),
     "verify": Work(("verify", "@base", "@patch", "--expect", "base")),
     "diff": Work(("diff", "@base", "@tuned", "-o", "@out"), "out"),
     "diff of an adapter": Work(("diff", "@base", "@adapter", "-o", "@out"), "out"),
@@ -49,18 +50,28 @@ WORKS = {
     "apply --in-place": Work(("apply", "@model", "@patch", "--in-place"), changes=True),
     "revert": Work(("revert", "@patched", "@patch", "-o", "@out"), "out"),
     "revert --in-place": Work(("revert", "@model", "@patch", "--in-place"), changes=True),
+    "apply --in-place (lossless)": Work(("apply", "@model", "@alike", "--in-place"), changes=True),
+    "revert --in-place (lossless)": Work(("revert", "@model", "@alike", "--in-place"), changes=True),
+    "merge --chain": Work(("merge", "--chain", "@alike", "--base", "@base", "-o", "@out"), "out"),
     "merge": Work(("merge", "@patch", "@second", "--on-overlap", "mean", "-o", "@out"), "out"),
     "report": Work(("report", "@scores", "-o", "@out"), "out"),
     "export": Work(("export", "@patch", "--to", "lora", "-o", "@out"), "out"),
+    "extract --lossless": Work(
+        ("extract", "@base", "@tuned", "--lossless", "--reversible", "-o", "@out"), "out"
+    ),
+    "apply (lossless)": Work(("apply", "@base", "@whole", "-o", "@out"), "out"),
+    "revert (lossless)": Work(("revert", "@tuned", "@whole", "-o", "@out"), "out"),
+    "verify (lossless)": Work(("verify", "@base", "@whole", "--expect", "base")),
 }
-INPUTS = ("base", "tuned", "patched", "adapter", "patch", "second", "scores", "selection")
+INPUTS = ("base", "tuned", "patched", "adapter", "patch", "second", "whole", "scores", "selection")
 
 
 class Fixtures:
-    """A folder with everything the commands read. It is restored after each trial."""
+    """A folder with everything the commands read, and their state folder. It is restored after each trial."""
 
     def __init__(self, root: Path, runner: Runner) -> None:
         self.root, self.runner = root, runner
+        self.environment = {"XDG_STATE_HOME": f"{root}/state"}
         base = llama(hidden=16, ffn=24, layers=1, vocabulary=8, seed=0)
         noise = np.random.default_rng(1)
         tuned = {
@@ -78,8 +89,12 @@ class Fixtures:
             scores.select(neurons=12).save(root / "selection")
         ns.extract(*sides, ns.Selection.load(root / "selection"), reversible=True, out=root / "patch").close()
         ns.extract(*sides, neurons=9, policy="random", reversible=True, out=root / "second").close()
+        ns.extract(*sides, lossless=True, reversible=True, out=root / "whole").close()
         ns.apply(root / "base", root / "patch", out=root / "patched")
         ns.export_lora(root / "patch", root / "adapter")
+        sides = (root / "base", root / "patched")
+        (sides[1] / "vocab.txt").write_text("a b c")
+        ns.extract(*sides, lossless=True, reversible=True, out=root / "alike").close()
         self.states = {"base": snapshot(root / "base"), "patched": snapshot(root / "patched")}
         self.expected: dict[str, object] = {}
         self.answers: dict[str, str] = {}
@@ -90,7 +105,7 @@ class Fixtures:
 
     def prepare(self, name: str) -> None:
         work, root = WORKS[name], self.root
-        for one in ("out", "old", "model"):
+        for one in ("out", "old", "model", "state"):
             shutil.rmtree(root / one, ignore_errors=True)
             if (root / one).exists():
                 (root / one).unlink()
@@ -107,7 +122,8 @@ class Fixtures:
         return sorted(path.name for path in self.root.rglob("*") if ".neft-" in path.name)
 
     def run(self, name: str, fault: Fault | None) -> Outcome:
-        return self.runner.command(*self.words(name), "--threads", "2", fault=fault)
+        words = *self.words(name), "--threads", "2"
+        return self.runner.command(*words, fault=fault, environment=self.environment)
 
     def words(self, name: str) -> list[str]:
         return [f"{self.root}/{word[1:]}" if word[0] == "@" else word for word in WORKS[name].words]
@@ -177,13 +193,17 @@ class Fixtures:
             assert self.leftovers() == []
 
     def run_more(self, name: str, *more: str) -> None:
-        outcome = self.runner.command(*self.words(name), *more)
+        outcome = self.runner.command(*self.words(name), *more, environment=self.environment)
         assert outcome.status == 0, outcome.err
 
 
 @pytest.fixture(scope="module")
-def fixtures(faulty: Runner, tmp_path_factory: pytest.TempPathFactory) -> Fixtures:
-    return Fixtures(tmp_path_factory.mktemp("fixtures"), faulty)
+def fixtures(faulty: Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fixtures]:
+    made = Fixtures(tmp_path_factory.mktemp("fixtures"), faulty)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in made.environment.items():
+            patch.setenv(name, value)
+        yield made
 
 
 CHANGING = Call.WRITE | Call.SYNC | Call.RENAME | Call.RESIZE | Call.COPY | Call.MKDIR | Call.MODE
@@ -224,7 +244,7 @@ FAILURES = {
         EVERY_CALL, Style.ONWARD, errno.ESTALE, leaves=True
     ),
     "vanished (ENOENT), from a call on": Failure(
-        ASKING | CHANGING | Call.UNLINK, Style.ONWARD, errno.ENOENT, (2, 4, 5), leaves=True
+        ASKING | CHANGING | Call.UNLINK, Style.ONWARD, errno.ENOENT, (2, 3, 4, 5), leaves=True
     ),
     "short read or write": Failure(Call.READ | Call.WRITE | Call.COPY, Style.SHORT, 0, ()),
     "file ends too soon": Failure(Call.READ, Style.END, 0, (3, 4, 5)),

@@ -22,8 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 INPUTS = times(2500, 1000)
 SECONDS = float(os.environ.get("NEFT_FUZZ_SECONDS", "36000"))  # at most, of each reader
 TARGETS = (
-    "safetensors header", "shard index", "lossless patch", "patch", "selection", "scores", "adapter config",
-    "adapter weights", "config.json", "journal", "recipe",
+    "safetensors header", "shard index", "lossless patch", "coded block", "patch", "selection", "scores",
+    "adapter config", "adapter weights", "config.json", "journal", "recipe",
 )  # fmt: skip
 
 

@@ -77,11 +77,11 @@ def llama(**more: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**options | more)).eval()
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2(layers: int = 2) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     more = {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
     return GPT2LMHeadModel(
-        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, **more)
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=layers, n_head=2, n_positions=32, **more)
     ).eval()
 
 

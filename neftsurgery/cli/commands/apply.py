@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from ...surgery.apply import opened_patches, plan_apply, undo_unfinished
+from ...surgery.apply import plan_apply, undo_unfinished
+from ...surgery.chains import opened_patches
 from ...surgery.rebuild import RebuildPlan
 from ...surgery.rewrite import RewritePlan
 from ...text import plural, size
@@ -20,7 +21,7 @@ target_options = stack(
     click.option(
         "--in-place",
         is_flag=True,
-        help="Change the checkpoint itself: write a journal of the touched rows, then the rows.",
+        help="Change the checkpoint itself: write a journal of what changes, then the changes.",
     ),
 )
 
@@ -59,7 +60,7 @@ def command(
 
     Every touched neuron of BASE is checked first: a patch for another base is refused before anything
     is written. BASE may be patched already, or partly. Lossless patches follow each other; a folder stands
-    for its patches.
+    for its patches. In place they need the same weight files and headers before and after.
 
     \b
     Example:
@@ -81,7 +82,7 @@ def run_rewrite(console: Console, plan: RewritePlan | RebuildPlan, dry_run: bool
     facts = plan.describe()
     if dry_run:
         if isinstance(plan, RebuildPlan):
-            console.say(f"would write {plural(len(plan.names), 'file')} to {plan.out}, {size(plan.nbytes)}")
+            console.say(_planned_files(plan))
         else:
             _say_planned(console, plan)
         console.answer({**facts, "written": False}, plan.timing, dry_run=True)
@@ -90,9 +91,16 @@ def run_rewrite(console: Console, plan: RewritePlan | RebuildPlan, dry_run: bool
     console.say(str(result).partition("\n")[0])
     if isinstance(plan, RewritePlan):
         _note(console, plan)
-    elif plan.not_carried:
-        console.note(f"the patch does not carry {', '.join(plan.not_carried)} of the tuned checkpoint")
+    elif left := plan.target.not_carried if plan.goal == "patched" else ():
+        console.note(f"the patch does not carry {', '.join(left)} of the tuned checkpoint")
     console.answer({**facts, "written": result.written}, result.timing, dry_run=False)
+
+
+def _planned_files(plan: RebuildPlan) -> str:
+    if not plan.needed:
+        return f"{plan.describe()['checkpoint']} is {plan.goal} already: nothing to write"
+    where = f"to {plan.out}" if plan.out is not None else f"of {plan.describe()['checkpoint']}"
+    return f"would write {plural(len(plan.names), 'file')} {where}, {size(plan.nbytes)}"
 
 
 def _say_planned(console: Console, plan: RewritePlan) -> None:

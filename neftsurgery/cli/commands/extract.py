@@ -24,7 +24,7 @@ from ...progress import Timing
 from ...scoring.scores import Scores
 from ...selection.selection import Selection, SelectionFacts
 from ...surgery.extract import ExtractPlan, Remainder, plan_extract
-from ...surgery.lossless import plan_lossless
+from ...surgery.lossless import LosslessPlan, plan_lossless
 from ...text import commas, percent, plural, size, some
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
@@ -123,12 +123,16 @@ def _extract_whole(
     }
     _refuse(chosen, "lossless", "a lossless patch keeps every neuron")
     kept = {name: options[name] for name in ("out", "force", "reversible")}
-    plan = plan_lossless(base, tuned, **kept, **whole)
+    run_lossless(console, plan_lossless(base, tuned, **kept, **whole), dry_run)
+
+
+def run_lossless(console: Console, plan: LosslessPlan, dry_run: bool) -> None:
+    """Write a lossless patch, or say what would be written."""
     facts = plan.describe()
-    if plan.not_carried:
-        console.note(f"not carried: {', '.join(plan.not_carried)}")
+    if plan.tuned.not_carried:
+        console.note(f"not carried: {', '.join(plan.tuned.not_carried)}")
     if dry_run:
-        console.say(f"would write {plan.out}: {plural(len(plan.tuned.tensors), 'tensor')}")
+        console.say(f"would write {plan.out}: {plural(len(plan.tuned.weights.tensors), 'tensor')}")
         console.answer(facts, Timing(), dry_run=True)
         return
     patch = plan.run(**console.running)

@@ -54,7 +54,9 @@ def _say(console: Console, plan: HealPlan) -> None:
         facts = restoration.describe()
         whose = "written here by you" if facts["recorded"] else "NOT known to be yours"
         console.say(f"{facts['journal']} ({whose})")
-        console.say(f"would write {plural(restoration.neurons, 'neuron')} ({size(facts['bytes'])}) into")
+        console.say(
+            f"would write {plural(restoration.neurons, restoration.unit)} ({size(facts['bytes'])}) into"
+        )
         for file in facts["files"]:
             console.say(f"  {file}")
         rows = [

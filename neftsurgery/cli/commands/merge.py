@@ -7,12 +7,15 @@ from typing import Any
 import click
 
 from ...errors import UsageError
+from ...options import ChainOptions
 from ...patch.merging import DENSITY, POLICIES
+from ...surgery.chains import plan_chain
 from ...surgery.merge import plan_merge
-from ...surgery.merge_checks import OverlapRule
+from ...surgery.merge_checks import OverlapRule, refuse_other_options
 from ...text import commas, plural, size
 from ..console import Console
-from ..options import output_option, writing_options
+from ..options import options_of, output_option, writing_options
+from .extract import run_lossless
 
 __all__ = ["command"]
 
@@ -35,11 +38,12 @@ __all__ = ["command"]
     metavar="X",
     help=f"The share of the differences that ties keeps. Default: {DENSITY}.",
 )
+@options_of(ChainOptions)
 @click.option(
     "--base",
     metavar="BASE",
-    help="The checkpoint that the patches were made from. Only sum and ties need it, and only for patches "
-    "that are not reversible.",
+    help="The checkpoint that the patches were made from; of a chain, the first one. Without --chain, only "
+    "sum and ties need it, for patches that are not reversible.",
 )
 @click.option(
     "--reversible/--no-reversible",
@@ -54,19 +58,30 @@ def command(
     on_overlap: str,
     weights: str | None,
     density: float | None,
+    chain: bool,
+    fast: bool | None,
+    weights_only: bool | None,
     dry_run: bool,
     **options: Any,
 ) -> None:
     """Make one patch from several PATCHes of one base.
 
-    Neurons that one patch alone replaces are taken as they are. Patches of different bases are refused.
+    Neurons that one patch alone replaces are taken as they are. Patches of different bases are refused. With
+    --chain, lossless patches that follow each other become one lossless patch, or those of a folder.
 
     \b
     Example:
       neftsurgery merge german.safetensors french.safetensors -o both.safetensors
       neftsurgery merge client*.safetensors -o round1.safetensors --on-overlap mean --weights 120,80,310
       neftsurgery merge a.safetensors b.safetensors -o ab.safetensors --on-overlap ties --base base/
+      neftsurgery merge --chain run/ --base base/ -o whole-run.safetensors
     """
+    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
+    refuse_other_options(chain, overlap, {"fast": fast, "weights_only": weights_only})
+    if chain:
+        whole = plan_chain(patches, out=out, fast=fast, weights_only=weights_only, **options)
+        run_lossless(console, whole, dry_run)
+        return
     rule = OverlapRule.of(on_overlap, _numbers(weights), density, len(patches))
     plan = plan_merge(patches, rule, out=out, progress=console.progress, **options)
     console.warn(plan.warnings)

@@ -25,7 +25,8 @@ def command(console: Console, checkpoint: str, patch: str, expect: str | None) -
     """Tell whether CHECKPOINT is base, patched, mixed or neither.
 
     Every neuron that PATCH touches is compared. The exit code is 0 if all of them are as in the base or all
-    are patched (with --expect: as expected), and 3 otherwise.
+    are patched (with --expect: as expected), and 3 otherwise. Of a lossless patch, every block is compared,
+    and decoded if it is the base's.
 
     \b
     Example:

@@ -2,7 +2,11 @@
 
 Fuzzing is guided by coverage. For some inputs the executed lines of the package are traced; an input that
 reaches new lines, or is refused with a new message, is mutated further. The last line of standard output is
-JSON. It names the folder with the inputs that broke a promise.
+JSON. It names the inputs that broke a promise; ``--crashers`` is the folder they are in, and ``--replay``
+reads one of them again.
+
+``--only "lossless patch" --count 1000000 --processes 2 --record`` makes a million of one reader, in two
+processes with a seed each, and puts the count into the page's table. The same seeds make the same inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,15 +32,18 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import neftsurgery  # noqa: E402
-from neftsurgery.errors import NeftError  # noqa: E402
 
+from ..__main__ import FIGURES, PAGE, ROOT, join  # noqa: E402
+from ..table import put_table  # noqa: E402
 from .guard import Guard, limit_memory  # noqa: E402
-from .targets import Target, targets  # noqa: E402
+from .target import Target  # noqa: E402
+from .targets import targets  # noqa: E402
 
 PACKAGE = os.path.dirname(neftsurgery.__file__)
 MEMORY = 256 << 20
-TRACED = 100  # every so many inputs
+TRACED = 1000  # inputs whose lines are traced, at least; one in a hundred of fewer
 WARM = 100
+PROGRESS = 10  # seconds from one line to the next
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Result:
 
 class Fuzzer:
     def __init__(self, target: Target, guard: Guard, seed: int, crashers: Path) -> None:
-        self.target, self.guard, self.crashers = target, guard, crashers
+        self.target, self.guard, self.crashers, self.seed = target, guard, crashers, seed
         self.random = random.Random(f"{seed} {target.name}")
         self.good, self.bad = list(target.seeds), list(target.seeds[:1])
         self.words: set[str] = set()
@@ -62,27 +70,36 @@ class Fuzzer:
         self.result = Result(target.name)
 
     def run(self, inputs: int, seconds: float) -> Result:
-        start = time.perf_counter()
         for seed in self.target.seeds:  # which also imports whatever is imported late
             self.target.path.write_bytes(seed)
             with self.guard.learning():
                 self.target.read(seed)
+        start = said = time.perf_counter()
         for number in range(inputs):
-            if time.perf_counter() - start > seconds or len(self.result.broken) >= 20:
+            now = time.perf_counter()
+            if now - start > seconds or len(self.result.broken) >= 20:
                 break
+            if now - said > PROGRESS:
+                said = now
+                self.say(f"{number / inputs:.0%}, {number / (now - start):.0f} a second")
             some = self.good if self.random.random() < 0.7 else self.bad
             raw = self.random.choice(some)
             for _ in range(self.random.choice((1, 1, 1, 2))):
                 raw = self.target.mutate(self.random, raw, some)
-            self.one(raw, number)
+            self.one(raw, number, number < WARM or number % max(100, inputs // TRACED) == 0)
         self.result.corpus = len(self.good) + len(self.bad)
         self.result.seconds = round(time.perf_counter() - start, 1)
+        self.say(f"in {self.result.seconds} s")
         return self.result
 
-    def one(self, raw: bytes, number: int) -> None:
+    def say(self, more: str) -> None:
+        done = self.result
+        counts = f"{done.inputs:,} inputs, {done.taken:,} taken, {len(done.broken)} broken"
+        print(f"{done.target} (seed {self.seed}): {counts}, {more}", file=sys.stderr, flush=True)
+
+    def one(self, raw: bytes, number: int, traced: bool) -> None:
         self.target.path.write_bytes(raw)
         known = len(self.lines)
-        traced = number % TRACED == 0 or number < WARM
         began = time.perf_counter()
         try:
             # The first inputs reach what is imported or compiled late: that is the package's own code.
@@ -112,9 +129,9 @@ class Fuzzer:
             sys.settrace(self.trace)
         try:
             self.target.read(raw)
-        except NeftError as error:
+        except self.target.refusals as error:
             str(error)
-            return f"{type(error).__name__} {error.what}"
+            return f"{type(error).__name__} {getattr(error, 'what', error)}"
         finally:
             sys.settrace(None)
         return None
@@ -139,16 +156,64 @@ class Fuzzer:
         self.result.broken.append({"input": name, "error": text[-1500:]})
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=5000, help="of all targets together, also with --only")
-    parser.add_argument("--seconds", type=float, default=3600, help="at most, of each target")
+    parser.add_argument("--count", type=int, help="instead: of each target")
+    parser.add_argument("--seconds", type=float, default=36000, help="at most, of each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one target, by its name")
     parser.add_argument("--recipes", action="store_true", help="recipes too, which load transformers")
     parser.add_argument("--crashers", type=Path, default=Path("crashers"))
+    parser.add_argument(
+        "--processes", type=int, default=1, help="share the inputs; each has a seed of its own"
+    )
+    parser.add_argument("--record", action="store_true", help="put the counts into docs/guarantees.md")
+    parser.add_argument("--replay", type=Path, help="only read this file, as the target --only")
     options = parser.parse_args()
     options.crashers = options.crashers.absolute()
+    results = _shared(options) if options.processes > 1 else _here(options)
+    if options.record:
+        rows = [
+            {
+                "fault": "hostile file", "work": one["target"], "tried": one["inputs"],
+                "losses": len(one["broken"]), "notes": {key: one[key] for key in ("taken", "refused")},
+            }
+            for one in results
+        ]  # fmt: skip
+        join(FIGURES, rows)
+        put_table(PAGE, json.loads(FIGURES.read_text()))
+    print(json.dumps(results))
+    return any(one["broken"] for one in results)
+
+
+def _shared(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results of several processes, added up by target."""
+    parts = range(options.processes)
+    counts = "count" if options.count else "inputs"
+    share = -(-getattr(options, counts) // options.processes)
+    words = [f"--{counts}={share}", f"--seconds={options.seconds}", f"--crashers={options.crashers}"]
+    words += [f"--only={options.only}"] * (options.only is not None) + ["--recipes"] * options.recipes
+    command = [sys.executable, "-m", "tests.torture.fuzz", *words]
+    running = [
+        subprocess.Popen([*command, f"--seed={options.seed + part}"], cwd=ROOT, stdout=subprocess.PIPE)
+        for part in parts
+    ]
+    joined: dict[str, dict[str, Any]] = {}
+    for output in [one.communicate()[0] for one in running]:
+        for result in json.loads(output):
+            known = joined.setdefault(result["target"], result)
+            if known is not result:
+                for key in ("inputs", "taken", "refused", "corpus", "broken"):
+                    known[key] += result[key]
+                for key in ("seconds", "slowest"):
+                    known[key] = max(known[key], result[key])
+    return list(joined.values())
+
+
+def _here(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Fuzz in this process, whose memory is limited from now on."""
+    replayed = options.replay and options.replay.read_bytes()
     shm = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="neft-fuzz-", dir=shm if shm.is_dir() else None))
     os.environ["TMPDIR"] = tempfile.tempdir = str(root)
@@ -163,18 +228,17 @@ def main() -> None:
         limit_memory(MEMORY)
         results = []
         for target in chosen:
-            inputs = max(1, round(options.inputs * target.share / total))
-            result = Fuzzer(target, guard, options.seed, options.crashers).run(inputs, options.seconds)
-            results.append(result)
-            print(
-                f"{result.target}: {result.inputs} inputs in {result.seconds} s, {result.taken} taken, "
-                f"{len(result.broken)} broken",
-                file=sys.stderr,
-            )
-        print(json.dumps([vars(result) for result in results]))
+            fuzzer = Fuzzer(target, guard, options.seed, options.crashers)
+            if replayed is not None:
+                target.path.write_bytes(replayed)
+                print(fuzzer.read(replayed, False) or "taken", file=sys.stderr)
+                continue
+            inputs = options.count or max(1, round(options.inputs * target.share / total))
+            results.append(vars(fuzzer.run(inputs, options.seconds)))
+        return results
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -61,7 +61,7 @@ class Guard:
             for argument in arguments[: 1 + two]:
                 if isinstance(argument, (str, bytes)) and not self._inside(argument):
                     self._note(f"{event} of {argument!r}")
-        elif event.startswith(_CODE):
+        elif event.startswith(_CODE) and not _is_rename(event, arguments):
             self._note(f"{event} {str(arguments)[:200]}")
 
     def _inside(self, path: str | bytes) -> bool:
@@ -96,6 +96,13 @@ class Guard:
         if self.broken:
             broken, self.broken = self.broken, []
             raise Violation("; ".join(broken))
+
+
+def _is_rename(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether it is the call of the C library that puts an output into its place."""
+    if event == "ctypes.dlopen":
+        return arguments[0] is None
+    return event == "ctypes.dlsym" and arguments[1] in ("renameat2", "renamex_np")
 
 
 def limit_memory(nbytes: int) -> None:

@@ -1,0 +1,152 @@
+"""What both kinds of patch file share: how one is opened and named, and the hash over what it says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final, Self, TypeVar
+
+from ..checkpoint.provenance import Provenance
+from ..errors import CorruptFileError, MismatchError, boundary
+from ..sources.resolve import Source, resolve_file
+from ..tensors.document import dump, read_document
+from ..tensors.reader import FileBacked, TensorFile
+from .digests import NO_HASH, content_hash, is_hash
+
+__all__ = [
+    "PATCH_KEY",
+    "PATCH_NAME",
+    "PATCH_VERSION",
+    "PatchFile",
+    "open_patch",
+    "read_manifest",
+    "require_seal",
+    "sealed",
+]
+
+PATCH_VERSION: Final = 2
+PATCH_KEY = "neuron_patch"
+PATCH_NAME = "neuron_patch.safetensors"
+
+#: Each kind of patch, as a refusal names it that expected another kind; and what helps.
+_KINDS = {
+    "neurons": ("the patch has chosen neurons only, not a whole fine-tune", None),
+    "lossless": (
+        "the patch is lossless: it holds a whole fine-tune, not chosen neurons",
+        "write the tuned checkpoint with `neftsurgery apply BASE PATCH -o OUT`",
+    ),
+}
+
+
+class PatchFile(FileBacked):
+    """A file that holds a patch of either kind, and what was named to open it."""
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
+    ) -> None:
+        super().__init__(file)
+        self.manifest, self.source = manifest, source
+
+    @classmethod
+    @boundary
+    def load(cls, named: str | os.PathLike[str] | Source) -> Self:
+        """Open a patch. Its structure and indices are checked; `Patch.check` checks the hashes of its values.
+
+        Parameters
+        ----------
+        named:
+            A file; or ``org/name`` or ``org/name@revision`` of the Hub, of which the patch alone is fetched
+            into huggingface_hub's cache. A local path beats a Hub id.
+
+        Raises
+        ------
+        UsageError
+            If there is no such file, repository or revision.
+        MismatchError
+            If the Hub repository holds no patch, or the patch is of the other kind.
+        CorruptFileError
+            If it is no patch, damaged, or of a newer version.
+        MachineError
+            If it cannot be read, or the Hub refuses or cannot be reached.
+        """
+        return open_patch(named, (cls,))
+
+    @classmethod
+    def read(
+        cls, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
+    ) -> Self:
+        """The patch in an open file, which is the new object's from now on; its manifest if it is known."""
+        return cls(file, manifest or read_manifest(file), source)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.place) if self.place is not None else "the patch"
+
+    @property
+    def place(self) -> str | os.PathLike[str] | None:
+        """Where errors say it is: a file, or as the Hub calls it; None for one that was never saved."""
+        return self.source.named if self.source is not None and self.source.repo is not None else self.path
+
+    @property
+    def base(self) -> Provenance:
+        """The checkpoint it was made from, as far as that is known."""
+        return Provenance.from_json(self.manifest.get("base"))
+
+
+_File = TypeVar("_File", bound=PatchFile)
+
+
+def open_patch(named: str | os.PathLike[str] | Source, kinds: Sequence[type[_File]]) -> _File:
+    """The patch that is named, if it is of one of ``kinds``; raises as `PatchFile.load`."""
+    source = named if isinstance(named, Source) else resolve_file(named, PATCH_NAME)
+    file = TensorFile.named(source.path, PATCH_KEY)
+    try:
+        manifest = read_manifest(file)
+        kind = "neurons" if manifest["version"] == 1 else manifest["kind"]
+        for one in kinds:
+            if one.kind == kind:
+                return one.read(file, manifest, source)
+        what, hint = _KINDS[kind]
+        raise MismatchError(what, file=file.path, hint=hint)
+    except (CorruptFileError, MismatchError) as error:
+        if source.repo is not None and error.file == str(source.path):
+            error.file = source.named  # not where the cache keeps it
+        raise
+
+
+def read_manifest(file: TensorFile) -> dict[str, Any]:
+    """The manifest of a patch file, of a version and kind that are known."""
+    manifest = read_document(file, PATCH_KEY, "patch", PATCH_VERSION)
+    if manifest["version"] > 1 and manifest.get("kind") not in [*_KINDS]:
+        raise CorruptFileError(
+            "the patch is of a kind that this version does not know",
+            file=file.path,
+            expected=" or ".join(_KINDS),
+            found=str(manifest.get("kind"))[:100],
+            hint="update neftsurgery",
+        )
+    return manifest
+
+
+def sealed(manifest: Mapping[str, object], parts: Iterable[tuple[str, bytes]]) -> dict[str, str]:
+    """The metadata of a new patch file: its manifest, with the `content_hash` as the last key."""
+    rest = {key: value for key, value in manifest.items() if key != "content_hash"}
+    text = dump(PATCH_KEY, {**rest, "content_hash": NO_HASH})[PATCH_KEY]
+    end = f'{NO_HASH}"}}'
+    return {PATCH_KEY: f'{text.removesuffix(end)}{content_hash(text, parts)}"}}'}
+
+
+def require_seal(
+    file: TensorFile, manifest: Mapping[str, object], parts: Iterable[tuple[str, bytes]]
+) -> None:
+    """Raise a `CorruptFileError` unless the file has the `content_hash` that its manifest says."""
+    known, text = manifest.get("content_hash"), file.header.metadata[PATCH_KEY]
+    if not is_hash(known) or known != content_hash(text.replace(known, NO_HASH), parts):
+        raise CorruptFileError(
+            "the patch does not match its hash",
+            file=file.path,
+            hint="the patch is damaged or was altered: fetch it again",
+        )

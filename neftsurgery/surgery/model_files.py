@@ -1,0 +1,258 @@
+"""A whole model as lossless patches see it: as it is on disk, or as patches make it, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint, Shard
+from ..checkpoint.in_memory import TensorsInMemory
+from ..checkpoint.provenance import Provenance, fingerprint
+from ..checkpoint.side_files import read_side, side_files
+from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
+from ..coding.blocks import BLOCK
+from ..coding.elements import Carrier, Elements
+from ..errors import CorruptFileError, MismatchError
+from ..patch.delta import (
+    Delta,
+    DeltaBlock,
+    SideFile,
+    WeightFile,
+    block_hash,
+    block_state,
+    counterpart,
+    read_block,
+)
+from ..patch.lossless import LosslessPatch
+from ..storage.positioned import OpenFile, read_exactly
+from ..tensors.header import FilePlan, parse_header
+from ..tensors.reader import TensorReader
+
+__all__ = [
+    "BLOCK_MEMORY",
+    "CheckedBase",
+    "ModelFiles",
+    "RebuiltWeights",
+    "another_checkpoint",
+    "read_whole",
+    "require_result",
+    "weight_file",
+]
+
+
+#: Bytes that a thread holds: a block as it is, as it will be, and its code.
+BLOCK_MEMORY = 32 << 20
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that a lossless patch leads from, or to."""
+
+    weights: Checkpoint | TensorsInMemory | RebuiltWeights | CheckedBase
+    files: tuple[WeightFile, ...]
+    single: bool  # one file, not a folder
+    side: Mapping[str, Callable[[], bytes]]  # the content of the files beside them that a patch carries
+    side_bytes: int
+    not_carried: tuple[str, ...]  # the names of other files beside them
+    origin: Callable[[], Provenance]
+
+    @classmethod
+    def of(cls, weights: Checkpoint | TensorsInMemory) -> ModelFiles:
+        """A checkpoint with its files, or tensors in memory as the file that they would make."""
+        if isinstance(weights, Checkpoint):
+            carried, others = side_files(weights)
+            return cls(
+                weights,
+                tuple(weight_file(shard) for shard in weights.shards),
+                weights.is_file,
+                {path.name: partial(read_side, path) for path in carried},
+                sum(path.stat().st_size for path in carried),
+                others,
+                lambda: Provenance.of(weights),
+            )
+        metadata = {"format": "pt"}
+        raw = b"".join(FilePlan.of(weights.tensors.values(), metadata).pack(metadata))[8:]
+        file = WeightFile(SINGLE_NAME, parse_header(raw, None), raw)
+        return cls(
+            weights,
+            (file,),
+            True,
+            {},
+            0,
+            (),
+            lambda: Provenance({"name": weights.name, "fingerprint": fingerprint(weights)}),
+        )
+
+    def without_side(self) -> ModelFiles:
+        """The same without the files beside the weights, all but the index."""
+        left = tuple(name for name in self.side if name != INDEX_NAME)
+        kept = {name: read for name, read in self.side.items() if name == INDEX_NAME}
+        return replace(self, side=kept, not_carried=(*self.not_carried, *left))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.nbytes for file in self.files)
+
+
+def weight_file(shard: Shard) -> WeightFile:
+    """A weight file of a checkpoint, with its header."""
+    raw = bytearray(shard.header.size - 8)
+    file = OpenFile.at(shard.path)
+    read_exactly(file.fileno(), memoryview(raw), 8, shard.path)
+    return WeightFile(shard.path.name, shard.header, bytes(raw))
+
+
+def read_whole(weights: TensorReader, block: DeltaBlock) -> Carrier:
+    """A block of weights that have all of it."""
+    found = read_block(weights, block)
+    assert found is not None
+    return found[0]
+
+
+class RebuiltWeights:
+    """The tensors that deltas of patches, one after the other, make of a checkpoint. Thread-safe.
+
+    Every block is checked against its hashes, before and after each delta.
+    """
+
+    #: What is read counts as read from the checkpoint.
+    bytes_read = 0
+
+    def __init__(
+        self, checkpoint: Checkpoint, patches: Sequence[LosslessPatch], links: Sequence[Delta]
+    ) -> None:
+        self._checkpoint, self._patches, self._links = checkpoint, patches, links
+        self._last: tuple[DeltaBlock, Carrier] | None = None
+        self.name = patches[-1].name
+        self.tensors = links[-1].tensors
+
+    @classmethod
+    def model(cls, checkpoint: Checkpoint, patches: Sequence[LosslessPatch], goal: str) -> ModelFiles:
+        """What all ``patches`` make of it; with the goal ``base``, what the last one was made from."""
+        back = patches[-1].backward if goal == "base" else None
+        links = [patch.forward for patch in patches] if back is None else [back]
+        weights, last = cls(checkpoint, patches, links), links[-1]
+        origin: Provenance = patches[-1].tuned if back is None else patches[-1].base
+        side = {one.name: partial(weights.side_content, one) for one in last.side}
+        left = patches[-1].not_carried if back is None else ()
+        nbytes = sum(one.nbytes for one in last.side)
+        return ModelFiles(weights, last.files, last.single, side, nbytes, left, lambda: origin)
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the checkpoint or a patch was edited since it was opened."""
+        self._checkpoint.check_unchanged()
+        for patch in self._patches:
+            patch.check_unchanged()
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
+        size, done = Elements.of(self.tensors[name].dtype).size, 0
+        while done < len(buffer):
+            at = start + done
+            block = self._links[-1].block_at(name, at // size // BLOCK * BLOCK)
+            assert block is not None  # of a tensor of the target
+            last = self._last  # both ends of a small tensor are in one block
+            found = last[1] if last is not None and last[0] is block else self._block(block)
+            self._last = block, found
+            part = found.view(np.uint8)[at - block.start * size :][: len(buffer) - done]
+            buffer[done : done + len(part)] = part.data
+            done += len(part)
+
+    def _block(self, block: DeltaBlock) -> Carrier:
+        """A block of what all links make, from what each makes of it. What is the result's already, stays."""
+        ways = [(self._links[-1], block)]
+        for delta in reversed(self._links[:-1]):
+            info = counterpart(ways[-1][1].info, delta.tensors)
+            source = None if info is None else delta.block_at(info.name, block.start)
+            if source is None:
+                break
+            ways.append((delta, source))
+        found: Carrier | None = None
+        if len(ways) == len(self._links):
+            delta, one = ways.pop()
+            found = delta.made(one, *block_state(self._checkpoint, one))
+            if found is None:
+                raise another_checkpoint(self._patches[0], self._checkpoint, block)
+        for delta, one in reversed(ways):
+            source_elements = None
+            if found is not None:
+                source_elements = np.zeros(one.stop - one.start, one.elements.carrier)
+                there = min(len(found), len(source_elements))
+                source_elements[:there] = found[:there]
+            found = delta.decoded(one, source_elements)
+        assert found is not None
+        return found
+
+    def side_content(self, side: SideFile) -> bytes:
+        """A file beside the weights: from the last link that holds it, else the checkpoint's own."""
+
+        def source() -> bytes:
+            for delta in reversed(self._links[:-1]):
+                own = next((one for one in delta.side if one.name == side.name), None)
+                if own is None:
+                    return b""
+                if own.packed:
+                    return delta.side_content(own, bytes)
+            path = self._checkpoint.root / side.name
+            return read_side(path) if path.is_file() and path.stat().st_size == side.nbytes else b""
+
+        return self._links[-1].side_content(side, source)
+
+
+class CheckedBase:
+    """A base that was named; what is read of it is compared with what a patch has of it. Thread-safe."""
+
+    def __init__(self, base: Checkpoint, patch: LosslessPatch) -> None:
+        self._base, self._patch = base, patch
+        self.name, self.tensors = base.name, base.tensors
+
+    @classmethod
+    def model(cls, base: Checkpoint, patch: LosslessPatch) -> ModelFiles:
+        """The base with its files."""
+        return replace(ModelFiles.of(base), weights=cls(base, patch), not_carried=())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read of the base."""
+        return self._base.bytes_read
+
+    def check_unchanged(self) -> None:
+        """As `Checkpoint.check_unchanged`."""
+        self._base.check_unchanged()
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with a block of tensor ``name``, from its byte ``start``."""
+        self._base.read_into(name, start, buffer)
+        forward, size = self._patch.forward, Elements.of(self.tensors[name].dtype).size
+        block = forward.block_at(name, start // size)
+        if block is None or counterpart(block.info, self.tensors) is None:
+            return
+        there = np.frombuffer(buffer, block.elements.carrier)[: block.stop - block.start]
+        if block_hash(there) != int(forward.before[block.number]):
+            raise another_checkpoint(self._patch, self._base, block)
+
+
+def another_checkpoint(patch: LosslessPatch, checkpoint: Checkpoint, block: DeltaBlock) -> MismatchError:
+    """The error for a block that is neither as before the patch nor as after it."""
+    return MismatchError(
+        f"{patch.name} was made from another checkpoint",
+        file=checkpoint.name,
+        tensor=block.info.name,
+        hint="nothing was written; `neftsurgery verify` shows every tensor's state",
+    )
+
+
+def require_result(found: str, patch: LosslessPatch, expected: Provenance) -> None:
+    """Raise a `CorruptFileError` unless the fingerprint of what a patch makes is the one that it records."""
+    if found != expected.fingerprint:
+        raise CorruptFileError(
+            "the patch does not make the checkpoint that it names",
+            file=patch.place,
+            expected=f"fingerprint {expected.fingerprint}",
+            found=found,
+            hint="nothing was written; the patch is damaged or was altered: fetch it again",
+        )
