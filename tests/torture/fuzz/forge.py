@@ -24,7 +24,8 @@ Entries = dict[str, tuple[str, bytes]]
 
 
 _UNREADABLE = (
-    SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error
+    SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    RecursionError, struct.error,
 )  # fmt: skip
 
 
