@@ -173,7 +173,7 @@ def plan_apply(
             limits=limits,
             progress=progress,
         )
-    rows = [RowSource(patch, patch.values) for patch in patches if isinstance(patch, Patch)]
+    rows = [RowSource(patch, patch.values) for patch in patches if not isinstance(patch, LosslessPatch)]
     return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
 
 
