@@ -30,7 +30,7 @@ class Violation(AssertionError):
 
 
 class Guard:
-    """An audit hook that is on within `watching`, a limit of memory, and a limit of time.
+    """An audit hook that is on within `watching`, a limit of memory, and a limit of processor time.
 
     An audit hook cannot be taken off, so a guard is for processes of its own.
     """
@@ -42,7 +42,7 @@ class Guard:
         self._compiled = False
         self.broken: list[str] = []
         sys.addaudithook(self._audit)
-        signal.signal(signal.SIGALRM, self._too_long)
+        signal.signal(signal.SIGPROF, self._too_long)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._learning and event == "compile":
@@ -81,17 +81,17 @@ class Guard:
             self._learning = False
 
     def _too_long(self, number: int, frame: FrameType | None) -> None:
-        raise Violation(f"it takes longer than {SECONDS:g} s")
+        raise Violation(f"it takes more than {SECONDS:g} s of processor time")
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch one input. Raises `Violation` if a promise is broken."""
         self._on = True
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             self._on = False
         if self.broken:
             broken, self.broken = self.broken, []
