@@ -121,22 +121,12 @@ class LosslessPatch(PatchFile):
         found = stored_weights(self.forward, kinds)
         return dict(sorted(found.items(), key=lambda item: -item[1].code))
 
-    def __repr__(self) -> str:
-        return f"<LosslessPatch {self._label}>"
-
-    @property
-    def _label(self) -> str:
-        return f"{self.place or '(not saved)'}: {size(self.nbytes)} for {size(self.forward.nbytes)}"
-
     def __str__(self) -> str:
-        undo = "reversible" if self.reversible else "not reversible: revert needs the base"
-        return "\n".join(
-            [
-                f"lossless patch {self._label}",
-                f"  {plural(len(self.forward.tensors), 'tensor')} in "
-                f"{plural(len(self.forward.files), 'file')}, and {len(self.forward.side)} files beside them",
-                f"  made from {self.base.label or 'unknown'}; {undo}",
-            ]
+        files = plural(len(self.forward.files), "file")
+        return self._text(
+            f"lossless patch {self._label}: {size(self.nbytes)} for {size(self.forward.nbytes)}",
+            f"  {plural(len(self.forward.tensors), 'tensor')} in {files}, "
+            f"and {plural(len(self.forward.side), 'file')} beside them",
         )
 
 

@@ -33,7 +33,7 @@ def stored_weights(delta: Delta, groups: Mapping[str, str]) -> dict[str, StoredW
     arrays = (delta.forms.tolist(), delta.changed.tolist(), delta.sizes.tolist())
     for block, form, changed, code in zip(delta.blocks, *arrays, strict=True):
         one, nbytes = found[groups[block.info.name]], block.nbytes
-        one.elements += block.stop - block.start
+        one.elements += len(block)
         one.changed += changed
         one.tuned_bytes += nbytes
         one.code += code

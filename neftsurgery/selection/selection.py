@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -13,7 +13,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
 from ..errors import MismatchError, boundary
-from ..neurons.layout import Layout, described_tensor
+from ..neurons.layout import Layout, described, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array
@@ -24,7 +24,7 @@ from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from ..text import lines, percent, plural
 
-__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "described", "index_dtype"]
+__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "index_dtype"]
 
 SELECTION_KEY = "neuron_selection"
 _VERSION = 1
@@ -88,12 +88,6 @@ class SelectionFacts(Facts):
         """
         left_out = {"base", "tuned", *(key for key in self if key.startswith("captured") and not captured)}
         return type(self)({key: value for key, value in self.items() if key not in left_out})
-
-
-def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, object]:
-    """What files and JSON say of a tensor and, if it has any, of its neurons."""
-    facts: dict[str, object] = {"shape": list(info.shape), "dtype": info.dtype}
-    return facts if axes is None else facts | {"neuron_axes": list(axes)}
 
 
 def index_dtype(count: int) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
-from ..checkpoint.journal import open_shard
+from ..checkpoint.journal import require_writable
 from ..checkpoint.provenance import fingerprint
 from ..checkpoint.weight_files import INDEX_NAME
 from ..errors import CorruptFileError, UsageError
@@ -23,45 +23,12 @@ from ..storage.output import begin_writeback, staged_directory, staged_file
 from ..storage.output_checks import AnyPath, refuse_output, require_space
 from ..storage.positioned import write_exactly
 from ..storage.threads import Limits, in_order
-from ..text import plural, printable
 from .block_changes import BlockChanges, require_same_layout
 from .chains import links_from, require_end
-from .model_files import BLOCK_MEMORY, CheckedBase, ModelFiles, RebuiltWeights, read_whole, require_result
-from .rewrite import require_place
+from .model_files import BLOCK_MEMORY, ModelFiles, RebuiltWeights, require_result
+from .rewrite import RewriteResult, require_place
 
-__all__ = ["RebuildPlan", "RebuildResult", "plan_rebuild"]
-
-
-@dataclass(frozen=True)
-class RebuildResult:
-    """What applying or reverting a lossless patch did.
-
-    Attributes
-    ----------
-    checkpoint:
-        What was written.
-    goal:
-        The state it is in: ``patched`` or ``base``.
-    files:
-        The names of its files; in place, of those that changed.
-    timing:
-        What it took.
-    written:
-        Whether anything had to be written.
-    """
-
-    checkpoint: Path
-    goal: str
-    files: tuple[str, ...]
-    timing: Timing = field(default_factory=Timing, repr=False)
-
-    written: bool = True
-
-    def __str__(self) -> str:
-        if not self.written:
-            return printable(f"{self.checkpoint} is {self.goal} already: nothing was written")
-        what = "the tuned checkpoint" if self.goal == "patched" else "the base"
-        return printable(f"{self.checkpoint}: {plural(len(self.files), 'file')}: {what}, bit for bit")
+__all__ = ["RebuildPlan", "plan_rebuild"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +45,11 @@ class RebuildPlan:
     changes: BlockChanges | None  # in place
     timing: Timing
     warnings: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> Checkpoint:
+        """What is changed in place, or read to write another one."""
+        return self.checkpoint if self.changes is None else self.changes.checkpoint
 
     @property
     def needed(self) -> bool:
@@ -104,7 +76,7 @@ class RebuildPlan:
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
         return {
-            "checkpoint": self.checkpoint.name if self.changes is None else self.changes.checkpoint.name,
+            "checkpoint": self.named.name,
             "patches": [patch.name for patch in self.patches],
             "lossless": True,
             "out": None if self.out is None else str(self.out),
@@ -115,7 +87,7 @@ class RebuildPlan:
             "not_carried": list(self.target.not_carried),
         }
 
-    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RebuildResult:
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
         """Write the checkpoint; every block is checked before and after."""
         limits = limits or Limits.of()
         watch, before = Stopwatch(), self.checkpoint.bytes_read
@@ -123,11 +95,16 @@ class RebuildPlan:
             if self.out is not None:
                 self._write(self.out, limits, progress)
             elif self.changes is not None and self.needed:
-                source = self.changes.checkpoint.source
-                self.changes.write(lambda: self._check_result(source), limits, progress)
+                self.changes.write(lambda: self._check_result(self.named.source), limits, progress)
         watch.bytes_read = self.checkpoint.bytes_read - before
-        place = self.out or (self.changes or self).checkpoint.source.path
-        return RebuildResult(place, self.goal, self.names, self.timing + watch.timing, self.needed)
+        return RewriteResult(
+            self.out or self.named.source.path,
+            self.goal,
+            self.needed,
+            tensors=len(self.target.weights.tensors),
+            timing=self.timing + watch.timing,
+            files=self.names,
+        )
 
     def _write(self, out: Path, limits: Limits, progress: Progress) -> None:
         with progress("writing", self.target.nbytes) as advance:
@@ -177,7 +154,7 @@ class RebuildPlan:
         advance(file.header.size)
 
         def write(block: DeltaBlock) -> None:
-            write_exactly(fd, read_whole(self.target.weights, block).data.cast("B"), block.offset)
+            write_exactly(fd, self.target.read(block).data.cast("B"), block.offset)
             begin_writeback(fd, block.offset, block.nbytes)
 
         for block, _ in in_order(write, blocks_of([file]), limits.workers(BLOCK_MEMORY)):
@@ -187,10 +164,10 @@ class RebuildPlan:
 def plan_rebuild(
     named: AnyPath,
     patches: Sequence[LosslessPatch],
-    *,
     goal: str,
+    *,
     base: AnyPath | None = None,
-    out: AnyPath | None,
+    out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
     limits: Limits | None = None,
@@ -220,7 +197,7 @@ def plan_rebuild(
             checkpoint = Checkpoint.open(base)
             inputs.append(checkpoint.source.path)
             require_end(last, checkpoint, last.base)
-            target = CheckedBase.model(checkpoint, last)
+            target = replace(ModelFiles.of(checkpoint), base_of=last, not_carried=())
         weights_only = any(patch.weights_only for patch in patches)
         along: tuple[Path, ...] = ()
         if not (checkpoint.is_file or target.single) and (weights_only or checkpoint is not here):
@@ -229,8 +206,7 @@ def plan_rebuild(
         changes = None
         if out is None:
             require_same_layout(here, target)
-            for shard in here.shards:
-                os.close(open_shard(here, shard))  # it can be written
+            require_writable(here, here.shards)
             replaced = None if checkpoint is here else last
             limits = limits or Limits.of()
             changes = BlockChanges.find(here, target, replaced, weights_only, limits, progress)
