@@ -17,7 +17,7 @@ from ..neurons.layout import Layout, described, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array
-from ..tensors.document import Facts, bad, dump, read_document
+from ..tensors.document import Facts, TextFact, bad, dump, read_document
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -34,20 +34,9 @@ _WHAT = "selection"
 class SelectionFacts(Facts):
     """The facts of a selection file, and the ``selection`` of a patch's manifest, which may hold more."""
 
-    @property
-    def score(self) -> str | None:
-        """The score they were chosen by."""
-        return self.text("score")
-
-    @property
-    def anatomy(self) -> str | None:
-        """What counts as a neuron: ``rows``, ``ffn`` or ``units``."""
-        return self.text("anatomy")
-
-    @property
-    def policy(self) -> str | None:
-        """Which neurons come first: ``sensitive``, ``reversed`` or ``random``."""
-        return self.text("policy")
+    score = TextFact()  # they were chosen by
+    anatomy = TextFact()  # what counts as a neuron: ``rows``, ``ffn`` or ``units``
+    policy = TextFact()  # which neurons come first: ``sensitive``, ``reversed`` or ``random``
 
     @property
     def budget(self) -> Mapping[str, object]:

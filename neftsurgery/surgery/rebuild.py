@@ -14,19 +14,18 @@ from ..checkpoint.journal import require_writable
 from ..checkpoint.provenance import fingerprint
 from ..checkpoint.weight_files import INDEX_NAME
 from ..errors import CorruptFileError, UsageError
-from ..patch.delta import DeltaBlock, blocks_of
+from ..patch.delta import DeltaBlock, WeightFile, blocks_of
 from ..patch.lossless import LosslessPatch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..sources.resolve import Source
-from ..storage.copying import copy_file
-from ..storage.output import begin_writeback, staged_directory, staged_file
-from ..storage.output_checks import AnyPath, refuse_output, require_space
+from ..storage.output import begin_writeback
+from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.positioned import write_exactly
 from ..storage.threads import Limits, in_order
 from .block_changes import BlockChanges, require_same_layout
 from .chains import links_from, require_end
 from .model_files import BLOCK_MEMORY, ModelFiles, RebuiltWeights, require_result
-from .rewrite import RewriteResult, require_place
+from .rewrite import RewriteResult, require_place, written_checkpoint
 
 __all__ = ["RebuildPlan", "plan_rebuild"]
 
@@ -107,17 +106,18 @@ class RebuildPlan:
         )
 
     def _write(self, out: Path, limits: Limits, progress: Progress) -> None:
-        with progress("writing", self.target.nbytes) as advance:
-            if self.target.single:
-                with staged_file(out, force=self.force) as staged:
-                    require_space(out.absolute().parent, self.nbytes)
-                    self._write_weights(0, staged.fd, limits, advance)
-                    self._check_result(Source(staged.path, str(out)))
-            else:
-                with staged_directory(out, force=self.force) as folder:
-                    require_space(out.absolute().parent, self.nbytes)
-                    self._write_folder(folder, limits, advance)
-                    self._check_result(Source(folder, str(out)))
+        target = self.target
+        with (
+            progress("writing", target.nbytes) as advance,
+            written_checkpoint(out, single=target.single, force=self.force, nbytes=self.nbytes) as new,
+        ):
+            for name in self.side:
+                (new.path / name).write_bytes(target.side[name]())
+            for file in target.files:
+                with new.opened(file.name, 0o666) as fd:
+                    self._write_weights(file, fd, limits, advance)
+            new.copy_along(self.checkpoint.root, self.along)
+            self._check_result(Source(new.path, str(out)))
 
     def _check_result(self, source: Source) -> None:
         """What was written must have the fingerprint that the patch records."""
@@ -133,22 +133,9 @@ class RebuildPlan:
             found = error.what
         require_result(found, patch, expected)
 
-    def _write_folder(self, folder: Path, limits: Limits, advance: Callable[[int], None]) -> None:
-        for name in self.side:
-            (folder / name).write_bytes(self.target.side[name]())
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        for number, file in enumerate(self.target.files):
-            fd = os.open(folder / file.name, flags, 0o666)
-            try:
-                self._write_weights(number, fd, limits, advance)
-            finally:
-                os.close(fd)
-        for path in self.along:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(self.checkpoint.root / path, folder / path)
-
-    def _write_weights(self, number: int, fd: int, limits: Limits, advance: Callable[[int], None]) -> None:
-        file = self.target.files[number]
+    def _write_weights(
+        self, file: WeightFile, fd: int, limits: Limits, advance: Callable[[int], None]
+    ) -> None:
         os.ftruncate(fd, file.nbytes)
         write_exactly(fd, file.start, 0)
         advance(file.header.size)

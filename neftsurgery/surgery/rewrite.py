@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +41,7 @@ __all__ = [
     "changed_in_place",
     "require_place",
     "touched_files",
+    "written_checkpoint",
 ]
 
 
@@ -205,44 +206,71 @@ def touched_files(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[Sha
     return [shard for shard in checkpoint.shards if shard.path in touched]
 
 
-def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
-    checkpoint = plan.checkpoint
-    along = () if plan.files is None else plan.files.along
-    parent, touched, nbytes = out.absolute().parent, _touched(checkpoint, plan.rows), plan.nbytes
-    with progress("copying", nbytes) as advance:
-        if checkpoint.is_file:
-            with staged_file(out, force=plan.force) as staged:
-                require_space(parent, nbytes)
-                shard = checkpoint.shards[0]
-                _write_shard(shard, staged.fd, touched.get(shard.path, ()), limits.block, advance)
-                _check_unchanged(plan)
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """A checkpoint that is being written, under a name that nobody looks for yet."""
+
+    path: Path
+    fd: int | None  # of the file, if it is one; else it is a folder
+
+    @contextmanager
+    def opened(self, name: str, mode: int) -> Iterator[int]:
+        """A weight file of it, new and empty."""
+        if self.fd is not None:
+            yield self.fd
             return
-        with staged_directory(out, force=plan.force) as folder:
-            require_space(parent, nbytes)
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with naming(path):
+                yield fd
+        finally:
+            os.close(fd)
 
-            stop = threading.Event()
+    def copy_along(
+        self, root: Path, paths: Iterable[Path], advance: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Copy files of the folder ``root`` that are not weights."""
+        for path in paths:
+            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(root / path, self.path / path, progress=advance)
 
-            def step(done: int) -> None:
-                if stop.is_set():  # Ctrl-C, or another shard failed: the copies will be removed
-                    raise InterruptedError
-                advance(done)
 
-            def write(shard: Shard) -> None:
-                path = folder / shard.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                try:
-                    with naming(path):
-                        _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
-                finally:
-                    os.close(fd)
+@contextmanager
+def written_checkpoint(out: Path, *, single: bool, force: bool, nbytes: int) -> Iterator[NewCheckpoint]:
+    """Write a checkpoint of so many bytes, a single file or a folder, whole or not at all."""
+    if single:
+        with staged_file(out, force=force) as staged:
+            require_space(out.absolute().parent, nbytes)
+            yield NewCheckpoint(staged.path, staged.fd)
+    else:
+        with staged_directory(out, force=force) as folder:
+            require_space(out.absolute().parent, nbytes)
+            yield NewCheckpoint(folder, None)
 
-            for _ in in_order(write, checkpoint.shards, limits.threads, stop=stop):
-                pass
-            for path in along:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                copy_file(checkpoint.root / path, folder / path, progress=advance)
-            _check_unchanged(plan)
+
+def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
+    checkpoint, nbytes, stop = plan.checkpoint, plan.nbytes, threading.Event()
+    touched = _touched(checkpoint, plan.rows)
+    with (
+        progress("copying", nbytes) as advance,
+        written_checkpoint(out, single=checkpoint.is_file, force=plan.force, nbytes=nbytes) as new,
+    ):
+
+        def step(done: int) -> None:
+            if stop.is_set():  # Ctrl-C, or another shard failed: the copies will be removed
+                raise InterruptedError
+            advance(done)
+
+        def write(shard: Shard) -> None:
+            with new.opened(shard.name, 0o600) as fd:
+                _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
+
+        for _ in in_order(write, checkpoint.shards, limits.threads, stop=stop):
+            pass
+        new.copy_along(checkpoint.root, () if plan.files is None else plan.files.along, advance)
+        _check_unchanged(plan)
 
 
 def _check_unchanged(plan: RewritePlan) -> None:
