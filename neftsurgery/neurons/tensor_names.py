@@ -18,6 +18,7 @@ from .submodels import Role, Submodel
 __all__ = [
     "COLUMNS",
     "UNKNOWN_EXPERTS",
+    "UNKNOWN_LAYER",
     "NameReading",
     "bias_of",
     "block_key",
@@ -37,6 +38,7 @@ _AXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 COLUMNS = ("down", "o")
 _NORM = re.compile(r"(^|_)ln(_|\d|$)|norm\d*$|layer_?norm|layrnorm", re.IGNORECASE)
 UNKNOWN_EXPERTS = "experts of unknown orientation"
+UNKNOWN_LAYER = "a weight of an unknown layer"
 _MOST_AXES = 5
 _MAGIC = re.compile(r"[*?\[]")
 
@@ -59,26 +61,34 @@ def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameRe
         return NameReading("bias", None, submodel)
     stem = pattern[:-1] if pattern[-1] == "weight" and len(pattern) > 1 else pattern
     role = submodel.role(stem)
-    if role is not None and role.what != "weight":
+    if role is not None and role.what not in ("weight", "other"):
         return NameReading(role.what, (0,), submodel)
-    if role is not None and ndim >= 2:
-        if ndim != (3 if role.order.startswith("E") else 2):
+    if role is not None and role.what == "weight" and ndim >= 2:
+        if not _fits(role, ndim):
             return NameReading(
                 f"{ndim} axes, which its family does not expect", None, submodel, needs_axis=True
             )
         axes = _AXES[role.order][0] if role.order in _AXES else None
         return NameReading("" if axes else UNKNOWN_EXPERTS, axes, submodel, role, needs_axis=axes is None)
-    if (submodel.fully_known or ndim < 2) and _NORM.search(stem[-1]):
+    known = submodel.fully_known
+    if role is None and (known or ndim < 2) and _NORM.search(stem[-1]):
         return NameReading("norm", None, submodel)
-    if ndim > 2 and any("expert" in part for part in pattern):
-        return NameReading(UNKNOWN_EXPERTS, None, submodel, needs_axis=True)
-    if ndim > _MOST_AXES:
-        return NameReading(
-            "too many axes for a linear or convolution weight", None, submodel, needs_axis=True
-        )
-    if submodel.fully_known and pattern[-1] != "weight" and ndim >= 2:
-        return NameReading("not a linear or convolution weight", (0,), submodel, needs_axis=True)
-    return NameReading("", (0,), submodel, assumed=not submodel.fully_known)
+    if ndim < 2 or (ndim == 2 and role is None and (not known or pattern[-1] == "weight")):
+        return NameReading("", (0,), submodel, assumed=not known)
+    if ndim > 2 and any("expert" in part for part in stem[-2:]):
+        reason = UNKNOWN_EXPERTS
+    elif role is None and (not known or pattern[-1] == "weight"):
+        reason = f"{UNKNOWN_LAYER} ({ndim} axes)"
+    else:
+        reason = "not a linear or convolution weight"
+    return NameReading(reason, None, submodel, needs_axis=True, assumed=not known)
+
+
+def _fits(role: Role, ndim: int) -> bool:
+    """Whether a weight can have ``ndim`` axes: units are known of linear layers alone."""
+    if role.order.startswith("E"):
+        return ndim == 3
+    return ndim == 2 if role.block is not None else ndim <= _MOST_AXES
 
 
 def member_axes(role: Role, reading: NameReading) -> tuple[int, ...] | None:

@@ -157,7 +157,7 @@ def plan_apply(
                 "lossless patches and neuron patches are not applied together", file=lossless[0].place
             )
         return plan_rebuild(base, lossless, "patched", **options)
-    rows = [RowSource(patch, patch.values) for patch in patches if isinstance(patch, Patch)]
+    rows = [RowSource(patch, patch.values) for patch in patches if not isinstance(patch, LosslessPatch)]
     return _plan("patched", base, rows, (), (), **options)
 
 

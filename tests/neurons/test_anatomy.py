@@ -195,22 +195,37 @@ def test_an_unknown_anatomy_is_refused() -> None:
 
 
 @pytest.mark.parametrize("config", [None, {}, {"model_type": 7}, {"model_type": "no-such-model"}])
-def test_without_a_known_architecture_weights_count_as_out_in(config: dict[str, Any] | None) -> None:
+def test_without_a_known_architecture_two_axes_count_as_out_in(config: dict[str, Any] | None) -> None:
     shapes = {
         "embed_tokens.weight": (9, 4),
+        "lm_head.weight": (9, 4),
+        "mlp.gate.weight": (3, 4),
+        "linear.weight": (4, 3),
         "conv.weight": (4, 3, 2),
         "deep": (2, 2, 2, 2, 2),
-        "six": (1,) * 5 + (2,),
+        "experts.patch_embed.proj.weight": (4, 3, 2, 2),
+        "mlp.experts.up_proj": (4, 3, 2),
     }
     anatomy = read_anatomy("rows", infos(shapes), config)
-    assert {tensor.info.name: tensor.axes for tensor in anatomy.scored} == {
-        "embed_tokens.weight": (0,),
-        "conv.weight": (0,),
-        "deep": (0,),
+    assert {tensor.info.name: tensor.axes for tensor in anatomy.scored} == {"linear.weight": (0,)}
+    assert reasons(anatomy) == {
+        "embed_tokens.weight": "embedding",
+        "lm_head.weight": "output head",
+        "mlp.gate.weight": "router",
+        "conv.weight": "a weight of an unknown layer (3 axes)",
+        "deep": "a weight of an unknown layer (5 axes)",
+        "experts.patch_embed.proj.weight": "a weight of an unknown layer (4 axes)",
+        "mlp.experts.up_proj": "experts of unknown orientation",
     }
-    (warning,) = anatomy.warnings
-    assert "give the axes with [[axis=...]]" in warning
-    assert "[out, in" in warning
+    unknown, experts, layers = anatomy.warnings
+    assert "give the axes with [[axis=...]]" in unknown
+    assert "[out, in" in unknown
+    assert experts.startswith("1 tensors of experts are left out")
+    assert layers.startswith("3 weights are left out")
+    included = read_anatomy("rows", infos(shapes), config, include=["*"])
+    assert "conv.weight" in reasons(included)
+    stated = read_anatomy("rows", infos(shapes), config, axis={"conv*": 0, "*up_proj": (0, 1)})
+    assert {"conv.weight", "mlp.experts.up_proj"} < set(names(stated))
     for name in ("ffn", "units"):
         with pytest.raises(MismatchError, match=name) as caught:
             read_anatomy(name, infos(shapes), config)

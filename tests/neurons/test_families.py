@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from neftsurgery.neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
-from neftsurgery.neurons.families import FAMILIES
-from neftsurgery.neurons.submodels import DEFAULT_HEADS
+from neftsurgery.neurons.families import architectures
 from neftsurgery.tensors.header import TensorInfo, read_header
 
 torch = pytest.importorskip("torch")
@@ -800,17 +799,8 @@ def test_ffn_scores_as_many_up_rows_as_down_columns(name: str, sample: Callable[
     assert up == down > 0
 
 
-def _model_types() -> list[str]:
-    return [model_type for family in FAMILIES for model_type in family.model_types.split()]
-
-
-def test_no_model_type_has_two_families() -> None:
-    assert len(_model_types()) == len(set(_model_types()))
-
-
-@pytest.mark.parametrize("model_type", sorted(DEFAULT_HEADS))
+@pytest.mark.parametrize("model_type", sorted({case.partition(" ")[0] for case in CASES}))
 def test_default_heads_are_those_of_the_config_class(model_type: str) -> None:
-    assert model_type in _model_types()
     config = transformers.CONFIG_MAPPING[model_type]
     renamed = config.attribute_map
 
@@ -819,4 +809,8 @@ def test_default_heads_are_those_of_the_config_class(model_type: str) -> None:
         return next((getattr(config, name) for name in found if hasattr(config, name)), None)
 
     heads = default("num_attention_heads", "num_heads")
-    assert DEFAULT_HEADS[model_type] == (heads, default("num_key_value_heads", "num_kv_heads"))
+    if heads is not None:
+        assert architectures().head_counts[model_type] == (
+            heads,
+            default("num_key_value_heads", "num_kv_heads"),
+        )

@@ -59,3 +59,25 @@ def test_encoder_and_decoder_may_differ_in_heads() -> None:
     shapes = {f"model.{side}.layers.0.self_attn.k_proj.weight": (12, 5) for side in ("encoder", "decoder")}
     config = {"model_type": "bart", "encoder_attention_heads": 2, "decoder_attention_heads": 3}
     assert read_anatomy("units", infos(shapes), config).unit_count == 5
+
+
+def test_configs_may_lie_in_each_other_and_omit_what_equals_the_default() -> None:
+    shapes = {
+        "model.vision_encoder.backbone.patch_embed.projection.weight": (6, 3, 7, 7),
+        "vision_encoder.backbone.blocks.0.mlp.proj_in.weight": (8, 6),
+        "vision_encoder.backbone.blocks.0.mlp.proj_out.weight": (6, 8),
+    }
+    stated = {"model_type": "sam2_vision_model", "backbone_config": {"model_type": "sam2_hiera_det_model"}}
+    for config in ({"model_type": "sam2"}, {"model_type": "sam2", "vision_config": stated}):
+        anatomy = read_anatomy("rows", infos(shapes), config)
+        assert names(anatomy) == sorted(shapes)
+        assert read_anatomy("units", infos(shapes), config).unit_count == 8
+
+
+def test_hostile_nesting_is_read_to_a_depth() -> None:
+    config: dict[str, Any] = LLAMA
+    for _ in range(5000):
+        config = {"model_type": "llava", "text_config": config}
+    assert names(read_anatomy("rows", llama(1), config))
+    for odd in ([], 7, "x", None, {"model_type": ["llama"]}, {"model_type": {"a": 1}}):
+        read_anatomy("rows", llama(1), {"model_type": "llava", "text_config": odd, "vision_config": odd})

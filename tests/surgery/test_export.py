@@ -268,11 +268,11 @@ def test_experts_and_convolutions_are_refused(tmp_path: Path) -> None:
             write_file(tmp_path / side, {name: rng.standard_normal(shape).astype(np.float32)})
             for side in ("base", "tuned")
         ]
-        axis = {"*experts*": (0, 1)}
+        axis = {"conv.weight": 0, "mlp.experts.up_proj": (0, 1)}
         patch = ns.extract(
             *sides,
             neurons=3,
-            axis=axis if "experts" in name else {},
+            axis={name: axis[name]} if name in axis else {},
             reversible=True,
             out=tmp_path / "p",
             force=True,

@@ -205,7 +205,8 @@ def test_in_place(
             assert files == states[now], "it was changed without a journal"
             return "midway" if outcome.status > 0 else "early"
 
-        with trials.trial(number.name, f"{verb} --in-place") as entry:
+        kind = " (lossless)" if patch.name == "patchNone" else ""
+        with trials.trial(number.name, f"{verb} --in-place{kind}") as entry:
             found, outcome = runner.send_signal(run, number, moment)
             entry.notes[found] = entry.notes.get(found, 0) + 1
             check_end(outcome, number)

@@ -200,7 +200,10 @@ def _shared(options: argparse.Namespace) -> list[dict[str, Any]]:
         for part in parts
     ]
     joined: dict[str, dict[str, Any]] = {}
-    for output in [one.communicate()[0] for one in running]:
+    outputs = [one.communicate()[0] for one in running]
+    if not all(outputs):
+        sys.exit("one of the processes failed: see above")
+    for output in outputs:
         for result in json.loads(output):
             known = joined.setdefault(result["target"], result)
             if known is not result:

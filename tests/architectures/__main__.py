@@ -1,0 +1,111 @@
+"""``python -m tests.architectures families``: makes the table of architectures from transformers.
+
+Each type is described in a process of its own, with a time limit. What is known already is kept in
+``--state``, so a run that was cut short goes on; ``--only`` describes some types anew. The difference to the
+committed file is shown.
+
+``python -m tests.architectures sweep`` reads the files of all these models with the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from .harvest import describe, gather, in_children
+from .rows import DATA, OVERLAY, Record, load_overlay, make_data, text_of
+from .sweep import PAGE, put_page, read_back
+from .tiny_models import model_types
+
+STATE = Path(__file__).resolve().parents[2] / "build" / "architectures"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
+    parser.add_argument("command", choices=["families", "sweep"])
+    parser.add_argument("--state", type=Path, default=STATE / f"transformers-{transformers.__version__}")
+    parser.add_argument("--only", default="", help="model types to describe anew, separated by commas")
+    parser.add_argument("--keep", action="store_true", help="describe nothing anew")
+    parser.add_argument("--overlay", type=Path, default=OVERLAY)
+    parser.add_argument("--page", type=Path, default=PAGE, help="where `sweep` puts its table")
+    parser.add_argument("--data", type=Path, default=DATA)
+    options = parser.parse_args(arguments)
+    if options.command == "sweep":
+        return sweep(*gather(options.state, model_types()), options.page)
+    torch.set_num_threads(1)
+    chosen = [name for name in options.only.split(",") if name]
+    for name in chosen:
+        (options.state / f"{name}.json").unlink(missing_ok=True)
+    in_children(describe, chosen or ([] if options.keep else model_types()), options.state)
+    found, failed = gather(options.state, model_types())
+    overlay = load_overlay(options.overlay)
+    built = {owner for told in found.values() for owner in told["records"]}
+    gone = sorted({name for entry in overlay for name in entry["model_types"].split()} - built)
+    if gone:
+        print(f"overlay.json names model types that could not be built: {', '.join(gone)}", file=sys.stderr)
+        return 1
+    before = options.data.read_text(encoding="utf-8") if options.data.exists() else ""
+    after = text_of(table(found, overlay))
+    sys.stdout.writelines(difflib.unified_diff(*(text.splitlines(True) for text in (before, after)), n=0))
+    options.data.write_text(after, encoding="utf-8")
+    print(f"{len(found)} model types, {len(after.encode()):,} bytes; not built: {len(failed)}")
+    for name, why in sorted(failed.items()):
+        print(f"  {name}: {why}")
+    return 0
+
+
+def sweep(found: dict[str, Any], failed: dict[str, str], page: Path) -> int:
+    """Put into ``page`` what the table says of every model that was built, beside what is live."""
+    by_hand = [
+        pattern for entry in load_overlay() for pattern in " ".join(entry.get("weights", {}).values()).split()
+    ]
+    by_hand += [
+        text
+        for entry in load_overlay()
+        for block in entry.get("blocks", ())
+        for key, text in block.items()
+        if key != "order"
+    ]
+    outcomes = {name: read_back(told["models"], by_hand) for name, told in found.items() if told["models"]}
+    for name, outcome in outcomes.items():
+        for said in ("wrong", "refused"):
+            if outcome.tensors[said]:
+                print(f"{name}: {outcome.tensors[said]} {said}, such as {outcome.examples[said]}")
+    put_page(page, outcomes, failed)
+    return int(any(outcome.tensors["wrong"] for outcome in outcomes.values()))
+
+
+def table(found: dict[str, Any], overlay: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of ``architectures.json``, from what each type's models told.
+
+    What a composite tells of a part's blocks counts where the part has no model class of its own.
+    """
+    records: dict[str, set[Record]] = {}
+    parts: dict[str, dict[str, tuple[str, set[str]]]] = {}
+    blocks: dict[str, list[dict[str, str]]] = {}
+    guests: dict[str, set[Record]] = {}
+    for model_type, told in found.items():
+        for owner, known in told["records"].items():
+            own = owner == model_type or owner not in found.get(owner, {"records": ()})["records"]
+            place = records if own else guests
+            place.setdefault(owner, set()).update((name, ndim, verdict) for name, ndim, verdict in known)
+            if own:
+                blocks.setdefault(owner, []).extend(told["blocks"].get(owner, ()))
+        for whole, keys in told["parts"].items():
+            for key, (kind, names) in keys.items():
+                parts.setdefault(whole, {}).setdefault(key, (kind, set()))[1].update(names)
+    heads = {name: tuple(told["head_counts"]) for name, told in found.items() if told["head_counts"]}
+    return make_data(
+        records, guests, blocks, parts, heads, overlay, f"transformers {transformers.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

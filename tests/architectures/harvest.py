@@ -1,0 +1,151 @@
+"""What the live models of each type tell, one JSON file a type: made in a child process with a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from .attention import attention_blocks
+from .blocks import NUMBER, named_attention, named_blocks
+from .feed_forward import feed_forward_blocks
+from .live_weights import file_tensors, live_tensors
+from .parts import parts_of, sort_tensors
+from .tiny_models import build
+
+__all__ = ["gather", "describe", "in_children"]
+
+_SECONDS = 120
+
+
+def in_children(work: Callable[[str], Any], model_types: Iterable[str], folder: Path) -> None:
+    """Store the result of ``work`` for each type in ``folder``, unless it is there; of a failure, why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    describe("llama")  # imports and builds once what every child needs
+    gc.freeze()
+    for model_type in model_types:
+        path = folder / f"{model_type}.json"
+        if path.exists():
+            continue
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _in_child(work, model_type, path)
+        _, status = os.waitpid(child, 0)
+        if not path.exists():
+            why = (
+                f"took more than {_SECONDS} s"
+                if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+                else f"ended with {status}"
+            )
+            path.write_text(json.dumps({"failed": why}))
+        print(f"{model_type}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _in_child(work: Callable[[str], Any], model_type: str, path: Path) -> None:
+    signal.alarm(_SECONDS)
+    try:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            transformers.logging.set_verbosity(50)
+            try:
+                found = work(model_type)
+            except Exception as error:
+                found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(found))
+        partial.rename(path)
+    finally:
+        os._exit(0)
+
+
+def describe(model_type: str) -> dict[str, Any]:
+    """All that the models of one type tell."""
+    records: dict[str, set[tuple[str, int, str]]] = {}
+    parts: dict[str, dict[str, tuple[str, set[str]]]] = {}
+    blocks: dict[str, dict[str, dict[str, str]]] = {}
+    classes: dict[str, str] = {}
+    models: dict[str, Any] = {}
+    tried: dict[Any, Any] = {}
+    tried_heads: dict[Any, Any] = {}
+    for name, model, reason in build(model_type):
+        classes[name] = reason
+        if model is None:
+            continue
+        live = live_tensors(model)
+        pictures = [live]
+        try:
+            live, written = file_tensors(model, live)
+            pictures = [live, written]
+        except Exception as error:
+            classes[name] = f"files: {type(error).__name__}: {error}".splitlines()[0][:160]
+        known = list(feed_forward_blocks(model, tried)) if len(pictures) == 2 else []
+        heads = list(attention_blocks(model, tried_heads)) if len(pictures) == 2 else []
+        inner = parts_of(model)
+        models[name] = {
+            "config": json.loads(model.config.to_json_string()),  # as files have it
+            "tensors": {one.name: [one.shape, one.verdict] for one in pictures[-1].values()},
+        }
+        for picture in pictures:
+            by_type, named = sort_tensors(picture.values(), inner, model_type)
+            for owner, found in by_type.items():
+                mine = {tensor.name: tensor for tensor in found}
+                held = named_blocks(known, live, mine) + named_attention(heads, live, mine)
+                blocks.setdefault(owner, {}).update((json.dumps(block), block) for block in held)
+            for owner, found in by_type.items():
+                records.setdefault(owner, set()).update(
+                    (NUMBER.sub("*", tensor.name), len(tensor.shape), tensor.verdict)
+                    for tensor in found
+                    if len(tensor.shape) > 1
+                )
+            for whole, keys in named.items():
+                for key, (kind, names) in keys.items():
+                    parts.setdefault(whole, {}).setdefault(key, (kind, set()))[1].update(names)
+    return {
+        "classes": classes,
+        "models": models,
+        "records": {owner: sorted(found) for owner, found in records.items()},
+        "blocks": {owner: list(found.values()) for owner, found in blocks.items() if found},
+        "parts": {
+            whole: {key: [kind, sorted(names)] for key, (kind, names) in keys.items()}
+            for whole, keys in parts.items()
+        },
+        "head_counts": head_counts(model_type),
+    }
+
+
+def head_counts(model_type: str) -> tuple[int, int | None] | None:
+    """The numbers of query and key/value heads of a config that states none; None of the latter: as many."""
+    config = transformers.CONFIG_MAPPING[model_type]
+
+    def default(*names: str) -> Any:
+        found = [config.attribute_map.get(name, name) for name in names]
+        return next((getattr(config, name) for name in found if hasattr(config, name)), None)
+
+    query = default("num_attention_heads", "num_heads")
+    kv = default("num_key_value_heads", "num_kv_heads")
+    return (query, kv if type(kv) is int else None) if type(query) is int else None
+
+
+def gather(folder: Path, model_types: Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What was stored, and why some types have nothing."""
+    found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    for model_type in model_types:
+        path = folder / f"{model_type}.json"
+        stored = json.loads(path.read_text()) if path.exists() else {"failed": "not tried"}
+        reasons = "; ".join(dict.fromkeys(why for why in stored.get("classes", {}).values() if why))
+        if "failed" in stored:
+            failed[model_type] = stored["failed"]
+        else:
+            found[model_type] = stored
+            if not stored["records"]:
+                failed[model_type] = reasons
+    return found, failed
