@@ -165,6 +165,11 @@ class Selection:
         """How many elements are chosen, bias elements included."""
         return sum(chosen.parameters for chosen in self)
 
+    def describe(self) -> dict[str, object]:
+        """For JSON: how many neurons and parameters are chosen, and how many neurons per tensor."""
+        tensors = {name: len(chosen.index) for name, chosen in self.tensors.items()}
+        return {"selected": self.neurons, "selected_parameters": self.parameters, "tensors": tensors}
+
     @property
     def nbytes(self) -> int:
         """Bytes of the chosen vectors."""

@@ -16,7 +16,6 @@ from ..coding.elements import Carrier
 from ..errors import UsageError
 from ..patch.delta import DeltaBlock, block_hash, blocks_of, read_block
 from ..patch.digests import digests
-from ..patch.lossless import LosslessPatch
 from ..progress import Progress
 from ..storage.output import begin_writeback
 from ..storage.output_checks import AnyPath
@@ -46,12 +45,15 @@ class BlockChanges:
         cls,
         checkpoint: Checkpoint,
         target: ModelFiles,
-        patch: LosslessPatch | None,
         weights_only: bool,
         limits: Limits,
         progress: Progress,
     ) -> BlockChanges:
-        """Compare every block with what it becomes; with ``patch``, only what this one makes may change."""
+        """Compare every block with what it becomes.
+
+        If that is a base that was named, only what its patch makes may change.
+        """
+        patch = target.base_of
         found: dict[str, list[tuple[Int64Array, RawBytes]]] = {}
 
         def look(block: DeltaBlock) -> tuple[Int64Array, RawBytes]:

@@ -114,15 +114,12 @@ class ExtractPlan:
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
-        chosen = self.selection
         return {
             "base": self.base.name,
             "tuned": self.tuned.name,
-            "neurons": self.scores.neurons if self.scores is not None else chosen.neurons,
-            "selected": chosen.neurons,
-            "selected_parameters": chosen.parameters,
+            "neurons": (self.selection if self.scores is None else self.scores).neurons,
+            **self.selection.describe(),
             "parameters": self.parameters,
-            "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
             "captured": self.facts.captured,
             "captured_scored": self.facts.captured_scored,
             "whole_change": None if self.remainder is None else self.remainder.is_whole,

@@ -16,10 +16,9 @@ from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
 from ..options import Scope, ScopeOptions, split
-from ..patch.lossless import LosslessPatch, load_any
+from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
-from ..patch.stored_weights import form_shares
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.hub_errors import AbsentFileError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -50,10 +50,11 @@ class ModelFiles:
     weights: Checkpoint | TensorsInMemory | RebuiltWeights
     files: tuple[WeightFile, ...]
     single: bool  # one file, not a folder
-    side: Mapping[str, Callable[[], bytes]]  # the content of the files beside them that a patch carries
-    side_bytes: int
-    not_carried: tuple[str, ...]  # the names of other files beside them
     origin: Callable[[], Provenance]
+    #: The content of the files beside them that a patch carries.
+    side: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    side_bytes: int = 0
+    not_carried: tuple[str, ...] = ()  # the names of other files beside them
     base_of: LosslessPatch | None = None  # a patch with whose hashes every block that is read is compared
 
     @classmethod
@@ -65,23 +66,16 @@ class ModelFiles:
                 weights,
                 tuple(weight_file(shard) for shard in weights.shards),
                 weights.is_file,
+                lambda: Provenance.of(weights),
                 {path.name: partial(read_side, path) for path in carried},
                 sum(path.stat().st_size for path in carried),
                 others,
-                lambda: Provenance.of(weights),
             )
         metadata = {"format": "pt"}
         raw = b"".join(FilePlan.of(weights.tensors.values(), metadata).pack(metadata))[8:]
         file = WeightFile(SINGLE_NAME, parse_header(raw, None), raw)
-        return cls(
-            weights,
-            (file,),
-            True,
-            {},
-            0,
-            (),
-            lambda: Provenance({"name": weights.name, "fingerprint": fingerprint(weights)}),
-        )
+        facts = {"name": weights.name, "fingerprint": fingerprint(weights)}
+        return cls(weights, (file,), True, lambda: Provenance(facts))
 
     def without_side(self) -> ModelFiles:
         """The same without the files beside the weights, all but the index."""
@@ -147,7 +141,7 @@ class RebuiltWeights:
         side = {one.name: partial(weights.side_content, one) for one in last.side}
         left = patches[-1].not_carried if back is None else ()
         nbytes = sum(one.nbytes for one in last.side)
-        return ModelFiles(weights, last.files, last.single, side, nbytes, left, lambda: origin)
+        return ModelFiles(weights, last.files, last.single, lambda: origin, side, nbytes, left)
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if the checkpoint or a patch was edited since it was opened."""
@@ -170,7 +164,7 @@ class RebuiltWeights:
             done += len(part)
 
     def _made(self, block: DeltaBlock) -> Carrier:
-        """A block of what the last link makes. What the first one would make stays, where it is there."""
+        """A block of what the last link makes. The first link's own block stays, if it is there."""
         path = [block]  # through the links, from the last one to the first that knows the block
         for delta in reversed(self._links[:-1]):
             known = counterpart(path[-1].info, delta.tensors)

@@ -194,9 +194,8 @@ def plan_rebuild(
         if out is None:
             require_same_layout(here, target)
             require_writable(here, here.shards)
-            replaced = None if checkpoint is here else last
             limits = limits or Limits.of()
-            changes = BlockChanges.find(here, target, replaced, weights_only, limits, progress)
+            changes = BlockChanges.find(here, target, weights_only, limits, progress)
         else:
             kind: Literal["file", "directory"] = "file" if target.single else "directory"
             refuse_output(out, inputs=inputs, force=force, kind=kind)
