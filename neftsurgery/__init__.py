@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from .surgery.extract import extract
     from .surgery.inspect import Inspection, inspect
     from .surgery.merge import merge
-    from .surgery.rebuild import RebuildResult
     from .surgery.rewrite import RewriteResult
     from .surgery.verify import Verification, verify
     from .training.train import TrainResult, train
@@ -63,7 +62,6 @@ __all__ = [
     "Patch",
     "PatchSaving",
     "PushResult",
-    "RebuildResult",
     "RewriteResult",
     "Scores",
     "Selection",
@@ -100,7 +98,6 @@ _HOMES = {
     "Patch": "patch.patch",
     "PatchSaving": "tuning.trainer",
     "PushResult": "hub.push",
-    "RebuildResult": "surgery.rebuild",
     "RewriteResult": "surgery.rewrite",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",

@@ -23,18 +23,24 @@ __all__ = ["Change", "changes_by_tensor"]
 class Change:
     """Vectors of one tensor that are replaced. A tensor may have several changes, even along other axes.
 
-    Made by `of_ranges`, it is about ranges of the tensor's bytes: ``info`` and ``layout`` describe these.
+    Made by `of_ranges`, it replaces ranges of the tensor's bytes: ``view`` is the tensor as bytes then, a
+    range a row, the last one filled up with zeros. Else it is the tensor as it is.
     """
 
-    info: TensorInfo
-    layout: Layout
+    view: TensorInfo
+    layout: Layout  # of the view
     index: NDArray[np.int64]  # the neurons, ascending, [k]
     new_digests: NDArray[np.uint8]  # XXH3-128 of their new vectors, [k, 16]
     block: int | None = None  # as in `storage.threads.Limits`
 
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.view.name
+
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Positions in the index, in ranges of bounded size."""
-        return blocks(self.info, self.layout, len(self.index), self.block)
+        return blocks(self.view, self.layout, len(self.index), self.block)
 
     @classmethod
     def of_ranges(
@@ -46,41 +52,44 @@ class Change:
 
     def is_of(self, info: TensorInfo | None) -> bool:
         """Whether it is about a tensor: its vectors, or ranges of its bytes."""
-        if info is None:
-            return False
-        ranges = self.info.dtype == "U8" and len(self.info.shape) == 2 and self.layout.axes == (0,)
-        more = self.info.nbytes - info.nbytes
-        return self.info == info or (ranges and 0 <= more < max(1, self.layout.width))
+        if info is None or self.view == info:
+            return info is not None
+        ranges = self.view.dtype == "U8" and len(self.view.shape) == 2 and self.layout.axes == (0,)
+        return ranges and 0 <= self.view.nbytes - info.nbytes < max(1, self.layout.width)
+
+    def is_of_ranges(self, checkpoint: Checkpoint) -> bool:
+        """Whether it replaces ranges of the bytes of a checkpoint's tensor, not vectors."""
+        return self.view != checkpoint.tensors[self.name]
 
     def _last(self, checkpoint: Checkpoint, index: NDArray[np.int64]) -> int:
         """If the last of these is a range that is filled up, how many bytes of it there are; else 0."""
-        more = self.info.nbytes - checkpoint.tensors[self.info.name].nbytes
+        more = self.view.nbytes - checkpoint.tensors[self.name].nbytes
         return self.layout.width - more if more and index[-1:] == self.layout.count - 1 else 0
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> RawBytes:
         """The vectors at ``[start, stop)`` of the index, as the checkpoint has them now."""
         index = self.index[start:stop]
         if not (last := self._last(checkpoint, index)):
-            return gather(checkpoint, self.info, self.layout, index, block=self.block)
+            return gather(checkpoint, self.view, self.layout, index, block=self.block)
         found = np.zeros((len(index), self.layout.width), np.uint8)
-        found[:-1] = gather(checkpoint, self.info, self.layout, index[:-1])
-        checkpoint.read_into(self.info.name, int(index[-1]) * self.layout.width, found[-1, :last].data)
+        found[:-1] = gather(checkpoint, self.view, self.layout, index[:-1])
+        checkpoint.read_into(self.name, int(index[-1]) * self.layout.width, found[-1, :last].data)
         return found
 
     def write(self, checkpoint: Checkpoint, fd: int, start: int, vectors: RawBytes) -> None:
         """Write vectors over those from ``start`` of the index on, in the weight file ``fd``."""
-        index, shard = self.index[start : start + len(vectors)], checkpoint.shard_of(self.info.name)
-        offset = shard.header.offsets[self.info.name]
+        index, shard = self.index[start : start + len(vectors)], checkpoint.shard_of(self.name)
+        offset = shard.header.offsets[self.name]
         with naming(shard.path):
             if last := self._last(checkpoint, index):
                 write_exactly(fd, vectors[-1, :last].data, offset + int(index[-1]) * self.layout.width)
                 index, vectors = index[:-1], vectors[:-1]
-            scatter(fd, offset, self.info, self.layout, index, vectors, str(shard.path))
+            scatter(fd, offset, self.view, self.layout, index, vectors, str(shard.path))
 
 
 def changes_by_tensor(changes: Sequence[Change]) -> dict[str, list[Change]]:
     """Changes by tensor name."""
     found: dict[str, list[Change]] = {}
     for change in changes:
-        found.setdefault(change.info.name, []).append(change)
+        found.setdefault(change.name, []).append(change)
     return found

@@ -19,7 +19,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError, boundary, naming
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described
 from ..neurons.vectors import distinct_counts
 from ..sources.resolve import Source, is_hub_id, resolve
 from ..storage.output import fsync
@@ -197,12 +197,12 @@ class Restoration:
     @property
     def unit(self) -> str:
         """What its vectors are: neurons, or ranges of bytes."""
-        neurons = all(one.info == self.checkpoint.tensors[one.info.name] for one in self.journal.changes)
-        return "neuron" if neurons and not self.journal.side else "range"
+        ranges = any(change.is_of_ranges(self.checkpoint) for change in self.journal.changes)
+        return "range" if ranges or self.journal.side else "neuron"
 
     @property
     def _counts(self) -> dict[tuple[TensorInfo, Layout], int]:
-        return distinct_counts((one.info, one.layout, one.index) for one in self.journal.changes)
+        return distinct_counts((one.view, one.layout, one.index) for one in self.journal.changes)
 
     def describe(self) -> dict[str, Any]:
         """For ``--dry-run`` and JSON."""
@@ -215,10 +215,8 @@ class Restoration:
             "bytes": sum(n * of.width * info.type.itemsize for (info, of), n in self._counts.items()),
             "tensors": [
                 {
-                    "name": change.info.name,
-                    "dtype": change.info.dtype,
-                    "shape": list(change.info.shape),
-                    "neuron_axes": list(change.layout.axes),
+                    "name": change.name,
+                    **described(change.view, change.layout.axes),
                     "neurons": len(change.index),
                     "of": change.layout.count,
                     "ranges": [
@@ -246,7 +244,7 @@ class Restoration:
             journal.check_in_place()
             self._check_files()
             for number, change in enumerate(journal.changes):
-                fd = descriptors[self.checkpoint.shard_of(change.info.name).path]
+                fd = descriptors[self.checkpoint.shard_of(change.name).path]
                 for start, stop in change.blocks():
                     change.write(self.checkpoint, fd, start, journal.old(number, start, stop))
             for path, fd in descriptors.items():
@@ -316,7 +314,7 @@ def _is_recognized(checkpoint: Checkpoint, journal: Journal) -> bool:
     """
     all_known = True
     for number, change in enumerate(journal.changes):
-        carrier = change.info.type.carrier
+        carrier = change.view.type.carrier
         for start, stop in change.blocks():
             now = change.read(checkpoint, start, stop)
             old = journal.old(number, start, stop)

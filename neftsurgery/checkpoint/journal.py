@@ -28,11 +28,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError, naming
-from ..neurons.layout import described_tensor
+from ..neurons.layout import Layout, described, described_tensor
 from ..neurons.vectors import check_index
 from ..storage.output import fsync_folder
 from ..storage.positioned import changed_file, open_to_change
-from ..tensors.document import bad, dump, read_document
+from ..tensors.document import bad, dump, read_document, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
@@ -48,8 +48,8 @@ __all__ = [
     "describe_file",
     "journaled",
     "locked",
-    "open_shard",
     "remove_journal",
+    "require_writable",
     "touched_shards",
 ]
 
@@ -68,7 +68,7 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
     descriptors: dict[Path, int] = {}
     try:
         for shard in shards:
-            fd = descriptors[shard.path] = open_shard(checkpoint, shard)
+            fd = descriptors[shard.path] = _open_shard(checkpoint, shard)
             try:
                 with naming(shard.path):
                     status = os.fstat(fd)
@@ -83,9 +83,14 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
             os.close(fd)
 
 
-def open_shard(checkpoint: Checkpoint, shard: Shard) -> int:
-    """Open a weight file for writing; raises as `open_to_change`."""
+def _open_shard(checkpoint: Checkpoint, shard: Shard) -> int:
     return open_to_change(shard.path, below=checkpoint.root if checkpoint.is_file else checkpoint.root.parent)
+
+
+def require_writable(checkpoint: Checkpoint, shards: Sequence[Shard]) -> None:
+    """Raise as `open_to_change` unless weight files can be written."""
+    for shard in shards:
+        os.close(_open_shard(checkpoint, shard))
 
 
 def _busy(path: Path) -> MachineError:
@@ -98,7 +103,7 @@ def _busy(path: Path) -> MachineError:
 
 def touched_shards(checkpoint: Checkpoint, changes: Sequence[Change]) -> list[Shard]:
     """The weight files of changes; the first one, for its lock, if only files beside them change."""
-    paths = {checkpoint.shard_of(change.info.name).path for change in changes}
+    paths = {checkpoint.shard_of(change.name).path for change in changes}
     return [shard for shard in checkpoint.shards if shard.path in paths] or [*checkpoint.shards[:1]]
 
 
@@ -114,23 +119,18 @@ def journaled(
     path = journal_path(checkpoint.source)
     by_tensor = changes_by_tensor(changes)
     files = [describe_file(checkpoint, shard, by_tensor) for shard in touched_shards(checkpoint, changes)]
-    tensors: dict[str, dict[str, Any]] = {}
-    entries: list[TensorInfo] = []
-    for number, change in enumerate(changes):
-        info, count = change.info, len(change.index)
-        tensors[str(number)] = {
-            "name": info.name,
-            "shape": list(info.shape),
-            "dtype": info.dtype,
-            "neuron_axes": list(change.layout.axes),
-            "old_hash": "0" * 32,
-        }
-        entries.append(TensorInfo(f"{number}:index", "I64", (count,)))
-        entries.append(TensorInfo(f"{number}:new_digest", "U8", (count, 16)))
-        entries.append(TensorInfo(f"{number}:old", info.dtype, (count, change.layout.width)))
+    tensors: dict[str, dict[str, object]] = {
+        str(number): {"name": one.name, **described(one.view, one.layout.axes), "old_hash": "0" * 32}
+        for number, one in enumerate(changes)
+    }
+    entries = [
+        entry
+        for number, one in enumerate(changes)
+        for entry in _entries(number, one.view, one.layout, len(one.index))
+    ]
     # The id makes every journal unique, so that a record never stands for another change.
     content = {"version": 1, "id": secrets.token_hex(8), "files": files, "tensors": tensors}
-    if side or any(change.info != checkpoint.tensors[change.info.name] for change in changes):
+    if side or any(change.is_of_ranges(checkpoint) for change in changes):
         facts = [{"name": one.name, "old": one.old, "new": one.new, "mode": one.mode} for one in side]
         content |= {"version": _VERSION, "side": facts}
     replaced = [one for one in side if one.old is not None]
@@ -165,6 +165,15 @@ def journaled(
         raise
     yield
     remove_journal(path, sha256)
+
+
+def _entries(number: int | str, view: TensorInfo, layout: Layout, count: int) -> list[TensorInfo]:
+    """The entries of a change in the file."""
+    return [
+        TensorInfo(f"{number}:index", "I64", (count,)),
+        TensorInfo(f"{number}:new_digest", "U8", (count, 16)),
+        TensorInfo(f"{number}:old", view.dtype, (count, layout.width)),
+    ]
 
 
 def _is_gone(path: Path) -> bool:
@@ -247,8 +256,8 @@ class Journal:
             for start, stop in change.blocks():
                 old_hash.update(self.old(number, start, stop).data)
             if self._old_hashes[number] != old_hash.hexdigest():
-                raise bad(self._file, _WHAT, "its old vectors do not match their hash", change.info.name)
-            same = known.setdefault(change.info.name, [])
+                raise bad(self._file, _WHAT, "its old vectors do not match their hash", change.name)
+            same = known.setdefault(change.name, [])
             for earlier in same:
                 self._check_overlap(earlier, number)
             same.append(number)
@@ -256,12 +265,12 @@ class Journal:
     def _check_overlap(self, first: int, second: int) -> None:
         """Two changes of the same neurons must hold the same old vectors."""
         a, b = self.changes[first], self.changes[second]
-        if (a.info, a.layout) != (b.info, b.layout):
+        if (a.view, a.layout) != (b.view, b.layout):
             return
         _, mine, theirs = np.intersect1d(a.index, b.index, assume_unique=True, return_indices=True)
         for i, j in zip(mine.tolist(), theirs.tolist(), strict=True):
             if not np.array_equal(self.old(first, i, i + 1), self.old(second, j, j + 1)):
-                raise bad(self._file, _WHAT, "two of its changes overlap and disagree", a.info.name)
+                raise bad(self._file, _WHAT, "two of its changes overlap and disagree", a.name)
 
     def check_in_place(self) -> None:
         """Raise a ``FileNotFoundError`` if the journal was removed or replaced since it was opened."""
@@ -276,15 +285,8 @@ def _read_change(file: TensorFile, number: str, entry: Any) -> Change:
     info, layout = described_tensor(file, _WHAT, name, entry)
     index = file.tensors.get(f"{number}:index")
     count = index.shape[0] if index is not None and len(index.shape) == 1 else -1
-    expected = {
-        "index": ("I64", (count,)),
-        "new_digest": ("U8", (count, 16)),
-        "old": (info.dtype, (count, layout.width)),
-    }
-    for part, shape in expected.items():
-        found = file.tensors.get(f"{number}:{part}")
-        if found is None or (found.dtype, found.shape) != shape:
-            raise bad(file, _WHAT, f"its entry {part} is missing or does not fit", name)
+    for one in _entries(number, info, layout, count):
+        require_entry(file, _WHAT, one)
     if count > layout.count:
         raise bad(file, _WHAT, "it has more neurons than the tensor", name)
     values = file.array(f"{number}:index")
@@ -325,7 +327,7 @@ def describe_file(
             edge = min(4096, info.nbytes)
             starts = [0, info.nbytes - edge]
         elif len(mine) == 1 and mine[0].layout.contiguous:
-            layout, size = mine[0].layout, mine[0].info.type.itemsize
+            layout, size = mine[0].layout, mine[0].view.type.itemsize
             edge = min(4096, layout.width * size)
             spread = np.unique(np.linspace(0, layout.count - 1, 8 * _SAMPLES).astype(np.int64))
             kept = np.setdiff1d(spread, mine[0].index)[:_SAMPLES]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.in_memory import tensor_bytes, tensor_info
+from ..checkpoint.in_memory import TensorsInMemory, tensor_bytes, tensor_info
 from ..checkpoint.provenance import same_tensor
-from ..coding.elements import Carrier
 from ..errors import MismatchError, boundary
-from ..neurons.layout import Layout
-from ..patch.delta import DeltaBlock, block_hash
 from ..patch.digests import digests
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch
+from ..surgery.model_files import RebuiltWeights
 from ..tensors.header import TensorInfo
 from .names import live_names
 from .weights import copy_into
@@ -31,8 +30,8 @@ _Changes = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # tensors of the model
 def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None:
     """Put a patch into a live model: its tensors get the values that the patched checkpoint has, to the bit.
 
-    Everything is checked before the first tensor changes: that the model is the base of the patch, or that
-    and patched in part, and that every new value has its hash. Applying a patch twice is applying it once.
+    Everything is checked before the first tensor changes: that what the patch is about is as in its base, or
+    patched already, and that every new value has its hash. Applying it twice is the same as applying it once.
 
     Parameters
     ----------
@@ -50,20 +49,19 @@ def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None
         If the patch does not match its hashes; nothing is changed.
     """
     loaded = load_any(patch)
-    names = list(loaded.forward.tensors if isinstance(loaded, LosslessPatch) else loaded.tensors)
-    tensors = _tensors(model, names)
-    infos = (
-        loaded.forward.tensors
-        if isinstance(loaded, LosslessPatch)
-        else {name: tensor.info for name, tensor in loaded.tensors.items()}
-    )
+    if isinstance(loaded, LosslessPatch):
+        infos, changes_of = loaded.forward.tensors, partial(_whole, loaded)
+    else:
+        infos = {name: tensor.info for name, tensor in loaded.tensors.items()}
+        changes_of = partial(_rows, loaded)
+    tensors = _tensors(model, [*infos])
     for name, info in infos.items():
         found = tensor_info(name, tensors[name])
         if not same_tensor(found, info):
             raise MismatchError(
                 "the model has another tensor", tensor=name, expected=info.describe(), found=found.describe()
             )
-    changes = _whole(loaded, tensors) if isinstance(loaded, LosslessPatch) else _rows(loaded, tensors)
+    changes = changes_of(tensors)
     for _ in changes():  # all is checked
         pass
     for tensor, values in changes():
@@ -80,28 +78,24 @@ def _tensors(model: nn.Module | Mapping[str, Tensor], names: list[str]) -> dict[
     for name in names:
         if name not in model:
             raise MismatchError("the model has no such tensor", tensor=name)
-    return dict(model)
+    return {name: model[name] for name in names}
 
 
 def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
-    delta = patch.forward
-    blocks: dict[str, list[DeltaBlock]] = {name: [] for name in delta.tensors}
-    for block in delta.blocks:
-        blocks[block.info.name].append(block)
+    made = RebuiltWeights(TensorsInMemory(tensors, "the model"), [patch], [patch.forward])
+    left = dict(made.tensors)
 
     def changes() -> Iterator[tuple[Tensor, Tensor]]:
-        for name, parts in blocks.items():
-            if not parts or all(delta.before[part.number] == delta.after[part.number] for part in parts):
-                continue
-            raw = np.array(tensor_bytes(tensors[name]))
-            elements = raw.view(parts[0].elements.carrier)
-            for part in parts:
-                now = np.ascontiguousarray(elements[part.start : part.stop])
-                made = delta.made(part, now, block_hash(now))
-                if made is None:
-                    raise _other(patch, name)
-                elements[part.start : part.stop] = made
-            yield tensors[name], _as_tensor(raw, delta.tensors[name], tensors[name])
+        for name, info in [*left.items()]:
+            raw = np.empty(info.nbytes, np.uint8)
+            try:
+                made.read_into(name, 0, raw.data)
+            except MismatchError as error:
+                raise _other(patch, name) from error
+            if np.array_equal(raw, tensor_bytes(tensors[name])):
+                del left[name]
+            else:
+                yield tensors[name], _as_tensor(raw, info, tensors[name])
 
     return changes
 
@@ -111,29 +105,20 @@ def _rows(patch: Patch, tensors: Mapping[str, Tensor]) -> _Changes:
 
     def changes() -> Iterator[tuple[Tensor, Tensor]]:
         for name, part in patch.tensors.items():
-            raw = np.array(tensor_bytes(tensors[name]))
-            grid = raw.view(part.info.type.carrier).reshape(part.info.shape)
-            vectors = _neurons_first(grid, part.layout)
-            index, new = patch.index(name), patch.values(name)
-            old = np.ascontiguousarray(vectors[index]).view(np.uint8).reshape(new.shape)
+            raw, index, axes = np.array(tensor_bytes(tensors[name])), patch.index(name), part.layout.axes
+            others = [axis for axis in range(len(part.info.shape)) if axis not in axes]
+            grid = raw.view(part.info.type.carrier).reshape(part.info.shape).transpose(*axes, *others)
+            grid = grid if axes else grid[np.newaxis]  # the whole tensor is one neuron
+            where = np.unravel_index(index, grid.shape[: len(axes) or 1])
+            new, now = patch.values(name), grid[where]
+            old = np.ascontiguousarray(now).reshape(len(index), -1).view(np.uint8)
             known = (digests(old) == patch.base_digests(name)).all(axis=1) | (old == new).all(axis=1)
             if not known.all():
                 raise _other(patch, name)
-            vectors[index] = new.view(part.info.type.carrier)
-            shape = [part.info.shape[axis] for axis in _order(part.layout)]
-            back = np.argsort(_order(part.layout))
-            grid[...] = vectors.reshape(shape).transpose(back)
+            grid[where] = new.view(part.info.type.carrier).reshape(now.shape)
             yield tensors[name], _as_tensor(raw, part.info, tensors[name])
 
     return changes
-
-
-def _order(layout: Layout) -> list[int]:
-    return [*layout.axes, *(axis for axis in range(len(layout.shape)) if axis not in layout.axes)]
-
-
-def _neurons_first(grid: Carrier, layout: Layout) -> Carrier:
-    return np.ascontiguousarray(grid.transpose(_order(layout))).reshape(layout.count, layout.width)
 
 
 def _as_tensor(raw: Any, info: TensorInfo, like: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, boundary
-from ..neurons.layout import Layout, described_tensor
+from ..neurons.layout import Layout, described, described_tensor
 from ..selection.budget import Amount
-from ..selection.selection import described
 from ..storage.output_checks import refuse_output
 from ..tensors.document import bad, dump, read_document
 from ..tensors.header import TensorInfo

@@ -24,7 +24,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
-__all__ = ["Layout", "described_tensor"]
+__all__ = ["Layout", "described", "described_tensor"]
 
 _MAX_AXES = 64
 _MAX_ELEMENTS = 1 << 62
@@ -131,6 +131,12 @@ class Layout:
 @functools.lru_cache(maxsize=4096)
 def _shared(shape: tuple[int, ...], axes: tuple[int, ...]) -> Layout:
     return Layout(tuple(int(n) for n in shape), tuple(int(a) for a in axes))
+
+
+def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, object]:
+    """What files and JSON say of a tensor and, if it has any, of its neurons; see `described_tensor`."""
+    facts: dict[str, object] = {"shape": list(info.shape), "dtype": info.dtype}
+    return facts if axes is None else facts | {"neuron_axes": list(axes)}
 
 
 def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> tuple[TensorInfo, Layout]:

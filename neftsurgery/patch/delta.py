@@ -28,7 +28,7 @@ from ..coding.compression import compress, content_size, decompress
 from ..coding.elements import Carrier, Elements
 from ..coding.tables import FrequencyTable, unpack
 from ..errors import MismatchError
-from ..tensors.document import bad
+from ..tensors.document import bad, require_entry
 from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, parse_header
 from ..tensors.json_text import loads
 from ..tensors.reader import TensorFile, TensorReader
@@ -100,6 +100,9 @@ class DeltaBlock:
     start: int  # in elements of `Elements.of`
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
     @property
     def elements(self) -> Elements:
         """How its elements are compared."""
@@ -108,7 +111,7 @@ class DeltaBlock:
     @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
-        return (self.stop - self.start) * self.elements.size
+        return len(self) * self.elements.size
 
     @property
     def offset(self) -> int:
@@ -146,29 +149,22 @@ def counterpart(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> TensorIn
     return found if len(found.shape) == len(info.shape) and found.shape[1:] == info.shape[1:] else None
 
 
-def read_block(
-    weights: TensorReader, block: DeltaBlock, info: TensorInfo | None = None
-) -> tuple[Carrier, int] | None:
-    """A block of a tensor, filled up with zeros, and how many elements of it there are; None if none."""
-    info = info or block.info
-    size = block.elements.size
-    stop = min(block.stop, info.nbytes // size)
-    if stop <= block.start:
-        return None
-    found = np.empty(block.stop - block.start, block.elements.carrier)
-    there = stop - block.start
-    found[there:] = 0
-    weights.read_into(info.name, block.start * size, found[:there].view(np.uint8).data)
-    return found, there
+def read_block(weights: TensorReader, block: DeltaBlock) -> Carrier:
+    """A block of weights that have all of it."""
+    found = np.empty(len(block), block.elements.carrier)
+    weights.read_into(block.info.name, block.start * block.elements.size, found.view(np.uint8).data)
+    return found
 
 
 def block_state(weights: TensorReader, block: DeltaBlock) -> tuple[Carrier | None, int, bool]:
-    """What a checkpoint has of a block: its elements, filled up, their hash, and whether it has them all."""
-    info = counterpart(block.info, weights.tensors)
-    found = None if info is None else read_block(weights, block, info)
-    if found is None:
+    """What weights have of a block: its elements, filled up with zeros; their hash; whether it is whole."""
+    info, size = counterpart(block.info, weights.tensors), block.elements.size
+    there = 0 if info is None else min(block.stop, info.nbytes // size) - block.start
+    if there <= 0:
         return None, 0, False
-    return found[0], block_hash(found[0][: found[1]]), found[1] == len(found[0])
+    found = np.zeros(len(block), block.elements.carrier)
+    weights.read_into(block.info.name, block.start * size, found[:there].view(np.uint8).data)
+    return found, block_hash(found[:there]), there == len(found)
 
 
 def block_hash(elements: Carrier) -> int:
@@ -212,7 +208,7 @@ class Delta:
             raise self._bad("a tensor is in two files")
         count = _block_count(self.files)
         for name, dtype in ARRAYS.items():  # before anything is made for each block
-            self._require(name, dtype, (count,))
+            require_entry(file, _WHAT, TensorInfo(f"{prefix}:{name}", dtype, (count,)))
         self.blocks = tuple(blocks_of(self.files))
         self.forms: NDArray[np.uint8] = self._array("form")
         self.sizes = self._array("size").astype(np.int64)
@@ -233,7 +229,8 @@ class Delta:
             raise self._bad("it holds a file that does not belong beside weights")
         if self.forms.size and int(self.forms.max()) > max(Form):
             raise self._bad("a block has an unknown form")
-        self._require("side", "U8", (sum(one.packed for one in self.side),))
+        packed = sum(one.packed for one in self.side)
+        require_entry(file, _WHAT, TensorInfo(f"{prefix}:side", "U8", (packed,)))
         try:
             self.tables: Sequence[FrequencyTable] = unpack(self._content("tables"), count)
         except ValueError as error:
@@ -267,7 +264,7 @@ class Delta:
             raise self._bad("a block takes more bytes than it has", block.info.name)
         code = bytearray(int(self.sizes[number]))
         self._file.read_into("code", int(self._starts[number]), memoryview(code))
-        out = np.empty(block.stop - block.start, block.elements.carrier)
+        out = np.empty(len(block), block.elements.carrier)
         form = int(self.forms[number])
         table = self.tables[int(self.table_of[number])] if form == Form.CODED else None
         try:
@@ -278,16 +275,11 @@ class Delta:
             raise self._bad("a block does not have the hash of its result", block.info.name)
         return out
 
-    def made(
-        self, block: DeltaBlock, found: Carrier | None, digest: int, whole: bool = True
-    ) -> Carrier | None:
-        """The target's block from what there is (see `block_state`); None if that is of neither side.
-
-        Raises as `decoded`.
-        """
-        if digest == int(self.before[block.number]):
-            return self.decoded(block, found)
-        return found if whole and digest == int(self.after[block.number]) else None
+    def compared(self, block: DeltaBlock, weights: TensorReader) -> tuple[Carrier | None, bool, bool]:
+        """What weights have of a block, and whether that is the source's, and whether the target's."""
+        found, digest, whole = block_state(weights, block)
+        is_target = whole and digest == int(self.after[block.number])
+        return found, digest == int(self.before[block.number]), is_target
 
     def block_at(self, name: str, start: int) -> DeltaBlock | None:
         """The block of tensor ``name`` that begins at element ``start``; None beyond its end."""
@@ -369,11 +361,6 @@ class Delta:
         ):
             raise self._bad("a side file is not described")
         return SideFile(*values)
-
-    def _require(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        found = self._file.tensors.get(f"{self._prefix}:{name}")
-        if found is None or (found.dtype, found.shape) != (dtype, shape):
-            raise self._bad(f"its {name} entry does not fit its blocks")
 
     def _array(self, name: str) -> NDArray[Any]:
         return self._file.array(f"{self._prefix}:{name}")

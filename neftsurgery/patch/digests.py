@@ -1,9 +1,8 @@
-"""Hashes of vectors, and of all else that a patch file says: XXH3-128, canonical big-endian."""
+"""Hashes of vectors: XXH3-128, canonical big-endian."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import TypeGuard
 
 import numpy as np
@@ -12,7 +11,7 @@ import xxhash
 from ..checkpoint.provenance import HASH_PREFIX
 from ..tensors.arrays import RawBytes
 
-__all__ = ["NO_HASH", "DigestHash", "content_hash", "digests", "is_hash"]
+__all__ = ["NO_HASH", "DigestHash", "digests", "is_hash"]
 
 #: What stands for a hash until it is known.
 NO_HASH = HASH_PREFIX + "0" * 32
@@ -44,15 +43,3 @@ class DigestHash:
     def text(self) -> str:
         """As the manifest writes it."""
         return HASH_PREFIX + self._state.hexdigest()
-
-
-def content_hash(manifest: str, parts: Iterable[tuple[str, bytes]]) -> str:
-    """The hash of what no other hash is over: the manifest's text, with `NO_HASH` for it, and ``parts``.
-
-    The parts are entries of the file, by name.
-    """
-    state = xxhash.xxh3_128(manifest.encode())
-    for name, content in parts:
-        state.update(f"\n{name}\n{len(content)}\n".encode())
-        state.update(content)
-    return HASH_PREFIX + state.hexdigest()

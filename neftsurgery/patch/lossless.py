@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -15,15 +16,26 @@ from ..neurons.tensor_names import layer_and_kind
 from ..sources.resolve import Source
 from ..tensors.document import bad
 from ..tensors.reader import TensorFile
-from ..text import plural, size
+from ..text import percent, plural, size
 from .delta import ENTRIES, Delta
 from .patch import Patch
 from .patch_file import PatchFile, open_patch, require_seal
-from .stored_weights import StoredWeights, stored_weights
 
-__all__ = ["AnyPatch", "LosslessPatch", "load_any"]
+__all__ = ["AnyPatch", "LosslessPatch", "StoredWeights", "form_shares", "load_any"]
 
 _WHAT = "patch"
+
+
+@dataclass
+class StoredWeights:
+    """Tensors of a fine-tune, and how a lossless patch stores them."""
+
+    tensors: int = 0
+    elements: int = 0
+    changed: int = 0  # elements that differ from the base
+    tuned_bytes: int = 0  # in the tuned files
+    code: int = 0  # bytes in the patch
+    forms: dict[str, int] = field(default_factory=dict)  # tuned bytes by the form of their blocks
 
 
 class LosslessPatch(PatchFile):
@@ -113,30 +125,20 @@ class LosslessPatch(PatchFile):
 
     def weights(self) -> dict[str, StoredWeights]:
         """How much of each tensor changed, and how it is stored."""
-        return stored_weights(self.forward, {name: name for name in self.forward.tensors})
+        return _stored_weights(self.forward, {name: name for name in self.forward.tensors})
 
     def kinds(self) -> dict[str, StoredWeights]:
         """As `weights`, by kind of weight; those that take the most bytes first."""
         kinds = {name: layer_and_kind(name.split("."))[1] for name in self.forward.tensors}
-        found = stored_weights(self.forward, kinds)
+        found = _stored_weights(self.forward, kinds)
         return dict(sorted(found.items(), key=lambda item: -item[1].code))
 
-    def __repr__(self) -> str:
-        return f"<LosslessPatch {self._label}>"
-
-    @property
-    def _label(self) -> str:
-        return f"{self.place or '(not saved)'}: {size(self.nbytes)} for {size(self.forward.nbytes)}"
-
     def __str__(self) -> str:
-        undo = "reversible" if self.reversible else "not reversible: revert needs the base"
-        return "\n".join(
-            [
-                f"lossless patch {self._label}",
-                f"  {plural(len(self.forward.tensors), 'tensor')} in "
-                f"{plural(len(self.forward.files), 'file')}, and {len(self.forward.side)} files beside them",
-                f"  made from {self.base.label or 'unknown'}; {undo}",
-            ]
+        files = plural(len(self.forward.files), "file")
+        return self._text(
+            f"lossless patch {self._label}: {size(self.nbytes)} for {size(self.forward.nbytes)}",
+            f"  {plural(len(self.forward.tensors), 'tensor')} in {files}, "
+            f"and {plural(len(self.forward.side), 'file')} beside them",
         )
 
 
@@ -151,3 +153,27 @@ def load_any(named: AnyPatch) -> Patch | LosslessPatch:
         return named
     kinds: Sequence[type[Patch | LosslessPatch]] = (Patch, LosslessPatch)
     return open_patch(named, kinds)
+
+
+def _stored_weights(delta: Delta, groups: Mapping[str, str]) -> dict[str, StoredWeights]:
+    """The tensors of each group, in the order of the files; ``groups`` has the group of each tensor."""
+    found: dict[str, StoredWeights] = {}
+    for name in delta.tensors:
+        found.setdefault(groups[name], StoredWeights()).tensors += 1
+    names = [form.name.lower() for form in Form]
+    arrays = (delta.forms.tolist(), delta.changed.tolist(), delta.sizes.tolist())
+    for block, form, changed, code in zip(delta.blocks, *arrays, strict=True):
+        one, nbytes = found[groups[block.info.name]], block.nbytes
+        one.elements += len(block)
+        one.changed += changed
+        one.tuned_bytes += nbytes
+        one.code += code
+        one.forms[names[form]] = one.forms.get(names[form], 0) + nbytes
+    return found
+
+
+def form_shares(forms: Mapping[str, int]) -> str:
+    """The forms with their shares of the bytes, as text."""
+    whole = sum(forms.values())
+    ordered = sorted(forms.items(), key=lambda form: -form[1])
+    return ", ".join(f"{form} {percent(nbytes / whole)}" for form, nbytes in ordered) or "-"

@@ -19,14 +19,14 @@ from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..sources.resolve import Source
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
-from ..tensors.document import Facts, bad
+from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
-from ..text import lines, plural, printable, size
+from ..text import plural, size
 from ..version import __version__
 from .digests import DigestHash, digests, is_hash
 from .entries import PatchEntries, RowPlaces
-from .patch_file import PATCH_KEY, PATCH_NAME, PATCH_VERSION, PatchFile, read_manifest, require_seal
+from .patch_file import PATCH_KEY, PATCH_NAME, PATCH_VERSION, PatchFile, require_seal
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
 
@@ -103,54 +103,23 @@ class Patch(PatchFile):
 
     kind = "neurons"
 
-    def __init__(
-        self,
-        file: TensorFile,
-        manifest: Mapping[str, object],
-        tensors: Mapping[str, PatchTensor],
-        places: Mapping[str, RowPlaces],
-        source: Source | None = None,
-    ) -> None:
+    def __init__(self, file: TensorFile, manifest: Mapping[str, Any], source: Source | None = None) -> None:
         super().__init__(file, manifest, source)
-        self.tensors = tensors
-        self._places = places
+        self.tensors = {name: _tensor(file, name, manifest) for name in sorted(manifest["tensors"])}
+        self._places = _require_entries(file, manifest, self.tensors)
         self._last_index = "", np.empty(0, np.int64)  # the entry that was read last
-
-    def __repr__(self) -> str:
-        what = f"{plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}"
-        return printable(f"<Patch {self._label}: {what}>")
-
-    def __str__(self) -> str:
-        undo = "reversible" if self.reversible else "not reversible: revert needs the base"
-        return lines(
-            [
-                f"patch {self._label}, {size(self.nbytes)}",
-                f"  {plural(self.neurons, 'neuron')} of {plural(len(self.tensors), 'tensor')}, "
-                f"{plural(self.parameters, 'parameter')}",
-                f"  made from {self.base.label or 'unknown'}; {undo}",
-            ]
-        )
-
-    @property
-    def _label(self) -> str:
-        return str(self.place) if self.place is not None else "(not saved)"
-
-    @classmethod
-    def read(
-        cls, file: TensorFile, manifest: Mapping[str, Any] | None = None, source: Source | None = None
-    ) -> Patch:
-        """The patch in an open file, which is the new object's from now on; its manifest if it is known."""
-        manifest = manifest or read_manifest(file)
-        tensors = {name: _tensor(file, name, manifest) for name in sorted(manifest["tensors"])}
-        places = _require_entries(file, manifest, tensors)
-        patch = cls(file, manifest, tensors, places, source)
         if manifest["version"] > 1:
             require_seal(file, manifest, [("index", file.array_bytes("index").tobytes())])
-            _require_no_groups(file, manifest, tensors)
-        for name, tensor in tensors.items():
-            if why := check_index(patch.index(name), tensor.layout.count):
+            _require_no_groups(file, manifest, self.tensors)
+        for name, tensor in self.tensors.items():
+            if why := check_index(self.index(name), tensor.layout.count):
                 raise bad(file, _WHAT, why, name)
-        return patch
+
+    def __str__(self) -> str:
+        return self._text(
+            f"patch {self._label}, {size(self.nbytes)}",
+            f"  {self.what}, {plural(self.parameters, 'parameter')}",
+        )
 
     @cached_property
     def neurons(self) -> int:
@@ -299,13 +268,7 @@ def _require_entries(
         dtype = file.tensors[f"{name}:index"].dtype if own else None
         places[name] = entries.add(tensor.info, tensor.layout, tensor.count, tensor.reversible, dtype)
     for entry in entries.infos.values():
-        if (found := file.tensors.get(entry.name)) != entry:
-            raise CorruptFileError(
-                f"a damaged {_WHAT}: its entry {entry.name} does not fit",
-                file=file.path,
-                expected=entry.describe(),
-                found=found.describe() if found else "nothing",
-            )
+        require_entry(file, _WHAT, entry)
     for name in file.tensors:
         if name not in entries.infos:
             raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)

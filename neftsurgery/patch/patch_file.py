@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Self, TypeVar
 
-from ..checkpoint.provenance import Provenance
+import xxhash
+
+from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..errors import CorruptFileError, MismatchError, boundary
 from ..sources.resolve import Source, resolve_file
 from ..tensors.document import dump, read_document
 from ..tensors.reader import FileBacked, TensorFile
-from .digests import NO_HASH, content_hash, is_hash
+from ..text import lines, printable
+from .digests import NO_HASH, is_hash
 
 __all__ = [
     "PATCH_KEY",
@@ -19,6 +22,7 @@ __all__ = [
     "PATCH_VERSION",
     "PatchFile",
     "open_patch",
+    "other_kind",
     "read_manifest",
     "require_seal",
     "sealed",
@@ -91,6 +95,28 @@ class PatchFile(FileBacked):
         return self.source.named if self.source is not None and self.source.repo is not None else self.path
 
     @property
+    def reversible(self) -> bool:
+        """Whether it holds all that it replaces."""
+        raise NotImplementedError
+
+    @property
+    def what(self) -> str:
+        """What it holds, in a few words."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return printable(f"<{type(self).__name__} {self._label}: {self.what}>")
+
+    @property
+    def _label(self) -> str:
+        return str(self.place) if self.place is not None else "(not saved)"
+
+    def _text(self, *about: str) -> str:
+        """What printing it shows: what it is about, and what it was made from."""
+        undo = "reversible" if self.reversible else "not reversible: revert needs the base"
+        return lines([*about, f"  made from {self.base.label or 'unknown'}; {undo}"])
+
+    @property
     def base(self) -> Provenance:
         """The checkpoint it was made from, as far as that is known."""
         return Provenance.from_json(self.manifest.get("base"))
@@ -109,12 +135,17 @@ def open_patch(named: str | os.PathLike[str] | Source, kinds: Sequence[type[_Fil
         for one in kinds:
             if one.kind == kind:
                 return one.read(file, manifest, source)
-        what, hint = _KINDS[kind]
-        raise MismatchError(what, file=file.path, hint=hint)
+        raise other_kind(kind, file.path)
     except (CorruptFileError, MismatchError) as error:
         if source.repo is not None and error.file == str(source.path):
             error.file = source.named  # not where the cache keeps it
         raise
+
+
+def other_kind(kind: str, file: str | os.PathLike[str] | None, advice: str | None = None) -> MismatchError:
+    """The error for a patch that is of the ``kind``, where the other one is wanted."""
+    what, hint = _KINDS[kind]
+    return MismatchError(what, file=file, hint=advice or hint)
 
 
 def read_manifest(file: TensorFile) -> dict[str, Any]:
@@ -131,12 +162,24 @@ def read_manifest(file: TensorFile) -> dict[str, Any]:
     return manifest
 
 
+def _content_hash(manifest: str, parts: Iterable[tuple[str, bytes]]) -> str:
+    """The hash of what no other hash is over: the manifest's text, with `NO_HASH` for it, and ``parts``.
+
+    The parts are entries of the file, by name.
+    """
+    state = xxhash.xxh3_128(manifest.encode())
+    for name, content in parts:
+        state.update(f"\n{name}\n{len(content)}\n".encode())
+        state.update(content)
+    return HASH_PREFIX + state.hexdigest()
+
+
 def sealed(manifest: Mapping[str, object], parts: Iterable[tuple[str, bytes]]) -> dict[str, str]:
     """The metadata of a new patch file: its manifest, with the `content_hash` as the last key."""
     rest = {key: value for key, value in manifest.items() if key != "content_hash"}
     text = dump(PATCH_KEY, {**rest, "content_hash": NO_HASH})[PATCH_KEY]
     end = f'{NO_HASH}"}}'
-    return {PATCH_KEY: f'{text.removesuffix(end)}{content_hash(text, parts)}"}}'}
+    return {PATCH_KEY: f'{text.removesuffix(end)}{_content_hash(text, parts)}"}}'}
 
 
 def require_seal(
@@ -144,7 +187,7 @@ def require_seal(
 ) -> None:
     """Raise a `CorruptFileError` unless the file has the `content_hash` that its manifest says."""
     known, text = manifest.get("content_hash"), file.header.metadata[PATCH_KEY]
-    if not is_hash(known) or known != content_hash(text.replace(known, NO_HASH), parts):
+    if not is_hash(known) or known != _content_hash(text.replace(known, NO_HASH), parts):
         raise CorruptFileError(
             "the patch does not match its hash",
             file=file.path,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..patch.lossless import LosslessPatch
-from ..patch.stored_weights import form_shares
+from ..patch.lossless import LosslessPatch, form_shares
 from ..text import commas, label, percent, size
 from .figure import Column, ReportFigure, Table
 from .layer_map import LayerMap, draw_layer_map

@@ -165,13 +165,14 @@ class ScoreArrays:
                 for (name, count), which in product(group.items(), kinds):
                     if which == "score" or f"{name}:{which}" in file.tensors:
                         dtype = "I64" if which == "changed" else _KINDS[which]
-                        require_entry(file, WHAT, name, which.removeprefix("score"), dtype, (count,))
+                        own = name if which == "score" else f"{name}:{which}"
+                        require_entry(file, WHAT, TensorInfo(own, dtype, (count,)))
             return cls(file, None)
         sums = SUMS if any(which in file.tensors for which in SUMS) else ()
         unit = ["unit"] if facts.get("anatomy") == "units" or "unit" in file.tensors else []
         starts, entries = arranged(counts, elements, ["score", *sums, *unit])
         for entry in entries:
-            require_entry(file, WHAT, entry.name, "", entry.dtype, entry.shape)
+            require_entry(file, WHAT, entry)
         return cls(file, starts)
 
     def has(self, name: str, *kinds: str) -> bool:

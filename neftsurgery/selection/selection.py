@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -13,18 +13,18 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_tensors
 from ..errors import MismatchError, boundary
-from ..neurons.layout import Layout, described_tensor
+from ..neurons.layout import Layout, described, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array
-from ..tensors.document import Facts, bad, dump, read_document
+from ..tensors.document import Facts, TextFact, bad, dump, read_document
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from ..text import lines, percent, plural
 
-__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "described", "index_dtype"]
+__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "index_dtype"]
 
 SELECTION_KEY = "neuron_selection"
 _VERSION = 1
@@ -34,20 +34,9 @@ _WHAT = "selection"
 class SelectionFacts(Facts):
     """The facts of a selection file, and the ``selection`` of a patch's manifest, which may hold more."""
 
-    @property
-    def score(self) -> str | None:
-        """The score they were chosen by."""
-        return self.text("score")
-
-    @property
-    def anatomy(self) -> str | None:
-        """What counts as a neuron: ``rows``, ``ffn`` or ``units``."""
-        return self.text("anatomy")
-
-    @property
-    def policy(self) -> str | None:
-        """Which neurons come first: ``sensitive``, ``reversed`` or ``random``."""
-        return self.text("policy")
+    score = TextFact()  # they were chosen by
+    anatomy = TextFact()  # what counts as a neuron: ``rows``, ``ffn`` or ``units``
+    policy = TextFact()  # which neurons come first: ``sensitive``, ``reversed`` or ``random``
 
     @property
     def budget(self) -> Mapping[str, object]:
@@ -88,12 +77,6 @@ class SelectionFacts(Facts):
         """
         left_out = {"base", "tuned", *(key for key in self if key.startswith("captured") and not captured)}
         return type(self)({key: value for key, value in self.items() if key not in left_out})
-
-
-def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, object]:
-    """What files and JSON say of a tensor and, if it has any, of its neurons."""
-    facts: dict[str, object] = {"shape": list(info.shape), "dtype": info.dtype}
-    return facts if axes is None else facts | {"neuron_axes": list(axes)}
 
 
 def index_dtype(count: int) -> str:
@@ -181,6 +164,11 @@ class Selection:
     def parameters(self) -> int:
         """How many elements are chosen, bias elements included."""
         return sum(chosen.parameters for chosen in self)
+
+    def describe(self) -> dict[str, object]:
+        """For JSON: how many neurons and parameters are chosen, and how many neurons per tensor."""
+        tensors = {name: len(chosen.index) for name, chosen in self.tensors.items()}
+        return {"selected": self.neurons, "selected_parameters": self.parameters, "tensors": tensors}
 
     @property
     def nbytes(self) -> int:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes, folder_files
 from ..checkpoint.healing import heal_recorded
-from ..checkpoint.journal import open_shard
+from ..checkpoint.journal import require_writable
 from ..checkpoint.ties import stored_ties
 from ..errors import MismatchError, UsageError, boundary
 from ..options import RunOptions
@@ -27,15 +27,13 @@ from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .chains import opened_patches
-from .rebuild import RebuildPlan, RebuildResult, plan_rebuild
-from .rewrite import ApplyPlan, RevertPlan, RewritePlan, RewriteResult, require_place, touched_files
-from .same_base import other_base
+from .rebuild import RebuildPlan, plan_rebuild
+from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, touched_files
+from .same_base import named_base, other_base
 from .verb import replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 __all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
-
-_Rewrite = TypeVar("_Rewrite", bound=RewritePlan)
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def apply(
     sha256: str | Sequence[str] | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
-) -> RewriteResult | RebuildResult:
+) -> RewriteResult:
     """Write a patched checkpoint.
 
     Parameters
@@ -111,7 +109,7 @@ def revert(
     base: AnyPath | None = None,
     force: bool = False,
     **options: Unpack[RunOptions],
-) -> RewriteResult | RebuildResult:
+) -> RewriteResult:
     """Undo a patch: write the vectors it replaced back, bit for bit.
 
     Parameters
@@ -147,13 +145,8 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
 def plan_apply(
     base: AnyPath,
     patches: Sequence[Patch | LosslessPatch],
-    *,
-    out: AnyPath | None = None,
-    in_place: bool = False,
-    force: bool = False,
-    limits: Limits | None = None,
-    progress: Progress = silent,
-) -> ApplyPlan | RebuildPlan:
+    **options: Unpack[WriteOptions],
+) -> RewritePlan | RebuildPlan:
     """Check everything that `apply` needs; nothing is written."""
     if not patches:
         raise UsageError("there is no patch to apply")
@@ -163,18 +156,9 @@ def plan_apply(
             raise UsageError(
                 "lossless patches and neuron patches are not applied together", file=lossless[0].place
             )
-        return plan_rebuild(
-            base,
-            lossless,
-            goal="patched",
-            out=out,
-            in_place=in_place,
-            force=force,
-            limits=limits,
-            progress=progress,
-        )
+        return plan_rebuild(base, lossless, "patched", **options)
     rows = [RowSource(patch, patch.values) for patch in patches if not isinstance(patch, LosslessPatch)]
-    return _plan(ApplyPlan, base, rows, out, in_place, force, limits, progress)
+    return _plan("patched", base, rows, (), (), **options)
 
 
 def plan_revert(
@@ -182,53 +166,33 @@ def plan_revert(
     patch: AnyPatch,
     *,
     base: AnyPath | None = None,
+    **options: Unpack[WriteOptions],
+) -> RewritePlan | RebuildPlan:
+    """Check everything that `revert` needs; nothing is written."""
+    patch = load_any(patch)
+    if isinstance(patch, LosslessPatch):
+        return plan_rebuild(checkpoint, [patch], "base", base=base, **options)
+    original, inputs = named_base(base, [patch])
+    if original is None:
+        require_replaced(patch, "revert")
+    read = patch.base_values if original is None else partial(replaced_rows, patch, original)
+    warnings = other_base(original, patch.base, patch.name)
+    return _plan("base", checkpoint, [RowSource(patch, read)], inputs, warnings, **options)
+
+
+def _plan(
+    goal: str,
+    named: AnyPath,
+    rows: Sequence[RowSource],
+    inputs: Sequence[Path],
+    warnings: Sequence[str],
+    *,
     out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
-) -> RevertPlan | RebuildPlan:
-    """Check everything that `revert` needs; nothing is written."""
-    patch = load_any(patch)
-    if isinstance(patch, LosslessPatch):
-        return plan_rebuild(
-            checkpoint,
-            [patch],
-            goal="base",
-            base=base,
-            out=out,
-            in_place=in_place,
-            force=force,
-            limits=limits,
-            progress=progress,
-        )
-    inputs, warnings, read = list[Path](), list[str](), patch.base_values
-    if base is not None:
-        original = patch.require_fit(Checkpoint.open(base))
-        warnings = other_base(original, patch.base, patch.name)
-        inputs.append(original.source.path)
-        read = partial(replaced_rows, patch, original)
-    else:
-        require_replaced(patch, "revert")
-    rows = [RowSource(patch, read)]
-    return _plan(
-        RevertPlan, checkpoint, rows, out, in_place, force, limits, progress, inputs=inputs, warnings=warnings
-    )
-
-
-def _plan(
-    kind: type[_Rewrite],
-    named: AnyPath,
-    rows: Sequence[RowSource],
-    out: AnyPath | None,
-    in_place: bool,
-    force: bool,
-    limits: Limits | None,
-    progress: Progress,
-    *,
-    inputs: Sequence[Path] = (),
-    warnings: Sequence[str] = (),
-) -> _Rewrite:
+) -> RewritePlan:
     require_place(named, out, in_place)
     checkpoint = Checkpoint.open(named)
     patches = [r.patch for r in rows]
@@ -237,24 +201,23 @@ def _plan(
     rows, notes = _with_copies(checkpoint, rows)
     files = None
     if out is None:
-        for shard in touched_files(checkpoint, rows):
-            os.close(open_shard(checkpoint, shard))  # it can be written
+        require_writable(checkpoint, touched_files(checkpoint, rows))
     else:
         sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
         refuse_output(out, inputs=sources, force=force, kind="file" if checkpoint.is_file else "directory")
         files = None if checkpoint.is_file else folder_files(checkpoint)
     watch = Stopwatch()
     with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        replaced = rows if kind is RevertPlan else None
+        replaced = rows if goal == "base" else None
         states = examine(
             checkpoint, patches, replaced=replaced, limits=limits or Limits.of(), advance=advance
         )
     for patch, state in zip(patches, states, strict=True):
         _refuse_neither(checkpoint, patch, state)
-        warnings = [*warnings, *_doubts(checkpoint, patch, state, kind.goal, force)]
+        warnings = [*warnings, *_doubts(checkpoint, patch, state, goal, force)]
     watch.bytes_read = checkpoint.bytes_read + sum(patch.value_bytes for patch in patches)
     place = None if out is None else Path(out)
-    return kind(checkpoint, rows, states, place, force, files, [*notes, *warnings], watch.timing)
+    return RewritePlan(checkpoint, goal, rows, states, place, force, files, [*notes, *warnings], watch.timing)
 
 
 def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, force: bool) -> list[str]:

@@ -14,16 +14,15 @@ from ..checkpoint.side_files import SideChange, side_digest, side_files
 from ..checkpoint.weight_files import INDEX_NAME
 from ..coding.elements import Carrier
 from ..errors import UsageError
-from ..patch.delta import DeltaBlock, block_hash, blocks_of
+from ..patch.delta import DeltaBlock, block_hash, blocks_of, read_block
 from ..patch.digests import digests
-from ..patch.lossless import LosslessPatch
 from ..progress import Progress
 from ..storage.output import begin_writeback
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.json_text import loads
-from .model_files import BLOCK_MEMORY, ModelFiles, another_checkpoint, read_whole, weight_file
+from .model_files import BLOCK_MEMORY, ModelFiles, another_checkpoint, weight_file
 from .rewrite import changed_in_place
 
 __all__ = ["BlockChanges", "require_same_layout"]
@@ -46,16 +45,19 @@ class BlockChanges:
         cls,
         checkpoint: Checkpoint,
         target: ModelFiles,
-        patch: LosslessPatch | None,
         weights_only: bool,
         limits: Limits,
         progress: Progress,
     ) -> BlockChanges:
-        """Compare every block with what it becomes; with ``patch``, only what this one makes may change."""
+        """Compare every block with what it becomes.
+
+        If that is a base that was named, only what its patch makes may change.
+        """
+        patch = target.base_of
         found: dict[str, list[tuple[Int64Array, RawBytes]]] = {}
 
         def look(block: DeltaBlock) -> tuple[Int64Array, RawBytes]:
-            old, new = read_whole(checkpoint, block), read_whole(target.weights, block)
+            old, new = read_block(checkpoint, block), target.read(block)
             if patch is not None and not np.array_equal(old, new):
                 made = patch.forward.block_at(block.info.name, block.start)
                 if made is None or block_hash(old) != int(patch.forward.after[made.number]):
@@ -90,7 +92,7 @@ class BlockChanges:
 
     def write(self, finish: Callable[[], None], limits: Limits, progress: Progress) -> None:
         """Make the changes; ``finish`` checks the weights when all are written."""
-        changes = {change.info.name: change for change in self.changes}
+        changes = {change.name: change for change in self.changes}
         with (
             progress("writing in place", self.nbytes) as advance,
             changed_in_place(self.checkpoint, self.changes, self.side) as descriptors,
@@ -98,7 +100,7 @@ class BlockChanges:
 
             def write(block: DeltaBlock) -> int:
                 change, first = changes[block.info.name], _first(block)
-                rows = _ranges(block, read_whole(self.target.weights, block))
+                rows = _ranges(block, self.target.read(block))
                 low, high = _within(change, block)
                 fd = descriptors[self.checkpoint.shard_of(block.info.name).path]
                 change.write(self.checkpoint, fd, low, rows[change.index[low:high] - first])

@@ -94,7 +94,7 @@ def plan_chain(
     return plan_between(
         replace(ModelFiles.of(checkpoint), origin=lambda: first.base),
         RebuiltWeights.model(checkpoint, patches, "patched"),
-        inputs=[checkpoint.source.path, *(patch.path for patch in patches if patch.path is not None)],
+        [checkpoint.source.path, *(patch.path for patch in patches if patch.path is not None)],
         reversible=all(patch.reversible for patch in patches) if reversible is None else reversible,
         fast=all(patch.fast for patch in patches) if fast is None else fast,
         weights_only=first.weights_only if weights_only is None else weights_only,

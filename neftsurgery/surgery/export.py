@@ -27,8 +27,8 @@ from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
 from ..text import commas, percent, plural, printable, size
 from .lora_modules import STEPS, LoraModule, adapter_config, lora_modules, next_step, task_of
-from .same_base import other_base
-from .verb import load_patch, replaced_rows, require_replaced, run_keywords, warn
+from .same_base import named_base, other_base
+from .verb import replaced_rows, require_replaced, run_keywords, warn
 
 __all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
 
@@ -211,15 +211,11 @@ def plan_export(
     force: bool = False,
 ) -> ExportPlan:
     """Check everything that `export_lora` needs; nothing is written."""
-    patch = load_patch(patch)
-    original = None if base is None else Checkpoint.open(base)
-    inputs = [] if original is None else [original.source.path]
-    inputs += [] if patch.path is None else [patch.path]
+    patch = patch if isinstance(patch, Patch) else Patch.load(patch)
+    original, inputs = named_base(base, [patch])
     refuse_output(out, inputs=inputs, force=force, kind="directory")
     if original is None:
         require_replaced(patch, "a LoRA")
-    else:
-        original = patch.require_fit(original)
     modules, warnings = lora_modules(patch, original, prefix)
     warnings += other_base(original, patch.base, patch.name)
     needed = max(module.count for module in modules)

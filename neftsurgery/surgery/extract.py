@@ -40,7 +40,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..text import size
 from .diff import DiffPlan, check_score
-from .lossless import plan_lossless
+from .lossless import CodingAndRun, plan_lossless
 from .pairing import open_sides, pair
 from .verb import running, warn
 
@@ -77,9 +77,8 @@ class ExtractPlan:
     force: bool = False
     warnings: Sequence[str] = ()
     timing: Timing = field(default_factory=Timing)  # of choosing
-    scored_before: bool = (
-        False  # by another run: fingerprints, which skip most bytes, say that nothing changed
-    )
+    # By another run: fingerprints, which skip most bytes, say that nothing changed.
+    scored_before: bool = False
 
     @property
     def tuned(self) -> Checkpoint:
@@ -115,15 +114,12 @@ class ExtractPlan:
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
-        chosen = self.selection
         return {
             "base": self.base.name,
             "tuned": self.tuned.name,
-            "neurons": self.scores.neurons if self.scores is not None else chosen.neurons,
-            "selected": chosen.neurons,
-            "selected_parameters": chosen.parameters,
+            "neurons": (self.selection if self.scores is None else self.scores).neurons,
+            **self.selection.describe(),
             "parameters": self.parameters,
-            "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
             "captured": self.facts.captured,
             "captured_scored": self.facts.captured_scored,
             "whole_change": None if self.remainder is None else self.remainder.is_whole,
@@ -173,12 +169,7 @@ def extract(
     tuned: AnyPath | Mapping[str, Any],
     *,
     lossless: Literal[True],
-    fast: bool = False,
-    weights_only: bool = False,
-    reversible: bool = False,
-    out: AnyPath | None = None,
-    force: bool = False,
-    **options: Unpack[RunOptions],
+    **options: Unpack[CodingAndRun],
 ) -> LosslessPatch: ...
 
 
@@ -250,14 +241,8 @@ def extract(
     )
     machine = running(run)
     if lossless:
-        given = [
-            *prefix,
-            *scope,
-            *score,
-            *budget,
-            *(["scores"] if scores else []),
-            *(["selection"] if selection else []),
-        ]
+        given = [*prefix, *scope, *score, *budget]
+        given += [name for name, one in (("scores", scores), ("selection", selection)) if one is not None]
         if given:
             raise UsageError(f"[[{given[0]}]] does not go with [[lossless]], which keeps every neuron")
         whole = plan_lossless(

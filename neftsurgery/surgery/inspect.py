@@ -16,10 +16,9 @@ from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
 from ..options import Scope, ScopeOptions, split
-from ..patch.lossless import LosslessPatch, load_any
+from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
-from ..patch.stored_weights import form_shares
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.hub_errors import AbsentFileError
@@ -102,8 +101,7 @@ def _one(named: AnyPath, scope: Scope) -> dict[str, Any]:
     if source.path.is_file():
         metadata = read_header(source.path).metadata
         if PATCH_KEY in metadata:
-            patch = load_any(source)
-            return _patch(patch) if isinstance(patch, Patch) else _lossless(patch)
+            return _patch(load_any(source))
         if SCORES_KEY in metadata:
             return _scores(Scores.load(source.path))
         if SELECTION_KEY in metadata:
@@ -171,38 +169,29 @@ def _in_order(tensors: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(tensors, key=lambda tensor: natural_key(tensor["name"]))
 
 
-def _patch(patch: Patch) -> dict[str, Any]:
-    return {
+def _patch(patch: Patch | LosslessPatch) -> dict[str, Any]:
+    facts = {
         "kind": "patch",
         "name": patch.name,
         "version": patch.manifest["version"],
         "bytes": patch.nbytes,
         "sha256": patch.sha256(),
-        "neurons": patch.neurons,
-        "parameters": patch.parameters,
         "reversible": patch.reversible,
         "base": dict(patch.base),
-        "selection": dict(patch.facts),
         "created_by": patch.manifest.get("created_by"),
-        "tensors": _in_order(
-            _tensor(t.info, t.layout.axes, t.count, t.layout.count) for t in patch.tensors.values()
-        ),
     }
-
-
-def _lossless(patch: LosslessPatch) -> dict[str, Any]:
-    return {
-        "kind": "patch",
-        "name": patch.name,
-        "version": patch.manifest["version"],
+    if isinstance(patch, Patch):
+        tensors = [_tensor(t.info, t.layout.axes, t.count, t.layout.count) for t in patch.tensors.values()]
+        return facts | {
+            "neurons": patch.neurons,
+            "parameters": patch.parameters,
+            "selection": dict(patch.facts),
+            "tensors": _in_order(tensors),
+        }
+    return facts | {
         "lossless": True,
-        "bytes": patch.nbytes,
         "tuned_bytes": patch.forward.nbytes,
-        "sha256": patch.sha256(),
-        "reversible": patch.reversible,
-        "base": dict(patch.base),
         "tuned": dict(patch.tuned),
-        "created_by": patch.manifest.get("created_by"),
         "files": [file.name for file in patch.forward.files],
         "side_files": [asdict(one) for one in patch.forward.side],
         "not_carried": list(patch.not_carried),

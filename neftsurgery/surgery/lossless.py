@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,13 @@ from ..coding.elements import Carrier
 from ..coding.fitting import fit
 from ..coding.tables import MOST_TABLES, FrequencyTable, pack
 from ..errors import MismatchError, UsageError
+from ..options import RunOptions
 from ..patch.delta import (
     ARRAYS,
     DeltaBlock,
     SideFile,
     block_hash,
+    block_state,
     blocks_of,
     counterpart,
     pack_layout,
@@ -42,7 +44,7 @@ from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
 from .model_files import ModelFiles
 
-__all__ = ["LosslessPlan", "plan_between", "plan_lossless"]
+__all__ = ["CodingAndRun", "CodingOptions", "LosslessPlan", "plan_between", "plan_lossless"]
 
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from.
@@ -53,6 +55,20 @@ _FEW_CHANGES = 4096
 _BLOCK_MEMORY = 48 << 20
 
 _Pair: TypeAlias = tuple[Carrier, Carrier]  # a block of the source, and the same of the target
+
+
+class CodingOptions(TypedDict, total=False):
+    """What a lossless patch is to hold, and where it is written: keywords of `extract`."""
+
+    reversible: bool
+    fast: bool
+    weights_only: bool
+    out: AnyPath | None
+    force: bool
+
+
+class CodingAndRun(CodingOptions, RunOptions):
+    """The keywords of a lossless `extract`."""
 
 
 @dataclass(frozen=True)
@@ -129,36 +145,25 @@ class LosslessPlan:
 def plan_lossless(
     base: AnyPath | Mapping[str, Any],
     tuned: AnyPath | Mapping[str, Any],
+    **options: Unpack[CodingOptions],
+) -> LosslessPlan:
+    """Check everything that a lossless `extract` needs; nothing is written. Raises as `extract`."""
+    sides = _opened(base, tuned)
+    models = [ModelFiles.of(side) for side in sides]
+    inputs = [side.source.path for side in sides if isinstance(side, Checkpoint)]
+    return plan_between(models[0], models[1], inputs, **options)
+
+
+def plan_between(
+    base: ModelFiles,
+    tuned: ModelFiles,
+    inputs: Sequence[Path],
     *,
     reversible: bool = False,
     fast: bool = False,
     weights_only: bool = False,
     out: AnyPath | None = None,
     force: bool = False,
-) -> LosslessPlan:
-    """Check everything that a lossless `extract` needs; nothing is written. Raises as `extract`."""
-    sides = _opened(base, tuned)
-    return plan_between(
-        *map(ModelFiles.of, sides),
-        inputs=[side.source.path for side in sides if isinstance(side, Checkpoint)],
-        reversible=reversible,
-        fast=fast,
-        weights_only=weights_only,
-        out=out,
-        force=force,
-    )
-
-
-def plan_between(
-    base: ModelFiles,
-    tuned: ModelFiles,
-    *,
-    reversible: bool,
-    fast: bool,
-    weights_only: bool,
-    out: AnyPath | None,
-    force: bool,
-    inputs: Sequence[Path],
 ) -> LosslessPlan:
     """As `plan_lossless`, of two models; ``inputs``: files and folders that ``out`` must not replace."""
     if not any(counterpart(info, base.weights.tensors) for info in tuned.weights.tensors.values()):
@@ -200,33 +205,23 @@ class _Way:
     """The coding of one checkpoint as its difference from another."""
 
     def __init__(
-        self,
-        prefix: str,
-        source: ModelFiles,
-        target: ModelFiles,
-        fast: bool,
-        limits: Limits,
+        self, prefix: str, source: ModelFiles, target: ModelFiles, fast: bool, limits: Limits
     ) -> None:
         self._prefix, self._fast = prefix, fast
         self._source, self._target = source.weights, target.weights
         self.blocks = tuple(blocks_of(target.files))
-        self._counterparts = {
-            name: counterpart(info, self._source.tensors) for name, info in self._target.tensors.items()
-        }
         self._table_of, self._tables = ({}, []) if fast else self._fitted(limits)
-        described, self._side = _packed(target, source)
-        self._layout = pack_layout(target.files, described, single=target.single)
-        self._packed_tables = pack(self._tables)
+        described, side = _packed(target, source)
+        layout = pack_layout(target.files, described, single=target.single)
+        parts = {"layout": layout, "tables": pack(self._tables), "side": side}
         self._arrays: dict[str, NDArray[np.unsignedinteger]] = {
             name: np.zeros(len(self.blocks), DTYPES[dtype].numpy) for name, dtype in ARRAYS.items()
-        }
+        } | {name: np.frombuffer(content, np.uint8) for name, content in parts.items()}
 
     def entries(self) -> Iterator[TensorInfo]:
         """The entries of the file, its code left out."""
-        for name, dtype in ARRAYS.items():
-            yield TensorInfo(f"{self._prefix}:{name}", dtype, (len(self.blocks),))
-        for name, content in self._parts().items():
-            yield TensorInfo(f"{self._prefix}:{name}", "U8", (len(content),))
+        for name, array in self._arrays.items():
+            yield TensorInfo(f"{self._prefix}:{name}", ARRAYS.get(name, "U8"), array.shape)
 
     def code(
         self, writer: TensorFileWriter, start: int, limits: Limits, advance: Callable[[int], None]
@@ -246,24 +241,14 @@ class _Way:
 
     def write(self, writer: TensorFileWriter) -> Iterator[tuple[str, bytes]]:
         """Write all entries but the code; yields each, for their hash."""
-        parts = {name: array.tobytes() for name, array in self._arrays.items()} | self._parts()
-        for name, content in parts.items():
-            array = self._arrays.get(name, np.frombuffer(content, np.uint8))
+        for name, array in self._arrays.items():
             writer.write(f"{self._prefix}:{name}", 0, array)
-            yield f"{self._prefix}:{name}", content
-
-    def _parts(self) -> dict[str, bytes]:
-        return {"layout": self._layout, "tables": self._packed_tables, "side": self._side}
+            yield f"{self._prefix}:{name}", array.tobytes()
 
     def _read(self, block: DeltaBlock) -> tuple[Carrier | None, Carrier, int]:
         """A block of both sides, and the hash of what the source has of it."""
-        found = read_block(self._target, block)
-        assert found is not None  # a block of the target
-        info = self._counterparts[block.info.name]
-        there = None if info is None else read_block(self._source, block, info)
-        if there is None:
-            return None, found[0], 0
-        return there[0], found[0], block_hash(there[0][: there[1]])
+        base, before, _ = block_state(self._source, block)
+        return base, read_block(self._target, block), before
 
     def _coded(self, block: DeltaBlock) -> tuple[Form, bytes, int, int, int]:
         base, tuned, before = self._read(block)
@@ -280,7 +265,7 @@ class _Way:
         """A table for each kind of tensor, from a sample of its blocks; kinds with few changes share one."""
         kinds: dict[tuple[str, str, bool], list[DeltaBlock]] = {}
         for block in self.blocks:
-            new = self._counterparts[block.info.name] is None
+            new = counterpart(block.info, self._source.tensors) is None
             kinds.setdefault((re.sub(r"\d+", "*", block.info.name), block.info.dtype, new), []).append(block)
         table_of, tables = dict[str, int](), list[FrequencyTable]()
         small: dict[str, tuple[list[DeltaBlock], list[_Pair]]] = {}
@@ -317,7 +302,7 @@ class _Way:
 
 def _share(pairs: Sequence[_Pair], blocks: Sequence[DeltaBlock]) -> float:
     """What part of the elements of ``blocks`` is in ``pairs``."""
-    return sum(len(tuned) for _, tuned in pairs) / sum(block.stop - block.start for block in blocks)
+    return sum(len(tuned) for _, tuned in pairs) / sum(map(len, blocks))
 
 
 def _packed(target: ModelFiles, source: ModelFiles) -> tuple[list[SideFile], bytes]:

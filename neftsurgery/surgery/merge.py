@@ -12,13 +12,14 @@ from typing import Literal, Unpack, overload
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError, boundary
+from ..errors import boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Manifest, Patch
+from ..patch.patch_file import other_kind
 from ..patch.write import patch_bytes, written_patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..selection.selection import RowBlock, Selection
@@ -26,8 +27,9 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from .chains import plan_chain
+from .lossless import CodingAndRun
 from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
-from .same_base import other_base
+from .same_base import named_base, other_base
 from .verb import base_rows, run_keywords, warn
 
 __all__ = ["MergePlan", "merge", "plan_merge"]
@@ -73,10 +75,8 @@ class MergePlan:
             "patches": [patch.name for patch in self.patches],
             **self.rule.describe(),
             "neurons": self.selection.neurons,
-            "selected": self.selection.neurons,
-            "selected_parameters": self.selection.parameters,
+            **self.selection.describe(),
             "shared": self.shared,
-            "tensors": {name: len(part.index) for name, part in self.selection.tensors.items()},
             "reversible": self.reversible,
             "bytes": self.nbytes,
             "out": None if self.out is None else str(self.out),
@@ -126,13 +126,8 @@ def merge(
     patches: Sequence[AnyPatch],
     *,
     chain: Literal[True],
-    fast: bool | None = None,
-    weights_only: bool | None = None,
     base: AnyPath,
-    reversible: bool | None = None,
-    out: AnyPath | None = None,
-    force: bool = False,
-    **options: Unpack[RunOptions],
+    **options: Unpack[CodingAndRun],
 ) -> LosslessPatch: ...
 
 
@@ -245,13 +240,7 @@ def plan_merge(
 ) -> MergePlan:
     """Check everything that `merge` needs; nothing is written."""
     patches = [_loaded(patch) for patch in named]
-    inputs = [patch.path for patch in patches if patch.path is not None]
-    original = None
-    if base is not None:
-        original = Checkpoint.open(base)
-        inputs.append(original.source.path)
-        for patch in patches:
-            original = patch.require_fit(original)
+    original, inputs = named_base(base, patches)
     if out is not None:
         refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()
@@ -270,11 +259,8 @@ def plan_merge(
 def _loaded(named: AnyPatch) -> Patch:
     patch = load_any(named)
     if isinstance(patch, LosslessPatch):
-        raise MismatchError(
-            "the patch is lossless: it holds a whole fine-tune, not chosen neurons",
-            file=patch.place,
-            hint="lossless patches that follow each other become one with [[chain=True]]",
-        )
+        advice = "lossless patches that follow each other become one with [[chain=True]]"
+        raise other_kind(patch.kind, patch.place, advice)
     return patch
 
 

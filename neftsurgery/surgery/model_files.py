@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -22,22 +22,18 @@ from ..patch.delta import (
     SideFile,
     WeightFile,
     block_hash,
-    block_state,
     counterpart,
     read_block,
 )
 from ..patch.lossless import LosslessPatch
 from ..storage.positioned import OpenFile, read_exactly
 from ..tensors.header import FilePlan, parse_header
-from ..tensors.reader import TensorReader
 
 __all__ = [
     "BLOCK_MEMORY",
-    "CheckedBase",
     "ModelFiles",
     "RebuiltWeights",
     "another_checkpoint",
-    "read_whole",
     "require_result",
     "weight_file",
 ]
@@ -51,13 +47,15 @@ BLOCK_MEMORY = 32 << 20
 class ModelFiles:
     """A model that a lossless patch leads from, or to."""
 
-    weights: Checkpoint | TensorsInMemory | RebuiltWeights | CheckedBase
+    weights: Checkpoint | TensorsInMemory | RebuiltWeights
     files: tuple[WeightFile, ...]
     single: bool  # one file, not a folder
-    side: Mapping[str, Callable[[], bytes]]  # the content of the files beside them that a patch carries
-    side_bytes: int
-    not_carried: tuple[str, ...]  # the names of other files beside them
     origin: Callable[[], Provenance]
+    #: The content of the files beside them that a patch carries.
+    side: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    side_bytes: int = 0
+    not_carried: tuple[str, ...] = ()  # the names of other files beside them
+    base_of: LosslessPatch | None = None  # a patch with whose hashes every block that is read is compared
 
     @classmethod
     def of(cls, weights: Checkpoint | TensorsInMemory) -> ModelFiles:
@@ -68,29 +66,36 @@ class ModelFiles:
                 weights,
                 tuple(weight_file(shard) for shard in weights.shards),
                 weights.is_file,
+                lambda: Provenance.of(weights),
                 {path.name: partial(read_side, path) for path in carried},
                 sum(path.stat().st_size for path in carried),
                 others,
-                lambda: Provenance.of(weights),
             )
         metadata = {"format": "pt"}
         raw = b"".join(FilePlan.of(weights.tensors.values(), metadata).pack(metadata))[8:]
         file = WeightFile(SINGLE_NAME, parse_header(raw, None), raw)
-        return cls(
-            weights,
-            (file,),
-            True,
-            {},
-            0,
-            (),
-            lambda: Provenance({"name": weights.name, "fingerprint": fingerprint(weights)}),
-        )
+        facts = {"name": weights.name, "fingerprint": fingerprint(weights)}
+        return cls(weights, (file,), True, lambda: Provenance(facts))
 
     def without_side(self) -> ModelFiles:
         """The same without the files beside the weights, all but the index."""
         left = tuple(name for name in self.side if name != INDEX_NAME)
         kept = {name: read for name, read in self.side.items() if name == INDEX_NAME}
         return replace(self, side=kept, not_carried=(*self.not_carried, *left))
+
+    def read(self, block: DeltaBlock) -> Carrier:
+        """A block of its files; a `MismatchError` if it is not as in the base of the patch `base_of`."""
+        found = read_block(self.weights, block)
+        if self.base_of is not None:
+            forward = self.base_of.forward
+            known = forward.block_at(block.info.name, block.start)
+            if (
+                known is not None
+                and counterpart(known.info, self.weights.tensors) is not None
+                and block_hash(found[: len(known)]) != int(forward.before[known.number])
+            ):
+                raise another_checkpoint(self.base_of, self.weights, block)
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -106,13 +111,6 @@ def weight_file(shard: Shard) -> WeightFile:
     return WeightFile(shard.path.name, shard.header, bytes(raw))
 
 
-def read_whole(weights: TensorReader, block: DeltaBlock) -> Carrier:
-    """A block of weights that have all of it."""
-    found = read_block(weights, block)
-    assert found is not None
-    return found[0]
-
-
 class RebuiltWeights:
     """The tensors that deltas of patches, one after the other, make of a checkpoint. Thread-safe.
 
@@ -123,7 +121,10 @@ class RebuiltWeights:
     bytes_read = 0
 
     def __init__(
-        self, checkpoint: Checkpoint, patches: Sequence[LosslessPatch], links: Sequence[Delta]
+        self,
+        checkpoint: Checkpoint | TensorsInMemory,
+        patches: Sequence[LosslessPatch],
+        links: Sequence[Delta],
     ) -> None:
         self._checkpoint, self._patches, self._links = checkpoint, patches, links
         self._last: tuple[DeltaBlock, Carrier] | None = None
@@ -140,7 +141,7 @@ class RebuiltWeights:
         side = {one.name: partial(weights.side_content, one) for one in last.side}
         left = patches[-1].not_carried if back is None else ()
         nbytes = sum(one.nbytes for one in last.side)
-        return ModelFiles(weights, last.files, last.single, side, nbytes, left, lambda: origin)
+        return ModelFiles(weights, last.files, last.single, lambda: origin, side, nbytes, left)
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if the checkpoint or a patch was edited since it was opened."""
@@ -156,34 +157,32 @@ class RebuiltWeights:
             block = self._links[-1].block_at(name, at // size // BLOCK * BLOCK)
             assert block is not None  # of a tensor of the target
             last = self._last  # both ends of a small tensor are in one block
-            found = last[1] if last is not None and last[0] is block else self._block(block)
+            found = last[1] if last is not None and last[0] is block else self._made(block)
             self._last = block, found
             part = found.view(np.uint8)[at - block.start * size :][: len(buffer) - done]
             buffer[done : done + len(part)] = part.data
             done += len(part)
 
-    def _block(self, block: DeltaBlock) -> Carrier:
-        """A block of what all links make, from what each makes of it. What is the result's already, stays."""
-        ways = [(self._links[-1], block)]
+    def _made(self, block: DeltaBlock) -> Carrier:
+        """A block of what the last link makes. The first link's own block stays, if it is there."""
+        path = [block]  # through the links, from the last one to the first that knows the block
         for delta in reversed(self._links[:-1]):
-            info = counterpart(ways[-1][1].info, delta.tensors)
-            source = None if info is None else delta.block_at(info.name, block.start)
+            known = counterpart(path[-1].info, delta.tensors)
+            source = None if known is None else delta.block_at(known.name, block.start)
             if source is None:
                 break
-            ways.append((delta, source))
+            path.append(source)
         found: Carrier | None = None
-        if len(ways) == len(self._links):
-            delta, one = ways.pop()
-            found = delta.made(one, *block_state(self._checkpoint, one))
-            if found is None:
-                raise another_checkpoint(self._patches[0], self._checkpoint, block)
-        for delta, one in reversed(ways):
-            source_elements = None
-            if found is not None:
-                source_elements = np.zeros(one.stop - one.start, one.elements.carrier)
-                there = min(len(found), len(source_elements))
-                source_elements[:there] = found[:there]
-            found = delta.decoded(one, source_elements)
+        for delta, one in zip(self._links[-len(path) :], reversed(path), strict=True):
+            if delta is self._links[0]:
+                found, is_base, is_patched = delta.compared(one, self._checkpoint)
+                if not (is_base or is_patched):
+                    raise another_checkpoint(self._patches[0], self._checkpoint, block)
+                if not is_base:
+                    continue
+            elif found is not None and len(found) != len(one):  # its rows are more, or fewer, here
+                found = np.pad(found, (0, max(0, len(one) - len(found))))[: len(one)]
+            found = delta.decoded(one, found)
         assert found is not None
         return found
 
@@ -197,50 +196,20 @@ class RebuiltWeights:
                     return b""
                 if own.packed:
                     return delta.side_content(own, bytes)
-            path = self._checkpoint.root / side.name
+            place = self._checkpoint.source.path
+            path = (place.parent if self._checkpoint.is_file else place) / side.name
             return read_side(path) if path.is_file() and path.stat().st_size == side.nbytes else b""
 
         return self._links[-1].side_content(side, source)
 
 
-class CheckedBase:
-    """A base that was named; what is read of it is compared with what a patch has of it. Thread-safe."""
-
-    def __init__(self, base: Checkpoint, patch: LosslessPatch) -> None:
-        self._base, self._patch = base, patch
-        self.name, self.tensors = base.name, base.tensors
-
-    @classmethod
-    def model(cls, base: Checkpoint, patch: LosslessPatch) -> ModelFiles:
-        """The base with its files."""
-        return replace(ModelFiles.of(base), weights=cls(base, patch), not_carried=())
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read of the base."""
-        return self._base.bytes_read
-
-    def check_unchanged(self) -> None:
-        """As `Checkpoint.check_unchanged`."""
-        self._base.check_unchanged()
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with a block of tensor ``name``, from its byte ``start``."""
-        self._base.read_into(name, start, buffer)
-        forward, size = self._patch.forward, Elements.of(self.tensors[name].dtype).size
-        block = forward.block_at(name, start // size)
-        if block is None or counterpart(block.info, self.tensors) is None:
-            return
-        there = np.frombuffer(buffer, block.elements.carrier)[: block.stop - block.start]
-        if block_hash(there) != int(forward.before[block.number]):
-            raise another_checkpoint(self._patch, self._base, block)
-
-
-def another_checkpoint(patch: LosslessPatch, checkpoint: Checkpoint, block: DeltaBlock) -> MismatchError:
+def another_checkpoint(
+    patch: LosslessPatch, weights: Checkpoint | TensorsInMemory | RebuiltWeights, block: DeltaBlock
+) -> MismatchError:
     """The error for a block that is neither as before the patch nor as after it."""
     return MismatchError(
         f"{patch.name} was made from another checkpoint",
-        file=checkpoint.name,
+        file=weights.name,
         tensor=block.info.name,
         hint="nothing was written; `neftsurgery verify` shows every tensor's state",
     )

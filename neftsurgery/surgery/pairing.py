@@ -16,11 +16,10 @@ from ..checkpoint.saved_forms import why_unlike
 from ..checkpoint.ties import Joined, join
 from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described
 from ..neurons.tensor_names import matching
 from ..options import Scope
 from ..scoring.engine import Job
-from ..selection.selection import described
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader

@@ -4,64 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
-from ..checkpoint.journal import open_shard
+from ..checkpoint.journal import require_writable
 from ..checkpoint.provenance import fingerprint
 from ..checkpoint.weight_files import INDEX_NAME
 from ..errors import CorruptFileError, UsageError
-from ..patch.delta import DeltaBlock, blocks_of
+from ..patch.delta import DeltaBlock, WeightFile, blocks_of
 from ..patch.lossless import LosslessPatch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..sources.resolve import Source
-from ..storage.copying import copy_file
-from ..storage.output import begin_writeback, staged_directory, staged_file
-from ..storage.output_checks import AnyPath, refuse_output, require_space
+from ..storage.output import begin_writeback
+from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.positioned import write_exactly
 from ..storage.threads import Limits, in_order
-from ..text import plural, printable
 from .block_changes import BlockChanges, require_same_layout
 from .chains import links_from, require_end
-from .model_files import BLOCK_MEMORY, CheckedBase, ModelFiles, RebuiltWeights, read_whole, require_result
-from .rewrite import require_place
+from .model_files import BLOCK_MEMORY, ModelFiles, RebuiltWeights, require_result
+from .rewrite import RewriteResult, require_place, written_checkpoint
 
-__all__ = ["RebuildPlan", "RebuildResult", "plan_rebuild"]
-
-
-@dataclass(frozen=True)
-class RebuildResult:
-    """What applying or reverting a lossless patch did.
-
-    Attributes
-    ----------
-    checkpoint:
-        What was written.
-    goal:
-        The state it is in: ``patched`` or ``base``.
-    files:
-        The names of its files; in place, of those that changed.
-    timing:
-        What it took.
-    written:
-        Whether anything had to be written.
-    """
-
-    checkpoint: Path
-    goal: str
-    files: tuple[str, ...]
-    timing: Timing = field(default_factory=Timing, repr=False)
-
-    written: bool = True
-
-    def __str__(self) -> str:
-        if not self.written:
-            return printable(f"{self.checkpoint} is {self.goal} already: nothing was written")
-        what = "the tuned checkpoint" if self.goal == "patched" else "the base"
-        return printable(f"{self.checkpoint}: {plural(len(self.files), 'file')}: {what}, bit for bit")
+__all__ = ["RebuildPlan", "plan_rebuild"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +44,11 @@ class RebuildPlan:
     changes: BlockChanges | None  # in place
     timing: Timing
     warnings: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> Checkpoint:
+        """What is changed in place, or read to write another one."""
+        return self.checkpoint if self.changes is None else self.changes.checkpoint
 
     @property
     def needed(self) -> bool:
@@ -104,7 +75,7 @@ class RebuildPlan:
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
         return {
-            "checkpoint": self.checkpoint.name if self.changes is None else self.changes.checkpoint.name,
+            "checkpoint": self.named.name,
             "patches": [patch.name for patch in self.patches],
             "lossless": True,
             "out": None if self.out is None else str(self.out),
@@ -115,7 +86,7 @@ class RebuildPlan:
             "not_carried": list(self.target.not_carried),
         }
 
-    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RebuildResult:
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
         """Write the checkpoint; every block is checked before and after."""
         limits = limits or Limits.of()
         watch, before = Stopwatch(), self.checkpoint.bytes_read
@@ -123,24 +94,30 @@ class RebuildPlan:
             if self.out is not None:
                 self._write(self.out, limits, progress)
             elif self.changes is not None and self.needed:
-                source = self.changes.checkpoint.source
-                self.changes.write(lambda: self._check_result(source), limits, progress)
+                self.changes.write(lambda: self._check_result(self.named.source), limits, progress)
         watch.bytes_read = self.checkpoint.bytes_read - before
-        place = self.out or (self.changes or self).checkpoint.source.path
-        return RebuildResult(place, self.goal, self.names, self.timing + watch.timing, self.needed)
+        return RewriteResult(
+            self.out or self.named.source.path,
+            self.goal,
+            self.needed,
+            tensors=len(self.target.weights.tensors),
+            timing=self.timing + watch.timing,
+            files=self.names,
+        )
 
     def _write(self, out: Path, limits: Limits, progress: Progress) -> None:
-        with progress("writing", self.target.nbytes) as advance:
-            if self.target.single:
-                with staged_file(out, force=self.force) as staged:
-                    require_space(out.absolute().parent, self.nbytes)
-                    self._write_weights(0, staged.fd, limits, advance)
-                    self._check_result(Source(staged.path, str(out)))
-            else:
-                with staged_directory(out, force=self.force) as folder:
-                    require_space(out.absolute().parent, self.nbytes)
-                    self._write_folder(folder, limits, advance)
-                    self._check_result(Source(folder, str(out)))
+        target = self.target
+        with (
+            progress("writing", target.nbytes) as advance,
+            written_checkpoint(out, single=target.single, force=self.force, nbytes=self.nbytes) as new,
+        ):
+            for name in self.side:
+                (new.path / name).write_bytes(target.side[name]())
+            for file in target.files:
+                with new.opened(file.name, 0o666) as fd:
+                    self._write_weights(file, fd, limits, advance)
+            new.copy_along(self.checkpoint.root, self.along)
+            self._check_result(Source(new.path, str(out)))
 
     def _check_result(self, source: Source) -> None:
         """What was written must have the fingerprint that the patch records."""
@@ -156,28 +133,15 @@ class RebuildPlan:
             found = error.what
         require_result(found, patch, expected)
 
-    def _write_folder(self, folder: Path, limits: Limits, advance: Callable[[int], None]) -> None:
-        for name in self.side:
-            (folder / name).write_bytes(self.target.side[name]())
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        for number, file in enumerate(self.target.files):
-            fd = os.open(folder / file.name, flags, 0o666)
-            try:
-                self._write_weights(number, fd, limits, advance)
-            finally:
-                os.close(fd)
-        for path in self.along:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(self.checkpoint.root / path, folder / path)
-
-    def _write_weights(self, number: int, fd: int, limits: Limits, advance: Callable[[int], None]) -> None:
-        file = self.target.files[number]
+    def _write_weights(
+        self, file: WeightFile, fd: int, limits: Limits, advance: Callable[[int], None]
+    ) -> None:
         os.ftruncate(fd, file.nbytes)
         write_exactly(fd, file.start, 0)
         advance(file.header.size)
 
         def write(block: DeltaBlock) -> None:
-            write_exactly(fd, read_whole(self.target.weights, block).data.cast("B"), block.offset)
+            write_exactly(fd, self.target.read(block).data.cast("B"), block.offset)
             begin_writeback(fd, block.offset, block.nbytes)
 
         for block, _ in in_order(write, blocks_of([file]), limits.workers(BLOCK_MEMORY)):
@@ -187,10 +151,10 @@ class RebuildPlan:
 def plan_rebuild(
     named: AnyPath,
     patches: Sequence[LosslessPatch],
-    *,
     goal: str,
+    *,
     base: AnyPath | None = None,
-    out: AnyPath | None,
+    out: AnyPath | None = None,
     in_place: bool = False,
     force: bool = False,
     limits: Limits | None = None,
@@ -220,7 +184,7 @@ def plan_rebuild(
             checkpoint = Checkpoint.open(base)
             inputs.append(checkpoint.source.path)
             require_end(last, checkpoint, last.base)
-            target = CheckedBase.model(checkpoint, last)
+            target = replace(ModelFiles.of(checkpoint), base_of=last, not_carried=())
         weights_only = any(patch.weights_only for patch in patches)
         along: tuple[Path, ...] = ()
         if not (checkpoint.is_file or target.single) and (weights_only or checkpoint is not here):
@@ -229,11 +193,9 @@ def plan_rebuild(
         changes = None
         if out is None:
             require_same_layout(here, target)
-            for shard in here.shards:
-                os.close(open_shard(here, shard))  # it can be written
-            replaced = None if checkpoint is here else last
+            require_writable(here, here.shards)
             limits = limits or Limits.of()
-            changes = BlockChanges.find(here, target, replaced, weights_only, limits, progress)
+            changes = BlockChanges.find(here, target, weights_only, limits, progress)
         else:
             kind: Literal["file", "directory"] = "file" if target.single else "directory"
             refuse_output(out, inputs=inputs, force=force, kind=kind)

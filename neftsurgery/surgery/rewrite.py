@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TypedDict
 
 import numpy as np
 
@@ -31,17 +31,28 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
-from .verify import PatchState, summary
+from .states import summary
+from .verify import PatchState
 
 __all__ = [
-    "ApplyPlan",
-    "RevertPlan",
     "RewritePlan",
     "RewriteResult",
+    "WriteOptions",
     "changed_in_place",
     "require_place",
     "touched_files",
+    "written_checkpoint",
 ]
+
+
+class WriteOptions(TypedDict, total=False):
+    """The keywords of `plan_apply` and `plan_revert` that say where and how a checkpoint is written."""
+
+    out: AnyPath | None
+    in_place: bool
+    force: bool
+    limits: Limits | None
+    progress: Progress
 
 
 _TensorRows = tuple[RowSource, str, TensorInfo]  # a tensor of the patch, and one of the file
@@ -60,25 +71,31 @@ class RewriteResult:
     written:
         Whether anything had to be written.
     neurons, tensors:
-        How many neurons of how many tensors the patches touch.
+        How many neurons of how many tensors the patches touch; a lossless one counts no neurons.
     left_behind:
         Files and folders of the base that were not copied: other forms of the weights, which are stale.
     timing:
         What it took.
+    files:
+        Of a lossless patch: the names of the files of the result; in place, of those that changed.
     """
 
     checkpoint: Path
     goal: str
     written: bool
-    neurons: int
-    tensors: int
+    neurons: int = 0
+    tensors: int = 0
     left_behind: tuple[Path, ...] = ()
     timing: Timing = field(default_factory=Timing, repr=False)
+    files: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        what = f"{plural(self.neurons, 'neuron')} in {plural(self.tensors, 'tensor')}"
         if not self.written:
             return printable(f"{self.checkpoint} is {self.goal} already: nothing was written")
+        if self.files:
+            whole = "the tuned checkpoint" if self.goal == "patched" else "the base"
+            return printable(f"{self.checkpoint}: {plural(len(self.files), 'file')}: {whole}, bit for bit")
+        what = f"{plural(self.neurons, 'neuron')} in {plural(self.tensors, 'tensor')}"
         now = "patched" if self.goal == "patched" else "in the base"
         said = [f"{self.checkpoint}: {what} are now as {now}"]
         if self.left_behind:
@@ -90,9 +107,8 @@ class RewriteResult:
 class RewritePlan:
     """Everything is checked; nothing is written. Made by `plan_apply` and `plan_revert`."""
 
-    goal: ClassVar[str]
-
     checkpoint: Checkpoint
+    goal: str  # ``patched`` or ``base``
     rows: Sequence[RowSource]  # in the order of writing: later ones win
     states: Sequence[PatchState]  # one per patch
     out: Path | None  # None: in place
@@ -172,18 +188,6 @@ class RewritePlan:
         )
 
 
-class ApplyPlan(RewritePlan):
-    """Write the vectors of patches into their base."""
-
-    goal = "patched"
-
-
-class RevertPlan(RewritePlan):
-    """Write the vectors back that a patch replaced."""
-
-    goal = "base"
-
-
 def require_place(named: AnyPath, out: AnyPath | None, in_place: bool) -> None:
     """Raise a `UsageError` unless it is clear where the result goes, and it may go there."""
     if (out is None) == (not in_place):
@@ -198,48 +202,75 @@ def require_place(named: AnyPath, out: AnyPath | None, in_place: bool) -> None:
 
 def touched_files(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[Shard]:
     """The weight files that hold a tensor that is written."""
-    paths = {checkpoint.shard_of(info.name).path for one in rows for _, info in one.targets(checkpoint)}
-    return [shard for shard in checkpoint.shards if shard.path in paths]
+    touched = _touched(checkpoint, rows)
+    return [shard for shard in checkpoint.shards if shard.path in touched]
+
+
+@dataclass(frozen=True)
+class NewCheckpoint:
+    """A checkpoint that is being written, under a name that nobody looks for yet."""
+
+    path: Path
+    fd: int | None  # of the file, if it is one; else it is a folder
+
+    @contextmanager
+    def opened(self, name: str, mode: int) -> Iterator[int]:
+        """A weight file of it, new and empty."""
+        if self.fd is not None:
+            yield self.fd
+            return
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with naming(path):
+                yield fd
+        finally:
+            os.close(fd)
+
+    def copy_along(
+        self, root: Path, paths: Iterable[Path], advance: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Copy files of the folder ``root`` that are not weights."""
+        for path in paths:
+            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(root / path, self.path / path, progress=advance)
+
+
+@contextmanager
+def written_checkpoint(out: Path, *, single: bool, force: bool, nbytes: int) -> Iterator[NewCheckpoint]:
+    """Write a checkpoint of so many bytes, a single file or a folder, whole or not at all."""
+    if single:
+        with staged_file(out, force=force) as staged:
+            require_space(out.absolute().parent, nbytes)
+            yield NewCheckpoint(staged.path, staged.fd)
+    else:
+        with staged_directory(out, force=force) as folder:
+            require_space(out.absolute().parent, nbytes)
+            yield NewCheckpoint(folder, None)
 
 
 def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
-    checkpoint = plan.checkpoint
-    along = () if plan.files is None else plan.files.along
-    parent, touched, nbytes = out.absolute().parent, _touched(plan), plan.nbytes
-    with progress("copying", nbytes) as advance:
-        if checkpoint.is_file:
-            with staged_file(out, force=plan.force) as staged:
-                require_space(parent, nbytes)
-                shard = checkpoint.shards[0]
-                _write_shard(shard, staged.fd, touched.get(shard.path, ()), limits.block, advance)
-                _check_unchanged(plan)
-            return
-        with staged_directory(out, force=plan.force) as folder:
-            require_space(parent, nbytes)
+    checkpoint, nbytes, stop = plan.checkpoint, plan.nbytes, threading.Event()
+    touched = _touched(checkpoint, plan.rows)
+    with (
+        progress("copying", nbytes) as advance,
+        written_checkpoint(out, single=checkpoint.is_file, force=plan.force, nbytes=nbytes) as new,
+    ):
 
-            stop = threading.Event()
+        def step(done: int) -> None:
+            if stop.is_set():  # Ctrl-C, or another shard failed: the copies will be removed
+                raise InterruptedError
+            advance(done)
 
-            def step(done: int) -> None:
-                if stop.is_set():  # Ctrl-C, or another shard failed: the copies will be removed
-                    raise InterruptedError
-                advance(done)
+        def write(shard: Shard) -> None:
+            with new.opened(shard.name, 0o600) as fd:
+                _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
 
-            def write(shard: Shard) -> None:
-                path = folder / shard.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                try:
-                    with naming(path):
-                        _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
-                finally:
-                    os.close(fd)
-
-            for _ in in_order(write, checkpoint.shards, limits.threads, stop=stop):
-                pass
-            for path in along:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                copy_file(checkpoint.root / path, folder / path, progress=advance)
-            _check_unchanged(plan)
+        for _ in in_order(write, checkpoint.shards, limits.threads, stop=stop):
+            pass
+        new.copy_along(checkpoint.root, () if plan.files is None else plan.files.along, advance)
+        _check_unchanged(plan)
 
 
 def _check_unchanged(plan: RewritePlan) -> None:
@@ -262,12 +293,12 @@ def _write_shard(
     os.fchmod(fd, mode)
 
 
-def _touched(plan: RewritePlan) -> dict[Path, list[_TensorRows]]:
+def _touched(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> dict[Path, list[_TensorRows]]:
     """What is written, by weight file, in the order of the patches."""
     found: dict[Path, list[_TensorRows]] = {}
-    for rows in plan.rows:
-        for name, info in rows.targets(plan.checkpoint):
-            found.setdefault(plan.checkpoint.shard_of(info.name).path, []).append((rows, name, info))
+    for one in rows:
+        for name, info in one.targets(checkpoint):
+            found.setdefault(checkpoint.shard_of(info.name).path, []).append((one, name, info))
     return found
 
 
@@ -299,7 +330,7 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
         for name, info in rows.targets(checkpoint)
     ]
     layouts = [change.layout for change in changes]
-    touched = _touched(plan)
+    touched = _touched(checkpoint, plan.rows)
     total = sum(rows.patch.value_bytes for rows in plan.rows)
     with (
         progress("writing in place", total) as advance,
@@ -310,7 +341,7 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
             with naming(shard.path):
                 _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
 
-        shards = [shard for shard in checkpoint.shards if shard.path in touched]
+        shards = touched_files(checkpoint, plan.rows)
         for _ in in_order(write, shards, limits.workers(block_memory(layouts, block))):
             pass
         for rows in plan.rows:

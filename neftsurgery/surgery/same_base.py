@@ -1,17 +1,19 @@
-"""Whether a checkpoint is the one that a patch was made from, by its fingerprint."""
+"""The base of a patch: named, and whether a checkpoint is it by its fingerprint."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
+from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.ties import tied_forms
 from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch
+from ..storage.output_checks import AnyPath
 
-__all__ = ["other_base", "same_bases"]
+__all__ = ["named_base", "other_base", "same_bases"]
 
 
 def same_bases(
@@ -45,6 +47,17 @@ def same_bases(
         return wanted in tries or (None if hidden else False)
 
     return [same(number) for number in range(len(patches))]
+
+
+def named_base(named: AnyPath | None, patches: Sequence[Patch]) -> tuple[Checkpoint | None, list[Path]]:
+    """The base, if one is named, in which the patches fit; and all files that an output must not replace."""
+    inputs = [patch.path for patch in patches if patch.path is not None]
+    if named is None:
+        return None, inputs
+    base = Checkpoint.open(named)
+    for patch in patches:
+        base = patch.require_fit(base)
+    return base, [*inputs, base.source.path]
 
 
 def other_base(named: Checkpoint | None, base: Provenance, what: str) -> list[str]:

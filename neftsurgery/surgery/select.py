@@ -28,15 +28,12 @@ class SelectPlan:
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
-        chosen = self.selection
         return {
             "neurons": self.scores.neurons,
-            "selected": chosen.neurons,
-            "selected_parameters": chosen.parameters,
+            **self.selection.describe(),
             "parameters": self.scores.parameters,
-            "captured": chosen.facts.captured,
-            "captured_scored": chosen.facts.captured_scored,
-            "tensors": {name: len(part.index) for name, part in chosen.tensors.items()},
+            "captured": self.selection.facts.captured,
+            "captured_scored": self.selection.facts.captured_scored,
             "out": str(self.out),
             "warnings": list(self.warnings),
         }

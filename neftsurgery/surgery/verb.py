@@ -18,7 +18,6 @@ from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch, PatchTensor
 from ..progress import Progress, silent
 from ..selection.selection import Chosen
-from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import IndexArray, RawBytes
@@ -28,7 +27,6 @@ __all__ = [
     "Running",
     "base_rows",
     "check_sha256",
-    "load_patch",
     "load_patches",
     "replaced_rows",
     "require_replaced",
@@ -57,19 +55,6 @@ def run_keywords(verb: str, options: Mapping[str, Any]) -> Running:
     return running(*split(verb, options, RunOptions))
 
 
-def load_patch(named: Patch | AnyPath | Source, sha256: str | None = None) -> Patch:
-    """The patch, opened if it is only named; a `CorruptFileError` if its file has another SHA-256."""
-    patch = named if isinstance(named, Patch) else Patch.load(named)
-    _require_sha256(patch, sha256)
-    return patch
-
-
-def _require_sha256(patch: Patch | LosslessPatch, sha256: str | None) -> None:
-    if sha256 is not None:
-        require_sha256(patch.place, sha256, patch.sha256())
-        patch.check_unchanged()
-
-
 def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:
     """Raise a `CorruptFileError` if the file at ``place`` has another SHA-256 than was ``wanted``."""
     if found != wanted:
@@ -81,11 +66,17 @@ def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:
 def load_patches(
     named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None
 ) -> list[Patch | LosslessPatch]:
-    """As `load_patch`, for several of either kind; their SHA-256 as `check_sha256` takes them."""
+    """The patches, opened if they are only named; their SHA-256 as `check_sha256` takes them.
+
+    Raises a `CorruptFileError` if the file of one has another SHA-256.
+    """
     found = []
     for one, wanted in zip(named, check_sha256(sha256, len(named)), strict=True):
-        found.append(load_any(one))
-        _require_sha256(found[-1], wanted)
+        patch = load_any(one)
+        if wanted is not None:
+            require_sha256(patch.place, wanted, patch.sha256())
+            patch.check_unchanged()
+        found.append(patch)
     return found
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, Unpack
+from typing import Final, Unpack
 
 import numpy as np
 
@@ -26,19 +25,17 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DType
 from ..text import plural
-from .block_states import examine_blocks, whole_state
 from .same_base import same_bases
+from .states import State, TensorState, examine_blocks, whole_state
 from .verb import run_keywords, warn
 
 __all__ = [
     "JOURNAL_HINT",
     "PatchState",
-    "TensorState",
     "Verification",
     "VerifyPlan",
     "examine",
     "plan_verify",
-    "summary",
     "verify",
 ]
 
@@ -50,31 +47,10 @@ JOURNAL_HINT = (
     "still be at the old place: move it beside the weights and run neftsurgery heal"
 )
 
-State = Literal["base", "patched", "mixed", "neither"]
-
 #: Neurons that hold fewer different numbers than this do not tell models apart: rows of zeros or ones, or a
 #: handful of norm weights or biases, are alike in models that have nothing to do with each other.
 TELLING: Final = 16
 _ELEMENTS = 4096  # looked at in one go, until there are enough numbers
-
-
-@dataclass(slots=True)
-class TensorState:
-    """How many vectors of one tensor are in which state; both: base and patched are equal."""
-
-    base: int = 0
-    patched: int = 0
-    both: int = 0
-    neither: int = 0
-
-    @property
-    def state(self) -> State:
-        """The tensor's state; ``patched`` if base and patched are equal throughout."""
-        if self.neither:
-            return "neither"
-        if self.base and self.patched:
-            return "mixed"
-        return "base" if self.base else "patched"
 
 
 @dataclass(slots=True)
@@ -159,15 +135,16 @@ def examine(
         patch = patches[block.patch]
         for state, part in zip(hashes, (before, after), strict=True):
             state.update(part)
-        _count(states[block.patch].tensors[block.name], before, after, now)
+        known = (now == before).all(axis=1), (now == after).all(axis=1)
+        states[block.patch].tensors[block.name].add(*known)
         if block.last:
             patch.check_hashes(block.name, *hashes)
             hashes = (DigestHash(), DigestHash())
         advance((block.stop - block.start) * patch.tensors[block.name].vector_bytes)
     if replaced is None:
         replaced = [RowSource(patch, patch.base_values) for patch in reversed(patches) if patch.reversible]
-    known = same_bases(checkpoint, patches, [state.applied for state in states], replaced)
-    return [replace(state, same_base=same) for state, same in zip(states, known, strict=True)]
+    same = same_bases(checkpoint, patches, [state.applied for state in states], replaced)
+    return [replace(state, same_base=one) for state, one in zip(states, same, strict=True)]
 
 
 def _compare(
@@ -214,19 +191,6 @@ def _blocks(patches: Sequence[Patch], size: int | None) -> Iterator[_Block]:
                 yield _Block(number, name, 0, 0, True)
             for start, stop in tensor.blocks(size):
                 yield _Block(number, name, start, stop, stop == tensor.count)
-
-
-def _count(state: TensorState, before: RawBytes, after: RawBytes, now: RawBytes) -> None:
-    is_base, is_patched = (now == before).all(axis=1), (now == after).all(axis=1)
-    state.both += int(np.count_nonzero(is_base & is_patched))
-    state.base += int(np.count_nonzero(is_base & ~is_patched))
-    state.patched += int(np.count_nonzero(is_patched & ~is_base))
-    state.neither += int(np.count_nonzero(~is_base & ~is_patched))
-
-
-def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
-    """Tensors by state, for messages and JSON."""
-    return dict(Counter(tensor.state for tensor in states.values()))
 
 
 @dataclass(frozen=True, repr=False)
@@ -294,35 +258,23 @@ class VerifyPlan:
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
         """Compare every vector that the patch touches, or every block of a lossless one."""
-        if isinstance(self.patch, LosslessPatch):
-            return self._compared_blocks(self.patch, limits or Limits.of(), progress)
-        watch = Stopwatch()
-        with watch.running(), progress("checking", self.patch.value_bytes) as advance:
-            (found,) = examine(self.checkpoint, [self.patch], limits=limits or Limits.of(), advance=advance)
-            self.checkpoint.check_unchanged()
-            self.patch.check_unchanged()
-        watch.bytes_read = self.checkpoint.bytes_read + self.patch.value_bytes
-        return Verification(
-            found.state,
-            found.tensors,
-            self.patch.neurons,
-            found.same_base,
-            None if found.state == "neither" else found.remark,
-            watch.timing,
-        )
-
-    def _compared_blocks(self, patch: LosslessPatch, limits: Limits, progress: Progress) -> Verification:
-        watch = Stopwatch()
-        with watch.running(), progress("checking", patch.forward.block_bytes) as advance:
-            counts = examine_blocks(self.checkpoint, patch, limits=limits, advance=advance)
-            tensors = {name: TensorState(*found) for name, found in counts.items()}
-            state = PatchState(tensors).state
-            if state in ("base", "patched"):
-                state = whole_state(self.checkpoint, patch, counts)
-            self.checkpoint.check_unchanged()
+        limits, checkpoint, patch, watch = limits or Limits.of(), self.checkpoint, self.patch, Stopwatch()
+        nbytes = patch.forward.block_bytes if isinstance(patch, LosslessPatch) else patch.value_bytes
+        with watch.running(), progress("checking", nbytes) as advance:
+            if isinstance(patch, LosslessPatch):
+                tensors = examine_blocks(checkpoint, patch, limits=limits, advance=advance)
+                state = PatchState(tensors).state
+                if state in ("base", "patched"):
+                    state = whole_state(checkpoint, patch, tensors)
+                found = Verification(state, tensors, len(patch.forward.blocks), unit="block")
+            else:
+                (now,) = examine(checkpoint, [patch], limits=limits, advance=advance)
+                remark = None if now.state == "neither" else now.remark
+                found = Verification(now.state, now.tensors, patch.neurons, now.same_base, remark)
+            checkpoint.check_unchanged()
             patch.check_unchanged()
-        watch.bytes_read = self.checkpoint.bytes_read
-        return Verification(state, tensors, len(patch.forward.blocks), timing=watch.timing, unit="block")
+        watch.bytes_read = checkpoint.bytes_read + (nbytes if isinstance(patch, Patch) else 0)
+        return replace(found, timing=watch.timing)
 
 
 @boundary

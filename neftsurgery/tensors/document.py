@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from ..errors import CorruptFileError, naming
 from .file_kinds import tensor_kind, what_helps
+from .header import TensorInfo
 from .json_text import loads
 from .reader import TensorFile
 
@@ -149,21 +150,13 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
     return content
 
 
-def require_entry(
-    file: TensorFile, what: str, name: str, part: str, dtype: str, shape: tuple[int, ...]
-) -> None:
-    """Raise a `CorruptFileError` unless the entry ``part`` of a tensor has this ``dtype`` and ``shape``.
-
-    The part ``""`` is the entry that has the tensor's own name.
-    """
-    entry = f"{name}:{part}" if part else name
-    found = file.tensors.get(entry)
-    if found is None or (found.dtype, found.shape) != (dtype, shape):
+def require_entry(file: TensorFile, what: str, entry: TensorInfo) -> None:
+    """Raise a `CorruptFileError` unless the file has an entry of this name, dtype and shape."""
+    if (found := file.tensors.get(entry.name)) != entry:
         raise CorruptFileError(
-            f"a damaged {what}: its entry {entry} does not fit",
+            f"a damaged {what}: its entry {entry.name} does not fit",
             file=file.path,
-            tensor=name,
-            expected=f"{dtype} {list(shape)}",
+            expected=entry.describe(),
             found=found.describe() if found else "nothing",
         )
 

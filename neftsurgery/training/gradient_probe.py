@@ -37,10 +37,9 @@ from ..errors import MismatchError
 from ..live.loading import load_model
 from ..live.names import live_names
 from ..neurons.anatomy import Anatomy
-from ..neurons.layout import Layout
+from ..neurons.layout import Layout, described
 from ..scoring.scored_tensors import arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
-from ..selection.selection import described
 from ..storage.threads import Limits
 from ..surgery.diff import DiffPlan, describe_tensors
 from ..surgery.pairing import pair

@@ -78,12 +78,12 @@ def change_in_place(path: Path, steps: list[Step], block: int | None = None) -> 
     shards = {shard.path: shard for shard in (checkpoint.shard_of(step.name) for step in steps)}
     with locked(checkpoint, list(shards.values())) as held, journaled(checkpoint, changes):
         for change, values in zip(changes, rows, strict=True):
-            shard = checkpoint.shard_of(change.info.name)
+            shard = checkpoint.shard_of(change.name)
             for start, stop in change.blocks():
                 scatter(
                     held[shard.path],
-                    shard.header.offsets[change.info.name],
-                    change.info,
+                    shard.header.offsets[change.name],
+                    change.view,
                     change.layout,
                     change.index[start:stop],
                     values[start:stop],

@@ -101,6 +101,17 @@ def test_another_base_is_not_changed(patches: dict[str, ns.Patch | ns.LosslessPa
     assert same(other, before)
 
 
+def test_a_tensor_that_the_patch_leaves_alone_is_checked_too() -> None:
+    base, tuned = state(), state(moved=1e-2)
+    tuned["0.bias"] = base["0.bias"].clone()
+    other = copied(base)
+    other["0.bias"] += 1
+    before = copied(other)
+    with pytest.raises(ns.MismatchError, match=r"0\.bias: .* another base than this model"):
+        ns.apply_live(other, ns.extract(base, tuned, lossless=True))
+    assert same(other, before)
+
+
 def test_other_tensors_are_refused(patches: dict[str, ns.Patch | ns.LosslessPatch]) -> None:
     lacking = state()
     del lacking["0.bias"]

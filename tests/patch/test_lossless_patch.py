@@ -49,6 +49,16 @@ def test_what_it_says_of_itself(sides: tuple[Path, Path], tmp_path: Path, revers
         assert patch.nbytes == (tmp_path / "p").stat().st_size
 
 
+def test_what_it_says_is_safe_to_print(tmp_path: Path) -> None:
+    steering = "a\x1b[2Jbase"
+    base, tuned = folder(tmp_path / steering, BASE), folder(tmp_path / "tuned", TUNED)
+    ns.extract(base, tuned, lossless=True, out=tmp_path / "p\x1b").close()
+    with LosslessPatch.load(tmp_path / "p\x1b") as patch:
+        assert patch.base.name == steering
+        assert "\x1b" not in str(patch) + repr(patch)
+        assert "a\\x1b[2Jbase" in str(patch)
+
+
 def test_each_kind_is_opened_as_what_it_is(sides: tuple[Path, Path], tmp_path: Path) -> None:
     ns.extract(*sides, lossless=True, out=tmp_path / "whole").close()
     shared = folder(tmp_path / "shared", {name: one for name, one in TUNED.items() if name != "new"})

@@ -8,8 +8,7 @@ from lossless_support import Tensors, folder, tensor, touched
 from safetensors import safe_open
 
 import neftsurgery as ns
-from neftsurgery.patch.lossless import LosslessPatch
-from neftsurgery.patch.stored_weights import StoredWeights, form_shares
+from neftsurgery.patch.lossless import LosslessPatch, StoredWeights, form_shares
 
 RNG = np.random.default_rng(0)
 #: By kind: its tensors.

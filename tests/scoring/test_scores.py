@@ -479,6 +479,7 @@ def test_an_array_of_another_length_is_told(load_as_it_is):
     with pytest.raises(CorruptFileError, match="its entry dot does not fit") as error:
         load_as_it_is(*replaced("dot", np.zeros(16)))
     assert (error.value.expected, error.value.found) == ("F64 [9]", "F64 [16]")
+    assert str(error.value).count("dot") == 1  # named once
 
 
 @pytest.mark.parametrize("kind", ["base_sq", "delta_sq"])

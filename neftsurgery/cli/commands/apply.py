@@ -98,8 +98,8 @@ def run_rewrite(console: Console, plan: RewritePlan | RebuildPlan, dry_run: bool
 
 def _planned_files(plan: RebuildPlan) -> str:
     if not plan.needed:
-        return f"{plan.describe()['checkpoint']} is {plan.goal} already: nothing to write"
-    where = f"to {plan.out}" if plan.out is not None else f"of {plan.describe()['checkpoint']}"
+        return f"{plan.named.name} is {plan.goal} already: nothing to write"
+    where = f"to {plan.out}" if plan.out is not None else f"of {plan.named.name}"
     return f"would write {plural(len(plan.names), 'file')} {where}, {size(plan.nbytes)}"
 
 
