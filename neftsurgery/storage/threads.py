@@ -15,7 +15,7 @@ from ..errors import UsageError
 __all__ = ["DEFAULT_MEMORY", "Limits", "in_order"]
 
 #: Bytes of buffers and mappings; the interpreter and libraries need some 130 MB more.
-DEFAULT_MEMORY = 192 << 20
+DEFAULT_MEMORY = 176 << 20
 _LEAST_MEMORY = 16 << 20
 
 Item = TypeVar("Item")
@@ -36,7 +36,7 @@ class Limits:
 
     @classmethod
     def of(cls, threads: int | None = None, memory: int | None = None, *, mapped: bool = False) -> Limits:
-        """By default two threads per core, so that reads are in flight while cores compute, and 192 MiB."""
+        """By default two threads per core, so that reads are in flight while cores compute, and 176 MiB."""
         if threads is not None and threads < 1:
             raise UsageError("[[threads]] must be at least 1", found=threads)
         if memory is not None and memory < _LEAST_MEMORY:

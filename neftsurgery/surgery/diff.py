@@ -164,7 +164,7 @@ def diff(
     threads:
         That read and score; by default two per core. The result does not depend on it.
     memory:
-        Bytes of buffers and mapped files, by default 192 MiB. The result does not depend on it.
+        Bytes of buffers and mapped files, by default 176 MiB. The result does not depend on it.
     progress:
         Told of the bytes done.
 

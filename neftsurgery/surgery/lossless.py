@@ -47,8 +47,9 @@ from .model_files import ModelFiles
 __all__ = ["CodingAndRun", "CodingOptions", "LosslessPlan", "plan_between", "plan_lossless"]
 
 _SIDE_LEVEL = 10
-#: Blocks of a kind of tensor that its table is made from.
-_SAMPLES = 3
+#: Blocks of a kind of tensor that its table is made from: more where they hold few changes, up to a quarter.
+_SAMPLES, _MOST_SAMPLES = 3, 12
+_MANY_CHANGES = 1 << 17
 #: Kinds of tensor with fewer changes share a table: one of their own would cost more than it saves.
 _FEW_CHANGES = 4096
 #: Bytes that a thread holds: a block of either side, its symbols, its code.
@@ -271,9 +272,13 @@ class _Way:
         small: dict[str, tuple[list[DeltaBlock], list[_Pair]]] = {}
 
         def fitted(blocks: Sequence[DeltaBlock]) -> tuple[_Pair, FrequencyTable | None]:
-            chosen = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLES).astype(int))
-            pairs = [self._pair(blocks[i]) for i in chosen]
-            changes, share = sum(int(np.count_nonzero(a != b)) for a, b in pairs), _share(pairs, blocks)
+            for count in (_SAMPLES, min(_MOST_SAMPLES, len(blocks) // 4)):
+                chosen = np.unique(np.linspace(0, len(blocks) - 1, count).astype(int))
+                pairs = [self._pair(blocks[i]) for i in chosen]
+                changes = sum(int(np.count_nonzero(a != b)) for a, b in pairs)
+                if changes >= _MANY_CHANGES or len(blocks) <= 4 * _SAMPLES:
+                    break
+            share = _share(pairs, blocks)
             few = changes < _FEW_CHANGES * share
             return pairs[0], None if few else fit(pairs, blocks[0].elements, share)
 
@@ -282,7 +287,7 @@ class _Way:
             tables.append(table)
 
         for blocks, (pair, table) in in_order(
-            fitted, kinds.values(), limits.workers(_SAMPLES * _BLOCK_MEMORY)
+            fitted, kinds.values(), limits.workers(_MOST_SAMPLES * _BLOCK_MEMORY)
         ):
             if table is not None and len(tables) < MOST_TABLES - len(DTYPES):
                 add(blocks, table)

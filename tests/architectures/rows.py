@@ -50,6 +50,9 @@ _REASONS = {
 }
 _SHARED_BY = 6  # model types, at least
 _SHARED_FIELDS = ("embeddings", "heads", "routers")
+#: Words that models outside transformers have for other things: a gated unit's gate, a decoder's linear layer,
+#: a table of Keras, whose rows are neurons as long as nothing says what they are.
+_AMBIGUOUS = {"decoder", "embedding", "embeddings", "gate", "shared"}
 _EMPTY = Family("")
 
 
@@ -177,6 +180,7 @@ def _shared(records: Mapping[str, Iterable[Record]]) -> dict[str, set[str]]:
             and 10 * weights <= count
             and not covered
             and "*" not in suffix
+            and suffix not in _AMBIGUOUS
         ):
             found[field].add(suffix)
     return found

@@ -131,6 +131,7 @@ def test_a_spooled_file_has_no_name_and_goes_with_its_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gc.collect()  # what earlier tests left open
     before = len(os.listdir("/dev/fd"))
     with written_file([TensorInfo("a", "F32", (4,))], {"k": "?"}, None) as written:
         assert os.listdir(tmp_path) == []
