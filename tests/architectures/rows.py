@@ -50,8 +50,8 @@ _REASONS = {
 }
 _SHARED_BY = 6  # model types, at least
 _SHARED_FIELDS = ("embeddings", "heads", "routers")
-#: Words that models outside transformers have for other things: a gated unit's gate, a decoder's linear layer,
-#: a table of Keras, whose rows are neurons as long as nothing says what they are.
+#: Words that models outside transformers have for other things: a gated unit's gate, a decoder's linear
+#: layer, a table of Keras, whose rows are neurons as long as nothing says what they are.
 _AMBIGUOUS = {"decoder", "embedding", "embeddings", "gate", "shared"}
 _EMPTY = Family("")
 
