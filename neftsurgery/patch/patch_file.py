@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -42,7 +43,7 @@ _KINDS = {
 }
 
 
-class PatchFile(FileBacked):
+class PatchFile(FileBacked, ABC):
     """A file that holds a patch of either kind, and what was named to open it."""
 
     kind: ClassVar[str]
@@ -95,14 +96,14 @@ class PatchFile(FileBacked):
         return self.source.named if self.source is not None and self.source.repo is not None else self.path
 
     @property
+    @abstractmethod
     def reversible(self) -> bool:
         """Whether it holds all that it replaces."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def what(self) -> str:
         """What it holds, in a few words."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return printable(f"<{type(self).__name__} {self._label}: {self.what}>")
