@@ -272,12 +272,10 @@ class _Way:
         small: dict[str, tuple[list[DeltaBlock], list[_Pair]]] = {}
 
         def fitted(blocks: Sequence[DeltaBlock]) -> tuple[_Pair, FrequencyTable | None]:
-            for count in (_SAMPLES, min(_MOST_SAMPLES, len(blocks) // 4)):
-                chosen = np.unique(np.linspace(0, len(blocks) - 1, count).astype(int))
-                pairs = [self._pair(blocks[i]) for i in chosen]
-                changes = sum(int(np.count_nonzero(a != b)) for a, b in pairs)
-                if changes >= _MANY_CHANGES or len(blocks) <= 4 * _SAMPLES:
-                    break
+            pairs, changes = self._sample(blocks, _SAMPLES)
+            more = min(_MOST_SAMPLES, len(blocks) // 4)
+            if changes < _MANY_CHANGES and more > _SAMPLES:
+                pairs, changes = self._sample(blocks, more)
             share = _share(pairs, blocks)
             few = changes < _FEW_CHANGES * share
             return pairs[0], None if few else fit(pairs, blocks[0].elements, share)
@@ -299,6 +297,12 @@ class _Way:
         for blocks, pairs in small.values():
             add(blocks, fit(pairs, blocks[0].elements, _share(pairs, blocks)))
         return table_of, tables
+
+    def _sample(self, blocks: Sequence[DeltaBlock], count: int) -> tuple[list[_Pair], int]:
+        """At most ``count`` of the blocks, evenly spread, and how many of their elements change."""
+        chosen = np.unique(np.linspace(0, len(blocks) - 1, count).astype(int))
+        pairs = [self._pair(blocks[i]) for i in chosen]
+        return pairs, sum(int(np.count_nonzero(base != tuned)) for base, tuned in pairs)
 
     def _pair(self, block: DeltaBlock) -> _Pair:
         base, tuned, _ = self._read(block)
