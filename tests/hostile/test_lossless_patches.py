@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from byte_edits import EDITS, Edit, edited
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lossless_support import Tensors, contents, folder, tensor, touched
@@ -484,27 +485,10 @@ def test_any_layout_is_refused_or_does_no_harm(shared: Case, data: st.DataObject
 
 
 @fuzz
-@given(
-    edits=st.lists(
-        st.tuples(
-            st.floats(0, 1), st.sampled_from(["flip", "insert", "delete", "zero"]), st.binary(max_size=9)
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_any_bytes_are_refused_or_right(shared: Case, edits: list[tuple[float, str, bytes]]) -> None:
-    content = bytearray(shared.good.read_bytes())
-    for where, action, data in edits:
-        position = int(where * (len(content) - 1))
-        if action == "flip":
-            content[position] ^= data[0] if data else 1
-        elif action == "insert":
-            content[position:position] = data
-        else:
-            content[position : position + len(data)] = b"" if action == "delete" else bytes(len(data))
+@given(edits=EDITS)
+def test_any_bytes_are_refused_or_right(shared: Case, edits: list[Edit]) -> None:
     path = shared.root / "bad"
-    path.write_bytes(content)
+    path.write_bytes(edited(shared.good.read_bytes(), edits))
     before = snapshot(shared.root)
     try:
         ns.apply(shared.base, path, out=shared.root / "out")

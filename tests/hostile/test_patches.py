@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from byte_edits import EDITS, Edit, edited
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -556,29 +557,12 @@ def test_any_manifest_is_refused_or_right(shared_case: Case, data: st.DataObject
 
 
 @fuzz
-@given(
-    edits=st.lists(
-        st.tuples(
-            st.floats(0, 1), st.sampled_from(["flip", "insert", "delete", "zero"]), st.binary(max_size=9)
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
+@given(edits=EDITS)
 @example(edits=[(0.0, "flip", b"\x80")])
-def test_any_bytes_are_refused_or_right(shared_case: Case, edits: list[tuple[float, str, bytes]]) -> None:
+def test_any_bytes_are_refused_or_right(shared_case: Case, edits: list[Edit]) -> None:
     clean(shared_case)
-    content = bytearray(shared_case.good.read_bytes())
-    for where, action, data in edits:
-        position = int(where * (len(content) - 1))
-        if action == "flip":
-            content[position] ^= data[0] if data else 1
-        elif action == "insert":
-            content[position:position] = data
-        else:
-            content[position : position + len(data)] = b"" if action == "delete" else bytes(len(data))
     path = shared_case.root / "bad"
-    path.write_bytes(content)
+    path.write_bytes(edited(shared_case.good.read_bytes(), edits))
     survives(shared_case, path)
 
 
