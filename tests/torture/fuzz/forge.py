@@ -6,7 +6,7 @@ import json
 import math
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import xxhash
@@ -30,24 +30,39 @@ _UNREADABLE = (
 
 
 def mutate_lossless(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
-    """A lossless patch, mutated as a file, or in one of its parts."""
-    if rng.random() < 0.2:
-        return mutate_safetensors(rng, data, others)
-    try:
-        entries, manifest = _read(data)
-        if rng.random() < 0.2:
-            mutate_json(rng, manifest)
-        else:
-            name = rng.choice(list(entries))
-            entries[name] = entries[name][0], _part(rng, name, entries[name][1])
+    """A lossless patch, mutated as a file, or in one of its parts, with a hash that fits."""
+
+    def written(entries: Entries, manifest: Any) -> bytes:
         return _written(entries, _hashed(entries, manifest))
-    except _UNREADABLE:
-        return mutate_bytes(rng, data, others)
+
+    return _mutated(rng, data, others, 0.2, lambda name, _, content: _part(rng, name, content), written)
 
 
 def mutate_neurons(rng: random.Random, data: bytes, others: Sequence[bytes] = ()) -> bytes:
     """A neuron patch, mutated as a file, or in one of its entries, with hashes that fit."""
-    if rng.random() < 0.3:
+
+    def part(name: str, dtype: str, content: bytes) -> bytes:
+        if name.endswith("index") and rng.random() < 0.7:
+            return _numbers(rng, content, _SIZES[dtype])
+        return mutate_bytes(rng, content)[: len(content)].ljust(len(content), b"\1")
+
+    def written(entries: Entries, manifest: Any) -> bytes:
+        shapes = {name: entry["shape"] for name, entry in _header(data).items() if name in entries}
+        return _written(entries, _hashed(entries, _digested(entries, manifest)), shapes)
+
+    return _mutated(rng, data, others, 0.3, part, written)
+
+
+def _mutated(
+    rng: random.Random,
+    data: bytes,
+    others: Sequence[bytes],
+    whole: float,
+    part: Callable[[str, str, bytes], bytes],
+    written: Callable[[Entries, Any], bytes],
+) -> bytes:
+    """Mutated as a file, a share ``whole`` of the times; else the manifest, or ``part`` of an entry."""
+    if rng.random() < whole:
         return mutate_safetensors(rng, data, others)
     try:
         entries, manifest = _read(data)
@@ -56,13 +71,8 @@ def mutate_neurons(rng: random.Random, data: bytes, others: Sequence[bytes] = ()
         else:
             name = rng.choice(list(entries))
             dtype, content = entries[name]
-            if name.endswith("index") and rng.random() < 0.7:
-                content = _numbers(rng, content, _SIZES[dtype])
-            else:
-                content = mutate_bytes(rng, content)[: len(content)].ljust(len(content), b"\1")
-            entries[name] = dtype, content
-        shapes = {name: entry["shape"] for name, entry in _header(data).items() if name in entries}
-        return _written(entries, _hashed(entries, _digested(entries, manifest)), shapes)
+            entries[name] = dtype, part(name, dtype, content)
+        return written(entries, manifest)
     except _UNREADABLE:
         return mutate_bytes(rng, data, others)
 
@@ -82,8 +92,9 @@ def _header(data: bytes) -> dict[str, Any]:
 
 def _read(data: bytes) -> tuple[Entries, Any]:
     """The entries and the manifest of a patch."""
-    entries = {name: (entry["dtype"], bytes(entry["data"])) for name, entry in deserialize(data)}
-    return entries, json.loads(_header(data)["__metadata__"]["neuron_patch"])
+    header, found = _header(data), dict(deserialize(data))  # which has them in any order
+    entries = {name: (found[name]["dtype"], bytes(found[name]["data"])) for name in header if name in found}
+    return entries, json.loads(header["__metadata__"]["neuron_patch"])
 
 
 def _part(rng: random.Random, name: str, content: bytes) -> bytes:
