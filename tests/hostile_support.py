@@ -1,8 +1,10 @@
-"""Edits of a file's bytes, drawn at random: what hostile files are made of."""
+"""What tests of hostile files share: edits of bytes, drawn at random, and a limit of memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from hypothesis import strategies as st
 
@@ -28,3 +30,14 @@ def edited(content: bytes, edits: Sequence[Edit]) -> bytes:
         else:
             changed[position : position + len(data)] = b"" if action == "delete" else bytes(len(data))
     return bytes(changed)
+
+
+@contextmanager
+def frugal(limit: int = 32 << 20) -> Iterator[None]:
+    """At most ``limit`` bytes at once, whatever a file claims."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()

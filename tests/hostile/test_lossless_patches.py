@@ -11,16 +11,15 @@ import hashlib
 import json
 import shutil
 import tempfile
-import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
-from byte_edits import EDITS, Edit, edited
+from hostile_support import EDITS, Edit, edited, frugal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lossless_support import Tensors, contents, folder, tensor, touched
@@ -104,7 +103,7 @@ class Case:
     def refused(self, path: Path, says: str = ".") -> None:
         """Every verb refuses it, and changes no file or folder."""
         before = snapshot(self.root)
-        with frugal():
+        with frugal(48 << 20):
             for verb in (
                 lambda: ns.apply(self.base, path, out=self.root / "out"),
                 lambda: ns.apply(self.base, [path, self.good], out=self.root / "out"),
@@ -115,17 +114,6 @@ class Case:
             with suppress(ns.CorruptFileError, ns.MismatchError):
                 assert not ns.verify(self.base, path).holds("base"), "verify promises what apply refuses"
         assert snapshot(self.root) == before
-
-
-@contextmanager
-def frugal(limit: int = 48 << 20) -> Iterator[None]:
-    """At most ``limit`` bytes at once, whatever a file claims."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +390,7 @@ def survives(case: Case, path: Path) -> None:
     before = snapshot(case.root)
     for verb, source in ((ns.apply, case.base), (ns.revert, case.tuned)):
         try:
-            with frugal():
+            with frugal(48 << 20):
                 ns.verify(source, path)
                 verb(source, path, out=case.root / "out")
         except ns.NeftError:

@@ -13,16 +13,14 @@ import os
 import pickle
 import struct
 import tempfile
-import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from byte_edits import EDITS, Edit, edited
+from hostile_support import EDITS, Edit, edited, frugal
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -465,17 +463,6 @@ def test_tensors_without_elements_and_patches_without_neurons(case: Case) -> Non
     ns.apply(base, [path, path], in_place=True)
     ns.revert(base, path, in_place=True)
     assert snapshot(case.root / "out") == snapshot(base) == before
-
-
-@contextmanager
-def frugal(limit: int = 32 << 20) -> Iterator[None]:
-    """At most ``limit`` bytes at once, whatever a file claims."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 def survives(case: Case, path: Path) -> None:
