@@ -17,20 +17,23 @@ from torch import Tensor, nn
 
 from ..errors import MismatchError
 
-__all__ = ["LoadingRules"]
+__all__ = ["LoadingRules", "live_weights"]
+
+
+def live_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of ``model``, under all their names."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {**dict(buffers), **dict(model.named_parameters(remove_duplicate=False))}
 
 
 class LoadingRules:
-    """How the weights of ``model``, its parameters and buffers, are made of the tensors in files.
+    """How the weights of ``model`` are made of the tensors in files.
 
     A model that is not of transformers has the tensors of its files.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights: dict[str, Tensor] = {
-            **dict(model.named_buffers(remove_duplicate=False)),
-            **dict(model.named_parameters(remove_duplicate=False)),
-        }
+        self.weights = live_weights(model)
         self._model: Any = model
         self._found: dict[str, tuple[str, str | None]] = {}
         module = sys.modules.get("transformers.modeling_utils")  # not imported here

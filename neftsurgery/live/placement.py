@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from ..errors import MismatchError
 from ..neurons.layout import Layout
 from .element_moves import MoveRecorder, Offsets
-from .loading_rules import LoadingRules
+from .loading_rules import LoadingRules, live_weights
 from .weights import copy_into, full_tensor
 
-__all__ = ["LivePlace", "live_places", "same_weight"]
+__all__ = ["LivePlace", "live_places", "live_weights", "same_weight"]
 
 _Regions: TypeAlias = "list[tuple[int, _Region]] | str"
 """The regions of a tensor, with the numbers of their weights, or why there are none."""
@@ -107,11 +107,11 @@ class LivePlace:
         )
 
     def read(self, live: Tensor) -> Tensor:
-        """`part` of the file's tensor, from the weight: a copy, or the weight itself if it is the tensor."""
+        """`part` of the file's tensor, from the weight: a contiguous view if that can be, else a copy."""
         if self.region is None:
             return live
         view, index = self.region.of(full_tensor(live).detach().contiguous())
-        return view[index].clone()
+        return view[index].contiguous()
 
     def write(self, live: Tensor, values: Tensor) -> None:
         """Write ``values``, `part` of the file's tensor, into the weight: `read` inverted."""

@@ -94,6 +94,8 @@ def _wrong(value: Any, places: tuple[LivePlace, ...], live: dict[str, Any]) -> s
     if not torch.equal(read, value):
         return "other values are read"
     for place in places:
+        if place.region is None:
+            continue
         weight = live[place.parameter]
         before = weight.detach().clone()
         place.write(weight, value[place.part] + 2 if value.is_floating_point() else value[place.part])

@@ -67,7 +67,7 @@ FEW = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "vocab_size": 50,
-    "pad_token_id": None,
+    "pad_token_id": 0,
 }
 TYPES: dict[str, tuple[int, dict[str, Any]]] = {
     "mixtral": (24, {}),
