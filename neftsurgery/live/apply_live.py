@@ -77,7 +77,7 @@ def _tensors(model: nn.Module | Mapping[str, Tensor], infos: Mapping[str, Tensor
     for name in infos:
         if name not in model:
             raise MismatchError("the model has no such tensor", tensor=name)
-    return _FileTensors(model, {name: (LivePlace(name, layout, name),) for name, layout in layouts.items()})
+    return _FileTensors(model, {name: (LivePlace(name, layout, layout),) for name, layout in layouts.items()})
 
 
 class _FileTensors(Mapping[str, Tensor]):
