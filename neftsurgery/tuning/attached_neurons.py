@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 
 from ..errors import UsageError
 from ..live.weights import is_plain, read_vectors, write_vectors
+from ..neurons.layout import Layout
 from ..selection.selection import Chosen
 
 __all__ = ["AttachedNeurons", "Mode", "NeuronKind", "refuse_pickling", "register_optimizer_hooks"]
@@ -36,7 +37,7 @@ class AttachedNeurons:
 
     chosen: Chosen
     module: nn.Module  # the owner of the weight; a tied weight has one
-    attribute: str  # of the weight in the module: ``weight`` or ``bias``
+    attribute: str  # of the weight in the module, such as ``weight`` or ``bias``
     kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
     mode: Mode
     trainable: bool
@@ -58,15 +59,21 @@ class AttachedNeurons:
 
     def __repr__(self) -> str:
         how = ("trainable" if self.trainable else "patched", self.mode)
-        return f"{self.parameter_name}={len(self.index)} of {self.chosen.layout.count} ({', '.join(how)})"
+        return f"{self.parameter_name}={len(self.index)} of {self.layout.count} ({', '.join(how)})"
 
     @property
     def weight(self) -> Tensor:
         """The live weight."""
         # Looked up each time: wrappers such as FSDP replace the module's tensor, and an overlay that kept
         # a reference to the whole weight would keep it in memory.
-        weight: Tensor = getattr(self.module, self.attribute)
-        return weight
+        weight: Any = self.module._parameters[self.attribute]  # the attribute is a `NeuronWeight`
+        # So is the parameter, if the model's weights were tied meanwhile.
+        return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
+
+    @property
+    def layout(self) -> Layout:
+        """Where the neurons lie in the weight."""
+        return self.chosen.layout
 
     @property
     def rows(self) -> Tensor:
@@ -80,14 +87,14 @@ class AttachedNeurons:
     def make_inverse_index(self) -> None:
         """Set `inverse_index`."""
         count, device = len(self.index), self.index.device
-        self.inverse_index = torch.full((self.chosen.layout.count,), count, device=device)
+        self.inverse_index = torch.full((self.layout.count,), count, device=device)
         self.inverse_index[self.index] = torch.arange(count, device=device)
 
     def install(self, values: Tensor | None) -> None:
         """Install ``values``, ``[k, width]``; None: the vectors that the weight holds."""
         weight = self.weight
         if is_plain(weight) and (self.trainable or self.mode == "scatter"):
-            self.saved = read_vectors(weight.detach(), self.chosen.layout, self.index)
+            self.saved = read_vectors(weight.detach(), self.layout, self.index)
         start = self.saved if values is None else values.to(weight.device)
         assert start is not None  # a quantized weight always comes with values
         if self.trainable:
@@ -142,7 +149,7 @@ class AttachedNeurons:
 
     def _write(self, rows: Tensor) -> None:
         with torch.no_grad():
-            write_vectors(self.weight, self.chosen.layout, self.index, rows)
+            write_vectors(self.weight, self.layout, self.index, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedNeurons:
         twin = object.__new__(AttachedNeurons)

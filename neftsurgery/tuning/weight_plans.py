@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -32,9 +34,11 @@ class WeightPlan:
 
     neurons: AttachedNeurons  # the neurons, not yet installed
     values: Tensor | None  # their values, ``[k, width]``; None: the vectors that the weight holds
-    # The modules whose forward pass is replaced, and how they compute; none where a patch's values are
-    # written into the weight.
-    layers: tuple[tuple[nn.Module, LayerForward], ...]
+    # The modules whose forward pass is replaced, and how they compute.
+    layers: tuple[tuple[nn.Module, LayerForward], ...] = ()
+    # The modules and attributes by which the weight is read with its neurons. There are neither of the two
+    # where a patch's values are written into the weight.
+    uses: tuple[tuple[nn.Module, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,14 @@ def plan_weights(
             hint="detach() them, or attach one selection of all neurons",
         )
     names = live_names(model, tensors)
-    all_uses = _parameter_uses(model)
+    all_uses, parameters = _parameter_uses(model), dict(model.named_parameters(remove_duplicate=False))
     plans = []
     for name, chosen in tensors.items():
         if len(chosen.index):
-            uses = all_uses[id(model.get_parameter(names[name]))]
-            neurons, layers = _plan_neurons(chosen, uses, mode, trainable)
+            uses = all_uses[id(parameters[names[name]])]
+            neurons, layers, readers = _plan_neurons(chosen, uses, mode, trainable)
             _check_overlap(neurons)
-            plans.append(WeightPlan(neurons, _values(neurons, what, base), layers))
+            plans.append(WeightPlan(neurons, _values(neurons, what, base), layers, readers))
     return plans
 
 
@@ -91,9 +95,9 @@ def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:
 
 def _plan_neurons(
     chosen: Chosen, uses: Iterable[_ParameterUse], mode: ModeOption, trainable: bool
-) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...]]:
+) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...], tuple[tuple[nn.Module, str], ...]]:
     owner, *others = uses
-    weight = getattr(owner.module, owner.attribute)
+    weight: Any = owner.module._parameters[owner.attribute]
     name = chosen.info.name
     if weight.is_meta:
         raise UsageError(
@@ -110,20 +114,30 @@ def _plan_neurons(
     if mode == "auto":
         mode = "scatter" if plain else "overlay"
     float_dtype(chosen)  # refuses codes
+    for use in (owner, *others):
+        if getattr(use.module, "max_norm", None) is not None:
+            raise UsageError(
+                f"neurons of {use.path} cannot be trained: it uses max_norm, "
+                "which changes the weight in every forward pass",
+                tensor=name,
+            )
     if plain:
         _check_shape(chosen, tuple(weight.shape))
     if mode == "scatter" and not trainable:
-        return AttachedNeurons(chosen, owner.module, owner.attribute, None, mode, trainable), ()
-    layers, kinds = [], set[NeuronKind]()
+        return AttachedNeurons(chosen, owner.module, owner.attribute, None, mode, trainable), (), ()
+    layers, readers, kinds = [], [], set[NeuronKind]()
     for use in (owner, *others):
-        forward, kind = _plan_layer(chosen, use, mode)
-        layers.append((use.module, forward))
-        kinds.add(kind)
-    if len(kinds) > 1:
-        raise UsageError(
-            "the weight is tied: the neurons are outputs of one layer and inputs of another", tensor=name
-        )
-    return AttachedNeurons(chosen, owner.module, owner.attribute, kinds.pop(), mode, trainable), tuple(layers)
+        forward, kind = _plan_layer(chosen, use, mode, plain)
+        if forward is None or not forward.quantized:
+            readers.append((use.module, use.attribute))
+        if forward is not None and kind is not None:
+            layers.append((use.module, forward))
+            kinds.add(kind)
+    if len(kinds) > 1:  # a tied weight: the outputs of one layer and the inputs of another
+        layers, kinds = [], set()
+    kind = next(iter(kinds), None)
+    neurons = AttachedNeurons(chosen, owner.module, owner.attribute, kind, mode, trainable)
+    return neurons, tuple(layers), tuple(readers)
 
 
 def _check_shape(chosen: Chosen, found: tuple[int, ...]) -> None:
@@ -136,37 +150,47 @@ def _check_shape(chosen: Chosen, found: tuple[int, ...]) -> None:
         )
 
 
-def _plan_layer(chosen: Chosen, use: _ParameterUse, mode: Mode) -> tuple[LayerForward, NeuronKind]:
+def _plan_layer(
+    chosen: Chosen, use: _ParameterUse, mode: Mode, plain: bool
+) -> tuple[LayerForward | None, NeuronKind | None]:
+    """How the module computes with the neurons; two times None: its weight carries them, whatever it does."""
     module: Any = use.module
-    axes = chosen.layout.axes
-    forward = forward_of(module)
-    cls = type(module).__name__
-    if forward is None or use.attribute not in ("weight", "bias"):
-        raise UsageError(
-            f"neurons of a {cls} cannot be trained: only those of linear, Conv1D, convolution "
-            "and embedding layers can",
-            tensor=chosen.info.name,
-            found=f"{use.path or cls}.{use.attribute}",
-        )
-    if (reason := forward.unsupported(module, mode)) is not None:
-        raise UsageError(f"neurons of {use.path} cannot be trained: {reason}", tensor=chosen.info.name)
-    if has_foreign_forward(module):
-        raise UsageError(
-            f"the forward pass of {use.path} was replaced by another tool, perhaps for offloading",
-            tensor=chosen.info.name,
-            hint="load the model without device_map",
-        )
-    kind: NeuronKind | None = "bias" if tuple(axes) == (0,) else None
-    if use.attribute == "weight":
-        kind = forward.kind_of(axes)
+    forward, kind, axes = forward_of(module), None, chosen.layout.axes
+    foreign = has_foreign_forward(module)
+    if forward is not None and not foreign and forward.covers(module, mode):
+        if use.attribute == "weight":
+            kind = forward.kind_of(axes)
+        elif use.attribute == "bias" and tuple(axes) == (0,):
+            kind = "bias"
     if kind is None:
-        raise UsageError(
-            f"neurons along axes {list(axes)} of a {cls}'s {use.attribute} cannot be trained",
-            tensor=chosen.info.name,
-        )
+        problem = _unattachable(use)
+        if not plain and forward is not None and foreign:
+            problem = "its forward pass was replaced by another tool"
+        elif not plain or (forward is not None and forward.quantized):
+            problem = (
+                f"its forward pass ({type(module).__name__}) is not known, and it is quantized or sharded"
+            )
+        if problem is not None:
+            raise UsageError(
+                f"these neurons cannot be trained: {problem}",
+                tensor=chosen.info.name,
+                found=f"axes {list(axes)} of {use.path or type(module).__name__}.{use.attribute}",
+            )
+        return None, None
+    assert forward is not None  # it has a kind
     if forward.quantized and use.attribute == "weight":
         _check_shape(chosen, (module.out_features, module.in_features))
     return forward, kind
+
+
+def _unattachable(use: _ParameterUse) -> str | None:
+    """Why the weight cannot be read with neurons in it; None if it can."""
+    module: Any = use.module
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit has compiled its module"
+    if isinstance(inspect.getattr_static(type(module), use.attribute, None), property):
+        return "its module hides it behind a property"
+    return None
 
 
 def _check_overlap(neurons: AttachedNeurons) -> None:
