@@ -2,10 +2,11 @@
 
 A module keeps its class, its name, its weights and its hooks. What reads a weight finds a `NeuronWeight` in
 its place. Where the module's own way to compute is known, ``forward`` of the instance is replaced, which
-costs less. ``extra_repr`` shows what is attached. Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``),
-so that everything that looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave
-these parameters out, so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's
-own.
+costs less. ``extra_repr`` shows what is attached.
+
+Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``), so that everything that
+looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave these parameters out,
+so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's own.
 """
 
 from __future__ import annotations

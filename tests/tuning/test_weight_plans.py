@@ -100,11 +100,11 @@ class _Codes(nn.Module):
 
 LAYERS: dict[str, tuple[Any, str]] = {
     "offloaded": (lambda: nn.Linear(3, 4, device="meta"), "not in memory"),
-    "renormalising": (lambda: nn.Embedding(4, 3, max_norm=1.0), "it uses max_norm"),
-    "a bag": (lambda: nn.EmbeddingBag(4, 3, max_norm=1.0), "it uses max_norm"),
+    "renormalising": (lambda: nn.Embedding(4, 3, max_norm=1.0), "uses max_norm"),
+    "a bag": (lambda: nn.EmbeddingBag(4, 3, max_norm=1.0), "uses max_norm"),
     "scripted": (_scripted, "torch.jit"),
     "hidden": (_Hidden, "behind a property"),
-    "codes": (_Codes, "_Codes.*quantized"),
+    "codes": (_Codes, "quantized.* _Codes"),
 }
 
 
