@@ -38,10 +38,11 @@ NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
 
 @dataclass(frozen=True, eq=False)
 class AttachedPart:
-    """The chosen neurons of one tensor of the files, and where they lie in the live weight."""
+    """The chosen neurons of one tensor of the files that lie in a live weight, and where they lie in it."""
 
     chosen: Chosen  # in the files
     index: NDArray[np.int64]  # their numbers in the live weight, ``[k]``
+    first: int = 0  # the position of the first among all chosen neurons of the tensor
     start: int = 0  # the position of the first among all neurons attached to the weight
 
     @property
@@ -68,7 +69,7 @@ class AttachedNeurons:
     parts: tuple[AttachedPart, ...]
     layout: Layout  # of the live weight
     module: nn.Module  # the owner of the weight; a tied weight has one
-    attribute: str  # of the weight in the module: ``weight`` or ``bias``
+    attribute: str  # of the weight in the module, such as ``weight`` or ``bias``
     kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
     mode: Mode
     trainable: bool
@@ -98,8 +99,9 @@ class AttachedNeurons:
         """The live weight."""
         # Looked up each time: wrappers such as FSDP replace the module's tensor, and an overlay that kept
         # a reference to the whole weight would keep it in memory.
-        weight: Tensor = getattr(self.module, self.attribute)
-        return weight
+        weight: Any = self.module._parameters[self.attribute]  # the attribute is a `NeuronWeight`
+        # So is the parameter, if the model's weights were tied meanwhile.
+        return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
 
     @property
     def rows(self) -> Tensor:
