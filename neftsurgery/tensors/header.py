@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json.encoder import encode_basestring_ascii
 
 from safetensors import SafetensorError, safe_open
@@ -66,6 +66,14 @@ class Header:
     offsets: Mapping[str, int]  # where each tensor's data starts, in bytes from the start of the file
     metadata: Mapping[str, str]
     size: int  # bytes of prefix and header together: where the data area starts
+
+    def below(self, part: str) -> Header:
+        """The header, in which ``part`` comes before the name of every tensor."""
+        if not part:
+            return self
+        tensors = {part + name: replace(info, name=part + name) for name, info in self.tensors.items()}
+        offsets = {part + name: offset for name, offset in self.offsets.items()}
+        return replace(self, tensors=tensors, offsets=offsets)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
