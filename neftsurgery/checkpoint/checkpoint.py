@@ -55,7 +55,7 @@ class Shard:
         if (kind := tensor_kind(header.metadata)) in KINDS.values():
             hint = what_helps("", kind, path)
             raise UsageError("expected a checkpoint", file=path, found=kind, hint=hint)
-        return cls(path, name, header.below(part), status, part)
+        return cls(path, name, header.renamed(lambda name: part + name) if part else header, status, part)
 
     @property
     def size(self) -> int:
@@ -168,16 +168,10 @@ class Checkpoint:
         Raises as `Prefixes.changed`.
         """
         new = prefixes.changed(self.tensors, base, self.name)
+        shards = tuple(replace(s, header=s.header.renamed(new.__getitem__)) for s in self.shards)
         tensors = {new[name]: replace(info, name=new[name]) for name, info in self.tensors.items()}
-        shards = []
-        for shard in self.shards:
-            offsets = {new[name]: offset for name, offset in shard.header.offsets.items()}
-            infos = {name: tensors[name] for name in offsets}
-            shards.append(replace(shard, header=replace(shard.header, tensors=infos, offsets=offsets)))
         home = {new[name]: number for name, number in self._home.items()}
-        return replace(
-            self, shards=tuple(shards), tensors=tensors, _home=home, prefixes=prefixes, original=self
-        )
+        return replace(self, shards=shards, tensors=tensors, _home=home, prefixes=prefixes, original=self)
 
     def __repr__(self) -> str:
         tensors = plural(len(self.stored), "tensor")

@@ -16,44 +16,24 @@ from ..tensors.document import read_object, read_value
 __all__ = ["MODULES_NAME", "PIPELINE_NAME", "ListedPart", "is_plain", "is_plain_path", "listed_parts"]
 
 PIPELINE_NAME, MODULES_NAME = "model_index.json", "modules.json"
-_MOST_PARTS = 1000
-#: Classes of sentence-transformers that have weights, all but a few of which are functions of their inputs.
-_WITH_WEIGHTS = frozenset(
-    [
-        "Transformer",
-        "MLMTransformer",
-        "CLIPModel",
-        "Dense",
-        "LSTM",
-        "CNN",
-        "LayerNorm",
-        "StaticEmbedding",
-        "SparseStaticEmbedding",
-        "SparseAutoEncoder",
-        "WeightedLayerPooling",
-        "WordEmbeddings",
-    ]
-)
+#: Classes of sentence-transformers that have weights: of others, a folder without any is whole.
+_WITH_WEIGHTS = """Transformer MLMTransformer CLIPModel Dense LSTM CNN LayerNorm StaticEmbedding
+SparseStaticEmbedding SparseAutoEncoder WeightedLayerPooling WordEmbeddings"""
 
 
 @dataclass(frozen=True, slots=True)
 class ListedPart:
     """A part as the list of parts names it."""
 
-    name: str  # its subfolder; empty for the folder itself
+    prefix: str  # what comes before the names of its files and tensors, ``unet/``; empty: the folder itself
     kind: str  # its class
     list_name: str  # the file that names it
-
-    @property
-    def prefix(self) -> str:
-        """What comes before the names of its files and tensors: ``unet/``."""
-        return f"{self.name}/" if self.name else ""
 
     def has_weights(self, folder: Path) -> bool:
         """Whether the part, in ``folder``, is a model. Of a pipeline, all have a config."""
         if self.list_name == PIPELINE_NAME:
             return not folder.is_dir() or (folder / "config.json").is_file()
-        return self.kind.rpartition(".")[2] in _WITH_WEIGHTS
+        return self.kind.rpartition(".")[2] in _WITH_WEIGHTS.split()
 
 
 def listed_parts(folder: Path) -> list[ListedPart]:
@@ -63,15 +43,12 @@ def listed_parts(folder: Path) -> list[ListedPart]:
     """
     for list_name, read in ((PIPELINE_NAME, _of_pipeline), (MODULES_NAME, _of_modules)):
         path = folder / list_name
-        if not path.is_file():
-            continue
-        found = read(path)
+        found = read(path) if path.is_file() else {}
         for name in found:
             if name and (not is_plain(name) or name.startswith(".")):
                 raise CorruptFileError(f"it names a part outside of its folder: {name[:200]!r}", file=path)
-        if len(found) > _MOST_PARTS:
-            raise CorruptFileError(f"it names {len(found)} parts", file=path)
-        return [ListedPart(name, kind, list_name) for name, kind in found.items()]
+        if found:
+            return [ListedPart(name and f"{name}/", kind, list_name) for name, kind in found.items()]
     return []
 
 

@@ -48,7 +48,7 @@ def weight_files(folder: Path, index: str | None = None) -> WeightFiles:
     listed = [] if index else listed_parts(folder)
     if not listed:
         return _in_folder(folder, index)
-    found = {part: _of_part(folder / part.name, part) for part in listed}
+    found = {part: _of_part(folder / part.prefix, part) for part in listed}
     if not any(one.parts_of for one in found.values()):
         raise UsageError(
             f"none of the parts that {listed[0].list_name} names holds weights",

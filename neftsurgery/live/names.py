@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import MismatchError
+from ..neurons.submodels import split_part
 
 __all__ = ["live_names"]
 
@@ -28,7 +29,8 @@ def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     renaming = _Renaming(model, parameters) if _is_transformers(model) else None
     found: dict[str, str] = {}
     for name in names:
-        live = name if renaming is None else renaming.live(name)
+        plain = name if name in parameters else split_part(name)[1]  # a part is attached by itself
+        live = plain if renaming is None else renaming.live(plain)
         if live not in parameters:
             raise MismatchError(
                 "the model has no such weight",

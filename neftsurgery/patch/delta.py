@@ -28,6 +28,7 @@ from ..coding.compression import compress, content_size, decompress
 from ..coding.elements import Carrier, Elements
 from ..coding.tables import FrequencyTable, unpack
 from ..errors import MismatchError
+from ..neurons.submodels import split_part
 from ..tensors.document import bad, require_entry
 from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, parse_header
 from ..tensors.json_text import loads
@@ -352,7 +353,8 @@ class Delta:
                 raise ValueError("not a header that the safetensors package accepts")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._bad("the header of a weight file does not follow the format") from error
-        return WeightFile(name, header.below(name[: name.rfind("/") + 1]), raw)
+        part, _ = split_part(name)
+        return WeightFile(name, header.renamed(lambda own: part + own), raw)
 
     def _side_file(self, entry: Mapping[str, Any]) -> SideFile:
         values: list[Any] = [entry.get(key) for key in ("name", "bytes", "sha256", "packed")]

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring_ascii
 
@@ -67,13 +67,11 @@ class Header:
     metadata: Mapping[str, str]
     size: int  # bytes of prefix and header together: where the data area starts
 
-    def below(self, part: str) -> Header:
-        """The header, in which ``part`` comes before the name of every tensor."""
-        if not part:
-            return self
-        tensors = {part + name: replace(info, name=part + name) for name, info in self.tensors.items()}
-        offsets = {part + name: offset for name, offset in self.offsets.items()}
-        return replace(self, tensors=tensors, offsets=offsets)
+    def renamed(self, name_of: Callable[[str], str]) -> Header:
+        """The header with other names of tensors; no two become one."""
+        infos = [replace(info, name=name_of(name)) for name, info in self.tensors.items()]
+        offsets = {name_of(name): offset for name, offset in self.offsets.items()}
+        return replace(self, tensors={info.name: info for info in infos}, offsets=offsets)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
