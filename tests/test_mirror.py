@@ -13,7 +13,6 @@ ELSEWHERE = {
     "checkpoint/changes.py": "checkpoint/test_journal.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
     "checkpoint/side_files.py": "laws/test_lossless_in_place.py",
-    "checkpoint/weight_files.py": "checkpoint/test_checkpoint.py",
     "cli/commands/heal.py": "checkpoint/test_healing.py",
     "cli/commands/select.py": "cli/test_round.py",
     "cli/console.py": "cli/test_exit_codes.py",

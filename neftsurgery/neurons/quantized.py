@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..tensors.header import TensorInfo
+from .submodels import part_config, split_part
 
 __all__ = ["quantization_reasons"]
 
@@ -34,7 +35,7 @@ def quantization_reasons(
 
     By a ``quantization_config``, 8-bit floats and integers named like weights are codes even without a scale.
     """
-    method = _method(config)
+    methods: dict[str, str | None] = {}
     codes: dict[str, str] = {}
     scales: dict[str, str] = {}
     for name, info in tensors.items():
@@ -53,8 +54,11 @@ def quantization_reasons(
             scales.update((scale, f"quantized: belongs to {name}") for scale in found)
         elif kind == "packed":
             codes[name] = f"quantized: {info.dtype} elements are codes"
-        elif method is not None and (kind == "float" or stem is not None):
-            codes[name] = f"quantized: by config.json, with {method}"
+        elif kind == "float" or stem is not None:
+            part, _ = split_part(name)
+            method = methods[part] = methods.get(part) or _method(part_config(config, name))
+            if method is not None:
+                codes[name] = f"quantized: by {part}config.json, with {method}"
     return codes | scales
 
 

@@ -15,6 +15,7 @@ from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
+from ..neurons.submodels import part_config, stated_type
 from ..options import Scope, ScopeOptions, split
 from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
@@ -120,7 +121,8 @@ def _found(named: AnyPath) -> Source:
 
 
 def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
-    anatomy = scoped_anatomy(scope, checkpoint.tensors, checkpoint.config)
+    config = checkpoint.config
+    anatomy = scoped_anatomy(scope, checkpoint.tensors, config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
     neurons = sum(tensor["neurons"] for tensor in tensors)
@@ -137,7 +139,8 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "parameters": checkpoint.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
-        "model_type": (checkpoint.config or {}).get("model_type"),
+        "model_type": stated_type(config) or None,
+        "parts": {part.strip("/"): stated_type(part_config(config, part)) for part in checkpoint.parts},
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
         **aside,
         "anatomy": anatomy.name,
@@ -289,6 +292,8 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
             ["weights", f"{plural(len(facts['files']), 'file')}, {size(facts['bytes'])}: {dtypes}"],
             ["model type", str(facts["model_type"] or "unknown: no config.json beside the weights")],
         ]
+        parts = [f"{part or '.'} ({kind})" if kind else part for part, kind in facts["parts"].items()]
+        rows += [["parts", some(parts, len(parts))]] if parts else []
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
     rows += [["sha256", facts["sha256"]]] if "sha256" in facts else []
