@@ -51,6 +51,11 @@ class ScoredTensor:
     bias: str | None  # the tensor whose elements go with these neurons
     part: CountedSlice | None  # the neurons that the anatomy counts; None: all
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons the anatomy counts."""
+        return self.layout.count if self.part is None else self.part.count
+
     def belongs(self) -> Mask | None:
         """Whether the anatomy counts each neuron; None if it counts all."""
         return None if self.part is None else self.part.mask()

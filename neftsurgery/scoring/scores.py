@@ -182,7 +182,7 @@ class Scores(FileBacked):
     @cached_property
     def neurons(self) -> int:
         """How many neurons the scored tensors have, without those that the anatomy does not count."""
-        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
+        return sum(tensor.neurons for tensor in self.tensors.values())
 
     @boundary
     def select(self, **budget: Unpack[SelectOptions]) -> Selection:
