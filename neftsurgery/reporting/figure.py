@@ -14,7 +14,7 @@ from .. import text
 from . import plotting
 from .plotting import DrawFunction
 
-__all__ = ["Column", "ReportFigure", "Table"]
+__all__ = ["KIND", "LAYER", "SHARE", "Cell", "Column", "ReportFigure", "Table"]
 
 Cell = str | int | float | None
 
@@ -33,6 +33,11 @@ class Column:
     def is_number(self) -> bool:
         """Whether the column is aligned right."""
         return self.show in (text.commas, text.percent, text.four_digits, text.size)
+
+
+# Columns of many tables.
+LAYER, KIND = Column("layer", "layer", text.label), Column("kind", "kind of weight", text.label)
+SHARE = Column("share", "share", text.percent, bar=True)
 
 
 @dataclass(frozen=True, slots=True)
