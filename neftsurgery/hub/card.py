@@ -14,7 +14,6 @@ from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import client
 from .base_model import BaseModel
 from .card_text import card_text
-from .lossless_card import lossless_card_text
 from .repository import CARD_HINT
 
 __all__ = ["BEGIN", "END", "card_figure", "write_card"]
@@ -54,11 +53,7 @@ def write_card(
         its front matter except the fields that describe the patch and its base. A `MismatchError` says that
         it is not a card, or that the part that an earlier push wrote is not clear.
     """
-    if isinstance(patch, LosslessPatch):
-        text = lossless_card_text(patch, repo, base)
-    else:
-        text = card_text(patch, repo, base, figure)
-    block = f"{BEGIN}\n\n{text}\n\n{END}"
+    block = f"{BEGIN}\n\n{card_text(patch, repo, base, figure)}\n\n{END}"
     hub = client()
     if existing is None:
         found = _front_matter(patch, repo, base, licence, {}, [])

@@ -88,8 +88,7 @@ def plan_pull(
     hub_id = HubId.parse(str(named))
     if hub_id is None:
         raise UsageError("not a Hub id", file=named, hint="name it as org/name or org/name@revision")
-    if out is not None:
-        refuse_output(out, inputs=[], force=force, kind="file")
+    refuse_output(out, inputs=[], force=force, kind="file")
     file = None if is_offline() else find_file(hub_id, PATCH_NAME)
     if wanted and file and file.etag and len(file.etag) == len(wanted):  # that of a large file is its SHA-256
         require_sha256(str(hub_id), wanted, file.etag)
