@@ -93,10 +93,6 @@ class NeuronGroup:
     # None for an empty group.
     mean_share: float | None
 
-    def describe(self) -> dict[str, object]:
-        """The group as JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class RankBucket:
@@ -305,7 +301,7 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def _described(groups: Mapping[str, NeuronGroup]) -> dict[str, Any]:
-    return {name: group.describe() for name, group in groups.items()}
+    return {name: asdict(group) for name, group in groups.items()}
 
 
 def _read(file: TensorFile, name: str, entry: object) -> TensorUtilization:
