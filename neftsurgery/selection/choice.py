@@ -85,7 +85,8 @@ def choose(
         ranking = _Ranking(keys, counts, ones, None, highest, chunk, sorted_pool)
         allowed = _best(ranking, pools.values(), caps)
     if budget.threshold is not None:
-        return _above(keys, allowed, _float32_floor(budget.threshold))
+        above = [key > _float32_floor(budget.threshold) for key in keys]
+        return above if allowed is None else [a & b for a, b in zip(above, allowed, strict=True)]
     sizes, costs = counts, [1] * len(blocks)
     if budget.params is not None:
         costs = [block.cost for block in blocks]
@@ -217,13 +218,6 @@ def _float32_floor(value: float) -> np.float32:
     return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
 
 
-def _above(keys: Sequence[Float32Array], allowed: Sequence[Mask] | None, cut: np.float32) -> list[Mask]:
-    masks: list[Mask] = [key > cut for key in keys]
-    for mask, permitted in zip(masks, allowed or (), strict=False):
-        mask &= permitted
-    return masks
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
     """Blocks to choose from: per block the keys, and how many neurons may be chosen, at which cost each."""
@@ -247,21 +241,11 @@ def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[in
     for members, limit in zip(pools, limits, strict=True):
         if limit < 1:
             continue
-        if sum(ranking.counts[i] * ranking.costs[i] for i in members) <= limit:
-            _take_all(ranking, members, masks)
-        elif sum(len(ranking.keys[i]) for i in members) <= ranking.sorted_pool:
+        if sum(len(ranking.keys[i]) for i in members) <= ranking.sorted_pool:
             _take_sorted(ranking, members, limit, masks)
         else:
             _take_to_cut(ranking, members, limit, masks)
     return masks
-
-
-def _take_all(ranking: _Ranking, members: Sequence[int], masks: Sequence[Mask]) -> None:
-    for i in members:
-        if ranking.allowed is None:
-            np.equal(ranking.keys[i], ranking.keys[i], out=masks[i])
-        else:
-            masks[i][:] = ranking.allowed[i]
 
 
 def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
@@ -302,10 +286,7 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
 
 
 def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
-    """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit.
-
-    Only if not everything fits: then the limit ends among the keys that equal the cut.
-    """
+    """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit."""
     batches = _batches(ranking, members)
     direction = 1 if ranking.highest else -1
     too_low, cut, room = -_INFINITY - 1, _INFINITY, limit

@@ -205,9 +205,8 @@ def plan_diff(
     if seed < 0:
         raise UsageError("[[seed]] must not be negative", found=seed)
     first, second = open_sides(base, tuned, prefixes)
-    if out is not None:
-        refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    return DiffPlan(pair(first, second, scope), score, seed, None if out is None else Path(out), force)
+    place = refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
+    return DiffPlan(pair(first, second, scope), score, seed, place, force)
 
 
 def check_score(score: str) -> None:
