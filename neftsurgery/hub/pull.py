@@ -52,7 +52,13 @@ class PullPlan:
     @boundary
     def run(self, *, progress: Progress = silent) -> Patch | LosslessPatch:
         """Fetch the patch, check it and write it; raises as `pull`."""
-        patch = _checked(self._fetched(), self.sha256, progress)
+        (patch,) = load_patches([self._fetched()], self.sha256)
+        try:
+            if isinstance(patch, Patch):
+                check_patches([patch], progress)  # a lossless one needs its base for that
+        except BaseException:
+            patch.close()
+            raise
         if self.out is None:
             return patch
         with patch:
@@ -131,14 +137,3 @@ def pull(
         If the Hub refuses (401, 403, gated) or cannot be reached, or ``out`` cannot be written.
     """
     return plan_pull(named, out, sha256=sha256, force=force).run(progress=progress)
-
-
-def _checked(source: Source, sha256: str | None, progress: Progress) -> Patch | LosslessPatch:
-    (patch,) = load_patches([source], sha256)
-    try:
-        if isinstance(patch, Patch):
-            check_patches([patch], progress)  # a lossless one needs its base for that
-    except BaseException:
-        patch.close()
-        raise
-    return patch

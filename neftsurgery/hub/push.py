@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypedDict, Unpack
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
@@ -170,18 +170,19 @@ class PushPlan:
         )
 
 
-def push(
-    patch: AnyPatch,
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-    base: str | None = None,
-    parent: str | None = None,
-    replace_card: bool = False,
-    progress: Progress = silent,
-) -> PushResult:
+class PushOptions(TypedDict, total=False):
+    """The keywords of `push`, which documents them."""
+
+    private: bool | None
+    revision: str | None
+    message: str | None
+    base: str | None
+    parent: str | None
+    replace_card: bool
+    progress: Progress
+
+
+def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResult:
     """Publish a patch on the Hugging Face Hub, with a model card: one commit, all or nothing.
 
     huggingface_hub finds the token: ``HF_TOKEN``, or that of ``hf auth login``.
@@ -218,17 +219,7 @@ def push(
     MachineError
         If the Hub refuses or cannot be reached. The branch is as it was.
     """
-    plan = plan_push(
-        patch,
-        repo,
-        private=private,
-        revision=revision,
-        message=message,
-        base=base,
-        parent=parent,
-        replace_card=replace_card,
-        progress=progress,
-    )
+    plan = plan_push(patch, repo, **options)
     warn(log, plan.warnings)
     return plan.run()
 

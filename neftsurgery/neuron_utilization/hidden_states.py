@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
         if isinstance(module, nn.ModuleList):
             found[path] = BlockStack(path, tuple(module))
     if len(found) > 1:
-        depth = getattr(_text_config(model), "num_hidden_layers", None)
+        depth = getattr(cast(Any, model).config.get_text_config(), "num_hidden_layers", None)
         found = {path: stack for path, stack in found.items() if len(stack.blocks) == depth}
     if len(found) != 1:
         raise MismatchError(
@@ -159,11 +159,7 @@ def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
 
 def hidden_size(model: Any) -> int:
     """The width of a model's hidden states; a `MismatchError` if its config does not say."""
-    width = getattr(_text_config(model), "hidden_size", None)
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
     if not isinstance(width, int):
         raise MismatchError("the model's config has no hidden_size", found=type(model).__name__)
     return width
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config()

@@ -92,10 +92,6 @@ class ReportFigure:
     def _svg(self) -> str:  # drawn once, for the page and for the folder of figures
         return plotting.svg(self._draw(), self.id)
 
-    def inline_svg(self) -> str:
-        """The image as an ``svg`` element for a page that defines the colours. Raises like `png`."""
-        return plotting.themed_svg(self.svg(), self.id, self.title)
-
     def _draw(self) -> DrawFunction:
         if self.draw is None:
             raise ValueError(f"the figure {self.id} has only a table and no image")

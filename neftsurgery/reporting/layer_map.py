@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,13 +128,9 @@ class LayerMap:
     @cached_property
     def prefix(self) -> str:
         """The common prefix of the layers' names, up to a dot. Labels leave it out."""
-        inside = [name.split(".") for name in self.layers if name != NO_LAYER]
-        shared = 0
-        while inside and all(
-            len(parts) > shared + 1 and parts[shared] == inside[0][shared] for parts in inside
-        ):
-            shared += 1
-        return "".join(f"{part}." for part in inside[0][:shared]) if inside else ""
+        inside = [name.split(".")[:-1] for name in self.layers if name != NO_LAYER]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*inside, strict=False))
+        return "".join(f"{first}." for first, *_ in shared)
 
     @property
     def row_labels(self) -> tuple[str, ...]:

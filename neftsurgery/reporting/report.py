@@ -19,7 +19,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..version import __version__
 from .figure import Column, ReportFigure, Table
 from .inputs import ReportInput, open_inputs
-from .plotting import COLOURS, require_matplotlib
+from .plotting import COLOURS, require_matplotlib, themed_svg
 from .sections import ReportSection, sections_of
 
 __all__ = ["Report", "ReportPlan", "plan_report", "render_html", "report"]
@@ -46,7 +46,7 @@ def render_html(title: str, sections: Sequence[ReportSection], advance: Callable
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
 
     def image(figure: ReportFigure) -> Markup:
-        drawn = Markup(figure.inline_svg())  # the XML writer has escaped it
+        drawn = Markup(themed_svg(figure.svg(), figure.id, figure.title))  # the XML writer has escaped it
         advance(1)
         return drawn
 

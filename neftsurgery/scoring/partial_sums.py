@@ -228,9 +228,7 @@ def _plain_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[Float64Arra
     large = np.longdouble if info.type.itemsize == 8 else np.float64
     wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else large)
     sums = np.zeros((3, 1))
-    for start in range(
-        0, len(raw_a), _PLAIN_ELEMENTS
-    ):  # widened in small parts, as that takes much more memory
+    for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # in small parts: widened, they take more memory
         part = slice(start, start + _PLAIN_ELEMENTS)
         with np.errstate(all="ignore"):  # signalling NaNs, and squares out of range
             x, y = (side[part].view(plain).astype(wide) for side in (raw_a, raw_b))

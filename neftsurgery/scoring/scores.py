@@ -73,10 +73,7 @@ class Scores(FileBacked):
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Open a scores file. A vector per tensor and ``tensors`` suffice, so it may be made by others.
 
-        Raises
-        ------
-        CorruptFileError
-            If it is not a scores file, or damaged.
+        A `CorruptFileError` says that it is not a scores file, or damaged.
         """
         return cls.read(TensorFile.named(path, SCORES_KEY))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Final, Unpack
 
 import numpy as np
@@ -84,12 +84,8 @@ class PatchState:
     @property
     def state(self) -> State:
         """The state of all touched tensors together."""
-        total = TensorState()
-        for tensor in self.tensors.values():
-            total.base += tensor.base
-            total.patched += tensor.patched
-            total.neither += tensor.neither
-        return total.state
+        counts = zip(*(astuple(tensor) for tensor in self.tensors.values()), strict=True)
+        return TensorState(*map(sum, counts)).state
 
     def is_done(self, goal: str) -> bool:
         """Whether all vectors are in the state ``goal``, or old and new ones are equal throughout."""

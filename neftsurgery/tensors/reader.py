@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -176,25 +176,6 @@ class TensorFile(OnDisk):
             self.read_into(name, start * row, raw.data.cast("B"))
         return raw
 
-    def joined(self, names: Sequence[str]) -> NDArray[Any]:
-        """The elements of several tensors of one type, concatenated; neighbours in the file are read at once.
-
-        Only for element types that numpy has.
-        """
-        sizes = [self.tensors[name].nbytes for name in names]
-        raw = np.empty(sum(sizes), np.uint8)
-        start = filled = end = 0  # of the range being collected: its place in the file, and in `raw`
-        position = 0
-        for name, size in zip(names, sizes, strict=True):
-            offset = self.header.offsets[name]
-            if offset != end:
-                read_exactly(self._open.fileno(), raw.data[filled:position], start, self.path)
-                start, filled = offset, position
-            position += size
-            end = offset + size
-        read_exactly(self._open.fileno(), raw.data[filled:], start, self.path)
-        return raw.view(self.tensors[names[0]].type.numpy if names else np.uint8)
-
     def copy_to(self, target: int) -> None:
         """Copy the whole file to the descriptor ``target``."""
         fd, size = self._open.fileno(), self.nbytes
@@ -219,12 +200,7 @@ class FileBacked(OnDisk):
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Copy it to the file ``path``, whole or not at all.
 
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, without ``force``.
-        MachineError
-            If it cannot be written.
+        A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
         """
         refuse_output(path, inputs=[], force=force, kind="file")
         with staged_file(path, force=force) as staged:
