@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MismatchError
 from ..neurons.tensor_names import layer_and_kind
@@ -52,13 +53,10 @@ def mean_hidden_states(
 
 def _padded(batch: Sequence[TokenChunk], padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask int64, and weights float64, each ``[chunks, tokens of the longest chunk]``."""
-    width = max(len(chunk.ids) for chunk in batch)
-    ids = torch.full((len(batch), width), padding)
-    weights = torch.zeros(len(batch), width, dtype=torch.float64)
-    for row, chunk in enumerate(batch):
-        ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
-        weights[row, : len(chunk.ids)] = chunk.weight
-    return ids, (weights > 0).long(), weights
+    ids = [torch.tensor(chunk.ids) for chunk in batch]
+    each = [torch.full((len(chunk.ids),), chunk.weight, dtype=torch.float64) for chunk in batch]
+    weights = pad_sequence(each, batch_first=True)
+    return pad_sequence(ids, batch_first=True, padding_value=padding), (weights > 0).long(), weights
 
 
 class _StateSums:

@@ -157,10 +157,8 @@ def utilization(
         For a path or an option that is wrong, an empty text, or a model without a usable tokenizer.
     MismatchError
         If the patch is not of this base, or the model does not have hidden states of one width.
-    CorruptFileError
-        If a file is damaged, or the text is not UTF-8.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a file is damaged, or the text is not UTF-8; if something cannot be read or written.
     """
     return plan_utilization(base, tuned, text, **options).run(progress=progress)
 

@@ -176,7 +176,7 @@ def report(
     progress: Progress = silent,
     **budget: Any,
 ) -> Report:
-    """Report on scores files and patches.
+    """Report on scores files and patches; ``describe()`` returns all numbers, ``figures`` the figures.
 
     Parameters
     ----------
@@ -197,11 +197,6 @@ def report(
         Which neurons of the scores count as sensitive: the keywords of `neftsurgery.Scores.select`. The
         default is ``neurons="3%"``.
 
-    Returns
-    -------
-    Report
-        ``describe()`` returns all its numbers, ``figures`` its figures.
-
     Raises
     ------
     UsageError
@@ -209,10 +204,8 @@ def report(
         matplotlib or jinja2 is needed and not installed.
     MismatchError
         If no neuron can be chosen.
-    CorruptFileError
-        If a file is damaged.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a file is damaged; if something cannot be read or written.
     """
     plan = plan_report(named, out=out, figures=figures, force=force, **budget)
     return plan.run(more=more, progress=progress)

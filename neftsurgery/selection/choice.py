@@ -8,8 +8,9 @@ neurons beyond one number. The neurons that score exactly the cut are then taken
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -287,7 +288,7 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
 
 def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
     """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit."""
-    batches = _batches(ranking, members)
+    batches = list(_batches(ranking, members))
     direction = 1 if ranking.highest else -1
     too_low, cut, room = -_INFINITY - 1, _INFINITY, limit
     while cut - too_low > 1 and room:
@@ -309,26 +310,23 @@ class _Batch:
     allowed: list[Mask]
 
 
-def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
+def _batches(ranking: _Ranking, members: Sequence[int]) -> Iterator[_Batch]:
     """The blocks ``members`` in batches for counting, where order does not matter."""
-    batches: list[_Batch] = []
-    chunk = ranking.chunk
-    latest: dict[int, tuple[_Batch, int]] = {}
-    for i in members:
-        keys, cost = ranking.keys[i], ranking.costs[i]
-        for start in range(0, len(keys), chunk):
-            size = min(chunk, len(keys) - start)
-            batch, filled = latest.get(cost, (None, 0))
-            if batch is None or filled + size > chunk:
-                batch, filled = _Batch(cost, [], []), 0
-                batches.append(batch)
-            whole = size == len(keys)
-            batch.keys.append(keys if whole else keys[start : start + size])
-            if ranking.allowed is not None:
-                allowed = ranking.allowed[i]
-                batch.allowed.append(allowed if whole else allowed[start : start + size])
-            latest[cost] = batch, filled + size
-    return batches
+    for cost, group in groupby(sorted(members, key=ranking.costs.__getitem__), key=ranking.costs.__getitem__):
+        batch, filled = _Batch(cost, [], []), 0
+        for i in group:
+            for start in range(0, len(ranking.keys[i]), ranking.chunk):
+                part = slice(start, start + ranking.chunk)
+                keys = ranking.keys[i][part]
+                if filled + len(keys) > ranking.chunk:
+                    yield batch
+                    batch, filled = _Batch(cost, [], []), 0
+                batch.keys.append(keys)
+                if ranking.allowed is not None:
+                    batch.allowed.append(ranking.allowed[i][part])
+                filled += len(keys)
+        if filled:
+            yield batch
 
 
 def _cost_beyond(ranking: _Ranking, batches: Sequence[_Batch], cut: np.float32) -> int:

@@ -174,10 +174,8 @@ def diff(
         For a path, name or option that makes no sense, or an ``out`` that exists.
     MismatchError
         If the checkpoints have nothing in common that can be scored.
-    CorruptFileError
-        If a file is damaged.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a file is damaged; if something cannot be read or written.
     """
     prefix, scope, score, seed, run = split(
         "diff", options, PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions

@@ -59,16 +59,11 @@ class WeightReader(TensorReader, RowReader, Protocol):
 
 
 class OnDisk:
-    """What is in a file, which is held open.
-
-    Attributes
-    ----------
-    path:
-        The file; None for one that was never saved, which ends with its last reference.
-    """
+    """What is in a file, which is held open."""
 
     def __init__(self, file: OpenFile, path: Path | None) -> None:
         self._open = file
+        #: None for one that was never saved, which ends with its last reference.
         self.path = path
         self._stamp = self._size_and_time()
 
