@@ -256,14 +256,13 @@ def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
     if ranking.highest:
         np.negative(keys, out=keys)
     order = np.argsort(keys, kind="stable")[: sum(ranking.counts[i] for i in members)]  # NaN comes last
-    costs = np.repeat([ranking.costs[i] for i in members], [len(ranking.keys[i]) for i in members])
+    lengths = [len(ranking.keys[i]) for i in members]
+    costs = np.repeat([ranking.costs[i] for i in members], lengths)
     fitting = np.searchsorted(np.cumsum(costs[order]), limit, side="right")
     chosen = np.zeros(len(keys), np.bool_)
     chosen[order[:fitting]] = True
-    start = 0
-    for i in members:
-        masks[i][:] = chosen[start : start + len(masks[i])]
-        start += len(masks[i])
+    for i, part in zip(members, np.split(chosen, np.cumsum(lengths)[:-1]), strict=True):
+        masks[i][:] = part
 
 
 def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
