@@ -31,7 +31,11 @@ class ScoreDistribution:
         """``one_cut``: one score separates the chosen from the rest."""
         values = np.clip(candidates.score.astype(np.float64), -1e300, 1e300)
         self._candidates = candidates
-        self._log = _is_skewed(values)  # whether the bins have equal width in the logarithm of the score
+        positive = values[values > 0]
+        # Whether the bins have equal width in the logarithm of the score.
+        self._log = bool(
+            len(positive) and values.min() >= 0 and positive.max() > _SKEWED * np.median(positive)
+        )
         shown = values > 0 if self._log else np.ones(len(values), np.bool_)
         # The bin edges as scores. The last bin includes both of its edges.
         self._edges = _edges(values[shown], self._log)
@@ -114,13 +118,6 @@ class ScoreDistribution:
         axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.05, len(shown)))
         if self._log:
             axes.set_xticks(*log_ticks(float(edges[0]), float(edges[-1])))
-
-
-def _is_skewed(values: Float64Array) -> bool:
-    positive = values[values > 0]
-    if not len(positive) or values.min() < 0:
-        return False
-    return bool(positive.max() > _SKEWED * np.median(positive))
 
 
 def _edges(values: Float64Array, log: bool) -> Float64Array:
