@@ -171,7 +171,7 @@ class RunOptions(TypedDict, total=False):
     memory: Annotated[
         int | None,
         Option(
-            "Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 192MiB.", metavar="SIZE"
+            "Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 176MiB.", metavar="SIZE"
         ),
     ]
     progress: Progress

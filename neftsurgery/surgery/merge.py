@@ -241,8 +241,7 @@ def plan_merge(
     """Check everything that `merge` needs; nothing is written."""
     patches = [_loaded(patch) for patch in named]
     original, inputs = named_base(base, patches)
-    if out is not None:
-        refuse_output(out, inputs=inputs, force=force, kind="file")
+    place = refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
     with watch.running():
@@ -250,7 +249,6 @@ def plan_merge(
         check_patches(patches, progress)
         warnings += other_base(original, manifest.base, "the patches")
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
-    place = None if out is None else Path(out)
     return MergePlan(
         patches, rule, original, meetings, selection, manifest, keep, place, force, warnings, watch.timing
     )
