@@ -100,7 +100,7 @@ class DiffPlan:
             starts, arrays = _arrays(self.pair)
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self.pair, self.score, self.seed, starts, written)
-                with progress("scoring", self.pair.nbytes) as advance:
+                with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
                 sink.finish()
