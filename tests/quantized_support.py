@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ class Quantized:
         """A checkpoint of it; codes and scales lie in different shards."""
         config = {"model_type": self.model_type, "quantization_config": dict(self.section)}
         return raw_folder(folder, self.tensors, shards=min(shards, len(self.tensors)), config=config)
+
+    def moved(self, seed: int = 2) -> Quantized:
+        """Other codes in a third of the rows, and other scales in some; its numbers are not known."""
+        rng, tensors = np.random.default_rng(seed), dict(self.tensors)
+        for name, share in ((self.codes, 0.3), (self.scales, 0.4)):
+            kind, bits = tensors[name]
+            rows = bits.copy().reshape(-1, bits.shape[-1])
+            chosen = np.flatnonzero(rng.random(len(rows)) < share)
+            rows[chosen, rng.integers(0, rows.shape[1], len(chosen))] ^= 1
+            tensors[name] = (kind, rows.reshape(bits.shape))
+        return replace(self, tensors=tensors)
 
     def original(self, folder: Path, change: float, seed: int = 5) -> tuple[Path, Numbers]:
         """A checkpoint of plain numbers near these, in BF16; and its numbers."""

@@ -21,7 +21,14 @@ from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
 from .checkpoint import Checkpoint
 
-__all__ = ["Dequantized", "comparable", "dequantized", "in_common_numbers"]
+__all__ = [
+    "Dequantized",
+    "comparable",
+    "dequantized",
+    "in_common_numbers",
+    "require_stored_alike",
+    "stored_side",
+]
 
 _KEPT_MATRICES = 4  # codes of transposed matrices, read piece by piece along the other axis
 
@@ -59,6 +66,13 @@ class Dequantized(Checkpoint):
         """As of `Checkpoint`: that of the codes."""
         weight = self.quantized.get(name := self._source(name))
         return self.files.position(name if weight is None else weight.codes.name)
+
+    def under(self, names: Mapping[str, str]) -> Dequantized:
+        """As of `Checkpoint`."""
+        plain = {name: one for name, one in names.items() if one not in self.quantized}
+        found = super().under(names)
+        assert isinstance(found, Dequantized)  # it is a copy of this
+        return replace(found, files=self.files.under(plain)) if plain else found
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """As of `Checkpoint`; computed tensors are not in memory."""
@@ -207,19 +221,24 @@ def in_common_numbers(
     return first, second, frozenset(straight)
 
 
-def require_stored_alike(base: Checkpoint, tuned: Checkpoint, name: str) -> None:
-    """Raise a `MismatchError` unless both store a weight in the same way, as numbers or as the same codes."""
-    a, b = base.quantized.get(name), tuned.quantized.get(name)
-    if a is b is None or (a is not None and b is not None and a.companions == b.companions):
-        return
-    expected, found = (
-        side.tensors[name].describe() if one is None else f"{one.layout} codes {one.codes.describe()}"
-        for side, one in ((base, a), (tuned, b))
-    )
-    raise MismatchError(
-        f"{base.name} and {tuned.name} store this weight in two ways: neurons of one do not fit the other",
-        tensor=name,
-        expected=expected,
-        found=found,
-        hint="make a patch from two checkpoints that were quantized alike, or from both before quantization",
-    )
+def stored_side(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that its files have."""
+    return checkpoint.files if isinstance(checkpoint, Dequantized) else checkpoint
+
+
+def require_stored_alike(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> None:
+    """Raise a `MismatchError` unless both store weights in the same way, as numbers or as the same codes."""
+    for name in names:
+        a, b = (side.quantized.get(name) for side in (base, tuned))
+        if (None if a is None else a.companions) != (None if b is None else b.companions):
+            expected, found = (
+                side.tensors[name].describe() if one is None else f"{one.layout} {one.codes.describe()}"
+                for side, one in ((base, a), (tuned, b))
+            )
+            raise MismatchError(
+                f"{base.name} and {tuned.name} store this weight in two ways",
+                tensor=name,
+                expected=expected,
+                found=found,
+                hint="name two checkpoints that were quantized alike, or both before quantization",
+            )

@@ -21,7 +21,7 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
 from .codes import decoded, scales_decoded
 
-__all__ = ["Companion", "QuantizedWeight"]
+__all__ = ["Companion", "QuantizedWeight", "shared_rows"]
 
 Numbers = NDArray[np.floating[Any]]
 
@@ -89,12 +89,24 @@ class QuantizedWeight:
         """Bytes of all its tensors."""
         return sum(one.info.nbytes for one in self.companions.values())
 
+    @property
+    def unit(self) -> str:
+        """What of it can be replaced by itself, in words."""
+        span = max((one.span for one in (self.scales, self.zeros, self.order) if one is not None), default=1)
+        if span == 1:
+            return "row by row, each with its scales"
+        if span >= self.companions["codes"].count:
+            return "row by row; all rows where the scales change, which they share"
+        return f"row by row; {span} rows together where the scales change, which they share"
+
+    def describe(self) -> dict[str, object]:
+        """For JSON: its layout, and its tensors by role."""
+        members = {role: one.info.name for role, one in self.companions.items()}
+        return {"layout": self.layout, "unit": self.unit, "tensors": members}
+
     def shared_rows(self, companion: Companion, rows: Int64Array) -> Int64Array:
         """The row of a companion that each of ``rows`` needs."""
-        if companion.count == 1:
-            return np.zeros_like(rows)
-        inner = self.shape[-2]
-        return rows // inner * -(-inner // companion.span) + rows % inner // companion.span
+        return shared_rows(rows, self.shape[-2], companion.span, companion.count)
 
     def code_rows(self, files: RowReader, rows: Int64Array) -> RawBytes:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
@@ -164,6 +176,13 @@ class QuantizedWeight:
                 found=int(found.max() if found.max() >= count else found.min()),
             )
         return found
+
+
+def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Array:
+    """Which of ``count`` rows of a companion each of ``rows`` needs, ``inner`` of which make a matrix."""
+    if count == 1:
+        return np.zeros_like(rows)
+    return rows // inner * -(-inner // span) + rows % inner // span
 
 
 def _rows(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
