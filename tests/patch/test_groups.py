@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Case:
 
 
 @pytest.fixture
-def case(tmp_path: Path) -> Iterator[Case]:
-    yield Case(tmp_path)
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
 
 
 def test_a_group_says_what_it_is(case: Case) -> None:
