@@ -21,7 +21,7 @@ from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural
-from .attached_neurons import AttachedNeurons, register_optimizer_hooks
+from .attached_neurons import AttachedNeurons, AttachedPart, register_optimizer_hooks
 from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base
 from .install import install, remove, update_extra_repr
 from .weight_plans import ModeOption, WeightPlan, plan_weights
@@ -135,30 +135,34 @@ class Attached:
         if path is not None:
             inputs = [] if self._base is None else [self._base.source.path]
             refuse_output(path, inputs=inputs, force=force, kind="file")
-        tensors = {neurons.name: neurons.chosen for neurons in self._neurons}
+        parts = [part.chosen for neurons in self._neurons for part in neurons.parts]
+        tensors = {chosen.info.name: chosen for chosen in parts}
         selection = Selection(dict(sorted(tensors.items())), self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
-        by_name = {neurons.name: neurons for neurons in self._neurons}
         with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
-            for name in selection.tensors:
-                for start, old, new in self._blocks(by_name[name]):
-                    writer.add_digests(name, *writer.write_rows(name, start, old, new))
+            for neurons in self._neurons:
+                rows = full_tensor(neurons.rows.detach())
+                for part in neurons.parts:
+                    for start, old, new in self._blocks(neurons, part, rows[part.positions]):
+                        writer.add_digests(part.name, *writer.write_rows(part.name, start, old, new))
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
         return writer.patch
 
-    def _blocks(self, neurons: AttachedNeurons) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
+    def _blocks(
+        self, neurons: AttachedNeurons, part: AttachedPart, rows: Tensor
+    ) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
         """Where each block starts, and the bytes of its vectors before and after."""
-        chosen, rows, saved = neurons.chosen, full_tensor(neurons.rows.detach()), neurons.saved
+        chosen = part.chosen
         for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
             if self._base is not None:
                 block = Chosen(chosen.info, chosen.layout, chosen.index[start:stop])
                 old = base_vectors(self._base, block)
             else:
-                assert saved is not None  # without base files, the weight was not quantized
-                old = to_bytes(saved[start:stop], chosen.info.dtype)
+                assert neurons.saved is not None  # without base files, the weight was not quantized
+                old = to_bytes(neurons.saved[part.positions][start:stop], chosen.info.dtype)
             yield start, old, to_bytes(rows[start:stop], chosen.info.dtype)
 
     @boundary
@@ -203,9 +207,12 @@ class Attached:
         self._require_attached()
         state = {}
         for neurons in self._neurons:
-            if neurons.trainable:
-                state[neurons.name] = full_tensor(neurons.rows.detach())
-                state[f"{neurons.name}:index"] = torch.from_numpy(neurons.chosen.index)
+            if not neurons.trainable:
+                continue
+            rows = full_tensor(neurons.rows.detach())
+            for part in neurons.parts:
+                state[part.name] = rows[part.positions]
+                state[f"{part.name}:index"] = torch.from_numpy(part.chosen.index)
         return state
 
     @boundary
@@ -231,7 +238,7 @@ class Attached:
                 raise MismatchError("the state belongs to other neurons", tensor=name.removesuffix(":index"))
         for neurons in self._neurons:
             if neurons.trainable:
-                copy_into(neurons.rows, state[neurons.name])
+                copy_into(neurons.rows, torch.cat([state[part.name] for part in neurons.parts]))
         self.refresh()
 
     def detach(self) -> None:
@@ -273,7 +280,7 @@ class Attached:
                 self._freeze()
             for plan in plans:
                 self._plans.append(plan)
-                install(plan.neurons, plan.values, plan.layers)
+                install(plan.neurons, plan.values, plan.layers, plan.uses)
                 if self.trainable:
                     register_optimizer_hooks(plan.neurons)
             update_extra_repr(self.model)
@@ -284,7 +291,7 @@ class Attached:
 
     def _remove(self) -> None:
         for plan in reversed(self._plans):
-            remove(plan.neurons, plan.layers)
+            remove(plan.neurons, plan.layers, plan.uses)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
         self._plans, self._requires_grad, self._attached = [], [], False
