@@ -12,7 +12,7 @@ import transformers
 
 __all__ = ["candidates"]
 
-_TEXT, _BATCH = 8, 2
+_TEXT, _BATCH, _SMALL = 8, 2, 64
 Inputs = dict[str, Any]
 
 
@@ -32,7 +32,8 @@ def candidates(model: Any) -> Iterator[Callable[[], Inputs]]:
         if _audio_token(config) is not None and "input_features" in names:
             yield partial(_text_and_sound, model, names)
         if "pixel_values" in names:
-            yield partial(_both, model, names)
+            yield partial(_both, model, names, _small)
+            yield partial(_both, model, names, _image)
         yield partial(_text, model, names)
     for main, makers in _MAKERS.items():
         if main in names:
@@ -117,8 +118,15 @@ def _image(model: Any, batch: int = _BATCH) -> torch.Tensor:
     return _random(batch, channels if isinstance(channels, int) else 3, *_size(config))
 
 
-def _both(model: Any, names: set[str]) -> Inputs:
-    return {**_text(model, names), "pixel_values": _image(model)}
+def _small(model: Any) -> torch.Tensor:
+    """A smaller picture than the model is made for, which many take."""
+    if max(_size(model.config)) <= _SMALL:
+        raise ValueError("pictures are small already")
+    return _image(model)[..., :_SMALL, :_SMALL]
+
+
+def _both(model: Any, names: set[str], image: Callable[[Any], torch.Tensor]) -> Inputs:
+    return {**_text(model, names), "pixel_values": image(model)}
 
 
 def _features(found: Any) -> int:
@@ -227,7 +235,7 @@ def _spectrogram(model: Any) -> torch.Tensor:
 
 
 _MAKERS: dict[str, tuple[Callable[[Any], torch.Tensor], ...]] = {
-    "pixel_values": (_image, _frames),
+    "pixel_values": (_small, _image, _frames),
     "input_features": (
         _mels,
         _sequence("feature_projection_input_dim", "num_mel_bins", "input_dim", "input_size", "feature_size"),

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import inspect
 import re
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,9 @@ from .tiny_models import LADDER, classes_of, config_of
 __all__ = ["Runnable", "configs_in", "move_weights", "outputs", "runnable", "tiny_config"]
 
 _MOST_TOKENS, _VOCABULARY, _FIRST_ID = 4096, 499, 100
-_MOST_PARAMETERS = 3_000_000
+_MOST_PARAMETERS = 8_000_000
 _TOKEN_ID = re.compile(r"token(_id|_index|_idx)?$|_token_ids?$|token_index$|_id$|_ids$")
+_TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _PREFERRED = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 
 
@@ -41,19 +44,26 @@ class Runnable:
 
 
 def runnable(model_type: str) -> Runnable:
-    """The first class of the type that runs; else the first that can be built. Raises if none can."""
+    """The first class of the type that runs, as small as it does; else the first that can be built.
+
+    Raises if none can.
+    """
     built: Runnable | None = None
     why = ""
     for cls in _classes(model_type):
-        try:
-            model = _build(cls, model_type)
-        except Exception as error:
-            why = why or _told(error)
-            continue
-        found = Runnable(model, *_inputs(model))
-        if found.inputs is not None:
-            return found
-        built = built or found
+        found = None
+        for factor, layers in LADDER:
+            try:
+                model = _build(cls, model_type, factor, layers, found is not None)
+            except Exception as error:
+                why = why or _told(error)
+                continue
+            if model is None:
+                break
+            found = Runnable(model, *_inputs(model))
+            if found.inputs is not None:
+                return found
+            built = built or found
     if built is None:
         raise ValueError(why or "no model class of its own")
     return built
@@ -98,6 +108,8 @@ def tiny_config(model_type: str, factor: int, layers: int) -> Any:
     shrinks = any(_vocabularies(part) for part in configs_in(config)) and len(new) < _VOCABULARY - _FIRST_ID
     for part in configs_in(config):
         _cut_layers(part)
+        _fit_rope(part)
+        _fit_experts(part)
         if shrinks:
             for key, value in _token_ids(part).items():
                 changed = [new.get(n, n) for n in value] if isinstance(value, list) else new.get(value, value)
@@ -113,6 +125,28 @@ def configs_in(config: Any) -> Iterator[Any]:
     for key, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig) and not key.startswith("_"):
             yield from configs_in(value)
+
+
+def _fit_rope(config: Any) -> None:
+    """Sections of rotary embeddings that fill a smaller head."""
+    rope = getattr(config, "rope_parameters", None)
+    module = sys.modules.get(type(config).__module__.replace(".configuration_", ".modeling_"))
+    if not isinstance(rope, dict) or module is None or "mrope_section" not in inspect.getsource(module):
+        return
+    heads = getattr(config, "num_attention_heads", 1)
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    half = int(head * rope.get("partial_rotary_factor", 1)) // 2
+    config.rope_parameters = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+
+
+def _fit_experts(config: Any) -> None:
+    """Fewer experts a token, and fewer groups, than there are experts."""
+    for key in _TOP:
+        value = getattr(config, key, None)
+        if type(value) is int and value > 2:
+            _set(config, key, 2)
+    if getattr(config, "topk_group", None) and getattr(config, "n_group", None):
+        config.n_group, config.topk_group = 2, 1
 
 
 def _cut_layers(config: Any) -> None:
@@ -148,25 +182,23 @@ def _set(config: Any, key: str, value: Any) -> None:
         return
 
 
-def _build(cls: Any, model_type: str) -> Any:
-    """A model with weights none of which is zero or one, and that are not alike in two layers."""
-    reason: BaseException = ValueError("nothing was tried")
-    for factor, layers in LADDER:
-        try:
-            config = tiny_config(model_type, factor, layers)
-            with torch.device("meta"):
-                size = sum(one.numel() for one in cls(config).parameters())
-            if size > _MOST_PARAMETERS and layers:
-                config = tiny_config(model_type, factor, 2)
-            config = type(config).from_dict(json.loads(config.to_json_string()))  # as files will have it
-            torch.manual_seed(0)
-            model = cls(config).float().eval()
-        except Exception as error:
-            reason = error
-            continue
-        move_weights(model, 0)
-        return model
-    raise reason
+def _build(cls: Any, model_type: str, factor: int, layers: int, built: bool) -> Any:
+    """A model with weights none of which is zero or one, and that are not alike in two layers.
+
+    None if it were a large one, and a smaller one was built.
+    """
+    config = tiny_config(model_type, factor, layers)
+    with tempfile.TemporaryDirectory() as folder:  # as files will have it
+        config.save_pretrained(folder)
+        config = type(config).from_pretrained(folder)
+    with torch.device("meta"):
+        size = sum(one.numel() for one in cls(copy.deepcopy(config)).parameters())
+    if size > _MOST_PARAMETERS and built:
+        return None
+    torch.manual_seed(0)
+    model = cls(config).float().eval()
+    move_weights(model, 0)
+    return model
 
 
 def move_weights(model: Any, seed: int, share: float = 0.05) -> None:
