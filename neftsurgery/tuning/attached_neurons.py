@@ -38,10 +38,11 @@ NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
 
 @dataclass(frozen=True, eq=False)
 class AttachedPart:
-    """The chosen neurons of one tensor of the files, and where they lie in the live weight."""
+    """The chosen neurons of one tensor of the files that lie in a live weight, and where they lie in it."""
 
     chosen: Chosen  # in the files
     index: NDArray[np.int64]  # their numbers in the live weight, ``[k]``
+    first: int = 0  # the position of the first among all chosen neurons of the tensor
     start: int = 0  # the position of the first among all neurons attached to the weight
 
     @property

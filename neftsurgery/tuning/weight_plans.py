@@ -5,18 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, UsageError
-from ..live.names import live_names
+from ..live.placement import live_places
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
@@ -88,25 +87,35 @@ def _parts(
     model: nn.Module, tensors: Mapping[str, Chosen]
 ) -> dict[str, tuple[Layout, tuple[AttachedPart, ...]]]:
     """The layout of each parameter of the model, and the parts that it holds, in the order of its neurons."""
-    names = live_names(model, tensors)
-    found: dict[str, tuple[Layout, list[tuple[Chosen, NDArray[np.int64]]]]] = {}
-    for name, chosen in tensors.items():
-        if len(chosen.index):
-            layout, held = found.setdefault(names[name], (chosen.layout, []))
-            if layout != chosen.layout:
+    found: dict[str, tuple[Layout, list[AttachedPart]]] = {}
+    places = live_places(model, {name: one.layout for name, one in tensors.items() if len(one.index)})
+    for name, held in places.items():
+        for place in held:
+            index = place.index_of(tensors[name].index)
+            here = np.flatnonzero(index >= 0)
+            if not len(here):
+                continue
+            if here[-1] - here[0] >= len(here):
+                raise MismatchError(
+                    "transformers deals its neurons out to several weights",
+                    tensor=name,
+                    found=place.parameter,
+                )
+            layout, parts = found.setdefault(place.parameter, (place.layout, []))
+            if layout != place.layout:
                 raise UsageError(
-                    f"{held[0][0].info.name} has neurons along another axis of the same weight",
+                    f"{parts[0].name} has neurons along another axis of the same weight",
                     tensor=name,
                     hint="choose neurons along one of the axes",
                 )
-            held.append((chosen, chosen.index))
-    placed = {}
-    for parameter, (layout, held) in found.items():
-        held.sort(key=lambda one: int(one[1][0]))
-        starts = itertools.accumulate((len(index) for _, index in held), initial=0)
-        parts = (AttachedPart(*one, start) for one, start in zip(held, starts, strict=False))
-        placed[parameter] = (layout, tuple(parts))
-    return placed
+            chosen = replace(tensors[name], index=tensors[name].index[here])
+            parts.append(AttachedPart(chosen, index[here], int(here[0])))
+    for parameter, (layout, parts) in found.items():
+        parts.sort(key=lambda part: int(part.index.min()))
+        starts = itertools.accumulate((len(part.index) for part in parts), initial=0)
+        placed = (replace(part, start=start) for part, start in zip(parts, starts, strict=False))
+        found[parameter] = (layout, [*placed])
+    return {parameter: (layout, tuple(parts)) for parameter, (layout, parts) in found.items()}
 
 
 def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:
@@ -267,7 +276,7 @@ def _part_values(
             hint='load the model with dtype="auto" or a wider one',
         )
     if isinstance(what, Patch):
-        return checked_values(what, part.name, vectors, base)
+        return checked_values(what, chosen, part.first, vectors, base)
     if vectors is not None:
         check_weights(vectors, chosen, base)
         return None
