@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .hub.pull import pull
     from .hub.push import PushResult, push
     from .live.apply_live import apply_live
+    from .live.export_lora import export_lora
     from .neuron_utilization.result import Utilization
     from .neuron_utilization.utilization import utilization
     from .patch.lossless import LosslessPatch
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .selection.selection import Selection
     from .surgery.apply import apply, revert
     from .surgery.diff import diff
-    from .surgery.export import ExportResult, export_lora
+    from .surgery.export import ExportResult
     from .surgery.extract import extract
     from .surgery.inspect import Inspection, inspect
     from .surgery.merge import merge
@@ -108,7 +109,7 @@ _HOMES = {
     "apply_live": "live.apply_live",
     "attach": "tuning.attached",
     "diff": "surgery.diff",
-    "export_lora": "surgery.export",
+    "export_lora": "live.export_lora",
     "extract": "surgery.extract",
     "heal": "checkpoint.healing",
     "inspect": "surgery.inspect",

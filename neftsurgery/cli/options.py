@@ -156,7 +156,11 @@ class WholeNumber(click.IntRange):
     name = "whole number"
 
 
-_RANGES: dict[str, dict[str, Any]] = {"threads": {"min": 1, "max": 256}, "seed": {"min": 0}}
+_RANGES: dict[str, dict[str, Any]] = {
+    "threads": {"min": 1, "max": 256},
+    "seed": {"min": 0},
+    "rank": {"min": 1},
+}
 
 
 def _axis(
