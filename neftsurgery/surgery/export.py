@@ -212,7 +212,11 @@ def plan_export(
     if isinstance(model, str):
         warnings += [model] if model else []
     elif not prefix:
-        places, warnings = model.places(patch), []
+        known, warnings = places, []
+        places = {
+            name: f"{known[name]}: {place}" if isinstance(place, str) and isinstance(known[name], str) else place
+            for name, place in model.places(patch).items()
+        }
     modules = lora_modules(patch, places)
     warnings += other_base(original, patch.base, patch.name)
     if rank_pattern:
@@ -297,18 +301,19 @@ class _Factors:
         for row, unit in zip(self._rows.tolist(), self._units, strict=True):
             self._write(self._first, row, _ones(unit, self._module.inputs))
         inexact, (outputs, rank, *_) = 0, self._second.shape
-        step = max(1, (self._block or _CHUNK_BYTES) // (4 * rank))
+        step = max(1, (self._block or _CHUNK_BYTES) // ((4 if self._second.dtype == "F32" else 32) * rank))
         for low in range(0, outputs, step):
             high = min(low + step, outputs)
-            filled = np.zeros((high - low, rank), np.float64)
+            filled = np.zeros((high - low, rank), np.float32)
             for start, differences, lost in self._differences(low, high):
                 filled[:, self._columns[start : start + len(differences)]] = differences.T
                 inexact += lost
             self._write(self._second, low, filled)
         return inexact
 
-    def _write(self, entry: TensorInfo, row: int, values: NDArray[np.float64]) -> None:
-        self._writer.write(entry.name, row, narrow(values, entry.dtype))
+    def _write(self, entry: TensorInfo, row: int, values: NDArray[Any]) -> None:
+        short = entry.dtype != "F32"
+        self._writer.write(entry.name, row, narrow(values, entry.dtype) if short else values.astype("f4"))
 
     def _differences(self, low: int, high: int) -> Iterator[tuple[int, NDArray[np.float64], int]]:
         """Elements ``low`` to ``high`` of the differences of all neurons, in batches.
