@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
-from ..patch.patch import Patch, PatchTensor
-from ..surgery.lora_modules import LoraPlace
+from ..patch.patch import Patch
+from ..surgery.lora_modules import LoraPlace, LoraPlaces
+from ..tensors.arrays import Int64Array
 from ..tensors.header import TensorInfo
 from ..text import some
 from .loading import meta_model
-from .names import live_names
+from .placement import LivePlace, live_places
 
 __all__ = ["PeftPlaces"]
 
@@ -43,24 +44,39 @@ class PeftPlaces:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             self._shared.setdefault(id(parameter), []).append(name)
 
-    def places(self, patch: Patch) -> dict[str, LoraPlace | str]:
+    def places(self, patch: Patch) -> LoraPlaces:
         """Where each tensor of ``patch`` is, or why it has no LoRA form."""
-        return {name: self._place(tensor, patch) for name, tensor in patch.tensors.items()}
+        layouts = {name: tensor.layout for name, tensor in patch.tensors.items()}
+        refused, found = dict[str, str](), dict[str, tuple[LivePlace, ...]]()
+        while layouts and not found:
+            try:
+                found = live_places(self._model, layouts)
+            except MismatchError as error:
+                if error.tensor is None or layouts.pop(error.tensor, None) is None:
+                    raise
+                refused[error.tensor] = error.what
+        return refused | {name: self._places(ones, patch.index(name)) for name, ones in found.items()}
 
-    def _place(self, tensor: PatchTensor, patch: Patch) -> LoraPlace | str:
-        name = tensor.info.name
-        try:
-            live = live_names(self._model, [name])[name]
-        except MismatchError as error:
-            return error.what
+    def _places(self, places: Iterable[LivePlace], index: Int64Array) -> Sequence[LoraPlace] | str:
+        found = list[LoraPlace]()
+        for place in places:
+            one = self._place(place, index)
+            if isinstance(one, str):
+                return one
+            found.append(one)
+        return found
+
+    def _place(self, place: LivePlace, index: Int64Array) -> LoraPlace | str:
+        live, shape = place.parameter, place.layout.shape
+        if all(live not in names for names in self._shared.values()):
+            return "not a parameter"
         weight = self._model.get_parameter(live)
         others = [other for other in self._shared[id(weight)] if other != live]
         if others:
             return f"tied to {others[0]}, which PEFT would leave as it is"
-        if weight.shape != tensor.info.shape:
+        if weight.shape != shape:
             return f"{list(weight.shape)} in the live model"
         path, _, parameter = live.rpartition(".")
-        index, axes, shape = patch.index(name), tensor.layout.axes, tuple(weight.shape)
         module = self._model.get_submodule(path)
         form = self._form(path, module, parameter, weight)
         if form is None:
@@ -70,7 +86,8 @@ class PeftPlaces:
         if form == "parameter":
             transposed = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
             order = [own for own, _ in module.named_parameters()].index(parameter)
-        return LoraPlace(path, shape, axes, index, form, transposed, parameter, order)
+        where = place.layout.axes, place.index_of(index)
+        return LoraPlace(path, shape, *where, form, transposed, parameter, order)
 
     def _form(self, path: str, module: nn.Module, parameter: str, weight: torch.Tensor) -> Any:
         """How PEFT adapts a weight; None if it does not, or not exactly."""

@@ -212,11 +212,10 @@ def plan_export(
     if isinstance(model, str):
         warnings += [model] if model else []
     elif not prefix:
-        known, warnings = places, []
-        places = {
-            name: f"{known[name]}: {place}" if isinstance(place, str) and isinstance(known[name], str) else place
-            for name, place in model.places(patch).items()
-        }
+        files, places, warnings = places, dict(model.places(patch)), []
+        for name, found in places.items():  # what kind of tensor it is, and why that has no LoRA form
+            if isinstance(kind := files[name], str) and isinstance(found, str):
+                places[name] = f"{kind}: {found}"
     modules = lora_modules(patch, places)
     warnings += other_base(original, patch.base, patch.name)
     if rank_pattern:
@@ -325,17 +324,18 @@ class _Factors:
         for name in self._module.parts:
             tensor = patch.tensors[name]
             dtype, size = tensor.info.dtype, tensor.info.type.itemsize
-            part = slice(low * size, high * size)
+            part, here = slice(low * size, high * size), self._module.parts[name].index >= 0
             step = max(1, _BATCH_BYTES // (part.stop - part.start))
             for start, stop in tensor.blocks(self._block):
                 values = patch.values(name, start, stop)[:, part]
                 replaced = replaced_rows(patch, base, name, start, stop)[:, part]
                 for first in range(0, stop - start, step):
-                    new, old = (widen(rows[first : first + step], dtype) for rows in (values, replaced))
+                    kept = first + np.flatnonzero(here[start + first : min(start + first + step, stop)])
+                    new, old = (widen(rows[kept], dtype) for rows in (values, replaced))
                     differences = self._rounded(new - old, name)
                     inexact = int(np.count_nonzero(self._sum(old, differences, dtype) != new))
-                    yield position + start + first, differences, inexact
-            position += tensor.count
+                    yield position, differences, inexact
+                    position += len(kept)
 
     def _rounded(self, differences: NDArray[np.float64], name: str) -> NDArray[np.float64]:
         rounded = widen(narrow(differences, self._plan.dtype), self._plan.dtype)

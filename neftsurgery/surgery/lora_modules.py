@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,7 @@ __all__ = [
     "LivePlaces",
     "LoraModule",
     "LoraPlace",
+    "LoraPlaces",
     "adapter_config",
     "lora_modules",
     "next_step",
@@ -48,7 +49,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class LoraPlace:
-    """Where the live model has the neurons of one tensor of the files, and how PEFT adapts that weight.
+    """Where a weight of the live model has neurons of a tensor of the files, and how PEFT adapts it.
 
     A *linear* weight is ``[out, in]``, or transposed ``[in, out]``, as ``Conv1D`` stores it. An *embedding*
     counts as transposed; a *convolution* is ``[out, in, ...]``. A *parameter* is targeted itself, not its
@@ -58,17 +59,21 @@ class LoraPlace:
     path: str  # of the module
     shape: tuple[int, ...]  # of the live weight
     axes: tuple[int, ...]  # its neuron axes
-    index: Int64Array  # the numbers in it of the neurons that the patch replaces, in the patch's order
+    index: Int64Array  # the numbers in it of the neurons that the patch replaces; -1: in another weight
     form: Literal["linear", "embedding", "convolution", "parameter"] = "linear"
     transposed: bool = False
     parameter: str = "weight"
     order: int = 0  # among the parameters of the module
 
 
+LoraPlaces: TypeAlias = "Mapping[str, Sequence[LoraPlace] | str]"
+"""By the names of tensors in the files: the weights that have their neurons, or why there is no LoRA form."""
+
+
 class LivePlaces(Protocol):
     """What a live model tells."""
 
-    def places(self, patch: Patch) -> dict[str, LoraPlace | str]:
+    def places(self, patch: Patch) -> LoraPlaces:
         """Where each tensor of ``patch`` is, or why it has no LoRA form."""
 
     def check(self, config: Mapping[str, Any], entries: Sequence[TensorInfo]) -> None:
@@ -136,7 +141,7 @@ class LoraModule:
 
     @property
     def _experts_and_units(self) -> tuple[Int64Array, Int64Array]:
-        index = np.concatenate([part.index for part in self.parts.values()])
+        index = np.concatenate([part.index[part.index >= 0] for part in self.parts.values()])
         experts, units = np.divmod(index, self.outputs if self.rows else self.inputs)
         return experts, units
 
@@ -200,7 +205,7 @@ def _patterns(modules: Iterable[LoraModule], usual: int) -> dict[str, int]:
     return {f"^({'|'.join(names)})": rank for rank, names in sorted(others.items()) if rank != usual}
 
 
-def lora_modules(patch: Patch, places: Mapping[str, LoraPlace | str]) -> list[LoraModule]:
+def lora_modules(patch: Patch, places: LoraPlaces) -> list[LoraModule]:
     """The weights that the patch changes, of rank 0; a `MismatchError` if a tensor has no LoRA form."""
     if refused := refusals(patch, places):
         raise MismatchError(
@@ -212,28 +217,29 @@ def lora_modules(patch: Patch, places: Mapping[str, LoraPlace | str]) -> list[Lo
             "or write the patched checkpoint: `neftsurgery apply BASE PATCH -o OUT`",
         )
     weights: dict[tuple[str, str], dict[str, LoraPlace]] = {}
-    for name, place in places.items():
-        if isinstance(place, LoraPlace) and len(place.index):
-            weights.setdefault((place.path, place.parameter), {})[name] = place
+    for name, found in places.items():
+        for place in found:
+            if isinstance(place, LoraPlace) and (place.index >= 0).any():
+                weights.setdefault((place.path, place.parameter), {})[name] = place
     if not weights:
         raise MismatchError("the patch replaces no neuron", file=patch.place)
     modules = [LoraModule(parts, next(iter(parts.values()))) for parts in weights.values()]
     return [replace(module, wrappers=_wrappers(module.place, modules)) for module in modules]
 
 
-def refusals(patch: Patch, places: Mapping[str, LoraPlace | str]) -> dict[str, str]:
+def refusals(patch: Patch, places: LoraPlaces) -> dict[str, str]:
     """The tensors of the patch without a LoRA form, and why."""
     refused, first = dict[str, str](), dict[tuple[str, str], tuple[str, LoraPlace]]()
     for name, tensor in patch.tensors.items():
-        place = places[name]
-        if isinstance(place, str):
-            refused[name] = place
-        elif why := _refusal(tensor, place):
-            refused[name] = why
-        else:
-            other, its = first.setdefault((place.path, place.parameter), (name, place))
-            if its.axes != place.axes:
-                refused[name] = f"other axes than {other}, which is a part of the same weight"
+        for place in [found] if isinstance(found := places[name], str) else found:
+            if isinstance(place, str):
+                refused[name] = place
+            elif why := _refusal(tensor, place):
+                refused[name] = why
+            else:
+                other, its = first.setdefault((place.path, place.parameter), (name, place))
+                if its.axes != place.axes:
+                    refused[name] = f"other axes than {other}, which is a part of the same weight"
     return refused
 
 
@@ -253,9 +259,7 @@ def _refusal(tensor: PatchTensor, place: LoraPlace) -> str | None:
     return None
 
 
-def places_in_files(
-    patch: Patch, base: Checkpoint | None, prefix: str
-) -> tuple[dict[str, LoraPlace | str], list[str]]:
+def places_in_files(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[LoraPlaces, list[str]]:
     """The places if the live model has the names of the files, and warnings."""
     tensors = {name: tensor.info for name, tensor in patch.tensors.items()}
     config = None if base is None else base.config
@@ -265,7 +269,7 @@ def places_in_files(
     # Per tensor, the axes of its outputs, and why it holds no neurons (empty if it does).
     kinds: dict[str, tuple[tuple[int, ...], str]] = {t.info.name: (t.axes, "") for t in anatomy.scored}
     kinds |= {entry.info.name: ((0,), entry.reason) for entry in anatomy.listed}
-    places: dict[str, LoraPlace | str] = {}
+    places: dict[str, Sequence[LoraPlace] | str] = {}
     for name, tensor in patch.tensors.items():
         axes, reason = kinds[name]
         layout = tensor.layout
@@ -273,7 +277,7 @@ def places_in_files(
             axes = layout.axes
         path, turned = prefix + name.removesuffix(".weight"), axes == (1,)
         place = LoraPlace(path, layout.shape, layout.axes, patch.index(name), transposed=turned)
-        places[name] = _unknown(name, layout.shape, reason) or place
+        places[name] = _unknown(name, layout.shape, reason) or [place]
     warnings = []
     if config is None and not told:
         warnings.append(

@@ -42,6 +42,11 @@ def gpt_oss() -> Any:
     return tf.GptOssForCausalLM(tf.GptOssConfig(**DECODER | experts))
 
 
+def mixtral() -> Any:
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER | experts))
+
+
 def wav2vec2() -> Any:
     convolutions = {"conv_dim": (8, 8), "conv_kernel": (4, 3), "conv_stride": (2, 2)}
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
@@ -103,6 +108,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], set[str]]] = {
     "gpt2": (untied_gpt2, EVERYTHING, {"linear", "embedding"}),
     "gpt_oss": (gpt_oss, {}, {"linear", "parameter"}),
     "gpt_oss, units": (gpt_oss, {"anatomy": "units", "per": "model"}, {"linear", "parameter"}),
+    "mixtral": (mixtral, {}, {"linear", "parameter"}),
+    "mixtral, units": (mixtral, {"anatomy": "units", "per": "model"}, {"linear", "parameter"}),
     "wav2vec2": (wav2vec2, {"exclude": ["*pos_conv*"]}, {"linear", "convolution"}),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from peft_support import tiny
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.live.lora_places import PeftPlaces
-from neftsurgery.surgery.lora_modules import LoraPlace, adapter_config, lora_modules
+from neftsurgery.surgery.lora_modules import LoraPlaces, adapter_config, lora_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -85,17 +84,15 @@ def test_names_that_peft_takes_for_stacked_experts_are_targeted_as_parameters(tm
     base, patch = patched(qwen3_moe, tmp_path, only=["*layers.0.mlp.*"])
     model = PeftPlaces(Checkpoint.open(base))
     places = model.places(patch)
-    assert {place.form for place in places.values() if isinstance(place, LoraPlace)} == {"parameter"}
+    assert {place.form for found in places.values() for place in found} == {"parameter"}
     assert len(places) == 3
     take(model, patch, places)
-    modules = {
-        name: replace(place, form="linear") for name, place in places.items() if isinstance(place, LoraPlace)
-    }
+    modules = {name: [replace(place, form="linear")] for name, (place,) in places.items()}
     with pytest.raises(ns.MismatchError, match="PEFT does not take this adapter"):
         take(PeftPlaces(Checkpoint.open(base)), patch, modules)
 
 
-def take(model: PeftPlaces, patch: ns.Patch, places: Mapping[str, LoraPlace | str]) -> None:
+def take(model: PeftPlaces, patch: ns.Patch, places: LoraPlaces) -> None:
     """Have the adapter of ``patch`` checked, whatever is right."""
     modules = [replace(module, rank=module.count) for module in lora_modules(patch, places)]
     model.check(adapter_config(modules, None, None), [one for m in modules for one in m.entries("F32")])
@@ -105,9 +102,8 @@ def test_the_check_names_what_is_lost_and_what_is_missing(tmp_path: Path) -> Non
     base, patch = patched(lambda: tiny("llama"), tmp_path, only=["*up_proj*"])
     places = PeftPlaces(Checkpoint.open(base)).places(patch)
     moved = {
-        name: replace(place, path=place.path.replace("up_proj", "down_proj"))
-        for name, place in places.items()
-        if isinstance(place, LoraPlace)
+        name: [replace(place, path=place.path.replace("up_proj", "down_proj"))]
+        for name, (place,) in places.items()
     }
     with pytest.raises(ns.MismatchError, match="size mismatch"):
         take(PeftPlaces(Checkpoint.open(base)), patch, moved)
