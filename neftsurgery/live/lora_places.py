@@ -81,13 +81,14 @@ class PeftPlaces:
         form = self._form(path, module, parameter, weight)
         if form is None:
             return f"{parameter} of a {type(module).__name__}"
-        transposed = form == "embedding" or isinstance(module, Conv1D)
-        order = 0
+        transposed, order = form == "embedding" or isinstance(module, Conv1D), 0
         if form == "parameter":
             transposed = weight.ndim == 3 and bool(getattr(module, "is_transposed", False))
             order = [own for own, _ in module.named_parameters()].index(parameter)
-        where = place.layout.axes, place.index_of(index)
-        return LoraPlace(path, shape, *where, form, transposed, parameter, order)
+        index = place.index_of(index)
+        return LoraPlace.of(
+            path, place.layout, index, form, transposed=transposed, parameter=parameter, order=order
+        )
 
     def _form(self, path: str, module: nn.Module, parameter: str, weight: torch.Tensor) -> Any:
         """How PEFT adapts a weight; None if it does not, or not exactly."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -275,16 +276,17 @@ class _Factors:
         self._block = block
         self._plan, self._module, self._writer = plan, module, writer
         self._first, self._second = module.entries(plan.dtype)
+        self._width = prod(module.place.inputs)
         self._rows, self._columns, self._units = module.slots()
 
     def write(self) -> int:
         """Write both; returns how many elements do not round back."""
-        return self._write_rows() if self._module.rows else self._write_columns()
+        return self._write_rows() if self._module.place.rows else self._write_columns()
 
     def _write_rows(self) -> int:
         """Differences as rows of ``A``, ones in ``B``."""
         inexact = 0
-        for start, differences, lost in self._differences(0, self._module.inputs):
+        for start, differences, lost in self._differences(0, self._width):
             rows = self._rows[start : start + len(differences)]
             ends = [*np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)]  # of ranges that lie side by side
             for low, high in zip([0, *ends], ends, strict=False):
@@ -298,7 +300,7 @@ class _Factors:
     def _write_columns(self) -> int:
         """Ones in ``A``, differences as columns of ``B``."""
         for row, unit in zip(self._rows.tolist(), self._units, strict=True):
-            self._write(self._first, row, _ones(unit, self._module.inputs))
+            self._write(self._first, row, _ones(unit, self._width))
         inexact, (outputs, rank, *_) = 0, self._second.shape
         step = max(1, (self._block or _CHUNK_BYTES) // ((4 if self._second.dtype == "F32" else 32) * rank))
         for low in range(0, outputs, step):

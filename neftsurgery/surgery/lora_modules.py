@@ -22,7 +22,8 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
 from ..neurons.anatomy import read_anatomy
-from ..patch.patch import Patch, PatchTensor
+from ..neurons.layout import Layout
+from ..patch.patch import Patch
 from ..tensors.arrays import Int64Array
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
@@ -38,32 +39,56 @@ __all__ = [
     "lora_modules",
     "next_step",
     "places_in_files",
-    "refusals",
     "task_of",
 ]
 
 #: The values that vLLM takes for ``max_lora_rank``.
 STEPS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+LoraForm: TypeAlias = Literal["linear", "embedding", "convolution", "parameter"]
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPlace:
-    """Where a weight of the live model has neurons of a tensor of the files, and how PEFT adapts it.
-
-    A *linear* weight is ``[out, in]``, or transposed ``[in, out]``, as ``Conv1D`` stores it. An *embedding*
-    counts as transposed; a *convolution* is ``[out, in, ...]``. A *parameter* is targeted itself, not its
-    module; it may be a stack of experts, ``[E, out, in]``, or transposed ``[E, in, out]``.
-    """
+    """Where a weight of the live model has neurons of a tensor of the files, and how PEFT adapts it."""
 
     path: str  # of the module
-    shape: tuple[int, ...]  # of the live weight
-    axes: tuple[int, ...]  # its neuron axes
+    form: LoraForm
+    experts: int  # the weight is as many matrices
+    outputs: int
+    inputs: tuple[int, ...]  # of a convolution with its kernel
+    rows: bool  # whether a neuron is an output, not an input
     index: Int64Array  # the numbers in it of the neurons that the patch replaces; -1: in another weight
-    form: Literal["linear", "embedding", "convolution", "parameter"] = "linear"
     transposed: bool = False
     parameter: str = "weight"
     order: int = 0  # among the parameters of the module
+
+    @classmethod
+    def of(
+        cls,
+        path: str,
+        layout: Layout,
+        index: Int64Array,
+        form: LoraForm = "linear",
+        *,
+        transposed: bool = False,
+        parameter: str = "weight",
+        order: int = 0,
+    ) -> LoraPlace | str:
+        """The place in a weight of this layout, or why there is none.
+
+        The weight is ``[out, in]``, of a convolution ``[out, in, ...]``; or transposed ``[in, out]``, as of
+        ``Conv1D`` and embeddings. A parameter, which is targeted itself, may be a stack of such matrices.
+        """
+        stacked = form == "parameter" and len(layout.shape) == 3
+        matrix, axes = layout.shape[stacked:], layout.axes
+        known = [(*(0,) * stacked, axis) for axis in (stacked, stacked + 1)]
+        is_kernel = len(matrix) > 2
+        if axes not in known[: 2 - is_kernel] or is_kernel != (form == "convolution") or len(matrix) < 2:
+            return f"not a matrix of rows or columns, but {list(layout.shape)} along {list(axes)}"
+        outputs, *inputs = matrix[::-1] if transposed else matrix
+        experts, rows = layout.shape[0] if stacked else 1, (axes == known[0]) is not transposed
+        return cls(path, form, experts, outputs, (*inputs,), rows, index, transposed, parameter, order)
 
 
 LoraPlaces: TypeAlias = "Mapping[str, Sequence[LoraPlace] | str]"
@@ -82,11 +107,7 @@ class LivePlaces(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One weight of the live model and what a patch replaces in it.
-
-    Experts share the factors: slot s of expert e is row ``e * rank + s`` of ``A``, column ``s * E + e`` of
-    ``B``.
-    """
+    """One weight of the live model and what a patch replaces in it."""
 
     parts: Mapping[str, LoraPlace]  # by the names of the tensors in the files
     place: LoraPlace  # of the first of them
@@ -105,36 +126,6 @@ class LoraModule:
         return f"{place.path}.{place.parameter}" if place.form == "parameter" else place.path
 
     @property
-    def experts(self) -> int:
-        """How many matrices the weight has."""
-        return self.place.shape[0] if self._stacked else 1
-
-    @property
-    def _stacked(self) -> bool:
-        return self.place.form == "parameter" and len(self.place.shape) == 3
-
-    @property
-    def _matrix(self) -> tuple[int, ...]:
-        """The outputs, the inputs, and of a convolution its kernel."""
-        shape = self.place.shape[1:] if self._stacked else self.place.shape
-        return shape[::-1] if self.place.transposed else shape
-
-    @property
-    def outputs(self) -> int:
-        """Features that come out."""
-        return self._matrix[0]
-
-    @property
-    def inputs(self) -> int:
-        """Features that go in, for each element of the kernel."""
-        return prod(self._matrix[1:])
-
-    @property
-    def rows(self) -> bool:
-        """Whether a neuron is an output (a row of ``[out, in]``), not an input."""
-        return (self.place.axes[-1] == self._stacked) is not self.place.transposed
-
-    @property
     def count(self) -> int:
         """The rank it needs: its replaced neurons, or those of the expert with the most."""
         return int(np.bincount(self._experts_and_units[0]).max())
@@ -142,25 +133,28 @@ class LoraModule:
     @property
     def _experts_and_units(self) -> tuple[Int64Array, Int64Array]:
         index = np.concatenate([part.index[part.index >= 0] for part in self.parts.values()])
-        experts, units = np.divmod(index, self.outputs if self.rows else self.inputs)
+        experts, units = np.divmod(index, self.place.outputs if self.place.rows else prod(self.place.inputs))
         return experts, units
 
     def slots(self) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """The row of ``A``, the column of ``B``, and the output or input of each neuron, part after part."""
+        """The row of ``A``, the column of ``B``, and the output or input of each neuron, part after part.
+
+        Experts share the factors: slot s of expert e is row ``e * rank + s`` and column ``s * E + e``.
+        """
         experts, units = self._experts_and_units
         order, number = np.argsort(experts, kind="stable"), np.arange(len(experts))
         number[order] -= np.searchsorted(experts[order], experts[order])
-        return experts * self.rank + number, number * self.experts + experts, units
+        return experts * self.rank + number, number * self.place.experts + experts, units
 
     def entries(self, dtype: str) -> tuple[TensorInfo, TensorInfo]:
         """The factors, ``[rank * E, in]`` and ``[out, rank * E]``; of a convolution with its kernel."""
-        rank, (outputs, *rest) = self.rank * self.experts, self._matrix
-        stem = f"base_model.model.{self.place.path}{'.base_layer' * self.wrappers}.lora"
-        name = f"{stem}_embedding_{{}}" if self.place.form == "embedding" else f"{stem}_{{}}.weight"
-        ones = [1] * (len(rest) - 1)
+        place, rank = self.place, self.rank * self.place.experts
+        stem = f"base_model.model.{place.path}{'.base_layer' * self.wrappers}.lora"
+        name = f"{stem}_embedding_{{}}" if place.form == "embedding" else f"{stem}_{{}}.weight"
+        ones = [1] * (len(place.inputs) - 1)
         return (
-            TensorInfo(name.format("A"), dtype, (rank, *rest)),
-            TensorInfo(name.format("B"), dtype, (outputs, rank, *ones)),
+            TensorInfo(name.format("A"), dtype, (rank, *place.inputs)),
+            TensorInfo(name.format("B"), dtype, (place.outputs, rank, *ones)),
         )
 
 
@@ -207,7 +201,19 @@ def _patterns(modules: Iterable[LoraModule], usual: int) -> dict[str, int]:
 
 def lora_modules(patch: Patch, places: LoraPlaces) -> list[LoraModule]:
     """The weights that the patch changes, of rank 0; a `MismatchError` if a tensor has no LoRA form."""
-    if refused := refusals(patch, places):
+    weights: dict[tuple[str, str], dict[str, LoraPlace]] = {}
+    refused = dict[str, str]()
+    for name, found in places.items():
+        kind = patch.tensors[name].info.dtype
+        if isinstance(found, str) or kind not in FLOATS:
+            refused[name] = found if isinstance(found, str) else f"{kind} elements"
+            continue
+        for place in found:
+            parts = weights.setdefault((place.path, place.parameter), {})
+            parts |= {name: place} if (place.index >= 0).any() else {}
+            if parts and {part.rows for part in parts.values()} != {place.rows}:
+                refused[name] = f"along another axis than {next(iter(parts))}, a part of the same weight"
+    if refused:
         raise MismatchError(
             "some of the patch has no LoRA form",
             file=patch.place,
@@ -216,47 +222,16 @@ def lora_modules(patch: Patch, places: LoraPlaces) -> list[LoraModule]:
             hint="leave it out when neurons are chosen ([[exclude]], no [[with_bias]]), "
             "or write the patched checkpoint: `neftsurgery apply BASE PATCH -o OUT`",
         )
-    weights: dict[tuple[str, str], dict[str, LoraPlace]] = {}
-    for name, found in places.items():
-        for place in found:
-            if isinstance(place, LoraPlace) and (place.index >= 0).any():
-                weights.setdefault((place.path, place.parameter), {})[name] = place
-    if not weights:
+    modules = [LoraModule(parts, next(iter(parts.values()))) for parts in weights.values() if parts]
+    if not modules:
         raise MismatchError("the patch replaces no neuron", file=patch.place)
-    modules = [LoraModule(parts, next(iter(parts.values()))) for parts in weights.values()]
-    return [replace(module, wrappers=_wrappers(module.place, modules)) for module in modules]
-
-
-def refusals(patch: Patch, places: LoraPlaces) -> dict[str, str]:
-    """The tensors of the patch without a LoRA form, and why."""
-    refused, first = dict[str, str](), dict[tuple[str, str], tuple[str, LoraPlace]]()
-    for name, tensor in patch.tensors.items():
-        for place in [found] if isinstance(found := places[name], str) else found:
-            if isinstance(place, str):
-                refused[name] = place
-            elif why := _refusal(tensor, place):
-                refused[name] = why
-            else:
-                other, its = first.setdefault((place.path, place.parameter), (name, place))
-                if its.axes != place.axes:
-                    refused[name] = f"other axes than {other}, which is a part of the same weight"
-    return refused
-
-
-def _wrappers(place: LoraPlace, modules: Iterable[LoraModule]) -> int:
-    others = [m.place for m in modules if m.place.path == place.path]
-    return sum(other.order > place.order for other in others)
-
-
-def _refusal(tensor: PatchTensor, place: LoraPlace) -> str | None:
-    """Why a tensor has no LoRA form at this place; None if it has one."""
-    if tensor.info.dtype not in FLOATS:
-        return f"{tensor.info.dtype} elements"
-    axes, ndim = place.axes, len(place.shape)
-    allowed = {"convolution": [(0,)], "parameter": [(0, 1), (0, 2)] if ndim == 3 else [(0,), (1,)]}
-    if axes not in allowed.get(place.form, [(0,), (1,)] if ndim == 2 else []):
-        return f"not a matrix of rows or columns, but {list(place.shape)} along {list(axes)}"
-    return None
+    of_module: dict[str, list[int]] = {}
+    for module in modules:
+        of_module.setdefault(module.place.path, []).append(module.place.order)
+    return [
+        replace(module, wrappers=sum(order > module.place.order for order in of_module[module.place.path]))
+        for module in modules
+    ]
 
 
 def places_in_files(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[LoraPlaces, list[str]]:
@@ -271,13 +246,13 @@ def places_in_files(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple
     kinds |= {entry.info.name: ((0,), entry.reason) for entry in anatomy.listed}
     places: dict[str, Sequence[LoraPlace] | str] = {}
     for name, tensor in patch.tensors.items():
-        axes, reason = kinds[name]
-        layout = tensor.layout
+        (axes, reason), layout = kinds[name], tensor.layout
         if told and tensor.info.type.kind == "float" and len(layout.shape) == 2:
             axes = layout.axes
-        path, turned = prefix + name.removesuffix(".weight"), axes == (1,)
-        place = LoraPlace(path, layout.shape, layout.axes, patch.index(name), transposed=turned)
-        places[name] = _unknown(name, layout.shape, reason) or [place]
+        path, index = prefix + name.removesuffix(".weight"), patch.index(name)
+        place = LoraPlace.of(path, layout, index, transposed=axes == (1,))
+        why = _unknown(tensor.info, reason) or place
+        places[name] = why if isinstance(why, str) else [why]
     warnings = []
     if config is None and not told:
         warnings.append(
@@ -287,13 +262,15 @@ def places_in_files(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple
     return places, warnings
 
 
-def _unknown(name: str, shape: tuple[int, ...], reason: str) -> str:
+def _unknown(info: TensorInfo, reason: str) -> str:
     """Why files alone do not give a tensor a LoRA form; empty if they do."""
     if reason and reason != "output head":
         return reason
-    if len(shape) > 2:
-        return "stacked experts" if "expert" in name else "convolution"
-    return "" if name.endswith(".weight") or len(shape) < 2 else "not the weight of a module"
+    if len(info.shape) > 2:
+        return "stacked experts" if "expert" in info.name else "convolution"
+    if len(info.shape) == 2 and not info.name.endswith(".weight"):
+        return "not the weight of a module"
+    return ""
 
 
 def task_of(base: Checkpoint | None) -> str | None:

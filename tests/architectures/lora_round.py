@@ -14,7 +14,6 @@ import transformers
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.live.lora_places import PeftPlaces
-from neftsurgery.surgery.lora_modules import refusals
 
 __all__ = ["LoraOutcome", "lora_round"]
 
@@ -43,7 +42,8 @@ def lora_round(
     keywords: dict[str, Any] = {"policy": "random", "per": "tensor", "include": ["*"], "reversible": True}
     keywords["max_per_tensor"] = 16  # one-hot vectors of a whole vocabulary are long
     patch = ns.extract(base, tuned, neurons=neurons, out=folder / "all.safetensors", **keywords)
-    refused = refusals(patch, PeftPlaces(Checkpoint.open(base)).places(patch))
+    places = PeftPlaces(Checkpoint.open(base)).places(patch)
+    refused = {name: place for name, place in places.items() if isinstance(place, str)}
     if len(refused) == len(patch.tensors):
         return LoraOutcome("refused", next(iter(refused.values()), "no neurons"), refused=refused)
     kept = patch.selection.counts.keys() - refused

@@ -50,7 +50,7 @@ def command(
     plan = plan_lora(patch, out, base=base, force=force, **take(options, ExportOptions))
     console.warn(plan.warnings)
     facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
-    columns = sum(not module.rows for module in plan.modules)
+    columns = sum(not module.place.rows for module in plan.modules)
     console.say(
         f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at {plan.ranks}; "
         f"the largest needs {plan.needed}"
