@@ -280,7 +280,7 @@ class Attached:
                 self._freeze()
             for plan in plans:
                 self._plans.append(plan)
-                install(plan.neurons, plan.values, plan.layers)
+                install(plan.neurons, plan.values, plan.layers, plan.uses)
                 if self.trainable:
                     register_optimizer_hooks(plan.neurons)
             update_extra_repr(self.model)
@@ -291,7 +291,7 @@ class Attached:
 
     def _remove(self) -> None:
         for plan in reversed(self._plans):
-            remove(plan.neurons, plan.layers)
+            remove(plan.neurons, plan.layers, plan.uses)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
         self._plans, self._requires_grad, self._attached = [], [], False

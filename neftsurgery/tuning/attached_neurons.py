@@ -68,7 +68,7 @@ class AttachedNeurons:
     parts: tuple[AttachedPart, ...]
     layout: Layout  # of the live weight
     module: nn.Module  # the owner of the weight; a tied weight has one
-    attribute: str  # of the weight in the module: ``weight`` or ``bias``
+    attribute: str  # of the weight in the module, such as ``weight`` or ``bias``
     kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
     mode: Mode
     trainable: bool
@@ -98,8 +98,9 @@ class AttachedNeurons:
         """The live weight."""
         # Looked up each time: wrappers such as FSDP replace the module's tensor, and an overlay that kept
         # a reference to the whole weight would keep it in memory.
-        weight: Tensor = getattr(self.module, self.attribute)
-        return weight
+        weight: Any = self.module._parameters[self.attribute]  # the attribute is a `NeuronWeight`
+        # So is the parameter, if the model's weights were tied meanwhile.
+        return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
 
     @property
     def rows(self) -> Tensor:
