@@ -177,3 +177,59 @@ def _view(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> Deq
     own |= {"tensors": tensors, "_home": home, "original": checkpoint.original or checkpoint}
     own["quantized"] = weights
     return Dequantized(**own, files=checkpoint, shown=weights)
+
+
+def comparable(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
+    """Whether a tensor of both is compared by its numbers, which one stores as codes."""
+    quantized = [name in side.quantized for side in (base, tuned)]
+    a, b = base.tensors[name], tuned.tensors[name]
+    return any(quantized) and a.shape == b.shape and {a.dtype, b.dtype} <= FLOATS
+
+
+def in_common_numbers(
+    base: Checkpoint, tuned: Checkpoint, names: Iterable[str]
+) -> tuple[Checkpoint, Checkpoint, frozenset[str]]:
+    """Both, with the weights of ``names`` that one stores as codes as numbers of one dtype.
+
+    And those whose last two axes are in the order of the codes on both sides: it is faster to read.
+    """
+    infos, straight = dict[str, TensorInfo](), set[str]()
+    for name in names:
+        stored = [side.quantized.get(name) for side in (base, tuned)]
+        if not any(stored):
+            continue
+        dtypes = {side.tensors[name].dtype for side in (base, tuned)}
+        info = replace(base.tensors[name], dtype="F64" if "F64" in dtypes else "F32")
+        if all(one is not None and one.transposed for one in stored):
+            straight.add(name)
+            *outer, rows, columns = info.shape
+            info = replace(info, shape=(*outer, columns, rows))
+        infos[name] = info
+    if not infos:
+        return base, tuned, frozenset()
+    views = [side if isinstance(side, Dequantized) else _view(side, {}) for side in (base, tuned)]
+    first, second = (view.showing(infos, straight) for view in views)
+    return first, second, frozenset(straight)
+
+
+def stored_side(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that its files have."""
+    return checkpoint.files if isinstance(checkpoint, Dequantized) else checkpoint
+
+
+def require_stored_alike(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> None:
+    """Raise a `MismatchError` unless both store weights in the same way, as numbers or as the same codes."""
+    for name in names:
+        a, b = (side.quantized.get(name) for side in (base, tuned))
+        if (None if a is None else a.companions) != (None if b is None else b.companions):
+            expected, found = (
+                side.tensors[name].describe() if one is None else f"{one.layout} {one.codes.describe()}"
+                for side, one in ((base, a), (tuned, b))
+            )
+            raise MismatchError(
+                f"{base.name} and {tuned.name} store this weight in two ways",
+                tensor=name,
+                expected=expected,
+                found=found,
+                hint="name two checkpoints that were quantized alike, or both before quantization",
+            )
