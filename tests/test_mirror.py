@@ -51,6 +51,7 @@ ELSEWHERE = {
     "tensors/compiled.py": "scoring/test_kernels.py",
     "tensors/arrays.py": "scoring/test_kernels.py",
     "training/neuron_choice.py": "training/test_train_plan.py",
+    "tuning/expert_weights.py": "tuning/test_neuron_weight.py",
     "version.py": "cli/test_help.py",
 }
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import MismatchError
 from ..quantization.layouts import quantized_weights
 from ..quantization.settings import Settings, quantization_section
 from ..quantization.weight import QuantizedWeight
 from ..tensors.arrays import IndexArray, Int64Array, RawBytes
-from ..tensors.floats import widen
+from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
 from .checkpoint import Checkpoint
 
