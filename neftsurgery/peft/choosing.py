@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.in_memory import tensor_info
-from ..errors import UsageError
+from ..errors import MismatchError, UsageError
 from ..live.names import live_names
 from ..live.weights import from_bytes, is_plain
 from ..neurons.anatomy import NeuronTensor, read_anatomy
@@ -81,8 +81,18 @@ def _of_budget(
     own: Any = getattr(model, "config", None)
     infos = {name: _info(model, name, value) for name, value in parameters.items()}
     anatomy = read_anatomy(
-        config.anatomy, infos, own.to_dict() if hasattr(own, "to_dict") else None, include=config.include
+        config.anatomy,
+        infos,
+        own.to_dict() if hasattr(own, "to_dict") else None,
+        axis={name: 0 for name, info in infos.items() if len(info.shape) > 2},  # candidates are convolutions
+        include=config.include,
     )
+    if not anatomy.scored:
+        raise MismatchError(
+            "no neuron can be chosen",
+            found="no module that target_modules and exclude_modules allow" if not infos else None,
+            hint="name modules of the model, or include=[...] tensors that are left out",
+        )
     units = _Units.of(anatomy.scored)
     for tensor in anatomy.scored:
         units.add(tensor.info.name, _scores(config.policy, parameters[tensor.info.name], tensor))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..live.weights import read_vectors, write_vectors
 from ..neurons.layout import Layout
-from ..tuning.forwards import LayerForward, LayerNeurons
+from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward
 from ..tuning.frozen_weights import OverlaidLinear, apply_function
 
 __all__ = ["NeftLayer"]
@@ -39,6 +39,7 @@ class NeftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("neft_rows",)
     other_param_names = ("neft_index", "neft_saved")
+    adapter_of_example: list[str] | None = None  # of a mixed batch
 
     def __init__(self, base_layer: nn.Module, forward: LayerForward, layout: Layout) -> None:
         super().__init__()
@@ -57,17 +58,25 @@ class NeftLayer(nn.Module, BaseTunerLayer):
         """Add an adapter with these neurons; ``values`` None: with the vectors of the base."""
         base: Any = self.get_base_layer()
         device: torch.device = base.weight.device
-        if values is None:
-            meta = index.is_meta or device.type == "meta"
-            shape = (len(index), self.layout.width)
-            values = torch.empty(shape, device="meta") if meta else self._vectors(index.to(device))
-        self.neft_rows[adapter] = nn.Parameter(
-            values.to(device=values.device, dtype=torch.float32, copy=True)
-        )
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        if values is None and not index.is_meta and device.type != "meta":
+            values = self._vectors(index.to(device))
+        elif values is None:
+            values = torch.empty(len(index), self.layout.width, device="meta")
+        self.neft_rows[adapter] = nn.Parameter(values.to(values.device, dtype, copy=True))
         self.neft_index[adapter] = index.to(device)
 
     def _vectors(self, index: Tensor) -> Tensor:
         return read_vectors(self.get_base_weight().view(self.layout.shape), self.layout, index)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As PEFT's, but never to the base's dtype: rows keep what small steps have changed."""
+        if adapter_name in self.neft_rows and not self.neft_rows[adapter_name].is_meta:
+            base: Any = self.get_base_layer()
+            self.neft_rows[adapter_name].data = self.neft_rows[adapter_name].to(device or base.weight.device)
+            self.neft_index[adapter_name] = self.neft_index[adapter_name].to(device or base.weight.device)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; several may not have a neuron in common."""
@@ -119,14 +128,13 @@ class NeftLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's forward pass with the vectors of the active adapters."""
-        names: list[str] | None = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
-        if names is not None:
-            return self._mixed(x, names)
+        if self.adapter_of_example is not None:
+            return self._mixed(x, self.adapter_of_example)
         return self._run(x, [name for name in self.active_adapters if name in self.neft_rows])
 
     def _run(self, x: Tensor, adapters: list[str]) -> Tensor:

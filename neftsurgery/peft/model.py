@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,9 +45,12 @@ class NeftModel(BaseTuner):
 
     def _refuse_unsupported(self, model: nn.Module, config: NeftConfig) -> None:
         modules = _modules(model)
+        owners: dict[int, list[str]] = {}
+        for path, owner in modules.items():
+            owners.setdefault(id(owner._parameters.get("weight")), []).append(path)
         for name, (_, axes) in config.layouts().items():
-            path, _, attribute = name.rpartition(".")
-            module = modules.get(path)
+            own, _, attribute = name.rpartition(".")
+            module = modules.get(own)
             if module is None:
                 raise MismatchError(
                     "the model has no such module", tensor=name, hint="use the adapter's own base"
@@ -58,8 +62,14 @@ class NeftModel(BaseTuner):
                     tensor=name,
                     hint="leave it out, or use neftsurgery.attach",
                 )
+            if others := [path for path in owners[id(module._parameters[attribute])] if path != own]:
+                raise UsageError(
+                    f"the weight is tied to {others[0]}, and an adapter would change only one of the two",
+                    tensor=name,
+                    hint="untie them first, or use neftsurgery.attach, which trains both",
+                )
             if (reason := forward.unsupported(module, "overlay")) is not None:
-                raise UsageError(f"neurons of {path} cannot be an adapter: {reason}", tensor=name)
+                raise UsageError(f"neurons of {own} cannot be an adapter: {reason}", tensor=name)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
@@ -94,6 +104,21 @@ class NeftModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Within the context, each example of a batch has the adapter that ``adapter_names`` gives it."""
+        names: list[str] | None = kwargs.pop("adapter_names", None)
+        if unknown := {*(names or [])} - {"__base__", *self.peft_config}:
+            raise UsageError("the model has no such adapter", found=", ".join(sorted(unknown)))
+        layers = [] if names is None else [one for one in self.modules() if isinstance(one, NeftLayer)]
+        try:
+            for layer in layers:
+                layer.adapter_of_example = names
+            yield
+        finally:
+            for layer in layers:
+                layer.adapter_of_example = None
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
