@@ -101,19 +101,23 @@ class _FeedForwardTrial(Trial):
         effect = (silent - base).abs().max()
         if effect < 1e-4 * base.abs().max():
             return None
-        members: list[tuple[str, int, str]] = []  # the layer, its row of the unit, where the row is
+        heard: list[tuple[str, int, str]] = []  # the layer, its row of the unit, where the row is
+        members: list[tuple[str, int, str]] = []  # those that are heard through the column alone
         for up in ups:
             rows = {_UNIT: "apart"}
             if sizes_of(self.module.get_submodule(up)) != (self.width, inner):
                 rows = {_row(where, inner, _UNIT): where for where in _FUSED}
             for row, where in rows.items():
                 change = (up, [row], False, lambda old: -2 * old + 1)
-                heard = (self.edited(change) - base).abs().max() > 1e-3 * effect
+                if (self.edited(change) - base).abs().max() <= 1e-3 * effect:
+                    continue
+                heard.append((up, row, where))
                 quiet = (
                     self.edited((down, [_UNIT], True, torch.zeros_like), change) - silent
                 ).abs().max() <= 1e-3 * effect
-                if heard and quiet:
+                if quiet:
                     members.append((up, row, where))
+        members = members or heard  # one norm over all units, say: then the swap decides alone
         names = {up for up, _, _ in members}
         if not members or (names | {down} != layers_of(self.module).keys() and self.mixes(down, names)):
             return None

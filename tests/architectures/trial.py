@@ -184,9 +184,8 @@ class Trial:
             owner = re.sub(r"\.(weight|bias)$", "", name)
             for axis, size in enumerate(tensor.shape):
                 if size in pairs_of:
-                    key = owner if tensor.ndim == 1 else f"{owner} {axis} {name}"
-                    carriers.setdefault(key, []).append((name, axis, pairs_of[size]))
-        tried = sorted(carriers, key=lambda key: key.count(" "))
+                    carriers.setdefault(f"{owner} {axis}", []).append((name, axis, pairs_of[size]))
+        tried = sorted(carriers)
         for count in (1, 2, 3):
             for chosen in combinations(tried[: _MOST_CARRIERS * 2 // count], count):
                 try:
