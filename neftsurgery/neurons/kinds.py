@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tensors.header import TensorInfo
 from .anatomy import Anatomy
-from .submodels import Submodels
+from .submodels import Submodels, split_part
 from .tensor_names import COLUMNS, layer_and_kind, name_pattern, read_name
 
 __all__ = ["WeightKind", "weight_kinds"]
@@ -41,7 +41,8 @@ def weight_kinds(rows: Anatomy, config: Mapping[str, Any] | None) -> list[Weight
     for info, axes, reason in entries:
         if len(info.shape) < 2:
             continue
-        parts = info.name.split(".")
+        folder, rest = split_part(info.name)
+        parts = [*([folder] if folder else []), *rest.split(".")]
         pattern = name_pattern(parts)
         key = (pattern, len(info.shape), axes, reason)
         if key not in found:
@@ -50,7 +51,7 @@ def weight_kinds(rows: Anatomy, config: Mapping[str, Any] | None) -> list[Weight
             member = role.member if role and block else ""
             expert = "expert " if block and ("E" in block.order or "experts" in pattern) else ""
             found[key] = WeightKind(
-                ".".join(pattern),
+                ".".join(pattern).replace("/.", "/", 1),
                 reading.submodel.model_type,
                 reason if reason else f"{expert}{member}" if member else "weight",
                 axes,

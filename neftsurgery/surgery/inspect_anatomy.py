@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
 from ..neurons.anatomy import ANATOMIES, Anatomy
 from ..neurons.kinds import WeightKind, weight_kinds
-from ..neurons.submodels import Submodel, Submodels
+from ..neurons.submodels import Submodel, Submodels, stated_type
 from ..options import Scope
 from ..text import commas, label, natural_key, plural, some
 from .pairing import scoped_anatomy, scored_count
@@ -35,8 +35,10 @@ def anatomy_facts(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         none = "no feed-forward block" if name == "ffn" else "no feed-forward or attention block"
         anatomies[name] = _counts(found) if found.scored else {"why_not": f"{none} is known in this model"}
     return {
+        "kind": "checkpoint",
+        "name": checkpoint.name,
         "anatomy": "all",
-        "model_type": (checkpoint.config or {}).get("model_type"),
+        "model_type": stated_type(checkpoint.config) or None,
         "parts": _parts(Submodels.of(checkpoint.config), kinds),
         "anatomies": anatomies,
         "kinds": [_kind(kind) for kind in sorted(kinds, key=lambda kind: natural_key(kind.name))],
@@ -52,7 +54,7 @@ def _counts(anatomy: Anatomy) -> dict[str, Any]:
 
 def _parts(submodels: Submodels, kinds: list[WeightKind]) -> list[dict[str, Any]]:
     """The parts that have tensors: what in a name tells each, "" for what no name tells."""
-    used = {part for kind in kinds for part in kind.name.split(".")}
+    used = {part for kind in kinds for part in kind.name.replace("/", "/.").split(".")}
     names: dict[tuple[str, bool], list[str]] = {}
     for name, submodel in (("", submodels.main), *_named(submodels)):
         if submodel.model_type in {kind.part for kind in kinds} and (name in used or not name):

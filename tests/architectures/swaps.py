@@ -12,30 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from neftsurgery.neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
-from neftsurgery.neurons.kinds import weight_kinds
+from neftsurgery.neurons.anatomy import NeuronTensor, read_anatomy
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.tensors.header import TensorInfo
 
-from .calls import possible_inputs
-
-__all__ = ["swapped_output", "tied_blocks", "unit_blocks"]
+__all__ = ["swapped_output", "unit_blocks"]
 
 
-def unit_blocks(model: Any) -> tuple[Anatomy, dict[str, list[NeuronTensor]]]:
-    """The anatomy ``rows`` of a live model, and the tensors of each block of units, by the first of them."""
+def unit_blocks(model: Any) -> list[list[NeuronTensor]]:
+    """The tensors of each block of units of a live model."""
     infos = {name: TensorInfo(name, "F32", tuple(value.shape)) for name, value in model.state_dict().items()}
-    config = model.config.to_dict()
     blocks: dict[int, list[NeuronTensor]] = {}
-    for tensor in read_anatomy("units", infos, config).scored:
+    for tensor in read_anatomy("units", infos, model.config.to_dict()).scored:
         assert tensor.units is not None
         blocks.setdefault(tensor.units.base, []).append(tensor)
-    return read_anatomy("rows", infos, config), {found[0].info.name: found for found in blocks.values()}
-
-
-def tied_blocks(model: Any, rows: Anatomy) -> dict[str, str]:
-    """By the pattern of a tensor's name, what ties its units to their places."""
-    return {kind.name: kind.tied for kind in weight_kinds(rows, model.config.to_dict())}
+    return list(blocks.values())
 
 
 def swapped_output(model: Any, tensors: list[NeuronTensor], inputs: Mapping[str, Any]) -> Any:
@@ -70,15 +61,3 @@ def _reordered(value: torch.Tensor, axes: tuple[int, ...], order: Any) -> torch.
     front = value.movedim(axes, tuple(range(len(axes))))
     flat = front.reshape(layout.count, -1)[torch.from_numpy(order)]
     return flat.reshape(front.shape).movedim(tuple(range(len(axes))), axes)
-
-
-def first_inputs(model: Any) -> dict[str, Any]:
-    """The first inputs that the model runs on."""
-    for inputs in possible_inputs(model):
-        try:
-            with torch.no_grad():
-                model(**inputs)
-        except Exception:  # the next ones may fit
-            continue
-        return inputs
-    raise ValueError("no inputs fit")

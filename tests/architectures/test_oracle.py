@@ -24,7 +24,7 @@ IMAGES = "vit dinov2 deit convnext resnet regnet mobilenet_v2 segformer poolform
 SOUND = "wav2vec2 hubert"
 
 
-def tiny_model(model_type: str) -> torch.nn.Module:
+def _model(model_type: str) -> torch.nn.Module:
     config = config_of(model_type, 16, 2)
     torch.manual_seed(0)
     model = classes_of(model_type)[0](config).eval()
@@ -37,7 +37,7 @@ def tiny_model(model_type: str) -> torch.nn.Module:
 @pytest.mark.parametrize("model_type", [*TEXT.split(), *IMAGES.split(), *SOUND.split()])
 def test_neuron_axes_index_the_output_of_the_running_module(model_type: str) -> None:
     transformers.logging.set_verbosity_error()
-    model = tiny_model(model_type)
+    model = _model(model_type)
     infos = {name: TensorInfo(name, "F32", tuple(value.shape)) for name, value in model.state_dict().items()}
     axes = {
         tensor.info.name: tensor.axes for tensor in read_anatomy("rows", infos, model.config.to_dict()).scored
