@@ -165,7 +165,8 @@ def plan_train(
         else:
             with in_recipe_words():
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
-        live_names(meta_model(base, "causal_lm"), choice.tensors)  # refuses names that the live model lacks
+        if asked.train.skip is None:  # refuses names that the live model lacks
+            live_names(meta_model(base, "causal_lm"), choice.tensors)
     finally:
         base.close()
     steps = asked.train.steps or _steps(asked, len(examples.train))
@@ -223,7 +224,9 @@ def run_training(
         selection = directory.load_selection()
         if selection is None:
             selection = _choose(plan, model, args.device, limits, note)
-        with attach(model, selection, base=plan.recipe.model, mode=plan.recipe.train.mode) as attached:
+        mode, skip = plan.recipe.train.mode, plan.recipe.train.skip
+        with attach(model, selection, base=plan.recipe.model, mode=mode, skip=skip) as attached:
+            selection = attached.selection
             with progress("training", plan.steps) as advance:
                 resumed_from = directory.last_step
                 advance(resumed_from)
