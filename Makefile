@@ -12,7 +12,8 @@
 #   make torture tests with faults (signals, failing disks, hostile files), and makes the table of docs/guarantees.md.
 #                TIMES=1000: a day of trials; ONLY="killed": a part
 #   make families       makes the table of architectures from the installed transformers (a quarter of an hour, resumable)
-#   make architectures  the same, and reads the files of all these models with it: the table of docs/architectures.md
+#   make architectures  the same, and puts every model type through every verb (an hour or two, resumable): the tables of
+#                docs/architectures.md. ARGS="--only llama,t5": some types anew
 PYTHON ?= python3
 VENV   ?= .venv
 FIELD  ?= build/field
@@ -61,7 +62,7 @@ families: $(VENV)/.test
 	nice -n 10 $(BIN)/python -m tests.architectures families
 
 architectures: families
-	$(BIN)/python -m tests.architectures sweep
+	nice -n 10 $(BIN)/python -m tests.architectures sweep $(ARGS)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

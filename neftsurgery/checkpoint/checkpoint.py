@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, UsageError, boundary
+from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors, read_exactly, read_rows_exactly
@@ -98,6 +99,8 @@ class Checkpoint:
         of parts.
     prefixes, original:
         If its names are changed: how, and the checkpoint with the names that its files have.
+    quantized:
+        The weights that it shows as numbers while its files hold codes, by name; see `dequantized`.
     """
 
     source: Source
@@ -112,6 +115,7 @@ class Checkpoint:
     opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
     prefixes: Prefixes | None = None
     original: Checkpoint | None = None
+    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict, repr=False)
 
     @classmethod
     @boundary
@@ -220,6 +224,10 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensor data."""
         return sum(info.nbytes for info in self.stored)
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that the files hold of tensor ``name``."""
+        return self.tensors[name].nbytes
 
     def shard_of(self, name: str) -> Shard:
         """The weight file that holds tensor ``name``."""

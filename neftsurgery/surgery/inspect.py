@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.dequantized import dequantized
 from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
@@ -122,9 +123,14 @@ def _found(named: AnyPath) -> Source:
 
 def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     config = checkpoint.config
-    anatomy = scoped_anatomy(scope, checkpoint.tensors, config)
+    shown = dequantized(checkpoint)
+    anatomy = scoped_anatomy(scope, shown.tensors, config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
+    quantized = {tensor["name"]: shown.quantized.get(tensor["name"]) for tensor in tensors}
+    for tensor in tensors:
+        if (weight := quantized[tensor["name"]]) is not None:
+            tensor |= {"dtype": weight.layout, "stored_as": weight.describe()}
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     ties, notes = stored_ties(checkpoint)
@@ -137,8 +143,9 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "revision": checkpoint.source.revision,
         "files": [shard.name for shard in checkpoint.shards],
         "bytes": checkpoint.nbytes,
-        "parameters": checkpoint.parameters - copied,
+        "parameters": shown.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
+        "quantized": _quantized(shown),
         "model_type": stated_type(config) or None,
         "parts": {part.strip("/"): stated_type(part_config(config, part)) for part in checkpoint.parts},
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
@@ -151,6 +158,12 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
         "tensors": _in_order(tensors),
     }
+
+
+def _quantized(shown: Checkpoint) -> list[dict[str, object]]:
+    """How many weights are stored in which layout, and what of them can be replaced by itself."""
+    found = Counter((weight.layout, weight.unit) for weight in shown.quantized.values())
+    return [{"layout": layout, "unit": unit, "weights": n} for (layout, unit), n in found.items()]
 
 
 def _paths(paths: Iterable[Path]) -> list[str]:
@@ -188,6 +201,7 @@ def _patch(patch: Patch | LosslessPatch) -> dict[str, Any]:
         return facts | {
             "neurons": patch.neurons,
             "parameters": patch.parameters,
+            "groups": [group.to_json() for group in patch.groups],
             "selection": dict(patch.facts),
             "tensors": _in_order(tensors),
         }
@@ -299,6 +313,12 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
     rows += [["sha256", facts["sha256"]]] if "sha256" in facts else []
     if "parameters" in facts:
         rows.append(["parameters", commas(facts["parameters"])])
+    for entry in facts.get("quantized", ()):
+        rows.append(
+            ["quantized", f"{plural(entry['weights'], 'weight')} in {entry['layout']}: {entry['unit']}"]
+        )
+    if facts.get("groups"):
+        rows.append(["quantized", f"{plural(len(facts['groups']), 'weight')}: codes, with their scales"])
     units = f" in {commas(facts['units'])} units" if facts.get("units") else ""
     rows.append(["neurons", commas(facts["neurons"]) + units])
     rows += [[key, str(facts[key])] for key in ("anatomy", "score") if key in facts]

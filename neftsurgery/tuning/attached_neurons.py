@@ -38,10 +38,11 @@ NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
 
 @dataclass(frozen=True, eq=False)
 class AttachedPart:
-    """The chosen neurons of one tensor of the files, and where they lie in the live weight."""
+    """The chosen neurons of one tensor of the files that lie in a live weight, and where they lie in it."""
 
     chosen: Chosen  # in the files
     index: NDArray[np.int64]  # their numbers in the live weight, ``[k]``
+    first: int = 0  # the position of the first among all chosen neurons of the tensor
     start: int = 0  # the position of the first among all neurons attached to the weight
 
     @property
@@ -68,7 +69,7 @@ class AttachedNeurons:
     parts: tuple[AttachedPart, ...]
     layout: Layout  # of the live weight
     module: nn.Module  # the owner of the weight; a tied weight has one
-    attribute: str  # of the weight in the module: ``weight`` or ``bias``
+    attribute: str  # of the weight in the module, such as ``weight`` or ``bias``
     kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
     mode: Mode
     trainable: bool
@@ -85,6 +86,7 @@ class AttachedNeurons:
         # The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
         # quantized, or nothing needs them.
         self.saved: Tensor | None = None
+        self.by_expert: Any = None  # the rows by expert (`ExpertRows`), once one expert of a stack is read
         self._values: Tensor | None = None  # of an overlay that is not trainable
         self._written: Tensor | None = None  # the very weight that the values were written to
         self._versions = (-1, -1)  # of the rows and the weight, when they were last equal
@@ -98,8 +100,9 @@ class AttachedNeurons:
         """The live weight."""
         # Looked up each time: wrappers such as FSDP replace the module's tensor, and an overlay that kept
         # a reference to the whole weight would keep it in memory.
-        weight: Tensor = getattr(self.module, self.attribute)
-        return weight
+        weight: Any = self.module._parameters[self.attribute]  # the attribute is a `NeuronWeight`
+        # So is the parameter, if the model's weights were tied meanwhile.
+        return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
 
     @property
     def rows(self) -> Tensor:
@@ -142,7 +145,7 @@ class AttachedNeurons:
             self._write(self.saved)
         if self.trainable:
             self.module._parameters.pop(self.parameter_name, None)
-        self.saved = self._values = self._written = None
+        self.saved = self._values = self._written = self.by_expert = None
         self.active = False
 
     def refresh(self, force: bool = False) -> None:
@@ -164,7 +167,7 @@ class AttachedNeurons:
 
     def _move(self, device: torch.device) -> None:
         """Follow the weight to another device."""
-        self.index = self.index.to(device)
+        self.index, self.by_expert = self.index.to(device), None
         for name in ("inverse_index", "saved", "_values"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.to(device))
@@ -191,7 +194,7 @@ class AttachedNeurons:
             "parameter_name",
             "active",
         }
-        for key, value in self.__dict__.items():
+        for key, value in (self.__dict__ | {"by_expert": None}).items():
             twin.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         if self.trainable:
             twin._versions = (-1, -1)  # version counters of copies start at zero

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, UsageError
-from ..live.names import live_names
+from ..live.placement import live_places
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
@@ -36,9 +36,11 @@ class WeightPlan:
 
     neurons: AttachedNeurons  # the neurons, not yet installed
     values: Tensor | None  # their values, ``[k, width]``; None: the vectors that the weight holds
-    # The modules whose forward pass is replaced, and how they compute; none where a patch's values are
-    # written into the weight.
-    layers: tuple[tuple[nn.Module, LayerForward], ...]
+    # The modules whose forward pass is replaced, and how they compute.
+    layers: tuple[tuple[nn.Module, LayerForward], ...] = ()
+    # The modules and attributes by which the weight is read with its neurons. There are neither of the two
+    # where a patch's values are written into the weight.
+    uses: tuple[tuple[nn.Module, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,13 @@ def plan_weights(
             "this model already has trainable neurons",
             hint="detach() them, or attach one selection of all neurons",
         )
-    all_uses = _parameter_uses(model)
+    all_uses, parameters = _parameter_uses(model), dict(model.named_parameters(remove_duplicate=False))
     plans = []
     for parameter, (layout, parts) in _parts(model, tensors).items():
-        uses = all_uses[id(model.get_parameter(parameter))]
-        neurons, layers = _plan_neurons(layout, parts, uses, mode, trainable)
+        uses = all_uses[id(parameters[parameter])]
+        neurons, layers, readers = _plan_neurons(layout, parts, uses, mode, trainable)
         _check_overlap(neurons)
-        plans.append(WeightPlan(neurons, _values(neurons, what, base), layers))
+        plans.append(WeightPlan(neurons, _values(neurons, what, base), layers, readers))
     return plans
 
 
@@ -85,25 +87,35 @@ def _parts(
     model: nn.Module, tensors: Mapping[str, Chosen]
 ) -> dict[str, tuple[Layout, tuple[AttachedPart, ...]]]:
     """The layout of each parameter of the model, and the parts that it holds, in the order of its neurons."""
-    names = live_names(model, tensors)
-    found: dict[str, tuple[Layout, list[tuple[Chosen, NDArray[np.int64]]]]] = {}
-    for name, chosen in tensors.items():
-        if len(chosen.index):
-            layout, held = found.setdefault(names[name], (chosen.layout, []))
-            if layout != chosen.layout:
+    found: dict[str, tuple[Layout, list[AttachedPart]]] = {}
+    places = live_places(model, {name: one.layout for name, one in tensors.items() if len(one.index)})
+    for name, held in places.items():
+        for place in held:
+            index = place.index_of(tensors[name].index)
+            here = np.flatnonzero(index >= 0)
+            if not len(here):
+                continue
+            if here[-1] - here[0] >= len(here):
+                raise MismatchError(
+                    "transformers deals its neurons out to several weights",
+                    tensor=name,
+                    found=place.parameter,
+                )
+            layout, parts = found.setdefault(place.parameter, (place.layout, []))
+            if layout != place.layout:
                 raise UsageError(
-                    f"{held[0][0].info.name} has neurons along another axis of the same weight",
+                    f"{parts[0].name} has neurons along another axis of the same weight",
                     tensor=name,
                     hint="choose neurons along one of the axes",
                 )
-            held.append((chosen, chosen.index))
-    placed = {}
-    for parameter, (layout, held) in found.items():
-        held.sort(key=lambda one: int(one[1][0]))
-        starts = itertools.accumulate((len(index) for _, index in held), initial=0)
-        parts = (AttachedPart(*one, start) for one, start in zip(held, starts, strict=False))
-        placed[parameter] = (layout, tuple(parts))
-    return placed
+            chosen = replace(tensors[name], index=tensors[name].index[here])
+            parts.append(AttachedPart(chosen, index[here], int(here[0])))
+    for parameter, (layout, parts) in found.items():
+        parts.sort(key=lambda part: int(part.index.min()))
+        starts = itertools.accumulate((len(part.index) for part in parts), initial=0)
+        placed = (replace(part, start=start) for part, start in zip(parts, starts, strict=False))
+        found[parameter] = (layout, [*placed])
+    return {parameter: (layout, tuple(parts)) for parameter, (layout, parts) in found.items()}
 
 
 def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:
@@ -122,9 +134,9 @@ def _plan_neurons(
     uses: Iterable[_ParameterUse],
     mode: ModeOption,
     trainable: bool,
-) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...]]:
+) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...], tuple[tuple[nn.Module, str], ...]]:
     owner, *others = uses
-    weight = getattr(owner.module, owner.attribute)
+    weight: Any = owner.module._parameters[owner.attribute]
     name = parts[0].name
     if weight.is_meta:
         raise UsageError(
@@ -145,19 +157,20 @@ def _plan_neurons(
     if plain:
         _check_shape(name, layout, tuple(weight.shape))
     if mode == "scatter" and not trainable:
-        return AttachedNeurons(parts, layout, owner.module, owner.attribute, None, mode, trainable), ()
-    layers, kinds = [], set[NeuronKind]()
+        return AttachedNeurons(parts, layout, owner.module, owner.attribute, None, mode, trainable), (), ()
+    layers, readers, kinds = [], [], set[NeuronKind]()
     for use in (owner, *others):
-        forward, kind = _plan_layer(name, layout, use, mode)
-        layers.append((use.module, forward))
-        kinds.add(kind)
-    if len(kinds) > 1:
-        raise UsageError(
-            "the weight is tied: the neurons are outputs of one layer and inputs of another", tensor=name
-        )
-    kind = kinds.pop()
+        forward, kind = _plan_layer(name, layout, use, mode, plain)
+        if forward is None or not forward.quantized:
+            readers.append((use.module, use.attribute))
+        if forward is not None and kind is not None:
+            layers.append((use.module, forward))
+            kinds.add(kind)
+    if len(kinds) > 1:  # a tied weight: the outputs of one layer and the inputs of another
+        layers, kinds = [], set()
+    kind = next(iter(kinds), None)
     neurons = AttachedNeurons(parts, layout, owner.module, owner.attribute, kind, mode, trainable)
-    return neurons, tuple(layers)
+    return neurons, tuple(layers), tuple(readers)
 
 
 def _check_shape(name: str, layout: Layout, found: tuple[int, ...]) -> None:
@@ -170,37 +183,46 @@ def _check_shape(name: str, layout: Layout, found: tuple[int, ...]) -> None:
         )
 
 
-def _plan_layer(name: str, layout: Layout, use: _ParameterUse, mode: Mode) -> tuple[LayerForward, NeuronKind]:
+def _plan_layer(
+    name: str, layout: Layout, use: _ParameterUse, mode: Mode, plain: bool
+) -> tuple[LayerForward | None, NeuronKind | None]:
+    """How the module computes with the neurons; two times None: its weight carries them, whatever it does."""
     module: Any = use.module
-    axes = layout.axes
-    forward = forward_of(module)
-    cls = type(module).__name__
-    if forward is None or use.attribute not in ("weight", "bias"):
+    forward, kind = forward_of(module), None
+    foreign = has_foreign_forward(module)
+    if forward is not None and not foreign and forward.covers(module, mode):
+        if use.attribute == "weight":
+            kind = forward.kind_of(layout.axes)
+        elif use.attribute == "bias" and layout.axes == (0,):
+            kind = "bias"
+    if forward is not None and kind is not None and getattr(module, "max_norm", None) is None:
+        if forward.quantized and use.attribute == "weight":
+            _check_shape(name, layout, (module.out_features, module.in_features))
+        return forward, kind
+    quantized = not plain or (forward is not None and forward.quantized)
+    if (problem := _unreadable(use, quantized, foreign)) is not None:
         raise UsageError(
-            f"neurons of a {cls} cannot be trained: only those of linear, Conv1D, convolution "
-            "and embedding layers can",
+            f"these neurons cannot be trained: {problem}",
             tensor=name,
-            found=f"{use.path or cls}.{use.attribute}",
+            found=f"axes {list(layout.axes)} of {use.path or type(module).__name__}.{use.attribute}",
         )
-    if (reason := forward.unsupported(module, mode)) is not None:
-        raise UsageError(f"neurons of {use.path} cannot be trained: {reason}", tensor=name)
-    if has_foreign_forward(module):
-        raise UsageError(
-            f"the forward pass of {use.path} was replaced by another tool, perhaps for offloading",
-            tensor=name,
-            hint="load the model without device_map",
-        )
-    kind: NeuronKind | None = "bias" if tuple(axes) == (0,) else None
-    if use.attribute == "weight":
-        kind = forward.kind_of(axes)
-    if kind is None:
-        raise UsageError(
-            f"neurons along axes {list(axes)} of a {cls}'s {use.attribute} cannot be trained",
-            tensor=name,
-        )
-    if forward.quantized and use.attribute == "weight":
-        _check_shape(name, layout, (module.out_features, module.in_features))
-    return forward, kind
+    return None, None
+
+
+def _unreadable(use: _ParameterUse, quantized: bool, foreign: bool) -> str | None:
+    """Why the weight cannot carry neurons for what reads it; None if it can."""
+    module: Any = use.module
+    if getattr(module, "max_norm", None) is not None:
+        return "its module uses max_norm, which changes the weight in every forward pass"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit has compiled its module"
+    if isinstance(inspect.getattr_static(type(module), use.attribute, None), property):
+        return "its module hides it behind a property"
+    if quantized and foreign:
+        return "it is quantized or sharded, and another tool replaced its module's forward pass"
+    if quantized:
+        return f"it is quantized or sharded, and how a {type(module).__name__} computes is not known"
+    return None
 
 
 def _check_overlap(neurons: AttachedNeurons) -> None:
@@ -254,7 +276,7 @@ def _part_values(
             hint='load the model with dtype="auto" or a wider one',
         )
     if isinstance(what, Patch):
-        return checked_values(what, part.name, vectors, base)
+        return checked_values(what, chosen, part.first, vectors, base)
     if vectors is not None:
         check_weights(vectors, chosen, base)
         return None
