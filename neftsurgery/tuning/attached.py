@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +22,7 @@ from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural
-from .attached_neurons import AttachedNeurons, register_optimizer_hooks
+from .attached_neurons import AttachedNeurons, AttachedPart, register_optimizer_hooks
 from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base
 from .install import install, remove, update_extra_repr
 from .weight_plans import ModeOption, WeightPlan, plan_weights
@@ -135,30 +136,44 @@ class Attached:
         if path is not None:
             inputs = [] if self._base is None else [self._base.source.path]
             refuse_output(path, inputs=inputs, force=force, kind="file")
-        tensors = {neurons.name: neurons.chosen for neurons in self._neurons}
-        selection = Selection(dict(sorted(tensors.items())), self.selection.facts)
+        selection = Selection(self._chosen(), self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
-        by_name = {neurons.name: neurons for neurons in self._neurons}
         with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
-            for name in selection.tensors:
-                for start, old, new in self._blocks(by_name[name]):
-                    writer.add_digests(name, *writer.write_rows(name, start, old, new))
+            for neurons in self._neurons:
+                rows = full_tensor(neurons.rows.detach())
+                for part in neurons.parts:
+                    for start, old, new in self._blocks(neurons, part, rows[part.positions]):
+                        rows_digests = writer.write_rows(part.name, part.first + start, old, new)
+                        writer.add_digests(part.name, *rows_digests)
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
         return writer.patch
 
-    def _blocks(self, neurons: AttachedNeurons) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
+    def _chosen(self) -> dict[str, Chosen]:
+        """The attached neurons by tensor of the files."""
+        found: dict[str, Chosen] = {}
+        for neurons in self._neurons:
+            for part in neurons.parts:  # those of one tensor follow each other
+                index = part.chosen.index
+                if part.name in found:
+                    index = np.concatenate([found[part.name].index, index])
+                found[part.name] = replace(part.chosen, index=index)
+        return dict(sorted(found.items()))
+
+    def _blocks(
+        self, neurons: AttachedNeurons, part: AttachedPart, rows: Tensor
+    ) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
         """Where each block starts, and the bytes of its vectors before and after."""
-        chosen, rows, saved = neurons.chosen, full_tensor(neurons.rows.detach()), neurons.saved
+        chosen = part.chosen
         for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
             if self._base is not None:
                 block = Chosen(chosen.info, chosen.layout, chosen.index[start:stop])
                 old = base_vectors(self._base, block)
             else:
-                assert saved is not None  # without base files, the weight was not quantized
-                old = to_bytes(saved[start:stop], chosen.info.dtype)
+                assert neurons.saved is not None  # without base files, the weight was not quantized
+                old = to_bytes(neurons.saved[part.positions][start:stop], chosen.info.dtype)
             yield start, old, to_bytes(rows[start:stop], chosen.info.dtype)
 
     @boundary
@@ -201,11 +216,17 @@ class Attached:
         If the model is sharded, every process must call this. The same holds for `patch`.
         """
         self._require_attached()
-        state = {}
+        if not self.trainable:
+            return {}
+        values: dict[str, list[Tensor]] = {}
         for neurons in self._neurons:
-            if neurons.trainable:
-                state[neurons.name] = full_tensor(neurons.rows.detach())
-                state[f"{neurons.name}:index"] = torch.from_numpy(neurons.chosen.index)
+            rows = full_tensor(neurons.rows.detach())
+            for part in neurons.parts:
+                values.setdefault(part.name, []).append(rows[part.positions])
+        state = {}
+        for name, chosen in self._chosen().items():
+            state[name] = torch.cat(values[name]) if len(values[name]) > 1 else values[name][0]
+            state[f"{name}:index"] = torch.from_numpy(chosen.index)
         return state
 
     @boundary
@@ -229,9 +250,9 @@ class Attached:
                 )
             if name.endswith(":index") and not torch.equal(mine, theirs.cpu()):
                 raise MismatchError("the state belongs to other neurons", tensor=name.removesuffix(":index"))
-        for neurons in self._neurons:
-            if neurons.trainable:
-                copy_into(neurons.rows, state[neurons.name])
+        for neurons in self._neurons if self.trainable else ():
+            parts = [state[p.name][p.first : p.first + len(p.index)] for p in neurons.parts]
+            copy_into(neurons.rows, torch.cat(parts))
         self.refresh()
 
     def detach(self) -> None:
@@ -273,7 +294,7 @@ class Attached:
                 self._freeze()
             for plan in plans:
                 self._plans.append(plan)
-                install(plan.neurons, plan.values, plan.layers)
+                install(plan.neurons, plan.values, plan.layers, plan.uses)
                 if self.trainable:
                     register_optimizer_hooks(plan.neurons)
             update_extra_repr(self.model)
@@ -284,7 +305,7 @@ class Attached:
 
     def _remove(self) -> None:
         for plan in reversed(self._plans):
-            remove(plan.neurons, plan.layers)
+            remove(plan.neurons, plan.layers, plan.uses)
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
         self._plans, self._requires_grad, self._attached = [], [], False

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NoReturn, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
@@ -18,55 +20,89 @@ from torch.optim.optimizer import (
 
 from ..errors import UsageError
 from ..live.weights import is_plain, read_vectors, write_vectors
+from ..neurons.layout import Layout
 from ..selection.selection import Chosen
 
-__all__ = ["AttachedNeurons", "Mode", "NeuronKind", "refuse_pickling", "register_optimizer_hooks"]
+__all__ = [
+    "AttachedNeurons",
+    "AttachedPart",
+    "Mode",
+    "NeuronKind",
+    "refuse_pickling",
+    "register_optimizer_hooks",
+]
 
 Mode: TypeAlias = Literal["scatter", "overlay"]
 NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttachedPart:
+    """The chosen neurons of one tensor of the files that lie in a live weight, and where they lie in it."""
+
+    chosen: Chosen  # in the files
+    index: NDArray[np.int64]  # their numbers in the live weight, ``[k]``
+    first: int = 0  # the position of the first among all chosen neurons of the tensor
+    start: int = 0  # the position of the first among all neurons attached to the weight
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the files."""
+        return self.chosen.info.name
+
+    @property
+    def positions(self) -> slice:
+        """Where its vectors lie among those of the weight."""
+        return slice(self.start, self.start + len(self.index))
 
 
 @dataclass(eq=False, repr=False)
 class AttachedNeurons:
     """The chosen neurons of one weight of a live model, and their values.
 
+    The weight may hold several tensors of the files: each is a part, with consecutive neurons.
+
     In mode ``scatter`` the values are written into the weight; in mode ``overlay`` it is never written.
     Trainable values are a parameter of the module, named ``weight_neurons`` or ``bias_neurons``.
     """
 
-    chosen: Chosen
+    parts: tuple[AttachedPart, ...]
+    layout: Layout  # of the live weight
     module: nn.Module  # the owner of the weight; a tied weight has one
-    attribute: str  # of the weight in the module: ``weight`` or ``bias``
+    attribute: str  # of the weight in the module, such as ``weight`` or ``bias``
     kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
     mode: Mode
     trainable: bool
 
     def __post_init__(self) -> None:
-        self.name = self.chosen.info.name  # in the checkpoint
+        self.name = self.parts[0].name  # in the checkpoint; the first of several
         self.active = False  # whether they are installed
         self.parameter_name = f"{self.attribute}_neurons"
         self.rows_dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.index = torch.from_numpy(self.chosen.index).to(self.weight.device)  # int64 ``[k]``
+        index = np.concatenate([part.index for part in self.parts])
+        self.index = torch.from_numpy(index).to(self.weight.device)  # int64 ``[k]``, in the live weight
         # int64: for each neuron of an embedding its position in ``rows``, or k if it is not chosen.
         self.inverse_index: Tensor | None = None
         # The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
         # quantized, or nothing needs them.
         self.saved: Tensor | None = None
+        self.by_expert: Any = None  # the rows by expert (`ExpertRows`), once one expert of a stack is read
         self._values: Tensor | None = None  # of an overlay that is not trainable
         self._written: Tensor | None = None  # the very weight that the values were written to
         self._versions = (-1, -1)  # of the rows and the weight, when they were last equal
 
     def __repr__(self) -> str:
         how = ("trainable" if self.trainable else "patched", self.mode)
-        return f"{self.parameter_name}={len(self.index)} of {self.chosen.layout.count} ({', '.join(how)})"
+        return f"{self.parameter_name}={len(self.index)} of {self.layout.count} ({', '.join(how)})"
 
     @property
     def weight(self) -> Tensor:
         """The live weight."""
         # Looked up each time: wrappers such as FSDP replace the module's tensor, and an overlay that kept
         # a reference to the whole weight would keep it in memory.
-        weight: Tensor = getattr(self.module, self.attribute)
-        return weight
+        weight: Any = self.module._parameters[self.attribute]  # the attribute is a `NeuronWeight`
+        # So is the parameter, if the model's weights were tied meanwhile.
+        return getattr(weight, "parameter", weight)  # type: ignore[no-any-return]
 
     @property
     def rows(self) -> Tensor:
@@ -80,14 +116,14 @@ class AttachedNeurons:
     def make_inverse_index(self) -> None:
         """Set `inverse_index`."""
         count, device = len(self.index), self.index.device
-        self.inverse_index = torch.full((self.chosen.layout.count,), count, device=device)
+        self.inverse_index = torch.full((self.layout.count,), count, device=device)
         self.inverse_index[self.index] = torch.arange(count, device=device)
 
     def install(self, values: Tensor | None) -> None:
         """Install ``values``, ``[k, width]``; None: the vectors that the weight holds."""
         weight = self.weight
         if is_plain(weight) and (self.trainable or self.mode == "scatter"):
-            self.saved = read_vectors(weight.detach(), self.chosen.layout, self.index)
+            self.saved = read_vectors(weight.detach(), self.layout, self.index)
         start = self.saved if values is None else values.to(weight.device)
         assert start is not None  # a quantized weight always comes with values
         if self.trainable:
@@ -109,7 +145,7 @@ class AttachedNeurons:
             self._write(self.saved)
         if self.trainable:
             self.module._parameters.pop(self.parameter_name, None)
-        self.saved = self._values = self._written = None
+        self.saved = self._values = self._written = self.by_expert = None
         self.active = False
 
     def refresh(self, force: bool = False) -> None:
@@ -131,7 +167,7 @@ class AttachedNeurons:
 
     def _move(self, device: torch.device) -> None:
         """Follow the weight to another device."""
-        self.index = self.index.to(device)
+        self.index, self.by_expert = self.index.to(device), None
         for name in ("inverse_index", "saved", "_values"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.to(device))
@@ -142,13 +178,23 @@ class AttachedNeurons:
 
     def _write(self, rows: Tensor) -> None:
         with torch.no_grad():
-            write_vectors(self.weight, self.chosen.layout, self.index, rows)
+            write_vectors(self.weight, self.layout, self.index, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedNeurons:
         twin = object.__new__(AttachedNeurons)
         memo[id(self)] = twin
-        shared = {"name", "chosen", "attribute", "kind", "mode", "trainable", "parameter_name", "active"}
-        for key, value in self.__dict__.items():
+        shared = {
+            "name",
+            "parts",
+            "layout",
+            "attribute",
+            "kind",
+            "mode",
+            "trainable",
+            "parameter_name",
+            "active",
+        }
+        for key, value in (self.__dict__ | {"by_expert": None}).items():
             twin.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         if self.trainable:
             twin._versions = (-1, -1)  # version counters of copies start at zero

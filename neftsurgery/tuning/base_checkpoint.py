@@ -136,11 +136,15 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
             )
 
 
-def checked_values(patch: Patch, name: str, vectors: Tensor | None, base: Checkpoint | None) -> Tensor:
-    """A patch's values of one tensor, ``[k, width]`` in its dtype, after checking that the patch fits.
+def checked_values(
+    patch: Patch, part: Chosen, first: int, vectors: Tensor | None, base: Checkpoint | None
+) -> Tensor:
+    """A patch's values of ``part``, ``[k, width]`` in its dtype, after checking that the patch fits.
 
-    ``vectors``: those of the live weight, None if it is quantized; the base is read if they cannot tell.
+    ``part`` holds the neurons of one tensor from position ``first`` on. ``vectors``: those of the live
+    weight, None if it is quantized; the base is read if they cannot tell.
     """
+    name, last = part.info.name, first + len(part.index)
     tensor = patch.tensors[name]
     before, after = DigestHash(), DigestHash()
     values, different, unknown = [], 0, False
@@ -149,20 +153,24 @@ def checked_values(patch: Patch, name: str, vectors: Tensor | None, base: Checkp
         new = patch.values(name, start, stop)
         before.update(stored)
         after.update(digests(new))
-        values.append(from_bytes(new, tensor.info.dtype))
-        chosen = Chosen(tensor.info, tensor.layout, patch.index(name)[start:stop])
-        found = _base_digests(chosen, None if vectors is None else vectors[start:stop], base)
+        low, high = max(start, first), min(stop, last)
+        if low >= high:
+            continue
+        values.append(from_bytes(new[low - start : high - start], tensor.info.dtype))
+        own = slice(low - first, high - first)
+        chosen = Chosen(tensor.info, tensor.layout, part.index[own])
+        found = _base_digests(chosen, None if vectors is None else vectors[own], base)
         if found is None:
             unknown = True
         else:
-            different += int(np.count_nonzero((found != stored).any(axis=1)))
+            different += int(np.count_nonzero((found != stored[low - start : high - start]).any(axis=1)))
     patch.check_hashes(name, before, after)
     if different:
         raise MismatchError(
             f"{patch.name} was made from another base",
             tensor=name,
             expected="the vectors of its base",
-            found=f"{different} of {tensor.count} vectors that differ",
+            found=f"{different} of {len(part.index)} vectors that differ",
             hint="detach() other patches first; `neftsurgery verify` tells which base a checkpoint is",
         )
     if unknown:

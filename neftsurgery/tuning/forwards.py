@@ -1,4 +1,4 @@
-"""Forward passes of the supported layer types, with neurons attached to their weights.
+"""Forward passes of the common layer types, with neurons attached to their weights.
 
 In scatter mode the frozen weight already contains the neurons' values, so the forward pass only gives them
 gradients (see `frozen_weights`). In overlay mode the weight is left alone: chosen outputs are computed
@@ -53,8 +53,15 @@ class LayerNeurons:
             return self.scattered
         return self.overlaid_inputs if neurons.kind == "inputs" else self.overlaid_outputs
 
-    def bias(self, bias: Tensor | None) -> Tensor | None:
-        """The bias with the values of its neurons."""
+    def weight(self, module: Any) -> Tensor:
+        """The weight of ``module``, to compute with: the parameter, if the module does the neurons' part."""
+        ours = self.scattered or self.overlaid_outputs or self.overlaid_inputs
+        weight: Tensor = module._parameters["weight"] if ours else module.weight
+        return weight
+
+    def bias(self, module: Any) -> Tensor | None:
+        """The bias of ``module``, with the values of its neurons."""
+        bias: Tensor | None = module._parameters["bias"] if self.biases else module.bias
         for neurons in self.biases:
             assert bias is not None  # it has neurons
             if neurons.mode == "scatter":
@@ -82,8 +89,9 @@ class LayerForward:
         """What neurons along ``axes`` of the weight are to the layer; None if they are not supported."""
         return "outputs" if tuple(axes) == (0,) else None
 
-    def unsupported(self, module: Any, mode: Mode) -> str | None:
-        """Why neurons of this one layer cannot be trained; None if they can."""
+    def covers(self, module: Any, mode: Mode) -> bool:
+        """Whether this one layer computes so; if not, its weight carries the neurons (`neuron_weight`)."""
+        return True
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
         """The forward pass."""
@@ -102,12 +110,12 @@ class _Linear(LayerForward):
         return "outputs" if (axes[0] == 1) is self.transposed else "inputs"
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
-        bias = layer.bias(module.bias)
+        weight, bias = layer.weight(module), layer.bias(module)
         kept, neurons = _without_overlaid_inputs(layer, x), layer.frozen
         if neurons is None:
-            out = linear(kept, module.weight, bias, self.transposed)
+            out = linear(kept, weight, bias, self.transposed)
         else:
-            arguments = (kept, neurons.rows, module.weight, bias, neurons.index, self.transposed)
+            arguments = (kept, neurons.rows, weight, bias, neurons.index, self.transposed)
             out = apply_function(FrozenLinear, *arguments, neurons.kind == "inputs")
         return _overlay(layer, x, out, bias)
 
@@ -119,7 +127,7 @@ class _QuantizedLinear(_Linear):
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
         out: Tensor = type(module).forward(module, _without_overlaid_inputs(layer, x))
-        bias = layer.bias(module.bias)
+        bias = layer.bias(module)
         if bias is not None and layer.biases:  # the module has added its own bias
             out = out + (bias - module.bias).to(out.dtype)
         return _overlay(layer, x, out, bias)
@@ -149,29 +157,24 @@ def _chosen_bias(neurons: AttachedNeurons, bias: Tensor | None, x: Tensor) -> Te
 class _Convolution(LayerForward):
     """`torch.nn.Conv1d`, ``Conv2d`` and ``Conv3d``, with even zero padding."""
 
-    def unsupported(self, module: Any, mode: Mode) -> str | None:
-        if module.padding_mode != "zeros":
-            return f"its padding is {module.padding_mode!r}; only zero padding is supported"
-        if module.padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ):
-            return "its padding is not the same on both sides"
-        if module.groups > 1 and mode == "overlay":
-            return "it is a grouped convolution, which overlay mode does not support"
-        return None
+    def covers(self, module: Any, mode: Mode) -> bool:
+        if module.padding_mode != "zeros" or (module.groups > 1 and mode == "overlay"):
+            return False
+        spans = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return module.padding != "same" or not any(span % 2 for span in spans)
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
-        if x.dim() == module.weight.dim() - 1:
+        weight, bias, neurons = layer.weight(module), layer.bias(module), layer.frozen
+        if x.dim() == weight.dim() - 1:
             return self.run(module, layer, x.unsqueeze(0)).squeeze(0)
-        bias, neurons = layer.bias(module.bias), layer.frozen
         geometry = (module.stride, _padding(module), module.dilation, module.groups)
         if neurons is None:
-            out = convolve(x, module.weight, bias, *geometry)
+            out = convolve(x, weight, bias, *geometry)
         else:
-            arguments = (x, neurons.rows, module.weight, bias, neurons.index, *geometry)
+            arguments = (x, neurons.rows, weight, bias, neurons.index, *geometry)
             out = apply_function(FrozenConvolution, *arguments)
         for neurons in layer.overlaid_outputs:
-            kernel = neurons.rows.to(x.dtype).view(-1, *module.weight.shape[1:])
+            kernel = neurons.rows.to(x.dtype).view(-1, *weight.shape[1:])
             chosen = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry)
             out = out.index_copy(1, neurons.index, chosen.to(out.dtype))
         return out
@@ -192,17 +195,15 @@ class _Embedding(LayerForward):
 
     is_lookup = True
 
-    def unsupported(self, module: Any, mode: Mode) -> str | None:
-        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-            return "it uses max_norm, scale_grad_by_freq or sparse"
-        return None
+    def covers(self, module: Any, mode: Mode) -> bool:
+        return not (module.scale_grad_by_freq or module.sparse)
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
-        neurons, padding = layer.frozen, module.padding_idx
+        weight, neurons, padding = layer.weight(module), layer.frozen, module.padding_idx
         if neurons is None:
-            out = functional.embedding(x, module.weight)
+            out = functional.embedding(x, weight)
         else:
-            arguments = (x, neurons.rows, module.weight, neurons.inverse_index, padding)
+            arguments = (x, neurons.rows, weight, neurons.inverse_index, padding)
             out = apply_function(FrozenEmbedding, *arguments)
         for neurons in layer.overlaid_outputs:
             assert neurons.inverse_index is not None  # made when the forward pass was replaced

@@ -36,12 +36,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
     """``x @ W.T + bias`` for ``W [out, in]``, or ``x @ W + bias`` for a transposed ``W [in, out]``.
 
     The operations are those of `torch.nn.Linear` and transformers' ``Conv1D``: results are equal to the bit.
+    The result is not a view for autograd, so that it may be changed in place.
     """
-    if not transposed:
-        return functional.linear(x, weight, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    return out.view(*x.shape[:-1], weight.shape[1])
+    if transposed:
+        flat = _flat(x)
+        out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    else:
+        out = functional.linear(x, weight, bias)
+    shape = (*x.shape[:-1], weight.shape[transposed])
+    return torch.ops.aten._unsafe_view(out, shape)  # type: ignore[no-any-return]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
@@ -187,14 +190,14 @@ class FrozenEmbedding(Function):
 
 
 class FrozenBias(Function):
-    """Chosen elements of a bias: ``rows [k, 1]``. Returns the bias itself, which contains them."""
+    """Chosen elements of a bias: ``rows [k, 1]``. Returns a copy of the bias, which contains them."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         """``[out]``, unchanged."""
         ctx.save_for_backward(index)
         ctx.rows_dtype = rows.dtype
-        return bias.view_as(bias)
+        return bias.clone()
 
     @staticmethod
     @once_differentiable

@@ -1,10 +1,12 @@
 """Installing neurons in the modules of a model, and removing them without a trace.
 
-A module keeps its class, its name, its weights and its hooks; only ``forward`` and ``extra_repr`` of the
-instance are replaced. Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``),
-so that everything that looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave
-these parameters out, so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's
-own.
+A module keeps its class, its name, its weights and its hooks. What reads a weight finds a `NeuronWeight` in
+its place. Where the module's own way to compute is known, ``forward`` of the instance is replaced, which
+costs less. ``extra_repr`` shows what is attached.
+
+Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``), so that everything that
+looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave these parameters out,
+so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,9 +23,12 @@ from torch.utils.hooks import RemovableHandle
 
 from .attached_neurons import AttachedNeurons, refuse_pickling
 from .forwards import LayerForward, LayerNeurons
+from .linear_weight import LinearNeurons
+from .neuron_weight import NeuronWeight, WeightNeurons
 
 __all__ = [
     "Layers",
+    "Uses",
     "has_foreign_forward",
     "has_trainable_neurons",
     "install",
@@ -33,6 +39,7 @@ __all__ = [
 ]
 
 Layers: TypeAlias = Iterable[tuple[nn.Module, LayerForward]]
+Uses: TypeAlias = Iterable[tuple[nn.Module, str]]
 
 _KEY = "_neurons"  # in the module's __dict__
 
@@ -80,8 +87,11 @@ def has_foreign_forward(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and (state is None or state.forward is None)
 
 
-def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers) -> None:
-    """Install ``neurons`` with ``values``, and have ``layers`` compute with them; `remove` undoes it."""
+def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers, uses: Uses) -> None:
+    """Install ``neurons`` with ``values``, and have ``layers`` compute with them; `remove` undoes it.
+
+    ``uses``: the modules and attributes where what reads the weight finds the neurons in it.
+    """
     neurons.install(values)
     state = _state(neurons.module)
     state.owned.append(neurons)
@@ -95,9 +105,16 @@ def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers) -> 
         if forward.is_lookup and neurons.inverse_index is None:
             neurons.make_inverse_index()
         _replace_forward(layer, neurons, forward)
+    _renew_weight(uses, _read(neurons))
 
 
-def remove(neurons: AttachedNeurons, layers: Layers) -> None:
+def _read(neurons: AttachedNeurons) -> Iterable[AttachedNeurons]:
+    """The neurons of the same weight that what reads it has to find."""
+    owned = neurons_of_weight(neurons.module, neurons.attribute)
+    return (each for each in owned if each.trainable or each.mode == "overlay")
+
+
+def remove(neurons: AttachedNeurons, layers: Layers, uses: Uses) -> None:
     """The inverse of `install`; also of one that was interrupted."""
     for layer, _ in layers:
         _restore_forward(layer, neurons)
@@ -105,11 +122,41 @@ def remove(neurons: AttachedNeurons, layers: Layers) -> None:
     state = _state(neurons.module)
     if neurons in state.owned:
         state.owned.remove(neurons)
+    _renew_weight(uses, _read(neurons))
     if not any(other.trainable for other in state.owned):
         for handle in state.handles:
             handle.remove()
         state.handles = []
     _drop_empty_state(neurons.module)
+
+
+def _renew_weight(uses: Uses, attached: Iterable[AttachedNeurons]) -> None:
+    """Have what reads a weight find the neurons ``attached`` in it; if there are none, the weight itself."""
+    found, weight = tuple(attached), None
+    if found:
+        first = next((neurons for neurons in found if neurons.trainable), found[0])
+        read = (LinearNeurons if LinearNeurons.fits(found) else WeightNeurons)(found)
+        rows = first.rows if first.trainable else None
+        weight = NeuronWeight.of(read, first.weight, rows, first.layout, first.index)
+    module: Any
+    for module, attribute in uses:
+        if weight is not None:
+            module.__dict__[attribute] = weight
+            # So FSDP2 assigns its shards as attributes, which takes this away: it must find its own weights.
+            module.__dict__["__setattr__"] = partial(setattr, module)
+        else:
+            _restore_weight(module, attribute)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # the list of weights that it computes with
+
+
+def _restore_weight(module: nn.Module, attribute: str) -> None:
+    module.__dict__.pop(attribute, None)
+    parameter = module._parameters[attribute]
+    if isinstance(parameter, NeuronWeight):  # the model's weights were tied while neurons were attached
+        module._parameters[attribute] = parameter.parameter
+    if not any(isinstance(value, NeuronWeight) for value in module.__dict__.values()):
+        module.__dict__.pop("__setattr__", None)
 
 
 def _replace_forward(module: nn.Module, neurons: AttachedNeurons, forward: LayerForward) -> None:

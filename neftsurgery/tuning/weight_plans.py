@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, UsageError
-from ..live.names import live_names
+from ..live.placement import live_places
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
+from ..neurons.layout import Layout
 from ..patch.patch import Patch
 from ..selection.selection import Chosen, Selection
-from .attached_neurons import AttachedNeurons, Mode, NeuronKind
+from .attached_neurons import AttachedNeurons, AttachedPart, Mode, NeuronKind
 from .base_checkpoint import base_vectors, check_weights, checked_values, float_dtype
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
@@ -32,9 +36,11 @@ class WeightPlan:
 
     neurons: AttachedNeurons  # the neurons, not yet installed
     values: Tensor | None  # their values, ``[k, width]``; None: the vectors that the weight holds
-    # The modules whose forward pass is replaced, and how they compute; none where a patch's values are
-    # written into the weight.
-    layers: tuple[tuple[nn.Module, LayerForward], ...]
+    # The modules whose forward pass is replaced, and how they compute.
+    layers: tuple[tuple[nn.Module, LayerForward], ...] = ()
+    # The modules and attributes by which the weight is read with its neurons. There are neither of the two
+    # where a patch's values are written into the weight.
+    uses: tuple[tuple[nn.Module, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,49 @@ def plan_weights(
             "this model already has trainable neurons",
             hint="detach() them, or attach one selection of all neurons",
         )
-    names = live_names(model, tensors)
-    all_uses = _parameter_uses(model)
+    all_uses, parameters = _parameter_uses(model), dict(model.named_parameters(remove_duplicate=False))
     plans = []
-    for name, chosen in tensors.items():
-        if len(chosen.index):
-            uses = all_uses[id(model.get_parameter(names[name]))]
-            neurons, layers = _plan_neurons(chosen, uses, mode, trainable)
-            _check_overlap(neurons)
-            plans.append(WeightPlan(neurons, _values(neurons, what, base), layers))
+    for parameter, (layout, parts) in _parts(model, tensors).items():
+        uses = all_uses[id(parameters[parameter])]
+        neurons, layers, readers = _plan_neurons(layout, parts, uses, mode, trainable)
+        _check_overlap(neurons)
+        plans.append(WeightPlan(neurons, _values(neurons, what, base), layers, readers))
     return plans
+
+
+def _parts(
+    model: nn.Module, tensors: Mapping[str, Chosen]
+) -> dict[str, tuple[Layout, tuple[AttachedPart, ...]]]:
+    """The layout of each parameter of the model, and the parts that it holds, in the order of its neurons."""
+    found: dict[str, tuple[Layout, list[AttachedPart]]] = {}
+    places = live_places(model, {name: one.layout for name, one in tensors.items() if len(one.index)})
+    for name, held in places.items():
+        for place in held:
+            index = place.index_of(tensors[name].index)
+            here = np.flatnonzero(index >= 0)
+            if not len(here):
+                continue
+            if here[-1] - here[0] >= len(here):
+                raise MismatchError(
+                    "transformers deals its neurons out to several weights",
+                    tensor=name,
+                    found=place.parameter,
+                )
+            layout, parts = found.setdefault(place.parameter, (place.layout, []))
+            if layout != place.layout:
+                raise UsageError(
+                    f"{parts[0].name} has neurons along another axis of the same weight",
+                    tensor=name,
+                    hint="choose neurons along one of the axes",
+                )
+            chosen = replace(tensors[name], index=tensors[name].index[here])
+            parts.append(AttachedPart(chosen, index[here], int(here[0])))
+    for parameter, (layout, parts) in found.items():
+        parts.sort(key=lambda part: int(part.index.min()))
+        starts = itertools.accumulate((len(part.index) for part in parts), initial=0)
+        placed = (replace(part, start=start) for part, start in zip(parts, starts, strict=False))
+        found[parameter] = (layout, [*placed])
+    return {parameter: (layout, tuple(parts)) for parameter, (layout, parts) in found.items()}
 
 
 def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:
@@ -90,11 +129,15 @@ def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:
 
 
 def _plan_neurons(
-    chosen: Chosen, uses: Iterable[_ParameterUse], mode: ModeOption, trainable: bool
-) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...]]:
+    layout: Layout,
+    parts: tuple[AttachedPart, ...],
+    uses: Iterable[_ParameterUse],
+    mode: ModeOption,
+    trainable: bool,
+) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...], tuple[tuple[nn.Module, str], ...]]:
     owner, *others = uses
-    weight = getattr(owner.module, owner.attribute)
-    name = chosen.info.name
+    weight: Any = owner.module._parameters[owner.attribute]
+    name = parts[0].name
     if weight.is_meta:
         raise UsageError(
             "the weight is not in memory", tensor=name, hint="load the model without offloading (device_map)"
@@ -109,73 +152,86 @@ def _plan_neurons(
         )
     if mode == "auto":
         mode = "scatter" if plain else "overlay"
-    float_dtype(chosen)  # refuses codes
+    for part in parts:
+        float_dtype(part.chosen)  # refuses codes
     if plain:
-        _check_shape(chosen, tuple(weight.shape))
+        _check_shape(name, layout, tuple(weight.shape))
     if mode == "scatter" and not trainable:
-        return AttachedNeurons(chosen, owner.module, owner.attribute, None, mode, trainable), ()
-    layers, kinds = [], set[NeuronKind]()
+        return AttachedNeurons(parts, layout, owner.module, owner.attribute, None, mode, trainable), (), ()
+    layers, readers, kinds = [], [], set[NeuronKind]()
     for use in (owner, *others):
-        forward, kind = _plan_layer(chosen, use, mode)
-        layers.append((use.module, forward))
-        kinds.add(kind)
-    if len(kinds) > 1:
-        raise UsageError(
-            "the weight is tied: the neurons are outputs of one layer and inputs of another", tensor=name
-        )
-    return AttachedNeurons(chosen, owner.module, owner.attribute, kinds.pop(), mode, trainable), tuple(layers)
+        forward, kind = _plan_layer(name, layout, use, mode, plain)
+        if forward is None or not forward.quantized:
+            readers.append((use.module, use.attribute))
+        if forward is not None and kind is not None:
+            layers.append((use.module, forward))
+            kinds.add(kind)
+    if len(kinds) > 1:  # a tied weight: the outputs of one layer and the inputs of another
+        layers, kinds = [], set()
+    kind = next(iter(kinds), None)
+    neurons = AttachedNeurons(parts, layout, owner.module, owner.attribute, kind, mode, trainable)
+    return neurons, tuple(layers), tuple(readers)
 
 
-def _check_shape(chosen: Chosen, found: tuple[int, ...]) -> None:
-    if found != chosen.info.shape:
+def _check_shape(name: str, layout: Layout, found: tuple[int, ...]) -> None:
+    if found != layout.shape:
         raise MismatchError(
             "the model's weight has another shape",
-            tensor=chosen.info.name,
-            expected=list(chosen.info.shape),
+            tensor=name,
+            expected=list(layout.shape),
             found=list(found),
         )
 
 
-def _plan_layer(chosen: Chosen, use: _ParameterUse, mode: Mode) -> tuple[LayerForward, NeuronKind]:
+def _plan_layer(
+    name: str, layout: Layout, use: _ParameterUse, mode: Mode, plain: bool
+) -> tuple[LayerForward | None, NeuronKind | None]:
+    """How the module computes with the neurons; two times None: its weight carries them, whatever it does."""
     module: Any = use.module
-    axes = chosen.layout.axes
-    forward = forward_of(module)
-    cls = type(module).__name__
-    if forward is None or use.attribute not in ("weight", "bias"):
+    forward, kind = forward_of(module), None
+    foreign = has_foreign_forward(module)
+    if forward is not None and not foreign and forward.covers(module, mode):
+        if use.attribute == "weight":
+            kind = forward.kind_of(layout.axes)
+        elif use.attribute == "bias" and layout.axes == (0,):
+            kind = "bias"
+    if forward is not None and kind is not None and getattr(module, "max_norm", None) is None:
+        if forward.quantized and use.attribute == "weight":
+            _check_shape(name, layout, (module.out_features, module.in_features))
+        return forward, kind
+    quantized = not plain or (forward is not None and forward.quantized)
+    if (problem := _unreadable(use, quantized, foreign)) is not None:
         raise UsageError(
-            f"neurons of a {cls} cannot be trained: only those of linear, Conv1D, convolution "
-            "and embedding layers can",
-            tensor=chosen.info.name,
-            found=f"{use.path or cls}.{use.attribute}",
+            f"these neurons cannot be trained: {problem}",
+            tensor=name,
+            found=f"axes {list(layout.axes)} of {use.path or type(module).__name__}.{use.attribute}",
         )
-    if (reason := forward.unsupported(module, mode)) is not None:
-        raise UsageError(f"neurons of {use.path} cannot be trained: {reason}", tensor=chosen.info.name)
-    if has_foreign_forward(module):
-        raise UsageError(
-            f"the forward pass of {use.path} was replaced by another tool, perhaps for offloading",
-            tensor=chosen.info.name,
-            hint="load the model without device_map",
-        )
-    kind: NeuronKind | None = "bias" if tuple(axes) == (0,) else None
-    if use.attribute == "weight":
-        kind = forward.kind_of(axes)
-    if kind is None:
-        raise UsageError(
-            f"neurons along axes {list(axes)} of a {cls}'s {use.attribute} cannot be trained",
-            tensor=chosen.info.name,
-        )
-    if forward.quantized and use.attribute == "weight":
-        _check_shape(chosen, (module.out_features, module.in_features))
-    return forward, kind
+    return None, None
+
+
+def _unreadable(use: _ParameterUse, quantized: bool, foreign: bool) -> str | None:
+    """Why the weight cannot carry neurons for what reads it; None if it can."""
+    module: Any = use.module
+    if getattr(module, "max_norm", None) is not None:
+        return "its module uses max_norm, which changes the weight in every forward pass"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit has compiled its module"
+    if isinstance(inspect.getattr_static(type(module), use.attribute, None), property):
+        return "its module hides it behind a property"
+    if quantized and foreign:
+        return "it is quantized or sharded, and another tool replaced its module's forward pass"
+    if quantized:
+        return f"it is quantized or sharded, and how a {type(module).__name__} computes is not known"
+    return None
 
 
 def _check_overlap(neurons: AttachedNeurons) -> None:
     for other in neurons_of_weight(neurons.module, neurons.attribute):
-        if other.chosen.layout.axes == neurons.chosen.layout.axes:
-            shared = np.intersect1d(other.chosen.index, neurons.chosen.index)
-            if not len(shared):
+        if other.layout.axes == neurons.layout.axes:
+            shared = int(torch.isin(other.index, neurons.index).sum())
+            if not shared:
                 continue
-            problem = f"{len(shared)} of these neurons are attached already"
+            problem = f"{shared} of these neurons are attached already"
         else:
             problem = "neurons along the other axis of this weight are attached already"
         raise UsageError(
@@ -186,30 +242,48 @@ def _check_overlap(neurons: AttachedNeurons) -> None:
 
 
 def _values(neurons: AttachedNeurons, what: Selection | Patch, base: Checkpoint | None) -> Tensor | None:
-    """The values to install, after checking what the weight holds."""
-    chosen, weight = neurons.chosen, neurons.weight.detach()
-    dtype = float_dtype(chosen)
-    vectors = read_vectors(weight, chosen.layout, neurons.index) if is_plain(neurons.weight) else None
-    exact = vectors is not None and can_represent(vectors.dtype, dtype)
-    if base is not None and (neurons.trainable or not exact):
+    """The values to install, after checking what the weight holds; None: the vectors that it holds."""
+    weight, plain = neurons.weight.detach(), is_plain(neurons.weight)
+    vectors = read_vectors(weight, neurons.layout, neurons.index) if plain else None
+    values = [
+        _part_values(
+            part, None if vectors is None else vectors[part.positions], neurons.trainable, what, base
+        )
+        for part in neurons.parts
+    ]
+    found = [value for value in values if value is not None]
+    return torch.cat(found) if found else None
+
+
+def _part_values(
+    part: AttachedPart,
+    vectors: Tensor | None,
+    trainable: bool,
+    what: Selection | Patch,
+    base: Checkpoint | None,
+) -> Tensor | None:
+    """The values of one part; ``vectors``: those of the live weight, None if it is quantized."""
+    chosen = part.chosen
+    exact = vectors is not None and can_represent(vectors.dtype, float_dtype(chosen))
+    if base is not None and (trainable or not exact):
         require_tensors(base, [chosen.info], "the selection")
-    if vectors is not None and neurons.trainable and not exact:
+    if vectors is not None and trainable and not exact:
         raise MismatchError(
             "the model's dtype cannot hold the checkpoint's values exactly",
-            tensor=chosen.info.name,
+            tensor=part.name,
             expected=chosen.info.dtype,
             found=vectors.dtype,
             hint='load the model with dtype="auto" or a wider one',
         )
     if isinstance(what, Patch):
-        return checked_values(what, chosen.info.name, vectors, base)
+        return checked_values(what, chosen, part.first, vectors, base)
     if vectors is not None:
         check_weights(vectors, chosen, base)
         return None
     if base is None:
         raise UsageError(
             "the weight is quantized, so its neurons' first values must come from the base's files",
-            tensor=chosen.info.name,
+            tensor=part.name,
             hint="name the checkpoint before quantization with base=FOLDER",
         )
     return from_bytes(base_vectors(base, chosen), chosen.info.dtype).float()

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from attach_support import MORE, OTHER, PICKS, ModelOnDisk
-from tuning_support import batch, bits, gpt2, others, saved, select, vectors
+from tuning_support import batch, bits, gpt2, others, rows_of, saved, select, vectors
 
 import neftsurgery as ns
 
@@ -166,5 +166,8 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
         assert torch.equal(vectors(now, [0, 2], [4]), vectors(before, [0, 2], [4]) + 1)
         assert torch.equal(others(now, [0, 2], [0, 4, 7, 14]), others(before, [0, 2], [0, 4, 7, 14]))
     assert torch.equal(model.experts, before)
-    with pytest.raises(ns.UsageError, match="cannot be trained"):
-        ns.attach(model, selection)
+    with ns.attach(model, selection) as attached:
+        (2 * model.experts.square()).sum().backward()
+        torch.testing.assert_close(
+            rows_of(attached, "experts").grad, 4 * vectors(before, [0, 2], [0, 4, 7, 14])
+        )

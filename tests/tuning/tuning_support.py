@@ -48,6 +48,15 @@ def vectors(tensor: Tensor, axes: Sequence[int], index: Sequence[int]) -> Tensor
     return tensor.permute(*axes, *rest).reshape(count, -1)[list(index)]
 
 
+def put(tensor: Tensor, axes: Sequence[int], index: Sequence[int], values: Tensor) -> None:
+    """Write the neurons' vectors: `vectors` inverted."""
+    rest = [axis for axis in range(tensor.dim()) if axis not in axes]
+    view = tensor.detach().permute(*axes, *rest)
+    places = np.unravel_index(list(index), [tensor.shape[axis] for axis in axes])
+    for row, place in zip(values.detach(), zip(*places, strict=True), strict=True):
+        view[tuple(int(n) for n in place)] = row.view(view.shape[len(axes) :])
+
+
 def others(tensor: Tensor, axes: Sequence[int], index: Sequence[int]) -> Tensor:
     """The vectors that are not chosen."""
     count = math.prod(tensor.shape[axis] for axis in axes)
