@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # ``as`` tells type checkers that a name is public
     from .hub.push import PushResult as PushResult
     from .hub.push import push as push
     from .live.apply_live import apply_live as apply_live
+    from .live.export_lora import export_lora as export_lora
     from .neuron_utilization.result import Utilization as Utilization
     from .neuron_utilization.utilization import utilization as utilization
     from .patch.lossless import LosslessPatch as LosslessPatch
@@ -42,7 +43,6 @@ if TYPE_CHECKING:  # ``as`` tells type checkers that a name is public
     from .surgery.apply import revert as revert
     from .surgery.diff import diff as diff
     from .surgery.export import ExportResult as ExportResult
-    from .surgery.export import export_lora as export_lora
     from .surgery.extract import extract as extract
     from .surgery.inspect import Inspection as Inspection
     from .surgery.inspect import inspect as inspect
@@ -76,7 +76,7 @@ _HOMES = {
     "apply_live": "live.apply_live",
     "attach": "tuning.attached",
     "diff": "surgery.diff",
-    "export_lora": "surgery.export",
+    "export_lora": "live.export_lora",
     "extract": "surgery.extract",
     "heal": "checkpoint.healing",
     "inspect": "surgery.inspect",

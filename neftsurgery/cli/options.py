@@ -158,6 +158,7 @@ class WholeNumber(click.IntRange):
 
 _RANGES: dict[str, dict[str, Any]] = {
     "threads": {"min": 1, "max": 256}, "seed": {"min": 0}, "tokens": {"min": 1}, "batch": {"min": 1},
+    "rank": {"min": 1},
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from .figure import ReportFigure
 from .inputs import LosslessInput, PatchInput, ReportInput, ScoresInput, read_candidates
 from .layer_map import layer_map_figure
 from .lossless_figures import lossless_figures
+from .quantization_error import quantization_figures
 from .score_distribution import ScoreDistribution, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
@@ -69,6 +70,7 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
         controls.overlap_figure(f"agreement{suffix}"),
         controls.correlation_figure(f"correlation{suffix}"),
     ]
+    figures += quantization_figures(scores, suffix)
     captured = selection.facts.captured
     facts = [
         ("score", scores.score),

@@ -148,6 +148,11 @@ class Scores(FileBacked):
         return Provenance.from_json(self.facts.get("tuned"))
 
     @property
+    def quantized(self) -> frozenset[str]:
+        """Which sides, ``base`` or ``tuned``, store scored weights as codes."""
+        return frozenset({"base", "tuned"} & Facts.from_json(self.facts.get("quantized")).keys())
+
+    @property
     def nonfinite(self) -> int:
         """How many neurons hold a NaN or Inf."""
         return int(self.facts.number("nonfinite") or 0)

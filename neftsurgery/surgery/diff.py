@@ -100,7 +100,7 @@ class DiffPlan:
             starts, arrays = _arrays(self.pair)
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self.pair, self.score, self.seed, starts, written)
-                with progress("scoring", self.pair.nbytes) as advance:
+                with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
                 sink.finish()
@@ -124,6 +124,7 @@ class DiffPlan:
             "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),
             **self.pair.describe(),
+            **_quantized(self.pair),
             **describe_tensors(self.pair.anatomy.scored),
         }
 
@@ -228,6 +229,14 @@ def describe_tensors(tensors: Iterable[NeuronTensor]) -> dict[str, object]:
             entry["part"] = [tensor.part.start, tensor.part.stop, tensor.part.step]
         descriptions.append(entry)
     return {"descriptions": descriptions, "tensors": names}
+
+
+def _quantized(plan: Pair) -> dict[str, object]:
+    """How many of the scored weights each side stores as codes; empty if neither does."""
+    names = {tensor.info.name for tensor in plan.anatomy.scored}
+    sides = {"base": plan.base.quantized, "tuned": plan.tuned.quantized}
+    found = {side: len(names & weights.keys()) for side, weights in sides.items() if names & weights.keys()}
+    return {"quantized": found} if found else {}
 
 
 def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[str, Any]]:

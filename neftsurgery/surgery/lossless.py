@@ -192,9 +192,9 @@ def _opened(
             hint="merge it into a checkpoint first, with PEFT's merge_and_unload",
         )
     for checkpoint in (first, second):
-        if any(shard.path.parent != checkpoint.root for shard in checkpoint.shards):
+        names = () if checkpoint.is_file else tuple(shard.name for shard in checkpoint.shards)
+        if any("/" in shard.name[len(shard.part) :] for shard in checkpoint.shards):
             raise UsageError("a lossless patch holds weight files of one folder only", file=checkpoint.name)
-        names = () if checkpoint.is_file else tuple(shard.path.name for shard in checkpoint.shards)
         if not all(name.endswith(".safetensors") for name in names):
             raise UsageError("a weight file of the folder does not end in .safetensors", file=checkpoint.name)
     return first, second

@@ -124,7 +124,7 @@ class RewritePlan:
             (tensor.info, tensor.layout, rows.patch.index(name))
             for rows in self.rows
             for name, tensor in rows.patch.tensors.items()
-            if name not in rows.patch.facts.companion_biases
+            if name not in rows.patch.uncounted
         )
         return sum(found.values())
 
@@ -219,8 +219,7 @@ class NewCheckpoint:
         if self.fd is not None:
             yield self.fd
             return
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._place(name)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             with naming(path):
@@ -233,8 +232,16 @@ class NewCheckpoint:
     ) -> None:
         """Copy files of the folder ``root`` that are not weights."""
         for path in paths:
-            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(root / path, self.path / path, progress=advance)
+            copy_file(root / path, self._place(path), progress=advance)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file that is not weights."""
+        self._place(name).write_bytes(content)
+
+    def _place(self, name: AnyPath) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
 
 @contextmanager

@@ -1,14 +1,9 @@
-"""What the live models of each type tell, one JSON file a type: made in a child process with a time limit."""
+"""What the live models of each type tell, one JSON file a type."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import os
-import signal
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +16,7 @@ from .live_weights import file_tensors, live_tensors
 from .parts import parts_of, sort_tensors
 from .tiny_models import build
 
-__all__ = ["gather", "describe", "in_children"]
-
-_SECONDS = 120
-
-
-def in_children(work: Callable[[str], Any], model_types: Iterable[str], folder: Path) -> None:
-    """Store the result of ``work`` for each type in ``folder``, unless it is there; of a failure, why."""
-    folder.mkdir(parents=True, exist_ok=True)
-    describe("llama")  # imports and builds once what every child needs
-    gc.freeze()
-    for model_type in model_types:
-        path = folder / f"{model_type}.json"
-        if path.exists():
-            continue
-        started = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            _in_child(work, model_type, path)
-        _, status = os.waitpid(child, 0)
-        if not path.exists():
-            why = (
-                f"took more than {_SECONDS} s"
-                if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-                else f"ended with {status}"
-            )
-            path.write_text(json.dumps({"failed": why}))
-        print(f"{model_type}: {time.monotonic() - started:.1f} s", flush=True)
-
-
-def _in_child(work: Callable[[str], Any], model_type: str, path: Path) -> None:
-    signal.alarm(_SECONDS)
-    try:
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-            transformers.logging.set_verbosity(50)
-            try:
-                found = work(model_type)
-            except Exception as error:
-                found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(found))
-        partial.rename(path)
-    finally:
-        os._exit(0)
+__all__ = ["describe", "gather"]
 
 
 def describe(model_type: str) -> dict[str, Any]:
