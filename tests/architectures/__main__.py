@@ -86,7 +86,7 @@ def experts(names: list[str]) -> int:
         failures |= int(not run.right)
         losses = " ".join(f"{loss:.3f}" for loss in run.losses)
         print(
-            f"{name}: {'right' if run.right else 'wrong'}: {run.neurons} neurons of {run.tensors} tensors of files,"
+            f"{name}: {'right' if run.right else 'wrong'}: {run.neurons} neurons of {run.tensors} tensors,"
             f" {run.moved} of them changed; loss {losses}; loaded logits {run.apart:.1e} apart",
             flush=True,
         )
