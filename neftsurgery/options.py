@@ -20,6 +20,7 @@ __all__ = [
     "ChainOptions",
     "CutOptions",
     "DiffOptions",
+    "ExportOptions",
     "HasCounts",
     "LosslessOptions",
     "Option",
@@ -171,7 +172,7 @@ class RunOptions(TypedDict, total=False):
     memory: Annotated[
         int | None,
         Option(
-            "Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 192MiB.", metavar="SIZE"
+            "Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 176MiB.", metavar="SIZE"
         ),
     ]
     progress: Progress
@@ -213,6 +214,33 @@ class ChainOptions(TypedDict, total=False):
     weights_only: Annotated[
         bool | None,
         Option("With [[chain]]: as for extract. Default: if every patch is so."),
+    ]
+
+
+class ExportOptions(TypedDict, total=False):
+    """The form of a LoRA adapter."""
+
+    rank: Annotated[
+        int | None, Option("Pad to this rank. Default: the next rank that vLLM takes.", metavar="N")
+    ]
+    rank_pattern: Annotated[
+        bool, Option("Give each module the rank that it needs, by PEFT's rank_pattern: much smaller.")
+    ]
+    dtype: Annotated[
+        str,
+        Option(
+            "The type of the factors; shorter ones round the differences.",
+            choices=("f32", "bf16", "f16"),
+            default="f32",
+        ),
+    ]
+    prefix: Annotated[
+        str,
+        Option(
+            "Name modules as the files do, with this in front: transformer. for a GPT-2 that was saved "
+            "without its head. Default: as the live model does, where it can be asked.",
+            metavar="TEXT",
+        ),
     ]
 
 

@@ -28,7 +28,7 @@ from neftsurgery.options import (
     split,
 )
 from neftsurgery.selection.budget import Budget
-from neftsurgery.storage.threads import Limits
+from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
 
 
 def names(kind: type) -> set[str]:
@@ -76,6 +76,11 @@ def test_the_keywords_of_a_verb_are_the_declared_options() -> None:
     for verb, wrong, near in ((ns.diff, "anatomi", "anatomy"), (ns.extract, "neuron", "neurons")):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}': did you mean '{near}'"):
             verb("base", "tuned", **{wrong: 1})
+
+
+def test_the_help_says_how_much_memory_is_used_by_default() -> None:
+    _, option = declared(RunOptions)["memory"]
+    assert f"Default: {DEFAULT_MEMORY >> 20}MiB." in option.help
 
 
 def test_options_are_sorted_by_group() -> None:

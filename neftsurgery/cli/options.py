@@ -156,7 +156,10 @@ class WholeNumber(click.IntRange):
     name = "whole number"
 
 
-_RANGES: dict[str, dict[str, Any]] = {"threads": {"min": 1, "max": 256}, "seed": {"min": 0}}
+_RANGES: dict[str, dict[str, Any]] = {
+    "threads": {"min": 1, "max": 256}, "seed": {"min": 0}, "tokens": {"min": 1}, "batch": {"min": 1},
+    "rank": {"min": 1},
+}  # fmt: skip
 
 
 def _axis(

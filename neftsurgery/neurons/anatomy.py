@@ -16,7 +16,7 @@ from ..tensors.header import TensorInfo
 from .families import FeedForward
 from .layout import Layout
 from .quantized import quantization_reasons
-from .submodels import Role, Submodel, Submodels
+from .submodels import Role, Submodel, Submodels, part_config, split_part, stated_type
 from .tensor_names import (
     COLUMNS,
     UNKNOWN_EXPERTS,
@@ -138,7 +138,7 @@ class _Reader:
         self.quantized = quantization_reasons(self.tensors, self.config)
         self.readings: dict[tuple[tuple[str, ...], int], NameReading] = {}
         self.shares: dict[str, _Share] = {}
-        self.assumed: dict[str, None] = {}
+        self.assumed: dict[tuple[str, str], None] = {}  # a part of the folder, and a type of its submodels
 
     def read(self) -> Anatomy:
         found = [self.judge(self.tensors[name]) for name in sorted(self.tensors)]
@@ -157,7 +157,8 @@ class _Reader:
         barred = self.barred(info)
         if barred:
             return Listed(info, barred, None, included)
-        parts = info.name.split(".")
+        part, rest = split_part(info.name)
+        parts = [*([part] if part else []), *rest.split(".")]
         reading = self.reading(parts, len(info.shape))
         stated = None if reading.reason == "bias" else self.axes.get(info.name)
         if len(info.shape) < 2 or reading.reason in ("bias", "norm"):
@@ -174,8 +175,8 @@ class _Reader:
         if Layout.of(info.shape, axes).width == 1:
             return Listed(info, "one element wide", axes, included)
         if reading.assumed and not stated:
-            main = reading.submodel is self.submodels.main
-            self.assumed.setdefault("" if main else reading.submodel.model_type)
+            main = reading.submodel is self.submodels.towers.get(part, self.submodels).main
+            self.assumed.setdefault((part, "" if main else reading.submodel.model_type))
         return self.placed(info, parts, axes, reading.submodel, role)
 
     def barred(self, info: TensorInfo) -> str:
@@ -216,7 +217,7 @@ class _Reader:
         role: Role | None,
     ) -> NeuronTensor | Listed:
         """The tensor with its layer and bias, and its part or its share of a block."""
-        layer, kind = layer_and_kind(parts)
+        layer, kind = layer_and_kind(info.name.split("."))
         bias = None if role is not None and role.member in COLUMNS else bias_of(info, axes, self.tensors)
         tensor = NeuronTensor(info, axes, layer, kind, bias)
         inner = info.shape[axes[-1]]
@@ -241,9 +242,10 @@ class _Reader:
 
     def warnings(self, listed: Iterable[Listed]) -> Iterable[str]:
         """What the user should know about this anatomy."""
-        if self.assumed:
+        for part in dict.fromkeys(part for part, _ in self.assumed):
+            types = [model_type for one, model_type in self.assumed if one == part]
             yield (
-                f"{_unknown(self.config, tuple(self.assumed))}: weights count as [out, in, ...]; "
+                f"{_unknown(part_config(self.config, part), part, types)}: weights count as [out, in, ...]; "
                 "where that is wrong, give the axes with [[axis=...]]"
             )
         for start, text in (
@@ -309,12 +311,13 @@ def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str,
     return stated
 
 
-def _unknown(config: Mapping[str, Any] | None, parts: Sequence[str] = ("",)) -> str:
-    """Says that the model, or ``parts`` of it, is not known; "" stands for the whole model."""
-    if config is None:
-        return "there is no config.json to say what the model is"
-    stated = (part or config.get("model_type") for part in parts)
+def _unknown(config: Mapping[str, Any] | None, part: str = "", types: Sequence[str] = ("",)) -> str:
+    """Says that the model in ``part``, or its submodels of these types, are not known."""
+    if not config:
+        return f"there is no {part}config.json to say what the model is"
+    stated = (one or config.get("model_type") for one in types)
     named = [repr(model_type[:80]) for model_type in stated if isinstance(model_type, str) and model_type]
-    return (
-        f"the model_type {' and '.join(named)} is not known" if named else "config.json names no model_type"
-    )
+    if named:
+        return f"the model_type {' and '.join(named)} {f'of {part} ' if part else ''}is not known"
+    other = stated_type(config)
+    return f"{part}config.json names no model_type" + (f", and {other!r} is not known" if other else "")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from .families import SHARED, Attention, AxisOrder, Family, FeedForward, architectures, family_of
 
-__all__ = ["Heads", "Role", "Submodel", "Submodels"]
+__all__ = ["Heads", "Role", "Submodel", "Submodels", "part_config", "split_part", "stated_type"]
 
 _TOWERS: dict[str, tuple[str, ...]] = {
     "vision_config": ("vision_tower", "vision_model", "visual"),
@@ -149,6 +149,9 @@ class Submodels:
         whole = implied or _text(config.get("model_type"))
         parts = architectures().parts.get(whole, {})
         towers: dict[str, Submodels] = {}
+        for key, section in config.items() if depth == _MOST_DEEP else ():
+            if key.endswith("/") and isinstance(section, Mapping):  # a part of the folder
+                towers[key] = cls.of(section, depth=depth - 1)
         text: Submodel | None = None
         for key in sorted({*_TOWERS, *parts}) if depth else ():
             part = parts.get(key)
@@ -189,6 +192,24 @@ class Submodels:
             if part in self.towers:
                 return self.towers[part].of_name(parts[index + 1 :])
         return self.main
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """The part of a checkpoint made of several models that a tensor is in, ``unet/``, and its name there."""
+    start = name.rfind("/") + 1
+    return name[:start], name[start:]
+
+
+def part_config(config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
+    """The config of the part that a tensor is in; of a checkpoint that has none, the whole one."""
+    section = (config or {}).get(split_part(name)[0])
+    return section if isinstance(section, Mapping) else config
+
+
+def stated_type(config: Mapping[str, Any] | None) -> str:
+    """The type that a config states: a model type, or as diffusers and timm name it; "" for none."""
+    keys = ("model_type", "_class_name", "architecture")
+    return next((found for key in keys if (found := _text((config or {}).get(key)))), "")
 
 
 def _text(value: object) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.dequantized import dequantized
 from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
+from ..neurons.submodels import part_config, stated_type
 from ..options import Scope, ScopeOptions, split
 from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
@@ -120,9 +122,15 @@ def _found(named: AnyPath) -> Source:
 
 
 def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
-    anatomy = scoped_anatomy(scope, checkpoint.tensors, checkpoint.config)
+    config = checkpoint.config
+    shown = dequantized(checkpoint)
+    anatomy = scoped_anatomy(scope, shown.tensors, config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
+    quantized = {tensor["name"]: shown.quantized.get(tensor["name"]) for tensor in tensors}
+    for tensor in tensors:
+        if (weight := quantized[tensor["name"]]) is not None:
+            tensor |= {"dtype": weight.layout, "stored_as": weight.describe()}
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     ties, notes = stored_ties(checkpoint)
@@ -135,9 +143,11 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "revision": checkpoint.source.revision,
         "files": [shard.name for shard in checkpoint.shards],
         "bytes": checkpoint.nbytes,
-        "parameters": checkpoint.parameters - copied,
+        "parameters": shown.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
-        "model_type": (checkpoint.config or {}).get("model_type"),
+        "quantized": _quantized(shown),
+        "model_type": stated_type(config) or None,
+        "parts": {part.strip("/"): stated_type(part_config(config, part)) for part in checkpoint.parts},
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
         **aside,
         "anatomy": anatomy.name,
@@ -148,6 +158,12 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
         "tensors": _in_order(tensors),
     }
+
+
+def _quantized(shown: Checkpoint) -> list[dict[str, object]]:
+    """How many weights are stored in which layout, and what of them can be replaced by itself."""
+    found = Counter((weight.layout, weight.unit) for weight in shown.quantized.values())
+    return [{"layout": layout, "unit": unit, "weights": n} for (layout, unit), n in found.items()]
 
 
 def _paths(paths: Iterable[Path]) -> list[str]:
@@ -185,6 +201,7 @@ def _patch(patch: Patch | LosslessPatch) -> dict[str, Any]:
         return facts | {
             "neurons": patch.neurons,
             "parameters": patch.parameters,
+            "groups": [group.to_json() for group in patch.groups],
             "selection": dict(patch.facts),
             "tensors": _in_order(tensors),
         }
@@ -289,11 +306,19 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
             ["weights", f"{plural(len(facts['files']), 'file')}, {size(facts['bytes'])}: {dtypes}"],
             ["model type", str(facts["model_type"] or "unknown: no config.json beside the weights")],
         ]
+        parts = [f"{part or '.'} ({kind})" if kind else part for part, kind in facts["parts"].items()]
+        rows += [["parts", some(parts, len(parts))]] if parts else []
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
     rows += [["sha256", facts["sha256"]]] if "sha256" in facts else []
     if "parameters" in facts:
         rows.append(["parameters", commas(facts["parameters"])])
+    for entry in facts.get("quantized", ()):
+        rows.append(
+            ["quantized", f"{plural(entry['weights'], 'weight')} in {entry['layout']}: {entry['unit']}"]
+        )
+    if facts.get("groups"):
+        rows.append(["quantized", f"{plural(len(facts['groups']), 'weight')}: codes, with their scales"])
     units = f" in {commas(facts['units'])} units" if facts.get("units") else ""
     rows.append(["neurons", commas(facts["neurons"]) + units])
     rows += [[key, str(facts[key])] for key in ("anatomy", "score") if key in facts]
