@@ -15,8 +15,8 @@ def scaled_numbers(
 ) -> None:
     """``(code - zero point) * scale`` of the columns of ``raw`` from ``first``, into ``out`` ``[k, n]``.
 
-    ``raw`` holds whole rows of bytes, of one or two codes each, and ``table`` the numbers of each byte in
-    turn. ``columns`` neighbouring codes share one of ``scales`` and ``zeros``, of shape ``[k, groups]``. All is
+    ``raw`` holds whole rows of bytes, of one or two codes each; ``table`` the numbers of each byte in turn.
+    ``columns`` neighbouring codes share one of ``scales`` and ``zeros``, of shape ``[k, groups]``. All is
     computed in the type of ``out``, which is theirs.
     """
     last = first + out.shape[1]

@@ -131,10 +131,8 @@ class QuantizedWeight:
         dtype, columns = self.info.type.numpy, self.columns
         scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
         zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
-        if (
-            self.order is not None
-            and (groups := self._groups(files, self.order, scales.shape[1])) is not None
-        ):
+        groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
+        if groups is not None:
             scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
         out = np.empty((len(rows), last - first), dtype)
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
