@@ -7,6 +7,7 @@ when they are read; so a quantized checkpoint is compared like any other.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -126,7 +127,8 @@ class Dequantized(Checkpoint):
             first, last = int(columns[0]), int(columns[-1]) + 1
             every = one * info.shape[-1] + np.arange(info.shape[-1])
             numbers = weight.numbers(self.files, every, first, last, codes=self._matrix(name, one))
-            found[mine] = numbers.T[columns - first]
+            whole = len(columns) == last - first
+            found[mine[0] : mine[-1] + 1] = numbers.T if whole else numbers.T[columns - first]
         return found
 
     @functools.cached_property
@@ -139,7 +141,13 @@ class Dequantized(Checkpoint):
             rows = weight.shape[-2]
             return weight.code_rows(self.files, np.arange(number * rows, (number + 1) * rows))
 
-        return read
+        lock = threading.Lock()  # a thread that needs a matrix too waits for the one that reads it
+
+        def matrix(name: str, number: int) -> RawBytes:
+            with lock:
+                return read(name, number)
+
+        return matrix
 
     def showing(self, infos: Mapping[str, TensorInfo], straight: Iterable[str]) -> Dequantized:
         """The same, with some tensors in other dtypes and orders."""
