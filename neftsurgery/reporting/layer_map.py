@@ -98,7 +98,7 @@ class LayerMap:
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerMap:
         """The map of the neurons that a patch replaces, companion biases not counted."""
-        companions = patch.uncounted
+        companions = patch.facts.companion_biases
         return cls.of_counts(
             {
                 name: (tensor.count, tensor.layout.count)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.dequantized import stored_side
 from ...checkpoint.name_prefixes import Prefixes
 from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
@@ -69,6 +70,7 @@ def command(
 
 def _checkpoint_cells(checkpoint: Checkpoint) -> list[str]:
     """The cells of a row: name, bytes, files, dtypes, model type."""
+    checkpoint = stored_side(checkpoint)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     config = checkpoint.config or {}
     return [
