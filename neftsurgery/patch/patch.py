@@ -133,13 +133,8 @@ class Patch(PatchFile):
     @cached_property
     def neurons(self) -> int:
         """How many neurons it replaces; companion biases and scales do not count."""
-        uncounted = self.uncounted
-        return sum(tensor.count for name, tensor in self.tensors.items() if name not in uncounted)
-
-    @cached_property
-    def uncounted(self) -> frozenset[str]:
-        """The tensors that only go with neurons of others: companion biases, scales, zero points."""
-        return self.facts.companion_biases.union(*(group.companions.values() for group in self.groups))
+        biases = self.facts.companion_biases
+        return sum(tensor.count for name, tensor in self.tensors.items() if name not in biases)
 
     @cached_property
     def parameters(self) -> int:
