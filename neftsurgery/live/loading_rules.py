@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError
+from ..neurons.submodels import split_part
 
 __all__ = ["LoadingRules", "live_weights"]
 
@@ -79,11 +80,12 @@ class LoadingRules:
         Of several weights that a converter makes, this is the first. A `MismatchError` if there is none.
         """
         if name not in self._found:
-            live, pattern = name, None
+            plain = name if name in self.weights else split_part(name)[1]  # a part is attached by itself
+            live, pattern = plain, None
             if self._renames:
-                live, pattern = self._rename(name, self._renamings, self._converters)
-                if live not in self.weights and name in self.weights:  # as the loader does
-                    live, pattern = self._rename(name, [], [])
+                live, pattern = self._rename(plain, self._renamings, self._converters)
+                if live not in self.weights and plain in self.weights:  # as the loader does
+                    live, pattern = self._rename(plain, [], [])
             if live not in self.weights:
                 raise MismatchError(
                     "the model has no such weight",

@@ -93,10 +93,6 @@ class NeuronGroup:
     # None for an empty group.
     mean_share: float | None
 
-    def describe(self) -> dict[str, object]:
-        """The group as JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class RankBucket:
@@ -253,12 +249,7 @@ class Utilization:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write the numbers of every neuron to a safetensors file, atomically.
 
-        Raises
-        ------
-        UsageError
-            If ``path`` exists and ``force`` is not set.
-        MachineError
-            If it cannot be written.
+        A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
         """
         refuse_output(path, inputs=[], force=force, kind="file")
         entries = [
@@ -281,13 +272,7 @@ class Utilization:
     @classmethod
     @boundary
     def load(cls, path: str | os.PathLike[str]) -> Utilization:
-        """Read a file written by `save`.
-
-        Raises
-        ------
-        CorruptFileError
-            If it is not such a file, or is damaged.
-        """
+        """Read a file written by `save`; a `CorruptFileError` says that it is not one, or damaged."""
         with TensorFile.named(path) as file:
             content = read_document(file, UTILIZATION_KEY, _WHAT, _VERSION)
             found = [_read(file, name, content["tensors"][name]) for name in sorted(content["tensors"])]
@@ -305,7 +290,7 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def _described(groups: Mapping[str, NeuronGroup]) -> dict[str, Any]:
-    return {name: group.describe() for name, group in groups.items()}
+    return {name: asdict(group) for name, group in groups.items()}
 
 
 def _read(file: TensorFile, name: str, entry: object) -> TensorUtilization:

@@ -371,7 +371,7 @@ def attach(
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:
         raise UsageError("a selection has no values", hint="attach a patch, or train the selection")
-    attached = Attached(model, what, find_base(model, base), mode, train)
+    attached = Attached(model, what, find_base(model, base, what.tensors), mode, train)
     attached._attach(what)
     return attached
 

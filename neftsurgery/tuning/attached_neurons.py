@@ -86,6 +86,7 @@ class AttachedNeurons:
         # The vectors that the weight held before, ``[k, width]`` in its dtype; None if the weight is
         # quantized, or nothing needs them.
         self.saved: Tensor | None = None
+        self.by_expert: Any = None  # the rows by expert (`ExpertRows`), once one expert of a stack is read
         self._values: Tensor | None = None  # of an overlay that is not trainable
         self._written: Tensor | None = None  # the very weight that the values were written to
         self._versions = (-1, -1)  # of the rows and the weight, when they were last equal
@@ -144,7 +145,7 @@ class AttachedNeurons:
             self._write(self.saved)
         if self.trainable:
             self.module._parameters.pop(self.parameter_name, None)
-        self.saved = self._values = self._written = None
+        self.saved = self._values = self._written = self.by_expert = None
         self.active = False
 
     def refresh(self, force: bool = False) -> None:
@@ -166,7 +167,7 @@ class AttachedNeurons:
 
     def _move(self, device: torch.device) -> None:
         """Follow the weight to another device."""
-        self.index = self.index.to(device)
+        self.index, self.by_expert = self.index.to(device), None
         for name in ("inverse_index", "saved", "_values"):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor.to(device))
@@ -193,7 +194,7 @@ class AttachedNeurons:
             "parameter_name",
             "active",
         }
-        for key, value in self.__dict__.items():
+        for key, value in (self.__dict__ | {"by_expert": None}).items():
             twin.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         if self.trainable:
             twin._versions = (-1, -1)  # version counters of copies start at zero

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.parts import listed_parts
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, NeftError
 from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
+from ..neurons.submodels import split_part
 from ..neurons.vectors import gather
 from ..patch.digests import DigestHash, digests
 from ..patch.patch import Patch
@@ -37,8 +40,19 @@ log = logging.getLogger(__name__)
 BaseOption: TypeAlias = str | os.PathLike[str] | Literal[False] | None
 
 
-def find_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
-    """The checkpoint of ``base``; None: the one that the model names, if it is on this machine."""
+def find_base(model: nn.Module, base: BaseOption, names: Collection[str] = ()) -> Checkpoint | None:
+    """The checkpoint of ``base``; None: the one that the model names, if it is on this machine.
+
+    If the ``names`` of tensors are those of a part of a checkpoint, it is the whole that the part is in.
+    """
+    found = _named_base(model, base)
+    part = next((part for name in names if (part := split_part(name)[0])), "")
+    if found is None or part != f"{found.root.name}/" or not listed_parts(found.root.parent):
+        return found
+    return Checkpoint.open(found.root.parent)
+
+
+def _named_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
     if base is False:
         return None
     if base is not None:
