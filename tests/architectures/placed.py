@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ from neftsurgery.live.placement import LivePlace, live_places
 from neftsurgery.live.weights import read_vectors
 from neftsurgery.neurons.layout import Layout
 
-from .blocks import NUMBER
 from .tiny_models import LADDER, build
 
 __all__ = ["placed", "filled", "check_files"]
@@ -66,7 +66,7 @@ def check_files(model: Any, folder: Path) -> dict[str, Any]:
         together = live_places(model, {name: Layout(tuple(value.shape), ()) for name, value in files.items()})
     except MismatchError as error:
         together, told["together"] = {}, str(error)[:400]
-    kinds = {NUMBER.sub("*", name): name for name in files}  # the neurons of one of each kind are checked
+    kinds = {re.sub(r"\d+", "*", name): name for name in files}  # the neurons of one of each kind are checked
     for name, value in files.items():
         try:
             places = together.get(name) or live_places(model, {name: Layout(tuple(value.shape), ())})[name]
