@@ -10,14 +10,14 @@ import inspect
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 
-from .model_inputs import candidates
+from .model_inputs import Unneeded, candidates
 from .tiny_models import LADDER, classes_of, config_of
 
 __all__ = ["Runnable", "configs_in", "move_weights", "outputs", "runnable", "tiny_config"]
@@ -99,6 +99,9 @@ def _classes(model_type: str) -> list[type]:
 def tiny_config(model_type: str, factor: int, layers: int) -> Any:
     """A config of a model that is small in memory, and quick."""
     config = config_of(model_type, factor, layers)
+    for key in ("image_token_id", "image_token_index", "audio_token_id"):
+        if getattr(config, key, 0) is None:
+            _set(config, key, _FIRST_ID - 1)
     ids: set[int] = set()
     for part in configs_in(config):
         for value in _token_ids(part).values():
@@ -211,32 +214,22 @@ def move_weights(model: Any, seed: int, share: float = 0.05) -> None:
 
 
 def _inputs(model: Any) -> tuple[dict[str, Any] | None, str]:
-    why = "no inputs are known"
-    for inputs in _tried(candidates(model)):
-        if isinstance(inputs, Exception):
-            why = _told(inputs)
-            continue
+    """The first inputs that the model takes; else the first and the last reason why not."""
+    reasons: list[str] = []
+    for make in candidates(model):
         try:
+            inputs = make()
             with torch.no_grad():
                 found = outputs(model, inputs)
-        except Exception as error:
-            why = _told(error)
+        except Unneeded:
             continue
-        if not found:
-            why = "no tensor comes out"
-        elif not all(bool(torch.isfinite(one).all()) for one in found):
-            why = "what comes out is not finite"
-        else:
-            return inputs, ""
-    return None, why
-
-
-def _tried(made: Iterable[Any]) -> Iterator[dict[str, Any] | Exception]:
-    for make in made:
-        try:
-            yield make()
         except Exception as error:
-            yield error
+            reasons.append(_told(error)[:100])
+            continue
+        if found and all(bool(torch.isfinite(one).all()) for one in found):
+            return inputs, ""
+        reasons.append("what comes out is not finite" if found else "no tensor comes out")
+    return None, "; ".join(dict.fromkeys((*reasons[:1], *reasons[-2:-1])))
 
 
 def outputs(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
