@@ -90,7 +90,7 @@ def _live_places(base: Checkpoint | None) -> LivePlaces | str:
 
             return PeftPlaces(base)
         except ImportError as error:
-            why = f"{error.name} is not installed: pip install 'neftsurgery[train]'"
+            why = f"{error.name} cannot be imported: pip install 'neftsurgery[train]'"
         except UsageError as error:
             why = str(error)
     return f"modules are named as in the files, and PEFT was not asked if it finds them ({why})"

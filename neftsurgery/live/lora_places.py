@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,12 @@ class PeftPlaces:
         except ValueError:  # others of these experts are missing
             return "parameter"
         return "linear" if path in (config.target_modules or ()) else "parameter"
+
+    def others(self, targets: Collection[str]) -> list[str]:
+        """The modules that PEFT takes for one of ``targets``, as their names end in its name."""
+        endings = tuple(f".{target}" for target in targets)
+        names = [name for name, _ in self._model.named_modules() if name.endswith(endings)]
+        return sorted(set(names).difference(targets))
 
     def check(self, config: Mapping[str, Any], entries: Sequence[TensorInfo]) -> None:
         """Raise a `MismatchError` unless PEFT puts all of this adapter into the model, and lacks nothing.

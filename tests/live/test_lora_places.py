@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
+from architectures.tiny_models import config_of
 from peft_support import tiny
 
 import neftsurgery as ns
@@ -96,6 +99,20 @@ def take(model: PeftPlaces, patch: ns.Patch, places: LoraPlaces) -> None:
     """Have the adapter of ``patch`` checked, whatever is right."""
     modules = [replace(module, rank=module.count) for module in lora_modules(patch, places)]
     model.check(adapter_config(modules, None, None), [one for m in modules for one in m.entries("F32")])
+
+
+def test_modules_whose_names_end_alike_are_not_adapted(tmp_path: Path) -> None:
+    """Idefics has ``layers.0.self_attn`` and ``vision_model.encoder.layers.0.self_attn``."""
+    config = config_of("idefics", 16, 1)
+    config.vocab_size = 40
+    base, patch = patched(lambda: tf.IdeficsModel(config), tmp_path, only=["layers.0.self_attn.q_proj*"])
+    ns.export_lora(patch, tmp_path / "adapter", base=base)
+    found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert found["target_modules"] == ["layers.0.self_attn.q_proj"]
+    assert found["exclude_modules"] == ["vision_model.encoder.layers.0.self_attn.q_proj"]
+    model = peft.PeftModel.from_pretrained(tf.IdeficsModel.from_pretrained(base), tmp_path / "adapter")
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert adapted == ["base_model.model.layers.0.self_attn.q_proj"]
 
 
 def test_the_check_names_what_is_lost_and_what_is_missing(tmp_path: Path) -> None:
