@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError
+from ..errors import MismatchError, UsageError
 from ..patch.patch import Patch
 from ..surgery.lora_modules import LoraPlace, LoraPlaces
 from ..tensors.arrays import Int64Array
@@ -35,15 +35,15 @@ _FAILURES = (ValueError, LookupError, AttributeError, TypeError, RuntimeError)
 
 
 class PeftPlaces:
-    """The live model of a checkpoint, of the class that its config names, as PEFT sees it."""
+    """The live model of a patch's base, of the class that its config names, as PEFT sees it.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._name = checkpoint.name
-        self._model: Any = meta_model(checkpoint, "saved")
+    A `UsageError` if there is none, or the config describes weights of other shapes.
+    """
+
+    def __init__(self, base: Checkpoint, patch: Patch) -> None:
+        self._name = base.name
+        self._model: Any = meta_model(base, "saved")
         self._weights = dict(self._model.named_parameters(remove_duplicate=False))
-
-    def places(self, patch: Patch) -> LoraPlaces:
-        """Where each tensor of ``patch`` is, or why it has no LoRA form."""
         layouts = {name: tensor.layout for name, tensor in patch.tensors.items()}
         refused, found = dict[str, str](), dict[str, tuple[LivePlace, ...]]()
         while layouts and not found:
@@ -53,7 +53,8 @@ class PeftPlaces:
                 if error.tensor is None or layouts.pop(error.tensor, None) is None:
                     raise
                 refused[error.tensor] = error.what
-        return refused | {name: self._places(ones, patch.index(name)) for name, ones in found.items()}
+        placed = {name: self._places(ones, patch.index(name)) for name, ones in found.items()}
+        self.places: LoraPlaces = refused | placed
 
     def _places(self, places: Iterable[LivePlace], index: Int64Array) -> Sequence[LoraPlace] | str:
         found = list[LoraPlace]()
@@ -66,8 +67,16 @@ class PeftPlaces:
 
     def _place(self, place: LivePlace, index: Int64Array) -> LoraPlace | str:
         live, weight = place.parameter, self._weights.get(place.parameter)
-        if weight is None or weight.shape != place.layout.shape:
-            return f"a parameter of shape {list(weight.shape)}" if weight is not None else "not a parameter"
+        if weight is None:
+            return "not a parameter"
+        if weight.shape != place.layout.shape:
+            raise UsageError(
+                "config.json describes another model",
+                file=self._name,
+                tensor=place.name,
+                expected=list(place.layout.shape),
+                found=list(weight.shape),
+            )
         tied = [name for name, other in self._weights.items() if other is weight and name != live]
         if tied:
             return f"tied to {tied[0]}, which PEFT would leave as it is"

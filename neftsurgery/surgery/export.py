@@ -184,12 +184,12 @@ def plan_export(
     *,
     base: AnyPath | None = None,
     force: bool = False,
-    live: Callable[[Checkpoint | None], LivePlaces | str] = lambda base: "",
+    live: Callable[[Checkpoint | None, Patch], LivePlaces | str] = lambda base, patch: "",
     **options: Unpack[ExportOptions],
 ) -> ExportPlan:
     """Check everything that `export_lora` needs; nothing is written.
 
-    ``live`` makes the live model of the base, or says why there is none.
+    ``live`` asks the live model of the base, or says why it cannot.
     """
     (form,) = split("export_lora", options, ExportOptions)
     dtype, rank = str(form.get("dtype", "f32")).upper(), form.get("rank")
@@ -203,12 +203,12 @@ def plan_export(
     refuse_output(out, inputs=inputs, force=force, kind="directory")
     if original is None:
         require_replaced(patch, "a LoRA")
-    model = live(original)
+    model = live(original, patch)
     places, warnings = places_in_files(patch, original, prefix)
     if isinstance(model, str):
         warnings += [model] if model else []
     elif not prefix:
-        files, places, warnings = places, dict(model.places(patch)), []
+        files, places, warnings = places, dict(model.places), []
         for name, found in places.items():  # what kind of tensor it is, and why that has no LoRA form
             if isinstance(kind := files[name], str) and isinstance(found, str):
                 places[name] = f"{kind}: {found}"

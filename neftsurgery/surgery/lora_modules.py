@@ -97,10 +97,11 @@ LoraPlaces: TypeAlias = "Mapping[str, Sequence[LoraPlace] | str]"
 
 
 class LivePlaces(Protocol):
-    """What a live model tells."""
+    """What a live model tells of a patch."""
 
-    def places(self, patch: Patch) -> LoraPlaces:
-        """Where each tensor of ``patch`` is, or why it has no LoRA form."""
+    @property
+    def places(self) -> LoraPlaces:
+        """Where each tensor of the patch is, or why it has no LoRA form."""
 
     def others(self, targets: Collection[str]) -> list[str]:
         """The modules that PEFT takes for one of ``targets``, as their names end in its name."""

@@ -214,3 +214,14 @@ def test_the_command_says_what_only_peft_reads(tmp_path: Path, neft: Any) -> Non
     said = neft(*usual, "-o", "b", "--rank-pattern", "--dry-run")
     assert "at ranks " in said.out
     assert neft(*usual, "-o", "b", "--rank", "0").code == 2
+
+
+def test_a_config_that_does_not_describe_the_weights_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, tuned = saved(llama, tmp_path)
+    config = json.loads((base / "config.json").read_text()) | {"intermediate_size": 32}
+    (base / "config.json").write_text(json.dumps(config))
+    ns.export_lora(cut((base, tuned), tmp_path / "p"), tmp_path / "adapter", base=base)
+    assert "named as in the files" in caplog.text
+    assert "config.json describes another model" in caplog.text

@@ -73,7 +73,7 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "name", "why"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_exact_is_refused_by_name(tmp_path: Path, make: Any, name: str, why: str) -> None:
     base, patch = patched(make, tmp_path)
-    places = PeftPlaces(Checkpoint.open(base)).places(patch)
+    places = PeftPlaces(Checkpoint.open(base), patch).places
     found = next(place for tensor, place in places.items() if tensor.endswith(name))
     assert isinstance(found, str)
     assert why in found
@@ -85,14 +85,14 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path: Path, make: Any, name: s
 def test_names_that_peft_takes_for_stacked_experts_are_targeted_as_parameters(tmp_path: Path) -> None:
     """Of a layer of Qwen3-MoE without experts: as modules, PEFT drops them without a word."""
     base, patch = patched(qwen3_moe, tmp_path, only=["*layers.0.mlp.*"])
-    model = PeftPlaces(Checkpoint.open(base))
-    places = model.places(patch)
+    model = PeftPlaces(Checkpoint.open(base), patch)
+    places = model.places
     assert {place.form for found in places.values() for place in found} == {"parameter"}
     assert len(places) == 3
     take(model, patch, places)
     modules = {name: [replace(place, form="linear")] for name, (place,) in places.items()}
     with pytest.raises(ns.MismatchError, match="PEFT does not take this adapter"):
-        take(PeftPlaces(Checkpoint.open(base)), patch, modules)
+        take(PeftPlaces(Checkpoint.open(base), patch), patch, modules)
 
 
 def take(model: PeftPlaces, patch: ns.Patch, places: LoraPlaces) -> None:
@@ -117,14 +117,14 @@ def test_modules_whose_names_end_alike_are_not_adapted(tmp_path: Path) -> None:
 
 def test_the_check_names_what_is_lost_and_what_is_missing(tmp_path: Path) -> None:
     base, patch = patched(lambda: tiny("llama"), tmp_path, only=["*up_proj*"])
-    places = PeftPlaces(Checkpoint.open(base)).places(patch)
+    places = PeftPlaces(Checkpoint.open(base), patch).places
     moved = {
         name: [replace(place, path=place.path.replace("up_proj", "down_proj"))]
         for name, (place,) in places.items()
     }
     with pytest.raises(ns.MismatchError, match="size mismatch"):
-        take(PeftPlaces(Checkpoint.open(base)), patch, moved)
-    model = PeftPlaces(Checkpoint.open(base))
+        take(PeftPlaces(Checkpoint.open(base), patch), patch, moved)
+    model = PeftPlaces(Checkpoint.open(base), patch)
     modules = [replace(module, rank=module.count) for module in lora_modules(patch, places)]
     entries = [one for m in modules for one in m.entries("F32")]
     with pytest.raises(ns.MismatchError, match=r"layers.0.mlp.up_proj.lora_A.\S*weight is missing"):
