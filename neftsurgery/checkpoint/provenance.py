@@ -84,8 +84,8 @@ class Provenance(Facts):
         known: dict[str, object] = {"name": source.local_name}
         if source.repo is not None:
             known |= {"repo": source.repo, "revision": source.revision}
-        if checkpoint.original is not None and checkpoint.prefixes:
-            known |= checkpoint.prefixes.to_json()
+        if checkpoint.original is not None:
+            known |= checkpoint.prefixes.to_json() if checkpoint.prefixes else {}
             checkpoint = checkpoint.original  # its fingerprint is of the names in its files
         return cls({**known, "fingerprint": fingerprint(checkpoint)})
 

@@ -17,6 +17,7 @@ _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 _UNWRAP = "save the model inside: `accelerator.unwrap_model(model).save_pretrained(OUT)`"
 _MERGE = "merge it (`model.merge_and_unload().save_pretrained(OUT)`), or name the adapter's folder"
 _DEQUANTIZE = "compare unquantized checkpoints, as `model.dequantize()` of transformers makes them"
+_PATCH_BEFORE = "patch the checkpoint that it was made from, and quantize the result again"
 _GATHER = (
     "have the trainer gather the weights (`stage3_gather_16bit_weights_on_model_save`), or join those of the "
     "training checkpoint: `python -m deepspeed.utils.zero_to_fp32 CHECKPOINT OUT --safe_serialization`"
@@ -51,6 +52,10 @@ def why_unfit(needed: Mapping[str, TensorInfo], side: Checkpoint) -> str | None:
     """Why a checkpoint lacks tensors that something was made for, and what helps."""
     if prefixes := fitting_prefixes(side.tensors, needed):
         return f"its names have another prefix: `neftsurgery extract` makes a patch for it, with {prefixes}"
+    if quantization_reasons(needed, None):
+        return "the patch holds codes of quantized weights: it is only for the checkpoint it was made from"
+    if quantization_reasons(side.tensors, side.config):
+        return f"{side.name} is quantized: {_PATCH_BEFORE}"
     form = _form(side, needed)
     return f"{side.name} {form}" if form else None
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ..quantization.settings import quantization_section
 from ..tensors.header import TensorInfo
+from .submodels import part_config, split_part
 
 __all__ = ["quantization_reasons"]
 
@@ -22,6 +24,8 @@ _SCALES_OF_NAME = """.absmax .quant_map .nested_absmax .nested_quant_map ._scale
 _scales"""
 # bitsandbytes packs its settings into a byte tensor "X.weight.quant_state.bitsandbytes__nf4".
 _STATE = ".quant_state."
+# What only scales are called: without codes, they mean nothing.
+_ONLY_SCALES = (".weight_scale", "_scale_inv", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale")
 # Names of the codes themselves after ``X.``; MXFP4 experts write "gate_up_proj_blocks".
 _CODES = ("weight", "qweight", "weight_packed", "codes", "W_q")
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -34,9 +38,17 @@ def quantization_reasons(
 
     By a ``quantization_config``, 8-bit floats and integers named like weights are codes even without a scale.
     """
-    method = _method(config)
+    methods: dict[str, str | None] = {}
+
+    def method_of(name: str) -> str | None:
+        part, _ = split_part(name)
+        if part not in methods:
+            methods[part] = _method(part_config(config, name))
+        return methods[part]
+
     codes: dict[str, str] = {}
-    scales: dict[str, str] = {}
+    orphans = (name for name in tensors if name.endswith(_ONLY_SCALES) and method_of(name) is not None)
+    scales = dict.fromkeys(orphans, "quantized: scales without their codes")
     for name, info in tensors.items():
         kind = info.type.kind
         if kind not in ("integer", "packed") and not (kind == "float" and info.type.bits == 8):
@@ -53,20 +65,14 @@ def quantization_reasons(
             scales.update((scale, f"quantized: belongs to {name}") for scale in found)
         elif kind == "packed":
             codes[name] = f"quantized: {info.dtype} elements are codes"
-        elif method is not None and (kind == "float" or stem is not None):
-            codes[name] = f"quantized: by config.json, with {method}"
+        elif (kind == "float" or stem is not None) and (method := method_of(name)) is not None:
+            codes[name] = f"quantized: by {split_part(name)[0]}config.json, with {method}"
     return codes | scales
 
 
 def _method(config: Mapping[str, Any] | None) -> str | None:
-    holders = [config or {}]
-    holders += [value for value in holders[0].values() if isinstance(value, Mapping)]
-    for holder in holders:
-        for key in ("quantization_config", "compression_config", "quantization"):
-            section = holder.get(key)
-            if isinstance(section, Mapping) and section:
-                return str(section.get("quant_method", "a method it does not name"))[:40]
-    return None
+    section = quantization_section(config)
+    return str(section.get("quant_method", "a method it does not name"))[:40] if section else None
 
 
 def _scales_of(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:

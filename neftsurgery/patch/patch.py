@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -17,8 +17,9 @@ from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..sources.resolve import Source
+from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
-from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.arrays import Int64Array, Mask, RawBytes
 from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -26,6 +27,7 @@ from ..text import plural, size
 from ..version import __version__
 from .digests import DigestHash, digests, is_hash
 from .entries import PatchEntries, RowPlaces
+from .groups import RowGroup, read_groups
 from .patch_file import PATCH_KEY, PATCH_NAME, PATCH_VERSION, PatchFile, require_seal
 
 __all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
@@ -61,10 +63,11 @@ class Manifest(Facts):
         """How its values were trained; empty if that is not recorded."""
         return Facts.from_json(self.get("training"))
 
-    def written(self, tensors: Mapping[str, object]) -> dict[str, object]:
+    def written(self, tensors: Mapping[str, object], groups: Sequence[RowGroup] = ()) -> dict[str, object]:
         """The document of a new patch file that touches ``tensors``, but for its hash."""
+        more = {"groups": [group.to_json() for group in groups]} if groups else {}
         rest = {key: value for key, value in self.items() if key not in _OF_CONTENT}
-        return {"version": PATCH_VERSION, "kind": Patch.kind, **rest, "tensors": tensors}
+        return {"version": PATCH_VERSION, "kind": Patch.kind, **rest, **more, "tensors": tensors}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,8 @@ class Patch(PatchFile):
         The JSON document of the file; `base`, `facts` and `training` are its parts.
     tensors:
         What it touches, ordered by name.
+    groups:
+        Which of these are the codes and scales of one quantized weight.
     source:
         What was named to open it; None for a patch that was made here.
     """
@@ -107,13 +112,17 @@ class Patch(PatchFile):
         super().__init__(file, manifest, source)
         self.tensors = {name: _tensor(file, name, manifest) for name in sorted(manifest["tensors"])}
         self._places = _require_entries(file, manifest, self.tensors)
+        self.groups: list[RowGroup] = []
         self._last_index = "", np.empty(0, np.int64)  # the entry that was read last
         if manifest["version"] > 1:
             require_seal(file, manifest, [("index", file.array_bytes("index").tobytes())])
-            _require_no_groups(file, manifest, self.tensors)
+            self.groups = read_groups(file, manifest, self.tensors)
         for name, tensor in self.tensors.items():
             if why := check_index(self.index(name), tensor.layout.count):
                 raise bad(file, _WHAT, why, name)
+        for group in self.groups:
+            if why := group.fault(self.tensors, self.index, self._is_new):
+                raise bad(file, _WHAT, f"a group makes no sense: {why}", group.codes)
 
     def __str__(self) -> str:
         return self._text(
@@ -123,7 +132,7 @@ class Patch(PatchFile):
 
     @cached_property
     def neurons(self) -> int:
-        """How many neurons it replaces, companion biases not counted."""
+        """How many neurons it replaces; companion biases and scales do not count."""
         biases = self.facts.companion_biases
         return sum(tensor.count for name, tensor in self.tensors.items() if name not in biases)
 
@@ -190,6 +199,36 @@ class Patch(PatchFile):
         entry, first, step = self._places[name][part]
         raw = self._file.array_bytes(entry, first + start * step, first + stop * step)
         return raw.reshape(stop - start, step * raw.shape[1])
+
+    def _is_new(self, name: str) -> Mask:
+        """Of each row of a small tensor whether its value is not the one that it replaces."""
+        new: Mask = (digests(self.values(name)) != self.base_digests(name)).any(axis=1)
+        return new
+
+    @classmethod
+    def from_adapter(
+        cls, adapter: AnyPath, base: AnyPath, out: AnyPath | None = None, *, force: bool = False
+    ) -> Patch:
+        """The patch on the files of ``base`` that an adapter of `neftsurgery.peft` is.
+
+        Its values are the adapter's, rounded to the dtype of the files. ``out``: where to write it; None: to
+        a temporary file, until it is saved. Needs the training extra and PEFT. Raises a `UsageError` if the
+        adapter is of another method, or also holds whole modules, a `MismatchError` if it is not of ``base``,
+        and a `CorruptFileError` if it is damaged.
+        """
+        from ..peft.patches import patch_of_adapter
+
+        return patch_of_adapter(adapter, base, out, force=force)
+
+    def to_adapter(self, adapter: AnyPath, base: AnyPath, *, force: bool = False) -> None:
+        """Write the folder of the adapter of `neftsurgery.peft` that this patch on ``base`` is, exactly.
+
+        Raises a `UsageError` for neurons that cannot be an adapter, such as those of biases, and a
+        `MismatchError` if the model of ``base`` does not have them. Needs the training extra and PEFT.
+        """
+        from ..peft.patches import adapter_of_patch
+
+        adapter_of_patch(self, adapter, base, force=force)
 
     def require_fit(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint, in which the touched tensors are found under their names in the patch.
@@ -273,26 +312,3 @@ def _require_entries(
         if name not in entries.infos:
             raise bad(file, _WHAT, "an entry that belongs to no tensor of the manifest", name)
     return places
-
-
-def _require_no_groups(
-    file: TensorFile, manifest: Mapping[str, object], tensors: Mapping[str, PatchTensor]
-) -> None:
-    """Raise a `CorruptFileError` for tensors that belong together: no layout of such groups is known yet."""
-    groups = manifest.get("groups", [])
-    if not isinstance(groups, list):
-        raise bad(file, _WHAT, "its groups are not a list")
-    for group in groups:
-        layout = group.get("layout") if isinstance(group, dict) else None
-        members = group.get("members") if isinstance(group, dict) else None
-        if not isinstance(layout, str) or not isinstance(members, dict):
-            raise bad(file, _WHAT, "a group has no layout or members")
-        for name in members.values():
-            if not isinstance(name, str) or name not in tensors:
-                raise bad(file, _WHAT, "a group has a member that is not a tensor of the patch")
-        raise CorruptFileError(
-            f"the patch has a group of tensors of a layout that this version does not know: {layout[:100]!r}",
-            file=file.path,
-            tensor=next(iter(members.values()), None),
-            hint="update neftsurgery: pip install -U neftsurgery",
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
 from .digests import NO_HASH, DigestHash, digests
 from .entries import PatchEntries
+from .groups import RowGroup
 from .patch import Manifest, Patch
 from .patch_file import sealed
 
@@ -23,8 +24,10 @@ __all__ = ["PatchWriter", "patch_bytes", "written_patch"]
 class _Plan:
     """What the file of a patch holds, and where."""
 
-    def __init__(self, selection: Selection, manifest: Manifest, reversible: bool) -> None:
-        self.manifest, self.reversible = manifest, reversible
+    def __init__(
+        self, selection: Selection, manifest: Manifest, reversible: bool, groups: Sequence[RowGroup]
+    ) -> None:
+        self.manifest, self.reversible, self.groups = manifest, reversible, groups
         self.tensors = dict(sorted(selection.tensors.items()))  # the order of their rows in the file
         dtype = index_dtype(max((chosen.layout.count for chosen in selection), default=0))
         entries = PatchEntries(dtype)
@@ -44,12 +47,14 @@ class _Plan:
             before, after = (NO_HASH, NO_HASH) if hashes is None else hashes[name]
             facts = chosen.describe() | {"rows": len(chosen.index), **more}
             tensors[name] = facts | {"base_hash": before, "patched_hash": after}
-        return sealed(self.manifest.written(tensors), [("index", self.index.tobytes())])
+        return sealed(self.manifest.written(tensors, self.groups), [("index", self.index.tobytes())])
 
 
-def patch_bytes(selection: Selection, manifest: Manifest, reversible: bool) -> int:
+def patch_bytes(
+    selection: Selection, manifest: Manifest, reversible: bool, groups: Sequence[RowGroup] = ()
+) -> int:
     """Bytes of the file that `written_patch` would write."""
-    plan = _Plan(selection, manifest, reversible)
+    plan = _Plan(selection, manifest, reversible, groups)
     return planned_bytes(plan.entries, plan.metadata())
 
 
@@ -103,10 +108,11 @@ def written_patch(
     out: str | os.PathLike[str] | None,
     *,
     reversible: bool,
+    groups: Sequence[RowGroup] = (),
     force: bool = False,
 ) -> Iterator[PatchWriter]:
     """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
-    plan = _Plan(selection, manifest, reversible)
+    plan = _Plan(selection, manifest, reversible, groups)
     with written_file(plan.entries, plan.metadata(), out, force=force) as written:
         writer = PatchWriter(written, plan)
         yield writer

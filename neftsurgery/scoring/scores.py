@@ -73,10 +73,7 @@ class Scores(FileBacked):
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Open a scores file. A vector per tensor and ``tensors`` suffice, so it may be made by others.
 
-        Raises
-        ------
-        CorruptFileError
-            If it is not a scores file, or damaged.
+        A `CorruptFileError` says that it is not a scores file, or damaged.
         """
         return cls.read(TensorFile.named(path, SCORES_KEY))
 
@@ -151,6 +148,11 @@ class Scores(FileBacked):
         return Provenance.from_json(self.facts.get("tuned"))
 
     @property
+    def quantized(self) -> frozenset[str]:
+        """Which sides, ``base`` or ``tuned``, store scored weights as codes."""
+        return frozenset({"base", "tuned"} & Facts.from_json(self.facts.get("quantized")).keys())
+
+    @property
     def nonfinite(self) -> int:
         """How many neurons hold a NaN or Inf."""
         return int(self.facts.number("nonfinite") or 0)
@@ -182,7 +184,7 @@ class Scores(FileBacked):
     @cached_property
     def neurons(self) -> int:
         """How many neurons the scored tensors have, without those that the anatomy does not count."""
-        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
+        return sum(tensor.neurons for tensor in self.tensors.values())
 
     @boundary
     def select(self, **budget: Unpack[SelectOptions]) -> Selection:

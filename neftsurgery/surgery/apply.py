@@ -27,6 +27,7 @@ from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .chains import opened_patches
+from .group_checks import require_units_in_turn
 from .rebuild import RebuildPlan, plan_rebuild
 from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, touched_files
 from .same_base import named_base, other_base
@@ -198,6 +199,7 @@ def _plan(
     patches = [r.patch for r in rows]
     for patch in patches:
         checkpoint = patch.require_fit(checkpoint)
+    require_units_in_turn(patches)
     rows, notes = _with_copies(checkpoint, rows)
     files = None
     if out is None:

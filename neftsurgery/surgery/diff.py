@@ -100,7 +100,7 @@ class DiffPlan:
             starts, arrays = _arrays(self.pair)
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self.pair, self.score, self.seed, starts, written)
-                with progress("scoring", self.pair.nbytes) as advance:
+                with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
                 sink.finish()
@@ -124,6 +124,7 @@ class DiffPlan:
             "tuned": Provenance.of(self.pair.tuned).to_json(),
             **({"seed": self.seed} if self.score == "random" else {}),
             **self.pair.describe(),
+            **_quantized(self.pair),
             **describe_tensors(self.pair.anatomy.scored),
         }
 
@@ -174,10 +175,8 @@ def diff(
         For a path, name or option that makes no sense, or an ``out`` that exists.
     MismatchError
         If the checkpoints have nothing in common that can be scored.
-    CorruptFileError
-        If a file is damaged.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a file is damaged; if something cannot be read or written.
     """
     prefix, scope, score, seed, run = split(
         "diff", options, PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions
@@ -205,9 +204,8 @@ def plan_diff(
     if seed < 0:
         raise UsageError("[[seed]] must not be negative", found=seed)
     first, second = open_sides(base, tuned, prefixes)
-    if out is not None:
-        refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    return DiffPlan(pair(first, second, scope), score, seed, None if out is None else Path(out), force)
+    place = refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
+    return DiffPlan(pair(first, second, scope), score, seed, place, force)
 
 
 def check_score(score: str) -> None:
@@ -231,6 +229,14 @@ def describe_tensors(tensors: Iterable[NeuronTensor]) -> dict[str, object]:
             entry["part"] = [tensor.part.start, tensor.part.stop, tensor.part.step]
         descriptions.append(entry)
     return {"descriptions": descriptions, "tensors": names}
+
+
+def _quantized(plan: Pair) -> dict[str, object]:
+    """How many of the scored weights each side stores as codes; empty if neither does."""
+    names = {tensor.info.name for tensor in plan.anatomy.scored}
+    sides = {"base": plan.base.quantized, "tuned": plan.tuned.quantized}
+    found = {side: len(names & weights.keys()) for side, weights in sides.items() if names & weights.keys()}
+    return {"quantized": found} if found else {}
 
 
 def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[str, Any]]:

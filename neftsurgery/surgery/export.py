@@ -203,6 +203,13 @@ def plan_export(
     refuse_output(out, inputs=inputs, force=force, kind="directory")
     if original is None:
         require_replaced(patch, "a LoRA")
+    if patch.groups:
+        raise MismatchError(
+            "the patch holds codes of quantized weights, which are not numbers to factor",
+            file=patch.place,
+            tensor=patch.groups[0].codes,
+            hint="export a patch of the checkpoints before quantization",
+        )
     model = live(original, patch)
     places, warnings = places_in_files(patch, original, prefix)
     if isinstance(model, str):

@@ -12,9 +12,10 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.dequantized import require_stored_alike, stored_side
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
-from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
+from ..checkpoint.provenance import Provenance, require_same_files, same_files
 from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
@@ -42,24 +43,13 @@ from ..text import size
 from .diff import DiffPlan, check_score
 from .lossless import CodingAndRun, plan_lossless
 from .pairing import open_sides, pair
+from .quantized_rows import StoredRows, stored_rows
+from .remainder import Remainder, remainder
 from .verb import running, warn
 
-__all__ = ["ExtractPlan", "Remainder", "extract", "plan_extract"]
+__all__ = ["ExtractPlan", "extract", "plan_extract"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Remainder:
-    """What base plus patch may lack of the tuned model."""
-
-    left: Sequence[str]  # tensors that differ from it
-    not_compared: Sequence[str]  # files, and tensors, of which nothing is known
-
-    @property
-    def is_whole(self) -> bool | None:
-        """Whether base plus patch is the tuned model bit for bit; None if nothing says that it is not."""
-        return False if self.left else None if self.not_compared else True
 
 
 @dataclass(frozen=True)
@@ -68,7 +58,7 @@ class ExtractPlan:
 
     base: Checkpoint
     joined: Joined  # with the tuned model
-    selection: Selection
+    rows: StoredRows
     origin: Provenance  # of the base, for the manifest
     captured_known: bool  # whether the selection's captured share is about these checkpoints
     scores: Scores | None = None  # None: the selection was given
@@ -79,6 +69,11 @@ class ExtractPlan:
     timing: Timing = field(default_factory=Timing)  # of choosing
     # By another run: fingerprints, which skip most bytes, say that nothing changed.
     scored_before: bool = False
+
+    @property
+    def selection(self) -> Selection:
+        """The chosen neurons, with those that must come along."""
+        return self.rows.selection
 
     @property
     def tuned(self) -> Checkpoint:
@@ -94,14 +89,14 @@ class ExtractPlan:
     def remainder(self) -> Remainder | None:
         """What base plus patch lacks of the tuned model; None if only a selection is known, and no lack."""
         if self.scores is not None and self.captured_known:
-            return _remainder(self, self.scores)
+            return remainder(self.base, self.joined, self.selection, self.scores, again=self.scored_before)
         left = [*self.joined.only_base, *self.joined.only_tuned]
         return Remainder(left, not_compared(self.base, self.tuned)) if left else None
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the patch file."""
-        return patch_bytes(self.selection, self._manifest, self.reversible)
+        return patch_bytes(self.rows.stored, self._manifest, self.reversible, self.rows.groups)
 
     @property
     def _manifest(self) -> Manifest:
@@ -110,7 +105,7 @@ class ExtractPlan:
     @property
     def facts(self) -> SelectionFacts:
         """What the manifest says of the selection; captured shares only if they are of these checkpoints."""
-        return self.selection.facts.for_patch(captured=self.captured_known)
+        return self.rows.stored.facts.for_patch(captured=self.captured_known)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -134,13 +129,18 @@ class ExtractPlan:
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Patch:
         """Cut the chosen neurons out, and write the patch."""
         limits = limits or Limits.of()
-        chosen, sides = self.selection, (self.base, self.tuned)
+        chosen, sides = self.rows.stored, [stored_side(side) for side in (self.base, self.tuned)]
         watch = Stopwatch()
         before = sum(side.bytes_read for side in sides)
         with (
             watch.running(),
             written_patch(
-                chosen, self._manifest, self.out, reversible=self.reversible, force=self.force
+                chosen,
+                self._manifest,
+                self.out,
+                reversible=self.reversible,
+                groups=self.rows.groups,
+                force=self.force,
             ) as writer,
         ):
 
@@ -331,13 +331,18 @@ def plan_extract(
     assert selection is not None  # given, or chosen just now
     selection = _with_ties(selection, joined)
     first = with_tied_names(first, [chosen.info for chosen in selection])
+    require_stored_alike(first, joined.tuned, selection.tensors)
     selection.require_fit(first, joined.tuned)
+    rows = stored_rows(selection, first, joined.tuned)
+    if rows.notes and scores is not None:
+        rows = rows.with_facts(scores.captured(rows.selection.tensors))
+    warnings += rows.notes
     if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
     plan = ExtractPlan(
         first,
         joined,
-        selection,
+        rows,
         origin,
         same_files(selection.facts.tuned, result) is True,
         scores,
@@ -372,25 +377,3 @@ def _with_ties(selection: Selection, joined: Joined) -> Selection:
                 chosen = tensors[other]
                 tensors[name] = replace(chosen, info=replace(chosen.info, name=name))
     return Selection(dict(sorted(tensors.items())), selection.facts)
-
-
-def _remainder(plan: ExtractPlan, scores: Scores) -> Remainder:
-    """Compare what changed with what was chosen, tensor by tensor."""
-    chosen, joined = plan.selection.tensors, plan.joined
-    left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(plan.base, plan.tuned)
-    unknown += ["changes since the scores were made"] if plan.scored_before else []
-    for name, info in plan.base.tensors.items():
-        if name in left or name in joined.copies or info.name != name:
-            continue
-        entry = scores.unscored.get(name)
-        changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
-        if not same_tensor(info, plan.tuned.tensors.get(name)):
-            left.add(name)
-        elif changed is not None:
-            kept = np.delete(changed, chosen[name].index) if name in chosen else changed
-            left |= {name} if kept.any() else set()
-        elif entry is None:
-            unknown.append(name)
-        elif entry.changed:
-            left.add(name)
-    return Remainder(sorted(left), unknown)

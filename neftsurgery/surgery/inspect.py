@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.dequantized import dequantized
 from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
-from ..options import Scope, ScopeOptions, split
+from ..neurons.submodels import part_config, stated_type
+from ..options import InspectOptions, Scope, split
 from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
@@ -26,6 +28,7 @@ from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
 from ..text import commas, label, lines, natural_key, percent, plural, printable, size, some
+from .inspect_anatomy import anatomy_facts, anatomy_tables
 from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
@@ -47,6 +50,8 @@ class Inspection(dict[str, Any]):
         """What a person wants to know, as rows of cells; options as ``[[name]]``."""
         if self.get("lossless"):
             return [_lossless_rows(self), _kind_rows(self["weights"])]
+        if "anatomies" in self:
+            return anatomy_tables(self)
         return _patch_tables(self) if self.kind == "patches" else [_rows(self)]
 
     def to_json(self) -> dict[str, object]:
@@ -63,7 +68,7 @@ class Inspection(dict[str, Any]):
 @boundary
 def inspect(
     named: AnyPath | Sequence[AnyPath],
-    **options: Unpack[ScopeOptions],
+    **options: Unpack[InspectOptions],
 ) -> Inspection:
     """Tell what a file or folder holds.
 
@@ -73,7 +78,8 @@ def inspect(
         A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or several
         patches. A Hub repository that holds a patch is that patch.
     anatomy, axis, include, exclude, only:
-        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`.
+        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`; ``all``: ``kinds`` of weights in
+        place of ``tensors``, and the ``anatomies`` that are offered.
 
     Returns
     -------
@@ -88,7 +94,7 @@ def inspect(
     CorruptFileError
         If it is damaged.
     """
-    (given,) = split("inspect", options, ScopeOptions)
+    (given,) = split("inspect", options, InspectOptions)
     if not isinstance(named, (str, os.PathLike)):
         if len(named) != 1:
             return Inspection(_patches(named))
@@ -120,9 +126,16 @@ def _found(named: AnyPath) -> Source:
 
 
 def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
-    anatomy = scoped_anatomy(scope, checkpoint.tensors, checkpoint.config)
+    config, shown = checkpoint.config, dequantized(checkpoint)
+    if scope.anatomy == "all":
+        return anatomy_facts(shown, scope)
+    anatomy = scoped_anatomy(scope, shown.tensors, config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
+    quantized = {tensor["name"]: shown.quantized.get(tensor["name"]) for tensor in tensors}
+    for tensor in tensors:
+        if (weight := quantized[tensor["name"]]) is not None:
+            tensor |= {"dtype": weight.layout, "stored_as": weight.describe()}
     neurons = sum(tensor["neurons"] for tensor in tensors)
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     ties, notes = stored_ties(checkpoint)
@@ -135,9 +148,11 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "revision": checkpoint.source.revision,
         "files": [shard.name for shard in checkpoint.shards],
         "bytes": checkpoint.nbytes,
-        "parameters": checkpoint.parameters - copied,
+        "parameters": shown.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
-        "model_type": (checkpoint.config or {}).get("model_type"),
+        "quantized": _quantized(shown),
+        "model_type": stated_type(config) or None,
+        "parts": {part.strip("/"): stated_type(part_config(config, part)) for part in checkpoint.parts},
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
         **aside,
         "anatomy": anatomy.name,
@@ -148,6 +163,12 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
         "tensors": _in_order(tensors),
     }
+
+
+def _quantized(shown: Checkpoint) -> list[dict[str, object]]:
+    """How many weights are stored in which layout, and what of them can be replaced by itself."""
+    found = Counter((weight.layout, weight.unit) for weight in shown.quantized.values())
+    return [{"layout": layout, "unit": unit, "weights": n} for (layout, unit), n in found.items()]
 
 
 def _paths(paths: Iterable[Path]) -> list[str]:
@@ -185,6 +206,7 @@ def _patch(patch: Patch | LosslessPatch) -> dict[str, Any]:
         return facts | {
             "neurons": patch.neurons,
             "parameters": patch.parameters,
+            "groups": [group.to_json() for group in patch.groups],
             "selection": dict(patch.facts),
             "tensors": _in_order(tensors),
         }
@@ -289,11 +311,19 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
             ["weights", f"{plural(len(facts['files']), 'file')}, {size(facts['bytes'])}: {dtypes}"],
             ["model type", str(facts["model_type"] or "unknown: no config.json beside the weights")],
         ]
+        parts = [f"{part or '.'} ({kind})" if kind else part for part, kind in facts["parts"].items()]
+        rows += [["parts", some(parts, len(parts))]] if parts else []
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
     rows += [["sha256", facts["sha256"]]] if "sha256" in facts else []
     if "parameters" in facts:
         rows.append(["parameters", commas(facts["parameters"])])
+    for entry in facts.get("quantized", ()):
+        rows.append(
+            ["quantized", f"{plural(entry['weights'], 'weight')} in {entry['layout']}: {entry['unit']}"]
+        )
+    if facts.get("groups"):
+        rows.append(["quantized", f"{plural(len(facts['groups']), 'weight')}: codes, with their scales"])
     units = f" in {commas(facts['units'])} units" if facts.get("units") else ""
     rows.append(["neurons", commas(facts["neurons"]) + units])
     rows += [[key, str(facts[key])] for key in ("anatomy", "score") if key in facts]

@@ -28,7 +28,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from .chains import plan_chain
 from .lossless import CodingAndRun
-from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
+from .merge_checks import MergedNeurons, OverlapRule, check_patches, plan_union, refuse_other_options
 from .same_base import named_base, other_base
 from .verb import base_rows, run_keywords, warn
 
@@ -44,14 +44,32 @@ class MergePlan:
     patches: Sequence[Patch]
     rule: OverlapRule
     base: Checkpoint | None
-    meetings: Mapping[str, Meeting]  # by tensor: who replaces what
-    selection: Selection  # the neurons of the result
-    manifest: Manifest
+    union: MergedNeurons  # what the result holds
     reversible: bool
     out: Path | None  # None: a temporary file
     force: bool
     warnings: Sequence[str]
     timing: Timing  # of checking
+
+    @property
+    def meetings(self) -> Mapping[str, Meeting]:
+        """By tensor: who replaces what."""
+        return self.union.meetings
+
+    @property
+    def selection(self) -> Selection:
+        """The neurons of the result."""
+        return self.union.selection
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the result says of itself."""
+        return self.union.manifest
+
+    @cached_property
+    def grouped(self) -> frozenset[str]:
+        """The codes and scales of quantized weights, which are never computed with."""
+        return frozenset(name for group in self.union.groups for name in group.members.values())
 
     @property
     def shared(self) -> int:
@@ -67,7 +85,7 @@ class MergePlan:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the merged patch's file."""
-        return patch_bytes(self.selection, self.manifest, self.reversible)
+        return patch_bytes(self.selection, self.manifest, self.reversible, self.union.groups)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -92,7 +110,12 @@ class MergePlan:
         with (
             watch.running(),
             written_patch(
-                self.selection, self.manifest, self.out, reversible=self.reversible, force=self.force
+                self.selection,
+                self.manifest,
+                self.out,
+                reversible=self.reversible,
+                groups=self.union.groups,
+                force=self.force,
             ) as writer,
         ):
             least = _thresholds(self, limits.block) if self.rule.name == "ties" else None
@@ -103,7 +126,8 @@ class MergePlan:
                 old = tensor.old(before) if self.reads_base else None
                 parts = [part for _, part in tensor.held(least)]
                 dtype = self.selection.tensors[block.name].info.dtype
-                values = merge_rows(self.rule.name, dtype, parts, old, len(before))
+                rule = "first" if block.name in self.grouped and self.rule.computes else self.rule.name
+                values = merge_rows(rule, dtype, parts, old, len(before))
                 return before, writer.write_values(block.name, block.start, before, values, old)
 
             with progress("merging", self.selection.nbytes) as advance:
@@ -241,19 +265,16 @@ def plan_merge(
     """Check everything that `merge` needs; nothing is written."""
     patches = [_loaded(patch) for patch in named]
     original, inputs = named_base(base, patches)
-    if out is not None:
-        refuse_output(out, inputs=inputs, force=force, kind="file")
+    place = refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
     with watch.running():
-        meetings, selection, manifest, warnings = plan_union(patches, rule, original, keep)
+        union = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
-        warnings += other_base(original, manifest.base, "the patches")
+        warnings = other_base(original, union.manifest.base, "the patches")
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
-    place = None if out is None else Path(out)
-    return MergePlan(
-        patches, rule, original, meetings, selection, manifest, keep, place, force, warnings, watch.timing
-    )
+    warnings = [*union.warnings, *warnings]
+    return MergePlan(patches, rule, original, union, keep, place, force, warnings, watch.timing)
 
 
 def _loaded(named: AnyPatch) -> Patch:
@@ -314,7 +335,7 @@ def _thresholds(plan: MergePlan, size: int | None) -> list[float]:
             meeting = plan.meetings[block.name]
             index = meeting.union[block.start : block.stop]
             common = np.isin(index, meeting.shared, assume_unique=True)
-            if not common.any():
+            if not common.any() or block.name in plan.grouped:
                 continue
             rows = _Rows(plan, block.name, index)
             old, dtype = rows.old(rows.before()), plan.selection.tensors[block.name].info.dtype

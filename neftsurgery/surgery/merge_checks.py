@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_same_files, same_tensor
 from ..errors import MismatchError, UsageError
+from ..patch.groups import RowGroup
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings
 from ..patch.patch import Manifest, Patch
 from ..progress import Progress
 from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..tensors.floats import FLOATS
+from .group_checks import joined_groups, require_whole_units
 from .verb import require_replaced
 
-__all__ = ["OverlapRule", "check_patches", "plan_union", "refuse_other_options"]
+__all__ = ["OverlapRule", "MergedNeurons", "check_patches", "plan_union", "refuse_other_options"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,11 @@ class OverlapRule:
         return cls(name, given, DENSITY if density is None else density)
 
     @property
+    def computes(self) -> bool:
+        """Whether it computes with values."""
+        return self.name in ARITHMETIC
+
+    @property
     def needs_base(self) -> bool:
         """Whether it computes with differences from the base."""
         return self.name in ("sum", "ties")
@@ -85,16 +92,34 @@ def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
             advance(patch.value_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class MergedNeurons:
+    """What a merged patch holds: who replaces what, its neurons, groups and manifest; and warnings."""
+
+    meetings: Mapping[str, Meeting]
+    selection: Selection
+    groups: Sequence[RowGroup]
+    manifest: Manifest
+    warnings: list[str]
+
+
 def plan_union(
     patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None, reversible: bool
-) -> tuple[dict[str, Meeting], Selection, Manifest, list[str]]:
-    """Who replaces what, the neurons of the result, its manifest, and warnings; raises as `merge`."""
+) -> MergedNeurons:
+    """What a merge of ``patches`` holds; raises as `merge`."""
     warnings = _check_origins(patches, checked=base is not None)
     tensors = _check_tensors(patches)
+    groups = joined_groups(patches)
+    companions = {name: (one, role) for one in groups.values() for role, name in one.companions.items()}
+    grouped = companions.keys() | groups.keys()
     found: dict[str, Meeting] = {}
     chosen: dict[str, Chosen] = {}
     for meeting in meetings(patches):
-        _check_meeting(meeting, patches, rule)
+        if meeting.name in companions:  # rows that are equal do not overlap
+            differing = require_whole_units(meeting, patches, *companions[meeting.name])
+            _check_meeting(replace(meeting, shared=differing), patches, rule, True)
+        else:
+            _check_meeting(meeting, patches, rule, meeting.name in grouped)
         if len(meeting.union):
             owner = tensors[meeting.name].tensors[meeting.name]
             found[meeting.name] = meeting
@@ -104,7 +129,7 @@ def plan_union(
     if base is None:
         _check_replaced(patches, rule, found, reversible)
     manifest = _manifest(patches, rule, base)
-    return found, Selection(chosen, manifest.selection), manifest, warnings
+    return MergedNeurons(found, Selection(chosen, manifest.selection), [*groups.values()], manifest, warnings)
 
 
 def _called(patches: Sequence[Patch], number: int) -> str:
@@ -151,8 +176,10 @@ def _check_tensors(patches: Sequence[Patch]) -> dict[str, Patch]:
     return {name: patches[n] for name, n in first.items()}
 
 
-def _check_meeting(meeting: Meeting, patches: Sequence[Patch], rule: OverlapRule) -> None:
+def _check_meeting(meeting: Meeting, patches: Sequence[Patch], rule: OverlapRule, grouped: bool) -> None:
     if len(meeting.foreign):
+        for n in meeting.holders:
+            patches[n].check()  # a damaged digest looks like another base
         raise MismatchError(
             f"{_two(meeting, patches, meeting.foreign[0])} were made from different bases",
             tensor=meeting.name,
@@ -169,9 +196,14 @@ def _check_meeting(meeting: Meeting, patches: Sequence[Patch], rule: OverlapRule
             hint="choose what becomes of them with [[on_overlap]]: first, last, mean, sum or ties",
         )
     dtype = patches[meeting.holders[0]].tensors[meeting.name].info.dtype
-    if rule.name in ARITHMETIC and len(_computed(meeting, patches, rule)) and dtype not in FLOATS:
+    if (
+        rule.name in ARITHMETIC
+        and len(_computed(meeting, patches, rule))
+        and (grouped or dtype not in FLOATS)
+    ):
+        what = "codes of quantized weights" if grouped else f"{dtype} elements"
         raise MismatchError(
-            f"{dtype} elements are not numbers: there is no {rule.name} of them",
+            f"{what} are not numbers: there is no {rule.name} of them",
             tensor=meeting.name,
             hint="choose [[on_overlap=first]] or [[on_overlap=last]]",
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights, open_pair
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.dequantized import comparable, dequantized, in_common_numbers
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor
@@ -89,11 +90,14 @@ class Pair:
 
     @cached_property
     def compared(self) -> tuple[WeightReader, WeightReader, list[Job]]:
-        """The two sides and the jobs as they are scored: beside an adapter in float32, as it is computed."""
-        if not isinstance(self.tuned, AdaptedWeights):
-            return self.base, self.tuned, self.jobs
-        base, tuned = self.tuned.in_float32()
-        return base, tuned, [Job(base.tensors[job.info.name], job.layout) for job in self.jobs]
+        """The two sides and the jobs as they are scored: of adapted and quantized weights, the numbers."""
+        if isinstance(self.tuned, AdaptedWeights):
+            base, tuned = self.tuned.in_float32()
+            return base, tuned, [Job(base.tensors[job.info.name], job.layout) for job in self.jobs]
+        first, second, straight = in_common_numbers(self.base, self.tuned, [j.info.name for j in self.jobs])
+        if first is self.base:
+            return first, second, self.jobs
+        return first, second, [_shown(job, first.tensors[job.info.name], straight) for job in self.jobs]
 
     @property
     def neurons(self) -> int:
@@ -108,7 +112,8 @@ class Pair:
     @property
     def nbytes(self) -> int:
         """Bytes that comparing them reads."""
-        return 2 * sum(job.info.nbytes for job in self.jobs)
+        sides = (self.base, self.tuned)
+        return sum(side.stored_bytes(job.info.name) for job in self.jobs for side in sides)
 
     def describe(self) -> dict[str, object]:
         """For JSON: what does not match."""
@@ -133,6 +138,8 @@ def open_sides(
     given = second.tensors
     if prefixes:
         second = second.renamed(prefixes, first.tensors)
+    if not isinstance(second, AdaptedWeights):
+        first, second = dequantized(first), dequantized(second)
     _refuse_other_names(first, second, given, prefixes)
     return first, second
 
@@ -144,7 +151,9 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     common = {
         name: info
         for name, info in base.tensors.items()
-        if name not in joined.copies and same_tensor(info, tuned.tensors.get(name))
+        if name not in joined.copies
+        and name in tuned.tensors
+        and (same_tensor(info, tuned.tensors[name]) or comparable(base, tuned, name))
     }
     if not common:
         raise _nothing_common(base, tuned)
@@ -157,6 +166,15 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
         raise _nothing_scored(base, tuned, anatomy)
     return Pair(base, joined, anatomy, differing)
+
+
+def _shown(job: Job, info: TensorInfo, straight: Collection[str]) -> Job:
+    """A job as it is scored; of weights whose last two axes are swapped, neurons keep their order."""
+    axes = job.layout.axes if job.layout is not None else ()
+    if info.name in straight:
+        swapped = {len(info.shape) - 1: len(info.shape) - 2, len(info.shape) - 2: len(info.shape) - 1}
+        axes = tuple(sorted(swapped.get(axis, axis) for axis in axes))
+    return Job(info, None if job.layout is None else Layout.of(info.shape, axes))
 
 
 def scoped_anatomy(

@@ -1,0 +1,245 @@
+"""A checkpoint read as the numbers that its weights stand for.
+
+Codes and their scales are seen as one weight, under the name that models give it. Its numbers are computed
+when they are read; so a quantized checkpoint is compared like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import MismatchError
+from ..quantization.layouts import quantized_weights
+from ..quantization.settings import Settings, quantization_section
+from ..quantization.weight import QuantizedWeight
+from ..tensors.arrays import IndexArray, Int64Array, RawBytes
+from ..tensors.floats import FLOATS, widen
+from ..tensors.header import TensorInfo
+from .checkpoint import Checkpoint
+
+__all__ = [
+    "Dequantized",
+    "comparable",
+    "dequantized",
+    "in_common_numbers",
+    "require_stored_alike",
+    "stored_side",
+]
+
+_KEPT_MATRICES = 4  # codes of transposed matrices, read piece by piece along the other axis
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Dequantized(Checkpoint):
+    """A checkpoint whose quantized weights are shown as numbers. Made by `dequantized`.
+
+    Attributes
+    ----------
+    files:
+        The checkpoint with the tensors that its files have.
+    shown:
+        The tensors that are computed: quantized weights, and others that are only widened.
+    straight:
+        Those of `shown` whose last two axes are in the order of their codes, not in that of the weight.
+    """
+
+    files: Checkpoint
+    shown: Mapping[str, QuantizedWeight | None]
+    straight: frozenset[str] = frozenset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor data in the files."""
+        return self.files.nbytes
+
+    def stored_bytes(self, name: str) -> int:
+        """As of `Checkpoint`: those of codes and scales."""
+        weight = self.quantized.get(name := self._source(name))
+        return self.files.tensors[name].nbytes if weight is None else weight.nbytes
+
+    def position(self, name: str) -> tuple[int, int]:
+        """As of `Checkpoint`: that of the codes."""
+        weight = self.quantized.get(name := self._source(name))
+        return self.files.position(name if weight is None else weight.codes.name)
+
+    def under(self, names: Mapping[str, str]) -> Dequantized:
+        """As of `Checkpoint`."""
+        plain = {name: one for name, one in names.items() if one not in self.quantized}
+        found = super().under(names)
+        assert isinstance(found, Dequantized)  # it is a copy of this
+        return replace(found, files=self.files.under(plain)) if plain else found
+
+    def window(self, name: str, start: int, size: int) -> RawBytes | None:
+        """As of `Checkpoint`; computed tensors are not in memory."""
+        name = self._source(name)
+        return None if name in self.shown else self.files.window(name, start, size)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """As of `Checkpoint`."""
+        info = self.tensors[name]
+        if info.name not in self.shown:
+            self.files.read_into(info.name, start, buffer)
+            return
+        row = info.type.nbytes(info.shape[-1])
+        low, high = start // row, -(-(start + len(buffer)) // row)
+        raw = np.ascontiguousarray(self._rows(name, np.arange(low, high))).view(np.uint8).reshape(-1)
+        buffer.cast("B")[:] = raw[start - low * row :][: len(buffer)].data
+
+    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
+        """As of `Checkpoint`."""
+        info = self.tensors[name]
+        if info.name not in self.shown:
+            self.files.read_rows(info.name, rows, out)
+        elif out.shape[1] == info.type.nbytes(info.shape[-1]):
+            out[:] = np.ascontiguousarray(self._rows(name, rows.astype(np.int64))).view(np.uint8)
+        else:  # rows of the caller, not of the matrix
+            for row, place in zip(rows.tolist(), out, strict=True):
+                self.read_into(name, row * out.shape[1], place.data)
+
+    def _source(self, name: str) -> str:
+        return self.tensors[name].name
+
+    def _rows(self, name: str, rows: Int64Array) -> NDArray[np.floating]:
+        """Numbers of rows along the last axis, ascending, ``[k, size of the last axis]``."""
+        name, info = self._source(name), self.tensors[name]
+        weight = self.shown[name]
+        if weight is None:
+            stored = self.files.tensors[name]
+            raw = np.empty((len(rows), stored.type.nbytes(stored.shape[-1])), np.uint8)
+            if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+                self.files.read_into(name, int(rows[0]) * raw.shape[1], raw.reshape(-1).data)
+            else:
+                self.files.read_rows(name, rows, raw)
+            return widen(raw, stored.dtype).astype(info.type.numpy, copy=False)
+        if not weight.transposed or name in self.straight:
+            return weight.numbers(self.files, rows).astype(info.type.numpy, copy=False)
+        found = np.empty((len(rows), info.shape[-1]), info.type.numpy)
+        matrix = rows // info.shape[-2]
+        for one in np.unique(matrix).tolist():
+            mine = np.flatnonzero(matrix == one)
+            columns = rows[mine] % info.shape[-2]
+            first, last = int(columns[0]), int(columns[-1]) + 1
+            every = one * info.shape[-1] + np.arange(info.shape[-1])
+            numbers = weight.numbers(self.files, every, first, last, codes=self._matrix(name, one))
+            whole = len(columns) == last - first
+            found[mine[0] : mine[-1] + 1] = numbers.T if whole else numbers.T[columns - first]
+        return found
+
+    @functools.cached_property
+    def _matrix(self) -> Callable[[str, int], RawBytes]:
+        """Gives the codes of one matrix of a weight; they are read once for several pieces of it."""
+
+        @functools.lru_cache(maxsize=_KEPT_MATRICES)
+        def read(name: str, number: int) -> RawBytes:
+            weight = self.quantized[name]
+            rows = weight.shape[-2]
+            return weight.code_rows(self.files, np.arange(number * rows, (number + 1) * rows))
+
+        lock = threading.Lock()  # a thread that needs a matrix too waits for the one that reads it
+
+        def matrix(name: str, number: int) -> RawBytes:
+            with lock:
+                return read(name, number)
+
+        return matrix
+
+    def showing(self, infos: Mapping[str, TensorInfo], straight: Iterable[str]) -> Dequantized:
+        """The same, with some tensors in other dtypes and orders."""
+        widened = {name: None for name in infos if name not in self.quantized}
+        return replace(
+            self,
+            tensors={**self.tensors, **infos},
+            shown={**self.shown, **widened},
+            straight=frozenset(straight),
+        )
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its quantized weights as numbers; itself, if none is of a known layout.
+
+    Raises a `CorruptFileError` for codes without scales, and a `MismatchError` for those that do not fit.
+    """
+    section = quantization_section(checkpoint.config)
+    settings = Settings(checkpoint.name, section, checkpoint.tensors, checkpoint.absent, checkpoint.read_into)
+    weights = quantized_weights(settings)
+    return _view(checkpoint, weights) if weights else checkpoint
+
+
+def _view(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> Dequantized:
+    stored = {one.info.name for weight in weights.values() for one in weight.companions.values()}
+    codes = {weight.codes.name: weight for weight in weights.values()}
+    tensors, home = dict[str, TensorInfo](), dict[str, int]()
+    for name, info in checkpoint.tensors.items():
+        if name in codes:
+            info = codes[name].info
+        elif name in stored:
+            continue
+        tensors[info.name if name in codes else name] = info
+        home[info.name if name in codes else name] = checkpoint._home[name]
+    own: dict[str, Any] = {one.name: getattr(checkpoint, one.name) for one in fields(Checkpoint)}
+    own |= {"tensors": tensors, "_home": home, "original": checkpoint.original or checkpoint}
+    own["quantized"] = weights
+    return Dequantized(**own, files=checkpoint, shown=weights)
+
+
+def comparable(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
+    """Whether a tensor of both is compared by its numbers, which one stores as codes."""
+    quantized = [name in side.quantized for side in (base, tuned)]
+    a, b = base.tensors[name], tuned.tensors[name]
+    return any(quantized) and a.shape == b.shape and {a.dtype, b.dtype} <= FLOATS
+
+
+def in_common_numbers(
+    base: Checkpoint, tuned: Checkpoint, names: Iterable[str]
+) -> tuple[Checkpoint, Checkpoint, frozenset[str]]:
+    """Both, with the weights of ``names`` that one stores as codes as numbers of one dtype.
+
+    And those whose last two axes are in the order of the codes on both sides: it is faster to read.
+    """
+    infos, straight = dict[str, TensorInfo](), set[str]()
+    for name in names:
+        stored = [side.quantized.get(name) for side in (base, tuned)]
+        if not any(stored):
+            continue
+        dtypes = {side.tensors[name].dtype for side in (base, tuned)}
+        info = replace(base.tensors[name], dtype="F64" if "F64" in dtypes else "F32")
+        if all(one is not None and one.transposed for one in stored):
+            straight.add(name)
+            *outer, rows, columns = info.shape
+            info = replace(info, shape=(*outer, columns, rows))
+        infos[name] = info
+    if not infos:
+        return base, tuned, frozenset()
+    views = [side if isinstance(side, Dequantized) else _view(side, {}) for side in (base, tuned)]
+    first, second = (view.showing(infos, straight) for view in views)
+    return first, second, frozenset(straight)
+
+
+def stored_side(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the tensors that its files have."""
+    return checkpoint.files if isinstance(checkpoint, Dequantized) else checkpoint
+
+
+def require_stored_alike(base: Checkpoint, tuned: Checkpoint, names: Iterable[str]) -> None:
+    """Raise a `MismatchError` unless both store weights in the same way, as numbers or as the same codes."""
+    for name in names:
+        a, b = (side.quantized.get(name) for side in (base, tuned))
+        if (None if a is None else a.companions) != (None if b is None else b.companions):
+            expected, found = (
+                side.tensors[name].describe() if one is None else f"{one.layout} {one.codes.describe()}"
+                for side, one in ((base, a), (tuned, b))
+            )
+            raise MismatchError(
+                f"{base.name} and {tuned.name} store this weight in two ways",
+                tensor=name,
+                expected=expected,
+                found=found,
+                hint="name two checkpoints that were quantized alike, or both before quantization",
+            )

@@ -1,0 +1,98 @@
+"""The formats of compressed-tensors: FP8 and integers with scales, and integers packed into 32-bit words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..tensors.header import TensorInfo
+from .settings import ScaleBlock, Settings, is_block
+from .weight import Companion, QuantizedWeight
+
+__all__ = ["compressed_weights"]
+
+_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision")
+Schemes = Sequence[Mapping[str, Any]]
+
+
+def compressed_weights(settings: Settings) -> Iterator[QuantizedWeight]:
+    """The weights of a checkpoint in one of the formats that are known."""
+    if settings.get("format") not in _FORMATS:
+        return
+    groups = settings.get("config_groups")
+    stated = [_weights(group) for group in (groups.values() if isinstance(groups, dict) else ())]
+    floats, integers = ([one for one in stated if one.get("type") == kind] for kind in ("float", "int"))
+    for info in settings.of_dtypes("F8_E4M3", "F8_E5M2", "I8", "I32"):
+        packed = info.name.endswith(".weight_packed")
+        schemes = floats if info.dtype.startswith("F8") else integers
+        if not schemes or packed != (info.dtype == "I32"):
+            continue
+        if not packed and info.name.endswith(".weight"):
+            yield _plain(settings, info, schemes)
+        elif packed and {repr(one.get("num_bits")) for one in schemes} <= {"4", "8"}:
+            yield _packed(settings, info, schemes)
+
+
+def _weights(group: object) -> Mapping[str, Any]:
+    found = group.get("weights") if isinstance(group, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _plain(settings: Settings, info: TensorInfo, schemes: Schemes) -> QuantizedWeight:
+    """Codes that have the shape of the weight."""
+    stem = info.name.removesuffix("weight")
+    scale = settings.required(info, [f"{stem}weight_scale"])
+    blocks = [_block(one) for one in schemes]
+    layout = "int8" if info.dtype == "I8" else "fp8"
+    weight = settings.scaled(layout, info, info.shape, info.dtype, scale, blocks)
+    zeros = settings.tensors.get(f"{stem}weight_zero_point")
+    if zeros is None or info.dtype != "I8":
+        return weight
+    return replace(weight, zeros=_like_scales(settings, info, zeros, weight.scales))
+
+
+def _packed(settings: Settings, info: TensorInfo, schemes: Schemes) -> QuantizedWeight:
+    """Codes packed along the rows; ``weight_shape`` says how many of the last word count."""
+    stem = info.name.removesuffix("weight_packed")
+    scale = settings.required(info, [f"{stem}weight_scale"])
+    stated = settings.required(info, [f"{stem}weight_shape"])
+    shape = settings.whole_numbers(stated)
+    bits = sorted({one["num_bits"] for one in schemes})
+    fits = [n for n in bits if shape[:-1] == info.shape[:-1] and -(-shape[-1] * n // 32) == info.shape[-1]]
+    if not fits:
+        raise settings.unlike(info, stated, f"that of codes of {' or '.join(map(str, bits))} bits")
+    blocks = [_block(one) for one in schemes if one.get("num_bits") in fits]
+    weight = settings.scaled("packed-int", info, shape, f"offset {fits[0]}", scale, blocks)
+    weight = replace(weight, others=(Companion.shared(stated, shape),))
+    if (order := settings.tensors.get(f"{stem}weight_g_idx")) is not None:
+        if order.dtype not in ("I32", "I64") or order.shape != shape[-1:]:
+            raise settings.unlike(info, order, f"I32 {[shape[-1]]}")
+        weight = replace(weight, order=Companion.shared(order, shape))
+    zeros = settings.tensors.get(f"{stem}weight_zero_point")
+    if zeros is None:
+        return weight
+    if zeros.dtype != "I32":
+        return replace(weight, zeros=_like_scales(settings, info, zeros, weight.scales))
+    per_word = 32 // fits[0]
+    *outer, rows, columns = weight.scales.info.shape
+    expected = (*outer, -(-rows // per_word), columns)
+    if weight.scales.count != Companion.of(scale, shape, 1).count or zeros.shape != expected:
+        raise settings.unlike(info, zeros, f"I32 {list(expected)}")
+    return replace(weight, zeros=Companion.of(zeros, shape, per_word), packed_zeros=True)
+
+
+def _like_scales(settings: Settings, info: TensorInfo, zeros: TensorInfo, scales: Companion) -> Companion:
+    if zeros.dtype != "I8" or zeros.shape != scales.info.shape:
+        raise settings.unlike(info, zeros, f"I8 {list(scales.info.shape)}, as its scales")
+    return replace(scales, info=zeros)
+
+
+def _block(scheme: Mapping[str, Any]) -> ScaleBlock:
+    """How many rows and columns share a scale; 0: all."""
+    strategy, size, block = (scheme.get(key) for key in ("strategy", "group_size", "block_structure"))
+    if strategy == "block" and is_block(block):
+        return block[0], block[1]
+    if strategy == "group" and isinstance(size, int) and size > 0:
+        return 1, size
+    return (1, 0) if strategy == "channel" else (0, 0)

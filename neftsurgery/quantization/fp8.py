@@ -1,0 +1,23 @@
+"""FP8 codes with a scale per block, row or tensor, as DeepSeek, FBGEMM and modelopt store them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .settings import Settings
+from .weight import QuantizedWeight
+
+__all__ = ["fp8_weights"]
+
+_NAMES = ("weight_scale_inv", "weight_scale")  # of scales, beside ``weight``; else ``NAME_scale_inv``
+
+
+def fp8_weights(settings: Settings) -> Iterator[QuantizedWeight]:
+    """The weights of a checkpoint whose config says FP8."""
+    block = settings.get("weight_block_size")
+    allowed = [(block[0], block[1])] if block else [(1, 0), (0, 0)]
+    for info in settings.of_dtypes("F8_E4M3", "F8_E5M2"):
+        stem, dot, last = info.name.rpartition(".")
+        names = [f"{stem}{dot}{one}" for one in _NAMES] if last == "weight" else []
+        scale = settings.required(info, [*names, f"{info.name}_scale_inv", f"{info.name}_scale"])
+        yield settings.scaled("fp8", info, info.shape, info.dtype, scale, allowed)

@@ -1,0 +1,190 @@
+"""A quantized weight: the tensors that hold it, and the numbers of any of its rows.
+
+Its codes are rows of one tensor. What else a row needs are rows of *companions*: scales, zero points. A row
+of a companion may serve several rows of codes, so these can only change together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptFileError
+from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.header import TensorInfo
+from ..tensors.reader import RowReader
+from .codes import code_table, scales_decoded
+from .kernels import scaled_numbers
+
+__all__ = ["Companion", "QuantizedWeight", "shared_rows"]
+
+Numbers = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A tensor beside the codes, and how many neighbouring rows of codes share a row of it."""
+
+    info: TensorInfo
+    span: int
+    count: int  # its rows; a single one is that of all codes
+
+    @classmethod
+    def of(cls, info: TensorInfo, shape: tuple[int, ...], span: int) -> Companion:
+        """That of codes of a ``shape``, of whose rows ``span`` neighbours share one of the companion."""
+        *outer, inner = shape[:-1]
+        return cls(info, span, math.prod(outer) * -(-inner // span))
+
+    @classmethod
+    def shared(cls, info: TensorInfo, shape: tuple[int, ...]) -> Companion:
+        """One that all rows share."""
+        return cls(info, math.prod(shape[:-1]), 1)
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes along which its rows lie."""
+        if self.count == 1:
+            return ()
+        sizes = np.cumprod(self.info.shape).tolist()
+        return tuple(range(sizes.index(self.count) + 1))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight as codes with scales. Its numbers are ``(code - zero point) * scale``."""
+
+    layout: str  # how patches and messages call the way it is stored
+    info: TensorInfo  # the weight that models have: its numbers in F32, or F64 where products need that
+    codes: TensorInfo
+    shape: tuple[int, ...]  # of the codes, one a number: rows along all axes but the last
+    kind: str  # of the codes, see `codes.CODE_BITS`
+    scales: Companion
+    columns: int  # neighbouring codes of a row that share a scale
+    zeros: Companion | None = None
+    packed_zeros: bool = False  # whether they are packed along the rows
+    order: Companion | None = None  # the group of each column, where that is not by neighbourhood
+    others: tuple[Companion, ...] = ()  # what else belongs to it and holds no number
+    transposed: bool = False  # whether the last two axes of the weight are swapped in the codes
+
+    @cached_property
+    def companions(self) -> Mapping[str, Companion]:
+        """All tensors of it by role, codes first."""
+        *outer, _ = self.shape
+        roles: dict[str, Companion | None] = {
+            "codes": Companion(self.codes, 1, math.prod(outer)),
+            "scales": self.scales,
+            "zero_points": self.zeros,
+            "group_index": self.order,
+            **{one.info.name.rpartition("_")[2]: one for one in self.others},
+        }
+        return {role: one for role, one in roles.items() if one is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(one.info.nbytes for one in self.companions.values())
+
+    @property
+    def unit(self) -> str:
+        """What of it can be replaced by itself, in words."""
+        span = max((one.span for one in (self.scales, self.zeros, self.order) if one is not None), default=1)
+        if span == 1:
+            return "row by row, each with its scales"
+        if span >= self.companions["codes"].count:
+            return "row by row; all rows where the scales change, which they share"
+        return f"row by row; {span} rows together where the scales change, which they share"
+
+    def describe(self) -> dict[str, object]:
+        """For JSON: its layout, and its tensors by role."""
+        members = {role: one.info.name for role, one in self.companions.items()}
+        return {"layout": self.layout, "unit": self.unit, "tensors": members}
+
+    def shared_rows(self, companion: Companion, rows: Int64Array) -> Int64Array:
+        """The row of a companion that each of ``rows`` needs."""
+        return shared_rows(rows, self.shape[-2], companion.span, companion.count)
+
+    def code_rows(self, files: RowReader, rows: Int64Array) -> RawBytes:
+        """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
+        return _rows(files, self.companions["codes"], rows)
+
+    def numbers(
+        self,
+        files: RowReader,
+        rows: Int64Array,
+        first: int = 0,
+        last: int | None = None,
+        codes: RawBytes | None = None,
+    ) -> Numbers:
+        """The numbers of ``rows`` (ascending) in columns ``[first, last)``, ``[k, last - first]``.
+
+        ``codes``: the bytes of these rows, if they are at hand.
+        """
+        last = self.shape[-1] if last is None else last
+        raw = self.code_rows(files, rows) if codes is None else codes
+        table, per_byte = code_table(self.kind)
+        dtype, columns = self.info.type.numpy, self.columns
+        scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
+        zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
+        groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
+        if groups is not None:
+            scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
+        out = np.empty((len(rows), last - first), dtype)
+        with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
+            scales, zeros = (np.ascontiguousarray(part.astype(dtype)) for part in (scales, zeros))
+        scaled_numbers(raw, table, per_byte, scales, zeros, columns, first, out)
+        return out
+
+    def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
+        """The zero points of ``rows``, one a scale."""
+        assert self.zeros is not None  # asked for only then
+        raw = _shared(files, self, self.zeros, rows)
+        if not self.packed_zeros:
+            return scales_decoded(raw, self.zeros.info.dtype)
+        bits = 32 // self.zeros.span
+        shift = (rows % self.shape[-2] % self.zeros.span * bits).astype(np.uint32)
+        words = np.ascontiguousarray(raw).view(np.uint32) >> shift[:, None]
+        return (words & np.uint32((1 << bits) - 1)).astype(np.float64) - (1 << (bits - 1))
+
+    def _groups(self, files: RowReader, order: Companion, count: int) -> Int64Array | None:
+        """The group of each column; None if that is by neighbourhood after all."""
+        raw = _rows(files, order, np.zeros(1, np.int64))
+        found: Int64Array = raw[0].view(order.info.type.numpy).astype(np.int64)
+        if (found == -1).any():
+            return None
+        if found.min() < 0 or found.max() >= count:
+            raise CorruptFileError(
+                f"a column is in a group that has no scales in {self.scales.info.name}",
+                tensor=order.info.name,
+                expected=f"groups below {count}",
+                found=int(found.max() if found.max() >= count else found.min()),
+            )
+        return found
+
+
+def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Array:
+    """Which of ``count`` rows of a companion each of ``rows`` needs, ``inner`` of which make a matrix."""
+    if count == 1:
+        return np.zeros_like(rows)
+    return rows // inner * -(-inner // span) + rows % inner // span
+
+
+def _rows(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
+    """The bytes of ascending rows of a tensor."""
+    raw = np.empty((len(rows), companion.info.nbytes // companion.count), np.uint8)
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        files.read_into(companion.info.name, int(rows[0]) * raw.shape[1], raw.reshape(-1).data)
+    else:
+        files.read_rows(companion.info.name, rows, raw)
+    return raw
+
+
+def _shared(files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array) -> RawBytes:
+    """The bytes of the row of a companion that each of ``rows`` needs."""
+    needed, place = np.unique(weight.shared_rows(companion, rows), return_inverse=True)
+    return _rows(files, companion, needed)[place]

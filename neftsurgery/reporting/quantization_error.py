@@ -1,0 +1,77 @@
+"""What quantization changed, neuron by neuron: of scores of a quantized checkpoint and its original."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import text
+from ..scoring.scores import Scores
+from ..tensors.arrays import Float64Array
+from .figure import Column, ReportFigure, Table
+from .layer_map import locate_tensors
+
+__all__ = ["quantization_figures"]
+
+_SHOWN = 20
+_PLACE = (Column("layer", "layer", text.label), Column("kind", "kind of weight", text.label))
+
+
+def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...]:
+    """The neurons that quantization hurt most, and what it cost each weight.
+
+    Empty unless one side of the scores, and one only, stores weights as codes.
+    """
+    if len(scores.quantized) != 1:
+        return ()
+    tensors, found = list[str](), list[Float64Array]()
+    for batch in scores.batches("base_sq", "delta_sq"):
+        with np.errstate(all="ignore"):
+            error = np.sqrt(batch.sums["delta_sq"] / batch.sums["base_sq"])
+        for tensor, part in zip(batch.tensors, np.split(error, batch.starts[1:]), strict=True):
+            if np.any(part != 0):  # the others are plain numbers on both sides
+                tensors.append(tensor.info.name)
+                found.append(part)
+    if not tensors:
+        return ()
+    places = locate_tensors(tensors)
+    every = np.concatenate(found)
+    starts = np.cumsum([0, *map(len, found)])
+    known = np.where(np.isfinite(every), every, -1.0)
+    worst = np.argsort(-known, kind="stable")[:_SHOWN]
+    rows = []
+    for rank, one in enumerate(worst[known[worst] >= 0].tolist(), 1):
+        home = int(np.searchsorted(starts, one, side="right")) - 1
+        name = tensors[home]
+        place = places[name].layer, places[name].kind
+        rows.append((rank, float(every[one]), name, int(one - starts[home]), *place))
+    weights = list[tuple[str, str, int, float, float]]()
+    for name, errors in zip(tensors, found, strict=True):
+        finite = errors[np.isfinite(errors)]
+        middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
+        weights.append((places[name].layer, places[name].kind, len(errors), middle, top))
+    error = Column("relative", "relative error", text.four_digits, bar=True)
+    columns = (Column("tensor", "tensor", text.label), Column("index", "index", text.commas), *_PLACE)
+    return (
+        ReportFigure(
+            f"quantization{suffix}",
+            "The neurons that quantization hurt most",
+            "norm of what quantization changed, relative to the norm of the neuron's vector in the base",
+            f"Each row is a neuron. The {_SHOWN} with the largest error are listed.",
+            Table((Column("rank", "", text.commas), error, *columns), tuple(rows)),
+        ),
+        ReportFigure(
+            f"quantization-by-weight{suffix}",
+            "What quantization cost each weight",
+            "relative error of its neurons",
+            "Each row is a weight. Where the largest error is far above the median, a few neurons suffered.",
+            Table(
+                (
+                    *_PLACE,
+                    Column("neurons", "neurons", text.commas),
+                    Column("median", "median", text.four_digits, bar=True),
+                    Column("largest", "largest", text.four_digits, bar=True),
+                ),
+                tuple(sorted(weights, key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))),
+            ),
+        ),
+    )
