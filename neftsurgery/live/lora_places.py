@@ -73,7 +73,7 @@ class PeftPlaces:
             raise UsageError(
                 "config.json describes another model",
                 file=self._name,
-                tensor=place.name,
+                tensor=live,
                 expected=list(place.layout.shape),
                 found=list(weight.shape),
             )
