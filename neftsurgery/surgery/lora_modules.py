@@ -233,6 +233,7 @@ def lora_modules(patch: Patch, places: LoraPlaces) -> list[LoraModule]:
         raise MismatchError(
             "some of the patch has no LoRA form",
             file=patch.place,
+            tensor=next(iter(refused)),
             expected="rows or columns of linear weights",
             found=some([f"{name} ({why})" for name, why in refused.items()], _SHOWN),
             hint="leave it out when neurons are chosen ([[exclude]], no [[with_bias]]), "
@@ -282,6 +283,8 @@ def _unknown(info: TensorInfo, reason: str) -> str:
     """Why files alone do not give a tensor a LoRA form; empty if they do."""
     if reason and reason != "output head":
         return reason
+    if "/" in info.name:
+        return "in a folder of several models, of which PEFT adapts one"
     if len(info.shape) > 2:
         return "stacked experts" if "expert" in info.name else "convolution"
     if len(info.shape) == 2 and not info.name.endswith(".weight"):

@@ -77,8 +77,9 @@ def test_what_is_not_exact_is_refused_by_name(tmp_path: Path, make: Any, name: s
     found = next(place for tensor, place in places.items() if tensor.endswith(name))
     assert isinstance(found, str)
     assert why in found
-    with pytest.raises(ns.MismatchError, match=r"has no LoRA form[\s\S]*exclude"):
+    with pytest.raises(ns.MismatchError, match=r"has no LoRA form[\s\S]*exclude") as caught:
         ns.export_lora(patch, tmp_path / "adapter", base=base)
+    assert isinstance(places[str(caught.value.tensor)], str)
     assert not (tmp_path / "adapter").exists()
 
 
