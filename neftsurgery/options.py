@@ -22,8 +22,10 @@ __all__ = [
     "DiffOptions",
     "ExportOptions",
     "HasCounts",
+    "InspectOptions",
     "LosslessOptions",
     "Option",
+    "PatternOptions",
     "PrefixOptions",
     "RunOptions",
     "Scope",
@@ -55,20 +57,12 @@ class Option:
     metavar: str | None = None  # what stands for the value on the command line
     choices: tuple[str, ...] = ()  # the only values, if they are few
     default: str | int | None = None  # shown in help
+    alone: str | None = None  # the value of a flag that stands alone
 
 
-class ScopeOptions(TypedDict, total=False):
-    """Which neurons are looked at."""
+class PatternOptions(TypedDict, total=False):
+    """Which tensors are looked at."""
 
-    anatomy: Annotated[
-        str,
-        Option(
-            "What a neuron is: an output unit of a linear or convolution weight (rows); an up row or down "
-            "column of a feed-forward block (ffn); all weights of a feed-forward or attention unit (units).",
-            choices=("rows", "ffn", "units"),
-            default="rows",
-        ),
-    ]
     include: Annotated[
         Sequence[str], Option("Score these tensors too: embeddings, head, norms, routers.", metavar="GLOB")
     ]
@@ -81,6 +75,33 @@ class ScopeOptions(TypedDict, total=False):
         Option(
             "The neuron axes of tensors that no config explains, such as '*.kernel=1'. The last match wins.",
             metavar="GLOB=N[,M]",
+        ),
+    ]
+
+
+_NEURON = (
+    "What a neuron is: an output unit of a linear or convolution weight (rows); an up row or down "
+    "column of a feed-forward block (ffn); all weights of a feed-forward or attention unit (units)."
+)
+
+
+class ScopeOptions(PatternOptions, total=False):
+    """Which neurons are looked at."""
+
+    anatomy: Annotated[str, Option(_NEURON, choices=("rows", "ffn", "units"), default="rows")]
+
+
+class InspectOptions(PatternOptions, total=False):
+    """What is shown of a checkpoint."""
+
+    anatomy: Annotated[
+        str,
+        Option(
+            f"{_NEURON} All, or the flag alone: what was understood of each kind of weight, and which "
+            "of these are offered.",
+            choices=("rows", "ffn", "units", "all"),
+            default="rows",
+            alone="all",
         ),
     ]
 

@@ -17,6 +17,7 @@ from neftsurgery.options import (
     BudgetOptions,
     CutOptions,
     DiffOptions,
+    InspectOptions,
     PrefixOptions,
     RunOptions,
     Scope,
@@ -52,7 +53,7 @@ def test_the_values_have_the_declared_options() -> None:
         ("extract", (PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
         ("select", (SelectOptions, RunOptions)),
         ("report", (SelectOptions, RunOptions)),
-        ("inspect", (ScopeOptions, RunOptions)),
+        ("inspect", (InspectOptions, RunOptions)),
     ],
 )
 def test_the_flags_are_the_declared_options(command: str, groups: tuple[type, ...]) -> None:

@@ -129,6 +129,8 @@ def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], 
     settings: dict[str, Any] = {"help": spelled(option.help, flag), "metavar": option.metavar}
     if option.default is not None:
         settings |= {"default": option.default, "show_default": True}
+    if option.alone is not None:
+        settings |= {"is_flag": False, "flag_value": option.alone}
     flags = f"--{name.replace('_', '-')}"
     if kind is bool:
         settings["is_flag"] = True

@@ -40,9 +40,7 @@ class PeftPlaces:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._name = checkpoint.name
         self._model: Any = meta_model(checkpoint, "saved")
-        self._shared: dict[int, list[str]] = {}
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            self._shared.setdefault(id(parameter), []).append(name)
+        self._weights = dict(self._model.named_parameters(remove_duplicate=False))
 
     def places(self, patch: Patch) -> LoraPlaces:
         """Where each tensor of ``patch`` is, or why it has no LoRA form."""
@@ -67,15 +65,12 @@ class PeftPlaces:
         return found
 
     def _place(self, place: LivePlace, index: Int64Array) -> LoraPlace | str:
-        live, shape = place.parameter, place.layout.shape
-        if all(live not in names for names in self._shared.values()):
-            return "not a parameter"
-        weight = self._model.get_parameter(live)
-        others = [other for other in self._shared[id(weight)] if other != live]
-        if others:
-            return f"tied to {others[0]}, which PEFT would leave as it is"
-        if weight.shape != shape:
-            return f"{list(weight.shape)} in the live model"
+        live, weight = place.parameter, self._weights.get(place.parameter)
+        if weight is None or weight.shape != place.layout.shape:
+            return f"a parameter of shape {list(weight.shape)}" if weight is not None else "not a parameter"
+        tied = [name for name, other in self._weights.items() if other is weight and name != live]
+        if tied:
+            return f"tied to {tied[0]}, which PEFT would leave as it is"
         path, _, parameter = live.rpartition(".")
         module = self._model.get_submodule(path)
         form = self._form(path, module, parameter, weight)
@@ -103,9 +98,8 @@ class PeftPlaces:
             usual = (conv.groups, {*conv.dilation}, conv.padding_mode) == (1, {1}, "zeros")
             return "convolution" if usual and not (weight.ndim == 5 and weight.shape[2:4] == (1, 1)) else None
         leaf = path and all("." not in own for own, _ in module.named_parameters())
-        if leaf and weight.ndim == 3 and len(weight) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
-            return "parameter"
-        return None
+        kernel = hasattr(module, "kernel_size")
+        return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
     def _as_module(self, path: str) -> Any:
         """How PEFT adapts a linear layer; some names it takes for experts that transformers stacks."""

@@ -27,6 +27,7 @@ from .tensor_names import (
     layer_and_kind,
     matching,
     member_axes,
+    name_pattern,
     read_name,
 )
 from .units import CountedSlice, UnitMap, UnitSpan, unit_spans, up_slice
@@ -49,6 +50,7 @@ class NeuronTensor:
     bias: str | None = None  # the tensor with one element per neuron that is added to their outputs
     units: UnitMap | None = None  # of the anatomy ``units``: the unit of every neuron
     part: CountedSlice | None = None  # the neurons that count; None: all
+    tied: str = ""  # of units that are tied to their place: what else holds something of each
 
     @property
     def layout(self) -> Layout:
@@ -193,7 +195,7 @@ class _Reader:
 
     def reading(self, parts: Sequence[str], ndim: int) -> NameReading:
         """What a name says of a tensor of ``ndim`` axes."""
-        pattern = tuple("*" if part.isdecimal() else part for part in parts)
+        pattern = name_pattern(parts)
         key = (pattern, ndim)
         if key not in self.readings:
             self.readings[key] = read_name(pattern, ndim, self.submodels.of_name(pattern))
@@ -222,6 +224,7 @@ class _Reader:
         tensor = NeuronTensor(info, axes, layer, kind, bias)
         inner = info.shape[axes[-1]]
         outer = math.prod(info.shape[axis] for axis in axes[:-1])
+        tensor = replace(tensor, tied=role.block.tied if role and role.block else "")
         if self.name == "units":
             if role is None:
                 self.shares[info.name] = _Share(("", info.name), outer, inner, (UnitSpan(0, inner, 1),))
@@ -255,7 +258,7 @@ class _Reader:
                 "tensors of experts are left out, as their axes are not known: give them with [[axis=...]]",
             ),
             (UNKNOWN_LAYER, "weights are left out, as their axes are not known: give them with [[axis=...]]"),
-            ("not part of a unit: ", "tensors are in no unit"),
+            ("not part of a unit: ", "tensors are in no unit; check that config.json belongs to them"),
         ):
             found = [entry for entry in listed if entry.reason.startswith(start)]
             if found:
@@ -263,10 +266,21 @@ class _Reader:
         empty = sum(entry.reason == "no elements" for entry in listed)
         if 2 * empty > len(self.tensors):
             yield f"{empty} tensors have no elements, as DeepSpeed ZeRO-3 and FSDP leave them"
+        yield from self.other_sizes()
         for submodel in self.submodels.all if self.name == "units" else ():
             kinds = [{type(block) for block in family.blocks} for family in submodel.families]
             if {FeedForward} in kinds:
                 yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
+
+    def other_sizes(self) -> Iterable[str]:
+        """A config that belongs to other weights: nothing in them has the width that it states."""
+        width = self.submodels.main.config.get("hidden_size") if self.submodels.main.families else None
+        shapes = [info.shape for info in self.tensors.values() if len(info.shape) > 1]
+        if type(width) is int and len(shapes) > 1 and not any(width in shape for shape in shapes):
+            yield (
+                f"config.json states a hidden_size of {width}, and no weight has an axis of that size: "
+                "check that it belongs to these weights"
+            )
 
 
 def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> tuple[list[NeuronTensor], int]:

@@ -26,7 +26,7 @@ from ..selection.selection import SELECTION_KEY, Selection
 from ..tensors.header import TensorInfo, read_header
 from .config import DatalessPolicy, NeftConfig
 
-__all__ = ["ChosenNeurons", "chosen_neurons"]
+__all__ = ["ChosenNeurons", "chosen_neurons", "neurons_of"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ def chosen_neurons(
 
 def _of_file(model: nn.Module, path: str) -> dict[str, ChosenNeurons]:
     is_selection = Path(path).is_file() and SELECTION_KEY in read_header(path).metadata
-    what: Selection | Patch = Selection.load(path) if is_selection else Patch.load(path)
+    return neurons_of(model, Selection.load(path) if is_selection else Patch.load(path))
+
+
+def neurons_of(model: nn.Module, what: Selection | Patch) -> dict[str, ChosenNeurons]:
+    """The neurons of a selection or patch by parameter, which may hold several tensors of the files."""
     tensors = (what.selection if isinstance(what, Patch) else what).tensors
     places = live_places(model, {name: chosen.layout for name, chosen in tensors.items()})
     parts: dict[str, list[tuple[Layout, NDArray[np.int64], Tensor | None]]] = {}

@@ -17,8 +17,6 @@ def fp8_weights(settings: Settings) -> Iterator[QuantizedWeight]:
     block = settings.get("weight_block_size")
     allowed = [(block[0], block[1])] if block else [(1, 0), (0, 0)]
     for info in settings.of_dtypes("F8_E4M3", "F8_E5M2"):
-        if len(info.shape) < 2:
-            continue
         stem, dot, last = info.name.rpartition(".")
         names = [f"{stem}{dot}{one}" for one in _NAMES] if last == "weight" else []
         scale = settings.required(info, [*names, f"{info.name}_scale_inv", f"{info.name}_scale"])

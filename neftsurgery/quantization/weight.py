@@ -19,7 +19,8 @@ from ..errors import CorruptFileError
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
-from .codes import decoded, scales_decoded
+from .codes import code_table, scales_decoded
+from .kernels import scaled_numbers
 
 __all__ = ["Companion", "QuantizedWeight", "shared_rows"]
 
@@ -126,17 +127,18 @@ class QuantizedWeight:
         """
         last = self.shape[-1] if last is None else last
         raw = self.code_rows(files, rows) if codes is None else codes
-        per_byte = 2 if self.kind in ("E2M1", "offset 4") else 1
-        low = first // per_byte
-        found = decoded(raw[:, low : -(-last // per_byte)], self.kind)
-        found = found[:, first - low * per_byte :][:, : last - first]
-        numbers = found.astype(self.info.type.numpy, copy=False)
-        with np.errstate(all="ignore"):  # NaN and Inf are counted where the numbers are used
-            if self.zeros is not None:
-                numbers = numbers - self._spread(self._zeros(files, rows), files, first, last)
-            scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
-            numbers *= self._spread(scales, files, first, last)
-        return numbers
+        table, per_byte = code_table(self.kind)
+        dtype, columns = self.info.type.numpy, self.columns
+        scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
+        zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
+        groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
+        if groups is not None:
+            scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
+        out = np.empty((len(rows), last - first), dtype)
+        with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
+            scales, zeros = (np.ascontiguousarray(part.astype(dtype)) for part in (scales, zeros))
+        scaled_numbers(raw, table, per_byte, scales, zeros, columns, first, out)
+        return out
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
@@ -148,19 +150,6 @@ class QuantizedWeight:
         shift = (rows % self.shape[-2] % self.zeros.span * bits).astype(np.uint32)
         words = np.ascontiguousarray(raw).view(np.uint32) >> shift[:, None]
         return (words & np.uint32((1 << bits) - 1)).astype(np.float64) - (1 << (bits - 1))
-
-    def _spread(self, values: Numbers, files: RowReader, first: int, last: int) -> Numbers:
-        """Values of groups of columns, ``[k, groups]``, for each of the columns ``[first, last)``."""
-        values = values.astype(self.info.type.numpy)
-        if values.shape[1] == 1:
-            return values
-        groups = None if self.order is None else self._groups(files, self.order, values.shape[1])
-        if groups is None:
-            low = first // self.columns
-            values = values[:, low : -(-last // self.columns)]
-            wide = np.repeat(values, self.columns, axis=1)
-            return wide[:, first - low * self.columns :][:, : last - first]
-        return values[:, groups[first:last]]
 
     def _groups(self, files: RowReader, order: Companion, count: int) -> Int64Array | None:
         """The group of each column; None if that is by neighbourhood after all."""

@@ -299,9 +299,8 @@ class _Factors:
             for low, high in zip([0, *ends], ends, strict=False):
                 self._write(self._first, int(rows[low]), differences[low:high])
             inexact += lost
-        order = np.argsort(self._units, kind="stable")
-        for unit, columns in _groups(self._units[order], self._columns[order]):
-            self._write(self._second, unit, _ones(columns, self._second.shape[1]))
+        for unit in np.unique(self._units).tolist():
+            self._write(self._second, unit, _ones(self._columns[self._units == unit], self._second.shape[1]))
         return inexact
 
     def _write_columns(self) -> int:
@@ -371,12 +370,6 @@ class _Factors:
             wide = np.float64 if dtype == "F64" else np.float32
             added = old.astype(wide) + differences.astype(wide)
         return widen(narrow(added, dtype), dtype)
-
-
-def _groups(keys: IndexArray, values: IndexArray) -> Iterator[tuple[int, IndexArray]]:
-    """Each of the ascending ``keys`` once, with its ``values``."""
-    unique, starts = np.unique(keys, return_index=True)
-    yield from zip(unique.tolist(), np.split(values, starts[1:]), strict=True)
 
 
 def _ones(where: IndexArray | int, size: int) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
 from ..neurons.submodels import part_config, stated_type
-from ..options import Scope, ScopeOptions, split
+from ..options import InspectOptions, Scope, split
 from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
@@ -28,6 +28,7 @@ from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
 from ..text import commas, label, lines, natural_key, percent, plural, printable, size, some
+from .inspect_anatomy import anatomy_facts, anatomy_tables
 from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
@@ -49,6 +50,8 @@ class Inspection(dict[str, Any]):
         """What a person wants to know, as rows of cells; options as ``[[name]]``."""
         if self.get("lossless"):
             return [_lossless_rows(self), _kind_rows(self["weights"])]
+        if "anatomies" in self:
+            return anatomy_tables(self)
         return _patch_tables(self) if self.kind == "patches" else [_rows(self)]
 
     def to_json(self) -> dict[str, object]:
@@ -65,7 +68,7 @@ class Inspection(dict[str, Any]):
 @boundary
 def inspect(
     named: AnyPath | Sequence[AnyPath],
-    **options: Unpack[ScopeOptions],
+    **options: Unpack[InspectOptions],
 ) -> Inspection:
     """Tell what a file or folder holds.
 
@@ -75,7 +78,8 @@ def inspect(
         A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or several
         patches. A Hub repository that holds a patch is that patch.
     anatomy, axis, include, exclude, only:
-        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`.
+        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`; ``all``: ``kinds`` of weights in
+        place of ``tensors``, and the ``anatomies`` that are offered.
 
     Returns
     -------
@@ -90,7 +94,7 @@ def inspect(
     CorruptFileError
         If it is damaged.
     """
-    (given,) = split("inspect", options, ScopeOptions)
+    (given,) = split("inspect", options, InspectOptions)
     if not isinstance(named, (str, os.PathLike)):
         if len(named) != 1:
             return Inspection(_patches(named))
@@ -122,8 +126,9 @@ def _found(named: AnyPath) -> Source:
 
 
 def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
-    config = checkpoint.config
-    shown = dequantized(checkpoint)
+    config, shown = checkpoint.config, dequantized(checkpoint)
+    if scope.anatomy == "all":
+        return anatomy_facts(shown, scope)
     anatomy = scoped_anatomy(scope, shown.tensors, config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 import transformers
 
+from neftsurgery.neurons.submodels import NO_PATTERN
+
 from .children import in_children
 from .experts import EXPERTS, train_experts
 from .harvest import describe, gather
@@ -118,7 +120,7 @@ def sweep(found: dict[str, Any], failed: dict[str, str], page: Path) -> int:
         for entry in load_overlay()
         for block in entry.get("blocks", ())
         for key, text in block.items()
-        if key != "order"
+        if key not in NO_PATTERN
     ]
     outcomes = {name: read_back(told["models"], by_hand) for name, told in found.items() if told["models"]}
     for name, outcome in outcomes.items():

@@ -10,7 +10,8 @@ from typing import Any
 import transformers
 
 from .attention import attention_blocks
-from .blocks import NUMBER, named_attention, named_blocks
+from .blocks import named_attention, named_blocks, pattern_of
+from .calls import Calls
 from .feed_forward import feed_forward_blocks
 from .live_weights import file_tensors, live_tensors
 from .parts import parts_of, sort_tensors
@@ -26,6 +27,7 @@ def describe(model_type: str) -> dict[str, Any]:
     blocks: dict[str, dict[str, dict[str, str]]] = {}
     classes: dict[str, str] = {}
     models: dict[str, Any] = {}
+    not_run: dict[str, str] = {}
     tried: dict[Any, Any] = {}
     tried_heads: dict[Any, Any] = {}
     for name, model, reason in build(model_type):
@@ -39,8 +41,11 @@ def describe(model_type: str) -> dict[str, Any]:
             pictures = [live, written]
         except Exception as error:
             classes[name] = f"files: {type(error).__name__}: {error}".splitlines()[0][:160]
-        known = list(feed_forward_blocks(model, tried)) if len(pictures) == 2 else []
-        heads = list(attention_blocks(model, tried_heads)) if len(pictures) == 2 else []
+        calls = Calls(model)
+        known = list(feed_forward_blocks(model, calls, tried)) if len(pictures) == 2 else []
+        heads = list(attention_blocks(model, calls, tried_heads)) if len(pictures) == 2 else []
+        if calls.why:
+            not_run[name] = calls.why
         inner = parts_of(model)
         models[name] = {
             "config": json.loads(model.config.to_json_string()),  # as files have it
@@ -54,7 +59,7 @@ def describe(model_type: str) -> dict[str, Any]:
                 blocks.setdefault(owner, {}).update((json.dumps(block), block) for block in held)
             for owner, found in by_type.items():
                 records.setdefault(owner, set()).update(
-                    (NUMBER.sub("*", tensor.name), len(tensor.shape), tensor.verdict)
+                    (pattern_of(tensor.name), len(tensor.shape), tensor.verdict)
                     for tensor in found
                     if len(tensor.shape) > 1
                 )
@@ -63,6 +68,7 @@ def describe(model_type: str) -> dict[str, Any]:
                     parts.setdefault(whole, {}).setdefault(key, (kind, set()))[1].update(names)
     return {
         "classes": classes,
+        "not_run": not_run,
         "models": models,
         "records": {owner: sorted(found) for owner, found in records.items()},
         "blocks": {owner: list(found.values()) for owner, found in blocks.items() if found},

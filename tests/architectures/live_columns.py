@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from neftsurgery.selection.selection import Chosen, Selection
 from .lora_round import lora_round
 from .runnable import outputs
 from .tiny_checkpoints import TinyCheckpoints, Unusable, far
-from .verdicts import Column, Wrong, plain, starred
+from .verdicts import Column, Wrong, plain
 
 __all__ = ["attach_column", "attach_what_goes", "lora_column"]
 
@@ -71,32 +71,14 @@ def attach_what_goes(
     model: Any, selection: Selection, base: Path, column: Column
 ) -> tuple[ns.Attached, Selection]:
     """Attach the selection without what is refused by name, which `column` is told."""
-    if "skip" in inspect.signature(ns.attach).parameters:
-        options: Any = {"skip": "unattachable"}
-    else:
-        options = {}
-    while True:
-        try:
-            attached = ns.attach(model, selection, base=base, **options)
-        except NeftError as error:
-            selection = _without(selection, error, column)
-        else:
-            kept = attached.selection
-            for name in selection.tensors.keys() - kept.tensors.keys():
-                column.leave("left out by skip", name)
-            return attached, kept
-
-
-def _without(selection: Selection, error: NeftError, column: Column) -> Selection:
-    """The selection without the tensors that an error names; raises it if none or all are left."""
-    name = error.tensor or ""
-    refused = [one for one in selection.tensors if starred(one) == starred(name)]
-    if not refused or len(refused) == len(selection.tensors):
-        raise error
-    for one in refused:
-        column.leave(error, one)
-    rest = {one: chosen for one, chosen in selection.tensors.items() if one not in refused}
-    return Selection(rest, selection.facts)
+    logging.disable(logging.WARNING)
+    try:
+        attached = ns.attach(model, selection, base=base, skip="unattachable")
+    finally:
+        logging.disable(logging.NOTSET)
+    for name, reason in attached.skipped.items():
+        column.leave(plain(reason), name)
+    return attached, attached.selection
 
 
 def _state(model: Any) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import neftsurgery as ns
+from neftsurgery.neurons.submodels import NO_PATTERN
 
 from .file_columns import changed_column, diff_column, extract_column, units_column
 from .live_columns import attach_column, lora_column
@@ -30,7 +31,7 @@ def by_hand() -> tuple[str, ...]:
     for entry in load_overlay():
         found |= dict.fromkeys(" ".join(entry.get("weights", {}).values()).split())
         for block in entry.get("blocks", ()):
-            found |= dict.fromkeys(text for key, text in block.items() if key != "order")
+            found |= dict.fromkeys(text for key, text in block.items() if key not in NO_PATTERN)
     return tuple(found)
 
 
