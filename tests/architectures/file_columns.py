@@ -160,7 +160,7 @@ def units_column(case: TinyCheckpoints, column: Column) -> None:
         else []
     )
     if not members or not case.runs:
-        column.why = case.why if members else "no units"
+        column.why = case.why if members else "all units are tied to their places" if tied else "no units"
         return
     _require_alike(case, column, members)
 
