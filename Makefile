@@ -3,6 +3,8 @@
 #   make test    installs what the tests need, and runs all checks and tests
 #   make quick   runs the tests without the slow ones
 #   make check   checks style, types and layers
+#   make test-field  tests layouts with the libraries that write them (diffusers, timm, sentence-transformers), in an environment
+#                of its own, build/field (five minutes)
 #   make bench   measures speed and memory beside limits and rivals (a quarter of an hour, 35 GB of disk), and makes
 #                docs/benchmarks.md. SIZE=500MB: smaller checkpoints; ARGS="--only warm,apply": some parts
 #   make bench-lossless  measures the size and speed of lossless patches beside general compressors (an hour, most of it
@@ -10,9 +12,11 @@
 #   make torture tests with faults (signals, failing disks, hostile files), and makes the table of docs/guarantees.md.
 #                TIMES=1000: a day of trials; ONLY="killed": a part
 #   make families       makes the table of architectures from the installed transformers (a quarter of an hour, resumable)
-#   make architectures  the same, and reads the files of all these models with it: the table of docs/architectures.md
+#   make architectures  the same, and puts every model type through every verb (an hour or two, resumable): the tables of
+#                docs/architectures.md. ARGS="--only llama,t5": some types anew
 PYTHON ?= python3
 VENV   ?= .venv
+FIELD  ?= build/field
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -24,13 +28,16 @@ ARGS   ?=
 TIMES  ?= 20
 ONLY   ?=
 
-.PHONY: demo test quick check bench bench-lossless torture families architectures format clean
+.PHONY: demo test test-field quick check bench bench-lossless torture families architectures format clean
 
 demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
 
 test: check
 	$(PYTEST)
+
+test-field: $(FIELD)/.made
+	OMP_NUM_THREADS=1 $(FIELD)/bin/python -m pytest -q tests/field
 
 quick: $(VENV)/.test
 	$(PYTEST) -m "not slow"
@@ -55,7 +62,7 @@ families: $(VENV)/.test
 	nice -n 10 $(BIN)/python -m tests.architectures families
 
 architectures: families
-	$(BIN)/python -m tests.architectures sweep
+	nice -n 10 $(BIN)/python -m tests.architectures sweep $(ARGS)
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -81,6 +88,12 @@ $(VENV)/.test: $(VENV)/.made pyproject.toml constraints.txt
 $(VENV)/.bench: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) --editable ".[bench]"
 	touch $@ $(VENV)/.core
+
+$(FIELD)/.made: pyproject.toml constraints.txt constraints-field.txt
+	$(PYTHON) -m venv $(FIELD)
+	$(FIELD)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--constraint constraints-field.txt --editable ".[test,field]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -23,70 +23,38 @@ from typing import TYPE_CHECKING, Any
 from .errors import CorruptFileError, MachineError, MismatchError, NeftError, UsageError
 from .version import __version__
 
-if TYPE_CHECKING:
-    from .checkpoint.checkpoint import Checkpoint
-    from .checkpoint.healing import HealResult, heal
-    from .hub.pull import pull
-    from .hub.push import PushResult, push
-    from .live.apply_live import apply_live
-    from .neuron_utilization.result import Utilization
-    from .neuron_utilization.utilization import utilization
-    from .patch.lossless import LosslessPatch
-    from .patch.patch import Patch
-    from .reporting.report import report
-    from .scoring.scores import Scores
-    from .selection.selection import Selection
-    from .surgery.apply import apply, revert
-    from .surgery.diff import diff
-    from .surgery.export import ExportResult, export_lora
-    from .surgery.extract import extract
-    from .surgery.inspect import Inspection, inspect
-    from .surgery.merge import merge
-    from .surgery.rewrite import RewriteResult
-    from .surgery.verify import Verification, verify
-    from .training.train import TrainResult, train
-    from .tuning.attached import Attached, attach
-    from .tuning.trainer import PatchSaving
-
-__all__ = [
-    "Attached",
-    "Checkpoint",
-    "CorruptFileError",
-    "ExportResult",
-    "HealResult",
-    "Inspection",
-    "LosslessPatch",
-    "MachineError",
-    "MismatchError",
-    "NeftError",
-    "Patch",
-    "PatchSaving",
-    "PushResult",
-    "RewriteResult",
-    "Scores",
-    "Selection",
-    "TrainResult",
-    "UsageError",
-    "Utilization",
-    "Verification",
-    "__version__",
-    "apply",
-    "apply_live",
-    "attach",
-    "diff",
-    "export_lora",
-    "extract",
-    "heal",
-    "inspect",
-    "merge",
-    "pull",
-    "push",
-    "report",
-    "revert",
-    "train",
-    "utilization",
-    "verify",
-]
+if TYPE_CHECKING:  # ``as`` tells type checkers that a name is public
+    from .checkpoint.checkpoint import Checkpoint as Checkpoint
+    from .checkpoint.healing import HealResult as HealResult
+    from .checkpoint.healing import heal as heal
+    from .hub.pull import pull as pull
+    from .hub.push import PushResult as PushResult
+    from .hub.push import push as push
+    from .live.apply_live import apply_live as apply_live
+    from .live.export_lora import export_lora as export_lora
+    from .neuron_utilization.result import Utilization as Utilization
+    from .neuron_utilization.utilization import utilization as utilization
+    from .patch.lossless import LosslessPatch as LosslessPatch
+    from .patch.patch import Patch as Patch
+    from .reporting.report import report as report
+    from .scoring.scores import Scores as Scores
+    from .selection.selection import Selection as Selection
+    from .surgery.apply import apply as apply
+    from .surgery.apply import revert as revert
+    from .surgery.diff import diff as diff
+    from .surgery.export import ExportResult as ExportResult
+    from .surgery.extract import extract as extract
+    from .surgery.inspect import Inspection as Inspection
+    from .surgery.inspect import inspect as inspect
+    from .surgery.merge import merge as merge
+    from .surgery.rewrite import RewriteResult as RewriteResult
+    from .surgery.verify import Verification as Verification
+    from .surgery.verify import verify as verify
+    from .training.train import TrainResult as TrainResult
+    from .training.train import train as train
+    from .tuning.attached import Attached as Attached
+    from .tuning.attached import attach as attach
+    from .tuning.trainer import PatchSaving as PatchSaving
 
 _HOMES = {
     "Attached": "tuning.attached",
@@ -108,7 +76,7 @@ _HOMES = {
     "apply_live": "live.apply_live",
     "attach": "tuning.attached",
     "diff": "surgery.diff",
-    "export_lora": "surgery.export",
+    "export_lora": "live.export_lora",
     "extract": "surgery.extract",
     "heal": "checkpoint.healing",
     "inspect": "surgery.inspect",
@@ -121,6 +89,9 @@ _HOMES = {
     "utilization": "neuron_utilization.utilization",
     "verify": "surgery.verify",
 }
+
+__all__ = ["CorruptFileError", "MachineError", "MismatchError", "NeftError", "UsageError", "__version__"]
+__all__ += _HOMES
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,12 @@ __all__ = [
     "ChainOptions",
     "CutOptions",
     "DiffOptions",
+    "ExportOptions",
     "HasCounts",
+    "InspectOptions",
     "LosslessOptions",
     "Option",
+    "PatternOptions",
     "PrefixOptions",
     "RunOptions",
     "Scope",
@@ -54,20 +57,12 @@ class Option:
     metavar: str | None = None  # what stands for the value on the command line
     choices: tuple[str, ...] = ()  # the only values, if they are few
     default: str | int | None = None  # shown in help
+    alone: str | None = None  # the value of a flag that stands alone
 
 
-class ScopeOptions(TypedDict, total=False):
-    """Which neurons are looked at."""
+class PatternOptions(TypedDict, total=False):
+    """Which tensors are looked at."""
 
-    anatomy: Annotated[
-        str,
-        Option(
-            "What a neuron is: an output unit of a linear or convolution weight (rows); an up row or down "
-            "column of a feed-forward block (ffn); all weights of a feed-forward or attention unit (units).",
-            choices=("rows", "ffn", "units"),
-            default="rows",
-        ),
-    ]
     include: Annotated[
         Sequence[str], Option("Score these tensors too: embeddings, head, norms, routers.", metavar="GLOB")
     ]
@@ -80,6 +75,33 @@ class ScopeOptions(TypedDict, total=False):
         Option(
             "The neuron axes of tensors that no config explains, such as '*.kernel=1'. The last match wins.",
             metavar="GLOB=N[,M]",
+        ),
+    ]
+
+
+_NEURON = (
+    "What a neuron is: an output unit of a linear or convolution weight (rows); an up row or down "
+    "column of a feed-forward block (ffn); all weights of a feed-forward or attention unit (units)."
+)
+
+
+class ScopeOptions(PatternOptions, total=False):
+    """Which neurons are looked at."""
+
+    anatomy: Annotated[str, Option(_NEURON, choices=("rows", "ffn", "units"), default="rows")]
+
+
+class InspectOptions(PatternOptions, total=False):
+    """What is shown of a checkpoint."""
+
+    anatomy: Annotated[
+        str,
+        Option(
+            f"{_NEURON} All, or the flag alone: what was understood of each kind of weight, and which "
+            "of these are offered.",
+            choices=("rows", "ffn", "units", "all"),
+            default="rows",
+            alone="all",
         ),
     ]
 
@@ -171,7 +193,7 @@ class RunOptions(TypedDict, total=False):
     memory: Annotated[
         int | None,
         Option(
-            "Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 192MiB.", metavar="SIZE"
+            "Memory for buffers and mapped files, such as 100MB or 1GiB. Default: 176MiB.", metavar="SIZE"
         ),
     ]
     progress: Progress
@@ -213,6 +235,33 @@ class ChainOptions(TypedDict, total=False):
     weights_only: Annotated[
         bool | None,
         Option("With [[chain]]: as for extract. Default: if every patch is so."),
+    ]
+
+
+class ExportOptions(TypedDict, total=False):
+    """The form of a LoRA adapter."""
+
+    rank: Annotated[
+        int | None, Option("Pad to this rank. Default: the next rank that vLLM takes.", metavar="N")
+    ]
+    rank_pattern: Annotated[
+        bool, Option("Give each module the rank that it needs, by PEFT's rank_pattern: much smaller.")
+    ]
+    dtype: Annotated[
+        str,
+        Option(
+            "The type of the factors; shorter ones round the differences.",
+            choices=("f32", "bf16", "f16"),
+            default="f32",
+        ),
+    ]
+    prefix: Annotated[
+        str,
+        Option(
+            "Name modules as the files do, with this in front: transformer. for a GPT-2 that was saved "
+            "without its head. Default: as the live model does, where it can be asked.",
+            metavar="TEXT",
+        ),
     ]
 
 

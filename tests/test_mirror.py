@@ -13,7 +13,6 @@ ELSEWHERE = {
     "checkpoint/changes.py": "checkpoint/test_journal.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
     "checkpoint/side_files.py": "laws/test_lossless_in_place.py",
-    "checkpoint/weight_files.py": "checkpoint/test_checkpoint.py",
     "cli/commands/heal.py": "checkpoint/test_healing.py",
     "cli/commands/select.py": "cli/test_round.py",
     "cli/console.py": "cli/test_exit_codes.py",
@@ -21,7 +20,6 @@ ELSEWHERE = {
     "cli/demo/training_demo.py": "cli/test_demo.py",
     "cli/main.py": "cli/test_help.py",
     "coding/compression.py": "coding/test_tables.py",
-    "hub/lossless_card.py": "hub/test_lossless_round.py",
     "live/loading_rules.py": "live/test_names.py",
     "neuron_utilization/result.py": "neuron_utilization/test_utilization_result.py",
     "patch/digests.py": "patch/test_patch.py",
@@ -30,6 +28,9 @@ ELSEWHERE = {
     "patch/entries.py": "hostile/test_version_2.py",
     "patch/write.py": "patch/test_patch.py",
     "checkpoint/dequantized.py": "quantization/test_layouts.py",
+    "peft/choosing.py": "peft/test_model.py",
+    "peft/config.py": "peft/test_model.py",
+    "peft/layer.py": "peft/test_model.py",
     "progress.py": "surgery/test_verify.py",
     "quantization/codes.py": "quantization/test_layouts.py",
     "quantization/compressed_tensors.py": "quantization/test_layouts.py",
@@ -53,6 +54,7 @@ ELSEWHERE = {
     "tensors/compiled.py": "scoring/test_kernels.py",
     "tensors/arrays.py": "scoring/test_kernels.py",
     "training/neuron_choice.py": "training/test_train_plan.py",
+    "tuning/expert_weights.py": "tuning/test_neuron_weight.py",
     "version.py": "cli/test_help.py",
 }
 

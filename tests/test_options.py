@@ -17,6 +17,7 @@ from neftsurgery.options import (
     BudgetOptions,
     CutOptions,
     DiffOptions,
+    InspectOptions,
     PrefixOptions,
     RunOptions,
     Scope,
@@ -28,7 +29,7 @@ from neftsurgery.options import (
     split,
 )
 from neftsurgery.selection.budget import Budget
-from neftsurgery.storage.threads import Limits
+from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
 
 
 def names(kind: type) -> set[str]:
@@ -52,7 +53,7 @@ def test_the_values_have_the_declared_options() -> None:
         ("extract", (PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
         ("select", (SelectOptions, RunOptions)),
         ("report", (SelectOptions, RunOptions)),
-        ("inspect", (ScopeOptions, RunOptions)),
+        ("inspect", (InspectOptions, RunOptions)),
     ],
 )
 def test_the_flags_are_the_declared_options(command: str, groups: tuple[type, ...]) -> None:
@@ -76,6 +77,11 @@ def test_the_keywords_of_a_verb_are_the_declared_options() -> None:
     for verb, wrong, near in ((ns.diff, "anatomi", "anatomy"), (ns.extract, "neuron", "neurons")):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}': did you mean '{near}'"):
             verb("base", "tuned", **{wrong: 1})
+
+
+def test_the_help_says_how_much_memory_is_used_by_default() -> None:
+    _, option = declared(RunOptions)["memory"]
+    assert f"Default: {DEFAULT_MEMORY >> 20}MiB." in option.help
 
 
 def test_options_are_sorted_by_group() -> None:

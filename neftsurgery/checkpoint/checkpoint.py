@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,8 +25,9 @@ from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..text import lines, plural, printable, size
 from .name_prefixes import Prefixes
+from .parts import PIPELINE_NAME
 from .unfinished import refuse_unfinished
-from .weight_files import weight_files
+from .weight_files import WeightFiles, weight_files
 
 __all__ = ["Checkpoint", "OpenShards", "Shard"]
 
@@ -42,13 +43,20 @@ class Shard:
     name: str  # its path below the checkpoint's folder
     header: Header
     status: os.stat_result
+    part: str = (
+        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.parts`
+    )
 
     @classmethod
-    def open(cls, root: Path, name: str) -> Shard:
-        """Read the header of the file ``name`` in the folder ``root``."""
+    def open(cls, root: Path, name: str, part: str = "") -> Shard:
+        """Read the header of the file ``name`` in the folder ``root``, which holds tensors of ``part``."""
         path = root / name
         status = path.stat()
-        return cls(path, name, read_header(path), status)
+        header = read_header(path)
+        if (kind := tensor_kind(header.metadata)) in KINDS.values():
+            hint = what_helps("", kind, path)
+            raise UsageError("expected a checkpoint", file=path, found=kind, hint=hint)
+        return cls(path, name, header.renamed(lambda name: part + name) if part else header, status, part)
 
     @property
     def size(self) -> int:
@@ -86,6 +94,9 @@ class Checkpoint:
         By name, in file order, under tied names too; ``info.name`` is the one that its file has.
     absent:
         Names that the index lists and no file has.
+    indexes, parts:
+        The indexes that led to its files, below its folder; the parts that it lists, ``unet/``, if it is made
+        of parts.
     prefixes, original:
         If its names are changed: how, and the checkpoint with the names that its files have.
     quantized:
@@ -99,6 +110,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     _home: Mapping[str, int] = field(repr=False)
     absent: tuple[str, ...] = ()
+    indexes: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     opened: OpenShards = field(default_factory=lambda: OpenShards(), repr=False)
     prefixes: Prefixes | None = None
     original: Checkpoint | None = None
@@ -125,18 +138,14 @@ class Checkpoint:
     @classmethod
     def read(cls, source: Source) -> Checkpoint:
         """As `open`, but a change in place may be unfinished: for `heal` and `inspect`."""
-        listed: Iterable[str] = ()
         if source.path.is_dir():
-            root, (names, listed) = source.path, weight_files(source.path)
+            root, files = source.path, weight_files(source.path, source.index)
         else:
-            root, names = source.path.parent, [source.path.name]
-        shards = tuple(Shard.open(root, name) for name in names)
+            root, files = source.path.parent, WeightFiles({source.path.name: ""})
+        shards = tuple(Shard.open(root, name, part) for name, part in files.parts_of.items())
         tensors: dict[str, TensorInfo] = {}
         home: dict[str, int] = {}
         for number, shard in enumerate(shards):
-            if (kind := tensor_kind(shard.header.metadata)) in KINDS.values():
-                hint = what_helps("", kind, shard.path)
-                raise UsageError("expected a checkpoint", file=shard.path, found=kind, hint=hint)
             for name, info in shard.header.tensors.items():
                 if name in home:
                     raise CorruptFileError(
@@ -145,8 +154,9 @@ class Checkpoint:
                         tensor=name,
                     )
                 tensors[name], home[name] = info, number
-        absent = tuple(sorted(name for name in listed if name not in tensors))
-        return cls(source, root, not source.path.is_dir(), shards, tensors, home, absent)
+        absent = tuple(sorted(name for name in files.listed if name not in tensors))
+        rest = (absent, tuple(files.indexes), files.parts)
+        return cls(source, root, not source.path.is_dir(), shards, tensors, home, *rest)
 
     def under(self, names: Mapping[str, str]) -> Checkpoint:
         """The same files, in which a tensor is also found under the names that ``names`` maps to its own."""
@@ -162,16 +172,10 @@ class Checkpoint:
         Raises as `Prefixes.changed`.
         """
         new = prefixes.changed(self.tensors, base, self.name)
+        shards = tuple(replace(s, header=s.header.renamed(new.__getitem__)) for s in self.shards)
         tensors = {new[name]: replace(info, name=new[name]) for name, info in self.tensors.items()}
-        shards = []
-        for shard in self.shards:
-            offsets = {new[name]: offset for name, offset in shard.header.offsets.items()}
-            infos = {name: tensors[name] for name in offsets}
-            shards.append(replace(shard, header=replace(shard.header, tensors=infos, offsets=offsets)))
         home = {new[name]: number for name, number in self._home.items()}
-        return replace(
-            self, shards=tuple(shards), tensors=tensors, _home=home, prefixes=prefixes, original=self
-        )
+        return replace(self, shards=shards, tensors=tensors, _home=home, prefixes=prefixes, original=self)
 
     def __repr__(self) -> str:
         tensors = plural(len(self.stored), "tensor")
@@ -194,9 +198,17 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Mapping[str, Any] | None:
-        """The ``config.json`` beside the weights; ``None`` if there is none."""
-        path = self.root / "config.json"
-        return read_object(path) if path.is_file() else None
+        """The ``config.json`` beside the weights; ``None`` if there is none.
+
+        Where the checkpoint has parts, the config of each is a section: ``{"unet/": {...}, ...}``.
+        """
+        own = self._described("config.json", PIPELINE_NAME if self.parts else "config.json")
+        parts = {part: self._described(f"{part}config.json") or {} for part in self.parts if part}
+        return {**(own or {}), **parts} if parts else own
+
+    def _described(self, *names: str) -> Mapping[str, Any] | None:
+        """The first of some JSON files that is there."""
+        return next((read_object(self.root / name) for name in names if (self.root / name).is_file()), None)
 
     @property
     def stored(self) -> list[TensorInfo]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,19 +183,10 @@ def _view(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> Deq
             continue
         tensors[info.name if name in codes else name] = info
         home[info.name if name in codes else name] = checkpoint._home[name]
-    kept = (checkpoint.source, checkpoint.root, checkpoint.is_file, checkpoint.shards)
-    return Dequantized(
-        *kept,
-        tensors,
-        home,
-        checkpoint.absent,
-        checkpoint.opened,
-        checkpoint.prefixes,
-        checkpoint.original or checkpoint,
-        weights,
-        files=checkpoint,
-        shown=weights,
-    )
+    own: dict[str, Any] = {one.name: getattr(checkpoint, one.name) for one in fields(Checkpoint)}
+    own |= {"tensors": tensors, "_home": home, "original": checkpoint.original or checkpoint}
+    own["quantized"] = weights
+    return Dequantized(**own, files=checkpoint, shown=weights)
 
 
 def comparable(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:

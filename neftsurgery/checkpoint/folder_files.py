@@ -14,7 +14,7 @@ from .adapter import AdaptedWeights
 from .checkpoint import Checkpoint
 from .ties import missing_tensors
 from .unfinished import JOURNAL_NAME
-from .weight_files import INDEX_NAME, SINGLE_NAME, shard_count
+from .weight_files import is_index, shard_count
 
 __all__ = ["FolderFiles", "file_notes", "folder_files", "not_compared"]
 
@@ -37,28 +37,32 @@ class FolderFiles:
 def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     """Sort the files beside the weights of a checkpoint folder.
 
-    Other weights in the top folder are left behind; subfolders (as in sentence-transformers) are copied
+    Other weights in the top folder, and in those of its parts, are left behind; other subfolders are copied
     whole.
     """
     root = checkpoint.root
-    own = {shard.name for shard in checkpoint.shards}
-    # Any other names were found through the index; one shard may have an index, too.
-    stale_index = INDEX_NAME if own == {SINGLE_NAME} else None
-    along: list[Path] = []
+    own = {*(shard.name for shard in checkpoint.shards), *checkpoint.indexes}
+    along = [Path(name) for name in checkpoint.indexes]
     left: list[Path] = []
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        name = entry.name
-        if name in own or name == JOURNAL_NAME or _OURS.fullmatch(name):
-            continue
-        if entry.is_dir():
-            if name in _STALE_FOLDERS or entry.is_symlink():  # a link may lead anywhere, also back here
+
+    def sort(folder: str) -> None:
+        for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
+            name = folder + entry.name
+            if name in own or entry.name == JOURNAL_NAME or _OURS.fullmatch(entry.name):
+                continue
+            if entry.is_dir() and f"{name}/" in checkpoint.parts:
+                sort(f"{name}/")
+            elif entry.is_dir():
+                if entry.name in _STALE_FOLDERS or entry.is_symlink():  # it may lead anywhere, also back here
+                    left.append(Path(name))
+                else:
+                    along.extend(path for path in _tree(root, Path(name)) if path.as_posix() not in own)
+            elif entry.is_file() and not (entry.name.endswith(_STALE_ENDINGS) or is_index(entry.name)):
+                along.append(Path(name))
+            else:  # stale, a pipe, or a link that leads nowhere
                 left.append(Path(name))
-            else:
-                along += [path for path in _tree(root, Path(name)) if path.as_posix() not in own]
-        elif name != stale_index and not name.endswith(_STALE_ENDINGS) and entry.is_file():
-            along.append(Path(name))
-        else:  # stale, a pipe, or a link that leads nowhere
-            left.append(Path(name))
+
+    sort("")
     return FolderFiles(tuple(along), tuple(left))
 
 
@@ -74,7 +78,7 @@ def file_notes(side: Checkpoint) -> Iterator[str]:
         count = plural(len(missing), "tensor")
         yield f"{side.name}: the index lists {count} that no file has: {some(missing)}"
     counts = {None, *(shard_count(shard.name) for shard in side.shards)}
-    beside = [name for name in _unread_weights(side) if "/" not in name]
+    beside = [name for name in _unread_weights(side) if _is_beside(name, side)]
     if stale := [name for name in beside if shard_count(name) not in counts]:
         yield f"{side.name}: the folder also holds shards of another save, which are not read: {some(stale)}"
 
@@ -94,9 +98,16 @@ def _unread_weights(side: Checkpoint) -> list[str]:
         below = Path(path).relative_to(side.root)
         aside = {name for name in folders if not below.parts and _SAVE.fullmatch(name)}
         folders[:] = sorted({*folders} - {*_STALE_FOLDERS} - aside)
-        endings = (".safetensors", *(_WEIGHT_ENDINGS if below.parts else ()))
-        found += [(below / name).as_posix() for name in sorted(names) if name.endswith(endings)]
+        paths = [(below / name).as_posix() for name in sorted(names)]
+        found += [name for name in paths if name.endswith(".safetensors")]
+        found += [n for n in paths if n.endswith(_WEIGHT_ENDINGS) and not _is_beside(n, side)]
     return [name for name in found if name not in own]
+
+
+def _is_beside(name: str, side: Checkpoint) -> bool:
+    """Whether a file is in the folder of a checkpoint, or of a part: there, it is beside the weights."""
+    folder, slash, _ = name.rpartition("/")
+    return not slash or folder + slash in side.parts
 
 
 def _tree(root: Path, folder: Path) -> list[Path]:

@@ -40,10 +40,10 @@ class TensorsInMemory:
     bytes_read = 0
 
     def __init__(self, tensors: Mapping[str, Any], name: str) -> None:
-        self._values = dict(tensors)
+        self._values = tensors
         self.name = name
         self.source = Source(Path(name), name)
-        self.tensors = {key: tensor_info(key, value) for key, value in self._values.items()}
+        self.tensors = {key: tensor_info(key, value) for key, value in tensors.items()}
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""

@@ -38,7 +38,7 @@ from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from .changes import Change, changes_by_tensor
 from .checkpoint import Checkpoint, Shard
-from .side_files import SIDE_NAMES, SideChange, read_side
+from .side_files import SideChange, is_side, read_side
 from .unfinished import forget, journal_path, record
 
 __all__ = [
@@ -84,6 +84,12 @@ def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Pat
 
 
 def _open_shard(checkpoint: Checkpoint, shard: Shard) -> int:
+    if checkpoint.source.index is not None:
+        raise UsageError(
+            "what an index names cannot be changed in place: a reader of the folder may take other files",
+            file=checkpoint.name,
+            hint="name its folder, or write a new checkpoint with [[out=...]]",
+        )
     return open_to_change(shard.path, below=checkpoint.root if checkpoint.is_file else checkpoint.root.parent)
 
 
@@ -301,7 +307,7 @@ def _read_side(file: TensorFile, entry: Any) -> SideChange:
     name, mode = facts.get("name"), facts.get("mode")
     old, new = facts.get("old"), facts.get("new")
     if (
-        not (isinstance(name, str) and name in SIDE_NAMES)
+        not (isinstance(name, str) and is_side(name))
         or not all(one is None or isinstance(one, str) for one in (old, new))
         or not (mode is None or (type(mode) is int and 0 <= mode <= 0o777))
         or (old is not None and f"side:{name}" not in file.tensors)

@@ -6,6 +6,7 @@ Wrappers and other classes of one model save its tensors under other prefixes: `
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ..tensors.header import TensorInfo
 
 __all__ = ["NO_CHANGE", "Prefixes", "fitting_prefixes"]
 
+_SEPARATOR = re.compile(r"[./]")
 _MOST_PARTS = 6  # of a prefix that is looked for
 _MOST_PREFIXES = 8  # of names with one end
 
@@ -27,7 +29,7 @@ class Prefixes:
     names that the base does not have as they are: a head often lies outside the prefix. Made by `of`.
     """
 
-    strip: str = ""  # ends in a dot, as ``add``; "" for none
+    strip: str = ""  # ends in a dot, or in the slash of a part, as ``add``; "" for none
     add: str = ""
 
     @classmethod
@@ -36,7 +38,7 @@ class Prefixes:
         for name, prefix in (("strip_prefix", strip_prefix), ("add_prefix", add_prefix)):
             if prefix is not None and not prefix.strip("."):
                 raise UsageError(f"[[{name}]] is empty", hint="name the first parts of names, as in 'model.'")
-        return cls(*(f"{prefix.rstrip('.')}." if prefix else "" for prefix in (strip_prefix, add_prefix)))
+        return cls(*(_ended(prefix) if prefix else "" for prefix in (strip_prefix, add_prefix)))
 
     def __bool__(self) -> bool:
         return bool(self.strip or self.add)
@@ -78,6 +80,10 @@ class Prefixes:
         return name if name in base else self.add + name
 
 
+def _ended(prefix: str) -> str:
+    return prefix if prefix.endswith("/") else f"{prefix.rstrip('.')}."
+
+
 NO_CHANGE = Prefixes()
 
 
@@ -107,11 +113,14 @@ def fitting_prefixes(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorI
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """A name with its first parts apart: none, one, two and so on, up to the number of a layer."""
+    """A name with its first words apart: none, one, two and so on, up to the number of a layer.
+
+    The part of a checkpoint made of several models is such a word.
+    """
     start = 0
     for count in range(_MOST_PARTS + 1):
         yield name[:start], name[start:]
-        end = name.find(".", start)
-        if end < 0 or (count and name[start:end].isdecimal()):
+        end = _SEPARATOR.search(name, start)
+        if end is None or (count and name[start : end.start()].isdecimal()):
             return
-        start = end + 1
+        start = end.end()

@@ -12,24 +12,28 @@ import xxhash
 from ..errors import UsageError, naming
 from ..storage.output import fsync_folder, remove_stale, staged_file
 from .checkpoint import Checkpoint
-from .weight_files import INDEX_NAME, SINGLE_NAME
+from .parts import MODULES_NAME, PIPELINE_NAME, is_plain_path
+from .weight_files import is_index
 
 __all__ = [
     "MOST_SIDE_BYTES",
-    "SIDE_NAMES",
     "SideChange",
+    "is_side",
     "put_side",
     "read_side",
     "side_digest",
     "side_files",
 ]
 
-#: Files beside the weights that belong to a model and that a lossless patch carries. Never code.
-SIDE_NAMES = frozenset(
+#: Files beside the weights that belong to a model and that a lossless patch carries, and indexes. Never code.
+_SIDE_NAMES = frozenset(
     {
-        INDEX_NAME, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
+        PIPELINE_NAME, MODULES_NAME, "scheduler_config.json", "config_sentence_transformers.json",
+        "sentence_bert_config.json", "router_config.json", "processor_config.json",
+        "preprocessor_config.json", "config.json", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+        "chat_template.json", "chat_template.jinja",
     }
 )  # fmt: skip
 MOST_SIDE_BYTES = 64 << 20
@@ -39,7 +43,7 @@ MOST_SIDE_BYTES = 64 << 20
 class SideChange:
     """A file beside the weights that is replaced, added (``old`` is None) or removed (``new`` is None)."""
 
-    name: str
+    name: str  # its path below the folder
     old: str | None  # XXH3-128 of its content
     new: str | None
     mode: int | None  # its permission bits; None: those under the umask
@@ -50,22 +54,33 @@ class SideChange:
         put_side(root / self.name, None if self.content is None else self.content(), self.mode)
 
 
-def side_files(checkpoint: Checkpoint) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """The files beside the weights that a lossless patch carries, and the names of those that it does not."""
+def is_side(name: str) -> bool:
+    """Whether a lossless patch carries files of this name: of the fixed list, in the folder or in a part."""
+    return (name.rpartition("/")[2] in _SIDE_NAMES or is_index(name)) and is_plain_path(name)
+
+
+def side_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The files beside the weights that a lossless patch carries, by their paths below the folder.
+
+    And those of the files that it does not carry.
+    """
     if checkpoint.is_file:
-        return (), ()
-    weights = {shard.path.name for shard in checkpoint.shards}
-    carried, others = list[Path](), list[str]()
-    for path in sorted(checkpoint.root.iterdir()):
-        if path.name in weights or path.name.startswith("."):
-            continue
-        small = path.is_file() and path.stat().st_size <= MOST_SIDE_BYTES
-        stale = path.name == INDEX_NAME and weights == {SINGLE_NAME}
-        if path.name in SIDE_NAMES and small and not stale:
-            carried.append(path)
-        else:
-            others.append(path.name)
-    return tuple(carried), tuple(others)
+        return {}, ()
+    own = {*(shard.name for shard in checkpoint.shards), *checkpoint.parts}
+    carried, others = dict[str, Path](), list[str]()
+    for part in dict.fromkeys(("", *checkpoint.parts)):
+        folder = checkpoint.root / part
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            name = part + path.name
+            if name in own or f"{name}/" in own or path.name.startswith("."):
+                continue
+            small = path.is_file() and path.stat().st_size <= MOST_SIDE_BYTES
+            stale = is_index(name) and name not in checkpoint.indexes
+            if is_side(name) and small and not stale:
+                carried[name] = path
+            else:
+                others.append(name)
+    return carried, tuple(others)
 
 
 def read_side(path: Path) -> bytes:
@@ -77,10 +92,10 @@ def read_side(path: Path) -> bytes:
 def side_digest(path: Path) -> tuple[str | None, int | None]:
     """XXH3-128 of the content of a file, and its permission bits; None if there is no file.
 
-    Raises a `UsageError` if it is a link, or not a file.
+    Raises a `UsageError` if it is a link or in one, or not a file.
     """
     try:
-        mode = path.lstat().st_mode
+        mode = path.parent.lstat().st_mode if path.parent.is_symlink() else path.lstat().st_mode
     except FileNotFoundError:
         return None, None
     if not stat.S_ISREG(mode):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, islice, product
 from typing import Any
 
+from ..neurons.submodels import part_config, split_part
 from ..tensors.header import TensorInfo
 from ..text import label, natural_key
 from .checkpoint import Checkpoint
@@ -151,21 +152,24 @@ class _Ties:
     """What the config and the metadata of one model say, and what is equal in its files."""
 
     side: Checkpoint
-    stated: bool | None  # whether the config ties heads to embeddings
     saved: Mapping[str, str]  # by a name that was not saved, the one that was
 
     @classmethod
     def of(cls, side: Checkpoint) -> _Ties:
-        pairs = [pair for shard in side.shards for pair in shard.header.metadata.items()]
-        saved = {a: b for a, b in pairs if a not in side.tensors and b in side.tensors}
-        return cls(side, stated_tie(side.config), saved)
+        shards = ((shard.part, shard.header.metadata) for shard in side.shards)
+        pairs = [(part + a, part + b) for part, metadata in shards for a, b in metadata.items()]
+        return cls(side, {a: b for a, b in pairs if a not in side.tensors and b in side.tensors})
+
+    def stated(self, group: Iterable[str]) -> bool | None:
+        """Whether the config ties the head of ``group`` to its embeddings; None: it does not say."""
+        return stated_tie(part_config(self.side.config, next(iter(group), "")))
 
     def stored(self, group: Iterable[str]) -> dict[str, str]:
         """The tensors of ``group`` that the files hold; each with the first that is the same."""
         tensors = self.side.tensors
         names = [name for name in group if name in tensors and tensors[name].name == name]
         equal = _equal_tensors(self.side, names)
-        apart = self.stated is False
+        apart = self.stated(names) is False
         homes: dict[tuple[str, bool], str] = {}
         return {name: homes.setdefault((equal[name], apart and is_head(name)), name) for name in names}
 
@@ -175,7 +179,8 @@ class _Ties:
         """By name, the stored tensor that it is, if that is known; ``other``: what the other side holds."""
         found = dict(stored)
         # If nothing is stated, a head that is not an embedding on the other side tells against a tie.
-        tied = self.stated is True or (self.stated is None and len(set(other.values())) < 2)
+        stated = self.stated(group)
+        tied = stated is True or (stated is None and len(set(other.values())) < 2)
         kinds = {head: {stored[one] for one in stored if is_head(one) == head} for head in (False, True)}
         for name in group:
             likely = kinds[is_head(name)] or (kinds[not is_head(name)] if tied else set())
@@ -189,15 +194,16 @@ class _Ties:
         """Where config and files disagree about the head and an embedding of ``group``."""
         embedding = next((name for name in stored if not is_head(name)), None)
         head = next((name for name in group if is_head(name)), None)
-        if self.stated is None or embedding is None or head is None:
+        stated = self.stated(group)
+        if stated is None or embedding is None or head is None:
             return
-        tied = "tied" if self.stated else "not tied"
-        said = f"{self.side.name}: config.json says that {label(head)} is {tied} to {label(embedding)}"
-        if self.stated and head in stored and stored[head] != stored[embedding]:
+        tied, config = "tied" if stated else "not tied", f"{split_part(head)[0]}config.json"
+        said = f"{self.side.name}: {config} says that {label(head)} is {tied} to {label(embedding)}"
+        if stated and head in stored and stored[head] != stored[embedding]:
             yield f"{said}, but the two differ in the files: they count as two tensors"
-        elif not self.stated and head not in stored:
+        elif not stated and head not in stored:
             yield f"{said}, but the files hold only the latter"
-        elif not self.stated and len(set(_equal_tensors(self.side, [embedding, head]).values())) == 1:
+        elif not stated and len(set(_equal_tensors(self.side, [embedding, head]).values())) == 1:
             yield f"{said}, but the two are equal in the files: they count as two tensors"
 
 
@@ -271,7 +277,8 @@ def tie_groups(names: Iterable[str], known: Iterable[tuple[str, str]] = ()) -> l
         elif "_embed." in name and _LAYER_HEAD.match(name):
             above[root(name)] = root("\0" + _LAYER_HEAD.sub(r"\1.", name))
     for name in embeddings:
-        starts = accumulate(name.split("."), "{}.{}".format, initial="^")
+        part, rest = split_part(name)
+        starts = accumulate(rest.split("."), "{}.{}".format, initial=f"{part}^")
         for prefix in heads.keys() & set(starts):
             above[root(heads[prefix])] = root(name)
     for one, other in known:
@@ -287,8 +294,9 @@ def _prefix(name: str, ends: Collection[str]) -> str | None:
     """What is before the end of ``name`` that is one of ``ends``; None if it has no such end."""
     if len(name) > _LONGEST_NAME or not name.endswith(".weight"):
         return None
-    parts = ["^", *name.split(".")[:-1]]
+    part, rest = split_part(name)
+    parts = ["^", *rest.split(".")[:-1]]
     for count in (3, 2, 1):
         if ".".join(parts[-count:]) in ends:
-            return ".".join(parts[:-count]) or "^"
+            return part + (".".join(parts[:-count]) or "^")
     return None

@@ -41,7 +41,7 @@ def journal_path(source: Source) -> Path:
 
 
 def find_journals(source: Source) -> list[Source]:
-    """The folders and files whose journals concern ``source``: it, its weight files, and the folders above.
+    """The folders and files whose journals concern ``source``: it, its weight files and parts, those above.
 
     If a symlink was named, the journal is beside its target. A Hub model has none.
     """
@@ -57,7 +57,9 @@ def find_journals(source: Source) -> list[Source]:
             file = journal.with_name(journal.name[1 : -len(JOURNAL_NAME)])
             if _belongs(file, path):
                 found.append(Source(file, str(file)))
-    above = () if path.is_dir() else path.parents[:_DEEPEST]
+        parts = [journal.parent for journal in sorted(path.glob(f"[!.]*/{JOURNAL_NAME}"))]
+        found += [Source(part, str(part)) for part in parts if _belongs(part, path)]
+    above = path.parents[: 1 if path.is_dir() else _DEEPEST]
     above = [one for one in above if os.path.lexists(one / JOURNAL_NAME) and _belongs(path, one)]
     found += [Source(folder, str(folder)) for folder in above]
     return [one for one in found if os.path.lexists(journal_path(one))]
@@ -74,10 +76,12 @@ def refuse_unfinished(source: Source) -> None:
 
 
 def _belongs(file: Path, folder: Path) -> bool:
+    """Whether a weight file, or a part, is one of the checkpoint in ``folder``."""
     try:
-        return file in [folder / name for name in weight_files(folder)[0]]
+        found = weight_files(folder)
     except NeftError:
         return False
+    return file in [folder / name for name in (*found.parts_of, *found.parts) if name]
 
 
 def record(sha256: str, journal: Path) -> None:

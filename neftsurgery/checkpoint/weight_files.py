@@ -1,42 +1,113 @@
-"""Which files hold the weights of a checkpoint folder: one file, or those that its index names."""
+"""Which files hold the weights of a checkpoint folder: one, those that an index names, those of its parts."""
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptFileError, UsageError
 from ..sources.hub_client import OTHER_ENDINGS
-from ..sources.resolve import INDEX_NAME, SINGLE_NAME
+from ..sources.resolve import INDEX_NAME, SINGLE_NAME, is_index
 from ..tensors.document import read_object
 from ..tensors.file_kinds import foreign_folder
 from ..tensors.header import MAX_HEADER_BYTES
+from .parts import ListedPart, listed_parts
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "shard_count", "weight_files"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "WeightFiles", "is_index", "shard_count", "weight_files"]
 
 _MAX_NAME_BYTES = 255
 _MAX_PATH = 1000
-_SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})\.safetensors$")
+_SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})(?:\.[\w-]+)?\.safetensors$")
+#: The files that readers look for, in this order: of transformers, timm and others, and of diffusers.
+_USUAL = (
+    SINGLE_NAME, INDEX_NAME,
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+)  # fmt: skip
 
 
-def weight_files(folder: Path) -> tuple[list[str], Collection[str]]:
-    """The weight files of a checkpoint folder, as paths below it, and the tensors that its index lists.
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The weight files of a checkpoint folder, as paths below it."""
 
-    A single file beats an index. A `UsageError` says that there are none, a `CorruptFileError` what is
-    damaged.
+    parts_of: Mapping[str, str]  # by weight file, the part whose name comes before those of its tensors
+    indexes: Collection[str] = ()  # the indexes that led to them
+    listed: Collection[str] = ()  # the tensors that indexes list
+    parts: tuple[str, ...] = ()  # ``unet/``: those that the folder lists, with weights or without
+
+
+def weight_files(folder: Path, index: str | None = None) -> WeightFiles:
+    """The weight files of a checkpoint folder; those of one ``index`` of it, if that is named.
+
+    A single file beats an index. A `UsageError` says that there are none, or several without an index, a
+    `CorruptFileError` what is damaged or missing.
     """
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
-    if single.is_file():
-        return [SINGLE_NAME], ()
-    if index.is_file():
-        weight_map = _weight_map(index)
-        return _indexed_files(folder, index, set(weight_map.values())), weight_map.keys()
-    what, hint = foreign_folder(folder, OTHER_ENDINGS)
-    raise UsageError(
-        f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}", file=folder, found=what, hint=hint
+    listed = [] if index else listed_parts(folder)
+    if not listed:
+        return _in_folder(folder, index)
+    found = {part: _of_part(folder / part.prefix, part) for part in listed}
+    if not any(one.parts_of for one in found.values()):
+        raise UsageError(
+            f"none of the parts that {listed[0].list_name} names holds weights",
+            file=folder,
+            hint="fetch the checkpoint again",
+        )
+    return WeightFiles(
+        {part.prefix + name: part.prefix for part, one in found.items() for name in one.parts_of},
+        [part.prefix + name for part, one in found.items() for name in one.indexes],
+        [part.prefix + name for part, one in found.items() for name in one.listed],
+        tuple(part.prefix for part in listed),
     )
+
+
+def _of_part(folder: Path, part: ListedPart) -> WeightFiles:
+    """The weight files of a part, none if it is not a model."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    if any(name.endswith(".safetensors") or is_index(name) for name in names):
+        return _in_folder(folder)
+    if not part.has_weights(folder):
+        return WeightFiles({})
+    if any(name.endswith(OTHER_ENDINGS) for name in names):
+        return _in_folder(folder)  # which says how they are converted
+    raise CorruptFileError(
+        f"{part.list_name} names this part, a {part.kind[:80]}, and its weights are not there",
+        file=folder,
+        hint="a part is missing: fetch the checkpoint again",
+    )
+
+
+def _in_folder(folder: Path, index: str | None = None) -> WeightFiles:
+    name = index or _chosen(folder)
+    if not is_index(name):
+        return WeightFiles({name: ""})
+    weight_map = _weight_map(folder / name)
+    files = _indexed_files(folder, folder / name, set(weight_map.values()))
+    return WeightFiles(dict.fromkeys(files, ""), (name,), weight_map.keys())
+
+
+def _chosen(folder: Path) -> str:
+    """The file that a reader of ``folder`` begins with: a weight file, or an index."""
+    for name in _USUAL:
+        if (folder / name).is_file():
+            return name
+    what, hint = foreign_folder(folder, OTHER_ENDINGS)
+    why = f"the folder holds neither {SINGLE_NAME} nor {INDEX_NAME}"
+    if what is None:
+        names = sorted(name for name in os.listdir(folder) if (folder / name).is_file())
+        indexes = [name for name in names if is_index(name)]  # of a variant, such as fp16
+        weights = [name for name in names if name.endswith(".safetensors")]
+        if len(indexes or weights) == 1 and (indexes or shard_count(weights[0]) is None):
+            return (indexes or weights)[0]
+        if len(indexes) > 1:
+            why, hint = "the folder holds several indexes", f"name one of them: {', '.join(indexes[:3])}"
+        elif weights and shard_count(weights[0]) is not None:
+            why, hint = "the folder holds shards without their index", f"{hint}, or fetch {INDEX_NAME}"
+        elif weights:
+            why = "the folder holds several weight files without an index"
+    raise UsageError(why, file=folder, found=what, hint=hint)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -129,6 +129,8 @@ def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], 
     settings: dict[str, Any] = {"help": spelled(option.help, flag), "metavar": option.metavar}
     if option.default is not None:
         settings |= {"default": option.default, "show_default": True}
+    if option.alone is not None:
+        settings |= {"is_flag": False, "flag_value": option.alone}
     flags = f"--{name.replace('_', '-')}"
     if kind is bool:
         settings["is_flag"] = True
@@ -156,7 +158,10 @@ class WholeNumber(click.IntRange):
     name = "whole number"
 
 
-_RANGES: dict[str, dict[str, Any]] = {"threads": {"min": 1, "max": 256}, "seed": {"min": 0}}
+_RANGES: dict[str, dict[str, Any]] = {
+    "threads": {"min": 1, "max": 256}, "seed": {"min": 0}, "tokens": {"min": 1}, "batch": {"min": 1},
+    "rank": {"min": 1},
+}  # fmt: skip
 
 
 def _axis(

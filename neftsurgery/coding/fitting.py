@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .elements import BLOCK, CLASSES, FINE, HASH, NEVER, PRECISION, Carrier, Elements, fine_classes
 from .tables import MOST_CONTEXTS, MOST_SYMBOLS, Alphabet, FrequencyTable, contexts_of
 
-__all__ = ["changes_of", "fit"]
+__all__ = ["changes_of", "fit", "fit_memory"]
 
 _TOTAL = 1 << PRECISION
 #: What a context takes in the stored table, and a frequency other than 0, about, in bits, compressed.
@@ -59,6 +59,11 @@ def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: flo
         return FrequencyTable(starts, None, _alphabet(values, hot, width, share))
     gap_alphabet = _alphabet(steps.astype(np.int64), never, 20, share)
     return FrequencyTable(starts, gap_alphabet, _alphabet(changes, hot, width, share))
+
+
+def fit_memory(blocks: int, nbytes: int) -> int:
+    """Bytes that `fit` and its pairs take, of so many blocks of at most ``nbytes`` on either side."""
+    return 3 * blocks * nbytes + (8 << 20)  # both sides, and their differences
 
 
 def _hot(found: Sequence[Carrier]) -> NDArray[np.uint64]:

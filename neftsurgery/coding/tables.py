@@ -61,11 +61,8 @@ class Alphabet:
         from .kernels import enter
 
         first, plain = fine_classes(64)
-        lasts, least, count = (
-            first + (np.uint64(1) << plain) - np.uint64(1),
-            self.least,
-            len(self.frequencies),
-        )
+        lasts = first + (np.uint64(1) << plain) - np.uint64(1)
+        least, count = self.least, len(self.frequencies)
         ends = least + np.array([(1 << int(bits)) - 1 for bits in self.bits], np.uint64)
         single = least[(self.bits == 0) & (least >= 1 << FINE)]
         hot = np.empty((1 << HASH) * (len(single) > 0), np.uint64)

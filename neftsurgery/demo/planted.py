@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint.weight_files import INDEX_NAME
+from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
 
@@ -99,10 +100,8 @@ def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _round(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round to the nearest bfloat16, ties to even; the result is still float32."""
-    bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return rounded.view(np.float32)
+    """Round to the nearest bfloat16; the result is still float32."""
+    return widen(narrow(values, "BF16"), "BF16").astype(np.float32)
 
 
 def _write(folder: Path, weights: Arrays) -> None:
@@ -117,7 +116,7 @@ def _write(folder: Path, weights: Arrays) -> None:
         entries = [TensorInfo(name, "BF16", weights[name].shape) for name in part]
         with written_file(entries, {"format": "pt"}, folder / file) as written:
             for name in part:
-                written.write(name, 0, (weights[name].view(np.uint32) >> 16).astype(np.uint16))
+                written.write(name, 0, narrow(weights[name], "BF16"))
             written.finish({"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": 2 * sum(w.size for w in weights.values())}, "weight_map": weight_map}

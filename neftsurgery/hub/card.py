@@ -14,7 +14,6 @@ from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import client
 from .base_model import BaseModel
 from .card_text import card_text
-from .lossless_card import lossless_card_text
 from .repository import CARD_HINT
 
 __all__ = ["BEGIN", "END", "card_figure", "write_card"]
@@ -41,24 +40,12 @@ def write_card(
     figure: str | None = None,
     existing: str | None = None,
 ) -> str:
-    """The README of a patch's repository.
+    """The README of a patch's repository, with the name of its ``figure`` and the ``licence`` of the base.
 
-    Parameters
-    ----------
-    licence:
-        The front matter of the base's licence, where it is known. An existing card keeps its own.
-    figure:
-        The file name of a figure of where the neurons are, beside the card.
-    existing:
-        The card to update. All of its text is kept except the part that an earlier push wrote, and all of
-        its front matter except the fields that describe the patch and its base. A `MismatchError` says that
-        it is not a card, or that the part that an earlier push wrote is not clear.
+    Of an ``existing`` card all is kept but the part that an earlier push wrote and the fields that describe
+    the patch and its base. A `MismatchError` says that it is not a card, or that this part is not clear.
     """
-    if isinstance(patch, LosslessPatch):
-        text = lossless_card_text(patch, repo, base)
-    else:
-        text = card_text(patch, repo, base, figure)
-    block = f"{BEGIN}\n\n{text}\n\n{END}"
+    block = f"{BEGIN}\n\n{card_text(patch, repo, base, figure)}\n\n{END}"
     hub = client()
     if existing is None:
         found = _front_matter(patch, repo, base, licence, {}, [])

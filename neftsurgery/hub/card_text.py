@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..patch.lossless import LosslessPatch
 from ..patch.patch import PATCH_NAME, Patch
 from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import page
@@ -18,10 +19,10 @@ from ..tensors.arrays import Int64Array
 from ..text import percent, plural, size
 from .base_model import BaseModel
 
-__all__ = ["base_facts", "LayerCounts", "card_text", "code_span", "link", "table", "text_bar"]
+__all__ = ["LayerCounts", "card_text", "code_span", "link", "table", "text_bar"]
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
-_MAX_TRAINING_FACTS = 40
+_MAX_LISTED = 40
 #: A larger table is not read: neighbouring layers are put together, and so are rare kinds.
 _MAX_LAYERS = 40
 _MAX_KINDS = 8
@@ -42,54 +43,74 @@ _MAX_LENGTH = 100
 _BAR_LENGTH = 12
 
 
-def card_text(patch: Patch, repo: str, base: BaseModel, figure: str | None) -> str:
+def card_text(patch: Patch | LosslessPatch, repo: str, base: BaseModel, figure: str | None) -> str:
     """The part of a card that `push` writes, in Markdown: from files only numbers and code spans."""
-    parts = [
-        _lead(patch, base),
-        _usage(repo, base),
-        "## What is in it\n\n" + table(["", ""], list(_facts(patch, base))),
-        _layers(LayerCounts.of_patch(patch), figure),
-    ]
-    if chosen := list(_selection_facts(patch)):
-        parts.append("## How the neurons were chosen\n\n" + table(["", ""], chosen))
-    if trained := list(_training_facts(patch)):
-        parts.append("## How the neurons were trained\n\n" + table(["", ""], trained))
-    return "\n\n".join(parts)
-
-
-def _lead(patch: Patch, base: BaseModel) -> str:
     model = link(code_span(base.repo), page(base.repo)) if base.repo else "the model it was made from"
-    return (
-        f"A **neuron patch** for {model}: new values for {plural(patch.neurons, 'neuron')} of "
-        f"{plural(len(patch.tensors), 'tensor')} ({patch.parameters:,} parameters, {size(patch.nbytes)}). "
-        "Every other weight of the base stays the same, bit for bit."
-    )
-
-
-def _usage(repo: str, base: BaseModel) -> str:
     note = "" if base.repo else "`BASE` stands for the model that the patch was made from.\n\n"
-    return f"""## How to use it
+    facts = "## What is in it\n\n" + table(["", ""], list(_facts(patch, base)))
+    if isinstance(patch, LosslessPatch):
+        lead, usage, more = _lossless_parts(patch, repo, model, base.argument)
+    else:
+        lead, usage, more = _neuron_parts(patch, repo, model, base.argument, figure)
+    return "\n\n".join([lead, f"## How to use it\n\n{note}{usage}", facts, *more])
 
-{note}```console
+
+def _neuron_parts(
+    patch: Patch, repo: str, model: str, base: str, figure: str | None
+) -> tuple[str, str, list[str]]:
+    """What the patch is, how it is used, and the sections after its facts."""
+    lead = (
+        f"A **neuron patch** for {model}: new values for {patch.what} ({patch.parameters:,} parameters, "
+        f"{size(patch.nbytes)}). Every other weight of the base stays the same, bit for bit."
+    )
+    usage = f"""```console
 $ pip install neftsurgery
-$ neftsurgery apply {base.argument} {repo} -o patched
+$ neftsurgery apply {base} {repo} -o patched
 $ neftsurgery verify patched {repo}
 ```
 
 ```python
 import neftsurgery as ns
 
-ns.apply("{base.argument}", "{repo}", out="patched/")
+ns.apply("{base}", "{repo}", out="patched/")
 attached = ns.attach(model, "{repo}")  # or in a live torch model; attached.detach() takes it out
 ```
 
 `apply` checks every vector that it replaces against its hash in the patch. It refuses another base before it
 writes anything. `neftsurgery revert` takes the patch out again, bit for bit.
 [What a patch is]({_PROJECT}/blob/main/docs/patch-format.md)."""
+    more = [_layers(LayerCounts.of_patch(patch), figure)]
+    if chosen := list(_selection_facts(patch)):
+        more.append("## How the neurons were chosen\n\n" + table(["", ""], chosen))
+    if trained := list(_training_facts(patch)):
+        more.append("## How the neurons were trained\n\n" + table(["", ""], trained))
+    return lead, usage, more
 
 
-def base_facts(base: BaseModel) -> Iterator[tuple[str, str]]:
-    """What a card of either kind of patch says of the base, as rows of a table."""
+def _lossless_parts(patch: LosslessPatch, repo: str, model: str, base: str) -> tuple[str, str, list[str]]:
+    """As `_neuron_parts`."""
+    tuned = f"{size(patch.forward.nbytes)} of weights in {plural(len(patch.forward.tensors), 'tensor')}"
+    lead = (
+        f"A **lossless patch** for {model}: the base plus these {size(patch.nbytes)} is the full "
+        f"fine-tune, to the bit ({tuned})."
+    )
+    usage = f"""```console
+$ neftsurgery apply {base} {repo} -o tuned
+$ neftsurgery verify tuned {repo}
+```
+
+`apply` checks every block of the base and of the result against its hash. It refuses another base before it
+writes anything."""
+    rows = [
+        [code_span(name, 80), percent(kind.changed / max(1, kind.elements)), size(kind.code)]
+        for name, kind in list(patch.kinds().items())[:_MAX_LISTED]
+    ]
+    changed = table(["kind of weight", "changed", "bytes"], rows, right=[1, 2])
+    return lead, usage, [f"## What changed\n\n{changed}"]
+
+
+def _facts(patch: Patch | LosslessPatch, base: BaseModel) -> Iterator[tuple[str, str]]:
+    """The rows of a table: of the base, of the patch, and of what undoes and made it."""
     if base.repo is not None:
         yield "base", link(code_span(base.repo), page(base.repo))
         yield "revision of the base", code_span(base.revision) if base.revision else "unknown"
@@ -97,14 +118,17 @@ def base_facts(base: BaseModel) -> Iterator[tuple[str, str]]:
         yield "local name of the base", code_span(base.name)
     if base.fingerprint:
         yield "fingerprint of the base", code_span(base.fingerprint)
+    yield from _lossless_facts(patch) if isinstance(patch, LosslessPatch) else _neuron_facts(patch)
+    yield "revert", "needs only the patch" if patch.reversible else "needs the base: `--base`"
+    if created := patch.manifest.get("created_by"):
+        yield "created by", code_span(created)
 
 
-def _facts(patch: Patch, base: BaseModel) -> Iterator[tuple[str, str]]:
-    yield from base_facts(base)
+def _neuron_facts(patch: Patch) -> Iterator[tuple[str, str]]:
     yield "neurons", f"{patch.neurons:,}"
     yield "parameters", f"{patch.parameters:,}"
     dtypes = sorted({tensor.info.dtype for tensor in patch.tensors.values()})
-    yield "tensors", f"{len(patch.tensors):,} ({', '.join(code_span(dtype) for dtype in dtypes)})"
+    yield "tensors", f"{len(patch.tensors):,} ({_spans(dtypes)})"
     yield "file", f"{code_span(PATCH_NAME)}, {size(patch.nbytes)}"
     for share, change in (
         (patch.facts.captured, "the whole change"),
@@ -112,9 +136,20 @@ def _facts(patch: Patch, base: BaseModel) -> Iterator[tuple[str, str]]:
     ):
         if share is not None:
             yield f"share of {change}", f"{percent(share)} of the squared difference"
-    yield "revert", "needs only the patch" if patch.reversible else "needs the base: `--base`"
-    if created := patch.manifest.get("created_by"):
-        yield "created by", code_span(created)
+
+
+def _lossless_facts(patch: LosslessPatch) -> Iterator[tuple[str, str]]:
+    if patch.tuned.fingerprint:
+        yield "fingerprint of the result", code_span(patch.tuned.fingerprint)
+    yield "file", f"{code_span(PATCH_NAME)}, {size(patch.nbytes)}"
+    names = [file.name for file in patch.forward.files] + [one.name for one in patch.forward.side]
+    yield "files of the result", _spans(names)
+    if patch.not_carried:
+        yield "not carried", _spans(patch.not_carried)
+
+
+def _spans(names: Sequence[str]) -> str:
+    return ", ".join(code_span(name) for name in names[:_MAX_LISTED])
 
 
 def _layers(found: LayerCounts, figure: str | None) -> str:
@@ -151,7 +186,7 @@ def _selection_facts(patch: Patch) -> Iterator[tuple[str, str]]:
 
 
 def _training_facts(patch: Patch) -> Iterator[tuple[str, str]]:
-    for key, value in list(patch.training.items())[:_MAX_TRAINING_FACTS]:
+    for key, value in list(patch.training.items())[:_MAX_LISTED]:
         if value is not None:
             yield code_span(key, 60), _json_span(value)
 

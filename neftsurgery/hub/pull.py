@@ -52,7 +52,13 @@ class PullPlan:
     @boundary
     def run(self, *, progress: Progress = silent) -> Patch | LosslessPatch:
         """Fetch the patch, check it and write it; raises as `pull`."""
-        patch = _checked(self._fetched(), self.sha256, progress)
+        (patch,) = load_patches([self._fetched()], self.sha256)
+        try:
+            if isinstance(patch, Patch):
+                check_patches([patch], progress)  # a lossless one needs its base for that
+        except BaseException:
+            patch.close()
+            raise
         if self.out is None:
             return patch
         with patch:
@@ -88,8 +94,7 @@ def plan_pull(
     hub_id = HubId.parse(str(named))
     if hub_id is None:
         raise UsageError("not a Hub id", file=named, hint="name it as org/name or org/name@revision")
-    if out is not None:
-        refuse_output(out, inputs=[], force=force, kind="file")
+    refuse_output(out, inputs=[], force=force, kind="file")
     file = None if is_offline() else find_file(hub_id, PATCH_NAME)
     if wanted and file and file.etag and len(file.etag) == len(wanted):  # that of a large file is its SHA-256
         require_sha256(str(hub_id), wanted, file.etag)
@@ -132,14 +137,3 @@ def pull(
         If the Hub refuses (401, 403, gated) or cannot be reached, or ``out`` cannot be written.
     """
     return plan_pull(named, out, sha256=sha256, force=force).run(progress=progress)
-
-
-def _checked(source: Source, sha256: str | None, progress: Progress) -> Patch | LosslessPatch:
-    (patch,) = load_patches([source], sha256)
-    try:
-        if isinstance(patch, Patch):
-            check_patches([patch], progress)  # a lossless one needs its base for that
-    except BaseException:
-        patch.close()
-        raise
-    return patch

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, TypedDict, Unpack
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
@@ -65,7 +67,8 @@ class PushResult:
     def what(self) -> str:
         """What the patch holds, in a few words."""
         tensors = plural(self.tensors, "tensor")
-        return f"every change of {tensors}" if self.lossless else _what(self.neurons, tensors)
+        what = "every change" if self.lossless else plural(self.neurons, "neuron")
+        return f"{what} of {tensors}"
 
     def __str__(self) -> str:
         said = [f"created {self.repo}"] if self.created else []
@@ -145,11 +148,9 @@ class PushPlan:
     def run(self) -> PushResult:
         """Send the patch and its card; raises as `push`."""
         patch, repository, sha256 = self.patch, self.repository, self.sha256
-        with ExitStack() as stack:
-            if patch.path is not None:
-                patch.check_in_place()  # what is sent is what was checked
-            content = patch.path or stack.enter_context(patch.stream())
-            files = {PATCH_NAME: content, CARD_NAME: self.card.encode()}
+        patch.check_in_place()  # what is sent is what was checked
+        with patch.stream() if patch.path is None else nullcontext(patch.path) as content:
+            files: dict[str, Path | BinaryIO | bytes] = {PATCH_NAME: content, CARD_NAME: self.card.encode()}
             if self.figure:
                 files[FIGURE_NAME] = self.figure
             commit, parent = send_commit(repository, files, self.message, private=self.private)
@@ -169,18 +170,19 @@ class PushPlan:
         )
 
 
-def push(
-    patch: AnyPatch,
-    repo: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-    base: str | None = None,
-    parent: str | None = None,
-    replace_card: bool = False,
-    progress: Progress = silent,
-) -> PushResult:
+class PushOptions(TypedDict, total=False):
+    """The keywords of `push`, which documents them."""
+
+    private: bool | None
+    revision: str | None
+    message: str | None
+    base: str | None
+    parent: str | None
+    replace_card: bool
+    progress: Progress
+
+
+def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResult:
     """Publish a patch on the Hugging Face Hub, with a model card: one commit, all or nothing.
 
     huggingface_hub finds the token: ``HF_TOKEN``, or that of ``hf auth login``.
@@ -217,17 +219,7 @@ def push(
     MachineError
         If the Hub refuses or cannot be reached. The branch is as it was.
     """
-    plan = plan_push(
-        patch,
-        repo,
-        private=private,
-        revision=revision,
-        message=message,
-        base=base,
-        parent=parent,
-        replace_card=replace_card,
-        progress=progress,
-    )
+    plan = plan_push(patch, repo, **options)
     warn(log, plan.warnings)
     return plan.run()
 
@@ -318,7 +310,3 @@ def _check_repository(repository: Repository, private: bool | None, parent: str 
             found=repository.head or "no repository",
             hint="nothing was changed: look at the new commit, and name it with [[parent=...]]",
         )
-
-
-def _what(neurons: int, tensors: str) -> str:
-    return f"{plural(neurons, 'neuron')} of {tensors}"

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from ..checkpoint.in_memory import TensorsInMemory, tensor_bytes, tensor_info
 from ..checkpoint.provenance import same_tensor
 from ..errors import MismatchError, boundary
+from ..neurons.layout import Layout
 from ..patch.digests import digests
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch
 from ..surgery.model_files import RebuiltWeights
 from ..tensors.header import TensorInfo
-from .names import live_names
-from .weights import copy_into
+from .placement import LivePlace, live_places, live_weights
 
 __all__ = ["apply_live"]
 
-_Changes = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # tensors of the model, and what they become
+_Changes = Callable[[], Iterator[tuple[str, Tensor]]]  # tensors of the files, and what they become
 
 
 @boundary
@@ -37,14 +37,16 @@ def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None
     ----------
     model:
         A module, or its ``state_dict()``: a mapping of names to tensors, which are changed in place. Tensors
-        stay where they are.
+        stay where they are. A module of transformers may have merged, split or transposed the tensors of the
+        files: these are changed where they lie.
     patch:
         A patch of either kind, or its path. A lossless one must have the tensors that the model has.
 
     Raises
     ------
     MismatchError
-        If a tensor is missing, has another shape or dtype, or other values than the base; nothing is changed.
+        If a tensor is missing, is changed when the model is loaded, has another shape or dtype, or other
+        values than the base; nothing is changed.
     CorruptFileError
         If the patch does not match its hashes; nothing is changed.
     """
@@ -54,7 +56,7 @@ def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None
     else:
         infos = {name: tensor.info for name, tensor in loaded.tensors.items()}
         changes_of = partial(_rows, loaded)
-    tensors = _tensors(model, [*infos])
+    tensors = _tensors(model, infos)
     for name, info in infos.items():
         found = tensor_info(name, tensors[name])
         if not same_tensor(found, info):
@@ -64,28 +66,52 @@ def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None
     changes = changes_of(tensors)
     for _ in changes():  # all is checked
         pass
-    for tensor, values in changes():
-        copy_into(tensor, values)
+    for name, values in changes():
+        tensors.write(name, values)
 
 
-def _tensors(model: nn.Module | Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+def _tensors(model: nn.Module | Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> _FileTensors:
+    layouts = {name: Layout.of(info.shape, ()) for name, info in infos.items()}
     if isinstance(model, nn.Module):
-        buffers = dict(model.named_buffers())
-        own = [name for name in names if name not in buffers]
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        live = live_names(model, own)
-        return {name: buffers[name] if name in buffers else parameters[live[name]] for name in names}
-    for name in names:
+        return _FileTensors(live_weights(model), live_places(model, layouts))
+    for name in infos:
         if name not in model:
             raise MismatchError("the model has no such tensor", tensor=name)
-    return {name: model[name] for name in names}
+    return _FileTensors(model, {name: (LivePlace(name, layout, layout),) for name, layout in layouts.items()})
+
+
+class _FileTensors(Mapping[str, Tensor]):
+    """The tensors of the files, read from the weights of a model when they are asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], places: Mapping[str, tuple[LivePlace, ...]]) -> None:
+        self._weights, self._places = weights, places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        first, *others = self._places[name]
+        found = first.read(self._weights[first.parameter])
+        if not others:
+            return found
+        whole = found.new_empty(first.file.shape)
+        for place in (first, *others):
+            whole[place.part] = place.read(self._weights[place.parameter])
+        return whole
+
+    def write(self, name: str, values: Tensor) -> None:
+        for place in self._places[name]:
+            place.write(self._weights[place.parameter], values[place.part])
 
 
 def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
     made = RebuiltWeights(TensorsInMemory(tensors, "the model"), [patch], [patch.forward])
     left = dict(made.tensors)
 
-    def changes() -> Iterator[tuple[Tensor, Tensor]]:
+    def changes() -> Iterator[tuple[str, Tensor]]:
         for name, info in [*left.items()]:
             raw = np.empty(info.nbytes, np.uint8)
             try:
@@ -95,7 +121,7 @@ def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
             if np.array_equal(raw, tensor_bytes(tensors[name])):
                 del left[name]
             else:
-                yield tensors[name], _as_tensor(raw, info, tensors[name])
+                yield name, _as_tensor(raw, info, tensors[name])
 
     return changes
 
@@ -103,7 +129,7 @@ def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
 def _rows(patch: Patch, tensors: Mapping[str, Tensor]) -> _Changes:
     patch.check()
 
-    def changes() -> Iterator[tuple[Tensor, Tensor]]:
+    def changes() -> Iterator[tuple[str, Tensor]]:
         for name, part in patch.tensors.items():
             raw, index, axes = np.array(tensor_bytes(tensors[name])), patch.index(name), part.layout.axes
             others = [axis for axis in range(len(part.info.shape)) if axis not in axes]
@@ -116,7 +142,7 @@ def _rows(patch: Patch, tensors: Mapping[str, Tensor]) -> _Changes:
             if not known.all():
                 raise _other(patch, name)
             grid[where] = new.view(part.info.type.carrier).reshape(now.shape)
-            yield tensors[name], _as_tensor(raw, part.info, tensors[name])
+            yield name, _as_tensor(raw, part.info, tensors[name])
 
     return changes
 

@@ -7,7 +7,6 @@ are few and known by name. What any other function makes has no known origin, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,44 +23,13 @@ _JOINS = {"cat", "concat", "concatenate", "stack"}
 _COPIES = {"clone", "contiguous", "flatten", "ravel", "reshape"}  # in row-major order, if at all
 
 
-@dataclass(frozen=True)
-class _View:
-    """Where the elements of a tensor lie in its storage."""
-
-    storage: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _View:
-        storage: int = tensor.untyped_storage()._cdata
-        return cls(storage, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
-
-    def coordinates(self, offsets: Offsets) -> tuple[NDArray[np.bool_], list[Offsets]]:
-        """Which elements of the storage, at ``offsets``, the view has, and the coordinates of these."""
-        rest = offsets - self.offset
-        inside = rest >= 0
-        found = [np.zeros_like(rest)] * len(self.shape)
-        for axis in sorted(range(len(self.shape)), key=lambda axis: -self.strides[axis]):
-            if self.shape[axis] != 1:
-                found[axis], rest = np.divmod(rest, max(1, self.strides[axis]))
-                inside &= found[axis] < self.shape[axis]
-        inside &= rest == 0
-        return inside, [each[inside] for each in found]
-
-
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> tuple[Sequence[Tensor], int]:
-    return tensors, dim
-
-
 class MoveRecorder(TorchFunctionMode):
     """Within the context, records where the elements of float32 tensors go."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._moves: dict[int, list[tuple[_View, _View]]] = {}  # by the storage they come from
-        self._numbers: dict[int, int] = {}  # of the results, by storage
+        self._moves: dict[int, list[tuple[Tensor, Tensor]]] = {}  # views, by the storage of the first
+        self._results: dict[int, int] = {}  # the numbers of the results, by storage
         self._seen: list[Any] = []  # kept, so that no storage is taken for another
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,46 +41,71 @@ class MoveRecorder(TorchFunctionMode):
             sizes = [source.shape[axis] for source in sources] if name != "stack" else ()
             parts = result.split(sizes, axis) if sizes else result.unbind(axis)
             for source, part in zip(sources, parts, strict=True):
-                self._record(source, _View.of(part))
-        elif name in _COPIES and _View.of(result).storage != _View.of(args[0]).storage:
-            self._record(args[0], _View.of(result.view(args[0].shape)))
+                self._record(source, part)
+        elif name in _COPIES and _storage(result) != _storage(args[0]):
+            self._record(args[0], result.view(args[0].shape))
         self._seen.append(result)
         return result
 
-    def _record(self, source: Tensor, target: _View) -> None:
+    def _record(self, source: Tensor, target: Tensor) -> None:
         if source._version or source.dtype != torch.float32:
-            raise ValueError("values are changed in place")
-        view = _View.of(source)
-        self._moves.setdefault(view.storage, []).append((view, target))
-        self._seen.append(source)
+            raise ValueError("transformers changes its values in place")
+        self._moves.setdefault(_storage(source), []).append((source, target))
 
     def end(self, results: Sequence[Tensor]) -> None:
         """Say which tensors came out: `follow` tells where elements are in these."""
         for number, result in enumerate(results):
-            self._seen.append(torch.empty(result.shape, device="meta"))
-            final = _View.of(self._seen[-1])
-            self._numbers[final.storage] = number
+            final = torch.empty(result.shape, device="meta")
+            self._results[_storage(final)] = number
             self._record(result, final)
+
+    @property
+    def moves(self) -> int:
+        """How many times elements were moved."""
+        return sum(map(len, self._moves.values()))
 
     def follow(self, source: Tensor, offsets: Offsets) -> tuple[Offsets, Offsets]:
         """Where elements of ``source``, row-major, came out: the numbers of results, and row-major there.
 
         The number is -1 for an element that no result has. A ValueError if one is in several places.
         """
-        return self._follow(_View.of(source).storage, offsets)
+        return self._follow(_storage(source), offsets)
 
     def _follow(self, storage: int, offsets: Offsets) -> tuple[Offsets, Offsets]:
-        if storage in self._numbers:
-            return np.full_like(offsets, self._numbers[storage]), offsets
+        if storage in self._results:
+            return np.full_like(offsets, self._results[storage]), offsets
         numbers, found = np.full_like(offsets, -1), np.zeros_like(offsets)
-        for view, target in self._moves.get(storage, ()):
-            inside, coordinates = view.coordinates(offsets)
-            moved = np.full(inside.sum(), target.offset)
-            for at, stride in zip(coordinates, target.strides, strict=True):
+        for source, target in self._moves.get(storage, ()):
+            inside, coordinates = _coordinates(source, offsets)
+            moved = np.full(len(inside), int(target.storage_offset()))
+            for at, stride in zip(coordinates, target.stride(), strict=True):
                 moved += at * stride
-            reached, moved = self._follow(target.storage, moved)
-            where = np.flatnonzero(inside)[reached >= 0]
+            reached, moved = self._follow(_storage(target), moved)
+            where = inside[reached >= 0]
             if (numbers[where] >= 0).any():
-                raise ValueError("an element is copied to several places")
+                raise ValueError("transformers copies it to several places")
             numbers[where], found[where] = reached[reached >= 0], moved[reached >= 0]
         return numbers, found
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> tuple[Sequence[Tensor], int]:
+    return tensors, dim
+
+
+def _storage(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _coordinates(view: Tensor, offsets: Offsets) -> tuple[Offsets, list[Offsets]]:
+    """Which of the elements at ``offsets`` of the storage are in ``view``, and their coordinates there."""
+    shape, strides = view.shape, view.stride()
+    rest = offsets - int(view.storage_offset())
+    inside = rest >= 0
+    found = [np.zeros_like(rest)] * len(shape)
+    for axis in sorted(range(len(shape)), key=lambda axis: -strides[axis]):
+        if shape[axis] != 1:
+            found[axis], rest = np.divmod(rest, max(1, strides[axis]))
+            inside &= found[axis] < shape[axis]
+    where = np.flatnonzero(inside & (rest == 0))
+    return where, [each[where] for each in found]

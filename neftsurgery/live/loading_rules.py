@@ -16,21 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MismatchError
+from ..neurons.submodels import split_part
 
-__all__ = ["LoadingRules"]
+__all__ = ["LoadingRules", "live_weights"]
+
+
+def live_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of ``model``, under all their names."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {**dict(buffers), **dict(model.named_parameters(remove_duplicate=False))}
 
 
 class LoadingRules:
-    """How the weights of ``model``, its parameters and buffers, are made of the tensors in files.
+    """How the weights of ``model`` are made of the tensors in files.
 
     A model that is not of transformers has the tensors of its files.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights: dict[str, Tensor] = {
-            **dict(model.named_buffers(remove_duplicate=False)),
-            **dict(model.named_parameters(remove_duplicate=False)),
-        }
+        self.weights = live_weights(model)
         self._model: Any = model
         self._found: dict[str, tuple[str, str | None]] = {}
         module = sys.modules.get("transformers.modeling_utils")  # not imported here
@@ -76,11 +80,12 @@ class LoadingRules:
         Of several weights that a converter makes, this is the first. A `MismatchError` if there is none.
         """
         if name not in self._found:
-            live, pattern = name, None
+            plain = name if name in self.weights else split_part(name)[1]  # a part is attached by itself
+            live, pattern = plain, None
             if self._renames:
-                live, pattern = self._rename(name, self._renamings, self._converters)
-                if live not in self.weights and name in self.weights:  # as the loader does
-                    live, pattern = self._rename(name, [], [])
+                live, pattern = self._rename(plain, self._renamings, self._converters)
+                if live not in self.weights and plain in self.weights:  # as the loader does
+                    live, pattern = self._rename(plain, [], [])
             if live not in self.weights:
                 raise MismatchError(
                     "the model has no such weight",

@@ -23,6 +23,8 @@ def live_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     taken: dict[str, str] = {}
     for name in names:
         found[name], pattern = rules.find(name)
+        if not isinstance(rules.weights[found[name]], nn.Parameter):
+            raise MismatchError("a buffer of the model, which has no neurons", tensor=name)
         if pattern is not None:
             raise MismatchError(
                 "transformers merges, splits or transposes this tensor when it loads the file, "

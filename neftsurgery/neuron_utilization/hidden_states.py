@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import MismatchError
 from ..neurons.tensor_names import layer_and_kind
@@ -52,13 +53,10 @@ def mean_hidden_states(
 
 def _padded(batch: Sequence[TokenChunk], padding: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and mask int64, and weights float64, each ``[chunks, tokens of the longest chunk]``."""
-    width = max(len(chunk.ids) for chunk in batch)
-    ids = torch.full((len(batch), width), padding)
-    weights = torch.zeros(len(batch), width, dtype=torch.float64)
-    for row, chunk in enumerate(batch):
-        ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
-        weights[row, : len(chunk.ids)] = chunk.weight
-    return ids, (weights > 0).long(), weights
+    ids = [torch.tensor(chunk.ids) for chunk in batch]
+    each = [torch.full((len(chunk.ids),), chunk.weight, dtype=torch.float64) for chunk in batch]
+    weights = pad_sequence(each, batch_first=True)
+    return pad_sequence(ids, batch_first=True, padding_value=padding), (weights > 0).long(), weights
 
 
 class _StateSums:
@@ -146,7 +144,7 @@ def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
         if isinstance(module, nn.ModuleList):
             found[path] = BlockStack(path, tuple(module))
     if len(found) > 1:
-        depth = getattr(_text_config(model), "num_hidden_layers", None)
+        depth = getattr(cast(Any, model).config.get_text_config(), "num_hidden_layers", None)
         found = {path: stack for path, stack in found.items() if len(stack.blocks) == depth}
     if len(found) != 1:
         raise MismatchError(
@@ -159,11 +157,7 @@ def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
 
 def hidden_size(model: Any) -> int:
     """The width of a model's hidden states; a `MismatchError` if its config does not say."""
-    width = getattr(_text_config(model), "hidden_size", None)
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
     if not isinstance(width, int):
         raise MismatchError("the model's config has no hidden_size", found=type(model).__name__)
     return width
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config()

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
 from ..live.loading import load_model
 from ..live.names import live_names
+from ..live.weights import read_vectors
+from ..neurons.layout import Layout
 from ..patch.patch import Patch
 from ..progress import Progress
 from ..surgery.diff import diff
@@ -25,10 +28,6 @@ from .tokenized_text import token_batches
 
 if TYPE_CHECKING:
     from .utilization import UtilizationPlan
-from torch import Tensor
-
-from ..live.weights import read_vectors
-from ..neurons.layout import Layout
 
 __all__ = ["max_correlations", "measure"]
 
@@ -83,11 +82,7 @@ def _correlations(plan: UtilizationPlan, model: Any, when: str, progress: Progre
 
 
 def _of_tensor(
-    plan: UtilizationPlan,
-    name: str,
-    weight: torch.Tensor,
-    means: torch.Tensor,
-    advance: Callable[[int], None],
+    plan: UtilizationPlan, name: str, weight: Tensor, means: Tensor, advance: Callable[[int], None]
 ) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
     tensor, own = plan.tensors[name], plan.blocks[name] + 1
     start, stop = {"preceding": (0, own), "following": (own, len(means)), "all": (0, len(means))}[plan.states]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..reporting.figure import Column, ReportFigure, Table
+from ..reporting.figure import KIND, LAYER, Column, ReportFigure, Table
 from ..reporting.plotting import ACCENT, CONTRAST, MUTED, MplFigure, annotate, heatmap, new_axes
 from ..reporting.sections import ReportSection
 from ..text import commas, four_digits, label, percent
@@ -53,7 +53,7 @@ def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> 
 
 def _groups(found: Utilization, id: str) -> ReportFigure:
     columns = (
-        Column("kind", "kind of weight", label),
+        KIND,
         Column("group", "neurons", lambda name: name.replace("_", " ")),
         Column("neurons", "how many", commas),
         Column("mean_rank_change", "mean rank change", four_digits),
@@ -136,7 +136,7 @@ def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float 
     what = "percent of the ranking before training, largest correlations first"
     axes = new_axes(fig, 2.7, grid="y", xlabel=what, ylabel="mean rank change")
     xs = np.arange(len(rows))
-    moved = np.array([np.nan if mean is None else mean for *_, mean in rows])
+    moved = np.array([mean for *_, mean in rows], np.float64)  # NaN for None
     axes.bar(xs, moved, width=0.8, color=ACCENT)
     for x, value in zip(xs, moved, strict=True):
         if value == value:
@@ -148,8 +148,8 @@ def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float 
 
 def _map(found: Utilization, id: str) -> ReportFigure:
     columns = (
-        Column("layer", "layer", label),
-        Column("kind", "kind of weight", label),
+        LAYER,
+        KIND,
         *(Column(name, name.replace("_", " "), commas) for name in GROUPS),
         Column("mean_rank_change", "mean rank change", four_digits),
         Column("mean_share", "share of the ranking", percent, bar=True),
@@ -163,8 +163,8 @@ def _map(found: Utilization, id: str) -> ReportFigure:
         if (all_ := groups["all"]).neurons
     )
     share = np.array(
-        [[_or_nan(cells[layer, kind]["all"].mean_share) for kind in found.kinds] for layer in found.layers]
-    )
+        [[cells[layer, kind]["all"].mean_share for kind in found.kinds] for layer in found.layers], np.float64
+    )  # NaN for a cell without neurons
     return ReportFigure(
         id,
         "Rank change by layer and kind of weight",
@@ -175,10 +175,6 @@ def _map(found: Utilization, id: str) -> ReportFigure:
         Table(columns, rows),
         lambda fig: _draw_map(fig, found, share),
     )
-
-
-def _or_nan(value: float | None) -> float:
-    return np.nan if value is None else value
 
 
 def _draw_map(

@@ -1,10 +1,13 @@
-"""The verb ``utilization``: rank neurons by correlation with hidden states, before and after a fine-tune."""
+"""The verb ``utilization``: rank neurons by correlation with hidden states, before and after a fine-tune.
+
+Those in a block are ranked whose vectors are as wide as the hidden states.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Unpack, get_args
 
 import torch
@@ -14,10 +17,12 @@ from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.loading import load_tokenizer, meta_model, require_model_folder
 from ..live.names import live_names
-from ..neurons.anatomy import NeuronTensor
+from ..neurons.anatomy import NeuronTensor, read_anatomy
+from ..neurons.tensor_names import layer_and_kind
 from ..patch.patch import PATCH_KEY, Patch
 from ..progress import Progress, silent
 from ..selection.budget import Amount
+from ..selection.selection import Selection
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.pairing import scored_count
@@ -27,8 +32,7 @@ from ..text import printable
 from ..version import __version__
 from .hidden_states import find_block_stack, hidden_size
 from .measure import measure
-from .options import BATCH, DTYPES, LENGTH, TOKENS, States, UtilizationOptions
-from .ranked_neurons import count_unranked, ranked_tensors
+from .options import ANATOMIES, BATCH, DTYPES, LENGTH, TOKENS, States, UtilizationOptions
 from .result import Utilization
 from .tokenized_text import TokenizedText, tokenize_file
 
@@ -153,10 +157,8 @@ def utilization(
         For a path or an option that is wrong, an empty text, or a model without a usable tokenizer.
     MismatchError
         If the patch is not of this base, or the model does not have hidden states of one width.
-    CorruptFileError
-        If a file is damaged, or the text is not UTF-8.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a file is damaged, or the text is not UTF-8; if something cannot be read or written.
     """
     return plan_utilization(base, tuned, text, **options).run(progress=progress)
 
@@ -180,15 +182,15 @@ def plan_utilization(
 ) -> UtilizationPlan:
     """Check everything without loading a weight; parameters and errors are those of `utilization`."""
     _check_options(states, dtype, tokens=tokens, length=length, batch=batch)
-    if out is not None:
-        refuse_output(out, inputs=_inputs(base, tuned, text), force=force, kind="file")
+    other = tuned.path if isinstance(tuned, Patch) else tuned
+    refuse_output(out, inputs=[base, text, *([] if other is None else [other])], force=force, kind="file")
     limit = None if strongly is None else Amount.parse(strongly)
     before = Checkpoint.open(base)
     try:
         model = _single_stream(before)
         after = _open_tuned(before, tuned)
         trained = after.selection if isinstance(after, Patch) else None
-        tensors = ranked_tensors(before, trained, anatomy, hidden_size(model))
+        tensors = _ranked_tensors(before, trained, anatomy, hidden_size(model))
         live = live_names(model, tensors)
         stack = find_block_stack(model, live.values())
         blocks = {name: number for name in tensors if (number := stack.block_of(live[name])) is not None}
@@ -206,7 +208,7 @@ def plan_utilization(
         tokenizer.pad_token_id or 0,
         tensors,
         blocks,
-        None if trained is None else count_unranked(trained, tensors),
+        None if trained is None else _count_unranked(trained, tensors),
         stack.path,
         states,
         limit,
@@ -218,9 +220,66 @@ def plan_utilization(
     )
 
 
-def _inputs(base: AnyPath, tuned: AnyPath | Patch, text: AnyPath) -> Sequence[AnyPath]:
-    patch = tuned.path if isinstance(tuned, Patch) else tuned
-    return [base, text] if patch is None else [base, text, patch]
+def _ranked_tensors(
+    base: Checkpoint, trained: Selection | None, anatomy: str | None, width: int
+) -> dict[str, NeuronTensor]:
+    """The tensors by name whose neurons are as wide as the hidden states (``width``) and ranked.
+
+    Without ``anatomy``: the paper's ``ffn``, and all tensors of the kinds in which ``trained`` has neurons.
+    """
+    if anatomy is not None and anatomy not in ANATOMIES:
+        raise UsageError(
+            "only single vectors can be correlated with hidden states",
+            expected=f"the anatomy {' or '.join(ANATOMIES)}",
+            found=anatomy,
+        )
+    trained_axes = {} if trained is None or anatomy is not None else _axes_by_kind(trained, width)
+    found: dict[str, NeuronTensor] = {}
+    try:
+        scored = read_anatomy(anatomy or "ffn", base.tensors, base.config).scored
+        found = {tensor.info.name: tensor for tensor in scored}
+    except MismatchError:
+        if not trained_axes:
+            raise
+    if trained_axes:
+        for tensor in read_anatomy("rows", base.tensors, base.config).scored:
+            axes = trained_axes.get(tensor.kind)
+            known = found.get(tensor.info.name)
+            if axes is not None and (known is None or known.axes != axes):
+                found[tensor.info.name] = replace(tensor, axes=axes)
+    wide = {name: t for name, t in found.items() if t.layout.width == width and t.layer}
+    if not wide:
+        raise MismatchError(
+            f"no neuron of a block is as wide as the hidden states: {width} elements",
+            file=base.name,
+            hint="the anatomy rows has every row of a linear weight",
+        )
+    return dict(sorted(wide.items()))
+
+
+def _axes_by_kind(trained: Selection, width: int) -> dict[str, tuple[int, ...]]:
+    """The neuron axes of every kind of tensor that has trained neurons of this width."""
+    companions = trained.facts.companion_biases
+    return {
+        layer_and_kind(name.split("."))[1]: chosen.layout.axes
+        for name, chosen in trained.tensors.items()
+        if name not in companions and chosen.layout.width == width
+    }
+
+
+def _count_unranked(trained: Selection, tensors: Mapping[str, NeuronTensor]) -> int:
+    """How many trained neurons are not among those of ``tensors``. Bias elements are not counted."""
+    companions = trained.facts.companion_biases
+    count = 0
+    for name, chosen in trained.tensors.items():
+        tensor = tensors.get(name)
+        if name in companions:
+            continue
+        if tensor is None or tensor.axes != chosen.layout.axes:
+            count += len(chosen.index)
+        elif tensor.part is not None:
+            count += int((~tensor.part.mask()[chosen.index]).sum())
+    return count
 
 
 def _check_options(states: str, dtype: str, **counts: int | None) -> None:

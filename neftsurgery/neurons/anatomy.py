@@ -16,7 +16,7 @@ from ..tensors.header import TensorInfo
 from .families import FeedForward
 from .layout import Layout
 from .quantized import quantization_reasons
-from .submodels import Role, Submodel, Submodels
+from .submodels import Role, Submodel, Submodels, part_config, split_part, stated_type
 from .tensor_names import (
     COLUMNS,
     UNKNOWN_EXPERTS,
@@ -27,6 +27,7 @@ from .tensor_names import (
     layer_and_kind,
     matching,
     member_axes,
+    name_pattern,
     read_name,
 )
 from .units import CountedSlice, UnitMap, UnitSpan, unit_spans, up_slice
@@ -49,6 +50,7 @@ class NeuronTensor:
     bias: str | None = None  # the tensor with one element per neuron that is added to their outputs
     units: UnitMap | None = None  # of the anatomy ``units``: the unit of every neuron
     part: CountedSlice | None = None  # the neurons that count; None: all
+    tied: str = ""  # of units that are tied to their place: what else holds something of each
 
     @property
     def layout(self) -> Layout:
@@ -138,7 +140,7 @@ class _Reader:
         self.quantized = quantization_reasons(self.tensors, self.config)
         self.readings: dict[tuple[tuple[str, ...], int], NameReading] = {}
         self.shares: dict[str, _Share] = {}
-        self.assumed: dict[str, None] = {}
+        self.assumed: dict[tuple[str, str], None] = {}  # a part of the folder, and a type of its submodels
 
     def read(self) -> Anatomy:
         found = [self.judge(self.tensors[name]) for name in sorted(self.tensors)]
@@ -157,7 +159,8 @@ class _Reader:
         barred = self.barred(info)
         if barred:
             return Listed(info, barred, None, included)
-        parts = info.name.split(".")
+        part, rest = split_part(info.name)
+        parts = [*([part] if part else []), *rest.split(".")]
         reading = self.reading(parts, len(info.shape))
         stated = None if reading.reason == "bias" else self.axes.get(info.name)
         if len(info.shape) < 2 or reading.reason in ("bias", "norm"):
@@ -174,8 +177,8 @@ class _Reader:
         if Layout.of(info.shape, axes).width == 1:
             return Listed(info, "one element wide", axes, included)
         if reading.assumed and not stated:
-            main = reading.submodel is self.submodels.main
-            self.assumed.setdefault("" if main else reading.submodel.model_type)
+            main = reading.submodel is self.submodels.towers.get(part, self.submodels).main
+            self.assumed.setdefault((part, "" if main else reading.submodel.model_type))
         return self.placed(info, parts, axes, reading.submodel, role)
 
     def barred(self, info: TensorInfo) -> str:
@@ -192,7 +195,7 @@ class _Reader:
 
     def reading(self, parts: Sequence[str], ndim: int) -> NameReading:
         """What a name says of a tensor of ``ndim`` axes."""
-        pattern = tuple("*" if part.isdecimal() else part for part in parts)
+        pattern = name_pattern(parts)
         key = (pattern, ndim)
         if key not in self.readings:
             self.readings[key] = read_name(pattern, ndim, self.submodels.of_name(pattern))
@@ -216,11 +219,12 @@ class _Reader:
         role: Role | None,
     ) -> NeuronTensor | Listed:
         """The tensor with its layer and bias, and its part or its share of a block."""
-        layer, kind = layer_and_kind(parts)
+        layer, kind = layer_and_kind(info.name.split("."))
         bias = None if role is not None and role.member in COLUMNS else bias_of(info, axes, self.tensors)
         tensor = NeuronTensor(info, axes, layer, kind, bias)
         inner = info.shape[axes[-1]]
         outer = math.prod(info.shape[axis] for axis in axes[:-1])
+        tensor = replace(tensor, tied=role.block.tied if role and role.block else "")
         if self.name == "units":
             if role is None:
                 self.shares[info.name] = _Share(("", info.name), outer, inner, (UnitSpan(0, inner, 1),))
@@ -241,9 +245,10 @@ class _Reader:
 
     def warnings(self, listed: Iterable[Listed]) -> Iterable[str]:
         """What the user should know about this anatomy."""
-        if self.assumed:
+        for part in dict.fromkeys(part for part, _ in self.assumed):
+            types = [model_type for one, model_type in self.assumed if one == part]
             yield (
-                f"{_unknown(self.config, tuple(self.assumed))}: weights count as [out, in, ...]; "
+                f"{_unknown(part_config(self.config, part), part, types)}: weights count as [out, in, ...]; "
                 "where that is wrong, give the axes with [[axis=...]]"
             )
         for start, text in (
@@ -253,7 +258,7 @@ class _Reader:
                 "tensors of experts are left out, as their axes are not known: give them with [[axis=...]]",
             ),
             (UNKNOWN_LAYER, "weights are left out, as their axes are not known: give them with [[axis=...]]"),
-            ("not part of a unit: ", "tensors are in no unit"),
+            ("not part of a unit: ", "tensors are in no unit; check that config.json belongs to them"),
         ):
             found = [entry for entry in listed if entry.reason.startswith(start)]
             if found:
@@ -261,10 +266,21 @@ class _Reader:
         empty = sum(entry.reason == "no elements" for entry in listed)
         if 2 * empty > len(self.tensors):
             yield f"{empty} tensors have no elements, as DeepSpeed ZeRO-3 and FSDP leave them"
+        yield from self.other_sizes()
         for submodel in self.submodels.all if self.name == "units" else ():
             kinds = [{type(block) for block in family.blocks} for family in submodel.families]
             if {FeedForward} in kinds:
                 yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
+
+    def other_sizes(self) -> Iterable[str]:
+        """A config that belongs to other weights: nothing in them has the width that it states."""
+        width = self.submodels.main.config.get("hidden_size") if self.submodels.main.families else None
+        shapes = [info.shape for info in self.tensors.values() if len(info.shape) > 1]
+        if type(width) is int and len(shapes) > 1 and not any(width in shape for shape in shapes):
+            yield (
+                f"config.json states a hidden_size of {width}, and no weight has an axis of that size: "
+                "check that it belongs to these weights"
+            )
 
 
 def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> tuple[list[NeuronTensor], int]:
@@ -309,12 +325,13 @@ def _overrides(axis: AxisOption, tensors: Mapping[str, TensorInfo]) -> dict[str,
     return stated
 
 
-def _unknown(config: Mapping[str, Any] | None, parts: Sequence[str] = ("",)) -> str:
-    """Says that the model, or ``parts`` of it, is not known; "" stands for the whole model."""
-    if config is None:
-        return "there is no config.json to say what the model is"
-    stated = (part or config.get("model_type") for part in parts)
+def _unknown(config: Mapping[str, Any] | None, part: str = "", types: Sequence[str] = ("",)) -> str:
+    """Says that the model in ``part``, or its submodels of these types, are not known."""
+    if not config:
+        return f"there is no {part}config.json to say what the model is"
+    stated = (one or config.get("model_type") for one in types)
     named = [repr(model_type[:80]) for model_type in stated if isinstance(model_type, str) and model_type]
-    return (
-        f"the model_type {' and '.join(named)} is not known" if named else "config.json names no model_type"
-    )
+    if named:
+        return f"the model_type {' and '.join(named)} {f'of {part} ' if part else ''}is not known"
+    other = stated_type(config)
+    return f"{part}config.json names no model_type" + (f", and {other!r} is not known" if other else "")

@@ -3,7 +3,8 @@
 The data are ``architectures.json``. ``make families`` makes them from the live models of transformers, and
 from a small table kept by hand: see ``docs/architectures.md``.
 
-Patterns are dotted name endings without ``.weight``; ``*`` stands for a number (a layer's, an expert's). A
+Patterns are dotted name endings without ``.weight``; ``*`` stands for a number (a layer's, an expert's). The
+last part may be the number of one layer of a ``Sequential``: ``ffn.0``. A
 name may have any prefix (``model.``, ``transformer.``, none), so files of a bare model and of the
 model with a head both match. The longest matching pattern wins. A ``.weight`` of two axes
 that no pattern of a known family names is a linear weight ``[out, in]``.
@@ -44,15 +45,18 @@ class FeedForward:
     """The tensors of a feed-forward block: unit u is row u of up and gate and column u of down.
 
     Of the two rows of a gated unit, gate is the one that goes through the activation. ``gate_up``
-    holds both: ``halves`` all gates before all ups, ``pairs`` gate and up of one unit side by side.
+    holds both: ``halves`` all gates before all ups, ``pairs`` gate and up of one unit side by side;
+    ``swapped`` where up is first. ``tied`` names what else holds something of each unit, so that
+    a unit is tied to its place.
     """
 
     up: str = ""
     gate: str = ""
     down: str = ""
     gate_up: str = ""
-    fused: Literal["halves", "pairs"] = "halves"
+    fused: Literal["halves", "pairs", "swapped halves", "swapped pairs"] = "halves"
     order: AxisOrder = "out in"
+    tied: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class Attention:
     qkv: str = ""
     fused: Literal["sections", "heads", "quarters"] = "sections"
     order: AxisOrder = "out in"
+    tied: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

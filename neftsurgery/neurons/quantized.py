@@ -11,6 +11,7 @@ from typing import Any
 
 from ..quantization.settings import quantization_section
 from ..tensors.header import TensorInfo
+from .submodels import part_config, split_part
 
 __all__ = ["quantization_reasons"]
 
@@ -37,9 +38,16 @@ def quantization_reasons(
 
     By a ``quantization_config``, 8-bit floats and integers named like weights are codes even without a scale.
     """
-    method = _method(config)
+    methods: dict[str, str | None] = {}
+
+    def method_of(name: str) -> str | None:
+        part, _ = split_part(name)
+        if part not in methods:
+            methods[part] = _method(part_config(config, name))
+        return methods[part]
+
     codes: dict[str, str] = {}
-    orphans = (name for name in tensors if method is not None and name.endswith(_ONLY_SCALES))
+    orphans = (name for name in tensors if name.endswith(_ONLY_SCALES) and method_of(name) is not None)
     scales = dict.fromkeys(orphans, "quantized: scales without their codes")
     for name, info in tensors.items():
         kind = info.type.kind
@@ -57,8 +65,8 @@ def quantization_reasons(
             scales.update((scale, f"quantized: belongs to {name}") for scale in found)
         elif kind == "packed":
             codes[name] = f"quantized: {info.dtype} elements are codes"
-        elif method is not None and (kind == "float" or stem is not None):
-            codes[name] = f"quantized: by config.json, with {method}"
+        elif (kind == "float" or stem is not None) and (method := method_of(name)) is not None:
+            codes[name] = f"quantized: by {split_part(name)[0]}config.json, with {method}"
     return codes | scales
 
 

@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from .families import SHARED, Attention, AxisOrder, Family, FeedForward, architectures, family_of
 
-__all__ = ["Heads", "Role", "Submodel", "Submodels"]
+__all__ = [
+    "NO_PATTERN",
+    "Heads",
+    "Role",
+    "Submodel",
+    "Submodels",
+    "part_config",
+    "split_part",
+    "stated_type",
+]
 
 _TOWERS: dict[str, tuple[str, ...]] = {
     "vision_config": ("vision_tower", "vision_model", "visual"),
@@ -25,7 +34,7 @@ _QUERY_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
 _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _SIDES = ("encoder", "decoder")
 _MOST_DEEP = 4  # configs in configs
-_NO_PATTERN = ("fused", "order")  # the fields of a block that name no tensor
+NO_PATTERN = ("fused", "order", "tied")  # the fields of a block that name no tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,7 @@ def roles(family: Family) -> dict[tuple[str, ...], Role]:
         found |= {tuple(pattern.split(".")): role for pattern in patterns.split()}
     for block in family.blocks:
         named = ((field.name, getattr(block, field.name)) for field in fields(block))
-        members = {name: tuple(text.split(".")) for name, text in named if text and name not in _NO_PATTERN}
+        members = {name: tuple(text.split(".")) for name, text in named if text and name not in NO_PATTERN}
         columns = zip(*(parts[:-1] for parts in members.values()), strict=False)
         shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
         for member, parts in members.items():
@@ -95,9 +104,12 @@ class Submodel:
         return max(map(len, self._roles), default=0)
 
     def role(self, stem: Sequence[str]) -> Role | None:
-        """The role of a name, given as its parts, with ``*`` for numbers and without ``weight``."""
+        """The role of a name, given as its parts without ``weight``: see `tensor_names.name_pattern`."""
+        general = (*stem[:-1], "*") if stem and stem[-1].isdecimal() else None
         for depth in range(min(len(stem), self._longest), 0, -1):
             role = self._roles.get(tuple(stem[-depth:]))
+            if role is None and general:
+                role = self._roles.get(general[-depth:])
             if role is not None:
                 return role
         return None
@@ -149,6 +161,9 @@ class Submodels:
         whole = implied or _text(config.get("model_type"))
         parts = architectures().parts.get(whole, {})
         towers: dict[str, Submodels] = {}
+        for key, section in config.items() if depth == _MOST_DEEP else ():
+            if key.endswith("/") and isinstance(section, Mapping):  # a part of the folder
+                towers[key] = cls.of(section, depth=depth - 1)
         text: Submodel | None = None
         for key in sorted({*_TOWERS, *parts}) if depth else ():
             part = parts.get(key)
@@ -189,6 +204,24 @@ class Submodels:
             if part in self.towers:
                 return self.towers[part].of_name(parts[index + 1 :])
         return self.main
+
+
+def split_part(name: str) -> tuple[str, str]:
+    """The part of a checkpoint made of several models that a tensor is in, ``unet/``, and its name there."""
+    start = name.rfind("/") + 1
+    return name[:start], name[start:]
+
+
+def part_config(config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
+    """The config of the part that a tensor is in; of a checkpoint that has none, the whole one."""
+    section = (config or {}).get(split_part(name)[0])
+    return section if isinstance(section, Mapping) else config
+
+
+def stated_type(config: Mapping[str, Any] | None) -> str:
+    """The type that a config states: a model type, or as diffusers and timm name it; "" for none."""
+    keys = ("model_type", "_class_name", "architecture")
+    return next((found for key in keys if (found := _text((config or {}).get(key)))), "")
 
 
 def _text(value: object) -> str:

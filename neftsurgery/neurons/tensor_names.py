@@ -21,6 +21,7 @@ __all__ = [
     "UNKNOWN_LAYER",
     "NameReading",
     "bias_of",
+    "name_pattern",
     "block_key",
     "read_name",
     "matching",
@@ -55,8 +56,14 @@ class NameReading:
     assumed: bool = False  # whether `axes` are a guess, as the model is not known
 
 
+def name_pattern(parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts of a name, with ``*`` for numbers: of layers, of experts, not of one in a ``Sequential``."""
+    last = len(parts) - (2 if parts[-1] in ("weight", "bias") else 1)
+    return tuple("*" if part.isdecimal() and at != last else part for at, part in enumerate(parts))
+
+
 def read_name(pattern: tuple[str, ...], ndim: int, submodel: Submodel) -> NameReading:
-    """What a name says about a tensor of ``ndim`` axes; ``pattern`` is its parts, with ``*`` for numbers."""
+    """What a name says about a tensor of ``ndim`` axes; ``pattern`` is its `name_pattern`."""
     if pattern[-1].endswith("bias"):
         return NameReading("bias", None, submodel)
     stem = pattern[:-1] if pattern[-1] == "weight" and len(pattern) > 1 else pattern

@@ -76,10 +76,11 @@ def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
     """
     if role.member != "gate_up" or not isinstance(role.block, FeedForward):
         return None
-    _divide(inner, 2, "gate and up")
-    if role.block.fused == "pairs":
-        return CountedSlice(outer, inner, 1, inner, 2)
-    return CountedSlice(outer, inner, inner // 2, inner)
+    half = _divide(inner, 2, "gate and up")
+    swapped = role.block.fused.startswith("swapped")
+    if role.block.fused.endswith("pairs"):
+        return CountedSlice(outer, inner, int(not swapped), inner, 2)
+    return CountedSlice(outer, inner, 0, half) if swapped else CountedSlice(outer, inner, half, inner)
 
 
 def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, ...]:
@@ -91,7 +92,7 @@ def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, .
         if role.member != "gate_up":
             return (UnitSpan(0, inner, 1),)
         units = _divide(inner, 2, "gate and up")
-        if role.block.fused == "pairs":
+        if role.block.fused.endswith("pairs"):
             return (UnitSpan(0, units, 2),)
         return (UnitSpan(0, units, 1), UnitSpan(0, units, 1))
     if heads is None:

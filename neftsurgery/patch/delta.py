@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..checkpoint.side_files import MOST_SIDE_BYTES, SIDE_NAMES
+from ..checkpoint.parts import is_plain_path
+from ..checkpoint.side_files import MOST_SIDE_BYTES, is_side
 from ..coding.blocks import BLOCK, Form, decode
 from ..coding.compression import compress, content_size, decompress
 from ..coding.elements import Carrier, Elements
 from ..coding.tables import FrequencyTable, unpack
 from ..errors import MismatchError
+from ..neurons.submodels import split_part
 from ..tensors.document import bad, require_entry
 from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, parse_header
 from ..tensors.json_text import loads
@@ -44,7 +45,6 @@ __all__ = [
     "block_state",
     "blocks_of",
     "counterpart",
-    "is_plain",
     "pack_layout",
     "read_block",
 ]
@@ -65,7 +65,7 @@ _WHAT = "patch"
 class WeightFile:
     """A weight file of the target: its name, and its header, byte for byte."""
 
-    name: str
+    name: str  # its path: ``unet/model.safetensors`` in the part ``unet/``, whose tensors are called so, too
     header: Header
     raw: bytes  # the header's JSON text with its padding
 
@@ -219,13 +219,15 @@ class Delta:
         self._starts = code + np.cumsum(self.sizes) - self.sizes
         self.code_end = code + int(self.sizes.sum())
         names = [file.name for file in self.files] + [one.name for one in self.side]
-        if not self.files or len(set(names)) != len(names) or any(not is_plain(name) for name in names):
+        folders = {name.partition("/")[0] for name in names if "/" in name}
+        own = len({*names, *folders}) == len(names) + len(folders)
+        if not (self.files and own and all(map(is_plain_path, names))):
             raise self._bad("its files have no plain names of their own")
         if not self.single and not all(file.name.endswith(".safetensors") for file in self.files):
             raise self._bad("a weight file has another ending than .safetensors")
         if self.single and len(self.files) + len(self.side) > 1:
             raise self._bad("it makes a single file, and holds several")
-        if not SIDE_NAMES.issuperset(one.name for one in self.side):
+        if not all(is_side(one.name) for one in self.side):
             raise self._bad("it holds a file that does not belong beside weights")
         if self.forms.size and int(self.forms.max()) > max(Form):
             raise self._bad("a block has an unknown form")
@@ -351,7 +353,8 @@ class Delta:
                 raise ValueError("not a header that the safetensors package accepts")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise self._bad("the header of a weight file does not follow the format") from error
-        return WeightFile(name, header, raw)
+        part, _ = split_part(name)
+        return WeightFile(name, header.renamed(lambda own: part + own), raw)
 
     def _side_file(self, entry: Mapping[str, Any]) -> SideFile:
         values: list[Any] = [entry.get(key) for key in ("name", "bytes", "sha256", "packed")]
@@ -367,15 +370,6 @@ class Delta:
 
     def _bad(self, why: str, tensor: str | None = None) -> Exception:
         return bad(self._file, _WHAT, why, tensor)
-
-
-def is_plain(name: str) -> bool:
-    """Whether a name names a file in the folder itself."""
-    try:
-        encoded = os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return 0 < len(encoded) <= 255 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def _is_valid(header: Header, content: Mapping[str, Any]) -> bool:

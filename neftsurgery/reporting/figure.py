@@ -14,7 +14,7 @@ from .. import text
 from . import plotting
 from .plotting import DrawFunction
 
-__all__ = ["Column", "ReportFigure", "Table"]
+__all__ = ["KIND", "LAYER", "SHARE", "Cell", "Column", "ReportFigure", "Table"]
 
 Cell = str | int | float | None
 
@@ -33,6 +33,11 @@ class Column:
     def is_number(self) -> bool:
         """Whether the column is aligned right."""
         return self.show in (text.commas, text.percent, text.four_digits, text.size)
+
+
+# Columns of many tables.
+LAYER, KIND = Column("layer", "layer", text.label), Column("kind", "kind of weight", text.label)
+SHARE = Column("share", "share", text.percent, bar=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,6 @@ class ReportFigure:
     @cached_property
     def _svg(self) -> str:  # drawn once, for the page and for the folder of figures
         return plotting.svg(self._draw(), self.id)
-
-    def inline_svg(self) -> str:
-        """The image as an ``svg`` element for a page that defines the colours. Raises like `png`."""
-        return plotting.themed_svg(self.svg(), self.id, self.title)
 
     def _draw(self) -> DrawFunction:
         if self.draw is None:

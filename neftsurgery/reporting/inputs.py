@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.header import read_header
 from .layer_map import LayerMap, locate_tensors
 
-__all__ = ["Candidates", "LosslessInput", "PatchInput", "ReportInput", "ScoresInput", "open_inputs"]
+__all__ = ["Candidates", "LosslessInput", "PatchInput", "ReportInput", "ScoresInput"]
+__all__ += ["open_inputs", "read_candidates"]
 
 _DIFF_HINT = "make scores first: `neftsurgery diff BASE TUNED -o scores.safetensors`"
 
@@ -31,6 +33,7 @@ _DIFF_HINT = "make scores first: `neftsurgery diff BASE TUNED -o scores.safetens
 class Candidates:
     """What a budget chooses from, neurons or units (at their first neuron), in the order of ties."""
 
+    score_name: str
     word: str  # ``neuron`` or ``unit``
     tensors: tuple[str, ...]  # the names of all scored tensors
     # Int64 ``[n]``: the number of the tensor, and the index of the neuron in it. For a unit, those of its
@@ -75,11 +78,6 @@ class ScoresInput:
         """The layer map of the chosen neurons."""
         return LayerMap.of_scores(self.scores, self.selection)
 
-    @cached_property
-    def candidates(self) -> Candidates:
-        """The candidates, read into memory: about 40 bytes per neuron."""
-        return _candidates(self.scores, self.selection)
-
 
 @dataclass(frozen=True, eq=False)
 class PatchInput:
@@ -87,21 +85,12 @@ class PatchInput:
 
     name: str
     patch: Patch
-
-    @property
-    def word(self) -> str:
-        """The word for the neurons of its layer map."""
-        return "replaced"
+    word: ClassVar[str] = "replaced"  # for the neurons of its layer map
 
     @cached_property
     def map(self) -> LayerMap:
         """The layer map of the replaced neurons."""
         return LayerMap.of_patch(self.patch)
-
-    @cached_property
-    def selection(self) -> Selection:
-        """The replaced neurons."""
-        return self.patch.selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +117,12 @@ def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list
             )
         metadata = read_header(Path(path)).metadata
         if SCORES_KEY in metadata:
-            found.append(_scores_input(name, Scores.load(path), budget))
+            scores = Scores.load(path)
+            selection = scores.choose(budget)
+            if not selection.tensors:
+                hint = "the threshold may be too high"
+                raise MismatchError("no neuron is chosen", file=scores.path, hint=hint)
+            found.append(ScoresInput(name, scores, budget, selection))
         elif PATCH_KEY in metadata:
             patch = load_any(path)
             found.append(PatchInput(name, patch) if isinstance(patch, Patch) else LosslessInput(name, patch))
@@ -150,25 +144,18 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return unique
 
 
-def _scores_input(name: str, scores: Scores, budget: Budget) -> ScoresInput:
-    selection = scores.choose(budget)
-    if not selection.tensors:
-        raise MismatchError("no neuron is chosen", file=scores.path, hint="the threshold may be too high")
-    return ScoresInput(name, scores, budget, selection)
-
-
-def _candidates(scores: Scores, selection: Selection) -> Candidates:
+def read_candidates(scores: Scores, selection: Selection) -> Candidates:
+    """Read the candidates into memory: about 40 bytes per neuron."""
     tensors = tuple(scores.tensors)
     counts = [tensor.layout.count for tensor in scores.tensors.values()]
     tensor = np.repeat(np.arange(len(tensors)), counts)
     index = np.concatenate([np.arange(count) for count in counts])
     score = np.concatenate([scores.values(name) for name in tensors])
-    base_sq, delta_sq = (_joined(scores, which) for which in ("base_sq", "delta_sq"))
+    sums = [_joined(scores, which) for which in ("base_sq", "delta_sq")]
     chosen = np.zeros(len(score), np.bool_)
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    for number, name in enumerate(tensors):
+    for name, mask in zip(tensors, np.split(chosen, np.cumsum(counts)[:-1]), strict=True):
         if name in selection.tensors:
-            chosen[starts[number] + selection.tensors[name].index] = True
+            mask[selection.tensors[name].index] = True
     locations = locate_tensors(tensors)
     tensor_kinds = [locations[name].kind for name in tensors]
     keep = np.flatnonzero(score == score)  # not NaN
@@ -178,32 +165,29 @@ def _candidates(scores: Scores, selection: Selection) -> Candidates:
         keep = keep[unit[keep] >= 0]
         keep = keep[np.sort(np.unique(unit[keep], return_index=True)[1])]
         group = np.unique(unit, return_inverse=True)[1]
-        base_sq, delta_sq = (
-            None if values is None else np.bincount(group, values)[group].astype(np.float64)
-            for values in (base_sq, delta_sq)
-        )
-    kinds = tuple(dict.fromkeys(tensor_kinds))
-    numbers = {name: number for number, name in enumerate(kinds)}
+        sums = [None if s is None else np.bincount(group, s)[group].astype(np.float64) for s in sums]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(tensor_kinds))}
     kind = np.array([numbers[name] for name in tensor_kinds])
+    base_sq, delta_sq = (None if values is None else values[keep] for values in sums)
     return Candidates(
+        scores.score,
         "unit" if scores.by_unit else "neuron",
         tensors,
         tensor[keep],
         index[keep],
         score[keep],
-        None if base_sq is None else base_sq[keep],
-        None if delta_sq is None else delta_sq[keep],
+        base_sq,
+        delta_sq,
         chosen[keep],
-        kinds,
+        tuple(numbers),
         kind[tensor[keep]],
     )
 
 
 def _joined(scores: Scores, which: str) -> Float64Array | None:
     """One of the sums for all neurons, NaN as 0; None unless every tensor has it."""
-    parts = [scores.sums(name, which) for name in scores.tensors]
-    known = [part for part in parts if part is not None]
-    return np.nan_to_num(np.concatenate(known)) if len(known) == len(parts) else None
+    parts = [part for name in scores.tensors if (part := scores.sums(name, which)) is not None]
+    return np.nan_to_num(np.concatenate(parts)) if len(parts) == len(scores.tensors) else None
 
 
 def _units(scores: Scores, name: str) -> Int64Array:

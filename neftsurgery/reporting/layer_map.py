@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from ..scoring.scores import Scores
 from ..selection.selection import Selection
 from ..tensors.arrays import Int64Array
 from ..text import commas, label, natural_key, percent
-from .figure import Column, ReportFigure, Table
+from .figure import KIND, LAYER, SHARE, Column, ReportFigure, Table
 from .plotting import MplFigure, heatmap, new_axes
 
 __all__ = [
@@ -99,24 +100,14 @@ class LayerMap:
     def of_patch(cls, patch: Patch) -> LayerMap:
         """The map of the neurons that a patch replaces, companion biases not counted."""
         companions = patch.facts.companion_biases
-        return cls.of_counts(
-            {
-                name: (tensor.count, tensor.layout.count)
-                for name, tensor in patch.tensors.items()
-                if name not in companions
-            }
-        )
+        tensors = {name: tensor for name, tensor in patch.tensors.items() if name not in companions}
+        return cls.of_counts({name: (t.count, t.layout.count) for name, t in tensors.items()})
 
     @classmethod
     def of_scores(cls, scores: Scores, selection: Selection) -> LayerMap:
         """The map of the scored neurons, and of those that a selection chooses."""
         chosen = selection.counts
-        counts = {}
-        for name, tensor in scores.tensors.items():
-            mask = tensor.belongs()
-            total = tensor.layout.count if mask is None else int(np.count_nonzero(mask))
-            counts[name] = chosen.get(name, 0), total
-        return cls.of_counts(counts)
+        return cls.of_counts({n: (chosen.get(n, 0), tensor.neurons) for n, tensor in scores.tensors.items()})
 
     @property
     def share(self) -> NDArray[np.float64]:
@@ -137,13 +128,9 @@ class LayerMap:
     @cached_property
     def prefix(self) -> str:
         """The common prefix of the layers' names, up to a dot. Labels leave it out."""
-        inside = [name.split(".") for name in self.layers if name != NO_LAYER]
-        shared = 0
-        while inside and all(
-            len(parts) > shared + 1 and parts[shared] == inside[0][shared] for parts in inside
-        ):
-            shared += 1
-        return "".join(f"{part}." for part in inside[0][:shared]) if inside else ""
+        inside = [name.split(".")[:-1] for name in self.layers if name != NO_LAYER]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*inside, strict=False))
+        return "".join(f"{first}." for first, *_ in shared)
 
     @property
     def row_labels(self) -> tuple[str, ...]:
@@ -178,23 +165,17 @@ class LayerMap:
     def _transposed(self) -> LayerMap:
         return LayerMap(self.kinds, self.layers, self.chosen.T, self.totals.T)
 
-    def rows(self) -> Iterator[tuple[str, str, int, int]]:
-        """The layer, kind, chosen neurons and all neurons of every cell that has neurons."""
-        for i, layer in enumerate(self.layers):
-            for j, kind in enumerate(self.kinds):
-                if self.totals[i, j]:
-                    yield layer, kind, int(self.chosen[i, j]), int(self.totals[i, j])
+    @property
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """The chosen neurons and all neurons of each kind."""
+        counts = zip(self.chosen.sum(axis=0).tolist(), self.totals.sum(axis=0).tolist(), strict=True)
+        return dict(zip(self.kinds, counts, strict=True))
 
-    def describe(self) -> dict[str, object]:
-        """The map as JSON."""
-        return {
-            "layers": list(self.layers),
-            "kinds": list(self.kinds),
-            "chosen": self.chosen.tolist(),
-            "totals": self.totals.tolist(),
-            "neurons": self.neurons,
-            "total": self.total,
-        }
+    def rows(self) -> Iterator[tuple[str, str, int, int, float]]:
+        """The layer, kind, chosen neurons, all neurons and chosen share of every cell that has neurons."""
+        for i, j in np.argwhere(self.totals).tolist():
+            chosen, total = int(self.chosen[i, j]), int(self.totals[i, j])
+            yield self.layers[i], self.kinds[j], chosen, total, chosen / total
 
 
 def layer_map_figure(
@@ -206,14 +187,7 @@ def layer_map_figure(
     ``word`` says in the title what its neurons are: ``sensitive``, ``replaced``. ``of_patch``: it is the map
     of a patch, which has only the weights that the patch changes.
     """
-    columns = (
-        Column("layer", "layer", label),
-        Column("kind", "kind of weight", label),
-        Column("chosen", word, commas),
-        Column("total", "neurons", commas),
-        Column("share", "share", percent, bar=True),
-    )
-    rows = tuple((*row, row[2] / row[3]) for row in found.rows())
+    columns = (LAYER, KIND, Column("chosen", word, commas), Column("total", "neurons", commas), SHARE)
     return ReportFigure(
         id,
         f"Where the {word} neurons are",
@@ -227,7 +201,7 @@ def layer_map_figure(
             if of_patch
             else "An empty cell means that there is no such weight."
         ),
-        Table(columns, rows),
+        Table(columns, tuple(found.rows())),
         lambda fig: draw_layer_map(fig, found),
         _verdict(found, word, " of the weights that the patch changes" if of_patch else ""),
     )

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..patch.lossless import LosslessPatch, form_shares
-from ..text import commas, label, percent, size
-from .figure import Column, ReportFigure, Table
+from ..text import commas, percent, size
+from .figure import KIND, LAYER, SHARE, Column, ReportFigure, Table
 from .layer_map import LayerMap, draw_layer_map
 
 __all__ = ["lossless_figures"]
 
 _MOST_COLUMNS = 12  # biases and norms are kinds here, too
-_LAYER, _KIND = Column("layer", "layer", label), Column("kind", "kind of weight", label)
 _CHANGED, _ELEMENTS = Column("changed", "changed", commas), Column("elements", "elements", commas)
 _CODE, _BYTES = Column("code", "patch", size), Column("tuned_bytes", "tuned", size)
-_SHARE = Column("share", "share", percent, bar=True)
 
 
 def lossless_figures(patch: LosslessPatch, suffix: str) -> tuple[ReportFigure, ...]:
@@ -25,7 +23,7 @@ def lossless_figures(patch: LosslessPatch, suffix: str) -> tuple[ReportFigure, .
         (kind, one.tensors, one.elements, one.changed, one.tuned_bytes, one.code, form_shares(one.forms))
         for kind, one in patch.kinds().items()
     )
-    columns = (_KIND, Column("tensors", "tensors", commas), _ELEMENTS, _CHANGED, _BYTES, _CODE)
+    columns = (KIND, Column("tensors", "tensors", commas), _ELEMENTS, _CHANGED, _BYTES, _CODE)
     return (
         _map_figure(
             f"changed{suffix}",
@@ -66,7 +64,7 @@ def _map_figure(
         units,
         "Each row is a layer, each column a kind of weight (experts are counted together). The number is the "
         "percentage; lighter cells have more. An empty cell means that there is no such weight.",
-        Table((_LAYER, _KIND, *columns, _SHARE), tuple((*row, row[2] / row[3]) for row in found.rows())),
+        Table((LAYER, KIND, *columns, SHARE), tuple(found.rows())),
         (lambda fig: draw_layer_map(fig, found, _MOST_COLUMNS)) if counts else None,
         f"{percent(found.neurons / max(1, found.total))} {verdict}.",
     )

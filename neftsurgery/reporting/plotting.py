@@ -39,6 +39,7 @@ __all__ += [
     "png",
     "new_axes",
     "require_matplotlib",
+    "share_curves",
     "svg",
     "themed_svg",
 ]
@@ -177,6 +178,26 @@ def new_axes(
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(axis=grid)
         axes.set_axisbelow(True)
+    return axes
+
+
+def share_curves(
+    fig: MplFigure,
+    height: float,
+    ticks: Sequence[str],
+    curves: Sequence[tuple[str, NDArray[np.float64], str, str]],
+    dashed: tuple[str, NDArray[np.float64]],
+    **labels: str,
+) -> Axes:
+    """Draw percentages at ``ticks``: curves with name, mark and colour, and a dashed one to compare with."""
+    axes, xs = new_axes(fig, height, grid="y", **labels), np.arange(len(ticks))
+    for name, values, mark, colour in curves:
+        axes.plot(xs, values, color=colour, marker=mark, markersize=5, linewidth=1.7, label=name)
+    axes.plot(xs, dashed[1], color=MUTED, linestyle=(0, (4, 2)), linewidth=1, label=dashed[0])
+    axes.set_xticks(xs, ticks)
+    axes.set_xlim(-0.6, len(xs) - 0.6)
+    axes.yaxis.set_major_formatter("{x:g}%")
+    legend_above(axes)
     return axes
 
 

@@ -14,13 +14,12 @@ from .. import text
 from ..errors import UsageError, boundary
 from ..progress import Progress, silent
 from ..selection.budget import Budget
-from ..selection.selection import Selection
 from ..storage.output import staged_directory, staged_file
 from ..storage.output_checks import AnyPath, refuse_output
 from ..version import __version__
 from .figure import Column, ReportFigure, Table
 from .inputs import ReportInput, open_inputs
-from .plotting import COLOURS, require_matplotlib
+from .plotting import COLOURS, require_matplotlib, themed_svg
 from .sections import ReportSection, sections_of
 
 __all__ = ["Report", "ReportPlan", "plan_report", "render_html", "report"]
@@ -47,7 +46,7 @@ def render_html(title: str, sections: Sequence[ReportSection], advance: Callable
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
 
     def image(figure: ReportFigure) -> Markup:
-        drawn = Markup(figure.inline_svg())  # the XML writer has escaped it
+        drawn = Markup(themed_svg(figure.svg(), figure.id, figure.title))  # the XML writer has escaped it
         advance(1)
         return drawn
 
@@ -154,7 +153,9 @@ class ReportPlan:
     @boundary
     def run(self, *, more: Sequence[ReportSection] = (), progress: Progress = silent) -> Report:
         """Compute the report with ``more`` sections at its end, and write its page and its figures."""
-        made = Report(self._title(more), (*sections_of(self.inputs, progress), *more))
+        names = [text.label(entry.name, 40) for entry in self.inputs]
+        title = text.some(names, _TITLE_NAMES) if names else more[0].title
+        made = Report(title, (*sections_of(self.inputs, progress), *more))
         if self.out is not None:
             page = made.html(progress=progress).encode("utf-8", "backslashreplace")
             with staged_file(self.out, force=self.force) as staged:
@@ -163,13 +164,6 @@ class ReportPlan:
             with staged_directory(self.figures, force=self.force) as folder:
                 made.write_figures(folder, progress=progress)
         return made
-
-    def _title(self, more: Sequence[ReportSection]) -> str:
-        if not self.inputs:
-            return more[0].title
-        names = ", ".join(text.label(entry.name, 40) for entry in self.inputs[:_TITLE_NAMES])
-        others = len(self.inputs) - _TITLE_NAMES
-        return f"{names} and {others} more" if others > 0 else names
 
 
 def report(
@@ -182,7 +176,7 @@ def report(
     progress: Progress = silent,
     **budget: Any,
 ) -> Report:
-    """Report on scores files and patches.
+    """Report on scores files and patches; ``describe()`` returns all numbers, ``figures`` the figures.
 
     Parameters
     ----------
@@ -203,11 +197,6 @@ def report(
         Which neurons of the scores count as sensitive: the keywords of `neftsurgery.Scores.select`. The
         default is ``neurons="3%"``.
 
-    Returns
-    -------
-    Report
-        ``describe()`` returns all its numbers, ``figures`` its figures.
-
     Raises
     ------
     UsageError
@@ -215,10 +204,8 @@ def report(
         matplotlib or jinja2 is needed and not installed.
     MismatchError
         If no neuron can be chosen.
-    CorruptFileError
-        If a file is damaged.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a file is damaged; if something cannot be read or written.
     """
     plan = plan_report(named, out=out, figures=figures, force=force, **budget)
     return plan.run(more=more, progress=progress)
@@ -240,34 +227,20 @@ def plan_report(
     them. With them, ``named`` may be empty.
     """
     paths = [named] if isinstance(named, str | os.PathLike) else list(named)
-    if out is not None:
+    if out is not None or figures is not None:
         require_matplotlib()
-        refuse_output(out, inputs=[*paths, *other_inputs], force=force, kind="file")
-    if figures is not None:
-        require_matplotlib()
-        refuse_output(figures, inputs=[*paths, *other_inputs], force=force, kind="directory")
-        if out is not None:
-            _refuse_nested(Path(os.path.realpath(out)), Path(os.path.realpath(figures)))
-    chosen_budget = _budget(budget)
+    refuse_output(out, inputs=[*paths, *other_inputs], force=force, kind="file")
+    refuse_output(figures, inputs=[*paths, *other_inputs], force=force, kind="directory")
+    if out is not None and figures is not None:
+        page, folder = Path(os.path.realpath(out)), Path(os.path.realpath(figures))
+        if page.is_relative_to(folder):
+            raise UsageError(
+                "the page would be inside the folder of figures, which is replaced as a whole",
+                file=page,
+                hint="name a page outside of that folder",
+            )
+    given = any(budget.get(name) for name in ("neurons", "params", "changed", "like"))
+    default = {} if given or budget.get("threshold") is not None else {"neurons": _DEFAULT_NEURONS}
+    chosen_budget = Budget.of(**(budget | default))
     inputs = open_inputs(paths, chosen_budget) if paths or not other_inputs else []
     return ReportPlan(tuple(inputs), out, figures, force)
-
-
-def _budget(options: dict[str, Any]) -> Budget:
-    """The budget of the given options, by default `_DEFAULT_NEURONS`."""
-    like = options.get("like")
-    if isinstance(like, Selection):
-        options = options | {"like": like.counts}
-    given = any(options.get(name) for name in ("neurons", "params", "changed", "like"))
-    if not given and options.get("threshold") is None:
-        options = options | {"neurons": _DEFAULT_NEURONS}
-    return Budget.of(**options)
-
-
-def _refuse_nested(page: Path, folder: Path) -> None:
-    if folder == page or folder in page.parents:
-        raise UsageError(
-            "the page would be inside the folder of figures, which is replaced as a whole",
-            file=page,
-            hint="name a page outside of that folder",
-        )

@@ -13,7 +13,7 @@ from ..selection.budget import Budget
 from .budget_sweep import BudgetSweep
 from .control_comparison import ControlComparison
 from .figure import ReportFigure
-from .inputs import LosslessInput, PatchInput, ReportInput, ScoresInput
+from .inputs import LosslessInput, PatchInput, ReportInput, ScoresInput, read_candidates
 from .layer_map import layer_map_figure
 from .lossless_figures import lossless_figures
 from .quantization_error import quantization_figures
@@ -32,7 +32,7 @@ class ReportSection:
     title: str
     lead: str  # one sentence on what the section is about
     facts: tuple[tuple[str, str], ...]  # formatted names and values, which the page shows as tiles
-    figures: tuple[ReportFigure, ...]
+    figures: Sequence[ReportFigure]
     # What the JSON holds in addition to the numbers of the figures.
     data: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,18 +56,17 @@ def sections_of(inputs: Sequence[ReportInput], progress: Progress) -> tuple[Repo
 
 
 def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progress) -> ReportSection:
-    scores, selection, candidates = entry.scores, entry.selection, entry.candidates
-    budget = entry.budget
+    scores, selection, budget = entry.scores, entry.selection, entry.budget
     one_cut = budget.policy == "sensitive" and budget.per == "model" and budget.max_per_tensor is None
     one_cut &= not budget.changed and budget.like is None and budget.params is None
-    sweep = BudgetSweep.of(scores, budget, progress)
-    controls = ControlComparison.of(candidates, scores.score)
+    candidates = read_candidates(scores, selection)
+    sweep, controls = BudgetSweep(scores, budget, progress), ControlComparison(candidates)
     figures = [
         layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word),
-        ScoreDistribution.of(candidates, scores.score, one_cut=one_cut).figure(f"distribution{suffix}"),
+        ScoreDistribution(candidates, one_cut=one_cut).figure(f"distribution{suffix}"),
         sweep.captured_figure(f"growth{suffix}"),
         sweep.kinds_figure(f"growth-by-kind{suffix}"),
-        top_neurons_figure(candidates, scores.score, id=f"sensitive{suffix}"),
+        top_neurons_figure(candidates, f"sensitive{suffix}"),
         controls.overlap_figure(f"agreement{suffix}"),
         controls.correlation_figure(f"correlation{suffix}"),
     ]
@@ -102,14 +101,14 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
     lead = (
         f"Scores of {_quoted(scores.tuned, 'a fine-tune')} compared with {_quoted(scores.base, 'its base')}."
     )
-    return ReportSection(f"scores{suffix}", title, lead, tuple(facts), tuple(figures), data)
+    return ReportSection(f"scores{suffix}", title, lead, tuple(facts), figures, data)
 
 
 def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     patch = entry.patch
     captured = patch.facts.captured
     figures = [layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word, of_patch=True)]
-    if loss := loss_figure(patch.manifest, id=f"loss{suffix}"):
+    if loss := loss_figure(patch.training, id=f"loss{suffix}"):
         figures.append(loss)
     facts = [
         ("neurons replaced", text.commas(patch.neurons)),
@@ -123,7 +122,7 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
             if key in patch.facts
         ),
         *([("share of the change", text.percent(captured))] if captured is not None else []),
-        *training_facts(patch.manifest),
+        *training_facts(patch.training),
     ]
     data = {
         "kind": "patch",
@@ -141,7 +140,7 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
         f"A patch of {_quoted(patch.base, 'a checkpoint')}. It holds only the weights that it "
         "changes, and no scores."
     )
-    return ReportSection(f"patch{suffix}", title, lead, tuple(facts), tuple(figures), data)
+    return ReportSection(f"patch{suffix}", title, lead, tuple(facts), figures, data)
 
 
 def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSection:
@@ -168,16 +167,15 @@ def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSe
 
 
 def _overlap_section(inputs: Sequence[ScoresInput | PatchInput]) -> ReportSection:
-    overlap = SelectionOverlap.of([entry.name for entry in inputs], [entry.selection for entry in inputs])
-    figures = [overlap.figure()]
-    if len(overlap.layers) > 1:
-        figures.append(overlap.layers_figure())
+    choices = [(entry if isinstance(entry, ScoresInput) else entry.patch).selection for entry in inputs]
+    overlap = SelectionOverlap([entry.name for entry in inputs], choices)
+    figures = [overlap.figure(), *([overlap.layers_figure()] if len(overlap.layers) > 1 else [])]
     return ReportSection(
         "together",
         "Overlap of the chosen neurons",
         "The neurons that several of them choose or replace.",
         (),
-        tuple(figures),
+        figures,
         {"kind": "overlap", "unfit": list(overlap.unfit)},
     )
 

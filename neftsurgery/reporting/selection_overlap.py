@@ -6,35 +6,34 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from itertools import combinations
 from operator import add
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import text
-from ..selection.selection import Chosen, Selection
-from .figure import Column, ReportFigure, Table
+from ..selection.selection import Selection
+from ..tensors.arrays import Int64Array
+from .figure import LAYER, Cell, Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
 from .plotting import MplFigure, heatmap, new_axes
 
-__all__ = ["PairOverlap", "SelectionOverlap"]
+__all__ = ["SelectionOverlap"]
 
 _MAX_DRAWN = 12
 _MAX_LAYERS = 96
 
 
 @dataclass(frozen=True, slots=True)
-class PairOverlap:
+class _PairOverlap:
     """The overlap of two selections, in one layer or overall."""
 
     # How many neurons each of them has.
-    first: int
-    second: int
-    shared: int  # how many neurons are in both
-    chance: float  # the expected number of shared neurons if both chose as many neurons per tensor at random
+    first: int = 0
+    second: int = 0
+    shared: int = 0  # how many neurons are in both
+    chance: float = 0.0  # the expected number if both chose as many neurons per tensor at random
 
-    def __add__(self, other: PairOverlap) -> PairOverlap:
-        return PairOverlap(*map(add, astuple(self), astuple(other)))
+    def __add__(self, other: _PairOverlap) -> _PairOverlap:
+        return _PairOverlap(*map(add, astuple(self), astuple(other)))
 
     @property
     def jaccard(self) -> float:
@@ -45,76 +44,58 @@ class PairOverlap:
     @property
     def shared_share(self) -> float:
         """Neurons in both over the neurons of the smaller one; NaN if one is empty."""
-        smaller = min(self.first, self.second)
-        return self.shared / smaller if smaller else np.nan
+        return self._of_smaller(self.shared)
 
     @property
     def chance_share(self) -> float:
         """The expected `shared_share` of a random choice."""
+        return self._of_smaller(self.chance)
+
+    def _of_smaller(self, count: float) -> float:
         smaller = min(self.first, self.second)
-        return self.chance / smaller if smaller else np.nan
+        return count / smaller if smaller else np.nan
 
 
-@dataclass(frozen=True, eq=False)
 class SelectionOverlap:
-    """The pairwise overlaps of several selections."""
+    """The pairwise overlaps of several selections. Bias elements that go with their neurons are left out."""
 
-    names: tuple[str, ...]  # the names of the selections
-    # The overlap of each pair, by the numbers of its two selections.
-    pairs: dict[tuple[int, int], PairOverlap]
-    layers: tuple[str, ...]  # the layers in which any of them has neurons, in natural order
-    by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]]  # the overlap of each pair in each layer
-    # Tensors whose shape or neuron axes differ between selections. They are not compared.
-    unfit: tuple[str, ...]
-
-    @classmethod
-    def of(cls, names: Sequence[str], selections: Sequence[Selection]) -> SelectionOverlap:
-        """Compare selections. Bias elements that go with their neurons are left out."""
+    def __init__(self, names: Sequence[str], selections: Sequence[Selection]) -> None:
         companions = frozenset[str]().union(*(selection.facts.companion_biases for selection in selections))
         every = sorted({name for selection in selections for name in selection.tensors} - companions)
-        locations = locate_tensors(every)
+        chosen = {name: [selection.tensors.get(name) for selection in selections] for name in every}
         shapes = {
-            name: {
-                (chosen.info.shape, chosen.layout.axes)
-                for selection in selections
-                if (chosen := selection.tensors.get(name)) is not None
-            }
-            for name in every
+            name: {(one.info.shape, one.layout.axes): one.layout.count for one in found if one is not None}
+            for name, found in chosen.items()
         }
-        unfit = {name: None for name in every if len(shapes[name]) > 1}
-        layers = sorted_layers(locations.values())
-        pairs: dict[tuple[int, int], PairOverlap] = {}
-        by_layer: dict[tuple[int, int], tuple[PairOverlap, ...]] = {}
+        #: Tensors whose shape or neuron axes differ between selections. They are not compared.
+        self.unfit = tuple(name for name in every if len(shapes[name]) > 1)
+        locations = locate_tensors(every)
+        #: The layers in which any of them has neurons, in natural order.
+        self.layers = sorted_layers(locations.values())
+        self._names = names
+        # The overlap of each pair in each layer, by the numbers of its two selections.
+        self._by_layer: dict[tuple[int, int], dict[str, _PairOverlap]] = {}
+        none: Int64Array = np.empty(0, np.int64)
         for pair in combinations(range(len(selections)), 2):
-            found = {layer: PairOverlap(0, 0, 0, 0.0) for layer in layers}
+            found = dict.fromkeys(self.layers, _PairOverlap())
             for name in every:
-                if name not in unfit:
-                    found[locations[name].layer] += _tensor_overlap(
-                        [selections[n].tensors.get(name) for n in pair]
-                    )
-            by_layer[pair] = tuple(found.values())
-            pairs[pair] = sum(found.values(), PairOverlap(0, 0, 0, 0.0))
-        return cls(tuple(names), pairs, tuple(layers), by_layer, tuple(unfit))
-
-    @property
-    def verdict(self) -> str:
-        """A sentence on the most similar pair."""
-        best = max(self.pairs, key=lambda pair: np.nan_to_num(self.pairs[pair].jaccard))
-        found = self.pairs[best]
-        a, b = (text.label(self.names[n]) for n in best)
-        verdict = (
-            f"{a} and {b} share {text.commas(found.shared)} neurons: {text.percent(found.shared_share)} of "
-            f"the smaller one (by chance: {text.percent(found.chance_share)})."
-        )
-        if len(self.pairs) > 1:
-            verdict = f"Most similar: {verdict}"
-        if self.unfit:
-            verdict += f" Tensors left out because their shapes differ: {len(self.unfit):,}."
-        return verdict
+                if len(shapes[name]) > 1:
+                    continue
+                a, b = (none if (one := chosen[name][n]) is None else one.index for n in pair)
+                shared = len(np.intersect1d(a, b, assume_unique=True))
+                (total,) = shapes[name].values()
+                overlap = _PairOverlap(len(a), len(b), shared, len(a) * len(b) / total)
+                found[locations[name].layer] += overlap
+            self._by_layer[pair] = found
+        self._pairs = {pair: sum(by.values(), _PairOverlap()) for pair, by in self._by_layer.items()}
 
     def figure(self) -> ReportFigure:
         """The overall overlap of each pair."""
-        rows = tuple(self._row(pair, found) for pair, found in self.pairs.items())
+        rows = tuple(self._row(pair, found) for pair, found in self._pairs.items())
+        best = max(self._pairs, key=lambda pair: np.nan_to_num(self._pairs[pair].jaccard))
+        found = self._pairs[best]
+        a, b = (text.label(self._names[n]) for n in best)
+        unfit = f" Tensors left out because their shapes differ: {len(self.unfit):,}." if self.unfit else ""
         return ReportFigure(
             "overlap",
             "Overlap",
@@ -123,34 +104,35 @@ class SelectionOverlap:
             "“by chance” is the expected overlap of random choices with as many neurons per tensor.",
             Table(_columns("jaccard"), rows),
             self._draw,
-            self.verdict,
+            f"{'Most similar: ' if len(self._pairs) > 1 else ''}{a} and {b} share "
+            f"{text.commas(found.shared)} neurons: {text.percent(found.shared_share)} of the smaller one (by "
+            f"chance: {text.percent(found.chance_share)}).{unfit}",
         )
 
-    def _row(self, pair: tuple[int, int], found: PairOverlap) -> tuple[Any, ...]:
+    def _row(self, pair: tuple[int, int], found: _PairOverlap) -> tuple[Cell, ...]:
         """A pair as a table row with the columns of `_columns`."""
-        first, second = (self.names[number] for number in pair)
+        first, second = (self._names[number] for number in pair)
         counts = found.first, found.second, found.shared
         return (first, second, *counts, found.jaccard, found.shared_share, found.chance_share)
 
     def _draw(self, fig: MplFigure) -> None:
-        shown = min(len(self.names), _MAX_DRAWN)
+        shown = min(len(self._names), _MAX_DRAWN)
         cells = np.full((shown, shown), np.nan)
-        for (a, b), found in self.pairs.items():
+        for (a, b), found in self._pairs.items():
             if b < shown:
                 cells[a, b] = cells[b, a] = found.jaccard
         np.fill_diagonal(cells, 1.0)
-        names = [text.label(name, 30) for name in self.names[:shown]]
+        names = [text.label(name, 30) for name in self._names[:shown]]
         slanted = 0.042 * max(len(name) for name in names)
         axes = new_axes(fig, 0.4 + slanted + max(0.32 * shown, 0.7))
         heatmap(axes, cells, names, names, top=1.0)
 
     def layers_figure(self) -> ReportFigure:
         """The overlap of each pair in each layer."""
-        columns = (Column("layer", "layer", text.label), *_columns("shared_share"))
         rows = tuple(
             (layer, *self._row(pair, found))
-            for pair, overlaps in self.by_layer.items()
-            for layer, found in zip(self.layers, overlaps, strict=True)
+            for pair, overlaps in self._by_layer.items()
+            for layer, found in overlaps.items()
             if found.first or found.second
         )
         return ReportFigure(
@@ -159,16 +141,14 @@ class SelectionOverlap:
             "neurons in both, percent of the smaller choice in that layer",
             "Each row is a layer, each column a pair of choices, numbered in the order of this report. An "
             "empty cell means that one of the two has no neuron in that layer.",
-            Table(columns, rows),
+            Table((LAYER, *_columns("shared_share")), rows),
             self._draw_layers,
         )
 
     def _draw_layers(self, fig: MplFigure) -> None:
-        pairs = list(self.by_layer)[:_MAX_DRAWN]
+        pairs = list(self._by_layer)[:_MAX_DRAWN]
         layers = self.layers[:_MAX_LAYERS]
-        cells = np.array(
-            [[self.by_layer[pair][i].shared_share for pair in pairs] for i in range(len(layers))]
-        )
+        cells = np.array([[self._by_layer[pair][layer].shared_share for pair in pairs] for layer in layers])
         axes = new_axes(fig, 0.55 + max(0.19 * len(layers), 0.5))
         rows = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
         columns = [f"{a + 1} and {b + 1}" for a, b in pairs]
@@ -188,12 +168,3 @@ def _columns(drawn: str) -> tuple[Column, ...]:
         ("chance_share", "by chance", text.percent),
     )
     return tuple(Column(key, title, show, bar=key == drawn) for key, title, show in columns)
-
-
-def _tensor_overlap(pair: Sequence[Chosen | None]) -> PairOverlap:
-    """The overlap in one tensor, which at least one of the two selections has."""
-    none: NDArray[np.int64] = np.empty(0, np.int64)
-    a, b = (none if chosen is None else chosen.index for chosen in pair)
-    total = max((chosen.layout.count for chosen in pair if chosen is not None), default=1)
-    shared = len(np.intersect1d(a, b, assume_unique=True))
-    return PairOverlap(len(a), len(b), shared, len(a) * len(b) / total)

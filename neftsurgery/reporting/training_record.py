@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from .. import text
+from ..tensors.document import Facts
 from .figure import Column, ReportFigure, Table
 from .plotting import ACCENT, CONTRAST, MplFigure, legend_above, new_axes
 
@@ -14,73 +14,57 @@ __all__ = ["loss_figure", "training_facts"]
 
 _LOSSES = (("train_loss", "train", "o", ACCENT), ("dev_loss", "dev", "s", CONTRAST))
 _MAX_FACTS = 40
+_LARGEST = 1e300  # that can be drawn
 
 
-def training_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The training record as printable names and values. The manifest may hold any JSON."""
-    training = manifest.get("training")
-    if not isinstance(training, dict):
-        return []
-    plain = {key: value for key, value in training.items() if isinstance(value, str | int | float)}
-    return [
-        (text.label(key.replace("_", " "), 30), _show(value))
-        for key, value in list(plain.items())[:_MAX_FACTS]
-    ]
+def training_facts(training: Facts) -> list[tuple[str, str]]:
+    """The training record as printable names and values. It may hold any JSON."""
+    plain = [(key, value) for key, value in training.items() if isinstance(value, str | int | float)]
+    return [(text.label(key.replace("_", " "), 30), _show(value)) for key, value in plain[:_MAX_FACTS]]
 
 
 def _show(value: str | int | float) -> str:
     if isinstance(value, bool | str):
         return text.label(str(value), 80)
-    return (
-        text.commas(value)
-        if isinstance(value, int) and abs(value) < 10**15
-        else text.four_digits(float(value))
-    )
+    is_count = isinstance(value, int) and abs(value) < 10**15
+    return text.commas(int(value)) if is_count else text.four_digits(float(value))
 
 
-def loss_figure(manifest: Mapping[str, Any], *, id: str = "loss") -> ReportFigure | None:
-    """The loss curve in a patch's manifest; None if there is none that can be drawn."""
-    training = manifest.get("training")
-    found = training.get("curve") if isinstance(training, dict) else None
-    points = [point for point in found if _is_point(point)] if isinstance(found, list) else []
-    if not points:
+def loss_figure(training: Facts, *, id: str = "loss") -> ReportFigure | None:
+    """The loss curve of a training record; None if there is none that can be drawn."""
+    curve = training.get("curve")
+    rows = []
+    for point in map(Facts.from_json, curve if isinstance(curve, list) else []):
+        step, losses = point.get("step"), [_loss(point, key) for key, *_ in _LOSSES]
+        if isinstance(step, int) and 0 <= step < 1 << 53 and any(loss is not None for loss in losses):
+            rows.append((step, *losses))
+    if not rows:
         return None
     columns = (
         Column("step", "step", text.commas),
         Column("train_loss", "train loss", text.four_digits),
         Column("dev_loss", "dev loss", text.four_digits),
     )
-    rows = tuple((point["step"], _loss(point, "train_loss"), _loss(point, "dev_loss")) for point in points)
     return ReportFigure(
         id,
         "Training loss",
         "loss by optimizer step",
         "Circles show the loss on the training examples. Squares show the loss on held-out examples, if "
         "there are any. If the squares rise while the circles fall, the neurons overfit.",
-        Table(columns, rows),
-        lambda fig: _draw(fig, points),
+        Table(columns, tuple(rows)),
+        lambda fig: _draw(fig, rows),
     )
 
 
-def _is_point(point: object) -> bool:
-    return (
-        isinstance(point, dict)
-        and isinstance(point.get("step"), int)
-        and 0 <= point["step"] < 1 << 53
-        and any(_loss(point, key) is not None for key, *_ in _LOSSES)
-    )
+def _loss(point: Facts, key: str) -> float | None:
+    value = point.number(key)
+    return None if value is None or abs(value) >= _LARGEST else float(value)
 
 
-def _loss(point: Mapping[str, Any], key: str) -> float | None:
-    value = point.get(key)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if is_number and math.isfinite(value) else None  # type: ignore[arg-type]
-
-
-def _draw(fig: MplFigure, points: list[dict[str, Any]]) -> None:
+def _draw(fig: MplFigure, rows: Sequence[tuple[Any, ...]]) -> None:
     axes = new_axes(fig, 2.6, grid="y", xlabel="step", ylabel="loss")
-    for key, name, mark, colour in _LOSSES:
-        measured = [(p["step"], loss) for p in points if (loss := _loss(p, key)) is not None]
+    for column, (_, name, mark, colour) in enumerate(_LOSSES, 1):
+        measured = [(row[0], row[column]) for row in rows if row[column] is not None]
         if measured:
             size = 4 if len(measured) < 60 else 0
             style: Any = {"color": colour, "marker": mark, "markersize": size, "linewidth": 1.5}

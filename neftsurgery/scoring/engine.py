@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,7 +18,7 @@ from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
 from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
-from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
@@ -57,14 +57,18 @@ def stream(
     workers = limits.workers(2 * sizes.least_task)
     share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
     work = tasks(jobs, min(max(share, sizes.least_task), sizes.largest_task), sizes.piece)
-    with sigbus_guard() if limits.mapped else nullcontext():
-        for _, results in in_order(engine.run, work, workers):
-            for piece, result in results:
-                finished = engine.collect(piece, result)
+    with (
+        sigbus_guard() if limits.mapped else nullcontext(),
+        closing(in_order(engine.run, work, workers)) as done,  # no thread reads on without the guard
+    ):
+        summed = (one for _, results in done for one in results)
+        for number, group in groupby(summed, key=lambda one: one[0].job):
+            job, collector = jobs[number], _Collector(jobs[number])
+            for piece, result in group:
+                collector.add(result)
                 if progress is not None:
-                    progress(2 * jobs[piece.job].info.type.nbytes(piece.stop - piece.start))
-                if finished is not None:
-                    yield finished
+                    progress(2 * job.info.type.nbytes(piece.stop - piece.start))
+            yield collector.finish(base, tuned, limits)
 
 
 class _Engine:
@@ -74,7 +78,6 @@ class _Engine:
         self._base, self._tuned, self._jobs, self._limits = base, tuned, jobs, limits
         self._least_window = sizes.least_window
         self._local = threading.local()
-        self._open: _Collector | None = None
 
     def run(self, task: Sequence[TensorPiece]) -> list[tuple[TensorPiece, PartialSums]]:
         """Read and sum the pieces of a task; called in the worker threads."""
@@ -125,41 +128,28 @@ class _Engine:
             buffers = self._local.buffers = np.empty((2, size), np.uint8)
         return buffers
 
-    def collect(self, piece: TensorPiece, result: PartialSums) -> TensorResult | None:
-        """Add the result of ``piece``; returns the tensor's result after its last piece."""
-        job = self._jobs[piece.job]
-        if self._open is None:
-            self._open = _Collector(job, result)
-        else:
-            self._open.add(result)
-        if not piece.last:
-            return None
-        finished, self._open = self._open.finish(self._base, self._tuned, self._limits), None
-        return finished
-
 
 class _Collector:
     """Adds up the sums of one tensor, piece by piece."""
 
-    def __init__(self, job: Job, first: PartialSums) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        count = 1 if job.layout is None else job.layout.count
+        self._count = 1 if job.layout is None else job.layout.count
         self._refined: list[tuple[Int64Array, Exact]] = []
         self._all_refined = True
-        if first.index is None and len(first.changed) == count:  # one piece: small tensors come by thousands
-            self._sums, self._changed = first.sums + 0.0, first.changed
-            self._take(first)
-        else:
-            self._sums, self._changed = np.zeros((3, count)), np.zeros(count, np.int64)
-            self.add(first)
+        self._sums: Float64Array = np.empty((3, 0))
+        self._changed: Int64Array = np.empty(0, np.int64)
 
-    def _take(self, result: PartialSums) -> None:
+    def add(self, result: PartialSums) -> None:
         self._all_refined = self._all_refined and result.all_refined
         if result.refined is not None:
             self._refined.append(result.refined)
-
-    def add(self, result: PartialSums) -> None:
-        self._take(result)
+        if not self._changed.size:
+            if result.index is None and len(result.changed) == self._count:
+                # One piece: small tensors come by thousands.
+                self._sums, self._changed = result.sums + 0.0, result.changed
+                return
+            self._sums, self._changed = np.zeros((3, self._count)), np.zeros(self._count, np.int64)
         with np.errstate(all="ignore"):  # NaN, Inf and overflow are handled in `finish`
             if result.index is None:
                 here = slice(result.first, result.first + len(result.changed))

@@ -70,7 +70,6 @@ class TensorPiece:
     start: int
     stop: int
     grain: int
-    last: bool
 
 
 def tasks(jobs: Sequence[Job], task_bytes: int, piece_bytes: int) -> Iterator[list[TensorPiece]]:
@@ -97,7 +96,7 @@ def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
         return
     for grain, group in groupby(pieces, key=lambda piece: piece.grain):
         members = list(group)
-        yield TensorPiece(members[0].job, members[0].start, members[-1].stop, grain, members[-1].last)
+        yield TensorPiece(members[0].job, members[0].start, members[-1].stop, grain)
 
 
 def _pieces(number: int, job: Job, nbytes: int) -> Iterator[TensorPiece]:
@@ -110,12 +109,12 @@ def _pieces(number: int, job: Job, nbytes: int) -> Iterator[TensorPiece]:
         step = max(limit // max(run, 1) * run, 1)
         for start in range(0, total, step):
             stop = min(start + step, total)
-            yield TensorPiece(number, start, stop, run, stop == total)
+            yield TensorPiece(number, start, stop, run)
     else:
         for begin in range(0, total, run):
             for start in range(begin, begin + run, limit):
                 stop = min(start + limit, begin + run)
-                yield TensorPiece(number, start, stop, stop - start, stop == total)
+                yield TensorPiece(number, start, stop, stop - start)
 
 
 @dataclass(slots=True)
@@ -228,9 +227,7 @@ def _plain_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[Float64Arra
     large = np.longdouble if info.type.itemsize == 8 else np.float64
     wide: np.dtype[Any] = np.dtype(np.complex128 if info.type.kind == "complex" else large)
     sums = np.zeros((3, 1))
-    for start in range(
-        0, len(raw_a), _PLAIN_ELEMENTS
-    ):  # widened in small parts, as that takes much more memory
+    for start in range(0, len(raw_a), _PLAIN_ELEMENTS):  # in small parts: widened, they take more memory
         part = slice(start, start + _PLAIN_ELEMENTS)
         with np.errstate(all="ignore"):  # signalling NaNs, and squares out of range
             x, y = (side[part].view(plain).astype(wide) for side in (raw_a, raw_b))

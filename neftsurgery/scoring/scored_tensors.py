@@ -51,6 +51,11 @@ class ScoredTensor:
     bias: str | None  # the tensor whose elements go with these neurons
     part: CountedSlice | None  # the neurons that the anatomy counts; None: all
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons the anatomy counts."""
+        return self.layout.count if self.part is None else self.part.count
+
     def belongs(self) -> Mask | None:
         """Whether the anatomy counts each neuron; None if it counts all."""
         return None if self.part is None else self.part.mask()
@@ -186,7 +191,7 @@ class ScoreArrays:
     def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
         """One kind of numbers of tensors that follow each other and have it, one after the other."""
         if self.starts is None:
-            values = self.file.joined([_entry(tensor.info.name, which) for tensor in tensors])
+            values = np.concatenate([self.file.array(_entry(tensor.info.name, which)) for tensor in tensors])
         else:
             start = self.starts[tensors[0].info.name]
             values = self.file.array(which, start, start + sum(tensor.layout.count for tensor in tensors))

@@ -73,10 +73,7 @@ class Scores(FileBacked):
     def load(cls, path: str | os.PathLike[str]) -> Scores:
         """Open a scores file. A vector per tensor and ``tensors`` suffice, so it may be made by others.
 
-        Raises
-        ------
-        CorruptFileError
-            If it is not a scores file, or damaged.
+        A `CorruptFileError` says that it is not a scores file, or damaged.
         """
         return cls.read(TensorFile.named(path, SCORES_KEY))
 
@@ -187,7 +184,7 @@ class Scores(FileBacked):
     @cached_property
     def neurons(self) -> int:
         """How many neurons the scored tensors have, without those that the anatomy does not count."""
-        return sum(t.layout.count if t.part is None else t.part.count for t in self.tensors.values())
+        return sum(tensor.neurons for tensor in self.tensors.values())
 
     @boundary
     def select(self, **budget: Unpack[SelectOptions]) -> Selection:

@@ -43,6 +43,21 @@ class Exact:
     finite: Mask
     scale: Float64Array
 
+    def score(self, kind: str, width: Int64Array) -> Float64Array:
+        """The score ``kind`` of each of them, of vectors of ``width`` elements."""
+        if kind == "cosine":
+            return _cosine_distance(self.aa, self.bb, self.ab, self.rr)
+        if kind == "l2":
+            return np.minimum(np.sqrt(self.dd) / self.scale, _LARGEST)
+        if kind == "relative":
+            moved = np.where(self.bb == 0, 0.0, _LARGEST)
+            return np.where(self.aa == 0, moved, np.minimum(np.sqrt(self.dd) / np.sqrt(self.aa), _LARGEST))
+        if kind == "changed":
+            return self.changed / width
+        if kind == "norm":
+            return np.minimum(self.scale / np.sqrt(self.aa), _LARGEST)
+        raise ValueError(f"unknown score {kind!r}")
+
 
 def exact(dtype: str, a: RawBytes, b: RawBytes, rows: Int64Array | None = None) -> Exact:
     """Float64 sums of whole vectors, as raw bytes ``[n, width * itemsize]``: those in ``rows``, or all."""
@@ -112,10 +127,10 @@ class Sums:
         """
         widths = np.broadcast_to(width, len(self.changed))
         with np.errstate(all="ignore"):
-            bb, ab, rr = self._derived()
-            result = _score(kind, self.aa, self.dd, bb, ab, rr, self.changed, widths, 1.0)
-            for index, v in self._refined:
-                result[index] = _score(kind, v.aa, v.dd, v.bb, v.ab, v.rr, v.changed, widths[index], v.scale)
+            mine = Exact(self.aa, self.dd, self.ad, *self._derived(), self.changed, self.finite, np.ones(1))
+            result = mine.score(kind, widths)
+            for index, values in self._refined:
+                result[index] = values.score(kind, widths[index])
             result[~self.finite] = np.nan
             return result.astype(np.float32)
 
@@ -132,31 +147,6 @@ class Sums:
         safe = np.where(self.aa > 0, self.aa, 1.0)
         rr = np.where(self.aa > 0, self.dd - self.ad * (self.ad / safe), self.dd)
         return self.aa + 2 * self.ad + self.dd, self.aa + self.ad, rr
-
-
-def _score(
-    kind: str,
-    aa: Float64Array,
-    dd: Float64Array,
-    bb: Float64Array,
-    ab: Float64Array,
-    rr: Float64Array,
-    changed: Int64Array,
-    width: Int64Array | int,
-    scale: Float64Array | float,
-) -> Float64Array:
-    if kind == "cosine":
-        return _cosine_distance(aa, bb, ab, rr)
-    if kind == "l2":
-        return np.minimum(np.sqrt(dd) / scale, _LARGEST)
-    if kind == "relative":
-        moved = np.where(bb == 0, 0.0, _LARGEST)
-        return np.where(aa == 0, moved, np.minimum(np.sqrt(dd) / np.sqrt(aa), _LARGEST))
-    if kind == "changed":
-        return changed / width
-    if kind == "norm":
-        return np.minimum(scale / np.sqrt(aa), _LARGEST)
-    raise ValueError(f"unknown score {kind!r}")
 
 
 def _cosine_distance(aa: Float64Array, bb: Float64Array, ab: Float64Array, rr: Float64Array) -> Float64Array:
@@ -218,12 +208,10 @@ class UnitSums:
 
     def score(self, kind: str) -> Float32Array:
         """As `Sums.score`, per unit."""
+        sums = (self._aa, self._dd, self._ad, self._bb, self._ab, self._rr)
+        whole = Exact(*sums, self._changed, self._finite, np.ones(1))
         with np.errstate(all="ignore"):
-            width = np.maximum(self._width, 1)
-            if kind == "changed":
-                result = self._changed / width
-            else:
-                result = _score(kind, self._aa, self._dd, self._bb, self._ab, self._rr, self._changed, 1, 1.0)
+            result = whole.score(kind, np.maximum(self._width, 1))
             result[~self._finite | (self._width == 0)] = np.nan
             return result.astype(np.float32)
 

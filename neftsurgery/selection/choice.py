@@ -8,8 +8,9 @@ neurons beyond one number. The neurons that score exactly the cut are then taken
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -85,7 +86,8 @@ def choose(
         ranking = _Ranking(keys, counts, ones, None, highest, chunk, sorted_pool)
         allowed = _best(ranking, pools.values(), caps)
     if budget.threshold is not None:
-        return _above(keys, allowed, _float32_floor(budget.threshold))
+        above = [key > _float32_floor(budget.threshold) for key in keys]
+        return above if allowed is None else [a & b for a, b in zip(above, allowed, strict=True)]
     sizes, costs = counts, [1] * len(blocks)
     if budget.params is not None:
         costs = [block.cost for block in blocks]
@@ -217,13 +219,6 @@ def _float32_floor(value: float) -> np.float32:
     return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
 
 
-def _above(keys: Sequence[Float32Array], allowed: Sequence[Mask] | None, cut: np.float32) -> list[Mask]:
-    masks: list[Mask] = [key > cut for key in keys]
-    for mask, permitted in zip(masks, allowed or (), strict=False):
-        mask &= permitted
-    return masks
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
     """Blocks to choose from: per block the keys, and how many neurons may be chosen, at which cost each."""
@@ -247,21 +242,11 @@ def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[in
     for members, limit in zip(pools, limits, strict=True):
         if limit < 1:
             continue
-        if sum(ranking.counts[i] * ranking.costs[i] for i in members) <= limit:
-            _take_all(ranking, members, masks)
-        elif sum(len(ranking.keys[i]) for i in members) <= ranking.sorted_pool:
+        if sum(len(ranking.keys[i]) for i in members) <= ranking.sorted_pool:
             _take_sorted(ranking, members, limit, masks)
         else:
             _take_to_cut(ranking, members, limit, masks)
     return masks
-
-
-def _take_all(ranking: _Ranking, members: Sequence[int], masks: Sequence[Mask]) -> None:
-    for i in members:
-        if ranking.allowed is None:
-            np.equal(ranking.keys[i], ranking.keys[i], out=masks[i])
-        else:
-            masks[i][:] = ranking.allowed[i]
 
 
 def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
@@ -271,14 +256,13 @@ def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
     if ranking.highest:
         np.negative(keys, out=keys)
     order = np.argsort(keys, kind="stable")[: sum(ranking.counts[i] for i in members)]  # NaN comes last
-    costs = np.repeat([ranking.costs[i] for i in members], [len(ranking.keys[i]) for i in members])
+    lengths = [len(ranking.keys[i]) for i in members]
+    costs = np.repeat([ranking.costs[i] for i in members], lengths)
     fitting = np.searchsorted(np.cumsum(costs[order]), limit, side="right")
     chosen = np.zeros(len(keys), np.bool_)
     chosen[order[:fitting]] = True
-    start = 0
-    for i in members:
-        masks[i][:] = chosen[start : start + len(masks[i])]
-        start += len(masks[i])
+    for i, part in zip(members, np.split(chosen, np.cumsum(lengths)[:-1]), strict=True):
+        masks[i][:] = part
 
 
 def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
@@ -302,11 +286,8 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
 
 
 def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
-    """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit.
-
-    Only if not everything fits: then the limit ends among the keys that equal the cut.
-    """
-    batches = _batches(ranking, members)
+    """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit."""
+    batches = list(_batches(ranking, members))
     direction = 1 if ranking.highest else -1
     too_low, cut, room = -_INFINITY - 1, _INFINITY, limit
     while cut - too_low > 1 and room:
@@ -328,26 +309,23 @@ class _Batch:
     allowed: list[Mask]
 
 
-def _batches(ranking: _Ranking, members: Sequence[int]) -> list[_Batch]:
+def _batches(ranking: _Ranking, members: Sequence[int]) -> Iterator[_Batch]:
     """The blocks ``members`` in batches for counting, where order does not matter."""
-    batches: list[_Batch] = []
-    chunk = ranking.chunk
-    latest: dict[int, tuple[_Batch, int]] = {}
-    for i in members:
-        keys, cost = ranking.keys[i], ranking.costs[i]
-        for start in range(0, len(keys), chunk):
-            size = min(chunk, len(keys) - start)
-            batch, filled = latest.get(cost, (None, 0))
-            if batch is None or filled + size > chunk:
-                batch, filled = _Batch(cost, [], []), 0
-                batches.append(batch)
-            whole = size == len(keys)
-            batch.keys.append(keys if whole else keys[start : start + size])
-            if ranking.allowed is not None:
-                allowed = ranking.allowed[i]
-                batch.allowed.append(allowed if whole else allowed[start : start + size])
-            latest[cost] = batch, filled + size
-    return batches
+    for cost, group in groupby(sorted(members, key=ranking.costs.__getitem__), key=ranking.costs.__getitem__):
+        batch, filled = _Batch(cost, [], []), 0
+        for i in group:
+            for start in range(0, len(ranking.keys[i]), ranking.chunk):
+                part = slice(start, start + ranking.chunk)
+                keys = ranking.keys[i][part]
+                if filled + len(keys) > ranking.chunk:
+                    yield batch
+                    batch, filled = _Batch(cost, [], []), 0
+                batch.keys.append(keys)
+                if ranking.allowed is not None:
+                    batch.allowed.append(ranking.allowed[i][part])
+                filled += len(keys)
+        if filled:
+            yield batch
 
 
 def _cost_beyond(ranking: _Ranking, batches: Sequence[_Batch], cut: np.float32) -> int:

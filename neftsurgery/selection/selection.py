@@ -203,12 +203,7 @@ class Selection:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write a selection file, whole or not at all.
 
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, without ``force``.
-        MachineError
-            If it cannot be written.
+        A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
         """
         refuse_output(path, inputs=[], force=force, kind="file")
         entries = [
@@ -227,13 +222,7 @@ class Selection:
     @classmethod
     @boundary
     def load(cls, path: str | os.PathLike[str]) -> Selection:
-        """Read a selection file.
-
-        Raises
-        ------
-        CorruptFileError
-            If it is not a selection file, or damaged.
-        """
+        """Read a selection file; a `CorruptFileError` says that it is not one, or damaged."""
         with TensorFile.named(path, SELECTION_KEY) as file:
             content = read_document(file, SELECTION_KEY, _WHAT, _VERSION)
             tensors = {}

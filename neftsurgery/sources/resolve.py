@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from ..text import tilde_hint
 from .hub_client import fetch_file, fetch_model
 from .hub_id import HubId
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Source", "is_hub_id", "resolve", "resolve_file"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Source", "is_hub_id", "is_index", "resolve", "resolve_file"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_INDEX = re.compile(r"([^/]+\.safetensors)\.index(\.[\w-]+)?\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Source:
     named: str  # as the user named it
     repo: str | None = None  # org/name of a Hub model
     revision: str | None = None  # the commit that the name of a Hub model stood for
+    index: str | None = None  # the index in the folder that was named, if its readers take other files
 
     @property
     def local_name(self) -> str:
@@ -36,8 +39,9 @@ class Source:
 def resolve(named: str | os.PathLike[str]) -> Source:
     """Find what ``named`` refers to: an existing local path, or else a Hub id (``org/name[@revision]``).
 
-    The index of a folder's shards stands for the folder. The model of a Hub id is fetched into
-    huggingface_hub's cache. Raises a `UsageError` if there is no such path; else as `fetch_model`.
+    The index of a folder's shards stands for the folder, that of a variant (``.index.fp16.json``) for its
+    shards alone. The model of a Hub id is fetched into huggingface_hub's cache. Raises a `UsageError` if
+    there is no such path; else as `fetch_model`.
     """
     text = os.fspath(named)
     path = Path(text)
@@ -51,13 +55,14 @@ def resolve(named: str | os.PathLike[str]) -> Source:
             )
         if not (path.is_file() or path.is_dir()):
             raise UsageError("expected a file or folder, found a device, pipe or socket", file=text)
-        if path.name != INDEX_NAME or path.is_dir():
+        found = _INDEX.fullmatch(path.name)
+        if not found or path.is_dir():
             return Source(path, text)
-        if (path.parent / SINGLE_NAME).is_file():
+        if not found[2] and (path.parent / found[1]).is_file():
             raise UsageError(
-                f"readers take the {SINGLE_NAME} beside this index", file=text, hint="name that file"
+                f"readers take the {found[1]} beside this index", file=text, hint="name that file"
             )
-        return Source(path.parent, text)
+        return Source(path.parent, text, index=None if path.name == INDEX_NAME else path.name)
     if (hub_id := _hub_id(named)) is not None:
         folder = fetch_model(hub_id)
         return Source(folder, text, hub_id.repo, folder.name)
@@ -80,6 +85,11 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
         return Source(Path(text), text)
     file = fetch_file(hub_id, filename)
     return Source(file, text, hub_id.repo, file.parent.name)
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this name, or path, is an index of shards, as ``model.safetensors.index.json``."""
+    return _INDEX.fullmatch(name.rpartition("/")[2]) is not None
 
 
 def is_hub_id(named: str | os.PathLike[str]) -> bool:

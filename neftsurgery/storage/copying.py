@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import sys
@@ -20,7 +19,6 @@ from .positioned import OpenFile, write_exactly
 __all__ = ["copy_file"]
 
 _STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too large to cost anything
-_FICLONE = 0x40049409  # _IOW(0x94, 9, int); the fcntl module has it from Python 3.13
 
 
 def copy_file(
@@ -87,18 +85,15 @@ class _Copy:
     def run(self) -> None:
         """Copy all of it, and check that it did not change."""
         before = self.before
-        if _clone(self.reader, self.writer):
-            self.advance(before.st_size)
-        else:
-            os.ftruncate(self.writer, before.st_size)
-            done, by_kernel = 0, True
-            for start, stop in _data_ranges(self.reader, before):
-                if start > done:
-                    self.advance(start - done)
-                by_kernel = self._copy_range(start, stop, by_kernel)
-                done = stop
-            if before.st_size > done:
-                self.advance(before.st_size - done)
+        os.ftruncate(self.writer, before.st_size)
+        done, by_kernel = 0, True
+        for start, stop in _data_ranges(self.reader, before):
+            if start > done:
+                self.advance(start - done)
+            by_kernel = self._copy_range(start, stop, by_kernel)
+            done = stop
+        if before.st_size > done:
+            self.advance(before.st_size - done)
         after = self.reader.status()
         if after.st_size != before.st_size:
             raise _changed(expected=f"{before.st_size} bytes", found=after.st_size)
@@ -125,7 +120,7 @@ class _Copy:
         return by_kernel
 
     def _by_kernel(self, position: int, count: int) -> int:
-        """Bytes copied by the kernel; 0 if it cannot copy between these files."""
+        """Bytes copied by the kernel, which shares blocks if it can; 0 if it cannot copy between them."""
         if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
             return 0
         try:
@@ -144,17 +139,6 @@ class _Copy:
 def _changed(**sides: Any) -> MismatchError:
     hint = "wait until nothing writes to it, then run the command again"
     return MismatchError("the file changed while it was being copied", hint=hint, **sides)
-
-
-def _clone(reader: OpenFile, writer: int) -> bool:
-    """Share all blocks of one file with another; false where the file system cannot."""
-    if sys.platform != "linux":
-        return False
-    try:
-        fcntl.ioctl(writer, _FICLONE, reader.fileno())
-    except OSError:  # a real failure (disk full) stops the copy that follows
-        return False
-    return True
 
 
 def _data_ranges(reader: OpenFile, status: os.stat_result) -> Iterator[tuple[int, int]]:

@@ -19,18 +19,20 @@ MAX_NAME = 255
 
 
 def refuse_output(
-    out: AnyPath,
+    out: AnyPath | None,
     *,
     inputs: Sequence[AnyPath],
     force: bool,
     kind: Literal["file", "directory"] | None = None,
-) -> None:
+) -> Path | None:
     """Raise a `UsageError` for an output that must not be written, a `MachineError` if its folder cannot be.
 
-    ``out`` is as the user typed it: a trailing slash means a folder. With ``force`` it may be replaced,
-    unless it is, holds or is inside one of ``inputs`` or what they link to. Only a ``"directory"`` may
-    replace an empty one without it.
+    Returns it as a path; None: nothing is written. ``out`` is as the user typed it: a trailing slash means a
+    folder. With ``force`` it may be replaced, unless it is, holds or is inside one of ``inputs`` or what they
+    link to. Only a ``"directory"`` may replace an empty one without it.
     """
+    if out is None:
+        return None
     path = named_output(out)
     if kind == "file" and os.fspath(out).endswith(os.sep):
         raise UsageError("the output is a file, but its name ends in a slash", file=out)
@@ -44,6 +46,7 @@ def refuse_output(
         )
         error.errno = errno.EACCES
         raise error
+    return path
 
 
 def named_output(out: AnyPath) -> Path:

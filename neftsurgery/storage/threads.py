@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -59,7 +59,7 @@ def in_order(
     workers: int,
     *,
     stop: threading.Event | None = None,
-) -> Iterator[tuple[Item, Result]]:
+) -> Generator[tuple[Item, Result], None, None]:
     """Run ``work`` on items in ``workers`` threads, a few ahead; yields items with results, in order.
 
     An exception of ``work`` is raised in its place. Then ``stop`` is set, and items that have not begun are

@@ -11,7 +11,7 @@ import xxhash
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.journal import Change, touched_shards
 from ..checkpoint.side_files import SideChange, side_digest, side_files
-from ..checkpoint.weight_files import INDEX_NAME
+from ..checkpoint.weight_files import is_index
 from ..coding.elements import Carrier
 from ..errors import UsageError
 from ..patch.delta import DeltaBlock, block_hash, blocks_of, read_block
@@ -139,32 +139,31 @@ def _within(change: Change, block: DeltaBlock) -> tuple[int, int]:
 
 
 def _side(checkpoint: Checkpoint, target: ModelFiles, weights_only: bool) -> Iterator[SideChange]:
-    """The files beside the weights that differ. Of ``weights_only``, that is the index at most."""
+    """The files beside the weights that differ. Of ``weights_only``, that is an index at most."""
     if checkpoint.is_file:
         return
-    for name in sorted({*(path.name for path in side_files(checkpoint)[0]), *target.side}):
-        if weights_only and name != INDEX_NAME:
+    for name in sorted({*side_files(checkpoint)[0], *target.side}):
+        if weights_only and not is_index(name):
             continue
         read = target.side.get(name)
         content = None if read is None else read()
         new = None if content is None else xxhash.xxh3_128_hexdigest(content)
         old, mode = side_digest(checkpoint.root / name)
-        if name == INDEX_NAME and content is not None and new != old:
-            _require_index(checkpoint, content)
+        if is_index(name) and content is not None and new != old:
+            _require_index(checkpoint, name, content)
         if new != old:
             yield SideChange(name, old, new, mode, read)
 
 
-def _require_index(checkpoint: Checkpoint, content: bytes) -> None:
+def _require_index(checkpoint: Checkpoint, name: str, content: bytes) -> None:
     """The new index must lead to the files that are there, or nothing could read them any more."""
     try:
         listed = {*loads(content)["weight_map"].values()}
     except (ValueError, TypeError, LookupError, AttributeError):
         listed = set()
-    if listed != {shard.name for shard in checkpoint.shards}:
-        raise _other_files(
-            checkpoint.root / INDEX_NAME, None, "an index of the files that are there", "another"
-        )
+    part = name[: name.rfind("/") + 1]
+    if {f"{part}{file}" for file in listed} != {s.name for s in checkpoint.shards if s.part == part}:
+        raise _other_files(checkpoint.root / name, None, "an index of the files that are there", "another")
 
 
 def require_same_layout(checkpoint: Checkpoint, target: ModelFiles) -> None:

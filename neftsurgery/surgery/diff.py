@@ -175,10 +175,8 @@ def diff(
         For a path, name or option that makes no sense, or an ``out`` that exists.
     MismatchError
         If the checkpoints have nothing in common that can be scored.
-    CorruptFileError
-        If a file is damaged.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        If a file is damaged; if something cannot be read or written.
     """
     prefix, scope, score, seed, run = split(
         "diff", options, PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions
@@ -206,9 +204,8 @@ def plan_diff(
     if seed < 0:
         raise UsageError("[[seed]] must not be negative", found=seed)
     first, second = open_sides(base, tuned, prefixes)
-    if out is not None:
-        refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    return DiffPlan(pair(first, second, scope), score, seed, None if out is None else Path(out), force)
+    place = refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
+    return DiffPlan(pair(first, second, scope), score, seed, place, force)
 
 
 def check_score(score: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,27 +14,37 @@ from numpy.typing import NDArray
 
 from ..checkpoint.adapter_config import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError, UsageError, boundary
+from ..errors import MismatchError, UsageError
 from ..neurons.vectors import block_memory
-from ..options import RunOptions
+from ..options import ExportOptions, split
 from ..patch.patch import Patch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..storage.output import staged_directory
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits, in_order
+from ..tensors.arrays import IndexArray
 from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
-from ..text import commas, percent, plural, printable, size
-from .lora_modules import STEPS, LoraModule, adapter_config, lora_modules, next_step, task_of
+from ..text import commas, percent, plural, printable, size, some
+from .lora_modules import (
+    STEPS,
+    LivePlaces,
+    LoraModule,
+    adapter_config,
+    lora_modules,
+    next_step,
+    places_in_files,
+    task_of,
+)
 from .same_base import named_base, other_base
-from .verb import replaced_rows, require_replaced, run_keywords, warn
+from .verb import replaced_rows, require_replaced
 
-__all__ = ["ExportPlan", "ExportResult", "export_lora", "plan_export"]
+__all__ = ["ExportPlan", "ExportResult", "plan_export"]
 
-log = logging.getLogger(__name__)
 
 _METADATA = {"format": "pt"}
+_DTYPES = ("F32", "BF16", "F16")  # of factors
 _CHUNK_BYTES = 16 << 20  # of a factor that is filled column by column
 _BATCH_BYTES = 1 << 20  # of raw vectors, computed with at once
 
@@ -48,7 +58,7 @@ class ExportResult:
     out:
         The adapter folder.
     modules, rank:
-        What it changes, and at which rank.
+        What it changes, and at which rank, the largest of several.
     elements, inexact:
         Replaced elements; how many of them differ from base plus update, added in float32 and rounded to the
         base's dtype.
@@ -89,8 +99,7 @@ class ExportPlan:
     patch: Patch
     base: Checkpoint | None
     modules: Sequence[LoraModule]
-    needed: int  # the rank that the patch needs
-    rank: int  # the rank that all modules are padded to
+    dtype: str  # of the factors
     config: Mapping[str, Any]  # of adapter_config.json
     out: Path
     force: bool
@@ -99,11 +108,28 @@ class ExportPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of the file of the adapter's weights."""
-        return planned_bytes(self._entries, _METADATA)
+        return planned_bytes(self.entries, _METADATA)
 
     @property
-    def _entries(self) -> list[TensorInfo]:
-        return [entry for module in self.modules for entry in module.entries(self.rank)]
+    def entries(self) -> list[TensorInfo]:
+        """The factors of all modules."""
+        return [entry for module in self.modules for entry in module.entries(self.dtype)]
+
+    @property
+    def needed(self) -> int:
+        """The rank that the patch needs."""
+        return max(module.count for module in self.modules)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the modules, the largest of several."""
+        return max(module.rank for module in self.modules)
+
+    @property
+    def ranks(self) -> str:
+        """The rank, or the lowest and the highest."""
+        lowest = min(module.rank for module in self.modules)
+        return f"rank {self.rank}" if lowest == self.rank else f"ranks {lowest} to {self.rank}"
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -115,6 +141,7 @@ class ExportPlan:
             "selected": self.patch.neurons,
             "rank": self.rank,
             "rank_needed": self.needed,
+            "dtype": self.dtype,
             "elements": self.patch.parameters,
             "bytes": self.nbytes,
             "patch_bytes": self.patch.nbytes,
@@ -126,79 +153,34 @@ class ExportPlan:
         limits = limits or Limits.of()
         layouts = [tensor.layout for tensor in self.patch.tensors.values()]
         workers = limits.workers(block_memory(layouts, limits.block) + _CHUNK_BYTES)
-        touched = [self.patch.tensors[module.tensor] for module in self.modules]
-        total = sum(tensor.count * tensor.vector_bytes for tensor in touched)
+
+        def nbytes(module: LoraModule) -> int:
+            touched = [self.patch.tensors[name] for name in module.parts]
+            return sum(tensor.count * tensor.vector_bytes for tensor in touched)
+
+        total = sum(map(nbytes, self.modules))
         watch, inexact = Stopwatch(), 0
         with watch.running(), staged_directory(self.out, force=self.force) as folder:
             self.patch.check(limits=limits)
-            with written_file(self._entries, _METADATA, folder / WEIGHTS_NAME) as written:
+            with written_file(self.entries, _METADATA, folder / WEIGHTS_NAME) as written:
 
                 def write(module: LoraModule) -> int:
-                    factors = _Factors(self, module, written, limits.block)
-                    return factors.write_rows() if module.rows else factors.write_columns()
+                    return _Factors(self, module, written, limits.block).write()
 
                 with progress("exporting", total) as advance:
                     for module, lost in in_order(write, self.modules, workers):
                         inexact += lost
-                        tensor = self.patch.tensors[module.tensor]
-                        advance(tensor.count * tensor.vector_bytes)
+                        advance(nbytes(module))
                 written.finish(_METADATA)
             (folder / CONFIG_NAME).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
             self.patch.check_unchanged()
             if self.base is not None:
                 self.base.check_unchanged()
         watch.bytes_read = 2 * total
-        nbytes = (self.out / WEIGHTS_NAME).stat().st_size
+        written_bytes = (self.out / WEIGHTS_NAME).stat().st_size
         return ExportResult(
-            self.out, self.modules, self.rank, self.patch.parameters, inexact, nbytes, watch.timing
+            self.out, self.modules, self.rank, self.patch.parameters, inexact, written_bytes, watch.timing
         )
-
-
-@boundary
-def export_lora(
-    patch: Patch | AnyPath,
-    out: AnyPath,
-    *,
-    base: AnyPath | None = None,
-    rank: int | None = None,
-    prefix: str = "",
-    force: bool = False,
-    **options: Unpack[RunOptions],
-) -> ExportResult:
-    """Write a patch as a LoRA adapter folder that PEFT loads.
-
-    Parameters
-    ----------
-    patch:
-        A patch of rows or columns of linear weights.
-    out:
-        The adapter folder, which is written atomically.
-    base:
-        The checkpoint the patch was made from; a reversible patch does not need it. Its config says which
-        weights are stored ``[in, out]``.
-    rank:
-        The rank that all modules are padded to; by default the next of vLLM's ranks.
-    prefix:
-        Put before the names of modules if the live model's names have it and the files' do not, such as
-        ``transformer.`` for a GPT-2 that was saved without its head.
-    force:
-        Replace ``out`` if it exists.
-    threads, memory, progress:
-        As in `diff`.
-
-    Raises
-    ------
-    UsageError
-        If ``out`` exists, or the patch does not hold the replaced values and ``base`` is not given.
-    MismatchError
-        If a tensor of the patch has no LoRA form or needs a larger rank, or ``base`` is not the patch's base.
-    CorruptFileError, MachineError
-        If the patch's hashes do not match its content; if something cannot be read or written.
-    """
-    run = run_keywords("export_lora", options)
-    plan = plan_export(patch, out, base=base, rank=rank, prefix=prefix, force=force)
-    warn(log, plan.warnings)
-    return plan.run(**run)
 
 
 def plan_export(
@@ -206,12 +188,22 @@ def plan_export(
     out: AnyPath,
     *,
     base: AnyPath | None = None,
-    rank: int | None = None,
-    prefix: str = "",
     force: bool = False,
+    live: Callable[[Checkpoint | None], LivePlaces | str] = lambda base: "",
+    **options: Unpack[ExportOptions],
 ) -> ExportPlan:
-    """Check everything that `export_lora` needs; nothing is written."""
+    """Check everything that `export_lora` needs; nothing is written.
+
+    ``live`` makes the live model of the base, or says why there is none.
+    """
+    (form,) = split("export_lora", options, ExportOptions)
+    dtype, rank = str(form.get("dtype", "f32")).upper(), form.get("rank")
+    rank_pattern, prefix = bool(form.get("rank_pattern")), form.get("prefix", "")
     patch = patch if isinstance(patch, Patch) else Patch.load(patch)
+    if dtype not in _DTYPES:
+        raise UsageError("unknown [[dtype]]", expected="f32, bf16 or f16", found=dtype.lower())
+    if rank_pattern and rank is not None:
+        raise UsageError("[[rank]] and [[rank_pattern]] do not go together")
     original, inputs = named_base(base, [patch])
     refuse_output(out, inputs=inputs, force=force, kind="directory")
     if original is None:
@@ -223,42 +215,61 @@ def plan_export(
             tensor=patch.groups[0].codes,
             hint="export a patch of the checkpoints before quantization",
         )
-    modules, warnings = lora_modules(patch, original, prefix)
+    model = live(original)
+    places, warnings = places_in_files(patch, original, prefix)
+    if isinstance(model, str):
+        warnings += [model] if model else []
+    elif not prefix:
+        files, places, warnings = places, dict(model.places(patch)), []
+        for name, found in places.items():  # what kind of tensor it is, and why that has no LoRA form
+            if isinstance(kind := files[name], str) and isinstance(found, str):
+                places[name] = f"{kind}: {found}"
+    modules = lora_modules(patch, places)
     warnings += other_base(original, patch.base, patch.name)
-    needed = max(module.count for module in modules)
-    chosen = _rank(patch, modules, needed, rank)
-    if next_step(chosen) != chosen:
-        step = next_step(chosen)
-        serve = f"serve it with `--max-lora-rank {step}`" if step else "vLLM will not serve it"
-        warnings.append(f"{chosen} is not one of vLLM's ranks, {', '.join(map(str, STEPS))}: {serve}")
+    if rank_pattern:
+        modules = [replace(module, rank=module.count) for module in modules]
+    else:
+        chosen = _rank(patch, modules, rank)
+        modules = [replace(module, rank=chosen) for module in modules]
+        if next_step(chosen) != chosen:
+            step = next_step(chosen)
+            serve = f"serve it with `--max-lora-rank {step}`" if step else "vLLM will not serve it"
+            warnings.append(f"{chosen} is not one of vLLM's ranks, {', '.join(map(str, STEPS))}: {serve}")
+    others = [f"{module.tensor} ({module.place.form})" for module in modules if module.place.form != "linear"]
+    if others:
+        warnings.append(f"readers other than PEFT may not know the factors of {some(others, 2)}")
     known = patch.base.label
     if original is not None and original.source.repo is not None:
         known = original.source.repo
-    config = adapter_config(modules, chosen, known, task_of(original))
-    return ExportPlan(patch, original, modules, needed, chosen, config, Path(out), force, warnings)
+    config = adapter_config(modules, known, task_of(original))
+    plan = ExportPlan(patch, original, modules, dtype, config, Path(out), force, warnings)
+    if not isinstance(model, str):
+        model.check(config, plan.entries)
+    return plan
 
 
-def _rank(patch: Patch, modules: Sequence[LoraModule], needed: int, rank: int | None) -> int:
+def _rank(patch: Patch, modules: Sequence[LoraModule], rank: int | None) -> int:
+    largest = max(modules, key=lambda module: module.count)
     if rank is not None:
-        if rank < needed:
+        if rank < largest.count:
             raise UsageError(
                 "[[rank]] is too small for this patch",
                 file=patch.place,
-                tensor=next(module.tensor for module in modules if module.count == needed),
-                expected=f"at least {needed}, the neurons of its largest module",
+                tensor=largest.tensor,
+                expected=f"at least {largest.count}, the neurons of its largest module",
                 found=rank,
             )
         return rank
-    step = next_step(needed)
+    step = next_step(largest.count)
     if step is None:
         raise MismatchError(
             "the patch is too large for a LoRA that can be served",
             file=patch.place,
-            tensor=next(module.tensor for module in modules if module.count == needed),
+            tensor=largest.tensor,
             expected=f"at most {STEPS[-1]} neurons of one tensor",
-            found=needed,
+            found=largest.count,
             hint="write the patched checkpoint: `neftsurgery apply BASE PATCH -o OUT`; or choose fewer with "
-            f"[[max_per_tensor={STEPS[-1]}]]; for PEFT alone, [[rank={needed}]]",
+            f"[[max_per_tensor={STEPS[-1]}]]; for PEFT alone, [[rank_pattern]] or [[rank={largest.count}]]",
         )
     return step
 
@@ -271,67 +282,97 @@ class _Factors:
     ) -> None:
         self._block = block
         self._plan, self._module, self._writer = plan, module, writer
-        self._tensor = plan.patch.tensors[module.tensor]
-        self._index = plan.patch.index(module.tensor)
+        self._first, self._second = module.entries(plan.dtype)
+        self._width = prod(module.place.inputs)
+        self._rows, self._columns, self._units = module.slots()
 
-    def write_rows(self) -> int:
-        """Write differences as rows of ``A``, ones in ``B``; returns how many elements do not round back."""
-        first, second = self._module.names
+    def write(self) -> int:
+        """Write both; returns how many elements do not round back."""
+        return self._write_rows() if self._module.place.rows else self._write_columns()
+
+    def _write_rows(self) -> int:
+        """Differences as rows of ``A``, ones in ``B``."""
         inexact = 0
-        for start, _, differences, lost in self._differences(slice(0, self._module.inputs)):
-            self._writer.write(first, start, differences)
+        for start, differences, lost in self._differences(0, self._width):
+            rows = self._rows[start : start + len(differences)]
+            ends = [*np.flatnonzero(np.diff(rows) != 1) + 1, len(rows)]  # of ranges that lie side by side
+            for low, high in zip([0, *ends], ends, strict=False):
+                self._write(self._first, int(rows[low]), differences[low:high])
             inexact += lost
-        for place, neuron in enumerate(self._index.tolist()):
-            self._writer.write(second, neuron, self._one(place, self._plan.rank))
+        for unit in np.unique(self._units).tolist():
+            self._write(self._second, unit, _ones(self._columns[self._units == unit], self._second.shape[1]))
         return inexact
 
-    def write_columns(self) -> int:
-        """Write ones in ``A``, differences as columns of ``B``; as `write_rows`."""
-        first, second = self._module.names
-        for place, neuron in enumerate(self._index.tolist()):
-            self._writer.write(first, place, self._one(neuron, self._module.inputs))
-        inexact = 0
-        step = max(1, (self._block or _CHUNK_BYTES) // (4 * self._plan.rank))
-        for low in range(0, self._module.outputs, step):
-            part = slice(low, min(low + step, self._module.outputs))
-            filled = np.zeros((part.stop - low, self._plan.rank), np.float32)
-            for start, stop, differences, lost in self._differences(part):
-                filled[:, start:stop] = differences.T
+    def _write_columns(self) -> int:
+        """Ones in ``A``, differences as columns of ``B``."""
+        for row, unit in zip(self._rows.tolist(), self._units, strict=True):
+            self._write(self._first, row, _ones(unit, self._width))
+        inexact, (outputs, rank, *_) = 0, self._second.shape
+        step = max(1, (self._block or _CHUNK_BYTES) // ((4 if self._second.dtype == "F32" else 32) * rank))
+        for low in range(0, outputs, step):
+            high = min(low + step, outputs)
+            filled = np.zeros((high - low, rank), np.float32)
+            for start, differences, lost in self._differences(low, high):
+                filled[:, self._columns[start : start + len(differences)]] = differences.T
                 inexact += lost
-            self._writer.write(second, low, filled)
+            self._write(self._second, low, filled)
         return inexact
 
-    def _differences(self, part: slice) -> Iterator[tuple[int, int, NDArray[np.float32], int]]:
-        """Per block of neurons: start, stop, part of their differences, how many do not round back."""
-        patch, name, dtype = self._plan.patch, self._module.tensor, self._tensor.info.dtype
-        size = self._tensor.info.type.itemsize
-        part = slice(part.start * size, part.stop * size)
-        step = max(1, _BATCH_BYTES // (part.stop - part.start))
-        for start, stop in self._tensor.blocks(self._block):
-            values = patch.values(name, start, stop)[:, part]
-            replaced = replaced_rows(patch, self._plan.base, name, start, stop)[:, part]
-            for low in range(0, stop - start, step):
-                new, old = (widen(rows[low : low + step], dtype) for rows in (values, replaced))
-                with np.errstate(over="ignore", invalid="ignore"):
-                    differences = (new - old).astype(np.float32)
-                if not np.isfinite(differences).all():
-                    raise MismatchError(
-                        "a difference is infinite or NaN: a product would spread it over the whole weight",
-                        file=patch.place,
-                        tensor=name,
-                        hint="write the patched checkpoint instead: `neftsurgery apply`",
-                    )
-                inexact = int(np.count_nonzero(_sum(old, differences, dtype) != new))
-                yield start + low, start + low + len(differences), differences, inexact
+    def _write(self, entry: TensorInfo, row: int, values: NDArray[Any]) -> None:
+        short = entry.dtype != "F32"
+        self._writer.write(entry.name, row, narrow(values, entry.dtype) if short else values.astype("f4"))
 
-    def _one(self, place: int, size: int) -> NDArray[np.float32]:
-        row = np.zeros((1, size), np.float32)
-        row[0, place] = 1
-        return row
+    def _differences(self, low: int, high: int) -> Iterator[tuple[int, NDArray[np.float64], int]]:
+        """Elements ``low`` to ``high`` of the differences of all neurons, in batches.
+
+        Of each batch: the position of its first neuron, its differences, rounded to the factors' dtype, and
+        how many of their elements do not round back.
+        """
+        patch, base, position = self._plan.patch, self._plan.base, 0
+        for name in self._module.parts:
+            tensor = patch.tensors[name]
+            dtype, size = tensor.info.dtype, tensor.info.type.itemsize
+            part, here = slice(low * size, high * size), self._module.parts[name].index >= 0
+            step = max(1, _BATCH_BYTES // (part.stop - part.start))
+            for start, stop in tensor.blocks(self._block):
+                values = patch.values(name, start, stop)[:, part]
+                replaced = replaced_rows(patch, base, name, start, stop)[:, part]
+                for first in range(0, stop - start, step):
+                    kept = first + np.flatnonzero(here[start + first : min(start + first + step, stop)])
+                    new, old = (widen(rows[kept], dtype) for rows in (values, replaced))
+                    differences = self._rounded(new - old, name)
+                    inexact = int(np.count_nonzero(self._sum(old, differences, dtype) != new))
+                    yield position, differences, inexact
+                    position += len(kept)
+
+    def _rounded(self, differences: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+        rounded = widen(narrow(differences, self._plan.dtype), self._plan.dtype)
+        if not np.isfinite(rounded).all():
+            raise MismatchError(
+                "a difference is infinite or NaN: a product would spread it over the whole weight",
+                file=self._plan.patch.place,
+                tensor=name,
+                hint="write the patched checkpoint instead: `neftsurgery apply`"
+                + (", or use [[dtype=f32]]" if self._plan.dtype == "F16" else ""),
+            )
+        return rounded
+
+    def _sum(
+        self, old: NDArray[np.float64], differences: NDArray[np.float64], dtype: str
+    ) -> NDArray[np.float64]:
+        """What merging gives: added in float32 (float64 if the base is), rounded to the base's dtype.
+
+        PEFT rounds the differences of embeddings and parameters to the base's dtype before that.
+        """
+        with np.errstate(over="ignore"):
+            if self._module.place.form in ("embedding", "parameter"):
+                differences = widen(narrow(differences, dtype), dtype)
+            wide = np.float64 if dtype == "F64" else np.float32
+            added = old.astype(wide) + differences.astype(wide)
+        return widen(narrow(added, dtype), dtype)
 
 
-def _sum(old: NDArray[np.float64], differences: NDArray[np.float32], dtype: str) -> NDArray[np.float64]:
-    """What merging gives: added in float32 (float64 if the base is), rounded to the base's dtype."""
-    with np.errstate(over="ignore"):
-        added = old + differences if dtype == "F64" else old.astype(np.float32) + differences
-    return widen(narrow(added, dtype), dtype)
+def _ones(where: IndexArray | int, size: int) -> NDArray[np.float64]:
+    row = np.zeros((1, size))
+    row[0, where] = 1
+    return row

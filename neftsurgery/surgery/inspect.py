@@ -16,7 +16,8 @@ from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
-from ..options import Scope, ScopeOptions, split
+from ..neurons.submodels import part_config, stated_type
+from ..options import InspectOptions, Scope, split
 from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
 from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
@@ -27,6 +28,7 @@ from ..sources.resolve import Source, is_hub_id, resolve, resolve_file
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
 from ..text import commas, label, lines, natural_key, percent, plural, printable, size, some
+from .inspect_anatomy import anatomy_facts, anatomy_tables
 from .pairing import described, scoped_anatomy, scored_count
 from .summary import summarize
 
@@ -48,6 +50,8 @@ class Inspection(dict[str, Any]):
         """What a person wants to know, as rows of cells; options as ``[[name]]``."""
         if self.get("lossless"):
             return [_lossless_rows(self), _kind_rows(self["weights"])]
+        if "anatomies" in self:
+            return anatomy_tables(self)
         return _patch_tables(self) if self.kind == "patches" else [_rows(self)]
 
     def to_json(self) -> dict[str, object]:
@@ -64,7 +68,7 @@ class Inspection(dict[str, Any]):
 @boundary
 def inspect(
     named: AnyPath | Sequence[AnyPath],
-    **options: Unpack[ScopeOptions],
+    **options: Unpack[InspectOptions],
 ) -> Inspection:
     """Tell what a file or folder holds.
 
@@ -74,7 +78,8 @@ def inspect(
         A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or several
         patches. A Hub repository that holds a patch is that patch.
     anatomy, axis, include, exclude, only:
-        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`.
+        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`; ``all``: ``kinds`` of weights in
+        place of ``tensors``, and the ``anatomies`` that are offered.
 
     Returns
     -------
@@ -89,7 +94,7 @@ def inspect(
     CorruptFileError
         If it is damaged.
     """
-    (given,) = split("inspect", options, ScopeOptions)
+    (given,) = split("inspect", options, InspectOptions)
     if not isinstance(named, (str, os.PathLike)):
         if len(named) != 1:
             return Inspection(_patches(named))
@@ -121,8 +126,10 @@ def _found(named: AnyPath) -> Source:
 
 
 def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
-    shown = dequantized(checkpoint)
-    anatomy = scoped_anatomy(scope, shown.tensors, checkpoint.config)
+    config, shown = checkpoint.config, dequantized(checkpoint)
+    if scope.anatomy == "all":
+        return anatomy_facts(shown, scope)
+    anatomy = scoped_anatomy(scope, shown.tensors, config)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     tensors = [_tensor(t.info, t.axes, scored_count(t)) | {"kind": t.kind} for t in anatomy.scored]
     quantized = {tensor["name"]: shown.quantized.get(tensor["name"]) for tensor in tensors}
@@ -144,7 +151,8 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "parameters": shown.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
         "quantized": _quantized(shown),
-        "model_type": (checkpoint.config or {}).get("model_type"),
+        "model_type": stated_type(config) or None,
+        "parts": {part.strip("/"): stated_type(part_config(config, part)) for part in checkpoint.parts},
         "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
         **aside,
         "anatomy": anatomy.name,
@@ -303,6 +311,8 @@ def _rows(facts: Mapping[str, Any]) -> list[list[str]]:
             ["weights", f"{plural(len(facts['files']), 'file')}, {size(facts['bytes'])}: {dtypes}"],
             ["model type", str(facts["model_type"] or "unknown: no config.json beside the weights")],
         ]
+        parts = [f"{part or '.'} ({kind})" if kind else part for part, kind in facts["parts"].items()]
+        rows += [["parts", some(parts, len(parts))]] if parts else []
     elif "bytes" in facts:
         rows.append(["size", size(facts["bytes"])])
     rows += [["sha256", facts["sha256"]]] if "sha256" in facts else []

@@ -18,7 +18,7 @@ from ..checkpoint.in_memory import TensorsInMemory
 from ..coding.blocks import BLOCK, Form, encode, encode_fast
 from ..coding.compression import compress
 from ..coding.elements import Carrier
-from ..coding.fitting import fit
+from ..coding.fitting import fit, fit_memory
 from ..coding.tables import MOST_TABLES, FrequencyTable, pack
 from ..errors import MismatchError, UsageError
 from ..options import RunOptions
@@ -171,11 +171,9 @@ def plan_between(
         raise MismatchError(
             "the checkpoints have no tensor in common", file=tuned.weights.name, hint="are they of one model?"
         )
-    if out is not None:
-        refuse_output(out, inputs=inputs, force=force, kind="file")
+    place = refuse_output(out, inputs=inputs, force=force, kind="file")
     if weights_only:
         base, tuned = base.without_side(), tuned.without_side()
-    place = None if out is None else Path(out)
     return LosslessPlan(base, tuned, reversible, fast, weights_only, place, force)
 
 
@@ -194,9 +192,9 @@ def _opened(
             hint="merge it into a checkpoint first, with PEFT's merge_and_unload",
         )
     for checkpoint in (first, second):
-        if any(shard.path.parent != checkpoint.root for shard in checkpoint.shards):
+        names = () if checkpoint.is_file else tuple(shard.name for shard in checkpoint.shards)
+        if any("/" in shard.name[len(shard.part) :] for shard in checkpoint.shards):
             raise UsageError("a lossless patch holds weight files of one folder only", file=checkpoint.name)
-        names = () if checkpoint.is_file else tuple(shard.path.name for shard in checkpoint.shards)
         if not all(name.endswith(".safetensors") for name in names):
             raise UsageError("a weight file of the folder does not end in .safetensors", file=checkpoint.name)
     return first, second
@@ -273,9 +271,8 @@ class _Way:
 
         def fitted(blocks: Sequence[DeltaBlock]) -> tuple[_Pair, FrequencyTable | None]:
             pairs, changes = self._sample(blocks, _SAMPLES)
-            more = min(_MOST_SAMPLES, len(blocks) // 4)
-            if changes < _MANY_CHANGES and more > _SAMPLES:
-                pairs, changes = self._sample(blocks, more)
+            if changes < _MANY_CHANGES and _most_samples(blocks) > _SAMPLES:
+                pairs, changes = self._sample(blocks, _most_samples(blocks))
             share = _share(pairs, blocks)
             few = changes < _FEW_CHANGES * share
             return pairs[0], None if few else fit(pairs, blocks[0].elements, share)
@@ -284,9 +281,9 @@ class _Way:
             table_of.update((block.info.name, len(tables)) for block in blocks)
             tables.append(table)
 
-        for blocks, (pair, table) in in_order(
-            fitted, kinds.values(), limits.workers(_MOST_SAMPLES * _BLOCK_MEMORY)
-        ):
+        largest = [fit_memory(_most_samples(kind), max(b.nbytes for b in kind)) for kind in kinds.values()]
+        workers = limits.workers(max(largest, default=0))
+        for blocks, (pair, table) in in_order(fitted, kinds.values(), workers):
             if table is not None and len(tables) < MOST_TABLES - len(DTYPES):
                 add(blocks, table)
                 continue
@@ -307,6 +304,10 @@ class _Way:
     def _pair(self, block: DeltaBlock) -> _Pair:
         base, tuned, _ = self._read(block)
         return np.zeros_like(tuned) if base is None else base, tuned
+
+
+def _most_samples(blocks: Sequence[DeltaBlock]) -> int:
+    return max(_SAMPLES, min(_MOST_SAMPLES, len(blocks) // 4))
 
 
 def _share(pairs: Sequence[_Pair], blocks: Sequence[DeltaBlock]) -> float:

@@ -265,8 +265,7 @@ def plan_merge(
     """Check everything that `merge` needs; nothing is written."""
     patches = [_loaded(patch) for patch in named]
     original, inputs = named_base(base, patches)
-    if out is not None:
-        refuse_output(out, inputs=inputs, force=force, kind="file")
+    place = refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
     with watch.running():
@@ -274,7 +273,6 @@ def plan_merge(
         check_patches(patches, progress)
         warnings = other_base(original, union.manifest.base, "the patches")
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
-    place = None if out is None else Path(out)
     warnings = [*union.warnings, *warnings]
     return MergePlan(patches, rule, original, union, keep, place, force, warnings, watch.timing)
 

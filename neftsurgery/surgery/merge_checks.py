@@ -178,6 +178,8 @@ def _check_tensors(patches: Sequence[Patch]) -> dict[str, Patch]:
 
 def _check_meeting(meeting: Meeting, patches: Sequence[Patch], rule: OverlapRule, grouped: bool) -> None:
     if len(meeting.foreign):
+        for n in meeting.holders:
+            patches[n].check()  # a damaged digest looks like another base
         raise MismatchError(
             f"{_two(meeting, patches, meeting.foreign[0])} were made from different bases",
             tensor=meeting.name,

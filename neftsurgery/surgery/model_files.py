@@ -12,7 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.side_files import read_side, side_files
-from ..checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
+from ..checkpoint.weight_files import SINGLE_NAME, is_index
 from ..coding.blocks import BLOCK
 from ..coding.elements import Carrier, Elements
 from ..errors import CorruptFileError, MismatchError
@@ -67,8 +67,8 @@ class ModelFiles:
                 tuple(weight_file(shard) for shard in weights.shards),
                 weights.is_file,
                 lambda: Provenance.of(weights),
-                {path.name: partial(read_side, path) for path in carried},
-                sum(path.stat().st_size for path in carried),
+                {name: partial(read_side, path) for name, path in carried.items()},
+                sum(path.stat().st_size for path in carried.values()),
                 others,
             )
         metadata = {"format": "pt"}
@@ -78,9 +78,9 @@ class ModelFiles:
         return cls(weights, (file,), True, lambda: Provenance(facts))
 
     def without_side(self) -> ModelFiles:
-        """The same without the files beside the weights, all but the index."""
-        left = tuple(name for name in self.side if name != INDEX_NAME)
-        kept = {name: read for name, read in self.side.items() if name == INDEX_NAME}
+        """The same without the files beside the weights, all but the indexes."""
+        left = tuple(name for name in self.side if not is_index(name))
+        kept = {name: read for name, read in self.side.items() if is_index(name)}
         return replace(self, side=kept, not_carried=(*self.not_carried, *left))
 
     def read(self, block: DeltaBlock) -> Carrier:
@@ -108,7 +108,7 @@ def weight_file(shard: Shard) -> WeightFile:
     raw = bytearray(shard.header.size - 8)
     file = OpenFile.at(shard.path)
     read_exactly(file.fileno(), memoryview(raw), 8, shard.path)
-    return WeightFile(shard.path.name, shard.header, bytes(raw))
+    return WeightFile(shard.name, shard.header, bytes(raw))
 
 
 class RebuiltWeights:

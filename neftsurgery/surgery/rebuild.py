@@ -12,7 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.journal import require_writable
 from ..checkpoint.provenance import fingerprint
-from ..checkpoint.weight_files import INDEX_NAME
+from ..checkpoint.weight_files import is_index
 from ..errors import CorruptFileError, UsageError
 from ..patch.delta import DeltaBlock, WeightFile, blocks_of
 from ..patch.lossless import LosslessPatch
@@ -112,7 +112,7 @@ class RebuildPlan:
             written_checkpoint(out, single=target.single, force=self.force, nbytes=self.nbytes) as new,
         ):
             for name in self.side:
-                (new.path / name).write_bytes(target.side[name]())
+                new.write(name, target.side[name]())
             for file in target.files:
                 with new.opened(file.name, 0o666) as fd:
                     self._write_weights(file, fd, limits, advance)
@@ -188,8 +188,9 @@ def plan_rebuild(
         weights_only = any(patch.weights_only for patch in patches)
         along: tuple[Path, ...] = ()
         if not (checkpoint.is_file or target.single) and (weights_only or checkpoint is not here):
-            own = {INDEX_NAME, *(file.name for file in target.files)}
-            along = tuple(path for path in folder_files(checkpoint).along if str(path) not in own)
+            own = {file.name for file in target.files}
+            copied = folder_files(checkpoint).along
+            along = tuple(path for path in copied if str(path) not in own and not is_index(path.name))
         changes = None
         if out is None:
             require_same_layout(here, target)

@@ -219,8 +219,7 @@ class NewCheckpoint:
         if self.fd is not None:
             yield self.fd
             return
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._place(name)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
             with naming(path):
@@ -233,8 +232,16 @@ class NewCheckpoint:
     ) -> None:
         """Copy files of the folder ``root`` that are not weights."""
         for path in paths:
-            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(root / path, self.path / path, progress=advance)
+            copy_file(root / path, self._place(path), progress=advance)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file that is not weights."""
+        self._place(name).write_bytes(content)
+
+    def _place(self, name: AnyPath) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
 
 @contextmanager
@@ -265,32 +272,16 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
 
         def write(shard: Shard) -> None:
             with new.opened(shard.name, 0o600) as fd:
-                _write_shard(shard, fd, touched.get(shard.path, ()), limits.block, step)
+                mode = copy_file(shard.path, fd, progress=step)
+                _write_rows(shard, fd, touched.get(shard.path, ()), limits.block)
+                os.fchmod(fd, mode)
 
         for _ in in_order(write, checkpoint.shards, limits.threads, stop=stop):
             pass
         new.copy_along(checkpoint.root, () if plan.files is None else plan.files.along, advance)
-        _check_unchanged(plan)
-
-
-def _check_unchanged(plan: RewritePlan) -> None:
-    """Raise a `MachineError` if a file changed since it was checked."""
-    plan.checkpoint.check_unchanged()
-    for rows in plan.rows:
-        rows.patch.check_unchanged()
-
-
-def _write_shard(
-    shard: Shard,
-    fd: int,
-    tensors: Sequence[_TensorRows],
-    block: int | None,
-    advance: Callable[[int], None],
-) -> None:
-    """Copy a weight file to the empty file ``fd`` and write the rows that lie in it."""
-    mode = copy_file(shard.path, fd, progress=advance)
-    _write_rows(shard, fd, tensors, block)
-    os.fchmod(fd, mode)
+        checkpoint.check_unchanged()
+        for rows in plan.rows:
+            rows.patch.check_unchanged()
 
 
 def _touched(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> dict[Path, list[_TensorRows]]:

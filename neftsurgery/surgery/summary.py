@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -116,6 +116,11 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
                 if tensor.layer:
                     layers[tensor.layer] += sums
     base, delta, dot = whole.tolist()
+    try:
+        most = _top(scores, scores.choose(Budget.of(neurons=top)))[:top]
+        shares = {budget: scores.choose(Budget.of(neurons=budget)).facts.captured for budget in _BUDGETS}
+    except NeftError:  # no neuron can be chosen when all hold a NaN, say
+        most, shares = [], {}
     return Summary(
         scores.neurons,
         changed,
@@ -124,8 +129,8 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         _relative(base, delta),
         _moved(layers, delta),
         _moved(kinds, delta),
-        tuple(_top(scores, top)),
-        dict(_captures(scores)),
+        tuple(most),
+        {budget: share for budget, share in shares.items() if share is not None},
         tuple(sorted(name for name, entry in scores.unscored.items() if entry.changed)),
     )
 
@@ -136,27 +141,10 @@ def _moved(groups: Mapping[str, Float64Array], whole: float) -> tuple[Movement, 
     return tuple(sorted(found, key=lambda m: (-m.relative, natural_key(m.name))))
 
 
-def _captures(scores: Scores) -> Iterator[tuple[str, float]]:
-    for budget in _BUDGETS:
-        chosen = _choose(scores, Budget.of(neurons=budget))
-        if chosen is not None and chosen.facts.captured is not None:
-            yield budget, chosen.facts.captured
-
-
-def _top(scores: Scores, count: int) -> Iterator[Neuron]:
-    chosen = _choose(scores, Budget.of(neurons=count))
-    if chosen is None:
-        return
+def _top(scores: Scores, chosen: Selection) -> list[Neuron]:
+    """The chosen neurons, the most sensitive first."""
     found = []
     for name, part in chosen.tensors.items():
         values = scores.values(name)[part.index]
         found += [Neuron(name, int(i), float(v)) for i, v in zip(part.index, values, strict=True)]
-    yield from sorted(found, key=lambda n: (-n.score, n.tensor, n.index))[:count]
-
-
-def _choose(scores: Scores, budget: Budget) -> Selection | None:
-    """A choice that may be impossible: no neuron has a score when all hold a NaN, say."""
-    try:
-        return scores.choose(budget)
-    except NeftError:
-        return None
+    return sorted(found, key=lambda n: (-n.score, n.tensor, n.index))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final, Unpack
+from contextlib import closing
+from dataclasses import astuple, dataclass, field, replace
+from itertools import groupby
+from typing import Final, NamedTuple, Unpack
 
 import numpy as np
 
@@ -84,12 +86,8 @@ class PatchState:
     @property
     def state(self) -> State:
         """The state of all touched tensors together."""
-        total = TensorState()
-        for tensor in self.tensors.values():
-            total.base += tensor.base
-            total.patched += tensor.patched
-            total.neither += tensor.neither
-        return total.state
+        counts = zip(*(astuple(tensor) for tensor in self.tensors.values()), strict=True)
+        return TensorState(*map(sum, counts)).state
 
     def is_done(self, goal: str) -> bool:
         """Whether all vectors are in the state ``goal``, or old and new ones are equal throughout."""
@@ -97,13 +95,11 @@ class PatchState:
         return self.state == goal or not changed
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
+class _Block(NamedTuple):
     patch: int
     name: str
     start: int
     stop: int
-    last: bool
 
 
 def examine(
@@ -123,7 +119,6 @@ def examine(
     for patch in patches:
         patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
-    hashes = (DigestHash(), DigestHash())
     workers = limits.workers(
         block_memory((t.layout for patch in patches for t in patch.tensors.values()), limits.block)
     )
@@ -131,16 +126,16 @@ def examine(
     def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
         return _compare(checkpoint, patches, states, block, limits.block)
 
-    for block, (before, after, now) in in_order(compare, _blocks(patches, limits.block), workers):
-        patch = patches[block.patch]
-        for state, part in zip(hashes, (before, after), strict=True):
-            state.update(part)
-        known = (now == before).all(axis=1), (now == after).all(axis=1)
-        states[block.patch].tensors[block.name].add(*known)
-        if block.last:
-            patch.check_hashes(block.name, *hashes)
-            hashes = (DigestHash(), DigestHash())
-        advance((block.stop - block.start) * patch.tensors[block.name].vector_bytes)
+    with closing(in_order(compare, _blocks(patches, limits.block), workers)) as compared:
+        for (number, name), group in groupby(compared, key=lambda one: one[0][:2]):
+            hashes = DigestHash(), DigestHash()
+            for block, (before, after, now) in group:
+                for state, part in zip(hashes, (before, after), strict=True):
+                    state.update(part)
+                known = (now == before).all(axis=1), (now == after).all(axis=1)
+                states[number].tensors[name].add(*known)
+                advance((block.stop - block.start) * patches[number].tensors[name].vector_bytes)
+            patches[number].check_hashes(name, *hashes)
     if replaced is None:
         replaced = [RowSource(patch, patch.base_values) for patch in reversed(patches) if patch.reversible]
     same = same_bases(checkpoint, patches, [state.applied for state in states], replaced)
@@ -188,9 +183,9 @@ def _blocks(patches: Sequence[Patch], size: int | None) -> Iterator[_Block]:
     for number, patch in enumerate(patches):
         for name, tensor in patch.tensors.items():
             if tensor.count == 0:
-                yield _Block(number, name, 0, 0, True)
+                yield _Block(number, name, 0, 0)
             for start, stop in tensor.blocks(size):
-                yield _Block(number, name, start, stop, stop == tensor.count)
+                yield _Block(number, name, start, stop)
 
 
 @dataclass(frozen=True, repr=False)

@@ -27,6 +27,7 @@ __all__ = [
     "dump",
     "read_document",
     "read_object",
+    "read_value",
     "require_entry",
 ]
 
@@ -96,6 +97,14 @@ def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:
 
 def read_object(path: Path, *, most: int = MAX_OBJECT_BYTES) -> dict[str, Any]:
     """The JSON object in a file of at most ``most`` bytes; a `CorruptFileError` if it is anything else."""
+    content = read_value(path, most=most)
+    if not isinstance(content, dict):
+        raise CorruptFileError("not a JSON object", file=path)
+    return content
+
+
+def read_value(path: Path, *, most: int = MAX_OBJECT_BYTES) -> Any:
+    """The JSON value in a file of at most ``most`` bytes; a `CorruptFileError` if there is none."""
     # O_NONBLOCK: opening a pipe must not wait for a writer.
     with (
         naming(path),
@@ -108,12 +117,9 @@ def read_object(path: Path, *, most: int = MAX_OBJECT_BYTES) -> dict[str, Any]:
             raise CorruptFileError(f"the file is larger than {most:,} bytes", file=path)
         raw = file.read(status.st_size)
     try:
-        content = loads(raw)
+        return loads(raw)
     except ValueError as error:
         raise CorruptFileError(str(error), file=path) from error
-    if not isinstance(content, dict):
-        raise CorruptFileError("not a JSON object", file=path)
-    return content
 
 
 def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[str, Any]:

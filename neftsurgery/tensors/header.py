@@ -12,8 +12,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from json.encoder import encode_basestring_ascii
 
 from safetensors import SafetensorError, safe_open
@@ -66,6 +66,12 @@ class Header:
     offsets: Mapping[str, int]  # where each tensor's data starts, in bytes from the start of the file
     metadata: Mapping[str, str]
     size: int  # bytes of prefix and header together: where the data area starts
+
+    def renamed(self, name_of: Callable[[str], str]) -> Header:
+        """The header with other names of tensors; no two become one."""
+        infos = [replace(info, name=name_of(name)) for name, info in self.tensors.items()]
+        offsets = {name_of(name): offset for name, offset in self.offsets.items()}
+        return replace(self, tensors={info.name: info for info in infos}, offsets=offsets)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

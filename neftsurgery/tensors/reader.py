@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -58,19 +58,60 @@ class WeightReader(TensorReader, RowReader, Protocol):
         """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
 
 
-def _stamp(file: OpenFile) -> tuple[int, int]:
-    status = file.status()
-    return status.st_size, status.st_mtime_ns
+class OnDisk:
+    """What is in a file, which is held open."""
+
+    def __init__(self, file: OpenFile, path: Path | None) -> None:
+        self._open = file
+        #: None for one that was never saved, which ends with its last reference.
+        self.path = path
+        self._stamp = self._size_and_time()
+
+    def _size_and_time(self) -> tuple[int, int]:
+        status = self._open.status()
+        return status.st_size, status.st_mtime_ns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self._open.status().st_size
+
+    def check_in_place(self) -> None:
+        """Raise a ``FileNotFoundError`` if the file was removed or replaced since it was opened."""
+        if self.path is not None and not os.path.samestat(self._open.status(), self.path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
+
+    def check_unchanged(self) -> None:
+        """Raise a `MachineError` if the content was edited since the file was opened.
+
+        A file that was removed or replaced since then still reads as it was.
+        """
+        if self.path is not None and self._size_and_time() != self._stamp:
+            raise changed_file(self.path)
+
+    def stream(self) -> BufferedReader:
+        """The file's bytes from the start, as a file that the caller closes; open one at a time."""
+        copy = os.dup(self._open.fileno())
+        os.lseek(copy, 0, os.SEEK_SET)  # another stream may have moved it; positioned reads do not
+        return os.fdopen(copy, "rb")
+
+    def close(self) -> None:
+        """Close the file; a nameless temporary one is deleted by that."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-class TensorFile:
+class TensorFile(OnDisk):
     """A safetensors file opened for positioned reads; nothing but its header is held."""
 
     def __init__(self, file: OpenFile, header: Header, path: Path | None) -> None:
-        self._file = file
+        super().__init__(file, path)
         self.header = header
-        self.path = path
-        self._stamp = _stamp(file)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> TensorFile:
@@ -108,7 +149,7 @@ class TensorFile:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
-        read_exactly(self._file.fileno(), buffer, self.header.offsets[name] + start, self.path)
+        read_exactly(self._open.fileno(), buffer, self.header.offsets[name] + start, self.path)
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows ``[start, stop)`` of tensor ``name`` along its first axis, in memory.
@@ -130,102 +171,31 @@ class TensorFile:
             self.read_into(name, start * row, raw.data.cast("B"))
         return raw
 
-    def joined(self, names: Sequence[str]) -> NDArray[Any]:
-        """The elements of several tensors of one type, concatenated; neighbours in the file are read at once.
-
-        Only for element types that numpy has.
-        """
-        sizes = [self.tensors[name].nbytes for name in names]
-        raw = np.empty(sum(sizes), np.uint8)
-        start = filled = end = 0  # of the range being collected: its place in the file, and in `raw`
-        position = 0
-        for name, size in zip(names, sizes, strict=True):
-            offset = self.header.offsets[name]
-            if offset != end:
-                read_exactly(self._file.fileno(), raw.data[filled:position], start, self.path)
-                start, filled = offset, position
-            position += size
-            end = offset + size
-        read_exactly(self._file.fileno(), raw.data[filled:], start, self.path)
-        return raw.view(self.tensors[names[0]].type.numpy if names else np.uint8)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole file."""
-        return self._file.status().st_size
-
-    def check_in_place(self) -> None:
-        """Raise a ``FileNotFoundError`` if the file was removed or replaced since it was opened."""
-        if self.path is not None and not os.path.samestat(self._file.status(), self.path.stat()):
-            raise FileNotFoundError(errno.ENOENT, "the file was replaced", str(self.path))
-
-    def stream(self) -> BufferedReader:
-        """The whole file from its start, as a buffered file that the caller closes."""
-        copy = os.dup(self._file.fileno())
-        os.lseek(copy, 0, os.SEEK_SET)  # another stream may have moved it; positioned reads do not
-        return os.fdopen(copy, "rb")
-
-    def check_unchanged(self) -> None:
-        """Raise a `MachineError` if the content was edited since the file was opened.
-
-        A file that was removed or replaced since then still reads as it was.
-        """
-        if self.path is not None and _stamp(self._file) != self._stamp:
-            raise changed_file(self.path)
-
     def copy_to(self, target: int) -> None:
         """Copy the whole file to the descriptor ``target``."""
-        fd, size = self._file.fileno(), self.nbytes
+        fd, size = self._open.fileno(), self.nbytes
         buffer = memoryview(bytearray(min(size, _COPY_BYTES)))
         for start in range(0, size, _COPY_BYTES):
             part = buffer[: min(_COPY_BYTES, size - start)]
             read_exactly(fd, part, start, self.path)
             write_exactly(target, part, start)
 
-    def close(self) -> None:
-        """Close the file; a nameless temporary one is deleted by that."""
-        self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-class FileBacked:
-    """A value whose content stays in its file, which it holds open; saved by copying that file."""
+class FileBacked(OnDisk):
+    """A value whose content stays in its file, which it takes over open; saved by copying that file."""
 
     #: What making it took, where a verb made it.
     timing: Timing = Timing()
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file
-
-    @property
-    def path(self) -> Path | None:
-        """The file; None for a value that was never saved, which ends with its last reference."""
-        return self._file.path
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return self._file.nbytes
-
-    def check_unchanged(self) -> None:
-        """Raise a `MachineError` if the file was edited since it was opened."""
-        self._file.check_unchanged()
+        self._open, self.path, self._stamp = file._open, file.path, file._stamp
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
         """Copy it to the file ``path``, whole or not at all.
 
-        Raises
-        ------
-        UsageError
-            If ``path`` exists, without ``force``.
-        MachineError
-            If it cannot be written.
+        A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
         """
         refuse_output(path, inputs=[], force=force, kind="file")
         with staged_file(path, force=force) as staged:
@@ -233,25 +203,7 @@ class FileBacked:
             self._file.copy_to(staged.fd)
             self.check_unchanged()
 
-    def stream(self) -> BufferedReader:
-        """The file's bytes from the start, as a file that the caller closes; open one at a time."""
-        return self._file.stream()
-
     def sha256(self) -> str:
         """The SHA-256 of the whole file, in hex, as ``sha256sum`` and the Hub show it; reads all of it."""
         with naming(self.path), self.stream() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def check_in_place(self) -> None:
-        """Raise a ``FileNotFoundError`` if its file was removed or replaced since it was opened."""
-        self._file.check_in_place()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

@@ -1,4 +1,4 @@
-"""The record of a run: its loss curve, as JSON lines and as a plot, and the manifest's ``training``."""
+"""The loss curve of a run, as JSON lines and as a plot."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting.training_record import loss_figure
+from ..tensors.document import Facts
 
-__all__ = ["LossPoint", "TrainingFacts", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
+__all__ = ["LossPoint", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
 
 _LOG_NAMES = {
     "loss": "train_loss",
@@ -35,11 +36,6 @@ class LossPoint:
     def to_json(self) -> dict[str, float]:
         """Only what was measured."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LossPoint:
-        """The inverse of `to_json`."""
-        return cls(**value)
 
 
 def curve_from_log(log: Sequence[Mapping[str, Any]]) -> tuple[LossPoint, ...]:
@@ -83,51 +79,8 @@ def write_curve(points: Sequence[LossPoint], path: Path) -> None:
 
 def plot_curve(points: Sequence[LossPoint], path: Path) -> bool:
     """Plot the losses as a PNG, as a report does; False if there are none or matplotlib is not installed."""
-    figure = loss_figure({"training": {"curve": [point.to_json() for point in points]}})
+    figure = loss_figure(Facts({"curve": [point.to_json() for point in points]}))
     if figure is None or find_spec("matplotlib") is None:
         return False
     path.write_bytes(figure.png())
     return True
-
-
-@dataclass(frozen=True)
-class TrainingFacts:
-    """How a patch was trained. There are no paths: they mean nothing on another machine."""
-
-    data: str  # the name of the file or data set
-    examples: int  # for training
-    examples_digest: str  # of all examples
-    probe: str  # `probe.by` of the recipe
-    steps: int  # of the optimizer
-    options: Mapping[str, Any]  # the other keys of the recipe's section `train`
-    train_loss: float | None  # this, `dev_loss` and `best_step` as in `TrainResult`
-    dev_loss: float | None
-    best_step: int | None
-    curve: tuple[LossPoint, ...]  # thinned
-    seconds: float  # of the run
-    torch: str  # version
-    transformers: str  # version
-
-    def to_json(self) -> dict[str, object]:
-        """The manifest's ``training``. The options stand beside the rest; a loss that is None is left out."""
-        facts: dict[str, Any] = {}
-        for one in dataclasses.fields(self):
-            value = getattr(self, one.name)
-            if one.name == "options":
-                facts |= value
-            elif one.name == "curve":
-                facts["curve"] = [point.to_json() for point in value]
-            elif value is not None:
-                facts[one.name] = value
-        return facts
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TrainingFacts:
-        """The inverse of `to_json`."""
-        own = {one.name for one in dataclasses.fields(cls)} - {"options", "curve"}
-        known: dict[str, Any] = {name: value.get(name) for name in own}
-        return cls(
-            **known,
-            options={key: one for key, one in value.items() if key not in own | {"curve"}},
-            curve=tuple(LossPoint.from_json(point) for point in value.get("curve", ())),
-        )

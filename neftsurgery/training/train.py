@@ -65,10 +65,8 @@ def train(
     MismatchError
         If files do not fit the model, no neuron is chosen, an example has other fields than expected, or the
         loss is not a number.
-    CorruptFileError
-        For a line of examples that is not JSON.
-    MachineError
-        If something cannot be read or written.
+    CorruptFileError, MachineError
+        For a line of examples that is not JSON; if something cannot be read or written.
     """
     require_training()
     from .train_plan import plan_train

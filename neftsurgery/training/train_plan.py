@@ -33,7 +33,7 @@ from ..tuning.attached import Attached, attach
 from ..tuning.trainer import last_save
 from .examples import Examples, read_examples
 from .gradient_probe import probe
-from .loss_curve import TrainingFacts, curve_from_log, losses_of, plot_curve, write_curve
+from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
 from .neuron_choice import NeuronChoice, budget_of, choose_from_files
 from .recipe import Recipe
 from .recipe_reader import AnyRecipe, as_key, in_recipe_words, read_recipe
@@ -41,14 +41,10 @@ from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
 from .trainer import make_trainer, trainer_arguments
 
-__all__ = ["TrainPlan", "plan_train", "run_training"]
+__all__ = ["TrainPlan", "plan_train"]
 
 _SAVES = 10  # per run, if the recipe gives no save_every
 _ADAM_BYTES = 8  # per parameter: AdamW's two moments in float32
-
-
-def _never() -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -117,13 +113,36 @@ class TrainPlan:
         limits: Limits | None = None,
         progress: Progress = silent,
         note: Callable[[str], None] = lambda text: None,
-        stop: Callable[[], bool] = _never,
+        stop: Callable[[], bool] = lambda: False,
     ) -> TrainResult:
         """Train, or resume an unfinished run of the same recipe; errors as in `train`.
 
         ``note`` gets sentences; ``stop`` is asked after every step: True saves and stops the run.
         """
-        return run_training(self, limits=limits or Limits.of(), progress=progress, note=note, stop=stop)
+        start = time.perf_counter()
+        directory = self.run_directory
+        with directory.opened(self.identity, restart=self.restart), _quiet_transformers():
+            save = last_save(directory.saves)
+            evaluates = bool(self.examples.dev) and save is None
+            args = self.trainer_arguments(directory.saves, eval_on_start=evaluates)
+            model = load_model(self.base, "causal_lm")
+            selection = directory.load_selection()
+            if selection is None:
+                selection = _choose(self, model, args.device, limits or Limits.of(), note)
+            mode, skip = self.recipe.train.mode, self.recipe.train.skip
+            with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
+                selection = attached.selection
+                with progress("training", self.steps) as advance:
+                    resumed_from = directory.last_step
+                    advance(resumed_from)
+                    trainer = make_trainer(self, attached, args, advance=advance, note=note, stop=stop)
+                    trainer.train(resume_from_checkpoint=None if save is None else str(save))
+                result = _result(self, trainer.state, resumed_from, selection)
+                if not result.finished:
+                    return result
+                result = _publish(self, attached, result, time.perf_counter() - start)
+            directory.remove()
+        return result
 
 
 @boundary
@@ -165,7 +184,8 @@ def plan_train(
         else:
             with in_recipe_words():
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
-        live_names(meta_model(base, "causal_lm"), choice.tensors)  # refuses names that the live model lacks
+        if asked.train.skip is None:  # refuses names that the live model lacks
+            live_names(meta_model(base, "causal_lm"), choice.tensors)
     finally:
         base.close()
     steps = asked.train.steps or _steps(asked, len(examples.train))
@@ -203,38 +223,6 @@ def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdenti
     described = recipe.to_json()
     del described["out"]
     return RunIdentity(described, fingerprint(base), examples.digest())
-
-
-def run_training(
-    plan: TrainPlan,
-    *,
-    limits: Limits,
-    progress: Progress,
-    note: Callable[[str], None],
-    stop: Callable[[], bool],
-) -> TrainResult:
-    """Run a planned training, or resume it; see `TrainPlan.run`."""
-    start = time.perf_counter()
-    directory = plan.run_directory
-    with directory.opened(plan.identity, restart=plan.restart), _quiet_transformers():
-        save = last_save(directory.saves)
-        args = plan.trainer_arguments(directory.saves, eval_on_start=bool(plan.examples.dev) and save is None)
-        model = load_model(plan.base, "causal_lm")
-        selection = directory.load_selection()
-        if selection is None:
-            selection = _choose(plan, model, args.device, limits, note)
-        with attach(model, selection, base=plan.recipe.model, mode=plan.recipe.train.mode) as attached:
-            with progress("training", plan.steps) as advance:
-                resumed_from = directory.last_step
-                advance(resumed_from)
-                trainer = make_trainer(plan, attached, args, advance=advance, note=note, stop=stop)
-                trainer.train(resume_from_checkpoint=None if save is None else str(save))
-            result = _result(plan, trainer.state, resumed_from, selection)
-            if not result.finished:
-                return result
-            result = _publish(plan, attached, result, time.perf_counter() - start)
-        directory.remove()
-    return result
 
 
 def _result(plan: TrainPlan, state: Any, resumed_from: int, selection: Selection) -> TrainResult:
@@ -286,28 +274,30 @@ def _choose(
     return selection
 
 
-def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> TrainingFacts:
+def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> dict[str, object]:
+    """The manifest's ``training``: no paths, which mean nothing on another machine; no loss that is None."""
     options = plan.recipe.to_json()["train"]
-    return TrainingFacts(
-        data=Path(plan.recipe.data.train).name,
-        examples=len(plan.examples.train),
-        examples_digest=plan.examples.digest(),
-        probe=plan.recipe.probe.by,
-        steps=plan.steps,
-        options={key: one for key, one in options.items() if key not in ("steps", "epochs", "save_every")},
-        train_loss=result.train_loss,
-        dev_loss=result.dev_loss,
-        best_step=result.best_step,
-        curve=tuple(losses_of(result.curve)),
-        seconds=round(seconds, 3),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-    )
+    facts = {
+        "data": Path(plan.recipe.data.train).name,
+        "examples": len(plan.examples.train),
+        "examples_digest": plan.examples.digest(),
+        "probe": plan.recipe.probe.by,
+        "steps": plan.steps,
+        **{key: one for key, one in options.items() if key not in ("steps", "epochs", "save_every")},
+        "train_loss": result.train_loss,
+        "dev_loss": result.dev_loss,
+        "best_step": result.best_step,
+        "curve": [point.to_json() for point in losses_of(result.curve)],
+        "seconds": round(seconds, 3),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _publish(plan: TrainPlan, attached: Attached, result: TrainResult, seconds: float) -> TrainResult:
     """Write OUT, whole or not at all."""
-    facts = {"training": _training_facts(plan, result, seconds).to_json()}
+    facts = {"training": _training_facts(plan, result, seconds)}
     with staged_directory(plan.out, force=plan.force) as folder:
         with attached.patch(folder / PATCH_NAME, facts=facts) as patch:
             nbytes = patch.nbytes

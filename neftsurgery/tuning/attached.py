@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -20,13 +22,15 @@ from ..patch.patch import Manifest, Patch
 from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
-from ..text import commas, plural
+from ..text import commas, plural, some
 from .attached_neurons import AttachedNeurons, AttachedPart, register_optimizer_hooks
 from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base
 from .install import install, remove, update_extra_repr
-from .weight_plans import ModeOption, WeightPlan, plan_weights
+from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights
 
 __all__ = ["Attached", "attach"]
+
+log = logging.getLogger(__name__)
 
 
 class Attached:
@@ -40,6 +44,8 @@ class Attached:
         The mode that was asked for.
     trainable:
         Whether the neurons are trained.
+    skipped:
+        The tensors that were left out because they cannot be attached, and why: see ``skip`` of `attach`.
     """
 
     def __init__(
@@ -49,12 +55,15 @@ class Attached:
         base: Checkpoint | None,
         mode: ModeOption,
         trainable: bool,
+        skip: SkipOption = None,
     ) -> None:
         self.model = model
         self.mode = mode
         self.trainable = trainable
+        self.skipped: dict[str, str] = {}
         self._base = base
         self._what = what
+        self._skip: SkipOption = skip
         self._plans: list[WeightPlan] = []
         self._requires_grad: list[tuple[nn.Parameter, bool]] = []  # before the model was frozen
         self._attached = False
@@ -76,8 +85,12 @@ class Attached:
 
     @property
     def selection(self) -> Selection:
-        """Which neurons."""
-        return self._what if isinstance(self._what, Selection) else self._what.selection
+        """Which neurons; without those that were skipped."""
+        chosen = self._what if isinstance(self._what, Selection) else self._what.selection
+        if not self.skipped:
+            return chosen
+        left = {name: tensor for name, tensor in chosen.tensors.items() if name not in self.skipped}
+        return Selection(left, chosen.facts)
 
     @property
     def base(self) -> Provenance:
@@ -135,9 +148,7 @@ class Attached:
         if path is not None:
             inputs = [] if self._base is None else [self._base.source.path]
             refuse_output(path, inputs=inputs, force=force, kind="file")
-        parts = [part.chosen for neurons in self._neurons for part in neurons.parts]
-        tensors = {chosen.info.name: chosen for chosen in parts}
-        selection = Selection(dict(sorted(tensors.items())), self.selection.facts)
+        selection = Selection(self._chosen(), self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
         with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
@@ -145,11 +156,23 @@ class Attached:
                 rows = full_tensor(neurons.rows.detach())
                 for part in neurons.parts:
                     for start, old, new in self._blocks(neurons, part, rows[part.positions]):
-                        writer.add_digests(part.name, *writer.write_rows(part.name, start, old, new))
+                        rows_digests = writer.write_rows(part.name, part.first + start, old, new)
+                        writer.add_digests(part.name, *rows_digests)
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
         return writer.patch
+
+    def _chosen(self) -> dict[str, Chosen]:
+        """The attached neurons by tensor of the files."""
+        found: dict[str, Chosen] = {}
+        for neurons in self._neurons:
+            for part in neurons.parts:  # those of one tensor follow each other
+                index = part.chosen.index
+                if part.name in found:
+                    index = np.concatenate([found[part.name].index, index])
+                found[part.name] = replace(part.chosen, index=index)
+        return dict(sorted(found.items()))
 
     def _blocks(
         self, neurons: AttachedNeurons, part: AttachedPart, rows: Tensor
@@ -181,12 +204,12 @@ class Attached:
             raise UsageError("trainable neurons cannot be switched", hint="detach, then attach the patch")
         if not isinstance(patch, Patch):
             patch = Patch.load(patch)
-        earlier, plans = self._what, self._plans
+        earlier, plans, skipped = self._what, self._plans, self.skipped
         self._remove()
         try:
             self._attach(patch)
         except BaseException:
-            self._install(earlier, plans)
+            self._install(earlier, plans, skipped)
             raise
 
     def refresh(self) -> None:
@@ -205,14 +228,17 @@ class Attached:
         If the model is sharded, every process must call this. The same holds for `patch`.
         """
         self._require_attached()
-        state = {}
+        if not self.trainable:
+            return {}
+        values: dict[str, list[Tensor]] = {}
         for neurons in self._neurons:
-            if not neurons.trainable:
-                continue
             rows = full_tensor(neurons.rows.detach())
             for part in neurons.parts:
-                state[part.name] = rows[part.positions]
-                state[f"{part.name}:index"] = torch.from_numpy(part.chosen.index)
+                values.setdefault(part.name, []).append(rows[part.positions])
+        state = {}
+        for name, chosen in self._chosen().items():
+            state[name] = torch.cat(values[name]) if len(values[name]) > 1 else values[name][0]
+            state[f"{name}:index"] = torch.from_numpy(chosen.index)
         return state
 
     @boundary
@@ -236,9 +262,9 @@ class Attached:
                 )
             if name.endswith(":index") and not torch.equal(mine, theirs.cpu()):
                 raise MismatchError("the state belongs to other neurons", tensor=name.removesuffix(":index"))
-        for neurons in self._neurons:
-            if neurons.trainable:
-                copy_into(neurons.rows, torch.cat([state[part.name] for part in neurons.parts]))
+        for neurons in self._neurons if self.trainable else ():
+            parts = [state[p.name][p.first : p.first + len(p.index)] for p in neurons.parts]
+            copy_into(neurons.rows, torch.cat(parts))
         self.refresh()
 
     def detach(self) -> None:
@@ -268,13 +294,18 @@ class Attached:
     def _attach(self, what: Selection | Patch) -> None:
         """Plan and install ``what``. If that fails, nothing is changed."""
         try:
-            plans = plan_weights(self.model, what, base=self._base, mode=self.mode, trainable=self.trainable)
+            plans, skipped = plan_weights(
+                self.model, what, base=self._base, mode=self.mode, trainable=self.trainable, skip=self._skip
+            )
         finally:
             self._close_base()
-        self._install(what, plans)
+        if skipped:
+            reason = next(iter(skipped.values()))
+            log.warning("left out: %s cannot be attached (the first: %s)", some([*skipped]), reason)
+        self._install(what, plans, skipped)
 
-    def _install(self, what: Selection | Patch, plans: list[WeightPlan]) -> None:
-        self._what = what
+    def _install(self, what: Selection | Patch, plans: list[WeightPlan], skipped: dict[str, str]) -> None:
+        self._what, self.skipped = what, skipped
         try:
             if self.trainable:
                 self._freeze()
@@ -321,6 +352,7 @@ def attach(
     base: BaseOption = None,
     mode: ModeOption = "auto",
     trainable: bool | None = None,
+    skip: SkipOption = None,
 ) -> Attached:
     """Make the chosen neurons of a live model trainable and freeze the rest; or put a patch's values in.
 
@@ -342,6 +374,9 @@ def attach(
         ``auto``: scatter where possible.
     trainable:
         None: a selection is, a patch is not.
+    skip:
+        ``"unattachable"``: leave out tensors that cannot be attached to this model, with a warning that names
+        them, instead of refusing them all. `Attached.skipped` tells why.
 
     Raises
     ------
@@ -349,7 +384,7 @@ def attach(
         If the selection or patch does not fit the model or its base, or the model's dtype cannot hold
         the checkpoint's values exactly. Nothing is changed.
     UsageError
-        If a layer's type, or neurons that are already attached, do not allow it. Nothing is changed.
+        If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
     _refuse_wrapped(model)
     if isinstance(what, (str, os.PathLike)):
@@ -357,7 +392,7 @@ def attach(
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:
         raise UsageError("a selection has no values", hint="attach a patch, or train the selection")
-    attached = Attached(model, what, find_base(model, base), mode, train)
+    attached = Attached(model, what, find_base(model, base, what.tensors), mode, train, skip)
     attached._attach(what)
     return attached
 

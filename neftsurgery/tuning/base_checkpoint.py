@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.parts import listed_parts
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, NeftError
 from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
+from ..neurons.submodels import split_part
 from ..neurons.vectors import gather
 from ..patch.digests import DigestHash, digests
 from ..patch.patch import Patch
@@ -37,8 +40,19 @@ log = logging.getLogger(__name__)
 BaseOption: TypeAlias = str | os.PathLike[str] | Literal[False] | None
 
 
-def find_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
-    """The checkpoint of ``base``; None: the one that the model names, if it is on this machine."""
+def find_base(model: nn.Module, base: BaseOption, names: Collection[str] = ()) -> Checkpoint | None:
+    """The checkpoint of ``base``; None: the one that the model names, if it is on this machine.
+
+    If the ``names`` of tensors are those of a part of a checkpoint, it is the whole that the part is in.
+    """
+    found = _named_base(model, base)
+    part = next((part for name in names if (part := split_part(name)[0])), "")
+    if found is None or part != f"{found.root.name}/" or not listed_parts(found.root.parent):
+        return found
+    return Checkpoint.open(found.root.parent)
+
+
+def _named_base(model: nn.Module, base: BaseOption) -> Checkpoint | None:
     if base is False:
         return None
     if base is not None:
@@ -136,11 +150,15 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
             )
 
 
-def checked_values(patch: Patch, name: str, vectors: Tensor | None, base: Checkpoint | None) -> Tensor:
-    """A patch's values of one tensor, ``[k, width]`` in its dtype, after checking that the patch fits.
+def checked_values(
+    patch: Patch, part: Chosen, first: int, vectors: Tensor | None, base: Checkpoint | None
+) -> Tensor:
+    """A patch's values of ``part``, ``[k, width]`` in its dtype, after checking that the patch fits.
 
-    ``vectors``: those of the live weight, None if it is quantized; the base is read if they cannot tell.
+    ``part`` holds the neurons of one tensor from position ``first`` on. ``vectors``: those of the live
+    weight, None if it is quantized; the base is read if they cannot tell.
     """
+    name, last = part.info.name, first + len(part.index)
     tensor = patch.tensors[name]
     before, after = DigestHash(), DigestHash()
     values, different, unknown = [], 0, False
@@ -149,20 +167,24 @@ def checked_values(patch: Patch, name: str, vectors: Tensor | None, base: Checkp
         new = patch.values(name, start, stop)
         before.update(stored)
         after.update(digests(new))
-        values.append(from_bytes(new, tensor.info.dtype))
-        chosen = Chosen(tensor.info, tensor.layout, patch.index(name)[start:stop])
-        found = _base_digests(chosen, None if vectors is None else vectors[start:stop], base)
+        low, high = max(start, first), min(stop, last)
+        if low >= high:
+            continue
+        values.append(from_bytes(new[low - start : high - start], tensor.info.dtype))
+        own = slice(low - first, high - first)
+        chosen = Chosen(tensor.info, tensor.layout, part.index[own])
+        found = _base_digests(chosen, None if vectors is None else vectors[own], base)
         if found is None:
             unknown = True
         else:
-            different += int(np.count_nonzero((found != stored).any(axis=1)))
+            different += int(np.count_nonzero((found != stored[low - start : high - start]).any(axis=1)))
     patch.check_hashes(name, before, after)
     if different:
         raise MismatchError(
             f"{patch.name} was made from another base",
             tensor=name,
             expected="the vectors of its base",
-            found=f"{different} of {tensor.count} vectors that differ",
+            found=f"{different} of {len(part.index)} vectors that differ",
             hint="detach() other patches first; `neftsurgery verify` tells which base a checkpoint is",
         )
     if unknown:

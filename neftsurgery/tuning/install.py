@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .attached_neurons import AttachedNeurons, refuse_pickling
 from .forwards import LayerForward, LayerNeurons
-from .neuron_weight import renew_weight
+from .linear_weight import LinearNeurons
+from .neuron_weight import NeuronWeight, WeightNeurons
 
 __all__ = [
     "Layers",
@@ -103,7 +105,7 @@ def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers, use
         if forward.is_lookup and neurons.inverse_index is None:
             neurons.make_inverse_index()
         _replace_forward(layer, neurons, forward)
-    renew_weight(uses, _read(neurons))
+    _renew_weight(uses, _read(neurons))
 
 
 def _read(neurons: AttachedNeurons) -> Iterable[AttachedNeurons]:
@@ -120,12 +122,41 @@ def remove(neurons: AttachedNeurons, layers: Layers, uses: Uses) -> None:
     state = _state(neurons.module)
     if neurons in state.owned:
         state.owned.remove(neurons)
-    renew_weight(uses, _read(neurons))
+    _renew_weight(uses, _read(neurons))
     if not any(other.trainable for other in state.owned):
         for handle in state.handles:
             handle.remove()
         state.handles = []
     _drop_empty_state(neurons.module)
+
+
+def _renew_weight(uses: Uses, attached: Iterable[AttachedNeurons]) -> None:
+    """Have what reads a weight find the neurons ``attached`` in it; if there are none, the weight itself."""
+    found, weight = tuple(attached), None
+    if found:
+        first = next((neurons for neurons in found if neurons.trainable), found[0])
+        read = (LinearNeurons if LinearNeurons.fits(found) else WeightNeurons)(found)
+        rows = first.rows if first.trainable else None
+        weight = NeuronWeight.of(read, first.weight, rows, first.layout, first.index)
+    module: Any
+    for module, attribute in uses:
+        if weight is not None:
+            module.__dict__[attribute] = weight
+            # So FSDP2 assigns its shards as attributes, which takes this away: it must find its own weights.
+            module.__dict__["__setattr__"] = partial(setattr, module)
+        else:
+            _restore_weight(module, attribute)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # the list of weights that it computes with
+
+
+def _restore_weight(module: nn.Module, attribute: str) -> None:
+    module.__dict__.pop(attribute, None)
+    parameter = module._parameters[attribute]
+    if isinstance(parameter, NeuronWeight):  # the model's weights were tied while neurons were attached
+        module._parameters[attribute] = parameter.parameter
+    if not any(isinstance(value, NeuronWeight) for value in module.__dict__.values()):
+        module.__dict__.pop("__setattr__", None)
 
 
 def _replace_forward(module: nn.Module, neurons: AttachedNeurons, forward: LayerForward) -> None:

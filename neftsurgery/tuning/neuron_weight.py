@@ -9,13 +9,12 @@ layer keeps a list of weights. The price is a gradient of the whole weight, for 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import Function
 from torch.utils._pytree import tree_map_only
@@ -25,7 +24,7 @@ from ..neurons.layout import Layout
 from .attached_neurons import AttachedNeurons, refuse_pickling
 from .frozen_weights import apply_function
 
-__all__ = ["NeuronWeight", "WeightNeurons", "renew_weight"]
+__all__ = ["CarriedRows", "NeuronWeight", "WeightNeurons"]
 
 
 class CarriedRows(Function):
@@ -35,21 +34,32 @@ class CarriedRows(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, layout: Layout, index: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """The values, of the layout's shape; never an argument, so in no function's result is it a view."""
-        ctx.layout, ctx.index, ctx.rows_dtype = layout, index, rows.dtype
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        layout: Layout,
+        index: Tensor,
+        ids: Tensor | None,
+        make: Callable[[], Tensor],
+    ) -> Tensor:
+        """The values, of the layout's shape; of ``ids``, if any, along its first axis. They are no argument,
+        so that no function's result is a view of one.
+        """
+        ctx.layout, ctx.index, ctx.ids, ctx.rows_dtype = layout, index, ids, rows.dtype
         return make()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``rows``."""
         dense = grad.to_dense() if grad.is_sparse else grad
-        return read_vectors(dense, ctx.layout, ctx.index).to(ctx.rows_dtype), None, None, None
+        if ctx.ids is not None:
+            dense = dense.new_zeros(ctx.layout.shape).index_add(0, ctx.ids, dense)
+        return read_vectors(dense, ctx.layout, ctx.index).to(ctx.rows_dtype), None, None, None, None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightNeurons:
-    """All neurons attached to one live weight, at most one of them trainable."""
+    """All neurons attached to one live weight, at most one set of them trainable."""
 
     attached: tuple[AttachedNeurons, ...]
 
@@ -59,17 +69,15 @@ class WeightNeurons:
         return self.attached[0].weight
 
     @property
-    def trained(self) -> AttachedNeurons | None:
-        """The neurons that get a gradient now."""
-        if not torch.is_grad_enabled():
-            return None
+    def trainable(self) -> AttachedNeurons | None:
+        """The neurons that are trained."""
         return next((neurons for neurons in self.attached if neurons.trainable), None)
 
     def values(self) -> Tensor:
         """The weight with the values of all neurons in it: itself, or a copy where it is overlaid."""
         for neurons in self.attached:
             neurons.refresh()
-        weight = self.stored.detach()
+        weight = self.attached[0].weight.detach()
         overlaid = [neurons for neurons in self.attached if neurons.mode == "overlay"]
         if overlaid:
             weight = weight.clone()
@@ -79,10 +87,14 @@ class WeightNeurons:
 
     def carried(self) -> Tensor:
         """`values`, through which the trainable neurons get their gradient."""
-        neurons = self.trained
-        if neurons is None:
+        neurons = self.trainable
+        if neurons is None or not torch.is_grad_enabled():
             return self.values()
-        return apply_function(CarriedRows, neurons.rows, neurons.layout, neurons.index, self.values)
+        return apply_function(CarriedRows, neurons.rows, neurons.layout, neurons.index, None, self.values)
+
+    def compute(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of the torch function ``name``, if there is a better way than by `carried`."""
+        return NotImplemented
 
 
 class NeuronWeight(Tensor):
@@ -93,23 +105,30 @@ class NeuronWeight(Tensor):
     _is_param = True  # isinstance(weight, nn.Parameter), as of the parameter that it stands for
 
     @staticmethod
-    def of(neurons: WeightNeurons, rows: Tensor | None, like: Tensor) -> NeuronWeight:
-        """It stands for the parameter ``like``; the trainable rows are ``rows``."""
+    def of(
+        neurons: WeightNeurons,
+        parameter: Tensor,
+        rows: Tensor | None,
+        layout: Layout,
+        index: Tensor,
+        ids: Tensor | None = None,
+    ) -> NeuronWeight:
+        """It stands for ``parameter``, or a part of it. The other arguments are those of `CarriedRows`."""
+        size = layout.shape if ids is None else (len(ids), *layout.shape[1:])
 
         def make() -> Tensor:
             weight: NeuronWeight = Tensor._make_wrapper_subclass(
-                NeuronWeight, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+                NeuronWeight, size, dtype=parameter.dtype, device=parameter.device
             )
-            weight.neurons, weight.parameter = neurons, like
+            weight.neurons, weight.parameter = neurons, parameter
             return weight
 
-        trained = next((each for each in neurons.attached if each.trainable), None)
-        if rows is None or trained is None:
+        if rows is None:
             return make()  # type: ignore[return-value]
         # A function of autograd, so that code which torch does not ask (custom functions, extensions in C++)
         # gives the rows their gradient too.
         with torch.enable_grad():
-            weight: Any = apply_function(CarriedRows, rows, trained.layout, trained.index, make)
+            weight: Any = apply_function(CarriedRows, rows, layout, index, ids, make)
         return weight  # type: ignore[no-any-return]
 
     @classmethod
@@ -125,7 +144,12 @@ class NeuronWeight(Tensor):
         if name == "__get__":
             name = func.__self__.__name__
         if name == "requires_grad":
-            return args[0].neurons.trained is not None
+            return torch.is_grad_enabled() and args[0].neurons.trainable is not None
+        for argument in (*args, *(kwargs or {}).values()):
+            if isinstance(argument, NeuronWeight) and torch.is_grad_enabled():
+                out = argument.neurons.compute(name, func, args, kwargs or {})
+                if out is not NotImplemented:
+                    return out
         changed, computed = (args[:1], args[1:]) if _is_in_place(name) or name in _STORED else ((), args)
         stored = tree_map_only(NeuronWeight, lambda weight: weight.neurons.stored, changed)
         more, named = tree_map_only(
@@ -156,10 +180,11 @@ class NeuronWeight(Tensor):
         return f"NeuronWeight({self.neurons.carried()!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NeuronWeight:
-        twins = WeightNeurons(tuple(copy.deepcopy(list(self.neurons.attached), memo)))
-        trained = next((neurons for neurons in self.neurons.attached if neurons.trainable), None)
+        trained = self.neurons.trainable
         rows = None if trained is None else copy.deepcopy(trained.rows, memo)
-        memo[id(self)] = twin = NeuronWeight.of(twins, rows, copy.deepcopy(self.parameter, memo))
+        twins = type(self.neurons)(tuple(copy.deepcopy(list(self.neurons.attached), memo)))
+        parameter, first = copy.deepcopy(self.parameter, memo), trained or self.neurons.attached[0]
+        memo[id(self)] = twin = NeuronWeight.of(twins, parameter, rows, first.layout, first.index)
         return twin
 
     def __reduce_ex__(self, protocol: object) -> Any:
@@ -183,30 +208,3 @@ _STORED = {
     "is_quantized", "is_sparse", "itemsize", "layout", "names", "nbytes", "ndim", "ndimension", "nelement",
     "numel", "retains_grad", "shape", "size", "storage", "storage_offset", "stride", "untyped_storage",
 }  # fmt: skip
-
-
-def renew_weight(uses: Iterable[tuple[nn.Module, str]], attached: Iterable[AttachedNeurons]) -> None:
-    """Have all modules that own a weight read the neurons ``attached`` to it; none: the weight itself."""
-    neurons, weight = WeightNeurons(tuple(attached)), None
-    if neurons.attached:
-        rows = next((each.rows for each in neurons.attached if each.trainable), None)
-        weight = NeuronWeight.of(neurons, rows, neurons.stored)
-    module: Any
-    for module, attribute in uses:
-        if weight is not None:
-            module.__dict__[attribute] = weight
-            # FSDP2 then assigns its shards as attributes, which takes the weight away: it knows only its own.
-            module.__dict__["__setattr__"] = partial(setattr, module)
-        else:
-            _restore(module, attribute)
-        if isinstance(module, nn.RNNBase):
-            module._init_flat_weights()  # the list of weights that it computes with
-
-
-def _restore(module: nn.Module, attribute: str) -> None:
-    module.__dict__.pop(attribute, None)
-    held = module._parameters[attribute]
-    if isinstance(held, NeuronWeight):  # the model's weights were tied while neurons were attached
-        module._parameters[attribute] = held.parameter
-    if not any(isinstance(value, NeuronWeight) for value in module.__dict__.values()):
-        module.__dict__.pop("__setattr__", None)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
-from ..errors import MismatchError, UsageError
-from ..live.names import live_names
+from ..errors import MismatchError, NeftError, UsageError
+from ..live.placement import live_places
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
@@ -26,9 +25,10 @@ from .base_checkpoint import base_vectors, check_weights, checked_values, float_
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
 
-__all__ = ["ModeOption", "WeightPlan", "plan_weights"]
+__all__ = ["ModeOption", "SkipOption", "WeightPlan", "plan_weights"]
 
 ModeOption: TypeAlias = Literal["auto", "scatter", "overlay"]
+SkipOption: TypeAlias = Literal["unattachable"] | None
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,12 @@ def plan_weights(
     base: Checkpoint | None,
     mode: ModeOption,
     trainable: bool,
-) -> list[WeightPlan]:
-    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`."""
+    skip: SkipOption,
+) -> tuple[list[WeightPlan], dict[str, str]]:
+    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`.
+
+    Also tells why each tensor that ``skip`` leaves out cannot be attached.
+    """
     if mode not in ("auto", "scatter", "overlay"):
         raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)
     if not isinstance(what, (Selection, Patch)):
@@ -74,13 +78,39 @@ def plan_weights(
             "this model already has trainable neurons",
             hint="detach() them, or attach one selection of all neurons",
         )
+    if skip not in (None, "unattachable"):
+        raise UsageError("there is no such way to skip", expected="None or unattachable", found=skip)
+    skipped: dict[str, str] = {}
+    while True:
+        left = {name: chosen for name, chosen in tensors.items() if name not in skipped}
+        try:
+            plans = _plan_all(model, left, mode, trainable)
+        except NeftError as error:
+            if skip is None or error.tensor not in left or isinstance(error, _ShapeError):
+                raise
+            skipped[error.tensor] = error.what
+            if all(name in skipped for name, chosen in tensors.items() if len(chosen.index)):
+                raise
+        else:
+            break
+    return [replace(plan, values=_values(plan.neurons, what, base)) for plan in plans], skipped
+
+
+class _ShapeError(MismatchError):
+    """The model is another one: no reason to leave a tensor out."""
+
+
+def _plan_all(
+    model: nn.Module, tensors: Mapping[str, Chosen], mode: ModeOption, trainable: bool
+) -> list[WeightPlan]:
+    """The plans, still without values; an error names the tensor that cannot be attached."""
     all_uses, parameters = _parameter_uses(model), dict(model.named_parameters(remove_duplicate=False))
     plans = []
     for parameter, (layout, parts) in _parts(model, tensors).items():
         uses = all_uses[id(parameters[parameter])]
         neurons, layers, readers = _plan_neurons(layout, parts, uses, mode, trainable)
         _check_overlap(neurons)
-        plans.append(WeightPlan(neurons, _values(neurons, what, base), layers, readers))
+        plans.append(WeightPlan(neurons, None, layers, readers))
     return plans
 
 
@@ -88,25 +118,35 @@ def _parts(
     model: nn.Module, tensors: Mapping[str, Chosen]
 ) -> dict[str, tuple[Layout, tuple[AttachedPart, ...]]]:
     """The layout of each parameter of the model, and the parts that it holds, in the order of its neurons."""
-    names = live_names(model, tensors)
-    found: dict[str, tuple[Layout, list[tuple[Chosen, NDArray[np.int64]]]]] = {}
-    for name, chosen in tensors.items():
-        if len(chosen.index):
-            layout, held = found.setdefault(names[name], (chosen.layout, []))
-            if layout != chosen.layout:
+    found: dict[str, tuple[Layout, list[AttachedPart]]] = {}
+    places = live_places(model, {name: one.layout for name, one in tensors.items() if len(one.index)})
+    for name, held in places.items():
+        for place in held:
+            index = place.index_of(tensors[name].index)
+            here = np.flatnonzero(index >= 0)
+            if not len(here):
+                continue
+            if here[-1] - here[0] >= len(here):
+                raise MismatchError(
+                    "transformers deals its neurons out to several weights",
+                    tensor=name,
+                    found=place.parameter,
+                )
+            layout, parts = found.setdefault(place.parameter, (place.layout, []))
+            if layout != place.layout:
                 raise UsageError(
-                    f"{held[0][0].info.name} has neurons along another axis of the same weight",
+                    f"{parts[0].name} has neurons along another axis of the same weight",
                     tensor=name,
                     hint="choose neurons along one of the axes",
                 )
-            held.append((chosen, chosen.index))
-    placed = {}
-    for parameter, (layout, held) in found.items():
-        held.sort(key=lambda one: int(one[1][0]))
-        starts = itertools.accumulate((len(index) for _, index in held), initial=0)
-        parts = (AttachedPart(*one, start) for one, start in zip(held, starts, strict=False))
-        placed[parameter] = (layout, tuple(parts))
-    return placed
+            chosen = replace(tensors[name], index=tensors[name].index[here])
+            parts.append(AttachedPart(chosen, index[here], int(here[0])))
+    for parameter, (layout, parts) in found.items():
+        parts.sort(key=lambda part: int(part.index.min()))
+        starts = itertools.accumulate((len(part.index) for part in parts), initial=0)
+        placed = (replace(part, start=start) for part, start in zip(parts, starts, strict=False))
+        found[parameter] = (layout, [*placed])
+    return {parameter: (layout, tuple(parts)) for parameter, (layout, parts) in found.items()}
 
 
 def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:
@@ -166,7 +206,7 @@ def _plan_neurons(
 
 def _check_shape(name: str, layout: Layout, found: tuple[int, ...]) -> None:
     if found != layout.shape:
-        raise MismatchError(
+        raise _ShapeError(
             "the model's weight has another shape",
             tensor=name,
             expected=list(layout.shape),
@@ -267,7 +307,7 @@ def _part_values(
             hint='load the model with dtype="auto" or a wider one',
         )
     if isinstance(what, Patch):
-        return checked_values(what, part.name, vectors, base)
+        return checked_values(what, chosen, part.first, vectors, base)
     if vectors is not None:
         check_weights(vectors, chosen, base)
         return None

@@ -4,13 +4,18 @@ Each type is described in a process of its own, with a time limit. What is known
 ``--state``, so a run that was cut short goes on; ``--only`` describes some types anew. The difference to the
 committed file is shown.
 
-``python -m tests.architectures sweep`` reads the files of all these models with the table.
+``python -m tests.architectures sweep`` reads the files of all these models with the table, andputs every
+type through each verb: small, with weights, in a process of its own. Types that are done are kept in
+``--state``; ``--only`` does some anew.
+
+``python -m tests.architectures experts`` trains experts of mixtures end to end.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +23,16 @@ from typing import Any
 import torch
 import transformers
 
-from .harvest import describe, gather, in_children
+from neftsurgery.neurons.submodels import NO_PATTERN
+
+from .children import in_children
+from .experts import EXPERTS, train_experts
+from .harvest import describe, gather
 from .rows import DATA, OVERLAY, Record, load_overlay, make_data, text_of
 from .sweep import PAGE, put_page, read_back
 from .tiny_models import model_types
+from .trial_page import put_trials, wrong
+from .trials import try_type
 
 STATE = Path(__file__).resolve().parents[2] / "build" / "architectures"
 
@@ -29,21 +40,28 @@ STATE = Path(__file__).resolve().parents[2] / "build" / "architectures"
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
-    parser.add_argument("command", choices=["families", "sweep"])
+    parser.add_argument("command", choices=["families", "sweep", "experts"])
     parser.add_argument("--state", type=Path, default=STATE / f"transformers-{transformers.__version__}")
-    parser.add_argument("--only", default="", help="model types to describe anew, separated by commas")
-    parser.add_argument("--keep", action="store_true", help="describe nothing anew")
+    parser.add_argument("--only", default="", help="model types to do anew, separated by commas")
+    parser.add_argument("--keep", action="store_true", help="do nothing anew")
+    parser.add_argument("--jobs", type=int, default=2, help="model types that are done at once")
     parser.add_argument("--overlay", type=Path, default=OVERLAY)
     parser.add_argument("--page", type=Path, default=PAGE, help="where `sweep` puts its table")
     parser.add_argument("--data", type=Path, default=DATA)
     options = parser.parse_args(arguments)
-    if options.command == "sweep":
-        return sweep(*gather(options.state, model_types()), options.page)
     torch.set_num_threads(1)
     chosen = [name for name in options.only.split(",") if name]
-    for name in chosen:
-        (options.state / f"{name}.json").unlink(missing_ok=True)
-    in_children(describe, chosen or ([] if options.keep else model_types()), options.state)
+    if options.command == "experts":
+        return experts(chosen or EXPERTS.split())
+    names = chosen or ([] if options.keep else model_types())
+    if options.command == "sweep":
+        trials = options.state / "trials"
+        _forget(chosen, trials)
+        in_children(try_type, names, trials, jobs=options.jobs, seconds=300)
+        failures = sweep(*gather(options.state, model_types()), options.page)
+        return failures | try_page(trials, options.page)
+    _forget(chosen, options.state)
+    in_children(describe, names, options.state, jobs=options.jobs)
     found, failed = gather(options.state, model_types())
     overlay = load_overlay(options.overlay)
     built = {owner for told in found.values() for owner in told["records"]}
@@ -61,6 +79,37 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def experts(names: list[str]) -> int:
+    """Train the experts of some types, print what became of each; 1 if one is wrong."""
+    transformers.utils.logging.disable_progress_bar()
+    failures = 0
+    for name in names:
+        run = train_experts(name)
+        failures |= int(not run.right)
+        losses = " ".join(f"{loss:.3f}" for loss in run.losses)
+        print(
+            f"{name}: {'right' if run.right else 'wrong'}: {run.neurons} neurons of {run.tensors} tensors,"
+            f" {run.moved} of them changed; loss {losses}; loaded logits {run.apart:.1e} apart",
+            flush=True,
+        )
+    return failures
+
+
+def _forget(names: list[str], folder: Path) -> None:
+    for name in names:
+        (folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def try_page(folder: Path, page: Path) -> int:
+    """Put into ``page`` what the trials in ``folder`` found; 1 if something is wrong."""
+    stored = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    put_trials(page, stored)
+    found = wrong(stored)
+    print("\n".join(found))
+    print(f"{len(stored)} model types, {len(found)} wrong")
+    return int(bool(found))
+
+
 def sweep(found: dict[str, Any], failed: dict[str, str], page: Path) -> int:
     """Put into ``page`` what the table says of every model that was built, beside what is live."""
     by_hand = [
@@ -71,7 +120,7 @@ def sweep(found: dict[str, Any], failed: dict[str, str], page: Path) -> int:
         for entry in load_overlay()
         for block in entry.get("blocks", ())
         for key, text in block.items()
-        if key != "order"
+        if key not in NO_PATTERN
     ]
     outcomes = {name: read_back(told["models"], by_hand) for name, told in found.items() if told["models"]}
     for name, outcome in outcomes.items():

@@ -1,14 +1,15 @@
 """Attention units, found by experiment: names and sizes propose them, what the module computes decides.
 
 A unit is one key/value head and the query heads that read it. If its output columns are silent, nothing that
-happens to its rows of q, k and v is heard. How many heads there are is what the package reads in the config.
+happens to its rows of q, k and v is heard; and two units that change places are not heard. How many heads
+there are is what the package reads in the config.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -21,7 +22,8 @@ from neftsurgery.neurons.families import Attention
 from neftsurgery.neurons.submodels import Heads, Role, Submodel
 from neftsurgery.neurons.units import unit_spans
 
-from .trial import Trial, layers_of, sizes_of
+from .calls import Call, Calls
+from .trial import Trial, alike, layers_of, sizes_of
 
 __all__ = ["LiveAttention", "attention_blocks", "units_of"]
 
@@ -38,6 +40,7 @@ class LiveAttention:
     members: tuple[tuple[str, str], ...]
     heads: Heads
     fused: str = "sections"
+    tied: str = ""  # other parameters, or arguments of the module, that hold something of each unit
 
 
 def units_of(member: str, rows: int, heads: Heads, fused: str) -> Any:
@@ -47,7 +50,9 @@ def units_of(member: str, rows: int, heads: Heads, fused: str) -> Any:
     return np.concatenate([np.repeat(np.arange(s.first, s.first + s.units), s.repeat) for s in spans])
 
 
-def attention_blocks(model: Any, seen: dict[tuple[Any, ...], list[LiveAttention]]) -> Iterator[LiveAttention]:
+def attention_blocks(
+    model: Any, calls: Calls, seen: dict[tuple[Any, ...], list[LiveAttention]]
+) -> Iterator[LiveAttention]:
     """Those of ``model``, on the meta device. Of modules that are alike, one is tried: see ``seen``."""
     configs: dict[str, PreTrainedConfig] = {}
     for path, module in model.named_modules():
@@ -61,15 +66,15 @@ def attention_blocks(model: Any, seen: dict[tuple[Any, ...], list[LiveAttention]
         heads = Submodel("", (), True, config.to_dict()).heads(path.split("."))
         if heads is None:
             continue
-        key = (type(module), heads, *((name, sizes_of(layer)) for name, layer in layers.items()))
+        key = (heads, *alike(module, calls.of(path)))
         if key not in seen:
-            seen[key] = list(_blocks_of(module, layers, heads))
+            seen[key] = list(_blocks_of(module, layers, heads, calls.of(path)))
         for block in seen[key]:
             members = tuple(
                 (member, f"{path}.{name}.weight" if path else f"{name}.weight")
                 for member, name in block.members
             )
-            yield LiveAttention(members, heads, block.fused)
+            yield replace(block, members=members)
 
 
 def _ancestors(path: str) -> Iterator[str]:
@@ -79,17 +84,30 @@ def _ancestors(path: str) -> Iterator[str]:
     yield ""
 
 
-def _blocks_of(module: nn.Module, layers: Mapping[str, nn.Module], heads: Heads) -> Iterator[LiveAttention]:
+def _blocks_of(
+    module: nn.Module, layers: Mapping[str, nn.Module], heads: Heads, call: Call | None
+) -> Iterator[LiveAttention]:
     taken: set[str] = set()
+    trials: dict[int, list[_AttentionTrial]] = {}
     for proposal in _proposals(layers, heads):
         names = {name for _, name in proposal}
         if len({name.partition(".")[0] for name in names}) < 2 or names & taken:
             continue
-        for fused in _FUSED if proposal[0][0] == "qkv" else _FUSED[:1]:
-            if _holds(module, layers, proposal, heads, fused):
-                taken |= names
-                yield LiveAttention(proposal, heads, fused)
-                break
+        width = sizes_of(layers[proposal[0][1]])[0]  # type: ignore[index]
+        head = sizes_of(layers[dict(proposal)["o"]])[0] // heads.query  # type: ignore[index]
+        if width not in trials:
+            given = [call, None] if call else [None]
+            trials[width] = [one for each in given for one in _AttentionTrial.made(module, width, each, head)]
+        found = (
+            LiveAttention(proposal, heads, fused, tied)
+            for fused in (_FUSED if proposal[0][0] == "qkv" else _FUSED[:1])
+            for trial in trials[width]
+            if (tied := _holds(trial, layers, proposal, heads, fused)) is not None
+        )
+        block = next(found, None)
+        if block is not None:
+            taken |= names
+            yield block
 
 
 def _proposals(layers: Mapping[str, nn.Module], heads: Heads) -> Iterator[tuple[tuple[str, str], ...]]:
@@ -110,41 +128,40 @@ def _proposals(layers: Mapping[str, nn.Module], heads: Heads) -> Iterator[tuple[
 
 
 class _AttentionTrial(Trial):
-    def run(self) -> Any:
-        if "position_embeddings" not in self.names:
-            return super().run()
-        for size in self.rotated:
-            angles = torch.linspace(0, 1, self.input.shape[1] * size, dtype=torch.float64).view(1, -1, size)
-            self.given["position_embeddings"] = (
-                angles.cos().expand(3, -1, -1),
-                angles.sin().expand(3, -1, -1),
-            )
+    @classmethod
+    def made(cls, module: nn.Module, width: int, call: Call | None, head: int) -> Iterator[_AttentionTrial]:
+        """A trial that runs: without a ``call``, with a rotation that fits."""
+        for size in (0,) if call else (head, head // 2, head // 4, 2 * (head // 4)):
             try:
-                out = super().run()
-            except Exception:  # another part of the head is rotated
+                trial = cls(module, width, call)
+                if size and "position_embeddings" in trial.names:
+                    angles = torch.linspace(0, 1, 4 * size, dtype=torch.float64).view(1, -1, size)
+                    rotation = tuple(one.expand(3, -1, -1) for one in (angles.cos(), angles.sin()))
+                    trial.given["position_embeddings"] = rotation
+                trial.run()
+            except Exception:  # another part of the head is rotated, or it does not run alone
                 continue
-            self.rotated = [size]
-            return out
-        raise ValueError("no rotation fits")
+            yield trial
+            return
 
 
 def _holds(
-    module: nn.Module,
+    trial: Trial,
     layers: Mapping[str, nn.Module],
     proposal: tuple[tuple[str, str], ...],
     heads: Heads,
     fused: str,
-) -> bool:
-    """Whether the first and the last unit are heard through their output columns alone."""
+) -> str | None:
+    """What ties the units to their places, if the first and the last are heard through their columns alone.
+
+    They are not where one norm spans all heads: that is such a tie.
+    """
     try:
         units = {
             member: units_of(member, sizes_of(layers[name])[0 if member == "o" else 1], heads, fused)  # type: ignore[index]
             for member, name in proposal
         }
-        trial = _AttentionTrial(module, sizes_of(layers[proposal[0][1]])[0])  # type: ignore[index]
-        width = sizes_of(layers[dict(proposal)["o"]])[0] // heads.query  # type: ignore[index]
-        trial.rotated = [width, width // 2, width // 4, 2 * (width // 4)]
-        base = trial.run()
+        base, alone = trial.run(), True
         draw = torch.Generator().manual_seed(1)
         for unit in {0, heads.kv - 1}:
             where = {member: np.flatnonzero(units[member] == unit).tolist() for member, _ in proposal}
@@ -160,15 +177,34 @@ def _holds(
                 change = (names[member], where[member], False, noise)
                 heard = (trial.edited(change) - base).abs().max() > 1e-3 * effect
                 quiet = (trial.edited(silence, change) - silent).abs().max() <= 1e-5 * effect
-                if not (heard and quiet):
-                    return False
+                alone = alone and bool(quiet)
+                if not heard:
+                    return None
             if heads.kv > 1:  # the columns of another unit do not silence this one
                 other = np.flatnonzero(units["o"] == (unit + 1) % heads.kv).tolist()
                 silence = (names["o"], other, True, torch.zeros_like)
                 first = proposal[0][0]
                 change = (names[first], where[first], False, noise)
                 if (trial.edited(silence, change) - trial.edited(silence)).abs().max() <= 1e-5 * effect:
-                    return False
+                    return None
+        tied = _tie(trial, units, dict(proposal), heads) if heads.kv > 1 else ""
+        return tied if alone or tied else None
     except Exception:  # this module cannot be run alone
-        return False
-    return True
+        return None
+
+
+def _tie(trial: Trial, units: Mapping[str, Any], names: Mapping[str, str], heads: Heads) -> str | None:
+    """What ties the first and the last unit to their places: see `Trial.tied_by`."""
+
+    def pairs(unit_of: Any) -> list[tuple[int, int]]:
+        first, last = (np.flatnonzero(unit_of == unit).tolist() for unit in (0, heads.kv - 1))
+        return list(zip(first, last, strict=True))
+
+    moves = [
+        move
+        for member in (*(names.keys() - {"o"}), "o")
+        for move in trial.moves(names[member], pairs(units[member]), column=member == "o")
+    ]
+    counted = [np.arange(heads.kv), np.arange(heads.query) * heads.kv // heads.query]
+    places = {len(unit_of): pairs(unit_of) for unit_of in (*units.values(), *counted)}
+    return trial.tied_by(moves, places)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from neftsurgery.neurons.tensor_names import name_pattern
+
 from .attention import LiveAttention, units_of
 from .feed_forward import LiveBlock
 from .live_weights import ORDERS, Tensor
 
-__all__ = ["NUMBER", "named_attention", "named_blocks"]
+__all__ = ["named_attention", "named_blocks", "pattern_of"]
 
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _UP, _GATE, _DOWN = 1, 2, 3
+
+
+def pattern_of(name: str) -> str:
+    """A name as the package reads it, with ``*`` for numbers."""
+    return ".".join(name_pattern(name.split(".")))
 
 
 def named_blocks(
@@ -49,14 +54,12 @@ def named_blocks(
         if len(owners) != 1 or -1 in owners:
             continue
         field = _field(label[ids.reshape(-1, ids.shape[-1])])
-        found.setdefault(owners.pop(), {}).setdefault(field, set()).add(
-            (NUMBER.sub("*", name), tensor.verdict)
-        )
-    named: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
-    for members in found.values():
+        found.setdefault(owners.pop(), {}).setdefault(field, set()).add((pattern_of(name), tensor.verdict))
+    named: dict[str, dict[str, str]] = {}
+    for number, members in found.items():
         entry = _entry(members)
         if entry:
-            named[tuple(sorted(entry.items()))] = entry
+            _add(named, entry, known[number].tied)
     return list(named.values())
 
 
@@ -78,10 +81,10 @@ def _field(labels: Any) -> str:
     for name, member in (("up", _UP), ("gate", _GATE), ("down", _DOWN)):
         if (row == member).all():
             return name
-    half = len(row) // 2
-    if (row[:half] == _GATE).all() and (row[half:] == _UP).all():
-        return "gate_up halves"
-    return "gate_up pairs" if (row[::2] == _GATE).all() and (row[1::2] == _UP).all() else ""
+    for fused in ("halves", "pairs", "swapped halves", "swapped pairs"):
+        if (row == _labels((len(row), 1), fused, stacked=False).ravel()).all():
+            return f"gate_up {fused}"
+    return ""
 
 
 def _entry(members: Mapping[str, set[tuple[str, str]]]) -> dict[str, str]:
@@ -92,10 +95,16 @@ def _entry(members: Mapping[str, set[tuple[str, str]]]) -> dict[str, str]:
     if not whole or len(orders) != 1 or any(len(names) != 1 for names in members.values()):
         return {}
     entry = {field: next(iter(names))[0].removesuffix(".weight") for field, names in fields.items()}
-    if "gate_up pairs" in members:
-        entry["fused"] = "pairs"
+    fused = next((field.partition(" ")[2] for field in members if field.startswith("gate_up ")), "halves")
+    entry |= {} if fused == "halves" else {"fused": fused}
     order = orders.pop()
     return entry | ({} if order == "out in" else {"order": order})
+
+
+def _add(named: dict[str, dict[str, str]], entry: dict[str, str], tied: str) -> None:
+    """Keep a block once, with all that ties its units in any layer."""
+    words = {*named.get(str(sorted(entry.items())), {}).get("tied", "").split(), *tied.split()}
+    named[str(sorted(entry.items()))] = entry | ({"tied": " ".join(sorted(words))} if words else {})
 
 
 def named_attention(
@@ -133,18 +142,18 @@ def named_attention(
             continue
         for fused in ("sections", "heads", "quarters") if field == "qkv" else ("sections",):
             try:
-                expected = units_of(field, len(ids), known[number].heads, fused)
+                fits = field == "o" or units_of(field, len(ids), known[number].heads, fused) == unit_of[ids]
             except ValueError:
                 continue
-            if field == "o" or bool((expected == unit_of[ids]).all()):
-                pattern = NUMBER.sub("*", name)
+            if np.all(fits):
+                pattern = pattern_of(name)
                 held_as[pattern] += 1
                 found.setdefault(number, {}).setdefault(field, set()).add((pattern, tensor.verdict))
                 if field == "qkv":
                     fused_as[number] = fused
                 break
     # A name that stands for a member in one layer and for something else in another tells nothing.
-    everywhere = Counter(NUMBER.sub("*", name) for name in picture)
+    everywhere = Counter(pattern_of(name) for name in picture)
     doubtful = {name for name, count in everywhere.items() if 0 < held_as[name] < count}
     named: dict[str, dict[str, str]] = {}
     for number, fields in found.items():
@@ -160,5 +169,6 @@ def named_attention(
         if fused_as.get(number, "sections") != "sections":
             entry["fused"] = fused_as[number]
         order = orders.pop()
-        named[str(entry)] = entry | ({} if order == "out in" else {"order": order})
+        entry |= {} if order == "out in" else {"order": order}
+        _add(named, entry, known[number].tied)
     return list(named.values())

@@ -1,69 +1,23 @@
-"""What the live models of each type tell, one JSON file a type: made in a child process with a time limit."""
+"""What the live models of each type tell, one JSON file a type."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-import os
-import signal
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from .attention import attention_blocks
-from .blocks import NUMBER, named_attention, named_blocks
+from .blocks import named_attention, named_blocks, pattern_of
+from .calls import Calls
 from .feed_forward import feed_forward_blocks
 from .live_weights import file_tensors, live_tensors
 from .parts import parts_of, sort_tensors
 from .tiny_models import build
 
-__all__ = ["gather", "describe", "in_children"]
-
-_SECONDS = 120
-
-
-def in_children(work: Callable[[str], Any], model_types: Iterable[str], folder: Path) -> None:
-    """Store the result of ``work`` for each type in ``folder``, unless it is there; of a failure, why."""
-    folder.mkdir(parents=True, exist_ok=True)
-    describe("llama")  # imports and builds once what every child needs
-    gc.freeze()
-    for model_type in model_types:
-        path = folder / f"{model_type}.json"
-        if path.exists():
-            continue
-        started = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            _in_child(work, model_type, path)
-        _, status = os.waitpid(child, 0)
-        if not path.exists():
-            why = (
-                f"took more than {_SECONDS} s"
-                if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-                else f"ended with {status}"
-            )
-            path.write_text(json.dumps({"failed": why}))
-        print(f"{model_type}: {time.monotonic() - started:.1f} s", flush=True)
-
-
-def _in_child(work: Callable[[str], Any], model_type: str, path: Path) -> None:
-    signal.alarm(_SECONDS)
-    try:
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-            transformers.logging.set_verbosity(50)
-            try:
-                found = work(model_type)
-            except Exception as error:
-                found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(found))
-        partial.rename(path)
-    finally:
-        os._exit(0)
+__all__ = ["describe", "gather"]
 
 
 def describe(model_type: str) -> dict[str, Any]:
@@ -73,6 +27,7 @@ def describe(model_type: str) -> dict[str, Any]:
     blocks: dict[str, dict[str, dict[str, str]]] = {}
     classes: dict[str, str] = {}
     models: dict[str, Any] = {}
+    not_run: dict[str, str] = {}
     tried: dict[Any, Any] = {}
     tried_heads: dict[Any, Any] = {}
     for name, model, reason in build(model_type):
@@ -86,8 +41,11 @@ def describe(model_type: str) -> dict[str, Any]:
             pictures = [live, written]
         except Exception as error:
             classes[name] = f"files: {type(error).__name__}: {error}".splitlines()[0][:160]
-        known = list(feed_forward_blocks(model, tried)) if len(pictures) == 2 else []
-        heads = list(attention_blocks(model, tried_heads)) if len(pictures) == 2 else []
+        calls = Calls(model)
+        known = list(feed_forward_blocks(model, calls, tried)) if len(pictures) == 2 else []
+        heads = list(attention_blocks(model, calls, tried_heads)) if len(pictures) == 2 else []
+        if calls.why:
+            not_run[name] = calls.why
         inner = parts_of(model)
         models[name] = {
             "config": json.loads(model.config.to_json_string()),  # as files have it
@@ -101,7 +59,7 @@ def describe(model_type: str) -> dict[str, Any]:
                 blocks.setdefault(owner, {}).update((json.dumps(block), block) for block in held)
             for owner, found in by_type.items():
                 records.setdefault(owner, set()).update(
-                    (NUMBER.sub("*", tensor.name), len(tensor.shape), tensor.verdict)
+                    (pattern_of(tensor.name), len(tensor.shape), tensor.verdict)
                     for tensor in found
                     if len(tensor.shape) > 1
                 )
@@ -110,6 +68,7 @@ def describe(model_type: str) -> dict[str, Any]:
                     parts.setdefault(whole, {}).setdefault(key, (kind, set()))[1].update(names)
     return {
         "classes": classes,
+        "not_run": not_run,
         "models": models,
         "records": {owner: sorted(found) for owner, found in records.items()},
         "blocks": {owner: list(found.values()) for owner, found in blocks.items() if found},

@@ -21,6 +21,7 @@ from neftsurgery.live.placement import LivePlace, live_places
 from neftsurgery.live.weights import read_vectors
 from neftsurgery.neurons.layout import Layout
 
+from .blocks import NUMBER
 from .tiny_models import build
 
 __all__ = ["placed", "filled", "check_files"]
@@ -64,6 +65,7 @@ def check_files(model: Any, folder: Path) -> dict[str, Any]:
         together = live_places(model, {name: Layout(tuple(value.shape), ()) for name, value in files.items()})
     except MismatchError as error:
         together, told["together"] = {}, str(error)[:400]
+    kinds = {NUMBER.sub("*", name): name for name in files}  # the neurons of one of each kind are checked
     for name, value in files.items():
         try:
             places = together.get(name) or live_places(model, {name: Layout(tuple(value.shape), ())})[name]
@@ -72,14 +74,14 @@ def check_files(model: Any, folder: Path) -> dict[str, Any]:
             continue
         wrong = _wrong(value, places, live)
         told["converted"] += places[0].region is not None
-        for axes in _axes(value) if places[0].region is not None and not wrong else ():
-            layout = Layout(tuple(value.shape), axes)
+        checked = places[0].region is not None and name in kinds.values() and not wrong
+        for axes in _axes(value) if checked else ():
             try:
-                found = [LivePlace(name, layout, one.parameter, one.region) for one in places]
-                told["neurons"] += 1
-                wrong = wrong or _wrong_neurons(value, layout, found, live)
+                found = live_places(model, {name: Layout(tuple(value.shape), axes)})[name]
             except MismatchError:
-                told["neurons"] -= 1
+                continue
+            told["neurons"] += 1
+            wrong = wrong or _wrong_neurons(value, found, live)
         if wrong:
             told["wrong"][name] = wrong
         else:
@@ -94,6 +96,8 @@ def _wrong(value: Any, places: tuple[LivePlace, ...], live: dict[str, Any]) -> s
     if not torch.equal(read, value):
         return "other values are read"
     for place in places:
+        if place.region is None:
+            continue
         weight = live[place.parameter]
         before = weight.detach().clone()
         place.write(weight, value[place.part] + 2 if value.is_floating_point() else value[place.part])
@@ -111,7 +115,8 @@ def _axes(value: Any) -> Iterator[tuple[int, ...]]:
         yield from itertools.combinations(range(value.ndim), count)
 
 
-def _wrong_neurons(value: Any, layout: Layout, places: list[LivePlace], live: dict[str, Any]) -> str:
+def _wrong_neurons(value: Any, places: tuple[LivePlace, ...], live: dict[str, Any]) -> str:
+    layout = places[0].file
     index = np.arange(layout.count)
     vectors = read_vectors(value, layout, torch.from_numpy(index))
     homes = np.zeros(layout.count, int)

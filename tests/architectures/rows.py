@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from neftsurgery.neurons.families import SHARED, Attention, Family, FeedForward
-from neftsurgery.neurons.submodels import Role, Submodel, roles
+from neftsurgery.neurons.submodels import NO_PATTERN, Role, Submodel, roles
 from neftsurgery.neurons.tensor_names import NameReading, read_name
 
 from .live_weights import ORDERS
@@ -78,6 +78,11 @@ def _stem(name: str) -> tuple[str, ...]:
     return parts[:-1] if parts[-1] == "weight" and len(parts) > 1 else parts
 
 
+def _general(name: str) -> str:
+    """``*`` for the numbers in a ``Sequential`` too: there may be more of them."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
 def _field(verdict: str) -> str:
     return verdict if verdict in ORDERS else _FIELDS.get(verdict, "others")
 
@@ -92,7 +97,14 @@ def make_row(
     own = Family("", tuple(kinds["o" in block](**block) for block in blocks))  # type: ignore[arg-type]
     table = _Table({**shared, **roles(own)})
     meant: dict[tuple[str, ...], set[str]] = defaultdict(set)  # by suffix, the fields of all that end so
-    known = [(name, _stem(name), ndim, verdict) for name, ndim, verdict in records if ndim >= 2]
+    known = sorted(
+        {
+            (general, _stem(general), ndim, verdict)
+            for name, ndim, verdict in records
+            if ndim >= 2
+            for general in [_general(name)]
+        }
+    )
     for _, stem, _, verdict in known:
         for depth in range(1, len(stem) + 1):
             meant[stem[-depth:]].add(_field(verdict))
@@ -123,7 +135,7 @@ def short_blocks(blocks: Iterable[Mapping[str, str]], records: Iterable[Record])
         members = _members(block)
         for cut in _cuts(list(members.values())):
             short = {member: name[cut:] for member, name in members.items()}
-            if all(
+            if not any(ending[0].isdecimal() for ending in short.values()) and all(
                 meant.get(stem) == {(member, block.get("order", ""))}
                 for member, ending in short.items()
                 for stem in stems
@@ -136,12 +148,12 @@ def short_blocks(blocks: Iterable[Mapping[str, str]], records: Iterable[Record])
     return list(found.values())
 
 
-_NOT_ENTRANCES = ("down", "o", "fused", "order")  # two blocks may end in one tensor
-_BLOCK_KEYS = ("up", "gate", "gate_up", "down", "q", "k", "v", "qkv", "o", "fused", "order")
+_NOT_ENTRANCES = ("down", "o", *NO_PATTERN)  # two blocks may end in one tensor
+_BLOCK_KEYS = ("up", "gate", "gate_up", "down", "q", "k", "v", "qkv", "o", *NO_PATTERN)
 
 
 def _members(block: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    return {key: tuple(text.split(".")) for key, text in block.items() if key not in ("fused", "order")}
+    return {key: tuple(text.split(".")) for key, text in block.items() if key not in NO_PATTERN}
 
 
 def _cuts(names: list[tuple[str, ...]]) -> list[int]:
@@ -162,7 +174,7 @@ def _shared(records: Mapping[str, Iterable[Record]]) -> dict[str, set[str]]:
     users: dict[str, Counter[str]] = defaultdict(Counter)
     for known in records.values():
         said = {
-            (".".join(_stem(name)[-depth:]), _field(verdict))
+            (".".join(_stem(_general(name))[-depth:]), _field(verdict))
             for name, ndim, verdict in known
             if ndim >= 2
             for depth in (1, 2)
@@ -252,7 +264,7 @@ def _overlay(row: dict[str, Any], entry: Mapping[str, Any]) -> None:
     )
     stated = {pattern for text in own for pattern in text.split()}
     for block in entry.get("blocks", ()):
-        stated |= {text for field, text in block.items() if field not in ("fused", "order")}
+        stated |= {text for field, text in block.items() if field not in NO_PATTERN}
     for holder in (row, row.get("weights", {})):
         for field in [*_ROLES, *ORDERS]:
             if field in holder:

@@ -78,6 +78,12 @@ def test_from_recipe_to_patched_checkpoint(neft: Any, recipe: Path, tmp_path: Pa
         assert training["dev_loss"] == facts["dev_loss"]
         assert training["data"] == "data.jsonl"
         assert training["probe"] == "gradients"
+        assert set(training) == {
+            "data", "examples", "examples_digest", "probe", "steps", "batch_size", "accumulate",
+            "learning_rate", "schedule", "warmup", "weight_decay", "clip", "mode", "seed", "more",
+            "train_loss", "dev_loss",
+            "best_step", "curve", "seconds", "torch", "transformers",
+        }  # fmt: skip
         losses = ("step", "train_loss", "dev_loss")
         curve = [{key: point[key] for key in losses if key in point} for point in points]
         assert training["curve"] == [point for point in curve if len(point) > 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -9,9 +11,10 @@ from coding import reference
 from coding.pairs import changed, conditional_entropy, weights
 from coding.test_kernels import coded, stored
 from neftsurgery.coding.blocks import Form, decode
-from neftsurgery.coding.elements import Elements
-from neftsurgery.coding.fitting import fit
+from neftsurgery.coding.elements import BLOCK, Elements
+from neftsurgery.coding.fitting import fit, fit_memory
 from neftsurgery.coding.tables import MOST_CONTEXTS, Alphabet, FrequencyTable
+from neftsurgery.storage.threads import DEFAULT_MEMORY
 
 
 def fitted(dtype: str, share: float, kind: str = "steps", length: int = 4000) -> FrequencyTable:
@@ -118,3 +121,20 @@ def test_one_large_step_of_wide_elements_is_coded_well(step: int) -> None:
     out = np.empty_like(tuned)
     decode(Form.CODED, code, base, out, elements, table)
     np.testing.assert_array_equal(out, tuned)
+
+
+@pytest.mark.parametrize(("dtype", "blocks"), [("BF16", 12), ("F32", 3)])
+def test_a_table_takes_as_much_memory_as_is_said(dtype: str, blocks: int) -> None:
+    rng = np.random.default_rng(0)
+    base = weights(dtype, BLOCK, rng)
+    pair = base, changed(dtype, base, 0.05, "steps", rng)
+    fit([pair], Elements.of(dtype))  # compiles
+    tracemalloc.start()
+    try:
+        fit([tuple(side.copy() for side in pair) for _ in range(blocks)], Elements.of(dtype))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    said = fit_memory(blocks, base.nbytes)
+    assert 0.8 * said < peak <= said
+    assert DEFAULT_MEMORY // said >= 2  # two threads make tables by default

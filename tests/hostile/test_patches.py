@@ -108,6 +108,17 @@ def test_one_flipped_bit_of_the_content(case: Case, name: str, part: str, positi
         patch.check()
 
 
+def test_a_merge_with_a_damaged_digest_names_the_damaged_patch(case: Case) -> None:
+    """It looks like a patch of another base, but its own hashes tell."""
+    case.entries["a.weight:base_digest"][1].reshape(-1).view("u1")[0] ^= 1
+    path = case.write()
+    for patches in ([case.good, path], [path, case.good]):
+        with pytest.raises(ns.CorruptFileError, match=r"do(es)? not match") as caught:
+            ns.merge(patches, on_overlap="mean", out=case.root / "out")
+        assert (caught.value.file, caught.value.tensor) == (str(path), "a.weight")
+    assert not (case.root / "out").exists()
+
+
 @pytest.mark.parametrize("position", range(8))
 @pytest.mark.parametrize("name", ["a.weight", "b.weight"])
 def test_one_flipped_bit_of_an_index(case: Case, name: str, position: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import neftsurgery as ns
+from neftsurgery.live.loading import without_progress_bars
 
 State = dict[str, torch.Tensor]
 
@@ -143,3 +146,93 @@ def test_a_patch_from_memory_is_the_patch_of_the_files(tmp_path: Path) -> None:
     live = {"w": torch.from_numpy(arrays["w"].copy())}
     ns.apply_live(live, tmp_path / "q")
     np.testing.assert_array_equal(live["w"].numpy(), arrays["w"] + 1)
+
+
+def experts() -> Any:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(
+        vocab_size=50, num_key_value_heads=2, num_local_experts=3, tie_word_embeddings=False, **sizes
+    )
+    return transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+
+
+def moved(model: Any) -> Any:
+    """A copy with other values in some of its weights."""
+    other = copy.deepcopy(model)
+    for name, parameter in other.named_parameters():
+        if "experts" in name or "v_proj" in name:
+            parameter.data += torch.rand_like(parameter).round() / 8
+    return other
+
+
+@pytest.mark.parametrize("kind", ["lossless", "rows"])
+def test_merged_experts_become_those_of_the_patched_files(tmp_path: Path, kind: str) -> None:
+    """A patch of files, in which each expert has its own tensors, put into a model that has merged them."""
+    import transformers
+
+    base = experts()
+    tuned = moved(base)
+    with without_progress_bars():
+        base.save_pretrained(tmp_path / "base")
+        tuned.save_pretrained(tmp_path / "tuned")
+    chosen: dict[str, Any] = (
+        {"lossless": True} if kind == "lossless" else {"neurons": "30%", "score": "random"}
+    )
+    patch = ns.extract(tmp_path / "base", tmp_path / "tuned", **chosen)
+    ns.apply(tmp_path / "base", patch, out=tmp_path / "out")
+    with without_progress_bars():
+        wanted = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        loaded = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    for model in (base, loaded):
+        for _ in range(2):
+            ns.apply_live(model, patch)
+            assert same(model.state_dict(), wanted.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["lossless", "rows"])
+def test_another_base_with_merged_experts_is_not_changed(tmp_path: Path, kind: str) -> None:
+    """One element of the last expert alone differs."""
+    base = experts()
+    tuned = moved(base)
+    with without_progress_bars():
+        base.save_pretrained(tmp_path / "base")
+        tuned.save_pretrained(tmp_path / "tuned")
+    chosen: dict[str, Any] = (
+        {"lossless": True} if kind == "lossless" else {"neurons": "100%", "score": "random"}
+    )
+    patch = ns.extract(tmp_path / "base", tmp_path / "tuned", **chosen)
+    base.get_parameter("model.layers.1.mlp.experts.gate_up_proj").data[2, 47, 15] += 1
+    before = copied(base.state_dict())
+    with pytest.raises(
+        ns.MismatchError, match=r"1\.block_sparse_moe\.experts\.2\.w3\.weight: .* another base"
+    ):
+        ns.apply_live(base, patch)
+    assert same(base.state_dict(), before)
+
+
+def test_a_split_tensor_is_put_into_all_its_weights(tmp_path: Path) -> None:
+    """nomic's files have one tensor for queries, keys and values, the model three."""
+    import transformers
+
+    config = transformers.NomicBertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    base = transformers.NomicBertModel(config)
+    tuned = copy.deepcopy(base)
+    for parameter in tuned.parameters():
+        parameter.data += torch.rand_like(parameter)
+    with without_progress_bars():
+        base.save_pretrained(tmp_path / "base")
+        tuned.save_pretrained(tmp_path / "tuned")
+    assert any("Wqkv" in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+    for kind, chosen in {"rows": {"neurons": "40%", "score": "random"}, "all": {"lossless": True}}.items():
+        patch = ns.extract(tmp_path / "base", tmp_path / "tuned", **chosen)
+        ns.apply(tmp_path / "base", patch, out=tmp_path / kind)
+        model = copy.deepcopy(base)
+        ns.apply_live(model, patch)
+        with without_progress_bars():
+            wanted = transformers.NomicBertModel.from_pretrained(tmp_path / kind)
+        assert same(model.state_dict(), wanted.state_dict())
+    assert same(model.state_dict(), tuned.state_dict())

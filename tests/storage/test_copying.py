@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from neftsurgery.errors import MismatchError, UsageError
-from neftsurgery.storage import copying
 from neftsurgery.storage.copying import copy_file
 
 REFUSALS = ["EXDEV", "EINVAL", "ENOSYS", "EOPNOTSUPP", "ETXTBSY", "EPERM", "EIO", "ENOMEM", "EOVERFLOW"]
@@ -38,12 +37,6 @@ def raising(name: str) -> Callable[..., int]:
 STEP = 32 << 10
 
 
-@pytest.fixture
-def no_clone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No sharing of blocks."""
-    monkeypatch.setattr(copying, "_clone", lambda reader, writer: False)
-
-
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 32 << 10, 100_001])
 def test_a_copy_is_identical(tmp_path: Path, nbytes: int) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
@@ -56,7 +49,6 @@ def test_a_copy_is_identical(tmp_path: Path, nbytes: int) -> None:
     assert source.read_bytes() == content(nbytes)
 
 
-@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("nbytes", [0, 1, 32 << 10, 100_001])
 def test_steps_are_small_and_complete(tmp_path: Path, nbytes: int) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
@@ -69,7 +61,6 @@ def test_steps_are_small_and_complete(tmp_path: Path, nbytes: int) -> None:
 
 
 @needs_kernel
-@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("refusal", REFUSALS)
 @pytest.mark.parametrize("after", [0, 1])
 def test_where_the_kernel_refuses_the_copy_goes_on(
@@ -103,7 +94,6 @@ def test_where_the_kernel_refuses_the_copy_goes_on(
     assert read == 100_001 - after * (32 << 10)
 
 
-@pytest.mark.usefixtures("no_clone")
 def test_a_system_without_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "copy_file_range", raising=False)
     monkeypatch.delattr(os, "SEEK_DATA", raising=False)
@@ -115,7 +105,6 @@ def test_a_system_without_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_kernel
-@pytest.mark.usefixtures("no_clone")
 def test_a_kernel_that_says_zero_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", lambda *arguments: 0)
     source, target = tmp_path / "a", tmp_path / "b"
@@ -125,7 +114,6 @@ def test_a_kernel_that_says_zero_too_early(tmp_path: Path, monkeypatch: pytest.M
 
 
 @needs_kernel
-@pytest.mark.usefixtures("no_clone")
 def test_the_kernel_does_the_work_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(100_001))
@@ -146,7 +134,6 @@ def test_the_kernel_does_the_work_where_it_can(tmp_path: Path, monkeypatch: pyte
     assert target.read_bytes() == content(100_001)
 
 
-@pytest.mark.usefixtures("no_clone")
 def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", raising("EXDEV"), raising=False)
     monkeypatch.setattr(os, "pread", raising("EIO"))
@@ -158,7 +145,6 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("failure", ["ENOSPC", "EIO"])
 @pytest.mark.parametrize("by_kernel", [True, False])
 def test_a_real_failure_is_an_error_that_names_the_copy(
@@ -194,7 +180,6 @@ def test_from_one_file_system_to_another(tmp_path: Path) -> None:
         assert (tmp_path / "b").read_bytes() == (Path(folder) / "c").read_bytes() == content(100_001)
 
 
-@pytest.mark.usefixtures("no_clone")
 def test_a_copy_of_another_size_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that says it has written what it has not, beyond the end of the copy."""
     monkeypatch.setattr(os, "ftruncate", lambda fd, size: None)
@@ -273,14 +258,9 @@ def sparse(path: Path, size: int, islands: dict[int, bytes]) -> None:
 
 
 @pytest.mark.parametrize("by_kernel", [True, False])
-@pytest.mark.parametrize("clone", [True, False])
-def test_holes_stay_holes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_kernel: bool, clone: bool
-) -> None:
+def test_holes_stay_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
     if not by_kernel:
         monkeypatch.setattr(os, "copy_file_range", raising("EXDEV"), raising=False)
-    if not clone:
-        monkeypatch.setattr(copying, "_clone", lambda reader, writer: False)
     size = 100 << 30  # through a buffer this would take minutes
     islands = {0: b"head", 50 << 30: content(70_000), size - 3: b"end"}
     source, target = tmp_path / "a", tmp_path / "b"
@@ -296,7 +276,6 @@ def test_holes_stay_holes(
         assert os.pread(file.fileno(), 4096, 20 << 30) == bytes(4096)
 
 
-@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize(
     "islands",
     [
@@ -319,13 +298,11 @@ def test_sparse_content_is_identical(tmp_path: Path, islands: dict[int, bytes]) 
 def test_a_file_system_that_cannot_seek_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     sparse(source, 1 << 20, {500_000: b"middle"})
-    monkeypatch.setattr(copying, "_clone", lambda reader, writer: False)
     monkeypatch.setattr(os, "lseek", raising("EINVAL"))
     copy_file(source, target)
     assert target.read_bytes() == source.read_bytes()
 
 
-@pytest.mark.usefixtures("no_clone")
 def test_a_file_system_that_finds_its_holes_where_its_data_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +317,6 @@ def test_a_file_system_that_finds_its_holes_where_its_data_is(
 # --- a source that does not hold still
 
 
-@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("by_kernel", [True, False])
 @pytest.mark.parametrize("size", [0, 40_000, 99_999, 100_002, 200_000])
 def test_a_source_that_changes_size_is_an_error(
@@ -362,7 +338,6 @@ def test_a_source_that_changes_size_is_an_error(
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("no_clone")
 def test_a_source_that_is_rewritten_is_an_error(tmp_path: Path) -> None:
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_bytes(content(100_001))
@@ -377,7 +352,6 @@ def test_a_source_that_is_rewritten_is_an_error(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.usefixtures("no_clone")
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_copy_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
     source, target = tmp_path / "a", tmp_path / "b"

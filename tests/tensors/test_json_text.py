@@ -122,8 +122,8 @@ def test_an_index_with_as_many_tensors_is_read(tmp_path: Path) -> None:
         raw_file(tmp_path / name, {name: ("U8", np.zeros(1, "u1"))})
     content = {"weight_map": {name: shards[number % 62] for number, name in enumerate(NAMES)}}
     (tmp_path / INDEX_NAME).write_text(json.dumps(content, indent=2))
-    (names, listed), took = peak(lambda: weight_files(tmp_path))  # type: ignore[misc]
-    assert (names, set(listed)) == (shards, set(NAMES))
+    found, took = peak(lambda: weight_files(tmp_path))
+    assert (list(found.parts_of), set(found.listed)) == (shards, set(NAMES))
     assert took < 12 * (tmp_path / INDEX_NAME).stat().st_size
 
 

@@ -6,15 +6,12 @@ import errno
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support import write_file
 
 from neftsurgery.errors import CorruptFileError
-from neftsurgery.storage.positioned import read_exactly
-from neftsurgery.tensors import reader
 from neftsurgery.tensors.reader import FileBacked, TensorFile
 
 RNG = np.random.default_rng(0)
@@ -35,27 +32,6 @@ def test_slices_of_arrays(tmp_path: Path) -> None:
         assert bytes(buffer) == array.tobytes()[3:8]
     with pytest.raises(ValueError, match="closed"):
         file.array("a")
-
-
-def test_tensors_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = {name: RNG.standard_normal(size) for name, size in zip("abcde", (4, 0, 3, 9, 1), strict=True)}
-    arrays["f"] = np.arange(3, dtype=np.float32)
-    with TensorFile.open(write_file(tmp_path / "x.safetensors", arrays)) as file:
-        reads: list[int] = []
-
-        def noting(fd: int, buffer: memoryview, *rest: Any) -> None:
-            reads.append(len(buffer))
-            read_exactly(fd, buffer, *rest)
-
-        monkeypatch.setattr(reader, "read_exactly", noting)
-        for names in ("a", "abcde", "ace", "edcba", "bb", ""):
-            expected = [arrays[name] for name in names]
-            found = file.joined(list(names))
-            np.testing.assert_array_equal(found, np.concatenate(expected) if names else [])
-        reads.clear()
-        assert len(file.joined(sorted("abcde", key=lambda n: file.header.offsets[n]))) == 17
-        assert [size for size in reads if size] == [17 * 8]
-        assert file.joined(["f"]).dtype == np.float32
 
 
 def test_a_file_cut_short_while_open_is_corrupt(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_a_point_reads_back_what_it_writes(tmp_path: Path):
     write_curve(points, tmp_path / "losses.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 0, "dev_loss": 3.0}
-    assert [LossPoint.from_json(line) for line in lines] == points
+    assert [LossPoint(**line) for line in lines] == points
     assert plot_curve(points, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"
 

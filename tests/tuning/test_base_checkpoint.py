@@ -6,9 +6,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attach_support import MORE, PICKS, ModelOnDisk
+from parts_support import unet, write_pipeline
+from safetensors.torch import load_file
+from torch import nn
 from tuning_support import batch, bits, llama, saved, select
 
 import neftsurgery as ns
@@ -111,3 +115,34 @@ def test_a_damaged_patch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ns.CorruptFileError, match="hash"):
         ns.attach(on_disk.model, ns.Patch.load(tmp_path / "one"))
     assert bits(on_disk.model.state_dict()) == on_disk.before
+
+
+# A part of a checkpoint made of several models.
+
+
+class Net(nn.Module):
+    """The module of `parts_support.unet`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 8, 3)
+        self.down_blocks = nn.ModuleList(
+            nn.ModuleDict({"attn": nn.ModuleDict({"to_q": nn.Linear(4, 8, bias=False)})}) for _ in range(2)
+        )
+
+
+@pytest.mark.parametrize("named", ["", "unet"])
+def test_a_part_is_attached_by_itself_and_its_patch_is_for_the_whole(tmp_path: Path, named: str) -> None:
+    base, tuned = write_pipeline(tmp_path / "base"), write_pipeline(tmp_path / "tuned", 0.25)
+    patch = ns.extract(base, tuned, changed=True, only=["unet/*"], axis={"*conv*": 0})
+    live = Net()
+    live.load_state_dict(load_file(base / "unet" / "diffusion_pytorch_model.safetensors"))
+    with ns.attach(live, patch, base=base / named):
+        assert torch.equal(live.conv_in.weight, torch.from_numpy(unet()["conv_in.weight"] + np.float32(0.25)))
+    with ns.attach(live, patch.selection, base=base / named) as attached:
+        for rows in attached.parameters():
+            rows.data += 1
+        trained = attached.patch()
+    assert trained.base == patch.base
+    assert trained.tensors.keys() == patch.tensors.keys()
+    assert ns.verify(base, trained).state == "base"

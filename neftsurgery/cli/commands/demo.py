@@ -47,7 +47,7 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
       neftsurgery demo
       neftsurgery demo try-it/
     """
-    start = time.perf_counter()
+    start, facts = time.perf_counter(), dict[str, Any]()
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     trains = not files_only and not missing
     if dry_run:
@@ -62,7 +62,13 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
         return 0
     with _working_folder(folder) as path:
         session = DemoSession(console, path)
-        passed, facts = _show_training(session, seed) if trains else _show_files(session)
+        if trains:
+            from ..demo.training_demo import show
+
+            passed, models = show(session, seed)
+            facts = {"trained": [asdict(model) for model in models], "seed": seed}
+        else:
+            passed, facts = _show_files(session), {"trained": None}
     seconds = time.perf_counter() - start
     console.say()
     ok = all(passed.values())
@@ -77,7 +83,7 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
     return 0 if ok else 1
 
 
-def _show_files(session: DemoSession) -> tuple[dict[str, bool], dict[str, Any]]:
+def _show_files(session: DemoSession) -> dict[str, bool]:
     """Find the known neurons of a fine-tune, extract them, apply them and revert them."""
     diff, extract, apply, verify, revert, report = FILES_LINES
     base = session.folder / "base"
@@ -101,8 +107,7 @@ def _show_files(session: DemoSession) -> tuple[dict[str, bool], dict[str, Any]]:
     session.run_command(revert)
     same = session.check_restored()
     session.draw_report(report)
-    passed = {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}
-    return passed, {"trained": None}
+    return {"found_exactly_the_planted_neurons": found, "restored_bit_for_bit": same}
 
 
 def _found(session: DemoSession) -> bool:
@@ -111,13 +116,6 @@ def _found(session: DemoSession) -> bool:
         return patch.tensors.keys() == expected.keys() and all(
             np.array_equal(patch.index(name), index) for name, index in expected.items()
         )
-
-
-def _show_training(session: DemoSession, seed: int) -> tuple[dict[str, bool], dict[str, Any]]:
-    from ..demo.training_demo import show
-
-    passed, models = show(session, seed)
-    return passed, {"trained": [asdict(model) for model in models], "seed": seed}
 
 
 def _kept(folder: str | None) -> str:

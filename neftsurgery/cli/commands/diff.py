@@ -11,6 +11,7 @@ import click
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.dequantized import stored_side
 from ...checkpoint.name_prefixes import Prefixes
+from ...neurons.submodels import stated_type
 from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
@@ -72,13 +73,12 @@ def _checkpoint_cells(checkpoint: Checkpoint) -> list[str]:
     """The cells of a row: name, bytes, files, dtypes, model type."""
     checkpoint = stored_side(checkpoint)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
-    config = checkpoint.config or {}
     return [
         checkpoint.name,
         size(checkpoint.nbytes),
         plural(len(checkpoint.shards), "file"),
         "+".join(dtype for dtype, _ in dtypes.most_common(3)),
-        str(config.get("model_type") or "no config"),
+        stated_type(checkpoint.config) or "no config",
     ]
 
 

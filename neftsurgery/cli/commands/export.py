@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from ...live.export_lora import plan_lora
+from ...options import ExportOptions
 from ...progress import Timing
-from ...surgery.export import plan_export
 from ...text import commas, plural, size
 from ..console import Console
-from ..options import WholeNumber, base_option, output_option, writing_options
+from ..options import base_option, options_of, output_option, take, writing_options
 
 __all__ = ["command"]
 
@@ -22,36 +23,36 @@ __all__ = ["command"]
 )
 @output_option("DIR", required=True, text="The adapter folder.")
 @base_option
-@click.option(
-    "--rank",
-    type=WholeNumber(min=1),
-    metavar="N",
-    help="Pad to this rank. Default: the next rank that vLLM takes.",
-)
-@click.option(
-    "--prefix",
-    default="",
-    metavar="TEXT",
-    help="Put this before module names, where the files lack it: transformer. for a GPT-2 without its head.",
-)
+@options_of(ExportOptions)
 @writing_options
-def command(console: Console, patch: str, form: str, out: str, dry_run: bool, **options: Any) -> None:
+def command(
+    console: Console,
+    patch: str,
+    form: str,
+    out: str,
+    base: str | None,
+    force: bool,
+    dry_run: bool,
+    **options: Any,
+) -> None:
     """Write PATCH as an exact LoRA adapter.
 
-    PEFT and vLLM load it. Biases, norms, embeddings, convolutions and stacked experts have no LoRA form and
-    are refused by name.
+    PEFT and vLLM load it; only PEFT if it changes embeddings, convolutions or stacked experts. With the
+    training extra and BASE's config, modules are named as in the live model, and nothing is written
+    unless PEFT takes all of it. What has no LoRA form is refused by name.
 
     \b
     Example:
       neftsurgery export neuron_patch.safetensors --to lora -o adapter/ --base base/
       neftsurgery export reversible_patch.safetensors --to lora -o adapter/ --rank 64
+      neftsurgery export neuron_patch.safetensors --to lora -o adapter/ --rank-pattern --dtype bf16
     """
-    plan = plan_export(patch, out, **options)
+    plan = plan_lora(patch, out, base=base, force=force, **take(options, ExportOptions))
     console.warn(plan.warnings)
     facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
-    columns = sum(not module.rows for module in plan.modules)
+    columns = sum(not module.place.rows for module in plan.modules)
     console.say(
-        f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at rank {plan.rank}; "
+        f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at {plan.ranks}; "
         f"the largest needs {plan.needed}"
     )
     nbytes, timing = plan.nbytes, Timing()

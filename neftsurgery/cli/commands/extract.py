@@ -11,8 +11,10 @@ from ...checkpoint.name_prefixes import Prefixes
 from ...errors import UsageError
 from ...options import (
     BudgetOptions,
+    CutOptions,
     LosslessOptions,
     PrefixOptions,
+    RunOptions,
     Scope,
     ScopeOptions,
     ScoreOptions,
@@ -114,15 +116,8 @@ def _extract_whole(
     """The command with --lossless."""
     if not whole.pop("lossless", False):
         raise UsageError(f"[[{next(iter(whole))}]] is for [[lossless]] patches only")
-    chosen = {
-        *declared(PrefixOptions),
-        *declared(ScoreOptions),
-        *declared(ScopeOptions),
-        *declared(SelectOptions),
-        "scores",
-        "selection",
-    }
-    _refuse(chosen, "lossless", "a lossless patch keeps every neuron")
+    chosen = declared(CutOptions).keys() - declared(RunOptions).keys()
+    _refuse(sorted({"scores", "selection", *chosen}), "lossless", "a lossless patch keeps every neuron")
     kept = {name: options[name] for name in ("out", "force", "reversible")}
     run_lossless(console, plan_lossless(base, tuned, **kept, **whole), dry_run)
 

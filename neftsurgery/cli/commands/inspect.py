@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ...errors import spelled
-from ...options import ScopeOptions
+from ...options import InspectOptions
 from ...surgery.inspect import inspect
 from ...text import commas, size
 from ..console import Console, flag, table
@@ -23,7 +23,7 @@ _SHOWN = 40
 @click.command("inspect")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--all", "show_all", is_flag=True, help="List every tensor, not only the first ones.")
-@options_of(ScopeOptions)
+@options_of(InspectOptions)
 @common_options
 def command(console: Console, paths: tuple[str, ...], show_all: bool, **options: Any) -> None:
     """Show what is in a checkpoint, scores, selection or patch.
@@ -33,10 +33,10 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
     \b
     Example:
       neftsurgery inspect neuron_patch.safetensors
-      neftsurgery inspect base/ --anatomy units
+      neftsurgery inspect base/ --anatomy
       neftsurgery inspect german.safetensors french.safetensors
     """
-    facts = inspect(paths, **take(options, ScopeOptions))
+    facts = inspect(paths, **take(options, InspectOptions))
     for number, rows in enumerate(facts.tables):
         if number:
             console.say()
@@ -48,7 +48,7 @@ def command(console: Console, paths: tuple[str, ...], show_all: bool, **options:
             f"see what it would write back: neftsurgery heal {shlex.quote(str(facts['name']))} --dry-run"
         )
     console.warn(facts.get("warnings", ()))
-    if facts.kind != "patches":
+    if "tensors" in facts:
         console.say()
         rows = [_tensor(tensor) for tensor in facts["tensors"]]
         console.say_table(rows, shown=None if show_all else _SHOWN, rest="more: see them with --all")

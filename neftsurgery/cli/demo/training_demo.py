@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +98,7 @@ class _TrainingDemo:
     def _train_all(self, name: str, bar: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
         """Train all parameters of ``model`` and write it to ``folder``."""
         parameters = list(model.parameters())
-        with self._progress(bar, settings) as advance:
+        with self._session.console.progress(bar, settings.steps, unit="step") as advance:
             seconds = train_parameters(model, parameters, self._languages, self._seeded(settings), advance)
         model.save_pretrained(folder)
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -116,25 +114,14 @@ class _TrainingDemo:
         ):
             say(f">>> {line}")
         file = folder / f"{patch}.safetensors"
-        with self._progress(name, _FINE_TUNING) as advance:
-            model, trained, seconds = train_selection(
-                base,
-                folder / f"{selection}.safetensors",
-                file,
-                self._languages,
-                self._seeded(_FINE_TUNING),
-                advance,
-            )
+        chosen, settings = folder / f"{selection}.safetensors", self._seeded(_FINE_TUNING)
+        with self._session.console.progress(name, settings.steps, unit="step") as advance:
+            model, trained, seconds = train_selection(base, chosen, file, self._languages, settings, advance)
         self._add(name, model, trained, file.stat().st_size, seconds)
         return model
 
     def _seeded(self, settings: TrainingSettings) -> TrainingSettings:
         return replace(settings, seed=10 * self._seed + settings.seed)
-
-    def _progress(
-        self, what: str, settings: TrainingSettings
-    ) -> AbstractContextManager[Callable[[int], None]]:
-        return self._session.console.progress(what, settings.steps, unit="step")
 
     def _add(self, name: str, model: Any, trained: int, nbytes: int, seconds: float) -> None:
         row = TrainedModel(name, losses_of(model, self._languages), trained, nbytes, seconds)

@@ -87,7 +87,8 @@ def _index(root: Path) -> Target:
     path = folder / "model.safetensors.index.json"
 
     def read(raw: bytes) -> None:
-        found, listed = weight_files(folder)
+        files = weight_files(folder)
+        found, listed = files.parts_of, files.listed
         weight_map = json.loads(raw)["weight_map"]
         assert listed == weight_map.keys()
         places = {os.path.realpath(folder / one) for one in found}

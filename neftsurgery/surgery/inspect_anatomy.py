@@ -1,0 +1,128 @@
+"""What was understood of a checkpoint: its parts, its kinds of weight, and which anatomies it offers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import MismatchError
+from ..neurons.anatomy import ANATOMIES, Anatomy
+from ..neurons.kinds import WeightKind, weight_kinds
+from ..neurons.submodels import Submodel, Submodels, stated_type
+from ..options import Scope
+from ..text import commas, label, natural_key, plural, some
+from .pairing import scoped_anatomy, scored_count
+
+__all__ = ["anatomy_facts", "anatomy_tables"]
+
+
+def anatomy_facts(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
+    """Plain values: ``parts``, ``anatomies`` with counts or the reason, and ``kinds``."""
+    rows = scoped_anatomy(replace(scope, anatomy="rows"), checkpoint.tensors, checkpoint.config)
+    kinds = weight_kinds(rows, checkpoint.config)
+    warnings = dict.fromkeys(rows.warnings)
+    anatomies = {"rows": _counts(rows)}
+    for name in ANATOMIES[1:]:
+        try:
+            found = scoped_anatomy(replace(scope, anatomy=name), checkpoint.tensors, checkpoint.config)
+        except MismatchError as error:
+            anatomies[name] = {"why_not": error.what}
+            continue
+        warnings |= dict.fromkeys(found.warnings)
+        none = "no feed-forward block" if name == "ffn" else "no feed-forward or attention block"
+        anatomies[name] = _counts(found) if found.scored else {"why_not": f"{none} is known in this model"}
+    return {
+        "kind": "checkpoint",
+        "name": checkpoint.name,
+        "anatomy": "all",
+        "model_type": stated_type(checkpoint.config) or None,
+        "parts": _parts(Submodels.of(checkpoint.config), kinds),
+        "anatomies": anatomies,
+        "kinds": [_kind(kind) for kind in sorted(kinds, key=lambda kind: natural_key(kind.name))],
+        "warnings": list(warnings),
+    }
+
+
+def _counts(anatomy: Anatomy) -> dict[str, Any]:
+    neurons = sum(scored_count(tensor) for tensor in anatomy.scored)
+    units = {"units": anatomy.unit_count} if anatomy.unit_count else {}
+    return {"tensors": len(anatomy.scored), "neurons": neurons, **units}
+
+
+def _parts(submodels: Submodels, kinds: list[WeightKind]) -> list[dict[str, Any]]:
+    """The parts that have tensors: what in a name tells each, "" for what no name tells."""
+    used = {part for kind in kinds for part in kind.name.replace("/", "/.").split(".")}
+    names: dict[tuple[str, bool], list[str]] = {}
+    for name, submodel in (("", submodels.main), *_named(submodels)):
+        if submodel.model_type in {kind.part for kind in kinds} and (name in used or not name):
+            names.setdefault((submodel.model_type, bool(submodel.families)), []).append(name)
+    return [
+        {"names": sorted(set(found)), "model_type": model_type, "known": known}
+        for (model_type, known), found in names.items()
+    ]
+
+
+def _named(submodels: Submodels) -> Iterator[tuple[str, Submodel]]:
+    for name, tower in submodels.towers.items():
+        yield name, tower.main
+        yield from _named(tower)
+
+
+def _kind(kind: WeightKind) -> dict[str, Any]:
+    facts = {
+        "name": kind.name,
+        "tensors": kind.tensors,
+        "layers": len(kind.layers - {""}),
+        "shapes": sorted(map(list, kind.shapes)),
+        "part": kind.part,
+    }
+    if kind.axes is None:
+        return facts | {"reason": kind.reason}
+    return facts | {
+        "neuron_axes": list(kind.axes),
+        "role": kind.role,
+        "by_columns": kind.by_columns,
+        "tied_by": kind.tied.split(),
+    }
+
+
+def anatomy_tables(facts: Mapping[str, Any]) -> list[list[list[str]]]:
+    """The same for people: an overview, and a row for each kind of weight."""
+    rows = [[facts["kind"], str(facts["name"])], ["model type", str(facts["model_type"] or "not stated")]]
+    for part in facts["parts"]:
+        told = f", by {some([name for name in part['names'] if name])}" if any(part["names"]) else ""
+        known = "" if part["known"] else ": not known"
+        rows.append(["part", f"{part['model_type'] or 'of no stated type'}{known}{told}"])
+    for name, counts in facts["anatomies"].items():
+        rows.append([name, _offered(counts)])
+    left = Counter[str]()
+    for kind in facts["kinds"]:
+        if "reason" in kind:
+            left[kind["reason"]] += kind["tensors"]
+    rows.append(["left out", some([f"{reason} ({commas(n)})" for reason, n in left.most_common()], 8)])
+    ties: dict[str, list[str]] = {}
+    for kind in facts["kinds"]:
+        if kind.get("tied_by"):
+            ties.setdefault(", ".join(kind["tied_by"]), []).append(kind["name"])
+    rows += [["tied", f"units of {some(names)} to their place, by {by}"] for by, names in ties.items()]
+    header = ["kind of weight", "tensors", "shape", "neuron axes", "role", "part"]
+    return [rows, [header, *map(_row, facts["kinds"])]]
+
+
+def _offered(counts: Mapping[str, Any]) -> str:
+    if "why_not" in counts:
+        return f"not offered: {counts['why_not']}"
+    what = f"{plural(counts['neurons'], 'neuron')} of {plural(counts['tensors'], 'tensor')}"
+    return f"{plural(counts['units'], 'unit')}, {what}" if "units" in counts else what
+
+
+def _row(kind: Mapping[str, Any]) -> list[str]:
+    first, *others = kind["shapes"]
+    shape = f"{first}" + (f" and {len(others)} more" if others else "")
+    axes = ", ".join(map(str, kind.get("neuron_axes", ()))) or "-"
+    columns = " (units take columns)" if kind.get("by_columns") else ""
+    said = f"left out: {kind['reason']}" if "reason" in kind else kind["role"] + columns
+    return [label(kind["name"], 90), commas(kind["tensors"]), shape, axes, said, kind["part"] or "-"]

@@ -1,0 +1,122 @@
+"""A small model of one type on disk: a base, a tuned copy with every weight moved, and what both are live."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .runnable import Runnable, outputs
+
+__all__ = ["TinyCheckpoints", "Unusable", "far", "tensors_in", "write_like"]
+
+
+class Unusable(Exception):
+    """The model cannot be run, or loaded twice alike: nothing can be compared."""
+
+
+@dataclass
+class TinyCheckpoints:
+    """The folders of one model type."""
+
+    found: Runnable
+    folder: Path
+
+    def __post_init__(self) -> None:
+        logging.getLogger("transformers").setLevel(logging.CRITICAL)
+        self.base, self.tuned = self.folder / "base", self.folder / "tuned"
+        self.found.model.save_pretrained(self.base)
+        self.found.model = self.found.model.to("meta")  # from here on, what the files hold
+        tuned = {name: _moved(name, value) for name, value in tensors_in(self.base).items()}
+        write_like(self.base, self.tuned, tuned)
+
+    @cached_property
+    def plain(self) -> Any:
+        """The base as transformers loads it. Do not change it."""
+        try:
+            return self.load(self.base)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
+            raise Unusable(f"transformers does not load what it saved: {told}") from error
+
+    def load(self, folder: Path) -> Any:
+        """The model of a folder, in evaluation mode."""
+        return type(self.found.model).from_pretrained(folder).eval()
+
+    def copy(self) -> Any:
+        """A base to change."""
+        return copy.deepcopy(self.plain)
+
+    @cached_property
+    def why(self) -> str:
+        """Why no outputs can be compared; empty if they can."""
+        if self.found.inputs is None:
+            return f"no inputs: {self.found.why}"
+        if far(self.base_outputs, self.outputs_of(self.load(self.base))):
+            return "transformers loads another model each time"
+        return ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether outputs can be compared."""
+        return not self.why
+
+    @cached_property
+    def base_outputs(self) -> list[torch.Tensor]:
+        """What the base gives for the inputs."""
+        return self.outputs_of(self.plain)
+
+    def outputs_of(self, model: Any) -> list[torch.Tensor]:
+        """What a model gives for the same inputs."""
+        assert self.found.inputs is not None
+        with torch.no_grad():
+            return outputs(model, self.found.inputs)
+
+
+def far(first: list[torch.Tensor], second: list[torch.Tensor], tolerance: float = 1e-5) -> float:
+    """The largest difference relative to the largest value of its tensor; 0 if within the tolerance."""
+    if [one.shape for one in first] != [one.shape for one in second]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(first, second, strict=True):
+        size = float(one.abs().nan_to_num(0, 0, 0).max()) + 1e-12
+        apart = float((one.double() - other.double()).abs().nan_to_num(0).max()) / size
+        worst = max(worst, apart)
+    return worst if worst > tolerance else 0.0
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def write_like(base: Path, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A copy of ``base`` with other values."""
+    folder.mkdir()
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+            continue
+        with safe_open(path, "pt") as file:
+            metadata, names = file.metadata(), list(file.keys())
+        save_file({name: tensors[name].contiguous() for name in names}, folder / path.name, metadata)
+
+
+def _moved(name: str, value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value
+    draw = torch.Generator().manual_seed(len(name) + value.numel())
+    step = 0.01 + 0.02 * torch.rand(value.shape, generator=draw)  # never zero
+    sign = torch.randint(0, 2, value.shape, generator=draw) * 2 - 1
+    return value + (step * sign).to(value.dtype)
