@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import MismatchError
 from ..quantization.layouts import quantized_weights
 from ..quantization.settings import Settings, quantization_section
-from ..quantization.weight import QuantizedWeight
+from ..quantization.weight import Companion, QuantizedWeight, rows_read
 from ..tensors.arrays import IndexArray, Int64Array, RawBytes
 from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
@@ -112,11 +112,7 @@ class Dequantized(Checkpoint):
         weight = self.shown[name]
         if weight is None:
             stored = self.files.tensors[name]
-            raw = np.empty((len(rows), stored.type.nbytes(stored.shape[-1])), np.uint8)
-            if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
-                self.files.read_into(name, int(rows[0]) * raw.shape[1], raw.reshape(-1).data)
-            else:
-                self.files.read_rows(name, rows, raw)
+            raw = rows_read(self.files, Companion.of(stored, stored.shape, 1), rows)
             return widen(raw, stored.dtype).astype(info.type.numpy, copy=False)
         if not weight.transposed or name in self.straight:
             return weight.numbers(self.files, rows).astype(info.type.numpy, copy=False)

@@ -22,7 +22,7 @@ from ..tensors.reader import RowReader
 from .codes import code_table, scales_decoded
 from .kernels import scaled_numbers
 
-__all__ = ["Companion", "QuantizedWeight", "shared_rows"]
+__all__ = ["Companion", "QuantizedWeight", "rows_read", "shared_rows"]
 
 Numbers = NDArray[np.floating[Any]]
 
@@ -106,7 +106,7 @@ class QuantizedWeight:
 
     def code_rows(self, files: RowReader, rows: Int64Array) -> RawBytes:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
-        return _rows(files, self.companions["codes"], rows)
+        return rows_read(files, self.companions["codes"], rows)
 
     def numbers(
         self,
@@ -132,7 +132,7 @@ class QuantizedWeight:
         out = np.empty((len(rows), last - first), dtype)
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
             scales, zeros = (np.ascontiguousarray(part.astype(dtype)) for part in (scales, zeros))
-        scaled_numbers(raw, table, per_byte, scales, zeros, columns, first, out)
+        scaled_numbers(raw, table.astype(dtype), per_byte, scales, zeros, columns, first, out)
         return out
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
@@ -148,7 +148,7 @@ class QuantizedWeight:
 
     def _groups(self, files: RowReader, order: Companion, count: int) -> Int64Array | None:
         """The group of each column; None if that is by neighbourhood after all."""
-        raw = _rows(files, order, np.zeros(1, np.int64))
+        raw = rows_read(files, order, np.zeros(1, np.int64))
         found: Int64Array = raw[0].view(order.info.type.numpy).astype(np.int64)
         if (found == -1).any():
             return None
@@ -169,7 +169,7 @@ def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Arr
     return rows // inner * -(-inner // span) + rows % inner // span
 
 
-def _rows(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
+def rows_read(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
     """The bytes of ascending rows of a tensor."""
     raw = np.empty((len(rows), companion.info.nbytes // companion.count), np.uint8)
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
@@ -182,4 +182,4 @@ def _rows(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
 def _shared(files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array) -> RawBytes:
     """The bytes of the row of a companion that each of ``rows`` needs."""
     needed, place = np.unique(weight.shared_rows(companion, rows), return_inverse=True)
-    return _rows(files, companion, needed)[place]
+    return rows_read(files, companion, needed)[place]
