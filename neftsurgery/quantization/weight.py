@@ -112,28 +112,25 @@ class QuantizedWeight:
         self,
         files: RowReader,
         rows: Int64Array,
+        out: Numbers,
         first: int = 0,
-        last: int | None = None,
         codes: RawBytes | None = None,
-    ) -> Numbers:
-        """The numbers of ``rows`` (ascending) in columns ``[first, last)``, ``[k, last - first]``.
+    ) -> None:
+        """Fill ``out``, ``[k, n]``, with the numbers of ``rows`` (ascending) in ``n`` columns from ``first``.
 
-        ``codes``: the bytes of these rows, if they are at hand.
+        They are computed in its type. ``codes``: the bytes of these rows, if they are at hand.
         """
-        last = self.shape[-1] if last is None else last
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        dtype, columns = self.info.type.numpy, self.columns
+        columns = self.columns
         scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
         zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
         if groups is not None:
             scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
-        out = np.empty((len(rows), last - first), dtype)
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
-            scales, zeros = (np.ascontiguousarray(part.astype(dtype)) for part in (scales, zeros))
-        scaled_numbers(raw, table.astype(dtype), per_byte, scales, zeros, columns, first, out)
-        return out
+            shared = [np.ascontiguousarray(part.astype(out.dtype)) for part in (scales, zeros)]
+        scaled_numbers(raw, table.astype(out.dtype), per_byte, *shared, columns, first, out)
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
