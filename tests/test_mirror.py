@@ -20,7 +20,6 @@ ELSEWHERE = {
     "cli/demo/training_demo.py": "cli/test_demo.py",
     "cli/main.py": "cli/test_help.py",
     "coding/compression.py": "coding/test_tables.py",
-    "live/loading_rules.py": "live/test_names.py",
     "neuron_utilization/result.py": "neuron_utilization/test_utilization_result.py",
     "patch/digests.py": "patch/test_patch.py",
     "patch/overlap.py": "surgery/test_merge.py",

@@ -166,9 +166,16 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises a `CorruptFileError` for codes without scales, and a `MismatchError` for those that do not fit.
     """
-    section = quantization_section(checkpoint.config)
-    settings = Settings(checkpoint.name, section, checkpoint.tensors, checkpoint.absent, checkpoint.read_into)
-    weights = quantized_weights(settings)
+    weights = dict[str, QuantizedWeight]()
+    config, parts = checkpoint.config or {}, [part for part in checkpoint.parts if part]
+    for part in (*parts, ""):
+        own = config.get(part) if part else {key: one for key, one in config.items() if key not in parts}
+        if section := quantization_section(own):
+            mine = (name for name in checkpoint.tensors if name.startswith(part))
+            names = [name for name in mine if part or not name.startswith(tuple(parts))]
+            tensors = {name: checkpoint.tensors[name] for name in names}
+            settings = Settings(checkpoint.name, section, tensors, checkpoint.absent, checkpoint.read_into)
+            weights |= quantized_weights(settings)
     return _view(checkpoint, weights) if weights else checkpoint
 
 

@@ -77,7 +77,7 @@ def _packed(settings: Settings, info: TensorInfo, schemes: Schemes) -> Quantized
     per_word = 32 // fits[0]
     *outer, rows, columns = weight.scales.info.shape
     expected = (*outer, -(-rows // per_word), columns)
-    if weight.scales.count != Companion.of(scale, shape, 1).count or zeros.shape != expected:
+    if weight.scales.span != 1 or zeros.shape != expected:
         raise settings.unlike(info, zeros, f"I32 {list(expected)}")
     return replace(weight, zeros=Companion.of(zeros, shape, per_word), packed_zeros=True)
 

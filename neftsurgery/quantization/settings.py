@@ -48,12 +48,7 @@ class Settings:
 
     def get(self, key: str) -> Any:
         """A value of the section."""
-        found = self.section.get(key)
-        if key == "weight_block_size" and found is not None and not is_block(found):
-            raise MismatchError(
-                "weight_block_size in config.json is not two sizes", file=self.name, found=str(found)[:80]
-            )
-        return found
+        return self.section.get(key)
 
     def of_dtypes(self, *dtypes: str) -> Iterator[TensorInfo]:
         """The tensors of some dtypes that are matrices, or several, and not empty."""

@@ -33,26 +33,22 @@ class Companion:
 
     info: TensorInfo
     span: int
-    count: int  # its rows; a single one is that of all codes
+    axes: tuple[int, ...]  # along which its rows lie; none: it has one row, which serves all codes
 
     @classmethod
     def of(cls, info: TensorInfo, shape: tuple[int, ...], span: int) -> Companion:
         """That of codes of a ``shape``, of whose rows ``span`` neighbours share one of the companion."""
-        *outer, inner = shape[:-1]
-        return cls(info, span, math.prod(outer) * -(-inner // span))
+        return cls(info, span, tuple(range(len(shape) - 1)))
 
     @classmethod
     def shared(cls, info: TensorInfo, shape: tuple[int, ...]) -> Companion:
         """One that all rows share."""
-        return cls(info, math.prod(shape[:-1]), 1)
+        return cls(info, math.prod(shape[:-1]), ())
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes along which its rows lie."""
-        if self.count == 1:
-            return ()
-        sizes = np.cumprod(self.info.shape).tolist()
-        return tuple(range(sizes.index(self.count) + 1))
+    def count(self) -> int:
+        """How many rows it has."""
+        return math.prod(self.info.shape[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -75,9 +71,8 @@ class QuantizedWeight:
     @cached_property
     def companions(self) -> Mapping[str, Companion]:
         """All tensors of it by role, codes first."""
-        *outer, _ = self.shape
         roles: dict[str, Companion | None] = {
-            "codes": Companion(self.codes, 1, math.prod(outer)),
+            "codes": Companion.of(self.codes, self.shape, 1),
             "scales": self.scales,
             "zero_points": self.zeros,
             "group_index": self.order,

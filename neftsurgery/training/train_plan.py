@@ -21,7 +21,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import fingerprint
 from ..errors import UsageError, boundary, spelled
 from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
-from ..live.names import live_names
+from ..live.placement import live_places
 from ..patch.patch import PATCH_NAME
 from ..progress import Progress, silent
 from ..selection.selection import Selection
@@ -184,8 +184,8 @@ def plan_train(
         else:
             with in_recipe_words():
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
-        if asked.train.skip is None:  # refuses names that the live model lacks
-            live_names(meta_model(base, "causal_lm"), choice.tensors)
+        if asked.train.skip is None:  # refuses what the live model lacks
+            live_places(meta_model(base, "causal_lm"), choice.layouts)
     finally:
         base.close()
     steps = asked.train.steps or _steps(asked, len(examples.train))

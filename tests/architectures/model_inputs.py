@@ -65,7 +65,9 @@ def _candidates(model: Any) -> Iterator[Callable[[], Inputs]]:
 
 
 def _single(model: Any, names: set[str], main: str, make: Callable[[Any], torch.Tensor]) -> Inputs:
-    return {main: make(model), **_common(model, names)}
+    value = make(model)
+    masks = {name: torch.ones(len(value), value.shape[-1], dtype=torch.long) for name in _MASKS & names}
+    return {main: value, **masks, **_common(model, names)}
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -115,7 +117,8 @@ def _common(model: Any, names: set[str]) -> Inputs:
     if "use_cache" in names:
         given["use_cache"] = False
     if "decoder_input_ids" in names:
-        given["decoder_input_ids"] = _tokens(config, 5, seed=1)
+        books = _first(config, "num_codebooks", default=1) if "musicgen" in config.model_type else 1
+        given["decoder_input_ids"] = _tokens(config, 5, _BATCH * books, seed=1)
     return given
 
 
@@ -247,6 +250,11 @@ def _frames(model: Any) -> torch.Tensor:
     return _random(1, count, _first(config, "num_channels", default=3), *_size(config))
 
 
+def _pair(model: Any) -> torch.Tensor:
+    """Two pictures that belong together."""
+    return torch.stack([_image(model), _image(model).flip(-1)], 1)
+
+
 def _flat(model: Any) -> torch.Tensor:
     return _random(_BATCH, 2000)
 
@@ -264,11 +272,14 @@ def _spectrogram(model: Any) -> torch.Tensor:
     return _random(_BATCH, length, bins)
 
 
+_MASKS = {"input_features_mask", "feature_attention_mask"}
+_SIZES = ("input_dim", "input_size", "feature_size")
 _MAKERS: dict[str, tuple[Callable[[Any], torch.Tensor], ...]] = {
-    "pixel_values": (_small, _image, _frames),
+    "pixel_values": (_small, _image, _frames, _pair),
     "input_features": (
         _mels,
-        _sequence("feature_projection_input_dim", "num_mel_bins", "input_dim", "input_size", "feature_size"),
+        *(_sequence(key) for key in ("feature_projection_input_dim", "num_mel_bins", *_SIZES)),
+        lambda model: _random(_BATCH, 1, 64, _first(model.config, "num_mel_bins", default=64)),
     ),
     "input_values": (_flat, _spectrogram, lambda model: _random(_BATCH, 1, 2000), _sequence("num_mel_bins")),
     "past_values": (
@@ -282,7 +293,7 @@ _MAKERS: dict[str, tuple[Callable[[Any], torch.Tensor], ...]] = {
     ),
     "pixel_values_videos": (_frames,),
     "inputs_embeds": (_sequence("hidden_size", "d_model", "n_embd"),),
-    "hidden_states": (_sequence("hidden_size", "d_model", "n_embd"),),
+    "hidden_states": (_sequence("hidden_size", "d_model", "n_embd"), *map(_sequence, _SIZES)),
 }
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 

@@ -38,7 +38,7 @@ def test_experts_and_projections_are_right_before_and_after_the_merge(tmp_path: 
 @pytest.mark.parametrize(
     ("which", "change", "reason"),
     [
-        ("lora_B.weight", 0.0, "is as it was"),
+        ("lora_B.weight", 0.0, "is off by"),
         ("lora_A.weight", 1.1, "is off by"),
         ("q_proj.lora_A.weight", None, "missing"),
     ],
