@@ -6,8 +6,10 @@ when they are read; so a quantized checkpoint is compared like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,6 @@ class Dequantized(Checkpoint):
     files: Checkpoint
     shown: Mapping[str, QuantizedWeight | None]
     straight: frozenset[str] = frozenset()
-    _matrices: dict[tuple[str, int], RawBytes] = field(default_factory=dict, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -126,20 +127,28 @@ class Dequantized(Checkpoint):
             columns = rows[mine] % info.shape[-2]
             first, last = int(columns[0]), int(columns[-1]) + 1
             every = one * info.shape[-1] + np.arange(info.shape[-1])
-            numbers = weight.numbers(self.files, every, first, last, codes=self._matrix(weight, one, every))
-            found[mine] = numbers.T[columns - first]
+            numbers = weight.numbers(self.files, every, first, last, codes=self._matrix(name, one))
+            whole = len(columns) == last - first
+            found[mine[0] : mine[-1] + 1] = numbers.T if whole else numbers.T[columns - first]
         return found
 
-    def _matrix(self, weight: QuantizedWeight, number: int, rows: Int64Array) -> RawBytes:
-        """The codes of one matrix of a weight, read once for several pieces of it."""
-        key = weight.info.name, number
-        found = self._matrices.get(key)
-        if found is None:
-            found = weight.code_rows(self.files, rows)
-            while len(self._matrices) >= _KEPT_MATRICES:
-                self._matrices.pop(next(iter(self._matrices)), None)
-            self._matrices[key] = found
-        return found
+    @functools.cached_property
+    def _matrix(self) -> Callable[[str, int], RawBytes]:
+        """Gives the codes of one matrix of a weight; they are read once for several pieces of it."""
+
+        @functools.lru_cache(maxsize=_KEPT_MATRICES)
+        def read(name: str, number: int) -> RawBytes:
+            weight = self.quantized[name]
+            rows = weight.shape[-2]
+            return weight.code_rows(self.files, np.arange(number * rows, (number + 1) * rows))
+
+        lock = threading.Lock()  # a thread that needs a matrix too waits for the one that reads it
+
+        def matrix(name: str, number: int) -> RawBytes:
+            with lock:
+                return read(name, number)
+
+        return matrix
 
     def showing(self, infos: Mapping[str, TensorInfo], straight: Iterable[str]) -> Dequantized:
         """The same, with some tensors in other dtypes and orders."""
@@ -157,9 +166,16 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
 
     Raises a `CorruptFileError` for codes without scales, and a `MismatchError` for those that do not fit.
     """
-    section = quantization_section(checkpoint.config)
-    settings = Settings(checkpoint.name, section, checkpoint.tensors, checkpoint.absent, checkpoint.read_into)
-    weights = quantized_weights(settings)
+    weights = dict[str, QuantizedWeight]()
+    config, parts = checkpoint.config or {}, [part for part in checkpoint.parts if part]
+    for part in (*parts, ""):
+        own = config.get(part) if part else {key: one for key, one in config.items() if key not in parts}
+        if section := quantization_section(own):
+            mine = (name for name in checkpoint.tensors if name.startswith(part))
+            names = [name for name in mine if part or not name.startswith(tuple(parts))]
+            tensors = {name: checkpoint.tensors[name] for name in names}
+            settings = Settings(checkpoint.name, section, tensors, checkpoint.absent, checkpoint.read_into)
+            weights |= quantized_weights(settings)
     return _view(checkpoint, weights) if weights else checkpoint
 
 

@@ -73,7 +73,10 @@ def _of_modules(path: Path) -> dict[str, str]:
         isinstance(entry, Mapping) and isinstance(entry.get("path"), str) for entry in entries
     ):
         raise CorruptFileError("it is not a list of modules with their paths", file=path)
-    return {entry["path"].rstrip("/"): str(entry.get("type", "")) for entry in entries}
+    found = {entry["path"].rstrip("/"): str(entry.get("type", "")) for entry in entries}
+    router = path.with_name("router_config.json")  # of a module in the folder itself, with modules of its own
+    types = read_object(router).get("types") if "" in found and router.is_file() else None
+    return found | ({name: str(kind) for name, kind in types.items()} if isinstance(types, dict) else {})
 
 
 def is_plain(name: str) -> bool:

@@ -29,10 +29,11 @@ __all__ = [
 _SIDE_NAMES = frozenset(
     {
         PIPELINE_NAME, MODULES_NAME, "scheduler_config.json", "config_sentence_transformers.json",
-        "sentence_bert_config.json", "preprocessor_config.json", "processor_config.json",
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-        "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
+        "sentence_bert_config.json", "router_config.json", "processor_config.json",
+        "preprocessor_config.json", "config.json", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+        "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+        "chat_template.json", "chat_template.jinja",
     }
 )  # fmt: skip
 MOST_SIDE_BYTES = 64 << 20

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -240,14 +241,11 @@ def _columns(found: LayerMap, counts: Int64Array) -> tuple[list[str | None], Int
 def _rows(layers: Sequence[str], counts: Int64Array) -> Iterator[tuple[str, str, list[int]]]:
     """First layer, last layer and counts of each row: of one layer, or of neighbours in one stack."""
     size = -(-len(layers) // _MAX_LAYERS)
-    start = 0
-    while start < len(layers):
-        stack = layers[start].rpartition(".")[0]
-        stop = start + 1
-        while stop < min(start + size, len(layers)) and layers[stop].rpartition(".")[0] == stack:
-            stop += 1
-        yield layers[start], layers[stop - 1], counts[start:stop].sum(axis=0).tolist()
-        start = stop
+    for _, group in groupby(range(len(layers)), key=lambda row: layers[row].rpartition(".")[0]):
+        stack = list(group)
+        for start in range(0, len(stack), size):
+            rows = stack[start : start + size]
+            yield layers[rows[0]], layers[rows[-1]], counts[rows].sum(axis=0).tolist()
 
 
 def code_span(value: object, longest: int = _MAX_LENGTH) -> str:

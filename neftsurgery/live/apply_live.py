@@ -19,7 +19,7 @@ from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch
 from ..surgery.model_files import RebuiltWeights
 from ..tensors.header import TensorInfo
-from .placement import LivePlace, live_places, live_weights
+from .placement import FileTensors, LivePlace, live_places, live_weights
 
 __all__ = ["apply_live"]
 
@@ -70,41 +70,14 @@ def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None
         tensors.write(name, values)
 
 
-def _tensors(model: nn.Module | Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> _FileTensors:
+def _tensors(model: nn.Module | Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> FileTensors:
     layouts = {name: Layout.of(info.shape, ()) for name, info in infos.items()}
     if isinstance(model, nn.Module):
-        return _FileTensors(live_weights(model), live_places(model, layouts))
+        return FileTensors(live_weights(model), live_places(model, layouts))
     for name in infos:
         if name not in model:
             raise MismatchError("the model has no such tensor", tensor=name)
-    return _FileTensors(model, {name: (LivePlace(name, layout, layout),) for name, layout in layouts.items()})
-
-
-class _FileTensors(Mapping[str, Tensor]):
-    """The tensors of the files, read from the weights of a model when they are asked for."""
-
-    def __init__(self, weights: Mapping[str, Tensor], places: Mapping[str, tuple[LivePlace, ...]]) -> None:
-        self._weights, self._places = weights, places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, name: str) -> Tensor:
-        first, *others = self._places[name]
-        found = first.read(self._weights[first.parameter])
-        if not others:
-            return found
-        whole = found.new_empty(first.file.shape)
-        for place in (first, *others):
-            whole[place.part] = place.read(self._weights[place.parameter])
-        return whole
-
-    def write(self, name: str, values: Tensor) -> None:
-        for place in self._places[name]:
-            place.write(self._weights[place.parameter], values[place.part])
+    return FileTensors(model, {name: (LivePlace(name, layout, layout),) for name, layout in layouts.items()})
 
 
 def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:

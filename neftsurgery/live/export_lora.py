@@ -82,15 +82,15 @@ def plan_lora(patch: Patch | AnyPath, out: AnyPath, **options: Any) -> ExportPla
     return plan_export(patch, out, live=_live_places, **options)
 
 
-def _live_places(base: Checkpoint | None) -> LivePlaces | str:
+def _live_places(base: Checkpoint | None, patch: Patch) -> LivePlaces | str:
     why = "no base is named"
     if base is not None:
         try:
             from .lora_places import PeftPlaces
 
-            return PeftPlaces(base)
+            return PeftPlaces(base, patch)
         except ImportError as error:
-            why = f"{error.name} is not installed: pip install 'neftsurgery[train]'"
+            why = f"{error.name} cannot be imported: pip install 'neftsurgery[train]'"
         except UsageError as error:
             why = str(error)
     return f"modules are named as in the files, and PEFT was not asked if it finds them ({why})"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import MismatchError
+from ..errors import MismatchError, UsageError
 from ..patch.patch import Patch
 from ..surgery.lora_modules import LoraPlace, LoraPlaces
 from ..tensors.arrays import Int64Array
@@ -35,17 +35,15 @@ _FAILURES = (ValueError, LookupError, AttributeError, TypeError, RuntimeError)
 
 
 class PeftPlaces:
-    """The live model of a checkpoint, of the class that its config names, as PEFT sees it."""
+    """The live model of a patch's base, of the class that its config names, as PEFT sees it.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._name = checkpoint.name
-        self._model: Any = meta_model(checkpoint, "saved")
-        self._shared: dict[int, list[str]] = {}
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            self._shared.setdefault(id(parameter), []).append(name)
+    A `UsageError` if there is none, or the config describes weights of other shapes.
+    """
 
-    def places(self, patch: Patch) -> LoraPlaces:
-        """Where each tensor of ``patch`` is, or why it has no LoRA form."""
+    def __init__(self, base: Checkpoint, patch: Patch) -> None:
+        self._name = base.name
+        self._model: Any = meta_model(base, "saved")
+        self._weights = dict(self._model.named_parameters(remove_duplicate=False))
         layouts = {name: tensor.layout for name, tensor in patch.tensors.items()}
         refused, found = dict[str, str](), dict[str, tuple[LivePlace, ...]]()
         while layouts and not found:
@@ -55,7 +53,8 @@ class PeftPlaces:
                 if error.tensor is None or layouts.pop(error.tensor, None) is None:
                     raise
                 refused[error.tensor] = error.what
-        return refused | {name: self._places(ones, patch.index(name)) for name, ones in found.items()}
+        placed = {name: self._places(ones, patch.index(name)) for name, ones in found.items()}
+        self.places: LoraPlaces = refused | placed
 
     def _places(self, places: Iterable[LivePlace], index: Int64Array) -> Sequence[LoraPlace] | str:
         found = list[LoraPlace]()
@@ -67,15 +66,20 @@ class PeftPlaces:
         return found
 
     def _place(self, place: LivePlace, index: Int64Array) -> LoraPlace | str:
-        live, shape = place.parameter, place.layout.shape
-        if all(live not in names for names in self._shared.values()):
+        live, weight = place.parameter, self._weights.get(place.parameter)
+        if weight is None:
             return "not a parameter"
-        weight = self._model.get_parameter(live)
-        others = [other for other in self._shared[id(weight)] if other != live]
-        if others:
-            return f"tied to {others[0]}, which PEFT would leave as it is"
-        if weight.shape != shape:
-            return f"{list(weight.shape)} in the live model"
+        if weight.shape != place.layout.shape:
+            raise UsageError(
+                "config.json describes another model",
+                file=self._name,
+                tensor=live,
+                expected=list(place.layout.shape),
+                found=list(weight.shape),
+            )
+        tied = [name for name, other in self._weights.items() if other is weight and name != live]
+        if tied:
+            return f"tied to {tied[0]}, which PEFT would leave as it is"
         path, _, parameter = live.rpartition(".")
         module = self._model.get_submodule(path)
         form = self._form(path, module, parameter, weight)
@@ -103,9 +107,8 @@ class PeftPlaces:
             usual = (conv.groups, {*conv.dilation}, conv.padding_mode) == (1, {1}, "zeros")
             return "convolution" if usual and not (weight.ndim == 5 and weight.shape[2:4] == (1, 1)) else None
         leaf = path and all("." not in own for own, _ in module.named_parameters())
-        if leaf and weight.ndim == 3 and len(weight) > 1 and not isinstance(module, nn.modules.conv._ConvNd):
-            return "parameter"
-        return None
+        kernel = hasattr(module, "kernel_size")
+        return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
     def _as_module(self, path: str) -> Any:
         """How PEFT adapts a linear layer; some names it takes for experts that transformers stacks."""
@@ -121,6 +124,12 @@ class PeftPlaces:
         except ValueError:  # others of these experts are missing
             return "parameter"
         return "linear" if path in (config.target_modules or ()) else "parameter"
+
+    def others(self, targets: Collection[str]) -> list[str]:
+        """The modules that PEFT takes for one of ``targets``, as their names end in its name."""
+        endings = tuple(f".{target}" for target in targets)
+        names = [name for name, _ in self._model.named_modules() if name.endswith(endings)]
+        return sorted(set(names).difference(targets))
 
     def check(self, config: Mapping[str, Any], entries: Sequence[TensorInfo]) -> None:
         """Raise a `MismatchError` unless PEFT puts all of this adapter into the model, and lacks nothing.

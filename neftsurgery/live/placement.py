@@ -26,7 +26,7 @@ from .element_moves import MoveRecorder, Offsets
 from .loading_rules import LoadingRules, live_weights
 from .weights import copy_into, full_tensor
 
-__all__ = ["LivePlace", "live_places", "live_weights", "same_weight"]
+__all__ = ["FileTensors", "LivePlace", "live_places", "live_weights"]
 
 _ELSEWHERE = -1
 _SAMPLES = 512  # elements of each tensor, drawn at random, whose place is checked: at least
@@ -107,6 +107,34 @@ class LivePlace:
             copy_into(live, whole)
 
 
+class FileTensors(Mapping[str, Tensor]):
+    """The tensors of the files, read from the weights of a model when they are asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], places: Mapping[str, tuple[LivePlace, ...]]) -> None:
+        self._weights, self._places = weights, places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        first, *others = self._places[name]
+        found = first.read(self._weights[first.parameter])
+        if not others:
+            return found
+        whole = found.new_empty(first.file.shape)
+        for place in (first, *others):
+            whole[place.part] = place.read(self._weights[place.parameter])
+        return whole
+
+    def write(self, name: str, values: Tensor) -> None:
+        """Put ``values``, in the shape of the tensor in the files, into the weights."""
+        for place in self._places[name]:
+            place.write(self._weights[place.parameter], values[place.part])
+
+
 def live_places(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, tuple[LivePlace, ...]]:
     """Where each tensor of the files lies in ``model``: in one weight, or in several, cut along an axis.
 
@@ -124,10 +152,12 @@ def live_places(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, tu
     converted: dict[str, dict[str, Layout]] = {}
     for name, layout in tensors.items():
         live, pattern = rules.find(name)
+        if layout.axes and not isinstance(rules.weights[live], nn.Parameter):
+            raise MismatchError("a buffer of the model has no neurons", tensor=name, found=live)
         if pattern is not None:
             converted.setdefault(live, {})[name] = layout
         elif (other := plain.setdefault(live, name)) != name:
-            raise same_weight(name, other, live)
+            raise _same_weight(name, other, live)
     places: dict[str, tuple[LivePlace, ...]] = {
         name: (LivePlace(live, tensors[name], tensors[name]),) for live, name in plain.items()
     }
@@ -136,7 +166,7 @@ def live_places(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, tu
         for name, found in converters.places(live, given).items():
             for place in found:
                 if place.parameter in plain:
-                    raise same_weight(name, plain[place.parameter], place.parameter)
+                    raise _same_weight(name, plain[place.parameter], place.parameter)
             places[name] = found
     return {name: places[name] for name in tensors}
 
@@ -288,8 +318,7 @@ def _live_layout(region: _Region, file: Layout) -> Layout:
     return Layout.of(region.shape, [axis for axis in range(len(region.shape)) if axis not in moving])
 
 
-def same_weight(name: str, other: str, live: str) -> MismatchError:
-    """The error for two tensors of the files that are one weight of the model."""
+def _same_weight(name: str, other: str, live: str) -> MismatchError:
     return MismatchError(
         f"this tensor and {other} are the same weight of the model",
         tensor=name,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
 from ..live.loading import load_model
-from ..live.names import live_names
+from ..live.placement import FileTensors, live_places, live_weights
 from ..live.weights import read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
@@ -69,16 +69,14 @@ def _load(plan: UtilizationPlan, checkpoint: Checkpoint) -> Any:
 
 def _correlations(plan: UtilizationPlan, model: Any, when: str, progress: Progress) -> _Correlations:
     """By tensor, the largest correlation of each neuron, and the number of its hidden state."""
-    names = live_names(model, plan.tensors)
-    stack = find_block_stack(model, names.values())
+    places = live_places(model, {name: tensor.layout for name, tensor in plan.tensors.items()})
+    weights = FileTensors(live_weights(model), places)
+    stack = find_block_stack(model, [found[0].parameter for found in places.values()])
     with progress(f"hidden states {when}", plan.text.tokens) as advance:
         batches = token_batches(plan.text, plan.batch)
         means = mean_hidden_states(model, stack, batches, padding=plan.padding, advance=advance)
     with progress(f"correlations {when}", plan.neurons) as advance:
-        return {
-            name: _of_tensor(plan, name, model.get_parameter(names[name]), means, advance)
-            for name in plan.tensors
-        }
+        return {name: _of_tensor(plan, name, weights[name], means, advance) for name in plan.tensors}
 
 
 def _of_tensor(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -16,7 +16,8 @@ from ..errors import UsageError, boundary
 from ..neurons.layout import Layout, described, described_tensor
 from ..selection.budget import Amount
 from ..storage.output_checks import refuse_output
-from ..tensors.document import bad, dump, read_document
+from ..tensors.document import bad, dump, read_document, require_entry
+from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
@@ -49,7 +50,6 @@ _ENTRIES = (
     ("before", "F64"), ("after", "F64"), ("state_before", "I32"), ("state_after", "I32"),
     ("rank_before", "I64"), ("rank_after", "I64"), ("trained", "U8"),
 )  # fmt: skip
-_TYPES = {"F64": np.dtype("<f8"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"), "U8": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -265,7 +265,7 @@ class Utilization:
         with written_file(entries, metadata, path, force=force) as written:
             for name, tensor in self.tensors.items():
                 for entry, dtype in _ENTRIES:
-                    values = getattr(tensor, entry).astype(_TYPES[dtype])
+                    values = getattr(tensor, entry).astype(DTYPES[dtype].numpy)
                     written.write(f"{name}:{entry}", 0, values)
             written.finish(metadata)
 
@@ -299,17 +299,12 @@ def _read(file: TensorFile, name: str, entry: object) -> TensorUtilization:
     layer, kind = entry.get("layer"), entry.get("kind")
     if not isinstance(layer, str) or not isinstance(kind, str) or not layer.rpartition(".")[2].isdecimal():
         raise bad(file, _WHAT, "the layer or kind is missing", name)
-    values = dict(_vectors(file, name, layout.count))
-    return TensorUtilization(info, layout, layer, kind, **values)
-
-
-def _vectors(file: TensorFile, name: str, count: int) -> Iterator[tuple[str, NDArray[Any]]]:
+    values: dict[str, NDArray[Any]] = {}
     for which, dtype in _ENTRIES:
-        found = file.tensors.get(f"{name}:{which}")
-        if found is None or (found.dtype, found.shape) != (dtype, (count,)):
-            raise bad(file, _WHAT, f"the entry {which} is missing or does not fit", name)
-        values = file.array(f"{name}:{which}")
-        yield which, values.astype(np.bool_) if which == "trained" else values
+        require_entry(file, _WHAT, TensorInfo(f"{name}:{which}", dtype, (layout.count,)))
+        values[which] = file.array(f"{name}:{which}")
+    values["trained"] = values["trained"].astype(np.bool_)
+    return TensorUtilization(info, layout, layer, kind, **values)
 
 
 PAPER_LIMIT = Fraction(100_000, 32 * 11_008)

@@ -16,7 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.loading import load_tokenizer, meta_model, require_model_folder
-from ..live.names import live_names
+from ..live.placement import live_places
 from ..neurons.anatomy import NeuronTensor, read_anatomy
 from ..neurons.tensor_names import layer_and_kind
 from ..patch.patch import PATCH_KEY, Patch
@@ -191,7 +191,8 @@ def plan_utilization(
         after = _open_tuned(before, tuned)
         trained = after.selection if isinstance(after, Patch) else None
         tensors = _ranked_tensors(before, trained, anatomy, hidden_size(model))
-        live = live_names(model, tensors)
+        places = live_places(model, {name: tensor.layout for name, tensor in tensors.items()})
+        live = {name: found[0].parameter for name, found in places.items()}
         stack = find_block_stack(model, live.values())
         blocks = {name: number for name in tensors if (number := stack.block_of(live[name])) is not None}
         tensors = {name: tensors[name] for name in blocks}

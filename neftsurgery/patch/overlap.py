@@ -92,7 +92,7 @@ def overlap(one: Patch, other: Patch) -> Overlap:
     unfit = tuple(n for n, a, b in sides if not same_tensor(a.info, b.info))
     crossing = tuple(n for n, a, b in sides if n not in unfit and a.layout.axes != b.layout.axes)
     found = list(meetings([one, other], set(both) - {*unfit, *crossing}))
-    biases = one.uncounted & other.uncounted
+    biases = one.facts.companion_biases & other.facts.companion_biases
     return Overlap(
         same_files(one.base, other.base),
         both,

@@ -17,6 +17,7 @@ from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..sources.resolve import Source
+from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, Mask, RawBytes
 from ..tensors.document import Facts, bad, require_entry
@@ -132,13 +133,8 @@ class Patch(PatchFile):
     @cached_property
     def neurons(self) -> int:
         """How many neurons it replaces; companion biases and scales do not count."""
-        uncounted = self.uncounted
-        return sum(tensor.count for name, tensor in self.tensors.items() if name not in uncounted)
-
-    @cached_property
-    def uncounted(self) -> frozenset[str]:
-        """The tensors that only go with neurons of others: companion biases, scales, zero points."""
-        return self.facts.companion_biases.union(*(group.companions.values() for group in self.groups))
+        biases = self.facts.companion_biases
+        return sum(tensor.count for name, tensor in self.tensors.items() if name not in biases)
 
     @cached_property
     def parameters(self) -> int:
@@ -208,6 +204,31 @@ class Patch(PatchFile):
         """Of each row of a small tensor whether its value is not the one that it replaces."""
         new: Mask = (digests(self.values(name)) != self.base_digests(name)).any(axis=1)
         return new
+
+    @classmethod
+    def from_adapter(
+        cls, adapter: AnyPath, base: AnyPath, out: AnyPath | None = None, *, force: bool = False
+    ) -> Patch:
+        """The patch on the files of ``base`` that an adapter of `neftsurgery.peft` is.
+
+        Its values are the adapter's, rounded to the dtype of the files. ``out``: where to write it; None: to
+        a temporary file, until it is saved. Needs the training extra and PEFT. Raises a `UsageError` if the
+        adapter is of another method, or also holds whole modules, a `MismatchError` if it is not of ``base``,
+        and a `CorruptFileError` if it is damaged.
+        """
+        from ..peft.patches import patch_of_adapter
+
+        return patch_of_adapter(adapter, base, out, force=force)
+
+    def to_adapter(self, adapter: AnyPath, base: AnyPath, *, force: bool = False) -> None:
+        """Write the folder of the adapter of `neftsurgery.peft` that this patch on ``base`` is, exactly.
+
+        Raises a `UsageError` for neurons that cannot be an adapter, such as those of biases, and a
+        `MismatchError` if the model of ``base`` does not have them. Needs the training extra and PEFT.
+        """
+        from ..peft.patches import adapter_of_patch
+
+        adapter_of_patch(self, adapter, base, force=force)
 
     def require_fit(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint, in which the touched tensors are found under their names in the patch.

@@ -10,7 +10,7 @@ from ..tensors.arrays import Float32Array, Float64Array, RawBytes
 from ..tensors.dtypes import DTYPES
 from ..tensors.floats import FLOATS, widen
 
-__all__ = ["CODE_BITS", "decoded", "scales_decoded"]
+__all__ = ["CODE_BITS", "code_table", "scales_decoded"]
 
 #: What codes may be: an 8-bit dtype of safetensors; ``E2M1``; integers stored with an offset, so that the
 #: lowest is 0. And how many bits the fraction of such a number has, with its leading one.
@@ -18,22 +18,19 @@ CODE_BITS = {"F8_E4M3": 4, "F8_E5M2": 3, "E2M1": 2, "I8": 8, "offset 8": 8, "off
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def decoded(raw: RawBytes, kind: str) -> Float32Array:
-    """The numbers of the codes in each row of bytes ``[k, n]``; of codes of four bits, the low one first."""
-    found: Float32Array = np.take(_table(kind), raw, axis=0)
-    return found.reshape(len(raw), -1)
-
-
 @functools.cache
-def _table(kind: str) -> Float32Array:
-    """By byte the number that it stands for, ``[256]``, or the two, ``[256, 2]``."""
+def code_table(kind: str) -> tuple[Float32Array, int]:
+    """The numbers that bytes of codes stand for, one byte's behind the other's; and how many each has.
+
+    Of codes of four bits, the low one comes first.
+    """
     every = np.arange(256)
     if kind in ("E2M1", "offset 4"):
         halves = _E2M1 if kind == "E2M1" else np.arange(-8, 8, dtype=np.float32)
-        return np.stack([halves[every & 15], halves[every >> 4]], axis=1)
+        return np.stack([halves[every & 15], halves[every >> 4]], axis=1).reshape(-1), 2
     if kind in ("I8", "offset 8"):
-        return (every - 128 if kind == "offset 8" else every - 256 * (every > 127)).astype(np.float32)
-    return widen(every.astype(np.uint8), kind).astype(np.float32)
+        return (every - 128 if kind == "offset 8" else every - 256 * (every > 127)).astype(np.float32), 1
+    return widen(every.astype(np.uint8), kind).astype(np.float32), 1
 
 
 def scales_decoded(raw: RawBytes, dtype: str) -> Float64Array:

@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from ..tensors.header import TensorInfo
-from .settings import ScaleBlock, Settings
+from .settings import ScaleBlock, Settings, is_block
 from .weight import Companion, QuantizedWeight
 
 __all__ = ["compressed_weights"]
 
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision")
-_PACKED_BITS = (4, 8)
 Schemes = Sequence[Mapping[str, Any]]
 
 
@@ -22,21 +21,21 @@ def compressed_weights(settings: Settings) -> Iterator[QuantizedWeight]:
     if settings.get("format") not in _FORMATS:
         return
     groups = settings.get("config_groups")
-    stated = [_weights(group) for group in (groups or {}).values() if isinstance(group, dict)]
+    stated = [_weights(group) for group in (groups.values() if isinstance(groups, dict) else ())]
     floats, integers = ([one for one in stated if one.get("type") == kind] for kind in ("float", "int"))
     for info in settings.of_dtypes("F8_E4M3", "F8_E5M2", "I8", "I32"):
         packed = info.name.endswith(".weight_packed")
         schemes = floats if info.dtype.startswith("F8") else integers
-        if len(info.shape) < 2 or not schemes or packed != (info.dtype == "I32"):
+        if not schemes or packed != (info.dtype == "I32"):
             continue
         if not packed and info.name.endswith(".weight"):
             yield _plain(settings, info, schemes)
-        elif packed and all(one.get("num_bits") in _PACKED_BITS for one in schemes):
+        elif packed and {repr(one.get("num_bits")) for one in schemes} <= {"4", "8"}:
             yield _packed(settings, info, schemes)
 
 
-def _weights(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = group.get("weights")
+def _weights(group: object) -> Mapping[str, Any]:
+    found = group.get("weights") if isinstance(group, dict) else None
     return found if isinstance(found, dict) else {}
 
 
@@ -78,7 +77,7 @@ def _packed(settings: Settings, info: TensorInfo, schemes: Schemes) -> Quantized
     per_word = 32 // fits[0]
     *outer, rows, columns = weight.scales.info.shape
     expected = (*outer, -(-rows // per_word), columns)
-    if weight.scales.count != Companion.of(scale, shape, 1).count or zeros.shape != expected:
+    if weight.scales.span != 1 or zeros.shape != expected:
         raise settings.unlike(info, zeros, f"I32 {list(expected)}")
     return replace(weight, zeros=Companion.of(zeros, shape, per_word), packed_zeros=True)
 
@@ -92,8 +91,8 @@ def _like_scales(settings: Settings, info: TensorInfo, zeros: TensorInfo, scales
 def _block(scheme: Mapping[str, Any]) -> ScaleBlock:
     """How many rows and columns share a scale; 0: all."""
     strategy, size, block = (scheme.get(key) for key in ("strategy", "group_size", "block_structure"))
-    if strategy == "block" and isinstance(block, list) and len(block) == 2:
-        return int(block[0]), int(block[1])
+    if strategy == "block" and is_block(block):
+        return block[0], block[1]
     if strategy == "group" and isinstance(size, int) and size > 0:
         return 1, size
     return (1, 0) if strategy == "channel" else (0, 0)

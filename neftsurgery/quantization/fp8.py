@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .settings import Settings
+from ..errors import MismatchError
+from .settings import Settings, is_block
 from .weight import QuantizedWeight
 
 __all__ = ["fp8_weights"]
@@ -15,10 +16,12 @@ _NAMES = ("weight_scale_inv", "weight_scale")  # of scales, beside ``weight``; e
 def fp8_weights(settings: Settings) -> Iterator[QuantizedWeight]:
     """The weights of a checkpoint whose config says FP8."""
     block = settings.get("weight_block_size")
+    if block is not None and not is_block(block):
+        raise MismatchError(
+            "weight_block_size in config.json is not two sizes", file=settings.name, found=str(block)[:80]
+        )
     allowed = [(block[0], block[1])] if block else [(1, 0), (0, 0)]
     for info in settings.of_dtypes("F8_E4M3", "F8_E5M2"):
-        if len(info.shape) < 2:
-            continue
         stem, dot, last = info.name.rpartition(".")
         names = [f"{stem}{dot}{one}" for one in _NAMES] if last == "weight" else []
         scale = settings.required(info, [*names, f"{info.name}_scale_inv", f"{info.name}_scale"])

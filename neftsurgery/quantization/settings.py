@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..tensors.header import TensorInfo
 from .codes import CODE_BITS
 from .weight import Companion, QuantizedWeight
 
-__all__ = ["ScaleBlock", "Settings", "quantization_section"]
+__all__ = ["ScaleBlock", "Settings", "is_block", "quantization_section"]
 
 #: Rows and columns that share a scale; 0: all of them.
 ScaleBlock = tuple[int, int]
@@ -48,16 +48,12 @@ class Settings:
 
     def get(self, key: str) -> Any:
         """A value of the section."""
-        found = self.section.get(key)
-        if key == "weight_block_size" and found is not None and not _is_block(found):
-            raise MismatchError(
-                "weight_block_size in config.json is not two sizes", file=self.name, found=str(found)[:80]
-            )
-        return found
+        return self.section.get(key)
 
     def of_dtypes(self, *dtypes: str) -> Iterator[TensorInfo]:
-        """The tensors of some dtypes."""
-        return (info for info in self.tensors.values() if info.dtype in dtypes)
+        """The tensors of some dtypes that are matrices, or several, and not empty."""
+        some = (info for info in self.tensors.values() if info.dtype in dtypes)
+        return (info for info in some if len(info.shape) > 1 and info.elements)
 
     def required(self, codes: TensorInfo, names: Sequence[str]) -> TensorInfo:
         """The first tensor of ``names`` that is there; without one of them, ``codes`` mean nothing."""
@@ -139,7 +135,8 @@ def _fraction_bits(scale: TensorInfo) -> int:
     return _EXACT_BITS if format is None else format.fraction_bits + 1
 
 
-def _is_block(value: object) -> bool:
+def is_block(value: object) -> TypeGuard[list[int]]:
+    """Whether a value of a config is the rows and columns of a block."""
     return (
         isinstance(value, list | tuple)
         and len(value) == 2

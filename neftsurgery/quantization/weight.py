@@ -19,7 +19,8 @@ from ..errors import CorruptFileError
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
-from .codes import decoded, scales_decoded
+from .codes import code_table, scales_decoded
+from .kernels import scaled_numbers
 
 __all__ = ["Companion", "QuantizedWeight", "shared_rows"]
 
@@ -32,26 +33,22 @@ class Companion:
 
     info: TensorInfo
     span: int
-    count: int  # its rows; a single one is that of all codes
+    axes: tuple[int, ...]  # along which its rows lie; none: it has one row, which serves all codes
 
     @classmethod
     def of(cls, info: TensorInfo, shape: tuple[int, ...], span: int) -> Companion:
         """That of codes of a ``shape``, of whose rows ``span`` neighbours share one of the companion."""
-        *outer, inner = shape[:-1]
-        return cls(info, span, math.prod(outer) * -(-inner // span))
+        return cls(info, span, tuple(range(len(shape) - 1)))
 
     @classmethod
     def shared(cls, info: TensorInfo, shape: tuple[int, ...]) -> Companion:
         """One that all rows share."""
-        return cls(info, math.prod(shape[:-1]), 1)
+        return cls(info, math.prod(shape[:-1]), ())
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """The axes along which its rows lie."""
-        if self.count == 1:
-            return ()
-        sizes = np.cumprod(self.info.shape).tolist()
-        return tuple(range(sizes.index(self.count) + 1))
+    def count(self) -> int:
+        """How many rows it has."""
+        return math.prod(self.info.shape[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,8 @@ class QuantizedWeight:
     @cached_property
     def companions(self) -> Mapping[str, Companion]:
         """All tensors of it by role, codes first."""
-        *outer, _ = self.shape
         roles: dict[str, Companion | None] = {
-            "codes": Companion(self.codes, 1, math.prod(outer)),
+            "codes": Companion.of(self.codes, self.shape, 1),
             "scales": self.scales,
             "zero_points": self.zeros,
             "group_index": self.order,
@@ -126,17 +122,18 @@ class QuantizedWeight:
         """
         last = self.shape[-1] if last is None else last
         raw = self.code_rows(files, rows) if codes is None else codes
-        per_byte = 2 if self.kind in ("E2M1", "offset 4") else 1
-        low = first // per_byte
-        found = decoded(raw[:, low : -(-last // per_byte)], self.kind)
-        found = found[:, first - low * per_byte :][:, : last - first]
-        numbers = found.astype(self.info.type.numpy, copy=False)
-        with np.errstate(all="ignore"):  # NaN and Inf are counted where the numbers are used
-            if self.zeros is not None:
-                numbers = numbers - self._spread(self._zeros(files, rows), files, first, last)
-            scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
-            numbers *= self._spread(scales, files, first, last)
-        return numbers
+        table, per_byte = code_table(self.kind)
+        dtype, columns = self.info.type.numpy, self.columns
+        scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
+        zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
+        groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
+        if groups is not None:
+            scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
+        out = np.empty((len(rows), last - first), dtype)
+        with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
+            scales, zeros = (np.ascontiguousarray(part.astype(dtype)) for part in (scales, zeros))
+        scaled_numbers(raw, table, per_byte, scales, zeros, columns, first, out)
+        return out
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
@@ -148,19 +145,6 @@ class QuantizedWeight:
         shift = (rows % self.shape[-2] % self.zeros.span * bits).astype(np.uint32)
         words = np.ascontiguousarray(raw).view(np.uint32) >> shift[:, None]
         return (words & np.uint32((1 << bits) - 1)).astype(np.float64) - (1 << (bits - 1))
-
-    def _spread(self, values: Numbers, files: RowReader, first: int, last: int) -> Numbers:
-        """Values of groups of columns, ``[k, groups]``, for each of the columns ``[first, last)``."""
-        values = values.astype(self.info.type.numpy)
-        if values.shape[1] == 1:
-            return values
-        groups = None if self.order is None else self._groups(files, self.order, values.shape[1])
-        if groups is None:
-            low = first // self.columns
-            values = values[:, low : -(-last // self.columns)]
-            wide = np.repeat(values, self.columns, axis=1)
-            return wide[:, first - low * self.columns :][:, : last - first]
-        return values[:, groups[first:last]]
 
     def _groups(self, files: RowReader, order: Companion, count: int) -> Int64Array | None:
         """The group of each column; None if that is by neighbourhood after all."""

@@ -99,7 +99,7 @@ class LayerMap:
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerMap:
         """The map of the neurons that a patch replaces, companion biases not counted."""
-        companions = patch.uncounted
+        companions = patch.facts.companion_biases
         tensors = {name: tensor for name, tensor in patch.tensors.items() if name not in companions}
         return cls.of_counts({name: (t.count, t.layout.count) for name, t in tensors.items()})
 

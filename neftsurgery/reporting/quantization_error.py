@@ -71,7 +71,7 @@ def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...
                     Column("median", "median", text.four_digits, bar=True),
                     Column("largest", "largest", text.four_digits, bar=True),
                 ),
-                tuple(sorted(weights, key=lambda row: [text.natural_key(str(cell)) for cell in row[:2]])),
+                tuple(sorted(weights, key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))),
             ),
         ),
     )

@@ -55,7 +55,7 @@ class SelectionFacts(Facts):
 
     @property
     def companion_biases(self) -> frozenset[str]:
-        """The tensors (biases) whose elements only go with the neurons of others; ``followers`` in files."""
+        """The tensors (biases, scales) that only go with the neurons of others; ``followers`` in files."""
         found = self.get("followers")
         names = found if isinstance(found, list) else []
         return frozenset(name for name in names if isinstance(name, str))

@@ -35,6 +35,7 @@ from .lora_modules import (
     lora_modules,
     next_step,
     places_in_files,
+    ranks,
     task_of,
 )
 from .same_base import named_base, other_base
@@ -88,7 +89,7 @@ class ExportResult:
         )
 
     def __str__(self) -> str:
-        what = f"{plural(len(self.modules), 'module')} at rank {self.rank}, {size(self.nbytes)}"
+        what = f"{plural(len(self.modules), 'module')} at {ranks(self.modules)}, {size(self.nbytes)}"
         return printable(f"{self.out}: {what}; {self.exactness}")
 
 
@@ -124,12 +125,6 @@ class ExportPlan:
     def rank(self) -> int:
         """The rank of the modules, the largest of several."""
         return max(module.rank for module in self.modules)
-
-    @property
-    def ranks(self) -> str:
-        """The rank, or the lowest and the highest."""
-        lowest = min(module.rank for module in self.modules)
-        return f"rank {self.rank}" if lowest == self.rank else f"ranks {lowest} to {self.rank}"
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -189,12 +184,12 @@ def plan_export(
     *,
     base: AnyPath | None = None,
     force: bool = False,
-    live: Callable[[Checkpoint | None], LivePlaces | str] = lambda base: "",
+    live: Callable[[Checkpoint | None, Patch], LivePlaces | str] = lambda base, patch: "",
     **options: Unpack[ExportOptions],
 ) -> ExportPlan:
     """Check everything that `export_lora` needs; nothing is written.
 
-    ``live`` makes the live model of the base, or says why there is none.
+    ``live`` asks the live model of the base, or says why it cannot.
     """
     (form,) = split("export_lora", options, ExportOptions)
     dtype, rank = str(form.get("dtype", "f32")).upper(), form.get("rank")
@@ -215,12 +210,12 @@ def plan_export(
             tensor=patch.groups[0].codes,
             hint="export a patch of the checkpoints before quantization",
         )
-    model = live(original)
+    model = live(original, patch)
     places, warnings = places_in_files(patch, original, prefix)
     if isinstance(model, str):
         warnings += [model] if model else []
     elif not prefix:
-        files, places, warnings = places, dict(model.places(patch)), []
+        files, places, warnings = places, dict(model.places), []
         for name, found in places.items():  # what kind of tensor it is, and why that has no LoRA form
             if isinstance(kind := files[name], str) and isinstance(found, str):
                 places[name] = f"{kind}: {found}"
@@ -241,7 +236,7 @@ def plan_export(
     known = patch.base.label
     if original is not None and original.source.repo is not None:
         known = original.source.repo
-    config = adapter_config(modules, known, task_of(original))
+    config = adapter_config(modules, known, task_of(original), None if isinstance(model, str) else model)
     plan = ExportPlan(patch, original, modules, dtype, config, Path(out), force, warnings)
     if not isinstance(model, str):
         model.check(config, plan.entries)
@@ -299,9 +294,8 @@ class _Factors:
             for low, high in zip([0, *ends], ends, strict=False):
                 self._write(self._first, int(rows[low]), differences[low:high])
             inexact += lost
-        order = np.argsort(self._units, kind="stable")
-        for unit, columns in _groups(self._units[order], self._columns[order]):
-            self._write(self._second, unit, _ones(columns, self._second.shape[1]))
+        for unit in np.unique(self._units).tolist():
+            self._write(self._second, unit, _ones(self._columns[self._units == unit], self._second.shape[1]))
         return inexact
 
     def _write_columns(self) -> int:
@@ -371,12 +365,6 @@ class _Factors:
             wide = np.float64 if dtype == "F64" else np.float32
             added = old.astype(wide) + differences.astype(wide)
         return widen(narrow(added, dtype), dtype)
-
-
-def _groups(keys: IndexArray, values: IndexArray) -> Iterator[tuple[int, IndexArray]]:
-    """Each of the ascending ``keys`` once, with its ``values``."""
-    unique, starts = np.unique(keys, return_index=True)
-    yield from zip(unique.tolist(), np.split(values, starts[1:]), strict=True)
 
 
 def _ones(where: IndexArray | int, size: int) -> NDArray[np.float64]:

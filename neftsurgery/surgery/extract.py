@@ -105,7 +105,7 @@ class ExtractPlan:
     @property
     def facts(self) -> SelectionFacts:
         """What the manifest says of the selection; captured shares only if they are of these checkpoints."""
-        return self.selection.facts.for_patch(captured=self.captured_known)
+        return self.rows.stored.facts.for_patch(captured=self.captured_known)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -335,8 +335,7 @@ def plan_extract(
     selection.require_fit(first, joined.tuned)
     rows = stored_rows(selection, first, joined.tuned)
     if rows.notes and scores is not None:
-        shares = scores.captured(rows.selection.tensors)
-        rows = replace(rows, selection=Selection(rows.selection.tensors, {**selection.facts, **shares}))
+        rows = rows.with_facts(scores.captured(rows.selection.tensors))
     warnings += rows.notes
     if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")

@@ -12,7 +12,7 @@ for all modules, padded with zeros, alpha equal to it, no patterns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final, Literal, Protocol, TypeAlias
@@ -39,6 +39,7 @@ __all__ = [
     "lora_modules",
     "next_step",
     "places_in_files",
+    "ranks",
     "task_of",
 ]
 
@@ -96,10 +97,14 @@ LoraPlaces: TypeAlias = "Mapping[str, Sequence[LoraPlace] | str]"
 
 
 class LivePlaces(Protocol):
-    """What a live model tells."""
+    """What a live model tells of a patch."""
 
-    def places(self, patch: Patch) -> LoraPlaces:
-        """Where each tensor of ``patch`` is, or why it has no LoRA form."""
+    @property
+    def places(self) -> LoraPlaces:
+        """Where each tensor of the patch is, or why it has no LoRA form."""
+
+    def others(self, targets: Collection[str]) -> list[str]:
+        """The modules that PEFT takes for one of ``targets``, as their names end in its name."""
 
     def check(self, config: Mapping[str, Any], entries: Sequence[TensorInfo]) -> None:
         """Raise a `MismatchError` unless PEFT puts all of this adapter into the model, and lacks nothing."""
@@ -158,14 +163,24 @@ class LoraModule:
         )
 
 
+def ranks(modules: Sequence[LoraModule]) -> str:
+    """Their rank in words, or the lowest and the highest."""
+    low, *_, high = sorted([modules[0].rank, *(module.rank for module in modules)])
+    return f"rank {high}" if low == high else f"ranks {low} to {high}"
+
+
 def next_step(rank: int) -> int | None:
     """The smallest of `STEPS` that is no smaller; None beyond the last."""
     return next((step for step in STEPS if step >= rank), None)
 
 
-def adapter_config(modules: Sequence[LoraModule], base: str | None, task: str | None) -> dict[str, object]:
+def adapter_config(
+    modules: Sequence[LoraModule], base: str | None, task: str | None, live: LivePlaces | None = None
+) -> dict[str, object]:
     """What PEFT reads from ``adapter_config.json``; what is not named here has PEFT's default."""
     named = sorted(module.target for module in modules if module.place.form == "parameter")
+    targets = sorted(module.target for module in modules if module.place.form != "parameter")
+    others = [] if live is None else live.others(targets)
     rank = max(module.rank for module in modules)
     config: dict[str, object] = {
         "peft_type": "LORA",
@@ -174,7 +189,7 @@ def adapter_config(modules: Sequence[LoraModule], base: str | None, task: str | 
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted(module.target for module in modules if module.place.form != "parameter"),
+        "target_modules": targets,
         "fan_in_fan_out": any(m.place.transposed for m in modules if m.place.form == "linear"),
         "bias": "none",
         "use_rslora": False,
@@ -185,7 +200,8 @@ def adapter_config(modules: Sequence[LoraModule], base: str | None, task: str | 
         "alpha_pattern": patterns,
         "modules_to_save": None,
     }
-    return config | ({"target_parameters": named} if named else {})
+    rest = {"target_parameters": named, "exclude_modules": others}
+    return config | {key: names for key, names in rest.items() if names}
 
 
 def _patterns(modules: Iterable[LoraModule], usual: int) -> dict[str, int]:
@@ -217,6 +233,7 @@ def lora_modules(patch: Patch, places: LoraPlaces) -> list[LoraModule]:
         raise MismatchError(
             "some of the patch has no LoRA form",
             file=patch.place,
+            tensor=next(iter(refused)),
             expected="rows or columns of linear weights",
             found=some([f"{name} ({why})" for name, why in refused.items()], _SHOWN),
             hint="leave it out when neurons are chosen ([[exclude]], no [[with_bias]]), "
@@ -266,6 +283,8 @@ def _unknown(info: TensorInfo, reason: str) -> str:
     """Why files alone do not give a tensor a LoRA form; empty if they do."""
     if reason and reason != "output head":
         return reason
+    if "/" in info.name:
+        return "in a folder of several models, of which PEFT adapts one"
     if len(info.shape) > 2:
         return "stacked experts" if "expert" in info.name else "convolution"
     if len(info.shape) == 2 and not info.name.endswith(".weight"):

@@ -75,7 +75,6 @@ class MergePlan:
     def shared(self) -> int:
         """Neurons that several patches replace, companion biases not counted."""
         biases = self.manifest.selection.companion_biases
-        biases = biases.union(*(group.companions.values() for group in self.union.groups))
         return sum(len(meeting.shared) for name, meeting in self.meetings.items() if name not in biases)
 
     @property

@@ -34,6 +34,11 @@ class StoredRows:
     groups: Sequence[RowGroup] = ()
     notes: Sequence[str] = ()  # what came along
 
+    def with_facts(self, more: Mapping[str, object]) -> StoredRows:
+        """The same, with more known of how they were chosen."""
+        one, other = (Selection(s.tensors, {**s.facts, **more}) for s in (self.selection, self.stored))
+        return StoredRows(one, other, self.groups, self.notes)
+
 
 def stored_rows(selection: Selection, base: Checkpoint, tuned: Checkpoint) -> StoredRows:
     """What a patch of a selection holds; reads those scales that several rows share.
@@ -54,18 +59,20 @@ def stored_rows(selection: Selection, base: Checkpoint, tuned: Checkpoint) -> St
         for role, rows in parts.items():
             info = companions[role].info
             stored[info.name] = Chosen(info, Layout.of(info.shape, companions[role].axes), rows)
-        members = {role: one.info.name for role, one in companions.items()}
+        names = {role: one.info.name for role, one in companions.items()}
         shares = {role: one.span for role, one in companions.items() if role != "codes"}
-        groups.append(RowGroup(weight.layout, members, shares))
+        groups.append(RowGroup(weight.layout, names, shares))
     if not groups:
         return StoredRows(selection, selection)
     notes = [
         f"{plural(added, 'more neuron')} of quantized weights came along: they share scales that changed "
         "with chosen ones"
     ]
+    members = {name for group in groups for name in group.companions.values()}
+    followers = sorted(selection.facts.companion_biases | members)
     return StoredRows(
         Selection(weights, selection.facts),
-        Selection(dict(sorted(stored.items())), selection.facts),
+        Selection(dict(sorted(stored.items())), {**selection.facts, "followers": followers}),
         groups,
         notes if added else [],
     )

@@ -124,7 +124,7 @@ class RewritePlan:
             (tensor.info, tensor.layout, rows.patch.index(name))
             for rows in self.rows
             for name, tensor in rows.patch.tensors.items()
-            if name not in rows.patch.uncounted
+            if name not in rows.patch.facts.companion_biases
         )
         return sum(found.values())
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError
 from ..live.loading import load_model
-from ..live.names import live_names
+from ..live.placement import LivePlace, live_places
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout, described
 from ..scoring.scored_tensors import arranged
@@ -178,14 +178,16 @@ def gradient_scores(
 
     A batch holds the model's keyword arguments, ``labels`` included, on its device.
     """
-    live = live_names(model, [tensor.info.name for tensor in anatomy.scored])
+    places = live_places(model, {tensor.info.name: tensor.layout for tensor in anatomy.scored})
     kind = _SUMS[score]
-    running = {
-        tensor.info.name: kind(model.get_parameter(live[tensor.info.name]), tensor.layout)
-        for tensor in anatomy.scored
-    }
-    count = _accumulate(model, {live[name]: one for name, one in running.items()}, batches)
-    sums = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}
+    layouts = {place.parameter: place.layout for found in places.values() for place in found}
+    for name, found in places.items():
+        if any(place.layout != layouts[place.parameter] for place in found):
+            raise MismatchError("another tensor has neurons along another axis of its weight", tensor=name)
+    running = {name: kind(model.get_parameter(name), layout) for name, layout in layouts.items()}
+    count = _accumulate(model, running, batches)
+    live = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}
+    sums = {name: _of_file(found, live) for name, found in places.items()}
     units = _sum_units(anatomy, sums)
     values = {name: kind.scores(each) for name, each in sums.items()}
     for tensor in anatomy.scored:
@@ -194,6 +196,15 @@ def gradient_scores(
         if tensor.units is not None:
             values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     return write_scores(score, values, base, anatomy, units, out)
+
+
+def _of_file(places: Sequence[LivePlace], live: Mapping[str, Float64Array]) -> Float64Array:
+    """The sums of a tensor's neurons, from those of the weights in which they lie."""
+    found = np.zeros((len(live[places[0].parameter]), places[0].file.count))
+    for place in places:
+        index = place.index_of(np.arange(place.file.count))
+        found[:, index >= 0] = live[place.parameter][:, index[index >= 0]]
+    return found
 
 
 def _sum_units(anatomy: Anatomy, sums: dict[str, Float64Array]) -> dict[str, NDArray[np.int64]]:

@@ -9,6 +9,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.name_prefixes import Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
+from ..neurons.layout import Layout
 from ..progress import Progress
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
@@ -31,12 +32,12 @@ class NeuronChoice:
     warnings: tuple[str, ...] = ()
 
     @property
-    def tensors(self) -> list[str]:
-        """The names of the tensors that are, or may be, trained."""
+    def layouts(self) -> dict[str, Layout]:
+        """The tensors that are, or may be, trained."""
         if self.selection is not None:
-            return list(self.selection.tensors)
+            return {name: chosen.layout for name, chosen in self.selection.tensors.items()}
         assert self.anatomy is not None  # there is one of the two
-        return [tensor.info.name for tensor in self.anatomy.scored]
+        return {tensor.info.name: tensor.layout for tensor in self.anatomy.scored}
 
     def parameters(self, base: Checkpoint, select: Select) -> int | None:
         """The number of parameters to train; an estimate without a selection, None for a threshold."""

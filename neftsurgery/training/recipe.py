@@ -119,7 +119,8 @@ class Train:
     clip: float = 1.0
     # The number of steps between two saves. Each save measures the dev loss. None: ten saves per run.
     save_every: int | None = None
-    mode: Literal["auto", "scatter", "overlay"] = "auto"  # as in `neftsurgery.attach`
+    mode: Literal["auto", "scatter", "overlay"] = "auto"  # as in `neftsurgery.attach`, and ``skip`` too
+    skip: Literal["unattachable"] | None = None
     seed: int = 0  # the seed of the order of examples, the held-back share and dropout
     # Any other argument of ``transformers.TrainingArguments``, by its name.
     more: dict[str, Any] = field(default_factory=dict)

@@ -21,7 +21,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import fingerprint
 from ..errors import UsageError, boundary, spelled
 from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
-from ..live.names import live_names
+from ..live.placement import live_places
 from ..patch.patch import PATCH_NAME
 from ..progress import Progress, silent
 from ..selection.selection import Selection
@@ -129,7 +129,9 @@ class TrainPlan:
             selection = directory.load_selection()
             if selection is None:
                 selection = _choose(self, model, args.device, limits or Limits.of(), note)
-            with attach(model, selection, base=self.recipe.model, mode=self.recipe.train.mode) as attached:
+            mode, skip = self.recipe.train.mode, self.recipe.train.skip
+            with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
+                selection = attached.selection
                 with progress("training", self.steps) as advance:
                     resumed_from = directory.last_step
                     advance(resumed_from)
@@ -182,7 +184,8 @@ def plan_train(
         else:
             with in_recipe_words():
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
-        live_names(meta_model(base, "causal_lm"), choice.tensors)  # refuses names that the live model lacks
+        if asked.train.skip is None:  # refuses what the live model lacks
+            live_places(meta_model(base, "causal_lm"), choice.layouts)
     finally:
         base.close()
     steps = asked.train.steps or _steps(asked, len(examples.train))

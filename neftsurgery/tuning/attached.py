@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,13 +22,15 @@ from ..patch.patch import Manifest, Patch
 from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
-from ..text import commas, plural
+from ..text import commas, plural, some
 from .attached_neurons import AttachedNeurons, AttachedPart, register_optimizer_hooks
 from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base
 from .install import install, remove, update_extra_repr
-from .weight_plans import ModeOption, WeightPlan, plan_weights
+from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights
 
 __all__ = ["Attached", "attach"]
+
+log = logging.getLogger(__name__)
 
 
 class Attached:
@@ -41,6 +44,8 @@ class Attached:
         The mode that was asked for.
     trainable:
         Whether the neurons are trained.
+    skipped:
+        The tensors that were left out because they cannot be attached, and why: see ``skip`` of `attach`.
     """
 
     def __init__(
@@ -50,12 +55,15 @@ class Attached:
         base: Checkpoint | None,
         mode: ModeOption,
         trainable: bool,
+        skip: SkipOption = None,
     ) -> None:
         self.model = model
         self.mode = mode
         self.trainable = trainable
+        self.skipped: dict[str, str] = {}
         self._base = base
         self._what = what
+        self._skip: SkipOption = skip
         self._plans: list[WeightPlan] = []
         self._requires_grad: list[tuple[nn.Parameter, bool]] = []  # before the model was frozen
         self._attached = False
@@ -77,8 +85,12 @@ class Attached:
 
     @property
     def selection(self) -> Selection:
-        """Which neurons."""
-        return self._what if isinstance(self._what, Selection) else self._what.selection
+        """Which neurons; without those that were skipped."""
+        chosen = self._what if isinstance(self._what, Selection) else self._what.selection
+        if not self.skipped:
+            return chosen
+        left = {name: tensor for name, tensor in chosen.tensors.items() if name not in self.skipped}
+        return Selection(left, chosen.facts)
 
     @property
     def base(self) -> Provenance:
@@ -192,12 +204,12 @@ class Attached:
             raise UsageError("trainable neurons cannot be switched", hint="detach, then attach the patch")
         if not isinstance(patch, Patch):
             patch = Patch.load(patch)
-        earlier, plans = self._what, self._plans
+        earlier, plans, skipped = self._what, self._plans, self.skipped
         self._remove()
         try:
             self._attach(patch)
         except BaseException:
-            self._install(earlier, plans)
+            self._install(earlier, plans, skipped)
             raise
 
     def refresh(self) -> None:
@@ -282,13 +294,18 @@ class Attached:
     def _attach(self, what: Selection | Patch) -> None:
         """Plan and install ``what``. If that fails, nothing is changed."""
         try:
-            plans = plan_weights(self.model, what, base=self._base, mode=self.mode, trainable=self.trainable)
+            plans, skipped = plan_weights(
+                self.model, what, base=self._base, mode=self.mode, trainable=self.trainable, skip=self._skip
+            )
         finally:
             self._close_base()
-        self._install(what, plans)
+        if skipped:
+            reason = next(iter(skipped.values()))
+            log.warning("left out: %s cannot be attached (the first: %s)", some([*skipped]), reason)
+        self._install(what, plans, skipped)
 
-    def _install(self, what: Selection | Patch, plans: list[WeightPlan]) -> None:
-        self._what = what
+    def _install(self, what: Selection | Patch, plans: list[WeightPlan], skipped: dict[str, str]) -> None:
+        self._what, self.skipped = what, skipped
         try:
             if self.trainable:
                 self._freeze()
@@ -335,6 +352,7 @@ def attach(
     base: BaseOption = None,
     mode: ModeOption = "auto",
     trainable: bool | None = None,
+    skip: SkipOption = None,
 ) -> Attached:
     """Make the chosen neurons of a live model trainable and freeze the rest; or put a patch's values in.
 
@@ -356,6 +374,9 @@ def attach(
         ``auto``: scatter where possible.
     trainable:
         None: a selection is, a patch is not.
+    skip:
+        ``"unattachable"``: leave out tensors that cannot be attached to this model, with a warning that names
+        them, instead of refusing them all. `Attached.skipped` tells why.
 
     Raises
     ------
@@ -363,7 +384,7 @@ def attach(
         If the selection or patch does not fit the model or its base, or the model's dtype cannot hold
         the checkpoint's values exactly. Nothing is changed.
     UsageError
-        If a layer's type, or neurons that are already attached, do not allow it. Nothing is changed.
+        If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
     _refuse_wrapped(model)
     if isinstance(what, (str, os.PathLike)):
@@ -371,7 +392,7 @@ def attach(
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:
         raise UsageError("a selection has no values", hint="attach a patch, or train the selection")
-    attached = Attached(model, what, find_base(model, base, what.tensors), mode, train)
+    attached = Attached(model, what, find_base(model, base, what.tensors), mode, train, skip)
     attached._attach(what)
     return attached
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -22,6 +24,7 @@ from ..errors import UsageError
 from ..live.weights import is_plain, read_vectors, write_vectors
 from ..neurons.layout import Layout
 from ..selection.selection import Chosen
+from ..text import some
 
 __all__ = [
     "AttachedNeurons",
@@ -31,6 +34,8 @@ __all__ = [
     "refuse_pickling",
     "register_optimizer_hooks",
 ]
+
+log = logging.getLogger(__name__)
 
 Mode: TypeAlias = Literal["scatter", "overlay"]
 NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
@@ -77,6 +82,7 @@ class AttachedNeurons:
     def __post_init__(self) -> None:
         self.name = self.parts[0].name  # in the checkpoint; the first of several
         self.active = False  # whether they are installed
+        self.reported = False  # whether it was seen if the first backward pass reached them
         self.parameter_name = f"{self.attribute}_neurons"
         self.rows_dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         index = np.concatenate([part.index for part in self.parts])
@@ -184,16 +190,9 @@ class AttachedNeurons:
         twin = object.__new__(AttachedNeurons)
         memo[id(self)] = twin
         shared = {
-            "name",
-            "parts",
-            "layout",
-            "attribute",
-            "kind",
-            "mode",
-            "trainable",
-            "parameter_name",
+            "name", "parts", "layout", "attribute", "kind", "mode", "trainable", "parameter_name", "reported",
             "active",
-        }
+        }  # fmt: skip
         for key, value in (self.__dict__ | {"by_expert": None}).items():
             twin.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
         if self.trainable:
@@ -235,6 +234,8 @@ def _attached(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, AttachedNeur
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _report_untrained([*_attached(optimizer)])
     for parameter, neurons in _attached(optimizer):
         if not neurons.active:
             raise UsageError(
@@ -250,6 +251,32 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 found=parameter.dtype,
                 hint="cast the model before attaching to it, not after",
             )
+
+
+def _report_untrained(attached: Sequence[tuple[Tensor, AttachedNeurons]]) -> None:
+    """Name the weights that the first backward passes gave no gradient, at the first step after them."""
+    first = [(parameter.grad is not None, neurons) for parameter, neurons in attached if not neurons.reported]
+    used = {_kind(neurons) for reached, neurons in first if reached}
+    if not used:  # nothing is trained yet, or gradients are kept elsewhere
+        return
+    for _, neurons in first:
+        neurons.reported = True
+    # That no token visited an expert is no fault; that none visited any expert of its kind would be.
+    unused = [
+        neurons.name
+        for reached, neurons in first
+        if not reached and not ("expert" in neurons.name and _kind(neurons) in used)
+    ]
+    if unused:
+        log.warning(
+            "no gradient reached the chosen neurons of %s in the first backward pass: if the model does not "
+            "compute with these weights, they will not train; leave them out of the selection",
+            some(unused),
+        )
+
+
+def _kind(neurons: AttachedNeurons) -> str:
+    return re.sub(r"\d+", "*", neurons.name)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

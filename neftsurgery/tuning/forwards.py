@@ -28,7 +28,7 @@ from .frozen_weights import (
     linear,
 )
 
-__all__ = ["LayerForward", "LayerNeurons", "forward_of"]
+__all__ = ["LayerForward", "LayerNeurons", "LinearForward", "forward_of"]
 
 
 @dataclass
@@ -98,18 +98,20 @@ class LayerForward:
         raise NotImplementedError
 
 
-class _Linear(LayerForward):
+class LinearForward(LayerForward):
     """`torch.nn.Linear`; with ``transposed``, transformers' ``Conv1D``."""
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
 
     def kind_of(self, axes: Sequence[int]) -> NeuronKind | None:
+        """Outputs or inputs."""
         if len(axes) != 1:
             return None
         return "outputs" if (axes[0] == 1) is self.transposed else "inputs"
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
+        """The forward pass."""
         weight, bias = layer.weight(module), layer.bias(module)
         kept, neurons = _without_overlaid_inputs(layer, x), layer.frozen
         if neurons is None:
@@ -120,7 +122,7 @@ class _Linear(LayerForward):
         return _overlay(layer, x, out, bias)
 
 
-class _QuantizedLinear(_Linear):
+class _QuantizedLinear(LinearForward):
     """A linear layer with a quantized weight; it computes in its own way, so it supports only overlays."""
 
     quantized = True
@@ -226,9 +228,9 @@ def forward_of(module: nn.Module) -> LayerForward | None:
             return None  # nn.MultiheadAttention uses its weight without calling it
         if module.weight.dtype not in FLOAT_DTYPES:
             return _QuantizedLinear(transposed=False)
-        return _Linear(transposed=False) if cls.forward is nn.Linear.forward else None
+        return LinearForward(transposed=False) if cls.forward is nn.Linear.forward else None
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
-        return _Linear(transposed=True)
+        return LinearForward(transposed=True)
     if any(isinstance(module, c) and cls.forward is c.forward for c in _CONVOLUTIONS):
         return _Convolution()
     if isinstance(module, nn.Embedding) and cls.forward is nn.Embedding.forward:

@@ -23,6 +23,7 @@ __all__ = [
     "FrozenConvolution",
     "FrozenEmbedding",
     "FrozenLinear",
+    "OverlaidLinear",
     "apply_function",
     "convolve",
     "linear",
@@ -105,6 +106,63 @@ class FrozenLinear(Function):
             of_rows = (_flat(grad).index_select(1, index).t() @ _flat(x)).to(ctx.rows_dtype)
         if ctx.needs_input_grad[3]:
             of_bias = _flat(grad).sum(0)
+        return of_x, of_rows, None, of_bias, None, None, None
+
+
+class OverlaidLinear(Function):
+    """A frozen linear layer with ``W [out, in]``, some of whose outputs or inputs have other vectors.
+
+    ``rows`` are these, as in `FrozenLinear`; the weight holds the old ones. What they change is computed from
+    the difference, so with the weight's own vectors the output is the layer's, to the bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        transposed: bool,
+        inputs: bool,
+    ) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        out = linear(x, weight, bias, transposed)
+        held = (
+            weight.index_select(1, index).t() if inputs is not transposed else weight.index_select(0, index)
+        )
+        delta = (rows - held.to(rows.dtype)).to(out.dtype)
+        x = x.to(out.dtype)
+        if inputs:
+            kept = _flat(x).index_select(1, index)
+            _flat(out).addmm_(kept, delta)
+        else:
+            kept = x
+            _flat(out).index_add_(1, index, _flat(x) @ delta.t())
+        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, weight, delta, index)
+        ctx.transposed, ctx.inputs, ctx.rows_dtype = transposed, inputs, rows.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of ``x``, ``rows`` and ``bias``."""
+        kept, weight, delta, index = ctx.saved_tensors
+        flat = _flat(grad)
+        chosen = flat if ctx.inputs else flat.index_select(1, index)
+        of_x = of_rows = of_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = weight.to(grad.dtype)
+            of_x = grad @ weight.t() if ctx.transposed else grad @ weight
+            if ctx.inputs:
+                _flat(of_x).index_add_(1, index, flat @ delta.t())
+            else:
+                _flat(of_x).addmm_(chosen, delta)
+        if ctx.needs_input_grad[1]:
+            of_rows = (kept.t() @ chosen if ctx.inputs else chosen.t() @ _flat(kept)).to(ctx.rows_dtype)
+        if ctx.needs_input_grad[3]:
+            of_bias = flat.sum(0)
         return of_x, of_rows, None, of_bias, None, None, None
 
 

@@ -91,6 +91,11 @@ class LinearNeurons(WeightNeurons):
         """The experts, if there is one for each token."""
         return self.expert if isinstance(self.expert, Tensor) else None
 
+    @property
+    def count(self) -> int:
+        """The experts of a stack, or the tokens that have one each."""
+        return self.layout.shape[0] if self._ids is None else len(self._ids)
+
     def compute(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of a function that reads a part, or of a product."""
         first, *more = args or (None,)
@@ -188,10 +193,10 @@ def _multiplied(left: Any, right: Any) -> Any:
         return NotImplemented
     if (part := _part_of(right, dim=2)) is not None:
         return part.times(left)
-    if (part := _part_of(right, dim=3)) is not None and left.dim() == 3:
+    if (part := _part_of(right, dim=3)) is not None and left.shape[:-2] == (part.count,):
         ids = part._ids
         return part.times_each(left, lambda x, stack: torch.bmm(x, stack if ids is None else stack[ids]))
-    if (part := _part_of(left, dim=3)) is not None and right.dim() == 3:
+    if (part := _part_of(left, dim=3)) is not None and right.shape[:-2] == (part.count,):
         ids = part._ids
 
         def multiply(x: Tensor, stack: Tensor) -> Tensor:  # the same product, of the other side

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
-from ..errors import MismatchError, UsageError
+from ..errors import MismatchError, NeftError, UsageError
 from ..live.placement import live_places
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
@@ -25,9 +25,10 @@ from .base_checkpoint import base_vectors, check_weights, checked_values, float_
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
 
-__all__ = ["ModeOption", "WeightPlan", "plan_weights"]
+__all__ = ["ModeOption", "SkipOption", "WeightPlan", "plan_weights"]
 
 ModeOption: TypeAlias = Literal["auto", "scatter", "overlay"]
+SkipOption: TypeAlias = Literal["unattachable"] | None
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ def plan_weights(
     base: Checkpoint | None,
     mode: ModeOption,
     trainable: bool,
-) -> list[WeightPlan]:
-    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`."""
+    skip: SkipOption,
+) -> tuple[list[WeightPlan], dict[str, str]]:
+    """Plan how each tensor of ``what`` is attached to the model; errors as in `attach`.
+
+    Also tells why each tensor that ``skip`` leaves out cannot be attached.
+    """
     if mode not in ("auto", "scatter", "overlay"):
         raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)
     if not isinstance(what, (Selection, Patch)):
@@ -73,13 +78,39 @@ def plan_weights(
             "this model already has trainable neurons",
             hint="detach() them, or attach one selection of all neurons",
         )
+    if skip not in (None, "unattachable"):
+        raise UsageError("there is no such way to skip", expected="None or unattachable", found=skip)
+    skipped: dict[str, str] = {}
+    while True:
+        left = {name: chosen for name, chosen in tensors.items() if name not in skipped}
+        try:
+            plans = _plan_all(model, left, mode, trainable)
+        except NeftError as error:
+            if skip is None or error.tensor not in left or isinstance(error, _ShapeError):
+                raise
+            skipped[error.tensor] = error.what
+            if all(name in skipped for name, chosen in tensors.items() if len(chosen.index)):
+                raise
+        else:
+            break
+    return [replace(plan, values=_values(plan.neurons, what, base)) for plan in plans], skipped
+
+
+class _ShapeError(MismatchError):
+    """The model is another one: no reason to leave a tensor out."""
+
+
+def _plan_all(
+    model: nn.Module, tensors: Mapping[str, Chosen], mode: ModeOption, trainable: bool
+) -> list[WeightPlan]:
+    """The plans, still without values; an error names the tensor that cannot be attached."""
     all_uses, parameters = _parameter_uses(model), dict(model.named_parameters(remove_duplicate=False))
     plans = []
     for parameter, (layout, parts) in _parts(model, tensors).items():
         uses = all_uses[id(parameters[parameter])]
         neurons, layers, readers = _plan_neurons(layout, parts, uses, mode, trainable)
         _check_overlap(neurons)
-        plans.append(WeightPlan(neurons, _values(neurons, what, base), layers, readers))
+        plans.append(WeightPlan(neurons, None, layers, readers))
     return plans
 
 
@@ -175,7 +206,7 @@ def _plan_neurons(
 
 def _check_shape(name: str, layout: Layout, found: tuple[int, ...]) -> None:
     if found != layout.shape:
-        raise MismatchError(
+        raise _ShapeError(
             "the model's weight has another shape",
             tensor=name,
             expected=list(layout.shape),

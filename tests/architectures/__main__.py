@@ -7,6 +7,8 @@ committed file is shown.
 ``python -m tests.architectures sweep`` reads the files of all these models with the table, andputs every
 type through each verb: small, with weights, in a process of its own. Types that are done are kept in
 ``--state``; ``--only`` does some anew.
+
+``python -m tests.architectures experts`` trains experts of mixtures end to end.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import transformers
 from neftsurgery.neurons.submodels import NO_PATTERN
 
 from .children import in_children
+from .experts import EXPERTS, train_experts
 from .harvest import describe, gather
 from .rows import DATA, OVERLAY, Record, load_overlay, make_data, text_of
 from .sweep import PAGE, put_page, read_back
@@ -37,7 +40,7 @@ STATE = Path(__file__).resolve().parents[2] / "build" / "architectures"
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
-    parser.add_argument("command", choices=["families", "sweep"])
+    parser.add_argument("command", choices=["families", "sweep", "experts"])
     parser.add_argument("--state", type=Path, default=STATE / f"transformers-{transformers.__version__}")
     parser.add_argument("--only", default="", help="model types to do anew, separated by commas")
     parser.add_argument("--keep", action="store_true", help="do nothing anew")
@@ -48,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     chosen = [name for name in options.only.split(",") if name]
+    if options.command == "experts":
+        return experts(chosen or EXPERTS.split())
     names = chosen or ([] if options.keep else model_types())
     if options.command == "sweep":
         trials = options.state / "trials"
@@ -72,6 +77,22 @@ def main(arguments: list[str] | None = None) -> int:
     for name, why in sorted(failed.items()):
         print(f"  {name}: {why}")
     return 0
+
+
+def experts(names: list[str]) -> int:
+    """Train the experts of some types, print what became of each; 1 if one is wrong."""
+    transformers.utils.logging.disable_progress_bar()
+    failures = 0
+    for name in names:
+        run = train_experts(name)
+        failures |= int(not run.right)
+        losses = " ".join(f"{loss:.3f}" for loss in run.losses)
+        print(
+            f"{name}: {'right' if run.right else 'wrong'}: {run.neurons} neurons of {run.tensors} tensors,"
+            f" {run.moved} of them changed; loss {losses}; loaded logits {run.apart:.1e} apart",
+            flush=True,
+        )
+    return failures
 
 
 def _forget(names: list[str], folder: Path) -> None:

@@ -51,7 +51,7 @@ def in_children(
         child, status = os.wait()
         name, path, started = running.pop(child)
         if not path.exists():
-            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
+            late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
             why = f"took more than {seconds} s" if late else f"ended with {status}"
             path.write_text(json.dumps({"failed": why}))
         print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
@@ -69,7 +69,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _in_child(work: Callable[[str], Any], name: str, path: Path, seconds: int) -> None:
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # processor time: other work does not count
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of the processor: other work does not count
+    signal.alarm(10 * seconds)
     try:
         with _quiet():
             try:

@@ -154,13 +154,13 @@ def units_column(case: TinyCheckpoints, column: Column) -> None:
             column.leave(error, offered)
             continue
         column.counts[offered] = len(anatomy.scored)
-    members = (
-        [tensor for tensor in anatomy.scored if tensor.units is not None]
-        if column.counts.get("units")
-        else []
-    )
+    scored = anatomy.scored if column.counts.get("units") else ()
+    every = [(tensor, tensor.units.base) for tensor in scored if tensor.units is not None]
+    tied = {base for tensor, base in every if tensor.tied}
+    members = [tensor for tensor, base in every if base not in tied]
+    column.counts["tied"] = len(tied)
     if not members or not case.runs:
-        column.why = case.why if members else "no units"
+        column.why = case.why if members else "all units are tied to their places" if tied else "no units"
         return
     _require_alike(case, column, members)
 

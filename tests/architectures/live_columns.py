@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from neftsurgery.errors import NeftError
 from neftsurgery.scoring.scores import Scores
 from neftsurgery.selection.selection import Chosen, Selection
 
+from .lora_round import lora_round
 from .runnable import outputs
 from .tiny_checkpoints import TinyCheckpoints, Unusable, far
-from .verdicts import Column, Wrong, starred
+from .verdicts import Column, Wrong, plain
 
 __all__ = ["attach_column", "attach_what_goes", "lora_column"]
 
@@ -71,34 +71,14 @@ def attach_what_goes(
     model: Any, selection: Selection, base: Path, column: Column
 ) -> tuple[ns.Attached, Selection]:
     """Attach the selection without what is refused by name, which `column` is told."""
-    if "skip" in inspect.signature(ns.attach).parameters:
-        options: Any = {"skip": "unattachable"}
-    else:
-        options = {}
-    while True:
-        try:
-            attached = ns.attach(model, selection, base=base, **options)
-        except NeftError as error:
-            selection = _without(selection, error, column)
-        else:
-            kept = attached.selection
-            for name in selection.tensors.keys() - kept.tensors.keys():
-                column.leave("left out by skip", name)
-            return attached, kept
-
-
-def _without(selection: Selection, error: NeftError, column: Column, plain: bool = False) -> Selection:
-    """The selection without the tensors that an error names; raises it if none or all are left."""
-    if error.tensor in selection.tensors:
-        refused = [name for name in selection.tensors if starred(name) == starred(error.tensor)]
-    else:
-        refused = [one.info.name for one in selection if plain and len(one.info.shape) != 2]
-    if not refused or len(refused) == len(selection.tensors):
-        raise error
-    for name in refused:
-        column.leave(error, name)
-    rest = {name: one for name, one in selection.tensors.items() if name not in refused}
-    return Selection(rest, selection.facts)
+    logging.disable(logging.WARNING)
+    try:
+        attached = ns.attach(model, selection, base=base, skip="unattachable")
+    finally:
+        logging.disable(logging.NOTSET)
+    for name, reason in attached.skipped.items():
+        column.leave(plain(reason), name)
+    return attached, attached.selection
 
 
 def _state(model: Any) -> dict[str, torch.Tensor]:
@@ -185,43 +165,16 @@ def _step(attached: ns.Attached) -> None:
     torch.optim.SGD(attached.parameters(), lr=0.03).step()
 
 
-def lora_column(case: TinyCheckpoints, column: Column, scores: Scores) -> None:
+def lora_column(case: TinyCheckpoints, column: Column) -> None:
     """Export rows as LoRA, load them by PEFT, merge: the patched model."""
-    selection = scores.select(neurons="5%", per="tensor", max_per_tensor=8)
-    folder = case.folder / "adapter"
-    patch, selection = _exported(case, selection, folder, column)
-    column.counts = {"tensors": len(selection.tensors)}
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for harmless in (DeprecationWarning, FutureWarning):
-            warnings.filterwarnings("ignore", category=harmless)
-        try:
-            merged = PeftModel.from_pretrained(case.copy(), folder).merge_and_unload()
-        except (Exception, Warning) as error:
-            raise Wrong(f"PEFT: {type(error).__name__}: {error}".splitlines()[0][:300]) from error
-    patched = case.folder / "lora patched"
-    ns.apply(case.base, patch, out=patched)
-    expected = _state(case.load(patched))
-    state = _state(merged)
-    for name, value in expected.items():
-        if name not in state or state[name].shape != value.shape:
-            raise Wrong(f"{name}: not in the merged model")
-        if float((state[name].double() - value.double()).abs().max() if value.numel() else 0) > 1e-5:
-            raise Wrong(f"{name}: merged, it is not the patched weight")
-    if apart := far(_outputs(case, case.load(patched)), _outputs(case, merged), 1e-4):
-        raise Wrong(f"merged, the model gives something else ({apart:.1e})")
-
-
-def _exported(
-    case: TinyCheckpoints, selection: Selection, folder: Path, column: Column
-) -> tuple[ns.Patch, Selection]:
-    while True:
-        patch = ns.extract(case.base, case.tuned, selection)
-        try:
-            ns.export_lora(patch, folder, base=case.base)
-        except NeftError as error:
-            selection = _without(selection, error, column, plain=True)
-        else:
-            return patch, selection
+    inputs = case.found.inputs if case.runs else None
+    found = lora_round(case.base, case.tuned, case.folder / "lora", inputs=inputs)
+    column.counts = {"tensors": found.tensors, **found.forms}
+    for name, reason in found.refused.items():
+        column.leave(plain(reason), name)
+    if found.verdict == "wrong":
+        raise Wrong(found.reason)
+    if found.verdict == "refused":
+        column.verdict, column.why = "refused", plain(found.reason)
+    elif found.unmerged.startswith("off"):
+        raise Wrong(f"before merging, the outputs are {found.unmerged}")

@@ -10,14 +10,34 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["candidates"]
+__all__ = ["Unneeded", "candidates"]
 
 _TEXT, _BATCH, _SMALL = 8, 2, 64
 Inputs = dict[str, Any]
 
 
+class Unneeded(Exception):
+    """These inputs would be those of another candidate."""
+
+
 def candidates(model: Any) -> Iterator[Callable[[], Inputs]]:
     """Functions that make inputs, those that reach the most weights first."""
+    for make in _candidates(model):
+        yield partial(_filled, model, make)
+
+
+def _filled(model: Any, make: Callable[[], Inputs]) -> Inputs:
+    """The inputs, and what else the forward pass cannot do without."""
+    given = make()
+    for name, one in inspect.signature(model.forward).parameters.items():
+        if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD and name not in given:
+            if name not in _REQUIRED:
+                raise ValueError(f"no input of the name {name} is known")
+            given[name] = _REQUIRED[name](model)
+    return given
+
+
+def _candidates(model: Any) -> Iterator[Callable[[], Inputs]]:
     config = model.config
     names = set(inspect.signature(model.forward).parameters)
     special = _SPECIAL.get(config.model_type)
@@ -35,14 +55,19 @@ def candidates(model: Any) -> Iterator[Callable[[], Inputs]]:
             yield partial(_both, model, names, _small)
             yield partial(_both, model, names, _image)
         yield partial(_text, model, names)
+    if "grid_thw" in names:
+        yield partial(_patches_alone, model, names)
     for main, makers in _MAKERS.items():
         if main in names:
             for make in makers:
                 yield partial(_single, model, names, main, make)
+    yield dict  # with what is required
 
 
 def _single(model: Any, names: set[str], main: str, make: Callable[[Any], torch.Tensor]) -> Inputs:
-    return {main: make(model), **_common(model, names)}
+    value = make(model)
+    masks = {name: torch.ones(len(value), value.shape[-1], dtype=torch.long) for name in _MASKS & names}
+    return {main: value, **masks, **_common(model, names)}
 
 
 def _random(*shape: int) -> torch.Tensor:
@@ -92,7 +117,8 @@ def _common(model: Any, names: set[str]) -> Inputs:
     if "use_cache" in names:
         given["use_cache"] = False
     if "decoder_input_ids" in names:
-        given["decoder_input_ids"] = _tokens(config, 5, seed=1)
+        books = _first(config, "num_codebooks", default=1) if "musicgen" in config.model_type else 1
+        given["decoder_input_ids"] = _tokens(config, 5, _BATCH * books, seed=1)
     return given
 
 
@@ -121,7 +147,7 @@ def _image(model: Any, batch: int = _BATCH) -> torch.Tensor:
 def _small(model: Any) -> torch.Tensor:
     """A smaller picture than the model is made for, which many take."""
     if max(_size(model.config)) <= _SMALL:
-        raise ValueError("pictures are small already")
+        raise Unneeded
     return _image(model)[..., :_SMALL, :_SMALL]
 
 
@@ -168,15 +194,22 @@ def _mask(names: set[str], ids: torch.Tensor, token: int) -> Inputs:
     return given
 
 
-def _text_and_patches(model: Any, names: set[str]) -> Inputs:
-    config = model.config
-    vision = getattr(config, "vision_config", config)
-    merge = _first(vision, "spatial_merge_size", "merge_size", default=2)
+def _patches(model: Any) -> torch.Tensor:
+    vision = getattr(model.config, "vision_config", model.config)
     patch = _first(vision, "patch_size", default=14)
     time = _first(vision, "temporal_patch_size", default=1)
     channels = _first(vision, "in_channels", "in_chans", "num_channels", default=3)
-    grid = torch.tensor([[1, 2 * merge, 2 * merge]])
-    pixels = _random(int(grid.prod()), channels * time * patch * patch)
+    return _random(int(_grid(model).prod()), channels * time * patch * patch)
+
+
+def _patches_alone(model: Any, names: set[str]) -> Inputs:
+    main = next(name for name in ("pixel_values", "hidden_states") if name in names)
+    return {main: _patches(model), "grid_thw": _grid(model)}
+
+
+def _text_and_patches(model: Any, names: set[str]) -> Inputs:
+    config = model.config
+    grid, pixels = _grid(model), _patches(model)
     token = _image_token(config)
     assert token is not None
     ids = _with_tokens(config, token, 4)
@@ -217,6 +250,11 @@ def _frames(model: Any) -> torch.Tensor:
     return _random(1, count, _first(config, "num_channels", default=3), *_size(config))
 
 
+def _pair(model: Any) -> torch.Tensor:
+    """Two pictures that belong together."""
+    return torch.stack([_image(model), _image(model).flip(-1)], 1)
+
+
 def _flat(model: Any) -> torch.Tensor:
     return _random(_BATCH, 2000)
 
@@ -234,16 +272,64 @@ def _spectrogram(model: Any) -> torch.Tensor:
     return _random(_BATCH, length, bins)
 
 
+_MASKS = {"input_features_mask", "feature_attention_mask"}
+_SIZES = ("input_dim", "input_size", "feature_size")
 _MAKERS: dict[str, tuple[Callable[[Any], torch.Tensor], ...]] = {
-    "pixel_values": (_small, _image, _frames),
+    "pixel_values": (_small, _image, _frames, _pair),
     "input_features": (
         _mels,
-        _sequence("feature_projection_input_dim", "num_mel_bins", "input_dim", "input_size", "feature_size"),
+        *(_sequence(key) for key in ("feature_projection_input_dim", "num_mel_bins", *_SIZES)),
+        lambda model: _random(_BATCH, 1, 64, _first(model.config, "num_mel_bins", default=64)),
     ),
     "input_values": (_flat, _spectrogram, lambda model: _random(_BATCH, 1, 2000), _sequence("num_mel_bins")),
-    "past_values": (lambda model: _random(_BATCH, _first(model.config, "context_length", default=32)),),
+    "past_values": (
+        lambda model: _random(_BATCH, _first(model.config, "context_length", default=32)),
+        lambda model: _times(model),
+        lambda model: _random(
+            _BATCH,
+            _first(model.config, "context_length", default=32),
+            _first(model.config, "num_input_channels", default=1),
+        ),
+    ),
+    "pixel_values_videos": (_frames,),
     "inputs_embeds": (_sequence("hidden_size", "d_model", "n_embd"),),
-    "hidden_states": (_sequence("hidden_size", "d_model", "n_embd"),),
+    "hidden_states": (_sequence("hidden_size", "d_model", "n_embd"), *map(_sequence, _SIZES)),
 }
+_HIDDEN = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
+
+
+def _hidden(model: Any) -> torch.Tensor:
+    return _random(_BATCH, _TEXT, _first(model.config, *_HIDDEN, default=32))
+
+
+def _grid(model: Any) -> torch.Tensor:
+    merge = _first(model.config, "spatial_merge_size", "merge_size", default=2)
+    return torch.tensor([[1, 2 * merge, 2 * merge]])
+
+
+def _times(model: Any) -> torch.Tensor:
+    lags = _first(model.config, "lags_sequence", default=[0])
+    return _random(_BATCH, _first(model.config, "context_length", default=32) + max(lags))
+
+
+_REQUIRED: dict[str, Callable[[Any], torch.Tensor]] = {
+    "input_ids": lambda model: _tokens(model.config),
+    "pixel_values": _image,
+    "hidden_states": _hidden,
+    "hidden_state": _hidden,
+    "inputs_embeds": _hidden,
+    "query_embeds": _hidden,
+    "encoder_hidden_states": _hidden,
+    "attention_mask": lambda model: torch.ones(_BATCH, _TEXT, dtype=torch.long),
+    "position_ids": lambda model: torch.arange(_TEXT)[None].expand(_BATCH, _TEXT),
+    "grid_thw": _grid,
+    "image_grid_thw": _grid,
+    "past_values": _times,
+    "past_observed_mask": lambda model: torch.ones_like(_times(model)),
+    "past_time_features": lambda model: _random(
+        *_times(model).shape, _first(model.config, "num_time_features", default=1)
+    ),
+}
+"""What a forward pass may not do without."""
 _SPECIAL: dict[str, Callable[[Any, set[str]], Inputs]] = {}
 """What some types need."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,7 @@ from neftsurgery.live.placement import LivePlace, live_places
 from neftsurgery.live.weights import read_vectors
 from neftsurgery.neurons.layout import Layout
 
-from .blocks import NUMBER
-from .tiny_models import build
+from .tiny_models import LADDER, build
 
 __all__ = ["placed", "filled", "check_files"]
 
@@ -30,7 +30,8 @@ __all__ = ["placed", "filled", "check_files"]
 def placed(model_type: str) -> dict[str, dict[str, Any]]:
     """Of the first and the last class of a type, how many tensors are right, and which refused or wrong."""
     found: dict[str, dict[str, Any]] = {}
-    models = [(name, model) for name, model, _ in build(model_type) if model is not None]
+    ladder = ((64, 2), *LADDER)  # what takes part in a conversion is there in two layers
+    models = [(name, model) for name, model, _ in build(model_type, ladder) if model is not None]
     for name, model in dict([*models[:1], *models[-1:]]).items():
         with tempfile.TemporaryDirectory() as folder:
             live = filled(model)
@@ -65,7 +66,7 @@ def check_files(model: Any, folder: Path) -> dict[str, Any]:
         together = live_places(model, {name: Layout(tuple(value.shape), ()) for name, value in files.items()})
     except MismatchError as error:
         together, told["together"] = {}, str(error)[:400]
-    kinds = {NUMBER.sub("*", name): name for name in files}  # the neurons of one of each kind are checked
+    kinds = {re.sub(r"\d+", "*", name): name for name in files}  # the neurons of one of each kind are checked
     for name, value in files.items():
         try:
             places = together.get(name) or live_places(model, {name: Layout(tuple(value.shape), ())})[name]

@@ -10,14 +10,14 @@ import inspect
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 
-from .model_inputs import candidates
+from .model_inputs import Unneeded, candidates
 from .tiny_models import LADDER, classes_of, config_of
 
 __all__ = ["Runnable", "configs_in", "move_weights", "outputs", "runnable", "tiny_config"]
@@ -26,6 +26,8 @@ _MOST_TOKENS, _VOCABULARY, _FIRST_ID = 4096, 499, 100
 _MOST_PARAMETERS = 8_000_000
 _TOKEN_ID = re.compile(r"token(_id|_index|_idx)?$|_token_ids?$|token_index$|_id$|_ids$")
 _TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_WIDTHS = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim")
+_HEADS = ("num_attention_heads", "num_heads", "n_head", "num_key_value_heads", "encoder_attention_heads")
 _PREFERRED = ("ForConditionalGeneration", "ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 
 
@@ -52,9 +54,9 @@ def runnable(model_type: str) -> Runnable:
     why = ""
     for cls in _classes(model_type):
         found = None
-        for factor, layers in LADDER:
+        for factor, layers, fewer in [(*rung, fewer) for rung in LADDER for fewer in (False, True)]:
             try:
-                model = _build(cls, model_type, factor, layers, found is not None)
+                model = _build(cls, tiny_config(model_type, factor, layers, fewer), found is not None)
             except Exception as error:
                 why = why or _told(error)
                 continue
@@ -70,7 +72,7 @@ def runnable(model_type: str) -> Runnable:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
 def _classes(model_type: str) -> list[type]:
@@ -96,9 +98,12 @@ def _classes(model_type: str) -> list[type]:
     )
 
 
-def tiny_config(model_type: str, factor: int, layers: int) -> Any:
-    """A config of a model that is small in memory, and quick."""
+def tiny_config(model_type: str, factor: int, layers: int, fewer_heads: bool = False) -> Any:
+    """A config of a model that is small in memory, and quick; with heads that divide its width."""
     config = config_of(model_type, factor, layers)
+    for key in ("image_token_id", "image_token_index", "audio_token_id"):
+        if getattr(config, key, 0) is None:
+            _set(config, key, _FIRST_ID - 1)
     ids: set[int] = set()
     for part in configs_in(config):
         for value in _token_ids(part).values():
@@ -108,6 +113,8 @@ def tiny_config(model_type: str, factor: int, layers: int) -> Any:
     shrinks = any(_vocabularies(part) for part in configs_in(config)) and len(new) < _VOCABULARY - _FIRST_ID
     for part in configs_in(config):
         _cut_layers(part)
+        if fewer_heads:
+            _fit_heads(part)
         _fit_rope(part)
         _fit_experts(part)
         if shrinks:
@@ -125,6 +132,18 @@ def configs_in(config: Any) -> Iterator[Any]:
     for key, value in list(vars(config).items()):
         if isinstance(value, transformers.PreTrainedConfig) and not key.startswith("_"):
             yield from configs_in(value)
+
+
+def _fit_heads(config: Any) -> None:
+    """As many heads as leave each of them some multiple of four elements."""
+    width = next((value for key in _WIDTHS if type(value := getattr(config, key, None)) is int), 0)
+    heads = next((one for one in (8, 4, 2, 1) if width and width % (4 * one) == 0), None)
+    for key in _HEADS if heads else ():
+        value = getattr(config, key, None)
+        if type(value) is int and value > (heads or 0):
+            _set(config, key, heads)
+    if heads and type(getattr(config, "head_dim", None)) is int:
+        _set(config, "head_dim", width // heads)
 
 
 def _fit_rope(config: Any) -> None:
@@ -182,12 +201,11 @@ def _set(config: Any, key: str, value: Any) -> None:
         return
 
 
-def _build(cls: Any, model_type: str, factor: int, layers: int, built: bool) -> Any:
+def _build(cls: Any, config: Any, built: bool) -> Any:
     """A model with weights none of which is zero or one, and that are not alike in two layers.
 
     None if it were a large one, and a smaller one was built.
     """
-    config = tiny_config(model_type, factor, layers)
     with tempfile.TemporaryDirectory() as folder:  # as files will have it
         config.save_pretrained(folder)
         config = type(config).from_pretrained(folder)
@@ -211,32 +229,22 @@ def move_weights(model: Any, seed: int, share: float = 0.05) -> None:
 
 
 def _inputs(model: Any) -> tuple[dict[str, Any] | None, str]:
-    why = "no inputs are known"
-    for inputs in _tried(candidates(model)):
-        if isinstance(inputs, Exception):
-            why = _told(inputs)
-            continue
+    """The first inputs that the model takes; else the first and the last reason why not."""
+    reasons: list[str] = []
+    for make in candidates(model):
         try:
+            inputs = make()
             with torch.no_grad():
                 found = outputs(model, inputs)
-        except Exception as error:
-            why = _told(error)
+        except Unneeded:
             continue
-        if not found:
-            why = "no tensor comes out"
-        elif not all(bool(torch.isfinite(one).all()) for one in found):
-            why = "what comes out is not finite"
-        else:
-            return inputs, ""
-    return None, why
-
-
-def _tried(made: Iterable[Any]) -> Iterator[dict[str, Any] | Exception]:
-    for make in made:
-        try:
-            yield make()
         except Exception as error:
-            yield error
+            reasons.append(_told(error)[:100])
+            continue
+        if found and all(bool(torch.isfinite(one).all()) for one in found):
+            return inputs, ""
+        reasons.append("what comes out is not finite" if found else "no tensor comes out")
+    return None, "; ".join(dict.fromkeys((*reasons[:1], *reasons[-2:-1])))
 
 
 def outputs(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:

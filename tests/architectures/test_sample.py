@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from tests.architectures.experts import train_experts
 from tests.architectures.trial_page import put_trials, wrong
 from tests.architectures.trials import try_type
 
@@ -29,6 +30,12 @@ def test_every_verb_is_right_or_refuses_by_name(model_type: str) -> None:
         assert columns[name]["verdict"] in ("right", "part"), (name, columns[name])
     assert columns["diff"]["counts"]["watched"] > 2
     assert columns["attach"]["counts"]["reached"] > 2
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "granitemoe"])
+def test_experts_train_end_to_end(model_type: str) -> None:
+    run = train_experts(model_type)
+    assert run.right, run
 
 
 def test_the_page_counts_verdicts_and_names_what_is_wrong(tmp_path: Path) -> None:

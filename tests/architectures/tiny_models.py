@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -179,12 +179,12 @@ def classes_of(model_type: str) -> list[type]:
     return [one for one in classes if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)]
 
 
-def build(model_type: str) -> Iterator[tuple[str, Any, str]]:
+def build(model_type: str, ladder: Sequence[tuple[int, int]] = LADDER) -> Iterator[tuple[str, Any, str]]:
     """Each class of ``model_type``: its name, a model on the meta device, or None and the reason."""
     classes = classes_of(model_type)
     for cls in classes:
         reason = ""
-        for factor, layers in LADDER:
+        for factor, layers in ladder:
             try:
                 config = config_of(model_type, factor, layers)
                 with torch.device("meta"):

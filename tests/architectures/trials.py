@@ -74,7 +74,7 @@ def _fill(case: TinyCheckpoints) -> dict[str, Column]:
         "extract": lambda column: extract_column(case, column, scores),
         "changed": lambda column: changed_column(case, column),
         "attach": lambda column: attach_column(case, column, scores),
-        "lora": lambda column: lora_column(case, column, scores),
+        "lora": lambda column: lora_column(case, column),
     }
     for name, fill in work.items():
         with judged(columns[name]) as column:

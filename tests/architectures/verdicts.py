@@ -10,7 +10,7 @@ from typing import Any
 
 from neftsurgery.errors import NeftError, spelled
 
-__all__ = ["Column", "Wrong", "judged", "sentence", "starred"]
+__all__ = ["Column", "Wrong", "judged", "plain", "sentence", "starred"]
 
 _PATH = re.compile(r"(?<![\w.])[\w*]+(\.[\w*]+)+|(?<=neurons of )[\w.]+(?= cannot)|\S*/\S+")
 
@@ -43,7 +43,12 @@ class Column:
 
 def sentence(error: NeftError) -> str:
     """What an error says, without what is true of one tensor only."""
-    return _PATH.sub("…", spelled(error.what, lambda name, value: name))
+    return plain(spelled(error.what, lambda name, value: name))
+
+
+def plain(text: str) -> str:
+    """A sentence without the names of tensors, modules and files."""
+    return _PATH.sub("…", text)
 
 
 def starred(name: str) -> str:

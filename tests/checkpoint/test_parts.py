@@ -76,6 +76,18 @@ def test_several_models_of_one_kind_are_parts_of_their_own(tmp_path: Path) -> No
     assert {name for name in names_of(folder) if name.startswith("net")} == {"net/w", "net_1/w", "net_2/w"}
 
 
+def test_modules_of_a_router_are_parts(tmp_path: Path) -> None:
+    router = {"path": "", "type": "sentence_transformers.models.Router"}
+    for name in ("query_0_StaticEmbedding", "document_0_Transformer"):
+        write_folder(tmp_path / "s" / name, text_encoder())
+    (tmp_path / "s" / "modules.json").write_text(json.dumps([router, MODULES[3]]))
+    types = {"query_0_StaticEmbedding": "a.StaticEmbedding", "document_0_Transformer": "b.Transformer"}
+    (tmp_path / "s" / "router_config.json").write_text(json.dumps({"types": types, "structure": {}}))
+    assert names_of(tmp_path / "s") == {f"{part}/{name}" for part in types for name in text_encoder()}
+    shutil.rmtree(tmp_path / "s" / "document_0_Transformer")
+    assert refused(tmp_path / "s").file == str(tmp_path / "s" / "document_0_Transformer")
+
+
 def test_each_part_is_read_with_its_own_config(tmp_path: Path) -> None:
     folder = write_pipeline(tmp_path / "p")
     seen = ns.inspect(folder)

@@ -100,6 +100,12 @@ def _pipeline() -> Any:
     )
 
 
+def _run_pipeline(pipeline: Any) -> Tensor:
+    words = pipeline.text_encoder(torch.arange(12).reshape(1, 12)).last_hidden_state
+    pixels = pipeline.vae(_latent(1, 3, 16, 16)).sample
+    return torch.cat([one.flatten() for one in (_unet(pipeline.unet), words, pixels)])
+
+
 def _pipeline_parts(pipeline: Any) -> Mapping[str, nn.Module]:
     return {f"{name}/": getattr(pipeline, name) for name in ("text_encoder", "unet", "vae")}
 
@@ -228,7 +234,7 @@ MODELS: dict[str, FieldModel] = {
         _pipeline,
         lambda pipeline, path: pipeline.save_pretrained(path),
         diffusers.StableDiffusionPipeline.from_pretrained,
-        lambda pipeline: _unet(pipeline.unet),
+        _run_pipeline,
         _pipeline_parts,
     ),
     "timm-vit": _timm("vit_tiny_patch16_224", 32, img_size=32, embed_dim=32, depth=2, num_heads=2),

@@ -197,7 +197,7 @@ def test_without_the_extra_names_are_those_of_the_files_with_a_warning(
     monkeypatch.setitem(sys.modules, "peft", None)
     with caplog.at_level(logging.WARNING):
         ns.export_lora(patch, tmp_path / "without", base=base)
-    assert "peft is not installed: pip install 'neftsurgery[train]'" in caplog.text
+    assert "peft cannot be imported: pip install 'neftsurgery[train]'" in caplog.text
     contents = [snapshot(tmp_path / name) for name in ("with", "without")]
     assert contents[0] == contents[1]
 
@@ -214,3 +214,14 @@ def test_the_command_says_what_only_peft_reads(tmp_path: Path, neft: Any) -> Non
     said = neft(*usual, "-o", "b", "--rank-pattern", "--dry-run")
     assert "at ranks " in said.out
     assert neft(*usual, "-o", "b", "--rank", "0").code == 2
+
+
+def test_a_config_that_does_not_describe_the_weights_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, tuned = saved(llama, tmp_path)
+    config = json.loads((base / "config.json").read_text()) | {"intermediate_size": 32}
+    (base / "config.json").write_text(json.dumps(config))
+    ns.export_lora(cut((base, tuned), tmp_path / "p"), tmp_path / "adapter", base=base)
+    assert "named as in the files" in caplog.text
+    assert "config.json describes another model" in caplog.text

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as tf
+from architectures.tiny_models import config_of
 from peft_support import tiny
 
 import neftsurgery as ns
@@ -70,26 +73,27 @@ REFUSED = {
 @pytest.mark.parametrize(("make", "name", "why"), REFUSED.values(), ids=REFUSED)
 def test_what_is_not_exact_is_refused_by_name(tmp_path: Path, make: Any, name: str, why: str) -> None:
     base, patch = patched(make, tmp_path)
-    places = PeftPlaces(Checkpoint.open(base)).places(patch)
+    places = PeftPlaces(Checkpoint.open(base), patch).places
     found = next(place for tensor, place in places.items() if tensor.endswith(name))
     assert isinstance(found, str)
     assert why in found
-    with pytest.raises(ns.MismatchError, match=r"has no LoRA form[\s\S]*exclude"):
+    with pytest.raises(ns.MismatchError, match=r"has no LoRA form[\s\S]*exclude") as caught:
         ns.export_lora(patch, tmp_path / "adapter", base=base)
+    assert isinstance(places[str(caught.value.tensor)], str)
     assert not (tmp_path / "adapter").exists()
 
 
 def test_names_that_peft_takes_for_stacked_experts_are_targeted_as_parameters(tmp_path: Path) -> None:
     """Of a layer of Qwen3-MoE without experts: as modules, PEFT drops them without a word."""
     base, patch = patched(qwen3_moe, tmp_path, only=["*layers.0.mlp.*"])
-    model = PeftPlaces(Checkpoint.open(base))
-    places = model.places(patch)
+    model = PeftPlaces(Checkpoint.open(base), patch)
+    places = model.places
     assert {place.form for found in places.values() for place in found} == {"parameter"}
     assert len(places) == 3
     take(model, patch, places)
     modules = {name: [replace(place, form="linear")] for name, (place,) in places.items()}
     with pytest.raises(ns.MismatchError, match="PEFT does not take this adapter"):
-        take(PeftPlaces(Checkpoint.open(base)), patch, modules)
+        take(PeftPlaces(Checkpoint.open(base), patch), patch, modules)
 
 
 def take(model: PeftPlaces, patch: ns.Patch, places: LoraPlaces) -> None:
@@ -98,16 +102,30 @@ def take(model: PeftPlaces, patch: ns.Patch, places: LoraPlaces) -> None:
     model.check(adapter_config(modules, None, None), [one for m in modules for one in m.entries("F32")])
 
 
+def test_modules_whose_names_end_alike_are_not_adapted(tmp_path: Path) -> None:
+    """Idefics has ``layers.0.self_attn`` and ``vision_model.encoder.layers.0.self_attn``."""
+    config = config_of("idefics", 16, 1)
+    config.vocab_size = 40
+    base, patch = patched(lambda: tf.IdeficsModel(config), tmp_path, only=["layers.0.self_attn.q_proj*"])
+    ns.export_lora(patch, tmp_path / "adapter", base=base)
+    found = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert found["target_modules"] == ["layers.0.self_attn.q_proj"]
+    assert found["exclude_modules"] == ["vision_model.encoder.layers.0.self_attn.q_proj"]
+    model = peft.PeftModel.from_pretrained(tf.IdeficsModel.from_pretrained(base), tmp_path / "adapter")
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert adapted == ["base_model.model.layers.0.self_attn.q_proj"]
+
+
 def test_the_check_names_what_is_lost_and_what_is_missing(tmp_path: Path) -> None:
     base, patch = patched(lambda: tiny("llama"), tmp_path, only=["*up_proj*"])
-    places = PeftPlaces(Checkpoint.open(base)).places(patch)
+    places = PeftPlaces(Checkpoint.open(base), patch).places
     moved = {
         name: [replace(place, path=place.path.replace("up_proj", "down_proj"))]
         for name, (place,) in places.items()
     }
     with pytest.raises(ns.MismatchError, match="size mismatch"):
-        take(PeftPlaces(Checkpoint.open(base)), patch, moved)
-    model = PeftPlaces(Checkpoint.open(base))
+        take(PeftPlaces(Checkpoint.open(base), patch), patch, moved)
+    model = PeftPlaces(Checkpoint.open(base), patch)
     modules = [replace(module, rank=module.count) for module in lora_modules(patch, places)]
     entries = [one for m in modules for one in m.entries("F32")]
     with pytest.raises(ns.MismatchError, match=r"layers.0.mlp.up_proj.lora_A.\S*weight is missing"):

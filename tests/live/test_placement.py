@@ -22,7 +22,7 @@ from tuning_support import llama
 
 import neftsurgery as ns
 from neftsurgery.live.loading import without_progress_bars
-from neftsurgery.live.placement import LivePlace, live_places
+from neftsurgery.live.placement import FileTensors, LivePlace, live_places, live_weights
 from neftsurgery.live.weights import read_vectors
 from neftsurgery.neurons.layout import Layout
 from tests.architectures.placed import check_files, filled
@@ -357,3 +357,23 @@ def test_a_plain_module() -> None:
     assert place.index_of(np.arange(3)).tolist() == [0, 1, 2]
     with pytest.raises(ns.MismatchError, match="no such weight"):
         live_places(model, {"1.weight": Layout((3, 2), (0,))})
+
+
+def test_a_buffer_is_read_and_has_no_neurons() -> None:
+    model = nn.BatchNorm1d(3)
+    (place,) = live_places(model, {"running_mean": Layout((3,), ())})["running_mean"]
+    assert place.parameter == "running_mean"
+    with pytest.raises(ns.MismatchError, match="a buffer of the model has no neurons"):
+        live_places(model, {"running_mean": Layout((3,), (0,))})
+
+
+def test_the_tensors_of_files_from_the_weights(tmp_path: Path) -> None:
+    """Read when they are asked for, from the weights as they are then."""
+    model = model_of("nomic_bert")
+    files = saved(model, tmp_path)
+    tensors = FileTensors(live_weights(model), live_places(model, whole(files)))
+    assert {*tensors} == {*files}
+    for name, value in files.items():
+        assert torch.equal(tensors[name], value)
+        tensors.write(name, value + 1)
+        assert torch.equal(tensors[name], value + 1)

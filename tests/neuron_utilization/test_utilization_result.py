@@ -105,7 +105,7 @@ def test_a_file_of_something_else(made_up: Utilization, tmp_path: Path) -> None:
     with pytest.raises(ns.CorruptFileError, match="layer or kind"):
         Utilization.load(path)
     path.write_bytes(content.replace(b":rank_after", b":rank_aftre"))
-    with pytest.raises(ns.CorruptFileError, match="rank_after is missing"):
+    with pytest.raises(ns.CorruptFileError, match="rank_after does not fit"):
         Utilization.load(path)
     path.write_bytes(content.replace(b"neuron_utilization", b"neuron_utilizatiom"))
     with pytest.raises(ns.CorruptFileError, match="not a utilization file"):

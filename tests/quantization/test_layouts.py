@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from parts_support import write_pipeline
 from quantized_support import LAYOUTS, Quantized
+from support import raw_file
 
+import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.dequantized import dequantized
 
@@ -48,3 +52,23 @@ def test_any_rows_are_read(weight: Quantized, tmp_path: Path) -> None:
         side.read_rows(weight.name, rows, out)
         expected = table[: len(table) // width * width].reshape(-1, width * info.shape[-1])[rows]
         assert np.array_equal(out.view(info.type.numpy), expected, equal_nan=True)
+
+
+def test_each_part_of_a_pipeline_has_a_layout_of_its_own(tmp_path: Path) -> None:
+    folders = []
+    for seed in (0, 1):
+        folder = write_pipeline(tmp_path / str(seed), shards=1)
+        for part, layout in (("text_encoder", "fp8 blocks"), ("unet", "int4 groups")):
+            weight = LAYOUTS[layout](np.random.default_rng(0))
+            (file,) = (folder / part).glob("*.safetensors")
+            raw_file(file, (weight.moved() if seed else weight).tensors)
+            config = {"model_type": weight.model_type, "quantization_config": dict(weight.section)}
+            (folder / part / "config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    side = dequantized(Checkpoint.open(folders[0]))
+    name = "model.layers.0.mlp.up_proj.weight"
+    found = {weight.layout: key for key, weight in side.quantized.items()}
+    assert found == {"fp8": f"text_encoder/{name}", "packed-int": f"unet/{name}"}
+    ns.apply(folders[0], ns.extract(*folders, changed=True), out=tmp_path / "out")
+    for file in sorted(folders[1].rglob("*.*")):
+        assert (tmp_path / "out" / file.relative_to(folders[1])).read_bytes() == file.read_bytes()

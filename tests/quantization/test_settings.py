@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from quantized_support import LAYER, LAYOUTS, Quantized, fp8, integers
+from quantized_support import LAYER, LAYOUTS, Quantized, compressed, fp8, integers
 
 import neftsurgery as ns
 
@@ -104,3 +104,51 @@ def test_include_never_takes_scales_without_codes(model_type: str, tmp_path: Pat
         folder = weight.write(tmp_path / str(number))
         scores = ns.diff(folder, folder, include="*")
         assert list(scores.tensors) == [f"{LAYER}down_proj.weight"]
+
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "no groups": {"config_groups": [1]},
+    "groups that are none": {"config_groups": {"a": 5, "b": {"weights": [4]}}},
+    "bits that are none": {"config_groups": {"a": {"weights": {"type": "int", "num_bits": 4.0}}}},
+    "another format": {"format": "nvfp4-pack-quantized"},
+    "a format of another type": {"format": ["pack-quantized"]},
+    "another method": {"quant_method": "gptq"},
+    "a method of another type": {"quant_method": {}},
+}
+
+
+@pytest.mark.parametrize("change", SECTIONS.values(), ids=SECTIONS)
+def test_what_no_layout_knows_is_left_out_with_its_scales(change: dict[str, Any], tmp_path: Path) -> None:
+    weight = integers(rng())
+    plain = ("BF16", np.arange(12, dtype=np.uint16).reshape(3, 4))
+    tensors = {**weight.tensors, f"{LAYER}down_proj.weight": plain}
+    folder = replace(weight, tensors=tensors, section={**weight.section, **change}).write(tmp_path / "a")
+    scores = ns.diff(folder, folder, include="*")
+    assert list(scores.tensors) == [f"{LAYER}down_proj.weight"]
+    assert set(scores.unscored) == weight.tensors.keys()
+
+
+@pytest.mark.parametrize("block", [[0, 1], "ab", [-1, 2], [1, 2, 3], None])
+def test_blocks_of_a_scheme_that_make_no_sense(block: object, tmp_path: Path) -> None:
+    weight = fp8(rng(), "channel")
+    section = compressed("float-quantized", type="float", strategy="block", block_structure=block)
+    folder = replace(weight, section=section).write(tmp_path / "a")
+    with pytest.raises(ns.MismatchError, match="does not fit the codes"):
+        ns.diff(folder, folder)
+
+
+def test_weights_without_elements(tmp_path: Path) -> None:
+    empty = ("F8_E4M3", np.zeros((0, 200), np.uint8))
+    for grid in ("block", "tensor"):
+        weight = fp8(rng(), grid)
+        folder = with_tensor(weight, f"{LAYER}gate_proj.weight", *empty).write(tmp_path / grid)
+        assert list(ns.diff(folder, folder).tensors) == [UP]
+
+
+def test_names_under_another_prefix(tmp_path: Path) -> None:
+    weight = fp8(rng(), "block")
+    other = weight.moved()
+    renamed = replace(other, tensors={f"module.{name}": one for name, one in other.tensors.items()})
+    base, tuned = weight.write(tmp_path / "a"), renamed.write(tmp_path / "b")
+    patch = ns.extract(base, tuned, changed=True, strip_prefix="module")
+    assert patch.neurons == len(ns.diff(base, other.write(tmp_path / "c")).select(changed=True))

@@ -264,6 +264,7 @@ def test_what_has_no_lora_form_is_refused_by_name(
 def test_experts_and_convolutions_are_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shapes = {"conv.weight": (4, 3, 3, 3), "mlp.experts.up_proj": (2, 4, 6), "odd": (4, 5)}
+    shapes["unet/linear.weight"] = (4, 5)
     for name, shape in shapes.items():
         sides = [
             write_file(tmp_path / side, {name: rng.standard_normal(shape).astype(np.float32)})

@@ -226,3 +226,18 @@ def test_a_lora_of_codes_is_refused(tmp_path: Path) -> None:
     base, tuned = weight.write(tmp_path / "a"), weight.moved().write(tmp_path / "b")
     with pytest.raises(ns.MismatchError, match="not numbers to factor"):
         ns.export_lora(ns.extract(base, tuned, neurons=3), tmp_path / "lora", base=base)
+
+
+def test_rows_whose_zero_points_share_a_word(tmp_path: Path) -> None:
+    weight = LAYOUTS["int4 groups with packed zero points"](np.random.default_rng(0))
+    name = weight.scales.replace("_scale", "_zero_point")
+    kind, words = weight.tensors[name]
+    words = words.copy()
+    words[1] ^= 0x10  # of row 9
+    base = weight.write(tmp_path / "base")
+    tuned = replace(weight, tensors={**weight.tensors, name: (kind, words)}).write(tmp_path / "tuned")
+    patch = ns.extract(base, tuned, changed=True)
+    assert patch.index(weight.codes).tolist() == list(range(8, 16))
+    assert patch.index(name).tolist() == [1]
+    ns.apply(base, patch, out=tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tuned)

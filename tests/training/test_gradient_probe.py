@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from tuning_support import batch, bert, bits, gpt2, llama, saved, vectors
 
@@ -74,6 +75,27 @@ def test_scores_are_those_of_autograd(tmp_path: Path, make: Any, score: str, ora
         assert set(file.keys()) == {"score"}  # nothing has changed yet
     with pytest.raises(ns.UsageError, match="changed"):
         ns.Scores.load(tmp_path / "scores").select(changed=True)
+
+
+@pytest.mark.parametrize("oracle", [agreement, squares])
+def test_experts_that_the_loader_merges(tmp_path: Path, oracle: Any) -> None:
+    """A row of an expert's tensor in the files is a row of one slice of the live weight."""
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    model = saved(transformers.MixtralForCausalLM(config), tmp_path / "base")
+    base = ns.Checkpoint.open(tmp_path / "base")
+    anatomy = pair(base, base, Scope()).anatomy
+    experts = "model.layers.0.mlp.experts"
+    up = oracle(model, f"{experts}.gate_up_proj", (0, 1)).view(3, 2, 24)
+    down = oracle(model, f"{experts}.down_proj", (0, 1)).view(3, 16)
+    score = "fisher" if oracle is squares else "gradient"
+    with gradient_scores(model, base, anatomy, BATCHES, score=score) as scores:
+        for expert in range(3):
+            for name, expected in {"w1": up[expert, 0], "w3": up[expert, 1], "w2": down[expert]}.items():
+                found = scores.values(f"model.layers.0.block_sparse_moe.experts.{expert}.{name}.weight")
+                np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-12)
 
 
 def test_units_score_as_one(tmp_path: Path) -> None:

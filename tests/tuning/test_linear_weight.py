@@ -89,6 +89,7 @@ def _otherwise(self: Any, x: Tensor) -> Tensor:
     """In ways that have no short cut."""
     some = torch.einsum("ti,eio->to", x, self.stack) + torch.einsum("ti,tio->to", x, self.stack[VISITS])
     some = some + x @ self.stack[[0, -1]][1] + x @ self.stack[-2]
+    some = some + (x @ self.stack).sum(0) + (self.stack.mT @ x.t()).sum(0).t()  # broadcast
     return some + self.weight[VISITS].sum() * self.weight[3].sum()
 
 

@@ -202,3 +202,33 @@ def test_nothing_is_said_where_nothing_is_wrong(tmp_path: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO, "neftsurgery"):
         ns.attach(model, select(model, {"transformer.h.0.mlp.c_fc.weight": ([1], [1])})).detach()
     assert not [r for r in caplog.records if r.name.startswith("neftsurgery")]
+
+
+def test_what_cannot_be_attached_is_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    """And is not in the patch; a model of another shape is still refused."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Embedding(4, 3, max_norm=1.0))
+    picks = {name: selection(name, (4, 3), (0,), [1]).tensors[name] for name in ("1.weight", "2.weight")}
+    good = select(model, {"0.weight": ([0], [1, 3])}).tensors
+    chosen = ns.Selection({**good, **picks}, {})
+    with pytest.raises(ns.UsageError, match="max_norm"):
+        ns.attach(model, ns.Selection({**good, "1.weight": picks["1.weight"]}, {}))
+    attached = ns.attach(model, chosen, skip="unattachable")
+    assert attached.skipped.keys() == picks.keys()
+    assert "no such weight" in attached.skipped["2.weight"]
+    assert "max_norm" in attached.skipped["1.weight"]
+    (record,) = [record for record in caplog.records if record.name.startswith("neftsurgery")]
+    assert "2.weight, 1.weight cannot be attached" in record.getMessage()
+    assert attached.selection.neurons == 2
+    assert "2 neurons in 1 module" in repr(attached)
+    with attached.patch() as patch:
+        assert list(patch.tensors) == ["0.weight"]
+        attached.detach()
+        with ns.attach(model, patch, skip="unattachable") as attached:
+            assert not attached.skipped
+    with pytest.raises(ns.UsageError, match="max_norm"):  # nothing is left
+        ns.attach(model, ns.Selection({"1.weight": picks["1.weight"]}, {}), skip="unattachable")
+    with pytest.raises(ns.MismatchError, match="another shape"):
+        wrong = selection("0.weight", (4, 5), (0,), [1]).tensors
+        ns.attach(model, ns.Selection({**wrong, **picks}, {}), skip="unattachable")
+    with pytest.raises(ns.UsageError, match="no such way to skip"):
+        ns.attach(model, chosen, skip="all")  # type: ignore[arg-type]

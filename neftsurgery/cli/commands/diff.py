@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.dequantized import stored_side
 from ...checkpoint.name_prefixes import Prefixes
 from ...neurons.submodels import stated_type
 from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
@@ -70,6 +71,7 @@ def command(
 
 def _checkpoint_cells(checkpoint: Checkpoint) -> list[str]:
     """The cells of a row: name, bytes, files, dtypes, model type."""
+    checkpoint = stored_side(checkpoint)
     dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
     return [
         checkpoint.name,

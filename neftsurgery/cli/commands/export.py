@@ -9,6 +9,7 @@ import click
 from ...live.export_lora import plan_lora
 from ...options import ExportOptions
 from ...progress import Timing
+from ...surgery.lora_modules import ranks
 from ...text import commas, plural, size
 from ..console import Console
 from ..options import base_option, options_of, output_option, take, writing_options
@@ -52,7 +53,7 @@ def command(
     facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
     columns = sum(not module.place.rows for module in plan.modules)
     console.say(
-        f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at {plan.ranks}; "
+        f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at {ranks(plan.modules)}; "
         f"the largest needs {plan.needed}"
     )
     nbytes, timing = plan.nbytes, Timing()

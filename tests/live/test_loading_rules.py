@@ -1,4 +1,4 @@
-"""Tensor names of files and of live models: what `live_names` says is what ``from_pretrained`` does."""
+"""What becomes of the tensors of files: what the rules say is what ``from_pretrained`` does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from tuning_support import bert, gpt2, llama, opt, select
 
 import neftsurgery as ns
-from neftsurgery.live.names import live_names
+from neftsurgery.live.loading_rules import LoadingRules
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -78,44 +78,41 @@ def test_the_loader_is_right(tmp_path: Path, make: Any, cls: Any) -> None:
 
 def _live(model: nn.Module, name: str) -> str | None:
     try:
-        return live_names(model, [name])[name]
+        live, converter = LoadingRules(model).find(name)
     except ns.MismatchError:
         return None
+    return live if converter is None else None
 
 
-def test_merged_experts_are_refused_and_the_rest_is_not() -> None:
-    model = mixtral()
-    with pytest.raises(ns.MismatchError, match="merges, splits or transposes") as caught:
-        live_names(model, ["model.layers.0.block_sparse_moe.experts.0.w1.weight"])
-    assert "loaded as model.layers.0.mlp.experts.gate_up_proj" in str(caught.value)
-    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.block_sparse_moe.gate.weight"]
-    assert list(live_names(model, names).values()) == [names[0], "model.layers.0.mlp.gate.weight"]
+def test_merged_experts_have_a_converter_and_the_rest_has_not() -> None:
+    rules = LoadingRules(mixtral())
+    live, converter = rules.find("model.layers.0.block_sparse_moe.experts.0.w1.weight")
+    assert live == "model.layers.0.mlp.experts.gate_up_proj"
+    assert converter is not None
+    assert rules.operations(converter) == "MergeModulelist(dim=0), Concatenate(dim=1)"
+    assert rules.find("model.layers.0.self_attn.q_proj.weight")[1] is None
+    gate = rules.find("model.layers.0.block_sparse_moe.gate.weight")
+    assert gate == ("model.layers.0.mlp.gate.weight", None)
 
 
 def test_a_model_that_was_never_loaded() -> None:
     """Loading would rename its files' tensors, so their names are understood."""
-    assert live_names(neox(), ["embed_out.weight"]) == {"embed_out.weight": "lm_head.weight"}
+    assert LoadingRules(neox()).find("embed_out.weight") == ("lm_head.weight", None)
 
 
 def test_a_plain_module_has_plain_names() -> None:
-    model = nn.Sequential(nn.Linear(2, 3))
-    assert live_names(model, ["0.weight"]) == {"0.weight": "0.weight"}
+    rules = LoadingRules(nn.Sequential(nn.Linear(2, 3)))
+    assert rules.find("0.weight") == ("0.weight", None)
     with pytest.raises(ns.MismatchError, match="no such weight") as caught:
-        live_names(model, ["model.0.weight"])
+        rules.find("model.0.weight")
     assert "0.weight" in str(caught.value)
-
-
-def test_two_names_of_one_weight() -> None:
-    names = ["model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"]
-    with pytest.raises(ns.MismatchError, match="are the same weight of the model"):
-        live_names(llama(), names)
 
 
 def test_a_transformers_that_is_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused, not guessed, even though the names may well be equal."""
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
     with pytest.raises(ns.MismatchError, match="this version of transformers"):
-        live_names(llama(), ["lm_head.weight"])
+        LoadingRules(llama())
 
 
 def test_training_under_other_names(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""A module with adapters of chosen neurons: its own forward pass with some of its vectors replaced."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from ..live.weights import read_vectors, write_vectors
+from ..neurons.layout import Layout
+from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward
+from ..tuning.frozen_weights import OverlaidLinear, apply_function
+
+__all__ = ["NeftLayer"]
+
+
+@dataclass(frozen=True)
+class _Overlaid:
+    """The neurons of one adapter, as the forward passes of `neftsurgery.tuning` want them."""
+
+    rows: Tensor
+    index: Tensor
+    inverse_index: Tensor | None
+
+
+class NeftLayer(nn.Module, BaseTunerLayer):
+    """Wraps a linear layer, ``Conv1D``, convolution or embedding, plain or quantized.
+
+    ``neft_rows`` holds each adapter's vectors, ``[k, width]`` float32, in place of those of the weight;
+    ``neft_index`` their neurons, int64 ``[k]``.
+    """
+
+    adapter_layer_names = ("neft_rows",)
+    other_param_names = ("neft_index", "neft_saved")
+    adapter_of_example: list[str] | None = None  # of a mixed batch
+
+    def __init__(self, base_layer: nn.Module, forward: LayerForward, layout: Layout) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.layout = layout
+        self.computes = forward
+        self.neft_rows = nn.ParameterDict({})
+        self.neft_index = BufferDict(persistent=True)
+        self.neft_saved: dict[str, Tensor] = {}  # of merged adapters: the vectors that were replaced
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = []
+
+    def update_layer(self, adapter: str, index: Tensor, values: Tensor | None) -> None:
+        """Add an adapter with these neurons; ``values`` None: with the vectors of the base."""
+        base: Any = self.get_base_layer()
+        device: torch.device = base.weight.device
+        dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        if values is None and not index.is_meta and device.type != "meta":
+            values = self._vectors(index.to(device))
+        elif values is None:
+            values = torch.empty(len(index), self.layout.width, device="meta")
+        self.neft_rows[adapter] = nn.Parameter(values.to(values.device, dtype, copy=True))
+        self.neft_index[adapter] = index.to(device)
+
+    def _vectors(self, index: Tensor) -> Tensor:
+        return read_vectors(self.get_base_weight().view(self.layout.shape), self.layout, index)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As PEFT's, but never to the base's dtype: rows keep what small steps have changed."""
+        if adapter_name in self.neft_rows and not self.neft_rows[adapter_name].is_meta:
+            base: Any = self.get_base_layer()
+            self.neft_rows[adapter_name].data = self.neft_rows[adapter_name].to(device or base.weight.device)
+            self.neft_index[adapter_name] = self.neft_index[adapter_name].to(device or base.weight.device)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; several may not have a neuron in common."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        own = [name for name in names if name in self.neft_rows]
+        for position, name in enumerate(own):
+            for other in own[:position]:
+                shared = torch.isin(self.neft_index[name], self.neft_index[other]).sum()
+                if not self.neft_index[name].is_meta and int(shared):
+                    raise UsageError(
+                        f"the adapters {other} and {name} have {int(shared)} neurons in common",
+                        hint="activate one of them at a time",
+                    )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The difference that an adapter makes to the weight, in the weight's shape."""
+        weight = self.get_base_weight().view(self.layout.shape)
+        changed = weight.clone()
+        write_vectors(changed, self.layout, self.neft_index[adapter], self.neft_rows[adapter].detach())
+        return changed - weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the vectors of adapters into the weight; rounded to its dtype."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.neft_rows:
+                continue
+            rows, index = self.neft_rows[name].detach(), self.neft_index[name]
+            if safe_merge and not bool(torch.isfinite(rows).all()):
+                raise UsageError(f"the adapter {name} has values that are not finite")
+            weight = self.get_base_weight()
+            self.neft_saved[name] = self._vectors(index)
+            write_vectors(weight.view(self.layout.shape), self.layout, index, rows)
+            if self.quantization_backend is not None:
+                self.set_base_weight(weight)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """The inverse of `merge`: to the bit, where the weight is not quantized."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            weight = self.get_base_weight()
+            saved = self.neft_saved.pop(name)
+            write_vectors(weight.view(self.layout.shape), self.layout, self.neft_index[name], saved)
+            if self.quantization_backend is not None:
+                self.set_base_weight(weight)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's forward pass with the vectors of the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            out: Tensor = self.base_layer(x, *args, **kwargs)
+            return out
+        if self.adapter_of_example is not None:
+            return self._mixed(x, self.adapter_of_example)
+        return self._run(x, [name for name in self.active_adapters if name in self.neft_rows])
+
+    def _run(self, x: Tensor, adapters: list[str]) -> Tensor:
+        if not adapters:
+            out: Tensor = self.base_layer(x)
+            return out
+        base: Any = self.get_base_layer()
+        inputs = self.computes.kind_of(self.layout.axes) == "inputs"
+        if isinstance(self.computes, LinearForward) and not self.computes.quantized:
+            rows = _joined([self.neft_rows[name] for name in adapters])
+            index = _joined([self.neft_index[name] for name in adapters])
+            arguments = (x, rows, base.weight, base.bias, index, self.computes.transposed)
+            return apply_function(OverlaidLinear, *arguments, inputs)
+        layer = LayerNeurons()
+        held = layer.overlaid_inputs if inputs else layer.overlaid_outputs
+        held.extend(self._overlaid(name) for name in adapters)
+        return self.computes.run(base, layer, x)
+
+    def _overlaid(self, adapter: str) -> Any:
+        index = self.neft_index[adapter]
+        inverse = None
+        if self.computes.is_lookup:
+            inverse = torch.full((self.layout.count,), len(index), device=index.device)
+            inverse[index] = torch.arange(len(index), device=index.device)
+        return _Overlaid(self.neft_rows[adapter], index, inverse)
+
+    def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
+        """A batch of which each example has its own adapter; ``__base__``: none."""
+        parts: list[tuple[Tensor, Tensor]] = []
+        for name in dict.fromkeys(names):
+            where = torch.tensor([n for n, one in enumerate(names) if one == name], device=x.device)
+            own = [name] if name in self.neft_rows else []
+            parts.append((where, self._run(x.index_select(0, where), own)))
+        order = torch.cat([where for where, _ in parts]).argsort()
+        return torch.cat([out for _, out in parts]).index_select(0, order)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT's conversion is an approximation; ``neftsurgery export`` is exact."""
+        return False
+
+    def __repr__(self) -> str:
+        return "neft." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        """How many neurons each adapter has."""
+        counts = {name: len(self.neft_index[name]) for name in self.neft_rows}
+        return ", ".join(f"{name}={count} of {self.layout.count}" for name, count in counts.items())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

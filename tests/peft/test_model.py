@@ -1,0 +1,297 @@
+"""Chosen neurons as a method of PEFT: what PEFT does with an adapter, beside plain torch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
+
+import neftsurgery as ns
+from neftsurgery.errors import NeftError
+from neftsurgery.peft import NeftConfig, NeftLayer
+
+IDS = torch.arange(18).view(2, 9)
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def llama(**more: Any) -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=64, **more)).double()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=64,
+            n_positions=32,
+            attn_pdrop=0,
+            embd_pdrop=0,
+            resid_pdrop=0,
+            tie_word_embeddings=False,
+        )
+    ).double()
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 6)
+        self.image = nn.Conv2d(1, 5, 3, padding=1)
+        self.out = nn.Linear(5 * 9 * 6, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.out(self.image(self.table(input_ids).unsqueeze(1)).flatten(1))
+        return out
+
+
+def logits(model: Any, ids: Tensor = IDS, **more: Any) -> Tensor:
+    with torch.no_grad():
+        out = model(input_ids=ids, **more)
+    found: Tensor = getattr(out, "logits", out)
+    return found
+
+
+def trained(model: Any, steps: int = 2) -> Any:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = model(input_ids=IDS)
+        getattr(out, "logits", out).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, NeftLayer]:
+    found = {name: one for name, one in model.named_modules() if isinstance(one, NeftLayer)}
+    assert found
+    return {name.removeprefix("base_model.model."): one for name, one in found.items()}
+
+
+CASES = {
+    "rows": (llama, {"neurons": "10%"}),
+    "norm": (llama, {"neurons": "10%", "policy": "norm"}),
+    "units": (llama, {"params": 4000, "policy": "magnitude", "anatomy": "units"}),
+    "columns": (llama, {"neurons": 30, "anatomy": "ffn"}),
+    "Conv1D": (gpt2, {"neurons": "10%"}),
+    "embedding": (gpt2, {"neurons": "20%", "include": ["*wte.weight"], "target_modules": ["wte"]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_plain_torch(case: str) -> None:
+    make, options = CASES[case]
+    plain = make()
+    if case == "embedding":
+        plain.lm_head.weight = nn.Parameter(
+            plain.lm_head.weight.detach().clone()
+        )  # untied, as the adapter sees it
+    model = get_peft_model(copy.deepcopy(plain), NeftConfig(**options))
+    assert torch.equal(logits(model), logits(plain))
+    model(input_ids=IDS).logits.square().mean().backward()
+    plain(input_ids=IDS).logits.square().mean().backward()
+    for name, layer in layers(model).items():
+        gradient = plain.get_submodule(name).weight.grad
+        axis = layer.layout.axes[0]
+        expected = gradient.movedim(axis, 0)[layer.neft_index["default"]].flatten(1)
+        rows = layer.neft_rows["default"]
+        torch.testing.assert_close(rows.grad, expected.to(rows.dtype), rtol=1e-9, atol=1e-15)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "neft_rows" not in n)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_merged_model_computes_the_same(case: str) -> None:
+    make, options = CASES[case]
+    base = make()
+    model = trained(get_peft_model(copy.deepcopy(base), NeftConfig(**options)))
+    before = logits(model)
+    assert not torch.allclose(before, logits(base))
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before)
+    model.unmerge_adapter()
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.get_base_layer().weight, base.get_submodule(name).weight), name
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged), before)
+    assert {type(one) for one in merged.modules()} == {type(one) for one in base.modules()}
+
+
+def test_convolutions_are_trained_too() -> None:
+    torch.manual_seed(0)
+    base = Convolutions()
+    model = trained(get_peft_model(copy.deepcopy(base), NeftConfig(neurons=2, target_modules=["image"])))
+    (layer,) = layers(model).values()
+    assert layer.neft_rows["default"].shape == (2, 9)
+    changed = (layer.neft_rows["default"] != base.image.weight.flatten(1)[layer.neft_index["default"]]).all(1)
+    assert changed.all()
+    before = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), before)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_adapter_loads(case: str, low_memory: bool, tmp_path: Path) -> None:
+    make, options = CASES[case]
+    model = trained(get_peft_model(make(), NeftConfig(**options)))
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    assert "import neftsurgery.peft" in (tmp_path / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=low_memory)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(p.requires_grad for p in loaded.parameters())
+    loaded = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
+    assert any(p.requires_grad for p in loaded.parameters())
+
+
+def test_the_base_is_there_to_the_bit() -> None:
+    base = llama()
+    model = trained(get_peft_model(copy.deepcopy(base), NeftConfig(neurons="10%")))
+    tuned = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    assert torch.equal(logits(model), tuned)
+    assert torch.equal(logits(model.unload()), logits(base))
+
+
+def test_several_adapters(tmp_path: Path) -> None:
+    base = llama()
+    model = get_peft_model(copy.deepcopy(base), NeftConfig(neurons="10%"), adapter_name="one")
+    trained(model)
+    one = logits(model)
+    model.add_adapter("two", NeftConfig(neurons=12, target_modules=["up_proj", "o_proj"], seed=1))
+    assert torch.equal(logits(model), one)
+    model.set_adapter("two")
+    trained(model)
+    two = logits(model)
+    assert not torch.equal(one, two)
+    model.set_adapter("one")
+    assert torch.equal(logits(model), one)
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / name)
+        torch.testing.assert_close(logits(loaded), {"one": one, "two": two}[name])
+    mixed = logits(model.eval(), torch.cat([IDS[:1]] * 3), adapter_names=["two", "__base__", "one"])
+    torch.testing.assert_close(mixed, torch.stack([two[0], logits(base)[0], one[0]]))
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    assert torch.equal(logits(model), two)
+
+
+def test_adapters_that_share_neurons_are_not_active_together() -> None:
+    model = get_peft_model(llama(), NeftConfig(neurons="10%"), adapter_name="one")
+    model.add_adapter("two", NeftConfig(neurons="10%"))
+    with pytest.raises(NeftError, match="in common"):
+        model.base_model.set_adapter(["one", "two"])
+
+
+def test_disjoint_adapters_add_up() -> None:
+    model = get_peft_model(llama(), NeftConfig(neurons=9, target_modules=["up_proj"]), adapter_name="one")
+    model.add_adapter("two", NeftConfig(neurons=9, target_modules=["down_proj"]))
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        trained(model)
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload(adapter_names=["one", "two"])), both)
+
+
+def test_a_new_head_is_trained_and_saved(tmp_path: Path) -> None:
+    def classifier() -> Any:
+        torch.manual_seed(0)
+        config = LlamaConfig(**SIZES, vocab_size=64, num_labels=3, pad_token_id=0)
+        return LlamaForSequenceClassification(config).double()
+
+    config = NeftConfig(task_type="SEQ_CLS", neurons="5%", modules_to_save=["score"])
+    model = trained(get_peft_model(classifier(), config))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(classifier(), tmp_path)), logits(model))
+
+
+def test_a_budget_is_settled_over_the_whole_model() -> None:
+    model = get_peft_model(llama(), NeftConfig(neurons=50, policy="norm"))
+    base = llama()
+    scored = []
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weight = module.weight.detach()
+            scored += [(norm, name, row) for row, norm in enumerate((weight.square().mean(1)).tolist())]
+    best = {(name, row) for _, name, row in sorted(scored, reverse=True)[:50]}
+    found = {
+        (name, row) for name, layer in layers(model).items() for row in layer.neft_index["default"].tolist()
+    }
+    assert found == best
+
+
+def test_neurons_of_a_file(tmp_path: Path) -> None:
+    model = llama().float()
+    model.save_pretrained(tmp_path / "base")
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    tuned.save_pretrained(tmp_path / "tuned")
+    selection = ns.diff(tmp_path / "base", tmp_path / "tuned").select(neurons="10%")
+    selection.save(tmp_path / "selection.safetensors")
+    patch = ns.extract(tmp_path / "base", tmp_path / "tuned", selection, out=tmp_path / "patch.safetensors")
+    ns.apply(tmp_path / "base", patch, out=tmp_path / "patched")
+
+    chosen = get_peft_model(
+        copy.deepcopy(model), NeftConfig(selection=str(tmp_path / "selection.safetensors"))
+    )
+    counts = {f"{name}.weight": len(layer.neft_index["default"]) for name, layer in layers(chosen).items()}
+    assert counts == selection.counts
+    assert torch.equal(logits(chosen), logits(model))
+    config = NeftConfig(selection=str(tmp_path / "patch.safetensors"))
+    merged = get_peft_model(copy.deepcopy(model), config).merge_and_unload()
+    for name, value in LlamaForCausalLM.from_pretrained(tmp_path / "patched").state_dict().items():
+        assert torch.equal(merged.state_dict()[name], value), name
+    chosen.save_pretrained(tmp_path / "adapter")
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({}, "a selection or patch file, or a budget"),
+        ({"neurons": "3%", "selection": "s.safetensors"}, "a selection or patch file, or a budget"),
+        ({"neurons": "3%", "target_modules": ["no_such"]}, "no neuron"),
+        ({"neurons": 0}, "at least 1"),
+    ],
+)
+def test_bad_configs_change_nothing(config: dict[str, Any], problem: str) -> None:
+    model = llama()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(NeftError, match=problem):
+        get_peft_model(model, NeftConfig(**config))
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    trained(get_peft_model(llama(), NeftConfig(neurons="10%"))).save_pretrained(tmp_path)
+    with pytest.raises(NeftError, match="no such module"):
+        PeftModel.from_pretrained(gpt2(), tmp_path)
+
+
+def test_a_tied_weight_is_refused() -> None:
+    model = llama(tie_word_embeddings=True)
+    with pytest.raises(NeftError, match=r"tied to lm_head"):
+        get_peft_model(
+            model, NeftConfig(neurons=3, include=["*embed_tokens.weight"], target_modules=["embed_tokens"])
+        )
