@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import MismatchError
 from ..quantization.layouts import quantized_weights
 from ..quantization.settings import Settings, quantization_section
-from ..quantization.weight import QuantizedWeight
+from ..quantization.weight import Companion, QuantizedWeight, rows_read
 from ..tensors.arrays import IndexArray, Int64Array, RawBytes
 from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
@@ -89,8 +89,11 @@ class Dequantized(Checkpoint):
             return
         row = info.type.nbytes(info.shape[-1])
         low, high = start // row, -(-(start + len(buffer)) // row)
-        raw = np.ascontiguousarray(self._rows(name, np.arange(low, high))).view(np.uint8).reshape(-1)
-        buffer.cast("B")[:] = raw[start - low * row :][: len(buffer)].data
+        whole = len(buffer) == (high - low) * row
+        raw = np.frombuffer(buffer, np.uint8) if whole else np.empty((high - low) * row, np.uint8)
+        self._fill(info.name, np.arange(low, high), raw.reshape(-1, row).view(info.type.numpy))
+        if not whole:
+            buffer[:] = raw[start - low * row :][: len(buffer)].data
 
     def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
         """As of `Checkpoint`."""
@@ -98,7 +101,7 @@ class Dequantized(Checkpoint):
         if info.name not in self.shown:
             self.files.read_rows(info.name, rows, out)
         elif out.shape[1] == info.type.nbytes(info.shape[-1]):
-            out[:] = np.ascontiguousarray(self._rows(name, rows.astype(np.int64))).view(np.uint8)
+            self._fill(info.name, rows.astype(np.int64), out.view(info.type.numpy))
         else:  # rows of the caller, not of the matrix
             for row, place in zip(rows.tolist(), out, strict=True):
                 self.read_into(name, row * out.shape[1], place.data)
@@ -106,31 +109,24 @@ class Dequantized(Checkpoint):
     def _source(self, name: str) -> str:
         return self.tensors[name].name
 
-    def _rows(self, name: str, rows: Int64Array) -> NDArray[np.floating]:
-        """Numbers of rows along the last axis, ascending, ``[k, size of the last axis]``."""
-        name, info = self._source(name), self.tensors[name]
-        weight = self.shown[name]
+    def _fill(self, name: str, rows: Int64Array, out: NDArray[np.floating]) -> None:
+        """Fill ``out``, ``[k, size of the last axis]``, with rows along that axis, ascending."""
+        weight, (*_, height, width) = self.shown[name], self.tensors[name].shape
         if weight is None:
             stored = self.files.tensors[name]
-            raw = np.empty((len(rows), stored.type.nbytes(stored.shape[-1])), np.uint8)
-            if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
-                self.files.read_into(name, int(rows[0]) * raw.shape[1], raw.reshape(-1).data)
-            else:
-                self.files.read_rows(name, rows, raw)
-            return widen(raw, stored.dtype).astype(info.type.numpy, copy=False)
-        if not weight.transposed or name in self.straight:
-            return weight.numbers(self.files, rows).astype(info.type.numpy, copy=False)
-        found = np.empty((len(rows), info.shape[-1]), info.type.numpy)
-        matrix = rows // info.shape[-2]
-        for one in np.unique(matrix).tolist():
-            mine = np.flatnonzero(matrix == one)
-            columns = rows[mine] % info.shape[-2]
-            first, last = int(columns[0]), int(columns[-1]) + 1
-            every = one * info.shape[-1] + np.arange(info.shape[-1])
-            numbers = weight.numbers(self.files, every, first, last, codes=self._matrix(name, one))
-            whole = len(columns) == last - first
-            found[mine[0] : mine[-1] + 1] = numbers.T if whole else numbers.T[columns - first]
-        return found
+            out[:] = widen(rows_read(self.files, Companion.of(stored, stored.shape, 1), rows), stored.dtype)
+        elif not weight.transposed or name in self.straight:
+            weight.numbers(self.files, rows, out)
+        else:
+            matrix = rows // height
+            for one in np.unique(matrix).tolist():
+                low, high = np.searchsorted(matrix, [one, one + 1]).tolist()
+                columns = rows[low:high] % height
+                first, every = int(columns[0]), one * width + np.arange(width)
+                numbers = np.empty((width, int(columns[-1]) + 1 - first), out.dtype)
+                weight.numbers(self.files, every, numbers, first, self._matrix(name, one))
+                dense = len(columns) == numbers.shape[1]
+                out[low:high] = numbers.T if dense else numbers.T[columns - first]
 
     @functools.cached_property
     def _matrix(self) -> Callable[[str, int], RawBytes]:

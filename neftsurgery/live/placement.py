@@ -239,7 +239,7 @@ class _Converters:
                 if tuple(made[name].shape) != shape:
                     raise ValueError(f"{name} would have shape {list(made[name].shape)}, not {list(shape)}")
             recorder.end([made[name] for name in targets])
-            samples = _SAMPLES + 16 * (recorder.moves - len(tensors))  # each piece is likely to be hit
+            samples = _SAMPLES + 16 * max(0, recorder.moves - len(tensors))  # each piece is likely to be hit
             self._known[key] = [
                 [
                     (number, _region(recorder, tensor, number, here, live_shapes[number], samples))

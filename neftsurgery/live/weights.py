@@ -78,6 +78,8 @@ def can_represent(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 def read_vectors(weight: Tensor, layout: Layout, index: Tensor) -> Tensor:
     """A copy of the vectors of neurons ``index``, contiguous ``[k, width]``, in the weight's dtype."""
+    if layout.contiguous:
+        return weight.reshape(layout.count, layout.width).index_select(0, index)
     if len(layout.axes) == 1:
         picked = weight.index_select(layout.axes[0], index).movedim(layout.axes[0], 0)
         return picked.reshape(len(index), layout.width).contiguous()
@@ -87,6 +89,9 @@ def read_vectors(weight: Tensor, layout: Layout, index: Tensor) -> Tensor:
 def write_vectors(weight: Tensor, layout: Layout, index: Tensor, vectors: Tensor) -> None:
     """Write ``vectors``, ``[k, width]`` of any float dtype, into ``weight``: `read_vectors` inverted."""
     cast = vectors.to(weight.dtype)
+    if layout.contiguous and weight.is_contiguous():
+        weight.view(layout.count, layout.width).index_copy_(0, index, cast)
+        return
     if len(layout.axes) == 1:
         # Along axis 0 of a view: index_copy_ along another axis takes thirty times as long.
         view = weight.movedim(layout.axes[0], 0)

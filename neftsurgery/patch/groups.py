@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,18 +15,14 @@ from ..tensors.arrays import Int64Array, Mask
 from ..tensors.document import bad
 from ..tensors.reader import TensorFile
 
+if TYPE_CHECKING:
+    from .patch import PatchTensor
+
 __all__ = ["RowGroup", "read_groups"]
 
 _WHAT = "neuron patch"
 #: The layouts that are known; all have the same rule of which rows go together.
 _LAYOUTS = ("fp8", "mxfp4", "int8", "packed-int")
-
-
-class _Touched(Protocol):
-    """What a group asks of a tensor of a patch."""
-
-    @property
-    def layout(self) -> Layout: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +58,7 @@ class RowGroup:
 
     def fault(
         self,
-        tensors: Mapping[str, _Touched],
+        tensors: Mapping[str, PatchTensor],
         index: Callable[[str], Int64Array],
         changed: Callable[[str], Mask],
     ) -> str | None:
@@ -88,7 +84,7 @@ class RowGroup:
 
 
 def read_groups(
-    file: TensorFile, manifest: Mapping[str, object], tensors: Mapping[str, _Touched]
+    file: TensorFile, manifest: Mapping[str, object], tensors: Mapping[str, PatchTensor]
 ) -> list[RowGroup]:
     """The groups of a patch; a `CorruptFileError` if they make no sense, or are of an unknown layout."""
     groups = manifest.get("groups", [])

@@ -22,7 +22,7 @@ from ..tensors.reader import RowReader
 from .codes import code_table, scales_decoded
 from .kernels import scaled_numbers
 
-__all__ = ["Companion", "QuantizedWeight", "shared_rows"]
+__all__ = ["Companion", "QuantizedWeight", "rows_read", "shared_rows"]
 
 Numbers = NDArray[np.floating[Any]]
 
@@ -106,34 +106,31 @@ class QuantizedWeight:
 
     def code_rows(self, files: RowReader, rows: Int64Array) -> RawBytes:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
-        return _rows(files, self.companions["codes"], rows)
+        return rows_read(files, self.companions["codes"], rows)
 
     def numbers(
         self,
         files: RowReader,
         rows: Int64Array,
+        out: Numbers,
         first: int = 0,
-        last: int | None = None,
         codes: RawBytes | None = None,
-    ) -> Numbers:
-        """The numbers of ``rows`` (ascending) in columns ``[first, last)``, ``[k, last - first]``.
+    ) -> None:
+        """Fill ``out``, ``[k, n]``, with the numbers of ``rows`` (ascending) in ``n`` columns from ``first``.
 
-        ``codes``: the bytes of these rows, if they are at hand.
+        They are computed in its type. ``codes``: the bytes of these rows, if they are at hand.
         """
-        last = self.shape[-1] if last is None else last
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        dtype, columns = self.info.type.numpy, self.columns
+        columns = self.columns
         scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
         zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
         if groups is not None:
             scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
-        out = np.empty((len(rows), last - first), dtype)
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
-            scales, zeros = (np.ascontiguousarray(part.astype(dtype)) for part in (scales, zeros))
-        scaled_numbers(raw, table, per_byte, scales, zeros, columns, first, out)
-        return out
+            shared = [np.ascontiguousarray(part.astype(out.dtype)) for part in (scales, zeros)]
+        scaled_numbers(raw, table.astype(out.dtype), per_byte, *shared, columns, first, out)
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
@@ -148,7 +145,7 @@ class QuantizedWeight:
 
     def _groups(self, files: RowReader, order: Companion, count: int) -> Int64Array | None:
         """The group of each column; None if that is by neighbourhood after all."""
-        raw = _rows(files, order, np.zeros(1, np.int64))
+        raw = rows_read(files, order, np.zeros(1, np.int64))
         found: Int64Array = raw[0].view(order.info.type.numpy).astype(np.int64)
         if (found == -1).any():
             return None
@@ -169,7 +166,7 @@ def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Arr
     return rows // inner * -(-inner // span) + rows % inner // span
 
 
-def _rows(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
+def rows_read(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
     """The bytes of ascending rows of a tensor."""
     raw = np.empty((len(rows), companion.info.nbytes // companion.count), np.uint8)
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
@@ -182,4 +179,4 @@ def _rows(files: RowReader, companion: Companion, rows: Int64Array) -> RawBytes:
 def _shared(files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array) -> RawBytes:
     """The bytes of the row of a companion that each of ``rows`` needs."""
     needed, place = np.unique(weight.shared_rows(companion, rows), return_inverse=True)
-    return _rows(files, companion, needed)[place]
+    return rows_read(files, companion, needed)[place]

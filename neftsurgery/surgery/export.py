@@ -31,6 +31,7 @@ from .lora_modules import (
     STEPS,
     LivePlaces,
     LoraModule,
+    adapted_part,
     adapter_config,
     lora_modules,
     next_step,
@@ -210,7 +211,7 @@ def plan_export(
             tensor=patch.groups[0].codes,
             hint="export a patch of the checkpoints before quantization",
         )
-    model = live(original, patch)
+    model = live(adapted_part(patch, original), patch)
     places, warnings = places_in_files(patch, original, prefix)
     if isinstance(model, str):
         warnings += [model] if model else []

@@ -23,6 +23,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
 from ..neurons.anatomy import read_anatomy
 from ..neurons.layout import Layout
+from ..neurons.submodels import split_part
 from ..patch.patch import Patch
 from ..tensors.arrays import Int64Array
 from ..tensors.floats import FLOATS
@@ -35,6 +36,7 @@ __all__ = [
     "LoraModule",
     "LoraPlace",
     "LoraPlaces",
+    "adapted_part",
     "adapter_config",
     "lora_modules",
     "next_step",
@@ -251,6 +253,19 @@ def lora_modules(patch: Patch, places: LoraPlaces) -> list[LoraModule]:
     ]
 
 
+def adapted_part(patch: Patch, base: Checkpoint | None) -> Checkpoint | None:
+    """The base, or the part of it that the patch changes; a `MismatchError` if it changes several."""
+    parts = sorted({split_part(name)[0] for name in patch.tensors})
+    if len(parts) > 1:
+        raise MismatchError(
+            "the patch changes several models of the checkpoint, and an adapter is for one",
+            file=patch.place,
+            found=", ".join(part or "the folder itself" for part in parts),
+            hint=f"extract a patch of one of them, with [[only='{parts[-1]}*']] for example",
+        )
+    return base if base is None or parts in ([], [""]) else Checkpoint.open(base.root / parts[0])
+
+
 def places_in_files(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple[LoraPlaces, list[str]]:
     """The places if the live model has the names of the files, and warnings."""
     tensors = {name: tensor.info for name, tensor in patch.tensors.items()}
@@ -266,7 +281,7 @@ def places_in_files(patch: Patch, base: Checkpoint | None, prefix: str) -> tuple
         (axes, reason), layout = kinds[name], tensor.layout
         if told and tensor.info.type.kind == "float" and len(layout.shape) == 2:
             axes = layout.axes
-        path, index = prefix + name.removesuffix(".weight"), patch.index(name)
+        path, index = prefix + split_part(name)[1].removesuffix(".weight"), patch.index(name)
         place = LoraPlace.of(path, layout, index, transposed=axes == (1,))
         why = _unknown(tensor.info, reason) or place
         places[name] = why if isinstance(why, str) else [why]

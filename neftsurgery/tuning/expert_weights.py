@@ -28,6 +28,7 @@ class ExpertRows:
         firsts = torch.arange(layout.shape[0] + 1, device=index.device) * count
         sizes = torch.searchsorted(index, firsts).diff().tolist()
         self.source = rows
+        self.parts: dict[int, Any] = {}  # of the weight that were read, by expert
         # Of each expert: the positions of its rows among all, and their numbers in it.
         self.positions: Sequence[Tensor] = torch.split(order, sizes)
         self.index: Sequence[Tensor] = torch.split(index % count, sizes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class LinearNeurons(WeightNeurons):
         part = weight if self.expert is None else weight[self.expert]
         return part.transpose(-2, -1) if self.transposed else part
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """Where the neurons lie in the part; of one expert for each token, where they lie in the stack."""
         shape, axes = self.attached[0].layout.shape, self.attached[0].layout.axes
@@ -73,12 +74,16 @@ class LinearNeurons(WeightNeurons):
     def values(self) -> Tensor:
         """The part with the values of its neurons in it."""
         (neurons,) = self.attached
-        if neurons.mode == "scatter" or not isinstance(self.expert, int):
+        if not isinstance(self.expert, int):
             return self._part(super().values())
-        part = neurons.weight.detach()[self.expert].clone()
-        rows = neurons.rows.detach()[self.experts[0].positions[self.expert]]
-        write_vectors(part, replace(self, transposed=False).layout, self.index, rows)
-        return part.t() if self.transposed else part
+        neurons.refresh()
+        part = neurons.weight.detach()[self.expert]
+        part = part.t() if self.transposed else part
+        if neurons.mode == "overlay":
+            part = part.clone()
+            rows = neurons.rows.detach()[self.experts[0].positions[self.expert]]
+            write_vectors(part, self.layout, self.index, rows)
+        return part
 
     def carried(self) -> Tensor:
         """`values`, through which the neurons get their gradient."""
@@ -103,7 +108,7 @@ class LinearNeurons(WeightNeurons):
             if name == "__getitem__":
                 return self._read(more[0])
             if name in ("t", "T", "mT") or (name == "transpose" and self._swaps(*more, **kwargs)):
-                return self._weight(transposed=not self.transposed)
+                return self.part(transposed=not self.transposed)
         if name == "linear":
             return _linear(*args, **kwargs)
         if name in ("matmul", "__matmul__", "mm", "bmm") and len(args) == 2 and not kwargs:
@@ -117,23 +122,26 @@ class LinearNeurons(WeightNeurons):
         count = len(self.layout.shape)
         return sorted(axis % count for axis in axes) == [count - 2, count - 1]
 
-    def _weight(self, **changes: Any) -> NeuronWeight:
-        """A part of this part."""
-        part = replace(self, **changes)
-        parameter = self.attached[0].weight
-        return NeuronWeight.of(part, parameter, part.rows, part.layout, part.index, part._ids)
-
     def _read(self, expert: Any) -> Any:
         """The part of one expert, or of one for each token; NotImplemented for any other index."""
         if self.expert is not None or self.transposed or not _is_stack(self.layout):
             return NotImplemented
         if isinstance(expert, Tensor) and expert.dtype in (torch.int64, torch.int32):
             if expert.dim() == 1:
-                return self._weight(expert=expert)
+                return self.part(expert=expert)
             expert = int(expert) if expert.dim() == 0 else None
         if type(expert) is not int or not 0 <= expert < self.layout.shape[0]:
             return NotImplemented
-        return self._weight(expert=expert, experts=(self.by_expert,))
+        parts = self.by_expert.parts
+        if expert not in parts:
+            parts[expert] = self.part(expert=expert, experts=(self.by_expert,))
+        return parts[expert]
+
+    def part(self, **changes: Any) -> NeuronWeight:
+        """A part of this part."""
+        part = replace(self, **changes)
+        parameter = self.attached[0].weight
+        return NeuronWeight.of(part, parameter, part.rows, part.layout, part.index, part._ids)
 
     @property
     def by_expert(self) -> ExpertRows:
@@ -144,12 +152,15 @@ class LinearNeurons(WeightNeurons):
         found: ExpertRows = neurons.by_expert
         return found
 
-    def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ part + bias`` of a part ``[in, out]``."""
-        whole = replace(self, transposed=False)
-        inputs = (whole.layout.axes[0] == 1) is self.transposed
-        arguments = (x, self.rows, whole.values(), bias, self.index, not self.transposed, inputs)
-        return apply_function(FrozenLinear, *arguments)
+    def times(self, x: Tensor) -> Tensor:
+        """``x @ part`` of a part ``[in, out]``."""
+        inputs = self.layout.axes == (0,)
+        return apply_function(FrozenLinear, x, self.rows, self.values(), None, self.index, True, inputs)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ part.T + bias`` of a part ``[out, in]``."""
+        inputs = self.layout.axes == (1,)
+        return apply_function(FrozenLinear, x, self.rows, self.values(), bias, self.index, False, inputs)
 
     def times_each(
         self, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor], ends: Tensor | None = None
@@ -185,7 +196,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if part is None or isinstance(input, NeuronWeight):
         return NotImplemented
     bias = bias.neurons.carried() if isinstance(bias, NeuronWeight) else bias
-    return replace(part, transposed=not part.transposed).times(input, bias)
+    return part.linear(input, bias)
 
 
 def _multiplied(left: Any, right: Any) -> Any:

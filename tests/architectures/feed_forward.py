@@ -117,15 +117,15 @@ class _FeedForwardTrial(Trial):
                 ).abs().max() <= 1e-3 * effect
                 if quiet:
                     members.append((up, row, where))
-        members = members or heard  # one norm over all units, say: then the swap decides alone
-        names = {up for up, _, _ in members}
-        if not members or (names | {down} != layers_of(self.module).keys() and self.mixes(down, names)):
-            return None
-        block = _judged(members, [self.is_linear(down, up, row) for up, row, _ in members], down)
-        if block is None:
-            return None
-        tied = self.tie(down, members, inner)
-        return None if tied is None else replace(block, tied=tied)
+        for found in (members, heard):  # one norm over all units, say: then the swap decides alone
+            names = {up for up, _, _ in found}
+            if not found or (names | {down} != layers_of(self.module).keys() and self.mixes(down, names)):
+                continue
+            block = _judged(found, [self.is_linear(down, up, row) for up, row, _ in found], down)
+            tied = None if block is None else self.tie(down, found, inner)
+            if block is not None and tied is not None:
+                return replace(block, tied=tied)
+        return None
 
     def tie(self, down: str, members: list[tuple[str, int, str]], inner: int) -> str | None:
         """What ties the unit to its place."""
@@ -143,11 +143,11 @@ class _FeedForwardTrial(Trial):
         got = []
         owner = self.module.get_submodule(down)
         hook = owner.register_forward_pre_hook(lambda _, args: got.append(args[0][..., _UNIT].clone()))
-        for factor in (1, 0, -1):
+        for factor in (2, 1, 0, -1):
             self.edited((up, [row], False, lambda old, by=factor: by * old))
         hook.remove()
-        plus, none, minus = got
-        return bool((plus + minus - 2 * none).abs().max() <= 1e-3 * (plus - minus).abs().max())
+        bends = torch.stack([got[at] + got[at + 2] - 2 * got[at + 1] for at in (0, 1)])
+        return bool(bends.abs().max() <= 1e-3 * (got[1] - got[3]).abs().max())
 
     def mixes(self, down: str, ups: set[str]) -> bool:
         """Whether an up row at one token reaches the input of down at another."""

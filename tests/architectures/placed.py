@@ -66,7 +66,7 @@ def check_files(model: Any, folder: Path) -> dict[str, Any]:
         together = live_places(model, {name: Layout(tuple(value.shape), ()) for name, value in files.items()})
     except MismatchError as error:
         together, told["together"] = {}, str(error)[:400]
-    kinds = {re.sub(r"\d+", "*", name): name for name in files}  # the neurons of one of each kind are checked
+    kinds = {re.sub(r"\.\d+\.", ".*.", name): name for name in files}
     for name, value in files.items():
         try:
             places = together.get(name) or live_places(model, {name: Layout(tuple(value.shape), ())})[name]

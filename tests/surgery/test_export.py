@@ -352,3 +352,28 @@ def test_a_prefix_reaches_the_modules_of_the_live_model(
         raw_read(tmp_path / "a" / "adapter_model.safetensors").keys()
         == raw_read(tmp_path / "b2" / "adapter_model.safetensors").keys()
     )
+
+
+def test_an_adapter_is_for_one_part_of_a_checkpoint_and_has_its_names(
+    models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    parts = ("text_encoder", "text_encoder_2")
+    for side, model in zip((base, tmp_path / "tuned"), models("llama"), strict=True):
+        for part in parts:
+            shutil.copytree(model, side / part)
+        index = {part: ["transformers", "LlamaForCausalLM"] for part in parts}
+        (side / "model_index.json").write_text(json.dumps(index))
+    patch = cut((base, tmp_path / "tuned"), tmp_path / "p", only=["text_encoder_2/*"])
+    ns.export_lora(patch, tmp_path / "adapter", base=base)
+    ns.apply(base, patch, out=out)
+    wanted = load_file(out / "text_encoder_2" / "model.safetensors")
+    found = merged(base / "text_encoder_2", tmp_path / "adapter", "llama")
+    changed = {name.partition("/")[2] for name in patch.tensors}
+    assert changed <= wanted.keys()
+    for name in changed:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, atol=1e-7)
+    both = cut((base, tmp_path / "tuned"), tmp_path / "q")
+    with pytest.raises(ns.MismatchError, match="changes several models") as error:
+        ns.export_lora(both, tmp_path / "none", base=base)
+    assert "found text_encoder/, text_encoder_2/" in str(error.value)
