@@ -44,14 +44,14 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     own = {*(shard.name for shard in checkpoint.shards), *checkpoint.indexes}
     along = [Path(name) for name in checkpoint.indexes]
     left: list[Path] = []
-
-    def sort(folder: str) -> None:
+    folders = [""]
+    for folder in folders:  # grows by those of parts
         for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
             name = folder + entry.name
             if name in own or entry.name == JOURNAL_NAME or _OURS.fullmatch(entry.name):
                 continue
             if entry.is_dir() and f"{name}/" in checkpoint.parts:
-                sort(f"{name}/")
+                folders.append(f"{name}/")
             elif entry.is_dir():
                 if entry.name in _STALE_FOLDERS or entry.is_symlink():  # it may lead anywhere, also back here
                     left.append(Path(name))
@@ -61,8 +61,6 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
                 along.append(Path(name))
             else:  # stale, a pipe, or a link that leads nowhere
                 left.append(Path(name))
-
-    sort("")
     return FolderFiles(tuple(along), tuple(left))
 
 
