@@ -10,12 +10,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, UsageError, boundary
+from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors, read_exactly, read_rows_exactly
@@ -27,9 +28,6 @@ from .name_prefixes import Prefixes
 from .parts import PIPELINE_NAME
 from .unfinished import refuse_unfinished
 from .weight_files import WeightFiles, weight_files
-
-if TYPE_CHECKING:
-    from ..quantization.weight import QuantizedWeight  # it compiles kernels
 
 __all__ = ["Checkpoint", "OpenShards", "Shard"]
 

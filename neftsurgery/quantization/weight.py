@@ -20,7 +20,6 @@ from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
 from .codes import code_table, scales_decoded
-from .kernels import scaled_numbers
 
 __all__ = ["Companion", "QuantizedWeight", "rows_read", "shared_rows"]
 
@@ -128,6 +127,8 @@ class QuantizedWeight:
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
         if groups is not None:
             scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
+        from .kernels import scaled_numbers  # compiled: not loaded where nothing is quantized
+
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
             shared = [np.ascontiguousarray(part.astype(out.dtype)) for part in (scales, zeros)]
         scaled_numbers(raw, table.astype(out.dtype), per_byte, *shared, columns, first, out)
