@@ -19,20 +19,6 @@ from typing import ParamSpec, TypeVar
 
 from .text import lines
 
-__all__ = [
-    "CorruptFileError",
-    "MachineError",
-    "MismatchError",
-    "NeftError",
-    "UsageError",
-    "Spelling",
-    "boundary",
-    "hub_place",
-    "keyword",
-    "naming",
-    "spelled",
-]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

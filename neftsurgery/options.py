@@ -14,29 +14,6 @@ from typing import Annotated, Any, Protocol, TypedDict, get_args, get_type_hints
 
 from .progress import Progress
 
-__all__ = [
-    "AxisOption",
-    "BudgetOptions",
-    "ChainOptions",
-    "CutOptions",
-    "DiffOptions",
-    "ExportOptions",
-    "HasCounts",
-    "InspectOptions",
-    "LosslessOptions",
-    "Option",
-    "PatternOptions",
-    "PrefixOptions",
-    "RunOptions",
-    "Scope",
-    "ScopeOptions",
-    "ScoreOptions",
-    "SeedOptions",
-    "SelectOptions",
-    "declared",
-    "split",
-]
-
 #: Patterns of tensor names to neuron axes: ``{"*.kernel": 1}``, or pairs; the last match wins.
 AxisOption = Mapping[str, int | Sequence[int]] | Sequence[tuple[str, int | Sequence[int]]]
 

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Progress", "Stopwatch", "Timing", "silent"]
-
 
 class Progress(Protocol):
     """Opens a stage of ``total`` bytes; yields a function to be told of bytes done."""

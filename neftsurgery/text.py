@@ -6,22 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from os import PathLike
 
-__all__ = [
-    "commas",
-    "correlation",
-    "four_digits",
-    "label",
-    "lines",
-    "natural_key",
-    "percent",
-    "plural",
-    "power_of_ten",
-    "printable",
-    "size",
-    "some",
-    "tilde_hint",
-]
-
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -25,8 +25,6 @@ from ..tensors.reader import TensorFile
 from .adapter_config import CONFIG_NAME, WEIGHTS_NAME, Factor, read_factors
 from .checkpoint import Checkpoint
 
-__all__ = ["AdaptedWeights", "is_adapter", "open_pair"]
-
 _CACHED_FACTORS = 8
 
 

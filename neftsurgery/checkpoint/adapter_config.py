@@ -20,8 +20,6 @@ from ..tensors.reader import TensorFile
 from .adapter_patterns import ranks_and_alphas, unreadable
 from .checkpoint import Checkpoint
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "Factor", "read_factors"]
-
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 

@@ -16,8 +16,6 @@ from typing import Any
 
 from ..errors import CorruptFileError, MismatchError
 
-__all__ = ["first_matches", "ranks_and_alphas", "unreadable"]
-
 _MOST_PATTERNS, _MOST_MATCHES, _MOST_TEXT, _MOST_PARENTS = 10_000, 2_000_000, 1_000_000, 100
 #: What the process runs. It stops by itself too, should this one be killed.
 _MATCHER = """

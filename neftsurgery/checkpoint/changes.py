@@ -16,8 +16,6 @@ from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from .checkpoint import Checkpoint
 
-__all__ = ["Change", "changes_by_tensor"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:

@@ -29,8 +29,6 @@ from .parts import PIPELINE_NAME
 from .unfinished import refuse_unfinished
 from .weight_files import WeightFiles, weight_files
 
-__all__ = ["Checkpoint", "OpenShards", "Shard"]
-
 _MANY_ROWS = 16
 _cached_rows_lock = threading.Lock()
 

@@ -24,15 +24,6 @@ from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
 from .checkpoint import Checkpoint
 
-__all__ = [
-    "Dequantized",
-    "comparable",
-    "dequantized",
-    "in_common_numbers",
-    "require_stored_alike",
-    "stored_side",
-]
-
 _KEPT_MATRICES = 4  # codes of transposed matrices, read piece by piece along the other axis
 
 

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..sources.hub_client import OTHER_ENDINGS, OTHER_FOLDERS
+from ..sources.resolve import is_index
 from ..text import plural, some
 from .adapter import AdaptedWeights
 from .checkpoint import Checkpoint
 from .ties import missing_tensors
 from .unfinished import JOURNAL_NAME
-from .weight_files import is_index, shard_count
-
-__all__ = ["FolderFiles", "file_notes", "folder_files", "not_compared"]
+from .weight_files import shard_count
 
 _STALE_ENDINGS = (*OTHER_ENDINGS, ".safetensors")
 _STALE_FOLDERS = (*OTHER_FOLDERS, ".git", ".cache")

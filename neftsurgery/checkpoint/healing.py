@@ -26,12 +26,11 @@ from ..storage.output import fsync
 from ..storage.positioned import consecutive_runs
 from ..tensors.header import TensorInfo
 from ..text import plural, printable
+from .changes import changes_by_tensor
 from .checkpoint import Checkpoint, Shard
-from .journal import Journal, changes_by_tensor, describe_file, locked, remove_journal
+from .journal import Journal, describe_file, locked, remove_journal
 from .side_files import put_side, side_digest
 from .unfinished import find_journals, is_recorded, journal_path, refuse_unfinished
-
-__all__ = ["HealPlan", "HealResult", "heal", "heal_recorded", "plan_heal"]
 
 # So many equal bytes are not a coincidence: of random weights, and in sequence if few values are distinct.
 _PROOF_BYTES = 16

@@ -16,8 +16,6 @@ from ..tensors.arrays import IndexArray, RawBytes
 from ..tensors.header import TensorInfo
 from .checkpoint import Shard
 
-__all__ = ["TensorsInMemory", "tensor_bytes", "tensor_info"]
-
 #: The names that torch gives the dtypes of which numpy has none, or another one.
 _TORCH_NAMES = {
     "bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "complex64": "C64",

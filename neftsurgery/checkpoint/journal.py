@@ -41,18 +41,6 @@ from .checkpoint import Checkpoint, Shard
 from .side_files import SideChange, is_side, read_side
 from .unfinished import forget, journal_path, record
 
-__all__ = [
-    "Change",
-    "Journal",
-    "changes_by_tensor",
-    "describe_file",
-    "journaled",
-    "locked",
-    "remove_journal",
-    "require_writable",
-    "touched_shards",
-]
-
 _KEY = "neft_journal"
 _VERSION = 2
 _WHAT = "journal"

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from ..errors import MismatchError, UsageError
 from ..tensors.header import TensorInfo
 
-__all__ = ["NO_CHANGE", "Prefixes", "fitting_prefixes"]
-
 _SEPARATOR = re.compile(r"[./]")
 _MOST_PARTS = 6  # of a prefix that is looked for
 _MOST_PREFIXES = 8  # of names with one end

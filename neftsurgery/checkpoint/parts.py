@@ -13,8 +13,6 @@ from pathlib import Path
 from ..errors import CorruptFileError
 from ..tensors.document import read_object, read_value
 
-__all__ = ["MODULES_NAME", "PIPELINE_NAME", "ListedPart", "is_plain", "is_plain_path", "listed_parts"]
-
 PIPELINE_NAME, MODULES_NAME = "model_index.json", "modules.json"
 #: Classes of sentence-transformers that have weights: of others, a folder without any is whole.
 _WITH_WEIGHTS = """Transformer MLMTransformer CLIPModel Dense LSTM CNN LayerNorm StaticEmbedding

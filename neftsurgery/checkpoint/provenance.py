@@ -16,16 +16,6 @@ from ..tensors.reader import TensorReader
 from .checkpoint import Checkpoint
 from .saved_forms import why_unfit
 
-__all__ = [
-    "HASH_PREFIX",
-    "Provenance",
-    "fingerprint",
-    "require_same_files",
-    "require_tensors",
-    "same_files",
-    "same_tensor",
-]
-
 _EDGE_BYTES = 4096
 HASH_PREFIX = "xxh3-128:"
 

@@ -11,8 +11,6 @@ from ..tensors.header import TensorInfo
 from .checkpoint import Checkpoint
 from .name_prefixes import fitting_prefixes
 
-__all__ = ["why_unfit", "why_unlike"]
-
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)(?=\.)")
 _UNWRAP = "save the model inside: `accelerator.unwrap_model(model).save_pretrained(OUT)`"
 _MERGE = "merge it (`model.merge_and_unload().save_pretrained(OUT)`), or name the adapter's folder"

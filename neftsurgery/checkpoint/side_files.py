@@ -10,20 +10,10 @@ from pathlib import Path
 import xxhash
 
 from ..errors import UsageError, naming
+from ..sources.resolve import is_index
 from ..storage.output import fsync_folder, remove_stale, staged_file
 from .checkpoint import Checkpoint
 from .parts import MODULES_NAME, PIPELINE_NAME, is_plain_path
-from .weight_files import is_index
-
-__all__ = [
-    "MOST_SIDE_BYTES",
-    "SideChange",
-    "is_side",
-    "put_side",
-    "read_side",
-    "side_digest",
-    "side_files",
-]
 
 #: Files beside the weights that belong to a model and that a lossless patch carries, and indexes. Never code.
 _SIDE_NAMES = frozenset(

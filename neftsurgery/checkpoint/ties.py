@@ -21,8 +21,6 @@ from ..text import label, natural_key
 from .checkpoint import Checkpoint
 from .provenance import same_tensor
 
-__all__ = ["Joined", "join", "missing_tensors", "stored_ties", "tied_forms", "with_tied_names"]
-
 _FIRST = 64 << 10  # bytes that tell most tensors apart
 _PIECE = 4 << 20
 _HEAD = "lm_head.weight"  # what most models call their output head

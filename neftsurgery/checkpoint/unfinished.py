@@ -19,16 +19,6 @@ from ..sources.resolve import Source
 from ..storage.output import fsync, fsync_folder
 from .weight_files import weight_files
 
-__all__ = [
-    "JOURNAL_NAME",
-    "find_journals",
-    "forget",
-    "is_recorded",
-    "journal_path",
-    "record",
-    "refuse_unfinished",
-]
-
 JOURNAL_NAME = ".neft-journal"
 _STATE_HOME = "set XDG_STATE_HOME to a folder that can be written, or write a new checkpoint with [[out=...]]"
 _DEEPEST = 4  # levels below a checkpoint's folder where its shards may be

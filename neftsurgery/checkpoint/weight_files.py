@@ -17,8 +17,6 @@ from ..tensors.file_kinds import foreign_folder
 from ..tensors.header import MAX_HEADER_BYTES
 from .parts import ListedPart, listed_parts
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "WeightFiles", "is_index", "shard_count", "weight_files"]
-
 _MAX_NAME_BYTES = 255
 _MAX_PATH = 1000
 _SHARD = re.compile(r"-\d{1,9}-of-(\d{1,9})(?:\.[\w-]+)?\.safetensors$")

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ..storage.threads import Limits
     from ..surgery.verb import Running
 
-__all__ = ["Console", "can_print", "flag", "lossy_streams", "table"]
-
 
 def flag(name: str, value: str | None) -> str:
     """An option of a message as the command line spells it."""

@@ -26,8 +26,6 @@ from ..version import __version__
 from .console import flag, lossy_streams
 from .options import console_options
 
-__all__ = ["cli", "run"]
-
 # In the order a newcomer needs them. Each line is the first sentence of the command's own help: it stands
 # here so that `--help` loads no command.
 _COMMANDS = {

@@ -14,21 +14,6 @@ from ..errors import spelled
 from ..options import AxisOption, Option, RunOptions, declared
 from .console import Console, flag
 
-__all__ = [
-    "WholeNumber",
-    "base_option",
-    "common_options",
-    "console_options",
-    "dry_run_option",
-    "options_of",
-    "output_option",
-    "stack",
-    "take",
-    "take_budget",
-    "writing",
-    "writing_options",
-]
-
 Command = Callable[..., Any]
 
 

@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .compression import compress, decompress
-from .elements import BLOCK, CHUNK, Carrier, Elements
+from .elements import CHUNK, Carrier, Elements
 from .fitting import changes_of
 from .tables import MOST_CONTEXTS, FrequencyTable
-
-__all__ = ["BLOCK", "Form", "decode", "encode", "encode_fast"]
 
 _COUNT = struct.Struct("<I")
 _ZSTD_LEVEL = 3

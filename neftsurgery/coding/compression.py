@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import zstandard
 
-__all__ = ["compress", "content_size", "decompress"]
-
 
 def compress(content: bytes, level: int) -> bytes:
     """One zstd frame, which says the size of its content."""

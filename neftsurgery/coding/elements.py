@@ -11,19 +11,6 @@ from numpy.typing import NDArray
 
 from ..tensors.dtypes import DTYPES
 
-__all__ = [
-    "BLOCK",
-    "CHUNK",
-    "CLASSES",
-    "FINE",
-    "HASH",
-    "NEVER",
-    "PRECISION",
-    "Carrier",
-    "Elements",
-    "fine_classes",
-]
-
 #: Elements of a block at most.
 BLOCK = 1 << 20
 #: Frequencies of a context sum to two to this power.

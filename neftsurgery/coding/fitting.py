@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from .elements import BLOCK, CLASSES, FINE, HASH, NEVER, PRECISION, Carrier, Elements, fine_classes
 from .tables import MOST_CONTEXTS, MOST_SYMBOLS, Alphabet, FrequencyTable, contexts_of
 
-__all__ = ["changes_of", "fit", "fit_memory"]
-
 _TOTAL = 1 << PRECISION
 #: What a context takes in the stored table, and a frequency other than 0, about, in bits, compressed.
 _CONTEXT_BITS, _SYMBOL_BITS = 100, 10

@@ -22,18 +22,6 @@ from numba.extending import intrinsic
 from ..tensors.compiled import compiled
 from .elements import CHUNK, CLASSES, FINE, HASH, NEVER, PRECISION
 
-__all__ = [
-    "classify",
-    "count",
-    "decode_changes",
-    "decode_values",
-    "differences",
-    "encode_changes",
-    "encode_values",
-    "enter",
-    "find_changes",
-]
-
 u16, u32, u64, i64 = np.uint16, np.uint32, np.uint64, np.int64
 _LOW = u64((1 << PRECISION) - 1)
 _LEAST_STATE = u64(1 << 15)

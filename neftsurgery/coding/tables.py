@@ -13,17 +13,6 @@ from numpy.typing import NDArray
 from .compression import compress, content_size, decompress
 from .elements import CLASSES, FINE, HASH, PRECISION, fine_classes
 
-__all__ = [
-    "MOST_CONTEXTS",
-    "MOST_SYMBOLS",
-    "MOST_TABLES",
-    "Alphabet",
-    "FrequencyTable",
-    "contexts_of",
-    "pack",
-    "unpack",
-]
-
 _TOTAL = 1 << PRECISION
 MOST_CONTEXTS = 32
 MOST_SYMBOLS = 256

@@ -10,12 +10,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.weight_files import INDEX_NAME
+from ..sources.resolve import INDEX_NAME
 from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
-
-__all__ = ["CONFIG", "PLANTED", "make_base", "make_tuned", "planted"]
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

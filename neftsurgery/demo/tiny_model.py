@@ -21,23 +21,6 @@ from ..live import loading
 from ..selection.selection import Selection
 from ..tuning.attached import attach
 
-__all__ = [
-    "NEW",
-    "OLD",
-    "Direction",
-    "Languages",
-    "Losses",
-    "TrainingSettings",
-    "count_parameters",
-    "load_model",
-    "logits_of",
-    "losses_of",
-    "new_model",
-    "single_thread",
-    "train_parameters",
-    "train_selection",
-]
-
 _TEST_EXAMPLES = 512
 
 

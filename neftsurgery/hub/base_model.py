@@ -15,8 +15,6 @@ from ..sources.hub_errors import hub_errors
 from ..sources.hub_id import HubId, is_repo, is_revision
 from .repository import CARD_NAME
 
-__all__ = ["BaseModel", "read_licence"]
-
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,60}")
 _MAX_CARD = 2**20
 _LICENCE_KEYS = ("license", "license_name", "license_link")

@@ -16,8 +16,6 @@ from .base_model import BaseModel
 from .card_text import card_text
 from .repository import CARD_HINT
 
-__all__ = ["BEGIN", "END", "card_figure", "write_card"]
-
 #: Every push rewrites what is between these marks; the rest of a card belongs to its owner.
 BEGIN = "<!-- neftsurgery:begin, `neftsurgery push` overwrites the text up to the end mark -->"
 END = "<!-- neftsurgery:end: text outside the two marks is kept -->"

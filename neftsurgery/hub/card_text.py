@@ -13,14 +13,13 @@ from itertools import groupby
 import numpy as np
 
 from ..patch.lossless import LosslessPatch
-from ..patch.patch import PATCH_NAME, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_NAME
 from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import page
 from ..tensors.arrays import Int64Array
 from ..text import percent, plural, size
 from .base_model import BaseModel
-
-__all__ = ["LayerCounts", "card_text", "code_span", "link", "table", "text_bar"]
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
 _MAX_LISTED = 40

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ..errors import CorruptFileError, UsageError, boundary
 from ..patch.lossless import LosslessPatch, load_any
-from ..patch.patch import PATCH_NAME, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
 from ..sources.hub_client import HubFile, fetch_file, find_file, is_offline
 from ..sources.hub_id import HubId
@@ -17,8 +18,6 @@ from ..storage.output_checks import refuse_output
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import check_sha256, load_patches, require_sha256
 from ..text import printable, size
-
-__all__ = ["PullPlan", "plan_pull", "pull"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import BinaryIO, TypedDict, Unpack
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
-from ..patch.patch import PATCH_NAME, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
 from ..sources.hub_client import page
 from ..sources.hub_id import is_repo, is_revision
@@ -21,8 +22,6 @@ from ..text import lines, plural
 from .base_model import BaseModel, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
-
-__all__ = ["PushPlan", "PushResult", "plan_push", "push"]
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from ..sources.hub_client import client, fetch_file, find_file
 from ..sources.hub_errors import hub_errors, redacted
 from ..sources.hub_id import HubId, is_revision
 
-__all__ = ["CARD_HINT", "CARD_NAME", "FIGURE_NAME", "MAIN", "Repository", "read_repository", "send_commit"]
-
 Files = Mapping[str, Path | BinaryIO | bytes]
 
 #: The files of a patch's repository, beside the patch.

@@ -19,9 +19,8 @@ from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch
 from ..surgery.model_files import RebuiltWeights
 from ..tensors.header import TensorInfo
-from .placement import FileTensors, LivePlace, live_places, live_weights
-
-__all__ = ["apply_live"]
+from .loading_rules import live_weights
+from .placement import FileTensors, LivePlace, live_places
 
 _Changes = Callable[[], Iterator[tuple[str, Tensor]]]  # tensors of the files, and what they become
 

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["MoveRecorder", "Offsets"]
-
 Offsets: TypeAlias = NDArray[np.int64]
 
 _JOINS = {"cat", "concat", "concatenate", "stack"}

@@ -14,8 +14,6 @@ from ..surgery.export import ExportPlan, ExportResult, plan_export
 from ..surgery.lora_modules import LivePlaces
 from ..surgery.verb import running, warn
 
-__all__ = ["export_lora", "plan_lora"]
-
 log = logging.getLogger(__name__)
 
 

@@ -17,15 +17,6 @@ from torch import nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 
-__all__ = [
-    "ModelClass",
-    "load_model",
-    "load_tokenizer",
-    "meta_model",
-    "require_model_folder",
-    "without_progress_bars",
-]
-
 ModelClass: TypeAlias = Literal["causal_lm", "saved"]
 """``causal_lm``: transformers' ``AutoModelForCausalLM``. ``saved``: the class that the checkpoint was saved
 from, so that every weight of its files is loaded; ``AutoModel`` where its config does not name one."""

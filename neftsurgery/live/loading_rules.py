@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from ..errors import MismatchError
 from ..neurons.submodels import split_part
 
-__all__ = ["LoadingRules", "live_weights"]
-
 
 def live_weights(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of ``model``, under all their names."""

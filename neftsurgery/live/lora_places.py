@@ -26,8 +26,6 @@ from ..text import some
 from .loading import meta_model
 from .placement import LivePlace, live_places
 
-__all__ = ["PeftPlaces"]
-
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _MOST_SHOWN = 300  # characters of PEFT's message
 # What PEFT raises for modules, names and shapes that it cannot use.

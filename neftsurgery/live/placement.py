@@ -23,10 +23,8 @@ from torch import Tensor, nn
 from ..errors import MismatchError
 from ..neurons.layout import Layout
 from .element_moves import MoveRecorder, Offsets
-from .loading_rules import LoadingRules, live_weights
+from .loading_rules import LoadingRules
 from .weights import copy_into, full_tensor
-
-__all__ = ["FileTensors", "LivePlace", "live_places", "live_weights"]
 
 _ELSEWHERE = -1
 _SAMPLES = 512  # elements of each tensor, drawn at random, whose place is checked: at least

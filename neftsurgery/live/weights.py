@@ -13,21 +13,6 @@ from torch import Tensor
 from ..neurons.layout import Layout
 from ..tensors.dtypes import DTYPES
 
-__all__ = [
-    "FLOAT_DTYPES",
-    "block_ranges",
-    "can_represent",
-    "copy_into",
-    "equal_vectors",
-    "from_bytes",
-    "full_tensor",
-    "is_plain",
-    "read_vectors",
-    "to_bytes",
-    "torch_dtype",
-    "write_vectors",
-]
-
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FLOAT_DTYPES = frozenset(_NAMES)

@@ -19,8 +19,6 @@ from ..errors import MismatchError
 from ..neurons.tensor_names import layer_and_kind
 from .tokenized_text import TokenChunk
 
-__all__ = ["BlockStack", "find_block_stack", "hidden_size", "mean_hidden_states"]
-
 
 def mean_hidden_states(
     model: Any,

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError
 from ..live.loading import load_model
-from ..live.placement import FileTensors, live_places, live_weights
+from ..live.loading_rules import live_weights
+from ..live.placement import FileTensors, live_places
 from ..live.weights import read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
@@ -29,7 +30,6 @@ from .tokenized_text import token_batches
 if TYPE_CHECKING:
     from .utilization import UtilizationPlan
 
-__all__ = ["max_correlations", "measure"]
 
 _Correlations = dict[str, tuple[NDArray[np.float64], NDArray[np.int32]]]
 _BLOCK_ELEMENTS = 1 << 22  # of float64: 32 MiB

@@ -7,8 +7,6 @@ from typing import Annotated, Literal, TypeAlias, TypedDict, get_args
 
 from ..options import Option
 
-__all__ = ["ANATOMIES", "BATCH", "DTYPES", "LENGTH", "TOKENS", "States", "UtilizationOptions"]
-
 States: TypeAlias = Literal["preceding", "following", "all"]
 """Which hidden states a neuron is compared with: those that enter its block or an earlier one, those that
 leave its block or a later one, or all."""

@@ -12,8 +12,6 @@ from ..reporting.sections import ReportSection
 from ..text import commas, four_digits, label, percent
 from .result import GROUPS, NeuronGroup, Utilization
 
-__all__ = ["utilization_section"]
-
 _ALL_KINDS = "all kinds"
 _MAX_KINDS, _MAX_LAYERS = 12, 128
 _STATES = {

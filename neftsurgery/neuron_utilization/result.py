@@ -22,19 +22,6 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 
-__all__ = [
-    "BUCKET_EDGES",
-    "GROUPS",
-    "PAPER_LIMIT",
-    "NeuronGroup",
-    "RankBucket",
-    "TensorUtilization",
-    "Utilization",
-    "rank_limit",
-    "ranks",
-    "with_ranks",
-]
-
 UTILIZATION_KEY = "neuron_utilization"
 _VERSION = 1
 _WHAT = "utilization file"

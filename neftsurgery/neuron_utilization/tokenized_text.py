@@ -12,8 +12,6 @@ import xxhash
 
 from ..errors import CorruptFileError, UsageError, naming
 
-__all__ = ["TokenChunk", "TokenizedText", "token_batches", "tokenize_file"]
-
 _TEXT_HINT = "name a file with a text on each line"
 
 

@@ -19,7 +19,8 @@ from ..live.loading import load_tokenizer, meta_model, require_model_folder
 from ..live.placement import live_places
 from ..neurons.anatomy import NeuronTensor, read_anatomy
 from ..neurons.tensor_names import layer_and_kind
-from ..patch.patch import PATCH_KEY, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_KEY
 from ..progress import Progress, silent
 from ..selection.budget import Amount
 from ..selection.selection import Selection
@@ -35,8 +36,6 @@ from .measure import measure
 from .options import ANATOMIES, BATCH, DTYPES, LENGTH, TOKENS, States, UtilizationOptions
 from .result import Utilization
 from .tokenized_text import TokenizedText, tokenize_file
-
-__all__ = ["UtilizationPlan", "plan_utilization", "utilization"]
 
 
 @dataclass(frozen=True, repr=False)

@@ -32,8 +32,6 @@ from .tensor_names import (
 )
 from .units import CountedSlice, UnitMap, UnitSpan, unit_spans, up_slice
 
-__all__ = ["ANATOMIES", "Anatomy", "Listed", "NeuronTensor", "read_anatomy"]
-
 ANATOMIES = ("rows", "ffn", "units")
 _NO_ROLE = {"ffn": "not an up or down projection of a feed-forward block", "units": "not part of a unit"}
 

@@ -19,17 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = [
-    "SHARED",
-    "Attention",
-    "AxisOrder",
-    "CompositePart",
-    "Family",
-    "FeedForward",
-    "architectures",
-    "family_of",
-]
-
 AxisOrder = Literal["out in", "in out", "E out in", "E in out", "E ? ?"]
 """The order of a weight's axes; ``E`` are experts, ``?`` is not known and never guessed.
 

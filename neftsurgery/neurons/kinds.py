@@ -11,8 +11,6 @@ from .anatomy import Anatomy
 from .submodels import Submodels, split_part
 from .tensor_names import COLUMNS, layer_and_kind, name_pattern, read_name
 
-__all__ = ["WeightKind", "weight_kinds"]
-
 
 @dataclass
 class WeightKind:

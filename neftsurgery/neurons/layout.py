@@ -24,8 +24,6 @@ from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
-__all__ = ["Layout", "described", "described_tensor"]
-
 _MAX_AXES = 64
 _MAX_ELEMENTS = 1 << 62
 

@@ -13,8 +13,6 @@ from ..quantization.settings import quantization_section
 from ..tensors.header import TensorInfo
 from .submodels import part_config, split_part
 
-__all__ = ["quantization_reasons"]
-
 # Names of scales after ``X.``, the most certain first.
 _SCALES_OF_STEM = """weight_scale weight_scale_inv weight_scale_2 weight_scales weight_zero_point weight_shape
 weight_g_idx weight_global_scale scales qzeros g_idx SCB biases codebooks scale zero input_scale

@@ -10,17 +10,6 @@ from typing import Any, Literal
 
 from .families import SHARED, Attention, AxisOrder, Family, FeedForward, architectures, family_of
 
-__all__ = [
-    "NO_PATTERN",
-    "Heads",
-    "Role",
-    "Submodel",
-    "Submodels",
-    "part_config",
-    "split_part",
-    "stated_type",
-]
-
 _TOWERS: dict[str, tuple[str, ...]] = {
     "vision_config": ("vision_tower", "vision_model", "visual"),
     "audio_config": ("audio_tower", "audio_model"),

@@ -15,20 +15,6 @@ from ..tensors.header import TensorInfo
 from .families import FeedForward
 from .submodels import Role, Submodel
 
-__all__ = [
-    "COLUMNS",
-    "UNKNOWN_EXPERTS",
-    "UNKNOWN_LAYER",
-    "NameReading",
-    "bias_of",
-    "name_pattern",
-    "block_key",
-    "read_name",
-    "matching",
-    "member_axes",
-    "layer_and_kind",
-]
-
 #: By the order of a weight's axes, those of its output units and those of its input units.
 _AXES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "out in": ((0,), (1,)),

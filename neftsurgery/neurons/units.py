@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from .families import Attention, FeedForward
 from .submodels import Heads, Role
 
-__all__ = ["CountedSlice", "UnitSpan", "UnitMap", "unit_spans", "up_slice"]
-
 
 @dataclass(frozen=True, slots=True)
 class CountedSlice:

@@ -20,8 +20,6 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
 from .layout import Layout
 
-__all__ = ["block_memory", "blocks", "check_index", "distinct_counts", "find", "gather", "scatter"]
-
 # Bytes of vectors handled at once; each thread holds a few such blocks. Every block of strided vectors
 # reads their whole slab, so for these fewer and larger blocks are better.
 _BLOCK_BYTES = 4 << 20

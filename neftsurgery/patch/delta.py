@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from ..checkpoint.parts import is_plain_path
 from ..checkpoint.side_files import MOST_SIDE_BYTES, is_side
-from ..coding.blocks import BLOCK, Form, decode
+from ..coding.blocks import Form, decode
 from ..coding.compression import compress, content_size, decompress
-from ..coding.elements import Carrier, Elements
+from ..coding.elements import BLOCK, Carrier, Elements
 from ..coding.tables import FrequencyTable, unpack
 from ..errors import MismatchError
 from ..neurons.submodels import split_part
@@ -33,21 +33,6 @@ from ..tensors.document import bad, require_entry
 from ..tensors.header import MAX_HEADER_BYTES, Header, TensorInfo, parse_header
 from ..tensors.json_text import loads
 from ..tensors.reader import TensorFile, TensorReader
-
-__all__ = [
-    "ARRAYS",
-    "ENTRIES",
-    "Delta",
-    "DeltaBlock",
-    "SideFile",
-    "WeightFile",
-    "block_hash",
-    "block_state",
-    "blocks_of",
-    "counterpart",
-    "pack_layout",
-    "read_block",
-]
 
 #: The arrays with an element per block, and their types in the file.
 ARRAYS = {

@@ -11,8 +11,6 @@ import xxhash
 from ..checkpoint.provenance import HASH_PREFIX
 from ..tensors.arrays import RawBytes
 
-__all__ = ["NO_HASH", "DigestHash", "digests", "is_hash"]
-
 #: What stands for a hash until it is known.
 NO_HASH = HASH_PREFIX + "0" * 32
 _HASH = re.compile(HASH_PREFIX + "[0-9a-f]{32}")

@@ -10,8 +10,6 @@ from __future__ import annotations
 from ..neurons.layout import Layout
 from ..tensors.header import TensorInfo
 
-__all__ = ["PatchEntries", "RowPlaces"]
-
 #: By part (``index``, ``base_digest``, ``value``, ``base``): the entry that holds a tensor's rows, where they
 #: begin along its first axis, and how many steps of that a row takes.
 RowPlaces = dict[str, tuple[str, int, int]]

@@ -18,7 +18,6 @@ from ..tensors.reader import TensorFile
 if TYPE_CHECKING:
     from .patch import PatchTensor
 
-__all__ = ["RowGroup", "read_groups"]
 
 _WHAT = "neuron patch"
 #: The layouts that are known; all have the same rule of which rows go together.

@@ -21,8 +21,6 @@ from .delta import ENTRIES, Delta
 from .patch import Patch
 from .patch_file import PatchFile, open_patch, require_seal
 
-__all__ = ["AnyPatch", "LosslessPatch", "StoredWeights", "form_shares", "load_any"]
-
 _WHAT = "patch"
 
 

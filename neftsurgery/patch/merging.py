@@ -20,8 +20,6 @@ from ..neurons.vectors import find
 from ..tensors.arrays import Float64Array, Int64Array, Mask, RawBytes
 from ..tensors.floats import narrow, widen
 
-__all__ = ["ARITHMETIC", "DENSITY", "POLICIES", "Magnitudes", "Part", "merge_rows"]
-
 #: What may be done where patches overlap.
 POLICIES: Final = ("error", "first", "last", "mean", "sum", "ties")
 #: Those that compute with values.

@@ -17,8 +17,6 @@ from ..tensors.header import TensorInfo
 from ..text import natural_key
 from .patch import Patch, PatchTensor
 
-__all__ = ["Meeting", "Overlap", "RowSource", "lay_over", "meetings", "overlap", "overlay"]
-
 _ELEMENTS = 1 << 18  # that `overlay` looks up at once; each takes some ten words of memory
 
 

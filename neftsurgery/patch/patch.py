@@ -28,9 +28,7 @@ from ..version import __version__
 from .digests import DigestHash, digests, is_hash
 from .entries import PatchEntries, RowPlaces
 from .groups import RowGroup, read_groups
-from .patch_file import PATCH_KEY, PATCH_NAME, PATCH_VERSION, PatchFile, require_seal
-
-__all__ = ["PATCH_KEY", "PATCH_NAME", "PATCH_VERSION", "Manifest", "Patch", "PatchTensor"]
+from .patch_file import PATCH_VERSION, PatchFile, require_seal
 
 _WHAT = "neuron patch"
 #: Keys of the manifest that describe the file's content: those of another file are not taken over.

@@ -17,18 +17,6 @@ from ..tensors.reader import FileBacked, TensorFile
 from ..text import lines, printable
 from .digests import NO_HASH, is_hash
 
-__all__ = [
-    "PATCH_KEY",
-    "PATCH_NAME",
-    "PATCH_VERSION",
-    "PatchFile",
-    "open_patch",
-    "other_kind",
-    "read_manifest",
-    "require_seal",
-    "sealed",
-]
-
 PATCH_VERSION: Final = 2
 PATCH_KEY = "neuron_patch"
 PATCH_NAME = "neuron_patch.safetensors"

@@ -18,8 +18,6 @@ from .groups import RowGroup
 from .patch import Manifest, Patch
 from .patch_file import sealed
 
-__all__ = ["PatchWriter", "patch_bytes", "written_patch"]
-
 
 class _Plan:
     """What the file of a patch holds, and where."""

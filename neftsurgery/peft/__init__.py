@@ -10,9 +10,7 @@
 from peft.utils import register_peft_method
 
 from .config import NeftConfig
-from .layer import NeftLayer
+from .layer import NeftLayer as NeftLayer
 from .model import NeftModel
-
-__all__ = ["NeftConfig", "NeftLayer", "NeftModel"]
 
 register_peft_method(name="neft", config_cls=NeftConfig, model_cls=NeftModel, prefix=NeftModel.prefix)

@@ -26,8 +26,6 @@ from ..selection.selection import SELECTION_KEY, Selection
 from ..tensors.header import TensorInfo, read_header
 from .config import DatalessPolicy, NeftConfig
 
-__all__ = ["ChosenNeurons", "chosen_neurons", "neurons_of"]
-
 
 @dataclass(frozen=True)
 class ChosenNeurons:

@@ -11,8 +11,6 @@ from typing import Any, Literal, TypeAlias
 from peft import PeftConfig
 from peft.utils import PeftType
 
-__all__ = ["NeftConfig", "DatalessPolicy"]
-
 DatalessPolicy: TypeAlias = Literal["random", "norm", "magnitude"]
 
 _NOTE = """

@@ -18,8 +18,6 @@ from ..neurons.layout import Layout
 from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward
 from ..tuning.frozen_weights import OverlaidLinear, apply_function
 
-__all__ = ["NeftLayer"]
-
 
 @dataclass(frozen=True)
 class _Overlaid:

@@ -19,8 +19,6 @@ from .choosing import ChosenNeurons, chosen_neurons
 from .config import NeftConfig
 from .layer import NeftLayer
 
-__all__ = ["NeftModel"]
-
 
 class NeftModel(BaseTuner):
     """Chosen neurons as adapters: made by ``get_peft_model(model, NeftConfig(...))``."""

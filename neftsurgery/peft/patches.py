@@ -30,8 +30,6 @@ from ..storage.output import staged_directory
 from .choosing import neurons_of
 from .config import NeftConfig
 
-__all__ = ["adapter_of_patch", "patch_of_adapter"]
-
 _WEIGHTS = "adapter_model.safetensors"
 _START = "base_model.model."
 

@@ -10,8 +10,6 @@ from ..tensors.arrays import Float32Array, Float64Array, RawBytes
 from ..tensors.dtypes import DTYPES
 from ..tensors.floats import FLOATS, widen
 
-__all__ = ["CODE_BITS", "code_table", "scales_decoded"]
-
 #: What codes may be: an 8-bit dtype of safetensors; ``E2M1``; integers stored with an offset, so that the
 #: lowest is 0. And how many bits the fraction of such a number has, with its leading one.
 CODE_BITS = {"F8_E4M3": 4, "F8_E5M2": 3, "E2M1": 2, "I8": 8, "offset 8": 8, "offset 4": 4}

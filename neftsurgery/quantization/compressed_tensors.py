@@ -10,8 +10,6 @@ from ..tensors.header import TensorInfo
 from .settings import ScaleBlock, Settings, is_block
 from .weight import Companion, QuantizedWeight
 
-__all__ = ["compressed_weights"]
-
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision")
 Schemes = Sequence[Mapping[str, Any]]
 

@@ -8,8 +8,6 @@ from ..errors import MismatchError
 from .settings import Settings, is_block
 from .weight import QuantizedWeight
 
-__all__ = ["fp8_weights"]
-
 _NAMES = ("weight_scale_inv", "weight_scale")  # of scales, beside ``weight``; else ``NAME_scale_inv``
 
 

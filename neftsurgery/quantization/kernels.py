@@ -6,8 +6,6 @@ from typing import Any
 
 from ..tensors.compiled import compiled
 
-__all__ = ["scaled_numbers"]
-
 
 @compiled()
 def scaled_numbers(

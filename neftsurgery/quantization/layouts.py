@@ -10,8 +10,6 @@ from .mxfp4 import mxfp4_weights
 from .settings import Settings
 from .weight import QuantizedWeight
 
-__all__ = ["quantized_weights"]
-
 #: By ``quant_method``.
 _LAYOUTS: dict[str, Callable[[Settings], Iterator[QuantizedWeight]]] = {
     "fp8": fp8_weights,

@@ -12,8 +12,6 @@ from ..tensors.header import TensorInfo
 from .settings import Settings
 from .weight import Companion, QuantizedWeight
 
-__all__ = ["mxfp4_weights"]
-
 _GROUP = 32
 
 

@@ -14,8 +14,6 @@ from ..tensors.header import TensorInfo
 from .codes import CODE_BITS
 from .weight import Companion, QuantizedWeight
 
-__all__ = ["ScaleBlock", "Settings", "is_block", "quantization_section"]
-
 #: Rows and columns that share a scale; 0: all of them.
 ScaleBlock = tuple[int, int]
 

@@ -21,8 +21,6 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader
 from .codes import code_table, scales_decoded
 
-__all__ = ["Companion", "QuantizedWeight", "rows_read", "shared_rows"]
-
 Numbers = NDArray[np.floating[Any]]
 
 

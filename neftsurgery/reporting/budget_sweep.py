@@ -15,8 +15,6 @@ from .figure import KIND, SHARE, Column, ReportFigure, Table
 from .layer_map import LayerMap
 from .plotting import ACCENT, MplFigure, annotate, heatmap, new_axes, share_curves
 
-__all__ = ["PERCENTS", "BudgetSweep"]
-
 #: The budgets, in percent of the scored neurons.
 PERCENTS = ("0.5", "1", "2", "3", "5", "7.5", "10", "15", "20")
 _KINDS = 14

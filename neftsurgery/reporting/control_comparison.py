@@ -25,8 +25,6 @@ from .plotting import (
     share_curves,
 )
 
-__all__ = ["ControlComparison", "spearman"]
-
 _LARGEST = float(np.finfo(np.float32).max)
 _KINDS = 12
 #: Limits of the verdict. They apply to the larger of two numbers: the rank correlation with the norm, and the

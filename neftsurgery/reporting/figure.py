@@ -14,8 +14,6 @@ from .. import text
 from . import plotting
 from .plotting import DrawFunction
 
-__all__ = ["KIND", "LAYER", "SHARE", "Cell", "Column", "ReportFigure", "Table"]
-
 Cell = str | int | float | None
 
 

@@ -15,16 +15,14 @@ from numpy.typing import NDArray
 
 from ..errors import MismatchError, UsageError
 from ..patch.lossless import LosslessPatch, load_any
-from ..patch.patch import PATCH_KEY, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_KEY
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.header import read_header
 from .layer_map import LayerMap, locate_tensors
-
-__all__ = ["Candidates", "LosslessInput", "PatchInput", "ReportInput", "ScoresInput"]
-__all__ += ["open_inputs", "read_candidates"]
 
 _DIFF_HINT = "make scores first: `neftsurgery diff BASE TUNED -o scores.safetensors`"
 

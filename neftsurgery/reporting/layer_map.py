@@ -19,18 +19,6 @@ from ..text import commas, label, natural_key, percent
 from .figure import KIND, LAYER, SHARE, Column, ReportFigure, Table
 from .plotting import MplFigure, heatmap, new_axes
 
-__all__ = [
-    "BLOCKS",
-    "NO_LAYER",
-    "LayerMap",
-    "TensorLocation",
-    "draw_layer_map",
-    "layer_map_figure",
-    "layer_map_lines",
-    "locate_tensors",
-    "sorted_layers",
-]
-
 #: The row of the tensors outside all layers, in a model that has layers.
 NO_LAYER = ""
 _REST, _ALL = "others", "all kinds"

@@ -9,8 +9,6 @@ from ..text import commas, percent, size
 from .figure import KIND, LAYER, SHARE, Column, ReportFigure, Table
 from .layer_map import LayerMap, draw_layer_map
 
-__all__ = ["lossless_figures"]
-
 _MOST_COLUMNS = 12  # biases and norms are kinds here, too
 _CHANGED, _ELEMENTS = Column("changed", "changed", commas), Column("elements", "elements", commas)
 _CODE, _BYTES = Column("code", "patch", size), Column("tuned_bytes", "tuned", size)

@@ -24,25 +24,10 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import QuadMesh
-    from matplotlib.figure import Figure as MplFigure
+    from matplotlib.figure import Figure
 else:
-    MplFigure = Any
+    Figure = Any
 
-__all__ = ["ACCENT", "COLORMAP", "COLOURS", "CONTRAST", "FAINT", "FIGURE_WIDTH", "INK", "MUTED", "SURFACE"]
-__all__ += [
-    "DrawFunction",
-    "MplFigure",
-    "annotate",
-    "heatmap",
-    "legend_above",
-    "log_ticks",
-    "png",
-    "new_axes",
-    "require_matplotlib",
-    "share_curves",
-    "svg",
-    "themed_svg",
-]
 
 INK, MUTED, GRID, SURFACE = "#1f2329", "#59636f", "#d5dbe1", "#fffffe"
 ACCENT, CONTRAST, FAINT = "#0067a6", "#b3480a", "#b7cbdb"
@@ -86,6 +71,7 @@ _STYLE: dict[str, Any] = {
 }
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
+MplFigure: TypeAlias = Figure
 DrawFunction: TypeAlias = Callable[[MplFigure], None]
 
 

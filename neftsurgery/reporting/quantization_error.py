@@ -10,8 +10,6 @@ from ..tensors.arrays import Float64Array
 from .figure import Column, ReportFigure, Table
 from .layer_map import locate_tensors
 
-__all__ = ["quantization_figures"]
-
 _SHOWN = 20
 _PLACE = (Column("layer", "layer", text.label), Column("kind", "kind of weight", text.label))
 

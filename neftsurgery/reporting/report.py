@@ -22,8 +22,6 @@ from .inputs import ReportInput, open_inputs
 from .plotting import COLOURS, require_matplotlib, themed_svg
 from .sections import ReportSection, sections_of
 
-__all__ = ["Report", "ReportPlan", "plan_report", "render_html", "report"]
-
 #: The page shows this many rows of a table. The CSV and the JSON have all of them.
 _MAX_ROWS = 300
 _DEFAULT_NEURONS = "3%"

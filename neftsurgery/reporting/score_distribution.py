@@ -15,8 +15,6 @@ from .inputs import Candidates
 from .layer_map import locate_tensors
 from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
 
-__all__ = ["ScoreDistribution", "top_neurons_figure"]
-
 _BINS = 72
 _KINDS = 12
 #: A score whose maximum is more than this many times its median gets a logarithmic axis.

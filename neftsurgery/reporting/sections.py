@@ -21,8 +21,6 @@ from .score_distribution import ScoreDistribution, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
 
-__all__ = ["ReportSection", "sections_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class ReportSection:

@@ -16,8 +16,6 @@ from .figure import LAYER, Cell, Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
 from .plotting import MplFigure, heatmap, new_axes
 
-__all__ = ["SelectionOverlap"]
-
 _MAX_DRAWN = 12
 _MAX_LAYERS = 96
 

@@ -10,8 +10,6 @@ from ..tensors.document import Facts
 from .figure import Column, ReportFigure, Table
 from .plotting import ACCENT, CONTRAST, MplFigure, legend_above, new_axes
 
-__all__ = ["loss_figure", "training_facts"]
-
 _LOSSES = (("train_loss", "train", "o", ACCENT), ("dev_loss", "dev", "s", CONTRAST))
 _MAX_FACTS = 40
 _LARGEST = 1e300  # that can be drawn

@@ -24,8 +24,6 @@ from ..tensors.reader import WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .sums import Exact, Sums, exact
 
-__all__ = ["Job", "TensorResult", "stream"]
-
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:

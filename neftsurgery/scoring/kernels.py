@@ -27,7 +27,6 @@ from ..tensors.floats import FLOATS
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["FORMATS", "exact_sums", "column_sums", "prepare", "run_sums"]
 
 #: Element types that can be scored, by safetensors' name, and the code by which the kernels know them.
 FORMATS = {name: code for code, name in enumerate(sorted(FLOATS))}

@@ -23,8 +23,6 @@ from . import kernels
 from .kernels import FORMATS
 from .sums import Exact, Sums, exact
 
-__all__ = ["CUT_SIZES", "CutSizes", "Job", "PartialSums", "TensorPiece", "joined", "partial_sums", "tasks"]
-
 _LEAST_RUNS = 64
 _TASK_PIECES = 256  # small tensors share a task
 _LEAST_SQUARE = 1e-30  # of a sum: below it, float32 squares may have underflowed

@@ -17,20 +17,6 @@ from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 
-__all__ = [
-    "SUMS",
-    "WHAT",
-    "CompanionBias",
-    "ScoreArrays",
-    "ScoredTensor",
-    "SumBatch",
-    "Unscored",
-    "arranged",
-    "batches",
-    "read_companion_biases",
-    "read_scored",
-]
-
 #: The name of the file in messages.
 WHAT = "scores file"
 #: The kinds of numbers, and their dtypes in version 2. In version 1 ``changed`` is I64.

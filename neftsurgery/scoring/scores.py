@@ -34,8 +34,6 @@ from .scored_tensors import (
     read_scored,
 )
 
-__all__ = ["SCORES_KEY", "SCORES_VERSION", "Scores"]
-
 SCORES_KEY = "neuron_scores"
 SCORES_VERSION = 2
 _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leaves int64

@@ -20,8 +20,6 @@ from ..tensors.arrays import Float32Array, Float64Array, Int64Array, Mask, RawBy
 from ..tensors.dtypes import DTYPES
 from . import kernels
 
-__all__ = ["SCORES", "Exact", "Sums", "UnitSums", "exact", "random_scores"]
-
 SCORES: Final = ("cosine", "l2", "relative", "changed", "random", "norm")
 _LARGEST = float(np.finfo(np.float32).max)
 #: Below this share of ``d.d`` not parallel to ``a``, float32 sums lose the cosine. Its relative error is that

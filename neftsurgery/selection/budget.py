@@ -17,8 +17,6 @@ from ..errors import UsageError
 from ..options import HasCounts, SelectOptions
 from ..text import plural
 
-__all__ = ["Amount", "Budget", "Per", "Policy"]
-
 Per = Literal["model", "layer", "tensor"]
 Policy = Literal["sensitive", "reversed", "random"]
 

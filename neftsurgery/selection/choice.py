@@ -18,9 +18,6 @@ from ..errors import MismatchError, UsageError
 from ..tensors.arrays import Float32Array, Mask
 from .budget import Amount, Budget
 
-__all__ = ["Block", "choose"]
-
-
 # Elements compared at once: what a round reads and writes stays in a core's cache.
 _CHUNK = 1 << 18
 # Pools of up to so many neurons are sorted: for them calls cost more than elements.

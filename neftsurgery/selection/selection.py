@@ -24,8 +24,6 @@ from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from ..text import lines, percent, plural
 
-__all__ = ["Chosen", "RowBlock", "SELECTION_KEY", "Selection", "SelectionFacts", "index_dtype"]
-
 SELECTION_KEY = "neuron_selection"
 _VERSION = 1
 _WHAT = "selection"

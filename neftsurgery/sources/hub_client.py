@@ -14,18 +14,6 @@ from types import ModuleType
 from .hub_errors import Redacting, hub_errors
 from .hub_id import HubId
 
-__all__ = [
-    "OTHER_ENDINGS",
-    "OTHER_FOLDERS",
-    "HubFile",
-    "client",
-    "fetch_file",
-    "fetch_model",
-    "find_file",
-    "is_offline",
-    "page",
-]
-
 #: Forms of weights that are not read: they are not fetched, and not copied beside changed weights.
 OTHER_ENDINGS = (
     ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot",

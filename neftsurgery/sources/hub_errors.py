@@ -14,8 +14,6 @@ from ..errors import MachineError, MismatchError, NeftError, UsageError
 from .hub_guard import guarded
 from .hub_id import HubId
 
-__all__ = ["AbsentFileError", "Redacting", "hub_errors", "redacted"]
-
 
 class AbsentFileError(MismatchError):
     """A repository has no file of the name that was asked for."""

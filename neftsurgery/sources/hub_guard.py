@@ -18,8 +18,6 @@ from urllib.parse import unquote
 from ..errors import CorruptFileError, MachineError
 from ..text import size
 
-__all__ = ["Guard", "guarded"]
-
 #: A body is read up to here if no HEAD request has told its length: answers of the API are such.
 _MAX_UNANNOUNCED = 64 * 2**20
 #: Less than this in the seconds that the client waits for the next byte counts as nothing.

@@ -6,8 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import TypeGuard
 
-__all__ = ["HubId", "is_repo", "is_revision"]
-
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]{0,199}", re.ASCII)
 #: What git allows in no name of a branch: `git check-ref-format`.

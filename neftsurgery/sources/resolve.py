@@ -13,8 +13,6 @@ from ..text import tilde_hint
 from .hub_client import fetch_file, fetch_model
 from .hub_id import HubId
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Source", "is_hub_id", "is_index", "resolve", "resolve_file"]
-
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _INDEX = re.compile(r"([^/]+\.safetensors)\.index(\.[\w-]+)?\.json")

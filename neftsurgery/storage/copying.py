@@ -16,8 +16,6 @@ from ..errors import MismatchError, UsageError, naming
 from .output import begin_writeback
 from .positioned import OpenFile, write_exactly
 
-__all__ = ["copy_file"]
-
 _STEP = 32 << 20  # small enough for a progress bar and for Ctrl-C, too large to cost anything
 
 

@@ -30,16 +30,6 @@ from ..errors import MachineError, NeftError, UsageError, naming
 from .output_checks import MAX_NAME, AnyPath, identity, named_output
 from .positioned import write_exactly
 
-__all__ = [
-    "StagedFile",
-    "begin_writeback",
-    "fsync",
-    "fsync_folder",
-    "remove_stale",
-    "staged_directory",
-    "staged_file",
-]
-
 _log = logging.getLogger(__name__)
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

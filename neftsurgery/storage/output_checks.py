@@ -11,8 +11,6 @@ from typing import Literal
 from ..errors import MachineError, UsageError
 from ..text import tilde_hint
 
-__all__ = ["MAX_NAME", "AnyPath", "identity", "named_output", "refuse_output", "require_space"]
-
 AnyPath = str | os.PathLike[str]
 #: Bytes of a file's name, on every file system that matters.
 MAX_NAME = 255

@@ -28,8 +28,6 @@ from numpy.typing import NDArray
 
 from .positioned import most_descriptors
 
-__all__ = ["is_cached", "is_truncated", "map_cached", "sigbus_guard"]
-
 _SAMPLE_STEP = 2 << 20
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 _EINVAL = 22

@@ -15,17 +15,6 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError, naming
 
-__all__ = [
-    "OpenFile",
-    "changed_file",
-    "consecutive_runs",
-    "most_descriptors",
-    "open_to_change",
-    "read_exactly",
-    "read_rows_exactly",
-    "write_exactly",
-]
-
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 

@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from ..errors import UsageError
 
-__all__ = ["DEFAULT_MEMORY", "Limits", "in_order"]
-
 #: Bytes of buffers and mappings; the interpreter and libraries need some 130 MB more.
 DEFAULT_MEMORY = 176 << 20
 _LEAST_MEMORY = 16 << 20

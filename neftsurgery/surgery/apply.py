@@ -34,8 +34,6 @@ from .same_base import named_base, other_base
 from .verb import replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
-__all__ = ["apply", "plan_apply", "plan_revert", "revert", "undo_unfinished"]
-
 log = logging.getLogger(__name__)
 
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from ..checkpoint.changes import Change
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.journal import Change, touched_shards
+from ..checkpoint.journal import touched_shards
 from ..checkpoint.side_files import SideChange, side_digest, side_files
-from ..checkpoint.weight_files import is_index
 from ..coding.elements import Carrier
 from ..errors import UsageError
 from ..patch.delta import DeltaBlock, block_hash, blocks_of, read_block
 from ..patch.digests import digests
 from ..progress import Progress
+from ..sources.resolve import is_index
 from ..storage.output import begin_writeback
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
@@ -24,8 +25,6 @@ from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.json_text import loads
 from .model_files import BLOCK_MEMORY, ModelFiles, another_checkpoint, weight_file
 from .rewrite import changed_in_place
-
-__all__ = ["BlockChanges", "require_same_layout"]
 
 #: Bytes that are journaled and written together. Every block begins with such a range.
 _RANGE = 1 << 16

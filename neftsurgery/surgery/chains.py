@@ -13,14 +13,13 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, fingerprint
 from ..errors import MismatchError, UsageError
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
-from ..patch.patch import PATCH_KEY, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_KEY
 from ..storage.output_checks import AnyPath
 from ..tensors.header import read_header
 from .lossless import LosslessPlan, plan_between
 from .model_files import ModelFiles, RebuiltWeights
 from .verb import load_patches
-
-__all__ = ["chain_of", "links_from", "opened_patches", "plan_chain", "require_end"]
 
 
 def opened_patches(

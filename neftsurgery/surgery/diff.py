@@ -17,6 +17,7 @@ from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
 from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
 from ..neurons.anatomy import NeuronTensor
+from ..neurons.layout import described
 from ..options import (
     DiffOptions,
     PrefixOptions,
@@ -39,10 +40,8 @@ from ..tensors.arrays import Float32Array
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
-from .pairing import Pair, described, open_sides, pair
+from .pairing import Pair, open_sides, pair
 from .verb import running, warn
-
-__all__ = ["DiffPlan", "check_score", "describe_tensors", "diff", "plan_diff"]
 
 log = logging.getLogger(__name__)
 

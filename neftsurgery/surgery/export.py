@@ -42,9 +42,6 @@ from .lora_modules import (
 from .same_base import named_base, other_base
 from .verb import replaced_rows, require_replaced
 
-__all__ = ["ExportPlan", "ExportResult", "plan_export"]
-
-
 _METADATA = {"format": "pt"}
 _DTYPES = ("F32", "BF16", "F16")  # of factors
 _CHUNK_BYTES = 16 << 20  # of a factor that is filled column by column

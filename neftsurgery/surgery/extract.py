@@ -47,8 +47,6 @@ from .quantized_rows import StoredRows, stored_rows
 from .remainder import Remainder, remainder
 from .verb import running, warn
 
-__all__ = ["ExtractPlan", "extract", "plan_extract"]
-
 log = logging.getLogger(__name__)
 
 

@@ -13,8 +13,6 @@ from ..patch.overlap import Meeting, meetings
 from ..patch.patch import Patch
 from ..tensors.arrays import Int64Array
 
-__all__ = ["joined_groups", "require_units_in_turn", "require_whole_units"]
-
 
 def joined_groups(patches: Sequence[Patch]) -> dict[str, RowGroup]:
     """The groups of all patches, by their codes; a `MismatchError` unless they agree."""

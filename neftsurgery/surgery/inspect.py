@@ -16,11 +16,13 @@ from ..checkpoint.folder_files import file_notes, folder_files, not_compared
 from ..checkpoint.ties import stored_ties
 from ..checkpoint.unfinished import find_journals, journal_path
 from ..errors import UsageError, boundary, keyword, spelled
+from ..neurons.layout import described
 from ..neurons.submodels import part_config, stated_type
 from ..options import InspectOptions, Scope, split
 from ..patch.lossless import LosslessPatch, form_shares, load_any
 from ..patch.overlap import overlap
-from ..patch.patch import PATCH_KEY, PATCH_NAME, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_KEY, PATCH_NAME
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.selection import SELECTION_KEY, Selection
 from ..sources.hub_errors import AbsentFileError
@@ -29,10 +31,8 @@ from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo, read_header
 from ..text import commas, label, lines, natural_key, percent, plural, printable, size, some
 from .inspect_anatomy import anatomy_facts, anatomy_tables
-from .pairing import described, scoped_anatomy, scored_count
+from .pairing import scoped_anatomy, scored_count
 from .summary import summarize
-
-__all__ = ["Inspection", "inspect"]
 
 _SHOWN = 40
 

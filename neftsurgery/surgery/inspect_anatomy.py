@@ -16,8 +16,6 @@ from ..options import Scope
 from ..text import commas, label, natural_key, plural, some
 from .pairing import scoped_anatomy, scored_count
 
-__all__ = ["anatomy_facts", "anatomy_tables"]
-
 
 def anatomy_facts(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     """Plain values: ``parts``, ``anatomies`` with counts or the reason, and ``kinds``."""

@@ -30,21 +30,6 @@ from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
 from ..text import some
 
-__all__ = [
-    "STEPS",
-    "LivePlaces",
-    "LoraModule",
-    "LoraPlace",
-    "LoraPlaces",
-    "adapted_part",
-    "adapter_config",
-    "lora_modules",
-    "next_step",
-    "places_in_files",
-    "ranks",
-    "task_of",
-]
-
 #: The values that vLLM takes for ``max_lora_rank``.
 STEPS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LoraForm: TypeAlias = Literal["linear", "embedding", "convolution", "parameter"]

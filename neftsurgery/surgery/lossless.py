@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
-from ..coding.blocks import BLOCK, Form, encode, encode_fast
+from ..coding.blocks import Form, encode, encode_fast
 from ..coding.compression import compress
-from ..coding.elements import Carrier
+from ..coding.elements import BLOCK, Carrier
 from ..coding.fitting import fit, fit_memory
 from ..coding.tables import MOST_TABLES, FrequencyTable, pack
 from ..errors import MismatchError, UsageError
@@ -43,8 +43,6 @@ from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
 from ..version import __version__
 from .model_files import ModelFiles
-
-__all__ = ["CodingAndRun", "CodingOptions", "LosslessPlan", "plan_between", "plan_lossless"]
 
 _SIDE_LEVEL = 10
 #: Blocks of a kind of tensor that its table is made from: more where they hold few changes, up to a quarter.

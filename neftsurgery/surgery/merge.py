@@ -32,8 +32,6 @@ from .merge_checks import MergedNeurons, OverlapRule, check_patches, plan_union,
 from .same_base import named_base, other_base
 from .verb import base_rows, run_keywords, warn
 
-__all__ = ["MergePlan", "merge", "plan_merge"]
-
 log = logging.getLogger(__name__)
 
 

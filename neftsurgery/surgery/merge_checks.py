@@ -22,8 +22,6 @@ from ..tensors.floats import FLOATS
 from .group_checks import joined_groups, require_whole_units
 from .verb import require_replaced
 
-__all__ = ["OverlapRule", "MergedNeurons", "check_patches", "plan_union", "refuse_other_options"]
-
 
 @dataclass(frozen=True, slots=True)
 class OverlapRule:

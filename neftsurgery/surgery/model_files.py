@@ -12,9 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.side_files import read_side, side_files
-from ..checkpoint.weight_files import SINGLE_NAME, is_index
-from ..coding.blocks import BLOCK
-from ..coding.elements import Carrier, Elements
+from ..coding.elements import BLOCK, Carrier, Elements
 from ..errors import CorruptFileError, MismatchError
 from ..patch.delta import (
     Delta,
@@ -26,18 +24,9 @@ from ..patch.delta import (
     read_block,
 )
 from ..patch.lossless import LosslessPatch
+from ..sources.resolve import SINGLE_NAME, is_index
 from ..storage.positioned import OpenFile, read_exactly
 from ..tensors.header import FilePlan, parse_header
-
-__all__ = [
-    "BLOCK_MEMORY",
-    "ModelFiles",
-    "RebuiltWeights",
-    "another_checkpoint",
-    "require_result",
-    "weight_file",
-]
-
 
 #: Bytes that a thread holds: a block as it is, as it will be, and its code.
 BLOCK_MEMORY = 32 << 20

@@ -17,16 +17,14 @@ from ..checkpoint.saved_forms import why_unlike
 from ..checkpoint.ties import Joined, join
 from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
-from ..neurons.layout import Layout, described
+from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
-from ..scoring.engine import Job
+from ..scoring.partial_sums import Job
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from ..text import natural_key
-
-__all__ = ["Pair", "described", "open_sides", "pair", "scoped_anatomy", "scored_count"]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from ..selection.selection import Chosen, Selection
 from ..tensors.arrays import Int64Array, Mask
 from ..text import plural
 
-__all__ = ["StoredRows", "stored_rows"]
-
 
 @dataclass(frozen=True)
 class StoredRows:

@@ -12,12 +12,11 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import folder_files
 from ..checkpoint.journal import require_writable
 from ..checkpoint.provenance import fingerprint
-from ..checkpoint.weight_files import is_index
 from ..errors import CorruptFileError, UsageError
 from ..patch.delta import DeltaBlock, WeightFile, blocks_of
 from ..patch.lossless import LosslessPatch
 from ..progress import Progress, Stopwatch, Timing, silent
-from ..sources.resolve import Source
+from ..sources.resolve import Source, is_index
 from ..storage.output import begin_writeback
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.positioned import write_exactly
@@ -26,8 +25,6 @@ from .block_changes import BlockChanges, require_same_layout
 from .chains import links_from, require_end
 from .model_files import BLOCK_MEMORY, ModelFiles, RebuiltWeights, require_result
 from .rewrite import RewriteResult, require_place, written_checkpoint
-
-__all__ = ["RebuildPlan", "plan_rebuild"]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from ..checkpoint.ties import Joined
 from ..scoring.scores import Scores
 from ..selection.selection import Selection
 
-__all__ = ["Remainder", "remainder"]
-
 
 @dataclass(frozen=True, slots=True)
 class Remainder:

@@ -13,10 +13,11 @@ from typing import TypedDict
 
 import numpy as np
 
+from ..checkpoint.changes import Change
 from ..checkpoint.checkpoint import Checkpoint, Shard
 from ..checkpoint.folder_files import FolderFiles
 from ..checkpoint.healing import heal_recorded
-from ..checkpoint.journal import Change, journaled, locked, touched_shards
+from ..checkpoint.journal import journaled, locked, touched_shards
 from ..checkpoint.side_files import SideChange
 from ..errors import NeftError, UsageError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
@@ -33,16 +34,6 @@ from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
 from .states import summary
 from .verify import PatchState
-
-__all__ = [
-    "RewritePlan",
-    "RewriteResult",
-    "WriteOptions",
-    "changed_in_place",
-    "require_place",
-    "touched_files",
-    "written_checkpoint",
-]
 
 
 class WriteOptions(TypedDict, total=False):

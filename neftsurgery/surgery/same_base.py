@@ -13,8 +13,6 @@ from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch
 from ..storage.output_checks import AnyPath
 
-__all__ = ["named_base", "other_base", "same_bases"]
-
 
 def same_bases(
     checkpoint: Checkpoint, patches: Sequence[Patch], applied: Sequence[bool], undone: Sequence[RowSource]

@@ -13,8 +13,6 @@ from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.output_checks import AnyPath, refuse_output
 
-__all__ = ["SelectPlan", "plan_select"]
-
 
 @dataclass(frozen=True)
 class SelectPlan:

@@ -17,8 +17,6 @@ from ..patch.lossless import LosslessPatch
 from ..storage.threads import Limits, in_order
 from .model_files import BLOCK_MEMORY, RebuiltWeights, require_result
 
-__all__ = ["State", "TensorState", "examine_blocks", "summary", "whole_state"]
-
 State = Literal["base", "patched", "mixed", "neither"]
 
 

@@ -17,8 +17,6 @@ from ..selection.selection import Selection
 from ..tensors.arrays import Float64Array
 from ..text import natural_key
 
-__all__ = ["Movement", "Neuron", "Summary", "summarize"]
-
 _SUMS = ("base_sq", "delta_sq", "dot")
 _BUDGETS = ("1%", "3%", "10%")
 #: Below this cosine two models are as good as independent; fine-tuning leaves it near 1.

@@ -23,19 +23,6 @@ from ..storage.threads import Limits
 from ..tensors.arrays import IndexArray, RawBytes
 from ..text import printable
 
-__all__ = [
-    "Running",
-    "base_rows",
-    "check_sha256",
-    "load_patches",
-    "replaced_rows",
-    "require_replaced",
-    "require_sha256",
-    "run_keywords",
-    "running",
-    "warn",
-]
-
 
 class Running(TypedDict):
     """The keywords of the ``run`` of a plan."""

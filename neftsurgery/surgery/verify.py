@@ -31,16 +31,6 @@ from .same_base import same_bases
 from .states import State, TensorState, examine_blocks, whole_state
 from .verb import run_keywords, warn
 
-__all__ = [
-    "JOURNAL_HINT",
-    "PatchState",
-    "Verification",
-    "VerifyPlan",
-    "examine",
-    "plan_verify",
-    "verify",
-]
-
 log = logging.getLogger(__name__)
 
 #: A possible reason for vectors that are neither old nor new.

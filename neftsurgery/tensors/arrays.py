@@ -7,8 +7,6 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Float32Array", "Float64Array", "IndexArray", "Int64Array", "Mask", "RawBytes"]
-
 RawBytes: TypeAlias = NDArray[np.uint8]
 """Elements of any type as their bytes, little-endian."""
 IndexArray: TypeAlias = NDArray[np.integer[Any]]

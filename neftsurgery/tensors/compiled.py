@@ -7,8 +7,6 @@ from typing import Any
 
 import numba
 
-__all__ = ["compiled"]
-
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that compiles a function, with the ``options`` of `numba.njit`."""

@@ -19,18 +19,6 @@ from .header import TensorInfo
 from .json_text import loads
 from .reader import TensorFile
 
-__all__ = [
-    "MAX_OBJECT_BYTES",
-    "Facts",
-    "TextFact",
-    "bad",
-    "dump",
-    "read_document",
-    "read_object",
-    "read_value",
-    "require_entry",
-]
-
 #: Of a config: the largest real ones, with the names of 22,000 classes, have 2 MB.
 MAX_OBJECT_BYTES = 10_000_000
 

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["DTYPES", "DType", "FloatFormat"]
-
 Kind = Literal["float", "integer", "bool", "complex", "packed"]
 
 

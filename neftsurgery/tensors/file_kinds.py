@@ -14,8 +14,6 @@ from pathlib import Path
 
 from ..errors import hub_place
 
-__all__ = ["KINDS", "folder_instead", "foreign_file", "foreign_folder", "what_helps", "tensor_kind"]
-
 _HEAD, _TAIL = 4096, 65536
 #: Bytes 4 to 8 of a safetensors file, however damaged the rest of it is.
 _SAFETENSORS = b"\0\0\0\0{"

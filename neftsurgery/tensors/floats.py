@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from .arrays import Float64Array, RawBytes
 from .dtypes import DTYPES
 
-__all__ = ["FLOATS", "narrow", "widen"]
-
 _FORMATS = {name: dtype.format for name, dtype in DTYPES.items() if dtype.format is not None}
 #: The types that `widen` and `narrow` know, by safetensors' name.
 FLOATS = frozenset(_FORMATS)

@@ -23,8 +23,6 @@ from .dtypes import DTYPES, DType
 from .file_kinds import foreign_file
 from .json_text import loads, require_bounded
 
-__all__ = ["MAX_HEADER_BYTES", "FilePlan", "Header", "TensorInfo", "parse_header", "read_header"]
-
 MAX_HEADER_BYTES = 100_000_000
 _DAMAGED = "the file is damaged or truncated: fetch or write it again"
 _PREFIX = struct.Struct("<Q")

@@ -11,8 +11,6 @@ import math
 from collections import Counter
 from typing import Any
 
-__all__ = ["loads", "require_bounded"]
-
 # What CPython takes for a value, and for a key with its entry; in the worst case half as much again.
 _VALUE_BYTES, _KEY_BYTES = 64, 100
 #: The entry of a tensor in a header takes 7 to 13 times its bytes, and 700,000 entries take 700 MB.

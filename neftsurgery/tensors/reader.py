@@ -25,8 +25,6 @@ from .arrays import IndexArray, RawBytes
 from .file_kinds import folder_instead
 from .header import Header, TensorInfo, read_header
 
-__all__ = ["FileBacked", "RowReader", "TensorFile", "TensorReader", "WeightReader"]
-
 _COPY_BYTES = 8 << 20
 
 

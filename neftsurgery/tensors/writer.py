@@ -21,8 +21,6 @@ from ..storage.positioned import OpenFile, write_exactly
 from .header import FilePlan, Header, TensorInfo
 from .reader import TensorFile
 
-__all__ = ["TensorFileWriter", "planned_bytes", "written_file"]
-
 _SMALL_BYTES = 32 << 10
 _BUFFER_BYTES = 4 << 20
 _WRITEBACK_BYTES = 512 << 10

@@ -18,8 +18,6 @@ from ..errors import MismatchError, UsageError
 from .raw_examples import PromptTemplate, RawExample, first_line, read_raw_examples
 from .recipe import Recipe
 
-__all__ = ["Encoder", "Example", "Examples", "collate", "collator", "read_examples"]
-
 IGNORED = -100
 """The label of a token without loss, as torch expects it."""
 

@@ -51,7 +51,6 @@ from .examples import collator
 if TYPE_CHECKING:
     from .train_plan import TrainPlan
 
-__all__ = ["STEPS", "gradient_scores", "probe", "write_scores"]
 
 _LARGEST = float(np.finfo(np.float32).max)
 #: Batches of a gradient probe, or steps of the fine-tune, if the recipe gives no number.

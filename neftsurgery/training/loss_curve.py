@@ -13,8 +13,6 @@ from typing import Any
 from ..reporting.training_record import loss_figure
 from ..tensors.document import Facts
 
-__all__ = ["LossPoint", "curve_from_log", "losses_of", "plot_curve", "write_curve"]
-
 _LOG_NAMES = {
     "loss": "train_loss",
     "eval_loss": "dev_loss",

@@ -19,8 +19,6 @@ from ..surgery.extract import plan_extract
 from ..surgery.pairing import pair, scored_count
 from .recipe import Recipe, Select
 
-__all__ = ["NeuronChoice", "budget_of", "choose_from_files"]
-
 
 @dataclass(frozen=True)
 class NeuronChoice:

@@ -14,8 +14,6 @@ from ..sources.resolve import is_hub_id
 from ..tensors.document import MAX_OBJECT_BYTES
 from ..tensors.json_text import loads
 
-__all__ = ["PromptTemplate", "RawExample", "first_line", "read_raw_examples"]
-
 _FORMATTER = string.Formatter()
 _ONE_PER_LINE = "a .jsonl file has one JSON object on each line"
 

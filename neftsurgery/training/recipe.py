@@ -14,8 +14,6 @@ from ..options import Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 
-__all__ = ["PATH_KEYS", "Data", "Probe", "Recipe", "Select", "Train"]
-
 PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "select.like")
 """The keys whose values are paths. All but ``out`` may also be Hub ids."""
 

@@ -29,18 +29,6 @@ from ..sources.resolve import is_hub_id
 from .raw_examples import PromptTemplate
 from .recipe import PATH_KEYS, Data, Probe, Recipe, Select, Train
 
-__all__ = [
-    "AnyRecipe",
-    "as_key",
-    "check_recipe",
-    "known_keys",
-    "load_yaml",
-    "nearest",
-    "parse_overrides",
-    "parse_yaml",
-    "read_recipe",
-]
-
 _MAX_BYTES = 100_000
 _MAX_DEPTH = 50
 

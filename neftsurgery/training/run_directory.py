@@ -22,8 +22,6 @@ from ..storage.output import staged_file
 from ..tensors.document import read_object
 from ..tuning.trainer import last_save
 
-__all__ = ["RunDirectory", "RunIdentity"]
-
 _IDENTITY = "run.json"
 _LOCK = "lock"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..patch.patch import PATCH_NAME
+from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
 from ..selection.selection import Selection
 from ..storage.threads import Limits
@@ -19,7 +19,6 @@ from .loss_curve import LossPoint
 if TYPE_CHECKING:
     from .recipe_reader import AnyRecipe
 
-__all__ = ["TrainResult", "require_training", "train"]
 
 _log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from ..checkpoint.provenance import fingerprint
 from ..errors import UsageError, boundary, spelled
 from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
 from ..live.placement import live_places
-from ..patch.patch import PATCH_NAME
+from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
 from ..selection.selection import Selection
 from ..sources.resolve import is_hub_id
@@ -40,8 +40,6 @@ from .recipe_reader import AnyRecipe, as_key, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
 from .trainer import make_trainer, trainer_arguments
-
-__all__ = ["TrainPlan", "plan_train"]
 
 _SAVES = 10  # per run, if the recipe gives no save_every
 _ADAM_BYTES = 8  # per parameter: AdamW's two moments in float32

@@ -21,7 +21,6 @@ from .recipe_reader import nearest
 if TYPE_CHECKING:
     from .train_plan import TrainPlan
 
-__all__ = ["PatchTrainer", "make_trainer", "trainer_arguments"]
 
 _LOG_POINTS = 100  # about as many points of the loss curve
 _KEPT_SAVES = 2  # the last, and the best

@@ -28,8 +28,6 @@ from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_bas
 from .install import install, remove, update_extra_repr
 from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights
 
-__all__ = ["Attached", "attach"]
-
 log = logging.getLogger(__name__)
 
 

@@ -26,15 +26,6 @@ from ..neurons.layout import Layout
 from ..selection.selection import Chosen
 from ..text import some
 
-__all__ = [
-    "AttachedNeurons",
-    "AttachedPart",
-    "Mode",
-    "NeuronKind",
-    "refuse_pickling",
-    "register_optimizer_hooks",
-]
-
 log = logging.getLogger(__name__)
 
 Mode: TypeAlias = Literal["scatter", "overlay"]

@@ -25,16 +25,6 @@ from ..patch.patch import Patch
 from ..selection.selection import Chosen
 from ..sources.resolve import Source
 
-__all__ = [
-    "BaseOption",
-    "base_vectors",
-    "check_weights",
-    "checked_values",
-    "base_provenance",
-    "find_base",
-    "float_dtype",
-]
-
 log = logging.getLogger(__name__)
 
 BaseOption: TypeAlias = str | os.PathLike[str] | Literal[False] | None

@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from ..neurons.layout import Layout
 
-__all__ = ["ExpertRows", "FrozenExperts"]
-
 
 class ExpertRows:
     """The trainable rows of a stacked weight, by expert."""

@@ -28,8 +28,6 @@ from .frozen_weights import (
     linear,
 )
 
-__all__ = ["LayerForward", "LayerNeurons", "LinearForward", "forward_of"]
-
 
 @dataclass
 class LayerNeurons:

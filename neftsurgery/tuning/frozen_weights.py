@@ -18,17 +18,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = [
-    "FrozenBias",
-    "FrozenConvolution",
-    "FrozenEmbedding",
-    "FrozenLinear",
-    "OverlaidLinear",
-    "apply_function",
-    "convolve",
-    "linear",
-]
-
 # The forward pass may run under autocast, the backward pass does not. So tensors are saved in the dtype of
 # the output, which is the one computed in, as torch's own functions do.
 

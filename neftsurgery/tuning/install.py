@@ -26,18 +26,6 @@ from .forwards import LayerForward, LayerNeurons
 from .linear_weight import LinearNeurons
 from .neuron_weight import NeuronWeight, WeightNeurons
 
-__all__ = [
-    "Layers",
-    "Uses",
-    "has_foreign_forward",
-    "has_trainable_neurons",
-    "install",
-    "neurons_in",
-    "neurons_of_weight",
-    "remove",
-    "update_extra_repr",
-]
-
 Layers: TypeAlias = Iterable[tuple[nn.Module, LayerForward]]
 Uses: TypeAlias = Iterable[tuple[nn.Module, str]]
 

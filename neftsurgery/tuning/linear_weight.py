@@ -23,8 +23,6 @@ from .expert_weights import ExpertRows, FrozenExperts
 from .frozen_weights import FrozenLinear, apply_function
 from .neuron_weight import CarriedRows, NeuronWeight, WeightNeurons
 
-__all__ = ["LinearNeurons"]
-
 
 @dataclass(frozen=True, eq=False)
 class LinearNeurons(WeightNeurons):

@@ -24,8 +24,6 @@ from ..neurons.layout import Layout
 from .attached_neurons import AttachedNeurons, refuse_pickling
 from .frozen_weights import apply_function
 
-__all__ = ["CarriedRows", "NeuronWeight", "WeightNeurons"]
-
 
 class CarriedRows(Function):
     """Values that contain ``rows``, from ``make()``, as if they had been computed from them.

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from ..checkpoint.provenance import require_same_files
 from ..errors import CorruptFileError, NeftError, UsageError, boundary, naming
-from ..patch.patch import PATCH_NAME, Patch
+from ..patch.patch import Patch
+from ..patch.patch_file import PATCH_NAME
 from ..storage.output import fsync, fsync_folder, staged_file
 from ..tensors.document import read_object
 from .attached import Attached
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 else:  # the class after the mixin, any Trainer; importing one takes seconds
     _Trainer = object
 
-__all__ = ["PatchSaving", "last_save"]
 
 _STATE_NAME = "neuron_state.safetensors"
 _MARKER_NAME = "neuron_save.json"

@@ -25,8 +25,6 @@ from .base_checkpoint import base_vectors, check_weights, checked_values, float_
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
 
-__all__ = ["ModeOption", "SkipOption", "WeightPlan", "plan_weights"]
-
 ModeOption: TypeAlias = Literal["auto", "scatter", "overlay"]
 SkipOption: TypeAlias = Literal["unattachable"] | None
 

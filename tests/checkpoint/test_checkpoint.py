@@ -22,9 +22,9 @@ from support import snapshot, write_file, write_folder
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint, OpenShards
 from neftsurgery.checkpoint.ties import missing_tensors
-from neftsurgery.checkpoint.weight_files import INDEX_NAME, SINGLE_NAME
 from neftsurgery.errors import CorruptFileError, MachineError, UsageError, boundary
 from neftsurgery.options import Scope
+from neftsurgery.sources.resolve import INDEX_NAME, SINGLE_NAME
 from neftsurgery.surgery import rewrite
 from neftsurgery.surgery.apply import plan_apply
 from neftsurgery.surgery.diff import plan_diff

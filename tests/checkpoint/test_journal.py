@@ -33,16 +33,16 @@ from safetensors.numpy import load_file, save_file
 from support import write_file, write_folder
 
 import neftsurgery
+from neftsurgery.checkpoint.changes import Change
 from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.healing import heal, heal_recorded, plan_heal
-from neftsurgery.checkpoint.journal import Change, journaled, locked
+from neftsurgery.checkpoint.journal import journaled, locked
 from neftsurgery.checkpoint.unfinished import JOURNAL_NAME, journal_path
-from neftsurgery.checkpoint.weight_files import SINGLE_NAME
 from neftsurgery.errors import CorruptFileError, MachineError, MismatchError, UsageError
 from neftsurgery.neurons import vectors
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.neurons.vectors import scatter
-from neftsurgery.sources.resolve import resolve
+from neftsurgery.sources.resolve import SINGLE_NAME, resolve
 from neftsurgery.storage import output
 from neftsurgery.surgery.apply import undo_unfinished
 from neftsurgery.tensors.reader import TensorFile

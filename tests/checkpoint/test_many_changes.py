@@ -11,9 +11,10 @@ import pytest
 import xxhash
 from support import snapshot, write_folder
 
+from neftsurgery.checkpoint.changes import Change
 from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.healing import plan_heal
-from neftsurgery.checkpoint.journal import Change, journaled
+from neftsurgery.checkpoint.journal import journaled
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.sources.resolve import resolve
 

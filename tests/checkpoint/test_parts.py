@@ -25,8 +25,9 @@ from safetensors.numpy import load_file, save_file
 from support import write_file, write_folder
 
 import neftsurgery as ns
+from neftsurgery.checkpoint.changes import Change
 from neftsurgery.checkpoint.checkpoint import Checkpoint
-from neftsurgery.checkpoint.journal import Change, journaled
+from neftsurgery.checkpoint.journal import journaled
 from neftsurgery.checkpoint.parts import is_plain, is_plain_path, listed_parts
 from neftsurgery.checkpoint.provenance import fingerprint
 from neftsurgery.checkpoint.side_files import is_side

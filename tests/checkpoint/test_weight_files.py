@@ -11,8 +11,9 @@ from support import write_file
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
-from neftsurgery.checkpoint.weight_files import is_index, shard_count, weight_files
+from neftsurgery.checkpoint.weight_files import shard_count, weight_files
 from neftsurgery.errors import CorruptFileError, UsageError
+from neftsurgery.sources.resolve import is_index
 
 TENSORS = {f"layers.{n}.weight": np.arange(6, dtype=np.float32).reshape(3, 2) + n for n in range(4)}
 UNET = "diffusion_pytorch_model"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from coding.pairs import changed, conditional_entropy, odd, weights
 from coding.reference import WIDTHS
 from coding.test_kernels import coded, stored
-from neftsurgery.coding.blocks import BLOCK, Form, decode, encode, encode_fast
-from neftsurgery.coding.elements import Elements
+from neftsurgery.coding.blocks import Form, decode, encode, encode_fast
+from neftsurgery.coding.elements import BLOCK, Elements
 from neftsurgery.coding.fitting import fit
 
 LENGTHS = st.sampled_from([0, 1, 2, 3, 255, 256, 257, 4000])

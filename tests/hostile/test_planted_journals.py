@@ -21,13 +21,13 @@ from safetensors.numpy import load_file, save_file
 from support import LLAMA_CONFIG, Result, llama, snapshot, write_folder
 
 import neftsurgery as ns
+from neftsurgery.checkpoint.changes import Change
 from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.checkpoint.healing import heal_recorded
-from neftsurgery.checkpoint.journal import Change, journaled
+from neftsurgery.checkpoint.journal import journaled
 from neftsurgery.checkpoint.unfinished import JOURNAL_NAME
-from neftsurgery.checkpoint.weight_files import SINGLE_NAME
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.sources.resolve import resolve
+from neftsurgery.sources.resolve import SINGLE_NAME, resolve
 
 EVIL = 0x41
 TENSOR = "model.layers.0.mlp.up_proj.weight"

@@ -22,7 +22,8 @@ from tuning_support import llama
 
 import neftsurgery as ns
 from neftsurgery.live.loading import without_progress_bars
-from neftsurgery.live.placement import FileTensors, LivePlace, live_places, live_weights
+from neftsurgery.live.loading_rules import live_weights
+from neftsurgery.live.placement import FileTensors, LivePlace, live_places
 from neftsurgery.live.weights import read_vectors
 from neftsurgery.neurons.layout import Layout
 from tests.architectures.placed import check_files, filled

@@ -20,7 +20,8 @@ from transformers import (
 
 import neftsurgery as ns
 from neftsurgery.errors import NeftError
-from neftsurgery.peft import NeftConfig, NeftLayer
+from neftsurgery.peft.config import NeftConfig
+from neftsurgery.peft.layer import NeftLayer
 
 IDS = torch.arange(18).view(2, 9)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

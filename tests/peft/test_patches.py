@@ -21,7 +21,7 @@ from transformers import (
 
 import neftsurgery as ns
 from neftsurgery.errors import CorruptFileError, UsageError
-from neftsurgery.peft import NeftConfig
+from neftsurgery.peft.config import NeftConfig
 
 
 def make(kind: str, folder: Path) -> Any:

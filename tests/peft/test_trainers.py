@@ -12,7 +12,7 @@ from peft import PeftModel
 from recipes_support import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neftsurgery.peft import NeftConfig
+from neftsurgery.peft.config import NeftConfig
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")

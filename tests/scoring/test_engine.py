@@ -13,8 +13,8 @@ from test_kernels import ALL, DEFINITIONS, SMALL, Bits, decode, decoded, encode,
 
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.scoring import kernels
-from neftsurgery.scoring.engine import Job, TensorResult, stream
-from neftsurgery.scoring.partial_sums import CUT_SIZES, CutSizes
+from neftsurgery.scoring.engine import TensorResult, stream
+from neftsurgery.scoring.partial_sums import CUT_SIZES, CutSizes, Job
 from neftsurgery.storage.threads import Limits
 from neftsurgery.tensors.dtypes import DTYPES
 from neftsurgery.tensors.header import TensorInfo

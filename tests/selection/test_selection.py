@@ -14,7 +14,8 @@ from support import raw_file
 
 from neftsurgery import CorruptFileError, Selection, UsageError
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.selection.selection import Chosen, check_index, index_dtype
+from neftsurgery.neurons.vectors import check_index
+from neftsurgery.selection.selection import Chosen, index_dtype
 from neftsurgery.tensors.header import TensorInfo
 
 

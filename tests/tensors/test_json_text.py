@@ -15,8 +15,9 @@ from document_support import carrying
 from support import raw_file
 from torture.bombs import BOMBS, HARMLESS
 
-from neftsurgery.checkpoint.weight_files import INDEX_NAME, weight_files
+from neftsurgery.checkpoint.weight_files import weight_files
 from neftsurgery.errors import CorruptFileError
+from neftsurgery.sources.resolve import INDEX_NAME
 from neftsurgery.tensors.document import read_document, read_object
 from neftsurgery.tensors.header import TensorInfo, read_header
 from neftsurgery.tensors.json_text import loads

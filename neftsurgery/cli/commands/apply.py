@@ -14,8 +14,6 @@ from ...text import plural, size
 from ..console import Console
 from ..options import output_option, stack, writing
 
-__all__ = ["command", "rewriting_options", "run_rewrite", "target_options"]
-
 target_options = stack(
     output_option("OUT", text="The new checkpoint: a file for a file, else a folder."),
     click.option(

@@ -22,8 +22,6 @@ from ..console import Console
 from ..demo.session import FILES_LINES, TRAINING_LINES, DemoSession, can_draw
 from ..options import WholeNumber, common_options, dry_run_option
 
-__all__ = ["command"]
-
 
 @click.command("demo")
 @click.argument("folder", required=False, metavar="[DIR]")

@@ -22,8 +22,6 @@ from ...text import commas, percent, plural, size, some
 from ..console import Console, can_print
 from ..options import options_of, output_option, take, writing_options
 
-__all__ = ["command"]
-
 _SHOWN = 5
 _BAR = 24
 _MAPPED = "3%"

@@ -14,8 +14,6 @@ from ...text import commas, plural, size
 from ..console import Console
 from ..options import base_option, options_of, output_option, take, writing_options
 
-__all__ = ["command"]
-
 
 @click.command("export")
 @click.argument("patch")

@@ -32,8 +32,6 @@ from ...text import commas, percent, plural, size, some
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
 
-__all__ = ["command"]
-
 
 @click.command("extract")
 @click.argument("base")

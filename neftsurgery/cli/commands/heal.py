@@ -12,8 +12,6 @@ from ...text import commas, label, plural, size
 from ..console import Console
 from ..options import common_options, dry_run_option
 
-__all__ = ["command"]
-
 _SHOWN = 20
 _SHOWN_RANGES = 5
 

@@ -15,8 +15,6 @@ from ...text import commas, size
 from ..console import Console, flag, table
 from ..options import common_options, options_of, take
 
-__all__ = ["command"]
-
 _SHOWN = 40
 
 

@@ -17,8 +17,6 @@ from ..console import Console
 from ..options import options_of, output_option, writing_options
 from .extract import run_lossless
 
-__all__ = ["command"]
-
 
 @click.command("merge")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH PATCH...")

@@ -10,8 +10,6 @@ from ...text import size
 from ..console import Console
 from ..options import output_option, writing_options
 
-__all__ = ["command"]
-
 
 @click.command("pull")
 @click.argument("named", metavar="ORG/NAME[@REV]")

@@ -10,8 +10,6 @@ from ...hub.push import plan_push
 from ..console import Console
 from ..options import common_options, dry_run_option
 
-__all__ = ["command"]
-
 _DONE = ("commit", "url", "created", "created_branch", "changed")
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ...neuron_utilization.utilization import UtilizationPlan
     from ...reporting.sections import ReportSection
 
-__all__ = ["command"]
-
 
 @click.command("report")
 @click.argument("subjects", nargs=-1, required=True, metavar="SCORES|PATCH|CHECKPOINT...")

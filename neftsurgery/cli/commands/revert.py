@@ -11,8 +11,6 @@ from ..console import Console
 from ..options import base_option
 from .apply import rewriting_options, run_rewrite, target_options
 
-__all__ = ["command"]
-
 
 @click.command("revert")
 @click.argument("checkpoint")

@@ -14,8 +14,6 @@ from ...text import commas, natural_key, percent, plural
 from ..console import Console
 from ..options import options_of, output_option, take_budget, writing_options
 
-__all__ = ["command"]
-
 
 @click.command("select")
 @click.argument("scores")

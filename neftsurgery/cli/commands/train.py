@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ...training.train import TrainResult
     from ...training.train_plan import TrainPlan
 
-__all__ = ["command"]
-
 
 @click.command("train")
 @click.argument("recipe", metavar="RECIPE.yaml")

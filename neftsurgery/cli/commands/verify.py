@@ -12,8 +12,6 @@ from ...text import natural_key
 from ..console import Console
 from ..options import common_options
 
-__all__ = ["command"]
-
 _SHOWN = 20
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from ...demo.planted import PLANTED
 from ..console import Console
 
-__all__ = ["FILES_LINES", "SHARE", "TRAINING_LINES", "DemoSession", "can_draw"]
-
 SHARE = "9%"
 _DIFF = "diff base tuned -o scores.safetensors"
 _APPLY_VERIFY_REVERT = (

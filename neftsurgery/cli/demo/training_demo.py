@@ -26,8 +26,6 @@ from ...demo.tiny_model import (
 from ...text import commas, percent, size
 from .session import SHARE, TRAINING_LINES, DemoSession
 
-__all__ = ["show"]
-
 _PRETRAINING = TrainingSettings(OLD, steps=200, learning_rate=3e-3, seed=1)
 # The same examples, steps and learning rate for every model that learns the new task.
 _FINE_TUNING = TrainingSettings(NEW, steps=150, learning_rate=2e-3, seed=2)
