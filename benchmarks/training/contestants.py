@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ def prepare(name: str, model: Any) -> TrainingMethod:
     if kind == "tokens":
         return _tokens_neft(model) if rest == "neft" else _tokens_peft(model)
     share = int(rest) / 100 if rest else 0.0
-    methods = (_floor, _neft, _units, _overlay, _masked, _full, _lora, _shira)
+    methods = (_floor, _neft, _units, _overlay, _masked, _full, _lora, _shira, _peft)
+    methods += (_experts_floor, _experts, _experts_lora, _experts_full)
     return {method.__name__[1:]: method for method in methods}[kind](model, share)
 
 
@@ -164,6 +166,63 @@ def _shira(model: Any, share: float) -> TrainingMethod:
         m.in_features * m.out_features // (m.in_features + m.out_features) for m in linears(model).values()
     )
     config = ShiraConfig(r=min(_rank(model, share), smallest), target_modules=list(LINEAR), random_seed=0)
+    return _adapted(get_peft_model(model, config))
+
+
+def _peft(model: Any, share: float) -> TrainingMethod:
+    from peft import get_peft_model
+
+    from neftsurgery.peft import NeftConfig
+
+    count = sum(map(len, rows(model, share).values()))
+    return _adapted(get_peft_model(model, NeftConfig(neurons=count, target_modules=list(LINEAR))))
+
+
+def _experts_floor(model: Any, share: float) -> TrainingMethod:
+    """As `_floor`; the first trained weights are those of the first layer's experts."""
+
+    def start(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_(True)
+
+    model.model.layers[0].mlp.register_forward_hook(start)
+    return TrainingMethod(model, [])
+
+
+def _experts(model: Any, share: float) -> TrainingMethod:
+    """Rows of each expert's three projections, under their names in files."""
+    generator, config, tensors = torch.Generator().manual_seed(2), model.config, {}
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    for layer, expert in itertools.product(range(config.num_hidden_layers), range(config.num_experts)):
+        for kind, shape in shapes.items():
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight"
+            index = torch.randperm(shape[0], generator=generator)[: max(1, round(share * shape[0]))]
+            info = TensorInfo(name, KINDS[model.dtype], shape)
+            tensors[name] = Chosen(info, Layout.of(shape, (0,)), index.sort().values.numpy())
+    selection = Selection(dict(sorted(tensors.items())), {"policy": "random"})
+    return TrainingMethod(model, list(attach(model, selection, base=False).parameters()))
+
+
+def _stacks(model: Any) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in model.named_parameters() if ".experts." in name}
+
+
+def _experts_full(model: Any, share: float) -> TrainingMethod:
+    stacks = list(_stacks(model).values())
+    for weight in stacks:
+        weight.requires_grad_(True)
+    return TrainingMethod(model, stacks)
+
+
+def _experts_lora(model: Any, share: float) -> TrainingMethod:
+    from peft import LoraConfig, get_peft_model
+
+    stacks = _stacks(model)
+    count = share * sum(weight.numel() for weight in stacks.values())
+    rank = max(1, round(count / sum(len(one) * (one.shape[1] + one.shape[2]) for one in stacks.values())))
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=[], target_parameters=sorted(stacks), lora_dropout=0.0
+    )
     return _adapted(get_peft_model(model, config))
 
 

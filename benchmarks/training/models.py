@@ -1,4 +1,4 @@
-"""The model that all contestants train: a Llama of a given shape with random weights. Needs torch."""
+"""The model that all contestants train: a Llama or Qwen3-MoE with random weights. Needs torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.training.options import SHAPES
+from benchmarks.training.options import EXPERTS, SHAPES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -17,7 +17,12 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def build(job: dict[str, Any]) -> Any:
     """The model, frozen, in training mode, on its device."""
     hidden, ffn, heads, kv, vocabulary = SHAPES[job["shape"]]
-    config = LlamaConfig(
+    experts, visited = EXPERTS.get(job["shape"], (0, 0))
+    more: dict[str, Any] = {}
+    if experts:
+        more = {"num_experts": experts, "num_experts_per_tok": visited, "moe_intermediate_size": ffn}
+        more |= {"head_dim": hidden // heads, "experts_implementation": "grouped_mm"}
+    config = (Qwen3MoeConfig if experts else LlamaConfig)(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -29,13 +34,14 @@ def build(job: dict[str, Any]) -> Any:
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
+        **more,
     )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[job["dtype"]])  # so that no wider copy ever exists
     try:
         with torch.device(job["device"]):
-            model = LlamaForCausalLM(config)
+            model: Any = (Qwen3MoeForCausalLM if experts else LlamaForCausalLM)(config)
     finally:
         torch.set_default_dtype(before)
     if job["checkpointing"]:

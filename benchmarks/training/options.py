@@ -13,7 +13,10 @@ SHAPES = {
     "small": (768, 2048, 12, 12, 4_096),
     "llama-1b": (2048, 8192, 32, 8, 128_256),
     "llama-7b": (4096, 11008, 32, 32, 32_000),
+    "moe-tiny": (64, 32, 4, 4, 256),
+    "moe": (1024, 512, 16, 4, 4_096),  # the feed-forward size is that of an expert
 }
+EXPERTS = {"moe-tiny": (8, 2), "moe": (32, 4)}  # of a Qwen3-MoE: how many, and how many a token visits
 DTYPES = ("fp32", "bf16")
 
 # Name: role and label. A number in a name is the share of rows in percent, which decides the size.
@@ -29,11 +32,25 @@ CONTESTANTS = {
     "lora-1": ("rival", "PEFT LoRA, parameters as NeFT 1%"),
     "lora-3": ("rival", "PEFT LoRA, parameters as NeFT 3%"),
     "lora-9": ("rival", "PEFT LoRA, parameters as NeFT 9%"),
+    "peft-3": ("ours", "NeFT as a PEFT method, 3% of rows"),
     "shira-3": ("rival", "PEFT SHiRA, parameters as NeFT 3%"),
     "tokens-neft": ("ours", "NeFT, 3% of the embedding's entries"),
     "tokens-peft": ("rival", "PEFT TrainableTokens, the same entries"),
 }
+# Those of a mixture of experts: the experts alone are trained.
+MIXTURE_CONTESTANTS = {
+    "experts_floor": ("limit", "frozen floor: forward and input gradients only"),
+    "experts-3": ("ours", "NeFT, 3% of the experts' rows"),
+    "experts_lora-3": ("rival", "PEFT LoRA on the experts' parameters, as many of them"),
+    "experts_full": ("rival", "full gradients of the experts"),
+}
+ALL_CONTESTANTS = CONTESTANTS | MIXTURE_CONTESTANTS
 QUICK = {"shape": "tiny", "layers": 2, "batch": 2, "length": 16, "rounds": 2, "steps": 1}
+
+
+def contestants(shape: str) -> tuple[str, ...]:
+    """Those that train a model of this shape."""
+    return tuple(MIXTURE_CONTESTANTS if shape in EXPERTS else CONTESTANTS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,8 @@ class Options:
     @classmethod
     def of(cls, given: argparse.Namespace) -> Options:
         """The options of a parsed command line."""
-        return cls(**{name: getattr(given, name) for name in cls.__dataclass_fields__})
+        values = {name: getattr(given, name) for name in cls.__dataclass_fields__}
+        return cls(**values | {"only": values["only"] or contestants(values["shape"])})
 
     @property
     def part(self) -> str:
@@ -68,7 +86,7 @@ class Options:
         names = ("device", "dtype", "shape", "layers", "batch", "length", "rounds", "steps")
         flags = [f"--{name} {getattr(self, name)}" for name in names]
         flags += ["--checkpointing"] * self.checkpointing
-        if self.only != tuple(CONTESTANTS):
+        if self.only != contestants(self.shape):
             flags.append(f"--only {','.join(self.only)}")
         return " ".join(["python -m benchmarks training", *flags])
 
@@ -90,13 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
     add("--steps", type=int, default=2, help="steps per turn (default: 2)")
     add("--checkpointing", action="store_true", help="gradient checkpointing, for all")
-    add("--only", type=_names, default=tuple(CONTESTANTS), help=f"some of: {', '.join(CONTESTANTS)}")
+    add("--only", type=_names, default=(), help=f"some of: {', '.join(ALL_CONTESTANTS)}")
     add("--quick", action="store_true", help="smoke test: tiny, two rounds; the figures mean nothing")
     add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-training.md")
 
 
 def _names(text: str) -> tuple[str, ...]:
     names = text.split(",")
-    if unknown := set(names) - set(CONTESTANTS):
+    if unknown := set(names) - set(ALL_CONTESTANTS):
         raise argparse.ArgumentTypeError(f"no such contestant: {', '.join(sorted(unknown))}")
-    return tuple(name for name in CONTESTANTS if name in names)
+    return tuple(name for name in ALL_CONTESTANTS if name in names)

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.harness import machine, results
 from benchmarks.harness.log import log
 from benchmarks.harness.process import QUIET, CommandError
-from benchmarks.training.options import CONTESTANTS, Options
+from benchmarks.training.options import ALL_CONTESTANTS, EXPERTS, Options
 
 RESULTS = "training.json"
 
@@ -46,6 +46,7 @@ def measure(options: Options) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": here,
         "device": options.device,
+        "experts": options.shape in EXPERTS,
         "tokens": options.batch * options.length,
         "contestants": [worker.result() for worker in workers],
     }
@@ -65,7 +66,7 @@ class Worker:
 
     def __init__(self, name: str, options: Options) -> None:
         self.name = name
-        self.role, self.label = CONTESTANTS[name]
+        self.role, self.label = ALL_CONTESTANTS[name]
         self.runs: list[dict[str, float]] = []
         self.facts: dict[str, int] = {}
         self.skipped: str | None = None

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks.page.training import requirements
-from benchmarks.training.options import CONTESTANTS, QUICK, Options, add_arguments
+from benchmarks.training.options import ALL_CONTESTANTS as CONTESTANTS
+from benchmarks.training.options import MIXTURE_CONTESTANTS, QUICK, Options, add_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB: dict[str, Any] = {
@@ -28,6 +29,8 @@ def prepared(name: str, dtype: str, **more: Any) -> tuple[Any, Any]:
     from benchmarks.training import contestants, models
 
     job = JOB | {"dtype": dtype} | more
+    if name in MIXTURE_CONTESTANTS:
+        job |= {"shape": "moe-tiny"}
     method = contestants.prepare(name, models.build(job))
     ids = models.batch(job)
     method.model(input_ids=ids, labels=ids).loss.backward()
@@ -36,7 +39,7 @@ def prepared(name: str, dtype: str, **more: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", [name for name in OURS if name != "floor"])
+@pytest.mark.parametrize("name", [name for name in OURS if not name.endswith("floor")])
 def test_all_trained_parameters_get_a_gradient(name, dtype):
     method, _ = prepared(name, dtype)
     assert method.parameters
@@ -117,13 +120,26 @@ def test_requirements_are_judged_by_ratios_within_turns():
         entry("floor", 80, 1.0, 10.0),
         entry("neft-3", 100, 1.08, 10.8),
         entry("lora-3", 110, 1.2, 12.0),
+        entry("peft-3", 100, 1.26, 12.6),
     ]
     judged = {
         device: list(requirements({"device": device, "contestants": entries})) for device in ("cpu", "cuda")
     }
-    assert [requirement.met for requirement in judged["cpu"]] == [True, True, None, True, None]
-    assert [requirement.met for requirement in judged["cuda"]] == [True, False, None, True, None]
+    assert [requirement.met for requirement in judged["cpu"]] == [True, True, None, False, False, True, None]
+    assert [requirement.met for requirement in judged["cuda"]] == [
+        True,
+        False,
+        None,
+        False,
+        False,
+        True,
+        None,
+    ]
     assert judged["cpu"][1].measured == "of its time: 1.08"
+    mixture = [entry("experts_floor", 80, 1.0, 10.0), entry("experts-3", 100, 1.1, 11.0)]
+    (only,) = requirements({"device": "cpu", "experts": True, "contestants": mixture})
+    assert only.met
+    assert only.measured == "of its time: 1.10"
 
 
 @pytest.mark.slow
