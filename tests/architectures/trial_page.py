@@ -51,7 +51,7 @@ def _counts(built: Mapping[str, Mapping[str, Any]]) -> list[str]:
         *lines,
         "",
         f"{len(built)} model types were built with weights, and {runs} of them run on inputs made from their "
-        f"configs. {offered['ffn']} offer `ffn` and {offered['units']}offer `units`.",
+        f"configs. {offered['ffn']} offer `ffn` and {offered['units']} offer `units`.",
         "",
     ]
 
