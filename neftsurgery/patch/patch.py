@@ -214,7 +214,7 @@ class Patch(PatchFile):
         adapter is of another method, or also holds whole modules, a `MismatchError` if it is not of ``base``,
         and a `CorruptFileError` if it is damaged.
         """
-        from ..peft.patches import patch_of_adapter
+        from ..peft.conversion import patch_of_adapter
 
         return patch_of_adapter(adapter, base, out, force=force)
 
@@ -224,7 +224,7 @@ class Patch(PatchFile):
         Raises a `UsageError` for neurons that cannot be an adapter, such as those of biases, and a
         `MismatchError` if the model of ``base`` does not have them. Needs the training extra and PEFT.
         """
-        from ..peft.patches import adapter_of_patch
+        from ..peft.conversion import adapter_of_patch
 
         adapter_of_patch(self, adapter, base, force=force)
 

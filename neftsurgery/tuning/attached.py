@@ -387,6 +387,8 @@ def attach(
     _refuse_wrapped(model)
     if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)
+    if not isinstance(what, (Selection, Patch)):
+        raise UsageError("attach takes a Selection or a Patch", found=type(what).__name__)
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:
         raise UsageError("a selection has no values", hint="attach a patch, or train the selection")

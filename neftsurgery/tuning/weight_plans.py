@@ -66,8 +66,6 @@ def plan_weights(
     """
     if mode not in ("auto", "scatter", "overlay"):
         raise UsageError("there is no such mode", expected="auto, scatter or overlay", found=mode)
-    if not isinstance(what, (Selection, Patch)):
-        raise UsageError("attach takes a Selection or a Patch", found=type(what).__name__)
     tensors = (what.selection if isinstance(what, Patch) else what).tensors
     if not any(len(chosen.index) for chosen in tensors.values()):
         raise MismatchError("no neuron is chosen", hint="attach a selection that is not empty")

@@ -214,7 +214,8 @@ def test_headers_that_do_not_follow_the_format(
 
 
 NAMES = [
-    "../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "a\\b.safetensors", "..", ".", "",
+    "../evil.safetensors", "/etc/evil.safetensors", "a/b.safetensors", "a/b/c.safetensors",
+    "a\\b.safetensors", "..", ".", "",
     "x" * 300 + ".safetensors", "\0.safetensors", "\ud800.safetensors", "pytorch_model.bin", "run.py",
     "config.json",
 ]  # fmt: skip
@@ -226,7 +227,8 @@ def test_names_that_leave_the_folder_or_do_not_belong_there(case: Case, name: st
     layout = case.layout()
     layout[which][0]["name"] = "modeling_x.py" if which == "side" and name == "config.json" else name
     case.set_layout(layout)
-    case.refused(case.write(), says="name|ending|belong")
+    # A file of a part, `a/b.safetensors`, has a name that is allowed, and no such tensors.
+    case.refused(case.write(), says="name|ending|belong|another checkpoint|does not follow")
 
 
 def bombs() -> dict[str, Callable[[Case], object]]:

@@ -23,6 +23,8 @@ from neftsurgery.errors import NeftError
 from neftsurgery.peft.config import NeftConfig
 from neftsurgery.peft.layer import NeftLayer
 
+# PEFT calls deprecated functions of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 IDS = torch.arange(18).view(2, 9)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -23,6 +23,9 @@ import neftsurgery as ns
 from neftsurgery.errors import CorruptFileError, UsageError
 from neftsurgery.peft.config import NeftConfig
 
+# PEFT calls deprecated functions of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 
 def make(kind: str, folder: Path) -> Any:
     torch.manual_seed(0)
