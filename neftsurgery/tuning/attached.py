@@ -26,7 +26,7 @@ from ..text import commas, plural, some
 from .attached_neurons import AttachedNeurons, AttachedPart, register_optimizer_hooks
 from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base
 from .install import install, remove, update_extra_repr
-from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights
+from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights, refuse_wrapped
 
 log = logging.getLogger(__name__)
 
@@ -384,7 +384,7 @@ def attach(
     UsageError
         If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)
     if not isinstance(what, (Selection, Patch)):
@@ -395,12 +395,3 @@ def attach(
     attached = Attached(model, what, find_base(model, base, what.tensors), mode, train, skip)
     attached._attach(what)
     return attached
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
-    if inner == "_orig_mod" or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise UsageError(
-            f"the model is wrapped in {type(model).__name__}",
-            hint=f"attach to the model itself (model.{inner}), before it is wrapped",
-        )

@@ -314,3 +314,13 @@ def _part_values(
             hint="name the checkpoint before quantization with base=FOLDER",
         )
     return from_bytes(base_vectors(base, chosen), chosen.info.dtype).float()
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise a `UsageError` for a model that DDP or ``torch.compile`` has wrapped."""
+    inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
+    if inner == "_orig_mod" or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise UsageError(
+            f"the model is wrapped in {type(model).__name__}",
+            hint=f"attach to the model itself (model.{inner}), before it is wrapped",
+        )
