@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,11 +23,10 @@ class _Experts(nn.Module):
         return functional.linear(self.first(x), self.weight[expert])
 
 
-def main() -> None:
+def main(rendezvous: str, rank: int) -> None:
     """In the first step one process visits no expert with rows; in the second both do, or none of them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = _Experts()
     x = torch.randn(6, 4)
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], int(sys.argv[2]))
