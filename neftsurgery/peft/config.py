@@ -16,7 +16,7 @@ DatalessPolicy: TypeAlias = Literal["random", "norm", "magnitude"]
 _NOTE = """
 ## How to load it
 
-This adapter trains whole neurons, with the PEFT method of [neftsurgery](https://pypi.org/project/neftsurgery).
+This adapter trains whole neurons, with the PEFT method of `neftsurgery`.
 Import the method once, then use PEFT as always:
 
 ```python

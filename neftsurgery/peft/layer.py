@@ -105,11 +105,8 @@ class NeftLayer(nn.Module, BaseTunerLayer):
             rows, index = self.neft_rows[name].detach(), self.neft_index[name]
             if safe_merge and not bool(torch.isfinite(rows).all()):
                 raise UsageError(f"the adapter {name} has values that are not finite")
-            weight = self.get_base_weight()
             self.neft_saved[name] = self._vectors(index)
-            write_vectors(weight.view(self.layout.shape), self.layout, index, rows)
-            if self.quantization_backend is not None:
-                self.set_base_weight(weight)
+            self._write(name, rows)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -118,11 +115,14 @@ class NeftLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            saved = self.neft_saved.pop(name)
-            write_vectors(weight.view(self.layout.shape), self.layout, self.neft_index[name], saved)
-            if self.quantization_backend is not None:
-                self.set_base_weight(weight)
+            self._write(name, self.neft_saved.pop(name))
+
+    def _write(self, adapter: str, vectors: Tensor) -> None:
+        """Write vectors of an adapter's neurons into the weight."""
+        weight = self.get_base_weight()
+        write_vectors(weight.view(self.layout.shape), self.layout, self.neft_index[adapter], vectors)
+        if self.quantization_backend is not None:
+            self.set_base_weight(weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's forward pass with the vectors of the active adapters."""

@@ -39,7 +39,10 @@ class NeftModel(BaseTuner):
             }
         self._refuse_unsupported(model, config)
         config.target_modules = sorted(name.rpartition(".")[0] for name in config.counts)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._chosen = {}  # the layers have copies
 
     def _refuse_unsupported(self, model: nn.Module, config: NeftConfig) -> None:
         modules = _modules(model)
