@@ -140,8 +140,11 @@ def _run(args: list[str], as_json: bool, verbose: bool, quiet: bool) -> int:
         code = _outcome(args, as_json, verbose)
         _on_signals(signal.SIG_DFL)  # all is done: from here on, a signal may kill the process
     except _Stopped as error:
+        from ..storage.output import remove_unfinished  # not for --help
+
         _on_signals(signal.SIG_DFL)
         code = _report(error, as_json, verbose)
+        remove_unfinished()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = unraisable

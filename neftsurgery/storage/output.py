@@ -118,6 +118,7 @@ class _StagedEntry:
     def __init__(self) -> None:
         self.path: Path | None = None
         self.fd = -1
+        _unfinished.add(self)
 
     def remove(self) -> None:
         """Remove what is there, and release the lock."""
@@ -128,6 +129,21 @@ class _StagedEntry:
             if self.fd >= 0:
                 os.close(self.fd)
             self.path, self.fd = None, -1
+            _unfinished.discard(self)
+
+
+_unfinished: set[_StagedEntry] = set()
+os.register_at_fork(after_in_child=_unfinished.clear)  # they are the parent's
+
+
+def remove_unfinished() -> None:
+    """Remove the outputs whose contexts were left behind, for a process that ends.
+
+    A signal between the end of an ``__enter__`` and the first line of its ``with`` block leaves that block
+    without an ``__exit__``. The context then ends when Python collects it, which is too late in a cycle.
+    """
+    for entry in list(_unfinished):
+        entry.remove()
 
 
 def _reserve(out: Path, create: Callable[[Path], int], entry: _StagedEntry) -> Path:

@@ -672,6 +672,25 @@ def test_ctrl_c_within_any_step_leaves_nothing(
     assert entries(tmp_path) == (["out"] if where == "_place" else [])
 
 
+@pytest.mark.parametrize("stage", [staged_file, staged_directory])
+def test_a_context_left_without_its_end_is_removed_at_exit(
+    tmp_path: Path, stage: Callable[[Path], AbstractContextManager[object]]
+) -> None:
+    """As after a signal between the end of ``__enter__`` and the block; only its own process removes it."""
+    context = stage(tmp_path / "out")
+    context.__enter__()
+    assert len(os.listdir(tmp_path)) == 1
+    child = os.fork()
+    if not child:
+        output.remove_unfinished()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 1
+    output.remove_unfinished()
+    assert os.listdir(tmp_path) == []
+    output.remove_unfinished()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_two_racing_processes_one_wins(tmp_path: Path, kind: str) -> None:
     outs = [tmp_path / f"out{i}" for i in range(25)]
