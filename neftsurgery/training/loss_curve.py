@@ -70,9 +70,10 @@ def _spaced(points: list[LossPoint], most: int) -> list[LossPoint]:
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def write_curve(points: Sequence[LossPoint], path: Path) -> None:
-    """Write one JSON object per line."""
-    path.write_text("".join(json.dumps(point.to_json()) + "\n" for point in points), encoding="utf-8")
+def write_curve(points: Sequence[LossPoint], path: Path, mode: str = "w") -> None:
+    """Write one JSON object per line; with mode ``a``, below what is there."""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(point.to_json()) + "\n" for point in points)
 
 
 def plot_curve(points: Sequence[LossPoint], path: Path) -> bool:

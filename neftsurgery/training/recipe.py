@@ -32,13 +32,11 @@ class Data:
     """The examples to learn from."""
 
     train: str = key(
-        MISSING, "A .jsonl file or a Hub dataset: rows of prompt and completion, messages, or text."
+        MISSING, "A .jsonl file or Hub dataset: rows of prompt and completion, messages, or text."
     )
     eval: str | None = key(None, "Examples for the dev loss. Without it, a share of train is held back.")
-    prompt: str | None = key(
-        None, "Makes the prompt of rows with other fields, as in 'Question: {question}'."
-    )
-    completion: str | None = key(None, "Makes what is to be learned of them, as in ' {answer}'.")
+    prompt: str | None = key(None, "The prompt of rows with other fields, as in 'Question: {question}'.")
+    completion: str | None = key(None, "What is to be learned of such rows, as in ' {answer}'.")
     subset: str | None = key(None, "The configuration of a Hub dataset.")
     split: str = key("train", "The split of a Hub dataset to train on.")
     eval_split: str = key("validation", "The split of a Hub dataset for the dev loss.")
@@ -113,16 +111,22 @@ class Train:
     batch_size: int = key(8, "Examples per batch.", above=0)
     accumulate: int = key(1, "Batches per optimizer step.", above=0)
     learning_rate: float = key(2e-5, "The highest learning rate.", above=0)
-    schedule: Literal["linear", "cosine", "constant"] = key("linear", "How the learning rate falls.")
-    warmup: float = key(0.0, "Steps of rising learning rate; below 1, a share of the steps.", least=0)
+    optimizer: str | None = key(None, "By transformers' name: adamw_torch, adafactor, sgd. Default: AdamW.")
+    scheduler: str = key("linear", "How the learning rate falls, by transformers' name: cosine, constant.")
+    warmup: float = key(0.0, "Steps of rising learning rate; below 1, a share of them.", least=0)
     weight_decay: float = key(0.0, "Of the chosen neurons only.", least=0)
     clip: float = key(1.0, "The largest norm of the gradient.", least=0)
-    save_every: int | None = key(
-        None, "Steps between saves; each measures the dev loss. Default: 10 saves.", above=0
+    save_every: int | None = key(None, "Steps between saves, with a dev loss. Default: 10 saves.", above=0)
+    early_stopping: int | None = key(None, "Stop after this many saves without a lower dev loss.", above=0)
+    logging_steps: int | None = key(None, "Steps between reports. Default: 100 reports.", above=0)
+    report_to: list[str] = key(list, "Where else losses go: tensorboard, wandb, trackio.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "Of the model; auto: as in its files."
     )
-    mode: Literal["auto", "scatter", "overlay"] = key(
-        "auto", "Whether the weights hold the values, as in attach."
-    )
+    device: Literal["auto", "cpu"] = key("auto", "Where it runs; auto: a GPU if there is one.")
+    attn_implementation: str | None = key(None, "By transformers' name: sdpa, eager, flash_attention_2.")
+    gradient_checkpointing: bool = key(False, "Compute the forward pass twice, to use less memory.")
+    mode: Literal["auto", "scatter", "overlay"] = key("auto", "Whether weights hold the values: see attach.")
     skip: Literal["unattachable"] | None = key(None, "Leave out, by name, tensors that cannot be attached.")
     seed: int = key(0, "Of the order of examples, the held-back share and dropout.", least=0)
     more: dict[str, Any] = key(dict, "Any other argument of transformers.TrainingArguments, by its name.")
@@ -138,6 +142,7 @@ class Recipe:
     probe: Probe = key(MISSING, "How to find out which neurons matter.")
     select: Select = key(MISSING, "Which neurons to train and how many, as in `neftsurgery extract`.")
     train: Train = key(MISSING, "How to train.")
+    push: str | None = key(None, "Publish the patch as org/name on the Hub, once it is trained.")
 
     def to_json(self) -> dict[str, Any]:
         """All keys, for `read_recipe`. Paths are absolute, so that it means the same in any folder."""

@@ -97,6 +97,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
         **{name: kind(**_values(kind, f"{name}.", values, faults)) for name, kind in SECTIONS.items()},
     )
     faults.check(["data"], lambda: _check_data(made.data))
+    faults.check(["data", "train"], lambda: _check_early_stopping(made))
     faults.check(["probe"], lambda: _check_probe(made.probe))
     faults.check(["select", "probe"], lambda: _check_select(made.select, made.probe.by))
     faults.throw()
@@ -242,6 +243,11 @@ def _check_data(data: Data) -> None:
     if data.eval_share >= 1:
         raise UsageError("data.eval_share leaves nothing to train on", found=data.eval_share)
     PromptTemplate.of(data.prompt, data.completion)
+
+
+def _check_early_stopping(recipe: Recipe) -> None:
+    if recipe.train.early_stopping and recipe.data.eval is None and not recipe.data.eval_share:
+        raise UsageError("train.early_stopping needs a dev loss", hint="add data.eval or data.eval_share")
 
 
 def _check_probe(probe: Probe) -> None:

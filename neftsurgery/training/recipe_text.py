@@ -17,7 +17,7 @@ _START: dict[str, Any] = {
     "model": "org/name", "out": "run", "data.train": "train.jsonl", "probe.by": "gradients",
     "select.neurons": "3%", "train.epochs": 3, "train.batch_size": 8, "train.learning_rate": "5.0e-5",
 }  # fmt: skip
-_STEADY: dict[str, Any] = {"train.schedule": "cosine", "train.warmup": 0.03}
+_STEADY: dict[str, Any] = {"train.scheduler": "cosine", "train.warmup": 0.03}
 TASKS: dict[str, dict[str, Any]] = {
     "instructions": _STEADY | {
         "model": "Qwen/Qwen2.5-0.5B-Instruct", "data.train": "HuggingFaceH4/no_robots",

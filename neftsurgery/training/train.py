@@ -75,7 +75,11 @@ def train(
         recipe, overrides, force=force, resume=resume, restart=restart, limits=limits, progress=progress
     )
     warn(_log, plan.warnings)
-    return plan.run(limits=limits, progress=progress, note=_log.info)
+
+    def report(where: str, text: str) -> None:
+        _log.info("%s: %s", where, text)
+
+    return plan.run(limits=limits, progress=progress, report=report, note=_log.info)
 
 
 def require_training() -> None:
@@ -103,8 +107,10 @@ class TrainResult:
         The last step that was made, and the number of steps of the whole run.
     resumed_from:
         The step of the save that the run resumed from. 0: it started from the base.
+    finished:
+        Whether all steps were made, or early stopping saw no use in more. If not, the run was asked to stop.
     selection:
-        The trained neurons.
+        The trained neurons. None: the run was stopped in the probe, which then goes on where it stopped.
     curve:
         The loss curve.
     train_loss:
@@ -115,6 +121,8 @@ class TrainResult:
         Whether the loss curve was plotted.
     patch_bytes:
         The size of the patch file.
+    pushed:
+        The address of the Hub's page with the patch, if the recipe has ``push``.
     """
 
     out: Path
@@ -122,18 +130,20 @@ class TrainResult:
     step: int
     steps: int
     resumed_from: int
-    selection: Selection = field(repr=False)
+    finished: bool
+    selection: Selection | None = field(repr=False)
     curve: tuple[LossPoint, ...] = field(repr=False)
     train_loss: float | None = None
     dev_loss: float | None = None
     best_step: int | None = None
     plotted: bool = False
     patch_bytes: int = 0
+    pushed: str | None = None
 
     @property
-    def finished(self) -> bool:
-        """Whether all steps were made. If not, the run was asked to stop, and has saved."""
-        return self.step >= self.steps
+    def base_dev_loss(self) -> float | None:
+        """The dev loss before the first step."""
+        return next((point.dev_loss for point in self.curve if point.step == 0), None)
 
     @property
     def patch(self) -> Path | None:
@@ -146,24 +156,33 @@ class TrainResult:
         if self.best_step is not None:
             measured[-1] += f" at step {self.best_step}"
         where = (
-            f"{self.patch}: {self.steps} steps"
+            f"{self.patch}: {self.step} steps"
             if self.finished
             else f"stopped at step {self.step} of {self.steps}, saved in {self.run_directory}"
         )
-        return printable(", ".join([where, f"{self.selection.neurons:,} neurons", *measured]))
+        neurons = "no neurons yet" if self.selection is None else f"{self.selection.neurons:,} neurons"
+        return printable(", ".join([where, neurons, *measured]))
 
     def describe(self) -> dict[str, object]:
         """For JSON; together with `TrainPlan.describe` it is what ``--json`` prints."""
         return {
-            "estimated": False,
-            "selected": self.selection.neurons,
-            "trainable_parameters": self.selection.parameters,
+            **(
+                {}
+                if self.selection is None
+                else {
+                    "estimated": False,
+                    "selected": self.selection.neurons,
+                    "trainable_parameters": self.selection.parameters,
+                }
+            ),
             "finished": self.finished,
             "step": self.step,
             "resumed_from": self.resumed_from,
             "train_loss": self.train_loss,
+            "base_dev_loss": self.base_dev_loss,
             "dev_loss": self.dev_loss,
             "best_step": self.best_step,
             "out": str(self.out) if self.finished else None,
             "bytes": self.patch_bytes,
+            "pushed": self.pushed,
         }
