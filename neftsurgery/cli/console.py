@@ -48,7 +48,7 @@ class Console:
         self.as_json = as_json  # print one JSON object, and nothing else, on stdout
         self.quiet = quiet  # print errors only
         self.limits = limits
-        self._bar: Any = None  # the progress bar that is shown now
+        self._bar: Any = None  # the last progress bar, open or closed
 
     @property
     def running(self) -> Running:
@@ -88,7 +88,7 @@ class Console:
 
     def report(self, where: str, text: str) -> None:
         """Show figures of work under way: in its bar, or as a line where there is none."""
-        if self._bar is None:
+        if self._bar is None or self._bar.disable:  # tqdm's word for closed
             self.note(f"{where}: {text}")
         else:
             self._bar.set_postfix_str(text)
@@ -128,12 +128,10 @@ class Console:
         from tqdm import tqdm
 
         scale = unit == "B"
-        with tqdm(total=total, desc=what, unit=unit, unit_scale=scale, leave=False, file=sys.stderr) as bar:
-            self._bar = bar
-            try:
-                yield bar.update
-            finally:
-                self._bar = None
+        with tqdm(
+            total=total, desc=what, unit=unit, unit_scale=scale, leave=False, file=sys.stderr
+        ) as self._bar:
+            yield self._bar.update
 
 
 def _process_seconds() -> float:

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ..options import PrefixOptions, Scope
@@ -31,8 +32,10 @@ def key(default: Any, text: str, **bounds: float) -> Any:
 class Data:
     """The examples to learn from."""
 
-    train: str = key(
-        MISSING, "A .jsonl file or Hub dataset: rows of prompt and completion, messages, or text."
+    train: str | list[str] | dict[str, float] = key(
+        MISSING,
+        "A .jsonl, .csv or .parquet file or a Hub dataset, of prompt and completion, messages, or text; "
+        "a list of these; or these with weights, {a.jsonl: 3, b.jsonl: 1}.",
     )
     eval: str | None = key(None, "Examples for the dev loss. Without it, a share of train is held back.")
     prompt: str | None = key(None, "The prompt of rows with other fields, as in 'Question: {question}'.")
@@ -44,8 +47,14 @@ class Data:
     loss_on: Literal["completions", "all"] = key(
         "completions", "The loss is on completions and on what the assistant says, or on every token."
     )
-    max_length: int = key(1024, "The most tokens of an example. Longer ones are truncated.", above=0)
-    limit: int | None = key(None, "Read at most this many examples of train.", above=0)
+    max_length: int = key(1024, "The most tokens of an example.", above=0)
+    long: Literal["truncate", "split"] = key("truncate", "What becomes of longer examples.")
+    limit: int | None = key(None, "Read at most this many examples of each set to train on.", above=0)
+
+    @property
+    def names(self) -> list[str]:
+        """The sets to train on."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,23 @@ class Recipe:
         for key in PATH_KEYS:
             section, _, name = key.rpartition(".")
             home = described[section] if section else described
-            if home[name] is not None and (key == "out" or not is_hub_id(home[name])):
-                home[name] = os.path.abspath(home[name])
+            if home[name] is not None:
+                home[name] = rooted(home[name], None, out=key == "out")
         return described
+
+
+def rooted(value: Any, folder: Path | None, *, out: bool) -> Any:
+    """A path, a list of paths, or paths with weights, from ``folder``; None: absolute.
+
+    A Hub id stays as it is unless the path exists, or it is ``out``.
+    """
+    if isinstance(value, Mapping):
+        return {rooted(str(path), folder, out=out): weight for path, weight in value.items()}
+    if not isinstance(value, str):
+        return [rooted(str(path), folder, out=out) for path in value]
+    joined = os.path.abspath(value) if folder is None else str(folder / value)
+    is_id = is_hub_id(value) and value[0] != "." and not out
+    return value if is_id and not os.path.exists(joined) else joined
 
 
 SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}

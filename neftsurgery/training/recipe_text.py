@@ -41,6 +41,7 @@ def recipe_text(task: str | None = None) -> str:
         raise UsageError(f"there is no task {task!r}", hint=f"tasks are {', '.join(TASKS)}")
     given = _START | (TASKS[task] if task else {})
     text = ["# A recipe for `neftsurgery train`. A key behind # has its default, and may be left out."]
+    options = declared(CutOptions)
     sections: dict[str, type[Any]] = {"": Recipe, **SECTIONS}
     for name, kind in sections.items():
         text += ["", *([f"{name}:"] if name else [])]
@@ -48,13 +49,10 @@ def recipe_text(task: str | None = None) -> str:
         for one in dataclasses.fields(kind):
             key = f"{name}.{one.name}" if name else one.name
             if key not in SECTIONS:
-                text += _lines(key, given.get(key, one), _help(one), hints[one.name])
+                # Its own help, or that of the option of the same name.
+                said = one.metadata.get("help") or spelled(options[one.name][1].help, as_key)
+                text += _lines(key, given.get(key, one), said, hints[one.name])
     return "\n".join(text) + "\n"
-
-
-def _help(one: dataclasses.Field[Any]) -> str:
-    """The help of a key: its own, or that of the option of the same name."""
-    return one.metadata.get("help") or spelled(declared(CutOptions)[one.name][1].help, as_key)
 
 
 def _lines(key: str, value: Any, text: str, hint: Any) -> Iterator[str]:
@@ -63,7 +61,9 @@ def _lines(key: str, value: Any, text: str, hint: Any) -> Iterator[str]:
     unset = isinstance(value, dataclasses.Field)
     if unset:
         value = value.default if value.default_factory is dataclasses.MISSING else value.default_factory()
-    line = f"{'  ' if section else ''}{'# ' if unset else ''}{name}: {_value(value)}".rstrip()
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+%?", value)
+    shown = "" if value is None else value if plain else json.dumps(value)
+    line = f"{'  ' if section else ''}{'# ' if unset else ''}{name}: {shown}".rstrip()
     choices = [
         str(each) for one in (hint, *get_args(hint)) for each in get_args(one) if isinstance(each, str)
     ]
@@ -74,10 +74,3 @@ def _lines(key: str, value: Any, text: str, hint: Any) -> Iterator[str]:
         line = ""
     yield f"{line:{_COLUMN}}# {first}"
     yield from (f"{'':{_COLUMN}}# {more}" for more in rest)
-
-
-def _value(value: Any) -> str:
-    """A value in YAML: plain words as they are, everything else as JSON."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) and re.fullmatch(r"[\w./-]+%?", value) else json.dumps(value)

@@ -142,7 +142,7 @@ class TrainPlan:
             if selection is None:
                 selection = _choose(self, model, args.device, limits or Limits.of(), watcher)
             if selection is None:
-                return TrainResult(self.out, directory.path, 0, self.steps, 0, False, None, ())
+                return TrainResult(self.out, directory.path, 0, self.steps, 0, False, Selection({}, {}), ())
             mode, skip = self.recipe.train.mode, self.recipe.train.skip
             with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
                 with progress("training", self.steps - resumed_from) as advance:
@@ -155,9 +155,8 @@ class TrainPlan:
                     return result
                 result = _publish(self, attached, result, time.perf_counter() - start)
             directory.remove()
-        if self.recipe.push is None:
+        if self.recipe.push is None or result.patch is None:
             return result
-        assert result.patch is not None  # it has finished
         try:
             return replace(result, pushed=push(result.patch, self.recipe.push, progress=progress).url)
         except NeftError as error:
@@ -196,6 +195,7 @@ def plan_train(
     _refuse_out(asked, base, force)
     tokenizer = load_tokenizer(base)
     examples = read_examples(asked, tokenizer)
+    _require_positions(base, examples)
     directory = RunDirectory.beside(Path(asked.out))
     try:
         identity = _identity(asked, base, examples)
@@ -232,13 +232,22 @@ def plan_train(
     return plan
 
 
+def _require_positions(base: Checkpoint, examples: Examples) -> None:
+    longest = max(len(one["input_ids"]) for one in examples.train)
+    config = base.config or {}
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(positions, int) and longest > positions:
+        what = f"an example has {longest:,} tokens, and the model {positions:,} positions"
+        raise UsageError(what, file=base.name, hint="lower data.max_length")
+
+
 def _steps(recipe: Recipe, examples: int) -> int:
     per_step = recipe.train.batch_size * recipe.train.accumulate
     return max(1, math.ceil(recipe.train.epochs * math.ceil(examples / per_step)))
 
 
 def _refuse_out(recipe: Recipe, base: Checkpoint, force: bool) -> None:
-    named = [recipe.model, recipe.data.train, recipe.data.eval, recipe.probe.path, recipe.select.like]
+    named = [recipe.model, *recipe.data.names, recipe.data.eval, recipe.probe.path, recipe.select.like]
     inputs = [base.source.path, *(Path(one) for one in named if one is not None and not is_hub_id(one))]
     refuse_output(recipe.out, inputs=inputs, force=force, kind="directory")
 
@@ -305,7 +314,7 @@ def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> dic
     """The manifest's ``training``: no paths, which mean nothing on another machine; no loss that is None."""
     options = plan.recipe.to_json()["train"]
     facts = {
-        "data": Path(plan.recipe.data.train).name,
+        "data": ", ".join(Path(name).name for name in plan.recipe.data.names),
         "examples": len(plan.examples.train),
         "examples_digest": plan.examples.digest(),
         "probe": plan.recipe.probe.by,

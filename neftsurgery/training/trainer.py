@@ -62,8 +62,7 @@ def trainer_arguments(
         "include_num_input_tokens_seen": "non_padding",  # and so tokens/s
         "report_to": train.report_to or "none",
         "use_cpu": train.device == "cpu",
-        # What early stopping has counted is part of a save.
-        "restore_callback_states_from_checkpoint": train.early_stopping is not None,
+        "restore_callback_states_from_checkpoint": train.early_stopping is not None,  # its count
     }  # fmt: skip
     ours |= {name: value for name, key in _KEYS.items() if (value := getattr(train, key)) is not None}
     if train.warmup and train.scheduler == "constant":
@@ -148,16 +147,11 @@ class RunCallback(TrainerCallback):
         logs, where = logs or {}, f"step {state.global_step} of {state.max_steps}"
         if (loss := logs.get("loss")) is not None:
             if not math.isfinite(float(loss)):
-                raise MismatchError(
-                    f"the loss is not a number at step {state.global_step}",
-                    found=loss,
-                    hint="lower train.learning_rate, or check the examples",
-                )
-            self._watcher.report(
-                where,
-                f"loss {loss:.4f}, lr {logs.get('learning_rate', 0):.2e}, "
-                f"{logs.get('train_tokens_per_second', 0):,.0f} tokens/s",
-            )
+                what = f"the loss is not a number at step {state.global_step}"
+                hint = "lower train.learning_rate, or check the examples"
+                raise MismatchError(what, found=loss, hint=hint)
+            rate, speed = logs.get("learning_rate", 0.0), logs.get("train_tokens_per_second", 0.0)
+            self._watcher.report(where, f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s")
         if (loss := logs.get("eval_loss")) is not None:
             self._watcher.note(f"{where}: dev loss {loss:.4f}")
         if self._losses is not None:

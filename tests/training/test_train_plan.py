@@ -212,8 +212,8 @@ def test_a_probe_goes_on_where_it_stopped(recipe: dict[str, Any], tmp_path: Path
     for done in (1, 2):
         plan = plan_train(recipe, resume=done > 1)
         stopped = plan.run(stop=lambda: True, report=lambda where, text: reports.append(f"{where}: {text}"))
-        assert (stopped.finished, stopped.step, stopped.selection) == (False, 0, None)
-        assert str(stopped).endswith("no neurons yet")
+        assert (stopped.finished, stopped.step, stopped.selection.neurons) == (False, 0, 0)
+        assert str(stopped).startswith("stopped at step 0 of 4, saved in ")
         assert not (tmp_path / "run").exists()
     with pytest.raises(ns.UsageError, match=r"recipe\.train\.seed differ"):
         plan_train(recipe, {"train.seed": 5})
@@ -272,3 +272,11 @@ def test_the_model_is_loaded_as_the_recipe_asks(recipe: dict[str, Any], tmp_path
 def test_a_repository_that_cannot_be_pushed_to_is_found_before_training(recipe: dict[str, Any]) -> None:
     with pytest.raises(ns.UsageError, match="push is not the name of a repository"):
         plan_train(recipe, {"push": "mine"})
+
+
+def test_an_example_longer_than_the_models_positions_is_refused(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "a" * 3000}) + "\n")
+    with pytest.raises(ns.UsageError, match=r"an example has [\d,]+ tokens, and the model \d+ positions"):
+        plan_train(recipe, {"data": {"max_length": 5000, "eval_share": 0}})
