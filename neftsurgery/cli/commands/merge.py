@@ -87,7 +87,7 @@ def command(
     if not dry_run:
         merged = plan.run(**console.running)
         nbytes, timing = merged.nbytes, merged.timing
-    chosen, how = plan.selection, f" ({on_overlap})" if plan.shared else ""
+    chosen, how = plan.new.selection, f" ({on_overlap})" if plan.shared else ""
     console.say(
         f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
         f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
