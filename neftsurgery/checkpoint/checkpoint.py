@@ -25,9 +25,8 @@ from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..text import lines, plural, printable, size
 from .name_prefixes import Prefixes
-from .parts import PIPELINE_NAME
 from .unfinished import refuse_unfinished
-from .weight_files import WeightFiles, weight_files
+from .weight_files import PIPELINE_NAME, WeightFiles, weight_files
 
 _MANY_ROWS = 16
 _cached_rows_lock = threading.Lock()
@@ -42,7 +41,7 @@ class Shard:
     header: Header
     status: os.stat_result
     part: str = (
-        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.parts`
+        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.weight_files`
     )
 
     @classmethod

@@ -28,8 +28,8 @@ from ..tensors.header import TensorInfo
 from ..text import plural, printable
 from .changes import changes_by_tensor
 from .checkpoint import Checkpoint, Shard
+from .folder_files import put_side, side_digest
 from .journal import Journal, describe_file, locked, remove_journal
-from .side_files import put_side, side_digest
 from .unfinished import find_journals, is_recorded, journal_path, refuse_unfinished
 
 # So many equal bytes are not a coincidence: of random weights, and in sequence if few values are distinct.

@@ -38,7 +38,7 @@ from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from .changes import Change, changes_by_tensor
 from .checkpoint import Checkpoint, Shard
-from .side_files import SideChange, is_side, read_side
+from .folder_files import SideChange, is_side, read_side
 from .unfinished import forget, journal_path, record
 
 _KEY = "neft_journal"

@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..checkpoint.parts import is_plain_path
-from ..checkpoint.side_files import MOST_SIDE_BYTES, is_side
+from ..checkpoint.folder_files import MOST_SIDE_BYTES, is_side
+from ..checkpoint.weight_files import is_plain_path
 from ..coding.blocks import Form, decode
 from ..coding.compression import compress, content_size, decompress
 from ..coding.elements import BLOCK, Carrier, Elements

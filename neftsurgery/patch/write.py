@@ -17,11 +17,9 @@ from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
-from .digests import NO_HASH, DigestHash, digests
-from .entries import PatchEntries, RowPlaces
 from .groups import RowGroup
-from .patch import Manifest, Patch
-from .patch_file import sealed
+from .patch import Manifest, Patch, PatchEntries, RowPlaces
+from .patch_file import NO_HASH, DigestHash, digests, sealed
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from .chains import opened_patches
 from .group_checks import require_units_in_turn
 from .rebuild import RebuildPlan, plan_rebuild
 from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, touched_files
-from .same_base import named_base, other_base
-from .verb import replaced_rows, require_replaced, run_keywords, warn
+from .verb import named_base, other_base, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 log = logging.getLogger(__name__)

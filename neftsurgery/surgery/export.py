@@ -39,8 +39,7 @@ from .lora_modules import (
     ranks,
     task_of,
 )
-from .same_base import named_base, other_base
-from .verb import replaced_rows, require_replaced
+from .verb import named_base, other_base, replaced_rows, require_replaced
 
 _METADATA = {"format": "pt"}
 _DTYPES = ("F32", "BF16", "F16")  # of factors

@@ -15,7 +15,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.dequantized import require_stored_alike, stored_side
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
-from ..checkpoint.provenance import Provenance, require_same_files, same_files
+from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
 from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
@@ -29,9 +29,9 @@ from ..options import (
     SelectOptions,
     split,
 )
-from ..patch.digests import digests
 from ..patch.lossless import LosslessPatch
 from ..patch.patch import Manifest, Patch
+from ..patch.patch_file import digests
 from ..patch.write import NewPatch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..scoring.scores import Scores
@@ -45,7 +45,6 @@ from .diff import DiffPlan, check_score
 from .lossless import CodingAndRun, plan_lossless
 from .pairing import open_sides, pair
 from .quantized_rows import stored_rows
-from .remainder import Remainder, remainder
 from .verb import running, warn
 
 log = logging.getLogger(__name__)
@@ -341,3 +340,41 @@ def _with_ties(selection: Selection, joined: Joined) -> Selection:
                 chosen = tensors[other]
                 tensors[name] = replace(chosen, info=replace(chosen.info, name=name))
     return Selection(dict(sorted(tensors.items())), selection.facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """What base plus patch may lack of the tuned model."""
+
+    left: Sequence[str]  # tensors that differ from it
+    not_compared: Sequence[str]  # files, and tensors, of which nothing is known
+
+    @property
+    def is_whole(self) -> bool | None:
+        """Whether base plus patch is the tuned model bit for bit; None if nothing says that it is not."""
+        return False if self.left else None if self.not_compared else True
+
+
+def remainder(
+    base: Checkpoint, joined: Joined, selection: Selection, scores: Scores, *, again: bool
+) -> Remainder:
+    """Compare what changed with what was chosen, tensor by tensor; ``again``: long after it was scored."""
+    chosen, tuned = selection.tensors, joined.tuned
+    left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(base, tuned)
+    unknown += ["changes since the scores were made"] if again else []
+    unknown += ["codes that stand for the same numbers"] if base.quantized else []
+    for name, info in base.tensors.items():
+        if name in left or name in joined.copies or info.name != name:
+            continue
+        entry = scores.unscored.get(name)
+        changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
+        if not same_tensor(info, tuned.tensors.get(name)):
+            left.add(name)
+        elif changed is not None:
+            kept = np.delete(changed, chosen[name].index) if name in chosen else changed
+            left |= {name} if kept.any() else set()
+        elif entry is None:
+            unknown.append(name)
+        elif entry.changed:
+            left.add(name)
+    return Remainder(sorted(left), unknown)

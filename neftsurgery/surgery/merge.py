@@ -29,8 +29,7 @@ from ..tensors.arrays import Int64Array, RawBytes
 from .chains import plan_chain
 from .lossless import CodingAndRun
 from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
-from .same_base import named_base, other_base
-from .verb import base_rows, run_keywords, warn
+from .verb import base_rows, named_base, other_base, run_keywords, warn
 
 log = logging.getLogger(__name__)
 

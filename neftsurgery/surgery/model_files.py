@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
+from ..checkpoint.folder_files import read_side, side_files
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import Provenance, fingerprint
-from ..checkpoint.side_files import read_side, side_files
 from ..coding.elements import BLOCK, Carrier, Elements
 from ..errors import CorruptFileError, MismatchError
 from ..patch.delta import (

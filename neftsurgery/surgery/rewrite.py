@@ -15,14 +15,13 @@ import numpy as np
 
 from ..checkpoint.changes import Change
 from ..checkpoint.checkpoint import Checkpoint, Shard
-from ..checkpoint.folder_files import FolderFiles
+from ..checkpoint.folder_files import FolderFiles, SideChange
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import journaled, locked, touched_shards
-from ..checkpoint.side_files import SideChange
 from ..errors import NeftError, UsageError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
-from ..patch.digests import digests
 from ..patch.overlap import RowSource
+from ..patch.patch_file import digests
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..sources.resolve import is_hub_id
 from ..storage.copying import copy_file
@@ -32,8 +31,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
-from .states import summary
-from .verify import PatchState
+from .verify import PatchState, summary
 
 
 class WriteOptions(TypedDict, total=False):

@@ -14,9 +14,9 @@ import neftsurgery as ns
 from neftsurgery.checkpoint.provenance import Provenance
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.options import Scope
-from neftsurgery.patch.digests import DigestHash, digests
 from neftsurgery.patch.overlap import overlay
 from neftsurgery.patch.patch import Manifest, PatchTensor
+from neftsurgery.patch.patch_file import DigestHash, digests
 from neftsurgery.patch.write import NewPatch
 from neftsurgery.selection.selection import Chosen, SelectionFacts
 from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits

@@ -25,9 +25,8 @@ from ...options import (
 from ...progress import Timing
 from ...scoring.scores import Scores
 from ...selection.selection import Selection, SelectionFacts
-from ...surgery.extract import ExtractPlan, plan_extract
+from ...surgery.extract import ExtractPlan, Remainder, plan_extract
 from ...surgery.lossless import LosslessPlan, plan_lossless
-from ...surgery.remainder import Remainder
 from ...text import commas, percent, plural, size, some
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
