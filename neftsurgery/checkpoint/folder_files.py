@@ -46,16 +46,18 @@ _OURS = re.compile(r"\..+\.neft-(journal|(old-)?[0-9a-f]{16})")
 class FolderFiles:
     """Paths relative to the checkpoint's folder."""
 
-    along: tuple[Path, ...]  # files that are copied byte for byte
-    left: tuple[Path, ...]  # not copied: mostly other forms of the weights, which would be stale
+    along: tuple[Path, ...] = ()  # files that are copied byte for byte
+    left: tuple[Path, ...] = ()  # not copied: mostly other forms of the weights, which would be stale
 
 
 def folder_files(checkpoint: Checkpoint) -> FolderFiles:
-    """Sort the files beside the weights of a checkpoint folder.
+    """Sort the files beside the weights of a checkpoint folder; a single file has none.
 
     Other weights in the top folder, and in those of its parts, are left behind; other subfolders are copied
     whole.
     """
+    if checkpoint.is_file:
+        return FolderFiles()
     root = checkpoint.root
     own = {*(shard.name for shard in checkpoint.shards), *checkpoint.indexes}
     along = [Path(name) for name in checkpoint.indexes]
@@ -144,10 +146,6 @@ class SideChange:
     new: str | None
     mode: int | None  # its permission bits; None: those under the umask
     content: Callable[[], bytes] | None = None  # what it becomes
-
-    def put(self, root: Path) -> None:
-        """Make the change in the folder ``root``, atomically."""
-        put_side(root / self.name, None if self.content is None else self.content(), self.mode)
 
 
 def is_side(name: str) -> bool:

@@ -37,7 +37,7 @@ RowPlaces = dict[str, tuple[str, int, int]]
 
 
 class PatchEntries:
-    """Which entries of a patch file hold the rows of the tensors that were added, in the order of their names.
+    """Which entries of a file hold the rows of the tensors that were added, in the order of their names.
 
     All share an entry of indices, one of digests, and for each dtype one of new and one of replaced values,
     where they lie one behind the other. In version 1 (``own``), each tensor has entries of its own.

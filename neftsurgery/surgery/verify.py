@@ -310,13 +310,6 @@ class VerifyPlan:
     patch: Patch | LosslessPatch
     warnings: Sequence[str] = ()  # sentences for the user
 
-    def describe(self) -> dict[str, object]:
-        """For JSON."""
-        facts = {"checkpoint": self.checkpoint.name, "patch": self.patch.name}
-        if isinstance(self.patch, LosslessPatch):
-            return {**facts, "lossless": True, "tensors": list(self.patch.forward.tensors)}
-        return {**facts, "neurons": self.patch.neurons, "tensors": list(self.patch.tensors)}
-
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
         """Compare every vector that the patch touches, or every block of a lossless one."""
         limits, checkpoint, patch, watch = limits or Limits.of(), self.checkpoint, self.patch, Stopwatch()

@@ -117,6 +117,6 @@ def _note(console: Console, plan: RewritePlan) -> None:
     was = plan.states[0].state if len(plan.states) == 1 else None
     if was is not None and was != ("base" if plan.goal == "patched" else "patched") and plan.needed:
         console.note(f"note: it was partly {plan.goal} already")
-    if plan.left_behind:
-        names = ", ".join(str(path) for path in plan.left_behind)
+    if plan.files.left:
+        names = ", ".join(map(str, plan.files.left))
         console.note(f"left behind (other forms of the weights, or not part of the model): {names}")
