@@ -88,6 +88,11 @@ class Console:
         for warning in warnings:
             self.note(f"warning: {warning}")
 
+    def carry_out(self, plan: Any, dry_run: bool) -> Any:
+        """Print a plan's warnings, and run it; returns its result, or on a dry run the plan itself."""
+        self.warn(plan.warnings)
+        return plan if dry_run else plan.run(**self.running)
+
     def answer(
         self, facts: Mapping[str, Any], timing: Timing | None = None, *, dry_run: bool | None = None
     ) -> None:

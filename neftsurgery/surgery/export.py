@@ -102,6 +102,7 @@ class ExportPlan:
     out: Path
     force: bool
     warnings: Sequence[str]
+    timing: Timing = field(default_factory=Timing)  # of planning, which reads no values
 
     @property
     def nbytes(self) -> int:

@@ -98,13 +98,9 @@ def command(
         **options,
         **console.running,
     )
-    console.warn(plan.warnings)
-    nbytes, timing = plan.nbytes, plan.timing
-    if not dry_run:
-        patch = plan.run(**console.running)
-        nbytes, timing = patch.nbytes, patch.timing
-    _say(console, plan, nbytes, dry_run)
-    console.answer(plan.describe() | {"bytes": nbytes}, timing, dry_run=dry_run)
+    done = console.carry_out(plan, dry_run)
+    _say(console, plan, done.nbytes, dry_run)
+    console.answer(plan.describe() | {"bytes": done.nbytes}, done.timing, dry_run=dry_run)
 
 
 def _extract_whole(
