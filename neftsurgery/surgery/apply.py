@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -198,9 +198,8 @@ def _plan(
         checkpoint = patch.require_fit(checkpoint)
     require_units_in_turn(patches)
     rows, notes = _with_copies(checkpoint, rows)
-    sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
-    kind: Literal["file", "directory"] = "file" if checkpoint.is_file else "directory"
-    place = refuse_output(out, inputs=sources, force=force, kind=kind)
+    inputs = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
+    place = refuse_output(out, inputs=inputs, force=force, kind="file" if checkpoint.is_file else "directory")
     if place is None:
         require_writable(checkpoint, [shard for shard, tensors in rows_by_file(checkpoint, rows) if tensors])
     files = FolderFiles() if place is None else folder_files(checkpoint)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import xxhash
@@ -45,78 +44,107 @@ _RANGE = 1 << 16
 
 
 @dataclass(frozen=True)
-class BlockChanges:
-    """What makes a checkpoint another one with the same files. Made by `find`; nothing is written yet."""
+class RebuildPlan:
+    """A checkpoint that is written anew, or changed in place. Made by `plan_rebuild`; nothing is written yet."""
 
-    checkpoint: Checkpoint
+    named: Checkpoint  # what is changed in place, or read
+    checkpoint: Checkpoint  # what is read
+    patches: tuple[LosslessPatch, ...]
     target: ModelFiles
-    changes: tuple[Change, ...]  # ranges of bytes
-    side: tuple[SideChange, ...]
+    goal: str  # ``patched`` or ``base``
+    out: Path | None  # None: in place
+    force: bool
+    along: tuple[Path, ...]  # files of `checkpoint` that are copied
+    changes: tuple[Change, ...]  # in place: ranges of bytes, and files beside the weights
+    side_changes: tuple[SideChange, ...]
+    timing: Timing
+    warnings: tuple[str, ...] = ()
 
-    @classmethod
-    def find(
-        cls,
-        checkpoint: Checkpoint,
-        target: ModelFiles,
-        weights_only: bool,
-        limits: Limits,
-        progress: Progress,
-    ) -> BlockChanges:
-        """Compare every block with what it becomes.
-
-        If that is a base that was named, only what its patch makes may change.
-        """
-        patch = target.base_of
-        found: dict[str, list[tuple[Int64Array, RawBytes]]] = {}
-
-        def look(block: DeltaBlock) -> tuple[Int64Array, RawBytes]:
-            old, new = read_block(checkpoint, block), target.read(block)
-            if patch is not None and not np.array_equal(old, new):
-                made = patch.forward.block_at(block.info.name, block.start)
-                if made is None or block_hash(old) != int(patch.forward.after[made.number]):
-                    raise another_checkpoint(patch, checkpoint, block)
-            rows = _ranges(block, new)
-            index = np.flatnonzero((rows != _ranges(block, old)).any(axis=1))
-            return index + _first(block), digests(rows[index])
-
-        blocks = [*blocks_of(target.files)]
-        with progress("checking", sum(block.nbytes for block in blocks)) as advance:
-            for block, changed in in_order(look, blocks, limits.workers(BLOCK_MEMORY)):
-                if len(changed[0]):
-                    found.setdefault(block.info.name, []).append(changed)
-                advance(block.nbytes)
-        changes = tuple(
-            Change.of_ranges(info, _size(info.nbytes), *map(np.concatenate, zip(*found[name], strict=True)))
-            for name, info in checkpoint.tensors.items()
-            if name in found
-        )
-        return cls(checkpoint, target, changes, tuple(_side(checkpoint, target, weights_only)))
+    @property
+    def needed(self) -> bool:
+        """Whether anything has to be written."""
+        return self.out is not None or bool(self.changes or self.side_changes)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights that are written."""
-        return sum(len(change.index) * change.layout.width for change in self.changes)
+        """Bytes of what is written, files that are copied along not counted; in place, of weights."""
+        if self.out is None:
+            return sum(len(change.index) * change.layout.width for change in self.changes)
+        return self.target.nbytes + self.target.side_bytes
+
+    @property
+    def side(self) -> list[str]:
+        """The files beside the weights that are written, not copied along."""
+        return [name for name in self.target.side if Path(name) not in self.along]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the files that change."""
-        shards = touched_shards(self.checkpoint, self.changes) if self.changes else []
-        return (*(shard.name for shard in shards), *(one.name for one in self.side))
+        """The names of the files that are written."""
+        if self.out is None:
+            shards = touched_shards(self.named, self.changes) if self.changes else []
+            return (*(shard.name for shard in shards), *(one.name for one in self.side_changes))
+        return (*(file.name for file in self.target.files), *self.side, *map(str, self.along))
 
-    def write(self, finish: Callable[[], None], limits: Limits, progress: Progress) -> None:
-        """Make the changes; ``finish`` checks the weights when all are written."""
-        changes = {change.name: change for change in self.changes}
+    def describe(self) -> dict[str, object]:
+        """For ``--dry-run`` and JSON."""
+        return {
+            "checkpoint": self.named.name,
+            "patches": [patch.name for patch in self.patches],
+            "lossless": True,
+            "out": None if self.out is None else str(self.out),
+            "in_place": self.out is None,
+            "tensors": len(self.target.weights.tensors),
+            "files": list(self.names),
+            "bytes": self.nbytes,
+            "not_carried": list(self.target.not_carried),
+        }
+
+    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
+        """Write the checkpoint; every block is checked before and after."""
+        limits = limits or Limits.of()
+        watch, before = Stopwatch(), self.checkpoint.bytes_read
+        with watch.running():
+            if self.out is not None:
+                self._write(self.out, limits, progress)
+            elif self.needed:
+                self._write_in_place(limits, progress)
+        watch.bytes_read = self.checkpoint.bytes_read - before
+        return RewriteResult(
+            self.out or self.named.source.path,
+            self.goal,
+            self.needed,
+            tensors=len(self.target.weights.tensors),
+            timing=self.timing + watch.timing,
+            files=self.names,
+        )
+
+    def _write(self, out: Path, limits: Limits, progress: Progress) -> None:
+        target = self.target
+        with (
+            progress("writing", target.nbytes) as advance,
+            written_checkpoint(out, single=target.single, force=self.force, nbytes=self.nbytes) as new,
+        ):
+            for name in self.side:
+                new.write(name, target.side[name]())
+            for file in target.files:
+                with new.opened(file.name, 0o666) as fd:
+                    self._write_weights(file, fd, limits, advance)
+            new.copy_along(self.checkpoint.root, self.along)
+            self._check_result(Source(new.path, str(out)))
+
+    def _write_in_place(self, limits: Limits, progress: Progress) -> None:
+        checkpoint, changes = self.named, {change.name: change for change in self.changes}
         with (
             progress("writing in place", self.nbytes) as advance,
-            changed_in_place(self.checkpoint, self.changes, self.side) as descriptors,
+            changed_in_place(checkpoint, self.changes, self.side_changes) as descriptors,
         ):
 
             def write(block: DeltaBlock) -> int:
                 change, first = changes[block.info.name], _first(block)
                 rows = _ranges(block, self.target.read(block))
                 low, high = _within(change, block)
-                fd = descriptors[self.checkpoint.shard_of(block.info.name).path]
-                change.write(self.checkpoint, fd, low, rows[change.index[low:high] - first])
+                fd = descriptors[checkpoint.shard_of(block.info.name).path]
+                change.write(checkpoint, fd, low, rows[change.index[low:high] - first])
                 begin_writeback(fd, block.offset, block.nbytes)
                 return (high - low) * change.layout.width
 
@@ -125,7 +153,122 @@ class BlockChanges:
                 blocks = (block for block in touched if np.diff(_within(changes[block.info.name], block)))
                 for _, done in in_order(write, blocks, limits.workers(BLOCK_MEMORY)):
                     advance(done)
-            finish()
+            self._check_result(checkpoint.source)
+
+    def _check_result(self, source: Source) -> None:
+        """What was written must have the fingerprint that the patch records."""
+        patch = self.patches[-1]
+        for one in self.patches:
+            one.check_unchanged()
+        if source.path != self.checkpoint.source.path:  # else it was changed here
+            self.checkpoint.check_unchanged()
+        expected = patch.tuned if self.goal == "patched" else patch.base
+        try:
+            found = fingerprint(Checkpoint.read(source))
+        except (CorruptFileError, UsageError) as error:
+            found = error.what
+        require_result(found, patch, expected)
+
+    def _write_weights(
+        self, file: WeightFile, fd: int, limits: Limits, advance: Callable[[int], None]
+    ) -> None:
+        os.ftruncate(fd, file.nbytes)
+        write_exactly(fd, file.start, 0)
+        advance(file.header.size)
+
+        def write(block: DeltaBlock) -> None:
+            write_exactly(fd, self.target.read(block).data.cast("B"), block.offset)
+            begin_writeback(fd, block.offset, block.nbytes)
+
+        for block, _ in in_order(write, blocks_of([file]), limits.workers(BLOCK_MEMORY)):
+            advance(block.nbytes)
+
+
+def plan_rebuild(
+    named: AnyPath,
+    patches: Sequence[LosslessPatch],
+    goal: str,
+    *,
+    base: AnyPath | None = None,
+    out: AnyPath | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    limits: Limits | None = None,
+    progress: Progress = silent,
+) -> RebuildPlan:
+    """Check everything that applying or reverting lossless patches needs; nothing is written."""
+    last = patches[-1]
+    require_place(named, out, in_place)
+    if goal == "base" and base is None and last.backward is None:
+        raise UsageError(
+            "the patch does not hold the way back",
+            file=last.place,
+            hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
+            "that hold the way back",
+        )
+    watch = Stopwatch()
+    with watch.running():
+        here = checkpoint = Checkpoint.open(named)
+        inputs = [here.source.path, *(patch.path for patch in patches if patch.path is not None)]
+        if goal == "patched":
+            patches = links_from(here, patches)
+        else:
+            require_end(last, here, last.tuned, last.base)
+        if goal == "patched" or base is None:
+            target = RebuiltWeights.model(here, patches, goal)
+        else:
+            checkpoint = Checkpoint.open(base)
+            inputs.append(checkpoint.source.path)
+            require_end(last, checkpoint, last.base)
+            target = replace(ModelFiles.of(checkpoint), base_of=last, not_carried=())
+        weights_only = any(patch.weights_only for patch in patches)
+        along: tuple[Path, ...] = ()
+        if not target.single and (weights_only or checkpoint is not here):
+            own = {file.name for file in target.files}
+            copied = folder_files(checkpoint).along
+            along = tuple(path for path in copied if str(path) not in own and not is_index(path.name))
+        place = refuse_output(out, inputs=inputs, force=force, kind="file" if target.single else "directory")
+        changes, side_changes = list[Change](), list[SideChange]()
+        if place is None:
+            require_same_layout(here, target)
+            require_writable(here, here.shards)
+            changes += _changed_ranges(here, target, limits or Limits.of(), progress)
+            side_changes += _side(here, target, weights_only)
+    watch.bytes_read = here.bytes_read
+    how = (target, goal, place, force, along, (*changes,), (*side_changes,), watch.timing)
+    return RebuildPlan(here if place is None else checkpoint, checkpoint, (*patches,), *how)
+
+
+def _changed_ranges(
+    checkpoint: Checkpoint, target: ModelFiles, limits: Limits, progress: Progress
+) -> Iterator[Change]:
+    """Compare every block with what it becomes: the ranges of bytes that differ.
+
+    If that is a base that was named, only what its patch makes may change.
+    """
+    patch = target.base_of
+    found: dict[str, list[tuple[Int64Array, RawBytes]]] = {}
+
+    def look(block: DeltaBlock) -> tuple[Int64Array, RawBytes]:
+        old, new = read_block(checkpoint, block), target.read(block)
+        if patch is not None and not np.array_equal(old, new):
+            made = patch.forward.block_at(block.info.name, block.start)
+            if made is None or block_hash(old) != int(patch.forward.after[made.number]):
+                raise another_checkpoint(patch, checkpoint, block)
+        rows = _ranges(block, new)
+        index = np.flatnonzero((rows != _ranges(block, old)).any(axis=1))
+        return index + _first(block), digests(rows[index])
+
+    blocks = [*blocks_of(target.files)]
+    with progress("checking", sum(block.nbytes for block in blocks)) as advance:
+        for block, changed in in_order(look, blocks, limits.workers(BLOCK_MEMORY)):
+            if len(changed[0]):
+                found.setdefault(block.info.name, []).append(changed)
+            advance(block.nbytes)
+    for name, info in checkpoint.tensors.items():
+        if name in found:
+            parts = map(np.concatenate, zip(*found[name], strict=True))
+            yield Change.of_ranges(info, _size(info.nbytes), *parts)
 
 
 def _size(nbytes: int) -> int:
@@ -210,178 +353,3 @@ def _other_files(file: AnyPath, tensor: str | None, expected: str, found: str) -
         found=found,
         hint="write a new checkpoint with [[out=...]]",
     )
-
-
-@dataclass(frozen=True)
-class RebuildPlan:
-    """A checkpoint that is written anew. Made by `plan_rebuild`; nothing is written yet."""
-
-    checkpoint: Checkpoint  # what is read
-    patches: tuple[LosslessPatch, ...]
-    target: ModelFiles
-    goal: str  # ``patched`` or ``base``
-    out: Path | None  # None: in place
-    force: bool
-    along: tuple[Path, ...]  # files of `checkpoint` that are copied
-    changes: BlockChanges | None  # in place
-    timing: Timing
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def named(self) -> Checkpoint:
-        """What is changed in place, or read to write another one."""
-        return self.checkpoint if self.changes is None else self.changes.checkpoint
-
-    @property
-    def needed(self) -> bool:
-        """Whether anything has to be written."""
-        return self.changes is None or bool(self.changes.changes or self.changes.side)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is written, files that are copied along not counted."""
-        return self.target.nbytes + self.target.side_bytes if self.changes is None else self.changes.nbytes
-
-    @property
-    def side(self) -> list[str]:
-        """The files beside the weights that are written, not copied along."""
-        return [name for name in self.target.side if Path(name) not in self.along]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the files that are written."""
-        if self.changes is not None:
-            return self.changes.names
-        return (*(file.name for file in self.target.files), *self.side, *map(str, self.along))
-
-    def describe(self) -> dict[str, object]:
-        """For ``--dry-run`` and JSON."""
-        return {
-            "checkpoint": self.named.name,
-            "patches": [patch.name for patch in self.patches],
-            "lossless": True,
-            "out": None if self.out is None else str(self.out),
-            "in_place": self.out is None,
-            "tensors": len(self.target.weights.tensors),
-            "files": list(self.names),
-            "bytes": self.nbytes,
-            "not_carried": list(self.target.not_carried),
-        }
-
-    def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> RewriteResult:
-        """Write the checkpoint; every block is checked before and after."""
-        limits = limits or Limits.of()
-        watch, before = Stopwatch(), self.checkpoint.bytes_read
-        with watch.running():
-            if self.out is not None:
-                self._write(self.out, limits, progress)
-            elif self.changes is not None and self.needed:
-                self.changes.write(lambda: self._check_result(self.named.source), limits, progress)
-        watch.bytes_read = self.checkpoint.bytes_read - before
-        return RewriteResult(
-            self.out or self.named.source.path,
-            self.goal,
-            self.needed,
-            tensors=len(self.target.weights.tensors),
-            timing=self.timing + watch.timing,
-            files=self.names,
-        )
-
-    def _write(self, out: Path, limits: Limits, progress: Progress) -> None:
-        target = self.target
-        with (
-            progress("writing", target.nbytes) as advance,
-            written_checkpoint(out, single=target.single, force=self.force, nbytes=self.nbytes) as new,
-        ):
-            for name in self.side:
-                new.write(name, target.side[name]())
-            for file in target.files:
-                with new.opened(file.name, 0o666) as fd:
-                    self._write_weights(file, fd, limits, advance)
-            new.copy_along(self.checkpoint.root, self.along)
-            self._check_result(Source(new.path, str(out)))
-
-    def _check_result(self, source: Source) -> None:
-        """What was written must have the fingerprint that the patch records."""
-        patch = self.patches[-1]
-        for one in self.patches:
-            one.check_unchanged()
-        if source.path != self.checkpoint.source.path:  # else it was changed here
-            self.checkpoint.check_unchanged()
-        expected = patch.tuned if self.goal == "patched" else patch.base
-        try:
-            found = fingerprint(Checkpoint.read(source))
-        except (CorruptFileError, UsageError) as error:
-            found = error.what
-        require_result(found, patch, expected)
-
-    def _write_weights(
-        self, file: WeightFile, fd: int, limits: Limits, advance: Callable[[int], None]
-    ) -> None:
-        os.ftruncate(fd, file.nbytes)
-        write_exactly(fd, file.start, 0)
-        advance(file.header.size)
-
-        def write(block: DeltaBlock) -> None:
-            write_exactly(fd, self.target.read(block).data.cast("B"), block.offset)
-            begin_writeback(fd, block.offset, block.nbytes)
-
-        for block, _ in in_order(write, blocks_of([file]), limits.workers(BLOCK_MEMORY)):
-            advance(block.nbytes)
-
-
-def plan_rebuild(
-    named: AnyPath,
-    patches: Sequence[LosslessPatch],
-    goal: str,
-    *,
-    base: AnyPath | None = None,
-    out: AnyPath | None = None,
-    in_place: bool = False,
-    force: bool = False,
-    limits: Limits | None = None,
-    progress: Progress = silent,
-) -> RebuildPlan:
-    """Check everything that applying or reverting lossless patches needs; nothing is written."""
-    last = patches[-1]
-    require_place(named, out, in_place)
-    if goal == "base" and base is None and last.backward is None:
-        raise UsageError(
-            "the patch does not hold the way back",
-            file=last.place,
-            hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
-            "that hold the way back",
-        )
-    watch = Stopwatch()
-    with watch.running():
-        here = checkpoint = Checkpoint.open(named)
-        inputs = [here.source.path, *(patch.path for patch in patches if patch.path is not None)]
-        if goal == "patched":
-            patches = links_from(here, patches)
-        else:
-            require_end(last, here, last.tuned, last.base)
-        if goal == "patched" or base is None:
-            target = RebuiltWeights.model(here, patches, goal)
-        else:
-            checkpoint = Checkpoint.open(base)
-            inputs.append(checkpoint.source.path)
-            require_end(last, checkpoint, last.base)
-            target = replace(ModelFiles.of(checkpoint), base_of=last, not_carried=())
-        weights_only = any(patch.weights_only for patch in patches)
-        along: tuple[Path, ...] = ()
-        if not (checkpoint.is_file or target.single) and (weights_only or checkpoint is not here):
-            own = {file.name for file in target.files}
-            copied = folder_files(checkpoint).along
-            along = tuple(path for path in copied if str(path) not in own and not is_index(path.name))
-        changes = None
-        if out is None:
-            require_same_layout(here, target)
-            require_writable(here, here.shards)
-            limits = limits or Limits.of()
-            changes = BlockChanges.find(here, target, weights_only, limits, progress)
-        else:
-            kind: Literal["file", "directory"] = "file" if target.single else "directory"
-            refuse_output(out, inputs=inputs, force=force, kind=kind)
-    watch.bytes_read = here.bytes_read
-    place = None if out is None else Path(out)
-    return RebuildPlan(checkpoint, tuple(patches), target, goal, place, force, along, changes, watch.timing)
