@@ -45,7 +45,7 @@ _RANGE = 1 << 16
 
 @dataclass(frozen=True)
 class RebuildPlan:
-    """Made by `plan_rebuild`: a checkpoint to be written anew, or changed in place; nothing is written yet."""
+    """A checkpoint to be written anew or changed in place. Made by `plan_rebuild`; nothing is written yet."""
 
     named: Checkpoint  # what is changed in place, or read
     checkpoint: Checkpoint  # what is read
