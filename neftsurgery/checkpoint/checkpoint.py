@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _MANY_ROWS = 16
 _cached_rows_lock = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """One weight file of a checkpoint, and its status when it was opened."""
 
@@ -193,7 +193,7 @@ class Checkpoint:
         """As the user named it."""
         return self.source.named
 
-    @cached_property
+    @functools.cached_property
     def config(self) -> Mapping[str, Any] | None:
         """The ``config.json`` beside the weights; ``None`` if there is none.
 
@@ -285,8 +285,8 @@ class OpenShards:
     """The most recently read shards, open: at most 64, or an eighth of the files that a process may open."""
 
     def __init__(self, most: int | None = None) -> None:
-        self._most = most or max(1, min(64, most_descriptors() // 8))
-        self._open: OrderedDict[Path, OpenFile] = OrderedDict()
+        # An evicted file closes when its last reader drops it, not before: reads need no lock.
+        self._opened = functools.lru_cache(most or max(1, min(64, most_descriptors() // 8)))(_opened)
         self._lock = threading.Lock()
         self.bytes_read = 0
 
@@ -297,18 +297,14 @@ class OpenShards:
 
     def get(self, shard: Shard) -> OpenFile:
         """The open file of a shard, which must be unchanged."""
-        # An evicted file closes when its last reader drops it, not before: reads need no lock.
         with self._lock:
-            file = self._open.get(shard.path)
-            if file is None:
-                shard.check_unchanged()
-                file = self._open[shard.path] = OpenFile.at(shard.path)
-                while len(self._open) > self._most:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(shard.path)
-            return file
+            return self._opened(shard)
 
     def clear(self) -> None:
         """Close all files."""
-        with self._lock:
-            self._open.clear()
+        self._opened.cache_clear()
+
+
+def _opened(shard: Shard) -> OpenFile:
+    shard.check_unchanged()
+    return OpenFile.at(shard.path)

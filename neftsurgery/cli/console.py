@@ -73,11 +73,6 @@ class Console:
         if shown is not None and len(rows) > shown:
             self.say(f"  and {len(rows) - shown:,} {rest}")
 
-    @property
-    def is_terminal(self) -> bool:
-        """Whether results are printed on a terminal."""
-        return not (self.as_json or self.quiet) and sys.stdout.isatty()
-
     def note(self, text: str) -> None:
         """Print a remark beside the result, on stderr, as one line."""
         if not self.quiet:

@@ -15,7 +15,7 @@ from ..checkpoint.ties import with_tied_names
 from ..errors import CorruptFileError, boundary
 from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
-from ..selection.selection import Chosen, Selection, SelectionFacts
+from ..selection.selection import Chosen, RowBlock, Selection, SelectionFacts
 from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
@@ -230,6 +230,12 @@ class Patch(PatchFile):
         entry, first, step = self._places[name][part]
         raw = self._file.array_bytes(entry, first + start * step, first + stop * step)
         return raw.reshape(stop - start, step * raw.shape[1])
+
+    def blocks(self, block: int | None = None) -> Iterator[RowBlock]:
+        """All of its rows, tensor by tensor, in ranges of bounded size; an empty one if a tensor has none."""
+        for name, tensor in self.tensors.items():
+            for start, stop in [*tensor.blocks(block)] or [(0, 0)]:
+                yield RowBlock(name, start, stop, (stop - start) * tensor.vector_bytes)
 
     def _is_new(self, name: str) -> Mask:
         """Of each row of a small tensor whether its value is not the one that it replaces."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, field, replace
 from itertools import groupby
-from typing import Final, Literal, NamedTuple, Unpack
+from typing import Final, Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from ..patch.overlap import RowSource, overlay
 from ..patch.patch import Patch
 from ..patch.patch_file import DigestHash, digests
 from ..progress import Progress, Stopwatch, Timing, silent
+from ..selection.selection import RowBlock
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
@@ -161,13 +162,6 @@ class PatchState:
         return self.state == goal or not changed
 
 
-class _Block(NamedTuple):
-    patch: int
-    name: str
-    start: int
-    stop: int
-
-
 def examine(
     checkpoint: Checkpoint,
     patches: Sequence[Patch],
@@ -185,22 +179,22 @@ def examine(
     for patch in patches:
         patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
-    workers = limits.workers(
-        block_memory((t.layout for patch in patches for t in patch.tensors.values()), limits.block)
-    )
+    layouts = (tensor.layout for patch in patches for tensor in patch.tensors.values())
+    workers = limits.workers(block_memory(layouts, limits.block))
 
-    def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
-        return _compare(checkpoint, patches, states, block, limits.block)
+    def compare(one: tuple[int, RowBlock]) -> tuple[RawBytes, RawBytes, RawBytes]:
+        return _compare(checkpoint, patches, states, *one, limits.block)
 
-    with closing(in_order(compare, _blocks(patches, limits.block), workers)) as compared:
-        for (number, name), group in groupby(compared, key=lambda one: one[0][:2]):
+    blocks = ((n, block) for n, patch in enumerate(patches) for block in patch.blocks(limits.block))
+    with closing(in_order(compare, blocks, workers)) as compared:
+        for (number, name), group in groupby(compared, key=lambda one: (one[0][0], one[0][1].name)):
             hashes = DigestHash(), DigestHash()
-            for block, (before, after, now) in group:
+            for (_, block), (before, after, now) in group:
                 for state, part in zip(hashes, (before, after), strict=True):
                     state.update(part)
                 known = (now == before).all(axis=1), (now == after).all(axis=1)
                 states[number].tensors[name].add(*known)
-                advance((block.stop - block.start) * patches[number].tensors[name].vector_bytes)
+                advance(block.nbytes)
             patches[number].check_hashes(name, *hashes)
     if replaced is None:
         replaced = [RowSource(patch, patch.base_values) for patch in reversed(patches) if patch.reversible]
@@ -212,11 +206,12 @@ def _compare(
     checkpoint: Checkpoint,
     patches: Sequence[Patch],
     states: Sequence[PatchState],
-    block: _Block,
+    number: int,
+    block: RowBlock,
     size: int | None,
 ) -> tuple[RawBytes, RawBytes, RawBytes]:
     """The digests of a block before and after its patch, and now; takes notes in its patch's state."""
-    patch, state = patches[block.patch], states[block.patch]
+    patch, state = patches[number], states[number]
     tensor = patch.tensors[block.name]
     before = patch.base_digests(block.name, block.start, block.stop)
     patch.check_base_rows(block.name, before, block.start, block.stop)
@@ -224,14 +219,14 @@ def _compare(
     after = digests(reached)
     index = patch.index(block.name)[block.start : block.stop]
     now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=size)
-    others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
+    others = [n for n, other in enumerate(patches) if n != number and block.name in other.tensors]
     settled = (now == reached).all(axis=1)
     if (settled & (before != after).any(axis=1)).any():
         state.applied = True
-    for later in (patches[n] for n in others if n > block.patch):
+    for later in (patches[n] for n in others if n > number):
         overlay(reached, index, tensor, later)
         settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
-    for earlier in (patches[n] for n in others if n < block.patch):
+    for earlier in (patches[n] for n in others if n < number):
         overlay(now, index, tensor, earlier)
     _note_numbers(now, tensor.info.type, state.numbers)
     return before, after, np.where(settled[:, None], after, digests(now))
@@ -243,15 +238,6 @@ def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
     for start in range(0, len(elements), _ELEMENTS):
         if len(numbers) < TELLING:
             numbers.update(np.unique(elements[start : start + _ELEMENTS]).tolist())
-
-
-def _blocks(patches: Sequence[Patch], size: int | None) -> Iterator[_Block]:
-    for number, patch in enumerate(patches):
-        for name, tensor in patch.tensors.items():
-            if tensor.count == 0:
-                yield _Block(number, name, 0, 0)
-            for start, stop in tensor.blocks(size):
-                yield _Block(number, name, start, stop)
 
 
 @dataclass(frozen=True, repr=False)
@@ -284,14 +270,11 @@ class Verification:
     unit: str = "neuron"
 
     def __str__(self) -> str:
-        return "\n".join([self._headline, *([] if self.remark is None else [self.remark])])
+        said = f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"
+        return said if self.remark is None else f"{said}\n{self.remark}"
 
     def __repr__(self) -> str:
-        return f"<Verification {self._headline}>"
-
-    @property
-    def _headline(self) -> str:
-        return f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"
+        return f"<Verification {str(self).splitlines()[0]}>"
 
     def holds(self, expected: str | None = None) -> bool:
         """Whether all vectors are in the state ``expected``; None: all in the base, or all patched."""
