@@ -28,10 +28,7 @@ _CACHED_FACTORS = 8
 
 
 def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
-    """Open a base and a tuned checkpoint, or a base and a LoRA adapter of it.
-
-    Raises a `MismatchError` if an adapter is not for this base, or is of a kind that cannot be read.
-    """
+    """Open a base and a tuned checkpoint, or a LoRA adapter of the base; raises as `read_factors`."""
     first, source = Checkpoint.open(base), resolve(tuned)
     is_adapter = (source.path / CONFIG_NAME).is_file()
     return first, AdaptedWeights.on(first, source) if is_adapter else Checkpoint.open(source)

@@ -164,10 +164,7 @@ class Checkpoint:
         return replace(self, tensors={**self.tensors, **more}, _home={**self._home, **homes})
 
     def renamed(self, prefixes: Prefixes, base: Collection[str]) -> Checkpoint:
-        """The same tensors, read under other names; ``base``: the names of the base that they will meet.
-
-        Raises as `Prefixes.changed`.
-        """
+        """The same tensors under other names, as `Prefixes.changed` gives them; ``base``: those to meet."""
         new = prefixes.changed(self.tensors, base, self.name)
         shards = tuple(replace(s, header=s.header.renamed(new.__getitem__)) for s in self.shards)
         tensors = {new[name]: replace(info, name=new[name]) for name, info in self.tensors.items()}
@@ -255,10 +252,7 @@ class Checkpoint:
             read_rows_exactly(fd, offset, rows, out, shard.path)
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of tensor ``name``, mapped where they are in memory; None if they may not be.
-
-        Do not write to them. Thread-safe.
-        """
+        """Bytes of a tensor, mapped where they are in memory, or None. Read-only. Thread-safe."""
         shard = self.shard_of(name)
         file = self.opened.get(shard)
         found = map_cached(file.fileno(), self.position(name)[1] + start, size)

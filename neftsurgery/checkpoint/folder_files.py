@@ -100,10 +100,7 @@ def file_notes(side: Checkpoint) -> Iterator[str]:
 
 
 def _unread_weights(side: Checkpoint) -> list[str]:
-    """The weight files that seem to belong to a checkpoint, and whose tensors are not among its own.
-
-    Not saves of a training below it (``checkpoint-500``), nor other formats beside the weights.
-    """
+    """Weight files that seem to belong to a checkpoint and are not its own; no saves, no other formats."""
     if isinstance(side, AdaptedWeights):
         return []
     if side.is_file:
@@ -154,10 +151,7 @@ def is_side(name: str) -> bool:
 
 
 def side_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The files beside the weights that a lossless patch carries, by their paths below the folder.
-
-    And those of the files that it does not carry.
-    """
+    """The files beside the weights that a lossless patch carries, by name; and those it does not carry."""
     if checkpoint.is_file:
         return {}, ()
     own = {*(shard.name for shard in checkpoint.shards), *checkpoint.parts}
@@ -184,10 +178,7 @@ def read_side(path: Path) -> bytes:
 
 
 def side_digest(path: Path) -> tuple[str | None, int | None]:
-    """XXH3-128 of the content of a file, and its permission bits; None if there is no file.
-
-    Raises a `UsageError` if it is a link or in one, or not a file.
-    """
+    """XXH3-128 of a file and its permission bits, if it is there; a `UsageError` if it is not regular."""
     try:
         mode = path.parent.lstat().st_mode if path.parent.is_symlink() else path.lstat().st_mode
     except FileNotFoundError:

@@ -174,10 +174,7 @@ class ListedPart:
 
 
 def listed_parts(folder: Path) -> list[ListedPart]:
-    """The parts that a folder says it is made of; none if it is not made of parts.
-
-    Raises a `CorruptFileError` if the list is damaged, or names anything but subfolders.
-    """
+    """The parts that a folder lists; a `CorruptFileError` if it names anything but subfolders."""
     for list_name, read in ((PIPELINE_NAME, _of_pipeline), (MODULES_NAME, _of_modules)):
         path = folder / list_name
         found = read(path) if path.is_file() else {}

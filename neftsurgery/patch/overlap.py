@@ -127,10 +127,7 @@ def lay_over(
     part: memoryview,
     tied: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``.
-
-    A patch that has no vectors of that name has them under a name ``tied`` to it.
-    """
+    """Put vectors of patches, by this name or one ``tied`` to it, into bytes of a tensor from ``start``."""
     for rows in layers:
         for known in [one for one in (name, *(tied or {}).get(name, ())) if one in rows.patch.tensors][:1]:
             elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)

@@ -268,10 +268,7 @@ class Patch(PatchFile):
         adapter_of_patch(self, adapter, base, force=force)
 
     def require_fit(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint, in which the touched tensors are found under their names in the patch.
-
-        Raises a `MismatchError` unless it has them, in shape and dtype.
-        """
+        """The checkpoint with the touched tensors under their names; a `MismatchError` if it lacks one."""
         infos = [tensor.info for tensor in self.tensors.values()]
         fitting = with_tied_names(checkpoint, infos)
         require_tensors(fitting, infos, self.name, self.base)

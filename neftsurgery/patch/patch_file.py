@@ -186,10 +186,7 @@ def read_manifest(file: TensorFile) -> dict[str, Any]:
 
 
 def _content_hash(manifest: str, parts: Iterable[tuple[str, bytes]]) -> str:
-    """The hash of what no other hash is over: the manifest's text, with `NO_HASH` for it, and ``parts``.
-
-    The parts are entries of the file, by name.
-    """
+    """The hash of the manifest's text, with `NO_HASH` for it, and ``parts``, entries that have no other."""
     state = xxhash.xxh3_128(manifest.encode())
     for name, content in parts:
         state.update(f"\n{name}\n{len(content)}\n".encode())

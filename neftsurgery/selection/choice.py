@@ -83,7 +83,7 @@ def choose(
         ranking = _Ranking(keys, counts, ones, None, highest, chunk, sorted_pool)
         allowed = _best(ranking, pools.values(), caps)
     if budget.threshold is not None:
-        above = [key > _float32_floor(budget.threshold) for key in keys]
+        above = [np.greater(key, budget.threshold, signature="dd->?") for key in keys]  # in float64
         return above if allowed is None else [a & b for a, b in zip(above, allowed, strict=True)]
     sizes, costs = counts, [1] * len(blocks)
     if budget.params is not None:
@@ -169,10 +169,7 @@ def _like_limits(pools: dict[str, list[int]], totals: Sequence[int], like: Mappi
 
 
 def _split(amount: int, sizes: Sequence[int]) -> list[int]:
-    """Split ``amount`` in proportion to ``sizes`` by largest remainder; ties go to the earlier one.
-
-    A share exceeds its size only if ``amount`` exceeds their sum: then none is below its size.
-    """
+    """Split ``amount`` in proportion to ``sizes`` by largest remainder; ties go to the earlier one."""
     total = sum(sizes)
     shares = [amount * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(amount * sizes[i] % total))
@@ -185,10 +182,7 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
 
 
 def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[Float32Array]:
-    """A random number for every candidate, NaN for the others.
-
-    Of all float32 numbers, so that hardly any two are equal: a uniform one in [0, 1) has only 2**24 values.
-    """
+    """A random float32 for every candidate, of all there are: few are equal. NaN for the others."""
     generator = np.random.Generator(np.random.PCG64(seed))
     keys = [np.full(len(block), np.nan, np.float32) for block in scores]
     for key, block in zip(keys, scores, strict=True):
@@ -207,13 +201,6 @@ def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[
 def _float32_at(image: int) -> np.float32:
     magnitude = np.array(abs(image), np.int32).view(np.float32)[()]
     return np.float32(-magnitude if image < 0 else magnitude)
-
-
-def _float32_floor(value: float) -> np.float32:
-    """The largest float32 not above ``value``: a float32 above the one is above the other."""
-    with np.errstate(over="ignore"):
-        nearest = np.float32(value)
-    return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
 
 
 #: The cost of each of some neurons, their keys, and which of them may be chosen; None: all.

@@ -244,10 +244,7 @@ def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, 
 
 
 def _with_copies(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> tuple[list[RowSource], list[str]]:
-    """The rows, written to every copy of a tied tensor too; and what the user should know of ties and files.
-
-    A copy that a patch itself changes is left to it: it unties the two.
-    """
+    """The rows, written to the copies of tied tensors too that no patch changes itself; and notes."""
     homes = [{name: checkpoint.tensors[name].name for name in one.patch.tensors} for one in rows]
     ties, notes = stored_ties(checkpoint, (home for known in homes for home in known.values()))
     taken: dict[str, tuple[Patch, str]] = {}

@@ -353,10 +353,7 @@ class _Factors:
     def _sum(
         self, old: NDArray[np.float64], differences: NDArray[np.float64], dtype: str
     ) -> NDArray[np.float64]:
-        """What merging gives: added in float32 (float64 if the base is), rounded to the base's dtype.
-
-        PEFT rounds the differences of embeddings and parameters to the base's dtype before that.
-        """
+        """What merging gives. PEFT rounds differences of embeddings and parameters before it adds."""
         with np.errstate(over="ignore"):
             if self._module.place.form in ("embedding", "parameter"):
                 differences = widen(narrow(differences, dtype), dtype)

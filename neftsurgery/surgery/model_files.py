@@ -101,10 +101,7 @@ def weight_file(shard: Shard) -> WeightFile:
 
 
 class RebuiltWeights:
-    """The tensors that deltas of patches, one after the other, make of a checkpoint. Thread-safe.
-
-    Every block is checked against its hashes, before and after each delta.
-    """
+    """What deltas of patches make of a checkpoint, each block checked before and after. Thread-safe."""
 
     #: What is read counts as read from the checkpoint.
     bytes_read = 0

@@ -242,10 +242,7 @@ def plan_rebuild(
 def _changed_ranges(
     checkpoint: Checkpoint, target: ModelFiles, limits: Limits, progress: Progress
 ) -> Iterator[Change]:
-    """Compare every block with what it becomes: the ranges of bytes that differ.
-
-    If that is a base that was named, only what its patch makes may change.
-    """
+    """The ranges of bytes that differ; of a base that was named, only what its patch makes may."""
     patch = target.base_of
     found: dict[str, list[tuple[Int64Array, RawBytes]]] = {}
 

@@ -58,10 +58,7 @@ def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:
 def load_patches(
     named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None
 ) -> list[Patch | LosslessPatch]:
-    """The patches, opened if they are only named; their SHA-256 as `check_sha256` takes them.
-
-    Raises a `CorruptFileError` if the file of one has another SHA-256.
-    """
+    """The patches, opened; a `CorruptFileError` if one has another SHA-256: see `check_sha256`."""
     found = []
     for one, wanted in zip(named, check_sha256(sha256, len(named)), strict=True):
         patch = load_any(one)

@@ -92,10 +92,7 @@ def examine_blocks(
 
 
 def whole_state(checkpoint: Checkpoint, patch: LosslessPatch, states: Mapping[str, TensorState]) -> State:
-    """The state of a checkpoint whose blocks are all known: they do not tell what only one side has.
-
-    Raises as `apply` for a base whose other files are not those that the patch was made with.
-    """
+    """The state of a checkpoint whose blocks are all known, by what only one side has. Raises as `apply`."""
     found = fingerprint(checkpoint)
     if found == patch.tuned.fingerprint and not any(one.base for one in states.values()):
         return "patched"
