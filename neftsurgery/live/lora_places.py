@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -98,7 +100,8 @@ class PeftPlaces:
             return self._as_module(path)
         if parameter == "weight" and isinstance(module, nn.Embedding):
             plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-            return "embedding" if plain and module.max_norm is None else None
+            called = plain and module.max_norm is None and not self._read_outside(path)
+            return "embedding" if called else None
         if parameter == "weight" and type(module) in _CONVOLUTIONS:
             # PEFT's factors do not take over these settings; and it multiplies kernels [1, 1, n] as matrices.
             conv: Any = module
@@ -107,6 +110,19 @@ class PeftPlaces:
         leaf = path and all("." not in own for own, _ in module.named_parameters())
         kernel = hasattr(module, "kernel_size")
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
+
+    def _read_outside(self, path: str) -> bool:
+        """Whether the module around an embedding reads its weight, past PEFT, as its source says."""
+        outer, _, name = path.rpartition(".")
+        read = re.compile(rf"self\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape|size))")
+        for cls in type(self._model.get_submodule(outer)).__mro__:
+            if cls.__module__.startswith("torch.") or cls.__name__ == "PreTrainedModel":
+                break
+            for method in vars(cls).values():
+                if inspect.isfunction(method) and "init" not in method.__name__:
+                    if read.search(inspect.getsource(method)):
+                        return True
+        return False
 
     def _as_module(self, path: str) -> Any:
         """How PEFT adapts a linear layer; some names it takes for experts that transformers stacks."""

@@ -246,8 +246,9 @@ def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
         if value.is_floating_point() and value.numel():
             yield value
     elif depth < 4 and isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one, depth + 1)
+        for key, one in value.items():
+            if not str(key).endswith("attentions"):  # heads have places there
+                yield from _tensors(one, depth + 1)
     elif depth < 4 and isinstance(value, tuple | list):
         for one in value:
             yield from _tensors(one, depth + 1)
