@@ -99,15 +99,12 @@ def _places_in(
 ) -> Iterator[tuple[str, LivePlace]]:
     """The tensors of the files that are in a weight, with the axes along which its neurons lie in them."""
     for name, info in base.tensors.items():
-        try:
-            if rules.find(name)[0] != parameter:
-                continue
-        except MismatchError:  # the model does not have it: a buffer, a head of another class
-            continue
-        for count in (1, 2):
-            for own in itertools.combinations(range(len(info.shape)), count):
-                with contextlib.suppress(MismatchError):
-                    (place,) = live_places(model, {name: Layout.of(info.shape, own)})[name]
+        own = [one for count in (1, 2) for one in itertools.combinations(range(len(info.shape)), count)]
+        for layout in (Layout.of(info.shape, one) for one in own):
+            # The model may not have the tensor: a buffer, a head of another class.
+            with contextlib.suppress(MismatchError):
+                if rules.find(name)[0] == parameter:
+                    (place,) = live_places(model, {name: layout})[name]
                     if place.parameter == parameter and place.layout.axes == axes:
                         yield name, place
 

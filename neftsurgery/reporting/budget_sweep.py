@@ -13,7 +13,7 @@ from ..selection.budget import Amount, Budget
 from ..selection.selection import Selection
 from .figure import KIND, SHARE, Column, ReportFigure, Table
 from .layer_map import LayerMap
-from .plotting import ACCENT, MplFigure, annotate, heatmap, new_axes, share_curves
+from .plotting import ACCENT, MplFigure, annotate, heatmap, share_curves
 
 #: The budgets, in percent of the scored neurons.
 PERCENTS = ("0.5", "1", "2", "3", "5", "7.5", "10", "15", "20")
@@ -29,15 +29,8 @@ class _Point:
     selection: Selection
     share: float  # of the scored neurons
     kinds: dict[str, tuple[int, int]]  # for each kind of weight, its chosen neurons and all its neurons
-
-    @property
-    def captured(self) -> float:
-        """The captured share of the squared change of all common tensors; NaN if unknown."""
-        return _or_nan(self.selection.facts.captured)
-
-
-def _or_nan(value: float | None) -> float:
-    return np.nan if value is None else value
+    captured: float  # the share of the squared change of all common tensors; NaN if unknown
+    captured_scored: float
 
 
 class BudgetSweep:
@@ -51,11 +44,11 @@ class BudgetSweep:
                     Amount.parse(f"{percent}%"), per=budget.per, max_per_tensor=budget.max_per_tensor,
                     policy=budget.policy, seed=budget.seed,
                 )  # fmt: skip
-                selection = scores.choose(bare)
-                kinds = LayerMap.of_scores(scores, selection).by_kind
-                self._points.append(
-                    _Point(f"{percent}%", selection, selection.neurons / scores.neurons, kinds)
-                )
+                chosen = scores.choose(bare)
+                kinds, share = LayerMap.of_scores(scores, chosen).by_kind, chosen.neurons / scores.neurons
+                known = chosen.facts.captured, chosen.facts.captured_scored
+                captured = [np.nan if one is None else one for one in known]
+                self._points.append(_Point(f"{percent}%", chosen, share, kinds, *captured))
                 advance(1)
 
     def captured_figure(self, id: str) -> ReportFigure:
@@ -69,11 +62,9 @@ class BudgetSweep:
             Column("captured_scored", "share of the scored tensors' change", text.percent),
         )
         rows = tuple(
-            (point.budget, chosen.neurons, chosen.parameters, point.share, point.captured,
-             _or_nan(chosen.facts.captured_scored))
-            for point in self._points
-            for chosen in [point.selection]
-        )  # fmt: skip
+            (p.budget, p.selection.neurons, p.selection.parameters, p.share, p.captured, p.captured_scored)
+            for p in self._points
+        )
         known = [point for point in self._points if point.captured == point.captured]
         return ReportFigure(
             id,
@@ -134,7 +125,6 @@ class BudgetSweep:
         share = np.array(
             [[p.kinds[kind][0] / max(1, p.kinds[kind][1]) for p in self._points] for kind in kinds]
         )
-        axes = new_axes(fig, 0.6 + 0.24 * len(kinds), xlabel=_CHOSEN_SHARE)
         rows, columns = [text.label(kind, 28) for kind in kinds], [point.budget for point in self._points]
-        heatmap(axes, share, rows, columns, top=float(share.max()) or 1.0, slanted=False, gaps=False)
-        axes.xaxis.tick_bottom()
+        mesh = heatmap(fig, share, rows, columns, xlabel=_CHOSEN_SHARE)
+        mesh.axes.xaxis.tick_bottom()

@@ -14,7 +14,7 @@ from ..selection.selection import Selection
 from ..tensors.arrays import Int64Array
 from .figure import LAYER, Cell, Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
-from .plotting import MplFigure, heatmap, new_axes
+from .plotting import MplFigure, heatmap
 
 _MAX_DRAWN = 12
 _MAX_LAYERS = 96
@@ -24,8 +24,7 @@ _MAX_LAYERS = 96
 class _PairOverlap:
     """The overlap of two selections, in one layer or overall."""
 
-    # How many neurons each of them has.
-    first: int = 0
+    first: int = 0  # how many neurons the first has
     second: int = 0
     shared: int = 0  # how many neurons are in both
     chance: float = 0.0  # the expected number if both chose as many neurons per tensor at random
@@ -36,22 +35,21 @@ class _PairOverlap:
     @property
     def jaccard(self) -> float:
         """Neurons in both over neurons in either; NaN if both are empty."""
-        either = self.first + self.second - self.shared
-        return self.shared / either if either else np.nan
+        return _share(self.shared, self.first + self.second - self.shared)
 
     @property
     def shared_share(self) -> float:
         """Neurons in both over the neurons of the smaller one; NaN if one is empty."""
-        return self._of_smaller(self.shared)
+        return _share(self.shared, min(self.first, self.second))
 
     @property
     def chance_share(self) -> float:
         """The expected `shared_share` of a random choice."""
-        return self._of_smaller(self.chance)
+        return _share(self.chance, min(self.first, self.second))
 
-    def _of_smaller(self, count: float) -> float:
-        smaller = min(self.first, self.second)
-        return count / smaller if smaller else np.nan
+
+def _share(count: float, whole: int) -> float:
+    return count / whole if whole else np.nan
 
 
 class SelectionOverlap:
@@ -61,12 +59,9 @@ class SelectionOverlap:
         companions = frozenset[str]().union(*(selection.facts.companion_biases for selection in selections))
         every = sorted({name for selection in selections for name in selection.tensors} - companions)
         chosen = {name: [selection.tensors.get(name) for selection in selections] for name in every}
-        shapes = {
-            name: {(one.info.shape, one.layout.axes): one.layout.count for one in found if one is not None}
-            for name, found in chosen.items()
-        }
+        layouts = {name: {one.layout for one in found if one is not None} for name, found in chosen.items()}
         #: Tensors whose shape or neuron axes differ between selections. They are not compared.
-        self.unfit = tuple(name for name in every if len(shapes[name]) > 1)
+        self.unfit = tuple(name for name in every if len(layouts[name]) > 1)
         locations = locate_tensors(every)
         #: The layers in which any of them has neurons, in natural order.
         self.layers = sorted_layers(locations.values())
@@ -75,16 +70,13 @@ class SelectionOverlap:
         self._by_layer: dict[tuple[int, int], dict[str, _PairOverlap]] = {}
         none: Int64Array = np.empty(0, np.int64)
         for pair in combinations(range(len(selections)), 2):
-            found = dict.fromkeys(self.layers, _PairOverlap())
-            for name in every:
-                if len(shapes[name]) > 1:
-                    continue
-                a, b = (none if (one := chosen[name][n]) is None else one.index for n in pair)
-                shared = len(np.intersect1d(a, b, assume_unique=True))
-                (total,) = shapes[name].values()
-                overlap = _PairOverlap(len(a), len(b), shared, len(a) * len(b) / total)
-                found[locations[name].layer] += overlap
-            self._by_layer[pair] = found
+            found = self._by_layer[pair] = dict.fromkeys(self.layers, _PairOverlap())
+            for name, (layout, *others) in layouts.items():
+                if not others:
+                    a, b = (none if (one := chosen[name][n]) is None else one.index for n in pair)
+                    shared = len(np.intersect1d(a, b, assume_unique=True))
+                    pair_overlap = _PairOverlap(len(a), len(b), shared, len(a) * len(b) / layout.count)
+                    found[locations[name].layer] += pair_overlap
         self._pairs = {pair: sum(by.values(), _PairOverlap()) for pair, by in self._by_layer.items()}
 
     def figure(self) -> ReportFigure:
@@ -121,9 +113,7 @@ class SelectionOverlap:
                 cells[a, b] = cells[b, a] = found.jaccard
         np.fill_diagonal(cells, 1.0)
         names = [text.label(name, 30) for name in self._names[:shown]]
-        slanted = 0.042 * max(len(name) for name in names)
-        axes = new_axes(fig, 0.4 + slanted + max(0.32 * shown, 0.7))
-        heatmap(axes, cells, names, names, top=1.0)
+        heatmap(fig, cells, names, names, top=1.0)
 
     def layers_figure(self) -> ReportFigure:
         """The overlap of each pair in each layer."""
@@ -147,10 +137,8 @@ class SelectionOverlap:
         pairs = list(self._by_layer)[:_MAX_DRAWN]
         layers = self.layers[:_MAX_LAYERS]
         cells = np.array([[self._by_layer[pair][layer].shared_share for pair in pairs] for layer in layers])
-        axes = new_axes(fig, 0.55 + max(0.19 * len(layers), 0.5))
         rows = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
-        columns = [f"{a + 1} and {b + 1}" for a, b in pairs]
-        heatmap(axes, cells, rows, columns, top=1.0, small=len(layers) > 40, slanted=False)
+        heatmap(fig, cells, rows, [f"{a + 1} and {b + 1}" for a, b in pairs], top=1.0)
 
 
 def _columns(drawn: str) -> tuple[Column, ...]:
