@@ -219,7 +219,7 @@ def _ranked_tensors(
         )
     trained_axes = {}
     if trained is not None and anatomy is None:  # of the kinds of tensor that have trained neurons
-        chosen = ((layer_and_kind(name.split("."))[1], one.layout) for name, one in _own(trained))
+        chosen = ((layer_and_kind(name)[1], one.layout) for name, one in _own(trained))
         trained_axes = {kind: layout.axes for kind, layout in chosen if layout.width == width}
     found: dict[str, NeuronTensor] = {}
     try:
