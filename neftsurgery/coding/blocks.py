@@ -56,10 +56,10 @@ def encode(
     changes = len(tuned) if base is None else int(np.count_nonzero(numbers))
     if changes == 0 and base is not None:
         return Form.SAME, b"", 0
-    form, code = Form.RAW, b""
-    if table is not None:
-        form, code = Form.CODED, _coded(against, numbers, elements, table)
-    if form == Form.RAW or len(code) >= tuned.nbytes:
+    coded = None if table is None else _coded(against, numbers, elements, table)
+    if coded is not None and len(coded) < tuned.nbytes:
+        form, code = Form.CODED, coded
+    else:
         form, code = Form.RAW, tuned.tobytes()
     if base is None or len(code) >= _POOR * tuned.nbytes:
         packed = compress(tuned.tobytes(), _ZSTD_LEVEL)

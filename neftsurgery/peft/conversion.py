@@ -25,7 +25,7 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import gather
 from ..patch.patch import Manifest, Patch
 from ..patch.write import NewPatch
-from ..selection.selection import Chosen, Selection, SelectionFacts
+from ..selection.selection import Chosen, Selection
 from ..storage.output import staged_directory
 from .choosing import neurons_of
 from .config import NeftConfig
@@ -83,7 +83,10 @@ def patch_of_adapter(
                 tensor=parameter,
                 hint="name the base that the adapter was trained on",
             )
-    selection = Selection({name: parts[name][0] for name in sorted(parts)}, _facts(config))
+    given = {"neurons": config.neurons, "params": config.params}
+    budget = {key: value for key, value in given.items() if value is not None}
+    facts = {"anatomy": config.anatomy, "policy": config.policy, "budget": budget}
+    selection = Selection({name: parts[name][0] for name in sorted(parts)}, facts)
     manifest = Manifest.of(Provenance.of(checkpoint), selection.facts)
     with NewPatch(selection, manifest).written(out, force=force) as writer:
         for name, (chosen, rows) in parts.items():
@@ -119,11 +122,6 @@ def _config(folder: Path) -> NeftConfig:
             "this is an adapter of another method", file=folder, expected="NEFT", found=str(config.peft_type)
         )
     return config
-
-
-def _facts(config: NeftConfig) -> SelectionFacts:
-    budget = {key: value for key in ("neurons", "params") if (value := getattr(config, key)) is not None}
-    return SelectionFacts({"anatomy": config.anatomy, "policy": config.policy, "budget": budget})
 
 
 @boundary
