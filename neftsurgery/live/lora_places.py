@@ -35,10 +35,7 @@ _FAILURES = (ValueError, LookupError, AttributeError, TypeError, RuntimeError)
 
 
 class PeftPlaces:
-    """The live model of a patch's base, of the class that its config names, as PEFT sees it.
-
-    A `UsageError` if there is none, or the config describes weights of other shapes.
-    """
+    """The live model of a patch's base, as PEFT sees it; a `UsageError` if its config gives no such model."""
 
     def __init__(self, base: Checkpoint, patch: Patch) -> None:
         self._name = base.name
@@ -57,13 +54,9 @@ class PeftPlaces:
         self.places: LoraPlaces = refused | placed
 
     def _places(self, places: Iterable[LivePlace], index: Int64Array) -> Sequence[LoraPlace] | str:
-        found = list[LoraPlace]()
-        for place in places:
-            one = self._place(place, index)
-            if isinstance(one, str):
-                return one
-            found.append(one)
-        return found
+        found = [self._place(place, index) for place in places]
+        why = next((one for one in found if isinstance(one, str)), None)
+        return why or [one for one in found if isinstance(one, LoraPlace)]
 
     def _place(self, place: LivePlace, index: Int64Array) -> LoraPlace | str:
         live, weight = place.parameter, self._weights.get(place.parameter)
@@ -146,10 +139,7 @@ class PeftPlaces:
         return sorted(set(names).difference(targets))
 
     def check(self, config: Mapping[str, Any], entries: Sequence[TensorInfo]) -> None:
-        """Raise a `MismatchError` unless PEFT puts all of this adapter into the model, and lacks nothing.
-
-        The model is adapted thereafter.
-        """
+        """Raise a `MismatchError` unless PEFT puts all of this adapter into the model, and lacks nothing."""
         factors = {entry.name: torch.empty(entry.shape, device="meta") for entry in entries}
         try:
             with warnings.catch_warnings():
