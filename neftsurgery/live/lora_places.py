@@ -112,9 +112,9 @@ class PeftPlaces:
             if cls.__module__.startswith("torch.") or cls.__name__ == "PreTrainedModel":
                 break
             for method in vars(cls).values():
-                if inspect.isfunction(method) and "init" not in method.__name__:
-                    if read.search(inspect.getsource(method)):
-                        return True
+                plain = inspect.isfunction(method) and "init" not in method.__name__
+                if plain and read.search(inspect.getsource(method)):
+                    return True
         return False
 
     def _as_module(self, path: str) -> Any:
