@@ -355,7 +355,7 @@ def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits, watcher: Watch
     saves = directory.probe / "trainer"
     args = plan.trainer_arguments(
         saves, steps=steps, save_every=steps, dev=False,
-        learning_rate=recipe.probe.learning_rate, save_strategy="no",
+        learning_rate=recipe.probe.learning_rate, save_strategy="no", report_to="none",
     )  # fmt: skip
     with watcher.progress("probe", steps) as advance:
         callback = RunCallback(watcher, advance)

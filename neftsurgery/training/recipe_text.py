@@ -49,7 +49,6 @@ def recipe_text(task: str | None = None) -> str:
         for one in dataclasses.fields(kind):
             key = f"{name}.{one.name}" if name else one.name
             if key not in SECTIONS:
-                # Its own help, or that of the option of the same name.
                 said = one.metadata.get("help") or spelled(options[one.name][1].help, as_key)
                 text += _lines(key, given.get(key, one), said, hints[one.name])
     return "\n".join(text) + "\n"

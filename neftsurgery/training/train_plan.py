@@ -258,16 +258,14 @@ def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdenti
     return RunIdentity(described, fingerprint(base), examples.digest())
 
 
-def _result(
-    plan: TrainPlan, state: Any, resumed_from: int, finished: bool, selection: Selection
-) -> TrainResult:
+def _result(plan: TrainPlan, state: Any, begun: int, finished: bool, selection: Selection) -> TrainResult:
     curve, dev = curve_from_log(state.log_history), bool(plan.examples.dev)
     return TrainResult(
         out=plan.out,
         run_directory=plan.run_directory.path,
         step=state.global_step,
         steps=plan.steps,
-        resumed_from=resumed_from,
+        resumed_from=begun,
         finished=finished,
         selection=selection,
         curve=curve,
@@ -341,6 +339,8 @@ def _publish(plan: TrainPlan, attached: Attached, result: TrainResult, seconds: 
         attached.selection.save(folder / "selection.safetensors")
         if plan.run_directory.scores.exists():
             shutil.copyfile(plan.run_directory.scores, folder / "scores.safetensors")
+        if (runs := plan.run_directory.saves / "runs").exists():  # TensorBoard's
+            shutil.copytree(runs, folder / "runs")
         write_curve(result.curve, folder / "losses.jsonl")
         recipe = yaml.safe_dump(plan.recipe.to_json(), sort_keys=False)
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")

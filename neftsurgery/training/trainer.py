@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..errors import MismatchError, UsageError
 from ..progress import Progress, silent
@@ -78,8 +79,11 @@ def trainer_arguments(
             raise UsageError(f"there is no training argument {name!r}", hint=nearest(name, known))
     pinned = {} if torch.accelerator.is_available() else {"dataloader_pin_memory": False}
     try:
-        return TrainingArguments(**(ours | pinned | train.more | options))
-    except (TypeError, ValueError, ImportError) as error:
+        args = TrainingArguments(**(ours | pinned | train.more | options))
+        for tracker in get_reporting_integration_callbacks(args.report_to):  # type: ignore[no-untyped-call]
+            tracker()  # tells whether its package is installed
+        return args
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UsageError(
             f"the training arguments do not go together: {error}", hint="see train.more"
         ) from error
@@ -122,10 +126,7 @@ def make_trainer(
 
 
 class RunCallback(TrainerCallback):
-    """Tells a watcher of steps and losses, asks whether to stop, and refuses a loss that is not finite.
-
-    The losses are written to a file as they are measured, if there is one.
-    """
+    """Tells a watcher, and a file if there is one, of losses; stops if asked, or if a loss is not finite."""
 
     def __init__(self, watcher: Watcher, advance: Callable[[int], None], losses: Path | None = None) -> None:
         self._watcher, self._advance, self._losses = watcher, advance, losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,5 +55,10 @@ def test_keys_of_their_own_reach_the_trainer(tmp_path: Path) -> None:
     assert (args.optim, args.lr_scheduler_type) == ("adafactor", "cosine_with_restarts")
     assert (args.activation_checkpointing, args.logging_steps, args.max_grad_norm) == (True, 7, 0.5)
     assert (args.use_cpu, args.restore_callback_states_from_checkpoint, args.report_to) == (True, True, [])
+    with pytest.raises(ns.UsageError, match="no such tracker is not supported"):
+        made(tmp_path, {"report_to": ["no such tracker"]})
+    if find_spec("wandb") is None:
+        with pytest.raises(ns.UsageError, match="requires wandb to be installed"):
+            made(tmp_path, {"report_to": ["wandb"]})
     with pytest.raises(ns.UsageError, match=r"adamm'? is not a valid OptimizerNames"):
         made(tmp_path, {"optimizer": "adamm"})
