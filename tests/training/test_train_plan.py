@@ -249,11 +249,15 @@ def test_losses_are_written_as_they_are_measured(recipe: dict[str, Any], tmp_pat
 
 
 def test_early_stopping_is_a_finished_run(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """On a dev set with other answers, whose loss falls and then rises."""
+    """On a dev set with other answers, whose loss falls and then rises; also if stopped in between."""
     dev = "".join(json.dumps(row | {"completion": f" {row['prompt']}"}) + "\n" for row in ROWS)
     (tmp_path / "dev.jsonl").write_text(dev)
     keys = {"steps": 12, "learning_rate": 0.3, "save_every": 1, "scheduler": "constant", "early_stopping": 2}
-    result = plan_train(recipe, {"data.eval": tmp_path / "dev.jsonl", "train": keys}).run()
+    overrides = {"data.eval": tmp_path / "dev.jsonl", "train": keys}
+    asked = iter([False] * 8 + [True])  # two batches of the probe, and seven steps
+    assert plan_train(recipe, overrides).run(stop=lambda: next(asked)).step == 7
+    result = plan_train(recipe, overrides, resume=True).run()
+    assert result.resumed_from == 7
     losses = {point.step: point.dev_loss for point in result.curve}
     assert result.finished
     assert result.step == result.best_step + 2 < 12
