@@ -76,6 +76,10 @@ class AdaptedWeights(Checkpoint):
         self.file.check_in_place()
         self.file.check_unchanged()
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """As of `Checkpoint`."""
+        return None if name in self.factors else self.base.place(name)
+
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """As of `Checkpoint`; computed tensors are not in memory."""
         return None if name in self.factors else self.base.window(name, start, size)

@@ -231,6 +231,10 @@ class Checkpoint:
         """Shard number and byte offset of tensor ``name``: sorting by it gives reading order."""
         return self._home[name], self.shard_of(name).header.offsets[self.tensors[name].name]
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """As `position`; None for a tensor that is computed."""
+        return self.position(name)
+
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
         shard = self.shard_of(name)
