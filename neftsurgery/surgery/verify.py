@@ -173,8 +173,6 @@ def examine(
     already what this patch, or this one and some that follow, make of it. ``replaced``: the vectors that the
     patches replaced, where others have them than the patches. Raises as `verify`.
     """
-    for patch in patches:
-        patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     layouts = (tensor.layout for patch in patches for tensor in patch.tensors.values())
     workers = limits.workers(block_memory(layouts, limits.block))
