@@ -105,10 +105,7 @@ def same_tensor(a: TensorInfo | None, b: TensorInfo | None) -> bool:
 def require_tensors(
     checkpoint: Checkpoint, tensors: Iterable[TensorInfo], what: str, made_from: Provenance | None = None
 ) -> None:
-    """Raise a `MismatchError` unless the checkpoint has all ``tensors``, with their shapes and dtypes.
-
-    For the message: ``what`` they belong to, and the checkpoint that this was made from.
-    """
+    """Raise a `MismatchError` about ``what`` unless the checkpoint has all ``tensors``, alike."""
     needed = {info.name: info for info in tensors}
     for info in needed.values():
         found = checkpoint.tensors.get(info.name)

@@ -72,10 +72,7 @@ def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
 def examine_blocks(
     checkpoint: Checkpoint, patch: LosslessPatch, *, limits: Limits, advance: Callable[[int], None]
 ) -> dict[str, TensorState]:
-    """The state of every tensor of the tuned checkpoint, by its blocks.
-
-    What the patch makes of the base's blocks is checked too: a `CorruptFileError` says that it is another.
-    """
+    """The state of every tensor, by its blocks; a `CorruptFileError` if the patch makes another of one."""
     delta = patch.forward
     states = {name: TensorState() for name in delta.tensors}
 
