@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 import neftsurgery as ns
-from neftsurgery.checkpoint.adapter_config import first_matches, ranks_and_alphas
+from neftsurgery.checkpoint.adapter_patterns import first_matches, ranks_and_alphas
 
 FILE = Path("adapter_config.json")
 PATHS = [
@@ -101,7 +101,7 @@ def test_a_pattern_that_would_run_for_ever_is_refused() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_the_matching_process_ends_when_its_parent_is_killed() -> None:
     script = (
-        "from pathlib import Path; from neftsurgery.checkpoint.adapter_config import first_matches;"
+        "from pathlib import Path; from neftsurgery.checkpoint.adapter_patterns import first_matches;"
         "first_matches([('match', ['(a+)+$'])], ['a' * 60 + 'b'], Path('c.json'), seconds=8)"
     )
     with subprocess.Popen([sys.executable, "-c", script]) as parent:
