@@ -89,12 +89,13 @@ class PeftPlaces:
 
     def _form(self, path: str, module: nn.Module, parameter: str, weight: torch.Tensor) -> Any:
         """How PEFT adapts a weight; None if it does not, or not exactly."""
+        if parameter == "weight" and self._bypassed(path, module):
+            return None
         if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
-            return None if self._bypassed(path, module) else self._as_module(path)
+            return self._as_module(path)
         if parameter == "weight" and isinstance(module, nn.Embedding):
             plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-            called = plain and module.max_norm is None and not self._bypassed(path, module)
-            return "embedding" if called else None
+            return "embedding" if plain and module.max_norm is None else None
         if parameter == "weight" and type(module) in _CONVOLUTIONS:
             # PEFT's factors do not take over these settings; and it multiplies kernels [1, 1, n] as matrices.
             conv: Any = module
@@ -105,7 +106,7 @@ class PeftPlaces:
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
     def _bypassed(self, path: str, module: nn.Module) -> bool:
-        """Whether the module around this one does not call it by its name, so that PEFT's is passed by."""
+        """Whether the module around this one does not call it by its name, and so passes PEFT's by."""
         outer, _, name = path.rpartition(".")
         parent = self._model.get_submodule(outer)
         lists = (value for value in vars(parent).values() if isinstance(value, list | tuple))
