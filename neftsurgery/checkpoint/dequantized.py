@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..errors import MismatchError
 from ..quantization.layouts import quantized_weights
 from ..quantization.settings import Settings, quantization_section
-from ..quantization.weight import Companion, QuantizedWeight, rows_read
+from ..quantization.weight import CodedWeight, Companion, QuantizedWeight, rows_read
 from ..tensors.arrays import IndexArray, Int64Array, RawBytes
 from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
@@ -214,6 +214,14 @@ def in_common_numbers(
     views = [side if isinstance(side, Dequantized) else _view(side, {}) for side in (base, tuned)]
     first, second = (view.showing(infos, straight) for view in views)
     return first, second, frozenset(straight)
+
+
+def coded_sides(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[CodedWeight, CodedWeight] | None:
+    """Both sides of a weight whose sums follow from codes and scales; None unless both store it alike."""
+    stored = [side.quantized.get(name) for side in (base, tuned)]
+    if stored[0] is None or stored[1] is None or not stored[0].summed_as(stored[1]):
+        return None
+    return CodedWeight(stored_side(base), stored[0]), CodedWeight(stored_side(tuned), stored[1])
 
 
 def stored_side(checkpoint: Checkpoint) -> Checkpoint:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.reader import RowReader
+from ..tensors.reader import RowReader, WeightReader
 from .codes import code_table, scales_decoded
 
 Numbers = NDArray[np.floating[Any]]
@@ -97,6 +97,13 @@ class QuantizedWeight:
         members = {role: one.info.name for role, one in self.companions.items()}
         return {"layout": self.layout, "unit": self.unit, "tensors": members}
 
+    def summed_as(self, other: QuantizedWeight) -> bool:
+        """Whether sums of the numbers of both follow from their codes, group by group: see `code_kernels`."""
+        alike = all(getattr(self, key) == getattr(other, key) for key in ("shape", "kind", "columns"))
+        plain = all(one.zeros is None and one.order is None for one in (self, other))
+        whole = code_table(self.kind)[1] == 1 or not (self.columns | self.shape[-1]) % 32
+        return alike and plain and whole
+
     def shared_rows(self, companion: Companion, rows: Int64Array) -> Int64Array:
         """The row of a companion that each of ``rows`` needs."""
         return shared_rows(rows, self.shape[-2], companion.span, companion.count)
@@ -104,6 +111,10 @@ class QuantizedWeight:
     def code_rows(self, files: RowReader, rows: Int64Array) -> RawBytes:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
         return rows_read(files, self.companions["codes"], rows)
+
+    def scale_rows(self, files: RowReader, rows: Int64Array) -> Float64Array:
+        """The scales of ``rows``, ``[k, groups]``."""
+        return scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
 
     def numbers(
         self,
@@ -119,8 +130,7 @@ class QuantizedWeight:
         """
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        columns = self.columns
-        scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
+        columns, scales = self.columns, self.scale_rows(files, rows)
         zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
         if groups is not None:
@@ -156,6 +166,14 @@ class QuantizedWeight:
                 found=int(found.max() if found.max() >= count else found.min()),
             )
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """A quantized weight with the files that hold it, whose codes are read as they are stored."""
+
+    files: WeightReader
+    weight: QuantizedWeight
 
 
 def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Array:

@@ -29,8 +29,8 @@ from ..options import (
     split,
 )
 from ..progress import Progress, Stopwatch, silent
-from ..scoring import kernels
 from ..scoring.engine import TensorResult, stream
+from ..scoring.partial_sums import prepare
 from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
@@ -88,7 +88,7 @@ class DiffPlan:
         """Read both sides once, and write the scores."""
         limits = limits or Limits.of()
         base, tuned, jobs = self.pair.compared
-        kernels.prepare(job.info.dtype for job in jobs)
+        prepare(jobs)
         watch = Stopwatch()
         before = self.pair.bytes_read
         with watch.running():
@@ -99,7 +99,7 @@ class DiffPlan:
             starts, arrays = _arrays(self.pair)
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self.pair, self.score, self.seed, starts, written)
-                with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
+                with progress("scoring", 2 * sum(job.nbytes for job in jobs)) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
                 sink.finish()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights, open_pair
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.dequantized import comparable, dequantized, in_common_numbers
+from ..checkpoint.dequantized import coded_sides, comparable, dequantized, in_common_numbers
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor
@@ -95,7 +95,12 @@ class Pair:
         first, second, straight = in_common_numbers(self.base, self.tuned, [j.info.name for j in self.jobs])
         if first is self.base:
             return first, second, self.jobs
-        return first, second, [_shown(job, first.tensors[job.info.name], straight) for job in self.jobs]
+        shown = [_shown(job, first.tensors[job.info.name], straight) for job in self.jobs]
+        return first, second, [self._with_codes(job) for job in shown]
+
+    def _with_codes(self, job: Job) -> Job:
+        """The job with the codes that its sums follow from, if both sides have them and neurons are rows."""
+        return job if job.across else replace(job, codes=coded_sides(self.base, self.tuned, job.info.name))
 
     @property
     def neurons(self) -> int:
