@@ -37,5 +37,5 @@ def scales_decoded(raw: RawBytes, dtype: str) -> Float64Array:
     if dtype in FLOATS:
         return widen(raw, dtype)
     if dtype in ("U8", "F8_E8M0"):
-        return _E8M0[raw]
+        return _E8M0.take(raw)
     return np.ascontiguousarray(raw).view(DTYPES[dtype].numpy).astype(np.float64)

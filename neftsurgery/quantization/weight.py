@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
+from ..tensors.dtypes import DTYPES, DType
+from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
 from .codes import code_table, scales_decoded
@@ -97,11 +99,16 @@ class QuantizedWeight:
         members = {role: one.info.name for role, one in self.companions.items()}
         return {"layout": self.layout, "unit": self.unit, "tensors": members}
 
+    @property
+    def code_type(self) -> DType:
+        """Of elements that are as large as a code."""
+        return DTYPES["U8" if code_table(self.kind)[1] == 1 else "F4"]
+
     def summed_as(self, other: QuantizedWeight) -> bool:
         """Whether sums of the numbers of both follow from their codes, group by group: see `code_kernels`."""
         alike = all(getattr(self, key) == getattr(other, key) for key in ("shape", "kind", "columns"))
         plain = all(one.zeros is None and one.order is None for one in (self, other))
-        whole = code_table(self.kind)[1] == 1 or not (self.columns | self.shape[-1]) % 32
+        whole = self.kind in FLOATS or (self.code_type.bits == 4 and not (self.columns | self.shape[-1]) % 32)
         return alike and plain and whole
 
     def shared_rows(self, companion: Companion, rows: Int64Array) -> Int64Array:
@@ -130,16 +137,16 @@ class QuantizedWeight:
         """
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        columns, scales = self.columns, self.scale_rows(files, rows)
-        zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
+        last, scales = first + out.shape[1], self.scale_rows(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
-        if groups is not None:
-            scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
-        from .kernels import scaled_numbers  # compiled: not loaded where nothing is quantized
-
+        of = np.arange(first, last) // self.columns if groups is None else groups[first:last]
+        table = table.astype(out.dtype).reshape(256, per_byte)
+        halves = table[raw[:, first // per_byte : -(-last // per_byte)]].reshape(len(rows), -1)
+        out[:] = halves[:, first % per_byte :][:, : out.shape[1]]
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
-            shared = [np.ascontiguousarray(part.astype(out.dtype)) for part in (scales, zeros)]
-        scaled_numbers(raw, table.astype(out.dtype), per_byte, *shared, columns, first, out)
+            if self.zeros is not None:
+                out -= self._zeros(files, rows).astype(out.dtype)[:, of]
+            out *= scales.astype(out.dtype)[:, of]
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
@@ -170,10 +177,18 @@ class QuantizedWeight:
 
 @dataclass(frozen=True, slots=True)
 class CodedWeight:
-    """A quantized weight with the files that hold it, whose codes are read as they are stored."""
+    """A quantized weight with the files that hold it, to read its codes as they are stored."""
 
     files: WeightReader
     weight: QuantizedWeight
+
+    def window(self, name: str, start: int, size: int) -> RawBytes | None:
+        """As of `WeightReader`: bytes of the codes."""
+        return self.files.window(self.weight.codes.name, start, size)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """As of `WeightReader`: bytes of the codes."""
+        self.files.read_into(self.weight.codes.name, start, buffer)
 
 
 def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Array:
@@ -195,5 +210,7 @@ def rows_read(files: RowReader, companion: Companion, rows: Int64Array) -> RawBy
 
 def _shared(files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array) -> RawBytes:
     """The bytes of the row of a companion that each of ``rows`` needs."""
+    if companion.span == 1:
+        return rows_read(files, companion, rows)
     needed, place = np.unique(weight.shared_rows(companion, rows), return_inverse=True)
     return rows_read(files, companion, needed)[place]

@@ -16,10 +16,10 @@ import numpy as np
 
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
+from ..quantization.weight import CodedWeight
 from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
-from ..tensors.dtypes import DType
 from ..tensors.reader import WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .sums import Exact, Sums, exact
@@ -82,11 +82,10 @@ class _Engine:
         results = []
         for number, group in groupby(task, key=lambda piece: piece.job):
             job, pieces = self._jobs[number], list(group)
-            sources = job.sources(self._base, self._tuned)
-            windows = self._windows(job.type, sources, pieces[0].start, pieces[-1].stop)
+            windows = self._windows(job, pieces[0].start, pieces[-1].stop)
             at_hand = all(window is not None for window in windows)
             for piece in joined(pieces, job) if at_hand else pieces:
-                a, b = self._read(job.type, sources, pieces[0].start, piece, windows)
+                a, b = self._read(job, pieces[0].start, piece, windows)
                 results.append((piece, partial_sums(job, piece, a, b)))
             if any(window is not None and is_truncated(window) for window in windows):
                 raise CorruptFileError(
@@ -94,34 +93,30 @@ class _Engine:
                 )
         return results
 
-    def _windows(
-        self, dtype: DType, sources: Sequence[tuple[WeightReader, str]], start: int, stop: int
-    ) -> list[RawBytes | None]:
+    def _sides(self, job: Job) -> Sequence[WeightReader | CodedWeight]:
+        return job.codes or (self._base, self._tuned)
+
+    def _windows(self, job: Job, start: int, stop: int) -> list[RawBytes | None]:
         """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
-        first, size = dtype.nbytes(start), dtype.nbytes(stop - start)
+        first, size = job.type.nbytes(start), job.type.nbytes(stop - start)
         if size < self._least_window or not self._limits.mapped:
             return [None, None]
-        found = [side.window(name, first, size) for side, name in sources]
+        found = [side.window(job.info.name, first, size) for side in self._sides(job)]
         # Compiled code assumes aligned elements.
-        return [w if w is None or w.ctypes.data % max(1, dtype.bits // 8) == 0 else None for w in found]
+        return [w if w is None or w.ctypes.data % max(1, job.type.bits // 8) == 0 else None for w in found]
 
     def _read(
-        self,
-        dtype: DType,
-        sources: Sequence[tuple[WeightReader, str]],
-        origin: int,
-        piece: TensorPiece,
-        windows: Sequence[RawBytes | None],
+        self, job: Job, origin: int, piece: TensorPiece, windows: Sequence[RawBytes | None]
     ) -> list[RawBytes]:
         """The bytes of a piece on both sides. The windows start at element ``origin``."""
-        start, size = dtype.nbytes(piece.start), dtype.nbytes(piece.stop - piece.start)
-        skipped = start - dtype.nbytes(origin)
+        start, size = job.type.nbytes(piece.start), job.type.nbytes(piece.stop - piece.start)
+        skipped = start - job.type.nbytes(origin)
         read = []
-        for side, (weights, name) in enumerate(sources):
+        for side, weights in enumerate(self._sides(job)):
             window = windows[side]
             if window is None:
                 part = self._buffers(size)[side, :size]
-                weights.read_into(name, start, part.data)
+                weights.read_into(job.info.name, start, part.data)
             else:
                 part = window[skipped : skipped + size]
             read.append(part)

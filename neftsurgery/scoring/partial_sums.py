@@ -17,14 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..neurons.layout import Layout
-from ..quantization.codes import code_table
 from ..quantization.weight import CodedWeight
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
-from ..tensors.dtypes import DTYPES, DType
+from ..tensors.dtypes import DType
 from ..tensors.header import TensorInfo
-from ..tensors.reader import WeightReader
 from . import kernels
-from .code_kernels import prepare_codes, sums_of_codes
+from .code_kernels import row_sums
 from .kernels import FORMATS
 from .sums import Exact, Sums, exact
 
@@ -32,7 +30,6 @@ _LEAST_RUNS = 64
 _TASK_PIECES = 256  # small tensors share a task
 _LEAST_SQUARE = 1e-30  # of a sum: below it, float32 squares may have underflowed
 _PLAIN_ELEMENTS = 1 << 15
-_NUMBERS = 1 << 20  # of codes, that are computed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +49,7 @@ CUT_SIZES = CutSizes()
 class Job:
     """One tensor to compare. Without ``layout`` its change is summed over the whole tensor.
 
-    With ``codes``, those of both sides are read, and the sums are of the numbers that they stand for.
+    With ``codes``, these are read, of whole rows, and the sums are of the numbers that they stand for.
     """
 
     info: TensorInfo
@@ -62,20 +59,12 @@ class Job:
     @property
     def type(self) -> DType:
         """Of its elements as they are read."""
-        if self.codes is None:
-            return self.info.type
-        return DTYPES["U8" if code_table(self.codes[0].weight.kind)[1] == 1 else "F4"]
+        return self.info.type if self.codes is None else self.codes[0].weight.code_type
 
     @property
     def nbytes(self) -> int:
         """Bytes that are read of each side."""
         return self.type.nbytes(self.info.elements)
-
-    def sources(self, base: WeightReader, tuned: WeightReader) -> list[tuple[WeightReader, str]]:
-        """Where its bytes are read, of base and tuned, and under what names."""
-        if self.codes is None:
-            return [(base, self.info.name), (tuned, self.info.name)]
-        return [(one.files, one.weight.codes.name) for one in self.codes]
 
     @property
     def across(self) -> bool:
@@ -84,17 +73,10 @@ class Job:
 
     @property
     def run(self) -> int:
-        """Elements of a run; a tensor without neurons is one. Of codes, a row."""
+        """Elements of a run; a tensor without neurons is one."""
         if self.codes is not None:
             return self.info.shape[-1]
         return self.info.elements if self.layout is None else self.layout.run[1]
-
-
-def prepare(jobs: Iterable[Job]) -> None:
-    """Compile, or load from the cache on disk, the kernels for all jobs."""
-    kernels.prepare({job.info.dtype for job in jobs})
-    for kind in sorted({job.codes[0].weight.kind for job in jobs if job.codes is not None}):
-        prepare_codes(kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +107,8 @@ def tasks(jobs: Sequence[Job], task_bytes: int, piece_bytes: int) -> Iterator[li
 
 def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
     """Neighbouring pieces of one job merged into few large ones, where that changes no sum."""
-    # Column sums start again with each piece, and so do the sums of types that are not floats. The scales of
-    # codes take memory.
+    # Column sums start again with each piece, and so do the sums of types that are not floats. Codes
+    # have scales, which take memory.
     if job.across or job.info.dtype not in FORMATS or job.codes is not None:
         yield from pieces
         return
@@ -141,8 +123,10 @@ def _pieces(number: int, job: Job, nbytes: int) -> Iterator[TensorPiece]:
     if job.across:  # their sums take 32 bytes per element of a run: worth it only for many runs
         nbytes = min(max(nbytes, _LEAST_RUNS * job.info.type.nbytes(run)), 8 * nbytes)
     limit = max(8, nbytes * 8 // job.type.bits // 8 * 8)  # whole bytes for packed types
-    if run <= limit or job.codes is not None:
-        step = max(limit // max(run, 1) * run, run, 1)
+    if job.codes is not None:
+        limit = max(limit, run)
+    if run <= limit:
+        step = max(limit // max(run, 1) * run, 1)
         for start in range(0, total, step):
             stop = min(start + step, total)
             yield TensorPiece(number, start, stop, run)
@@ -175,7 +159,7 @@ def partial_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> Part
     if info.dtype not in kernels.FORMATS:
         return PartialSums(0, None, *_plain_sums(info, a, b))
     if job.layout is None:
-        return _whole_sums(job, piece, a, b)
+        return _whole_sums(info, piece.grain, a, b)
     if job.across:
         first, offset = divmod(piece.start, job.run)
         owners = job.layout.run_neurons(first, first + (piece.stop - piece.start) // piece.grain)
@@ -187,56 +171,29 @@ def _carried(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[NDArray[Any], 
     return a.view(info.type.carrier), b.view(info.type.carrier)
 
 
-def _grain_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> tuple[Float64Array, Int64Array]:
-    """The sums of each grain."""
-    rows = np.arange(piece.start // piece.grain, piece.stop // piece.grain)
-    sums, changed = np.empty((3, len(rows))), np.empty(len(rows), np.int64)
-    if job.codes is None:
-        kernels.run_sums(job.info.dtype)(*_carried(job.info, a, b), piece.grain, sums, changed)
-    else:
-        sums_of_codes(job.codes, rows, a, b, sums, changed)
-    return sums, changed
-
-
-def _exact(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes, grains: Int64Array) -> Exact:
-    """Some grains again, in float64."""
-    if job.codes is None:
-        count = (piece.stop - piece.start) // piece.grain
-        return exact(job.info.dtype, a.reshape(count, -1), b.reshape(count, -1), grains)
-    parts = np.array_split(grains, -(-len(grains) * piece.grain // _NUMBERS))  # numbers take more memory
-    return Exact.joined([exact(job.info.dtype, *_vectors(job, piece, a, b, part)) for part in parts])
-
-
-def _vectors(
-    job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes, grains: Int64Array
-) -> tuple[RawBytes, RawBytes]:
-    """The bytes of some grains on both sides, of codes those of their numbers."""
-    count = (piece.stop - piece.start) // piece.grain
-    a, b = a.reshape(count, -1)[grains], b.reshape(count, -1)[grains]
-    if job.codes is None:
-        return a, b
-    numbers = np.empty((2, len(grains), piece.grain), job.info.type.numpy)
-    for one, raw, out in zip(job.codes, (a, b), numbers, strict=True):
-        one.weight.numbers(one.files, grains + piece.start // piece.grain, out, codes=raw)
-    return numbers[0].view(np.uint8), numbers[1].view(np.uint8)
-
-
 def _run_sums(job: Job, layout: Layout, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
     """Sums of runs of one neuron each, or of parts of such runs."""
-    sums, changed = _grain_sums(job, piece, a, b)
-    count = len(changed)
-    run = layout.run[1]
+    info, run = job.info, layout.run[1]
+    count = (piece.stop - piece.start) // piece.grain
+    if job.codes is not None:
+        sums, changed = row_sums(job.codes, np.arange(count) + piece.start // piece.grain, a, b)
+    else:
+        sums, changed = np.empty((3, count)), np.empty(count, np.int64)
+        kernels.run_sums(info.dtype)(*_carried(info, a, b), piece.grain, sums, changed)
     first = piece.start // run
     if piece.grain < run:
         runs = (piece.start + piece.grain * np.arange(count)) // run
         return PartialSums(0, layout.run_neurons(first, int(runs[-1]) + 1)[runs - first], sums, changed)
     if not layout.contiguous:
         return PartialSums(0, layout.run_neurons(first, first + count), sums, changed)
-    result = PartialSums(first, None, sums, changed, all_refined=True)
+    result = PartialSums(first, None, sums, changed, all_refined=job.codes is None)
+    if job.codes is not None:
+        return result
     # These are whole vectors, still in memory: refine the doubtful ones now.
-    doubtful = Sums(sums.copy(), changed).doubtful(job.info.dtype)
+    doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
     if len(doubtful):
-        result.refined = (doubtful + first, _exact(job, piece, a, b, doubtful))
+        rows_a, rows_b = (side.reshape(count, -1) for side in (a, b))
+        result.refined = (doubtful + first, exact(info.dtype, rows_a, rows_b, doubtful))
     return result
 
 
@@ -257,16 +214,19 @@ def _column_sums(
     return PartialSums(0, index, sums.transpose(1, 0, 2).reshape(3, -1), changed.ravel())
 
 
-def _whole_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
+def _whole_sums(info: TensorInfo, grain: int, a: RawBytes, b: RawBytes) -> PartialSums:
     """Sums over all elements of each grain, without NaN and Inf."""
-    sums, changed = _grain_sums(job, piece, a, b)
+    x, y = _carried(info, a, b)
+    count = len(x) // grain
+    sums, changed = np.empty((3, count)), np.empty(count, np.int64)
+    kernels.run_sums(info.dtype)(x, y, grain, sums, changed)
     with np.errstate(invalid="ignore"):
         lost = ~np.isfinite(sums).all(axis=0) | (sums[0] < _LEAST_SQUARE)
         lost |= (changed > 0) & (sums[1] < _LEAST_SQUARE)
     for number in np.flatnonzero(lost):
-        rows = _vectors(job, piece, a, b, np.array([number]))
-        sums[:, number] = _finite_sums(job.info, *rows)
-    return PartialSums(0, np.zeros(len(changed), np.int64), sums, changed)
+        rows = (side.reshape(count, -1)[number : number + 1] for side in (a, b))
+        sums[:, number] = _finite_sums(info, *rows)
+    return PartialSums(0, np.zeros(count, np.int64), sums, changed)
 
 
 def _finite_sums(info: TensorInfo, a: RawBytes, b: RawBytes) -> list[float]:

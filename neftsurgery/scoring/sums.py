@@ -10,7 +10,7 @@ Neuron: Neuron-Level Supervised Fine-tuning for Large Language Model", COLING 20
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -40,12 +40,6 @@ class Exact:
     changed: Int64Array
     finite: Mask
     scale: Float64Array
-
-    @classmethod
-    def joined(cls, parts: Sequence[Exact]) -> Exact:
-        """The results of all ``parts``, one after the other."""
-        each = ([getattr(part, one.name) for part in parts] for one in fields(cls))
-        return cls(*map(np.concatenate, each))
 
     def score(self, kind: str, width: Int64Array) -> Float64Array:
         """The score ``kind`` of each of them, of vectors of ``width`` elements."""

@@ -29,8 +29,8 @@ from ..options import (
     split,
 )
 from ..progress import Progress, Stopwatch, silent
+from ..scoring import code_kernels, kernels
 from ..scoring.engine import TensorResult, stream
-from ..scoring.partial_sums import prepare
 from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
@@ -88,7 +88,8 @@ class DiffPlan:
         """Read both sides once, and write the scores."""
         limits = limits or Limits.of()
         base, tuned, jobs = self.pair.compared
-        prepare(jobs)
+        kernels.prepare(job.info.dtype for job in jobs)
+        code_kernels.prepare(job.codes[0].weight.kind for job in jobs if job.codes is not None)
         watch = Stopwatch()
         before = self.pair.bytes_read
         with watch.running():

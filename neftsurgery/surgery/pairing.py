@@ -100,7 +100,9 @@ class Pair:
 
     def _with_codes(self, job: Job) -> Job:
         """The job with the codes that its sums follow from, if both sides have them and neurons are rows."""
-        return job if job.across else replace(job, codes=coded_sides(self.base, self.tuned, job.info.name))
+        if job.layout is None or job.across:
+            return job
+        return replace(job, codes=coded_sides(self.base, self.tuned, job.info.name))
 
     @property
     def neurons(self) -> int:
