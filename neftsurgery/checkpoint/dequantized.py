@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MismatchError
+from ..errors import CorruptFileError, MismatchError
+from ..neurons.layout import Layout
+from ..neurons.vectors import gather
 from ..quantization.layouts import quantized_weights
 from ..quantization.settings import Settings, quantization_section
 from ..quantization.weight import CodedWeight, Companion, QuantizedWeight, rows_read
@@ -181,6 +183,21 @@ def _view(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> Deq
     own |= {"tensors": tensors, "_home": home, "original": checkpoint.original or checkpoint}
     own["quantized"] = weights
     return Dequantized(**own, files=checkpoint, shown=weights)
+
+
+def refuse_nonfinite(checkpoint: Checkpoint, info: TensorInfo, layout: Layout, neuron: int) -> None:
+    """Raise a `CorruptFileError` if this neuron has a NaN or infinite number, and is stored as codes."""
+    if (weight := checkpoint.quantized.get(info.name)) is None:
+        return
+    raw = gather(checkpoint, checkpoint.tensors[info.name], layout, np.array([neuron]))
+    if not np.isfinite(raw.view(checkpoint.tensors[info.name].type.numpy)).all():
+        raise CorruptFileError(
+            f"a code, or its scale in {weight.scales.info.name}, stands for NaN or infinity",
+            file=checkpoint.name,
+            tensor=weight.codes.name,
+            found=f"in neuron {neuron}",
+            hint=f"fetch or save the checkpoint again, or leave the weight out: [[exclude={info.name}]]",
+        )
 
 
 def comparable(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:

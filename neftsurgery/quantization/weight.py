@@ -100,6 +100,12 @@ class QuantizedWeight:
         return {"layout": self.layout, "unit": self.unit, "tensors": members}
 
     @property
+    def row_axes(self) -> tuple[int, ...]:
+        """The axes of the weight along which rows of codes lie: neurons along these can be cut out."""
+        last = len(self.shape) - 1
+        return tuple(axis for axis in range(last + 1) if axis != last - self.transposed)
+
+    @property
     def code_type(self) -> DType:
         """Of elements that are as large as a code."""
         return DTYPES["U8" if code_table(self.kind)[1] == 1 else "F4"]
@@ -109,7 +115,7 @@ class QuantizedWeight:
         alike = all(getattr(self, key) == getattr(other, key) for key in ("shape", "kind", "columns"))
         plain = all(one.zeros is None and one.order is None for one in (self, other))
         whole = self.kind in FLOATS or (self.code_type.bits == 4 and not (self.columns | self.shape[-1]) % 32)
-        return alike and plain and whole
+        return alike and plain and whole and self.columns > 1
 
     def shared_rows(self, companion: Companion, rows: Int64Array) -> Int64Array:
         """The row of a companion that each of ``rows`` needs."""

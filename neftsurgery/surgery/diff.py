@@ -13,6 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.dequantized import refuse_nonfinite
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
 from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
@@ -266,6 +267,7 @@ class _Sink:
         self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
         self._waiting: list[tuple[int, NeuronTensor, Sums]] = []  # with where their numbers begin
         self._neurons = 0  # of those waiting
+        self._sides = plan.base, plan.tuned
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
         self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
         self.nonfinite = 0
@@ -278,6 +280,9 @@ class _Sink:
             self._list(result)
             return
         assert result.sums is not None  # its job has a layout
+        for neuron in np.flatnonzero(~result.sums.finite)[:1]:
+            for side in self._sides:
+                refuse_nonfinite(side, tensor.info, tensor.layout, int(neuron))
         if tensor.units is not None:
             if self._layer is None or self._layer.name != tensor.layer:
                 self._finish_layer()

@@ -24,7 +24,7 @@ from ..scoring.partial_sums import Job
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from ..text import natural_key
+from ..text import natural_key, plural
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ class Pair:
         notes = [*self.joined.notes, *file_notes(self.base), *file_notes(self.tuned)]
         if self.differing and (why := why_unlike(self.base, self.tuned)):
             notes.append(why)
+        stored, scored = self.base.quantized, self.anatomy.scored
+        axes = {tensor.info.name: tensor.layout.axes for tensor in scored if tensor.info.name in stored}
+        if across := [name for name, mine in axes.items() if mine != stored[name].row_axes]:
+            notes.append(
+                f"neurons of {plural(len(across), 'quantized weight')} lie across rows of codes (first: "
+                f"{across[0]}): they are scored, and cannot be cut out"
+            )
         return [*self.anatomy.warnings, *dict.fromkeys(notes)]
 
     @property
