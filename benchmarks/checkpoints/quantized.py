@@ -24,7 +24,7 @@ Parts = dict[str, tuple[str, NDArray[Any]]]  # by the end of the name: dtype, ro
 HIDDEN, EXPERT = 4096, 2880  # the width of rows: of FP8, and of MXFP4 as in gpt-oss
 ROWS = 4096 + 128  # of the matrix
 STEP = 128 * 5  # rows from one weight's start to the next one's: whole blocks
-EXPERTS = 8
+EXPERTS = 4
 CONFIGS: dict[str, dict[str, Any]] = {
     "fp8": {
         "model_type": "llama",

@@ -235,10 +235,10 @@ def in_common_numbers(
 
 def coded_sides(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[CodedWeight, CodedWeight] | None:
     """Both sides of a weight whose sums follow from codes and scales; None unless both store it alike."""
-    stored = [side.quantized.get(name) for side in (base, tuned)]
-    if stored[0] is None or stored[1] is None or not stored[0].summed_as(stored[1]):
+    first, second = (side.quantized.get(name) for side in (base, tuned))
+    if first is None or second is None or not first.summed_as(second):
         return None
-    return CodedWeight(stored_side(base), stored[0]), CodedWeight(stored_side(tuned), stored[1])
+    return CodedWeight(stored_side(base), first), CodedWeight(stored_side(tuned), second)
 
 
 def stored_side(checkpoint: Checkpoint) -> Checkpoint:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
-from ..tensors.dtypes import DTYPES, DType
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
@@ -106,15 +105,15 @@ class QuantizedWeight:
         return tuple(axis for axis in range(last + 1) if axis != last - self.transposed)
 
     @property
-    def code_type(self) -> DType:
-        """Of elements that are as large as a code."""
-        return DTYPES["U8" if code_table(self.kind)[1] == 1 else "F4"]
+    def code_type(self) -> str:
+        """A dtype whose elements are as large as a code."""
+        return "U8" if code_table(self.kind)[1] == 1 else "F4"
 
     def summed_as(self, other: QuantizedWeight) -> bool:
-        """Whether sums of the numbers of both follow from their codes, group by group: see `code_kernels`."""
+        """Whether sums of rows follow from the codes and scales of both: see `code_kernels`."""
         alike = all(getattr(self, key) == getattr(other, key) for key in ("shape", "kind", "columns"))
         plain = all(one.zeros is None and one.order is None for one in (self, other))
-        whole = self.kind in FLOATS or (self.code_type.bits == 4 and not (self.columns | self.shape[-1]) % 32)
+        whole = self.kind in FLOATS or (self.code_type == "F4" and not (self.columns | self.shape[-1]) % 32)
         return alike and plain and whole and self.columns > 1
 
     def shared_rows(self, companion: Companion, rows: Int64Array) -> Int64Array:

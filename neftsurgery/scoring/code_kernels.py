@@ -34,8 +34,8 @@ _bits = kernels.bitcast(types.float64, types.uint64)
 
 # Indices are unsigned: the compiler sees that none is negative, and vectorises.
 @compiled()
-def _pair_sums(a: Any, b: Any, length: int, words: Any, sums: Any, changed: Any) -> None:
-    """As `kernels.run_sums`, of runs of ``length`` bytes of two codes; ``words`` as in `tables`."""
+def _pair_sums(a: Any, b: Any, length: int, words: Any, unit: float, sums: Any, changed: Any) -> None:
+    """As `kernels.run_sums`, of runs of bytes of two codes; ``words`` and ``unit`` of `pair_table`."""
     for run in range(changed.size):
         xx, ee, xe, differing = 0, 0, 0, 0
         for first in range(run * length, (run + 1) * length, _PAIRS):
@@ -48,26 +48,16 @@ def _pair_sums(a: Any, b: Any, length: int, words: Any, sums: Any, changed: Any)
             ee += (word >> _EE) & ((1 << (_XE - _EE)) - 1)
             xe += ((word >> _XE) & ((1 << (_DIFFERING - _XE)) - 1)) - _OFFSET * _PAIRS
             differing += word >> _DIFFERING
-        sums[0, run], sums[1, run], sums[2, run], changed[run] = xx, ee, xe, differing
+        sums[0, run], sums[1, run], sums[2, run], changed[run] = unit * xx, unit * ee, unit * xe, differing
 
 
 @compiled(fastmath=kernels.FASTMATH)
 def _scaled_sums(
-    a: Any,
-    b: Any,
-    scales: Any,
-    unit: float,
-    near: float,
-    numbers: Any,
-    groups: Any,
-    unequal: Any,
-    sums: Any,
-    changed: Any,
+    a: Any, b: Any, scales: Any, near: float, numbers: Any, groups: Any, unequal: Any, sums: Any, changed: Any
 ) -> None:
     """The sums of rows from those of the codes of their ``groups``, of which ``unequal`` differ.
 
-    ``scales``: of both sides, float64 ``[n, groups of a row]``, in units of ``unit``; ``numbers``: float32
-    ``[256 * codes of a byte]``.
+    ``scales``: of both sides, float64 ``[n, groups of a row]``; ``numbers``: of bytes, see `code_table`.
     """
     shift, width = u64(numbers.size >> 9), a.size // unequal.size
     for row in range(changed.size):
@@ -75,7 +65,7 @@ def _scaled_sums(
         for place in range(scales[0].shape[1]):
             group = row * scales[0].shape[1] + place
             start, stop = u64(group * width), u64((group + 1) * width)
-            s, t = unit * scales[0][row, place], unit * scales[1][row, place]
+            s, t = scales[0][row, place], scales[1][row, place]
             moved = t - s
             if s != 0.0 and abs(moved) <= near * abs(t):
                 xx, ee, xe = groups[0, group], groups[1, group], groups[2, group]
@@ -103,37 +93,36 @@ def _scaled_sums(
 
 
 @functools.cache
-def tables(kind: str) -> tuple[NDArray[np.float32], NDArray[np.uint64]]:
-    """The numbers of each byte; of two codes a byte, whole numbers, and the sums of each pair of bytes."""
-    numbers, per_byte = code_table(kind)
-    if per_byte == 1:
-        return numbers, np.zeros(0, np.uint64)
-    numbers = numbers * np.float32(2 if kind == "E2M1" else 1)
-    whole, negative = numbers.astype(np.int64).reshape(256, 2), np.signbit(numbers).reshape(256, 2)
+def pair_table(kind: str) -> tuple[NDArray[np.uint64], float]:
+    """The sums of each two bytes of two codes, in words; and the unit of the squares in them."""
+    numbers, size = (
+        code_table(kind)[0].reshape(256, 2),
+        2 if kind == "E2M1" else 1,
+    )  # whole numbers if doubled
+    whole, negative = (size * numbers).astype(np.int64), np.signbit(numbers)
     x, y = whole[:, None], whole[None]
     differ = (x != y) | (negative[:, None] != negative[None])
     words = (x * x) + ((y - x) ** 2 << _EE) + (x * (y - x) << _XE) + (differ.astype(np.int64) << _DIFFERING)
-    return numbers, (words.sum(axis=2) + (_OFFSET << _XE)).astype(np.uint64).reshape(-1)
+    return (words.sum(axis=2) + (_OFFSET << _XE)).astype(np.uint64).reshape(-1), size**-2
 
 
 def code_sums(
     kind: str, a: RawBytes, b: RawBytes, scales: tuple[Float64Array, Float64Array], width: int
 ) -> tuple[Float64Array, Int64Array]:
     """As `kernels.run_sums`, of rows of codes of which ``width`` bytes share one of ``scales``."""
-    (numbers, words), rows = tables(kind), len(scales[0])
+    (numbers, per_byte), rows = code_table(kind), len(scales[0])
     run = math.gcd(a.size // rows, width)  # the last group of a row may be shorter
     if run < width:
         first, second = (side.repeat(width // run, axis=1)[:, : a.size // rows // run] for side in scales)
         scales = first, second
-    groups, unequal = np.empty((3, a.size // run)), np.empty(a.size // run, np.int64)
-    near, unit = 0.0, 0.5 if kind == "E2M1" else 1.0
-    if len(words):
-        _pair_sums(a, b, run, words, groups, unequal)
+    groups, unequal, near = np.empty((3, a.size // run)), np.empty(a.size // run, np.int64), 0.0
+    if per_byte == 2:
+        _pair_sums(a, b, run, *pair_table(kind), groups, unequal)
     else:
         near = 0.5 ** (CODE_BITS[kind] + 1)  # half of how far codes of one sign are apart, at least
         kernels.run_sums(kind)(a, b, run, groups, unequal)
     sums, changed = np.empty((3, rows)), np.empty(rows, np.int64)
-    _scaled_sums(a, b, scales, unit, near, numbers, groups, unequal, sums, changed)
+    _scaled_sums(a, b, scales, near, numbers, groups, unequal, sums, changed)
     return sums, changed
 
 
@@ -143,7 +132,7 @@ def row_sums(
     """The sums of ``rows`` of a weight, whose codes are ``a`` and ``b``."""
     weight = codes[0].weight
     first, second = (one.weight.scale_rows(one.files, rows) for one in codes)
-    return code_sums(weight.kind, a, b, (first, second), weight.columns * weight.code_type.bits // 8)
+    return code_sums(weight.kind, a, b, (first, second), weight.columns // code_table(weight.kind)[1])
 
 
 def prepare(kinds: Iterable[str]) -> None:

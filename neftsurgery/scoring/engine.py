@@ -20,9 +20,12 @@ from ..quantization.weight import CodedWeight
 from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
+from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .sums import Exact, Sums, exact
+
+Sides = Sequence[WeightReader | CodedWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ def stream(
     """
     engine = _Engine(base, tuned, jobs, limits, sizes)
     workers = limits.workers(2 * sizes.least_task)
-    share = min(limits.memory // 2, sum(job.nbytes for job in jobs) // 8) // workers
+    share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
     work = tasks(jobs, min(max(share, sizes.least_task), sizes.largest_task), sizes.piece)
     with (
         sigbus_guard() if limits.mapped else nullcontext(),
@@ -65,7 +68,7 @@ def stream(
             for piece, result in group:
                 collector.add(result)
                 if progress is not None:
-                    progress(2 * job.type.nbytes(piece.stop - piece.start))
+                    progress(2 * job.info.type.nbytes(piece.stop - piece.start))
             yield collector.finish(base, tuned, limits)
 
 
@@ -82,10 +85,11 @@ class _Engine:
         results = []
         for number, group in groupby(task, key=lambda piece: piece.job):
             job, pieces = self._jobs[number], list(group)
-            windows = self._windows(job, pieces[0].start, pieces[-1].stop)
+            sides: Sides = job.codes or (self._base, self._tuned)
+            windows = self._windows(sides, job.info, pieces[0].start, pieces[-1].stop)
             at_hand = all(window is not None for window in windows)
             for piece in joined(pieces, job) if at_hand else pieces:
-                a, b = self._read(job, pieces[0].start, piece, windows)
+                a, b = self._read(sides, job.info, pieces[0].start, piece, windows)
                 results.append((piece, partial_sums(job, piece, a, b)))
             if any(window is not None and is_truncated(window) for window in windows):
                 raise CorruptFileError(
@@ -93,30 +97,32 @@ class _Engine:
                 )
         return results
 
-    def _sides(self, job: Job) -> Sequence[WeightReader | CodedWeight]:
-        return job.codes or (self._base, self._tuned)
-
-    def _windows(self, job: Job, start: int, stop: int) -> list[RawBytes | None]:
+    def _windows(self, sides: Sides, info: TensorInfo, start: int, stop: int) -> list[RawBytes | None]:
         """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
-        first, size = job.type.nbytes(start), job.type.nbytes(stop - start)
+        first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
         if size < self._least_window or not self._limits.mapped:
             return [None, None]
-        found = [side.window(job.info.name, first, size) for side in self._sides(job)]
+        found = [side.window(info.name, first, size) for side in sides]
         # Compiled code assumes aligned elements.
-        return [w if w is None or w.ctypes.data % max(1, job.type.bits // 8) == 0 else None for w in found]
+        return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
     def _read(
-        self, job: Job, origin: int, piece: TensorPiece, windows: Sequence[RawBytes | None]
+        self,
+        sides: Sides,
+        info: TensorInfo,
+        origin: int,
+        piece: TensorPiece,
+        windows: Sequence[RawBytes | None],
     ) -> list[RawBytes]:
         """The bytes of a piece on both sides. The windows start at element ``origin``."""
-        start, size = job.type.nbytes(piece.start), job.type.nbytes(piece.stop - piece.start)
-        skipped = start - job.type.nbytes(origin)
+        start, size = info.type.nbytes(piece.start), info.type.nbytes(piece.stop - piece.start)
+        skipped = start - info.type.nbytes(origin)
         read = []
-        for side, weights in enumerate(self._sides(job)):
+        for side, weights in enumerate(sides):
             window = windows[side]
             if window is None:
                 part = self._buffers(size)[side, :size]
-                weights.read_into(job.info.name, start, part.data)
+                weights.read_into(info.name, start, part.data)
             else:
                 part = window[skipped : skipped + size]
             read.append(part)
@@ -178,6 +184,8 @@ class _Collector:
     def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
         """Read the vectors whose sums are doubtful again, whole, and refine their sums."""
         info, layout = self._job.info, self._job.layout
+        if self._job.codes is not None:  # refined are the numbers
+            info = base.tensors[info.name]
         assert layout is not None  # only neurons are refined
         doubtful = sums.doubtful(info.dtype)
         if not len(doubtful):

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from ..neurons.layout import Layout
 from ..quantization.weight import CodedWeight
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
-from ..tensors.dtypes import DType
 from ..tensors.header import TensorInfo
 from . import kernels
 from .code_kernels import row_sums
@@ -49,22 +48,12 @@ CUT_SIZES = CutSizes()
 class Job:
     """One tensor to compare. Without ``layout`` its change is summed over the whole tensor.
 
-    With ``codes``, these are read, of whole rows, and the sums are of the numbers that they stand for.
+    With ``codes``, ``info`` is of these, a neuron a row, and the sums are of the numbers that they stand for.
     """
 
     info: TensorInfo
     layout: Layout | None
     codes: tuple[CodedWeight, CodedWeight] | None = None
-
-    @property
-    def type(self) -> DType:
-        """Of its elements as they are read."""
-        return self.info.type if self.codes is None else self.codes[0].weight.code_type
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are read of each side."""
-        return self.type.nbytes(self.info.elements)
 
     @property
     def across(self) -> bool:
@@ -74,8 +63,6 @@ class Job:
     @property
     def run(self) -> int:
         """Elements of a run; a tensor without neurons is one."""
-        if self.codes is not None:
-            return self.info.shape[-1]
         return self.info.elements if self.layout is None else self.layout.run[1]
 
 
@@ -95,7 +82,7 @@ def tasks(jobs: Sequence[Job], task_bytes: int, piece_bytes: int) -> Iterator[li
     size = 0
     for number, job in enumerate(jobs):
         for piece in _pieces(number, job, piece_bytes):
-            nbytes = job.type.nbytes(piece.stop - piece.start)
+            nbytes = job.info.type.nbytes(piece.stop - piece.start)
             if task and (size + nbytes > task_bytes or len(task) >= _TASK_PIECES):
                 yield task
                 task, size = [], 0
@@ -107,9 +94,8 @@ def tasks(jobs: Sequence[Job], task_bytes: int, piece_bytes: int) -> Iterator[li
 
 def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
     """Neighbouring pieces of one job merged into few large ones, where that changes no sum."""
-    # Column sums start again with each piece, and so do the sums of types that are not floats. Codes
-    # have scales, which take memory.
-    if job.across or job.info.dtype not in FORMATS or job.codes is not None:
+    # Column sums start again with each piece, and so do the sums of types that are not floats.
+    if job.across or job.info.dtype not in FORMATS:
         yield from pieces
         return
     for grain, group in groupby(pieces, key=lambda piece: piece.grain):
@@ -122,9 +108,7 @@ def _pieces(number: int, job: Job, nbytes: int) -> Iterator[TensorPiece]:
     total, run = job.info.elements, job.run
     if job.across:  # their sums take 32 bytes per element of a run: worth it only for many runs
         nbytes = min(max(nbytes, _LEAST_RUNS * job.info.type.nbytes(run)), 8 * nbytes)
-    limit = max(8, nbytes * 8 // job.type.bits // 8 * 8)  # whole bytes for packed types
-    if job.codes is not None:
-        limit = max(limit, run)
+    limit = max(8, nbytes * 8 // job.info.type.bits // 8 * 8)  # whole bytes for packed types
     if run <= limit:
         step = max(limit // max(run, 1) * run, 1)
         for start in range(0, total, step):
@@ -156,6 +140,9 @@ class PartialSums:
 def partial_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
     """The sums of ``piece``, whose bytes are ``a`` in the base and ``b`` in the tuned checkpoint."""
     info = job.info
+    if job.codes is not None:
+        rows = np.arange(piece.start // piece.grain, piece.stop // piece.grain)
+        return PartialSums(int(rows[0]), None, *row_sums(job.codes, rows, a, b))
     if info.dtype not in kernels.FORMATS:
         return PartialSums(0, None, *_plain_sums(info, a, b))
     if job.layout is None:
@@ -164,31 +151,26 @@ def partial_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> Part
         first, offset = divmod(piece.start, job.run)
         owners = job.layout.run_neurons(first, first + (piece.stop - piece.start) // piece.grain)
         return _column_sums(info, owners + offset, piece.grain, *_carried(info, a, b))
-    return _run_sums(job, job.layout, piece, a, b)
+    return _run_sums(info, job.layout, piece, a, b)
 
 
 def _carried(info: TensorInfo, a: RawBytes, b: RawBytes) -> tuple[NDArray[Any], NDArray[Any]]:
     return a.view(info.type.carrier), b.view(info.type.carrier)
 
 
-def _run_sums(job: Job, layout: Layout, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
+def _run_sums(info: TensorInfo, layout: Layout, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
     """Sums of runs of one neuron each, or of parts of such runs."""
-    info, run = job.info, layout.run[1]
     count = (piece.stop - piece.start) // piece.grain
-    if job.codes is not None:
-        sums, changed = row_sums(job.codes, np.arange(count) + piece.start // piece.grain, a, b)
-    else:
-        sums, changed = np.empty((3, count)), np.empty(count, np.int64)
-        kernels.run_sums(info.dtype)(*_carried(info, a, b), piece.grain, sums, changed)
+    sums, changed = np.empty((3, count)), np.empty(count, np.int64)
+    kernels.run_sums(info.dtype)(*_carried(info, a, b), piece.grain, sums, changed)
+    run = layout.run[1]
     first = piece.start // run
     if piece.grain < run:
         runs = (piece.start + piece.grain * np.arange(count)) // run
         return PartialSums(0, layout.run_neurons(first, int(runs[-1]) + 1)[runs - first], sums, changed)
     if not layout.contiguous:
         return PartialSums(0, layout.run_neurons(first, first + count), sums, changed)
-    result = PartialSums(first, None, sums, changed, all_refined=job.codes is None)
-    if job.codes is not None:
-        return result
+    result = PartialSums(first, None, sums, changed, all_refined=True)
     # These are whole vectors, still in memory: refine the doubtful ones now.
     doubtful = Sums(sums.copy(), changed).doubtful(info.dtype)
     if len(doubtful):

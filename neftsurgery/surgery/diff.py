@@ -6,7 +6,7 @@ import logging
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -89,7 +89,7 @@ class DiffPlan:
         """Read both sides once, and write the scores."""
         limits = limits or Limits.of()
         base, tuned, jobs = self.pair.compared
-        kernels.prepare(job.info.dtype for job in jobs)
+        kernels.prepare(base.tensors[job.info.name].dtype for job in jobs)
         code_kernels.prepare(job.codes[0].weight.kind for job in jobs if job.codes is not None)
         watch = Stopwatch()
         before = self.pair.bytes_read
@@ -101,7 +101,7 @@ class DiffPlan:
             starts, arrays = _arrays(self.pair)
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self.pair, self.score, self.seed, starts, written)
-                with progress("scoring", 2 * sum(job.nbytes for job in jobs)) as advance:
+                with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
                     for result in stream(base, tuned, jobs, limits=limits, progress=advance):
                         sink.take(result)
                 sink.finish()
@@ -280,9 +280,8 @@ class _Sink:
             self._list(result)
             return
         assert result.sums is not None  # its job has a layout
-        for neuron in np.flatnonzero(~result.sums.finite)[:1]:
-            for side in self._sides:
-                refuse_nonfinite(side, tensor.info, tensor.layout, int(neuron))
+        for neuron, side in product(np.flatnonzero(~result.sums.finite)[:1].tolist(), self._sides):
+            refuse_nonfinite(side, tensor.info, tensor.layout, neuron)
         if tensor.units is not None:
             if self._layer is None or self._layer.name != tensor.layer:
                 self._finish_layer()

@@ -26,6 +26,8 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from ..text import natural_key, plural
 
+_LONGEST_ROW = 1 << 20  # of codes: scoring reads whole rows of them
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -107,9 +109,11 @@ class Pair:
 
     def _with_codes(self, job: Job) -> Job:
         """The job with the codes that its sums follow from, if both sides have them and neurons are rows."""
-        if job.layout is None or job.across:
+        info, codes = job.info, coded_sides(self.base, self.tuned, job.info.name)
+        rows = job.layout is not None and job.layout.axes == tuple(range(len(info.shape) - 1))
+        if codes is None or not rows or info.shape[-1] > _LONGEST_ROW:
             return job
-        return replace(job, codes=coded_sides(self.base, self.tuned, job.info.name))
+        return Job(replace(info, dtype=codes[0].weight.code_type), job.layout, codes)
 
     @property
     def neurons(self) -> int:
