@@ -238,7 +238,10 @@ def coded_sides(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[CodedWe
     first, second = (side.quantized.get(name) for side in (base, tuned))
     if first is None or second is None or not first.summed_as(second):
         return None
-    return CodedWeight(stored_side(base), first), CodedWeight(stored_side(tuned), second)
+    files = [
+        stored_side(side).under({name: one.codes.name}) for side, one in ((base, first), (tuned, second))
+    ]
+    return CodedWeight(files[0], first), CodedWeight(files[1], second)
 
 
 def stored_side(checkpoint: Checkpoint) -> Checkpoint:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,20 +180,11 @@ class QuantizedWeight:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class CodedWeight:
-    """A quantized weight with the files that hold it, to read its codes as they are stored."""
+class CodedWeight(NamedTuple):
+    """A quantized weight, and the files that hold it, in which its codes have its name too."""
 
     files: WeightReader
     weight: QuantizedWeight
-
-    def window(self, name: str, start: int, size: int) -> RawBytes | None:
-        """As of `WeightReader`: bytes of the codes."""
-        return self.files.window(self.weight.codes.name, start, size)
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """As of `WeightReader`: bytes of the codes."""
-        self.files.read_into(self.weight.codes.name, start, buffer)
 
 
 def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Array:

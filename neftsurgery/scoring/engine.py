@@ -16,7 +16,6 @@ import numpy as np
 
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
-from ..quantization.weight import CodedWeight
 from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
@@ -24,8 +23,6 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .sums import Exact, Sums, exact
-
-Sides = Sequence[WeightReader | CodedWeight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +82,7 @@ class _Engine:
         results = []
         for number, group in groupby(task, key=lambda piece: piece.job):
             job, pieces = self._jobs[number], list(group)
-            sides: Sides = job.codes or (self._base, self._tuned)
+            sides = (self._base, self._tuned) if job.codes is None else [one.files for one in job.codes]
             windows = self._windows(sides, job.info, pieces[0].start, pieces[-1].stop)
             at_hand = all(window is not None for window in windows)
             for piece in joined(pieces, job) if at_hand else pieces:
@@ -97,7 +94,9 @@ class _Engine:
                 )
         return results
 
-    def _windows(self, sides: Sides, info: TensorInfo, start: int, stop: int) -> list[RawBytes | None]:
+    def _windows(
+        self, sides: Sequence[WeightReader], info: TensorInfo, start: int, stop: int
+    ) -> list[RawBytes | None]:
         """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
         if size < self._least_window or not self._limits.mapped:
@@ -108,7 +107,7 @@ class _Engine:
 
     def _read(
         self,
-        sides: Sides,
+        sides: Sequence[WeightReader],
         info: TensorInfo,
         origin: int,
         piece: TensorPiece,
