@@ -62,6 +62,10 @@ class Dequantized(Checkpoint):
         weight = self.quantized.get(name := self._source(name))
         return self.files.position(name if weight is None else weight.codes.name)
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """As of `Checkpoint`."""
+        return None if (name := self._source(name)) in self.shown else self.files.place(name)
+
     def under(self, names: Mapping[str, str]) -> Dequantized:
         """As of `Checkpoint`."""
         plain = {name: one for name, one in names.items() if one not in self.quantized}
@@ -238,9 +242,8 @@ def coded_sides(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[CodedWe
     first, second = (side.quantized.get(name) for side in (base, tuned))
     if first is None or second is None or not first.summed_as(second):
         return None
-    files = [
-        stored_side(side).under({name: one.codes.name}) for side, one in ((base, first), (tuned, second))
-    ]
+    sides = (base, first), (tuned, second)
+    files = [stored_side(side).under({name: weight.codes.name}) for side, weight in sides]
     return CodedWeight(files[0], first), CodedWeight(files[1], second)
 
 
