@@ -117,10 +117,11 @@ class _Engine:
         results: list[tuple[TensorPiece, PartialSums | TensorResult]] = []
         for number, group in groupby(task, key=lambda piece: piece.job):
             job, pieces = self._jobs[number], list(group)
-            windows = self._windows(job.info, pieces[0].start, pieces[-1].stop)
+            sides = (self._base, self._tuned) if job.codes is None else [one.files for one in job.codes]
+            windows = self._windows(sides, job.info, pieces[0].start, pieces[-1].stop)
             at_hand = all(window is not None for window in windows)
             for piece in joined(pieces, job) if at_hand else pieces:
-                a, b = self._read(job.info, pieces[0].start, piece, windows)
+                a, b = self._read(sides, job.info, pieces[0].start, piece, windows)
                 results.append((piece, partial_sums(job, piece, a, b)))
             if any(window is not None and is_truncated(window) for window in windows):
                 raise CorruptFileError(
@@ -128,23 +129,30 @@ class _Engine:
                 )
         return results
 
-    def _windows(self, info: TensorInfo, start: int, stop: int) -> list[RawBytes | None]:
+    def _windows(
+        self, sides: Sequence[WeightReader], info: TensorInfo, start: int, stop: int
+    ) -> list[RawBytes | None]:
         """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
         if size < self._least_window or not self._limits.mapped:
             return [None, None]
-        found = [side.window(info.name, first, size) for side in (self._base, self._tuned)]
+        found = [side.window(info.name, first, size) for side in sides]
         # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
     def _read(
-        self, info: TensorInfo, origin: int, piece: TensorPiece, windows: Sequence[RawBytes | None]
+        self,
+        sides: Sequence[WeightReader],
+        info: TensorInfo,
+        origin: int,
+        piece: TensorPiece,
+        windows: Sequence[RawBytes | None],
     ) -> list[RawBytes]:
         """The bytes of a piece on both sides. The windows start at element ``origin``."""
         start, size = info.type.nbytes(piece.start), info.type.nbytes(piece.stop - piece.start)
         skipped = start - info.type.nbytes(origin)
         read = []
-        for side, weights in enumerate((self._base, self._tuned)):
+        for side, weights in enumerate(sides):
             window = windows[side]
             if window is None:
                 part = self._buffers(size)[side, :size]
@@ -210,6 +218,8 @@ class _Collector:
     def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
         """Read the vectors whose sums are doubtful again, whole, and refine their sums."""
         info, layout = self._job.info, self._job.layout
+        if self._job.codes is not None:  # refined are the numbers
+            info = base.tensors[info.name]
         assert layout is not None  # only neurons are refined
         doubtful = sums.doubtful(info.dtype)
         if not len(doubtful):
