@@ -105,8 +105,8 @@ class PeftPlaces:
         kernel = hasattr(module, "kernel_size")
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
+    def _bypassed(self, path: str, module: nn.Module) -> bool:
         """Whether the module around this one reads its weight, or calls it by a list: PEFT's is passed by."""
-        """Whether the module around this one does not call it by its name, and so passes PEFT's by."""
         outer, _, name = path.rpartition(".")
         parent = self._model.get_submodule(outer)
         lists = (value for value in vars(parent).values() if isinstance(value, list | tuple))

@@ -129,7 +129,7 @@ def _outputs(base: Path, folder: Path, inputs: dict[str, Any]) -> str:
 
 
 def _rounded(model: Any) -> Any:
-    """The model with the last bit of each weight changed or not: norms of few elements are moved far by that."""
+    """The model with its weights a rounding apart: norms of few elements are moved far by that."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
