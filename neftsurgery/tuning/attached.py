@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
-from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
+from ..live.weights import block_ranges, can_represent, copy_into, full_tensor, to_bytes
 from ..patch.patch import Manifest, Patch
 from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural, some
-from .attached_neurons import AttachedNeurons, AttachedPart, register_optimizer_hooks
-from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base
+from .attached_neurons import AttachedNeurons, AttachedPart
+from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base, float_dtype
 from .install import install, remove, update_extra_repr
+from .optimizer_hooks import Training
+from .state_dicts import patch_saving
 from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights, refuse_wrapped
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ class Attached:
         self._plans: list[WeightPlan] = []
         self._requires_grad: list[tuple[nn.Parameter, bool]] = []  # before the model was frozen
         self._attached = False
+        self._training = Training(model)
 
     def __repr__(self) -> str:
         model = type(self.model).__name__
@@ -106,7 +110,7 @@ class Attached:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable values, by their names in ``model.named_parameters()``."""
         self._require_attached()
-        ours = {id(neurons.rows) for neurons in self._neurons if neurons.trainable}
+        ours = {id(neurons.rows) for neurons in self._training.neurons}
         for name, parameter in self.model.named_parameters():
             if id(parameter) in ours:
                 yield name, parameter
@@ -143,6 +147,7 @@ class Attached:
         self._require_attached()
         if not self.trainable:
             raise UsageError("these neurons are not trained: their values are those of the attached patch")
+        self._check_training()
         if path is not None:
             inputs = [] if self._base is None else [self._base.source.path]
             refuse_output(path, inputs=inputs, force=force, kind="file")
@@ -184,7 +189,33 @@ class Attached:
             else:
                 assert neurons.saved is not None  # without base files, the weight was not quantized
                 old = to_bytes(neurons.saved[part.positions][start:stop], chosen.info.dtype)
-            yield start, old, to_bytes(rows[start:stop], chosen.info.dtype)
+            new = rows[start:stop].to(float_dtype(chosen))
+            if bad := int((~new.isfinite()).any(dim=1).sum()):
+                raise MismatchError(
+                    "the trained values are not finite",
+                    tensor=part.name,
+                    expected=f"values that {chosen.info.dtype} can hold",
+                    found=f"NaN or infinity in {bad} of {len(new)} neurons",
+                    hint="training has diverged: go back to an earlier save, with a lower learning rate",
+                )
+            yield start, old, to_bytes(new, chosen.info.dtype)
+
+    def _check_training(self) -> None:
+        """Refuse a patch of values that the model does not compute with; name what else was trained."""
+        self._training.check()
+        for neurons in self._neurons:
+            weight, rows = neurons.weight.dtype, neurons.rows.dtype
+            exact = all(can_represent(rows, float_dtype(part.chosen)) for part in neurons.parts)
+            if weight != neurons.weight_dtype or not exact:
+                raise UsageError(
+                    "the model was cast while neurons were attached to it",
+                    tensor=neurons.name,
+                    expected=f"{neurons.weight_dtype} with values of {neurons.rows_dtype}",
+                    found=f"{weight} with values of {rows}",
+                    hint="cast the model before attaching to it, not after",
+                )
+        if others := self._training.trained_besides():
+            log.warning("not in the patch, though trained or not frozen: %s", some(others))
 
     @boundary
     def switch(self, patch: Patch | str | os.PathLike[str]) -> None:
@@ -210,15 +241,30 @@ class Attached:
             self._install(earlier, plans, skipped)
             raise
 
-    def refresh(self) -> None:
-        """Write the values into the weights after a change that torch does not record.
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Have the model compute with the base's neurons in this context, to the bit, and then as before.
 
-        Optimizer steps, `load_state_dict` and changes in place are noticed without this. Call it after
-        writing to ``parameter.data``, or after a change in place while the model runs compiled.
+        So one model is also its own reference. The neurons have no gradient meanwhile.
+        """
+        self._require_attached()
+        changed = [neurons for neurons in self._neurons if not neurons.disabled]
+        try:
+            for neurons in changed:
+                neurons.disable()
+            yield
+        finally:
+            for neurons in changed:
+                neurons.enable()
+
+    def refresh(self) -> None:
+        """Write the values into the weights, for what reads ``model.parameters()`` itself.
+
+        Forward passes, state dicts and readers of ``module.weight`` have the current values without this.
         """
         self._require_attached()
         for neurons in self._neurons:
-            neurons.refresh(force=True)
+            neurons.refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trainable values: ``NAME`` float32 ``[k, width]``, and ``NAME:index`` int64 ``[k]``.
@@ -311,8 +357,8 @@ class Attached:
                 self._plans.append(plan)
                 install(plan.neurons, plan.values, plan.layers, plan.uses)
                 if self.trainable:
-                    register_optimizer_hooks(plan.neurons)
-            update_extra_repr(self.model)
+                    self._training.add(plan.neurons)
+            self._show()
         except BaseException:  # out of memory, or interrupted
             self._remove()
             raise
@@ -324,7 +370,13 @@ class Attached:
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
         self._plans, self._requires_grad, self._attached = [], [], False
+        self._training = Training(self.model)
+        self._show()
+
+    def _show(self) -> None:
+        """Have the model print, and save, what is attached to it now."""
         update_extra_repr(self.model)
+        patch_saving(self.model)
 
     def _freeze(self) -> None:
         for parameter in self.model.parameters():
@@ -384,7 +436,6 @@ def attach(
     UsageError
         If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
-    refuse_wrapped(model)
     if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)
     if not isinstance(what, (Selection, Patch)):
@@ -392,6 +443,7 @@ def attach(
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:
         raise UsageError("a selection has no values", hint="attach a patch, or train the selection")
+    refuse_wrapped(model, train)
     attached = Attached(model, what, find_base(model, base, what.tensors), mode, train, skip)
     attached._attach(what)
     return attached

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..live.weights import FLOAT_DTYPES
-from .attached_neurons import AttachedNeurons, Mode, NeuronKind
+from .attached_neurons import AttachedNeurons, NeuronKind
 from .frozen_weights import (
     FrozenBias,
     FrozenConvolution,
@@ -43,11 +43,11 @@ class LayerNeurons:
         """All of them."""
         return [*self.scattered, *self.overlaid_outputs, *self.overlaid_inputs, *self.biases]
 
-    def list_for(self, neurons: AttachedNeurons) -> list[AttachedNeurons]:
-        """The list that ``neurons`` belong in."""
+    def list_for(self, neurons: AttachedNeurons, overlaid: bool = False) -> list[AttachedNeurons]:
+        """The list that ``neurons`` belong in; that of overlays if they are to be ``overlaid``."""
         if neurons.kind == "bias":
             return self.biases
-        if neurons.mode == "scatter":
+        if neurons.mode == "scatter" and not overlaid:
             return self.scattered
         return self.overlaid_inputs if neurons.kind == "inputs" else self.overlaid_outputs
 
@@ -62,11 +62,25 @@ class LayerNeurons:
         bias: Tensor | None = module._parameters["bias"] if self.biases else module.bias
         for neurons in self.biases:
             assert bias is not None  # it has neurons
-            if neurons.mode == "scatter":
+            if neurons.mode == "scatter" and not torch.compiler.is_compiling():
                 bias = apply_function(FrozenBias, bias, neurons.rows, neurons.index)
             else:
                 bias = bias.index_copy(0, neurons.index, neurons.rows.squeeze(1).to(bias.dtype))
         return bias
+
+    def now(self) -> LayerNeurons:
+        """What to compute with: without neurons that are disabled; in a compiled graph, by overlays alone.
+
+        A graph cannot know when the values in a weight are stale, and values themselves are an input of it.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not any(neurons.disabled for neurons in self.all):
+            return self
+        layer = LayerNeurons()
+        for neurons in self.all:
+            if not neurons.disabled:
+                layer.list_for(neurons, overlaid=compiling).append(neurons)
+        return layer
 
     @property
     def frozen(self) -> AttachedNeurons | None:
@@ -87,7 +101,7 @@ class LayerForward:
         """What neurons along ``axes`` of the weight are to the layer; None if they are not supported."""
         return "outputs" if tuple(axes) == (0,) else None
 
-    def covers(self, module: Any, mode: Mode) -> bool:
+    def covers(self, module: Any) -> bool:
         """Whether this one layer computes so; if not, its weight carries the neurons (`neuron_weight`)."""
         return True
 
@@ -157,8 +171,8 @@ def _chosen_bias(neurons: AttachedNeurons, bias: Tensor | None, x: Tensor) -> Te
 class _Convolution(LayerForward):
     """`torch.nn.Conv1d`, ``Conv2d`` and ``Conv3d``, with even zero padding."""
 
-    def covers(self, module: Any, mode: Mode) -> bool:
-        if module.padding_mode != "zeros" or (module.groups > 1 and mode == "overlay"):
+    def covers(self, module: Any) -> bool:
+        if module.padding_mode != "zeros" or module.groups > 1:
             return False
         spans = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
         return module.padding != "same" or not any(span % 2 for span in spans)
@@ -167,7 +181,7 @@ class _Convolution(LayerForward):
         weight, bias, neurons = layer.weight(module), layer.bias(module), layer.frozen
         if x.dim() == weight.dim() - 1:
             return self.run(module, layer, x.unsqueeze(0)).squeeze(0)
-        geometry = (module.stride, _padding(module), module.dilation, module.groups)
+        geometry = (module.stride, _padding(module), module.dilation)
         if neurons is None:
             out = convolve(x, weight, bias, *geometry)
         else:
@@ -195,7 +209,7 @@ class _Embedding(LayerForward):
 
     is_lookup = True
 
-    def covers(self, module: Any, mode: Mode) -> bool:
+    def covers(self, module: Any) -> bool:
         return not (module.scale_grad_by_freq or module.sparse)
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """The convolution of 1 to 3 dimensions; ``geometry``: stride, padding, dilation and groups."""
+    """The convolution of 1 to 3 dimensions; ``geometry``: stride, padding and dilation."""
     function: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
     out: Tensor = function(x, weight, bias, *geometry)
     return out
@@ -159,7 +159,7 @@ Sizes = tuple[int, ...]
 
 
 class FrozenConvolution(Function):
-    """Chosen output channels of a convolution: ``rows [k, in / groups * kernel]``."""
+    """Chosen output channels of a convolution: ``rows [k, in * kernel]``."""
 
     @staticmethod
     def forward(
@@ -172,12 +172,11 @@ class FrozenConvolution(Function):
         stride: Sizes,
         padding: Sizes,
         dilation: Sizes,
-        groups: int,
     ) -> Tensor:
         """``[batch, in, ...]`` to ``[batch, out, ...]``."""
-        out = convolve(x, weight, bias, stride, padding, dilation, groups)
+        out = convolve(x, weight, bias, stride, padding, dilation)
         ctx.save_for_backward(x.to(out.dtype), weight, index)
-        ctx.geometry = (list(stride), list(padding), list(dilation), False, [0] * len(stride), groups)
+        ctx.geometry = (list(stride), list(padding), list(dilation), False, [0] * len(stride), 1)
         ctx.rows_dtype = rows.dtype
         return out
 
@@ -186,24 +185,17 @@ class FrozenConvolution(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x``, ``rows`` and ``bias``."""
         x, weight, index = ctx.saved_tensors
-        weight, groups = weight.to(grad.dtype), ctx.geometry[-1]
+        weight = weight.to(grad.dtype)
         differentiate = torch.ops.aten.convolution_backward
         of_x = of_rows = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = differentiate(grad, x, weight, None, *ctx.geometry, [True, False, False])[0]
         if ctx.needs_input_grad[1]:
-            if groups == 1:
-                chosen = grad.index_select(1, index)
-                of_rows = differentiate(
-                    chosen, x, weight[: len(index)], None, *ctx.geometry, [False, True, False]
-                )[1]
-            else:  # a channel sees only its own group's input; such weights are small: compute the whole
-                whole = differentiate(grad, x, weight, None, *ctx.geometry, [False, True, False])[1]
-                of_rows = whole.index_select(0, index)
-            of_rows = of_rows.flatten(1).to(ctx.rows_dtype)
+            arguments = (grad.index_select(1, index), x, weight[: len(index)], None, *ctx.geometry)
+            of_rows = differentiate(*arguments, [False, True, False])[1].flatten(1).to(ctx.rows_dtype)
         if ctx.needs_input_grad[3]:
             of_bias = grad.sum([axis for axis in range(grad.dim()) if axis != 1])
-        return of_x, of_rows, None, of_bias, None, None, None, None, None
+        return of_x, of_rows, None, of_bias, None, None, None, None
 
 
 class FrozenEmbedding(Function):

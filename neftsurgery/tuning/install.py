@@ -4,16 +4,15 @@ A module keeps its class, its name, its weights and its hooks. What reads a weig
 its place. Where the module's own way to compute is known, ``forward`` of the instance is replaced, which
 costs less. ``extra_repr`` shows what is attached.
 
-Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``), so that everything that
-looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave these parameters out,
-so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's own.
+Trainable values are a parameter of the module, beside its weight, so that everything that looks for
+parameters finds them: optimizers, the Trainer, DDP, FSDP, and state dicts (`state_dicts`).
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -25,6 +24,7 @@ from .attached_neurons import AttachedNeurons, refuse_pickling
 from .forwards import LayerForward, LayerNeurons
 from .linear_weight import LinearNeurons
 from .neuron_weight import NeuronWeight, WeightNeurons
+from .state_dicts import register_state_hooks
 
 Layers: TypeAlias = Iterable[tuple[nn.Module, LayerForward]]
 Uses: TypeAlias = Iterable[tuple[nn.Module, str]]
@@ -84,11 +84,7 @@ def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers, use
     state = _state(neurons.module)
     state.owned.append(neurons)
     if neurons.trainable and not state.handles:
-        module: Any = neurons.module  # torch has no types for these two
-        state.handles = [
-            module.register_state_dict_post_hook(_leave_out),
-            module.register_load_state_dict_post_hook(_do_not_miss),
-        ]
+        state.handles = register_state_hooks(neurons.module)
     for layer, forward in layers:
         if forward.is_lookup and neurons.inverse_index is None:
             neurons.make_inverse_index()
@@ -180,24 +176,11 @@ def _forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """The forward pass of a module with neurons: it takes one tensor, whatever its name is."""
     (x,) = (*args, *kwargs.values())
     state: _ModuleState = self._neurons
-    layer = state.layer
     if not torch.compiler.is_compiling():
-        # A compiled graph writes no weights; there, the hook after the optimizer's step or `refresh` does.
-        for neurons in layer.all:
+        for neurons in state.layer.all:
             neurons.refresh()
     assert state.forward is not None  # set together with this forward
-    return state.forward.run(self, layer, x)
-
-
-def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-    for neurons in module.__dict__[_KEY].owned:
-        state.pop(prefix + neurons.parameter_name, None)
-
-
-def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
-    ours = {neurons.parameter_name for neurons in module.__dict__[_KEY].owned}
-    missing: list[str] = incompatible.missing_keys
-    missing[:] = [key for key in missing if key.rpartition(".")[2] not in ours]
+    return state.forward.run(self, state.layer.now(), x)
 
 
 def update_extra_repr(model: nn.Module) -> None:

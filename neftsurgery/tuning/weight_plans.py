@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,7 @@ from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
 from ..selection.selection import Chosen, Selection
-from .attached_neurons import AttachedNeurons, AttachedPart, Mode, NeuronKind
+from .attached_neurons import AttachedNeurons, AttachedPart, NeuronKind
 from .base_checkpoint import base_vectors, check_weights, checked_values, float_dtype
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
@@ -163,6 +164,7 @@ def _plan_neurons(
     trainable: bool,
 ) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...], tuple[tuple[nn.Module, str], ...]]:
     owner, *others = uses
+    at = owner.module, owner.attribute, owner.path
     weight: Any = owner.module._parameters[owner.attribute]
     name = parts[0].name
     if weight.is_meta:
@@ -184,10 +186,10 @@ def _plan_neurons(
     if plain:
         _check_shape(name, layout, tuple(weight.shape))
     if mode == "scatter" and not trainable:
-        return AttachedNeurons(parts, layout, owner.module, owner.attribute, None, mode, trainable), (), ()
+        return AttachedNeurons(parts, layout, *at, None, mode, trainable), (), ()
     layers, readers, kinds = [], [], set[NeuronKind]()
     for use in (owner, *others):
-        forward, kind = _plan_layer(name, layout, use, mode, plain)
+        forward, kind = _plan_layer(name, layout, use, plain)
         if forward is None or not forward.quantized:
             readers.append((use.module, use.attribute))
         if forward is not None and kind is not None:
@@ -196,7 +198,7 @@ def _plan_neurons(
     if len(kinds) > 1:  # a tied weight: the outputs of one layer and the inputs of another
         layers, kinds = [], set()
     kind = next(iter(kinds), None)
-    neurons = AttachedNeurons(parts, layout, owner.module, owner.attribute, kind, mode, trainable)
+    neurons = AttachedNeurons(parts, layout, *at, kind, mode, trainable)
     return neurons, tuple(layers), tuple(readers)
 
 
@@ -211,13 +213,13 @@ def _check_shape(name: str, layout: Layout, found: tuple[int, ...]) -> None:
 
 
 def _plan_layer(
-    name: str, layout: Layout, use: _ParameterUse, mode: Mode, plain: bool
+    name: str, layout: Layout, use: _ParameterUse, plain: bool
 ) -> tuple[LayerForward | None, NeuronKind | None]:
     """How the module computes with the neurons; two times None: its weight carries them, whatever it does."""
     module: Any = use.module
     forward, kind = forward_of(module), None
     foreign = has_foreign_forward(module)
-    if forward is not None and not foreign and forward.covers(module, mode):
+    if forward is not None and not foreign and forward.covers(module):
         if use.attribute == "weight":
             kind = forward.kind_of(layout.axes)
         elif use.attribute == "bias" and layout.axes == (0,):
@@ -316,11 +318,34 @@ def _part_values(
     return from_bytes(base_vectors(base, chosen), chosen.info.dtype).float()
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise a `UsageError` for a model that DDP or ``torch.compile`` has wrapped."""
+def refuse_wrapped(model: nn.Module, trainable: bool) -> None:
+    """Raise a `UsageError` for a model that DDP or ``torch.compile`` has wrapped, or to train, FSDP too."""
     inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
     if inner == "_orig_mod" or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise UsageError(
             f"the model is wrapped in {type(model).__name__}",
             hint=f"attach to the model itself (model.{inner}), before it is wrapped",
         )
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    wrapper = _reducer_of(model) if trainable and in_group else None
+    if wrapper is not None:
+        raise UsageError(
+            f"the gradients of these neurons would not be reduced: {wrapper} has the model already",
+            hint=f"attach first, then call {wrapper}",
+        )
+
+
+def _reducer_of(model: nn.Module) -> str | None:
+    """What reduces the gradients of the model's parameters, or some of them, and only of those it knows."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    inside = set(model.modules())
+    if any(isinstance(module, FSDPModule) for module in inside):
+        return "fully_shard"
+    # A module does not know what wraps it.
+    gc.collect()
+    wrappers = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
+    for found in gc.get_objects():
+        if issubclass(type(found), wrappers) and not inside.isdisjoint(found.modules()):
+            return type(found).__name__
+    return None
