@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -12,22 +12,22 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
-from ..live.weights import block_ranges, can_represent, copy_into, full_tensor, to_bytes
+from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
 from ..patch.patch import Manifest, Patch
 from ..patch.write import written_patch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural, some
-from .attached_neurons import AttachedNeurons, AttachedPart
-from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base, float_dtype
+from .attached_neurons import AttachedNeurons
+from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base, finite_bytes
 from .install import install, remove, update_extra_repr
 from .optimizer_hooks import Training
+from .reselection import carry_over, check_states
 from .state_dicts import patch_saving
 from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights, refuse_wrapped
 
@@ -147,75 +147,29 @@ class Attached:
         self._require_attached()
         if not self.trainable:
             raise UsageError("these neurons are not trained: their values are those of the attached patch")
-        self._check_training()
+        self._training.check_patch()
         if path is not None:
             inputs = [] if self._base is None else [self._base.source.path]
             refuse_output(path, inputs=inputs, force=force, kind="file")
-        selection = Selection(self._chosen(), self.selection.facts)
+        new = _by_tensor(self._neurons, _all_rows)
+        old = {} if self._base is not None else _by_tensor(self._neurons, _saved)
+        selection = Selection({name: chosen for name, (chosen, _) in new.items()}, self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
         with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
-            for neurons in self._neurons:
-                rows = full_tensor(neurons.rows.detach())
-                for part in neurons.parts:
-                    for start, old, new in self._blocks(neurons, part, rows[part.positions]):
-                        rows_digests = writer.write_rows(part.name, part.first + start, old, new)
-                        writer.add_digests(part.name, *rows_digests)
+            for name, (chosen, rows) in new.items():
+                for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
+                    block = replace(chosen, index=chosen.index[start:stop])
+                    if self._base is not None:
+                        before = base_vectors(self._base, block)
+                    else:
+                        before = to_bytes(old[name][1][start:stop], chosen.info.dtype)
+                    after = finite_bytes(block, rows[start:stop])
+                    writer.add_digests(name, *writer.write_rows(name, start, before, after))
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
         return writer.patch
-
-    def _chosen(self) -> dict[str, Chosen]:
-        """The attached neurons by tensor of the files."""
-        found: dict[str, Chosen] = {}
-        for neurons in self._neurons:
-            for part in neurons.parts:  # those of one tensor follow each other
-                index = part.chosen.index
-                if part.name in found:
-                    index = np.concatenate([found[part.name].index, index])
-                found[part.name] = replace(part.chosen, index=index)
-        return dict(sorted(found.items()))
-
-    def _blocks(
-        self, neurons: AttachedNeurons, part: AttachedPart, rows: Tensor
-    ) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
-        """Where each block starts, and the bytes of its vectors before and after."""
-        chosen = part.chosen
-        for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
-            if self._base is not None:
-                block = Chosen(chosen.info, chosen.layout, chosen.index[start:stop])
-                old = base_vectors(self._base, block)
-            else:
-                assert neurons.saved is not None  # without base files, the weight was not quantized
-                old = to_bytes(neurons.saved[part.positions][start:stop], chosen.info.dtype)
-            new = rows[start:stop].to(float_dtype(chosen))
-            if bad := int((~new.isfinite()).any(dim=1).sum()):
-                raise MismatchError(
-                    "the trained values are not finite",
-                    tensor=part.name,
-                    expected=f"values that {chosen.info.dtype} can hold",
-                    found=f"NaN or infinity in {bad} of {len(new)} neurons",
-                    hint="training has diverged: go back to an earlier save, with a lower learning rate",
-                )
-            yield start, old, to_bytes(new, chosen.info.dtype)
-
-    def _check_training(self) -> None:
-        """Refuse a patch of values that the model does not compute with; name what else was trained."""
-        self._training.check()
-        for neurons in self._neurons:
-            weight, rows = neurons.weight.dtype, neurons.rows.dtype
-            exact = all(can_represent(rows, float_dtype(part.chosen)) for part in neurons.parts)
-            if weight != neurons.weight_dtype or not exact:
-                raise UsageError(
-                    "the model was cast while neurons were attached to it",
-                    tensor=neurons.name,
-                    expected=f"{neurons.weight_dtype} with values of {neurons.rows_dtype}",
-                    found=f"{weight} with values of {rows}",
-                    hint="cast the model before attaching to it, not after",
-                )
-        if others := self._training.trained_besides():
-            log.warning("not in the patch, though trained or not frozen: %s", some(others))
 
     @boundary
     def switch(self, patch: Patch | str | os.PathLike[str]) -> None:
@@ -231,15 +185,43 @@ class Attached:
         self._require_attached()
         if self.trainable:
             raise UsageError("trainable neurons cannot be switched", hint="detach, then attach the patch")
-        if not isinstance(patch, Patch):
-            patch = Patch.load(patch)
-        earlier, plans, skipped = self._what, self._plans, self.skipped
+        self._replace(patch if isinstance(patch, Patch) else Patch.load(patch))
+
+    @boundary
+    def select(self, selection: Selection) -> None:
+        """Train other neurons from now on. Those that stay keep their values and their optimizer's state.
+
+        New ones start from the base, with a state of zeros. Those that leave go back to the base; take a
+        `patch` first to keep their values. An optimizer that has made no step yet is to be made after this.
+
+        Raises
+        ------
+        UsageError, MismatchError
+            As `attach`, or if the optimizer's state cannot be divided by neurons. Nothing is changed.
+        """
+        self._require_attached()
+        if not self.trainable:
+            raise UsageError("neurons of a patch are not trained", hint="switch() to another patch")
+        refuse_wrapped(self.model, True)
+        check_states({neurons: neurons.rows for neurons in self._neurons}, [*self._training.optimizers])
+        self._replace(selection)
+
+    def _replace(self, what: Selection | Patch) -> None:
+        """Attach ``what`` instead. If that fails, nothing is changed."""
+        earlier, plans, skipped, optimizers = self._what, self._plans, self.skipped, self._training.optimizers
+        old = {neurons: neurons.rows for neurons in self._training.neurons}
+        plans = [replace(plan, values=old.get(plan.neurons, plan.values)) for plan in plans]
         self._remove()
         try:
-            self._attach(patch)
+            self._attach(what)
+            carry_over(old, self._training.neurons, optimizers)
         except BaseException:
+            self._remove()
             self._install(earlier, plans, skipped)
             raise
+        finally:
+            self._training.optimizers.update(optimizers)
+        self.refresh()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -274,15 +256,9 @@ class Attached:
         self._require_attached()
         if not self.trainable:
             return {}
-        values: dict[str, list[Tensor]] = {}
-        for neurons in self._neurons:
-            rows = full_tensor(neurons.rows.detach())
-            for part in neurons.parts:
-                values.setdefault(part.name, []).append(rows[part.positions])
         state = {}
-        for name, chosen in self._chosen().items():
-            state[name] = torch.cat(values[name]) if len(values[name]) > 1 else values[name][0]
-            state[f"{name}:index"] = torch.from_numpy(chosen.index)
+        for name, (chosen, rows) in _by_tensor(self._training.neurons, _all_rows).items():
+            state[name], state[f"{name}:index"] = rows, torch.from_numpy(chosen.index)
         return state
 
     @boundary
@@ -297,16 +273,15 @@ class Attached:
         own = self.state_dict()
         for name in sorted(own.keys() | state.keys()):
             mine, theirs = own.get(name), state.get(name)
-            if mine is None or theirs is None or mine.shape != theirs.shape:
-                raise MismatchError(
-                    "the state belongs to another selection",
-                    tensor=name,
-                    expected="no such entry" if mine is None else list(mine.shape),
-                    found="no such entry" if theirs is None else list(theirs.shape),
-                )
-            if name.endswith(":index") and not torch.equal(mine, theirs.cpu()):
-                raise MismatchError("the state belongs to other neurons", tensor=name.removesuffix(":index"))
-        for neurons in self._neurons if self.trainable else ():
+            both = mine is not None and theirs is not None and mine.shape == theirs.shape
+            if both and (not name.endswith(":index") or torch.equal(own[name], state[name].cpu())):
+                continue
+            raise MismatchError(
+                "the state belongs to another selection, of other neurons",
+                tensor=name.removesuffix(":index"),
+                hint="attach the selection that the state was saved with",
+            )
+        for neurons in self._training.neurons:
             parts = [state[p.name][p.first : p.first + len(p.index)] for p in neurons.parts]
             copy_into(neurons.rows, torch.cat(parts))
         self.refresh()
@@ -321,6 +296,7 @@ class Attached:
         """
         self._require_attached()
         self._remove()
+        self._unfreeze()
 
     def __enter__(self) -> Self:
         return self
@@ -336,7 +312,7 @@ class Attached:
         return (plan.neurons for plan in self._plans)
 
     def _attach(self, what: Selection | Patch) -> None:
-        """Plan and install ``what``. If that fails, nothing is changed."""
+        """Plan and install ``what``. If that fails, nothing is attached."""
         try:
             plans, skipped = plan_weights(
                 self.model, what, base=self._base, mode=self.mode, trainable=self.trainable, skip=self._skip
@@ -351,32 +327,36 @@ class Attached:
     def _install(self, what: Selection | Patch, plans: list[WeightPlan], skipped: dict[str, str]) -> None:
         self._what, self.skipped = what, skipped
         try:
-            if self.trainable:
+            if self.trainable and not self._requires_grad:
                 self._freeze()
             for plan in plans:
                 self._plans.append(plan)
                 install(plan.neurons, plan.values, plan.layers, plan.uses)
-                if self.trainable:
+                if plan.neurons.trainable:
                     self._training.add(plan.neurons)
             self._show()
         except BaseException:  # out of memory, or interrupted
             self._remove()
+            if not self._attached:
+                self._unfreeze()
             raise
         self._attached = True
 
     def _remove(self) -> None:
         for plan in reversed(self._plans):
             remove(plan.neurons, plan.layers, plan.uses)
-        for parameter, flag in self._requires_grad:
-            parameter.requires_grad_(flag)
-        self._plans, self._requires_grad, self._attached = [], [], False
-        self._training = Training(self.model)
+        self._plans, self._training = [], Training(self.model)
         self._show()
 
     def _show(self) -> None:
         """Have the model print, and save, what is attached to it now."""
         update_extra_repr(self.model)
         patch_saving(self.model)
+
+    def _unfreeze(self) -> None:
+        for parameter, flag in self._requires_grad:
+            parameter.requires_grad_(flag)
+        self._requires_grad, self._attached = [], False
 
     def _freeze(self) -> None:
         for parameter in self.model.parameters():
@@ -392,6 +372,32 @@ class Attached:
     def _require_attached(self) -> None:
         if not self._attached:
             raise UsageError("the neurons are detached", hint="attach again")
+
+
+def _all_rows(neurons: AttachedNeurons) -> Tensor:
+    return full_tensor(neurons.rows.detach())
+
+
+def _saved(neurons: AttachedNeurons) -> Tensor:
+    assert neurons.saved is not None  # without base files, the weight was not quantized
+    return neurons.saved
+
+
+def _by_tensor(
+    attached: Iterable[AttachedNeurons], vectors: Callable[[AttachedNeurons], Tensor]
+) -> dict[str, tuple[Chosen, Tensor]]:
+    """The neurons of each tensor of the files, and their ``vectors``; sorted by name."""
+    found: dict[str, list[tuple[Chosen, Tensor]]] = {}
+    for neurons in attached:
+        whole = vectors(neurons)
+        for part in neurons.parts:  # those of one tensor follow each other
+            found.setdefault(part.name, []).append((part.chosen, whole[part.positions]))
+    joined = {}
+    for name, parts in sorted(found.items()):
+        index = np.concatenate([chosen.index for chosen, _ in parts])
+        rows = torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1]
+        joined[name] = replace(parts[0][0], index=index), rows
+    return joined
 
 
 @boundary

@@ -82,6 +82,7 @@ class AttachedNeurons:
         self._written: Tensor | None = None  # the very weight that the values were written to
         self._source: Tensor | None = None  # the very rows that were last written
         self._versions = (-1, -1)  # of the rows and the weight, when they were last equal
+        self._disabled_at: int | None = None  # the weight's version when they were disabled
 
     def __repr__(self) -> str:
         how = ("trainable" if self.trainable else "patched", self.mode)
@@ -119,7 +120,9 @@ class AttachedNeurons:
         start = self.saved if values is None else values.to(weight.device)
         assert start is not None  # a quantized weight always comes with values
         if self.trainable:
-            rows = nn.Parameter(start.to(self.rows_dtype, copy=True))
+            rows = start  # of an earlier installation: an optimizer may have it
+            if not isinstance(rows, nn.Parameter):
+                rows = nn.Parameter(start.to(self.rows_dtype, copy=True))
             self.module.register_parameter(self.parameter_name, rows)
         elif self.mode == "overlay":
             self._values = start
@@ -170,17 +173,23 @@ class AttachedNeurons:
         self.disabled = True
         if self._written is not None:
             assert self.saved is not None
-            if not self.trainable:
-                self._values = self._vectors()
+            self._values = None if self.trainable else self._vectors()
+            self._disabled_at = self._written._version
             self._write(self.saved)
 
     def enable(self) -> None:
         """Undo `disable`, complete or not."""
-        self.disabled = False
-        if self._written is not None and self.trainable:
+        weight, self.disabled = self._written, False
+        if weight is None or self._disabled_at is None:
+            return
+        if weight._version == self._disabled_at + 1:
+            # It will be what it was, so graphs that hold it can be differentiated, as if nothing had happened.
+            torch._C._autograd._unsafe_set_version_counter((weight,), (self._disabled_at,))
+        self._disabled_at = None
+        if self.trainable:
             self.refresh()
-        elif self._written is not None and self._values is not None:
-            self._write(self._values)
+        elif self._values is not None:
+            self._write(self._values, weight.data)
             self._values = None
 
     def _move(self, device: torch.device) -> None:
@@ -209,12 +218,9 @@ class AttachedNeurons:
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedNeurons:
         twin = object.__new__(AttachedNeurons)
         memo[id(self)] = twin
-        shared = {
-            "name", "parts", "layout", "attribute", "path", "kind", "mode", "trainable", "parameter_name",
-            "reported", "active", "disabled", "weight_dtype", "rows_dtype",
-        }  # fmt: skip
-        for key, value in (self.__dict__ | {"by_expert": None, "training": None}).items():
-            twin.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
+        twin.__dict__.update(self.__dict__, by_expert=None, training=None)
+        for key in ("module", "index", "inverse_index", "saved", "_values", "_written", "_source"):
+            twin.__dict__[key] = copy.deepcopy(self.__dict__[key], memo)
         if self.trainable:
             twin._versions = (-1, -1)  # version counters of copies start at zero
         return twin

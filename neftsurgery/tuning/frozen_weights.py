@@ -37,13 +37,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
     return torch.ops.aten._unsafe_view(out, shape)  # type: ignore[no-any-return]
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """The convolution of 1 to 3 dimensions; ``geometry``: stride, padding and dilation."""
-    function: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
-    out: Tensor = function(x, weight, bias, *geometry)
-    return out
-
-
 def apply_function(function: type[Function], *arguments: Any) -> Tensor:
     """``function.apply(*arguments)``, typed."""
     out: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -153,94 +146,3 @@ class OverlaidLinear(Function):
         if ctx.needs_input_grad[3]:
             of_bias = flat.sum(0)
         return of_x, of_rows, None, of_bias, None, None, None
-
-
-Sizes = tuple[int, ...]
-
-
-class FrozenConvolution(Function):
-    """Chosen output channels of a convolution: ``rows [k, in * kernel]``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        stride: Sizes,
-        padding: Sizes,
-        dilation: Sizes,
-    ) -> Tensor:
-        """``[batch, in, ...]`` to ``[batch, out, ...]``."""
-        out = convolve(x, weight, bias, stride, padding, dilation)
-        ctx.save_for_backward(x.to(out.dtype), weight, index)
-        ctx.geometry = (list(stride), list(padding), list(dilation), False, [0] * len(stride), 1)
-        ctx.rows_dtype = rows.dtype
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x``, ``rows`` and ``bias``."""
-        x, weight, index = ctx.saved_tensors
-        weight = weight.to(grad.dtype)
-        differentiate = torch.ops.aten.convolution_backward
-        of_x = of_rows = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = differentiate(grad, x, weight, None, *ctx.geometry, [True, False, False])[0]
-        if ctx.needs_input_grad[1]:
-            arguments = (grad.index_select(1, index), x, weight[: len(index)], None, *ctx.geometry)
-            of_rows = differentiate(*arguments, [False, True, False])[1].flatten(1).to(ctx.rows_dtype)
-        if ctx.needs_input_grad[3]:
-            of_bias = grad.sum([axis for axis in range(grad.dim()) if axis != 1])
-        return of_x, of_rows, None, of_bias, None, None, None, None
-
-
-class FrozenEmbedding(Function):
-    """Chosen entries of an embedding: ``rows [k, width]``.
-
-    ``inverse_index``, int64 ``[entries]``: the position of each entry in ``rows``, or k if it is not chosen.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, rows: Tensor, weight: Tensor, inverse_index: Tensor, padding: int | None
-    ) -> Tensor:
-        """``[...]`` to ``[..., width]``."""
-        ctx.save_for_backward(ids, inverse_index)
-        ctx.count, ctx.rows_dtype, ctx.padding = rows.shape[0], rows.dtype, padding
-        return functional.embedding(ids, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of ``rows``."""
-        ids, inverse_index = ctx.saved_tensors
-        position = inverse_index[ids]
-        if ctx.padding is not None:  # the padding entry gets no gradient
-            position = position.masked_fill(ids == ctx.padding, ctx.count)
-        flat = _flat(grad).to(ctx.rows_dtype)
-        # Entries that are not chosen are summed in an extra row, so that no size depends on the ids.
-        sums = flat.new_zeros(ctx.count + 1, flat.shape[1])
-        sums.index_add_(0, position.flatten(), flat)
-        return None, sums[: ctx.count], None, None, None
-
-
-class FrozenBias(Function):
-    """Chosen elements of a bias: ``rows [k, 1]``. Returns a copy of the bias, which contains them."""
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-        """``[out]``, unchanged."""
-        ctx.save_for_backward(index)
-        ctx.rows_dtype = rows.dtype
-        return bias.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of ``rows``."""
-        (index,) = ctx.saved_tensors
-        return None, grad.index_select(0, index).unsqueeze(1).to(ctx.rows_dtype), None

@@ -38,14 +38,14 @@ class _ModuleState:
     def __init__(self) -> None:
         self.owned: list[AttachedNeurons] = []  # neurons of the weights that the module owns
         self.forward: LayerForward | None = None  # how it computes; None if its forward pass is its own
-        self.layer = LayerNeurons()  # what it computes with
+        self.computed: list[AttachedNeurons] = []  # what it computes with
         self.handles: list[RemovableHandle] = []  # of its state-dict hooks, while it owns trainable neurons
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ModuleState:
         twin = _ModuleState()
         memo[id(self)] = twin
         twin.owned = copy.deepcopy(self.owned, memo)
-        twin.forward, twin.layer = self.forward, copy.deepcopy(self.layer, memo)
+        twin.forward, twin.computed = self.forward, copy.deepcopy(self.computed, memo)
         return twin
 
     def __reduce_ex__(self, protocol: object) -> Any:
@@ -55,7 +55,7 @@ class _ModuleState:
 def neurons_in(module: nn.Module) -> list[AttachedNeurons]:
     """The attached neurons that ``module`` owns or computes with."""
     state: _ModuleState | None = module.__dict__.get(_KEY)
-    return [] if state is None else list(dict.fromkeys([*state.owned, *state.layer.all]))
+    return [] if state is None else list(dict.fromkeys([*state.owned, *state.computed]))
 
 
 def neurons_of_weight(module: nn.Module, attribute: str) -> list[AttachedNeurons]:
@@ -146,7 +146,7 @@ def _restore_weight(module: nn.Module, attribute: str) -> None:
 def _replace_forward(module: nn.Module, neurons: AttachedNeurons, forward: LayerForward) -> None:
     """Have the forward pass of ``module``, which uses the weight of ``neurons``, compute with them."""
     state = _state(module)
-    state.layer.list_for(neurons).append(neurons)
+    state.computed.append(neurons)
     if state.forward is None:
         module.forward = types.MethodType(_forward, module)
         state.forward = forward
@@ -154,9 +154,9 @@ def _replace_forward(module: nn.Module, neurons: AttachedNeurons, forward: Layer
 
 def _restore_forward(module: nn.Module, neurons: AttachedNeurons) -> None:
     state = _state(module)
-    if neurons in (installed := state.layer.list_for(neurons)):
-        installed.remove(neurons)
-    if state.forward is not None and not state.layer.all:
+    if neurons in state.computed:
+        state.computed.remove(neurons)
+    if state.forward is not None and not state.computed:
         state.forward = None
         del module.forward
     _drop_empty_state(module)
@@ -177,10 +177,10 @@ def _forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
     (x,) = (*args, *kwargs.values())
     state: _ModuleState = self._neurons
     if not torch.compiler.is_compiling():
-        for neurons in state.layer.all:
+        for neurons in state.computed:
             neurons.refresh()
     assert state.forward is not None  # set together with this forward
-    return state.forward.run(self, state.layer.now(), x)
+    return state.forward.run(self, LayerNeurons.of(state.computed, state.forward.in_place), x)
 
 
 def update_extra_repr(model: nn.Module) -> None:

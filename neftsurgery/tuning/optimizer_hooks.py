@@ -19,9 +19,10 @@ from torch.optim.optimizer import (
 )
 
 from ..errors import UsageError
-from ..live.weights import is_shard
+from ..live.weights import can_represent, is_shard
 from ..text import some
 from .attached_neurons import AttachedNeurons, refuse_pickling
+from .base_checkpoint import float_dtype
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,11 @@ class Training:
         self.neurons.append(neurons)
         _register_once()
 
-    def check(self) -> None:
-        """Raise a `UsageError` unless the model computes with the neurons, and trains them alike."""
+    def check(self, for_patch: bool = False) -> None:
+        """Raise a `UsageError` unless the model computes with the neurons, and trains them alike.
+
+        Values in the dtype of the base are enough ``for_patch``: DeepSpeed keeps wider ones to itself.
+        """
         sharded = any(is_shard(neurons.rows) for neurons in self.neurons)
         model, modules = self._model(), set[nn.Module]()
         assert model is not None  # it computes
@@ -68,12 +72,28 @@ class Training:
                         tensor=neurons.name,
                         hint="attach after replacing modules",
                     )
+            weight, rows = neurons.weight.dtype, neurons.rows.dtype
+            exact = for_patch and all(can_represent(rows, float_dtype(part.chosen)) for part in neurons.parts)
+            if weight != neurons.weight_dtype or (rows != neurons.rows_dtype and not exact):
+                raise UsageError(
+                    "the model was cast while neurons were attached to it, so small steps are lost",
+                    tensor=neurons.name,
+                    expected=f"{neurons.weight_dtype} with values of {neurons.rows_dtype}",
+                    found=f"{weight} with values of {rows}",
+                    hint="cast the model before attaching to it, not after",
+                )
             if sharded and not is_shard(neurons.rows):
                 raise UsageError(
                     "the gradient of these neurons is not reduced: other weights of the model are sharded",
                     tensor=neurons.name,
                     hint="call fully_shard on the whole model too, after attach",
                 )
+
+    def check_patch(self) -> None:
+        """Refuse a patch of values that the model does not compute with; name what else was trained."""
+        self.check(for_patch=True)
+        if others := self._trained_besides():
+            log.warning("not in the patch, though trained or not frozen: %s", some(others))
 
     def report_frozen(self, computed: AttachedNeurons) -> None:
         """Name the neurons that something has frozen since, at the first pass that trains a model so."""
@@ -86,8 +106,7 @@ class Training:
                 some(frozen),
             )
 
-    def trained_besides(self) -> list[str]:
-        """The names of other parameters that are trained, in the order of the model."""
+    def _trained_besides(self) -> list[str]:
         model = self._model()
         assert model is not None
         ours = {id(neurons.rows) for neurons in self.neurons}
@@ -135,15 +154,6 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _report_untrained(attached)
-    for parameter, neurons in attached:
-        if parameter.dtype != neurons.rows_dtype:
-            raise UsageError(
-                "the values of the trainable neurons were cast, so small steps would be lost",
-                tensor=neurons.name,
-                expected=neurons.rows_dtype,
-                found=parameter.dtype,
-                hint="cast the model before attaching to it, not after",
-            )
     if compiling:
         return
     for training in {neurons.training for _, neurons in attached if neurons.training is not None}:
