@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
-from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
+from ..live.weights import block_ranges, copy_into, to_bytes
 from ..patch.patch import Manifest, Patch
 from ..patch.write import written_patch
-from ..selection.selection import Chosen, Selection
+from ..selection.selection import Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural, some
-from .attached_neurons import AttachedNeurons
+from .attached_neurons import AttachedNeurons, by_tensor
 from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base, finite_bytes
 from .install import install, remove, update_extra_repr
 from .optimizer_hooks import Training
@@ -37,16 +36,8 @@ log = logging.getLogger(__name__)
 class Attached:
     """Neurons attached to a live model, until `detach`. Made by `attach`; a context manager.
 
-    Attributes
-    ----------
-    model:
-        The model.
-    mode:
-        The mode that was asked for.
-    trainable:
-        Whether the neurons are trained.
-    skipped:
-        The tensors that were left out because they cannot be attached, and why: see ``skip`` of `attach`.
+    ``model``, ``mode`` and ``trainable`` are those of `attach`. ``skipped`` tells which tensors its ``skip``
+    has left out, and why.
     """
 
     def __init__(
@@ -89,10 +80,8 @@ class Attached:
     def selection(self) -> Selection:
         """Which neurons; without those that were skipped."""
         chosen = self._what if isinstance(self._what, Selection) else self._what.selection
-        if not self.skipped:
-            return chosen
         left = {name: tensor for name, tensor in chosen.tensors.items() if name not in self.skipped}
-        return Selection(left, chosen.facts)
+        return Selection(left, chosen.facts) if self.skipped else chosen
 
     @property
     def base(self) -> Provenance:
@@ -151,8 +140,8 @@ class Attached:
         if path is not None:
             inputs = [] if self._base is None else [self._base.source.path]
             refuse_output(path, inputs=inputs, force=force, kind="file")
-        new = _by_tensor(self._neurons, _all_rows)
-        old = {} if self._base is not None else _by_tensor(self._neurons, _saved)
+        new = by_tensor(self._neurons)
+        old = {} if self._base is not None else by_tensor(self._neurons, saved=True)
         selection = Selection({name: chosen for name, (chosen, _) in new.items()}, self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
@@ -175,12 +164,7 @@ class Attached:
     def switch(self, patch: Patch | str | os.PathLike[str]) -> None:
         """Attach another patch (or its file, or its Hub id) instead. Takes as long as copying its vectors.
 
-        Raises
-        ------
-        UsageError
-            If the neurons are detached, or trained.
-        MismatchError, CorruptFileError
-            If the new patch does not fit. The earlier one stays attached.
+        Errors are those of `attach`; then the earlier patch stays attached.
         """
         self._require_attached()
         if self.trainable:
@@ -193,11 +177,7 @@ class Attached:
 
         New ones start from the base, with a state of zeros. Those that leave go back to the base; take a
         `patch` first to keep their values. An optimizer that has made no step yet is to be made after this.
-
-        Raises
-        ------
-        UsageError, MismatchError
-            As `attach`, or if the optimizer's state cannot be divided by neurons. Nothing is changed.
+        Errors are those of `attach`, or tell of a state that cannot be divided; nothing is changed.
         """
         self._require_attached()
         if not self.trainable:
@@ -240,10 +220,7 @@ class Attached:
                 neurons.enable()
 
     def refresh(self) -> None:
-        """Write the values into the weights, for what reads ``model.parameters()`` itself.
-
-        Forward passes, state dicts and readers of ``module.weight`` have the current values without this.
-        """
+        """Write the values into the weights, for what reads ``model.parameters()``; all else needs no call."""
         self._require_attached()
         for neurons in self._neurons:
             neurons.refresh()
@@ -257,19 +234,13 @@ class Attached:
         if not self.trainable:
             return {}
         state = {}
-        for name, (chosen, rows) in _by_tensor(self._training.neurons, _all_rows).items():
+        for name, (chosen, rows) in by_tensor(self._training.neurons).items():
             state[name], state[f"{name}:index"] = rows, torch.from_numpy(chosen.index)
         return state
 
     @boundary
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load an earlier `state_dict` of the same selection.
-
-        Raises
-        ------
-        MismatchError
-            If it belongs to another selection. Nothing is changed.
-        """
+        """Load an earlier `state_dict` of the same selection; a `MismatchError` if it is of another."""
         own = self.state_dict()
         for name in sorted(own.keys() | state.keys()):
             mine, theirs = own.get(name), state.get(name)
@@ -287,13 +258,7 @@ class Attached:
         self.refresh()
 
     def detach(self) -> None:
-        """Undo `attach`: weights, ``requires_grad`` flags and forward passes are as before, to the bit.
-
-        Raises
-        ------
-        UsageError
-            If the neurons are detached already.
-        """
+        """Undo `attach`: weights, ``requires_grad`` flags and forward passes are as before, to the bit."""
         self._require_attached()
         self._remove()
         self._unfreeze()
@@ -372,32 +337,6 @@ class Attached:
     def _require_attached(self) -> None:
         if not self._attached:
             raise UsageError("the neurons are detached", hint="attach again")
-
-
-def _all_rows(neurons: AttachedNeurons) -> Tensor:
-    return full_tensor(neurons.rows.detach())
-
-
-def _saved(neurons: AttachedNeurons) -> Tensor:
-    assert neurons.saved is not None  # without base files, the weight was not quantized
-    return neurons.saved
-
-
-def _by_tensor(
-    attached: Iterable[AttachedNeurons], vectors: Callable[[AttachedNeurons], Tensor]
-) -> dict[str, tuple[Chosen, Tensor]]:
-    """The neurons of each tensor of the files, and their ``vectors``; sorted by name."""
-    found: dict[str, list[tuple[Chosen, Tensor]]] = {}
-    for neurons in attached:
-        whole = vectors(neurons)
-        for part in neurons.parts:  # those of one tensor follow each other
-            found.setdefault(part.name, []).append((part.chosen, whole[part.positions]))
-    joined = {}
-    for name, parts in sorted(found.items()):
-        index = np.concatenate([chosen.index for chosen, _ in parts])
-        rows = torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1]
-        joined[name] = replace(parts[0][0], index=index), rows
-    return joined
 
 
 @boundary

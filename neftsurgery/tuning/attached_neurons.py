@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..live.weights import is_plain, read_vectors, write_vectors
+from ..live.weights import full_tensor, is_plain, read_vectors, write_vectors
 from ..neurons.layout import Layout
 from ..selection.selection import Chosen
 
@@ -56,7 +57,6 @@ class AttachedNeurons:
     layout: Layout  # of the live weight
     module: nn.Module  # the owner of the weight; a tied weight has one
     attribute: str  # of the weight in the module, such as ``weight`` or ``bias``
-    path: str  # of the module in the model
     kind: NeuronKind | None  # what the neurons are to their layer; None if no forward pass is replaced
     mode: Mode
     trainable: bool
@@ -135,8 +135,10 @@ class AttachedNeurons:
 
     def remove(self) -> None:
         """Undo `install`, complete or not: the weight's bits are what they were before."""
-        if self.saved is not None and is_plain(self.weight) and self._holds_others():
-            self._write(self.saved)
+        if self.saved is not None and is_plain(self.weight):
+            same = self._written is None and torch.equal(self._vectors(), self.saved)
+            if not same:  # an overlay has not written it, but a state may have been loaded into it
+                self._write(self.saved)
         if self.trainable:
             self.module._parameters.pop(self.parameter_name, None)
         self.saved = self._values = self._written = self._source = self.by_expert = None
@@ -183,7 +185,7 @@ class AttachedNeurons:
         if weight is None or self._disabled_at is None:
             return
         if weight._version == self._disabled_at + 1:
-            # It will be what it was, so graphs that hold it can be differentiated, as if nothing had happened.
+            # It will be what it was, so graphs that hold it can be differentiated as before.
             torch._C._autograd._unsafe_set_version_counter((weight,), (self._disabled_at,))
         self._disabled_at = None
         if self.trainable:
@@ -202,11 +204,6 @@ class AttachedNeurons:
     def _record_versions(self) -> None:
         if self._written is not None and self.trainable:
             self._source, self._versions = self.rows, (self.rows._version, self._written._version)
-
-    def _holds_others(self) -> bool:
-        """Whether the weight may hold other vectors than `saved`; an overlay's, if a state was loaded."""
-        assert self.saved is not None
-        return self._written is not None or not torch.equal(self._vectors(), self.saved)
 
     def _vectors(self) -> Tensor:
         return read_vectors(self.weight.detach(), self.layout, self.index)
@@ -227,6 +224,22 @@ class AttachedNeurons:
 
     def __reduce_ex__(self, protocol: object) -> Any:
         refuse_pickling()
+
+
+def by_tensor(attached: Iterable[AttachedNeurons], saved: bool = False) -> dict[str, tuple[Chosen, Tensor]]:
+    """The neurons of each tensor of the files, and their values, or those ``saved``; sorted by name."""
+    found: dict[str, list[tuple[Chosen, Tensor]]] = {}
+    for neurons in attached:
+        whole = neurons.saved if saved else full_tensor(neurons.rows.detach())
+        assert whole is not None  # vectors of a weight that is not quantized are saved
+        for part in neurons.parts:  # those of one tensor follow each other
+            found.setdefault(part.name, []).append((part.chosen, whole[part.positions]))
+    joined = {}
+    for name, parts in sorted(found.items()):
+        index = np.concatenate([chosen.index for chosen, _ in parts])
+        rows = torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1]
+        joined[name] = replace(parts[0][0], index=index), rows
+    return joined
 
 
 def refuse_pickling() -> NoReturn:

@@ -64,14 +64,6 @@ class LayerNeurons:
             bias = bias.index_copy(0, neurons.index, neurons.rows.squeeze(1).to(bias.dtype))
         return bias
 
-    @property
-    def frozen(self) -> AttachedNeurons | None:
-        """The scattered neurons that need a gradient now, if any: one weight has at most one such set."""
-        if not self.scattered or not torch.is_grad_enabled():
-            return None
-        (neurons,) = self.scattered
-        return neurons
-
 
 class LayerForward:
     """How layers of one type compute."""
@@ -110,10 +102,11 @@ class LinearForward(LayerForward):
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
         """The forward pass."""
         weight, bias = layer.weight(module), layer.bias(module)
-        kept, neurons = _without_overlaid_inputs(layer, x), layer.frozen
-        if neurons is None:
+        kept = _without_overlaid_inputs(layer, x)
+        if not layer.scattered or not torch.is_grad_enabled():
             out = linear(kept, weight, bias, self.transposed)
         else:
+            (neurons,) = layer.scattered  # a weight has at most one set that is trained
             arguments = (kept, neurons.rows, weight, bias, neurons.index, self.transposed)
             out = apply_function(FrozenLinear, *arguments, neurons.kind == "inputs")
         return _overlay(layer, x, out, bias)

@@ -61,17 +61,15 @@ class Training:
         Values in the dtype of the base are enough ``for_patch``: DeepSpeed keeps wider ones to itself.
         """
         sharded = any(is_shard(neurons.rows) for neurons in self.neurons)
-        model, modules = self._model(), set[nn.Module]()
-        assert model is not None  # it computes
+        model = self._model()
+        modules = set() if model is None else set(model.modules())
         for neurons in self.neurons:
-            if neurons.module is not _module_at(model, neurons.path):
-                modules = modules or set(model.modules())
-                if neurons.module not in modules:  # nor has another module been wrapped around it
-                    raise UsageError(
-                        "the module was replaced while neurons were attached to it",
-                        tensor=neurons.name,
-                        hint="attach after replacing modules",
-                    )
+            if neurons.module not in modules:
+                raise UsageError(
+                    "the module was replaced while neurons were attached to it",
+                    tensor=neurons.name,
+                    hint="attach after replacing modules",
+                )
             weight, rows = neurons.weight.dtype, neurons.rows.dtype
             exact = for_patch and all(can_represent(rows, float_dtype(part.chosen)) for part in neurons.parts)
             if weight != neurons.weight_dtype or (rows != neurons.rows_dtype and not exact):
@@ -92,38 +90,24 @@ class Training:
     def check_patch(self) -> None:
         """Refuse a patch of values that the model does not compute with; name what else was trained."""
         self.check(for_patch=True)
-        if others := self._trained_besides():
+        model = self._model()
+        assert model is not None  # it was checked
+        ours = {id(neurons.rows) for neurons in self.neurons}
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        trained = {id(parameter) for group in groups for parameter in group} - ours
+        trained |= {id(parameter) for parameter in model.parameters() if parameter.requires_grad} - ours
+        others = [name for name, parameter in model.named_parameters() if id(parameter) in trained]
+        if others:
             log.warning("not in the patch, though trained or not frozen: %s", some(others))
 
     def report_frozen(self, computed: AttachedNeurons) -> None:
         """Name the neurons that something has frozen since, at the first pass that trains a model so."""
         if not self._reported and not computed.rows.requires_grad:
             self._reported = True
-            frozen = [neurons.name for neurons in self.neurons if not neurons.rows.requires_grad]
             log.warning(
-                "the chosen neurons of %s do not train: requires_grad was turned off after attach (PEFT does "
-                "so: call get_peft_model first)",
-                some(frozen),
+                "the chosen neurons of %s do not train: requires_grad was turned off after attach, as PEFT does",
+                some([neurons.name for neurons in self.neurons if not neurons.rows.requires_grad]),
             )
-
-    def _trained_besides(self) -> list[str]:
-        model = self._model()
-        assert model is not None
-        ours = {id(neurons.rows) for neurons in self.neurons}
-        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
-        trained = {id(parameter) for group in groups for parameter in group}
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if (parameter.requires_grad or id(parameter) in trained) and id(parameter) not in ours
-        ]
-
-
-def _module_at(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 @cache

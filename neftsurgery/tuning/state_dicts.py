@@ -24,10 +24,8 @@ _KEY = "_neurons"  # in the module's __dict__: what is installed in it
 def register_state_hooks(module: nn.Module) -> list[RemovableHandle]:
     """Have the state dicts of a module with trainable neurons hold them, and load them."""
     owner: Any = module  # torch has no types for these two
-    return [
-        owner.register_state_dict_pre_hook(_refresh),
-        owner.register_load_state_dict_pre_hook(_add_missing),
-    ]
+    loading = owner.register_load_state_dict_pre_hook(_add_missing)
+    return [owner.register_state_dict_pre_hook(_refresh), loading]
 
 
 def _owned(module: nn.Module) -> list[AttachedNeurons]:
@@ -97,15 +95,7 @@ def _plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
             rows = full_tensor(neurons.rows.detach()) if rows is None else rows
             patched, device = weight.detach().clone(), weight.device
             write_vectors(patched, neurons.layout, neurons.index.to(device), rows.to(device))
-            same = [key for key, other in plain.items() if _is_same(other, weight)]  # also tied ones
-            plain.update(dict.fromkeys(same, patched))
+            for key, other in state.items():  # also of tied weights
+                if isinstance(other, Tensor) and other.data_ptr() == weight.data_ptr() and key in plain:
+                    plain[key] = patched if other.shape == weight.shape else other
     return plain
-
-
-def _is_same(one: Any, other: Tensor) -> bool:
-    return one is other or (
-        isinstance(one, Tensor)
-        and one.shape == other.shape
-        and one.device == other.device
-        and one.data_ptr() == other.data_ptr() != 0
-    )

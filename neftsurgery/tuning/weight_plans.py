@@ -164,7 +164,7 @@ def _plan_neurons(
     trainable: bool,
 ) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...], tuple[tuple[nn.Module, str], ...]]:
     owner, *others = uses
-    at = owner.module, owner.attribute, owner.path
+    at = owner.module, owner.attribute
     weight: Any = owner.module._parameters[owner.attribute]
     name = parts[0].name
     if weight.is_meta:

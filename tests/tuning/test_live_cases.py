@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from tuning_support import FAMILIES, Picks, batch, llama, put, rows_of, select, 
 import neftsurgery as ns
 
 MODES = ("scatter", "overlay")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LLAMA = FAMILIES["llama"][1]
 UP = "model.layers.0.mlp.up_proj.weight"
 PICKS: Picks = {"0.weight": ([0], [1, 3]), "0.bias": ([0], [0]), "2.weight": ([1], [0, 4])}
@@ -361,6 +364,14 @@ def test_values_that_are_replaced() -> None:
     loss_of(model, 0).backward()
     with pytest.raises(ns.UsageError, match=r"tensor 0\.\w+: the optimizer trains .* replaced"):
         optimizer.step()
+
+
+def test_the_table_names_tests_that_there_are() -> None:
+    folder = Path(__file__).parent
+    rows = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?` \|$", (DOCS / "training.md").read_text(), re.M)
+    assert len(rows) > 25
+    for file, name in rows:
+        assert f"def {name}(" in (folder / file).read_text() or not name, name
 
 
 @pytest.mark.parametrize("mode", MODES)
