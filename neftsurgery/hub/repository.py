@@ -29,9 +29,7 @@ class Repository:
     repo: str  # org/name
     branch: str  # that is pushed to
     has_branch: bool = False  # the branch exists
-    #: The parent of the next commit: the branch's head, or main's if the branch does not exist. None if the
-    #: repository does not exist.
-    head: str | None = None
+    head: str | None = None  # of the branch, or of main if it does not exist; None: there is no repository
     private: bool = False
     files: Sequence[str] = ()  # their names at that commit
 
@@ -58,9 +56,8 @@ class Repository:
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise MismatchError(
-                "the README on the Hub is not UTF-8", file=self.repo, hint=CARD_HINT
-            ) from error
+            what = "the README on the Hub is not UTF-8"
+            raise MismatchError(what, file=self.repo, hint=CARD_HINT) from error
 
 
 def read_repository(repo: str, branch: str) -> Repository:
@@ -121,11 +118,7 @@ def _send(repository: Repository, files: Files, message: str, parent: str) -> st
         api.preupload_lfs_files(repo, [operations[FIGURE_NAME]], revision=branch, free_memory=False)
     try:
         done = api.create_commit(
-            repo,
-            operations=list(operations.values()),
-            commit_message=message,
-            revision=branch,
-            parent_commit=parent,
+            repo, [*operations.values()], commit_message=message, revision=branch, parent_commit=parent
         )
     except ValueError as error:
         _raise_if_card_refused(error, repo)

@@ -12,15 +12,23 @@ from numpy.typing import NDArray
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_same_files, same_tensor
 from ..errors import MismatchError, UsageError
-from ..patch.groups import RowGroup
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings
 from ..patch.patch import Manifest, Patch
+from ..patch.write import NewPatch
 from ..progress import Progress
 from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..tensors.floats import FLOATS
 from .group_checks import joined_groups, require_whole_units
 from .verb import require_replaced
+
+
+def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
+    """Raise a `CorruptFileError` unless each patch's hashes match its content: a merge gets new hashes."""
+    with progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
+        for patch in patches:
+            patch.check()
+            advance(patch.value_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +66,6 @@ class OverlapRule:
         return cls(name, given, DENSITY if density is None else density)
 
     @property
-    def computes(self) -> bool:
-        """Whether it computes with values."""
-        return self.name in ARITHMETIC
-
-    @property
     def needs_base(self) -> bool:
         """Whether it computes with differences from the base."""
         return self.name in ("sum", "ties")
@@ -82,29 +85,10 @@ def refuse_other_options(chain: bool, overlap: Mapping[str, object], coding: Map
             raise UsageError(f"[[{name}]] {'does not go with' if chain else 'goes only with'} [[chain]]")
 
 
-def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
-    """Raise a `CorruptFileError` unless each patch's hashes match its content: a merge gets new hashes."""
-    with progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        for patch in patches:
-            patch.check()
-            advance(patch.value_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class MergedNeurons:
-    """What a merged patch holds: who replaces what, its neurons, groups and manifest; and warnings."""
-
-    meetings: Mapping[str, Meeting]
-    selection: Selection
-    groups: Sequence[RowGroup]
-    manifest: Manifest
-    warnings: list[str]
-
-
 def plan_union(
     patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None, reversible: bool
-) -> MergedNeurons:
-    """What a merge of ``patches`` holds; raises as `merge`."""
+) -> tuple[dict[str, Meeting], NewPatch, list[str]]:
+    """By tensor who replaces what, the patch that becomes of it, and warnings; raises as `merge`."""
     warnings = _check_origins(patches, checked=base is not None)
     tensors = _check_tensors(patches)
     groups = joined_groups(patches)
@@ -127,7 +111,8 @@ def plan_union(
     if base is None:
         _check_replaced(patches, rule, found, reversible)
     manifest = _manifest(patches, rule, base)
-    return MergedNeurons(found, Selection(chosen, manifest.selection), [*groups.values()], manifest, warnings)
+    selection = Selection(chosen, manifest.selection)
+    return found, NewPatch(selection, manifest, reversible, [*groups.values()]), warnings
 
 
 def _called(patches: Sequence[Patch], number: int) -> str:

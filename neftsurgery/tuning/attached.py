@@ -18,7 +18,7 @@ from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.weights import block_ranges, copy_into, to_bytes
 from ..patch.patch import Manifest, Patch
-from ..patch.write import written_patch
+from ..patch.write import NewPatch
 from ..selection.selection import Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural, some
@@ -145,7 +145,7 @@ class Attached:
         selection = Selection({name: chosen for name, (chosen, _) in new.items()}, self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
-        with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
+        with NewPatch(selection, manifest, reversible).written(path, force=force) as writer:
             for name, (chosen, rows) in new.items():
                 for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
                     block = replace(chosen, index=chosen.index[start:stop])
@@ -220,7 +220,7 @@ class Attached:
                 neurons.enable()
 
     def refresh(self) -> None:
-        """Write the values into the weights, for what reads ``model.parameters()``; all else needs no call."""
+        """Write the values into the weights, for what reads ``model.parameters()`` itself."""
         self._require_attached()
         for neurons in self._neurons:
             neurons.refresh()

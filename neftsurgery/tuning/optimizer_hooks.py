@@ -105,7 +105,7 @@ class Training:
         if not self._reported and not computed.rows.requires_grad:
             self._reported = True
             log.warning(
-                "the chosen neurons of %s do not train: requires_grad was turned off after attach, as PEFT does",
+                "the chosen neurons of %s do not train: requires_grad was turned off, as PEFT does it",
                 some([neurons.name for neurons in self.neurons if not neurons.rows.requires_grad]),
             )
 

@@ -6,6 +6,7 @@ Sizes are divided by one factor, counts stay, so that what divides what is as in
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -148,7 +149,7 @@ def _shrink_rotation(config: Any) -> None:
     """The angles of a head are divided among several axes: as many as the head has."""
     rotation = getattr(config, "rope_parameters", None)
     known = getattr(type(config), "ignore_keys_at_rope_validation", None) or ()
-    if isinstance(rotation, dict) and "mrope_section" in known:
+    if isinstance(rotation, dict) and "mrope_section" in known and "rope_type" in rotation:
         sections = rotation.get("mrope_section") or [1, 1, 1]
         with contextlib.suppress(Exception):
             head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -169,14 +170,37 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 
 def classes_of(model_type: str) -> list[type]:
-    """The model classes that a config of this type is made for, the bare one first."""
+    """The model classes that a config of this type is made for, the bare one first.
+
+    They are those of the auto classes, else those of the modeling file.
+    """
     found: dict[str, None] = {}
     tables = sorted(name for name in vars(modeling_auto) if name.endswith("MAPPING_NAMES"))
     for table in ["MODEL_MAPPING_NAMES", *tables]:
         names = getattr(modeling_auto, table).get(model_type, ()) if "CONFIG" not in table else ()
         found |= dict.fromkeys((names,) if isinstance(names, str) else names)
     classes = (getattr(transformers, name, None) for name in found if not _PLAIN.search(name))
-    return [one for one in classes if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)]
+    known = [
+        one for one in classes if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)
+    ]
+    return known or _classes_beside(transformers.CONFIG_MAPPING[model_type])
+
+
+def _classes_beside(config: type) -> list[type]:
+    """The model classes of a config's modeling file, which no auto class names."""
+    name = config.__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return []
+    models = [
+        one
+        for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)
+    ]
+    return [
+        one for one in models if one.config_class is config and not one.__name__.endswith("PreTrainedModel")
+    ]
 
 
 def build(model_type: str, ladder: Sequence[tuple[int, int]] = LADDER) -> Iterator[tuple[str, Any, str]]:

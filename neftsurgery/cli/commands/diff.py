@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,8 @@ import click
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.dequantized import stored_side
-from ...checkpoint.name_prefixes import Prefixes
 from ...neurons.submodels import stated_type
-from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
+from ...options import PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
@@ -20,7 +20,7 @@ from ...surgery.pairing import Pair
 from ...surgery.summary import Movement, Summary, summarize
 from ...text import commas, percent, plural, size, some
 from ..console import Console, can_print
-from ..options import options_of, output_option, take, writing_options
+from ..options import options_of, output_option, writing_options
 
 _SHOWN = 5
 _BAR = 24
@@ -48,9 +48,7 @@ def command(
       neftsurgery diff base/ adapter/ -o scores.safetensors
       neftsurgery diff meta-llama/Llama-3.2-1B my-fine-tune/ --anatomy ffn
     """
-    scope = Scope(**take(options, ScopeOptions))
-    prefixes = Prefixes.of(**take(options, PrefixOptions))
-    plan = plan_diff(base, tuned, scope=scope, prefixes=prefixes, score=score, out=out, **options)
+    plan = plan_diff(base, tuned, out=out, score=score, **options)
     _say_pair(console, plan.pair)
     facts = plan.describe()
     if dry_run:
@@ -172,7 +170,7 @@ def _say_movements(console: Console, title: str, movements: Sequence[Movement]) 
 
 def _say_map(console: Console, scores: Scores) -> None:
     """Draw a small map of where the most sensitive neurons are, on a terminal."""
-    if not console.is_terminal:
+    if console.as_json or console.quiet or not sys.stdout.isatty():
         return
     found = LayerMap.of_scores(scores, scores.select(neurons=_MAPPED))
     console.say(f"where the most sensitive {_MAPPED} are")

@@ -7,27 +7,22 @@ from typing import Any
 
 import click
 
-from ...checkpoint.name_prefixes import Prefixes
 from ...errors import UsageError
 from ...options import (
     BudgetOptions,
-    CutOptions,
+    ChoosingOptions,
     LosslessOptions,
     PrefixOptions,
-    RunOptions,
-    Scope,
     ScopeOptions,
     ScoreOptions,
     SeedOptions,
-    SelectOptions,
     declared,
 )
 from ...progress import Timing
 from ...scoring.scores import Scores
-from ...selection.selection import Selection, SelectionFacts
+from ...selection.selection import Selection
 from ...surgery.extract import ExtractPlan, plan_extract
 from ...surgery.lossless import LosslessPlan, plan_lossless
-from ...surgery.remainder import Remainder
 from ...text import commas, percent, plural, size, some
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
@@ -80,32 +75,24 @@ def command(
             "scores" if scores is not None else "selection",
             "it is for scoring, which was done before",
         )
-    budget, inputs = take_budget(options, SelectOptions)
+    choosing, inputs = take_budget(options, ChoosingOptions)
     inputs += [path for path in (scores, selection) if path is not None]
     if selection is not None:
-        budget.pop("seed", None)
-    scope, score = Scope(**take(options, ScopeOptions)), take(options, ScoreOptions)
+        choosing.pop("seed", None)
     plan = plan_extract(
         base,
         tuned,
         None if selection is None else Selection.load(selection),
         scores=None if scores is None else Scores.load(scores),
-        scope=scope,
-        prefixes=Prefixes.of(**take(options, PrefixOptions)),
-        **score,
-        budget=budget,
         inputs=inputs,
         out=out,
+        **choosing,
         **options,
         **console.running,
     )
-    console.warn(plan.warnings)
-    nbytes, timing = plan.nbytes, plan.timing
-    if not dry_run:
-        patch = plan.run(**console.running)
-        nbytes, timing = patch.nbytes, patch.timing
-    _say(console, plan, nbytes, dry_run)
-    console.answer(plan.describe() | {"bytes": nbytes}, timing, dry_run=dry_run)
+    done = console.carry_out(plan, dry_run)
+    _say(console, plan, done.nbytes, dry_run)
+    console.answer(plan.describe() | {"bytes": done.nbytes}, done.timing, dry_run=dry_run)
 
 
 def _extract_whole(
@@ -114,8 +101,8 @@ def _extract_whole(
     """The command with --lossless."""
     if not whole.pop("lossless", False):
         raise UsageError(f"[[{next(iter(whole))}]] is for [[lossless]] patches only")
-    chosen = declared(CutOptions).keys() - declared(RunOptions).keys()
-    _refuse(sorted({"scores", "selection", *chosen}), "lossless", "a lossless patch keeps every neuron")
+    chosen = sorted({"scores", "selection", *declared(ChoosingOptions)})
+    _refuse(chosen, "lossless", "a lossless patch keeps every neuron")
     kept = {name: options[name] for name in ("out", "force", "reversible")}
     run_lossless(console, plan_lossless(base, tuned, **kept, **whole), dry_run)
 
@@ -143,31 +130,22 @@ def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> Non
         f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
-    _say_captured(console, plan.facts, plan.remainder)
-    share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
-    console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
-
-
-def _say_captured(console: Console, facts: SelectionFacts, rest: Remainder | None) -> None:
-    """Say what share of the change a selection holds, and whether base plus patch is the tuned model."""
-    captured, scored = facts.captured, facts.captured_scored
+    captured, scored = plan.facts.captured, plan.facts.captured_scored
     if captured is not None:
-        console.say(
-            f"it captures {percent(captured)} of the whole change"
-            + (f" ({percent(scored)} of that of the scored tensors)" if scored is not None else "")
-        )
+        of_scored = f" ({percent(scored)} of that of the scored tensors)" if scored is not None else ""
+        console.say(f"it captures {percent(captured)} of the whole change{of_scored}")
+    rest, whole = plan.remainder, "base plus patch is the tuned model"
     if rest is None:
-        console.say("base plus patch is the tuned model only if nothing else was changed")
-        return
-    if rest.left:
+        console.say(f"{whole} only if nothing else was changed")
+    elif rest.left:
         console.say("base plus patch is NOT the tuned model: it has only these neurons of it")
         console.say(f"still different: {some(rest.left)}")
-    elif rest.not_compared:
-        console.say("base plus patch is the tuned model, bit for bit, in all that was compared")
     else:
-        console.say("base plus patch is the tuned model, bit for bit")
-    if rest.not_compared:
+        console.say(f"{whole}, bit for bit{', in all that was compared' if rest.not_compared else ''}")
+    if rest is not None and rest.not_compared:
         console.say(f"not compared: {some(rest.not_compared)}")
+    share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
+    console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
 
 
 def _refuse(names: Iterable[str], given: str, why: str) -> None:
