@@ -1,8 +1,7 @@
 """State dicts of models with attached neurons, and what `save_pretrained` writes of them.
 
-The trainable values are entries of their own, so any tool's checkpoint holds them, and resumes from them. A
-state without them, of a plain model, sets them to the vectors of the weights that it holds.
-``save_pretrained`` writes the model as a plain one that computes the same.
+The trainable values are entries of their own, so any tool's checkpoint holds them. A plain model's state sets
+them to its vectors. ``save_pretrained`` writes a plain model that computes the same.
 """
 
 from __future__ import annotations
@@ -24,18 +23,13 @@ _KEY = "_neurons"  # in the module's __dict__: what is installed in it
 def register_state_hooks(module: nn.Module) -> list[RemovableHandle]:
     """Have the state dicts of a module with trainable neurons hold them, and load them."""
     owner: Any = module  # torch has no types for these two
-    loading = owner.register_load_state_dict_pre_hook(_add_missing)
-    return [owner.register_state_dict_pre_hook(_refresh), loading]
+    saving = owner.register_state_dict_pre_hook(lambda module, *_: [n.refresh() for n in _owned(module)])
+    return [saving, owner.register_load_state_dict_pre_hook(_add_missing)]
 
 
 def _owned(module: nn.Module) -> list[AttachedNeurons]:
     state = module.__dict__.get(_KEY)
     return [] if state is None else state.owned
-
-
-def _refresh(module: nn.Module, *_: Any) -> None:
-    for neurons in _owned(module):
-        neurons.refresh()
 
 
 def _add_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
