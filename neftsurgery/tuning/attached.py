@@ -314,7 +314,6 @@ class Attached:
         self._show()
 
     def _show(self) -> None:
-        """Have the model print, and save, what is attached to it now."""
         update_extra_repr(self.model)
         patch_saving(self.model)
 

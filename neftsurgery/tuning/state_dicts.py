@@ -23,13 +23,18 @@ _KEY = "_neurons"  # in the module's __dict__: what is installed in it
 def register_state_hooks(module: nn.Module) -> list[RemovableHandle]:
     """Have the state dicts of a module with trainable neurons hold them, and load them."""
     owner: Any = module  # torch has no types for these two
-    saving = owner.register_state_dict_pre_hook(lambda module, *_: [n.refresh() for n in _owned(module)])
+    saving = owner.register_state_dict_pre_hook(_refresh)
     return [saving, owner.register_load_state_dict_pre_hook(_add_missing)]
 
 
 def _owned(module: nn.Module) -> list[AttachedNeurons]:
     state = module.__dict__.get(_KEY)
     return [] if state is None else state.owned
+
+
+def _refresh(module: nn.Module, *_: Any) -> None:
+    for neurons in _owned(module):
+        neurons.refresh()
 
 
 def _add_missing(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

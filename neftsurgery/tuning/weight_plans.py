@@ -147,7 +147,6 @@ def _plan_neurons(
     trainable: bool,
 ) -> tuple[AttachedNeurons, tuple[tuple[nn.Module, LayerForward], ...], tuple[tuple[nn.Module, str], ...]]:
     owner, *others = uses
-    at = owner.module, owner.attribute
     weight: Any = owner.module._parameters[owner.attribute]
     name = parts[0].name
     if weight.is_meta:
@@ -169,7 +168,7 @@ def _plan_neurons(
     if plain:
         _check_shape(name, layout, tuple(weight.shape))
     if mode == "scatter" and not trainable:
-        return AttachedNeurons(parts, layout, *at, None, mode, trainable), (), ()
+        return AttachedNeurons(parts, layout, owner.module, owner.attribute, None, mode, trainable), (), ()
     layers, readers, kinds = [], [], set[NeuronKind]()
     for use in (owner, *others):
         forward, kind = _plan_layer(name, layout, use, plain)
@@ -181,7 +180,7 @@ def _plan_neurons(
     if len(kinds) > 1:  # a tied weight: the outputs of one layer and the inputs of another
         layers, kinds = [], set()
     kind = next(iter(kinds), None)
-    neurons = AttachedNeurons(parts, layout, *at, kind, mode, trainable)
+    neurons = AttachedNeurons(parts, layout, owner.module, owner.attribute, kind, mode, trainable)
     return neurons, tuple(layers), tuple(readers)
 
 
@@ -325,8 +324,7 @@ def _reducer_of(model: nn.Module) -> str | None:
     inside = set(model.modules())
     if any(isinstance(module, FSDPModule) for module in inside):
         return "fully_shard"
-    # A module does not know what wraps it.
-    gc.collect()
+    gc.collect()  # a module does not know what wraps it
     wrappers = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
     for found in gc.get_objects():
         if issubclass(type(found), wrappers) and not inside.isdisjoint(found.modules()):
