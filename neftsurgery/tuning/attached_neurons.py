@@ -145,10 +145,7 @@ class AttachedNeurons:
         self.active = self.disabled = False
 
     def refresh(self) -> None:
-        """Write the values into the weight.
-
-        Every forward pass does this: not every optimizer tells torch that it changes values.
-        """
+        """Write the values into the weight, in every forward pass: not every optimizer tells of changes."""
         weight = self.weight
         if self.index.device != weight.device:
             self._move(weight.device)
