@@ -58,8 +58,9 @@ class TensorsInMemory:
     def window(self, name: str, start: int, size: int) -> None:
         """None: what is in memory is read, not mapped."""
 
-    def place(self, name: str) -> None:
-        """None: it is in no file."""
+    def address(self, name: str) -> int:
+        """-1: it is in no file."""
+        return -1
 
     @property
     def nbytes(self) -> int:

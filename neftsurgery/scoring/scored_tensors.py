@@ -70,6 +70,19 @@ class Unscored:
         return cls(entry.number("delta_sq") if "delta_sq" in entry else 0.0, bool(entry.get("changed")))
 
 
+def read_all_scored(file: TensorFile, entries: Mapping[str, object]) -> dict[str, ScoredTensor]:
+    """The scored tensors, by name in order, from their descriptions; one that several share is read once."""
+    found, known = dict[str, ScoredTensor](), dict[int, ScoredTensor]()
+    for name, entry in sorted(entries.items()):
+        like = known.get(id(entry))
+        if like is None:
+            found[name] = known[id(entry)] = read_scored(file, name, entry)
+        else:
+            info = TensorInfo(name, like.info.dtype, like.info.shape)
+            found[name] = ScoredTensor(info, like.layout, like.layer, like.bias, like.part)
+    return found
+
+
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     """The scored tensor ``name``, from its description; else a `CorruptFileError`."""
     info, layout = described_tensor(file, WHAT, name, entry)
@@ -99,9 +112,10 @@ def read_companion_biases(
     """The unscored tensors whose changes are recorded element by element."""
     if not isinstance(unscored, dict):
         raise bad(file, WHAT, "unscored is not an object")
-    counts: dict[str | None, set[int]] = {}
+    counts: dict[str, set[int]] = {}
     for tensor in tensors.values():
-        counts.setdefault(tensor.bias, set()).add(tensor.layout.count)
+        if tensor.bias is not None:
+            counts.setdefault(tensor.bias, set()).add(tensor.layout.count)
     for name, entry in sorted(unscored.items()):
         if not isinstance(entry, dict) or name in tensors:
             raise bad(file, WHAT, "its entry of an unscored tensor makes no sense", name)
@@ -166,6 +180,12 @@ class ScoreArrays:
             require_entry(file, WHAT, entry)
         return cls(file, starts)
 
+    def having(self, tensors: Iterable[ScoredTensor], *kinds: str) -> list[ScoredTensor]:
+        """Those of the scored ``tensors`` that have all of these numbers."""
+        if self.starts is None:
+            return [tensor for tensor in tensors if self.has(tensor.info.name, *kinds)]
+        return list(tensors) if self.file.tensors.keys() >= set(kinds) else []
+
     def has(self, name: str, *kinds: str) -> bool:
         """Whether it has all of these numbers of a tensor."""
         entries = self.file.tensors
@@ -211,10 +231,11 @@ class SumBatch:
         if chosen is None:
             return float(self.sums[which].sum())
         picked = np.zeros_like(self.sums[which])
-        for start, tensor in zip(self.starts, self.tensors, strict=True):
-            if tensor.info.name in chosen:
-                index = start + chosen[tensor.info.name]
-                picked[index] = self.sums[which][index]
+        names = [tensor.info.name for tensor in self.tensors]
+        starts = zip(names, self.starts.tolist(), strict=True)
+        if found := [start + chosen[name] for name, start in starts if name in chosen]:
+            index = np.concatenate(found)
+            picked[index] = self.sums[which][index]
         return float(picked.sum())
 
 
@@ -222,7 +243,7 @@ def batches(
     numbers: ScoreArrays, tensors: Iterable[ScoredTensor], which: Sequence[str]
 ) -> Iterator[SumBatch]:
     """Read the sums ``which`` of those ``tensors`` that have them, about a million neurons at a time."""
-    having = [tensor for tensor in tensors if numbers.has(tensor.info.name, *which)]
+    having = numbers.having(tensors, *which)
     ends = accumulate(tensor.layout.count for tensor in having)
     for _, group in groupby(zip(having, ends, strict=True), key=lambda one: one[1] // _NEURONS):
         yield _read(numbers, [tensor for tensor, _ in group], which)
@@ -234,9 +255,9 @@ def _read(numbers: ScoreArrays, tensors: Sequence[ScoredTensor], which: Sequence
     sums = {part: numbers.read(part, tensors) for part in which}
     for values in sums.values():
         values[np.isnan(values)] = 0
-    masks = [tensor.belongs() for tensor in tensors]
-    if all(mask is None for mask in masks):
+    if all(tensor.part is None for tensor in tensors):
         return SumBatch(tensors, starts, sums, None)
+    masks = [tensor.belongs() for tensor in tensors]
     counted = np.concatenate(
         [np.ones(n, np.bool_) if mask is None else mask for n, mask in zip(counts, masks, strict=True)]
     )
