@@ -27,10 +27,7 @@ _TORCH_NAMES = {
 
 
 class TensorsInMemory:
-    """A mapping of names to tensors, read like a checkpoint of one file. Not a copy: they must not change.
-
-    Raises a `UsageError` if a value is not a tensor of a dtype that safetensors has.
-    """
+    """A mapping of names to tensors, read like a checkpoint of one file. They must not change."""
 
     is_file = True
     shards: tuple[Shard, ...] = ()

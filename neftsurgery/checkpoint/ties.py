@@ -250,10 +250,7 @@ def stated_tie(config: Mapping[str, Any] | None) -> bool | None:
 
 
 def tie_groups(names: Iterable[str], known: Iterable[tuple[str, str]] = ()) -> list[list[str]]:
-    """Those of ``names`` that may be one tensor, by group, embeddings first; ``known`` pairs are in a group.
-
-    A head goes with the embeddings below its own prefix, such as ``text_decoder.``
-    """
+    """Those of ``names`` that may be one tensor, by group, embeddings first; ``known`` pairs are one."""
     above: dict[str, str] = {}  # a forest: the names of a tree are a group
 
     def root(key: str) -> str:

@@ -91,6 +91,9 @@ def _verdict(module: nn.Module, name: str, parameter: Any) -> str:
         return "out in"
     if hasattr(module, "is_concatenated") and name in ("gate_up_proj", "up_proj", "down_proj"):
         return "E in out" if module.is_transposed else "E out in"
+    sizes = tuple(getattr(module, key, None) for key in ("num_experts", "output_size", "input_size"))
+    if tuple(parameter.shape) == sizes:  # JetMoeParallelExperts
+        return "E out in"
     return "a parameter of no known layer"
 
 

@@ -76,25 +76,11 @@ def _told(error: BaseException) -> str:
 
 
 def _classes(model_type: str) -> list[type]:
-    """Those of the auto classes, else of the modeling file; those that write text first."""
-    classes = classes_of(model_type)
-    if not classes:
-        config = transformers.CONFIG_MAPPING[model_type]
-        name = config.__module__.replace(".configuration_", ".modeling_")
-        try:
-            __import__(name)
-        except ImportError:
-            return []
-        classes = [
-            one
-            for one in vars(sys.modules[name]).values()
-            if isinstance(one, type)
-            and issubclass(one, transformers.PreTrainedModel)
-            and getattr(one, "config_class", None) is config
-        ]
+    """Those that write text first."""
     rank = {name: place for place, name in enumerate(_PREFERRED)}
     return sorted(
-        classes, key=lambda one: min((rank[end] for end in rank if one.__name__.endswith(end)), default=9)
+        classes_of(model_type),
+        key=lambda one: min((rank[end] for end in rank if one.__name__.endswith(end)), default=9),
     )
 
 
@@ -234,8 +220,10 @@ def _inputs(model: Any) -> tuple[dict[str, Any] | None, str]:
     for make in candidates(model):
         try:
             inputs = make()
-            with torch.no_grad():
-                found = outputs(model, inputs)
+            with (
+                torch.no_grad()
+            ):  # a copy: Swin keeps the size of its windows from the first pictures it sees
+                found = outputs(copy.deepcopy(model), inputs)
         except Unneeded:
             continue
         except Exception as error:

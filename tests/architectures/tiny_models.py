@@ -6,6 +6,7 @@ Sizes are divided by one factor, counts stay, so that what divides what is as in
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -169,14 +170,37 @@ def _set(config: Any, key: str, value: Any) -> None:
 
 
 def classes_of(model_type: str) -> list[type]:
-    """The model classes that a config of this type is made for, the bare one first."""
+    """The model classes that a config of this type is made for, the bare one first.
+
+    They are those of the auto classes, else those of the modeling file.
+    """
     found: dict[str, None] = {}
     tables = sorted(name for name in vars(modeling_auto) if name.endswith("MAPPING_NAMES"))
     for table in ["MODEL_MAPPING_NAMES", *tables]:
         names = getattr(modeling_auto, table).get(model_type, ()) if "CONFIG" not in table else ()
         found |= dict.fromkeys((names,) if isinstance(names, str) else names)
     classes = (getattr(transformers, name, None) for name in found if not _PLAIN.search(name))
-    return [one for one in classes if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)]
+    known = [
+        one for one in classes if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)
+    ]
+    return known or _classes_beside(transformers.CONFIG_MAPPING[model_type])
+
+
+def _classes_beside(config: type) -> list[type]:
+    """The model classes of a config's modeling file, which no auto class names."""
+    name = config.__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        return []
+    models = [
+        one
+        for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, transformers.PreTrainedModel)
+    ]
+    return [
+        one for one in models if one.config_class is config and not one.__name__.endswith("PreTrainedModel")
+    ]
 
 
 def build(model_type: str, ladder: Sequence[tuple[int, int]] = LADDER) -> Iterator[tuple[str, Any, str]]:
