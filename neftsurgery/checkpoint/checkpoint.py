@@ -236,7 +236,7 @@ class Checkpoint:
         """Where tensor ``name`` lies, as one number for all files; -1 if it is computed."""
         return self._addresses[name]
 
-    @cached_property
+    @functools.cached_property
     def _addresses(self) -> Mapping[str, int]:
         offsets = [shard.header.offsets for shard in self.shards]
         homes = self._home
