@@ -55,10 +55,6 @@ class TensorsInMemory:
     def window(self, name: str, start: int, size: int) -> None:
         """None: what is in memory is read, not mapped."""
 
-    def address(self, name: str) -> int:
-        """-1: it is in no file."""
-        return -1
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -38,11 +38,10 @@ def fingerprint(
     names = {**own, **(names or {})}
 
     tensors = [(name, stored, weights.tensors[stored]) for name, stored in sorted(names.items())]
-    kinds = dict[tuple[str, tuple[int, ...]], str]()
     state, edge, whole = xxhash.xxh3_128(), _EDGE_BYTES, 2 * _EDGE_BYTES
     nbytes = [info.nbytes for _, _, info in tensors]
-    small = zip(tensors, nbytes, strict=True)
-    addresses = [weights.address(stored) if size <= whole else -1 for (_, stored, _), size in small]
+    address = weights.address if isinstance(weights, Checkpoint) else lambda name: -1
+    addresses = [address(stored) if info.nbytes <= whole else -1 for _, stored, info in tensors]
     for run in neighbours(nbytes, [addresses], _READ_BYTES):
         some = tensors[run.start : run.stop]
         sizes = [min(size, whole) for size in nbytes[run.start : run.stop]]
@@ -56,10 +55,8 @@ def fingerprint(
             if change is not None:
                 for start, part in _ends(info.nbytes, view):
                     change(name, start, part)
-            kind = info.dtype, info.shape
-            if kind not in kinds:
-                kinds[kind] = f',"{info.dtype}",[{",".join(map(str, info.shape))}]]\n'
-            text.append(f"[{encode_basestring_ascii(name)}{kinds[kind]}".encode())
+            shape = ",".join(map(str, info.shape))
+            text.append(f'[{encode_basestring_ascii(name)},"{info.dtype}",[{shape}]]\n'.encode())
             text += (view, view) if size <= edge else (view[:edge], view[-edge:])
         state.update(b"".join(text))
     return HASH_PREFIX + state.hexdigest()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..neurons.layout import Layout, described_tensor
 from ..neurons.units import CountedSlice
-from ..tensors.arrays import IndexArray, Int64Array, Mask
+from ..tensors.arrays import Float32Array, IndexArray, Int64Array, Mask
 from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -144,6 +144,22 @@ def arranged(
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreRange:
+    """Some of the scores of a file of version 2, read by slices."""
+
+    file: TensorFile
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice, /) -> Float32Array:
+        first, last, _ = part.indices(self.count)
+        return self.file.array("score", self.start + first, self.start + last)
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreArrays:
     """The numbers of a scores file, read when asked for.
 
@@ -193,6 +209,13 @@ class ScoreArrays:
             return all(_entry(name, which) in entries for which in kinds)
         shortest = min(entries[which].shape[0] if which in entries else 0 for which in kinds)
         return self.starts.get(name, shortest) < shortest
+
+    def scores(self, tensors: Sequence[ScoredTensor]) -> ScoreRange | Float32Array:
+        """The scores of tensors that follow each other; many are read when they are asked for."""
+        count = sum(tensor.layout.count for tensor in tensors)
+        if self.starts is None or count <= _NEURONS:
+            return self.read("score", tensors)
+        return ScoreRange(self.file, self.starts[tensors[0].info.name], count)
 
     def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
         """One kind of numbers of tensors that follow each other and have it, one after the other."""

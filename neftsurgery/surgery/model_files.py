@@ -135,10 +135,6 @@ class RebuiltWeights:
         for patch in self._patches:
             patch.check_unchanged()
 
-    def address(self, name: str) -> int:
-        """-1: it is computed."""
-        return -1
-
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
         size, done = Elements.of(self.tensors[name].dtype).size, 0

@@ -49,18 +49,18 @@ class TensorReader(Protocol):
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """As in `RowReader`."""
 
-    def address(self, name: str) -> int:
-        """Where tensor ``name`` lies in files, as one number: what is n bytes behind it has n more. Or -1.
-
-        One `read_into` may go on over the tensors that lie behind it.
-        """
-
 
 class WeightReader(TensorReader, RowReader, Protocol):
     """All that scoring sees of a model. Thread-safe."""
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
+
+    def address(self, name: str) -> int:
+        """Where tensor ``name`` lies, as one number for all files; -1 if it is computed.
+
+        One `read_into` may go on over the tensors that lie behind it.
+        """
 
 
 def neighbours(nbytes: Sequence[int], addresses: Iterable[Sequence[int]], most: int) -> Iterator[range]:
