@@ -21,7 +21,7 @@ from ..tensors.arrays import Float32Array, Mask
 from .budget import Amount, Budget
 
 # Elements handled at once: what a pass reads and writes stays in a core's cache.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 # Pools of up to so many neurons are sorted: for them calls cost more than elements.
 _SORTED = 1 << 14
 # The ordered image of a float32 is its magnitude's bits as an integer, negated for a negative
