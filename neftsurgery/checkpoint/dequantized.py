@@ -62,9 +62,9 @@ class Dequantized(Checkpoint):
         weight = self.quantized.get(name := self._source(name))
         return self.files.position(name if weight is None else weight.codes.name)
 
-    def place(self, name: str) -> tuple[int, int] | None:
+    def address(self, name: str) -> int:
         """As of `Checkpoint`."""
-        return None if (name := self._source(name)) in self.shown else self.files.place(name)
+        return -1 if (name := self._source(name)) in self.shown else self.files.address(name)
 
     def under(self, names: Mapping[str, str]) -> Dequantized:
         """As of `Checkpoint`."""

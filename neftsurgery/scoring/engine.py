@@ -21,7 +21,7 @@ from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.reader import WeightReader
+from ..tensors.reader import RowReader, WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .stacks import spans, stacks
 from .sums import Exact, Sums, exact
@@ -186,10 +186,6 @@ class _Collector:
         if result.refined is not None:
             self._refined.append(result.refined)
         if not self._changed.size:
-            if result.index is None and len(result.changed) == self._count:
-                # One piece: small tensors come by thousands.
-                self._sums, self._changed = result.sums + 0.0, result.changed
-                return
             self._sums, self._changed = np.zeros((3, self._count)), np.zeros(self._count, np.int64)
         with np.errstate(all="ignore"):  # NaN, Inf and overflow are handled in `finish`
             if result.index is None:
@@ -201,7 +197,7 @@ class _Collector:
                     np.add.at(row, result.index, values)
                 np.add.at(self._changed, result.index, result.changed)
 
-    def finish(self, base: WeightReader, tuned: WeightReader, limits: Limits) -> TensorResult:
+    def finish(self, base: RowReader, tuned: RowReader, limits: Limits) -> TensorResult:
         if self._job.layout is None:
             (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
             return TensorResult([self._job], None, float(aa), float(dd), changed)
@@ -215,7 +211,7 @@ class _Collector:
             totals = sums.aa[good].sum(), sums.dd[good].sum()
         return TensorResult([self._job], sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
-    def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
+    def _refine(self, sums: Sums, base: RowReader, tuned: RowReader, limits: Limits) -> None:
         """Read the vectors whose sums are doubtful again, whole, and refine their sums."""
         info, layout = self._job.info, self._job.layout
         if self._job.codes is not None:  # refined are the numbers

@@ -46,7 +46,7 @@ from .verb import running, warn
 
 log = logging.getLogger(__name__)
 
-_BATCH = 1 << 16  # neurons whose numbers are written at once
+_BATCH, _MOST = 1 << 16, 1 << 19  # neurons whose numbers are written at once, if possible and in any case
 _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e-300, "changed": 1 << 62}
 
 
@@ -269,7 +269,7 @@ class _Sink:
     ) -> None:
         self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
         self._waiting: list[tuple[list[str], Sums]] = []  # of tensors, by name
-        self._neurons = 0  # of those waiting
+        self._neurons, self._last = 0, 0  # of those waiting: how many, and where the last tensor's begin
         self._sides = plan.base, plan.tuned
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
         self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
@@ -290,10 +290,14 @@ class _Sink:
                 tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
                 self._layer = _LayerUnits(tensor.layer, tensors)
             self._layer.add(tensor, result.sums)
-        self._waiting.append(([job.info.name for job in result.jobs], result.sums))
-        self._neurons += len(result.sums.changed)
-        if self._neurons >= _BATCH:
+        names = [job.info.name for job in result.jobs]
+        # The stacks of one span lie between each other: they are written together.
+        first, last = self._starts[names[0]], self._starts[names[-1]]
+        if self._neurons >= _BATCH and (first > self._last or self._neurons >= _MOST):
             self._write_batch()
+        self._last = max(self._last, last) if self._waiting else last
+        self._waiting.append((names, result.sums))
+        self._neurons += len(result.sums.changed)
 
     def _list(self, result: TensorResult) -> None:
         """Record the change of a tensor that is not scored."""

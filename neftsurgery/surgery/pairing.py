@@ -85,15 +85,13 @@ class Pair:
         jobs = {tensor.info.name: Job(tensor.info, tensor.layout) for tensor in self.anatomy.scored}
         for entry in self.anatomy.listed:
             axes = self.companion_biases.get(entry.info.name)
-            jobs[entry.info.name] = Job(
-                entry.info, None if axes is None else Layout.of(entry.info.shape, axes)
-            )
+            layout = None if axes is None else Layout.of(entry.info.shape, axes)
+            jobs[entry.info.name] = Job(entry.info, layout)
         names = sorted(jobs, key=self.base.position)
         if self.anatomy.unit_count:
             layers = {tensor.info.name: tensor.layer for tensor in self.anatomy.scored}
-            stages = {
-                layer: n for n, layer in enumerate(dict.fromkeys(layers[n] for n in names if n in layers))
-            }
+            order = dict.fromkeys(layers[name] for name in names if name in layers)
+            stages = {layer: number for number, layer in enumerate(order)}
             names.sort(key=lambda name: stages[layers[name]] if name in layers else len(stages))
         return [jobs[name] for name in names]
 
