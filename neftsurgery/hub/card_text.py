@@ -64,7 +64,7 @@ def _neuron_parts(
         f"{size(patch.nbytes)}). Every other weight of the base stays the same, bit for bit."
     )
     usage = f"""```console
-$ pip install neftsurgery
+$ pip install .   # in a clone of {_PROJECT}
 $ neftsurgery apply {base} {repo} -o patched
 $ neftsurgery verify patched {repo}
 ```
