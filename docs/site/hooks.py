@@ -1,7 +1,7 @@
 """What MkDocs does not find in docs/: README and its neighbours, and the references made from the code.
 
-Pages are written for a reader of the repository. In the site, their links to files outside docs/ are addresses
-of the repository, and README's addresses of pages are links.
+Pages are written for a reader of the repository. In the site, their links to files outside docs/ lead to the
+repository, and README's to the pages of the site.
 """
 
 from __future__ import annotations
