@@ -1,4 +1,4 @@
-"""What the site adds to the pages: references made from the code, and links that fit. tests/field builds it."""
+"""What the site adds to the pages: references made from the code, and links that fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package as pip gets it: an sdist, the wheel that is built from it, and an environment with that wheel."""
+"""The package as pip gets it: an sdist, the wheel built from it, and an environment with that wheel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from pages_support import ROOT
@@ -52,11 +53,9 @@ def test_the_wheel_works_where_it_is_installed(dist, tmp_path):
     """Its dependencies come from this environment: no index is asked."""
     called(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
-    home = called(
-        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path
-    ).strip()
-    (tmp_path / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    shutil.copy(tmp_path / "dependencies.pth", home)
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    home = Path(called(python, "-c", ask, cwd=tmp_path).strip())
+    (home / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     (wheel,) = dist.glob("*.whl")
     called(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=tmp_path)
     found = called(python, "-c", "import neftsurgery; print(neftsurgery.__file__)", cwd=tmp_path)
