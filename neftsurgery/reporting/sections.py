@@ -21,6 +21,8 @@ from .score_distribution import ScoreDistribution, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
 
+_PARTIAL = " A patch of them alone is not the fine-tune."
+
 
 @dataclass(frozen=True, slots=True)
 class ReportSection:
@@ -33,6 +35,7 @@ class ReportSection:
     figures: Sequence[ReportFigure]
     # What the JSON holds in addition to the numbers of the figures.
     data: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Sequence[str] = ()  # what to take home, in a sentence each: it comes first
 
 
 def sections_of(inputs: Sequence[ReportInput], progress: Progress) -> tuple[ReportSection, ...]:
@@ -99,7 +102,13 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
     lead = (
         f"Scores of {_quoted(scores.tuned, 'a fine-tune')} compared with {_quoted(scores.base, 'its base')}."
     )
-    return ReportSection(f"scores{suffix}", title, lead, tuple(facts), figures, data)
+    verdict = [controls.verdict]
+    if captured is not None:
+        verdict.append(
+            f"The chosen neurons hold {text.percent(captured)} of the change: of the squared differences of all "
+            f"weights that both checkpoints have, summed.{_PARTIAL if captured < 1 else ''}"
+        )
+    return ReportSection(f"scores{suffix}", title, lead, tuple(facts), figures, data, verdict)
 
 
 def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
@@ -138,7 +147,10 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
         f"A patch of {_quoted(patch.base, 'a checkpoint')}. It holds only the weights that it "
         "changes, and no scores."
     )
-    return ReportSection(f"patch{suffix}", title, lead, tuple(facts), figures, data)
+    verdict = ["This patch is a whole fine-tune: no other weight was trained."] if patch.training else []
+    if captured is not None and not patch.training:
+        verdict = [f"It holds {text.percent(captured)} of the change.{_PARTIAL if captured < 1 else ''}"]
+    return ReportSection(f"patch{suffix}", title, lead, tuple(facts), figures, data, verdict)
 
 
 def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSection:

@@ -107,12 +107,12 @@ def command(
 
 
 def _say_report(console: Console, plan: ReportPlan, made: Report) -> None:
-    """The verdict of each figure, and what was written."""
+    """The verdicts of each section and of its figures, and what was written."""
     for section in made.sections:
         title = f"{section.title}: " if len(made.sections) > 1 else ""
-        for figure in section.figures:
-            if figure.verdict:
-                console.say(f"  {title}{figure.verdict}")
+        for verdict in dict.fromkeys((*section.verdict, *(figure.verdict for figure in section.figures))):
+            if verdict:
+                console.say(f"  {title}{verdict}")
     if plan.out is not None:
         nbytes = Path(plan.out).stat().st_size
         console.say(f"wrote {plan.out} ({plural(len(made.figures), 'figure')}, {size(nbytes)})")
