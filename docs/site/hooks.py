@@ -6,6 +6,7 @@ repository, and README's to the pages of the site.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,11 +98,7 @@ def loosened_lists(text: str) -> str:
 def command_reference() -> str:
     """All commands and their options, from the declarations that the command line is made of."""
     context = click.Context(cli, info_name="neftsurgery")
-    parts = [
-        "# Commands",
-        f"Made from the commands of version {neftsurgery.__version__}.",
-        *_sections(cli, context),
-    ]
+    parts = ["# Commands", *_sections(cli, context)]
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
         assert command is not None
@@ -111,7 +108,7 @@ def command_reference() -> str:
 
 
 def _sections(command: click.Command, context: click.Context) -> Iterator[str]:
-    text, _, example = (command.help or "").partition("\b\n")
+    text, _, example = inspect.cleandoc(command.help or "").partition("\b\n")
     yield f"```text\n{context.command_path} {' '.join(command.collect_usage_pieces(context))}\n```"
     yield _escaped(text.strip())
     if command.epilog:

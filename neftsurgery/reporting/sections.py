@@ -21,7 +21,7 @@ from .score_distribution import ScoreDistribution, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
 
-_PARTIAL = " A patch of them alone is not the fine-tune."
+_PARTIAL = " The rest of the fine-tune is not in them."
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
     verdict = [controls.verdict]
     if captured is not None:
         verdict.append(
-            f"The chosen neurons hold {text.percent(captured)} of the change: of the squared differences of all "
-            f"weights that both checkpoints have, summed.{_PARTIAL if captured < 1 else ''}"
+            f"The chosen neurons hold {text.percent(captured)} of the change: of the squared differences of "
+            f"all weights that both checkpoints have, summed.{_PARTIAL if captured < 1 else ''}"
         )
     return ReportSection(f"scores{suffix}", title, lead, tuple(facts), figures, data, verdict)
 
@@ -149,7 +149,9 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     )
     verdict = ["This patch is a whole fine-tune: no other weight was trained."] if patch.training else []
     if captured is not None and not patch.training:
-        verdict = [f"It holds {text.percent(captured)} of the change.{_PARTIAL if captured < 1 else ''}"]
+        verdict = [
+            f"Its neurons hold {text.percent(captured)} of the change.{_PARTIAL if captured < 1 else ''}"
+        ]
     return ReportSection(f"patch{suffix}", title, lead, tuple(facts), figures, data, verdict)
 
 
