@@ -24,6 +24,7 @@ __all__ = ["Runnable", "configs_in", "move_weights", "outputs", "runnable", "tin
 
 _MOST_TOKENS, _VOCABULARY, _FIRST_ID = 4096, 499, 100
 _MOST_PARAMETERS = 8_000_000
+_TOO_MANY_PARAMETERS = 100_000_000
 _TOKEN_ID = re.compile(r"token(_id|_index|_idx)?$|_token_ids?$|token_index$|_id$|_ids$")
 _TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _WIDTHS = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim")
@@ -140,6 +141,8 @@ def _fit_rope(config: Any) -> None:
         return
     heads = getattr(config, "num_attention_heads", 1)
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
+        return
     half = int(head * rope.get("partial_rotary_factor", 1)) // 2
     config.rope_parameters = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 
@@ -199,6 +202,8 @@ def _build(cls: Any, config: Any, built: bool) -> Any:
         size = sum(one.numel() for one in cls(copy.deepcopy(config)).parameters())
     if size > _MOST_PARAMETERS and built:
         return None
+    if size > _TOO_MANY_PARAMETERS:
+        raise ValueError(f"the smallest has {size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
     model = cls(config).float().eval()
     move_weights(model, 0)
@@ -246,8 +251,9 @@ def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
         if value.is_floating_point() and value.numel():
             yield value
     elif depth < 4 and isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one, depth + 1)
+        for key, one in value.items():
+            if not str(key).endswith("attentions"):  # heads have places there
+                yield from _tensors(one, depth + 1)
     elif depth < 4 and isinstance(value, tuple | list):
         for one in value:
             yield from _tensors(one, depth + 1)
