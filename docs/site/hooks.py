@@ -115,7 +115,8 @@ def _sections(command: click.Command, context: click.Context) -> Iterator[str]:
         yield _escaped(command.epilog)
     lines = [line.strip() for line in example.replace("Example:", "").strip().splitlines()]
     yield "```console\n" + "\n".join(f"$ {line}" for line in lines) + "\n```"
-    records = (one.get_help_record(context) for one in command.get_params(context))
+    given = [one for one in command.get_params(context) if isinstance(one, click.Option)]
+    records = (one.get_help_record(context) for one in given)
     yield _table("option", [record for record in records if record is not None])
 
 
@@ -156,9 +157,9 @@ def _type(kind: Any) -> str:
 
 
 def _table(head: str, rows: list[tuple[str, str]]) -> str:
-    lines = [f"| `{flags.replace('|', chr(92) + '|')}` | {_escaped(text)} |" for flags, text in rows]
+    lines = [f"| `{flags}` | {_escaped(text)} |" for flags, text in rows]
     return "\n".join([f"| {head} | |", "|---|---|", *lines])
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([*<|\[\]_])", r"\\\1", text)
+    return re.sub(r"([*|\[\]_])", r"\\\1", text).replace("<", "&lt;")
