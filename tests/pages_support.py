@@ -8,12 +8,14 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from support import Result
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("recipes/**/*.md"))]
+_SHELL = ("|", ">", "2>&1", "&&")  # what follows is not for the command
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ def steps(page: str) -> Iterator[Step]:
     for block in re.findall(r"^```console\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
         for step in re.split(r"^\$ ", block.replace("\\\n", " "), flags=re.MULTILINE)[1:]:
             command, _, shown = step.partition("\n")
-            yield Step(shlex.split(command, comments=True), shown.splitlines())
+            words = shlex.split(command, comments=True)
+            yield Step(list(takewhile(lambda word: word not in _SHELL, words)), shown.splitlines())
 
 
 def files(page: str, language: str) -> list[str]:
