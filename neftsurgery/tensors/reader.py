@@ -29,28 +29,25 @@ from .header import Header, TensorInfo, read_header
 _COPY_BYTES = 8 << 20
 
 
-class RowReader(Protocol):
-    """The bytes of named tensors, by range or by rows, read into buffers of the caller."""
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
-
-    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
-        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
-
-
 class TensorReader(Protocol):
-    """The tensors of a model, and their bytes by range."""
+    """The tensors of a model, and their bytes by range, read into buffers of the caller."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensors, by name."""
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """As in `RowReader`."""
+        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
 
 
-class WeightReader(TensorReader, RowReader, Protocol):
+class RowReader(TensorReader, Protocol):
+    """Bytes of tensors by rows, too."""
+
+    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
+
+
+class WeightReader(RowReader, Protocol):
     """All that scoring sees of a model. Thread-safe."""
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:

@@ -16,6 +16,7 @@ from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.verb import warn
 from ..text import printable
+from ..version import install_command
 from .loss_curve import LossPoint
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def require_training() -> None:
     except ImportError as error:
         raise UsageError(
             f"training needs a package that is not installed: {error.name}",
-            hint="pip install 'neftsurgery[train]'",
+            hint=install_command("train"),
         ) from error
 
 

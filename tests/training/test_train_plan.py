@@ -190,7 +190,8 @@ def test_the_name_train_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == (
-        "[]\ntraining needs a package that is not installed: transformers pip install 'neftsurgery[train]'\n"
+        "[]\ntraining needs a package that is not installed: transformers "
+        "in a clone of neftsurgery: pip install '.[train]'\n"
     )
 
 
