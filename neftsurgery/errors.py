@@ -31,8 +31,15 @@ _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
 _IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
 
 
+#: The URLs of remote checkpoints, by the local folders that stand in for them.
+SHOWN_AS: dict[str, str] = {}
+
+
 def hub_place(path: str) -> str:
-    """A path as its user knows it: in huggingface_hub's cache, ``org/name@commit/file``."""
+    """A path as its user knows it: in huggingface_hub's cache, ``org/name@commit/file``; or a URL."""
+    for folder, url in SHOWN_AS.items():
+        if path.startswith(folder):
+            return url + path[len(folder) :]
     return _IN_CACHE.sub(r"\1/\2@", path)
 
 

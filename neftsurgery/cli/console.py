@@ -22,9 +22,11 @@ import click
 
 from ..errors import MachineError, spelled
 from ..progress import Timing
+from ..sources.hub_errors import redacted
 from ..text import lines, printable
 
 if TYPE_CHECKING:
+    from ..sources.remote import Fetched
     from ..storage.threads import Limits
     from ..surgery.verb import Running
 
@@ -44,10 +46,13 @@ def flag(name: str, value: str | None) -> str:
 class Console:
     """Where a command prints."""
 
-    def __init__(self, *, as_json: bool, quiet: bool, limits: Limits) -> None:
+    def __init__(
+        self, *, as_json: bool, quiet: bool, limits: Limits, fetched: Sequence[Fetched] = ()
+    ) -> None:
         self.as_json = as_json  # print one JSON object, and nothing else, on stdout
         self.quiet = quiet  # print errors only
         self.limits = limits
+        self.fetched = fetched  # what was read behind URLs, so far
 
     @property
     def running(self) -> Running:
@@ -81,7 +86,7 @@ class Console:
     def note(self, text: str) -> None:
         """Print a remark beside the result, on stderr, as one line."""
         if not self.quiet:
-            click.echo(printable(spelled(text, flag)), err=True)
+            click.echo(redacted(printable(spelled(text, flag))), err=True)
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Print the warnings of a plan."""
@@ -101,13 +106,16 @@ class Console:
             facts["dry_run"] = dry_run
             if dry_run and "out" in facts:
                 facts["out"] = None
+        if self.fetched:
+            facts["fetched"] = [{"url": f.url, "bytes": f.nbytes, "of": f.of} for f in self.fetched]
         if timing is not None:
             facts = facts | {
                 "bytes_read": timing.bytes_read,
                 "seconds": round(timing.seconds, 6),
                 "wall_seconds": round(_process_seconds(), 6),
             }
-        click.echo(json.dumps(facts, allow_nan=False))
+        text = json.dumps(facts, allow_nan=False)
+        click.echo(redacted(text) if self.fetched else text)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:

@@ -256,7 +256,7 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
         message = "interrupted"
         code = int(error.code or 0) if isinstance(error, _Stopped) else 130
     elif isinstance(error, NeftError):
-        message = error.text(flag)
+        message = redacted(error.text(flag))
     elif isinstance(error, MemoryError):
         message = "there is not enough memory"
     else:
@@ -270,7 +270,7 @@ def _as_json(message: str, code: int, error: BaseException | None = None) -> int
     facts: dict[str, object] = {"error": message, "exit_code": code}
     if isinstance(error, NeftError):
         facts |= {
-            key: spelled(str(value), flag) if key == "hint" else str(value)
+            key: redacted(spelled(str(value), flag) if key == "hint" else str(value))
             for key in ("file", "tensor", "expected", "found", "hint")
             if (value := getattr(error, key)) is not None
         }

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError, naming
+from ..sources.remote import remote_file
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -98,6 +99,8 @@ class OpenFile:
     def __init__(self, fd: int, path: str | os.PathLike[str] | None = None) -> None:
         self._fd = fd
         self.path = path
+        #: The file behind a URL whose bytes are read, if this one only stands in for it.
+        self.remote = remote_file(fd)
 
     @classmethod
     def at(cls, path: str | os.PathLike[str], flags: int = 0) -> OpenFile:
@@ -108,12 +111,31 @@ class OpenFile:
         """The descriptor; a closed file raises a ``ValueError``."""
         if self._fd < 0:
             raise ValueError("the file is closed")
+        if self.remote is not None:  # it holds nothing but a header
+            hint = "fetch it, and name the local file"
+            raise UsageError("this needs the whole file, which is behind a URL", file=self.path, hint=hint)
         return self._fd
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from byte ``offset``, as `read_exactly`. Thread-safe."""
+        if self.remote is None:
+            read_exactly(self.fileno(), buffer, offset, self.path)
+        else:
+            self.remote.fill([(offset, buffer.cast("B"))])
+
+    def read_rows(self, offset: int, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        """As `read_rows_exactly`. Thread-safe."""
+        if self.remote is None:
+            read_rows_exactly(self.fileno(), offset, rows, out, self.path)
+        else:
+            size, buffer = out.shape[1], out.data.cast("B")
+            runs = consecutive_runs(rows)
+            self.remote.fill((offset + number * size, buffer[a * size : b * size]) for a, b, number in runs)
 
     def status(self) -> os.stat_result:
         """Size, time and identity."""
         with naming(self.path):
-            return os.fstat(self.fileno())
+            return os.fstat(self._fd)
 
     def close(self) -> None:
         """Close the file, if it is open."""

@@ -19,6 +19,7 @@ from json.encoder import encode_basestring_ascii
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CorruptFileError, MachineError, naming
+from ..sources.remote import remote_file
 from .dtypes import DTYPES, DType
 from .file_kinds import foreign_file
 from .json_text import loads, require_bounded
@@ -77,6 +78,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     A `CorruptFileError` says what is wrong with it, or what the file is instead, if that is known.
     """
+    if (remote := remote_file(path)) is not None:
+        remote.make()
     with naming(path), open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)
         length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1

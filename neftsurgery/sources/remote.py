@@ -1,0 +1,268 @@
+"""Checkpoints behind URLs, read by ranges through files that stand in for theirs.
+
+A stand-in is a local file of the name and size of a remote one. It holds the header of a weight file, and
+nothing of its tensors: those are a hole. So all that looks at names, sizes, headers and configs works on it
+as on the file itself. Whoever opens it with `neftsurgery.storage.positioned.OpenFile` reads the bytes behind
+the URL. What describes the model is fetched whole; other files are empty until they are asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import SHOWN_AS, CorruptFileError, UsageError
+from .places import find_place
+from .web_file import IN_FLIGHT, AbsentError, RefusedError
+
+_RANGE_BYTES = 4 << 20  # a longer range is fetched in several
+_FIRST_BYTES = 64 << 10  # of a weight file: most headers are shorter
+_MOST_HEADER, _MOST_WHOLE, _MOST_FILES = 100_000_000, 64 << 20, 10_000
+_WASTE = 8  # gaps are read over as long as they cost at most this part of what is wanted
+_MOST_KEPT = 4096  # edges of tensors
+
+#: What says how a folder is read, and where the parts are of a model made of some.
+_DESCRIBING = re.compile(
+    r"([^/]+/)?((adapter_|router_)?config|model_index|modules|[^/]+\.safetensors\.index(\.[\w-]+)?)\.json"
+)
+#: What is looked for where a server lists no files.
+_USUAL = (
+    "config.json", "model.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    "adapter_model.safetensors", "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)  # fmt: skip
+
+T = TypeVar("T")
+Part = tuple[int, memoryview]  # bytes that are wanted: where they start, and where they go
+
+
+@dataclass
+class Fetched:
+    """How many bytes were fetched from a URL, of how many of the files that are read there."""
+
+    url: str
+    nbytes: int = 0
+    of: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, nbytes: int, of: int = 0) -> None:
+        """Count bytes that were fetched, and those of a file."""
+        with self._lock:
+            self.nbytes += nbytes
+            self.of += of
+
+
+_stand_ins: weakref.WeakValueDictionary[tuple[int, int], RemoteFile] = weakref.WeakValueDictionary()
+_record: list[Fetched] = []
+
+
+def start_record() -> list[Fetched]:
+    """A list in which all URLs are noted that are opened from now on."""
+    global _record
+    _record = []
+    return _record
+
+
+def remote_file(opened: int | str | os.PathLike[str]) -> RemoteFile | None:
+    """What is behind a URL, by the descriptor or path of what stands in for it; None of any other file."""
+    if not _stand_ins:
+        return None
+    status = os.stat(opened)
+    return _stand_ins.get((status.st_dev, status.st_ino))
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="neft-remote")
+
+
+def _in_parallel(work: Callable[[T], object], items: Iterable[T]) -> None:
+    """Run ``work`` on items in the threads for ranges; raises the first error, and begins no more then."""
+    futures = [_threads().submit(work, item) for item in items]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+class RemoteFile:
+    """A file behind a URL. Thread-safe."""
+
+    def __init__(self, folder: RemoteFolder, name: str) -> None:
+        self.path, self._fetched, self._ranged = folder.root / name, folder.fetched, folder.place.file(name)
+        self._lock, self._is_made = threading.Lock(), False
+        self._kept: dict[tuple[int, int], bytes] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
+        status = self.path.stat()
+        _stand_ins[status.st_dev, status.st_ino] = self
+
+    def make(self) -> None:
+        """Put into the stand-in the header of a weight file, or the content of another one."""
+        with self._lock:
+            if self._is_made:
+                return
+            raw, weights = bytearray(), self.path.suffix == ".safetensors"
+            self._read(0, _FIRST_BYTES if weights else _MOST_WHOLE, raw.extend, whole=not weights)
+            length = struct.unpack("<Q", raw[:8])[0] + 8 if len(raw) >= 8 else 0
+            if weights and len(raw) < length <= min(self._ranged.nbytes, _MOST_HEADER):
+                self._read(len(raw), length, raw.extend)
+            with open(self.path, "r+b") as file:
+                file.write(raw)
+                file.truncate(self._ranged.nbytes)
+            self._fetched.add(0, self._ranged.nbytes)
+            self._is_made = True
+
+    def fill(self, parts: Iterable[Part]) -> None:
+        """Fill buffers, given in ascending order of their places. Raises as `WebFile.read`."""
+        wanted = list[Part]()
+        for start, buffer in parts:
+            if (kept := self._kept.get((start, len(buffer)))) is not None:
+                buffer[:] = kept
+                continue
+            for skipped in range(0, len(buffer), _RANGE_BYTES):
+                wanted.append((start + skipped, buffer[skipped : skipped + _RANGE_BYTES]))
+        _in_parallel(self._fetch, _joined(wanted))
+
+    def keep(self, places: Collection[tuple[int, int]]) -> None:
+        """Fetch small ranges, ``(start, length)`` in ascending order, that will be asked for one by one."""
+        if len(self._kept) + len(places) > _MOST_KEPT:
+            self._kept = {}
+        buffers = {place: bytearray(place[1]) for place in places if place not in self._kept}
+        self.fill((start, memoryview(buffer)) for (start, _), buffer in buffers.items())
+        self._kept |= {place: bytes(buffer) for place, buffer in buffers.items()}
+
+    def _fetch(self, parts: Sequence[Part]) -> None:
+        """Fetch one range, and put what is wanted of it where it belongs."""
+        position, left = parts[0][0], list(reversed(parts))
+
+        def put(chunk: bytes) -> None:
+            nonlocal position
+            position += len(chunk)
+            while left and left[-1][0] < position:
+                start, buffer = left.pop()
+                taken = memoryview(chunk)[start - position :][: len(buffer)]
+                buffer[: len(taken)] = taken
+                if len(taken) < len(buffer):  # the rest is in the next chunk
+                    left.append((start + len(taken), buffer[len(taken) :]))
+
+        self._read(position, parts[-1][0] + len(parts[-1][1]), put)
+        if left:
+            raise CorruptFileError("the file ends before its tensors do", file=self.path)
+
+    def _read(self, start: int, stop: int, put: Callable[[bytes], object], *, whole: bool = False) -> None:
+        def counted(chunk: bytes) -> None:
+            self._fetched.add(len(chunk))
+            put(chunk)
+
+        self._ranged.read(start, stop, counted, whole=whole)
+
+
+def _joined(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts in groups that are fetched as one range each: neighbours, and what small gaps separate."""
+    gaps = [b[0] - a[0] - len(a[1]) for a, b in pairwise(parts)]
+    allowed = sum(len(buffer) for _, buffer in parts) // _WASTE
+    joined = set[int]()
+    for number in sorted(range(len(gaps)), key=gaps.__getitem__):
+        allowed -= gaps[number]
+        joined |= {number + 1} if allowed >= 0 else set()
+    groups = list[list[Part]]()
+    for number, part in enumerate(parts):
+        if number in joined and part[0] + len(part[1]) - groups[-1][0][0] <= _RANGE_BYTES:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
+class RemoteFolder:
+    """The files behind a URL, and the local folder of what stands in for them, which ends with it."""
+
+    def __init__(self, url: str) -> None:
+        self.place = find_place(url)
+        self.fetched = Fetched(self.place.shown)
+        _record.append(self.fetched)
+        home = tempfile.mkdtemp(prefix="neft-remote-")
+        self.root = Path(home, self.place.shown.rpartition("/")[2] or "checkpoint")
+        self.root.mkdir()
+        SHOWN_AS[str(self.root)] = self.place.shown
+        weakref.finalize(self, _remove, home, str(self.root))
+        self.files: dict[str, RemoteFile] = {}
+
+    @classmethod
+    def open(cls, url: str) -> RemoteFolder:
+        """Find out what is there, and fetch what describes it. Raises as `find_place` and `WebFile.read`."""
+        folder = cls(url)
+        single, names = folder.place.single, folder.place.names
+        if single is not None:
+            folder._add([single])
+            folder.make([single])
+            folder.fetch(["config.json"])
+        if names is not None and len(names) > _MOST_FILES:
+            what = f"there are more than {_MOST_FILES:,} files at this address"
+            raise UsageError(what, file=folder.place.shown, hint="name the folder of one checkpoint")
+        folder._add(names or ())
+        folder.make(filter(_DESCRIBING.fullmatch, names or ()))
+        if names is None and single is None:
+            refused = folder.fetch(_USUAL)
+            if not any(name.endswith(".safetensors") or ".index." in name for name in folder.files):
+                what = "there is no checkpoint at this address: neither a weight file nor an index"
+                raise refused or UsageError(what, file=folder.place.shown, hint="name the weight file itself")
+        for name in [name for name in folder.files if name.endswith(".index.json")] if names is None else ():
+            with suppress(
+                ValueError, RecursionError, AttributeError, TypeError
+            ):  # its reader says what is wrong
+                folder._add({*json.loads((folder.root / name).read_bytes())["weight_map"].values()})
+        return folder
+
+    def make(self, names: Iterable[str]) -> None:
+        """Fetch what stands in for these files, many at once: the headers of weight files."""
+        _in_parallel(RemoteFile.make, [self.files[name] for name in names if name in self.files])
+
+    def fetch(self, names: Iterable[str]) -> RefusedError | None:
+        """Fetch what is there of these files; one that a server refuses to send counts as not there."""
+        if self.place.names:
+            return self.make(names)
+        refused = list[RefusedError]()
+
+        def look(name: str) -> None:
+            try:
+                self.files[name].make()
+            except (AbsentError, RefusedError) as error:
+                self.files.pop(name).path.unlink()
+                refused.extend([error] if isinstance(error, RefusedError) else [])
+
+        _in_parallel(look, self._add(names))
+        return next(iter(refused), None)
+
+    def _add(self, names: Iterable[str]) -> list[str]:
+        """Have empty files stand in for those that have names of local files; returns the new ones."""
+        added = []
+        for name in names:
+            if {"", ".", ".."} & {*name.split("/")} or {"\\", "\0"} & {*name} or name in self.files:
+                continue
+            with suppress(FileExistsError, NotADirectoryError, IsADirectoryError, UnicodeError):
+                self.files[name] = RemoteFile(self, name)
+                added.append(name)
+        return added
+
+
+def _remove(home: str, root: str) -> None:
+    SHOWN_AS.pop(root, None)
+    shutil.rmtree(home, ignore_errors=True)
