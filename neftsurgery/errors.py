@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import ParamSpec, TypeVar
@@ -84,6 +84,7 @@ class NeftError(Exception):
         self.expected = expected
         self.found = found
         self.hint = hint
+        self.also: Sequence[NeftError] = ()  # other errors that were found at the same time
 
     @property
     def option(self) -> tuple[str, ...]:
@@ -102,7 +103,8 @@ class NeftError(Exception):
             text += f" (expected {self.expected}, found {self.found})"
         elif self.found is not None:
             text += f" (found {self.found})"
-        return lines([text, spelled(self.hint, spell)] if self.hint else [text])
+        first = lines([text, spelled(self.hint, spell)] if self.hint else [text])
+        return "\n".join([first, *(error.text(spell) for error in self.also)])
 
 
 def spelled(text: str, spell: Spelling) -> str:

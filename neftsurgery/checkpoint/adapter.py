@@ -10,7 +10,6 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,18 +27,11 @@ from .checkpoint import Checkpoint
 _CACHED_FACTORS = 8
 
 
-def is_adapter(named: str | os.PathLike[str]) -> bool:
-    """Whether a path is the folder of a PEFT adapter."""
-    return (Path(named) / CONFIG_NAME).is_file()
-
-
 def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
-    """Open a base and a tuned checkpoint, or a base and a LoRA adapter of it.
-
-    Raises a `MismatchError` if an adapter is not for this base, or is of a kind that cannot be read.
-    """
+    """Open a base and a tuned checkpoint, or a LoRA adapter of the base; raises as `read_factors`."""
     first, source = Checkpoint.open(base), resolve(tuned)
-    return first, AdaptedWeights.on(first, source) if is_adapter(source.path) else Checkpoint.open(source)
+    is_adapter = (source.path / CONFIG_NAME).is_file()
+    return first, AdaptedWeights.on(first, source) if is_adapter else Checkpoint.open(source)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -83,6 +75,10 @@ class AdaptedWeights(Checkpoint):
         self.base.check_unchanged()
         self.file.check_in_place()
         self.file.check_unchanged()
+
+    def place(self, name: str) -> tuple[int, int] | None:
+        """As of `Checkpoint`."""
+        return None if name in self.factors else self.base.place(name)
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """As of `Checkpoint`; computed tensors are not in memory."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,14 @@ from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
 from ..text import lines, plural, printable, size
 from .name_prefixes import Prefixes
-from .parts import PIPELINE_NAME
 from .unfinished import refuse_unfinished
-from .weight_files import WeightFiles, weight_files
+from .weight_files import PIPELINE_NAME, WeightFiles, weight_files
 
 _MANY_ROWS = 16
 _cached_rows_lock = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """One weight file of a checkpoint, and its status when it was opened."""
 
@@ -42,7 +41,7 @@ class Shard:
     header: Header
     status: os.stat_result
     part: str = (
-        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.parts`
+        ""  # what comes before the names of its tensors, ``unet/``: see `neftsurgery.checkpoint.weight_files`
     )
 
     @classmethod
@@ -167,10 +166,7 @@ class Checkpoint:
         return replace(self, tensors={**self.tensors, **more}, _home={**self._home, **homes})
 
     def renamed(self, prefixes: Prefixes, base: Collection[str]) -> Checkpoint:
-        """The same tensors, read under other names; ``base``: the names of the base that they will meet.
-
-        Raises as `Prefixes.changed`.
-        """
+        """The same tensors under other names, as `Prefixes.changed` gives them; ``base``: those to meet."""
         new = prefixes.changed(self.tensors, base, self.name)
         shards = tuple(replace(s, header=s.header.renamed(new.__getitem__)) for s in self.shards)
         tensors = {new[name]: replace(info, name=new[name]) for name, info in self.tensors.items()}
@@ -196,7 +192,7 @@ class Checkpoint:
         """As the user named it."""
         return self.source.named
 
-    @cached_property
+    @functools.cached_property
     def config(self) -> Mapping[str, Any] | None:
         """The ``config.json`` beside the weights; ``None`` if there is none.
 
@@ -237,6 +233,10 @@ class Checkpoint:
         """Shard number and byte offset of tensor ``name``: sorting by it gives reading order."""
         return self._home[name], self.shard_of(name).header.offsets[self.tensors[name].name]
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """As `position`; None for a tensor that is computed."""
+        return self.position(name)
+
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""
         shard = self.shard_of(name)
@@ -259,11 +259,7 @@ class Checkpoint:
             file.read_rows(offset, rows, out)
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of tensor ``name``, mapped where they are in memory; None if they may not be.
-
-        Those behind a URL are fetched, in more parallel ranges than pieces are. Do not write to them.
-        Thread-safe.
-        """
+        """Bytes of a tensor, mapped if in memory, fetched if behind a URL, or None. Read-only. Thread-safe."""
         shard = self.shard_of(name)
         file = self.opened.get(shard)
         if file.remote is not None:
@@ -306,8 +302,8 @@ class OpenShards:
     """The most recently read shards, open: at most 64, or an eighth of the files that a process may open."""
 
     def __init__(self, most: int | None = None) -> None:
-        self._most = most or max(1, min(64, most_descriptors() // 8))
-        self._open: OrderedDict[Path, OpenFile] = OrderedDict()
+        # An evicted file closes when its last reader drops it, not before: reads need no lock.
+        self._opened = functools.lru_cache(most or max(1, min(64, most_descriptors() // 8)))(_opened)
         self._lock = threading.Lock()
         self.bytes_read = 0
 
@@ -318,18 +314,14 @@ class OpenShards:
 
     def get(self, shard: Shard) -> OpenFile:
         """The open file of a shard, which must be unchanged."""
-        # An evicted file closes when its last reader drops it, not before: reads need no lock.
         with self._lock:
-            file = self._open.get(shard.path)
-            if file is None:
-                shard.check_unchanged()
-                file = self._open[shard.path] = OpenFile.at(shard.path)
-                while len(self._open) > self._most:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(shard.path)
-            return file
+            return self._opened(shard)
 
     def clear(self) -> None:
         """Close all files."""
-        with self._lock:
-            self._open.clear()
+        self._opened.cache_clear()
+
+
+def _opened(shard: Shard) -> OpenFile:
+    shard.check_unchanged()
+    return OpenFile.at(shard.path)

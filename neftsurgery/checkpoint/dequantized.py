@@ -60,6 +60,10 @@ class Dequantized(Checkpoint):
         weight = self.quantized.get(name := self._source(name))
         return self.files.position(name if weight is None else weight.codes.name)
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """As of `Checkpoint`."""
+        return None if (name := self._source(name)) in self.shown else self.files.place(name)
+
     def under(self, names: Mapping[str, str]) -> Dequantized:
         """As of `Checkpoint`."""
         plain = {name: one for name, one in names.items() if one not in self.quantized}

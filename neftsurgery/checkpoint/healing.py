@@ -28,8 +28,8 @@ from ..tensors.header import TensorInfo
 from ..text import plural, printable
 from .changes import changes_by_tensor
 from .checkpoint import Checkpoint, Shard
+from .folder_files import put_side, side_digest
 from .journal import Journal, describe_file, locked, remove_journal
-from .side_files import put_side, side_digest
 from .unfinished import find_journals, is_recorded, journal_path, refuse_unfinished
 
 # So many equal bytes are not a coincidence: of random weights, and in sequence if few values are distinct.
@@ -142,10 +142,7 @@ def _plan(source: Source, found: Sequence[Source], opened: Mapping[Source, Journ
 
 
 def heal_recorded(checkpoint: str | os.PathLike[str] | Source) -> HealResult | None:
-    """Heal what this user's own commands left; for commands that are about to change ``checkpoint``.
-
-    None if there was nothing to heal. Raises as `heal`, and a `MachineError` for a journal of someone else.
-    """
+    """Heal what this user's own commands left, if anything; a `MachineError` for another's journal."""
     if isinstance(checkpoint, str | os.PathLike) and is_hub_id(checkpoint):
         return None
     source = checkpoint if isinstance(checkpoint, Source) else resolve(checkpoint)
@@ -307,10 +304,7 @@ def _foreign(journal: Journal, name: str) -> MismatchError:
 
 
 def _is_recognized(checkpoint: Checkpoint, journal: Journal) -> bool:
-    """Whether the vectors there now are the old ones, the new ones, or partly old.
-
-    If a change touches every vector there is nothing to sample, so this is the last check.
-    """
+    """Whether the vectors there are old ones, new ones, or partly old: there may be nothing to sample."""
     all_known = True
     for number, change in enumerate(journal.changes):
         carrier = change.view.type.carrier

@@ -27,10 +27,7 @@ _TORCH_NAMES = {
 
 
 class TensorsInMemory:
-    """A mapping of names to tensors, read like a checkpoint of one file. Not a copy: they must not change.
-
-    Raises a `UsageError` if a value is not a tensor of a dtype that safetensors has.
-    """
+    """A mapping of names to tensors, read like a checkpoint of one file. They must not change."""
 
     is_file = True
     shards: tuple[Shard, ...] = ()
@@ -57,6 +54,9 @@ class TensorsInMemory:
 
     def window(self, name: str, start: int, size: int) -> None:
         """None: what is in memory is read, not mapped."""
+
+    def place(self, name: str) -> None:
+        """None: it is in no file."""
 
     @property
     def nbytes(self) -> int:

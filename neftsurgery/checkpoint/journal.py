@@ -38,7 +38,7 @@ from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
 from .changes import Change, changes_by_tensor
 from .checkpoint import Checkpoint, Shard
-from .side_files import SideChange, is_side, read_side
+from .folder_files import SideChange, is_side, read_side
 from .unfinished import forget, journal_path, record
 
 _KEY = "neft_journal"
@@ -49,10 +49,7 @@ _SAMPLES = 8
 
 @contextmanager
 def locked(checkpoint: Checkpoint, shards: Sequence[Shard]) -> Iterator[dict[Path, int]]:
-    """Open weight files for writing, each locked against other processes; yields descriptors by path.
-
-    Raises as `open_to_change`, and a `MachineError` if another process holds a file or has replaced it.
-    """
+    """Open weight files for writing, locked against other processes, which may raise a `MachineError`."""
     descriptors: dict[Path, int] = {}
     try:
         for shard in shards:
@@ -186,10 +183,7 @@ def remove_journal(path: Path, sha256: str) -> None:
 
 
 class Journal:
-    """A journal opened for reading: what it would write, and its weight files as `describe_file` has them.
-
-    Made by `open`. The old vectors of its ``changes`` are checked by `check_old`, not before.
-    """
+    """A journal opened for reading. The old vectors of its ``changes`` are checked by `check_old`."""
 
     def __init__(self, path: Path, file: TensorFile) -> None:
         content = read_document(file, _KEY, _WHAT, _VERSION)

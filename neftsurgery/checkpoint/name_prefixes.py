@@ -111,10 +111,7 @@ def fitting_prefixes(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorI
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """A name with its first words apart: none, one, two and so on, up to the number of a layer.
-
-    The part of a checkpoint made of several models is such a word.
-    """
+    """A name without its first word (a part is one), two, and so on, up to the number of a layer."""
     start = 0
     for count in range(_MOST_PARTS + 1):
         yield name[:start], name[start:]

@@ -36,6 +36,7 @@ _OTHER_ENDS = """embed_tokens embed_tokens.embed_tokens wte w word_embedding tok
 embed_in entity_embeddings embeddings"""
 _HEADS, _SHARED = frozenset(_HEAD_ENDS.split()), frozenset(_SHARED_ENDS.split())
 _EMBEDDINGS = _SHARED.union(_OTHER_ENDS.split())
+_LAST = frozenset(end.rpartition(".")[2] for end in (*_HEADS, *_EMBEDDINGS))
 _LAYER_HEAD = re.compile(r"^(?:model\.decoder\.)?((?:class|bbox)_embed)\.\d+\.")
 
 
@@ -249,10 +250,7 @@ def stated_tie(config: Mapping[str, Any] | None) -> bool | None:
 
 
 def tie_groups(names: Iterable[str], known: Iterable[tuple[str, str]] = ()) -> list[list[str]]:
-    """Those of ``names`` that may be one tensor, by group, embeddings first; ``known`` pairs are in a group.
-
-    A head goes with the embeddings below its own prefix, such as ``text_decoder.``
-    """
+    """Those of ``names`` that may be one tensor, by group, embeddings first; ``known`` pairs are one."""
     above: dict[str, str] = {}  # a forest: the names of a tree are a group
 
     def root(key: str) -> str:
@@ -290,7 +288,9 @@ def tie_groups(names: Iterable[str], known: Iterable[tuple[str, str]] = ()) -> l
 
 def _prefix(name: str, ends: Collection[str]) -> str | None:
     """What is before the end of ``name`` that is one of ``ends``; None if it has no such end."""
-    if len(name) > _LONGEST_NAME or not name.endswith(".weight"):
+    stem = name.removesuffix(".weight")
+    last = stem[max(stem.rfind("."), stem.rfind("/")) + 1 :]  # almost all names end here
+    if last not in _LAST or stem == name or len(name) > _LONGEST_NAME:
         return None
     part, rest = split_part(name)
     parts = ["^", *rest.split(".")[:-1]]

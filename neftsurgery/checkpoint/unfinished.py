@@ -75,10 +75,7 @@ def _belongs(file: Path, folder: Path) -> bool:
 
 
 def record(sha256: str, journal: Path) -> None:
-    """Record that a journal with this SHA-256 is this user's, and sync the record to disk.
-
-    Raises a `MachineError` if there is no home folder, or the state folder cannot be written.
-    """
+    """Record a journal as this user's, synced to disk; a `MachineError` if that cannot be written."""
     folder = _folder()
     try:
         _make(folder)

@@ -78,11 +78,6 @@ class Console:
         if shown is not None and len(rows) > shown:
             self.say(f"  and {len(rows) - shown:,} {rest}")
 
-    @property
-    def is_terminal(self) -> bool:
-        """Whether results are printed on a terminal."""
-        return not (self.as_json or self.quiet) and sys.stdout.isatty()
-
     def note(self, text: str) -> None:
         """Print a remark beside the result, on stderr, as one line."""
         if not self.quiet:
@@ -92,6 +87,11 @@ class Console:
         """Print the warnings of a plan."""
         for warning in warnings:
             self.note(f"warning: {warning}")
+
+    def carry_out(self, plan: Any, dry_run: bool) -> Any:
+        """Print a plan's warnings, and run it; returns its result, or on a dry run the plan itself."""
+        self.warn(plan.warnings)
+        return plan if dry_run else plan.run(**self.running)
 
     def answer(
         self, facts: Mapping[str, Any], timing: Timing | None = None, *, dry_run: bool | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +68,8 @@ def _completed(known: HubId | None, named: str) -> HubId:
     if known.repo != given.repo:
         raise MismatchError("the patch was made from another base", expected=known.repo, found=given.repo)
     if known.revision and given.revision and known.revision != given.revision:
-        raise MismatchError(
-            "the patch was made from another revision of its base",
-            expected=known.revision,
-            found=given.revision,
-        )
+        what = "the patch was made from another revision of its base"
+        raise MismatchError(what, expected=known.revision, found=given.revision)
     return known if known.revision else given
 
 
@@ -97,15 +95,11 @@ def _card_data(repo: str, info: Any) -> dict[str, object]:
 
     if info.card_data is not None:
         return dict(info.card_data.to_dict())
-    if CARD_NAME not in [file.rfilename for file in info.siblings or []]:
-        return {}
-    readme = fetch_file(HubId(repo, info.sha), CARD_NAME)
-    if readme.stat().st_size > _MAX_CARD:
-        return {}
-    try:
-        return client().metadata_load(readme) or {}
-    except (ValueError, RecursionError, yaml.YAMLError):  # it is not a card
-        return {}
+    if CARD_NAME in [file.rfilename for file in info.siblings or []]:
+        readme = fetch_file(HubId(repo, info.sha), CARD_NAME)
+        with suppress(ValueError, RecursionError, yaml.YAMLError):  # it is not a card
+            return client().metadata_load(readme) or {} if readme.stat().st_size <= _MAX_CARD else {}
+    return {}
 
 
 def _licence(data: Mapping[str, object], repo: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ _MARK = re.compile(r"<!-- neftsurgery:(begin|end)\b")
 _TAGS = ["neftsurgery", "neuron-patch", "neft"]
 _LOSSLESS_TAGS = ["neftsurgery", "lossless-patch"]
 _LIBRARY = "neftsurgery"
-#: The name of the result that holds the recorded loss. It tells our result from those of the card's owner.
+#: Tells the result that holds the recorded loss from those of the card's owner.
 _LOSS = "loss on held-out examples"
 
 
@@ -38,10 +38,9 @@ def write_card(
     figure: str | None = None,
     existing: str | None = None,
 ) -> str:
-    """The README of a patch's repository, with the name of its ``figure`` and the ``licence`` of the base.
+    """The README of a patch's repository. Of an ``existing`` one, what an earlier push did not write is kept.
 
-    Of an ``existing`` card all is kept but the part that an earlier push wrote and the fields that describe
-    the patch and its base. A `MismatchError` says that it is not a card, or that this part is not clear.
+    A `MismatchError` says that it is not a card, or that the part that a push writes is not clear.
     """
     block = f"{BEGIN}\n\n{card_text(patch, repo, base, figure)}\n\n{END}"
     hub = client()
@@ -68,7 +67,6 @@ def card_figure(patch: Patch) -> bytes | None:
 
 
 def _read(text: str, repo: str) -> Any:
-    """``text`` as a `huggingface_hub.ModelCard`."""
     import yaml
 
     try:
@@ -113,11 +111,10 @@ def _front_matter(
     found["library_name"] = _LIBRARY
     if not known.get("license"):
         found |= licence
-    tags = known.get("tags")
-    tags = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
-    ours = _TAGS if isinstance(patch, Patch) else _LOSSLESS_TAGS
-    kept_tags = [tag for tag in tags if tag not in {*_TAGS, *_LOSSLESS_TAGS}]
-    found["tags"] = list(dict.fromkeys([*kept_tags, *ours]))
+    tags, ours = known.get("tags"), _TAGS if isinstance(patch, Patch) else _LOSSLESS_TAGS
+    others = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    others = [tag for tag in others if tag not in {*_TAGS, *_LOSSLESS_TAGS}]
+    found["tags"] = list(dict.fromkeys([*others, *ours]))
     loss = patch.training.number("dev_loss") if isinstance(patch, Patch) else None
     if loss is not None:
         result = client().EvalResult(

@@ -17,7 +17,6 @@ from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_NAME
 from ..reporting.layer_map import LayerMap
 from ..sources.hub_client import page
-from ..tensors.arrays import Int64Array
 from ..text import percent, plural, size
 from .base_model import BaseModel
 
@@ -44,7 +43,7 @@ _BAR_LENGTH = 12
 
 
 def card_text(patch: Patch | LosslessPatch, repo: str, base: BaseModel, figure: str | None) -> str:
-    """The part of a card that `push` writes, in Markdown: from files only numbers and code spans."""
+    """The part of a card that `push` writes, in Markdown."""
     model = link(code_span(base.repo), page(base.repo)) if base.repo else "the model it was made from"
     note = "" if base.repo else "`BASE` stands for the model that the patch was made from.\n\n"
     facts = "## What is in it\n\n" + table(["", ""], list(_facts(patch, base)))
@@ -79,11 +78,13 @@ attached = ns.attach(model, "{repo}")  # or in a live torch model; attached.deta
 `apply` checks every vector that it replaces against its hash in the patch. It refuses another base before it
 writes anything. `neftsurgery revert` takes the patch out again, bit for bit.
 [What a patch is]({_PROJECT}/blob/main/docs/patch-format.md)."""
+    facts = ((label, patch.facts.get(key)) for key, label in _SELECTION_LABELS.items())
+    chosen = [(label, value) for label, value in facts if value not in ({}, [])]
+    trained = [(code_span(key, 60), value) for key, value in list(patch.training.items())[:_MAX_LISTED]]
     more = [_layers(LayerCounts.of_patch(patch), figure)]
-    if chosen := list(_selection_facts(patch)):
-        more.append("## How the neurons were chosen\n\n" + table(["", ""], chosen))
-    if trained := list(_training_facts(patch)):
-        more.append("## How the neurons were trained\n\n" + table(["", ""], trained))
+    for how, recorded in (("chosen", chosen), ("trained", trained)):
+        if rows := [(name, _json_span(value)) for name, value in recorded if value is not None]:
+            more.append(f"## How the neurons were {how}\n\n{table(['', ''], rows)}")
     return lead, usage, more
 
 
@@ -155,20 +156,19 @@ def _spans(names: Sequence[str]) -> str:
 def _layers(found: LayerCounts, figure: str | None) -> str:
     largest = max(found.totals, default=0)
     kinds = [code_span(kind, 40) if kind is not None else "other" for kind in found.kinds]
-    rows = [
-        [_layer(first, last), f"{total:,}", text_bar(total, largest), *_cells(counts)]
-        for (first, last), total, counts in zip(found.layers, found.totals, found.counts, strict=True)
+    lines = [
+        (_layer(*layers), text_bar(total, largest), counts)
+        for layers, total, counts in zip(found.layers, found.totals, found.counts, strict=True)
     ]
-    if len(rows) > 1:
-        columns = [sum(column) for column in zip(*found.counts, strict=True)]
-        rows.append(["all", f"{sum(columns):,}", "", *_cells(columns)])
+    if len(lines) > 1:
+        lines.append(("all", "", [sum(column) for column in zip(*found.counts, strict=True)]))
+    rows = [
+        [layer, f"{sum(counts):,}", bar, *(f"{count:,}" if count else "" for count in counts)]
+        for layer, bar, counts in lines
+    ]
     shown = f"![Percentage of each weight's neurons that the patch replaces]({figure})\n\n" if figure else ""
     right = [1, *range(3, 3 + len(kinds))]
     return f"## Where the neurons are\n\n{shown}{table(['layer', 'neurons', '', *kinds], rows, right=right)}"
-
-
-def _cells(counts: Sequence[int]) -> list[str]:
-    return [f"{count:,}" if count else "" for count in counts]
 
 
 def _layer(first: str, last: str) -> str:
@@ -177,18 +177,6 @@ def _layer(first: str, last: str) -> str:
     if first == last:
         return code_span(first, 60)
     return f"{code_span(first, 60)} to {code_span(last.rpartition('.')[2])}"
-
-
-def _selection_facts(patch: Patch) -> Iterator[tuple[str, str]]:
-    for key, label in _SELECTION_LABELS.items():
-        if (value := patch.facts.get(key)) not in (None, {}, []):
-            yield label, _json_span(value)
-
-
-def _training_facts(patch: Patch) -> Iterator[tuple[str, str]]:
-    for key, value in list(patch.training.items())[:_MAX_LISTED]:
-        if value is not None:
-            yield code_span(key, 60), _json_span(value)
 
 
 def _json_span(value: object) -> str:
@@ -203,48 +191,35 @@ def _json_span(value: object) -> str:
 class LayerCounts:
     """A patch's neurons by layer and kind of weight, without the bias elements that go with a neuron."""
 
-    #: Kinds of weight, the one with most neurons first; ``None`` stands for all remaining kinds.
-    kinds: Sequence[str | None]
-    #: The first and the last layer of each row, in the model's order, such as ``"model.layers.3"``. They are
-    #: equal if the row is one layer; ``""`` stands for tensors outside the layers.
+    kinds: Sequence[str | None]  # the one with most neurons first; ``None``: all others
+    #: The first and the last layer of each row, such as ``"model.layers.3"``; ``""``: outside the layers.
     layers: Sequence[tuple[str, str]]
-    counts: Sequence[Sequence[int]]  # neurons per layer and kind
+    counts: Sequence[Sequence[int]]  # neurons per row and kind
 
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerCounts:
-        """Count a patch's neurons. The names of the tensors alone say which layer and kind they belong to."""
+        """Count a patch's neurons; of many layers, neighbours in one stack share a row."""
         found = LayerMap.of_patch(patch)
-        used = np.flatnonzero(found.chosen.sum(axis=1))
-        layers = [found.layers[row] for row in used]
-        kinds, counts = _columns(found, found.chosen[used])
-        rows = list(_rows(layers, counts))
-        return cls(kinds, [(first, last) for first, last, _ in rows], [row for *_, row in rows])
+        used, totals = np.flatnonzero(found.chosen.sum(axis=1)), found.chosen.sum(axis=0)
+        order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
+        shown = order if len(order) <= _MAX_KINDS else order[: _MAX_KINDS - 1]
+        kinds: list[str | None] = [found.kinds[kind] for kind in shown]
+        columns = [found.chosen[:, kind] for kind in shown]
+        if len(shown) < len(order):
+            kinds.append(None)
+            columns.append(found.chosen[:, order[len(shown) :]].sum(axis=1))
+        layers, counts, size = [], [], -(-len(used) // _MAX_LAYERS)
+        for _, group in groupby(used, key=lambda row: found.layers[row].rpartition(".")[0]):
+            stack = list(group)
+            for rows in (stack[start : start + size] for start in range(0, len(stack), size)):
+                layers.append((found.layers[rows[0]], found.layers[rows[-1]]))
+                counts.append([int(column[rows].sum()) for column in columns])
+        return cls(kinds, layers, counts)
 
     @property
     def totals(self) -> list[int]:
-        """Neurons per layer."""
+        """Neurons per row."""
         return [sum(row) for row in self.counts]
-
-
-def _columns(found: LayerMap, counts: Int64Array) -> tuple[list[str | None], Int64Array]:
-    """The kinds with most neurons, and the counts of each and of all the others."""
-    totals = counts.sum(axis=0)
-    order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
-    if len(order) <= _MAX_KINDS:
-        return [found.kinds[kind] for kind in order], counts[:, order]
-    order, others = order[: _MAX_KINDS - 1], order[_MAX_KINDS - 1 :]
-    kept = np.column_stack([counts[:, order], counts[:, others].sum(axis=1)])
-    return [*(found.kinds[kind] for kind in order), None], kept
-
-
-def _rows(layers: Sequence[str], counts: Int64Array) -> Iterator[tuple[str, str, list[int]]]:
-    """First layer, last layer and counts of each row: of one layer, or of neighbours in one stack."""
-    size = -(-len(layers) // _MAX_LAYERS)
-    for _, group in groupby(range(len(layers)), key=lambda row: layers[row].rpartition(".")[0]):
-        stack = list(group)
-        for start in range(0, len(stack), size):
-            rows = stack[start : start + size]
-            yield layers[rows[0]], layers[rows[-1]], counts[rows].sum(axis=0).tolist()
 
 
 def code_span(value: object, longest: int = _MAX_LENGTH) -> str:
@@ -273,11 +248,8 @@ def link(text: str, address: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
     """A table; columns in ``right`` are aligned right. Cells are Markdown already."""
     rule = "|".join("--:" if column in right else "---" for column in range(len(head)))
-    return "\n".join([_line(head), f"|{rule}|", *map(_line, rows)])
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    first, *lines = (f"| {' | '.join(cells)} |" for cells in [head, *rows])
+    return "\n".join([first, f"|{rule}|", *lines])
 
 
 def text_bar(value: float, largest: float) -> str:

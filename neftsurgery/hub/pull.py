@@ -31,9 +31,8 @@ class PullPlan:
     sha256: str | None = None  # that the file must have
 
     def __str__(self) -> str:
-        found = "from the cache"
-        if self.file is not None:
-            found = f"{size(self.file.nbytes or 0)}, commit {self.file.commit}"
+        file = self.file
+        found = "from the cache" if file is None else f"{size(file.nbytes or 0)}, commit {file.commit}"
         then = "keep it in the cache" if self.out is None else f"write {os.fspath(self.out)}"
         return printable(f"fetch {self.hub_id} ({found}) and {then}")
 
@@ -110,8 +109,7 @@ def pull(
 ) -> Patch | LosslessPatch:
     """Fetch a patch from the Hugging Face Hub, and check all hashes of its content.
 
-    Only the patch is fetched, into huggingface_hub's cache, unless it is there already. Returns the patch at
-    ``out``, or in the cache; opened.
+    Only the patch is fetched, into huggingface_hub's cache. Returns the patch at ``out``, or in the cache.
 
     Parameters
     ----------

@@ -6,8 +6,7 @@ import logging
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import BinaryIO, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from ..errors import MachineError, MismatchError, UsageError, boundary
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
@@ -21,7 +20,7 @@ from ..surgery.verb import warn
 from ..text import lines, plural
 from .base_model import BaseModel, read_licence
 from .card import card_figure, write_card
-from .repository import CARD_NAME, FIGURE_NAME, MAIN, Repository, read_repository, send_commit
+from .repository import CARD_NAME, FIGURE_NAME, MAIN, Files, Repository, read_repository, send_commit
 
 log = logging.getLogger(__name__)
 
@@ -65,20 +64,18 @@ class PushResult:
     @property
     def what(self) -> str:
         """What the patch holds, in a few words."""
-        tensors = plural(self.tensors, "tensor")
         what = "every change" if self.lossless else plural(self.neurons, "neuron")
-        return f"{what} of {tensors}"
+        return f"{what} of {plural(self.tensors, 'tensor')}"
 
     def __str__(self) -> str:
         said = [f"created {self.repo}"] if self.created else []
         said += [f"created branch {self.branch}"] if self.created_branch else []
-        if self.changed:
-            said.append(f"pushed {self.what} to {self.url}")
-        else:
+        done = f"pushed {self.what} to {self.url}"
+        if not self.changed:
             nothing = "no commit was needed" if said else "nothing to push"
-            said.append(f"{nothing}: {self.repo} has this patch and this card already")
-        said.append(f"branch {self.branch}, commit {self.commit}")
-        return lines([*said, f"SHA-256 of {PATCH_NAME}: {self.sha256}"])
+            done = f"{nothing}: {self.repo} has this patch and this card already"
+        where = f"branch {self.branch}, commit {self.commit}"
+        return lines([*said, done, where, f"SHA-256 of {PATCH_NAME}: {self.sha256}"])
 
 
 @dataclass(frozen=True)
@@ -105,12 +102,11 @@ class PushPlan:
         return [PATCH_NAME, CARD_NAME, *([FIGURE_NAME] if self.figure else [])]
 
     def __str__(self) -> str:
-        what = self.patch.what
-        new = "branch" if self.repository.exists else "repository"
-        new = f", a new {new}" if self.repository.needs_branch or not self.repository.exists else ""
+        exists, needs_branch = self.repository.exists, self.repository.needs_branch
+        new = ", a new repository" if not exists else ", a new branch" if needs_branch else ""
         return lines(
             [
-                f"push {what} to {self.repository.repo} ({self.repository.branch}{new})",
+                f"push {self.patch.what} to {self.repository.repo} ({self.repository.branch}{new})",
                 f"base: {self.base.hub_id or 'unknown'}",
                 f"files: {', '.join(self.files)}",
                 f"SHA-256 of {PATCH_NAME}: {self.sha256}",
@@ -148,10 +144,9 @@ class PushPlan:
         """Send the patch and its card; raises as `push`."""
         patch, repository, sha256 = self.patch, self.repository, self.sha256
         patch.check_in_place()  # what is sent is what was checked
+        figure = {FIGURE_NAME: self.figure} if self.figure else {}
         with patch.stream() if patch.path is None else nullcontext(patch.path) as content:
-            files: dict[str, Path | BinaryIO | bytes] = {PATCH_NAME: content, CARD_NAME: self.card.encode()}
-            if self.figure:
-                files[FIGURE_NAME] = self.figure
+            files: Files = {PATCH_NAME: content, CARD_NAME: self.card.encode(), **figure}
             commit, parent = send_commit(repository, files, self.message, private=self.private)
         return PushResult(
             repo=repository.repo,
@@ -239,8 +234,7 @@ def plan_push(
 ) -> PushPlan:
     """Check what `push` needs, and write the card; arguments and errors as there.
 
-    With ``dry_run``, a Hub that refuses or cannot be reached is a warning: the card is then that of a
-    new repository.
+    With ``dry_run``, a Hub that refuses or cannot be reached is a warning: the card is that of a new one.
     """
     patch = load_any(patch)
     if not is_repo(repo):
@@ -279,14 +273,8 @@ def plan_push(
             "the patch does not say which Hub model is its base, so the card names none: give it as [[base]]"
         )
     figure = card_figure(patch) if isinstance(patch, Patch) else None
-    card = write_card(
-        patch,
-        repo,
-        base_model,
-        licence,
-        figure=FIGURE_NAME if figure else None,
-        existing=None if replace_card else repository.card(),
-    )
+    shown, existing = FIGURE_NAME if figure else None, None if replace_card else repository.card()
+    card = write_card(patch, repo, base_model, licence, figure=shown, existing=existing)
     if message is None:
         verb = "Update" if PATCH_NAME in repository.files else "Add"
         kind = "neuron" if isinstance(patch, Patch) else "lossless"

@@ -58,9 +58,8 @@ class Repository:
         try:
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise MismatchError(
-                "the README on the Hub is not UTF-8", file=self.repo, hint=CARD_HINT
-            ) from error
+            what = "the README on the Hub is not UTF-8"
+            raise MismatchError(what, file=self.repo, hint=CARD_HINT) from error
 
 
 def read_repository(repo: str, branch: str) -> Repository:
@@ -121,11 +120,7 @@ def _send(repository: Repository, files: Files, message: str, parent: str) -> st
         api.preupload_lfs_files(repo, [operations[FIGURE_NAME]], revision=branch, free_memory=False)
     try:
         done = api.create_commit(
-            repo,
-            operations=list(operations.values()),
-            commit_message=message,
-            revision=branch,
-            parent_commit=parent,
+            repo, [*operations.values()], commit_message=message, revision=branch, parent_commit=parent
         )
     except ValueError as error:
         _raise_if_card_refused(error, repo)

@@ -14,9 +14,9 @@ from ..checkpoint.in_memory import TensorsInMemory, tensor_bytes, tensor_info
 from ..checkpoint.provenance import same_tensor
 from ..errors import MismatchError, boundary
 from ..neurons.layout import Layout
-from ..patch.digests import digests
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.patch import Patch
+from ..patch.patch_file import digests
 from ..surgery.model_files import RebuiltWeights
 from ..tensors.header import TensorInfo
 from .loading_rules import live_weights

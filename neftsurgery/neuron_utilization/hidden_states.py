@@ -128,13 +128,13 @@ class BlockStack:
 
     def block_of(self, parameter: str) -> int | None:
         """The number of the block that contains a parameter of the live model; None if no block does."""
-        parent, _, number = layer_and_kind(parameter.split("."))[0].rpartition(".")
+        parent, _, number = layer_and_kind(parameter)[0].rpartition(".")
         return int(number) if parent == self.path and number.isdecimal() else None
 
 
 def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
     """The stack of blocks with ``parameters``, of several the language model's; else an error."""
-    paths = dict.fromkeys(layer_and_kind(name.split("."))[0].rpartition(".")[0] for name in parameters)
+    paths = dict.fromkeys(layer_and_kind(name)[0].rpartition(".")[0] for name in parameters)
     modules = dict(model.named_modules())
     found = {}
     for path in paths:

@@ -261,7 +261,7 @@ def _axes_by_kind(trained: Selection, width: int) -> dict[str, tuple[int, ...]]:
     """The neuron axes of every kind of tensor that has trained neurons of this width."""
     companions = trained.facts.companion_biases
     return {
-        layer_and_kind(name.split("."))[1]: chosen.layout.axes
+        layer_and_kind(name)[1]: chosen.layout.axes
         for name, chosen in trained.tensors.items()
         if name not in companions and chosen.layout.width == width
     }

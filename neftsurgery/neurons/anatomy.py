@@ -29,6 +29,7 @@ from .tensor_names import (
     member_axes,
     name_pattern,
     read_name,
+    split_layer,
 )
 from .units import CountedSlice, UnitMap, UnitSpan, unit_spans, up_slice
 
@@ -49,6 +50,7 @@ class NeuronTensor:
     units: UnitMap | None = None  # of the anatomy ``units``: the unit of every neuron
     part: CountedSlice | None = None  # the neurons that count; None: all
     tied: str = ""  # of units that are tied to their place: what else holds something of each
+    by_columns: bool = False  # whether its neurons are columns, which no bias is added to
 
     @property
     def layout(self) -> Layout:
@@ -123,7 +125,10 @@ class _Share:
 
 @dataclass
 class _Reader:
-    """Reads one checkpoint. A name is read once for all names that differ from it only in numbers."""
+    """Reads one checkpoint. A name is read once for all names that differ from it only in numbers.
+
+    A tensor is judged once for all of its dtype and shape whose names differ only in their layer.
+    """
 
     name: str
     tensors: Mapping[str, TensorInfo]
@@ -137,6 +142,7 @@ class _Reader:
     def __post_init__(self) -> None:
         self.quantized = quantization_reasons(self.tensors, self.config)
         self.readings: dict[tuple[tuple[str, ...], int], NameReading] = {}
+        self.verdicts: dict[tuple[object, ...], NeuronTensor | Listed] = {}
         self.shares: dict[str, _Share] = {}
         self.assumed: dict[tuple[str, str], None] = {}  # a part of the folder, and a type of its submodels
 
@@ -153,6 +159,22 @@ class _Reader:
 
     def judge(self, info: TensorInfo) -> NeuronTensor | Listed:
         """Whether ``info`` is scored, and how."""
+        name = info.name
+        before, layer, rest = split_layer(name)
+        before = before if "." in rest else layer  # as in `name_pattern`
+        asked = name in self.included, name in self.excluded, self.only is None or name in self.only
+        key = (before, rest, info.dtype, info.shape, asked, self.quantized.get(name), self.axes.get(name))
+        verdict = self.verdicts.get(key)
+        if verdict is None or self.name == "units":
+            verdict = self.verdicts[key] = self.decide(info)
+        if isinstance(verdict, Listed):
+            return Listed(info, verdict.reason, verdict.axes, verdict.included)
+        axes, columns = verdict.axes, verdict.by_columns
+        bias = None if columns else bias_of(info, axes, self.tensors)
+        return NeuronTensor(info, axes, layer, verdict.kind, bias, None, verdict.part, verdict.tied, columns)
+
+    def decide(self, info: TensorInfo) -> NeuronTensor | Listed:
+        """As `judge`, without its bias."""
         included = info.name in self.included
         barred = self.barred(info)
         if barred:
@@ -216,13 +238,12 @@ class _Reader:
         submodel: Submodel,
         role: Role | None,
     ) -> NeuronTensor | Listed:
-        """The tensor with its layer and bias, and its part or its share of a block."""
-        layer, kind = layer_and_kind(info.name.split("."))
-        bias = None if role is not None and role.member in COLUMNS else bias_of(info, axes, self.tensors)
-        tensor = NeuronTensor(info, axes, layer, kind, bias)
+        """The tensor with its layer, and its part or its share of a block."""
+        tied = role.block.tied if role and role.block else ""
+        columns = role is not None and role.member in COLUMNS
+        tensor = NeuronTensor(info, axes, *layer_and_kind(info.name), tied=tied, by_columns=columns)
         inner = info.shape[axes[-1]]
         outer = math.prod(info.shape[axis] for axis in axes[:-1])
-        tensor = replace(tensor, tied=role.block.tied if role and role.block else "")
         if self.name == "units":
             if role is None:
                 self.shares[info.name] = _Share(("", info.name), outer, inner, (UnitSpan(0, inner, 1),))

@@ -60,5 +60,5 @@ def weight_kinds(rows: Anatomy, config: Mapping[str, Any] | None) -> list[Weight
         kind = found[key]
         kind.tensors += 1
         kind.shapes.add(info.shape)
-        kind.layers.add(layer_and_kind(parts)[0])
+        kind.layers.add(layer_and_kind(info.name)[0])
     return list(found.values())

@@ -6,6 +6,7 @@ Patterns of names are those of ``fnmatch``, on the whole name, case-sensitive.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _NORM = re.compile(r"(^|_)ln(_|\d|$)|norm\d*$|layer_?norm|layrnorm", re.IGNORECA
 UNKNOWN_EXPERTS = "experts of unknown orientation"
 UNKNOWN_LAYER = "a weight of an unknown layer"
 _MOST_AXES = 5
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -91,17 +93,31 @@ def member_axes(role: Role, reading: NameReading) -> tuple[int, ...] | None:
     return _AXES[role.order][1] if role.order in _AXES else None
 
 
-def layer_and_kind(parts: Sequence[str]) -> tuple[str, str]:
-    """The layer and kind of a name, given as its parts: see `neftsurgery.neurons.anatomy.NeuronTensor`."""
-    first = next((index for index, part in enumerate(parts) if part.isdecimal()), None)
-    layer = "" if first is None else ".".join(parts[: first + 1])
-    rest = list(parts if first is None else parts[first + 1 :])
-    if len(rest) > (first is None) and rest[-1] == "weight":
+def split_layer(name: str) -> tuple[str, str, str]:
+    """A name up to its first number, up to there with it (its layer), and what is behind."""
+    found = _NUMBER.search(name)
+    return (
+        ("", "", name)
+        if found is None
+        else (name[: found.start()], name[: found.end(1)], name[found.end() :])
+    )
+
+
+def layer_and_kind(name: str) -> tuple[str, str]:
+    """The layer and kind of a name: see `neftsurgery.neurons.anatomy.NeuronTensor`."""
+    before, layer, rest = split_layer(name)
+    return layer, (_kind(rest, bool(layer)) if rest else "") or before
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _kind(name: str, in_layer: bool) -> str:
+    rest = name.split(".")
+    if len(rest) > (not in_layer) and rest[-1] == "weight":
         rest.pop()
     for index in range(1, len(rest)):
         if rest[index].isdecimal() and "expert" in rest[index - 1]:
             rest[index] = "*"
-    return layer, ".".join(rest or parts[:first])
+    return ".".join(rest)
 
 
 def bias_of(info: TensorInfo, axes: tuple[int, ...], tensors: Mapping[str, TensorInfo]) -> str | None:

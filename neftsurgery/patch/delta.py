@@ -21,8 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..checkpoint.parts import is_plain_path
-from ..checkpoint.side_files import MOST_SIDE_BYTES, is_side
+from ..checkpoint.folder_files import MOST_SIDE_BYTES, is_side
+from ..checkpoint.weight_files import is_plain_path
 from ..coding.blocks import Form, decode
 from ..coding.compression import compress, content_size, decompress
 from ..coding.elements import BLOCK, Carrier, Elements
@@ -158,10 +158,7 @@ def block_hash(elements: Carrier) -> int:
 
 
 def pack_layout(files: Sequence[WeightFile], side: Sequence[SideFile], *, single: bool) -> bytes:
-    """The layout of a target, as it is in a patch.
-
-    Raises a `MismatchError` if it is out of proportion to its blocks, as a header with megabytes of padding.
-    """
+    """The layout of a target, packed; a `MismatchError` if it is out of proportion to its blocks."""
     content = {
         "single": single,
         "files": [{"name": file.name, "header": file.raw.decode()} for file in files],
@@ -178,10 +175,7 @@ def pack_layout(files: Sequence[WeightFile], side: Sequence[SideFile], *, single
 
 
 class Delta:
-    """A delta in an open patch file, under a prefix: ``forward`` or ``backward``. Its arrays are checked.
-
-    ``code`` is where its blocks begin in the file's code.
-    """
+    """A delta of a patch file, under a prefix, checked; its blocks begin at ``code`` in the file's code."""
 
     def __init__(self, file: TensorFile, prefix: str, code: int = 0) -> None:
         self._file, self._prefix = file, prefix
@@ -242,10 +236,7 @@ class Delta:
         return {info.name: info for file in self.files for info in file.header.tensors.values()}
 
     def decoded(self, block: DeltaBlock, base: Carrier | None) -> Carrier:
-        """The target's block, from that of the source; its hash is checked.
-
-        Raises a `CorruptFileError`.
-        """
+        """The target's block, from that of the source; a `CorruptFileError` if it has another hash."""
         number = block.number
         if self.sizes[number] > block.nbytes:
             raise self._bad("a block takes more bytes than it has", block.info.name)

@@ -127,7 +127,7 @@ class LosslessPatch(PatchFile):
 
     def kinds(self) -> dict[str, StoredWeights]:
         """As `weights`, by kind of weight; those that take the most bytes first."""
-        kinds = {name: layer_and_kind(name.split("."))[1] for name in self.forward.tensors}
+        kinds = {name: layer_and_kind(name)[1] for name in self.forward.tensors}
         found = _stored_weights(self.forward, kinds)
         return dict(sorted(found.items(), key=lambda item: -item[1].code))
 

@@ -127,10 +127,7 @@ def lay_over(
     part: memoryview,
     tied: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Put vectors of patches, one after the other, into ``part``, the bytes of a tensor from ``start``.
-
-    A patch that has no vectors of that name has them under a name ``tied`` to it.
-    """
+    """Put vectors of patches, by this name or one ``tied`` to it, into bytes of a tensor from ``start``."""
     for rows in layers:
         for known in [one for one in (name, *(tied or {}).get(name, ())) if one in rows.patch.tensors][:1]:
             elements = np.frombuffer(part, rows.patch.tensors[known].info.type.carrier)
@@ -155,38 +152,29 @@ def _lay_elements(
 
 def _positions(layout: Layout, index: Int64Array) -> Int64Array:
     """The flat positions in the tensor of the elements of neurons ``index``, ``[k, width]``."""
-    shape = layout.shape
-    strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
-    others = [axis for axis in range(len(shape)) if axis not in layout.axes]
-    start = _offset(index, [shape[a] for a in layout.axes], [strides[a] for a in layout.axes])
-    inner = _offset(
-        np.arange(layout.width, dtype=np.int64), [shape[a] for a in others], [strides[a] for a in others]
-    )
-    positions: Int64Array = start[:, None] + inner
+    shape, axes_of_neurons, others = _axes(layout)
+    places = [np.zeros(1, np.int64)] * len(shape)
+    inner = np.arange(layout.width, dtype=np.int64)
+    for axes, flat in ((axes_of_neurons, index[:, None]), (others, inner)):
+        sizes = [shape[axis] for axis in axes]
+        for axis, place in zip(axes, np.unravel_index(flat, sizes), strict=True):
+            places[axis] = place
+    positions: Int64Array = np.ravel_multi_index(places, shape)
     return positions
-
-
-def _offset(flat: Int64Array, sizes: Sequence[int], strides: Sequence[int]) -> Int64Array:
-    total = np.zeros(len(flat), np.int64)
-    rest = flat.astype(np.int64)
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        total += rest % size * stride
-        rest = rest // size
-    return total
 
 
 def _owner(layout: Layout, positions: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Per flat position the neuron it belongs to, and where in that neuron's vector it is."""
-    neuron, place = np.zeros_like(positions), np.zeros_like(positions)
-    neuron_stride = place_stride = 1
-    rest = positions.copy()
-    for axis in reversed(range(len(layout.shape))):
-        size = layout.shape[axis]
-        if axis in layout.axes:
-            neuron += rest % size * neuron_stride
-            neuron_stride *= size
-        else:
-            place += rest % size * place_stride
-            place_stride *= size
-        rest //= size
+    shape, *groups = _axes(layout)
+    places = np.unravel_index(positions, shape)
+    neuron, place = (
+        np.ravel_multi_index([places[axis] for axis in axes], [shape[axis] for axis in axes])
+        for axes in groups
+    )
     return neuron, place
+
+
+def _axes(layout: Layout) -> tuple[tuple[int, ...], list[int], list[int]]:
+    """The shape, its neuron axes and the others, each behind an axis of size 1: neither group is empty."""
+    own = [0, *(axis + 1 for axis in layout.axes)]
+    return (1, *layout.shape), own, [0, *(n + 1 for n in range(len(layout.shape)) if n not in layout.axes)]

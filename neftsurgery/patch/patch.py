@@ -15,7 +15,7 @@ from ..checkpoint.ties import with_tied_names
 from ..errors import CorruptFileError, boundary
 from ..neurons.layout import Layout, described_tensor
 from ..neurons.vectors import blocks, check_index
-from ..selection.selection import Chosen, Selection, SelectionFacts
+from ..selection.selection import Chosen, RowBlock, Selection, SelectionFacts
 from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
@@ -25,14 +25,47 @@ from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..text import plural, size
 from ..version import __version__
-from .digests import DigestHash, digests, is_hash
-from .entries import PatchEntries, RowPlaces
 from .groups import RowGroup, read_groups
-from .patch_file import PATCH_VERSION, PatchFile, require_seal
+from .patch_file import PATCH_VERSION, DigestHash, PatchFile, digests, is_hash, require_seal
 
 _WHAT = "neuron patch"
 #: Keys of the manifest that describe the file's content: those of another file are not taken over.
 _OF_CONTENT = ("version", "kind", "tensors", "groups", "content_hash")
+#: By part (``index``, ``base_digest``, ``value``, ``base``): the entry that holds a tensor's rows, where they
+#: begin along its first axis, and how many steps of that a row takes.
+RowPlaces = dict[str, tuple[str, int, int]]
+
+
+class PatchEntries:
+    """Which entries of a file hold the rows of the tensors that were added, in the order of their names.
+
+    All share an entry of indices, one of digests, and for each dtype one of new and one of replaced values,
+    where they lie one behind the other. In version 1 (``own``), each tensor has entries of its own.
+    """
+
+    def __init__(self, index_dtype: str, *, own: bool = False) -> None:
+        self._own, self._index_dtype = own, index_dtype
+        shared = (TensorInfo("index", index_dtype, (0,)), TensorInfo("base_digest", "U8", (0, 16)))
+        self.infos = {} if own else {info.name: info for info in shared}
+
+    def add(
+        self, info: TensorInfo, layout: Layout, count: int, reversible: bool, index_dtype: str | None = None
+    ) -> RowPlaces:
+        """Place ``count`` rows of a tensor; ``index_dtype``: that of an index of its own."""
+        values = (info.dtype, 1, (layout.width,)) if self._own else (info.dtype, layout.width, ())
+        parts = {
+            "index": (index_dtype or self._index_dtype, 1, ()),
+            "base_digest": ("U8", 1, (16,)),
+            "value": values,
+        }
+        places = RowPlaces()
+        for part, (dtype, step, row) in (parts | ({"base": values} if reversible else {})).items():
+            shared = f"{part}:{dtype}" if part in ("value", "base") else part
+            entry = f"{info.name}:{part}" if self._own else shared
+            first = self.infos[entry].shape[0] if entry in self.infos else 0
+            self.infos[entry] = TensorInfo(entry, dtype, (first + count * step, *row))
+            places[part] = entry, first, step
+        return places
 
 
 class Manifest(Facts):
@@ -198,6 +231,12 @@ class Patch(PatchFile):
         raw = self._file.array_bytes(entry, first + start * step, first + stop * step)
         return raw.reshape(stop - start, step * raw.shape[1])
 
+    def blocks(self, block: int | None = None) -> Iterator[RowBlock]:
+        """All of its rows, tensor by tensor, in ranges of bounded size; an empty one if a tensor has none."""
+        for name, tensor in self.tensors.items():
+            for start, stop in [*tensor.blocks(block)] or [(0, 0)]:
+                yield RowBlock(name, start, stop, (stop - start) * tensor.vector_bytes)
+
     def _is_new(self, name: str) -> Mask:
         """Of each row of a small tensor whether its value is not the one that it replaces."""
         new: Mask = (digests(self.values(name)) != self.base_digests(name)).any(axis=1)
@@ -229,10 +268,7 @@ class Patch(PatchFile):
         adapter_of_patch(self, adapter, base, force=force)
 
     def require_fit(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint, in which the touched tensors are found under their names in the patch.
-
-        Raises a `MismatchError` unless it has them, in shape and dtype.
-        """
+        """The checkpoint with the touched tensors under their names; a `MismatchError` if it lacks one."""
         infos = [tensor.info for tensor in self.tensors.values()]
         fitting = with_tied_names(checkpoint, infos)
         require_tensors(fitting, infos, self.name, self.base)

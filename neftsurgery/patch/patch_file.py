@@ -1,21 +1,55 @@
-"""What both kinds of patch file share: how one is opened and named, and the hash over what it says."""
+"""What both kinds of patch file share: how one is opened and named, and its hashes (XXH3-128, big-endian)."""
 
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeGuard, TypeVar
 
+import numpy as np
 import xxhash
 
 from ..checkpoint.provenance import HASH_PREFIX, Provenance
 from ..errors import CorruptFileError, MismatchError, boundary
 from ..sources.resolve import Source, resolve_file
+from ..tensors.arrays import RawBytes
 from ..tensors.document import dump, read_document
 from ..tensors.reader import FileBacked, TensorFile
 from ..text import lines, printable
-from .digests import NO_HASH, is_hash
+
+#: What stands for a hash until it is known.
+NO_HASH = HASH_PREFIX + "0" * 32
+_HASH = re.compile(HASH_PREFIX + "[0-9a-f]{32}")
+
+
+def is_hash(value: object) -> TypeGuard[str]:
+    """Whether a value of a manifest is a hash as text."""
+    return isinstance(value, str) and _HASH.fullmatch(value) is not None
+
+
+def digests(vectors: RawBytes) -> RawBytes:
+    """The digest of each row of raw bytes, uint8 ``[k, 16]``."""
+    rows = np.ascontiguousarray(vectors)
+    joined = b"".join(map(xxhash.xxh3_128_digest, rows))
+    return np.frombuffer(joined, np.uint8).reshape(len(rows), 16)
+
+
+class DigestHash:
+    """The hash of a tensor's digests in index order, fed block by block."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+
+    def update(self, block: RawBytes) -> None:
+        """Take in the next digests, uint8 ``[k, 16]``."""
+        self._state.update(np.ascontiguousarray(block).data)
+
+    def text(self) -> str:
+        """As the manifest writes it."""
+        return HASH_PREFIX + self._state.hexdigest()
+
 
 PATCH_VERSION: Final = 2
 PATCH_KEY = "neuron_patch"
@@ -152,10 +186,7 @@ def read_manifest(file: TensorFile) -> dict[str, Any]:
 
 
 def _content_hash(manifest: str, parts: Iterable[tuple[str, bytes]]) -> str:
-    """The hash of what no other hash is over: the manifest's text, with `NO_HASH` for it, and ``parts``.
-
-    The parts are entries of the file, by name.
-    """
+    """The hash of the manifest's text, with `NO_HASH` for it, and ``parts``, entries that have no other."""
     state = xxhash.xxh3_128(manifest.encode())
     for name, content in parts:
         state.update(f"\n{name}\n{len(content)}\n".encode())

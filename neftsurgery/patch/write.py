@@ -3,39 +3,60 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..selection.selection import Selection, index_dtype
+from ..selection.selection import Chosen, RowBlock, Selection, index_dtype
+from ..storage.threads import in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DTYPES
+from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, planned_bytes, written_file
-from .digests import NO_HASH, DigestHash, digests
-from .entries import PatchEntries
 from .groups import RowGroup
-from .patch import Manifest, Patch
-from .patch_file import sealed
+from .patch import Manifest, Patch, PatchEntries, RowPlaces
+from .patch_file import NO_HASH, DigestHash, digests, sealed
 
 
-class _Plan:
-    """What the file of a patch holds, and where."""
+@dataclass(frozen=True)
+class NewPatch:
+    """A patch that is still to be written: what its file holds, and where."""
 
-    def __init__(
-        self, selection: Selection, manifest: Manifest, reversible: bool, groups: Sequence[RowGroup]
-    ) -> None:
-        self.manifest, self.reversible, self.groups = manifest, reversible, groups
-        self.tensors = dict(sorted(selection.tensors.items()))  # the order of their rows in the file
-        dtype = index_dtype(max((chosen.layout.count for chosen in selection), default=0))
-        entries = PatchEntries(dtype)
-        self.places = {
-            name: entries.add(chosen.info, chosen.layout, len(chosen.index), reversible)
+    selection: Selection
+    manifest: Manifest
+    reversible: bool = False
+    groups: Sequence[RowGroup] = ()
+
+    @cached_property
+    def tensors(self) -> dict[str, Chosen]:
+        """The chosen neurons, in the order of their rows in the file."""
+        return dict(sorted(self.selection.tensors.items()))
+
+    @cached_property
+    def placed(self) -> tuple[list[TensorInfo], dict[str, RowPlaces]]:
+        """The entries of the file, and where in them the rows of each tensor lie."""
+        most = max((chosen.layout.count for chosen in self.selection), default=0)
+        entries = PatchEntries(index_dtype(most))
+        places = {
+            name: entries.add(chosen.info, chosen.layout, len(chosen.index), self.reversible)
             for name, chosen in self.tensors.items()
         }
-        self.entries = list(entries.infos.values())
-        index = [chosen.index.astype(DTYPES[dtype].numpy) for chosen in self.tensors.values()]
-        self.index = np.concatenate(index) if index else np.empty(0, DTYPES[dtype].numpy)
+        return [*entries.infos.values()], places
+
+    @cached_property
+    def index(self) -> NDArray[np.signedinteger]:
+        """The neurons of all tensors, one behind the other."""
+        dtype = DTYPES[self.placed[0][0].dtype].numpy
+        return np.concatenate([np.empty(0, dtype), *(c.index.astype(dtype) for c in self.tensors.values())])
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return planned_bytes(self.placed[0], self.metadata())
 
     def metadata(self, hashes: Mapping[str, tuple[str, str]] | None = None) -> dict[str, str]:
         """That of the file; without the hashes of all tensors, one as long as with them."""
@@ -47,23 +68,24 @@ class _Plan:
             tensors[name] = facts | {"base_hash": before, "patched_hash": after}
         return sealed(self.manifest.written(tensors, self.groups), [("index", self.index.tobytes())])
 
-
-def patch_bytes(
-    selection: Selection, manifest: Manifest, reversible: bool, groups: Sequence[RowGroup] = ()
-) -> int:
-    """Bytes of the file that `written_patch` would write."""
-    plan = _Plan(selection, manifest, reversible, groups)
-    return planned_bytes(plan.entries, plan.metadata())
+    @contextmanager
+    def written(self, out: str | os.PathLike[str] | None, *, force: bool = False) -> Iterator[PatchWriter]:
+        """Write it, all or nothing; ``out`` None: into a nameless temporary file."""
+        with written_file(self.placed[0], self.metadata(), out, force=force) as written:
+            writer = PatchWriter(written, self)
+            yield writer
+            writer.finish()
+        writer.patch = Patch.read(written.reader())
 
 
 class PatchWriter:
-    """Takes rows, each tensor's blocks in index order. ``patch`` is set once `written_patch` has ended."""
+    """Takes rows, each tensor's blocks in index order. ``patch`` is set once all is written."""
 
     patch: Patch
 
-    def __init__(self, writer: TensorFileWriter, plan: _Plan) -> None:
-        self._writer, self._plan = writer, plan
-        self._hashes = {name: (DigestHash(), DigestHash()) for name in plan.places}
+    def __init__(self, writer: TensorFileWriter, plan: NewPatch) -> None:
+        self._writer, self._plan, self._places = writer, plan, plan.placed[1]
+        self._hashes = {name: (DigestHash(), DigestHash()) for name in self._places}
         writer.write("index", 0, plan.index)
 
     def write_rows(
@@ -85,8 +107,25 @@ class PatchWriter:
         return digests(values)
 
     def _write(self, name: str, part: str, start: int, rows: RawBytes) -> None:
-        entry, first, step = self._plan.places[name][part]
+        entry, first, step = self._places[name][part]
         self._writer.write(entry, first + start * step, rows)
+
+    def write_blocks(
+        self,
+        rows: Callable[[RowBlock], tuple[RawBytes, RawBytes | None, RawBytes]],
+        workers: int,
+        block: int | None,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Write all blocks; ``rows`` gives the new rows of one, the replaced ones, and their digests."""
+
+        def write(part: RowBlock) -> tuple[RawBytes, RawBytes]:
+            values, base, before = rows(part)
+            return before, self.write_values(part.name, part.start, before, values, base)
+
+        for part, (before, after) in in_order(write, self._plan.selection.blocks(block), workers):
+            self.add_digests(part.name, before, after)
+            advance(part.nbytes)
 
     def add_digests(self, name: str, before: RawBytes, after: RawBytes) -> None:
         """Take the digests of a tensor's next rows into its hashes: in index order."""
@@ -97,22 +136,3 @@ class PatchWriter:
         """Write the manifest."""
         hashes = {name: (before.text(), after.text()) for name, (before, after) in self._hashes.items()}
         self._writer.finish(self._plan.metadata(hashes))
-
-
-@contextmanager
-def written_patch(
-    selection: Selection,
-    manifest: Manifest,
-    out: str | os.PathLike[str] | None,
-    *,
-    reversible: bool,
-    groups: Sequence[RowGroup] = (),
-    force: bool = False,
-) -> Iterator[PatchWriter]:
-    """Write a patch of ``selection``, all or nothing; ``out`` None: into a nameless temporary file."""
-    plan = _Plan(selection, manifest, reversible, groups)
-    with written_file(plan.entries, plan.metadata(), out, force=force) as written:
-        writer = PatchWriter(written, plan)
-        yield writer
-        writer.finish()
-    writer.patch = Patch.read(written.reader())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.in_memory import tensor_info
@@ -23,6 +23,7 @@ from ..patch.patch import Patch
 from ..selection.budget import Amount, Budget
 from ..selection.choice import Block, choose
 from ..selection.selection import SELECTION_KEY, Selection
+from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.header import TensorInfo, read_header
 from .config import DatalessPolicy, NeftConfig
 
@@ -32,7 +33,7 @@ class ChosenNeurons:
     """The neurons of one parameter that an adapter trains."""
 
     layout: Layout
-    index: NDArray[np.int64]  # ascending, ``[k]``
+    index: Int64Array  # ascending, ``[k]``
     values: Tensor | None = None  # ``[k, width]``; None: those of the base
 
 
@@ -65,28 +66,24 @@ def neurons_of(model: nn.Module, what: Selection | Patch) -> dict[str, ChosenNeu
     """The neurons of a selection or patch by parameter, which may hold several tensors of the files."""
     tensors = (what.selection if isinstance(what, Patch) else what).tensors
     places = live_places(model, {name: chosen.layout for name, chosen in tensors.items()})
-    parts: dict[str, list[tuple[Layout, NDArray[np.int64], Tensor | None]]] = {}
+    layouts: dict[str, Layout] = {}
+    indices, held = defaultdict[str, list[Int64Array]](list), defaultdict[str, list[Tensor]](list)
     for name, chosen in tensors.items():
         values = from_bytes(what.values(name), chosen.info.dtype) if isinstance(what, Patch) else None
         for place in places[name]:
+            if layouts.setdefault(place.parameter, place.layout) != place.layout:
+                raise UsageError("the file has neurons along two axes of one weight", tensor=place.parameter)
             index = place.index_of(chosen.index)
-            here = index >= 0
-            held = None if values is None else values[torch.from_numpy(here)]
-            parts.setdefault(place.parameter, []).append((place.layout, index[here], held))
-    return {parameter: _joined(parameter, found) for parameter, found in parts.items()}
-
-
-def _joined(
-    parameter: str, parts: Sequence[tuple[Layout, NDArray[np.int64], Tensor | None]]
-) -> ChosenNeurons:
-    """The neurons of a parameter, which may hold several tensors of the files."""
-    layout = parts[0][0]
-    if any(other != layout for other, _, _ in parts):
-        raise UsageError("the file has neurons along two axes of one weight", tensor=parameter)
-    index = np.concatenate([index for _, index, _ in parts])
-    order = np.argsort(index, kind="stable")
-    values = [held for _, _, held in parts if held is not None]
-    return ChosenNeurons(layout, index[order], torch.cat(values)[torch.from_numpy(order)] if values else None)
+            indices[place.parameter].append(index[index >= 0])
+            if values is not None:
+                held[place.parameter].append(values[torch.from_numpy(index >= 0)])
+    found = {}
+    for parameter, layout in layouts.items():
+        index = np.concatenate(indices[parameter])
+        order = np.argsort(index, kind="stable")
+        rows = torch.cat(held[parameter])[torch.from_numpy(order)] if held else None
+        found[parameter] = ChosenNeurons(layout, index[order], rows)
+    return found
 
 
 def _of_budget(
@@ -113,18 +110,8 @@ def _of_budget(
             found="no module that target_modules and exclude_modules allow" if not infos else None,
             hint="name modules of the model, or include=[...] tensors that are left out",
         )
-    units = _Units.of(anatomy.scored)
-    for tensor in anatomy.scored:
-        units.add(tensor.info.name, _scores(config.policy, parameters[tensor.info.name], tensor))
-    total = sum(info.elements for info in infos.values())
-    chosen = np.concatenate(choose(units.blocks(), budget, parameters=total))
-    found = {}
-    for tensor in anatomy.scored:
-        ids = units.ids[tensor.info.name]
-        index = np.flatnonzero((ids >= 0) & chosen[np.maximum(ids, 0)])
-        if len(index):
-            found[tensor.info.name] = ChosenNeurons(tensor.layout, index)
-    return found
+    scores = [_scores(config.policy, parameters[one.info.name], one) for one in anatomy.scored]
+    return _choose(anatomy.scored, scores, budget, sum(info.elements for info in infos.values()))
 
 
 def _info(model: nn.Module, name: str, value: Tensor) -> TensorInfo:
@@ -134,7 +121,7 @@ def _info(model: nn.Module, name: str, value: Tensor) -> TensorInfo:
     return TensorInfo(name, "F32", (module.out_features, module.in_features))
 
 
-def _scores(policy: DatalessPolicy, weight: Tensor, tensor: NeuronTensor) -> NDArray[np.float64]:
+def _scores(policy: DatalessPolicy, weight: Tensor, tensor: NeuronTensor) -> Float64Array:
     """What a neuron of ``tensor`` adds to the score of its unit, ``[neurons]``."""
     if policy == "random":
         return np.zeros(tensor.layout.count)
@@ -150,49 +137,35 @@ def _scores(policy: DatalessPolicy, weight: Tensor, tensor: NeuronTensor) -> NDA
     return np.asarray(sums.flatten().cpu().numpy(), np.float64)
 
 
-@dataclass
-class _Units:
-    """What is chosen together: the units of the anatomy, or each neuron for itself. Arrays by unit."""
+def _choose(
+    tensors: Sequence[NeuronTensor], scores: Sequence[Float64Array], budget: Budget, parameters: int
+) -> dict[str, ChosenNeurons]:
+    """The best units of the anatomy, or neurons each for itself, by the mean score of their weights."""
+    counts = [tensor.layout.count for tensor in tensors]
+    home, widths = np.repeat(np.arange(len(tensors)), counts), np.array([one.layout.width for one in tensors])
+    starts = itertools.accumulate(counts, initial=0)
+    ids = np.concatenate([_unit_ids(one, start) for one, start in zip(tensors, starts, strict=False)])
+    inside = np.flatnonzero(ids >= 0)
+    _, first, unit = np.unique(ids[inside], return_index=True, return_inverse=True)
+    costs = np.bincount(unit, widths[home[inside]]).astype(np.int64)
+    means = (np.bincount(unit, np.concatenate(scores)[inside]) / costs).astype(np.float32)
+    homes = home[inside][first]  # of each unit, its first tensor
+    bounds = np.flatnonzero((np.diff(homes) != 0) | (np.diff(costs) != 0)) + 1
+    blocks = [
+        Block(tensors[homes[run[0]]].info.name, tensors[homes[run[0]]].layer, int(costs[run[0]]), means[run])
+        for run in np.split(np.arange(len(homes)), bounds)
+    ]
+    chosen = np.zeros(len(ids), np.bool_)
+    chosen[inside] = np.concatenate(choose(blocks, budget, parameters=parameters))[unit]
+    masks = zip(tensors, np.split(chosen, np.cumsum(counts)[:-1]), strict=True)
+    return {
+        one.info.name: ChosenNeurons(one.layout, np.flatnonzero(mask)) for one, mask in masks if mask.any()
+    }
 
-    tensors: list[NeuronTensor]
-    ids: dict[str, NDArray[np.int64]]  # the unit of each neuron, by tensor; below zero: none
-    home: NDArray[np.int64]  # its first tensor
-    scores: NDArray[np.float64]
-    costs: NDArray[np.int64]
 
-    @classmethod
-    def of(cls, tensors: Iterable[NeuronTensor]) -> _Units:
-        every, ids, count = list(tensors), dict[str, NDArray[np.int64]](), 0
-        for tensor in every:
-            if tensor.units is not None:
-                found = tensor.units.ids()
-            else:
-                found = np.arange(count, count + tensor.layout.count)
-                if tensor.part is not None:
-                    found = np.where(tensor.part.mask(), found, -1)
-            ids[tensor.info.name] = found
-            count = max(count, int(found.max(initial=-1)) + 1)
-        units = cls(every, ids, np.full(count, -1), np.zeros(count), np.zeros(count, np.int64))
-        for number, tensor in enumerate(every):
-            mine = ids[tensor.info.name]
-            mine = mine[mine >= 0]
-            units.home[mine[units.home[mine] < 0]] = number
-            np.add.at(units.costs, mine, tensor.layout.width)
-        return units
-
-    def add(self, name: str, scores: NDArray[np.float64]) -> None:
-        """Add the scores of a tensor's neurons to those of their units."""
-        ids = self.ids[name]
-        np.add.at(self.scores, ids[ids >= 0], scores[ids >= 0])
-
-    def blocks(self) -> list[Block]:
-        """All units, in order, as means over their weights."""
-        means = np.full(len(self.home), np.nan)
-        np.divide(self.scores, self.costs, out=means, where=self.costs > 0)
-        changes = (np.diff(self.home) != 0) | (np.diff(self.costs) != 0)
-        bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(self.home)]
-        blocks = []
-        for start, stop in itertools.pairwise(bounds):
-            home, cost = self.tensors[self.home[start]], max(1, int(self.costs[start]))
-            blocks.append(Block(home.info.name, home.layer, cost, means[start:stop].astype(np.float32)))
-        return blocks
+def _unit_ids(tensor: NeuronTensor, start: int) -> Int64Array:
+    """The unit of each neuron, -1 for none; without units, a neuron is one by itself, from ``start`` on."""
+    if tensor.units is not None:
+        return tensor.units.ids()
+    ids = np.arange(start, start + tensor.layout.count)
+    return ids if tensor.part is None else np.where(tensor.part.mask(), ids, -1)

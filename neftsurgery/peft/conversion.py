@@ -24,7 +24,7 @@ from ..live.weights import block_ranges, to_bytes
 from ..neurons.layout import Layout
 from ..neurons.vectors import gather
 from ..patch.patch import Manifest, Patch
-from ..patch.write import written_patch
+from ..patch.write import NewPatch
 from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..storage.output import staged_directory
 from .choosing import neurons_of
@@ -85,7 +85,7 @@ def patch_of_adapter(
             )
     selection = Selection({name: parts[name][0] for name in sorted(parts)}, _facts(config))
     manifest = Manifest.of(Provenance.of(checkpoint), selection.facts)
-    with written_patch(selection, manifest, out, reversible=False, force=force) as writer:
+    with NewPatch(selection, manifest).written(out, force=force) as writer:
         for name, (chosen, rows) in parts.items():
             for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
                 old = gather(checkpoint, chosen.info, chosen.layout, chosen.index[start:stop])

@@ -42,7 +42,7 @@ def locate_tensors(names: Iterable[str]) -> dict[str, TensorLocation]:
     If no name has a layer number, as in small networks, each module counts as a layer, and a tensor's name
     within its module as its kind.
     """
-    found = {name: TensorLocation(*layer_and_kind(name.split("."))) for name in names}
+    found = {name: TensorLocation(*layer_and_kind(name)) for name in names}
     if any(location.layer for location in found.values()):
         return found
     return {name: TensorLocation(*name.rpartition(".")[::2]) for name in found}

@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
 
+from ..checkpoint.in_memory import TensorsInMemory
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
 from ..storage.page_cache import is_truncated, sigbus_guard
@@ -22,16 +23,17 @@ from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
+from .stacks import spans, stacks
 from .sums import Exact, Sums, exact
 
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """The result of comparing one tensor."""
+    """The result of comparing one tensor, or several of one dtype, shape and layout."""
 
-    job: Job
-    sums: Sums | None  # per neuron, if the job has a layout
-    # Over the whole tensor: squared norms of the base and of the difference (of finite elements only; 0 for
+    jobs: Sequence[Job]
+    sums: Sums | None  # per neuron, tensor after tensor, if the jobs have a layout
+    # Over all elements: squared norms of the base and of the difference (of finite elements only; 0 for
     # packed types), and the number of elements whose bits differ.
     base_sq: float
     delta_sq: float
@@ -46,27 +48,40 @@ def stream(
     limits: Limits,
     sizes: CutSizes = CUT_SIZES,
     progress: Callable[[int], None] | None = None,
+    stacked: bool = False,
 ) -> Iterator[TensorResult]:
     """Compare the tensors of ``jobs``; yields one result per job, in order.
 
+    Or, ``stacked``, one for several small tensors that are neighbours in their files, or nearly so.
     Buffers and mapped windows keep to ``limits``. ``progress`` gets the bytes read, on the caller's thread.
     """
     engine = _Engine(base, tuned, jobs, limits, sizes)
     workers = limits.workers(2 * sizes.least_task)
     share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
-    work = tasks(jobs, min(max(share, sizes.least_task), sizes.largest_task), sizes.piece)
+    task_bytes = min(max(share, sizes.least_task), sizes.largest_task)
+    runs = spans(base, tuned, jobs, sizes.span if stacked else 0)
+
+    def work() -> Iterator[Sequence[TensorPiece] | range]:
+        for several, group in groupby(runs, key=lambda run: len(run) > 1):
+            if several:
+                yield from group
+            else:
+                alone = [number for run in group for number in run]
+                yield from tasks(jobs, alone, task_bytes, sizes.piece)
+
     with (
         sigbus_guard() if limits.mapped else nullcontext(),
-        closing(in_order(engine.run, work, workers)) as done,  # no thread reads on without the guard
+        closing(in_order(engine.run, work(), workers)) as done,  # no thread reads on without the guard
     ):
         summed = (one for _, results in done for one in results)
         for number, group in groupby(summed, key=lambda one: one[0].job):
             job, collector = jobs[number], _Collector(jobs[number])
             for piece, result in group:
-                collector.add(result)
                 if progress is not None:
                     progress(2 * job.info.type.nbytes(piece.stop - piece.start))
-            yield collector.finish(base, tuned, limits)
+                if isinstance(result, PartialSums):
+                    collector.add(result)
+            yield result if isinstance(result, TensorResult) else collector.finish(base, tuned, limits)
 
 
 class _Engine:
@@ -77,9 +92,29 @@ class _Engine:
         self._least_window = sizes.least_window
         self._local = threading.local()
 
-    def run(self, task: Sequence[TensorPiece]) -> list[tuple[TensorPiece, PartialSums]]:
-        """Read and sum the pieces of a task; called in the worker threads."""
-        results = []
+    def run(
+        self, task: Sequence[TensorPiece] | range
+    ) -> Sequence[tuple[TensorPiece, PartialSums | TensorResult]]:
+        """Read and sum the pieces of a task, or the tensors of a span; called in the worker threads."""
+        return list(self._stacks(task)) if isinstance(task, range) else self._pieces(task)
+
+    def _stacks(self, span: range) -> Iterator[tuple[TensorPiece, TensorResult]]:
+        jobs = self._jobs[span.start : span.stop]
+        size = sum(job.info.nbytes for job in jobs)
+        sides = self._buffers(size)[:, :size]
+        for weights, side in zip((self._base, self._tuned), sides, strict=True):
+            weights.read_into(jobs[0].info.name, 0, side.data)
+        number = span.start
+        for members, stack, parts in stacks(jobs, list(sides)):
+            name, piece = stack.info.name, TensorPiece(number, 0, stack.info.elements, stack.run)
+            collector = _Collector(stack)
+            collector.add(partial_sums(stack, piece, *parts))
+            a, b = (TensorsInMemory({name: part}, name) for part in parts)
+            yield piece, replace(collector.finish(a, b, Limits.of(1)), jobs=members)
+            number += 1  # any of the span, once
+
+    def _pieces(self, task: Sequence[TensorPiece]) -> list[tuple[TensorPiece, PartialSums | TensorResult]]:
+        results: list[tuple[TensorPiece, PartialSums | TensorResult]] = []
         for number, group in groupby(task, key=lambda piece: piece.job):
             job, pieces = self._jobs[number], list(group)
             windows = self._windows(job.info, pieces[0].start, pieces[-1].stop)
@@ -161,7 +196,7 @@ class _Collector:
     def finish(self, base: WeightReader, tuned: WeightReader, limits: Limits) -> TensorResult:
         if self._job.layout is None:
             (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
-            return TensorResult(self._job, None, float(aa), float(dd), changed)
+            return TensorResult([self._job], None, float(aa), float(dd), changed)
         sums = Sums(self._sums, self._changed)
         for index, values in self._refined:
             sums.refine(index, values)
@@ -170,7 +205,7 @@ class _Collector:
         good = sums.finite
         with np.errstate(over="ignore"):
             totals = sums.aa[good].sum(), sums.dd[good].sum()
-        return TensorResult(self._job, sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
+        return TensorResult([self._job], sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
     def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
         """Read the vectors whose sums are doubtful again, whole, and refine their sums."""

@@ -38,6 +38,11 @@ class CutSizes:
     largest_task: int = 32 << 20
     least_window: int = 256 << 10  # what is worth mapping: below it, a copy costs less
 
+    @property
+    def span(self) -> int:
+        """What is read at once of small tensors; each of them is one piece anyway."""
+        return self.piece // 2
+
 
 CUT_SIZES = CutSizes()
 
@@ -70,11 +75,14 @@ class TensorPiece:
     grain: int
 
 
-def tasks(jobs: Sequence[Job], task_bytes: int, piece_bytes: int) -> Iterator[list[TensorPiece]]:
-    """All pieces in order, of about ``piece_bytes`` of each side; several together, up to ``task_bytes``."""
+def tasks(
+    jobs: Sequence[Job], numbers: Iterable[int], task_bytes: int, piece_bytes: int
+) -> Iterator[list[TensorPiece]]:
+    """All pieces of some jobs, of about ``piece_bytes`` of each side; several together, up to ``task_bytes``."""
     task: list[TensorPiece] = []
     size = 0
-    for number, job in enumerate(jobs):
+    for number in numbers:
+        job = jobs[number]
         for piece in _pieces(number, job, piece_bytes):
             nbytes = job.info.type.nbytes(piece.stop - piece.start)
             if task and (size + nbytes > task_bytes or len(task) >= _TASK_PIECES):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import TypeAlias
 
 import numpy as np
 
@@ -83,7 +83,7 @@ def choose(
         ranking = _Ranking(keys, counts, ones, None, highest, chunk, sorted_pool)
         allowed = _best(ranking, pools.values(), caps)
     if budget.threshold is not None:
-        above = [key > _float32_floor(budget.threshold) for key in keys]
+        above = [np.greater(key, budget.threshold, signature="dd->?") for key in keys]  # in float64
         return above if allowed is None else [a & b for a, b in zip(above, allowed, strict=True)]
     sizes, costs = counts, [1] * len(blocks)
     if budget.params is not None:
@@ -169,10 +169,7 @@ def _like_limits(pools: dict[str, list[int]], totals: Sequence[int], like: Mappi
 
 
 def _split(amount: int, sizes: Sequence[int]) -> list[int]:
-    """Split ``amount`` in proportion to ``sizes`` by largest remainder; ties go to the earlier one.
-
-    A share exceeds its size only if ``amount`` exceeds their sum: then none is below its size.
-    """
+    """Split ``amount`` in proportion to ``sizes`` by largest remainder; ties go to the earlier one."""
     total = sum(sizes)
     shares = [amount * size // total for size in sizes]
     by_remainder = sorted(range(len(sizes)), key=lambda i: -(amount * sizes[i] % total))
@@ -185,10 +182,7 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
 
 
 def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[Float32Array]:
-    """A random number for every candidate, NaN for the others.
-
-    Of all float32 numbers, so that hardly any two are equal: a uniform one in [0, 1) has only 2**24 values.
-    """
+    """A random float32 for every candidate, of all there are: few are equal. NaN for the others."""
     generator = np.random.Generator(np.random.PCG64(seed))
     keys = [np.full(len(block), np.nan, np.float32) for block in scores]
     for key, block in zip(keys, scores, strict=True):
@@ -209,11 +203,8 @@ def _float32_at(image: int) -> np.float32:
     return np.float32(-magnitude if image < 0 else magnitude)
 
 
-def _float32_floor(value: float) -> np.float32:
-    """The largest float32 not above ``value``: a float32 above the one is above the other."""
-    with np.errstate(over="ignore"):
-        nearest = np.float32(value)
-    return np.nextafter(nearest, np.float32(-np.inf)) if float(nearest) > value else nearest
+#: The cost of each of some neurons, their keys, and which of them may be chosen; None: all.
+_Piece: TypeAlias = tuple[int, Float32Array, Mask | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -297,41 +288,29 @@ def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np
     return _float32_at(direction * cut), room
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """Up to ``chunk`` neurons of the same cost, of one block or of many small ones."""
-
-    cost: int
-    keys: list[Float32Array]
-    allowed: list[Mask]
-
-
-def _batches(ranking: _Ranking, members: Sequence[int]) -> Iterator[_Batch]:
-    """The blocks ``members`` in batches for counting, where order does not matter."""
-    for cost, group in groupby(sorted(members, key=ranking.costs.__getitem__), key=ranking.costs.__getitem__):
-        batch, filled = _Batch(cost, [], []), 0
-        for i in group:
-            for start in range(0, len(ranking.keys[i]), ranking.chunk):
-                part = slice(start, start + ranking.chunk)
-                keys = ranking.keys[i][part]
-                if filled + len(keys) > ranking.chunk:
-                    yield batch
-                    batch, filled = _Batch(cost, [], []), 0
-                batch.keys.append(keys)
-                if ranking.allowed is not None:
-                    batch.allowed.append(ranking.allowed[i][part])
-                filled += len(keys)
-        if filled:
-            yield batch
+def _batches(ranking: _Ranking, members: Sequence[int]) -> Iterator[list[_Piece]]:
+    """The blocks ``members`` in batches of up to ``chunk`` neurons of one cost, in any order."""
+    batch, filled = list[_Piece](), 0
+    for i in sorted(members, key=ranking.costs.__getitem__):
+        for start in range(0, len(ranking.keys[i]), ranking.chunk):
+            part, cost = slice(start, start + ranking.chunk), ranking.costs[i]
+            keys = ranking.keys[i][part]
+            if batch and (batch[0][0] != cost or filled + len(keys) > ranking.chunk):
+                yield batch
+                batch, filled = [], 0
+            batch.append((cost, keys, None if ranking.allowed is None else ranking.allowed[i][part]))
+            filled += len(keys)
+    if batch:
+        yield batch
 
 
-def _cost_beyond(ranking: _Ranking, batches: Sequence[_Batch], cut: np.float32) -> int:
+def _cost_beyond(ranking: _Ranking, batches: Sequence[Sequence[_Piece]], cut: np.float32) -> int:
     flags = np.empty(ranking.chunk, np.bool_)
     total = 0
     for batch in batches:
-        keys = batch.keys[0] if len(batch.keys) == 1 else np.concatenate(batch.keys)
+        keys = batch[0][1] if len(batch) == 1 else np.concatenate([keys for _, keys, _ in batch])
         beyond = ranking.beyond(keys, cut, flags[: len(keys)])
-        if batch.allowed:
-            beyond &= batch.allowed[0] if len(batch.allowed) == 1 else np.concatenate(batch.allowed)
-        total += batch.cost * int(np.count_nonzero(beyond))
+        if masks := [mask for _, _, mask in batch if mask is not None]:
+            beyond &= masks[0] if len(masks) == 1 else np.concatenate(masks)
+        total += batch[0][0] * int(np.count_nonzero(beyond))
     return total

@@ -69,10 +69,7 @@ class SelectionFacts(Facts):
         return Provenance.from_json(self.get("tuned"))
 
     def for_patch(self, *, captured: bool) -> Self:
-        """What a patch records of them: its own manifest names the base.
-
-        ``captured``: whether it has the values of ``tuned``, so that the captured shares hold for it too.
-        """
+        """What a patch records, which names its own base; ``captured``: whether the shares are of it, too."""
         left_out = {"base", "tuned", *(key for key in self if key.startswith("captured") and not captured)}
         return type(self)({key: value for key, value in self.items() if key not in left_out})
 
@@ -187,10 +184,7 @@ class Selection:
         return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
 
     def require_fit(self, *checkpoints: Checkpoint) -> None:
-        """Raise a `MismatchError` unless all ``checkpoints`` have every tensor, of its shape and dtype.
-
-        Also if no neuron is chosen.
-        """
+        """Raise a `MismatchError` if no neuron is chosen, or a checkpoint lacks one of the tensors."""
         if not self.tensors:
             hint = "the scored neurons may be equal (diff says what else differs), or the threshold too high"
             raise MismatchError("no neuron is chosen", hint=hint)

@@ -224,10 +224,10 @@ class RemoteFolder:
             if not any(name.endswith(".safetensors") or ".index." in name for name in folder.files):
                 what = "there is no checkpoint at this address: neither a weight file nor an index"
                 raise refused or UsageError(what, file=folder.place.shown, hint="name the weight file itself")
-        for name in [name for name in folder.files if name.endswith(".index.json")] if names is None else ():
-            with suppress(
-                ValueError, RecursionError, AttributeError, TypeError
-            ):  # its reader says what is wrong
+        indexes = [name for name in folder.files if name.endswith(".index.json")]
+        for name in indexes if names is None else ():
+            # Who reads an index says what is wrong with it.
+            with suppress(ValueError, RecursionError, AttributeError, TypeError):
                 folder._add({*json.loads((folder.root / name).read_bytes())["weight_map"].values()})
         return folder
 

@@ -13,7 +13,7 @@ from typing import Unpack
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.folder_files import file_notes, folder_files
+from ..checkpoint.folder_files import FolderFiles, file_notes, folder_files
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import require_writable
 from ..checkpoint.ties import stored_ties
@@ -29,9 +29,8 @@ from ..storage.threads import Limits
 from .chains import opened_patches
 from .group_checks import require_units_in_turn
 from .rebuild import RebuildPlan, plan_rebuild
-from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, touched_files
-from .same_base import named_base, other_base
-from .verb import replaced_rows, require_replaced, run_keywords, warn
+from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, rows_by_file
+from .verb import named_base, other_base, replaced_rows, require_replaced, run_keywords, warn
 from .verify import JOURNAL_HINT, PatchState, examine
 
 log = logging.getLogger(__name__)
@@ -199,13 +198,11 @@ def _plan(
         checkpoint = patch.require_fit(checkpoint)
     require_units_in_turn(patches)
     rows, notes = _with_copies(checkpoint, rows)
-    files = None
-    if out is None:
-        require_writable(checkpoint, touched_files(checkpoint, rows))
-    else:
-        sources = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
-        refuse_output(out, inputs=sources, force=force, kind="file" if checkpoint.is_file else "directory")
-        files = None if checkpoint.is_file else folder_files(checkpoint)
+    inputs = [checkpoint.source.path, *inputs, *(p.path for p in patches if p.path is not None)]
+    place = refuse_output(out, inputs=inputs, force=force, kind="file" if checkpoint.is_file else "directory")
+    if place is None:
+        require_writable(checkpoint, [shard for shard, tensors in rows_by_file(checkpoint, rows) if tensors])
+    files = FolderFiles() if place is None else folder_files(checkpoint)
     watch = Stopwatch()
     with watch.running(), progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
         replaced = rows if goal == "base" else None
@@ -213,15 +210,23 @@ def _plan(
             checkpoint, patches, replaced=replaced, limits=limits or Limits.of(), advance=advance
         )
     for patch, state in zip(patches, states, strict=True):
-        _refuse_neither(checkpoint, patch, state)
         warnings = [*warnings, *_doubts(checkpoint, patch, state, goal, force)]
     watch.bytes_read = checkpoint.bytes_read + sum(patch.value_bytes for patch in patches)
-    place = None if out is None else Path(out)
     return RewritePlan(checkpoint, goal, rows, states, place, force, files, [*notes, *warnings], watch.timing)
 
 
 def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, force: bool) -> list[str]:
-    """What speaks against a patch whose vectors fit; refuses if only the fingerprint tells models apart."""
+    """What speaks against a patch; refuses one that is not for this base, by its vectors or fingerprint."""
+    for name, tensor in state.tensors.items():
+        if tensor.neither:
+            raise MismatchError(
+                f"{patch.name} was made from another base",
+                file=checkpoint.name,
+                tensor=name,
+                expected="the vectors of its base, or its own",
+                found=f"{tensor.neither} of {patch.tensors[name].count} that are neither",
+                hint=f"nothing was written; `neftsurgery verify` shows every tensor's state; {JOURNAL_HINT}",
+            )
     done, other = state.is_done(goal), state.same_base is False
     if state.remark is None or (done and not other):
         return []
@@ -239,10 +244,7 @@ def _doubts(checkpoint: Checkpoint, patch: Patch, state: PatchState, goal: str, 
 
 
 def _with_copies(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> tuple[list[RowSource], list[str]]:
-    """The rows, written to every copy of a tied tensor too; and what the user should know of ties and files.
-
-    A copy that a patch itself changes is left to it: it unties the two.
-    """
+    """The rows, written to the copies of tied tensors too that no patch changes itself; and notes."""
     homes = [{name: checkpoint.tensors[name].name for name in one.patch.tensors} for one in rows]
     ties, notes = stored_ties(checkpoint, (home for known in homes for home in known.values()))
     taken: dict[str, tuple[Patch, str]] = {}
@@ -270,16 +272,3 @@ def _agree(one: Patch, name: str, other: Patch, theirs: str) -> bool:
         return not np.intersect1d(one.index(name), other.index(theirs)).size
     same = one.tensors[name].patched_hash == one.tensors[theirs].patched_hash
     return same and np.array_equal(one.index(name), one.index(theirs))
-
-
-def _refuse_neither(checkpoint: Checkpoint, patch: Patch, state: PatchState) -> None:
-    for name, tensor in state.tensors.items():
-        if tensor.neither:
-            raise MismatchError(
-                f"{patch.name} was made from another base",
-                file=checkpoint.name,
-                tensor=name,
-                expected="the vectors of its base, or its own",
-                found=f"{tensor.neither} of {patch.tensors[name].count} that are neither",
-                hint=f"nothing was written; `neftsurgery verify` shows every tensor's state; {JOURNAL_HINT}",
-            )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Unpack
@@ -100,7 +99,12 @@ class DiffPlan:
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self.pair, self.score, self.seed, starts, written)
                 with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
-                    for result in stream(base, tuned, jobs, limits=limits, progress=advance):
+                    apart = (
+                        self.pair.anatomy.name == "units"
+                    )  # whose sums depend on the order of their tensors
+                    for result in stream(
+                        base, tuned, jobs, limits=limits, progress=advance, stacked=not apart
+                    ):
                         sink.take(result)
                 sink.finish()
                 for side in (self.pair.base, self.pair.tuned):
@@ -215,12 +219,14 @@ def check_score(score: str) -> None:
 
 def describe_tensors(tensors: Iterable[NeuronTensor]) -> dict[str, object]:
     """What a scores file says of the scored tensors: all descriptions, and the number of each one's."""
-    numbers, names = dict[NeuronTensor, int](), dict[str, int]()
-    for tensor in tensors:
-        nameless = replace(tensor, info=replace(tensor.info, name=""), units=None)
-        names[tensor.info.name] = numbers.setdefault(nameless, len(numbers))
+    numbers, names, examples = dict[tuple[object, ...], int](), dict[str, int](), list[NeuronTensor]()
+    for t in tensors:
+        key = (t.info.dtype, t.info.shape, t.axes, t.layer, t.kind, t.bias, t.part)
+        number = names[t.info.name] = numbers.setdefault(key, len(examples))
+        if number == len(examples):
+            examples.append(t)
     descriptions = []
-    for tensor in numbers:
+    for tensor in examples:
         entry = {**described(tensor.info, tensor.axes), "layer": tensor.layer, "kind": tensor.kind}
         if tensor.bias is not None:
             entry["bias"] = tensor.bias
@@ -263,7 +269,7 @@ class _Sink:
         self, plan: Pair, score: str, seed: int, starts: Mapping[str, int], writer: TensorFileWriter
     ) -> None:
         self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
-        self._waiting: list[tuple[int, NeuronTensor, Sums]] = []  # with where their numbers begin
+        self._waiting: list[tuple[list[str], Sums]] = []  # of tensors, by name
         self._neurons = 0  # of those waiting
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
         self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
@@ -271,26 +277,25 @@ class _Sink:
         self._layer: _LayerUnits | None = None
 
     def take(self, result: TensorResult) -> None:
-        name = result.job.info.name
-        tensor = self._scored.get(name)
+        tensor = self._scored.get(result.jobs[0].info.name)
         if tensor is None:
             self._list(result)
             return
-        assert result.sums is not None  # its job has a layout
+        assert result.sums is not None  # its jobs have a layout
         if tensor.units is not None:
             if self._layer is None or self._layer.name != tensor.layer:
                 self._finish_layer()
                 tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
                 self._layer = _LayerUnits(tensor.layer, tensors)
             self._layer.add(tensor, result.sums)
-        self._waiting.append((self._starts[name], tensor, result.sums))
-        self._neurons += tensor.layout.count
+        self._waiting.append(([job.info.name for job in result.jobs], result.sums))
+        self._neurons += len(result.sums.changed)
         if self._neurons >= _BATCH:
             self._write_batch()
 
     def _list(self, result: TensorResult) -> None:
         """Record the change of a tensor that is not scored."""
-        name = result.job.info.name
+        name = result.jobs[0].info.name
         entry = self.unscored[name]
         entry["changed"] = result.changed
         if entry["reason"].startswith("quantized"):
@@ -307,14 +312,15 @@ class _Sink:
             self._writer.write(which, start, values)
 
     def _write_batch(self) -> None:
-        waiting = sorted(self._waiting, key=operator.itemgetter(0))
+        waiting = sorted(self._waiting, key=lambda one: self._starts[one[0][0]])
         self._waiting, self._neurons = [], 0
         if not waiting:
             return
-        starts, tensors, parts = zip(*waiting, strict=True)
-        sums = Sums.joined(parts)
+        tensors = [self._scored[name] for names, _ in waiting for name in names]
+        sums = Sums.joined([sums for _, sums in waiting])
         numbers = {"base_sq": sums.aa, "dot": sums.ad, **_changes(sums)}
-        edges = np.cumsum([0, *(tensor.layout.count for tensor in tensors)])
+        counts = [tensor.layout.count for tensor in tensors]
+        edges = np.cumsum([0, *counts])
         counted = np.ones(edges[-1], np.bool_)
         for start, stop, tensor in zip(edges, edges[1:], tensors, strict=False):
             if tensor.part is not None:
@@ -323,11 +329,15 @@ class _Sink:
         if tensors[0].units is None:
             numbers["score"] = self._scores(tensors, sums)
             numbers["score"][~counted] = np.nan
-        # Tensors whose numbers are neighbours in the file are written as one.
-        breaks = np.flatnonzero(np.diff(np.asarray(starts) - edges[:-1])) + 1
-        for first, last in pairwise([0, *breaks, len(starts)]):
-            run = slice(edges[first], edges[last])
-            self._write(starts[first], {which: values[run] for which, values in numbers.items()})
+        # Numbers that are neighbours in the file are written as one.
+        starts = np.array([self._starts[tensor.info.name] for tensor in tensors])
+        places = np.repeat(starts - edges[:-1], counts) + np.arange(edges[-1])
+        if (np.diff(starts) < 0).any():
+            order = np.argsort(places)
+            places, numbers = places[order], {which: values[order] for which, values in numbers.items()}
+        breaks = np.flatnonzero(np.diff(places) != 1) + 1
+        for first, last in pairwise([0, *breaks, len(places)]):
+            self._write(places[first], {which: values[first:last] for which, values in numbers.items()})
 
     def _scores(self, tensors: Sequence[NeuronTensor], sums: Sums) -> Float32Array:
         counts = [tensor.layout.count for tensor in tensors]

@@ -39,8 +39,7 @@ from .lora_modules import (
     ranks,
     task_of,
 )
-from .same_base import named_base, other_base
-from .verb import replaced_rows, require_replaced
+from .verb import named_base, other_base, replaced_rows, require_replaced
 
 _METADATA = {"format": "pt"}
 _DTYPES = ("F32", "BF16", "F16")  # of factors
@@ -103,6 +102,7 @@ class ExportPlan:
     out: Path
     force: bool
     warnings: Sequence[str]
+    timing: Timing = field(default_factory=Timing)  # of planning, which reads no values
 
     @property
     def nbytes(self) -> int:
@@ -353,10 +353,7 @@ class _Factors:
     def _sum(
         self, old: NDArray[np.float64], differences: NDArray[np.float64], dtype: str
     ) -> NDArray[np.float64]:
-        """What merging gives: added in float32 (float64 if the base is), rounded to the base's dtype.
-
-        PEFT rounds the differences of embeddings and parameters to the base's dtype before that.
-        """
+        """What merging gives. PEFT rounds differences of embeddings and parameters before it adds."""
         with np.errstate(over="ignore"):
             if self._module.place.form in ("embedding", "parameter"):
                 differences = widen(narrow(differences, dtype), dtype)

@@ -15,7 +15,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.dequantized import require_stored_alike, stored_side
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
-from ..checkpoint.provenance import Provenance, require_same_files, same_files
+from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
 from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
@@ -31,20 +31,20 @@ from ..options import (
 )
 from ..patch.lossless import LosslessPatch
 from ..patch.patch import Manifest, Patch
-from ..patch.write import patch_bytes, written_patch
+from ..patch.patch_file import digests
+from ..patch.write import NewPatch
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import RowBlock, Selection, SelectionFacts
 from ..storage.output_checks import AnyPath, refuse_output
-from ..storage.threads import Limits, in_order
+from ..storage.threads import Limits
 from ..tensors.arrays import RawBytes
 from ..text import size
 from .diff import DiffPlan, check_score
 from .lossless import CodingAndRun, plan_lossless
 from .pairing import open_sides, pair
-from .quantized_rows import StoredRows, stored_rows
-from .remainder import Remainder, remainder
+from .quantized_rows import stored_rows
 from .verb import running, warn
 
 log = logging.getLogger(__name__)
@@ -56,11 +56,10 @@ class ExtractPlan:
 
     base: Checkpoint
     joined: Joined  # with the tuned model
-    rows: StoredRows
-    origin: Provenance  # of the base, for the manifest
+    selection: Selection  # the chosen neurons, with those that must come along
+    new: NewPatch  # of the rows that the files hold
     captured_known: bool  # whether the selection's captured share is about these checkpoints
     scores: Scores | None = None  # None: the selection was given
-    reversible: bool = False
     out: Path | None = None  # None: a temporary file
     force: bool = False
     warnings: Sequence[str] = ()
@@ -69,19 +68,19 @@ class ExtractPlan:
     scored_before: bool = False
 
     @property
-    def selection(self) -> Selection:
-        """The chosen neurons, with those that must come along."""
-        return self.rows.selection
-
-    @property
-    def tuned(self) -> Checkpoint:
-        """The tuned model, under the names of the base."""
-        return self.joined.tuned
-
-    @property
     def parameters(self) -> int:
         """Parameters of the model; a tied tensor counts once."""
         return self.base.parameters if self.scores is None else self.scores.parameters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the patch file."""
+        return self.new.nbytes
+
+    @property
+    def facts(self) -> SelectionFacts:
+        """What the manifest says of the selection; captured shares only if they are of these checkpoints."""
+        return self.new.manifest.selection
 
     @cached_property
     def remainder(self) -> Remainder | None:
@@ -89,27 +88,13 @@ class ExtractPlan:
         if self.scores is not None and self.captured_known:
             return remainder(self.base, self.joined, self.selection, self.scores, again=self.scored_before)
         left = [*self.joined.only_base, *self.joined.only_tuned]
-        return Remainder(left, not_compared(self.base, self.tuned)) if left else None
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Bytes of the patch file."""
-        return patch_bytes(self.rows.stored, self._manifest, self.reversible, self.rows.groups)
-
-    @property
-    def _manifest(self) -> Manifest:
-        return Manifest.of(self.origin, self.facts)
-
-    @property
-    def facts(self) -> SelectionFacts:
-        """What the manifest says of the selection; captured shares only if they are of these checkpoints."""
-        return self.rows.stored.facts.for_patch(captured=self.captured_known)
+        return Remainder(left, not_compared(self.base, self.joined.tuned)) if left else None
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
         return {
             "base": self.base.name,
-            "tuned": self.tuned.name,
+            "tuned": self.joined.tuned.name,
             "neurons": (self.selection if self.scores is None else self.scores).neurons,
             **self.selection.describe(),
             "parameters": self.parameters,
@@ -118,7 +103,7 @@ class ExtractPlan:
             "whole_change": None if self.remainder is None else self.remainder.is_whole,
             "left_out": [] if self.remainder is None else list(self.remainder.left),
             "not_compared": [] if self.remainder is None else list(self.remainder.not_compared),
-            "reversible": self.reversible,
+            "reversible": self.new.reversible,
             "bytes": self.nbytes,
             "out": None if self.out is None else str(self.out),
             "warnings": list(self.warnings),
@@ -126,39 +111,28 @@ class ExtractPlan:
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Patch:
         """Cut the chosen neurons out, and write the patch."""
-        limits = limits or Limits.of()
-        chosen, sides = self.rows.stored, [stored_side(side) for side in (self.base, self.tuned)]
-        watch = Stopwatch()
-        before = sum(side.bytes_read for side in sides)
+        limits, chosen = limits or Limits.of(), self.new.selection
+        sides = [stored_side(side) for side in (self.base, self.joined.tuned)]
+
+        def rows(block: RowBlock) -> tuple[RawBytes, RawBytes, RawBytes]:
+            part = chosen.tensors[block.name]
+            index = part.index[block.start : block.stop]
+            old, new = (gather(side, part.info, part.layout, index, block=limits.block) for side in sides)
+            return new, old, digests(old)
+
+        workers = limits.workers(block_memory((part.layout for part in chosen), limits.block))
+        watch, before = Stopwatch(), sum(side.bytes_read for side in sides)
         with (
             watch.running(),
-            written_patch(
-                chosen,
-                self._manifest,
-                self.out,
-                reversible=self.reversible,
-                groups=self.rows.groups,
-                force=self.force,
-            ) as writer,
+            self.new.written(self.out, force=self.force) as writer,
+            progress("cutting out", 2 * chosen.nbytes) as advance,
         ):
-
-            def copy(block: RowBlock) -> tuple[RawBytes, RawBytes]:
-                part = chosen.tensors[block.name]
-                index = part.index[block.start : block.stop]
-                rows = [gather(side, part.info, part.layout, index, block=limits.block) for side in sides]
-                return writer.write_rows(block.name, block.start, rows[0], rows[1])
-
-            workers = limits.workers(block_memory((part.layout for part in chosen), limits.block))
-            with progress("cutting out", 2 * chosen.nbytes) as advance:
-                for block, (old, new) in in_order(copy, chosen.blocks(limits.block), workers):
-                    writer.add_digests(block.name, old, new)
-                    advance(2 * block.nbytes)
+            writer.write_blocks(rows, workers, limits.block, lambda done: advance(2 * done))
             for side in sides:
                 side.check_unchanged()
-        patch = writer.patch
         watch.bytes_read = sum(side.bytes_read for side in sides) - before
-        patch.timing = self.timing + watch.timing
-        return patch
+        writer.patch.timing = self.timing + watch.timing
+        return writer.patch
 
 
 @overload
@@ -296,9 +270,8 @@ def plan_extract(
     checked = None if selection is not None else Budget.of(**(budget or {}))
     check_score(score)
     first, second = open_sides(base, tuned, prefixes)
-    if out is not None:
-        inputs = [first.source.path, second.source.path, *inputs]
-        refuse_output(out, inputs=inputs, force=force, kind="file")
+    inputs = [first.source.path, second.source.path, *inputs]
+    place = refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
         comparison = DiffPlan(pair(first, second, scope or Scope()), score, checked.seed)
@@ -337,25 +310,17 @@ def plan_extract(
     warnings += rows.notes
     if same_files(selection.facts.base, origin) is False:
         warnings.append(f"the selection was made on another base than {first.name}")
-    plan = ExtractPlan(
-        first,
-        joined,
-        rows,
-        origin,
-        same_files(selection.facts.tuned, result) is True,
-        scores,
-        reversible,
-        None if out is None else Path(out),
-        force,
-        warnings,
-        timing + watch.timing,
-        given is not None,
-    )
-    if plan.nbytes > first.nbytes:
-        sizes = f"({size(plan.nbytes)} and {size(first.nbytes)})"
+    known = same_files(selection.facts.tuned, result) is True
+    manifest = Manifest.of(origin, rows.stored.facts.for_patch(captured=known))
+    new = NewPatch(rows.stored, manifest, reversible, rows.groups)
+    if new.nbytes > first.nbytes:
+        sizes = f"({size(new.nbytes)} and {size(first.nbytes)})"
         advice = "[[reversible]] doubles it" if reversible else "[[neurons=3%]] would make a small one"
         warnings.append(f"the patch is larger than the base {sizes}: {advice}")
-    return plan
+    timing += watch.timing
+    return ExtractPlan(
+        first, joined, rows.selection, new, known, scores, place, force, warnings, timing, given is not None
+    )
 
 
 def _with_ties(selection: Selection, joined: Joined) -> Selection:
@@ -375,3 +340,41 @@ def _with_ties(selection: Selection, joined: Joined) -> Selection:
                 chosen = tensors[other]
                 tensors[name] = replace(chosen, info=replace(chosen.info, name=name))
     return Selection(dict(sorted(tensors.items())), selection.facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Remainder:
+    """What base plus patch may lack of the tuned model."""
+
+    left: Sequence[str]  # tensors that differ from it
+    not_compared: Sequence[str]  # files, and tensors, of which nothing is known
+
+    @property
+    def is_whole(self) -> bool | None:
+        """Whether base plus patch is the tuned model bit for bit; None if nothing says that it is not."""
+        return False if self.left else None if self.not_compared else True
+
+
+def remainder(
+    base: Checkpoint, joined: Joined, selection: Selection, scores: Scores, *, again: bool
+) -> Remainder:
+    """Compare what changed with what was chosen, tensor by tensor; ``again``: long after it was scored."""
+    chosen, tuned = selection.tensors, joined.tuned
+    left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(base, tuned)
+    unknown += ["changes since the scores were made"] if again else []
+    unknown += ["codes that stand for the same numbers"] if base.quantized else []
+    for name, info in base.tensors.items():
+        if name in left or name in joined.copies or info.name != name:
+            continue
+        entry = scores.unscored.get(name)
+        changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
+        if not same_tensor(info, tuned.tensors.get(name)):
+            left.add(name)
+        elif changed is not None:
+            kept = np.delete(changed, chosen[name].index) if name in chosen else changed
+            left |= {name} if kept.any() else set()
+        elif entry is None:
+            unknown.append(name)
+        elif entry.changed:
+            left.add(name)
+    return Remainder(sorted(left), unknown)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import MismatchError
-from ..patch.digests import digests
 from ..patch.groups import RowGroup
 from ..patch.overlap import Meeting, meetings
 from ..patch.patch import Patch
+from ..patch.patch_file import digests
 from ..tensors.arrays import Int64Array
 
 

@@ -129,10 +129,7 @@ class LoraModule:
         return experts, units
 
     def slots(self) -> tuple[Int64Array, Int64Array, Int64Array]:
-        """The row of ``A``, the column of ``B``, and the output or input of each neuron, part after part.
-
-        Experts share the factors: slot s of expert e is row ``e * rank + s`` and column ``s * E + e``.
-        """
+        """The row of ``A``, the column of ``B``, and the output or input of each neuron, part by part."""
         experts, units = self._experts_and_units
         order, number = np.argsort(experts, kind="stable"), np.arange(len(experts))
         number[order] -= np.searchsorted(experts[order], experts[order])
@@ -192,10 +189,7 @@ def adapter_config(
 
 
 def _patterns(modules: Iterable[LoraModule], usual: int) -> dict[str, int]:
-    """The ranks that are not the ``usual`` one, by regular expressions that match whole names.
-
-    PEFT tries one after the other for each module: modules of one rank share one.
-    """
+    """The ranks that are not the ``usual`` one, by expressions that match whole names, one per rank."""
     others: dict[int, list[str]] = {}
     for module in modules:
         others.setdefault(module.rank, []).append(re.escape(module.target))

@@ -314,10 +314,7 @@ def _share(pairs: Sequence[_Pair], blocks: Sequence[DeltaBlock]) -> float:
 
 
 def _packed(target: ModelFiles, source: ModelFiles) -> tuple[list[SideFile], bytes]:
-    """Side files as they are in a patch: described, and compressed one behind the other.
-
-    Nothing is kept of a file that the source has, too.
-    """
+    """Side files as a patch holds them: described, and compressed; nothing of what the source has too."""
     described, parts = list[SideFile](), list[bytes]()
     for name, read in target.side.items():
         content = read()

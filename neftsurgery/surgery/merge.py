@@ -18,19 +18,18 @@ from ..options import RunOptions
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.merging import Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
-from ..patch.patch import Manifest, Patch
+from ..patch.patch import Patch
 from ..patch.patch_file import other_kind
-from ..patch.write import patch_bytes, written_patch
+from ..patch.write import NewPatch
 from ..progress import Progress, Stopwatch, Timing, silent
-from ..selection.selection import RowBlock, Selection
+from ..selection.selection import RowBlock
 from ..storage.output_checks import AnyPath, refuse_output
-from ..storage.threads import Limits, in_order
+from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
 from .chains import plan_chain
 from .lossless import CodingAndRun
-from .merge_checks import MergedNeurons, OverlapRule, check_patches, plan_union, refuse_other_options
-from .same_base import named_base, other_base
-from .verb import base_rows, run_keywords, warn
+from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
+from .verb import base_rows, named_base, other_base, run_keywords, warn
 
 log = logging.getLogger(__name__)
 
@@ -42,58 +41,38 @@ class MergePlan:
     patches: Sequence[Patch]
     rule: OverlapRule
     base: Checkpoint | None
-    union: MergedNeurons  # what the result holds
-    reversible: bool
+    meetings: Mapping[str, Meeting]  # by tensor: who replaces what
+    new: NewPatch
     out: Path | None  # None: a temporary file
     force: bool
     warnings: Sequence[str]
     timing: Timing  # of checking
 
-    @property
-    def meetings(self) -> Mapping[str, Meeting]:
-        """By tensor: who replaces what."""
-        return self.union.meetings
-
-    @property
-    def selection(self) -> Selection:
-        """The neurons of the result."""
-        return self.union.selection
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the result says of itself."""
-        return self.union.manifest
-
     @cached_property
     def grouped(self) -> frozenset[str]:
         """The codes and scales of quantized weights, which are never computed with."""
-        return frozenset(name for group in self.union.groups for name in group.members.values())
+        return frozenset(name for group in self.new.groups for name in group.members.values())
 
     @property
     def shared(self) -> int:
         """Neurons that several patches replace, companion biases not counted."""
-        biases = self.manifest.selection.companion_biases
+        biases = self.new.selection.facts.companion_biases
         return sum(len(meeting.shared) for name, meeting in self.meetings.items() if name not in biases)
 
     @property
-    def reads_base(self) -> bool:
-        """Whether replaced values are read: to compute with, to keep, or to check a base that was named."""
-        return self.base is not None or self.reversible or self.rule.needs_base
-
-    @cached_property
     def nbytes(self) -> int:
         """Bytes of the merged patch's file."""
-        return patch_bytes(self.selection, self.manifest, self.reversible, self.union.groups)
+        return self.new.nbytes
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
         return {
             "patches": [patch.name for patch in self.patches],
             **self.rule.describe(),
-            "neurons": self.selection.neurons,
-            **self.selection.describe(),
+            "neurons": self.new.selection.neurons,
+            **self.new.selection.describe(),
             "shared": self.shared,
-            "reversible": self.reversible,
+            "reversible": self.new.reversible,
             "bytes": self.nbytes,
             "out": None if self.out is None else str(self.out),
             "warnings": list(self.warnings),
@@ -101,46 +80,34 @@ class MergePlan:
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Patch:
         """Write the merged patch."""
-        limits = limits or Limits.of()
-        layouts = [chosen.layout for chosen in self.selection]
-        workers = limits.workers((len(self.patches) + 2) * block_memory(layouts, limits.block) // 3)
+        limits, chosen = limits or Limits.of(), self.new.selection
+        # To compute with, to keep, or to check a base that was named.
+        reads_base = self.base is not None or self.new.reversible or self.rule.needs_base
+        memory = block_memory((one.layout for one in chosen), limits.block)
+        workers = limits.workers((len(self.patches) + 2) * memory // 3)
         watch = Stopwatch()
-        with (
-            watch.running(),
-            written_patch(
-                self.selection,
-                self.manifest,
-                self.out,
-                reversible=self.reversible,
-                groups=self.union.groups,
-                force=self.force,
-            ) as writer,
-        ):
+        with watch.running(), self.new.written(self.out, force=self.force) as writer:
             least = _thresholds(self, limits.block) if self.rule.name == "ties" else None
 
-            def join(block: RowBlock) -> tuple[RawBytes, RawBytes]:
+            def rows(block: RowBlock) -> tuple[RawBytes, RawBytes | None, RawBytes]:
                 tensor = _Rows(self, block.name, self.meetings[block.name].union[block.start : block.stop])
                 before = tensor.before()
-                old = tensor.old(before) if self.reads_base else None
+                old = tensor.old(before) if reads_base else None
                 parts = [part for _, part in tensor.held(least)]
-                dtype = self.selection.tensors[block.name].info.dtype
+                dtype = chosen.tensors[block.name].info.dtype
                 rule = "first" if block.name in self.grouped and self.rule.computes else self.rule.name
-                values = merge_rows(rule, dtype, parts, old, len(before))
-                return before, writer.write_values(block.name, block.start, before, values, old)
+                return merge_rows(rule, dtype, parts, old, len(before)), old, before
 
-            with progress("merging", self.selection.nbytes) as advance:
-                for block, (before, after) in in_order(join, self.selection.blocks(limits.block), workers):
-                    writer.add_digests(block.name, before, after)
-                    advance(block.nbytes)
+            with progress("merging", chosen.nbytes) as advance:
+                writer.write_blocks(rows, workers, limits.block, advance)
             for patch in self.patches:
                 watch.bytes_read += patch.value_bytes
                 patch.check_unchanged()
             if self.base is not None:
                 self.base.check_unchanged()
                 watch.bytes_read += self.base.bytes_read
-        merged = writer.patch
-        merged.timing = self.timing + watch.timing
-        return merged
+        writer.patch.timing = self.timing + watch.timing
+        return writer.patch
 
 
 @overload
@@ -267,12 +234,11 @@ def plan_merge(
     watch = Stopwatch()
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
     with watch.running():
-        union = plan_union(patches, rule, original, keep)
+        found, new, warnings = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
-        warnings = other_base(original, union.manifest.base, "the patches")
+        warnings += other_base(original, new.manifest.base, "the patches")
     watch.bytes_read = sum(patch.value_bytes for patch in patches)
-    warnings = [*union.warnings, *warnings]
-    return MergePlan(patches, rule, original, union, keep, place, force, warnings, watch.timing)
+    return MergePlan(patches, rule, original, found, new, place, force, warnings, watch.timing)
 
 
 def _loaded(named: AnyPatch) -> Patch:
@@ -306,7 +272,7 @@ class _Rows:
 
     def old(self, before: RawBytes) -> RawBytes:
         """The replaced vectors; zeros where no patch holds them and they are not needed."""
-        chosen = self._plan.selection.tensors[self._name]
+        chosen = self._plan.new.selection.tensors[self._name]
         if self._plan.base is not None:
             return base_rows(self._plan.base, chosen, self._index, before, "the patches were")
         rows = np.zeros((len(self._index), chosen.layout.width * chosen.info.type.itemsize), np.uint8)
@@ -329,14 +295,14 @@ def _thresholds(plan: MergePlan, size: int | None) -> list[float]:
         if again:
             for magnitudes in found:
                 magnitudes.settle()
-        for block in plan.selection.blocks(size):
+        for block in plan.new.selection.blocks(size):
             meeting = plan.meetings[block.name]
             index = meeting.union[block.start : block.stop]
             common = np.isin(index, meeting.shared, assume_unique=True)
             if not common.any() or block.name in plan.grouped:
                 continue
             rows = _Rows(plan, block.name, index)
-            old, dtype = rows.old(rows.before()), plan.selection.tensors[block.name].info.dtype
+            old, dtype = rows.old(rows.before()), plan.new.selection.tensors[block.name].info.dtype
             for holder, part in rows.held():
                 here = common[part.slots]
                 found[holder].add(part.values[here], old[part.slots[here]], dtype)

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_same_files, same_tensor
 from ..errors import MismatchError, UsageError
-from ..patch.groups import RowGroup
 from ..patch.merging import ARITHMETIC, DENSITY, POLICIES
 from ..patch.overlap import Meeting, meetings
 from ..patch.patch import Manifest, Patch
+from ..patch.write import NewPatch
 from ..progress import Progress
 from ..selection.selection import Chosen, Selection, SelectionFacts
 from ..tensors.floats import FLOATS
@@ -90,21 +90,10 @@ def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
             advance(patch.value_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class MergedNeurons:
-    """What a merged patch holds: who replaces what, its neurons, groups and manifest; and warnings."""
-
-    meetings: Mapping[str, Meeting]
-    selection: Selection
-    groups: Sequence[RowGroup]
-    manifest: Manifest
-    warnings: list[str]
-
-
 def plan_union(
     patches: Sequence[Patch], rule: OverlapRule, base: Checkpoint | None, reversible: bool
-) -> MergedNeurons:
-    """What a merge of ``patches`` holds; raises as `merge`."""
+) -> tuple[dict[str, Meeting], NewPatch, list[str]]:
+    """By tensor who replaces what, the patch that becomes of it, and warnings; raises as `merge`."""
     warnings = _check_origins(patches, checked=base is not None)
     tensors = _check_tensors(patches)
     groups = joined_groups(patches)
@@ -127,7 +116,8 @@ def plan_union(
     if base is None:
         _check_replaced(patches, rule, found, reversible)
     manifest = _manifest(patches, rule, base)
-    return MergedNeurons(found, Selection(chosen, manifest.selection), [*groups.values()], manifest, warnings)
+    selection = Selection(chosen, manifest.selection)
+    return found, NewPatch(selection, manifest, reversible, [*groups.values()]), warnings
 
 
 def _called(patches: Sequence[Patch], number: int) -> str:

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Shard
+from ..checkpoint.folder_files import read_side, side_files
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import Provenance, fingerprint
-from ..checkpoint.side_files import read_side, side_files
 from ..coding.elements import BLOCK, Carrier, Elements
 from ..errors import CorruptFileError, MismatchError
 from ..patch.delta import (
@@ -100,10 +100,7 @@ def weight_file(shard: Shard) -> WeightFile:
 
 
 class RebuiltWeights:
-    """The tensors that deltas of patches, one after the other, make of a checkpoint. Thread-safe.
-
-    Every block is checked against its hashes, before and after each delta.
-    """
+    """What deltas of patches make of a checkpoint, each block checked before and after. Thread-safe."""
 
     #: What is read counts as read from the checkpoint.
     bytes_read = 0

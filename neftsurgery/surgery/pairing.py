@@ -74,17 +74,20 @@ class Pair:
     @cached_property
     def jobs(self) -> list[Job]:
         """All common tensors, in reading order; under ``units`` layer by layer."""
-        layers: dict[str, int] = {}
-        jobs: list[tuple[int, Job]] = []  # with their stages
-        for tensor in sorted(self.anatomy.scored, key=lambda t: self.base.position(t.info.name)):
-            stage = layers.setdefault(tensor.layer, len(layers)) if tensor.units is not None else 0
-            jobs.append((stage, Job(tensor.info, tensor.layout)))
+        jobs = {tensor.info.name: Job(tensor.info, tensor.layout) for tensor in self.anatomy.scored}
         for entry in self.anatomy.listed:
             axes = self.companion_biases.get(entry.info.name)
-            layout = None if axes is None else Layout.of(entry.info.shape, axes)
-            jobs.append((len(layers), Job(entry.info, layout)))
-        jobs.sort(key=lambda one: (one[0], self.base.position(one[1].info.name)))
-        return [job for _, job in jobs]
+            jobs[entry.info.name] = Job(
+                entry.info, None if axes is None else Layout.of(entry.info.shape, axes)
+            )
+        names = sorted(jobs, key=self.base.position)
+        if self.anatomy.unit_count:
+            layers = {tensor.info.name: tensor.layer for tensor in self.anatomy.scored}
+            stages = {
+                layer: n for n, layer in enumerate(dict.fromkeys(layers[n] for n in names if n in layers))
+            }
+            names.sort(key=lambda name: stages[layers[name]] if name in layers else len(stages))
+        return [jobs[name] for name in names]
 
     @cached_property
     def compared(self) -> tuple[WeightReader, WeightReader, list[Job]]:
@@ -97,7 +100,7 @@ class Pair:
             return first, second, self.jobs
         return first, second, [_shown(job, first.tensors[job.info.name], straight) for job in self.jobs]
 
-    @property
+    @cached_property
     def neurons(self) -> int:
         """How many neurons are scored."""
         return sum(map(scored_count, self.anatomy.scored))
@@ -107,7 +110,7 @@ class Pair:
         """Bytes of weights read so far, of both."""
         return self.base.bytes_read + self.tuned.bytes_read
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that comparing them reads."""
         sides = (self.base, self.tuned)

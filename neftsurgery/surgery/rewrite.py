@@ -15,14 +15,13 @@ import numpy as np
 
 from ..checkpoint.changes import Change
 from ..checkpoint.checkpoint import Checkpoint, Shard
-from ..checkpoint.folder_files import FolderFiles
+from ..checkpoint.folder_files import FolderFiles, SideChange, put_side
 from ..checkpoint.healing import heal_recorded
 from ..checkpoint.journal import journaled, locked, touched_shards
-from ..checkpoint.side_files import SideChange
 from ..errors import NeftError, UsageError, naming
 from ..neurons.vectors import block_memory, distinct_counts, scatter
-from ..patch.digests import digests
 from ..patch.overlap import RowSource
+from ..patch.patch_file import digests
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..sources.places import is_url, shown_url
 from ..sources.resolve import is_hub_id
@@ -33,8 +32,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
-from .states import summary
-from .verify import PatchState
+from .verify import PatchState, summary
 
 
 class WriteOptions(TypedDict, total=False):
@@ -105,7 +103,7 @@ class RewritePlan:
     states: Sequence[PatchState]  # one per patch
     out: Path | None  # None: in place
     force: bool
-    files: FolderFiles | None  # the other files of the folder; None for a single file or in place
+    files: FolderFiles  # the other files of the folder; none for a single file or in place
     warnings: Sequence[str]  # sentences for the user
     timing: Timing  # of checking
 
@@ -128,19 +126,13 @@ class RewritePlan:
     @property
     def nbytes(self) -> int:
         """Bytes of all files of the new checkpoint."""
-        along = () if self.files is None else self.files.along
         weights = sum(shard.size for shard in self.checkpoint.shards)
-        return weights + sum((self.checkpoint.root / path).stat().st_size for path in along)
+        return weights + sum((self.checkpoint.root / path).stat().st_size for path in self.files.along)
 
     @property
     def needed(self) -> bool:
         """Whether any vector has to be written."""
         return not all(state.is_done(self.goal) for state in self.states)
-
-    @property
-    def left_behind(self) -> tuple[Path, ...]:
-        """Files and folders that are not copied."""
-        return () if self.files is None else self.files.left
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -154,7 +146,7 @@ class RewritePlan:
             "selected": self.neurons,
             "bytes": None if self.out is None else self.nbytes,
             "captured": self.rows[0].patch.facts.captured if len(self.rows) == 1 else None,
-            "left_behind": [str(path) for path in self.left_behind],
+            "left_behind": [str(path) for path in self.files.left],
             "warnings": list(self.warnings),
         }
 
@@ -175,7 +167,7 @@ class RewritePlan:
             self.out is not None or self.needed,
             self.neurons,
             self.tensors,
-            self.left_behind,
+            self.files.left,
             self.timing + watch.timing + Timing(read),
         )
 
@@ -190,12 +182,6 @@ def require_place(named: AnyPath, out: AnyPath | None, in_place: bool) -> None:
             file=shown_url(str(named)) if is_url(named) else named,
             hint="write a new checkpoint with [[out=...]]",
         )
-
-
-def touched_files(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[Shard]:
-    """The weight files that hold a tensor that is written."""
-    touched = _touched(checkpoint, rows)
-    return [shard for shard in checkpoint.shards if shard.path in touched]
 
 
 @dataclass(frozen=True)
@@ -239,19 +225,13 @@ class NewCheckpoint:
 @contextmanager
 def written_checkpoint(out: Path, *, single: bool, force: bool, nbytes: int) -> Iterator[NewCheckpoint]:
     """Write a checkpoint of so many bytes, a single file or a folder, whole or not at all."""
-    if single:
-        with staged_file(out, force=force) as staged:
-            require_space(out.absolute().parent, nbytes)
-            yield NewCheckpoint(staged.path, staged.fd)
-    else:
-        with staged_directory(out, force=force) as folder:
-            require_space(out.absolute().parent, nbytes)
-            yield NewCheckpoint(folder, None)
+    with staged_file(out, force=force) if single else staged_directory(out, force=force) as staged:
+        require_space(out.absolute().parent, nbytes)
+        yield NewCheckpoint(*((staged, None) if isinstance(staged, Path) else (staged.path, staged.fd)))
 
 
 def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress) -> None:
     checkpoint, nbytes, stop = plan.checkpoint, plan.nbytes, threading.Event()
-    touched = _touched(checkpoint, plan.rows)
     with (
         progress("copying", nbytes) as advance,
         written_checkpoint(out, single=checkpoint.is_file, force=plan.force, nbytes=nbytes) as new,
@@ -262,27 +242,28 @@ def _write_copy(plan: RewritePlan, out: Path, limits: Limits, progress: Progress
                 raise InterruptedError
             advance(done)
 
-        def write(shard: Shard) -> None:
+        def write(file: tuple[Shard, list[_TensorRows]]) -> None:
+            shard, tensors = file
             with new.opened(shard.name, 0o600) as fd:
                 mode = copy_file(shard.path, fd, progress=step)
-                _write_rows(shard, fd, touched.get(shard.path, ()), limits.block)
+                _write_rows(shard, fd, tensors, limits.block)
                 os.fchmod(fd, mode)
 
-        for _ in in_order(write, checkpoint.shards, limits.threads, stop=stop):
+        for _ in in_order(write, rows_by_file(checkpoint, plan.rows), limits.threads, stop=stop):
             pass
-        new.copy_along(checkpoint.root, () if plan.files is None else plan.files.along, advance)
+        new.copy_along(checkpoint.root, plan.files.along, advance)
         checkpoint.check_unchanged()
         for rows in plan.rows:
             rows.patch.check_unchanged()
 
 
-def _touched(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> dict[Path, list[_TensorRows]]:
-    """What is written, by weight file, in the order of the patches."""
-    found: dict[Path, list[_TensorRows]] = {}
+def rows_by_file(checkpoint: Checkpoint, rows: Sequence[RowSource]) -> list[tuple[Shard, list[_TensorRows]]]:
+    """Every weight file with what is written into it, in the order of the patches."""
+    found: dict[Path, list[_TensorRows]] = {shard.path: [] for shard in checkpoint.shards}
     for one in rows:
         for name, info in one.targets(checkpoint):
-            found.setdefault(checkpoint.shard_of(info.name).path, []).append((one, name, info))
-    return found
+            found[checkpoint.shard_of(info.name).path].append((one, name, info))
+    return list(zip(checkpoint.shards, found.values(), strict=True))
 
 
 def _write_rows(
@@ -313,19 +294,19 @@ def _write_in_place(plan: RewritePlan, limits: Limits, progress: Progress) -> No
         for name, info in rows.targets(checkpoint)
     ]
     layouts = [change.layout for change in changes]
-    touched = _touched(checkpoint, plan.rows)
     total = sum(rows.patch.value_bytes for rows in plan.rows)
     with (
         progress("writing in place", total) as advance,
         changed_in_place(checkpoint, changes) as descriptors,
     ):
 
-        def write(shard: Shard) -> None:
+        def write(file: tuple[Shard, list[_TensorRows]]) -> None:
+            shard, tensors = file
             with naming(shard.path):
-                _write_rows(shard, descriptors[shard.path], touched[shard.path], block, advance)
+                _write_rows(shard, descriptors[shard.path], tensors, block, advance)
 
-        shards = touched_files(checkpoint, plan.rows)
-        for _ in in_order(write, shards, limits.workers(block_memory(layouts, block))):
+        files = (file for file in rows_by_file(checkpoint, plan.rows) if file[1])
+        for _ in in_order(write, files, limits.workers(block_memory(layouts, block))):
             pass
         for rows in plan.rows:
             rows.patch.check_unchanged()
@@ -350,7 +331,7 @@ def changed_in_place(
                     with naming(path):
                         fsync(fd)
                 for one in side:
-                    one.put(checkpoint.root)
+                    put_side(checkpoint.root / one.name, one.content and one.content(), one.mode)
     except BaseException:
         # The journal, if there is one already, is still there.
         with suppress(NeftError, OSError):

@@ -110,7 +110,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         with np.errstate(over="ignore", invalid="ignore"):
             for tensor, sums in zip(batch.tensors, totals, strict=True):
                 whole += sums
-                kinds[layer_and_kind(tensor.info.name.split("."))[1]] += sums
+                kinds[layer_and_kind(tensor.info.name)[1]] += sums
                 if tensor.layer:
                     layers[tensor.layer] += sums
     base, delta, dot = whole.tolist()

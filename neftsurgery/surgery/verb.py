@@ -1,21 +1,26 @@
-"""What verbs share: the keywords of a run, warnings, and what patches replaced."""
+"""What verbs share: the keywords of a run, warnings, the base of a patch, and what patches replaced."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.provenance import Provenance, fingerprint
+from ..checkpoint.ties import tied_forms
 from ..errors import CorruptFileError, MismatchError, UsageError, keyword, spelled
 from ..neurons.vectors import gather
 from ..options import RunOptions, split
-from ..patch.digests import digests
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
+from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch, PatchTensor
+from ..patch.patch_file import digests
 from ..progress import Progress, silent
 from ..selection.selection import Chosen
 from ..storage.output_checks import AnyPath
@@ -53,10 +58,7 @@ def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:
 def load_patches(
     named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None
 ) -> list[Patch | LosslessPatch]:
-    """The patches, opened if they are only named; their SHA-256 as `check_sha256` takes them.
-
-    Raises a `CorruptFileError` if the file of one has another SHA-256.
-    """
+    """The patches, opened; a `CorruptFileError` if one has another SHA-256: see `check_sha256`."""
     found = []
     for one, wanted in zip(named, check_sha256(sha256, len(named)), strict=True):
         patch = load_any(one)
@@ -118,3 +120,57 @@ def require_replaced(patch: Patch, what: str) -> None:
             hint="name the checkpoint it was made from with [[base=...]]; [[reversible=True]] makes patches "
             "that hold them",
         )
+
+
+def same_bases(
+    checkpoint: Checkpoint, patches: Sequence[Patch], applied: Sequence[bool], undone: Sequence[RowSource]
+) -> list[bool | None]:
+    """For each patch whether the checkpoint is its base, or that with the patch; None if it cannot be known.
+
+    The patches may follow each other or be made from one base, and any of them may be ``applied`` already. So
+    a patch's base may be the checkpoint as it is, or without them, or with the earlier ones only; and its
+    files may have held tied tensors in another form. ``undone`` are the vectors that patches replaced, as far
+    as they are known, those of the last patch first.
+    """
+    known = {rows.patch for rows in undone}
+    hidden = any(now and patch not in known for patch, now in zip(patches, applied, strict=True))
+
+    plain = fingerprint(checkpoint)
+    clear = all(patch.base.fingerprint in (None, plain) for patch in patches)
+    forms, tied = ([], {}) if clear else tied_forms(checkpoint)
+
+    @cache
+    def found(layers: tuple[RowSource, ...], form: int) -> str:
+        return fingerprint(checkpoint, partial(lay_over, layers, tied=tied), tied, forms[form])
+
+    def same(number: int) -> bool | None:
+        wanted = patches[number].base.fingerprint
+        if wanted in (None, plain):
+            return None if wanted is None else True
+        earlier = [RowSource(one, one.values) for one in patches[:number]]
+        ways = ((), tuple(undone), (*undone, *earlier))
+        tries = (found(way, form) for form in range(len(forms)) for way in ways)
+        return wanted in tries or (None if hidden else False)
+
+    return [same(number) for number in range(len(patches))]
+
+
+def named_base(named: AnyPath | None, patches: Sequence[Patch]) -> tuple[Checkpoint | None, list[Path]]:
+    """The base, if one is named, in which the patches fit; and all files that an output must not replace."""
+    inputs = [patch.path for patch in patches if patch.path is not None]
+    if named is None:
+        return None, inputs
+    base = Checkpoint.open(named)
+    for patch in patches:
+        base = patch.require_fit(base)
+    return base, [*inputs, base.source.path]
+
+
+def other_base(named: Checkpoint | None, base: Provenance, what: str) -> list[str]:
+    """A warning if a checkpoint that is named as the ``base`` of ``what`` has another fingerprint."""
+    if named is None or base.fingerprint in (None, fingerprint(named)):
+        return []
+    forms, tied = tied_forms(named)
+    if base.fingerprint in (fingerprint(named, tied=tied, names=form) for form in forms):
+        return []
+    return [f"{named.name} has another fingerprint than the base of {what}"]

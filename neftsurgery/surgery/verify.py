@@ -3,33 +3,107 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, field, replace
 from itertools import groupby
-from typing import Final, NamedTuple, Unpack
+from typing import Final, Literal, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes
+from ..checkpoint.provenance import fingerprint
 from ..checkpoint.ties import stored_ties
 from ..errors import boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunOptions
-from ..patch.digests import DigestHash, digests
+from ..patch.delta import DeltaBlock
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.overlap import RowSource, overlay
 from ..patch.patch import Patch
+from ..patch.patch_file import DigestHash, digests
 from ..progress import Progress, Stopwatch, Timing, silent
+from ..selection.selection import RowBlock
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.dtypes import DType
 from ..text import plural
-from .same_base import same_bases
-from .states import State, TensorState, examine_blocks, whole_state
-from .verb import run_keywords, warn
+from .model_files import BLOCK_MEMORY, RebuiltWeights, require_result
+from .verb import run_keywords, same_bases, warn
+
+State = Literal["base", "patched", "mixed", "neither"]
+
+
+@dataclass(slots=True)
+class TensorState:
+    """How many vectors, or blocks, of one tensor are in which state; both: base and patched are equal."""
+
+    base: int = 0
+    patched: int = 0
+    both: int = 0
+    neither: int = 0
+
+    def add(self, is_base: bool | NDArray[np.bool_], is_patched: bool | NDArray[np.bool_]) -> None:
+        """Count some more, of which it is known whether they are as in the base, and as patched."""
+        self.base += int(np.count_nonzero(is_base > is_patched))
+        self.patched += int(np.count_nonzero(is_base < is_patched))
+        self.both += int(np.count_nonzero(is_base & is_patched))
+        self.neither += int(np.count_nonzero(np.logical_not(is_base | is_patched)))
+
+    @property
+    def state(self) -> State:
+        """The tensor's state; ``patched`` if base and patched are equal throughout."""
+        if self.neither:
+            return "neither"
+        if self.base and self.patched:
+            return "mixed"
+        return "base" if self.base else "patched"
+
+
+def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
+    """Tensors by state, for messages and JSON."""
+    return dict(Counter(tensor.state for tensor in states.values()))
+
+
+def examine_blocks(
+    checkpoint: Checkpoint, patch: LosslessPatch, *, limits: Limits, advance: Callable[[int], None]
+) -> dict[str, TensorState]:
+    """The state of every tensor of the tuned checkpoint, by its blocks.
+
+    What the patch makes of the base's blocks is checked too: a `CorruptFileError` says that it is another.
+    """
+    delta = patch.forward
+    states = {name: TensorState() for name in delta.tensors}
+
+    def look(block: DeltaBlock) -> tuple[bool, bool]:
+        found, is_base, is_patched = delta.compared(block, checkpoint)
+        if is_base:
+            delta.decoded(block, found)
+        return is_base, is_patched
+
+    for block, found in in_order(look, delta.blocks, limits.workers(BLOCK_MEMORY)):
+        states[block.info.name].add(*found)
+        advance(block.nbytes)
+    return states
+
+
+def whole_state(checkpoint: Checkpoint, patch: LosslessPatch, states: Mapping[str, TensorState]) -> State:
+    """The state of a checkpoint whose blocks are all known, by what only one side has. Raises as `apply`."""
+    found = fingerprint(checkpoint)
+    if found == patch.tuned.fingerprint and not any(one.base for one in states.values()):
+        return "patched"
+    if found == patch.base.fingerprint and not any(one.patched for one in states.values()):
+        target = RebuiltWeights.model(checkpoint, [patch], "patched")
+        for read in target.side.values():
+            read()
+        require_result(fingerprint(target.weights), patch, patch.tuned)
+        return "base"
+    return "mixed"
+
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +159,6 @@ class PatchState:
         return self.state == goal or not changed
 
 
-class _Block(NamedTuple):
-    patch: int
-    name: str
-    start: int
-    stop: int
-
-
 def examine(
     checkpoint: Checkpoint,
     patches: Sequence[Patch],
@@ -109,22 +176,22 @@ def examine(
     for patch in patches:
         patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
-    workers = limits.workers(
-        block_memory((t.layout for patch in patches for t in patch.tensors.values()), limits.block)
-    )
+    layouts = (tensor.layout for patch in patches for tensor in patch.tensors.values())
+    workers = limits.workers(block_memory(layouts, limits.block))
 
-    def compare(block: _Block) -> tuple[RawBytes, RawBytes, RawBytes]:
-        return _compare(checkpoint, patches, states, block, limits.block)
+    def compare(one: tuple[int, RowBlock]) -> tuple[RawBytes, RawBytes, RawBytes]:
+        return _compare(checkpoint, patches, states, *one, limits.block)
 
-    with closing(in_order(compare, _blocks(patches, limits.block), workers)) as compared:
-        for (number, name), group in groupby(compared, key=lambda one: one[0][:2]):
+    blocks = ((n, block) for n, patch in enumerate(patches) for block in patch.blocks(limits.block))
+    with closing(in_order(compare, blocks, workers)) as compared:
+        for (number, name), group in groupby(compared, key=lambda one: (one[0][0], one[0][1].name)):
             hashes = DigestHash(), DigestHash()
-            for block, (before, after, now) in group:
+            for (_, block), (before, after, now) in group:
                 for state, part in zip(hashes, (before, after), strict=True):
                     state.update(part)
                 known = (now == before).all(axis=1), (now == after).all(axis=1)
                 states[number].tensors[name].add(*known)
-                advance((block.stop - block.start) * patches[number].tensors[name].vector_bytes)
+                advance(block.nbytes)
             patches[number].check_hashes(name, *hashes)
     if replaced is None:
         replaced = [RowSource(patch, patch.base_values) for patch in reversed(patches) if patch.reversible]
@@ -136,11 +203,12 @@ def _compare(
     checkpoint: Checkpoint,
     patches: Sequence[Patch],
     states: Sequence[PatchState],
-    block: _Block,
+    number: int,
+    block: RowBlock,
     size: int | None,
 ) -> tuple[RawBytes, RawBytes, RawBytes]:
     """The digests of a block before and after its patch, and now; takes notes in its patch's state."""
-    patch, state = patches[block.patch], states[block.patch]
+    patch, state = patches[number], states[number]
     tensor = patch.tensors[block.name]
     before = patch.base_digests(block.name, block.start, block.stop)
     patch.check_base_rows(block.name, before, block.start, block.stop)
@@ -148,14 +216,14 @@ def _compare(
     after = digests(reached)
     index = patch.index(block.name)[block.start : block.stop]
     now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=size)
-    others = [n for n, other in enumerate(patches) if n != block.patch and block.name in other.tensors]
+    others = [n for n, other in enumerate(patches) if n != number and block.name in other.tensors]
     settled = (now == reached).all(axis=1)
     if (settled & (before != after).any(axis=1)).any():
         state.applied = True
-    for later in (patches[n] for n in others if n > block.patch):
+    for later in (patches[n] for n in others if n > number):
         overlay(reached, index, tensor, later)
         settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
-    for earlier in (patches[n] for n in others if n < block.patch):
+    for earlier in (patches[n] for n in others if n < number):
         overlay(now, index, tensor, earlier)
     _note_numbers(now, tensor.info.type, state.numbers)
     return before, after, np.where(settled[:, None], after, digests(now))
@@ -167,15 +235,6 @@ def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
     for start in range(0, len(elements), _ELEMENTS):
         if len(numbers) < TELLING:
             numbers.update(np.unique(elements[start : start + _ELEMENTS]).tolist())
-
-
-def _blocks(patches: Sequence[Patch], size: int | None) -> Iterator[_Block]:
-    for number, patch in enumerate(patches):
-        for name, tensor in patch.tensors.items():
-            if tensor.count == 0:
-                yield _Block(number, name, 0, 0)
-            for start, stop in tensor.blocks(size):
-                yield _Block(number, name, start, stop)
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,14 +267,11 @@ class Verification:
     unit: str = "neuron"
 
     def __str__(self) -> str:
-        return "\n".join([self._headline, *([] if self.remark is None else [self.remark])])
+        said = f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"
+        return said if self.remark is None else f"{said}\n{self.remark}"
 
     def __repr__(self) -> str:
-        return f"<Verification {self._headline}>"
-
-    @property
-    def _headline(self) -> str:
-        return f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"
+        return f"<Verification {str(self).splitlines()[0]}>"
 
     def holds(self, expected: str | None = None) -> bool:
         """Whether all vectors are in the state ``expected``; None: all in the base, or all patched."""
@@ -233,13 +289,6 @@ class VerifyPlan:
     checkpoint: Checkpoint
     patch: Patch | LosslessPatch
     warnings: Sequence[str] = ()  # sentences for the user
-
-    def describe(self) -> dict[str, object]:
-        """For JSON."""
-        facts = {"checkpoint": self.checkpoint.name, "patch": self.patch.name}
-        if isinstance(self.patch, LosslessPatch):
-            return {**facts, "lossless": True, "tensors": list(self.patch.forward.tensors)}
-        return {**facts, "neurons": self.patch.neurons, "tensors": list(self.patch.tensors)}
 
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Verification:
         """Compare every vector that the patch touches, or every block of a lossless one."""

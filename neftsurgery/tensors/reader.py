@@ -55,6 +55,12 @@ class WeightReader(TensorReader, RowReader, Protocol):
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
 
+    def place(self, name: str) -> tuple[int, int] | None:
+        """The number of the file that holds tensor ``name``, and its first byte; None if it is computed.
+
+        One `read_into` may go on over tensors that lie behind it in that file.
+        """
+
 
 class OnDisk:
     """What is in a file, which is held open."""

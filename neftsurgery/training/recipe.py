@@ -1,16 +1,19 @@
 """A recipe as a value: the model, the data, which neurons to train, and how.
 
-`neftsurgery.training.recipe_reader` reads recipes. Importing this module loads no torch.
+The fields are the declaration of the keys. `neftsurgery.training.recipe_reader` reads recipes by them, and
+`neftsurgery.training.recipe_text` writes them with their help. Importing this module loads no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
-from ..options import Scope
+from ..options import PrefixOptions, Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 
@@ -18,52 +21,54 @@ PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "select.li
 """The keys whose values are paths. All but ``out`` may also be Hub ids."""
 
 
+def key(default: Any, text: str, **bounds: float) -> Any:
+    """The field of a key: its default (a type: an empty one), its help, its bound (``least``, ``above``)."""
+    made = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    return field(**made, metadata={"help": text, **bounds})
+
+
 @dataclass(frozen=True)
 class Data:
     """The examples to learn from."""
 
-    # A ``.jsonl`` file, or the Hub id of a dataset. Each line, or row, has ``prompt`` and ``completion``, or
-    # ``messages``, or ``text``.
-    train: str
-    eval: str | None = None
-    # The prompt template for rows with other fields: two texts with the fields in braces, as in
-    # ``Question: {question}``.
-    prompt: str | None = None
-    completion: str | None = None
-    # The configuration and the splits of a Hub dataset.
-    subset: str | None = None
-    split: str = "train"
-    eval_split: str = "validation"
-    # The share of ``train`` to hold back for the dev loss if there is no ``eval``. 0: no dev loss.
-    eval_share: float = 0.05
-    # ``completions``: the loss is on what follows the prompt, or on what the assistant says. ``all``: it is
-    # on every token.
-    loss_on: Literal["completions", "all"] = "completions"
-    # The maximum number of tokens in an example. Longer examples are truncated.
-    max_length: int = 1024
-    limit: int | None = None  # the maximum number of examples to read from ``train``
+    train: str = key(
+        MISSING, "A .jsonl file or a Hub dataset: rows of prompt and completion, messages, or text."
+    )
+    eval: str | None = key(None, "Examples for the dev loss. Without it, a share of train is held back.")
+    prompt: str | None = key(
+        None, "Makes the prompt of rows with other fields, as in 'Question: {question}'."
+    )
+    completion: str | None = key(None, "Makes what is to be learned of them, as in ' {answer}'.")
+    subset: str | None = key(None, "The configuration of a Hub dataset.")
+    split: str = key("train", "The split of a Hub dataset to train on.")
+    eval_split: str = key("validation", "The split of a Hub dataset for the dev loss.")
+    eval_share: float = key(0.05, "The share to hold back if there is no eval. 0: no dev loss.", least=0)
+    loss_on: Literal["completions", "all"] = key(
+        "completions", "The loss is on completions and on what the assistant says, or on every token."
+    )
+    max_length: int = key(1024, "The most tokens of an example. Longer ones are truncated.", above=0)
+    limit: int | None = key(None, "Read at most this many examples of train.", above=0)
 
 
 @dataclass(frozen=True)
 class Probe:
     """How to find out which neurons matter."""
 
-    # ``gradients``: how far sign-gradient steps on some batches would turn each neuron. ``fisher``: the
-    # squared gradients of each neuron. ``finetune``: a short full fine-tune, which is scored and then
-    # deleted. ``tuned``: an existing fine-tune. ``scores``, ``selection``: a file.
-    by: Literal["gradients", "fisher", "finetune", "tuned", "scores", "selection"] = "gradients"
-    path: str | None = None  # the fine-tune, the scores file or the selection file
-    # The number of batches of a gradient probe, or of steps of the fine-tune. Default: 100.
-    steps: int | None = None
-    learning_rate: float = 2e-5  # the learning rate of the fine-tune
-    # For ``tuned``: how its tensor names become those of the base, as in `neftsurgery.extract`.
-    strip_prefix: str | None = None
-    add_prefix: str | None = None
+    by: Literal["gradients", "fisher", "finetune", "tuned", "scores", "selection"] = key(
+        "gradients",
+        "How far gradients would turn each neuron, or their squares (fisher); the change by a short full "
+        "fine-tune, which is then deleted (finetune); or by a file at path.",
+    )
+    path: str | None = key(None, "The fine-tune, scores file or selection file.")
+    steps: int | None = key(None, "Batches of gradients, or steps of the fine-tune. Default: 100.", above=0)
+    learning_rate: float = key(2e-5, "The learning rate of the fine-tune.", above=0)
+    strip_prefix: str | None = key(None, "With tuned: remove this from the front of its tensor names.")
+    add_prefix: str | None = key(None, "With tuned: put this in front of its tensor names.")
 
 
 @dataclass(frozen=True)
 class Select:
-    """Which neurons to train and how many: the options of ``extract``, under the same names.
+    """Which neurons to train and how many: the options of `extract`, under the same names.
 
     The fields of this class are the only list of these keys in this package: those of `Budget`, those of
     `Scope`, and ``score``. The default anatomy is ``units``: units learn more than rows at the same number of
@@ -103,37 +108,36 @@ class Select:
 class Train:
     """How to train."""
 
-    # The number of optimizer steps. ``steps`` None: as many as ``epochs`` passes over the examples take.
-    steps: int | None = None
-    epochs: float = 1.0
-    # Examples per batch, and batches per optimizer step.
-    batch_size: int = 8
-    accumulate: int = 1
-    # The settings of AdamW. ``warmup`` is a number of steps or, below 1, a share of the steps.
-    learning_rate: float = 2e-5
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    # The number of steps between two saves. Each save measures the dev loss. None: ten saves per run.
-    save_every: int | None = None
-    mode: Literal["auto", "scatter", "overlay"] = "auto"  # as in `neftsurgery.attach`, and ``skip`` too
-    skip: Literal["unattachable"] | None = None
-    seed: int = 0  # the seed of the order of examples, the held-back share and dropout
-    # Any other argument of ``transformers.TrainingArguments``, by its name.
-    more: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = key(None, "Optimizer steps. Default: as many as epochs take.", above=0)
+    epochs: float = key(1.0, "Passes over the examples.", above=0)
+    batch_size: int = key(8, "Examples per batch.", above=0)
+    accumulate: int = key(1, "Batches per optimizer step.", above=0)
+    learning_rate: float = key(2e-5, "The highest learning rate.", above=0)
+    schedule: Literal["linear", "cosine", "constant"] = key("linear", "How the learning rate falls.")
+    warmup: float = key(0.0, "Steps of rising learning rate; below 1, a share of the steps.", least=0)
+    weight_decay: float = key(0.0, "Of the chosen neurons only.", least=0)
+    clip: float = key(1.0, "The largest norm of the gradient.", least=0)
+    save_every: int | None = key(
+        None, "Steps between saves; each measures the dev loss. Default: 10 saves.", above=0
+    )
+    mode: Literal["auto", "scatter", "overlay"] = key(
+        "auto", "Whether the weights hold the values, as in attach."
+    )
+    skip: Literal["unattachable"] | None = key(None, "Leave out, by name, tensors that cannot be attached.")
+    seed: int = key(0, "Of the order of examples, the held-back share and dropout.", least=0)
+    more: dict[str, Any] = key(dict, "Any other argument of transformers.TrainingArguments, by its name.")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A recipe."""
 
-    model: str  # the base: a folder, or a Hub id
-    out: str  # the folder to create
-    data: Data
-    probe: Probe
-    select: Select
-    train: Train
+    model: str = key(MISSING, "The base: a folder, or org/name of the Hub.")
+    out: str = key(MISSING, "The folder to create.")
+    data: Data = key(MISSING, "The examples to learn from.")
+    probe: Probe = key(MISSING, "How to find out which neurons matter.")
+    select: Select = key(MISSING, "Which neurons to train and how many, as in `neftsurgery extract`.")
+    train: Train = key(MISSING, "How to train.")
 
     def to_json(self) -> dict[str, Any]:
         """All keys, for `read_recipe`. Paths are absolute, so that it means the same in any folder."""
@@ -144,3 +148,22 @@ class Recipe:
             if home[name] is not None and (key == "out" or not is_hub_id(home[name])):
                 home[name] = os.path.abspath(home[name])
         return described
+
+
+SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}
+
+
+@functools.cache
+def known_keys() -> tuple[str, ...]:
+    """All keys of a recipe, as ``train.steps``."""
+    top = [one.name for one in dataclasses.fields(Recipe) if one.name not in SECTIONS]
+    inner = [f"{name}.{one.name}" for name, kind in SECTIONS.items() for one in dataclasses.fields(kind)]
+    return (*top, *inner)
+
+
+def as_key(name: str, value: str | None) -> str:
+    """An option as a recipe spells it; one that is not a key stays for whoever shows the message."""
+    section = "select" if name in Select.__dataclass_fields__ else "probe"
+    if name not in Select.__dataclass_fields__ and name not in PrefixOptions.__annotations__:
+        return f"[[{name}]]" if value is None else f"[[{name}={value}]]"
+    return f"{section}.{name}" if value is None else f"{section}.{name}: {value}"

@@ -3,19 +3,19 @@
 YAML is read by PyYAML's safe loader, reduced to what recipes need; errors name the line.
 
 An unknown key is an error, and the message suggests the nearest one. A value of the wrong type is an error,
-and the message states the type. So are numbers that make no sense, and keys that do not go together.
+and the message states the type. So are numbers that make no sense, and keys that do not go together. All
+errors of a recipe are raised at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import json
 import math
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,11 +23,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import NeftError, UsageError, boundary, naming, spelled
-from ..options import PrefixOptions, Scope
+from ..options import Scope
 from ..selection.budget import Budget
 from ..sources.resolve import is_hub_id
 from .raw_examples import PromptTemplate
-from .recipe import PATH_KEYS, Data, Probe, Recipe, Select, Train
+from .recipe import PATH_KEYS, SECTIONS, Data, Probe, Recipe, Select, as_key, known_keys
 
 _MAX_BYTES = 100_000
 _MAX_DEPTH = 50
@@ -35,15 +35,41 @@ _MAX_DEPTH = 50
 AnyRecipe = str | os.PathLike[str] | Mapping[str, Any]
 """A recipe as a user gives it: the path of a YAML file, or a mapping with its content."""
 
-_SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}
 _MAX_SHOWN = 100
-_POSITIVE = (
-    "data.max_length", "data.limit", "probe.steps", "probe.learning_rate", "train.steps", "train.epochs",
-    "train.batch_size", "train.accumulate", "train.learning_rate", "train.save_every",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "train.warmup", "train.weight_decay", "train.clip", "train.seed", "select.seed", "data.eval_share",
-)  # fmt: skip
+_MOST_FAULTS = 10
+_MORE = "train.more."
+
+
+class _Faults(list[UsageError]):
+    """The errors of a recipe, which are raised together."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.sections: set[str] = set()  # those in which something is wrong
+
+    @contextmanager
+    def kept(self, *sections: str) -> Iterator[None]:
+        """Keep an error about these sections until all are raised."""
+        try:
+            yield
+        except UsageError as error:
+            error.file = error.file or (None if self.file is None else str(self.file))
+            self.append(error)
+            self.sections.update(sections)
+            if len(self) == _MOST_FAULTS:
+                self.throw()
+
+    def check(self, sections: Sequence[str], check: Callable[[], object]) -> None:
+        """Run a check of sections in which nothing is wrong so far."""
+        if not self.sections & set(sections):
+            with self.kept(*sections):
+                check()
+
+    def throw(self) -> None:
+        """Raise what was kept, as one error."""
+        if self:
+            self[0].also = self[1:]
+            raise self[0]
 
 
 @boundary
@@ -52,24 +78,28 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
 
     ``overrides`` replace values, as ``{"train.steps": 100}`` or ``{"train": {"steps": 100}}``.
     """
-    if isinstance(recipe, Mapping):
-        file, values = None, dict(_flat(recipe, None))
-    else:
-        file = Path(recipe)
-        if not file.is_file():
-            raise UsageError(
-                "there is no such recipe", file=file, hint="recipes/quickstart.yaml is one to start from"
-            )
-        values = dict(_flat(load_yaml(file), file))
-        for key in PATH_KEYS:
-            if isinstance(value := values.get(key), str):
-                values[key] = str(file.parent / value) if key == "out" else _from_folder(value, file.parent)
-    values |= dict(_flat(overrides or {}, None))
+    file = None if isinstance(recipe, Mapping) else Path(recipe)
+    faults = _Faults(file)
+    if file is not None and not file.is_file():
+        raise UsageError(
+            "there is no such recipe", file=file, hint="`neftsurgery train --init` prints one to start from"
+        )
+    values = _flat(recipe if isinstance(recipe, Mapping) else load_yaml(Path(recipe)), faults)
+    for key in PATH_KEYS if file is not None else ():
+        if file is not None and isinstance(value := values.get(key), str):
+            values[key] = str(file.parent / value) if key == "out" else _from_folder(value, file.parent)
+    values |= _flat(overrides or {}, faults)
+    more = values.get("train.more") or {}
+    inner = {key.removeprefix(_MORE): value for key, value in values.items() if key.startswith(_MORE)}
+    values["train.more"] = {**more, **inner} if isinstance(more, Mapping) else more
     made = Recipe(
-        **_values(Recipe, "", values, file),
-        **{name: kind(**_values(kind, f"{name}.", values, file)) for name, kind in _SECTIONS.items()},
+        **_values(Recipe, "", values, faults),
+        **{name: kind(**_values(kind, f"{name}.", values, faults)) for name, kind in SECTIONS.items()},
     )
-    check_recipe(made, file)
+    faults.check(["data"], lambda: _check_data(made.data))
+    faults.check(["probe"], lambda: _check_probe(made.probe))
+    faults.check(["select", "probe"], lambda: _check_select(made.select, made.probe.by))
+    faults.throw()
     return made
 
 
@@ -80,53 +110,42 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"[[set]] takes key=value, not {text!r}", hint="as in train.steps=100")
-        _require_key(key, "[[set]]")
         overrides[key] = parse_yaml(value, f"[[set]] {text}")
     return overrides
-
-
-@functools.cache
-def known_keys() -> tuple[str, ...]:
-    """All keys of a recipe, as ``train.steps``."""
-    top = [one.name for one in dataclasses.fields(Recipe) if one.name not in _SECTIONS]
-    return (
-        *top,
-        *(f"{name}.{one.name}" for name, kind in _SECTIONS.items() for one in dataclasses.fields(kind)),
-    )
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
     """The hint for an unknown key: the known ones that are spelled like it."""
     last = key.rpartition(".")[2]
-    same = [name for name in known if name.rpartition(".")[2] == last]
+    ends = {name: name.rpartition(".")[2] for name in known}
+    same = [name for name, end in ends.items() if last in (end, "".join(word[:1] for word in end.split("_")))]
     close = same or difflib.get_close_matches(key, known, 3, 0.5)
     if not close:
-        ends = {name.rpartition(".")[2]: name for name in known}
-        close = [ends[end] for end in difflib.get_close_matches(last, list(ends), 3, 0.5)]
+        like = difflib.get_close_matches(last, ends.values(), 3, 0.5)
+        close = [name for name, end in ends.items() if end in like]
     return f"did you mean {' or '.join(close)}?" if close else f"keys are {', '.join(known)}"
 
 
-def _flat(content: object, file: Path | None) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; refuses unknown keys."""
+def _flat(content: object, faults: _Faults) -> dict[str, Any]:
+    """Dotted keys and their values, without the unknown ones."""
     if not isinstance(content, Mapping):
-        raise UsageError("a recipe is a mapping of keys to values", file=file, found=type(content).__name__)
+        found = type(content).__name__
+        raise UsageError("a recipe is a mapping of keys to values", file=faults.file, found=found)
+    values = {}
     for name, value in content.items():
-        if name not in _SECTIONS:
-            _require_key(str(name), file)
-            yield str(name), value
-        elif value is not None and not isinstance(value, Mapping):
-            raise UsageError(f"{name} is a section with keys of its own, not a value", file=file)
-        else:
-            for key, inner in (value or {}).items():
-                _require_key(f"{name}.{key}", file)
-                yield f"{name}.{key}", inner
-
-
-def _require_key(key: str, file: str | Path | None) -> None:
-    if key not in known_keys():
-        raise UsageError(
-            f"a recipe has no key {_shown(key)}", file=file, hint=nearest(key[:_MAX_SHOWN], known_keys())
-        )
+        inner = {str(name): value}
+        if name in SECTIONS:
+            with faults.kept(name):
+                if value is not None and not isinstance(value, Mapping):
+                    raise UsageError(f"{name} is a section with keys of its own, not a value")
+            inner = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, Mapping) else {}
+        for key, one in inner.items():
+            with faults.kept(key.partition(".")[0]):
+                if key not in known_keys() and not key.startswith(_MORE):
+                    hint = nearest(key[:_MAX_SHOWN], (*SECTIONS, *known_keys()))
+                    raise UsageError(f"a recipe has no key {_shown(key)}", hint=hint)
+                values[key] = one
+    return values
 
 
 def _shown(value: object) -> str:
@@ -141,25 +160,28 @@ def _from_folder(value: str, folder: Path) -> str:
     return value if not joined.exists() and is_hub_id(value) and value[0] != "." else str(joined)
 
 
-def _values(kind: type[Any], prefix: str, given: Mapping[str, Any], file: Path | None) -> dict[str, Any]:
+def _values(kind: type[Any], prefix: str, given: Mapping[str, Any], faults: _Faults) -> dict[str, Any]:
     """The arguments of a dataclass from the values under its keys; what has a default may be left out."""
     hints = get_type_hints(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for one in dataclasses.fields(kind):
-        key, hint = prefix + one.name, hints[one.name]
-        if key in _SECTIONS:
+        name, hint = prefix + one.name, hints[one.name]
+        if name in SECTIONS:
             continue
         required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-        if given.get(key) is not None or (key in given and type(None) in get_args(hint)):
-            values[one.name] = _fit(key, given[key], hint, file)
-        elif required:
-            hint = f"add it to the recipe, or override {key}" if file else "add it"
-            raise UsageError(f"the recipe does not say {key}", file=file, hint=hint)
+        if required:
+            values[one.name] = ""
+        with faults.kept(name.partition(".")[0]):
+            if given.get(name) is not None or (name in given and type(None) in get_args(hint)):
+                values[one.name] = _fit(name, given[name], hint, one.metadata)
+            elif required:
+                advice = f"add it to the recipe, or override {name}" if faults.file else "add it"
+                raise UsageError(f"the recipe does not say {name}", hint=advice)
     return values
 
 
-def _fit(key: str, value: Any, hint: Any, file: Path | None) -> Any:
-    """``value`` in the type of its field."""
+def _fit(key: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
+    """``value`` in the type of its field, within its bounds."""
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
@@ -168,11 +190,15 @@ def _fit(key: str, value: Any, hint: Any, file: Path | None) -> Any:
     if kind is Literal:
         if value not in get_args(hint):
             known = ", ".join(get_args(hint))
-            raise UsageError(f"{key} cannot be {_shown(value)}", file=file, hint=f"it is one of {known}")
+            raise UsageError(f"{key} cannot be {_shown(value)}", hint=f"it is one of {known}")
         return value
     converted = _convert(value, kind)
     if converted is None:
-        raise UsageError(f"{key} does not fit", file=file, expected=_TYPE_NAMES[kind], found=_shown(value))
+        raise UsageError(f"{key} does not fit", expected=_TYPE_NAMES[kind], found=_shown(value))
+    if ("above" in bounds and converted <= bounds["above"]) or (
+        "least" in bounds and converted < bounds["least"]
+    ):
+        raise UsageError(f"{key} is too small", found=converted)
     return converted
 
 
@@ -212,35 +238,25 @@ def _is_plain(value: Mapping[str, Any]) -> bool:
     return True
 
 
-def check_recipe(recipe: Recipe, file: Path | None) -> None:
-    """Raise a `UsageError` for numbers out of range, or keys that do not go together."""
-    for key in (*_POSITIVE, *_NOT_NEGATIVE):
-        section, _, name = key.partition(".")
-        value = getattr(getattr(recipe, section), name)
-        if value is not None and (value < 0 or (value == 0 and key in _POSITIVE)):
-            raise UsageError(f"{key} is too small", file=file, found=value)
-    if recipe.data.eval_share >= 1:
-        raise UsageError(
-            "data.eval_share leaves nothing to train on", file=file, found=recipe.data.eval_share
-        )
-    PromptTemplate.of(recipe.data.prompt, recipe.data.completion)
-    _check_probe(recipe.probe, file)
-    _check_select(recipe.select, recipe.probe.by, file)
+def _check_data(data: Data) -> None:
+    if data.eval_share >= 1:
+        raise UsageError("data.eval_share leaves nothing to train on", found=data.eval_share)
+    PromptTemplate.of(data.prompt, data.completion)
 
 
-def _check_probe(probe: Probe, file: Path | None) -> None:
+def _check_probe(probe: Probe) -> None:
     has_file = probe.by in ("tuned", "scores", "selection")
     if has_file and probe.path is None:
-        raise UsageError(f"probe.by {probe.by} needs probe.path", file=file)
+        raise UsageError(f"probe.by {probe.by} needs probe.path")
     if not has_file and probe.path is not None:
-        raise UsageError(f"probe.path does not go with probe.by {probe.by}", file=file)
+        raise UsageError(f"probe.path does not go with probe.by {probe.by}")
     if probe.by != "tuned" and (probe.strip_prefix or probe.add_prefix):
-        raise UsageError("probe.strip_prefix and probe.add_prefix need probe.by: tuned", file=file)
+        raise UsageError("probe.strip_prefix and probe.add_prefix need probe.by: tuned")
     if has_file and probe.steps is not None:
-        raise UsageError(f"probe.steps does not go with probe.by {probe.by}", file=file)
+        raise UsageError(f"probe.steps does not go with probe.by {probe.by}")
 
 
-def _check_select(select: Select, by: str, file: Path | None) -> None:
+def _check_select(select: Select, by: str) -> None:
     keys = dataclasses.fields(Select)
     settled = {  # by the probe or its file
         "gradients": {"score"},
@@ -251,41 +267,26 @@ def _check_select(select: Select, by: str, file: Path | None) -> None:
     for one in keys:
         default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
         if one.name in settled and getattr(select, one.name) != default:
-            raise UsageError(f"select.{one.name} does not go with probe.by {by}", file=file)
-    if by != "selection":
-        _check_budget(select, file, units=select.anatomy == "units" and by != "scores")
-
-
-def _check_budget(select: Select, file: Path | None, *, units: bool) -> None:
+            raise UsageError(f"select.{one.name} does not go with probe.by {by}")
     budget = select.budget
-    if not budget.keys() & {"neurons", "params", "threshold", "changed", "like"}:
-        raise UsageError(
-            "the recipe does not say how many neurons to train", file=file, hint="add select.neurons: 3%"
-        )
-    with in_recipe_words(file):
-        checked = Budget.of(**(budget | {"like": {}} if "like" in budget else budget))
-        if units:
-            checked.check_units()
+    if by != "selection" and not budget.keys() & {"neurons", "params", "threshold", "changed", "like"}:
+        raise UsageError("the recipe does not say how many neurons to train", hint="add select.neurons: 3%")
+    if by != "selection":
+        with in_recipe_words():
+            checked = Budget.of(**(budget | {"like": {}} if "like" in budget else budget))
+            if select.anatomy == "units" and by != "scores":
+                checked.check_units()
 
 
 @contextmanager
-def in_recipe_words(file: Path | None = None) -> Iterator[None]:
-    """Spell the options of a message as keys of the recipe, and name its ``file`` where none is named."""
+def in_recipe_words() -> Iterator[None]:
+    """Spell the options of a message as keys of the recipe."""
     try:
         yield
     except NeftError as error:
         error.what = spelled(error.what, as_key)
         error.hint = error.hint and spelled(error.hint, as_key)
-        error.file = error.file or (None if file is None else str(file))
         raise
-
-
-def as_key(name: str, value: str | None) -> str:
-    """An option as a recipe spells it; one that is not a key stays for whoever shows the message."""
-    section = "select" if name in Select.__dataclass_fields__ else "probe"
-    if name not in Select.__dataclass_fields__ and name not in PrefixOptions.__annotations__:
-        return f"[[{name}]]" if value is None else f"[[{name}={value}]]"
-    return f"{section}.{name}" if value is None else f"{section}.{name}: {value}"
 
 
 def load_yaml(file: Path) -> Any:

@@ -35,8 +35,8 @@ from .examples import Examples, read_examples
 from .gradient_probe import probe
 from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
 from .neuron_choice import NeuronChoice, budget_of, choose_from_files
-from .recipe import Recipe
-from .recipe_reader import AnyRecipe, as_key, in_recipe_words, read_recipe
+from .recipe import Recipe, as_key
+from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
 from .trainer import make_trainer, trainer_arguments

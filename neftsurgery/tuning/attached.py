@@ -19,7 +19,7 @@ from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
 from ..patch.patch import Manifest, Patch
-from ..patch.write import written_patch
+from ..patch.write import NewPatch
 from ..selection.selection import Chosen, Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural, some
@@ -149,7 +149,7 @@ class Attached:
         selection = Selection(self._chosen(), self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
-        with written_patch(selection, manifest, path, reversible=reversible, force=force) as writer:
+        with NewPatch(selection, manifest, reversible).written(path, force=force) as writer:
             for neurons in self._neurons:
                 rows = full_tensor(neurons.rows.detach())
                 for part in neurons.parts:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.parts import listed_parts
 from ..checkpoint.provenance import Provenance
+from ..checkpoint.weight_files import listed_parts
 from ..errors import MismatchError, NeftError
 from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
 from ..neurons.submodels import split_part
 from ..neurons.vectors import gather
-from ..patch.digests import DigestHash, digests
 from ..patch.patch import Patch
+from ..patch.patch_file import DigestHash, digests
 from ..selection.selection import Chosen
 from ..sources.resolve import Source
 

@@ -27,11 +27,11 @@ from support import write_file, write_folder
 import neftsurgery as ns
 from neftsurgery.checkpoint.changes import Change
 from neftsurgery.checkpoint.checkpoint import Checkpoint
+from neftsurgery.checkpoint.folder_files import is_side
 from neftsurgery.checkpoint.journal import journaled
-from neftsurgery.checkpoint.parts import is_plain, is_plain_path, listed_parts
 from neftsurgery.checkpoint.provenance import fingerprint
-from neftsurgery.checkpoint.side_files import is_side
 from neftsurgery.checkpoint.unfinished import refuse_unfinished
+from neftsurgery.checkpoint.weight_files import is_plain, is_plain_path, listed_parts
 from neftsurgery.errors import CorruptFileError, MachineError, UsageError
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.sources.resolve import resolve

@@ -11,7 +11,7 @@ from lossless_support import folder, tensor
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
-from neftsurgery.checkpoint.parts import is_plain
+from neftsurgery.checkpoint.weight_files import is_plain
 from neftsurgery.coding.elements import BLOCK
 from neftsurgery.patch.delta import block_hash, block_state, blocks_of, counterpart
 from neftsurgery.patch.lossless import LosslessPatch

@@ -14,10 +14,10 @@ import neftsurgery as ns
 from neftsurgery.checkpoint.provenance import Provenance
 from neftsurgery.neurons.layout import Layout
 from neftsurgery.options import Scope
-from neftsurgery.patch.digests import DigestHash, digests
 from neftsurgery.patch.overlap import overlay
 from neftsurgery.patch.patch import Manifest, PatchTensor
-from neftsurgery.patch.write import written_patch
+from neftsurgery.patch.patch_file import DigestHash, digests
+from neftsurgery.patch.write import NewPatch
 from neftsurgery.selection.selection import Chosen, SelectionFacts
 from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
 from neftsurgery.surgery.apply import plan_apply, plan_revert
@@ -163,7 +163,7 @@ def test_the_order_of_a_selection_does_not_matter(names: list[str], tmp_path: Pa
         for number, name in enumerate(names)
     }
     manifest = Manifest.of(Provenance({}), SelectionFacts({}))
-    with written_patch(ns.Selection(chosen, {}), manifest, tmp_path / "p", reversible=True) as writer:
+    with NewPatch(ns.Selection(chosen, {}), manifest, True).written(tmp_path / "p") as writer:
         for name in names:
             writer.add_digests(name, *writer.write_rows(name, 0, rows[name] + 1, rows[name]))
     with ns.Patch.load(tmp_path / "p") as patch:

@@ -294,6 +294,9 @@ class _Zeros:
     def window(self, name: str, start: int, size: int) -> None:
         return None
 
+    def place(self, name: str) -> None:
+        return None
+
 
 def test_prepared_kernels_are_the_ones_that_are_used():
     """`prepare` compiles for the very argument types of the engine: nothing is compiled under way."""

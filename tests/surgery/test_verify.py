@@ -9,7 +9,7 @@ import pytest
 from support import patched_by_hand, raw_file, raw_folder, snapshot, vectors_of, with_vectors
 
 import neftsurgery as ns
-from neftsurgery.surgery.states import TensorState
+from neftsurgery.surgery.verify import TensorState
 
 RNG = np.random.default_rng(0)
 SHAPES = {"a.weight": (8, 6), "b.weight": (5, 9), "c": (2, 3, 4)}

@@ -10,8 +10,8 @@ import pytest
 from recipes_support import RECIPES
 
 import neftsurgery as ns
-from neftsurgery.training.recipe import Recipe
-from neftsurgery.training.recipe_reader import known_keys, parse_overrides, read_recipe
+from neftsurgery.training.recipe import Recipe, known_keys
+from neftsurgery.training.recipe_reader import parse_overrides, read_recipe
 
 LEAST = "model: m\nout: o\ndata: {train: d.jsonl}\nselect: {neurons: 3%}\n"
 
@@ -54,7 +54,12 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
     [
         (LEAST + "modle: x", [], "a recipe has no key 'modle'.*\n?.*did you mean model"),
         (LEAST + "train: {learningrate: 1}", [], "did you mean train.learning_rate"),
-        (LEAST + "train: {lr: 1}", [], "no key 'train.lr'"),
+        (
+            LEAST + "train: {lr: 1}",
+            [],
+            "no key 'train.lr'\ndid you mean .* or train.learning_rate",
+        ),
+        (LEAST + "trian: {steps: 1}", [], "no key 'trian'\ndid you mean train"),
         (LEAST, ["learning_rate=1"], "did you mean probe.learning_rate or train.learning_rate"),
         (LEAST, ["train.step=1"], "did you mean train.steps"),
         (LEAST, ["train.steps"], "key=value"),
@@ -153,3 +158,31 @@ def test_the_quickstart_names_every_key_that_matters() -> None:
     for key in known_keys():
         section, _, name = key.rpartition(".")
         assert section == "select" or key in rare or f"{name}:" in text or f"`{name}`" in text, key
+
+
+def test_all_errors_are_raised_at_once(tmp_path: Path) -> None:
+    """One for each fault, in the file's words; a check of two keys waits until both are right."""
+    text = "model: m\nmodle: n\ndata: {eval_share: 2, prompt: '{q}'}\nselect: {neurons: 3%}\ntrain: 5\n"
+    with pytest.raises(ns.UsageError) as caught:
+        read(tmp_path, text, "probe.by=tuned", "train.more={}", "train.steps=-1", "train.more.optim=sgd")
+    file = tmp_path / "recipe.yaml"
+    assert re.findall(r"^(\S+): (.*)", str(caught.value), re.MULTILINE) == [
+        (str(file), "a recipe has no key 'modle'"),
+        (str(file), "train is a section with keys of its own, not a value"),
+        (str(file), "the recipe does not say out"),
+        (str(file), "the recipe does not say data.train"),
+        (str(file), "train.steps is too small (found -1)"),
+        (str(file), "probe.by tuned needs probe.path"),
+    ]
+    with pytest.raises(ns.UsageError, match="k9'") as caught:
+        read(tmp_path, "{" + ", ".join(f"k{n}: 1" for n in range(5_000)) + "}")
+    assert "k10'" not in str(caught.value)  # ten are enough
+
+
+def test_more_is_reached_key_by_key(tmp_path: Path) -> None:
+    more = read(
+        tmp_path, LEAST + "train: {more: {a: 1, b: 2}}", "train.more.b=3", "train.more.c=x"
+    ).train.more
+    assert more == {"a": 1, "b": 3, "c": "x"}
+    with pytest.raises(ns.UsageError, match=r"train\.more does not fit"):
+        read(tmp_path, LEAST, "train.more=5", "train.more.b=3")

@@ -76,47 +76,33 @@ def command(
 
 def run_rewrite(console: Console, plan: RewritePlan | RebuildPlan, dry_run: bool) -> None:
     """Run an apply or revert, or say what it would do."""
-    console.warn(plan.warnings)
-    facts = plan.describe()
-    if dry_run:
-        if isinstance(plan, RebuildPlan):
-            console.say(_planned_files(plan))
-        else:
-            _say_planned(console, plan)
-        console.answer({**facts, "written": False}, plan.timing, dry_run=True)
-        return
-    result = plan.run(**console.running)
-    console.say(str(result).partition("\n")[0])
+    done = console.carry_out(plan, dry_run)
+    console.say(_planned(plan) if dry_run else str(done).partition("\n")[0])
     if isinstance(plan, RewritePlan):
         _note(console, plan)
-    elif left := plan.target.not_carried if plan.goal == "patched" else ():
+        if dry_run and plan.out is not None:
+            console.say(f"it takes {size(plan.nbytes)}")
+    elif not dry_run and plan.goal == "patched" and (left := plan.target.not_carried):
         console.note(f"the patch does not carry {', '.join(left)} of the tuned checkpoint")
-    console.answer({**facts, "written": result.written}, result.timing, dry_run=False)
+    facts = plan.describe() | {"written": not dry_run and done.written}
+    console.answer(facts, done.timing, dry_run=dry_run)
 
 
-def _planned_files(plan: RebuildPlan) -> str:
-    if not plan.needed:
-        return f"{plan.named.name} is {plan.goal} already: nothing to write"
-    where = f"to {plan.out}" if plan.out is not None else f"of {plan.named.name}"
-    return f"would write {plural(len(plan.names), 'file')} {where}, {size(plan.nbytes)}"
-
-
-def _say_planned(console: Console, plan: RewritePlan) -> None:
-    where = str(plan.out) if plan.out is not None else plan.checkpoint.name
+def _planned(plan: RewritePlan | RebuildPlan) -> str:
+    name = plan.named.name if isinstance(plan, RebuildPlan) else plan.checkpoint.name
     if plan.out is None and not plan.needed:
-        console.say(f"{where} is {plan.goal} already: nothing to write")
-    else:
-        what = f"{plural(plan.neurons, 'neuron')} in {plural(plan.tensors, 'tensor')}"
-        console.say(f"would write {what} of {where}")
-    _note(console, plan)
-    if plan.out is not None:
-        console.say(f"it takes {size(plan.nbytes)}")
+        return f"{name} is {plan.goal} already: nothing to write"
+    if isinstance(plan, RebuildPlan):
+        where = f"of {name}" if plan.out is None else f"to {plan.out}"
+        return f"would write {plural(len(plan.names), 'file')} {where}, {size(plan.nbytes)}"
+    what = f"{plural(plan.neurons, 'neuron')} in {plural(plan.tensors, 'tensor')}"
+    return f"would write {what} of {plan.out or name}"
 
 
 def _note(console: Console, plan: RewritePlan) -> None:
     was = plan.states[0].state if len(plan.states) == 1 else None
     if was is not None and was != ("base" if plan.goal == "patched" else "patched") and plan.needed:
         console.note(f"note: it was partly {plan.goal} already")
-    if plan.left_behind:
-        names = ", ".join(str(path) for path in plan.left_behind)
+    if plan.files.left:
+        names = ", ".join(map(str, plan.files.left))
         console.note(f"left behind (other forms of the weights, or not part of the model): {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -172,7 +173,7 @@ def _say_movements(console: Console, title: str, movements: Sequence[Movement]) 
 
 def _say_map(console: Console, scores: Scores) -> None:
     """Draw a small map of where the most sensitive neurons are, on a terminal."""
-    if not console.is_terminal:
+    if console.as_json or console.quiet or not sys.stdout.isatty():
         return
     found = LayerMap.of_scores(scores, scores.select(neurons=_MAPPED))
     console.say(f"where the most sensitive {_MAPPED} are")

@@ -8,7 +8,6 @@ import click
 
 from ...live.export_lora import plan_lora
 from ...options import ExportOptions
-from ...progress import Timing
 from ...surgery.lora_modules import ranks
 from ...text import commas, plural, size
 from ..console import Console
@@ -47,21 +46,17 @@ def command(
       neftsurgery export neuron_patch.safetensors --to lora -o adapter/ --rank-pattern --dtype bf16
     """
     plan = plan_lora(patch, out, base=base, force=force, **take(options, ExportOptions))
-    console.warn(plan.warnings)
-    facts = plan.describe() | {"patch": patch, "to": form, "inexact": None}
+    done = console.carry_out(plan, dry_run)
     columns = sum(not module.place.rows for module in plan.modules)
     console.say(
         f"{plural(len(plan.modules), 'module')} ({commas(columns)} of columns) at {ranks(plan.modules)}; "
         f"the largest needs {plan.needed}"
     )
-    nbytes, timing = plan.nbytes, Timing()
     if not dry_run:
-        result = plan.run(**console.running)
-        nbytes, timing = result.nbytes, result.timing
-        facts |= {"bytes": nbytes, "inexact": result.inexact}
-        console.say(result.exactness)
+        console.say(done.exactness)
     console.say(
-        f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)}, "
-        f"{nbytes / plan.patch.nbytes:.1f} times the patch's {size(plan.patch.nbytes)})"
+        f"{'would write' if dry_run else 'wrote'} {out} ({size(done.nbytes)}, "
+        f"{done.nbytes / plan.patch.nbytes:.1f} times the patch's {size(plan.patch.nbytes)})"
     )
-    console.answer(facts, timing, dry_run=dry_run)
+    facts = {"patch": patch, "to": form, "bytes": done.nbytes, "inexact": None if dry_run else done.inexact}
+    console.answer(plan.describe() | facts, done.timing, dry_run=dry_run)

@@ -24,10 +24,9 @@ from ...options import (
 )
 from ...progress import Timing
 from ...scoring.scores import Scores
-from ...selection.selection import Selection, SelectionFacts
+from ...selection.selection import Selection
 from ...surgery.extract import ExtractPlan, plan_extract
 from ...surgery.lossless import LosslessPlan, plan_lossless
-from ...surgery.remainder import Remainder
 from ...text import commas, percent, plural, size, some
 from ..console import Console
 from ..options import options_of, output_option, take, take_budget, writing_options
@@ -99,13 +98,9 @@ def command(
         **options,
         **console.running,
     )
-    console.warn(plan.warnings)
-    nbytes, timing = plan.nbytes, plan.timing
-    if not dry_run:
-        patch = plan.run(**console.running)
-        nbytes, timing = patch.nbytes, patch.timing
-    _say(console, plan, nbytes, dry_run)
-    console.answer(plan.describe() | {"bytes": nbytes}, timing, dry_run=dry_run)
+    done = console.carry_out(plan, dry_run)
+    _say(console, plan, done.nbytes, dry_run)
+    console.answer(plan.describe() | {"bytes": done.nbytes}, done.timing, dry_run=dry_run)
 
 
 def _extract_whole(
@@ -143,31 +138,22 @@ def _say(console: Console, plan: ExtractPlan, nbytes: int, dry_run: bool) -> Non
         f"of {plural(len(chosen.tensors), 'tensor')} out: {commas(chosen.parameters)} parameters, "
         f"{percent(chosen.parameters / total) if total else '0%'} of the model"
     )
-    _say_captured(console, plan.facts, plan.remainder)
-    share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
-    console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
-
-
-def _say_captured(console: Console, facts: SelectionFacts, rest: Remainder | None) -> None:
-    """Say what share of the change a selection holds, and whether base plus patch is the tuned model."""
-    captured, scored = facts.captured, facts.captured_scored
+    captured, scored = plan.facts.captured, plan.facts.captured_scored
     if captured is not None:
-        console.say(
-            f"it captures {percent(captured)} of the whole change"
-            + (f" ({percent(scored)} of that of the scored tensors)" if scored is not None else "")
-        )
+        of_scored = f" ({percent(scored)} of that of the scored tensors)" if scored is not None else ""
+        console.say(f"it captures {percent(captured)} of the whole change{of_scored}")
+    rest, whole = plan.remainder, "base plus patch is the tuned model"
     if rest is None:
-        console.say("base plus patch is the tuned model only if nothing else was changed")
-        return
-    if rest.left:
+        console.say(f"{whole} only if nothing else was changed")
+    elif rest.left:
         console.say("base plus patch is NOT the tuned model: it has only these neurons of it")
         console.say(f"still different: {some(rest.left)}")
-    elif rest.not_compared:
-        console.say("base plus patch is the tuned model, bit for bit, in all that was compared")
     else:
-        console.say("base plus patch is the tuned model, bit for bit")
-    if rest.not_compared:
+        console.say(f"{whole}, bit for bit{', in all that was compared' if rest.not_compared else ''}")
+    if rest is not None and rest.not_compared:
         console.say(f"not compared: {some(rest.not_compared)}")
+    share = percent(nbytes / plan.base.nbytes) if plan.base.nbytes else "0%"
+    console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(nbytes)}, {share} of the base)")
 
 
 def _refuse(names: Iterable[str], given: str, why: str) -> None:

@@ -82,19 +82,16 @@ def command(
         return
     rule = OverlapRule.of(on_overlap, _numbers(weights), density, len(patches))
     plan = plan_merge(patches, rule, out=out, progress=console.progress, **options)
-    console.warn(plan.warnings)
-    nbytes, timing = plan.nbytes, plan.timing
-    if not dry_run:
-        merged = plan.run(**console.running)
-        nbytes, timing = merged.nbytes, merged.timing
-    chosen, how = plan.selection, f" ({on_overlap})" if plan.shared else ""
+    done = console.carry_out(plan, dry_run)
+    chosen, how = plan.new.selection, f" ({on_overlap})" if plan.shared else ""
     console.say(
         f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
         f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
         f"{commas(plan.shared)} in several of them{how}"
     )
-    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(nbytes)})")
-    console.answer({**plan.describe(), "patches": list(patches), "bytes": nbytes}, timing, dry_run=dry_run)
+    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(done.nbytes)})")
+    facts = plan.describe() | {"patches": list(patches), "bytes": done.nbytes}
+    console.answer(facts, done.timing, dry_run=dry_run)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ...errors import UsageError
+from ...storage.output_checks import refuse_output
 from ...text import commas, percent, plural, size
 from ..console import Console
 from ..options import output_option, writing_options
@@ -22,7 +25,12 @@ if TYPE_CHECKING:
 
 
 @click.command("train")
-@click.argument("recipe", metavar="RECIPE.yaml")
+@click.argument("recipe", metavar="RECIPE.yaml", required=False)
+@click.option(
+    "--init",
+    is_flag=True,
+    help="Print a commented recipe, or write it to -o FILE. A task may be named: instructions, maths.",
+)
 @click.option(
     "--set",
     "overrides",
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
     metavar="KEY=VALUE",
     help="Replace a value of the recipe, as in train.steps=100.",
 )
-@output_option("DIR", text="The folder to create. Same as --set out=DIR.")
+@output_option("DIR", text="The folder to create. Same as --set out=DIR. With --init: the file.")
 @click.option(
     "--resume",
     is_flag=True,
@@ -40,7 +48,8 @@ if TYPE_CHECKING:
 @writing_options
 def command(
     console: Console,
-    recipe: str,
+    recipe: str | None,
+    init: bool,
     overrides: tuple[str, ...],
     out: str | None,
     resume: bool,
@@ -56,9 +65,13 @@ def command(
 
     \b
     Example:
-      neftsurgery train recipes/quickstart.yaml
+      neftsurgery train --init maths -o recipe.yaml
       neftsurgery train recipe.yaml --set select.neurons=1% --set train.learning_rate=1e-4 -o run/
     """
+    if init:
+        return _init(console, recipe, out, force=force, dry_run=dry_run)
+    if recipe is None:
+        raise UsageError("there is no recipe", hint="`neftsurgery train --init` prints one to start from")
     from ...training.train import require_training
 
     require_training()
@@ -88,6 +101,24 @@ def command(
     _say_result(console, plan, result)
     console.answer({"dry_run": False, **plan.describe(), **result.describe()})
     return code
+
+
+def _init(console: Console, task: str | None, out: str | None, *, force: bool, dry_run: bool) -> int:
+    """Print the recipe of a task, or write it."""
+    from ...storage.output import staged_file
+    from ...training.recipe_text import recipe_text
+
+    text = recipe_text(task)
+    if out is not None:
+        refuse_output(out, inputs=[], force=force, kind="file")
+    if out is not None and not dry_run:
+        with staged_file(Path(out), force=force) as file:
+            file.write_at(text.encode(), 0)
+        console.say(f"wrote {out}", f"next: neftsurgery train {out} --dry-run")
+    elif out is None:
+        console.say(*text.splitlines())
+    console.answer({"recipe": text, "out": out}, dry_run=dry_run)
+    return 0
 
 
 class _Stop:

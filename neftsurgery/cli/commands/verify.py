@@ -6,8 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from ...surgery.states import TensorState
-from ...surgery.verify import JOURNAL_HINT, plan_verify
+from ...surgery.verify import JOURNAL_HINT, TensorState, plan_verify
 from ...text import natural_key
 from ..console import Console
 from ..options import common_options
