@@ -259,7 +259,7 @@ class Checkpoint:
             file.read_rows(offset, rows, out)
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of a tensor, mapped if in memory, fetched if behind a URL, or None. Read-only. Thread-safe."""
+        """Bytes of a tensor, mapped if in memory, or fetched from a URL; else None. Not to be changed."""
         shard = self.shard_of(name)
         file = self.opened.get(shard)
         if file.remote is not None:

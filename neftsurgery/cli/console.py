@@ -23,10 +23,10 @@ import click
 from ..errors import MachineError, spelled
 from ..progress import Timing
 from ..sources.hub_errors import redacted
+from ..sources.remote import FETCHED
 from ..text import lines, printable
 
 if TYPE_CHECKING:
-    from ..sources.remote import Fetched
     from ..storage.threads import Limits
     from ..surgery.verb import Running
 
@@ -46,13 +46,10 @@ def flag(name: str, value: str | None) -> str:
 class Console:
     """Where a command prints."""
 
-    def __init__(
-        self, *, as_json: bool, quiet: bool, limits: Limits, fetched: Sequence[Fetched] = ()
-    ) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, limits: Limits) -> None:
         self.as_json = as_json  # print one JSON object, and nothing else, on stdout
         self.quiet = quiet  # print errors only
         self.limits = limits
-        self.fetched = fetched  # what was read behind URLs, so far
 
     @property
     def running(self) -> Running:
@@ -106,8 +103,8 @@ class Console:
             facts["dry_run"] = dry_run
             if dry_run and "out" in facts:
                 facts["out"] = None
-        if self.fetched:
-            facts["fetched"] = [{"url": f.url, "bytes": f.nbytes, "of": f.of} for f in self.fetched]
+        if FETCHED:
+            facts["fetched"] = [{"url": f.url, "bytes": f.nbytes, "of": f.of} for f in FETCHED]
         if timing is not None:
             facts = facts | {
                 "bytes_read": timing.bytes_read,
@@ -115,7 +112,7 @@ class Console:
                 "wall_seconds": round(_process_seconds(), 6),
             }
         text = json.dumps(facts, allow_nan=False)
-        click.echo(redacted(text) if self.fetched else text)
+        click.echo(redacted(text) if FETCHED else text)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:

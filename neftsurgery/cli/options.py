@@ -65,15 +65,16 @@ def common_options(command: Command) -> Command:
         memory: int | None,
         **options: Any,
     ) -> Any:
-        from ..sources.remote import start_record
+        from ..sources.remote import FETCHED
         from ..storage.threads import Limits
 
         before = click.get_current_context().find_root().params  # `neftsurgery --json diff …`
         as_json, quiet = as_json or before["as_json"], quiet or before["quiet"]
         limits = Limits.of(threads, memory, mapped=True)
-        console = Console(as_json=as_json, quiet=quiet, limits=limits, fetched=start_record())
+        console = Console(as_json=as_json, quiet=quiet, limits=limits)
+        FETCHED.clear()
         result = command(console, *args, **options)
-        for one in console.fetched:
+        for one in FETCHED:
             console.note(f"fetched {size(one.nbytes)} of {size(one.of)} from {one.url}")
         return result
 

@@ -12,26 +12,24 @@ import json
 import os
 import re
 import shutil
-import struct
 import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import cache
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import SHOWN_AS, CorruptFileError, UsageError
+from ..errors import SHOWN_AS, CorruptFileError, NeftError, UsageError
 from .places import find_place
 from .web_file import IN_FLIGHT, AbsentError, RefusedError
 
 _RANGE_BYTES = 4 << 20  # a longer range is fetched in several
 _FIRST_BYTES = 64 << 10  # of a weight file: most headers are shorter
-_MOST_HEADER, _MOST_WHOLE, _MOST_FILES = 100_000_000, 64 << 20, 10_000
+_MOST_HEADER, _MOST_WHOLE = 100_000_000, 64 << 20
 _WASTE = 8  # gaps are read over as long as they cost at most this part of what is wanted
 _MOST_KEPT = 4096  # edges of tensors
 
@@ -57,48 +55,31 @@ class Fetched:
     url: str
     nbytes: int = 0
     of: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, nbytes: int, of: int = 0) -> None:
-        """Count bytes that were fetched, and those of a file."""
-        with self._lock:
+    def count(self, nbytes: int, of: int = 0) -> None:
+        """Add bytes that were fetched, and those of a file."""
+        with _lock:
             self.nbytes += nbytes
             self.of += of
 
 
+#: What was fetched from each URL that was opened in this process.
+FETCHED: list[Fetched] = []
+_lock = threading.Lock()
+_threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="neft-remote")
 _stand_ins: weakref.WeakValueDictionary[tuple[int, int], RemoteFile] = weakref.WeakValueDictionary()
-_record: list[Fetched] = []
-
-
-def start_record() -> list[Fetched]:
-    """A list in which all URLs are noted that are opened from now on."""
-    global _record
-    _record = []
-    return _record
 
 
 def remote_file(opened: int | str | os.PathLike[str]) -> RemoteFile | None:
     """What is behind a URL, by the descriptor or path of what stands in for it; None of any other file."""
-    if not _stand_ins:
-        return None
-    status = os.stat(opened)
-    return _stand_ins.get((status.st_dev, status.st_ino))
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="neft-remote")
+    status = os.stat(opened) if _stand_ins else None
+    return None if status is None else _stand_ins.get((status.st_dev, status.st_ino))
 
 
 def _in_parallel(work: Callable[[T], object], items: Iterable[T]) -> None:
-    """Run ``work`` on items in the threads for ranges; raises the first error, and begins no more then."""
-    futures = [_threads().submit(work, item) for item in items]
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+    """Run ``work`` in the threads for ranges; raises the first error, and begins no more then."""
+    for _ in _threads.map(work, items):
+        pass
 
 
 class RemoteFile:
@@ -106,6 +87,7 @@ class RemoteFile:
 
     def __init__(self, folder: RemoteFolder, name: str) -> None:
         self.path, self._fetched, self._ranged = folder.root / name, folder.fetched, folder.place.file(name)
+        self._ranged.count = folder.fetched.count
         self._lock, self._is_made = threading.Lock(), False
         self._kept: dict[tuple[int, int], bytes] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,18 +101,18 @@ class RemoteFile:
             if self._is_made:
                 return
             raw, weights = bytearray(), self.path.suffix == ".safetensors"
-            self._read(0, _FIRST_BYTES if weights else _MOST_WHOLE, raw.extend, whole=not weights)
-            length = struct.unpack("<Q", raw[:8])[0] + 8 if len(raw) >= 8 else 0
-            if weights and len(raw) < length <= min(self._ranged.nbytes, _MOST_HEADER):
-                self._read(len(raw), length, raw.extend)
+            self._ranged.read(0, _FIRST_BYTES if weights else _MOST_WHOLE, raw.extend, whole=not weights)
+            length = int.from_bytes(raw[:8], "little") + 8 if weights else 0
+            if len(raw) < length <= min(self._ranged.nbytes, _MOST_HEADER):
+                self._ranged.read(len(raw), length, raw.extend)
             with open(self.path, "r+b") as file:
                 file.write(raw)
                 file.truncate(self._ranged.nbytes)
-            self._fetched.add(0, self._ranged.nbytes)
+            self._fetched.count(0, self._ranged.nbytes)
             self._is_made = True
 
     def fill(self, parts: Iterable[Part]) -> None:
-        """Fill buffers, given in ascending order of their places. Raises as `WebFile.read`."""
+        """Fill buffers, given in ascending order of their places. Raises as `RangedFile.read`."""
         wanted = list[Part]()
         for start, buffer in parts:
             if (kept := self._kept.get((start, len(buffer)))) is not None:
@@ -162,26 +144,18 @@ class RemoteFile:
                 if len(taken) < len(buffer):  # the rest is in the next chunk
                     left.append((start + len(taken), buffer[len(taken) :]))
 
-        self._read(position, parts[-1][0] + len(parts[-1][1]), put)
+        self._ranged.read(position, parts[-1][0] + len(parts[-1][1]), put)
         if left:
             raise CorruptFileError("the file ends before its tensors do", file=self.path)
-
-    def _read(self, start: int, stop: int, put: Callable[[bytes], object], *, whole: bool = False) -> None:
-        def counted(chunk: bytes) -> None:
-            self._fetched.add(len(chunk))
-            put(chunk)
-
-        self._ranged.read(start, stop, counted, whole=whole)
 
 
 def _joined(parts: Sequence[Part]) -> list[list[Part]]:
     """Parts in groups that are fetched as one range each: neighbours, and what small gaps separate."""
     gaps = [b[0] - a[0] - len(a[1]) for a, b in pairwise(parts)]
+    order = sorted(range(len(gaps)), key=gaps.__getitem__)
+    total = accumulate(gaps[number] for number in order)
     allowed = sum(len(buffer) for _, buffer in parts) // _WASTE
-    joined = set[int]()
-    for number in sorted(range(len(gaps)), key=gaps.__getitem__):
-        allowed -= gaps[number]
-        joined |= {number + 1} if allowed >= 0 else set()
+    joined = {number + 1 for number, cost in zip(order, total, strict=True) if cost <= allowed}
     groups = list[list[Part]]()
     for number, part in enumerate(parts):
         if number in joined and part[0] + len(part[1]) - groups[-1][0][0] <= _RANGE_BYTES:
@@ -192,54 +166,35 @@ def _joined(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 class RemoteFolder:
-    """The files behind a URL, and the local folder of what stands in for them, which ends with it."""
+    """The files behind a URL, and the local folder of what stands in for them, which ends with it.
+
+    Raises as `find_place` and `RangedFile.read`.
+    """
 
     def __init__(self, url: str) -> None:
-        self.place = find_place(url)
-        self.fetched = Fetched(self.place.shown)
-        _record.append(self.fetched)
+        self.place = place = find_place(url)
+        self.fetched, self.files = Fetched(place.shown), dict[str, RemoteFile]()
+        FETCHED.append(self.fetched)
         home = tempfile.mkdtemp(prefix="neft-remote-")
-        self.root = Path(home, self.place.shown.rpartition("/")[2] or "checkpoint")
+        self.root = Path(home, place.shown.rpartition("/")[2] or "checkpoint")
         self.root.mkdir()
-        SHOWN_AS[str(self.root)] = self.place.shown
+        SHOWN_AS[str(self.root)] = place.shown
         weakref.finalize(self, _remove, home, str(self.root))
-        self.files: dict[str, RemoteFile] = {}
-
-    @classmethod
-    def open(cls, url: str) -> RemoteFolder:
-        """Find out what is there, and fetch what describes it. Raises as `find_place` and `WebFile.read`."""
-        folder = cls(url)
-        single, names = folder.place.single, folder.place.names
-        if single is not None:
-            folder._add([single])
-            folder.make([single])
-            folder.fetch(["config.json"])
-        if names is not None and len(names) > _MOST_FILES:
-            what = f"there are more than {_MOST_FILES:,} files at this address"
-            raise UsageError(what, file=folder.place.shown, hint="name the folder of one checkpoint")
-        folder._add(names or ())
-        folder.make(filter(_DESCRIBING.fullmatch, names or ()))
-        if names is None and single is None:
-            refused = folder.fetch(_USUAL)
-            if not any(name.endswith(".safetensors") or ".index." in name for name in folder.files):
-                what = "there is no checkpoint at this address: neither a weight file nor an index"
-                raise refused or UsageError(what, file=folder.place.shown, hint="name the weight file itself")
-        indexes = [name for name in folder.files if name.endswith(".index.json")]
-        for name in indexes if names is None else ():
-            # Who reads an index says what is wrong with it.
-            with suppress(ValueError, RecursionError, AttributeError, TypeError):
-                folder._add({*json.loads((folder.root / name).read_bytes())["weight_map"].values()})
-        return folder
+        if place.single is not None:
+            self._add([place.single])
+            self.make([place.single])
+        self._add(place.names or ())
+        self.make(filter(_DESCRIBING.fullmatch, place.names or ()))
+        if not place.names:
+            self._look_for(_USUAL if place.single is None else ("config.json",))
 
     def make(self, names: Iterable[str]) -> None:
         """Fetch what stands in for these files, many at once: the headers of weight files."""
         _in_parallel(RemoteFile.make, [self.files[name] for name in names if name in self.files])
 
-    def fetch(self, names: Iterable[str]) -> RefusedError | None:
-        """Fetch what is there of these files; one that a server refuses to send counts as not there."""
-        if self.place.names:
-            return self.make(names)
-        refused = list[RefusedError]()
+    def _look_for(self, names: Iterable[str]) -> None:
+        """Fetch what is there of these files, and the index's; what is refused may not be there either."""
+        refused = list[NeftError]()
 
         def look(name: str) -> None:
             try:
@@ -249,7 +204,13 @@ class RemoteFolder:
                 refused.extend([error] if isinstance(error, RefusedError) else [])
 
         _in_parallel(look, self._add(names))
-        return next(iter(refused), None)
+        if not any(".safetensors" in name for name in self.files):
+            what = "there is no checkpoint at this address: neither a weight file nor an index"
+            hint = "name the weight file itself"
+            raise next(iter(refused), None) or UsageError(what, file=self.place.shown, hint=hint)
+        for name in [name for name in self.files if name.endswith(".json")]:
+            with suppress(ValueError, RecursionError, AttributeError, LookupError, TypeError):
+                self._add({*json.loads((self.root / name).read_bytes())["weight_map"].values()})
 
     def _add(self, names: Iterable[str]) -> list[str]:
         """Have empty files stand in for those that have names of local files; returns the new ones."""

@@ -94,8 +94,8 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
 
 
 def _behind_url(url: str) -> Source:
-    """As `resolve`, for the checkpoint behind a URL; raises as `RemoteFolder.open`."""
-    remote = RemoteFolder.open(url)
+    """As `resolve`, for the checkpoint behind a URL; raises as `RemoteFolder`."""
+    remote = RemoteFolder(url)
     place, single = remote.place, remote.place.single
     named = place.shown if single is None else f"{place.shown}/{single}"
     if single is None:

@@ -6,7 +6,7 @@ the file was opened: by its ETag in S3, by its generation in Google's storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import MachineError, NeftError, UsageError
 from ..text import printable
 from .hub_errors import redacted
-from .web_file import AbsentError, Patience, RefusedError, replaced
+from .web_file import AbsentError, FailedError, RangedFile, RefusedError, replaced
 
 _RIGHTS = (
     "check the credentials that the driver finds, and their rights (AWS_PROFILE; `gcloud auth login`); for a "
@@ -50,40 +50,29 @@ def store_errors(file: str) -> Iterator[None]:
         raise MachineError(f"reading failed: {kind}: {said}", file=file) from error
 
 
-class StoreFile:
-    """A file in a bucket. Thread-safe after the first read."""
+class StoreFile(RangedFile):
+    """A file in a bucket."""
 
     def __init__(self, store: Any, path: str, file: str) -> None:
-        self._store, self._path, self._file = store, path, file
+        super().__init__(file)
+        self._store, self._path = store, path
 
     @cached_property
     def _handle(self) -> Any:
         """The file, opened by the driver, which notes its version."""
-        with store_errors(self._file):
-            generation = self._store.info(self._path).get("generation")
-            path = f"{self._path}#{generation}" if generation else self._path
-            return self._store.open(path, "rb", cache_type="none")
+        generation = self._store.info(self._path).get("generation")
+        path = f"{self._path}#{generation}" if generation else self._path
+        return self._store.open(path, "rb", cache_type="none")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        return int(self._handle.size)
-
-    def read(self, start: int, stop: int, put: Callable[[bytes], object], *, whole: bool = False) -> None:
-        """As of `neftsurgery.sources.web_file.WebFile`."""
-        patience, stop = Patience(self._file), min(stop, self.nbytes)
-        while start < stop:
-            failed = "the body is too short"
-            try:
-                with store_errors(self._file):
-                    found = self._handle._fetch_range(start, stop)  # what a driver of fsspec defines
-                put(found[: stop - start])
-                start += len(found)
-            except (AbsentError, RefusedError) as error:  # it was there
-                raise (replaced(self._file) if isinstance(error, AbsentError) else error) from error
-            except MachineError as error:
-                if type(error.__cause__).__name__ == "FileExpired":
-                    raise replaced(self._file) from error
-                failed = error.what
-            if start < stop:
-                patience(start, failed)
+    def _chunks(self, start: int, stop: int, whole: bool) -> Iterator[bytes]:
+        known = self.nbytes > 0
+        try:
+            with store_errors(self._file):
+                self.nbytes = self._handle.size
+                yield self._handle._fetch_range(start, min(stop, self.nbytes))  # as all drivers of fsspec do
+        except (AbsentError, MachineError) as error:
+            if type(error.__cause__).__name__ == "FileExpired" or (known and isinstance(error, AbsentError)):
+                raise replaced(self._file) from error
+            if isinstance(error, (AbsentError, RefusedError)):
+                raise
+            raise FailedError(error.what) from error
