@@ -1,4 +1,4 @@
-"""A web server on loopback that answers range requests for the files of a folder, counts, and lies if told to."""
+"""A web server on loopback that answers range requests for a folder, counts, and can fail and lie."""
 
 from __future__ import annotations
 

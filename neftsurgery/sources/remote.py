@@ -15,15 +15,14 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TypeVar
 
-from ..errors import SHOWN_AS, CorruptFileError, NeftError, UsageError
+from ..errors import SHOWN_AS, CorruptFileError, UsageError
 from .places import find_place
 from .web_file import IN_FLIGHT, AbsentError, RefusedError
 
@@ -44,7 +43,6 @@ _USUAL = (
     "diffusion_pytorch_model.safetensors.index.json",
 )  # fmt: skip
 
-T = TypeVar("T")
 Part = tuple[int, memoryview]  # bytes that are wanted: where they start, and where they go
 
 
@@ -71,15 +69,12 @@ _stand_ins: weakref.WeakValueDictionary[tuple[int, int], RemoteFile] = weakref.W
 
 
 def remote_file(opened: int | str | os.PathLike[str]) -> RemoteFile | None:
-    """What is behind a URL, by the descriptor or path of what stands in for it; None of any other file."""
+    """The weight file behind a URL, by what stands in for it. Any other file is fetched, and local then."""
     status = os.stat(opened) if _stand_ins else None
-    return None if status is None else _stand_ins.get((status.st_dev, status.st_ino))
-
-
-def _in_parallel(work: Callable[[T], object], items: Iterable[T]) -> None:
-    """Run ``work`` in the threads for ranges; raises the first error, and begins no more then."""
-    for _ in _threads.map(work, items):
-        pass
+    found = None if status is None else _stand_ins.get((status.st_dev, status.st_ino))
+    if found is not None:
+        found.make()
+    return found if found is not None and found.is_weights else None
 
 
 class RemoteFile:
@@ -87,7 +82,7 @@ class RemoteFile:
 
     def __init__(self, folder: RemoteFolder, name: str) -> None:
         self.path, self._fetched, self._ranged = folder.root / name, folder.fetched, folder.place.file(name)
-        self._ranged.count = folder.fetched.count
+        self.is_weights, self._ranged.count = name.endswith(".safetensors"), folder.fetched.count
         self._lock, self._is_made = threading.Lock(), False
         self._kept: dict[tuple[int, int], bytes] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +95,7 @@ class RemoteFile:
         with self._lock:
             if self._is_made:
                 return
-            raw, weights = bytearray(), self.path.suffix == ".safetensors"
+            raw, weights = bytearray(), self.is_weights
             self._ranged.read(0, _FIRST_BYTES if weights else _MOST_WHOLE, raw.extend, whole=not weights)
             length = int.from_bytes(raw[:8], "little") + 8 if weights else 0
             if len(raw) < length <= min(self._ranged.nbytes, _MOST_HEADER):
@@ -118,9 +113,9 @@ class RemoteFile:
             if (kept := self._kept.get((start, len(buffer)))) is not None:
                 buffer[:] = kept
                 continue
-            for skipped in range(0, len(buffer), _RANGE_BYTES):
-                wanted.append((start + skipped, buffer[skipped : skipped + _RANGE_BYTES]))
-        _in_parallel(self._fetch, _joined(wanted))
+            steps = range(0, len(buffer), _RANGE_BYTES)
+            wanted += [(start + step, buffer[step : step + _RANGE_BYTES]) for step in steps]
+        list(_threads.map(self._fetch, _joined(wanted)))
 
     def keep(self, places: Collection[tuple[int, int]]) -> None:
         """Fetch small ranges, ``(start, length)`` in ascending order, that will be asked for one by one."""
@@ -153,9 +148,9 @@ def _joined(parts: Sequence[Part]) -> list[list[Part]]:
     """Parts in groups that are fetched as one range each: neighbours, and what small gaps separate."""
     gaps = [b[0] - a[0] - len(a[1]) for a, b in pairwise(parts)]
     order = sorted(range(len(gaps)), key=gaps.__getitem__)
-    total = accumulate(gaps[number] for number in order)
+    costs = accumulate(gaps[number] for number in order)
     allowed = sum(len(buffer) for _, buffer in parts) // _WASTE
-    joined = {number + 1 for number, cost in zip(order, total, strict=True) if cost <= allowed}
+    joined = {number + 1 for number, cost in zip(order, costs, strict=True) if cost <= allowed}
     groups = list[list[Part]]()
     for number, part in enumerate(parts):
         if number in joined and part[0] + len(part[1]) - groups[-1][0][0] <= _RANGE_BYTES:
@@ -171,6 +166,8 @@ class RemoteFolder:
     Raises as `find_place` and `RangedFile.read`.
     """
 
+    _refused: RefusedError | None = None
+
     def __init__(self, url: str) -> None:
         self.place = place = find_place(url)
         self.fetched, self.files = Fetched(place.shown), dict[str, RemoteFile]()
@@ -180,37 +177,36 @@ class RemoteFolder:
         self.root.mkdir()
         SHOWN_AS[str(self.root)] = place.shown
         weakref.finalize(self, _remove, home, str(self.root))
-        if place.single is not None:
-            self._add([place.single])
-            self.make([place.single])
-        self._add(place.names or ())
-        self.make(filter(_DESCRIBING.fullmatch, place.names or ()))
-        if not place.names:
-            self._look_for(_USUAL if place.single is None else ("config.json",))
+        wanted = [*filter(_DESCRIBING.fullmatch, place.names or ()), *filter(None, [place.single])]
+        self._add({*(place.names or ()), *wanted})
+        self.make(wanted)
+        self.look_for(("config.json",) if place.single else _USUAL)
+        if not any(".safetensors" in name for name in self.files):
+            what = "there is no checkpoint at this address: neither a weight file nor an index"
+            raise self._refused or UsageError(
+                what, file=place.shown, hint="if there is one, name the weight file itself"
+            )
 
     def make(self, names: Iterable[str]) -> None:
         """Fetch what stands in for these files, many at once: the headers of weight files."""
-        _in_parallel(RemoteFile.make, [self.files[name] for name in names if name in self.files])
+        list(_threads.map(RemoteFile.make, [self.files[name] for name in names if name in self.files]))
 
-    def _look_for(self, names: Iterable[str]) -> None:
-        """Fetch what is there of these files, and the index's; what is refused may not be there either."""
-        refused = list[NeftError]()
-
-        def look(name: str) -> None:
-            try:
-                self.files[name].make()
-            except (AbsentError, RefusedError) as error:
-                self.files.pop(name).path.unlink()
-                refused.extend([error] if isinstance(error, RefusedError) else [])
-
-        _in_parallel(look, self._add(names))
-        if not any(".safetensors" in name for name in self.files):
-            what = "there is no checkpoint at this address: neither a weight file nor an index"
-            hint = "name the weight file itself"
-            raise next(iter(refused), None) or UsageError(what, file=self.place.shown, hint=hint)
-        for name in [name for name in self.files if name.endswith(".json")]:
+    def look_for(self, names: Iterable[str]) -> None:
+        """Fetch what is there of these files, and what an index names, from a server that lists none."""
+        if self.place.names is not None:
+            return
+        list(_threads.map(self._look, self._add(names)))
+        for name in [name for name in self.files if name.endswith(".safetensors.index.json")]:
+            # Who reads it says what is wrong with it.
             with suppress(ValueError, RecursionError, AttributeError, LookupError, TypeError):
                 self._add({*json.loads((self.root / name).read_bytes())["weight_map"].values()})
+
+    def _look(self, name: str) -> None:
+        try:
+            self.files[name].make()
+        except (AbsentError, RefusedError) as error:  # buckets that do not list refuse what is not there
+            self._refused = error if isinstance(error, RefusedError) else self._refused
+            self.files.pop(name).path.unlink()
 
     def _add(self, names: Iterable[str]) -> list[str]:
         """Have empty files stand in for those that have names of local files; returns the new ones."""

@@ -1,12 +1,11 @@
 """A file in a bucket, read by ranges through the driver that fsspec has for it: s3fs or gcsfs.
 
-The driver brings names, credentials and the requests themselves. The version is the one that was there when
-the file was opened: by its ETag in S3, by its generation in Google's storage.
+Its version is the one that was there when it was opened: by ETag in S3, by generation in Google's storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -64,7 +63,7 @@ class StoreFile(RangedFile):
         path = f"{self._path}#{generation}" if generation else self._path
         return self._store.open(path, "rb", cache_type="none")
 
-    def _chunks(self, start: int, stop: int, whole: bool) -> Iterator[bytes]:
+    def _chunks(self, start: int, stop: int, whole: bool) -> Generator[bytes, None, None]:
         known = self.nbytes > 0
         try:
             with store_errors(self._file):

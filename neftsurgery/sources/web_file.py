@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,13 +43,14 @@ def replaced(file: str) -> MachineError:
 @functools.cache
 def http_client() -> tuple[Any, Any, float]:
     """The HTTP client that huggingface_hub uses, its package, and seconds to wait for the next byte."""
-    import huggingface_hub
+    from huggingface_hub import constants, get_session
 
-    seconds = float(huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    http = sys.modules[type(huggingface_hub.get_session()).__module__.partition(".")[0]]
+    seconds, http = float(constants.HF_HUB_DOWNLOAD_TIMEOUT), sys.modules[type(get_session()).__module__]
     options = {"timeout": http.Timeout(seconds, pool=None), "limits": http.Limits(max_connections=IN_FLIGHT)}
     headers = {"Accept-Encoding": "identity"}
-    return http.Client(follow_redirects=True, headers=headers, **options), http, seconds
+    client = http.Client(follow_redirects=True, headers=headers, **options)
+    atexit.register(client.close)
+    return client, http, seconds
 
 
 class RangedFile:
@@ -59,7 +62,7 @@ class RangedFile:
     def __init__(self, file: str) -> None:
         self._file = file  # its name in messages
 
-    def _chunks(self, start: int, stop: int, whole: bool) -> Iterator[bytes]:
+    def _chunks(self, start: int, stop: int, whole: bool) -> Generator[bytes, None, None]:
         """One try of `read`; a `FailedError` says that another may help."""
         raise NotImplementedError
 
@@ -75,16 +78,17 @@ class RangedFile:
         while start < stop:
             failed = "the server sends too little"
             try:
-                for chunk in self._chunks(start, stop, whole):
-                    if len(chunk) > stop - start:
-                        raise CorruptFileError("the server sends more than was asked for", file=self._file)
-                    self.count(len(chunk))
-                    put(chunk)
-                    start += len(chunk)
-                    if start - mark >= _LEAST_BYTES:
-                        mark, until, pause = start, time.monotonic() + seconds, 0.25
-                    elif time.monotonic() > until:
-                        break
+                with closing(self._chunks(start, stop, whole)) as chunks:
+                    for chunk in chunks:
+                        self.count(len(chunk))
+                        if len(chunk) > stop - start:
+                            raise CorruptFileError("it sends more than was asked for", file=self._file)
+                        put(chunk)
+                        start += len(chunk)
+                        if start - mark >= _LEAST_BYTES:
+                            mark, until, pause = start, time.monotonic() + seconds, 0.25
+                        elif time.monotonic() > until:
+                            break
                 stop = min(stop, self.nbytes)
             except FailedError as error:
                 failed = str(error)
@@ -106,7 +110,7 @@ class WebFile(RangedFile):
         self._version = ""  # ETag or time of the last change
         self._condition: dict[str, str] = {}
 
-    def _chunks(self, start: int, stop: int, whole: bool) -> Iterator[bytes]:
+    def _chunks(self, start: int, stop: int, whole: bool) -> Generator[bytes, None, None]:
         client, http, _ = http_client()
         own = self._headers if urlsplit(self._moved_to)[:2] == urlsplit(self._url)[:2] else {}
         headers = {**own, **self._condition, "Range": f"bytes={start}-{stop - 1}"}
@@ -116,6 +120,8 @@ class WebFile(RangedFile):
                 self._check_range(answer, start, stop)
                 self._moved_to = str(answer.url)
                 yield from answer.iter_raw()
+        except http.InvalidURL as error:
+            raise UsageError(f"not a usable URL: {error}", file=self._file) from error
         except http.TransportError as error:
             if isinstance(error, http.ConnectError) and not self._version:
                 what, hint = "there is no connection to the server", "check the address and the network"

@@ -78,8 +78,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     A `CorruptFileError` says what is wrong with it, or what the file is instead, if that is known.
     """
-    if (remote := remote_file(path)) is not None:
-        remote.make()
+    remote_file(path)  # whose header is fetched by that
     with naming(path), open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)
         length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1
