@@ -82,7 +82,7 @@ def test_hub(hub: Hub, tmp_path: Path) -> None:
     assert [one.json["state"] for one in done[:2]] == ["base", "patched"]
     scores = [ns.Scores.load(tmp_path / name) for name in ("remote.safetensors", "local.safetensors")]
     for name in base:
-        assert np.array_equal(scores[0].scores(name), scores[1].scores(name))
+        assert np.array_equal(scores[0].values(name), scores[1].values(name))
     assert scores[0].facts["base"]["repo"] == "org/base"
     assert scores[0].facts["base"]["revision"] == first
     assert scores[0].facts["base"]["fingerprint"] == scores[1].facts["base"]["fingerprint"]
