@@ -56,10 +56,10 @@ def encode(
     changes = len(tuned) if base is None else int(np.count_nonzero(numbers))
     if changes == 0 and base is not None:
         return Form.SAME, b"", 0
-    form, code = Form.RAW, b""
-    if table is not None:
-        form, code = Form.CODED, _coded(against, numbers, elements, table)
-    if form == Form.RAW or len(code) >= tuned.nbytes:
+    coded = None if table is None else _coded(against, numbers, elements, table)
+    if coded is not None and len(coded) < tuned.nbytes:
+        form, code = Form.CODED, coded
+    else:
         form, code = Form.RAW, tuned.tobytes()
     if base is None or len(code) >= _POOR * tuned.nbytes:
         packed = compress(tuned.tobytes(), _ZSTD_LEVEL)
@@ -74,13 +74,10 @@ def encode(
 
 def encode_fast(base: Carrier | None, tuned: Carrier) -> tuple[Form, bytes]:
     """As `encode`, in forms that are decoded about as fast as memory is copied."""
-    if base is not None:
-        if np.array_equal(base, tuned):
-            return Form.SAME, b""
-        changed = _changes(base, tuned, tuned.nbytes)
-        if changed is not None:
-            return Form.CHANGED, changed
-    return Form.RAW, tuned.tobytes()
+    if base is not None and np.array_equal(base, tuned):
+        return Form.SAME, b""
+    changed = None if base is None else _changes(base, tuned, tuned.nbytes)
+    return (Form.RAW, tuned.tobytes()) if changed is None else (Form.CHANGED, changed)
 
 
 def _coded(base: Carrier, numbers: Carrier, elements: Elements, table: FrequencyTable) -> bytes:
@@ -90,7 +87,7 @@ def _coded(base: Carrier, numbers: Carrier, elements: Elements, table: Frequency
     n = len(base)
     values, kinds = table.values.encoding, _scratch("kinds", 2 * n + 2 * MOST_CONTEXTS).view(np.uint16)
     words = _scratch("words", 4 * n + 256).view("<u2")
-    extras = _scratch("extras", 8 * n + 8 * n + 256).view("<u4")
+    extras = _scratch("extras", 16 * n + 256).view("<u4")
     if table.gaps is None:
         wide = _scratch("wide", 4 * n + 4).view(np.uint32)
         classify(numbers, values[0], kinds)
@@ -115,12 +112,8 @@ def _changes(base: Carrier, tuned: Carrier, most: int) -> bytes | None:
         return None
     flips = base[positions] ^ tuned[positions]
     steps = np.diff(positions, prepend=-1) - 1
-    best: bytes | None = None
-    for kind in (np.dtype("u1"), np.dtype("<u2")):
-        code = _stepped(steps, flips, kind)
-        if len(code) < (most if best is None else len(best)):
-            best = code
-    return best
+    best = min((_stepped(steps, flips, np.dtype(kind)) for kind in ("u1", "<u2")), key=len)
+    return best if len(best) < most else None
 
 
 def _stepped(steps: NDArray[np.int64], flips: Carrier, kind: np.dtype[np.unsignedinteger]) -> bytes:

@@ -22,8 +22,7 @@ CLASSES, HASH = (64 - FINE + 2) << (FINE - 1), 9
 #: A gap that leads out of every block: none follows.
 NEVER = BLOCK
 
-#: Elements that are decoded between two looks at where the code ends. Each takes at most a word from the
-#: front of it, and two from the back.
+#: Elements decoded between two looks at the code's ends: each takes a word from its front, two from its back.
 CHUNK = 1024
 
 Carrier: TypeAlias = NDArray[np.unsignedinteger[Any]]
@@ -32,14 +31,11 @@ Carrier: TypeAlias = NDArray[np.unsignedinteger[Any]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Elements:
-    """How the elements of one dtype are compared. Made by `of`.
+    """How the elements of one dtype are compared. Made by `of`."""
 
-    ``carrier`` is the unsigned integer type that holds an element's bits. ``rules`` is for kernels, uint64
-    ``[6]``: shift and mask of the context in a base element's bits, the highest bit, all bits, and what is
-    flipped to order negative and positive elements by value.
-    """
-
-    carrier: np.dtype[np.unsignedinteger[Any]]
+    carrier: np.dtype[np.unsignedinteger[Any]]  # the integers that hold the bits of elements
+    # For kernels: shift and mask of the context in a base element's bits, the highest bit, all bits, and what
+    # is flipped to order negative and positive elements by value.
     rules: tuple[np.uint64, ...]
 
     @property

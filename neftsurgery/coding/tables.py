@@ -23,16 +23,11 @@ _MOST_BYTES = 5 + MOST_CONTEXTS + 2 * MOST_SYMBOLS * (5 + 2 * MOST_CONTEXTS)  # 
 
 @dataclass(frozen=True, eq=False)
 class Alphabet:
-    """Symbols, and how frequent each is in each context.
+    """Symbols and their frequencies. Each stands for the numbers from ``least`` on that plain bits reach."""
 
-    A symbol stands for the numbers from ``least`` on that ``bits`` plain bits reach: uint8 ``[symbols]``, and
-    uint32 ``[symbols]``, the ``tops``, which are ``least`` without those bits. ``frequencies``, uint16
-    ``[contexts, symbols]``, sum to 2^PRECISION per context.
-    """
-
-    tops: NDArray[np.uint32]
-    bits: NDArray[np.uint8]
-    frequencies: NDArray[np.uint16]
+    tops: NDArray[np.uint32]  # of each symbol, ``least`` without its plain bits
+    bits: NDArray[np.uint8]  # how many plain bits
+    frequencies: NDArray[np.uint16]  # ``[contexts, symbols]``; they sum to 2^PRECISION per context
 
     @property
     def least(self) -> NDArray[np.uint64]:
@@ -92,26 +87,18 @@ class Alphabet:
         entries, least = np.zeros((count, MOST_SYMBOLS), np.uint64), np.zeros(MOST_SYMBOLS, np.uint64)
         starts = np.cumsum(wide, axis=1, dtype=np.uint64) - wide
         symbols = np.arange(used, dtype=np.uint64)
-        entries[:, :used] = (
-            wide
-            | starts << np.uint64(16)
-            | self.bits.astype(np.uint64) << np.uint64(32)
-            | symbols << np.uint64(40)
-        )
+        plain = self.bits.astype(np.uint64)
+        entries[:, :used] = wide | starts << np.uint64(16) | plain << np.uint64(32) | symbols << np.uint64(40)
         least[:used] = self.least
         return least, slots, entries.reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class FrequencyTable:
-    """The frequencies that code the blocks of one kind of tensor.
+    """The frequencies that code the blocks of one kind of tensor."""
 
-    ``starts``, uint8 ``[contexts]``, are the first exponents of the contexts. If there are no ``gaps``, every
-    element has its value.
-    """
-
-    starts: NDArray[np.uint8]
-    gaps: Alphabet | None
+    starts: NDArray[np.uint8]  # the first exponents of the contexts
+    gaps: Alphabet | None  # None: every element has its value
     values: Alphabet
 
     @cached_property
@@ -133,11 +120,8 @@ def pack(tables: Iterable[FrequencyTable]) -> bytes:
         sizes = [0 if table.gaps is None else len(table.gaps.bits), len(table.values.bits)]
         parts += [bytes([len(table.starts)]), np.array(sizes, "<u2").tobytes(), table.starts.tobytes()]
         for one in alphabets:
-            parts += [
-                one.tops.astype("<u4").tobytes(),
-                one.bits.tobytes(),
-                one.frequencies.astype("<u2").tobytes(),
-            ]
+            arrays = one.tops.astype("<u4"), one.bits, one.frequencies.astype("<u2")
+            parts += [array.tobytes() for array in arrays]
     return compress(b"".join(parts), 19)
 
 
@@ -169,9 +153,8 @@ def unpack(packed: bytes, most: int) -> list[FrequencyTable]:
         starts = take("u1", count)
         if not 1 <= count <= MOST_CONTEXTS or starts[0] != 0 or (np.diff(starts.astype(int)) <= 0).any():
             raise ValueError("the tables have other contexts")
-        tables.append(
-            FrequencyTable(starts, alphabet(count, gaps) if gaps else None, alphabet(count, values))
-        )
+        first = alphabet(count, gaps) if gaps else None
+        tables.append(FrequencyTable(starts, first, alphabet(count, values)))
     if len(tables) > min(most, MOST_TABLES):
         raise ValueError("the tables are too many")
     return tables

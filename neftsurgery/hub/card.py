@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import MismatchError
 from ..patch.lossless import LosslessPatch
 from ..patch.patch import Patch
-from ..reporting.layer_map import LayerMap
+from ..reporting.layer_map import LayerMap, layer_map_figure
 from ..sources.hub_client import client
 from .base_model import BaseModel
 from .card_text import card_text
@@ -61,8 +61,6 @@ def card_figure(patch: Patch) -> bytes | None:
     found = LayerMap.of_patch(patch)
     if find_spec("matplotlib") is None or not found.neurons:
         return None
-    from ..reporting.layer_map import layer_map_figure
-
     return layer_map_figure(found, word="replaced", of_patch=True).png()
 
 

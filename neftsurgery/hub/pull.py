@@ -128,9 +128,8 @@ def pull(
         If the repository or the revision does not exist, or ``out`` exists.
     MismatchError
         If the repository has no patch.
-    CorruptFileError
-        If the patch is damaged, or has another SHA-256; nothing is written.
-    MachineError
-        If the Hub refuses (401, 403, gated) or cannot be reached, or ``out`` cannot be written.
+    CorruptFileError, MachineError
+        If the patch is damaged, or has another SHA-256; if the Hub refuses (401, 403, gated) or cannot be
+        reached, or ``out`` cannot be written. Nothing is written.
     """
     return plan_pull(named, out, sha256=sha256, force=force).run(progress=progress)

@@ -33,19 +33,15 @@ class PushResult:
     ----------
     repo, branch, commit, url:
         Where the patch is now; pull it as ``repo@commit``. The address is that of the repository's page.
-    created, changed:
-        Whether the repository was created, and whether there is a new commit. There is none if all files were
-        there already: the Hub was asked for their sizes and hashes.
+    created, created_branch, changed:
+        Whether the repository and the branch were created, and whether there is a new commit: none if the Hub
+        had all files already, by their sizes and hashes.
     card:
         The README.
-    neurons, tensors:
-        How many the patch has; a lossless one counts no neurons.
-    lossless:
-        Whether it is a lossless patch.
+    neurons, tensors, lossless:
+        How many the patch has, and whether it is lossless, which counts no neurons.
     sha256:
         Of the patch's file: what `pull` and `apply` check if they are given it.
-    created_branch:
-        Whether the branch was created, from main's head.
     """
 
     repo: str
@@ -198,8 +194,7 @@ def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResu
     parent:
         The commit that must be the branch's head: the one that you looked at last.
     replace_card:
-        Write a new card. By default only the part that an earlier push wrote is updated, and the owner's
-        text is kept.
+        Write a new card. By default the owner's text is kept.
 
     Raises
     ------
@@ -208,10 +203,8 @@ def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResu
     MismatchError
         If the branch is not at ``parent``, or moves on while the patch is sent; if ``base`` is not the one
         that the patch names; if the card on the Hub cannot be read.
-    CorruptFileError
-        If the patch's hashes do not match its content; nothing is sent.
-    MachineError
-        If the Hub refuses or cannot be reached. The branch is as it was.
+    CorruptFileError, MachineError
+        If the patch's hashes do not match; if the Hub refuses or cannot be reached. The branch is as it was.
     """
     plan = plan_push(patch, repo, **options)
     warn(log, plan.warnings)

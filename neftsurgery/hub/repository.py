@@ -29,9 +29,7 @@ class Repository:
     repo: str  # org/name
     branch: str  # that is pushed to
     has_branch: bool = False  # the branch exists
-    #: The parent of the next commit: the branch's head, or main's if the branch does not exist. None if the
-    #: repository does not exist.
-    head: str | None = None
+    head: str | None = None  # of the branch, or of main if it does not exist; None: there is no repository
     private: bool = False
     files: Sequence[str] = ()  # their names at that commit
 

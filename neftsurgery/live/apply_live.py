@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,9 @@ from ..surgery.model_files import RebuiltWeights
 from ..tensors.header import TensorInfo
 from .loading_rules import live_weights
 from .placement import FileTensors, LivePlace, live_places
+from .weights import read_vectors, write_vectors
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # all that torch can index
 _Changes = Callable[[], Iterator[tuple[str, Tensor]]]  # tensors of the files, and what they become
 
 
@@ -29,15 +30,13 @@ _Changes = Callable[[], Iterator[tuple[str, Tensor]]]  # tensors of the files, a
 def apply_live(model: nn.Module | Mapping[str, Tensor], patch: AnyPatch) -> None:
     """Put a patch into a live model: its tensors get the values that the patched checkpoint has, to the bit.
 
-    Everything is checked before the first tensor changes: that what the patch is about is as in its base, or
-    patched already, and that every new value has its hash. Applying it twice is the same as applying it once.
+    Everything is checked before the first tensor changes. Applying it twice is the same as applying it once.
 
     Parameters
     ----------
     model:
-        A module, or its ``state_dict()``: a mapping of names to tensors, which are changed in place. Tensors
-        stay where they are. A module of transformers may have merged, split or transposed the tensors of the
-        files: these are changed where they lie.
+        A module, or its ``state_dict()``: a mapping of names to tensors, which are changed in place. What
+        transformers has merged, split or transposed is changed where it lies.
     patch:
         A patch of either kind, or its path. A lossless one must have the tensors that the model has.
 
@@ -93,7 +92,7 @@ def _whole(patch: LosslessPatch, tensors: Mapping[str, Tensor]) -> _Changes:
             if np.array_equal(raw, tensor_bytes(tensors[name])):
                 del left[name]
             else:
-                yield name, _as_tensor(raw, info, tensors[name])
+                yield name, torch.from_numpy(raw).view(tensors[name].dtype).reshape(info.shape)
 
     return changes
 
@@ -103,24 +102,17 @@ def _rows(patch: Patch, tensors: Mapping[str, Tensor]) -> _Changes:
 
     def changes() -> Iterator[tuple[str, Tensor]]:
         for name, part in patch.tensors.items():
-            raw, index, axes = np.array(tensor_bytes(tensors[name])), patch.index(name), part.layout.axes
-            others = [axis for axis in range(len(part.info.shape)) if axis not in axes]
-            grid = raw.view(part.info.type.carrier).reshape(part.info.shape).transpose(*axes, *others)
-            grid = grid if axes else grid[np.newaxis]  # the whole tensor is one neuron
-            where = np.unravel_index(index, grid.shape[: len(axes) or 1])
-            new, now = patch.values(name), grid[where]
-            old = np.ascontiguousarray(now).reshape(len(index), -1).view(np.uint8)
-            known = (digests(old) == patch.base_digests(name)).all(axis=1) | (old == new).all(axis=1)
-            if not known.all():
+            whole = torch.from_numpy(np.array(tensor_bytes(tensors[name])))
+            grid = whole.view(_INTEGERS[part.info.type.itemsize]).reshape(part.info.shape)
+            index, new = torch.from_numpy(patch.index(name)), torch.from_numpy(np.array(patch.values(name)))
+            old = read_vectors(grid, part.layout, index).view(torch.uint8)
+            known = (digests(old.numpy()) == patch.base_digests(name)).all(axis=1)
+            if not (known | (old == new).all(dim=1).numpy()).all():
                 raise _other(patch, name)
-            grid[where] = new.view(part.info.type.carrier).reshape(now.shape)
-            yield name, _as_tensor(raw, part.info, tensors[name])
+            write_vectors(grid, part.layout, index, new.view(grid.dtype))
+            yield name, grid.view(tensors[name].dtype)
 
     return changes
-
-
-def _as_tensor(raw: Any, info: TensorInfo, like: Tensor) -> Tensor:
-    return torch.from_numpy(raw).view(like.dtype).reshape(info.shape)
 
 
 def _other(patch: Patch | LosslessPatch, name: str) -> MismatchError:

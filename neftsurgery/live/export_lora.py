@@ -43,8 +43,7 @@ def export_lora(
     out:
         The adapter folder, which is written atomically.
     base:
-        The checkpoint the patch was made from; a reversible patch does not need it. Its config says which
-        weights are stored ``[in, out]``.
+        The checkpoint the patch was made from; a reversible patch does not need it.
     rank:
         The rank that all modules are padded to; by default the next of vLLM's ranks.
     rank_pattern:
@@ -52,8 +51,7 @@ def export_lora(
     dtype:
         Of the factors: ``f32``, ``bf16`` or ``f16``, which round the differences.
     prefix:
-        Modules are named as in the files, with this in front, such as ``transformer.`` for a GPT-2 that was
-        saved without its head.
+        Modules are named as in the files, with this in front: ``transformer.`` for a GPT-2 without its head.
     force:
         Replace ``out`` if it exists.
     threads, memory, progress:

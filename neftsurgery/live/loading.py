@@ -108,9 +108,8 @@ def _check_loaded(checkpoint: Checkpoint, info: Mapping[str, Any], required: str
             found=list(found),
             hint=hint,
         )
-    if required is None:
-        return
-    if missing := sorted(name for name in info["missing_keys"] if name.startswith(f"{required}.")):
+    missing = sorted(name for name in info["missing_keys"] if required and name.startswith(f"{required}."))
+    if missing:
         raise MismatchError(
             f"this weight of the model is not in its files (missing weights: {len(missing)})",
             file=checkpoint.name,

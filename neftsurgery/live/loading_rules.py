@@ -26,10 +26,7 @@ def live_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class LoadingRules:
-    """How the weights of ``model`` are made of the tensors in files.
-
-    A model that is not of transformers has the tensors of its files.
-    """
+    """How the weights of ``model`` are made of the tensors in files; not of transformers, they are these."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = live_weights(model)
@@ -52,8 +49,7 @@ class LoadingRules:
 
         self._loading: Any = core_model_loading
         # The conversions that loading used; for a model that was never loaded, those it would use.
-        used = getattr(self._model, "_weight_conversions", None)
-        mapping: Any = copy.deepcopy(used)
+        mapping: Any = copy.deepcopy(getattr(self._model, "_weight_conversions", None))
         if mapping is None:
             mapping = conversion_mapping.get_model_conversion_mapping(self._model)
         self._renamings = [one for one in mapping if isinstance(one, self._loading.WeightRenaming)]
@@ -73,9 +69,9 @@ class LoadingRules:
         return str(live), pattern
 
     def find(self, name: str) -> tuple[str, str | None]:
-        """The weight that tensor ``name`` becomes, and the pattern of its converter, if it has one.
+        """The weight, the first of several, that a tensor becomes, and the pattern of its converter, if any.
 
-        Of several weights that a converter makes, this is the first. A `MismatchError` if there is none.
+        A `MismatchError` if there is none.
         """
         if name not in self._found:
             plain = name if name in self.weights else split_part(name)[1]  # a part is attached by itself
@@ -97,11 +93,9 @@ class LoadingRules:
 
     def _similar(self, name: str) -> str:
         """Some names with the same ending as ``name``, or the first names of all."""
-        for parts in (3, 2):
-            ending = ".".join(name.split(".")[-parts:])
-            if same := [other for other in self.weights if other.endswith(ending)]:
-                return ", ".join(same[:2])
-        return ", ".join(list(self.weights)[:2]) or "a model without parameters"
+        endings = [".".join(name.split(".")[-parts:]) for parts in (3, 2)]
+        alike = ([other for other in self.weights if other.endswith(one)] for one in (*endings, ""))
+        return ", ".join(next(filter(None, alike), [])[:2]) or "a model without parameters"
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """Names of tensors in the order in which the loader takes them."""

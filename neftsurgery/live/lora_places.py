@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,10 +35,7 @@ _FAILURES = (ValueError, LookupError, AttributeError, TypeError, RuntimeError)
 
 
 class PeftPlaces:
-    """The live model of a patch's base, of the class that its config names, as PEFT sees it.
-
-    A `UsageError` if there is none, or the config describes weights of other shapes.
-    """
+    """The live model of a patch's base, as PEFT sees it; a `UsageError` if its config gives no such model."""
 
     def __init__(self, base: Checkpoint, patch: Patch) -> None:
         self._name = base.name
@@ -55,13 +54,9 @@ class PeftPlaces:
         self.places: LoraPlaces = refused | placed
 
     def _places(self, places: Iterable[LivePlace], index: Int64Array) -> Sequence[LoraPlace] | str:
-        found = list[LoraPlace]()
-        for place in places:
-            one = self._place(place, index)
-            if isinstance(one, str):
-                return one
-            found.append(one)
-        return found
+        found = [self._place(place, index) for place in places]
+        why = next((one for one in found if isinstance(one, str)), None)
+        return why or [one for one in found if isinstance(one, LoraPlace)]
 
     def _place(self, place: LivePlace, index: Int64Array) -> LoraPlace | str:
         live, weight = place.parameter, self._weights.get(place.parameter)
@@ -98,7 +93,8 @@ class PeftPlaces:
             return self._as_module(path)
         if parameter == "weight" and isinstance(module, nn.Embedding):
             plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-            return "embedding" if plain and module.max_norm is None else None
+            called = plain and module.max_norm is None and not self._read_outside(path)
+            return "embedding" if called else None
         if parameter == "weight" and type(module) in _CONVOLUTIONS:
             # PEFT's factors do not take over these settings; and it multiplies kernels [1, 1, n] as matrices.
             conv: Any = module
@@ -107,6 +103,19 @@ class PeftPlaces:
         leaf = path and all("." not in own for own, _ in module.named_parameters())
         kernel = hasattr(module, "kernel_size")
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
+
+    def _read_outside(self, path: str) -> bool:
+        """Whether the module around an embedding reads its weight, past PEFT, as its source says."""
+        outer, _, name = path.rpartition(".")
+        read = re.compile(rf"self\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape|size))")
+        for cls in type(self._model.get_submodule(outer)).__mro__:
+            if cls.__module__.startswith("torch.") or cls.__name__ == "PreTrainedModel":
+                break
+            for method in vars(cls).values():
+                plain = inspect.isfunction(method) and "init" not in method.__name__
+                if plain and read.search(inspect.getsource(method)):
+                    return True
+        return False
 
     def _as_module(self, path: str) -> Any:
         """How PEFT adapts a linear layer; some names it takes for experts that transformers stacks."""
@@ -130,10 +139,7 @@ class PeftPlaces:
         return sorted(set(names).difference(targets))
 
     def check(self, config: Mapping[str, Any], entries: Sequence[TensorInfo]) -> None:
-        """Raise a `MismatchError` unless PEFT puts all of this adapter into the model, and lacks nothing.
-
-        The model is adapted thereafter.
-        """
+        """Raise a `MismatchError` unless PEFT puts all of this adapter into the model, and lacks nothing."""
         factors = {entry.name: torch.empty(entry.shape, device="meta") for entry in entries}
         try:
             with warnings.catch_warnings():

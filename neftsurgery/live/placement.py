@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..errors import MismatchError
+from ..errors import MismatchError, UsageError
 from ..neurons.layout import Layout
+from ..selection.selection import Chosen
+from ..tensors.arrays import Int64Array
 from .element_moves import MoveRecorder, Offsets
 from .loading_rules import LoadingRules
 from .weights import copy_into, full_tensor
@@ -66,13 +67,12 @@ class LivePlace:
     file: Layout  # of the tensor in the files
     region: _Region | None = None  # None: the weight is the tensor
 
-    def index_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    def index_of(self, index: Int64Array) -> Int64Array:
         """The neurons of the weight that neurons ``index`` of the file are; -1 for those in other weights."""
         if self.region is None:
             return index
-        sizes = [self.file.shape[axis] for axis in self.file.axes]
-        at = zip(self.file.axes, np.unravel_index(index, sizes), strict=True)
-        steps = [self.region.steps[axis][each] for axis, each in at]
+        at = np.unravel_index(index, [self.file.shape[axis] for axis in self.file.axes])
+        steps = [self.region.steps[axis][each] for axis, each in zip(self.file.axes, at, strict=True)]
         here = np.all([each != _ELSEWHERE for each in steps], axis=0)
         live = np.unravel_index(np.where(here, self.region.start + sum(steps), 0), self.layout.shape)
         sizes = [self.layout.shape[axis] for axis in self.layout.axes]
@@ -136,14 +136,9 @@ class FileTensors(Mapping[str, Tensor]):
 def live_places(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, tuple[LivePlace, ...]]:
     """Where each tensor of the files lies in ``model``: in one weight, or in several, cut along an axis.
 
-    ``tensors`` may be some of the files' tensors. A layout without neuron axes asks for the tensor alone.
-    Only shapes are looked at: the model may be on the meta device.
-
-    Raises
-    ------
-    MismatchError
-        If a tensor is not in the model, or is not kept as it is in the files, element by element; if its
-        neurons are not neurons of the model; if another tensor is the same weight.
+    A layout without neuron axes asks for the tensor alone. The model may be on the meta device. Raises a
+    `MismatchError` if a tensor is not in the model, or is not kept as it is in the files, element by element;
+    if its neurons are not neurons of the model; if another tensor is the same weight.
     """
     rules = LoadingRules(model)
     plain: dict[str, str] = {}
@@ -167,6 +162,32 @@ def live_places(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, tu
                     raise _same_weight(name, plain[place.parameter], place.parameter)
             places[name] = found
     return {name: places[name] for name in tensors}
+
+
+def neurons_by_weight(
+    model: nn.Module, tensors: Mapping[str, Chosen]
+) -> dict[str, tuple[Layout, list[tuple[str, Int64Array, Int64Array]]]]:
+    """Where chosen neurons of tensors of the files lie: by the weights of ``model`` that have some.
+
+    For each, its layout, and of each tensor in it: the name, which of its chosen neurons are here (positions
+    in ``index``), and which neurons of the weight they are. Errors as of `live_places`, and a `UsageError`.
+    """
+    found: dict[str, tuple[Layout, list[tuple[str, Int64Array, Int64Array]]]] = {}
+    for name, places in live_places(model, {name: one.layout for name, one in tensors.items()}).items():
+        for place in places:
+            index = place.index_of(tensors[name].index)
+            here = np.flatnonzero(index >= 0)
+            if not len(here):
+                continue
+            layout, held = found.setdefault(place.parameter, (place.layout, []))
+            if layout != place.layout:
+                raise UsageError(
+                    f"{held[0][0]} has neurons along another axis of the same weight",
+                    tensor=name,
+                    hint="choose neurons along one of the axes",
+                )
+            held.append((name, here, index[here]))
+    return found
 
 
 class _Converters:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..neurons.layout import Layout
+from ..tensors.arrays import Mask, RawBytes
 from ..tensors.dtypes import DTYPES
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,11 +31,9 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight.data) is Tensor and weight.dtype in FLOAT_DTYPES
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Any) -> Tensor:
     """The full tensor that ``tensor`` is a shard of, else itself. Every process of a group must call this."""
-    shard: Any = tensor
-    full: Tensor = shard.full_tensor() if _is_shard(tensor) else tensor
-    return full
+    return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[no-any-return]
 
 
 def _is_shard(tensor: Tensor) -> bool:
@@ -94,22 +92,21 @@ def _coordinates(layout: Layout, index: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.unravel_index(index, [layout.shape[axis] for axis in layout.axes]))
 
 
-def to_bytes(vectors: Tensor, dtype: str) -> NDArray[np.uint8]:
+def to_bytes(vectors: Tensor, dtype: str) -> RawBytes:
     """The bytes of ``vectors``, rounded to the safetensors dtype ``dtype``: ``[k, width * itemsize]``."""
     cast = vectors.detach().to(device="cpu", dtype=_DTYPES[dtype]).contiguous()
     size = DTYPES[dtype].itemsize
     return cast.view(torch.uint8).numpy().reshape(cast.shape[0], -1 if cast.numel() else cast.shape[1] * size)
 
 
-def from_bytes(raw: NDArray[np.uint8], dtype: str) -> Tensor:
+def from_bytes(raw: RawBytes, dtype: str) -> Tensor:
     """The inverse of `to_bytes`: ``[k, width]``, on the CPU."""
     return torch.from_numpy(np.array(raw, order="C", copy=True)).view(_DTYPES[dtype])
 
 
-def equal_vectors(a: Tensor, b: Tensor) -> NDArray[np.bool_]:
+def equal_vectors(a: Tensor, b: Tensor) -> Mask:
     """Which vectors of ``a`` and ``b``, ``[k, width]`` of one dtype, are equal to the bit: ``[k]``."""
-    dtype = _NAMES[a.dtype]
-    equal: NDArray[np.bool_] = (to_bytes(a, dtype) == to_bytes(b, dtype)).all(axis=1)
+    equal: Mask = (to_bytes(a, _NAMES[a.dtype]) == to_bytes(b, _NAMES[a.dtype])).all(axis=1)
     return equal
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -68,10 +69,11 @@ class _StateSums:
 
     def register_hooks(self) -> list[Any]:
         first, *_ = blocks = self._stack.blocks
-        hooks: list[Any] = [first.register_forward_pre_hook(self._enters, with_kwargs=True)]
-        for number, block in enumerate(blocks[:-1], 1):
-            hooks.append(block.register_forward_hook(self._leaves(number)))
-        return hooks
+        leaving = enumerate(blocks[:-1], 1)
+        return [
+            first.register_forward_pre_hook(self._enters, with_kwargs=True),
+            *(block.register_forward_hook(partial(self._leaves, number)) for number, block in leaving),
+        ]
 
     def begin(self, weights: Tensor) -> None:
         self._weights, self._seen = weights, []
@@ -98,11 +100,8 @@ class _StateSums:
     def _enters(self, module: Any, args: Any, kwargs: Any) -> None:
         self._add(0, args[0] if args else kwargs.get("hidden_states"))
 
-    def _leaves(self, number: int) -> Callable[[Any, Any, Any], None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            self._add(number, output[0] if isinstance(output, (tuple, list)) else output)
-
-        return hook
+    def _leaves(self, number: int, module: Any, args: Any, output: Any) -> None:
+        self._add(number, output[0] if isinstance(output, (tuple, list)) else output)
 
     def _add(self, number: int, states: Any) -> None:
         shape = tuple(states.shape) if isinstance(states, Tensor) else None
@@ -135,12 +134,8 @@ class BlockStack:
 def find_block_stack(model: nn.Module, parameters: Iterable[str]) -> BlockStack:
     """The stack of blocks with ``parameters``, of several the language model's; else an error."""
     paths = dict.fromkeys(layer_and_kind(name)[0].rpartition(".")[0] for name in parameters)
-    modules = dict(model.named_modules())
-    found = {}
-    for path in paths:
-        module = modules.get(path) if path else None
-        if isinstance(module, nn.ModuleList):
-            found[path] = BlockStack(path, tuple(module))
+    modules = ((path, module) for path, module in model.named_modules() if path in paths)
+    found = {path: BlockStack(path, tuple(m)) for path, m in modules if isinstance(m, nn.ModuleList)}
     if len(found) > 1:
         depth = getattr(cast(Any, model).config.get_text_config(), "num_hidden_layers", None)
         found = {path: stack for path, stack in found.items() if len(stack.blocks) == depth}

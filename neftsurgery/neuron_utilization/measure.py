@@ -49,14 +49,12 @@ def measure(plan: UtilizationPlan, progress: Progress) -> dict[str, TensorUtiliz
     else:
         del model  # memory may not hold two models
         after = _correlations(plan, _load(plan, plan.tuned), "after", progress)
-    no_ranks = np.zeros(0, np.int64)
-    return with_ranks(
-        TensorUtilization(
-            tensor.info, tensor.layout, tensor.layer, tensor.kind, before[name][0], after[name][0],
-            before[name][1], after[name][1], no_ranks, no_ranks, trained[name],
-        )
-        for name, tensor in plan.tensors.items()
-    )  # fmt: skip
+    no_ranks, found = np.zeros(0, np.int64), []
+    for name, tensor in plan.tensors.items():
+        (first, state), (second, state_after) = before[name], after[name]
+        numbers = (first, second, state, state_after, no_ranks, no_ranks, trained[name])
+        found.append(TensorUtilization(tensor.info, tensor.layout, tensor.layer, tensor.kind, *numbers))
+    return with_ranks(found)
 
 
 def _load(plan: UtilizationPlan, checkpoint: Checkpoint) -> Any:
@@ -131,17 +129,12 @@ def _changed(plan: UtilizationPlan, tuned: Checkpoint, progress: Progress) -> di
 def max_correlations(
     weight: Tensor, layout: Layout, states: Tensor, *, block_elements: int = _BLOCK_ELEMENTS
 ) -> tuple[Tensor, Tensor]:
-    """The largest absolute correlation of each neuron with any of the states, and the number of that state.
+    """The largest absolute correlation of each neuron of ``weight`` with any state, and the state's number.
 
-    The correlation of a vector ``w`` with a state ``h`` is taken over their elements, the hidden dimension:
-    ``(w - mean w).(h - mean h) / (|w - mean w| |h - mean h|)``, in float64. If all elements of ``w`` or of
-    ``h`` are equal, the correlation is undefined and counts as 0.
-
-    ``weight`` is a live weight of ``layout``, ``states`` float64 ``[states, width]``, finite, on the CPU, at
-    least one. At most ``block_elements`` elements of the weight are in float64 at once.
-
-    Returns float64 ``[n]`` in [0, 1], NaN for vectors with a NaN or Inf, and int64 ``[n]``, the first such
-    state.
+    Pearson's, over the hidden dimension, in float64; 0 if all elements of a vector or state are equal.
+    ``states`` are float64 ``[states, width]``, finite, on the CPU, at least one. At most ``block_elements``
+    elements of the weight are in float64 at once. Returns float64 ``[n]`` in [0, 1], NaN for vectors with a
+    NaN or Inf, and int64 ``[n]``.
     """
     device = weight.device if weight.device.type == "cuda" else torch.device("cpu")  # others lack float64
     directions = _directions(states).to(device)

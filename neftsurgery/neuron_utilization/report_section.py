@@ -9,6 +9,7 @@ import numpy as np
 from ..reporting.figure import KIND, LAYER, Column, ReportFigure, Table
 from ..reporting.plotting import ACCENT, CONTRAST, MUTED, MplFigure, annotate, heatmap, new_axes
 from ..reporting.sections import ReportSection
+from ..tensors.arrays import Float64Array
 from ..text import commas, four_digits, label, percent
 from .result import GROUPS, NeuronGroup, Utilization
 
@@ -79,21 +80,16 @@ def _groups(found: Utilization, id: str) -> ReportFigure:
 
 
 def _verdict(groups: dict[str, NeuronGroup]) -> str:
-    strongly, suppressed, indirectly = (groups[name] for name in GROUPS[3:])
+    strongly, suppressed, indirectly = (groups[name].neurons for name in GROUPS[3:])
     trained, untrained = groups["trained"].mean_share, groups["untrained"].mean_share
-    text = ""
+    moved = ""
     if trained is not None and untrained is not None:
-        text = (
-            f"Trained neurons moved by {percent(trained)} of the ranking, untrained ones by "
-            f"{percent(untrained)}. "
-        )
-    if not strongly.neurons:
-        return f"{text}No neuron is strongly affected."
-    return (
-        f"{text}{commas(strongly.neurons)} neurons are strongly affected. Of these, "
-        f"{percent(suppressed.neurons / strongly.neurons)} fell and "
-        f"{percent(indirectly.neurons / strongly.neurons)} were not trained."
-    )
+        ranking = f"{percent(trained)} of the ranking, untrained ones by {percent(untrained)}"
+        moved = f"Trained neurons moved by {ranking}. "
+    if not strongly:
+        return f"{moved}No neuron is strongly affected."
+    shares = f"{percent(suppressed / strongly)} fell and {percent(indirectly / strongly)} were not trained"
+    return f"{moved}{commas(strongly)} neurons are strongly affected. Of these, {shares}."
 
 
 def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
@@ -175,13 +171,7 @@ def _map(found: Utilization, id: str) -> ReportFigure:
     )
 
 
-def _draw_map(
-    fig: MplFigure, found: Utilization, share: np.ndarray[tuple[int, int], np.dtype[np.float64]]
-) -> None:
-    share = share[:_MAX_LAYERS, :_MAX_KINDS]
-    layers, kinds = share.shape
-    axes = new_axes(fig, 1.0 + 0.21 * layers)
-    top = float(np.nanmax(share, initial=0.0)) or 1.0
-    rows = [label(name, 24) for name in found.layers[:layers]]
-    columns = [label(kind, 28) for kind in found.kinds[:kinds]]
-    heatmap(axes, share, rows, columns, top=top, small=layers > 48)
+def _draw_map(fig: MplFigure, found: Utilization, share: Float64Array) -> None:
+    rows = [label(name, 24) for name in found.layers[:_MAX_LAYERS]]
+    columns = [label(kind, 28) for kind in found.kinds[:_MAX_KINDS]]
+    heatmap(fig, share[:_MAX_LAYERS, :_MAX_KINDS], rows, columns)

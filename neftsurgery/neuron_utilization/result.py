@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -16,22 +16,27 @@ from ..errors import UsageError, boundary
 from ..neurons.layout import Layout, described, described_tensor
 from ..selection.budget import Amount
 from ..storage.output_checks import refuse_output
+from ..tensors.arrays import Float64Array, Int64Array, Mask
 from ..tensors.document import bad, dump, read_document, require_entry
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..tensors.writer import written_file
+from ..text import natural_key
 
 UTILIZATION_KEY = "neuron_utilization"
 _VERSION = 1
 _WHAT = "utilization file"
 
 GROUPS = ("all", "trained", "untrained", "strongly_affected", "suppressed", "indirectly_affected")
-"""The groups of neurons. The last three are the paper's and overlap: see `Utilization.masks`."""
+"""The groups of neurons: strongly affected ones moved by more ranks than the limit; suppressed ones of these
+fell; indirectly affected ones of these were not trained."""
 
 BUCKET_EDGES = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1.0)
 """The bounds of the buckets in figure 2 of the paper: shares of the ranking before training, the largest
 correlations first."""
+
+BUCKET_KEYS = ("from", "to", "neurons", "mean_rank_change")
 
 _ENTRIES = (
     ("before", "F64"), ("after", "F64"), ("state_before", "I32"), ("state_after", "I32"),
@@ -43,29 +48,25 @@ _ENTRIES = (
 class TensorUtilization:
     """The neurons of one tensor. Each array has the shape ``[n]``."""
 
-    # The tensor, its layer and its kind of weight. Neurons of one ``kind`` are ranked together.
     info: TensorInfo
     layout: Layout
     layer: str
-    kind: str
-    # Float64: the largest absolute correlation with a hidden state, before and after training.
-    before: NDArray[np.float64]
-    after: NDArray[np.float64]
-    # Int32: the number of that hidden state.
-    state_before: NDArray[np.int32]
+    kind: str  # of weight; neurons of one kind are ranked together
+    before: Float64Array  # the largest absolute correlation with a hidden state, before training
+    after: Float64Array  # and after it
+    state_before: NDArray[np.int32]  # the number of that hidden state
     state_after: NDArray[np.int32]
-    # Int64: 1 for the largest correlation of the kind; 0 for a neuron that is not ranked.
-    rank_before: NDArray[np.int64]
-    rank_after: NDArray[np.int64]
-    trained: NDArray[np.bool_]  # bool: whether the neuron was trained
+    rank_before: Int64Array  # 1 for the largest correlation of the kind; 0 for a neuron that is not ranked
+    rank_after: Int64Array
+    trained: Mask  # whether the neuron was trained
 
     @property
-    def change(self) -> NDArray[np.int64]:
+    def change(self) -> Int64Array:
         """How many ranks each neuron rose; negative if it fell."""
         return self.rank_before - self.rank_after
 
     @property
-    def is_ranked(self) -> NDArray[np.bool_]:
+    def is_ranked(self) -> Mask:
         """Whether each neuron is ranked."""
         return self.rank_before > 0
 
@@ -74,11 +75,9 @@ class TensorUtilization:
 class NeuronGroup:
     """The summary of a group of neurons."""
 
-    neurons: int  # how many neurons the group has
+    neurons: int
     mean_rank_change: float | None  # the mean of the absolute rank changes; None for an empty group
-    # The mean rank change as a share of the neurons ranked together, which compares models of different size;
-    # None for an empty group.
-    mean_share: float | None
+    mean_share: float | None  # the same as a share of the neurons ranked together, to compare models
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +152,8 @@ class Utilization:
         amount = None if stated is None else Amount.parse(stated)
         return {kind: rank_limit(amount, pool) for kind, pool in self.pools.items()}
 
-    def masks(self, tensor: TensorUtilization) -> dict[str, NDArray[np.bool_]]:
-        """Which neurons of a tensor are in each group, bool ``[n]``.
-
-        *Strongly affected* neurons moved by more ranks than the limit. *Suppressed* neurons are strongly
-        affected and fell. *Indirectly affected* neurons are strongly affected and were not trained.
-        """
+    def masks(self, tensor: TensorUtilization) -> dict[str, Mask]:
+        """Which neurons of a tensor are in each of `GROUPS`, bool ``[n]``."""
         is_ranked, change = tensor.is_ranked, tensor.change
         strongly = is_ranked & (np.abs(change) > self.limits[tensor.kind])
         return {
@@ -182,18 +177,15 @@ class Utilization:
                 counts[name] += np.count_nonzero(mask)
                 moved[name] += total
                 shares[name] += total / self.pools[tensor.kind] if total else 0.0
+        numbers = zip(GROUPS, counts.values(), moved.values(), shares.values(), strict=True)
         return {
-            name: NeuronGroup(
-                int(counts[name]), _mean(moved[name], counts[name]), _mean(shares[name], counts[name])
-            )
-            for name in GROUPS
+            name: NeuronGroup(int(n), _mean(ranks, n), _mean(share, n)) for name, n, ranks, share in numbers
         }
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers in the model's order."""
-        found = {tensor.layer for tensor in self.tensors.values()}
-        return tuple(sorted(found, key=lambda layer: (int(layer.rpartition(".")[2]), layer)))
+        return tuple(sorted({tensor.layer for tensor in self.tensors.values()}, key=natural_key))
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -226,10 +218,7 @@ class Utilization:
                 | {"kinds": {k: _described(self.groups(layer=layer, kind=k)) for k in self.kinds}}
                 for layer in self.layers
             },
-            "buckets": [
-                {"from": b.start, "to": b.stop, "neurons": b.neurons, "mean_rank_change": b.mean_rank_change}
-                for b in self.buckets()
-            ],
+            "buckets": [dict(zip(BUCKET_KEYS, astuple(bucket), strict=True)) for bucket in self.buckets()],
         }
 
     @boundary
@@ -239,21 +228,17 @@ class Utilization:
         A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
         """
         refuse_output(path, inputs=[], force=force, kind="file")
-        entries = [
-            TensorInfo(f"{name}:{entry}", dtype, (tensor.layout.count,))
-            for name, tensor in self.tensors.items()
-            for entry, dtype in _ENTRIES
-        ]
+        entries = [one for name, tensor in self.tensors.items() for one in _entries(name, tensor.layout)]
         tensors = {
             name: {**described(t.info, t.layout.axes), "layer": t.layer, "kind": t.kind}
             for name, t in self.tensors.items()
         }
         metadata = dump(UTILIZATION_KEY, {"version": _VERSION, **self.facts, "tensors": tensors})
         with written_file(entries, metadata, path, force=force) as written:
-            for name, tensor in self.tensors.items():
-                for entry, dtype in _ENTRIES:
-                    values = getattr(tensor, entry).astype(DTYPES[dtype].numpy)
-                    written.write(f"{name}:{entry}", 0, values)
+            for entry in entries:
+                name, _, which = entry.name.rpartition(":")
+                values = getattr(self.tensors[name], which)
+                written.write(entry.name, 0, values.astype(DTYPES[entry.dtype].numpy))
             written.finish(metadata)
 
     @classmethod
@@ -280,6 +265,10 @@ def _described(groups: Mapping[str, NeuronGroup]) -> dict[str, Any]:
     return {name: asdict(group) for name, group in groups.items()}
 
 
+def _entries(name: str, layout: Layout) -> list[TensorInfo]:
+    return [TensorInfo(f"{name}:{which}", dtype, (layout.count,)) for which, dtype in _ENTRIES]
+
+
 def _read(file: TensorFile, name: str, entry: object) -> TensorUtilization:
     info, layout = described_tensor(file, _WHAT, name, entry)
     assert isinstance(entry, dict)  # described_tensor has checked it
@@ -287,19 +276,18 @@ def _read(file: TensorFile, name: str, entry: object) -> TensorUtilization:
     if not isinstance(layer, str) or not isinstance(kind, str) or not layer.rpartition(".")[2].isdecimal():
         raise bad(file, _WHAT, "the layer or kind is missing", name)
     values: dict[str, NDArray[Any]] = {}
-    for which, dtype in _ENTRIES:
-        require_entry(file, _WHAT, TensorInfo(f"{name}:{which}", dtype, (layout.count,)))
-        values[which] = file.array(f"{name}:{which}")
+    for one in _entries(name, layout):
+        require_entry(file, _WHAT, one)
+        values[one.name.rpartition(":")[2]] = file.array(one.name)
     values["trained"] = values["trained"].astype(np.bool_)
     return TensorUtilization(info, layout, layer, kind, **values)
 
 
 PAPER_LIMIT = Fraction(100_000, 32 * 11_008)
-"""The paper's limit of 100,000 ranks as a share of the neurons ranked together: the up rows, or the down
-columns, of Llama-2-7B (32 layers of 11,008)."""
+"""The paper's limit of 100,000 ranks as a share of the up rows of Llama-2-7B (32 layers of 11,008)."""
 
 
-def ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
+def ranks(values: Float64Array) -> Int64Array:
     """The rank of each value, ``[n]``: 1 for the largest, 0 for NaN. Equal values rank in their order."""
     ranked = np.zeros(len(values), np.int64)
     order = np.argsort(-values, kind="stable")  # NaN last
@@ -310,9 +298,7 @@ def ranks(values: NDArray[np.float64]) -> NDArray[np.int64]:
 
 def rank_limit(strongly: Amount | None, pool: int) -> int:
     """The rank change that a strongly affected neuron exceeds, in a pool of ``pool`` neurons."""
-    if strongly is None:
-        return int(PAPER_LIMIT * pool)
-    if strongly.percent is not None:
-        return int(strongly.percent / 100 * pool)
-    assert strongly.count is not None  # an amount has either a percentage or a count
-    return strongly.count
+    if strongly is not None and strongly.count is not None:
+        return strongly.count
+    percent = None if strongly is None else strongly.percent
+    return int((PAPER_LIMIT if percent is None else percent / 100) * pool)

@@ -20,8 +20,9 @@ class TokenChunk:
     """Consecutive tokens of one text that the model sees together."""
 
     ids: Sequence[int]  # the token ids, at least one
-    # The weight of each token in the mean: 1 / (tokens of its text x texts). All texts count equally.
-    weight: float
+    weight: (
+        float  # of each token in the mean: 1 / (tokens of its text x texts), so that all texts count equally
+    )
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,8 @@ class TokenizedText:
 
     name: str  # the file's name without its folder
     digest: str  # XXH3-128 of its bytes, hex
-    chunks: tuple[TokenChunk, ...]  # the chunks in the order of the file
-    # How many texts (lines) and tokens are used.
-    texts: int
+    chunks: tuple[TokenChunk, ...]  # in the order of the file
+    texts: int  # how many are used: lines
     tokens: int
     truncated: bool  # whether the file has more texts or tokens
 
@@ -66,11 +66,10 @@ def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, 
         if left == 0:
             break
         ids = tokenizer(line, verbose=False)["input_ids"]
-        truncated, ids = len(ids) > left, ids[:left]
-        taken += not truncated
-        left -= len(ids)
-        if ids:
-            encoded.append(ids)
+        taken += len(ids) <= left
+        encoded.append(ids[:left])
+        left -= len(encoded[-1])
+    encoded = [ids for ids in encoded if ids]
     if not encoded:
         raise UsageError("there is no text in this file", file=file, hint=_TEXT_HINT)
     chunks = [

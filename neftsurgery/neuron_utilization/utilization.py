@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Unpack, get_args
 
@@ -23,7 +24,7 @@ from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_KEY
 from ..progress import Progress, silent
 from ..selection.budget import Amount
-from ..selection.selection import Selection
+from ..selection.selection import Chosen, Selection
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.pairing import scored_count
@@ -46,21 +47,20 @@ class UtilizationPlan:
     tuned: Patch | Checkpoint  # a patch of the base, or another checkpoint
     text: TokenizedText
     padding: int  # the token id that fills up short chunks
-    # The ranked neurons by tensor name, and the number of the block that contains each tensor.
-    tensors: Mapping[str, NeuronTensor]
-    blocks: Mapping[str, int]
-    # How many trained neurons are not ranked; None if only a comparison of the checkpoints will tell.
-    unranked: int | None
+    tensors: Mapping[str, NeuronTensor]  # whose neurons are ranked
+    blocks: Mapping[str, int]  # the number of the block that contains each tensor
+    unranked: (
+        int | None
+    )  # trained neurons that are not ranked; None: only comparing the checkpoints will tell
     stack: str  # the name of the list of blocks in the model
     # The options of `utilization`.
     states: States
     strongly: Amount | None
-    batch: int  # the number of tokens that go through the model at once
-    # What the model computes in, and where.
+    batch: int
     dtype: str
     device: torch.device
-    out: AnyPath | None  # where the numbers of every neuron are written; None: not at all
-    force: bool  # whether to replace an existing ``out``
+    out: AnyPath | None
+    force: bool
 
     def __repr__(self) -> str:
         return printable(
@@ -75,15 +75,15 @@ class UtilizationPlan:
 
     def facts(self) -> dict[str, Any]:
         """What is compared, and how: the `Utilization.facts` of the result."""
-        if isinstance(self.tuned, Patch):
-            name = self.tuned.path.name if self.tuned.path else None
-            patch = {"name": name, "neurons": self.tuned.neurons, "outside": self.unranked}
-            other: dict[str, Any] = {"patch": patch}
+        kind, tuned = "tuned", self.tuned
+        if isinstance(tuned, Patch):
+            name, kind = tuned.path.name if tuned.path else None, "patch"
+            other: object = {"name": name, "neurons": tuned.neurons, "outside": self.unranked}
         else:
-            other = {"tuned": Provenance.of(self.tuned).to_json()}
+            other = Provenance.of(tuned).to_json()
         return {
             "base": Provenance.of(self.base).to_json(),
-            **other,
+            kind: other,
             "text": self.text.describe(),
             "states": self.states,
             "strongly": None if self.strongly is None else self.strongly.describe(),
@@ -115,9 +115,8 @@ def utilization(
     """Measure how a fine-tune moved neurons in the ranking by correlation with hidden states.
 
     Neurons of the same kind are ranked by their largest absolute Pearson correlation with the mean hidden
-    state of a layer on a text, before and after training. The method is that of Xu et al., "Let's Focus on
-    Neuron", COLING 2025, section 6.1 (https://aclanthology.org/2025.coling-main.630/);
-    ``docs/utilization.md`` has the definitions, and the choices made where the paper is silent.
+    state of a layer on a text, before and after training. The method is that of Xu et al., COLING 2025,
+    section 6.1 (https://aclanthology.org/2025.coling-main.630/); ``docs/utilization.md`` has the definitions.
 
     Parameters
     ----------
@@ -141,8 +140,7 @@ def utilization(
         The most tokens of the text (default 32,768), of a text that the model sees together (default 512, or
         the model's maximum), and of those that go through it at once (default 4,096).
     dtype, device:
-        What the model computes in (default ``auto``: the dtype of its files), and where (default ``auto``: a
-        GPU if there is one). Correlations are always computed in float64.
+        What the model computes in, and where. Default ``auto``: the dtype of its files, and a GPU if any.
     out:
         A safetensors file for the numbers of every neuron. Default: none.
     force:
@@ -185,7 +183,7 @@ def plan_utilization(
     refuse_output(out, inputs=[base, text, *([] if other is None else [other])], force=force, kind="file")
     limit = None if strongly is None else Amount.parse(strongly)
     before = Checkpoint.open(base)
-    try:
+    with closing(before):
         model = _single_stream(before)
         after = _open_tuned(before, tuned)
         trained = after.selection if isinstance(after, Patch) else None
@@ -199,25 +197,11 @@ def plan_utilization(
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
         tokenized = tokenize_file(text, tokenizer, tokens=tokens, length=min(length or LENGTH, longest))
         _check_vocabulary(before, model, tokenized)
-    finally:
-        before.close()
+    unranked = None if trained is None else _count_unranked(trained, tensors)
     return UtilizationPlan(
-        before,
-        after,
-        tokenized,
-        tokenizer.pad_token_id or 0,
-        tensors,
-        blocks,
-        None if trained is None else _count_unranked(trained, tensors),
-        stack.path,
-        states,
-        limit,
-        batch,
-        dtype,
-        _device(device),
-        out,
-        force,
-    )
+        before, after, tokenized, tokenizer.pad_token_id or 0, tensors, blocks, unranked, stack.path,
+        states, limit, batch, dtype, _device(device), out, force,
+    )  # fmt: skip
 
 
 def _ranked_tensors(
@@ -233,7 +217,10 @@ def _ranked_tensors(
             expected=f"the anatomy {' or '.join(ANATOMIES)}",
             found=anatomy,
         )
-    trained_axes = {} if trained is None or anatomy is not None else _axes_by_kind(trained, width)
+    trained_axes = {}
+    if trained is not None and anatomy is None:  # of the kinds of tensor that have trained neurons
+        chosen = ((layer_and_kind(name)[1], one.layout) for name, one in _own(trained))
+        trained_axes = {kind: layout.axes for kind, layout in chosen if layout.width == width}
     found: dict[str, NeuronTensor] = {}
     try:
         scored = read_anatomy(anatomy or "ffn", base.tensors, base.config).scored
@@ -241,12 +228,10 @@ def _ranked_tensors(
     except MismatchError:
         if not trained_axes:
             raise
-    if trained_axes:
-        for tensor in read_anatomy("rows", base.tensors, base.config).scored:
-            axes = trained_axes.get(tensor.kind)
-            known = found.get(tensor.info.name)
-            if axes is not None and (known is None or known.axes != axes):
-                found[tensor.info.name] = replace(tensor, axes=axes)
+    for tensor in read_anatomy("rows", base.tensors, base.config).scored if trained_axes else ():
+        name, axes = tensor.info.name, trained_axes.get(tensor.kind)
+        if axes is not None and (name not in found or found[name].axes != axes):
+            found[name] = replace(tensor, axes=axes)
     wide = {name: t for name, t in found.items() if t.layout.width == width and t.layer}
     if not wide:
         raise MismatchError(
@@ -257,24 +242,17 @@ def _ranked_tensors(
     return dict(sorted(wide.items()))
 
 
-def _axes_by_kind(trained: Selection, width: int) -> dict[str, tuple[int, ...]]:
-    """The neuron axes of every kind of tensor that has trained neurons of this width."""
+def _own(trained: Selection) -> list[tuple[str, Chosen]]:
+    """The tensors of a selection without companion biases."""
     companions = trained.facts.companion_biases
-    return {
-        layer_and_kind(name)[1]: chosen.layout.axes
-        for name, chosen in trained.tensors.items()
-        if name not in companions and chosen.layout.width == width
-    }
+    return [(name, chosen) for name, chosen in trained.tensors.items() if name not in companions]
 
 
 def _count_unranked(trained: Selection, tensors: Mapping[str, NeuronTensor]) -> int:
-    """How many trained neurons are not among those of ``tensors``. Bias elements are not counted."""
-    companions = trained.facts.companion_biases
+    """How many trained neurons are not among those of ``tensors``."""
     count = 0
-    for name, chosen in trained.tensors.items():
+    for name, chosen in _own(trained):
         tensor = tensors.get(name)
-        if name in companions:
-            continue
         if tensor is None or tensor.axes != chosen.layout.axes:
             count += len(chosen.index)
         elif tensor.part is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.in_memory import tensor_info
 from ..errors import MismatchError, UsageError
-from ..live.placement import live_places
+from ..live.placement import neurons_by_weight
 from ..live.weights import from_bytes, is_plain
 from ..neurons.anatomy import NeuronTensor, read_anatomy
 from ..neurons.layout import Layout
@@ -65,24 +64,14 @@ def _of_file(model: nn.Module, path: str) -> dict[str, ChosenNeurons]:
 def neurons_of(model: nn.Module, what: Selection | Patch) -> dict[str, ChosenNeurons]:
     """The neurons of a selection or patch by parameter, which may hold several tensors of the files."""
     tensors = (what.selection if isinstance(what, Patch) else what).tensors
-    places = live_places(model, {name: chosen.layout for name, chosen in tensors.items()})
-    layouts: dict[str, Layout] = {}
-    indices, held = defaultdict[str, list[Int64Array]](list), defaultdict[str, list[Tensor]](list)
-    for name, chosen in tensors.items():
-        values = from_bytes(what.values(name), chosen.info.dtype) if isinstance(what, Patch) else None
-        for place in places[name]:
-            if layouts.setdefault(place.parameter, place.layout) != place.layout:
-                raise UsageError("the file has neurons along two axes of one weight", tensor=place.parameter)
-            index = place.index_of(chosen.index)
-            indices[place.parameter].append(index[index >= 0])
-            if values is not None:
-                held[place.parameter].append(values[torch.from_numpy(index >= 0)])
     found = {}
-    for parameter, layout in layouts.items():
-        index = np.concatenate(indices[parameter])
-        order = np.argsort(index, kind="stable")
-        rows = torch.cat(held[parameter])[torch.from_numpy(order)] if held else None
-        found[parameter] = ChosenNeurons(layout, index[order], rows)
+    for parameter, (layout, held) in neurons_by_weight(model, tensors).items():
+        index = np.concatenate([index for _, _, index in held])
+        order, values = np.argsort(index, kind="stable"), None
+        if isinstance(what, Patch):
+            parts = [from_bytes(what.values(name)[here], tensors[name].info.dtype) for name, here, _ in held]
+            values = torch.cat(parts)[torch.from_numpy(order)]
+        found[parameter] = ChosenNeurons(layout, index[order], values)
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,12 @@ from ..live.loading_rules import LoadingRules
 from ..live.placement import LivePlace, live_places
 from ..live.weights import block_ranges, to_bytes
 from ..neurons.layout import Layout
-from ..neurons.vectors import gather
+from ..neurons.vectors import find, gather
 from ..patch.patch import Manifest, Patch
 from ..patch.write import NewPatch
-from ..selection.selection import Chosen, Selection, SelectionFacts
+from ..selection.selection import Chosen, Selection
 from ..storage.output import staged_directory
+from ..tensors.arrays import Int64Array
 from .choosing import neurons_of
 from .config import NeftConfig
 
@@ -53,62 +55,75 @@ def patch_of_adapter(
             hint="merge it into the model and use extract",
         )
     checkpoint = Checkpoint.open(base)
-    try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CorruptFileError(f"the adapter cannot be read: {error}", file=folder / _WEIGHTS) from error
-    model: nn.Module = meta_model(checkpoint, "saved")
-    rules = LoadingRules(model)
-    parts: dict[str, tuple[Chosen, Tensor]] = {}
-    for parameter, (count, axes) in config.layouts().items():
-        stem = _START + parameter.removesuffix(".weight")
-        index, rows = tensors.get(f"{stem}.neft_index"), tensors.get(f"{stem}.neft_rows")
-        if index is None or rows is None or len(index) != count or len(rows) != count:
-            raise CorruptFileError(
-                "the adapter does not have the neurons of its config", file=folder, tensor=parameter
-            )
-        left = count
-        for name, place in _places_in(model, rules, checkpoint, parameter, axes):
-            live = place.index_of(np.arange(place.file.count))
-            _, file, at = np.intersect1d(live, index.numpy(), assume_unique=True, return_indices=True)
-            order = np.argsort(file)
-            if len(order):
-                chosen = Chosen(checkpoint.tensors[name], place.file, file[order])
-                parts[name] = chosen, rows[torch.from_numpy(at[order])]
-                left -= len(order)
-        if left:
-            raise MismatchError(
-                "the base's files do not have these neurons",
-                file=checkpoint.name,
-                tensor=parameter,
-                hint="name the base that the adapter was trained on",
-            )
-    selection = Selection({name: parts[name][0] for name in sorted(parts)}, _facts(config))
+    stored = _stored_neurons(folder, config)
+    parts = defaultdict[str, list[tuple[Layout, Int64Array, Tensor]]](list)
+    left = {parameter: len(index) for parameter, (index, _) in stored.items()}
+    for name, place in _places_in(checkpoint, config):
+        index, rows = stored[place.parameter]
+        slot, here = find(index, place.index_of(np.arange(place.file.count)))
+        if here.any():
+            parts[name].append((place.file, np.flatnonzero(here), rows[torch.from_numpy(slot[here])]))
+            left[place.parameter] -= int(np.count_nonzero(here))
+    if missing := next((parameter for parameter, count in left.items() if count), None):
+        raise MismatchError(
+            "the base's files do not have these neurons",
+            file=checkpoint.name,
+            tensor=missing,
+            hint="name the base that the adapter was trained on",
+        )
+    chosen, values = dict[str, Chosen](), dict[str, Tensor]()
+    for name, ((layout, *_), *_) in sorted(parts.items()):  # a tensor may lie in several weights
+        index = np.concatenate([one for _, one, _ in parts[name]])
+        order = np.argsort(index)
+        chosen[name] = Chosen(checkpoint.tensors[name], layout, index[order])
+        values[name] = torch.cat([rows for *_, rows in parts[name]])[torch.from_numpy(order)]
+    given = {"neurons": config.neurons, "params": config.params}
+    budget = {key: value for key, value in given.items() if value is not None}
+    facts = {"anatomy": config.anatomy, "policy": config.policy, "budget": budget}
+    selection = Selection(chosen, facts)
     manifest = Manifest.of(Provenance.of(checkpoint), selection.facts)
     with NewPatch(selection, manifest).written(out, force=force) as writer:
-        for name, (chosen, rows) in parts.items():
-            for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
-                old = gather(checkpoint, chosen.info, chosen.layout, chosen.index[start:stop])
-                new = to_bytes(rows[start:stop], chosen.info.dtype)
+        for name, one in chosen.items():
+            for start, stop in block_ranges(len(one.index), one.layout.width):
+                old = gather(checkpoint, one.info, one.layout, one.index[start:stop])
+                new = to_bytes(values[name][start:stop], one.info.dtype)
                 writer.add_digests(name, *writer.write_rows(name, start, old, new))
     return writer.patch
 
 
-def _places_in(
-    model: nn.Module, rules: LoadingRules, base: Checkpoint, parameter: str, axes: tuple[int, ...]
-) -> Iterator[tuple[str, LivePlace]]:
-    """The tensors of the files that are in a weight, with the axes along which its neurons lie in them."""
+def _stored_neurons(folder: Path, config: NeftConfig) -> dict[str, tuple[Int64Array, Tensor]]:
+    """The numbers and the vectors of the neurons of each weight of an adapter."""
+    try:
+        tensors = load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CorruptFileError(f"the adapter cannot be read: {error}", file=folder / _WEIGHTS) from error
+    stored: dict[str, tuple[Int64Array, Tensor]] = {}
+    for parameter, (count, _) in config.layouts().items():
+        stem = _START + parameter.removesuffix(".weight")
+        numbers, vectors = tensors.get(f"{stem}.neft_index"), tensors.get(f"{stem}.neft_rows")
+        if numbers is None or vectors is None or len(numbers) != count or len(vectors) != count:
+            raise CorruptFileError(
+                "the adapter does not have the neurons of its config", file=folder, tensor=parameter
+            )
+        stored[parameter] = numbers.numpy(), vectors
+    return stored
+
+
+def _places_in(base: Checkpoint, config: NeftConfig) -> Iterator[tuple[str, LivePlace]]:
+    """The tensors of the files that lie in an adapter's weights, with the axes of its neurons in them."""
+    model: nn.Module = meta_model(base, "saved")
+    rules, wanted = LoadingRules(model), {name: axes for name, (_, axes) in config.layouts().items()}
     for name, info in base.tensors.items():
         try:
-            if rules.find(name)[0] != parameter:
-                continue
+            live, pattern = rules.find(name)
         except MismatchError:  # the model does not have it: a buffer, a head of another class
             continue
-        for count in (1, 2):
-            for own in itertools.combinations(range(len(info.shape)), count):
-                with contextlib.suppress(MismatchError):
-                    (place,) = live_places(model, {name: Layout.of(info.shape, own)})[name]
-                    if place.parameter == parameter and place.layout.axes == axes:
+        if wanted.keys().isdisjoint([live] if pattern is None else rules.made_with(live, pattern)):
+            continue
+        for own in (axes for count in (1, 2) for axes in combinations(range(len(info.shape)), count)):
+            with contextlib.suppress(MismatchError):
+                for place in live_places(model, {name: Layout.of(info.shape, own)})[name]:
+                    if place.layout.axes == wanted.get(place.parameter):
                         yield name, place
 
 
@@ -122,11 +137,6 @@ def _config(folder: Path) -> NeftConfig:
             "this is an adapter of another method", file=folder, expected="NEFT", found=str(config.peft_type)
         )
     return config
-
-
-def _facts(config: NeftConfig) -> SelectionFacts:
-    budget = {key: value for key in ("neurons", "params") if (value := getattr(config, key)) is not None}
-    return SelectionFacts({"anatomy": config.anatomy, "policy": config.policy, "budget": budget})
 
 
 @boundary

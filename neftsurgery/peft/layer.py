@@ -161,13 +161,12 @@ class NeftLayer(nn.Module, BaseTunerLayer):
 
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
         """A batch of which each example has its own adapter; ``__base__``: none."""
-        parts: list[tuple[Tensor, Tensor]] = []
+        places, outputs = list[Tensor](), list[Tensor]()
         for name in dict.fromkeys(names):
-            where = torch.tensor([n for n, one in enumerate(names) if one == name], device=x.device)
+            places.append(torch.tensor([n for n, one in enumerate(names) if one == name], device=x.device))
             own = [name] if name in self.neft_rows else []
-            parts.append((where, self._run(x.index_select(0, where), own)))
-        order = torch.cat([where for where, _ in parts]).argsort()
-        return torch.cat([out for _, out in parts]).index_select(0, order)
+            outputs.append(self._run(x.index_select(0, places[-1]), own))
+        return torch.cat(outputs).index_select(0, torch.cat(places).argsort())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: PEFT's conversion is an approximation; ``neftsurgery export`` is exact."""

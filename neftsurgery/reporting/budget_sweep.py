@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,10 +10,9 @@ from .. import text
 from ..progress import Progress
 from ..scoring.scores import Scores
 from ..selection.budget import Amount, Budget
-from ..selection.selection import Selection
 from .figure import KIND, SHARE, Column, ReportFigure, Table
 from .layer_map import LayerMap
-from .plotting import ACCENT, MplFigure, annotate, heatmap, new_axes, share_curves
+from .plotting import ACCENT, MplFigure, annotate, heatmap, share_curves
 
 #: The budgets, in percent of the scored neurons.
 PERCENTS = ("0.5", "1", "2", "3", "5", "7.5", "10", "15", "20")
@@ -21,41 +20,34 @@ _KINDS = 14
 _CHOSEN_SHARE = "share of the scored neurons chosen"
 
 
-@dataclass(frozen=True, slots=True)
-class _Point:
-    """What one budget chooses."""
+class _Point(NamedTuple):
+    """What one budget chooses: a row of the table."""
 
     budget: str  # as text: ``3%``
-    selection: Selection
+    neurons: int
+    parameters: int
     share: float  # of the scored neurons
-    kinds: dict[str, tuple[int, int]]  # for each kind of weight, its chosen neurons and all its neurons
-
-    @property
-    def captured(self) -> float:
-        """The captured share of the squared change of all common tensors; NaN if unknown."""
-        return _or_nan(self.selection.facts.captured)
-
-
-def _or_nan(value: float | None) -> float:
-    return np.nan if value is None else value
+    captured: float  # the share of the squared change of all common tensors; NaN if unknown
+    captured_scored: float
 
 
 class BudgetSweep:
     """What budgets from 0.5% to 20% choose, with the policy and the pools of a given budget."""
 
     def __init__(self, scores: Scores, budget: Budget, progress: Progress) -> None:
-        self._points = []
+        self._points = list[_Point]()
+        self._kinds = list[dict[str, tuple[int, int]]]()  # chosen and all neurons of each kind, by budget
         with progress("computing", len(PERCENTS)) as advance:
             for percent in PERCENTS:
                 bare = Budget(
                     Amount.parse(f"{percent}%"), per=budget.per, max_per_tensor=budget.max_per_tensor,
                     policy=budget.policy, seed=budget.seed,
                 )  # fmt: skip
-                selection = scores.choose(bare)
-                kinds = LayerMap.of_scores(scores, selection).by_kind
-                self._points.append(
-                    _Point(f"{percent}%", selection, selection.neurons / scores.neurons, kinds)
-                )
+                chosen = scores.choose(bare)
+                shares = chosen.neurons / scores.neurons, chosen.facts.captured, chosen.facts.captured_scored
+                known = [np.nan if one is None else one for one in shares]
+                self._points.append(_Point(f"{percent}%", chosen.neurons, chosen.parameters, *known))
+                self._kinds.append(LayerMap.of_scores(scores, chosen).by_kind)
                 advance(1)
 
     def captured_figure(self, id: str) -> ReportFigure:
@@ -68,12 +60,6 @@ class BudgetSweep:
             Column("captured", "share of the whole change", text.percent, bar=True),
             Column("captured_scored", "share of the scored tensors' change", text.percent),
         )
-        rows = tuple(
-            (point.budget, chosen.neurons, chosen.parameters, point.share, point.captured,
-             _or_nan(chosen.facts.captured_scored))
-            for point in self._points
-            for chosen in [point.selection]
-        )  # fmt: skip
         known = [point for point in self._points if point.captured == point.captured]
         return ReportFigure(
             id,
@@ -82,7 +68,7 @@ class BudgetSweep:
             "The further the line is above the dashed line, the more of the change is in few neurons. The "
             "dashed line shows the case in which all neurons change equally and every choice is as good as "
             "any other.",
-            Table(columns, rows),
+            Table(columns, tuple(self._points)),
             self._draw_captured if known else None,
             f"{known[0].budget} of the neurons hold {text.percent(known[0].captured)} of the change; "
             f"{known[-1].budget} hold {text.percent(known[-1].captured)}."
@@ -113,8 +99,8 @@ class BudgetSweep:
         )
         rows = tuple(
             (point.budget, kind, chosen, total, chosen / total)
-            for point in self._points
-            for kind, (chosen, total) in point.kinds.items()
+            for point, kinds in zip(self._points, self._kinds, strict=True)
+            for kind, (chosen, total) in kinds.items()
             if total
         )
         return ReportFigure(
@@ -128,13 +114,10 @@ class BudgetSweep:
         )
 
     def _draw_kinds(self, fig: MplFigure) -> None:
-        last = self._points[-1].kinds  # those with the most chosen neurons are drawn, in their order
+        last = self._kinds[-1]  # those with the most chosen neurons are drawn, in their order
         most = sorted(last, key=lambda kind: -last[kind][0])[:_KINDS]
         kinds = [kind for kind in last if kind in most]
-        share = np.array(
-            [[p.kinds[kind][0] / max(1, p.kinds[kind][1]) for p in self._points] for kind in kinds]
-        )
-        axes = new_axes(fig, 0.6 + 0.24 * len(kinds), xlabel=_CHOSEN_SHARE)
+        share = np.array([[each[kind][0] / max(1, each[kind][1]) for each in self._kinds] for kind in kinds])
         rows, columns = [text.label(kind, 28) for kind in kinds], [point.budget for point in self._points]
-        heatmap(axes, share, rows, columns, top=float(share.max()) or 1.0, slanted=False, gaps=False)
-        axes.xaxis.tick_bottom()
+        mesh = heatmap(fig, share, rows, columns, xlabel=_CHOSEN_SHARE)
+        mesh.axes.xaxis.tick_bottom()

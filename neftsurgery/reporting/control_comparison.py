@@ -13,17 +13,7 @@ from ..tensors.arrays import Float64Array, Int64Array
 from .budget_sweep import PERCENTS
 from .figure import KIND, Column, ReportFigure, Table
 from .inputs import Candidates
-from .plotting import (
-    ACCENT,
-    CONTRAST,
-    INK,
-    MUTED,
-    MplFigure,
-    annotate,
-    legend_above,
-    new_axes,
-    share_curves,
-)
+from .plotting import ACCENT, CONTRAST, INK, MUTED, MplFigure, annotate, legend_above, new_axes, share_curves
 
 _LARGEST = float(np.finfo(np.float32).max)
 _KINDS = 12
@@ -38,8 +28,7 @@ class _Control:
     """A score compared with one control."""
 
     name: str  # ``norm`` or ``random``
-    # Spearman's rank correlation over all candidates. NaN if one of the two is constant.
-    correlation: float
+    correlation: float  # Spearman's, over all candidates; NaN if one of the two is constant
     by_kind: tuple[float, ...]  # the same within each kind of weight
     overlaps: Int64Array  # for each budget, how many candidates both choose
     chosen: int  # how many of the chosen candidates the control also chooses with the same budget
@@ -65,9 +54,8 @@ class ControlComparison:
             both = np.cumsum(np.bincount(np.maximum(rank, other), minlength=count))
             by_kind = tuple(spearman(mine[part], values[part]) for part in parts)
             shared = int((candidates.chosen & (other < self._chosen)).sum())
-            self._controls.append(
-                _Control(name, spearman(mine, values), by_kind, both[self._taken - 1], shared)
-            )
+            overlaps, all_kinds = both[self._taken - 1], spearman(mine, values)
+            self._controls.append(_Control(name, all_kinds, by_kind, overlaps, shared))
 
     @property
     def verdict(self) -> str:
@@ -207,10 +195,7 @@ def _controls(candidates: Candidates) -> Iterator[tuple[str, Float64Array]]:
         with np.errstate(divide="ignore"):
             norm = np.minimum(1 / np.sqrt(candidates.base_sq), _LARGEST)
         yield "norm", norm.astype(np.float32).astype(np.float64)
-    drawn = np.empty(len(candidates))
-    edges = np.searchsorted(candidates.tensor, np.arange(len(candidates.tensors) + 1))
-    for number, name in enumerate(candidates.tensors):
-        mine = candidates.index[edges[number] : edges[number + 1]]
-        if len(mine):
-            drawn[edges[number] : edges[number + 1]] = random_scores(name, int(mine.max()) + 1, 0)[mine]
-    yield "random", drawn
+    starts = np.searchsorted(candidates.tensor, np.arange(1, len(candidates.tensors)))
+    own = zip(candidates.tensors, np.split(candidates.index, starts), strict=True)
+    drawn = [random_scores(name, int(mine.max(initial=-1)) + 1, 0)[mine] for name, mine in own]
+    yield "random", np.concatenate(drawn).astype(np.float64)

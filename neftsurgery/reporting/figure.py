@@ -24,8 +24,7 @@ class Column:
     key: str  # the name in CSV and JSON
     title: str  # the heading on the page
     show: Callable[[Any], str] = str  # formats a value other than None
-    # Whether the page draws a bar behind the number, in proportion to the largest number of the column.
-    bar: bool = False
+    bar: bool = False  # whether a bar is drawn behind the number, in proportion to the column's largest
 
     @property
     def is_number(self) -> bool:
@@ -36,6 +35,11 @@ class Column:
 # Columns of many tables.
 LAYER, KIND = Column("layer", "layer", text.label), Column("kind", "kind of weight", text.label)
 SHARE = Column("share", "share", text.percent, bar=True)
+RANK, TENSOR, INDEX = (
+    Column("rank", "", text.commas),
+    Column("tensor", "tensor", text.label),
+    Column("index", "index", text.commas),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +72,11 @@ class ReportFigure:
     """One figure of a report."""
 
     id: str  # the anchor on the page, and the file name without its suffix; unique in a report
-    # What the figure shows, and in which units.
     title: str
     units: str
     reading: str  # one or two sentences on how to read it
     table: Table  # the numbers of the figure
-    # Draws on an empty matplotlib figure; None for a figure that has only its table.
-    draw: DrawFunction | None = None
+    draw: DrawFunction | None = None  # on an empty matplotlib figure; None: there is only the table
     verdict: str = ""  # the result in one sentence; may be empty
     as_table: bool = False  # whether the page shows the table instead of the image
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import MismatchError, UsageError
 from ..patch.lossless import LosslessPatch, load_any
@@ -20,7 +18,7 @@ from ..patch.patch_file import PATCH_KEY
 from ..scoring.scores import SCORES_KEY, Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
-from ..tensors.arrays import Float64Array, Int64Array
+from ..tensors.arrays import Float32Array, Float64Array, Int64Array, Mask
 from ..tensors.header import read_header
 from .layer_map import LayerMap, locate_tensors
 
@@ -34,19 +32,15 @@ class Candidates:
     score_name: str
     word: str  # ``neuron`` or ``unit``
     tensors: tuple[str, ...]  # the names of all scored tensors
-    # Int64 ``[n]``: the number of the tensor, and the index of the neuron in it. For a unit, those of its
-    # first neuron.
-    tensor: Int64Array
-    index: Int64Array
-    score: NDArray[np.float32]  # float32 ``[n]``: the scores
-    # Float64 ``[n]``: the squared norms of the base vector and of the change. For a unit, their sums. None if
-    # the file does not hold them.
-    base_sq: Float64Array | None
-    delta_sq: Float64Array | None
-    chosen: NDArray[np.bool_]  # bool ``[n]``: whether the budget chooses it
-    # The names of the kinds of weight. For units, the names of the blocks.
-    kinds: tuple[str, ...]
-    kind: Int64Array  # int64 ``[n]``: the number of the kind
+    # Each array is ``[n]``. For a unit, they are of its first neuron, and the squared norms are sums.
+    tensor: Int64Array  # the number of the tensor
+    index: Int64Array  # of the neuron in it
+    score: Float32Array
+    base_sq: Float64Array | None  # the squared norm of the base vector; None if the file does not hold them
+    delta_sq: Float64Array | None  # that of the change
+    chosen: Mask  # whether the budget chooses it
+    kinds: tuple[str, ...]  # the names of the kinds of weight; for units, those of the blocks
+    kind: Int64Array  # the number of the kind
 
     def __len__(self) -> int:
         return len(self.score)
@@ -110,9 +104,8 @@ def open_inputs(paths: Sequence[str | os.PathLike[str]], budget: Budget) -> list
     for path, name in zip(paths, _names([Path(path) for path in paths]), strict=True):
         if not Path(path).is_file():
             folder = "expected a scores file or a patch, found a folder"
-            raise UsageError(
-                folder if Path(path).is_dir() else "there is no such file", file=path, hint=_DIFF_HINT
-            )
+            what = folder if Path(path).is_dir() else "there is no such file"
+            raise UsageError(what, file=path, hint=_DIFF_HINT)
         metadata = read_header(Path(path)).metadata
         if SCORES_KEY in metadata:
             scores = Scores.load(path)
@@ -134,12 +127,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
     names = [path.name for path in paths]
     if len(set(names)) < len(names):
         names = [f"{path.absolute().parent.name}/{path.name}" for path in paths]
-    seen: Counter[str] = Counter()
-    unique = []
-    for name in names:
-        seen[name] += 1
-        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return unique
+    earlier = [names[:number].count(name) for number, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, earlier, strict=True)]
 
 
 def read_candidates(scores: Scores, selection: Selection) -> Candidates:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from ..selection.selection import Selection
 from ..tensors.arrays import Int64Array
 from ..text import commas, label, natural_key, percent
 from .figure import KIND, LAYER, SHARE, Column, ReportFigure, Table
-from .plotting import MplFigure, heatmap, new_axes
+from .plotting import MplFigure, heatmap
 
 #: The row of the tensors outside all layers, in a model that has layers.
 NO_LAYER = ""
@@ -28,8 +29,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class TensorLocation:
+class TensorLocation(NamedTuple):
     """The layer and the kind of a tensor: its row and its column in the layer map."""
 
     layer: str
@@ -57,14 +57,10 @@ def sorted_layers(locations: Iterable[TensorLocation]) -> list[str]:
 class LayerMap:
     """How many neurons are chosen in each layer and kind of weight."""
 
-    # The names of the rows, in natural order. If there are tensors outside all layers, `NO_LAYER` comes last.
-    layers: tuple[str, ...]
-    # The names of the columns, in natural order. Kinds that are in no layer come last.
-    kinds: tuple[str, ...]
-    # Int64 ``[layers, kinds]``: the chosen neurons, and all neurons. A total of 0 means that there is no such
-    # tensor.
-    chosen: Int64Array
-    totals: Int64Array
+    layers: tuple[str, ...]  # the rows, in natural order; `NO_LAYER`, for tensors outside all layers, is last
+    kinds: tuple[str, ...]  # the columns, in natural order; kinds that are in no layer are last
+    chosen: Int64Array  # the chosen neurons ``[layers, kinds]``
+    totals: Int64Array  # all neurons; 0: there is no such tensor
 
     @classmethod
     def of_counts(cls, counts: Mapping[str, tuple[int, int]]) -> LayerMap:
@@ -140,15 +136,11 @@ class LayerMap:
     def _folded_columns(self, count: int) -> LayerMap:
         if len(self.kinds) <= count:
             return self
-        largest = np.argsort(-self.chosen.sum(axis=0), kind="stable")[: count - 1]
-        kept = np.sort(largest)
-        rest = np.setdiff1d(np.arange(len(self.kinds)), kept)
-
-        def fold(cells: Int64Array) -> Int64Array:
-            return np.column_stack([cells[:, kept], cells[:, rest].sum(axis=1)])
-
-        names = (*(self.kinds[i] for i in kept), f"{len(rest):,} {_REST}")
-        return LayerMap(self.layers, names, fold(self.chosen), fold(self.totals))
+        kept = np.sort(np.argsort(-self.chosen.sum(axis=0), kind="stable")[: count - 1])
+        names = (*(self.kinds[i] for i in kept), f"{len(self.kinds) - len(kept):,} {_REST}")
+        cells = (self.chosen, self.totals)
+        folded = (np.column_stack([c[:, kept], np.delete(c, kept, axis=1).sum(axis=1)]) for c in cells)
+        return LayerMap(self.layers, names, *folded)
 
     def _transposed(self) -> LayerMap:
         return LayerMap(self.kinds, self.layers, self.chosen.T, self.totals.T)
@@ -169,26 +161,17 @@ class LayerMap:
 def layer_map_figure(
     found: LayerMap, *, id: str = "map", word: str = "chosen", of_patch: bool = False
 ) -> ReportFigure:
-    """The layer map as a figure of the report.
-
-    If the map has too many rows or columns to draw, those with the fewest chosen neurons are drawn as one.
-    ``word`` says in the title what its neurons are: ``sensitive``, ``replaced``. ``of_patch``: it is the map
-    of a patch, which has only the weights that the patch changes.
-    """
+    """The layer map as a figure. ``word``: what its neurons are; ``of_patch``: only its weights are in it."""
     columns = (LAYER, KIND, Column("chosen", word, commas), Column("total", "neurons", commas), SHARE)
+    layers = f" ({label(found.prefix, 40)}N)" if found.prefix else ""
+    empty = "is a weight that the patch does not change" if of_patch else "means that there is no such weight"
     return ReportFigure(
         id,
         f"Where the {word} neurons are",
         f"{word} neurons, percent of those of that weight",
-        "Each row is a layer"
-        + (f" ({label(found.prefix, 40)}N)" if found.prefix else "")
-        + ", each column a kind of weight, each cell the neurons of one weight (experts are counted "
-        f"together). The number is the percentage of {word} neurons; lighter cells have more. "
-        + (
-            "An empty cell is a weight that the patch does not change."
-            if of_patch
-            else "An empty cell means that there is no such weight."
-        ),
+        f"Each row is a layer{layers}, each column a kind of weight, each cell the neurons of one weight "
+        f"(experts are counted together). The number is the percentage of {word} neurons; lighter cells have "
+        f"more. An empty cell {empty}.",
         Table(columns, tuple(found.rows())),
         lambda fig: draw_layer_map(fig, found),
         _verdict(found, word, " of the weights that the patch changes" if of_patch else ""),
@@ -215,19 +198,11 @@ def _verdict(found: LayerMap, word: str, which: str) -> str:
 def draw_layer_map(fig: MplFigure, found: LayerMap, columns: int = _MOST_COLUMNS) -> None:
     """Draw the share of each cell; of many rows or columns, those with the fewest chosen ones as one."""
     found = found.folded(_MOST_ROWS, columns)
-    rows, kinds = found.totals.shape
-    height = 0.21 if rows <= 48 else 0.15
-    slanted = 0.042 * max(len(name) for name in found.column_labels)
-    axes = new_axes(fig, 0.7 + slanted + max(height * rows, 0.4), ylabel="layer")
-    top = float(np.nanmax(found.share, initial=0.0)) or 1.0
-    small = rows > 48 or kinds > 10
-    mesh = heatmap(axes, found.share, found.row_labels, found.column_labels, top=top, small=small)
-    if rows > 48:  # every other label fits
-        axes.set_yticks(np.arange(0, rows, 2) + 0.5, found.row_labels[::2])
-    bar = fig.colorbar(mesh, ax=axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
+    mesh = heatmap(fig, found.share, found.row_labels, found.column_labels, ylabel="layer")
+    bar = fig.colorbar(mesh, ax=mesh.axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-    ticks = [0.0, top / 2, top]
+    ticks = [0.0, mesh.norm.vmax / 2, mesh.norm.vmax]
     bar.set_ticks(ticks, labels=[percent(tick) for tick in ticks])
 
 
@@ -241,18 +216,15 @@ def layer_map_lines(
     if not found.neurons:
         return
     folded = found.folded(len(found.layers), kinds)
-    groups = np.array_split(np.arange(len(found.layers)), min(len(found.layers), layers))
-    chosen = np.array([folded.chosen[group].sum(axis=0) for group in groups])
-    totals = np.array([folded.totals[group].sum(axis=0) for group in groups])
-    with np.errstate(invalid="ignore"):
-        share = chosen / totals
-    top = float(np.nanmax(share))
-    scale = BLOCKS if blocks else _ASCII
+    edges = [each[0] for each in np.array_split(np.arange(len(found.layers)), min(len(found.layers), layers))]
+    cells = (np.add.reduceat(each, edges, axis=0) for each in (folded.chosen, folded.totals))
+    grouped = LayerMap(folded.layers, folded.kinds, *cells)
+    top, scale = float(np.nanmax(grouped.share)), BLOCKS if blocks else _ASCII
     width = max(len(name) for name in folded.column_labels)
-    for column, name in enumerate(folded.column_labels):
-        cells = "".join(_cell(value, top, scale) for value in share[:, column])
-        chosen_share = int(folded.chosen[:, column].sum()) / int(folded.totals[:, column].sum())
-        yield f"{name.ljust(width)}  {cells}  {percent(chosen_share).rjust(6)}"
+    shares = folded.chosen.sum(axis=0) / folded.totals.sum(axis=0)
+    for name, column, share in zip(folded.column_labels, grouped.share.T, shares, strict=True):
+        line = "".join(_cell(value, top, scale) for value in column)
+        yield f"{name.ljust(width)}  {line}  {percent(share).rjust(6)}"
     yield (
         f"{''.ljust(width)}  {len(found.layers)} layers from left to right, "
         f"{scale[-1]} is the maximum: {percent(top)}"

@@ -23,11 +23,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
-else:
-    Figure = Any
-
 
 INK, MUTED, GRID, SURFACE = "#1f2329", "#59636f", "#d5dbe1", "#fffffe"
 ACCENT, CONTRAST, FAINT = "#0067a6", "#b3480a", "#b7cbdb"
@@ -55,11 +51,8 @@ _STYLE: dict[str, Any] = {
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
-    "axes.grid": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 8.5,
-    "axes.unicode_minus": True,
     "figure.facecolor": SURFACE,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
@@ -71,7 +64,7 @@ _STYLE: dict[str, Any] = {
 }
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
-MplFigure: TypeAlias = Figure
+MplFigure: TypeAlias = "Figure"
 DrawFunction: TypeAlias = Callable[[MplFigure], None]
 
 
@@ -97,8 +90,7 @@ def svg(draw: DrawFunction, salt: str) -> str:
     """The figure as a standalone SVG file on white. Its ids are hashed with ``salt``."""
     with _drawn(draw, {"svg.hashsalt": salt}) as fig:
         file = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        fig.savefig(file, format="svg", metadata=nothing)
+        fig.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
 
@@ -108,7 +100,6 @@ def themed_svg(text: str, prefix: str, title: str) -> str:
     for parent in root.iter():
         for child in [c for c in parent if c.tag.rpartition("}")[2] in ("metadata", "style")]:
             parent.remove(child)
-    variables = {colour: f"var(--{name})" for name, colour, _ in COLOURS}
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
         for key, value in list(element.attrib.items()):
@@ -120,17 +111,17 @@ def themed_svg(text: str, prefix: str, title: str) -> str:
             elif "url(#" in value:
                 element.set(key, value.replace("url(#", f"url(#{prefix}-"))
             elif key == "style":
-                element.set(key, _themed(value, variables))
+                element.set(key, _themed(value))
     for size in ("width", "height"):
         root.attrib.pop(size, None)
-    root.set("role", "img")
-    root.set("aria-label", title)
+    root.attrib |= {"role": "img", "aria-label": title}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _themed(style: str, variables: dict[str, str]) -> str:
-    parts = [part.strip().partition(":") for part in style.split(";") if part.strip()]
-    kept = [(key, value.strip()) for key, _, value in parts if key != "font-family"]
+def _themed(style: str) -> str:
+    variables = {colour: f"var(--{name})" for name, colour, _ in COLOURS}
+    parts = (part.strip().partition(":") for part in style.split(";") if part.strip())
+    kept = ((key, value.strip()) for key, _, value in parts if key != "font-family")
     return "; ".join(f"{key}: {variables.get(value, value)}" for key, value in kept)
 
 
@@ -198,23 +189,26 @@ def annotate(axes: Axes, text: str, xy: tuple[Any, Any], offset: tuple[int, int]
 
 
 def heatmap(
-    axes: Axes,
+    fig: MplFigure,
     share: NDArray[np.float64],
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    top: float,
-    small: bool = False,
-    slanted: bool = True,
-    gaps: bool = True,
-) -> QuadMesh:
-    """Draw shares ``[rows, columns]``, NaN where empty, as coloured cells with their percentages.
+    top: float | None = None,
+    **labels: Any,
+) -> Any:
+    """Draw shares ``[rows, columns]``, NaN where empty, as coloured cells with their percentages: a QuadMesh.
 
-    The share ``top`` is lightest. ``small``: the font; ``slanted``: the column labels; ``gaps``: of cells.
+    The share ``top``, by default the largest, is lightest. Column labels that would overlap are slanted.
     """
-    cells = np.ma.masked_invalid(share)
-    edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE} if gaps else {}
-    mesh = axes.pcolormesh(cells, cmap=COLORMAP, vmin=0, vmax=top, **edges)
+    top = top or float(np.nanmax(share, initial=0.0)) or 1.0
+    many, small = len(rows) > 48, len(rows) > 48 or len(columns) > 10
+    longest = max(map(len, columns))
+    slanted = longest * len(columns) > 60
+    height = 0.7 + 0.042 * longest * slanted + max((0.15 if many else 0.21) * len(rows), 0.4)
+    axes = new_axes(fig, height, **labels)
+    edges: Any = {"linewidth": 1.2, "edgecolor": SURFACE}
+    mesh = axes.pcolormesh(np.ma.masked_invalid(share), cmap=COLORMAP, vmin=0, vmax=top, **edges)
     for (row, column), value in np.ndenumerate(share):
         if value == value:
             color = "#101418" if value / top > 0.55 else "#f4f6f8"
@@ -222,7 +216,8 @@ def heatmap(
             axes.text(column + 0.5, row + 0.53, _short_percent(value), **style)
     rotation: Any = {"rotation": 35, "ha": "left", "rotation_mode": "anchor"} if slanted else {}
     axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **rotation)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    step = 2 if many else 1  # every other label fits
+    axes.set_yticks(np.arange(0, len(rows), step) + 0.5, rows[::step])
     axes.set_ylim(len(rows), 0)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
@@ -233,11 +228,10 @@ def heatmap(
 def _short_percent(value: float) -> str:
     """A percentage without its sign, in at most four characters."""
     percent = 100 * value
-    if percent == 0:
-        return "0"
-    if percent < 0.01:
+    if 0 < percent < 0.01:
         return "<.01"
-    return f"{percent:.2f}" if percent < 0.995 else f"{percent:.1f}" if percent < 99.95 else "100"
+    digits = 2 if 0 < percent < 0.995 else 1 if 0 < percent < 99.95 else 0
+    return f"{percent:.{digits}f}"
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:

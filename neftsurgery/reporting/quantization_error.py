@@ -7,11 +7,10 @@ import numpy as np
 from .. import text
 from ..scoring.scores import Scores
 from ..tensors.arrays import Float64Array
-from .figure import Column, ReportFigure, Table
+from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
 from .layer_map import locate_tensors
 
 _SHOWN = 20
-_PLACE = (Column("layer", "layer", text.label), Column("kind", "kind of weight", text.label))
 
 
 def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...]:
@@ -39,23 +38,20 @@ def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...
     rows = []
     for rank, one in enumerate(worst[known[worst] >= 0].tolist(), 1):
         home = int(np.searchsorted(starts, one, side="right")) - 1
-        name = tensors[home]
-        place = places[name].layer, places[name].kind
-        rows.append((rank, float(every[one]), name, int(one - starts[home]), *place))
+        rows.append((rank, float(every[one]), tensors[home], int(one - starts[home]), *places[tensors[home]]))
     weights = list[tuple[str, str, int, float, float]]()
     for name, errors in zip(tensors, found, strict=True):
         finite = errors[np.isfinite(errors)]
         middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
-        weights.append((places[name].layer, places[name].kind, len(errors), middle, top))
+        weights.append((*places[name], len(errors), middle, top))
     error = Column("relative", "relative error", text.four_digits, bar=True)
-    columns = (Column("tensor", "tensor", text.label), Column("index", "index", text.commas), *_PLACE)
     return (
         ReportFigure(
             f"quantization{suffix}",
             "The neurons that quantization hurt most",
             "norm of what quantization changed, relative to the norm of the neuron's vector in the base",
             f"Each row is a neuron. The {_SHOWN} with the largest error are listed.",
-            Table((Column("rank", "", text.commas), error, *columns), tuple(rows)),
+            Table((RANK, error, TENSOR, INDEX, LAYER, KIND), tuple(rows)),
         ),
         ReportFigure(
             f"quantization-by-weight{suffix}",
@@ -64,7 +60,8 @@ def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...
             "Each row is a weight. Where the largest error is far above the median, a few neurons suffered.",
             Table(
                 (
-                    *_PLACE,
+                    LAYER,
+                    KIND,
                     Column("neurons", "neurons", text.commas),
                     Column("median", "median", text.four_digits, bar=True),
                     Column("largest", "largest", text.four_digits, bar=True),

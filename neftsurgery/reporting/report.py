@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -17,7 +17,7 @@ from ..selection.budget import Budget
 from ..storage.output import staged_directory, staged_file
 from ..storage.output_checks import AnyPath, refuse_output
 from ..version import __version__
-from .figure import Column, ReportFigure, Table
+from .figure import Cell, Column, ReportFigure, Table
 from .inputs import ReportInput, open_inputs
 from .plotting import COLOURS, require_matplotlib, themed_svg
 from .sections import ReportSection, sections_of
@@ -61,23 +61,18 @@ def render_html(title: str, sections: Sequence[ReportSection], advance: Callable
     )
 
 
-def _rows(table: Table) -> list[list[dict[str, Any]]]:
+def _rows(table: Table) -> Iterator[tuple[dict[str, Any], ...]]:
     """The cells of a table's first rows: text, whether it is a number, and the length of its bar."""
-    shown = table.rows[:_MAX_ROWS]
-    tops = [_largest(table, index) if column.bar else 0.0 for index, column in enumerate(table.columns)]
-    return [[_cell(*cell) for cell in zip(table.columns, row, tops, strict=True)] for row in shown]
+    return zip(*map(_cells, table.columns, zip(*table.rows, strict=True)), strict=True)
 
 
-def _largest(table: Table, index: int) -> float:
-    numbers = [abs(cell) for row in table.rows if isinstance(cell := row[index], int | float)]
-    return max((number for number in numbers if number == number), default=0.0)
-
-
-def _cell(column: Column, value: Any, top: float) -> dict[str, Any]:
-    text = "-" if value is None else column.show(value)
-    known = isinstance(value, int | float) and value == value
-    bar = round(100 * abs(value) / top, 1) if top and known else None
-    return {"text": text, "number": column.is_number, "bar": bar}
+def _cells(column: Column, values: Sequence[Cell]) -> Iterator[dict[str, Any]]:
+    sizes = [abs(one) if isinstance(one, int | float) and one == one else None for one in values]
+    top = max((size for size in sizes if size is not None), default=0) if column.bar else 0
+    for value, size in zip(values[:_MAX_ROWS], sizes, strict=False):
+        shown = "-" if value is None else column.show(value)
+        bar = None if size is None or not top else round(100 * size / top, 1)
+        yield {"text": shown, "number": column.is_number, "bar": bar}
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,9 +114,7 @@ class Report:
                     (folder / f"{name}.png").write_bytes(figure.png())
                     (folder / f"{name}.svg").write_text(figure.svg(), encoding="utf-8")
                 # A name can hold half of a surrogate pair, which UTF-8 cannot encode.
-                (folder / f"{name}.csv").write_text(
-                    figure.table.csv(), encoding="utf-8", errors="backslashreplace"
-                )
+                (folder / f"{name}.csv").write_bytes(figure.table.csv().encode("utf-8", "backslashreplace"))
                 advance(1)
 
 
@@ -130,9 +123,8 @@ class ReportPlan:
     """A planned report: the inputs are open and checked, the neurons are chosen, nothing is written."""
 
     inputs: tuple[ReportInput, ...]  # the scores files and patches
-    # Where the page and the folder of figures are written; None: not at all.
-    out: AnyPath | None
-    figures: AnyPath | None
+    out: AnyPath | None  # where the page is written; None: not at all
+    figures: AnyPath | None  # the folder of figures
     force: bool  # whether to replace existing ones
 
     def __repr__(self) -> str:
@@ -187,8 +179,7 @@ def report(
     force:
         Replace ``out`` and ``figures`` if they exist.
     more:
-        Sections to append, such as those that `utilization_section` of
-        `neftsurgery.neuron_utilization.report_section` makes.
+        Sections to append, such as those of `neftsurgery.neuron_utilization.report_section`.
     progress:
         Called for the budgets and the figures.
     **budget:
@@ -198,8 +189,8 @@ def report(
     Raises
     ------
     UsageError
-        If a file is neither scores nor a patch, options do not go together, an output exists, or
-        matplotlib or jinja2 is needed and not installed.
+        If a file is neither scores nor a patch, options do not go together, an output exists, or a package
+        is not installed.
     MismatchError
         If no neuron can be chosen.
     CorruptFileError, MachineError
@@ -221,8 +212,7 @@ def plan_report(
 ) -> ReportPlan:
     """Open and check the inputs, and choose the neurons; parameters and errors are those of `report`.
 
-    ``other_inputs`` are the inputs of the sections that `ReportPlan.run` will append. No output may replace
-    them. With them, ``named`` may be empty.
+    ``other_inputs``: those of sections to append, which no output may replace; then ``named`` may be empty.
     """
     paths = [named] if isinstance(named, str | os.PathLike) else list(named)
     if out is not None or figures is not None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .. import text
 from ..tensors.arrays import Float64Array, Int64Array, Mask
-from .figure import KIND, LAYER, Column, ReportFigure, Table
+from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
 from .inputs import Candidates
 from .layer_map import locate_tensors
 from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
@@ -61,6 +61,9 @@ class ScoreDistribution:
             Column("count", f"{word}s", text.commas),
             Column("chosen", "chosen", text.commas),
         )
+        cut = " The dashed line is the cut: the lowest score that the budget chooses." if self._cut else ""
+        zeros = "a score of 0, which this axis cannot show." if self._zeros.any() else ""
+        zeros = zeros and f" The number on the left is the share of {word}s with {zeros}"
         rows: list[tuple[str, float, float, int, int]] = []
         for number, kind in enumerate(self._candidates.kinds):
             if self._zeros[number]:
@@ -75,14 +78,7 @@ class ScoreDistribution:
             f"{score} score of a {word}, {'logarithmic' if self._log else 'linear'} axis; height: square "
             "root of the share",
             f"One curve per kind of weight. The further right, the more sensitive its {word}s are. The "
-            "dark part is chosen; the number on the right is its share of that kind."
-            + (" The dashed line is the cut: the lowest score that the budget chooses." if self._cut else "")
-            + (
-                f" The number on the left is the share of {word}s with a score of 0, which this axis "
-                "cannot show."
-                if self._zeros.any()
-                else ""
-            ),
+            f"dark part is chosen; the number on the right is its share of that kind.{cut}{zeros}",
             Table(columns, tuple(rows)),
             self._draw,
         )
@@ -144,17 +140,16 @@ def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
     ordered = np.sort(norm)
     rows = []
     for rank, i in enumerate(candidates.order[:_SHOWN], 1):
-        tensor = candidates.tensors[candidates.tensor[i]]
-        size, at = float(norm[i]), locations[tensor]
+        tensor, size = candidates.tensors[candidates.tensor[i]], float(norm[i])
         smaller = float(np.searchsorted(ordered, size)) / count if size == size else np.nan
         change = float(moved[i]) / size if size > 0 else np.nan
-        place = (tensor, int(candidates.index[i]), at.layer, at.kind)
+        place = (tensor, int(candidates.index[i]), *locations[tensor])
         rows.append((rank, float(candidates.score[i]), *place, size, smaller, change))
     columns = (
-        Column("rank", "", text.commas),
+        RANK,
         Column("score", f"{score} score", text.four_digits, bar=True),
-        Column("tensor", "tensor", text.label),
-        Column("index", "index", text.commas),
+        TENSOR,
+        INDEX,
         LAYER,
         KIND,
         Column("norm", "norm of the base vector", text.four_digits),

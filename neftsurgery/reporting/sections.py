@@ -96,9 +96,8 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
         "verdict": controls.verdict,
         **{key: one.to_json() for key, one in (("base", scores.base), ("tuned", scores.tuned)) if one},
     }
-    lead = (
-        f"Scores of {_quoted(scores.tuned, 'a fine-tune')} compared with {_quoted(scores.base, 'its base')}."
-    )
+    base, tuned = _quoted(scores.base, "its base"), _quoted(scores.tuned, "a fine-tune")
+    lead = f"Scores of {tuned} compared with {base}."
     return ReportSection(f"scores{suffix}", title, lead, tuple(facts), figures, data)
 
 
@@ -108,17 +107,14 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     figures = [layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word, of_patch=True)]
     if loss := loss_figure(patch.training, id=f"loss{suffix}"):
         figures.append(loss)
+    how = [key for key in ("score", "anatomy", "policy") if key in patch.facts]
     facts = [
         ("neurons replaced", text.commas(patch.neurons)),
         ("tensors", text.commas(len(patch.tensors))),
         ("parameters", text.commas(patch.parameters)),
         ("size", text.size(patch.nbytes)),
         ("reversible", "yes" if patch.reversible else "no"),
-        *(
-            (key, text.label(str(patch.facts[key])))
-            for key in ("score", "anatomy", "policy")
-            if key in patch.facts
-        ),
+        *((key, text.label(str(patch.facts[key]))) for key in how),
         *([("share of the change", text.percent(captured))] if captured is not None else []),
         *training_facts(patch.training),
     ]
@@ -134,10 +130,8 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
         "selection": {key: value for key, value in patch.facts.items() if key != "followers"},
         "training": patch.manifest.get("training"),
     }
-    lead = (
-        f"A patch of {_quoted(patch.base, 'a checkpoint')}. It holds only the weights that it "
-        "changes, and no scores."
-    )
+    base = _quoted(patch.base, "a checkpoint")
+    lead = f"A patch of {base}. It holds only the weights that it changes, and no scores."
     return ReportSection(f"patch{suffix}", title, lead, tuple(facts), figures, data)
 
 
@@ -179,12 +173,11 @@ def _overlap_section(inputs: Sequence[ScoresInput | PatchInput]) -> ReportSectio
 
 
 def _budget_text(budget: Budget) -> str:
-    options = [
-        f"{key.replace('_', ' ')} {value}" if value is not True else key.replace("_", " ")
-        for key, value in budget.describe().items()
-        if key != "like"
-    ]
-    return text.label(", ".join(options + ["like another selection"] * (budget.like is not None)), 80)
+    given = {key.replace("_", " "): value for key, value in budget.describe().items()}
+    if given.pop("like", None) is not None:
+        given["like"] = "another selection"
+    options = (key if value is True else f"{key} {value}" for key, value in given.items())
+    return text.label(", ".join(options), 80)
 
 
 def _quoted(origin: Provenance, unknown: str) -> str:

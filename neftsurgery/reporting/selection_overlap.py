@@ -3,55 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
 from itertools import combinations
-from operator import add
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import text
 from ..selection.selection import Selection
-from ..tensors.arrays import Int64Array
-from .figure import LAYER, Cell, Column, ReportFigure, Table
+from ..tensors.arrays import Float64Array, Int64Array
+from .figure import LAYER, Column, ReportFigure, Table
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
-from .plotting import MplFigure, heatmap, new_axes
+from .plotting import MplFigure, heatmap
 
 _MAX_DRAWN = 12
 _MAX_LAYERS = 96
 
 
-@dataclass(frozen=True, slots=True)
-class _PairOverlap:
-    """The overlap of two selections, in one layer or overall."""
+class _PairOverlap(NamedTuple):
+    """The overlap of two selections, in one layer or overall: a row with the columns of `_columns`."""
 
-    # How many neurons each of them has.
-    first: int = 0
-    second: int = 0
-    shared: int = 0  # how many neurons are in both
-    chance: float = 0.0  # the expected number if both chose as many neurons per tensor at random
+    first: str
+    second: str
+    first_neurons: int
+    second_neurons: int
+    shared: int  # neurons in both
+    jaccard: float  # of the neurons in either; NaN if both are empty
+    shared_share: float  # of the neurons of the smaller one; NaN if it is empty
+    chance_share: float  # the same, expected if both chose as many neurons per tensor at random
 
-    def __add__(self, other: _PairOverlap) -> _PairOverlap:
-        return _PairOverlap(*map(add, astuple(self), astuple(other)))
-
-    @property
-    def jaccard(self) -> float:
-        """Neurons in both over neurons in either; NaN if both are empty."""
-        either = self.first + self.second - self.shared
-        return self.shared / either if either else np.nan
-
-    @property
-    def shared_share(self) -> float:
-        """Neurons in both over the neurons of the smaller one; NaN if one is empty."""
-        return self._of_smaller(self.shared)
-
-    @property
-    def chance_share(self) -> float:
-        """The expected `shared_share` of a random choice."""
-        return self._of_smaller(self.chance)
-
-    def _of_smaller(self, count: float) -> float:
-        smaller = min(self.first, self.second)
-        return count / smaller if smaller else np.nan
+    @classmethod
+    def of(cls, names: tuple[str, str], counts: Float64Array) -> _PairOverlap:
+        """``counts``: the neurons of each, those in both, and how many these would be by chance."""
+        first, second, shared, chance = counts
+        smaller = min(first, second)
+        with np.errstate(invalid="ignore"):
+            shares = np.array([shared, shared, chance]) / [first + second - shared, smaller, smaller]
+        return cls(*names, int(first), int(second), int(shared), *shares.tolist())
 
 
 class SelectionOverlap:
@@ -61,38 +48,31 @@ class SelectionOverlap:
         companions = frozenset[str]().union(*(selection.facts.companion_biases for selection in selections))
         every = sorted({name for selection in selections for name in selection.tensors} - companions)
         chosen = {name: [selection.tensors.get(name) for selection in selections] for name in every}
-        shapes = {
-            name: {(one.info.shape, one.layout.axes): one.layout.count for one in found if one is not None}
-            for name, found in chosen.items()
-        }
+        layouts = {name: {one.layout for one in found if one is not None} for name, found in chosen.items()}
         #: Tensors whose shape or neuron axes differ between selections. They are not compared.
-        self.unfit = tuple(name for name in every if len(shapes[name]) > 1)
+        self.unfit = tuple(name for name in every if len(layouts[name]) > 1)
         locations = locate_tensors(every)
         #: The layers in which any of them has neurons, in natural order.
         self.layers = sorted_layers(locations.values())
         self._names = names
-        # The overlap of each pair in each layer, by the numbers of its two selections.
+        # The overlaps of each pair, by the numbers of its two selections: by layer, and overall.
         self._by_layer: dict[tuple[int, int], dict[str, _PairOverlap]] = {}
+        self._pairs: dict[tuple[int, int], _PairOverlap] = {}
         none: Int64Array = np.empty(0, np.int64)
         for pair in combinations(range(len(selections)), 2):
-            found = dict.fromkeys(self.layers, _PairOverlap())
-            for name in every:
-                if len(shapes[name]) > 1:
-                    continue
-                a, b = (none if (one := chosen[name][n]) is None else one.index for n in pair)
-                shared = len(np.intersect1d(a, b, assume_unique=True))
-                (total,) = shapes[name].values()
-                overlap = _PairOverlap(len(a), len(b), shared, len(a) * len(b) / total)
-                found[locations[name].layer] += overlap
-            self._by_layer[pair] = found
-        self._pairs = {pair: sum(by.values(), _PairOverlap()) for pair, by in self._by_layer.items()}
+            counts = {layer: np.zeros(4) for layer in self.layers}
+            for name, (layout, *others) in layouts.items():
+                if not others:
+                    a, b = (none if (one := chosen[name][n]) is None else one.index for n in pair)
+                    shared, chance = np.intersect1d(a, b, assume_unique=True), len(a) * len(b) / layout.count
+                    counts[locations[name].layer] += len(a), len(b), len(shared), chance
+            both = names[pair[0]], names[pair[1]]
+            self._by_layer[pair] = {layer: _PairOverlap.of(both, one) for layer, one in counts.items()}
+            self._pairs[pair] = _PairOverlap.of(both, np.zeros(4) + sum(counts.values()))
 
     def figure(self) -> ReportFigure:
         """The overall overlap of each pair."""
-        rows = tuple(self._row(pair, found) for pair, found in self._pairs.items())
-        best = max(self._pairs, key=lambda pair: np.nan_to_num(self._pairs[pair].jaccard))
-        found = self._pairs[best]
-        a, b = (text.label(self._names[n]) for n in best)
+        best = max(self._pairs.values(), key=lambda one: np.nan_to_num(one.jaccard))
         unfit = f" Tensors left out because their shapes differ: {len(self.unfit):,}." if self.unfit else ""
         return ReportFigure(
             "overlap",
@@ -100,18 +80,13 @@ class SelectionOverlap:
             "Jaccard index: neurons in both over neurons in either, in percent",
             "Each cell compares two choices: 100 if they are the same, 0 if they share no neuron. The column "
             "“by chance” is the expected overlap of random choices with as many neurons per tensor.",
-            Table(_columns("jaccard"), rows),
+            Table(_columns("jaccard"), tuple(self._pairs.values())),
             self._draw,
-            f"{'Most similar: ' if len(self._pairs) > 1 else ''}{a} and {b} share "
-            f"{text.commas(found.shared)} neurons: {text.percent(found.shared_share)} of the smaller one (by "
-            f"chance: {text.percent(found.chance_share)}).{unfit}",
+            f"{'Most similar: ' if len(self._pairs) > 1 else ''}{text.label(best.first)} and "
+            f"{text.label(best.second)} share {text.commas(best.shared)} neurons: "
+            f"{text.percent(best.shared_share)} of the smaller one (by chance: "
+            f"{text.percent(best.chance_share)}).{unfit}",
         )
-
-    def _row(self, pair: tuple[int, int], found: _PairOverlap) -> tuple[Cell, ...]:
-        """A pair as a table row with the columns of `_columns`."""
-        first, second = (self._names[number] for number in pair)
-        counts = found.first, found.second, found.shared
-        return (first, second, *counts, found.jaccard, found.shared_share, found.chance_share)
 
     def _draw(self, fig: MplFigure) -> None:
         shown = min(len(self._names), _MAX_DRAWN)
@@ -121,17 +96,15 @@ class SelectionOverlap:
                 cells[a, b] = cells[b, a] = found.jaccard
         np.fill_diagonal(cells, 1.0)
         names = [text.label(name, 30) for name in self._names[:shown]]
-        slanted = 0.042 * max(len(name) for name in names)
-        axes = new_axes(fig, 0.4 + slanted + max(0.32 * shown, 0.7))
-        heatmap(axes, cells, names, names, top=1.0)
+        heatmap(fig, cells, names, names, top=1.0)
 
     def layers_figure(self) -> ReportFigure:
         """The overlap of each pair in each layer."""
         rows = tuple(
-            (layer, *self._row(pair, found))
-            for pair, overlaps in self._by_layer.items()
+            (layer, *found)
+            for overlaps in self._by_layer.values()
             for layer, found in overlaps.items()
-            if found.first or found.second
+            if found.first_neurons or found.second_neurons
         )
         return ReportFigure(
             "overlap-by-layer",
@@ -147,10 +120,8 @@ class SelectionOverlap:
         pairs = list(self._by_layer)[:_MAX_DRAWN]
         layers = self.layers[:_MAX_LAYERS]
         cells = np.array([[self._by_layer[pair][layer].shared_share for pair in pairs] for layer in layers])
-        axes = new_axes(fig, 0.55 + max(0.19 * len(layers), 0.5))
         rows = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
-        columns = [f"{a + 1} and {b + 1}" for a, b in pairs]
-        heatmap(axes, cells, rows, columns, top=1.0, small=len(layers) > 40, slanted=False)
+        heatmap(fig, cells, rows, [f"{a + 1} and {b + 1}" for a, b in pairs], top=1.0)
 
 
 def _columns(drawn: str) -> tuple[Column, ...]:

@@ -38,18 +38,14 @@ def loss_figure(training: Facts, *, id: str = "loss") -> ReportFigure | None:
             rows.append((step, *losses))
     if not rows:
         return None
-    columns = (
-        Column("step", "step", text.commas),
-        Column("train_loss", "train loss", text.four_digits),
-        Column("dev_loss", "dev loss", text.four_digits),
-    )
+    curves = (Column(key, f"{name} loss", text.four_digits) for key, name, *_ in _LOSSES)
     return ReportFigure(
         id,
         "Training loss",
         "loss by optimizer step",
         "Circles show the loss on the training examples. Squares show the loss on held-out examples, if "
         "there are any. If the squares rise while the circles fall, the neurons overfit.",
-        Table(columns, tuple(rows)),
+        Table((Column("step", "step", text.commas), *curves), tuple(rows)),
         lambda fig: _draw(fig, rows),
     )
 

@@ -78,7 +78,7 @@ class TensorPiece:
 def tasks(
     jobs: Sequence[Job], numbers: Iterable[int], task_bytes: int, piece_bytes: int
 ) -> Iterator[list[TensorPiece]]:
-    """All pieces of some jobs, of about ``piece_bytes`` of each side; several together, up to ``task_bytes``."""
+    """The pieces of jobs, of about ``piece_bytes`` of each side; several together, up to ``task_bytes``."""
     task: list[TensorPiece] = []
     size = 0
     for number in numbers:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import require_tensors
 from ..errors import MismatchError, NeftError, UsageError
-from ..live.placement import live_places
+from ..live.placement import neurons_by_weight
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
@@ -114,35 +112,20 @@ def _parts(
     model: nn.Module, tensors: Mapping[str, Chosen]
 ) -> dict[str, tuple[Layout, tuple[AttachedPart, ...]]]:
     """The layout of each parameter of the model, and the parts that it holds, in the order of its neurons."""
-    found: dict[str, tuple[Layout, list[AttachedPart]]] = {}
-    places = live_places(model, {name: one.layout for name, one in tensors.items() if len(one.index)})
-    for name, held in places.items():
-        for place in held:
-            index = place.index_of(tensors[name].index)
-            here = np.flatnonzero(index >= 0)
-            if not len(here):
-                continue
+    found = {}
+    chosen = {name: one for name, one in tensors.items() if len(one.index)}
+    for parameter, (layout, held) in neurons_by_weight(model, chosen).items():
+        parts, start = list[AttachedPart](), 0
+        for name, here, index in sorted(held, key=lambda one: int(one[2].min())):
             if here[-1] - here[0] >= len(here):
                 raise MismatchError(
-                    "transformers deals its neurons out to several weights",
-                    tensor=name,
-                    found=place.parameter,
+                    "transformers deals its neurons out to several weights", tensor=name, found=parameter
                 )
-            layout, parts = found.setdefault(place.parameter, (place.layout, []))
-            if layout != place.layout:
-                raise UsageError(
-                    f"{parts[0].name} has neurons along another axis of the same weight",
-                    tensor=name,
-                    hint="choose neurons along one of the axes",
-                )
-            chosen = replace(tensors[name], index=tensors[name].index[here])
-            parts.append(AttachedPart(chosen, index[here], int(here[0])))
-    for parameter, (layout, parts) in found.items():
-        parts.sort(key=lambda part: int(part.index.min()))
-        starts = itertools.accumulate((len(part.index) for part in parts), initial=0)
-        placed = (replace(part, start=start) for part, start in zip(parts, starts, strict=False))
-        found[parameter] = (layout, [*placed])
-    return {parameter: (layout, tuple(parts)) for parameter, (layout, parts) in found.items()}
+            part = replace(chosen[name], index=chosen[name].index[here])
+            parts.append(AttachedPart(part, index, int(here[0]), start))
+            start += len(index)
+        found[parameter] = layout, tuple(parts)
+    return found
 
 
 def _parameter_uses(model: nn.Module) -> Mapping[int, list[_ParameterUse]]:

@@ -140,6 +140,8 @@ def _fit_rope(config: Any) -> None:
         return
     heads = getattr(config, "num_attention_heads", 1)
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if any(isinstance(value, dict) for value in rope.values()):  # one for each type of layer
+        return
     half = int(head * rope.get("partial_rotary_factor", 1)) // 2
     config.rope_parameters = {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 
@@ -246,8 +248,9 @@ def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
         if value.is_floating_point() and value.numel():
             yield value
     elif depth < 4 and isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one, depth + 1)
+        for key, one in value.items():
+            if not str(key).endswith("attentions"):  # heads have places there
+                yield from _tensors(one, depth + 1)
     elif depth < 4 and isinstance(value, tuple | list):
         for one in value:
             yield from _tensors(one, depth + 1)

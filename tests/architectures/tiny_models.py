@@ -149,7 +149,7 @@ def _shrink_rotation(config: Any) -> None:
     """The angles of a head are divided among several axes: as many as the head has."""
     rotation = getattr(config, "rope_parameters", None)
     known = getattr(type(config), "ignore_keys_at_rope_validation", None) or ()
-    if isinstance(rotation, dict) and "mrope_section" in known:
+    if isinstance(rotation, dict) and "mrope_section" in known and "rope_type" in rotation:
         sections = rotation.get("mrope_section") or [1, 1, 1]
         with contextlib.suppress(Exception):
             head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -62,6 +62,7 @@ def patched(make: Any, tmp_path: Path, **more: Any) -> tuple[Path, ns.Patch]:
 REFUSED = {
     "tied": (opt, "model.decoder.embed_tokens.weight", "tied to lm_head.weight"),
     "another forward pass": (opt, "model.decoder.embed_positions.weight", "weight of a OPTLearnedPositional"),
+    "read outside": (siglip, "embeddings.position_embedding.weight", "weight of a Embedding"),
     "attention": (siglip, "head.attention.out_proj.weight", "NonDynamicallyQuantizableLinear"),
     "a parameter": (siglip, "head.attention.in_proj_weight", "in_proj_weight of a MultiheadAttention"),
     "grouped": (mamba, "layers.0.mixer.conv1d.weight", "weight of a Conv1d"),

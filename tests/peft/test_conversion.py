@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    NomicBertConfig,
+    NomicBertModel,
     ViTConfig,
     ViTModel,
 )
@@ -34,6 +36,8 @@ def make(kind: str, folder: Path) -> Any:
         model: Any = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).bfloat16()
     elif kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
+    elif kind == "nomic":  # a tensor of its files is the weights of three layers
+        model = NomicBertModel(NomicBertConfig(**sizes, vocab_size=64))
     else:  # its files have other names than the live model
         model = ViTModel(ViTConfig(**sizes, image_size=8, patch_size=4))
     model.save_pretrained(folder)
@@ -41,7 +45,9 @@ def make(kind: str, folder: Path) -> Any:
 
 
 def load(kind: str, folder: Path) -> Any:
-    return (AutoModel if kind == "vit" else AutoModelForCausalLM).from_pretrained(folder, dtype="auto")
+    return (AutoModel if kind in ("nomic", "vit") else AutoModelForCausalLM).from_pretrained(
+        folder, dtype="auto"
+    )
 
 
 def trained_adapter(model: Any, folder: Path) -> Any:
@@ -54,7 +60,7 @@ def trained_adapter(model: Any, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "nomic", "vit"])
 def test_an_adapter_is_a_patch(kind: str, tmp_path: Path) -> None:
     model = trained_adapter(make(kind, tmp_path / "base"), tmp_path / "adapter")
     patch = ns.Patch.from_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "patch.safetensors")
@@ -66,7 +72,7 @@ def test_an_adapter_is_a_patch(kind: str, tmp_path: Path) -> None:
     assert ns.verify(tmp_path / "base", patch).state == "base"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "nomic", "vit"])
 def test_a_patch_is_an_adapter(kind: str, tmp_path: Path) -> None:
     trained_adapter(make(kind, tmp_path / "base"), tmp_path / "first")
     patch = ns.Patch.from_adapter(tmp_path / "first", tmp_path / "base", tmp_path / "patch.safetensors")
