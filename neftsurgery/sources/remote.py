@@ -15,21 +15,19 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 
-from ..errors import SHOWN_AS, CorruptFileError, UsageError
+from ..errors import CorruptFileError, UsageError
 from .places import find_place
 from .web_file import IN_FLIGHT, AbsentError, RefusedError
 
 _RANGE_BYTES = 4 << 20  # a longer range is fetched in several
 _FIRST_BYTES = 64 << 10  # of a weight file: most headers are shorter
 _MOST_HEADER, _MOST_WHOLE = 100_000_000, 64 << 20
-_WASTE = 8  # gaps are read over as long as they cost at most this part of what is wanted
 _MOST_KEPT = 4096  # edges of tensors
 
 #: What says how a folder is read, and where the parts are of a model made of some.
@@ -107,7 +105,7 @@ class RemoteFile:
             self._is_made = True
 
     def fill(self, parts: Iterable[Part]) -> None:
-        """Fill buffers, given in ascending order of their places. Raises as `RangedFile.read`."""
+        """Fill buffers, many at once. Raises as `RangedFile.read`."""
         wanted = list[Part]()
         for start, buffer in parts:
             if (kept := self._kept.get((start, len(buffer)))) is not None:
@@ -115,49 +113,29 @@ class RemoteFile:
                 continue
             steps = range(0, len(buffer), _RANGE_BYTES)
             wanted += [(start + step, buffer[step : step + _RANGE_BYTES]) for step in steps]
-        list(_threads.map(self._fetch, _joined(wanted)))
+        list(_threads.map(self._fetch, wanted))
 
     def keep(self, places: Collection[tuple[int, int]]) -> None:
-        """Fetch small ranges, ``(start, length)`` in ascending order, that will be asked for one by one."""
+        """Fetch small ranges, ``(start, length)``, that will be asked for one by one."""
         if len(self._kept) + len(places) > _MOST_KEPT:
             self._kept = {}
         buffers = {place: bytearray(place[1]) for place in places if place not in self._kept}
         self.fill((start, memoryview(buffer)) for (start, _), buffer in buffers.items())
         self._kept |= {place: bytes(buffer) for place, buffer in buffers.items()}
 
-    def _fetch(self, parts: Sequence[Part]) -> None:
-        """Fetch one range, and put what is wanted of it where it belongs."""
-        position, left = parts[0][0], list(reversed(parts))
+    def _fetch(self, part: Part) -> None:
+        """Fetch one range, and put it where it belongs."""
+        start, buffer = part
+        done = 0
 
         def put(chunk: bytes) -> None:
-            nonlocal position
-            position += len(chunk)
-            while left and left[-1][0] < position:
-                start, buffer = left.pop()
-                taken = memoryview(chunk)[start - position :][: len(buffer)]
-                buffer[: len(taken)] = taken
-                if len(taken) < len(buffer):  # the rest is in the next chunk
-                    left.append((start + len(taken), buffer[len(taken) :]))
+            nonlocal done
+            buffer[done : done + len(chunk)] = chunk
+            done += len(chunk)
 
-        self._ranged.read(position, parts[-1][0] + len(parts[-1][1]), put)
-        if left:
+        self._ranged.read(start, start + len(buffer), put)
+        if done < len(buffer):
             raise CorruptFileError("the file ends before its tensors do", file=self.path)
-
-
-def _joined(parts: Sequence[Part]) -> list[list[Part]]:
-    """Parts in groups that are fetched as one range each: neighbours, and what small gaps separate."""
-    gaps = [b[0] - a[0] - len(a[1]) for a, b in pairwise(parts)]
-    order = sorted(range(len(gaps)), key=gaps.__getitem__)
-    costs = accumulate(gaps[number] for number in order)
-    allowed = sum(len(buffer) for _, buffer in parts) // _WASTE
-    joined = {number + 1 for number, cost in zip(order, costs, strict=True) if cost <= allowed}
-    groups = list[list[Part]]()
-    for number, part in enumerate(parts):
-        if number in joined and part[0] + len(part[1]) - groups[-1][0][0] <= _RANGE_BYTES:
-            groups[-1].append(part)
-        else:
-            groups.append([part])
-    return groups
 
 
 class RemoteFolder:
@@ -173,19 +151,16 @@ class RemoteFolder:
         self.fetched, self.files = Fetched(place.shown), dict[str, RemoteFile]()
         FETCHED.append(self.fetched)
         home = tempfile.mkdtemp(prefix="neft-remote-")
-        self.root = Path(home, place.shown.rpartition("/")[2] or "checkpoint")
-        self.root.mkdir()
-        SHOWN_AS[str(self.root)] = place.shown
-        weakref.finalize(self, _remove, home, str(self.root))
+        self.root = Path(home, place.shown.replace("/..", "/__"))
+        self.root.mkdir(parents=True)
+        weakref.finalize(self, shutil.rmtree, home, ignore_errors=True)
         wanted = [*filter(_DESCRIBING.fullmatch, place.names or ()), *filter(None, [place.single])]
         self._add({*(place.names or ()), *wanted})
         self.make(wanted)
         self.look_for(("config.json",) if place.single else _USUAL)
         if not any(".safetensors" in name for name in self.files):
             what = "there is no checkpoint at this address: neither a weight file nor an index"
-            raise self._refused or UsageError(
-                what, file=place.shown, hint="if there is one, name the weight file itself"
-            )
+            raise self._refused or UsageError(what, file=place.shown, hint="name the weight file itself")
 
     def make(self, names: Iterable[str]) -> None:
         """Fetch what stands in for these files, many at once: the headers of weight files."""
@@ -218,8 +193,3 @@ class RemoteFolder:
                 self.files[name] = RemoteFile(self, name)
                 added.append(name)
         return added
-
-
-def _remove(home: str, root: str) -> None:
-    SHOWN_AS.pop(root, None)
-    shutil.rmtree(home, ignore_errors=True)

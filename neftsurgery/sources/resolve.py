@@ -96,12 +96,10 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
 def _behind_url(url: str) -> Source:
     """As `resolve`, for the checkpoint behind a URL; raises as `RemoteFolder`."""
     remote = RemoteFolder(url)
-    place, single = remote.place, remote.place.single
-    named = place.shown if single is None else f"{place.shown}/{single}"
-    if single is None:
-        return Source(remote.root, named, place.repo, place.revision, remote=remote)
-    found = replace(resolve(remote.root / single), named=named, remote=remote)
-    return replace(found, repo=place.repo, revision=place.revision)
+    place, single = remote.place, remote.place.single or ""
+    named = f"{place.shown}/{single}".rstrip("/")
+    found = resolve(remote.root / single)  # an index stands for its folder
+    return replace(found, named=named, repo=place.repo, revision=place.revision, remote=remote)
 
 
 def is_index(name: str) -> bool:

@@ -36,25 +36,6 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLi
         done += got
 
 
-def read_rows_exactly(
-    fd: int,
-    offset: int,
-    rows: NDArray[np.integer],
-    out: NDArray[np.uint8],
-    path: str | os.PathLike[str] | None,
-) -> None:
-    """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``."""
-    row = out.shape[1]
-    buffer = out.data.cast("B")
-    with naming(path):
-        for first, last, number in consecutive_runs(rows):
-            part, position = buffer[first * row : last * row], offset + number * row
-            # One bare call, as there may be thousands; the loop reads only the rest.
-            got = os.preadv(fd, (part,), position)
-            if got < len(part):
-                read_exactly(fd, part[got:], position + got, path)
-
-
 def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
     """Maximal runs of consecutive numbers in ``index``, ascending.
 
@@ -124,13 +105,19 @@ class OpenFile:
             self.remote.fill([(offset, buffer.cast("B"))])
 
     def read_rows(self, offset: int, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
-        """As `read_rows_exactly`. Thread-safe."""
-        if self.remote is None:
-            read_rows_exactly(self.fileno(), offset, rows, out, self.path)
-        else:
-            size, buffer = out.shape[1], out.data.cast("B")
-            runs = consecutive_runs(rows)
-            self.remote.fill((offset + number * size, buffer[a * size : b * size]) for a, b, number in runs)
+        """Fill ``out``, ``[k, bytes of a row]``, with ascending rows of a table at ``offset``. Thread-safe."""
+        row, buffer, runs = out.shape[1], out.data.cast("B"), consecutive_runs(rows)
+        parts = ((offset + number * row, buffer[first * row : last * row]) for first, last, number in runs)
+        if self.remote is not None:
+            self.remote.fill(parts)
+            return
+        fd = self.fileno()
+        with naming(self.path):
+            for position, part in parts:
+                # One bare call, as there may be thousands; the loop reads only the rest.
+                got = os.preadv(fd, (part,), position)
+                if got < len(part):
+                    read_exactly(fd, part[got:], position + got, self.path)
 
     def status(self) -> os.stat_result:
         """Size, time and identity."""
