@@ -3,7 +3,7 @@
 #   make test    installs what the tests need, and runs all checks and tests
 #   make quick   runs the tests without the slow ones
 #   make check   checks style, types and layers
-#   make test-field  tests layouts with the libraries that write them (diffusers, timm, sentence-transformers), in an environment
+#   make test-field  tests layouts with the libraries that write them (diffusers, timm, sentence-transformers) and a bucket, in an environment
 #                of its own, build/field (five minutes)
 #   make bench   measures speed and memory beside limits and rivals (a quarter of an hour, 35 GB of disk), and makes
 #                docs/benchmarks.md. SIZE=500MB: smaller checkpoints; ARGS="--only warm,apply": some parts

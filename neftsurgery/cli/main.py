@@ -103,7 +103,7 @@ def cli(**options: bool) -> None:
 
     Find the neurons a fine-tune changed most, cut them out as a small patch, put them into the base,
     verify them, and take them out again, bit for bit. Checkpoints are safetensors files, folders of
-    shards, or org/name on the Hugging Face Hub.
+    shards, org/name on the Hugging Face Hub, or URLs: hf://, s3://, gs://, https://.
 
     \b
     Example:

@@ -93,11 +93,13 @@ class RemoteFile:
         with self._lock:
             if self._is_made:
                 return
-            raw, weights = bytearray(), self.is_weights
-            self._ranged.read(0, _FIRST_BYTES if weights else _MOST_WHOLE, raw.extend, whole=not weights)
+            weights, most = self.is_weights, _FIRST_BYTES if self.is_weights else _MOST_WHOLE
+            raw = b"".join(self._ranged.read(0, most, whole=not weights))
+            if not weights and len(raw) < self._ranged.nbytes:
+                raise CorruptFileError(f"the file has more than {_MOST_WHOLE} bytes", file=self.path)
             length = int.from_bytes(raw[:8], "little") + 8 if weights else 0
             if len(raw) < length <= min(self._ranged.nbytes, _MOST_HEADER):
-                self._ranged.read(len(raw), length, raw.extend)
+                raw += b"".join(self._ranged.read(len(raw), length))
             with open(self.path, "r+b") as file:
                 file.write(raw)
                 file.truncate(self._ranged.nbytes)
@@ -125,15 +127,10 @@ class RemoteFile:
 
     def _fetch(self, part: Part) -> None:
         """Fetch one range, and put it where it belongs."""
-        start, buffer = part
-        done = 0
-
-        def put(chunk: bytes) -> None:
-            nonlocal done
+        (start, buffer), done = part, 0
+        for chunk in self._ranged.read(start, start + len(buffer)):
             buffer[done : done + len(chunk)] = chunk
             done += len(chunk)
-
-        self._ranged.read(start, start + len(buffer), put)
         if done < len(buffer):
             raise CorruptFileError("the file ends before its tensors do", file=self.path)
 

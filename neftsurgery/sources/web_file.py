@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,17 +57,17 @@ class RangedFile:
     """A file that is read by ranges. Thread-safe after the first read."""
 
     nbytes = 0  # of the file; known after the first read
-    count: Callable[[int], object]  # is told how many bytes arrive
 
     def __init__(self, file: str) -> None:
         self._file = file  # its name in messages
+        self.count: Callable[[int], object] = bool  # is told how many bytes arrive
 
     def _chunks(self, start: int, stop: int, whole: bool) -> Generator[bytes, None, None]:
         """One try of `read`; a `FailedError` says that another may help."""
         raise NotImplementedError
 
-    def read(self, start: int, stop: int, put: Callable[[bytes], object], *, whole: bool = False) -> None:
-        """Give ``put`` the bytes ``[start, stop)`` one after the other, or those up to the file's end.
+    def read(self, start: int, stop: int, *, whole: bool = False) -> Iterator[bytes]:
+        """The bytes ``[start, stop)``, or those up to the file's end, as they arrive.
 
         ``whole``: all of a small file, for which a server need not know ranges. Raises an `AbsentError`, a
         `CorruptFileError` for answers that do not fit the request, and a `MachineError` if the server refuses
@@ -83,7 +83,7 @@ class RangedFile:
                         self.count(len(chunk))
                         if len(chunk) > stop - start:
                             raise CorruptFileError("it sends more than was asked for", file=self._file)
-                        put(chunk)
+                        yield chunk
                         start += len(chunk)
                         if start - mark >= _LEAST_BYTES:
                             mark, until, pause = start, time.monotonic() + seconds, 0.25

@@ -91,9 +91,9 @@ def test_inspect_fetches_headers(tmp_path: Path) -> None:
     with range_server(tmp_path) as state:
         found = process("inspect", f"{state.url}/large", "--json", cwd=tmp_path)
         assert state.sent < (1 << 31) / 1000
-    here = process("inspect", place.parent, "--json", cwd=tmp_path)
+    here = ns.inspect(place.parent)
     fetched = {"url": f"{state.url}/large", "bytes": state.sent, "of": place.stat().st_size}
-    assert found.json == {**here.json, "name": f"{state.url}/large", "fetched": [fetched]}
+    assert found.json == {**here, "name": f"{state.url}/large", "fetched": [fetched]}
     assert f"fetched {state.sent / 1000:.1f} kB of 2.1 GB from {state.url}/large" in found.err
 
 
@@ -180,3 +180,17 @@ def test_neighbouring_rows_are_one_request(server: RangeServer) -> None:
 def size(asked: str) -> int:
     first, last = map(int, asked.removeprefix("bytes=").split("-"))
     return last - first + 1
+
+
+def test_commands_tell_no_credentials(server: RangeServer, tmp_path: Path) -> None:
+    url = server.url.replace("//", "//user:pass-word@") + "/base"
+    query = "?X-Signature=a-secret"
+    patch = server.folder / "patch.safetensors"
+    wrong = process("verify", url + query, patch, "--expect", "patched", "--json", cwd=tmp_path)
+    absent = process("inspect", f"{url}/nothing{query}", "-v", cwd=tmp_path)
+    assert [wrong.code, absent.code] == [3, 2], (wrong, absent)
+    for one in (wrong, absent):
+        assert "pass-word" not in one.out + one.err
+        assert "a-secret" not in one.out + one.err
+    assert all(query in path for path, _, login in server.requests[-10:])
+    assert all(login for *_, login in server.requests[-10:])

@@ -54,12 +54,10 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def read(store: Store, failures: Sequence[Exception]) -> bytes:
     """A file, the reads of whose second byte fail so often."""
-    file, found = StoreFile(store, "/bucket/m/config.json", "s3://bucket/m/config.json"), bytearray()
-    file.count = len(found).__add__
-    file.read(0, 1, found.extend)
+    file = StoreFile(store, "/bucket/m/config.json", "s3://bucket/m/config.json")
+    first = b"".join(file.read(0, 1))
     store.failures = failures
-    file.read(1, 100, found.extend)
-    return bytes(found)
+    return first + b"".join(file.read(1, 100))
 
 
 @pytest.mark.parametrize(
