@@ -246,11 +246,19 @@ class SelectOptions(BudgetOptions, SeedOptions):
     """The keywords of `Scores.select`."""
 
 
-class DiffOptions(PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions):
+class CompareOptions(PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions):
+    """How a tuned checkpoint is scored against its base."""
+
+
+class ChoosingOptions(PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions):
+    """How neurons are chosen of two checkpoints."""
+
+
+class DiffOptions(CompareOptions, RunOptions):
     """The keywords of `diff` besides its output."""
 
 
-class CutOptions(PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions):
+class CutOptions(ChoosingOptions, RunOptions):
     """The keywords of `extract` besides its inputs and output."""
 
 

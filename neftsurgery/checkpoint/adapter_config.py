@@ -49,10 +49,7 @@ class Factor:
 
 
 def read_factors(config_path: Path, file: TensorFile, base: Checkpoint) -> dict[str, Factor]:
-    """What the adapter adds, by tensor of the base.
-
-    A `CorruptFileError` says what is damaged, a `MismatchError` what cannot be read or is not for this base.
-    """
+    """What the adapter adds, by tensor; a `CorruptFileError` or `MismatchError` says why it is not read."""
     config = _read_config(config_path)
     pairs = _pairs(file)
     targeted = ranks_and_alphas(config, list(pairs), config_path)

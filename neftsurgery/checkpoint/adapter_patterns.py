@@ -42,11 +42,7 @@ def unreadable(file: Path | None, what: str, hint: str | None = None) -> Mismatc
 def ranks_and_alphas(
     config: Mapping[str, Any], paths: Sequence[str], file: Path
 ) -> dict[str, tuple[object, object]]:
-    """The rank and alpha of those modules at ``paths`` that the config, read from ``file``, targets.
-
-    A `CorruptFileError` names a setting that PEFT does not write, a `MismatchError` patterns that do not
-    match.
-    """
+    """The rank and alpha of the modules at ``paths`` that the config targets; raises as `read_factors`."""
     ranks, alphas = (_setting(config, key, file, dict) or {} for key in ("rank_pattern", "alpha_pattern"))
     targets = _setting(config, "target_modules", file, str, list)
     excluded = _setting(config, "exclude_modules", file, str, list)

@@ -194,10 +194,7 @@ class Checkpoint:
 
     @functools.cached_property
     def config(self) -> Mapping[str, Any] | None:
-        """The ``config.json`` beside the weights; ``None`` if there is none.
-
-        Where the checkpoint has parts, the config of each is a section: ``{"unet/": {...}, ...}``.
-        """
+        """The ``config.json`` beside the weights, if any; of parts, by part: ``{"unet/": {...}, ...}``."""
         own = self._described("config.json", PIPELINE_NAME if self.parts else "config.json")
         parts = {part: self._described(f"{part}config.json") or {} for part in self.parts if part}
         return {**(own or {}), **parts} if parts else own

@@ -173,13 +173,12 @@ class Restoration:
     def of(cls, source: Source, journal: Journal) -> Restoration:
         """Check that a journal belongs to the files of a checkpoint, and that these may be changed."""
         checkpoint = Checkpoint.read(source)
-        shards = []
-        for entry in journal.files:
-            shard = next((s for s in checkpoint.shards if s.name == entry.get("name")), None)
-            if shard is None:
-                raise _foreign(journal, str(entry.get("name"))[:200])
-            shards.append(shard)
-        restoration = cls(checkpoint, journal, tuple(shards))
+        shards = {shard.name: shard for shard in checkpoint.shards}
+        names = [str(entry.get("name")) for entry in journal.files]
+        for name in names:
+            if name not in shards:
+                raise _foreign(journal, name[:200])
+        restoration = cls(checkpoint, journal, tuple(shards[name] for name in names))
         restoration._check_tensors()
         with _journal_kept(journal), locked(checkpoint, restoration.shards):
             restoration._check_files()

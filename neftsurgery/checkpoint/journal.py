@@ -206,10 +206,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal:
-        """Open the journal at ``path``; a symlink is not followed.
-
-        Raises a ``FileNotFoundError`` if there is none, a `CorruptFileError` if it is not a whole journal.
-        """
+        """Open a journal, not through a symlink; a ``FileNotFoundError`` if there is none."""
         file = TensorFile.open(path) if stat.S_ISREG(path.lstat().st_mode) else None
         if file is None or path.is_symlink():  # it may have become one meanwhile
             raise CorruptFileError("a damaged journal: not a regular file", file=path)

@@ -51,10 +51,7 @@ class Prefixes:
         return {k: v for k, v in (("strip_prefix", self.strip), ("add_prefix", self.add)) if v}
 
     def changed(self, names: Collection[str], base: Collection[str], where: str) -> dict[str, str]:
-        """The new name of each of ``names``; ``where``, in messages, is the checkpoint that has them.
-
-        Raises a `UsageError` if no name changes, and a `MismatchError` if two become one.
-        """
+        """The new name of each of ``names``; refused for ``where`` if none changes, or two become one."""
         new = {name: self._changed(name, base) for name in names}
         if all(name == other for name, other in new.items()):
             first = Counter(f"{name.partition('.')[0]}." for name in names)

@@ -270,10 +270,7 @@ class Delta:
         return {block.info.name: block.number for block in reversed(self.blocks)}
 
     def side_content(self, side: SideFile, source: Callable[[], bytes]) -> bytes:
-        """The content of a side file, from the patch or from ``source``; its hash is checked.
-
-        Raises a `CorruptFileError`, or a `MismatchError` if the source's file is another one.
-        """
+        """The content of a side file, from the patch or from ``source``; its hash is checked."""
         if side.packed == 0:
             content = source()
             if hashlib.sha256(content).hexdigest() != side.sha256:

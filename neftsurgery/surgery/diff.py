@@ -12,12 +12,13 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
+from ..checkpoint.name_prefixes import Prefixes
 from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
 from ..neurons.anatomy import NeuronTensor
 from ..neurons.layout import described
 from ..options import (
+    CompareOptions,
     DiffOptions,
     PrefixOptions,
     RunOptions,
@@ -181,12 +182,9 @@ def diff(
     CorruptFileError, MachineError
         If a file is damaged; if something cannot be read or written.
     """
-    prefix, scope, score, seed, run = split(
-        "diff", options, PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions
-    )
+    run, compare = split("diff", options, RunOptions, CompareOptions)
     machine = running(run)
-    names = Prefixes.of(**prefix)
-    plan = plan_diff(base, tuned, scope=Scope(**scope), prefixes=names, **score, **seed, out=out, force=force)
+    plan = plan_diff(base, tuned, out=out, force=force, **compare)
     warn(log, plan.warnings)
     return plan.run(**machine)
 
@@ -195,20 +193,19 @@ def plan_diff(
     base: AnyPath,
     tuned: AnyPath,
     *,
-    scope: Scope,
-    prefixes: Prefixes = NO_CHANGE,
-    score: str = "cosine",
-    seed: int = 0,
     out: AnyPath | None = None,
     force: bool = False,
+    **options: Unpack[CompareOptions],
 ) -> DiffPlan:
     """Read the headers of two checkpoints and check everything that `diff` needs."""
+    prefix, scope = split("diff", options, PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions)[:2]
+    score, seed = options.get("score", "cosine"), options.get("seed", 0)
     check_score(score)
     if seed < 0:
         raise UsageError("[[seed]] must not be negative", found=seed)
-    first, second = open_sides(base, tuned, prefixes)
+    first, second = open_sides(base, tuned, Prefixes.of(**prefix))
     place = refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    return DiffPlan(pair(first, second, scope), score, seed, place, force)
+    return DiffPlan(pair(first, second, Scope(**scope)), score, seed, place, force)
 
 
 def check_score(score: str) -> None:

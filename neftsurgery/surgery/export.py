@@ -185,10 +185,7 @@ def plan_export(
     live: Callable[[Checkpoint | None, Patch], LivePlaces | str] = lambda base, patch: "",
     **options: Unpack[ExportOptions],
 ) -> ExportPlan:
-    """Check everything that `export_lora` needs; nothing is written.
-
-    ``live`` asks the live model of the base, or says why it cannot.
-    """
+    """Check everything that `export_lora` needs. ``live`` asks the live model, or says why it cannot."""
     (form,) = split("export_lora", options, ExportOptions)
     dtype, rank = str(form.get("dtype", "f32")).upper(), form.get("rank")
     rank_pattern, prefix = bool(form.get("rank_pattern")), form.get("prefix", "")

@@ -14,12 +14,13 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.dequantized import require_stored_alike, stored_side
 from ..checkpoint.folder_files import file_notes, not_compared
-from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes
+from ..checkpoint.name_prefixes import Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files, same_files, same_tensor
 from ..checkpoint.ties import Joined, join, with_tied_names
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import (
+    ChoosingOptions,
     CutOptions,
     PrefixOptions,
     RunOptions,
@@ -208,12 +209,10 @@ def extract(
     MismatchError
         If the checkpoints do not fit each other or the selection.
     """
-    prefix, scope, score, budget, run = split(
-        "extract", options, PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions
-    )
+    run, choosing = split("extract", options, RunOptions, ChoosingOptions)
     machine = running(run)
     if lossless:
-        given = [*prefix, *scope, *score, *budget]
+        given = [*choosing]
         given += [name for name, one in (("scores", scores), ("selection", selection)) if one is not None]
         if given:
             raise UsageError(f"[[{given[0]}]] does not go with [[lossless]], which keeps every neuron")
@@ -230,14 +229,11 @@ def extract(
         tuned,
         selection,
         scores=scores,
-        scope=Scope(**scope),
-        prefixes=Prefixes.of(**prefix),
-        **score,
-        budget=budget,
         reversible=reversible,
         out=out,
         force=force,
         **machine,
+        **choosing,
     )
     warn(log, plan.warnings)
     return plan.run(**machine)
@@ -249,32 +245,29 @@ def plan_extract(
     selection: Selection | None = None,
     *,
     scores: Scores | None = None,
-    scope: Scope | None = None,
-    prefixes: Prefixes = NO_CHANGE,
-    score: str = "cosine",
-    budget: Mapping[str, Any] | None = None,
     reversible: bool = False,
     inputs: Sequence[AnyPath] = (),
     out: AnyPath | None = None,
     force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
+    **options: Unpack[ChoosingOptions],
 ) -> ExtractPlan:
-    """Choose the neurons, scoring the checkpoints first if need be.
-
-    ``budget`` as `SelectOptions`; ``inputs``: files that ``out`` must not replace.
-    """
+    """Choose the neurons, scoring first if need be; ``inputs``: files that ``out`` must not replace."""
+    groups = (PrefixOptions, ScopeOptions, SelectOptions, ScoreOptions)
+    prefix, scope, budget, _ = split("extract", options, *groups)
     if selection is not None and (budget or scores is not None):
-        other = "scores" if scores is not None else next(iter(budget or ()))
+        other = "scores" if scores is not None else next(iter(budget))
         raise UsageError(f"[[selection]] does not go with [[{other}]]", hint="give one or the other")
-    checked = None if selection is not None else Budget.of(**(budget or {}))
+    checked = None if selection is not None else Budget.of(**budget)
+    score = options.get("score", "cosine")
     check_score(score)
-    first, second = open_sides(base, tuned, prefixes)
+    first, second = open_sides(base, tuned, Prefixes.of(**prefix))
     inputs = [first.source.path, second.source.path, *inputs]
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
-        comparison = DiffPlan(pair(first, second, scope or Scope()), score, checked.seed)
+        comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed)
         joined, warnings = comparison.pair.joined, [*comparison.warnings]
         scores = comparison.run(limits=limits, progress=progress)
         timing = scores.timing

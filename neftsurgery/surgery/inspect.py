@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Unpack
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -140,7 +139,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     ties, notes = stored_ties(checkpoint)
     copied = sum(checkpoint.tensors[name].elements for name, same in ties.items() if name != same[0])
-    aside = {} if checkpoint.is_file else {"left_behind_by_apply": _paths(folder_files(checkpoint).left)}
+    aside = {} if checkpoint.is_file else {"left_behind_by_apply": [*map(str, folder_files(checkpoint).left)]}
     return {
         "kind": "checkpoint",
         "name": checkpoint.name,
@@ -153,7 +152,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "quantized": _quantized(shown),
         "model_type": stated_type(config) or None,
         "parts": {part.strip("/"): stated_type(part_config(config, part)) for part in checkpoint.parts},
-        "unfinished": _paths(journal_path(one) for one in find_journals(checkpoint.source)),
+        "unfinished": [str(journal_path(one)) for one in find_journals(checkpoint.source)],
         **aside,
         "anatomy": anatomy.name,
         "neurons": neurons,
@@ -169,10 +168,6 @@ def _quantized(shown: Checkpoint) -> list[dict[str, object]]:
     """How many weights are stored in which layout, and what of them can be replaced by itself."""
     found = Counter((weight.layout, weight.unit) for weight in shown.quantized.values())
     return [{"layout": layout, "unit": unit, "weights": n} for (layout, unit), n in found.items()]
-
-
-def _paths(paths: Iterable[Path]) -> list[str]:
-    return [str(path) for path in paths]
 
 
 def _tensor(

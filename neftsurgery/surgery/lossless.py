@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..checkpoint.adapter import open_pair
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.in_memory import TensorsInMemory
-from ..coding.blocks import Form, encode, encode_fast
+from ..coding.blocks import encode, encode_fast
 from ..coding.compression import compress
 from ..coding.elements import BLOCK, Carrier
 from ..coding.fitting import fit, fit_memory
@@ -224,15 +224,12 @@ class _Way:
         self, writer: TensorFileWriter, start: int, limits: Limits, advance: Callable[[int], None]
     ) -> int:
         """Code and write all blocks from byte ``start`` of the code; returns where it ends."""
-        arrays, end = self._arrays, start
-        for block, (form, code, *facts) in in_order(self._coded, self.blocks, limits.workers(_BLOCK_MEMORY)):
+        end = start
+        for block, (code, facts) in in_order(self._coded, self.blocks, limits.workers(_BLOCK_MEMORY)):
             writer.write("code", end, np.frombuffer(code, np.uint8))
             end += len(code)
-            number = block.number
-            arrays["form"][number], arrays["size"][number] = form, len(code)
-            for name, fact in zip(("changed", "before", "after"), facts, strict=True):
-                arrays[name][number] = fact
-            arrays["table"][number] = self._table_of.get(block.info.name, 0)
+            for name, fact in facts.items():
+                self._arrays[name][block.number] = fact
             advance(block.nbytes)
         return end
 
@@ -247,16 +244,18 @@ class _Way:
         base, before, _ = block_state(self._source, block)
         return base, read_block(self._target, block), before
 
-    def _coded(self, block: DeltaBlock) -> tuple[Form, bytes, int, int, int]:
+    def _coded(self, block: DeltaBlock) -> tuple[bytes, dict[str, int]]:
+        """The code of a block, and what `ARRAYS` hold of it."""
         base, tuned, before = self._read(block)
+        number = self._table_of.get(block.info.name)
         if self._fast:
             form, code = encode_fast(base, tuned)
             changed = len(tuned) if base is None else int(np.count_nonzero(base != tuned))
         else:
-            number = self._table_of.get(block.info.name)
             table = None if number is None else self._tables[number]
             form, code, changed = encode(base, tuned, block.elements, table)
-        return form, code, changed, before, block_hash(tuned)
+        facts = {"form": int(form), "table": number or 0, "size": len(code), "changed": changed}
+        return code, facts | {"before": before, "after": block_hash(tuned)}
 
     def _fitted(self, limits: Limits) -> tuple[Mapping[str, int], list[FrequencyTable]]:
         """A table for each kind of tensor, from a sample of its blocks; kinds with few changes share one."""
@@ -296,12 +295,9 @@ class _Way:
     def _sample(self, blocks: Sequence[DeltaBlock], count: int) -> tuple[list[_Pair], int]:
         """At most ``count`` of the blocks, evenly spread, and how many of their elements change."""
         chosen = np.unique(np.linspace(0, len(blocks) - 1, count).astype(int))
-        pairs = [self._pair(blocks[i]) for i in chosen]
+        read = (self._read(blocks[i]) for i in chosen)
+        pairs = [(np.zeros_like(tuned) if base is None else base, tuned) for base, tuned, _ in read]
         return pairs, sum(int(np.count_nonzero(base != tuned)) for base, tuned in pairs)
-
-    def _pair(self, block: DeltaBlock) -> _Pair:
-        base, tuned, _ = self._read(block)
-        return np.zeros_like(tuned) if base is None else base, tuned
 
 
 def _most_samples(blocks: Sequence[DeltaBlock]) -> int:

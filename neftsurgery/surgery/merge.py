@@ -16,7 +16,7 @@ from ..errors import boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
-from ..patch.merging import Magnitudes, Part, merge_rows
+from ..patch.merging import ARITHMETIC, Magnitudes, Part, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Patch
 from ..patch.patch_file import other_kind
@@ -95,7 +95,9 @@ class MergePlan:
                 old = tensor.old(before) if reads_base else None
                 parts = [part for _, part in tensor.held(least)]
                 dtype = chosen.tensors[block.name].info.dtype
-                rule = "first" if block.name in self.grouped and self.rule.computes else self.rule.name
+                rule = (
+                    "first" if block.name in self.grouped and self.rule.name in ARITHMETIC else self.rule.name
+                )
                 return merge_rows(rule, dtype, parts, old, len(before)), old, before
 
             with progress("merging", chosen.nbytes) as advance:
@@ -232,12 +234,12 @@ def plan_merge(
     original, inputs = named_base(base, patches)
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
     watch = Stopwatch()
+    watch.bytes_read = sum(patch.value_bytes for patch in patches)
     keep = reversible if reversible is not None else all(patch.reversible for patch in patches)
     with watch.running():
         found, new, warnings = plan_union(patches, rule, original, keep)
         check_patches(patches, progress)
         warnings += other_base(original, new.manifest.base, "the patches")
-    watch.bytes_read = sum(patch.value_bytes for patch in patches)
     return MergePlan(patches, rule, original, found, new, place, force, warnings, watch.timing)
 
 

@@ -23,6 +23,14 @@ from .group_checks import joined_groups, require_whole_units
 from .verb import require_replaced
 
 
+def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
+    """Raise a `CorruptFileError` unless each patch's hashes match its content: a merge gets new hashes."""
+    with progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
+        for patch in patches:
+            patch.check()
+            advance(patch.value_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class OverlapRule:
     """What is done with neurons that several patches replace. Made by `of`."""
@@ -58,11 +66,6 @@ class OverlapRule:
         return cls(name, given, DENSITY if density is None else density)
 
     @property
-    def computes(self) -> bool:
-        """Whether it computes with values."""
-        return self.name in ARITHMETIC
-
-    @property
     def needs_base(self) -> bool:
         """Whether it computes with differences from the base."""
         return self.name in ("sum", "ties")
@@ -80,14 +83,6 @@ def refuse_other_options(chain: bool, overlap: Mapping[str, object], coding: Map
     for name, value in (overlap if chain else coding).items():
         if value not in (None, "error"):
             raise UsageError(f"[[{name}]] {'does not go with' if chain else 'goes only with'} [[chain]]")
-
-
-def check_patches(patches: Sequence[Patch], progress: Progress) -> None:
-    """Raise a `CorruptFileError` unless each patch's hashes match its content: a merge gets new hashes."""
-    with progress("checking", sum(patch.value_bytes for patch in patches)) as advance:
-        for patch in patches:
-            patch.check()
-            advance(patch.value_bytes)
 
 
 def plan_union(

@@ -12,8 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.dequantized import comparable, dequantized, in_common_numbers
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
-from ..checkpoint.provenance import same_tensor
-from ..checkpoint.saved_forms import why_unlike
+from ..checkpoint.provenance import same_tensor, why_unlike
 from ..checkpoint.ties import Joined, join
 from ..errors import MismatchError, UsageError
 from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy

@@ -198,12 +198,11 @@ class NewCheckpoint:
             yield self.fd
             return
         path = self._place(name)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            with naming(path):
-                yield fd
-        finally:
-            os.close(fd)
+        with (
+            open(path, "x+b", 0, opener=lambda name, flags: os.open(name, flags, mode)) as file,
+            naming(path),
+        ):
+            yield file.fileno()
 
     def copy_along(
         self, root: Path, paths: Iterable[Path], advance: Callable[[int], None] = lambda done: None

@@ -72,10 +72,7 @@ def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
 def examine_blocks(
     checkpoint: Checkpoint, patch: LosslessPatch, *, limits: Limits, advance: Callable[[int], None]
 ) -> dict[str, TensorState]:
-    """The state of every tensor of the tuned checkpoint, by its blocks.
-
-    What the patch makes of the base's blocks is checked too: a `CorruptFileError` says that it is another.
-    """
+    """The state of every tensor, by its blocks; a `CorruptFileError` if the patch makes another of one."""
     delta = patch.forward
     states = {name: TensorState() for name in delta.tensors}
 
@@ -173,8 +170,6 @@ def examine(
     already what this patch, or this one and some that follow, make of it. ``replaced``: the vectors that the
     patches replaced, where others have them than the patches. Raises as `verify`.
     """
-    for patch in patches:
-        patch.require_fit(checkpoint)
     states = [PatchState({name: TensorState() for name in patch.tensors}) for patch in patches]
     layouts = (tensor.layout for patch in patches for tensor in patch.tensors.values())
     workers = limits.workers(block_memory(layouts, limits.block))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.name_prefixes import Prefixes
 from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
+from ..options import PrefixOptions, declared
 from ..progress import Progress
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
@@ -76,11 +76,9 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
         return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *budget.warnings(neurons)))
     assert path is not None  # check_recipe has made sure
     if by == "tuned":
-        plan = plan_extract(
-            recipe.model, path, scope=select.scope, score=select.score or "cosine",
-            prefixes=Prefixes.of(recipe.probe.strip_prefix, recipe.probe.add_prefix),
-            budget=budget_of(select), limits=limits, progress=progress,
-        )  # fmt: skip
+        options = budget_of(select) | asdict(select.scope) | {"score": select.score or "cosine"}
+        options |= {name: getattr(recipe.probe, name) for name in declared(PrefixOptions)}
+        plan = plan_extract(recipe.model, path, limits=limits, progress=progress, **options)
         return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))
     if by == "scores":
         with Scores.load(path) as scores:

@@ -16,7 +16,7 @@ import transformers
 
 __all__ = ["in_children"]
 
-_SECONDS = 120
+_SECONDS = 300
 
 
 def in_children(

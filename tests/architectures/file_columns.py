@@ -121,7 +121,7 @@ def extract_column(case: TinyCheckpoints, column: Column, scores: Scores) -> Non
 
 def changed_column(case: TinyCheckpoints, column: Column) -> None:
     """Extract all that changed: what is lacking then is named."""
-    plan = plan_extract(case.base, case.tuned, budget={"changed": True})
+    plan = plan_extract(case.base, case.tuned, changed=True)
     patch, out = plan.run(), case.folder / "whole"
     plan_apply(case.base, [patch], out=out).run()
     tuned, found = tensors_in(case.tuned), tensors_in(out)

@@ -24,6 +24,7 @@ __all__ = ["Runnable", "configs_in", "move_weights", "outputs", "runnable", "tin
 
 _MOST_TOKENS, _VOCABULARY, _FIRST_ID = 4096, 499, 100
 _MOST_PARAMETERS = 8_000_000
+_TOO_MANY_PARAMETERS = 100_000_000
 _TOKEN_ID = re.compile(r"token(_id|_index|_idx)?$|_token_ids?$|token_index$|_id$|_ids$")
 _TOP = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _WIDTHS = ("hidden_size", "d_model", "embed_dim", "n_embd", "dim")
@@ -201,6 +202,8 @@ def _build(cls: Any, config: Any, built: bool) -> Any:
         size = sum(one.numel() for one in cls(copy.deepcopy(config)).parameters())
     if size > _MOST_PARAMETERS and built:
         return None
+    if size > _TOO_MANY_PARAMETERS:
+        raise ValueError(f"the smallest has {size / 1e6:.0f} M parameters")
     torch.manual_seed(0)
     model = cls(config).float().eval()
     move_weights(model, 0)

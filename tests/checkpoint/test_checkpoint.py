@@ -23,7 +23,6 @@ import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint, OpenShards
 from neftsurgery.checkpoint.ties import missing_tensors
 from neftsurgery.errors import CorruptFileError, MachineError, UsageError, boundary
-from neftsurgery.options import Scope
 from neftsurgery.sources.resolve import INDEX_NAME, SINGLE_NAME
 from neftsurgery.surgery import rewrite
 from neftsurgery.surgery.apply import plan_apply
@@ -283,7 +282,7 @@ def test_tensors_that_only_the_index_has(tmp_path: Path) -> None:
     name = "model-00001-of-00002.safetensors"
     reindex(folder, lambda weight_map: weight_map.update({"lost.weight": name, "gone.weight": name}))
     assert Checkpoint.open(folder).absent == ("gone.weight", "lost.weight")
-    plan = plan_diff(folder, folder, scope=Scope())
+    plan = plan_diff(folder, folder)
     (said,) = [one for one in plan.warnings if "index" in one]
     assert said == f"{folder}: the index lists 2 tensors that no file has: gone.weight, lost.weight"
     assert plan.describe()["not_compared"] == ["gone.weight", "lost.weight"]
@@ -321,7 +320,7 @@ def test_shards_of_an_older_save_beside_the_checkpoint(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", ARRAYS, shards=2)
     for path in write_folder(tmp_path / "old", ARRAYS, shards=3).glob("*.safetensors"):
         path.rename(folder / path.name)
-    (said,) = [one for one in plan_diff(folder, folder, scope=Scope()).warnings if "shards" in one]
+    (said,) = [one for one in plan_diff(folder, folder).warnings if "shards" in one]
     assert "another save" in said
     assert "model-00001-of-00003.safetensors" in said
 

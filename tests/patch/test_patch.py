@@ -13,7 +13,6 @@ from support import patched_by_hand, raw_file, raw_folder, raw_read, snapshot, v
 import neftsurgery as ns
 from neftsurgery.checkpoint.provenance import Provenance
 from neftsurgery.neurons.layout import Layout
-from neftsurgery.options import Scope
 from neftsurgery.patch.overlap import overlay
 from neftsurgery.patch.patch import Manifest, PatchTensor
 from neftsurgery.patch.patch_file import DigestHash, digests
@@ -240,7 +239,7 @@ def test_blocks_of_any_size_give_the_same_patch(sides: tuple[Path, Path], tmp_pa
     for threads in (1, 3):
         limits = Limits(threads, DEFAULT_MEMORY, block=16)
         small, out = tmp_path / f"small{threads}", tmp_path / f"out{threads}"
-        options = {"scope": Scope(axis=AXIS), "budget": {"changed": True}}
+        options = {"axis": AXIS, "changed": True}
         plan = plan_extract(*sides, **options, out=small, reversible=True, limits=limits)
         patch = plan.run(limits=limits)
         assert small.read_bytes() == (tmp_path / "large").read_bytes()

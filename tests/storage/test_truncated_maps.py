@@ -16,7 +16,6 @@ from support import raw_folder
 
 import neftsurgery as ns
 from neftsurgery.cli.main import cli
-from neftsurgery.options import Scope
 from neftsurgery.scoring import engine
 from neftsurgery.storage.page_cache import is_truncated, map_cached, sigbus_guard
 from neftsurgery.storage.threads import Limits
@@ -86,7 +85,7 @@ def pair_of_files(tmp_path: Path) -> list[Path]:
 
 
 def scored(sides: list[Path], out: Path, *, mapped: bool) -> None:
-    plan_diff(*sides, scope=Scope(), out=out).run(limits=Limits.of(mapped=mapped)).close()
+    plan_diff(*sides, out=out).run(limits=Limits.of(mapped=mapped)).close()
 
 
 @pytest.mark.parametrize("mapped", [False, True])

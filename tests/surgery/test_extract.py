@@ -19,7 +19,6 @@ from safetensors.numpy import load_file, save_file
 from support import Result, patch_rows, patched_by_hand, raw_file, raw_folder, raw_read, snapshot, write_file
 
 import neftsurgery as ns
-from neftsurgery.options import Scope
 from neftsurgery.surgery.extract import plan_extract
 
 RNG = np.random.default_rng(0)
@@ -300,14 +299,14 @@ def test_a_patch_larger_than_the_base_is_warned_of(tmp_path: Path) -> None:
     def said(**options: Any) -> list[str]:
         return [text for text in plan_extract(*sides, **options).warnings if "larger" in text]
 
-    (text,) = said(budget={"changed": True})
+    (text,) = said(changed=True)
     assert re.fullmatch(
         r"the patch is larger than the base \(7[23]\.\d kB and 32\.0 kB\): "
         r"\[\[neurons=3%\]\] would make a small one",
         text,
     )
-    assert said(budget={"neurons": "40%"}) == []
-    (text,) = said(budget={"neurons": "80%"}, reversible=True)
+    assert said(neurons="40%") == []
+    (text,) = said(neurons="80%", reversible=True)
     assert text.endswith("[[reversible]] doubles it")
 
 
@@ -331,8 +330,8 @@ def test_a_number_that_may_be_meant_as_a_percentage_is_warned_of(
 EVERYTHING = {"changed": True, "with_bias": True}
 
 
-def remainder(base: Path, tuned: Path, scope: Scope | None = None, **budget: object) -> dict[str, object]:
-    plan = plan_extract(base, tuned, scope=scope or Scope(include=["*"]), budget=EVERYTHING | budget)
+def remainder(base: Path, tuned: Path, **options: object) -> dict[str, object]:
+    plan = plan_extract(base, tuned, **({"include": ["*"]} | EVERYTHING | options))
     return {key: plan.describe()[key] for key in ("whole_change", "left_out", "not_compared")}
 
 
@@ -341,9 +340,9 @@ WHOLE = {"whole_change": True, "left_out": [], "not_compared": []}
 
 def test_the_whole_change(sides: tuple[Path, Path]) -> None:
     assert remainder(*sides) == WHOLE
-    assert remainder(*sides, Scope()) == WHOLE | {"whole_change": False, "left_out": ["norm"]}
+    assert remainder(*sides, include=[]) == WHOLE | {"whole_change": False, "left_out": ["norm"]}
     left = ["a.bias", "a.weight", "norm"]
-    assert remainder(*sides, Scope(exclude=["a.*"])) == WHOLE | {"whole_change": False, "left_out": left}
+    assert remainder(*sides, include=[], exclude=["a.*"]) == WHOLE | {"whole_change": False, "left_out": left}
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -403,7 +402,7 @@ def test_scores_that_do_not_cover_a_tensor(sides: tuple[Path, Path], tmp_path: P
     name = "a.weight"
     arrays = {name: scores.values(name), f"{name}:changed": scores.sums(name, "changed")}
     save_file(arrays, tmp_path / "s.safetensors", {"neuron_scores": json.dumps(facts)})
-    plan = plan_extract(*sides, scores=ns.Scores.load(tmp_path / "s.safetensors"), budget={"changed": True})
+    plan = plan_extract(*sides, scores=ns.Scores.load(tmp_path / "s.safetensors"), changed=True)
     found = plan.describe()
     assert found["whole_change"] is None
     assert sorted(found["not_compared"]) == ["a.bias", "b.weight", AGED, "norm"]
@@ -420,7 +419,7 @@ def test_what_changed_since_the_scores_were_made(sides: tuple[Path, Path]) -> No
     late = {"w.weight": ("F32", np.zeros((64, 512), "u4"))}
     late["w.weight"][1][32] = 7
     raw_file(tuned / "model.safetensors", late, {"format": "pt"})
-    plan = plan_extract(base, tuned, scores=scores, budget={"neurons": 1})
+    plan = plan_extract(base, tuned, scores=scores, neurons=1)
     assert plan.describe()["whole_change"] is None
     assert plan.describe()["not_compared"] == [AGED]
 

@@ -17,7 +17,6 @@ from safetensors.torch import save_model
 from support import Result, snapshot
 
 import neftsurgery as ns
-from neftsurgery.options import Scope
 from neftsurgery.surgery import rewrite
 from neftsurgery.surgery.diff import plan_diff
 from neftsurgery.surgery.extract import plan_extract
@@ -82,7 +81,7 @@ def test_a_tied_tensor_is_one_tensor_however_it_is_saved(
     scores = ns.diff(a, b)
     assert scores.facts["only_in_base"] == scores.facts["only_in_tuned"] == []
     assert scores.parameters == sum(p.numel() for p in base.parameters())
-    plan = plan_extract(a, b, scope=Scope(include=["*"]), budget={"changed": True, "with_bias": True})
+    plan = plan_extract(a, b, include=["*"], changed=True, with_bias=True)
     assert plan.describe()["whole_change"] is True, plan.describe()
     assert len({E, H} & plan.selection.tensors.keys()) == 1
     patch = plan.run()
@@ -164,7 +163,7 @@ def test_two_tensors_that_a_config_unties(tmp_path: Path) -> None:
     assert list(patch.tensors) == [E]
     ns.apply(a, patch, out=tmp_path / "out")
     same_as(tmp_path / "out", tuned)
-    plan = plan_diff(a, a, scope=Scope())
+    plan = plan_diff(a, a)
     (said,) = [one for one in plan.warnings if "tied" in one]
     assert "not tied" in said
     assert "equal in the files" in said
@@ -185,7 +184,7 @@ def test_copies_that_differ_are_not_tied(tmp_path: Path, stated: bool | None) ->
     a, b = (
         restated(save(model, tmp_path / name, "both"), stated) for model, name in ((base, "a"), (tuned, "b"))
     )
-    plan = plan_extract(a, b, scope=Scope(include=["*"]), budget={"changed": True, "with_bias": True})
+    plan = plan_extract(a, b, include=["*"], changed=True, with_bias=True)
     assert {E, H} <= plan.selection.tensors.keys()
     assert any("differ in the files" in one for one in plan.warnings) is bool(stated)
     ns.apply(a, plan.run(), out=tmp_path / "out")
@@ -201,7 +200,7 @@ def test_a_head_that_one_side_lacks(tmp_path: Path, stated: bool | None) -> None
     save_file({n: v for n, v in arrays.items() if n != H}, bare / "model.safetensors", {"format": "pt"})
     assert ns.diff(whole, bare).facts["only_in_base"] == [H]
     assert ns.diff(bare, whole).facts["only_in_tuned"] == [H]
-    plan = plan_diff(whole, bare, scope=Scope())
+    plan = plan_diff(whole, bare)
     assert any("hold only the latter" in one for one in plan.warnings) is (stated is False)
 
 
@@ -363,7 +362,7 @@ def test_folders_that_cannot_be_listed_and_odd_names(tmp_path: Path) -> None:
     save_file(arrays, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
     (tmp_path / "loop").symlink_to(tmp_path)
-    plan = plan_diff(tmp_path, tmp_path, scope=Scope(include=["*"]))
+    plan = plan_diff(tmp_path, tmp_path, include=["*"])
     (said,) = [one for one in plan.warnings if "tied" in one]
     assert "\n" not in said
     assert plan.describe()["not_compared"] == []

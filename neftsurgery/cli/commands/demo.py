@@ -59,14 +59,14 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
         console.answer({"dry_run": True, "trains": trains, "commands": commands})
         return 0
     with _working_folder(folder) as path:
-        session = DemoSession(console, path)
         if trains:
-            from ..demo.training_demo import show
+            from ..demo.training_demo import TrainingDemo
 
-            passed, models = show(session, seed)
-            facts = {"trained": [asdict(model) for model in models], "seed": seed}
+            demo = TrainingDemo(console, path, seed)
+            passed = demo.run()
+            facts = {"trained": [asdict(model) for model in demo.trained], "seed": seed}
         else:
-            passed, facts = _show_files(session), {"trained": None}
+            passed, facts = _show_files(DemoSession(console, path)), {"trained": None}
     seconds = time.perf_counter() - start
     console.say()
     ok = all(passed.values())

@@ -11,9 +11,8 @@ import click
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.dequantized import stored_side
-from ...checkpoint.name_prefixes import Prefixes
 from ...neurons.submodels import stated_type
-from ...options import PrefixOptions, Scope, ScopeOptions, ScoreOptions, SeedOptions
+from ...options import PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
@@ -21,7 +20,7 @@ from ...surgery.pairing import Pair
 from ...surgery.summary import Movement, Summary, summarize
 from ...text import commas, percent, plural, size, some
 from ..console import Console, can_print
-from ..options import options_of, output_option, take, writing_options
+from ..options import options_of, output_option, writing_options
 
 _SHOWN = 5
 _BAR = 24
@@ -49,9 +48,7 @@ def command(
       neftsurgery diff base/ adapter/ -o scores.safetensors
       neftsurgery diff meta-llama/Llama-3.2-1B my-fine-tune/ --anatomy ffn
     """
-    scope = Scope(**take(options, ScopeOptions))
-    prefixes = Prefixes.of(**take(options, PrefixOptions))
-    plan = plan_diff(base, tuned, scope=scope, prefixes=prefixes, score=score, out=out, **options)
+    plan = plan_diff(base, tuned, out=out, score=score, **options)
     _say_pair(console, plan.pair)
     facts = plan.describe()
     if dry_run:

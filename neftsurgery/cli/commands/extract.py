@@ -7,19 +7,15 @@ from typing import Any
 
 import click
 
-from ...checkpoint.name_prefixes import Prefixes
 from ...errors import UsageError
 from ...options import (
     BudgetOptions,
-    CutOptions,
+    ChoosingOptions,
     LosslessOptions,
     PrefixOptions,
-    RunOptions,
-    Scope,
     ScopeOptions,
     ScoreOptions,
     SeedOptions,
-    SelectOptions,
     declared,
 )
 from ...progress import Timing
@@ -79,22 +75,18 @@ def command(
             "scores" if scores is not None else "selection",
             "it is for scoring, which was done before",
         )
-    budget, inputs = take_budget(options, SelectOptions)
+    choosing, inputs = take_budget(options, ChoosingOptions)
     inputs += [path for path in (scores, selection) if path is not None]
     if selection is not None:
-        budget.pop("seed", None)
-    scope, score = Scope(**take(options, ScopeOptions)), take(options, ScoreOptions)
+        choosing.pop("seed", None)
     plan = plan_extract(
         base,
         tuned,
         None if selection is None else Selection.load(selection),
         scores=None if scores is None else Scores.load(scores),
-        scope=scope,
-        prefixes=Prefixes.of(**take(options, PrefixOptions)),
-        **score,
-        budget=budget,
         inputs=inputs,
         out=out,
+        **choosing,
         **options,
         **console.running,
     )
@@ -109,8 +101,8 @@ def _extract_whole(
     """The command with --lossless."""
     if not whole.pop("lossless", False):
         raise UsageError(f"[[{next(iter(whole))}]] is for [[lossless]] patches only")
-    chosen = declared(CutOptions).keys() - declared(RunOptions).keys()
-    _refuse(sorted({"scores", "selection", *chosen}), "lossless", "a lossless patch keeps every neuron")
+    chosen = sorted({"scores", "selection", *declared(ChoosingOptions)})
+    _refuse(chosen, "lossless", "a lossless patch keeps every neuron")
     kept = {name: options[name] for name in ("out", "force", "reversible")}
     run_lossless(console, plan_lossless(base, tuned, **kept, **whole), dry_run)
 

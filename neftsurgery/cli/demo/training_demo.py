@@ -24,6 +24,7 @@ from ...demo.tiny_model import (
     train_selection,
 )
 from ...text import commas, percent, size
+from ..console import Console
 from .session import SHARE, TRAINING_LINES, DemoSession
 
 _PRETRAINING = TrainingSettings(OLD, steps=200, learning_rate=3e-3, seed=1)
@@ -42,61 +43,61 @@ class TrainedModel:
     seconds: float  # the training time
 
 
-def show(session: DemoSession, seed: int) -> tuple[dict[str, bool], list[TrainedModel]]:
-    """Run the demo; returns whether each check passed, and the trained models."""
-    with single_thread():
-        return _TrainingDemo(session, seed).run()
+class TrainingDemo(DemoSession):
+    """The demo with training; ``trained`` are the models, in order."""
 
-
-class _TrainingDemo:
-    def __init__(self, session: DemoSession, seed: int) -> None:
-        self._session = session
+    def __init__(self, console: Console, folder: Path, seed: int) -> None:
+        super().__init__(console, folder)
         self._seed = seed
         self._languages = Languages(seed=seed)
-        self._trained: list[TrainedModel] = []
+        self.trained: list[TrainedModel] = []
 
-    def run(self) -> tuple[dict[str, bool], list[TrainedModel]]:
-        session = self._session
+    def run(self) -> dict[str, bool]:
+        """Run the demo; returns whether each check passed."""
+        with single_thread():
+            return self._run()
+
+    def _run(self) -> dict[str, bool]:
         diff, select, control, apply, verify, revert, report = TRAINING_LINES
-        base, tuned, patched = (session.folder / name for name in ("base", "tuned", "patched"))
+        base, tuned, patched = (self.folder / name for name in ("base", "tuned", "patched"))
         model = new_model(self._languages, self._seed)
         number = commas(count_parameters(model.parameters()))
-        session.heading(f"A Llama with {number} parameters learns to translate A to B, B to C and C to A")
+        self.heading(f"A Llama with {number} parameters learns to translate A to B, B to C and C to A")
         self._train_all("base", "pre-training", model, _PRETRAINING, base)
 
-        session.heading("A full fine-tune on the new task: A to C")
+        self.heading("A full fine-tune on the new task: A to C")
         self._train_all("full fine-tune", "full fine-tune", load_model(base), _FINE_TUNING, tuned)
 
-        session.heading("Which neurons did that turn?")
-        session.run_command(diff)
-        session.run_command(select)
+        self.heading("Which neurons did that turn?")
+        self.run_command(diff)
+        self.run_command(select)
 
-        session.heading("NeFT: train only these neurons, from the base")
+        self.heading("NeFT: train only these neurons, from the base")
         model = self._train_selection(f"NeFT, {SHARE} of the neurons", base, "selection", "neuron_patch")
         live = logits_of(model, self._languages)
 
-        session.heading("The control: as many random neurons")
-        session.run_command(control)
+        self.heading("The control: as many random neurons")
+        self.run_command(control)
         self._train_selection(f"{SHARE} of the neurons at random", base, "control", "control_patch")
 
-        session.heading("Apply the patch to the files of the base, load them, and revert it")
-        session.run_command(apply)
-        session.run_command(verify)
+        self.heading("Apply the patch to the files of the base, load them, and revert it")
+        self.run_command(apply)
+        self.run_command(verify)
         loaded = logits_of(load_model(patched), self._languages)
-        equal = session.check(
+        equal = self.check(
             "the model loaded from patched/ gives the trained model's logits, bit for bit",
             np.array_equal(loaded, live),
         )
-        session.run_command(revert)
-        same = session.check_restored()
+        self.run_command(revert)
+        same = self.check_restored()
         self._summary()
-        session.draw_report(report)
-        return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}, self._trained
+        self.draw_report(report)
+        return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}
 
     def _train_all(self, name: str, bar: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
         """Train all parameters of ``model`` and write it to ``folder``."""
         parameters = list(model.parameters())
-        with self._session.console.progress(bar, settings.steps, unit="step") as advance:
+        with self.console.progress(bar, settings.steps, unit="step") as advance:
             seconds = train_parameters(model, parameters, self._languages, self._seeded(settings), advance)
         model.save_pretrained(folder)
         nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -104,7 +105,7 @@ class _TrainingDemo:
 
     def _train_selection(self, name: str, base: Path, selection: str, patch: str) -> Any:
         """Train a selection from the base and write its patch; returns the trained model."""
-        say, folder = self._session.console.say, self._session.folder
+        say, folder = self.console.say, self.folder
         for line in (
             f'attached = ns.attach(model, ns.Selection.load("{selection}.safetensors"))',
             "optimizer = torch.optim.AdamW(attached.parameters(), ...)  # and train as usual",
@@ -113,7 +114,7 @@ class _TrainingDemo:
             say(f">>> {line}")
         file = folder / f"{patch}.safetensors"
         chosen, settings = folder / f"{selection}.safetensors", self._seeded(_FINE_TUNING)
-        with self._session.console.progress(name, settings.steps, unit="step") as advance:
+        with self.console.progress(name, settings.steps, unit="step") as advance:
             model, trained, seconds = train_selection(base, chosen, file, self._languages, settings, advance)
         self._add(name, model, trained, file.stat().st_size, seconds)
         return model
@@ -123,15 +124,15 @@ class _TrainingDemo:
 
     def _add(self, name: str, model: Any, trained: int, nbytes: int, seconds: float) -> None:
         row = TrainedModel(name, losses_of(model, self._languages), trained, nbytes, seconds)
-        self._trained.append(row)
-        self._session.console.say(
+        self.trained.append(row)
+        self.console.say(
             f"  {commas(trained)} parameters trained for {seconds:.1f} s; "
             f"loss on the old task {row.losses.old:.4f}, on the new one {row.losses.new:.4f}"
         )
 
     def _summary(self) -> None:
-        session, (base, *_) = self._session, self._trained
-        session.heading("Results: loss on unseen sentences, in nats per word")
+        base, *_ = self.trained
+        self.heading("Results: loss on unseen sentences, in nats per word")
         head = ["", "old task", "new task", "parameters trained", "to keep", "seconds"]
         rows = [
             [
@@ -142,10 +143,10 @@ class _TrainingDemo:
                 size(row.nbytes),
                 f"{row.seconds:.1f}",
             ]
-            for row in self._trained
+            for row in self.trained
         ]
-        session.console.say_table([head, *rows], right=range(1, len(head)))
-        session.console.say(
+        self.console.say_table([head, *rows], right=range(1, len(head)))
+        self.console.say(
             "  One seed of a tiny model does not show how to choose neurons: "
             "with other seeds the random ones learn as well."
         )
