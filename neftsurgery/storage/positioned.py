@@ -105,7 +105,7 @@ class OpenFile:
             self.remote.fill([(offset, buffer.cast("B"))])
 
     def read_rows(self, offset: int, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
-        """Fill ``out``, ``[k, bytes of a row]``, with ascending rows of a table at ``offset``; thread-safe."""
+        """Fill ``out``, ``[k, bytes of a row]``, with ascending rows of a table at ``offset``."""
         row, buffer, runs = out.shape[1], out.data.cast("B"), consecutive_runs(rows)
         parts = ((offset + number * row, buffer[first * row : last * row]) for first, last, number in runs)
         if self.remote is not None:
