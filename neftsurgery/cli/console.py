@@ -23,7 +23,6 @@ import click
 from ..errors import MachineError, spelled
 from ..progress import Timing
 from ..sources.hub_errors import redacted
-from ..sources.remote import FETCHED
 from ..text import lines, printable
 
 if TYPE_CHECKING:
@@ -94,6 +93,8 @@ class Console:
         self, facts: Mapping[str, Any], timing: Timing | None = None, *, dry_run: bool | None = None
     ) -> None:
         """Print the result as JSON, if asked to, with bytes and seconds. A dry run has no ``out``."""
+        from ..sources.remote import FETCHED
+
         if not self.as_json:
             return
         facts = dict(facts)
