@@ -90,7 +90,7 @@ class PeftPlaces:
     def _form(self, path: str, module: nn.Module, parameter: str, weight: torch.Tensor) -> Any:
         """How PEFT adapts a weight; None if it does not, or not exactly."""
         if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
-            return self._as_module(path)
+            return None if self._read_outside(path) else self._as_module(path)
         if parameter == "weight" and isinstance(module, nn.Embedding):
             plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
             called = plain and module.max_norm is None and not self._read_outside(path)
@@ -105,9 +105,10 @@ class PeftPlaces:
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
     def _read_outside(self, path: str) -> bool:
-        """Whether the module around an embedding reads its weight, past PEFT, as its source says."""
+        """Whether the module around another reads its weight, past PEFT, as its source says."""
         outer, _, name = path.rpartition(".")
-        read = re.compile(rf"self\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape|size))")
+        weight = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b"
+        read = re.compile(weight + r"(?!\.(dtype|device|shape|size|numel)|\s*=[^=])")
         for cls in type(self._model.get_submodule(outer)).__mro__:
             if cls.__module__.startswith("torch.") or cls.__name__ == "PreTrainedModel":
                 break
