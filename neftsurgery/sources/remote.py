@@ -41,7 +41,7 @@ _USUAL = (
     "diffusion_pytorch_model.safetensors.index.json",
 )  # fmt: skip
 
-Part = tuple[int, memoryview]  # bytes that are wanted: where they start, and where they go
+Wanted = tuple[int, memoryview]  # bytes that are wanted: where they start, and where they go
 
 
 @dataclass
@@ -106,9 +106,9 @@ class RemoteFile:
             self._fetched.count(0, self._ranged.nbytes)
             self._is_made = True
 
-    def fill(self, parts: Iterable[Part]) -> None:
+    def fill(self, parts: Iterable[Wanted]) -> None:
         """Fill buffers, many at once. Raises as `RangedFile.read`."""
-        wanted = list[Part]()
+        wanted = list[Wanted]()
         for start, buffer in parts:
             if (kept := self._kept.get((start, len(buffer)))) is not None:
                 buffer[:] = kept
@@ -125,7 +125,7 @@ class RemoteFile:
         self.fill((start, memoryview(buffer)) for (start, _), buffer in buffers.items())
         self._kept |= {place: bytes(buffer) for place, buffer in buffers.items()}
 
-    def _fetch(self, part: Part) -> None:
+    def _fetch(self, part: Wanted) -> None:
         """Fetch one range, and put it where it belongs."""
         (start, buffer), done = part, 0
         for chunk in self._ranged.read(start, start + len(buffer)):

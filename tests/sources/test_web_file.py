@@ -26,13 +26,19 @@ def new_client() -> None:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RangeServer]:
-    """A server with one file, and a client that waits a tenth of a second for a byte."""
+def server(tmp_path: Path) -> Iterator[RangeServer]:
+    """A server with one file."""
     write_file(tmp_path / "w.safetensors", {"w": WEIGHT})
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    new_client()
     with range_server(tmp_path) as state:
         yield state
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A client that waits a tenth of a second for a byte."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    new_client()
+    yield
     new_client()
 
 
@@ -69,6 +75,7 @@ FAULTS: list[tuple[str, int, type[NeftError], str]] = [
 
 
 @pytest.mark.parametrize(("fault", "good", "kind", "words"), FAULTS)
+@pytest.mark.usefixtures("impatient")
 def test_fault(server: RangeServer, fault: str, good: int, kind: type[NeftError], words: str) -> None:
     server.fault = fault, good, ALWAYS
     FETCHED.clear()
