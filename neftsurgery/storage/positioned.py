@@ -42,6 +42,8 @@ def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int
     Yields ``(first, last, number)``: the run is ``index[first:last]`` and starts with ``number``.
     """
     index = np.asarray(index, np.int64)
+    if len(index) and (index[1:] == index[:-1] + 1).all():  # one run, as in thousands of small tensors
+        return iter([(0, len(index), int(index[0]))])
     edges = np.flatnonzero(np.diff(index, prepend=-2, append=-2) != 1)
     firsts = edges[:-1]
     return zip(firsts.tolist(), edges[1:].tolist(), index[firsts].tolist(), strict=True)
