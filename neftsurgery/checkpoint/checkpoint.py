@@ -281,13 +281,12 @@ class Checkpoint:
         return self.opened.bytes_read
 
     def keep_edges(self, names: Iterable[str], size: int) -> None:
-        """Fetch the first and last ``size`` bytes of tensors at once, where they are behind a URL."""
+        """Fetch the first and last ``size`` bytes of larger tensors at once, where they are behind a URL."""
         places: dict[int, set[tuple[int, int]]] = {}
         read = [name for name in names if name not in self.quantized] if self.source.remote else []
         for name in read:
             (shard, start), nbytes = self.position(name), self.tensors[name].nbytes
-            edges = {(start, size), (start + nbytes - size, size)} if nbytes > 2 * size else {(start, nbytes)}
-            places.setdefault(shard, set()).update(edges)
+            places.setdefault(shard, set()).update({(start, size), (start + nbytes - size, size)})
         for number, found in places.items():
             if (remote := self.opened.get(self.shards[number]).remote) is not None:
                 remote.keep(sorted(found))

@@ -20,11 +20,8 @@ from .checkpoint import Checkpoint
 from .name_prefixes import fitting_prefixes
 
 _EDGE_BYTES = 4096
-<<<<<<< HEAD
 _EDGES_AT_ONCE = 1000  # tensors whose edges are fetched together from a URL
-=======
 _READ_BYTES = 1 << 20  # of small neighbours, read at once
->>>>>>> main
 HASH_PREFIX = "xxh3-128:"
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)(?=\.)")
 _UNWRAP = "save the model inside: `accelerator.unwrap_model(model).save_pretrained(OUT)`"
@@ -53,36 +50,18 @@ def fingerprint(
     own = {n: n for n, info in weights.tensors.items() if info.name == n and n not in tied}
     names = {**own, **(names or {})}
 
-<<<<<<< HEAD
-    def read(name: str, start: int, part: memoryview) -> None:
-        weights.read_into(names[name], start, part)
-        change(name, start, part)
-
-    state = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(2 * _EDGE_BYTES))
-    for number, name in enumerate(ordered := sorted(names)):
-        if number % _EDGES_AT_ONCE == 0 and isinstance(weights, Checkpoint):
-            weights.keep_edges((names[n] for n in ordered[number:][:_EDGES_AT_ONCE]), _EDGE_BYTES)
-        info = weights.tensors[names[name]]
-        shape = ",".join(map(str, info.shape))
-        state.update(f'[{encode_basestring_ascii(name)},"{info.dtype}",[{shape}]]\n'.encode())
-        edge = min(_EDGE_BYTES, info.nbytes)
-        if info.nbytes <= len(buffer):
-            view = buffer[: info.nbytes]
-            read(name, 0, view)
-        else:
-            view = buffer
-            read(name, 0, view[:edge])
-            read(name, info.nbytes - edge, view[edge:])
-        state.update(view[:edge])
-        state.update(view[len(view) - edge :])
-=======
     tensors = [(name, stored, weights.tensors[stored]) for name, stored in sorted(names.items())]
     state, edge, whole = xxhash.xxh3_128(), _EDGE_BYTES, 2 * _EDGE_BYTES
     nbytes = [info.nbytes for _, _, info in tensors]
     address = weights.address if isinstance(weights, Checkpoint) else lambda name: -1
     addresses = [address(stored) if info.nbytes <= whole else -1 for _, stored, info in tensors]
+    kept = 0
     for run in neighbours(nbytes, [addresses], _READ_BYTES):
+        if run.start >= kept and isinstance(weights, Checkpoint):
+            kept = run.start + _EDGES_AT_ONCE
+            weights.keep_edges(
+                [one for _, one, info in tensors[run.start : kept] if info.nbytes > whole], edge
+            )
         some = tensors[run.start : run.stop]
         sizes = [min(size, whole) for size in nbytes[run.start : run.stop]]
         buffer, (_, first, info) = memoryview(bytearray(sum(sizes))), some[0]
@@ -99,7 +78,6 @@ def fingerprint(
             text.append(f'[{encode_basestring_ascii(name)},"{info.dtype}",[{shape}]]\n'.encode())
             text += (view, view) if size <= edge else (view[:edge], view[-edge:])
         state.update(b"".join(text))
->>>>>>> main
     return HASH_PREFIX + state.hexdigest()
 
 

@@ -77,15 +77,10 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a remark beside the result, on stderr, as one line."""
-<<<<<<< HEAD
-        if not self.quiet:
-            click.echo(redacted(printable(spelled(text, flag))), err=True)
-=======
         if self.quiet:
             return
         with nullcontext() if self._bar is None else self._bar.external_write_mode(file=sys.stderr):
-            click.echo(printable(spelled(text, flag)), err=True)
->>>>>>> main
+            click.echo(redacted(printable(spelled(text, flag))), err=True)
 
     def report(self, where: str, text: str) -> None:
         """Show figures of work under way: in its bar, or as a line where there is none."""
