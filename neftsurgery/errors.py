@@ -31,9 +31,13 @@ _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
 _IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
 
 
+#: Where local files stand in for those behind a URL, whose text is the rest of the path.
+_STAND_IN = re.compile(r"^.*/neft-remote-\w+/(\w+):/")
+
+
 def hub_place(path: str) -> str:
-    """A path as its user knows it: in huggingface_hub's cache, ``org/name@commit/file``."""
-    return _IN_CACHE.sub(r"\1/\2@", path)
+    """A path as its user knows it: in huggingface_hub's cache, ``org/name@commit/file``; or a URL."""
+    return _STAND_IN.sub(r"\1://", _IN_CACHE.sub(r"\1/\2@", path))
 
 
 def keyword(name: str, value: str | None) -> str:

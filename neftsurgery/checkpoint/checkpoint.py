@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..errors import CorruptFileError, UsageError, boundary
 from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
 from ..storage.page_cache import is_cached, map_cached
-from ..storage.positioned import OpenFile, changed_file, most_descriptors, read_exactly, read_rows_exactly
+from ..storage.positioned import OpenFile, changed_file, most_descriptors
 from ..tensors.document import read_object
 from ..tensors.file_kinds import KINDS, tensor_kind, what_helps
 from ..tensors.header import Header, TensorInfo, read_header
@@ -140,6 +140,8 @@ class Checkpoint:
             root, files = source.path, weight_files(source.path, source.index)
         else:
             root, files = source.path.parent, WeightFiles({source.path.name: ""})
+        if source.remote is not None:
+            source.remote.make(files.parts_of)
         shards = tuple(Shard.open(root, name, part) for name, part in files.parts_of.items())
         tensors: dict[str, TensorInfo] = {}
         home: dict[str, int] = {}
@@ -244,25 +246,30 @@ class Checkpoint:
         shard = self.shard_of(name)
         file = self.opened.get(shard)
         self.opened.count(len(buffer))
-        read_exactly(file.fileno(), buffer, self.position(name)[1] + start, shard.path)
+        file.read_into(buffer, self.position(name)[1] + start)
 
     def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of ``name``. Thread-safe."""
         shard = self.shard_of(name)
         file = self.opened.get(shard)
         self.opened.count(out.nbytes)
-        fd, offset, row = file.fileno(), self.position(name)[1], out.shape[1]
+        offset, row = self.position(name)[1], out.shape[1]
         first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, 0)
         # Cached rows are read by thousands of calls that never wait for a disk. Several threads at once would
         # only hand each other the GIL.
-        cached = len(rows) >= _MANY_ROWS and is_cached(fd, offset + first * row, (last - first + 1) * row)
+        local = len(rows) >= _MANY_ROWS and file.remote is None
+        cached = local and is_cached(file.fileno(), offset + first * row, (last - first + 1) * row)
         with _cached_rows_lock if cached else nullcontext():
-            read_rows_exactly(fd, offset, rows, out, shard.path)
+            file.read_rows(offset, rows, out)
 
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
-        """Bytes of a tensor, mapped where they are in memory, or None. Read-only. Thread-safe."""
+        """Bytes of a tensor, mapped if in memory, or fetched from a URL; else None. Not to be changed."""
         shard = self.shard_of(name)
         file = self.opened.get(shard)
+        if file.remote is not None:
+            fetched = np.empty(size, np.uint8)
+            self.read_into(name, start, fetched.data)
+            return fetched
         found = map_cached(file.fileno(), self.position(name)[1] + start, size)
         if found is not None:
             self.opened.count(size)
@@ -272,6 +279,17 @@ class Checkpoint:
     def bytes_read(self) -> int:
         """Bytes of tensor data read so far."""
         return self.opened.bytes_read
+
+    def keep_edges(self, names: Iterable[str], size: int) -> None:
+        """Fetch the first and last ``size`` bytes of larger tensors at once, where they are behind a URL."""
+        places: dict[int, set[tuple[int, int]]] = {}
+        read = [name for name in names if name not in self.quantized] if self.source.remote else []
+        for name in read:
+            (shard, start), nbytes = self.position(name), self.tensors[name].nbytes
+            places.setdefault(shard, set()).update({(start, size), (start + nbytes - size, size)})
+        for number, found in places.items():
+            if (remote := self.opened.get(self.shards[number]).remote) is not None:
+                remote.keep(sorted(found))
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if a weight file was edited or replaced since it was opened."""

@@ -13,6 +13,7 @@ import xxhash
 
 from ..errors import UsageError, naming
 from ..sources.hub_client import OTHER_ENDINGS, OTHER_FOLDERS
+from ..sources.remote import remote_file
 from ..sources.resolve import is_index
 from ..storage.output import fsync_folder, remove_stale, staged_file
 from ..text import plural, some
@@ -154,6 +155,8 @@ def side_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]
     """The files beside the weights that a lossless patch carries, by name; and those it does not carry."""
     if checkpoint.is_file:
         return {}, ()
+    if checkpoint.source.remote is not None:
+        checkpoint.source.remote.look_for(_SIDE_NAMES)
     own = {*(shard.name for shard in checkpoint.shards), *checkpoint.parts}
     carried, others = dict[str, Path](), list[str]()
     for part in dict.fromkeys(("", *checkpoint.parts)):
@@ -173,6 +176,7 @@ def side_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]
 
 def read_side(path: Path) -> bytes:
     """The content of a file; an ``OSError`` names it."""
+    remote_file(path)  # which is fetched by that
     with naming(path):
         return path.read_bytes()
 

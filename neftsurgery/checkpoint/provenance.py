@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .name_prefixes import fitting_prefixes
 
 _EDGE_BYTES = 4096
+_EDGES_AT_ONCE = 1000  # tensors whose edges are fetched together from a URL
 _READ_BYTES = 1 << 20  # of small neighbours, read at once
 HASH_PREFIX = "xxh3-128:"
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)(?=\.)")
@@ -54,7 +55,13 @@ def fingerprint(
     nbytes = [info.nbytes for _, _, info in tensors]
     address = weights.address if isinstance(weights, Checkpoint) else lambda name: -1
     addresses = [address(stored) if info.nbytes <= whole else -1 for _, stored, info in tensors]
+    kept = 0
     for run in neighbours(nbytes, [addresses], _READ_BYTES):
+        if run.start >= kept and isinstance(weights, Checkpoint):
+            kept = run.start + _EDGES_AT_ONCE
+            weights.keep_edges(
+                [one for _, one, info in tensors[run.start : kept] if info.nbytes > whole], edge
+            )
         some = tensors[run.start : run.stop]
         sizes = [min(size, whole) for size in nbytes[run.start : run.stop]]
         buffer, (_, first, info) = memoryview(bytearray(sum(sizes))), some[0]

@@ -22,6 +22,7 @@ import click
 
 from ..errors import MachineError, spelled
 from ..progress import Timing
+from ..sources.hub_errors import redacted
 from ..text import lines, printable
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Console:
         if self.quiet:
             return
         with nullcontext() if self._bar is None else self._bar.external_write_mode(file=sys.stderr):
-            click.echo(printable(spelled(text, flag)), err=True)
+            click.echo(redacted(printable(spelled(text, flag))), err=True)
 
     def report(self, where: str, text: str) -> None:
         """Show figures of work under way: in its bar, or as a line where there is none."""
@@ -102,6 +103,8 @@ class Console:
         self, facts: Mapping[str, Any], timing: Timing | None = None, *, dry_run: bool | None = None
     ) -> None:
         """Print the result as JSON, if asked to, with bytes and seconds. A dry run has no ``out``."""
+        from ..sources.remote import FETCHED
+
         if not self.as_json:
             return
         facts = dict(facts)
@@ -111,13 +114,16 @@ class Console:
             facts["dry_run"] = dry_run
             if dry_run and "out" in facts:
                 facts["out"] = None
+        if FETCHED:
+            facts["fetched"] = [{"url": f.url, "bytes": f.nbytes, "of": f.of} for f in FETCHED]
         if timing is not None:
             facts = facts | {
                 "bytes_read": timing.bytes_read,
                 "seconds": round(timing.seconds, 6),
                 "wall_seconds": round(_process_seconds(), 6),
             }
-        click.echo(json.dumps(facts, allow_nan=False))
+        text = json.dumps(facts, allow_nan=False)
+        click.echo(redacted(text) if FETCHED else text)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], None]]:

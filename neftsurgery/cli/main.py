@@ -109,7 +109,7 @@ def cli(**options: bool) -> None:
 
     Find the neurons a fine-tune changed most, cut them out as a small patch, put them into the base,
     verify them, and take them out again, bit for bit. Checkpoints are safetensors files, folders of
-    shards, or org/name on the Hugging Face Hub.
+    shards, org/name on the Hugging Face Hub, or URLs: hf://, s3://, gs://, https://.
 
     \b
     Example:
@@ -262,7 +262,7 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
         message = "interrupted"
         code = int(error.code or 0) if isinstance(error, _Stopped) else 130
     elif isinstance(error, NeftError):
-        message = error.text(flag)
+        message = redacted(error.text(flag))
     elif isinstance(error, MemoryError):
         message = "there is not enough memory"
     else:
@@ -276,7 +276,7 @@ def _as_json(message: str, code: int, error: BaseException | None = None) -> int
     facts: dict[str, object] = {"error": message, "exit_code": code}
     if isinstance(error, NeftError):
         facts |= {
-            key: spelled(str(value), flag) if key == "hint" else str(value)
+            key: redacted(spelled(str(value), flag) if key == "hint" else str(value))
             for key in ("file", "tensor", "expected", "found", "hint")
             if (value := getattr(error, key)) is not None
         }

@@ -12,6 +12,7 @@ import click
 
 from ..errors import spelled
 from ..options import AxisOption, Option, RunOptions, declared
+from ..text import size
 from .console import Console, flag
 
 Command = Callable[..., Any]
@@ -64,12 +65,18 @@ def common_options(command: Command) -> Command:
         memory: int | None,
         **options: Any,
     ) -> Any:
+        from ..sources.remote import FETCHED
         from ..storage.threads import Limits
 
         before = click.get_current_context().find_root().params  # `neftsurgery --json diff …`
         as_json, quiet = as_json or before["as_json"], quiet or before["quiet"]
-        console = Console(as_json=as_json, quiet=quiet, limits=Limits.of(threads, memory, mapped=True))
-        return command(console, *args, **options)
+        limits = Limits.of(threads, memory, mapped=True)
+        console = Console(as_json=as_json, quiet=quiet, limits=limits)
+        FETCHED.clear()
+        result = command(console, *args, **options)
+        for one in FETCHED:
+            console.note(f"fetched {size(one.nbytes)} of {size(one.of)} from {one.url}")
+        return result
 
     wrapped.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
     return stack(options_of(RunOptions), console_options)(wrapped)

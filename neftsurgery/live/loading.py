@@ -30,11 +30,12 @@ _FAILURES = (
 
 def require_model_folder(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint; a `UsageError` unless it is a folder with a config."""
-    if checkpoint.is_file or checkpoint.config is None:
+    if checkpoint.is_file or checkpoint.config is None or checkpoint.source.remote:
+        kind = "a URL" if checkpoint.source.remote else "a single file"
         raise UsageError(
             "expected a model folder with a config.json",
             file=checkpoint.name,
-            found="a single file" if checkpoint.is_file else "no config.json",
+            found="no config.json" if checkpoint.config is None else kind,
             hint="name the folder of the whole checkpoint",
         )
     return checkpoint

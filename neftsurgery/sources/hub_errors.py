@@ -19,7 +19,9 @@ class AbsentFileError(MismatchError):
     """A repository has no file of the name that was asked for."""
 
 
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}|(?i:bearer)\s+\S+|(?<=[\w/])\?[^\s'\"<>]+=[^\s'\"<>]*")
+_SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|(?i:bearer)\s+\S+|(?<=://)[^\s/@'\"]+(?=@)|(?<=[\w/])\?[^\s'\"<>]+=[^\s'\"<>]*"
+)
 _VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 #: A shorter value is not a token; removing it would damage other text.
 _MIN_TOKEN_LENGTH = 8

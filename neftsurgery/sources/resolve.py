@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UsageError
 from ..text import tilde_hint
 from .hub_client import fetch_file, fetch_model
 from .hub_id import HubId
+from .places import is_url, shown_url
+from .remote import RemoteFolder
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -27,6 +29,7 @@ class Source:
     repo: str | None = None  # org/name of a Hub model
     revision: str | None = None  # the commit that the name of a Hub model stood for
     index: str | None = None  # the index in the folder that was named, if its readers take other files
+    remote: RemoteFolder | None = None  # the files behind a URL, for which those at `path` stand in
 
     @property
     def local_name(self) -> str:
@@ -42,6 +45,8 @@ def resolve(named: str | os.PathLike[str]) -> Source:
     there is no such path; else as `fetch_model`.
     """
     text = os.fspath(named)
+    if is_url(text):
+        return _behind_url(text)
     path = Path(text)
     if text and _exists(path):
         if not path.exists():
@@ -78,11 +83,23 @@ def resolve_file(named: str | os.PathLike[str], filename: str) -> Source:
     A local path is not checked: opening it will. A name that ends in ``.safetensors`` is always a path.
     """
     text = os.fspath(named)
+    if is_url(text):
+        hint = "fetch the file, and name it; a patch on the Hub is named org/name"
+        raise UsageError("only checkpoints are read behind URLs", file=shown_url(text), hint=hint)
     hub_id = None if text.endswith(".safetensors") else _hub_id(named)
     if hub_id is None:
         return Source(Path(text), text)
     file = fetch_file(hub_id, filename)
     return Source(file, text, hub_id.repo, file.parent.name)
+
+
+def _behind_url(url: str) -> Source:
+    """As `resolve`, for the checkpoint behind a URL; raises as `RemoteFolder`."""
+    remote = RemoteFolder(url)
+    place, single = remote.place, remote.place.single or ""
+    named = f"{place.shown}/{single}".rstrip("/")
+    found = resolve(remote.root / single)  # an index stands for its folder
+    return replace(found, named=named, repo=place.repo, revision=place.revision, remote=remote)
 
 
 def is_index(name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import MachineError, UsageError
+from ..sources.places import is_url, shown_url
 from ..text import tilde_hint
 
 AnyPath = str | os.PathLike[str]
@@ -50,6 +51,9 @@ def refuse_output(
 def named_output(out: AnyPath) -> Path:
     """The output as a path; raises a `UsageError` if it has no name, or its folder does not exist."""
     path = Path(out)
+    if is_url(out):
+        hint = "write to a local path, and copy the result there with the tool of that store"
+        raise UsageError("an output is a local path, not a URL", file=shown_url(os.fspath(out)), hint=hint)
     if os.fspath(out) == "-":
         raise UsageError("an output cannot go to stdout", file=out, hint="name a file; ./- is one named -")
     if path.name in ("", ".."):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError, MachineError, UsageError, naming
+from ..sources.remote import remote_file
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -33,25 +34,6 @@ def read_exactly(fd: int, buffer: memoryview, offset: int, path: str | os.PathLi
                 found=f"{done}",
             )
         done += got
-
-
-def read_rows_exactly(
-    fd: int,
-    offset: int,
-    rows: NDArray[np.integer],
-    out: NDArray[np.uint8],
-    path: str | os.PathLike[str] | None,
-) -> None:
-    """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of a table at ``offset``."""
-    row = out.shape[1]
-    buffer = out.data.cast("B")
-    with naming(path):
-        for first, last, number in consecutive_runs(rows):
-            part, position = buffer[first * row : last * row], offset + number * row
-            # One bare call, as there may be thousands; the loop reads only the rest.
-            got = os.preadv(fd, (part,), position)
-            if got < len(part):
-                read_exactly(fd, part[got:], position + got, path)
 
 
 def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
@@ -100,6 +82,8 @@ class OpenFile:
     def __init__(self, fd: int, path: str | os.PathLike[str] | None = None) -> None:
         self._fd = fd
         self.path = path
+        #: The file behind a URL whose bytes are read, if this one only stands in for it.
+        self.remote = remote_file(fd)
 
     @classmethod
     def at(cls, path: str | os.PathLike[str], flags: int = 0) -> OpenFile:
@@ -110,12 +94,37 @@ class OpenFile:
         """The descriptor; a closed file raises a ``ValueError``."""
         if self._fd < 0:
             raise ValueError("the file is closed")
+        if self.remote is not None:  # it holds nothing but a header
+            hint = "fetch it, and name the local file"
+            raise UsageError("this needs the whole file, which is behind a URL", file=self.path, hint=hint)
         return self._fd
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from byte ``offset``, as `read_exactly`. Thread-safe."""
+        if self.remote is None:
+            read_exactly(self.fileno(), buffer, offset, self.path)
+        else:
+            self.remote.fill([(offset, buffer.cast("B"))])
+
+    def read_rows(self, offset: int, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with ascending rows of a table at ``offset``."""
+        row, buffer, runs = out.shape[1], out.data.cast("B"), consecutive_runs(rows)
+        parts = ((offset + number * row, buffer[first * row : last * row]) for first, last, number in runs)
+        if self.remote is not None:
+            self.remote.fill(parts)
+            return
+        fd = self.fileno()
+        with naming(self.path):
+            for position, part in parts:
+                # One bare call, as there may be thousands; the loop reads only the rest.
+                got = os.preadv(fd, (part,), position)
+                if got < len(part):
+                    read_exactly(fd, part[got:], position + got, self.path)
 
     def status(self) -> os.stat_result:
         """Size, time and identity."""
         with naming(self.path):
-            return os.fstat(self.fileno())
+            return os.fstat(self._fd)
 
     def close(self) -> None:
         """Close the file, if it is open."""

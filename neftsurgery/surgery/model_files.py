@@ -25,7 +25,7 @@ from ..patch.delta import (
 )
 from ..patch.lossless import LosslessPatch
 from ..sources.resolve import SINGLE_NAME, is_index
-from ..storage.positioned import OpenFile, read_exactly
+from ..storage.positioned import OpenFile
 from ..tensors.header import FilePlan, parse_header
 
 #: Bytes that a thread holds: a block as it is, as it will be, and its code.
@@ -95,8 +95,7 @@ class ModelFiles:
 def weight_file(shard: Shard) -> WeightFile:
     """A weight file of a checkpoint, with its header."""
     raw = bytearray(shard.header.size - 8)
-    file = OpenFile.at(shard.path)
-    read_exactly(file.fileno(), memoryview(raw), 8, shard.path)
+    OpenFile.at(shard.path).read_into(memoryview(raw), 8)
     return WeightFile(shard.name, shard.header, bytes(raw))
 
 

@@ -23,6 +23,7 @@ from ..neurons.vectors import block_memory, distinct_counts, scatter
 from ..patch.overlap import RowSource
 from ..patch.patch_file import digests
 from ..progress import Progress, Stopwatch, Timing, silent
+from ..sources.places import is_url, shown_url
 from ..sources.resolve import is_hub_id
 from ..storage.copying import copy_file
 from ..storage.output import begin_writeback, fsync, staged_directory, staged_file
@@ -177,10 +178,10 @@ def require_place(named: AnyPath, out: AnyPath | None, in_place: bool) -> None:
     """Raise a `UsageError` unless it is clear where the result goes, and it may go there."""
     if (out is None) == (not in_place):
         raise UsageError("say where the result goes: give either [[out=...]] or [[in_place=True]]")
-    if out is None and is_hub_id(named):
+    if out is None and (is_hub_id(named) or is_url(named)):
         raise UsageError(
-            "a Hub model cannot be changed in place: its files belong to the cache",
-            file=named,
+            "a model on the Hub or behind a URL cannot be changed in place",
+            file=shown_url(str(named)) if is_url(named) else named,
             hint="write a new checkpoint with [[out=...]]",
         )
 

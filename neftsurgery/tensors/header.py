@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CorruptFileError, MachineError, naming
+from ..sources.remote import remote_file
 from .dtypes import DTYPES, DType
 from .file_kinds import foreign_file
 from .json_text import loads, require_bounded
@@ -86,6 +87,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     A `CorruptFileError` says what is wrong with it, or what the file is instead, if that is known.
     """
+    remote_file(path)  # whose header is fetched by that
     with naming(path), open(path, "rb") as file:
         prefix = file.read(_PREFIX.size)
         length = _PREFIX.unpack(prefix)[0] if len(prefix) == _PREFIX.size else -1

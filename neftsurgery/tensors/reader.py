@@ -171,7 +171,7 @@ class TensorFile(OnDisk):
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
-        read_exactly(self._open.fileno(), buffer, self.header.offsets[name] + start, self.path)
+        self._open.read_into(buffer, self.header.offsets[name] + start)
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows ``[start, stop)`` of tensor ``name`` along its first axis, in memory.

@@ -356,7 +356,7 @@ class Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         start, status = 0, 200
         if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            start, stop = int(found[1]), int(found[2] or len(data) - 1) + 1
+            start, stop = int(found[1]), min(int(found[2] or len(data) - 1) + 1, len(data))
             if start >= len(data):
                 return self.reply(b"", 416, {"Content-Range": f"bytes */{len(data)}"})
             headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}

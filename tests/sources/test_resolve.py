@@ -118,8 +118,8 @@ NONSENSE = [
     "x" * 10_000,
     "org/" + "n" * 300,
     "a" * 300 + "/name",
-    "https://huggingface.co/org/name",
-    "hf://org/name",
+    "ftp://huggingface.co/org/name",
+    "hf:/org/name",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ from neftsurgery.storage.positioned import (
     OpenFile,
     consecutive_runs,
     read_exactly,
-    read_rows_exactly,
     write_exactly,
 )
 
@@ -24,12 +24,12 @@ RNG = np.random.default_rng(0)
 def test_rows_that_the_file_is_too_short_for(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(range(20)))
-    with open(path, "rb") as file:
+    with closing(OpenFile.at(path)) as file:
         out = np.zeros((3, 4), np.uint8)
-        read_rows_exactly(file.fileno(), 2, np.array([0, 1, 3]), out, path)
+        file.read_rows(2, np.array([0, 1, 3]), out)
         assert out.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9], [14, 15, 16, 17]]
         with pytest.raises(CorruptFileError, match="too soon"):
-            read_rows_exactly(file.fileno(), 2, np.array([0, 3, 4]), out, path)
+            file.read_rows(2, np.array([0, 3, 4]), out)
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32])
@@ -66,10 +66,10 @@ def test_short_reads_and_writes_are_continued(tmp_path: Path, monkeypatch: pytes
 def test_a_read_that_fails_names_its_file() -> None:
     """Address 0 of a process is not mapped: a real input/output error."""
     path = "/proc/self/mem"
-    with open(path, "rb") as file:
+    with closing(OpenFile.at(path)) as file:
         for read in (
             lambda: read_exactly(file.fileno(), memoryview(bytearray(4)), 0, path),
-            lambda: read_rows_exactly(file.fileno(), 0, np.array([0]), np.zeros((1, 4), np.uint8), path),
+            lambda: file.read_rows(0, np.array([0]), np.zeros((1, 4), np.uint8)),
         ):
             with pytest.raises(OSError, match="Input/output error") as caught:
                 read()
