@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import warnings
@@ -106,7 +107,7 @@ class PeftPlaces:
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
     def _bypassed(self, path: str, module: nn.Module) -> bool:
-        """Whether the module around this one reads its weight, or calls it by a list: PEFT's is passed by."""
+        """Whether another module reads this one's weight, or calls it by a list: PEFT's is passed by."""
         outer, _, name = path.rpartition(".")
         parent = self._model.get_submodule(outer)
         lists = (value for value in vars(parent).values() if isinstance(value, list | tuple))
@@ -114,14 +115,14 @@ class PeftPlaces:
             return True
         weight = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b"
         read = re.compile(weight + r"(?!\.(dtype|device|shape|size|numel)|\s*=[^=])")
-        for cls in type(parent).__mro__:
-            if cls.__module__.startswith("torch.") or cls.__name__ == "PreTrainedModel":
-                break
-            for method in vars(cls).values():
-                plain = inspect.isfunction(method) and "init" not in method.__name__
-                if plain and read.search(inspect.getsource(method)):
-                    return True
-        return False
+        owner: Any = type(parent)
+        if any(read.search(source) for source in _sources(owner)):
+            return True
+        # An embedding is handed to a decoder, which reads its weight.
+        handed = re.compile(rf"\w=self(\.\w+)*\.{re.escape(name)}\b(?!\s*[.(\[])")
+        modules = self._model.modules() if isinstance(module, nn.Embedding) else ()
+        classes: set[Any] = {type(one) for one in modules}
+        return any(handed.search(source) for cls in classes for source in _sources(cls))
 
     def _as_module(self, path: str) -> Any:
         """How PEFT adapts a linear layer; some names it takes for experts that transformers stacks."""
@@ -167,3 +168,14 @@ class PeftPlaces:
             hint="leave these tensors out when neurons are chosen ([[exclude]]), or write the patched "
             "checkpoint: `neftsurgery apply BASE PATCH -o OUT`",
         )
+
+
+@functools.cache
+def _sources(cls: type) -> list[str]:
+    """The methods of a class that a forward pass may call, as text."""
+    methods: list[Any] = []
+    for one in cls.__mro__:
+        if one.__module__.startswith("torch.") or one.__name__ == "PreTrainedModel":
+            break
+        methods += (each for each in vars(one).values() if inspect.isfunction(each))
+    return [inspect.getsource(each) for each in methods if "init" not in each.__name__]
