@@ -23,10 +23,7 @@ _WHOLE = tuple(np.uint64(rule) for rule in (0, 255, 0, 0, 0, 0))  # the context 
 
 
 def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: float = 1.0) -> FrequencyTable:
-    """The table for blocks like ``pairs`` of base and tuned elements, which are a ``share`` of them all.
-
-    Blocks that are not alike can be coded, too.
-    """
+    """The table for blocks like ``pairs`` of base and tuned elements, which are a ``share`` of them all."""
     from . import kernels  # numba takes long to import, and most commands need none
 
     width, classes = 8 * elements.size, np.empty(BLOCK + MOST_CONTEXTS, np.uint16)
@@ -101,10 +98,7 @@ def changes_of(
 
 
 def _contexts(counts: NDArray[np.int64], share: float) -> NDArray[np.int64]:
-    """The first rows of contexts: neighbours are joined while that costs less than a context does.
-
-    ``counts``, ``[exponents, classes]``, are of differences; coding them costs their entropy.
-    """
+    """The first rows of contexts in ``counts``, ``[exponents, classes]``: joined while that costs less."""
     coarse = [*range(16), *range(16, 32, 4), *range(32, CLASSES, 8), *range(CLASSES, counts.shape[1])]
     values = np.add.reduceat(counts, coarse, axis=1)
     groups = list(values[:, values.any(axis=0)])
@@ -132,11 +126,7 @@ def _bits(counts: NDArray[Any], price: float = 0.0) -> float:
 
 
 def _alphabet(counts: NDArray[np.int64], hot: NDArray[np.uint64], width: int, share: float) -> Alphabet:
-    """The symbols that code numbers of ``width`` bits in fewest bits, and their frequencies.
-
-    ``counts`` are ``[contexts, classes]``. Numbers that do not occur are coded by a last symbol, which is in
-    all contexts, and stands for every number.
-    """
+    """The symbols that code numbers of ``width`` bits in fewest bits; the last one, any other number."""
     first, bits = fine_classes(width)
     price, fine = _SYMBOL_BITS * share, counts[:, : len(first)]
     single = np.flatnonzero(counts[:, CLASSES:].any(axis=0))

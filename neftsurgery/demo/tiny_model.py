@@ -167,11 +167,7 @@ _COUNT = 3
 
 @dataclass(frozen=True)
 class Languages:
-    """Three languages with random vocabularies, and word-for-word translation between them.
-
-    A sequence is a sentence in one language, the token of the target language, and the translation. Words are
-    numbers. Which word has which meaning is random, so a model has to memorize each direction of translation.
-    """
+    """Three languages of numbers with random meanings, which have to be learnt, and their translations."""
 
     words: int = 16  # words per language
     length: int = 8  # words per sentence

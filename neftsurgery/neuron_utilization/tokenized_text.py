@@ -48,10 +48,7 @@ class TokenizedText:
 
 
 def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, length: int) -> TokenizedText:
-    """Tokenize a text file up to ``tokens`` tokens. Every line that is not blank is a text.
-
-    A long text becomes several chunks of at most ``length`` tokens, special tokens included.
-    """
+    """Tokenize the lines of a text file, up to ``tokens`` tokens, in chunks of at most ``length``."""
     file = Path(path)
     if not file.is_file():
         raise UsageError("there is no such text file", file=file, hint=_TEXT_HINT)

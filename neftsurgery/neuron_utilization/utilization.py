@@ -1,7 +1,4 @@
-"""The verb ``utilization``: rank neurons by correlation with hidden states, before and after a fine-tune.
-
-Those in a block are ranked whose vectors are as wide as the hidden states.
-"""
+"""The verb ``utilization``: rank neurons by correlation with hidden states, before and after a fine-tune."""
 
 from __future__ import annotations
 
@@ -207,10 +204,7 @@ def plan_utilization(
 def _ranked_tensors(
     base: Checkpoint, trained: Selection | None, anatomy: str | None, width: int
 ) -> dict[str, NeuronTensor]:
-    """The tensors by name whose neurons are as wide as the hidden states (``width``) and ranked.
-
-    Without ``anatomy``: the paper's ``ffn``, and all tensors of the kinds in which ``trained`` has neurons.
-    """
+    """The ranked tensors; by default the paper's ``ffn``, and all of kinds with ``trained`` neurons."""
     if anatomy is not None and anatomy not in ANATOMIES:
         raise UsageError(
             "only single vectors can be correlated with hidden states",

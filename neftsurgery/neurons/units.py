@@ -68,10 +68,7 @@ class UnitMap:
 
 
 def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
-    """Which neurons of a tensor are up rows or down columns: None for all of them.
-
-    Raises a ValueError if the rows of a fused tensor do not halve.
-    """
+    """Which neurons are up rows or down columns, None for all; a ValueError if fused rows do not halve."""
     if role.member != "gate_up" or not isinstance(role.block, FeedForward):
         return None
     half = _divide(inner, 2, "gate and up")

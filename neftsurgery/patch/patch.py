@@ -276,13 +276,7 @@ class Patch(PatchFile):
 
     @boundary
     def check(self, *, limits: Limits | None = None) -> None:
-        """Compare the patch's hashes with its content; reads all of it.
-
-        Raises
-        ------
-        CorruptFileError
-            If they do not match.
-        """
+        """Compare the patch's hashes with its content, all of it; a `CorruptFileError` if one is wrong."""
         for name, tensor in self.tensors.items():
             before, after = DigestHash(), DigestHash()
             for start, stop in tensor.blocks(None if limits is None else limits.block):

@@ -37,11 +37,7 @@ class TensorLocation(NamedTuple):
 
 
 def locate_tensors(names: Iterable[str]) -> dict[str, TensorLocation]:
-    """The layer and the kind of each tensor of a model, by name.
-
-    If no name has a layer number, as in small networks, each module counts as a layer, and a tensor's name
-    within its module as its kind.
-    """
+    """The layer and kind of each tensor; where no name has a layer number, its module and own name."""
     found = {name: TensorLocation(*layer_and_kind(name)) for name in names}
     if any(location.layer for location in found.values()):
         return found
@@ -209,10 +205,7 @@ def draw_layer_map(fig: MplFigure, found: LayerMap, columns: int = _MOST_COLUMNS
 def layer_map_lines(
     found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: int = 12
 ) -> Iterator[str]:
-    """The layer map as text: one line per kind of weight, one character per layer, in ASCII or blocks.
-
-    If there are many, layers share a character, and the kinds with the fewest chosen neurons a line.
-    """
+    """The map as text: a line per kind of weight, a character per layer, or several, in ASCII or blocks."""
     if not found.neurons:
         return
     folded = found.folded(len(found.layers), kinds)

@@ -193,10 +193,7 @@ class Selection:
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write a selection file, whole or not at all.
-
-        A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
-        """
+        """Write a selection file, whole or not at all; without ``force``, a `UsageError` if it exists."""
         refuse_output(path, inputs=[], force=force, kind="file")
         entries = [
             TensorInfo(f"{name}:index", index_dtype(c.layout.count), (len(c.index),))

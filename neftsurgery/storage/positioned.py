@@ -55,10 +55,7 @@ def read_rows_exactly(
 
 
 def consecutive_runs(index: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
-    """Maximal runs of consecutive numbers in ``index``, ascending.
-
-    Yields ``(first, last, number)``: the run is ``index[first:last]`` and starts with ``number``.
-    """
+    """Maximal runs of ascending ``index``: ``(first, last, number)``, with ``index[first] == number``."""
     index = np.asarray(index, np.int64)
     edges = np.flatnonzero(np.diff(index, prepend=-2, append=-2) != 1)
     firsts = edges[:-1]

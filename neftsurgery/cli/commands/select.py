@@ -6,10 +6,12 @@ from typing import Any
 
 import click
 
+from ...errors import MismatchError
 from ...options import BudgetOptions, SeedOptions, SelectOptions
 from ...scoring.scores import Scores
+from ...selection.budget import Budget
 from ...selection.selection import Selection
-from ...surgery.select import plan_select
+from ...storage.output_checks import refuse_output
 from ...text import commas, natural_key, percent, plural
 from ..console import Console
 from ..options import options_of, output_option, take_budget, writing_options
@@ -32,11 +34,14 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
     """
     budget, inputs = take_budget(options, SelectOptions)
     with Scores.load(scores) as loaded:
-        plan = plan_select(loaded, budget, out=out, inputs=inputs, force=force)
-        console.warn(plan.warnings)
-        selection, facts = plan.selection, plan.describe()
+        refuse_output(out, inputs=[scores, *inputs], force=force, kind="file")
+        checked = Budget.of(**budget)
+        selection, warnings = loaded.choose(checked), checked.warnings(loaded.units or loaded.neurons)
+        if not selection.tensors:
+            raise MismatchError("no neuron is chosen", file=scores, hint="the threshold may be too high")
+        console.warn(warnings)
         if not dry_run:
-            plan.run()
+            selection.save(out, force=force)
         console.say(
             f"{'would choose' if dry_run else 'chose'} {plural(selection.neurons, 'neuron')} of "
             f"{commas(loaded.neurons)} in {plural(len(selection.tensors), 'tensor')}, "
@@ -49,7 +54,9 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
         console.say_table(_largest(selection), right=[1])
         if not dry_run:
             console.say(f"wrote {out}")
-        console.answer(facts, dry_run=dry_run)
+        facts = {"neurons": loaded.neurons, **selection.describe(), "parameters": loaded.parameters}
+        facts |= {"captured": captured, "captured_scored": selection.facts.captured_scored}
+        console.answer(facts | {"out": out, "warnings": warnings}, dry_run=dry_run)
 
 
 def _largest(selection: Selection, count: int = 5) -> list[list[str]]:
