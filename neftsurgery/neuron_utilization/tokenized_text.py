@@ -20,9 +20,7 @@ class TokenChunk:
     """Consecutive tokens of one text that the model sees together."""
 
     ids: Sequence[int]  # the token ids, at least one
-    weight: (
-        float  # of each token in the mean: 1 / (tokens of its text x texts), so that all texts count equally
-    )
+    weight: float  # of each token in the mean: 1 / (tokens of its text x texts): all texts count equally
 
 
 @dataclass(frozen=True)

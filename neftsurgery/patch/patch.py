@@ -164,8 +164,13 @@ class Patch(PatchFile):
     @cached_property
     def neurons(self) -> int:
         """How many neurons it replaces; companion biases and scales do not count."""
+        return sum(tensor.count for tensor in self.own.values())
+
+    @property
+    def own(self) -> dict[str, PatchTensor]:
+        """What it touches, without companion biases."""
         biases = self.facts.companion_biases
-        return sum(tensor.count for name, tensor in self.tensors.items() if name not in biases)
+        return {name: tensor for name, tensor in self.tensors.items() if name not in biases}
 
     @cached_property
     def parameters(self) -> int:

@@ -79,9 +79,7 @@ class LayerMap:
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerMap:
         """The map of the neurons that a patch replaces, companion biases not counted."""
-        companions = patch.facts.companion_biases
-        tensors = {name: tensor for name, tensor in patch.tensors.items() if name not in companions}
-        return cls.of_counts({name: (t.count, t.layout.count) for name, t in tensors.items()})
+        return cls.of_counts({name: (t.count, t.layout.count) for name, t in patch.own.items()})
 
     @classmethod
     def of_scores(cls, scores: Scores, selection: Selection) -> LayerMap:

@@ -10,7 +10,6 @@ from ...errors import MismatchError
 from ...options import BudgetOptions, SeedOptions, SelectOptions
 from ...scoring.scores import Scores
 from ...selection.budget import Budget
-from ...selection.selection import Selection
 from ...storage.output_checks import refuse_output
 from ...text import commas, natural_key, percent, plural
 from ..console import Console
@@ -51,14 +50,11 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
         captured = selection.facts.captured
         if captured is not None:
             console.say(f"they hold {percent(captured)} of the whole change")
-        console.say_table(_largest(selection), right=[1])
+        most = sorted(selection, key=lambda chosen: (-len(chosen.index), natural_key(chosen.info.name)))[:5]
+        cells = ((one.info.name[:120], len(one.index), one.layout.count) for one in most)
+        console.say_table([[name, commas(n), f"of {commas(count)}"] for name, n, count in cells], right=[1])
         if not dry_run:
             console.say(f"wrote {out}")
         facts = {"neurons": loaded.neurons, **selection.describe(), "parameters": loaded.parameters}
         facts |= {"captured": captured, "captured_scored": selection.facts.captured_scored}
         console.answer(facts | {"out": out, "warnings": warnings}, dry_run=dry_run)
-
-
-def _largest(selection: Selection, count: int = 5) -> list[list[str]]:
-    most = sorted(selection, key=lambda chosen: (-len(chosen.index), natural_key(chosen.info.name)))[:count]
-    return [[c.info.name[:120], commas(len(c.index)), f"of {commas(c.layout.count)}"] for c in most]
