@@ -87,10 +87,10 @@ class PeftPlaces:
     def _form(self, path: str, module: nn.Module, parameter: str, weight: torch.Tensor) -> Any:
         """How PEFT adapts a weight; None if it does not, or not exactly."""
         if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
-            return self._as_module(path)
+            return None if self._bypassed(path, module) else self._as_module(path)
         if parameter == "weight" and isinstance(module, nn.Embedding):
             plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-            called = plain and module.max_norm is None and not self._read_outside(path)
+            called = plain and module.max_norm is None and not self._bypassed(path, module)
             return "embedding" if called else None
         if parameter == "weight" and type(module) in _CONVOLUTIONS:
             # PEFT's factors do not take over these settings; and it multiplies kernels [1, 1, n] as matrices.
@@ -101,11 +101,16 @@ class PeftPlaces:
         kernel = hasattr(module, "kernel_size")
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
-    def _read_outside(self, path: str) -> bool:
-        """Whether the module around an embedding reads its weight, past PEFT, as its source says."""
+    def _bypassed(self, path: str, module: nn.Module) -> bool:
+        """Whether the module around this one does not go by its name: it reads the weight, or keeps a list."""
         outer, _, name = path.rpartition(".")
-        read = re.compile(rf"self\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape|size))")
-        for cls in type(self._model.get_submodule(outer)).__mro__:
+        parent = self._model.get_submodule(outer)
+        lists = (value for value in vars(parent).values() if isinstance(value, list | tuple))
+        if any(one is module for value in lists for one in value):
+            return True
+        weight = rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b"
+        read = re.compile(weight + r"(?!\.(dtype|device|shape|size|numel)|\s*=[^=])")
+        for cls in type(parent).__mro__:
             if cls.__module__.startswith("torch.") or cls.__name__ == "PreTrainedModel":
                 break
             for method in vars(cls).values():

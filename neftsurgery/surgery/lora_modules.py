@@ -131,8 +131,8 @@ class LoraModule:
     def slots(self) -> tuple[Int64Array, Int64Array, Int64Array]:
         """The row of ``A``, the column of ``B``, and the output or input of each neuron, part by part."""
         experts, units = self._experts_and_units
-        order, number = np.argsort(experts, kind="stable"), np.arange(len(experts))
-        number[order] -= np.searchsorted(experts[order], experts[order])
+        order, number = np.argsort(experts, kind="stable"), np.empty_like(experts)
+        number[order] = np.arange(len(experts)) - np.searchsorted(experts[order], experts[order])
         return experts * self.rank + number, number * self.place.experts + experts, units
 
     def entries(self, dtype: str) -> tuple[TensorInfo, TensorInfo]:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from .runnable import Runnable, outputs
 
-__all__ = ["TinyCheckpoints", "Unusable", "far", "tensors_in", "write_like"]
+__all__ = ["TinyCheckpoints", "Unusable", "far", "in_dtype", "tensors_in", "write_like"]
 
 
 class Unusable(Exception):
@@ -74,11 +74,20 @@ class TinyCheckpoints:
         """What the base gives for the inputs."""
         return self.outputs_of(self.plain)
 
-    def outputs_of(self, model: Any) -> list[torch.Tensor]:
-        """What a model gives for the same inputs."""
-        assert self.found.inputs is not None
+    def outputs_of(self, model: Any, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        """What a model gives for the same inputs. If a dtype is named, it is of that one thereafter."""
+        inputs = self.found.inputs
+        assert inputs is not None
         with torch.no_grad():
-            return outputs(model, self.found.inputs)
+            return outputs(model, inputs) if dtype is None else outputs(model.to(dtype), in_dtype(inputs, dtype))
+
+
+def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs of a forward pass, those in floating point as ``dtype``."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 def far(first: list[torch.Tensor], second: list[torch.Tensor], tolerance: float = 1e-5) -> float:

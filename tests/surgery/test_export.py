@@ -19,6 +19,7 @@ from support import Result, raw_file, raw_read, snapshot, write_file, write_fold
 import neftsurgery as ns
 from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
 from neftsurgery.surgery.export import plan_export
+from neftsurgery.surgery.lora_modules import LoraModule, LoraPlace
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -377,3 +378,20 @@ def test_an_adapter_is_for_one_part_of_a_checkpoint_and_has_its_names(
     with pytest.raises(ns.MismatchError, match="changes several models") as error:
         ns.export_lora(both, tmp_path / "none", base=base)
     assert "found text_encoder/, text_encoder_2/" in str(error.value)
+
+
+def test_every_neuron_has_a_slot_of_its_own_in_any_order_of_experts() -> None:
+    """Two tensors of the files each fill half of the outputs of three experts, neither in their order."""
+    first, second = (np.array(index) for index in ([2 * 8 + 1, 0, 8 + 3], [2 * 8 + 5, 8 + 7, 8 + 6]))
+    parts = {
+        name: LoraPlace("experts", "parameter", 3, 8, (5,), True, index)
+        for name, index in {"a": first, "b": second}.items()
+    }
+    module = LoraModule(parts, parts["a"], rank=3)
+    rows, columns, units = (each.tolist() for each in module.slots())
+    experts = [2, 0, 1, 2, 1, 1]
+    assert module.count == 3
+    assert units == [1, 0, 3, 5, 7, 6]
+    assert [row // 3 for row in rows] == experts
+    assert [column % 3 for column in columns] == experts
+    assert [row % 3 for row in rows] == [column // 3 for column in columns] == [0, 0, 0, 1, 1, 2]
