@@ -1,8 +1,4 @@
-"""Tensor names under another prefix: how names are changed while they are read, and which change would fit.
-
-Wrappers and other classes of one model save its tensors under other prefixes: ``_orig_mod.``, ``module.``,
-``model.language_model.`` for ``model.``, or none.
-"""
+"""Tensor names under another prefix, as wrappers save them: how they are read, and which change fits."""
 
 from __future__ import annotations
 

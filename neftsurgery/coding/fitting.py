@@ -62,16 +62,15 @@ def fit_memory(blocks: int, nbytes: int) -> int:
 
 
 def _hot(found: Sequence[Carrier]) -> NDArray[np.uint64]:
-    """A hash table of numbers that come far more often than others of their classes; empty if there are none.
-
-    Such are the steps that zeros make, and all elements, where an optimizer moves them by its rate.
-    """
+    """A hash table of numbers that come far more often than others of their classes, if there are any."""
     from .kernels import enter
 
     some = [numbers[:: len(numbers) // _SEARCHED + 1] for numbers in found]
     large = np.concatenate([numbers[numbers >= 1 << FINE] for numbers in some]).astype(np.uint64)
     numbers, counts = np.unique(large[:: len(large) // _SEARCHED + 1], return_counts=True)
-    first, bits = fine_classes(64)
+    first, bits = fine_classes(
+        64
+    )  # such as the steps that zeros make where an optimizer moves all by its rate
     classes = np.searchsorted(first, numbers, "right") - 1
     expected = np.bincount(classes, counts, CLASSES)[classes] / 2.0 ** bits[classes]
     often = (counts >= 3 * expected) & (counts >= np.maximum(8, _OFTEN * counts.sum()))

@@ -102,7 +102,7 @@ class PeftPlaces:
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
     def _bypassed(self, path: str, module: nn.Module) -> bool:
-        """Whether the module around this one does not go by its name: it reads the weight, or keeps a list."""
+        """Whether the module around this one reads its weight, or keeps it in a list, whatever its name."""
         outer, _, name = path.rpartition(".")
         parent = self._model.get_submodule(outer)
         lists = (value for value in vars(parent).values() if isinstance(value, list | tuple))

@@ -79,7 +79,9 @@ class TinyCheckpoints:
         inputs = self.found.inputs
         assert inputs is not None
         with torch.no_grad():
-            return outputs(model, inputs) if dtype is None else outputs(model.to(dtype), in_dtype(inputs, dtype))
+            return (
+                outputs(model, inputs) if dtype is None else outputs(model.to(dtype), in_dtype(inputs, dtype))
+            )
 
 
 def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
