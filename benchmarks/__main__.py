@@ -1,4 +1,4 @@
-"""``files``, ``training``, ``selection`` and ``lossless`` measure, then render; ``render`` only renders."""
+"""Measures a suite, then renders its page; ``render`` only renders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from benchmarks.files.suite import RESULTS, measure
 from benchmarks.lossless import options as lossless
 from benchmarks.page.files import render
 from benchmarks.page.lossless import render_lossless
+from benchmarks.page.quantized import render_quantized
 from benchmarks.page.training import render_training
+from benchmarks.quantized import options as quantized
+from benchmarks.quantized import suite as quantized_suite
 from benchmarks.selection import options as selection
 from benchmarks.training import options as training
 from benchmarks.training import suite as training_suite
@@ -30,6 +33,8 @@ def main() -> None:
     selection.add_arguments(arms)
     whole = commands.add_parser("lossless", help="size and speed of lossless patches; then render")
     lossless.add_arguments(whole)
+    codes = commands.add_parser("quantized", help="measure diff of FP8 and MXFP4 pairs; then render")
+    quantized.add_arguments(codes)
     page = commands.add_parser("render", help="make the pages and the charts from stored results")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
@@ -51,6 +56,11 @@ def main() -> None:
         from benchmarks.lossless import suite as lossless_suite
 
         lossless_suite.measure(lossless.Options.of(given))
+    if given.command == "quantized":
+        if given.quick:
+            codes.set_defaults(**quantized.QUICK)
+            given = parser.parse_args()
+        quantized_suite.measure(quantized.Options.of(given))
     _render(given)
 
 
@@ -60,6 +70,7 @@ def _render(given: argparse.Namespace) -> None:
         "files": (RESULTS, render),
         "training": (training_suite.RESULTS, render_training),
         "lossless": (lossless.RESULTS, render_lossless),
+        "quantized": (quantized.RESULTS, render_quantized),
     }
     for command, (file, make) in pages.items():
         if given.command in (command, "render") and (given.out / file).exists():

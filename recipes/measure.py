@@ -1,6 +1,7 @@
-"""Measure a patch: compare the answers of the base and of the patched model with the right ones.
+"""Measure patches: compare the answers of the base and of patched models with the right ones, in a table.
 
 $ python measure.py maths/run --by number             # is the last number of the answer the right one?
+$ python measure.py maths/run maths/run-random --by number    # with the control beside it
 $ python measure.py translation/run --by bleu         # BLEU and chrF: pip install sacrebleu
 $ python measure.py RUN --by exact --patch merged.safetensors --examples 100
 """
@@ -34,13 +35,13 @@ def score(by: str, answers: list[str], right: list[str]) -> str:
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-parser.add_argument("run", type=Path, help="the folder that `neftsurgery train` made")
+parser.add_argument("runs", type=Path, nargs="+", help="folders that `neftsurgery train` made, of one base")
 parser.add_argument("--by", choices=["exact", "number", "bleu"], default="exact")
-parser.add_argument("--patch", type=Path, help="default: the patch of the run")
+parser.add_argument("--patch", type=Path, help="default: the patches of the runs")
 parser.add_argument("--examples", type=int, default=200)
 parser.add_argument("--tokens", type=int, default=256, help="maximum length of an answer")
 given = parser.parse_args()
-recipe = yaml.safe_load((given.run / "recipe.yaml").read_text())
+recipe = yaml.safe_load((given.runs[0] / "recipe.yaml").read_text())
 data, device = recipe["data"], "cuda" if torch.cuda.is_available() else "cpu"
 named, split = (data["eval"], data["eval_split"]) if data["eval"] else (data["train"], data["split"])
 local = {"path": "json", "data_files": named, "split": "train"}
@@ -60,9 +61,10 @@ def measure(name: str) -> None:
         batch = tokenizer(prompts[start : start + 16], padding=True, return_tensors="pt").to(device)
         ids = model.generate(**batch, max_new_tokens=given.tokens, do_sample=False)
         answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(f"{name}: {score(given.by, [a.strip() for a in answers], [r.strip() for r in right])}")
+    print(f"{name:24}{score(given.by, [a.strip() for a in answers], [r.strip() for r in right])}")
 
 
 measure("base")
-with ns.attach(model, ns.Patch.load(given.patch or given.run / "neuron_patch.safetensors")):
-    measure("with the patch")
+for patch in [given.patch] if given.patch else [run / "neuron_patch.safetensors" for run in given.runs]:
+    with ns.attach(model, ns.Patch.load(patch)):
+        measure(patch.stem if given.patch else patch.parent.name)

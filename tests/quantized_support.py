@@ -85,7 +85,7 @@ def packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint32]:
 
 
 def fp8_codes(rng: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    codes = rng.integers(0, 127, shape).astype(np.uint8)
+    codes = rng.integers(0, 126, shape).astype(np.uint8)
     return codes | (rng.integers(0, 2, shape) << 7).astype(np.uint8)
 
 

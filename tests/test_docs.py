@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages_support import shape_of
 from support import LLAMA_CONFIG, snapshot, write_folder
 
 from neftsurgery.neurons.families import SHARED, architectures
@@ -47,9 +48,8 @@ def run_of_a_model(tmp_path, llama_arrays):
     return tmp_path
 
 
-def shape_of(text):
-    """Lines without their numbers."""
-    return [re.sub(r"\d[\d.,]*( [kMG]?B)?%?", "#", line).strip() for line in text.splitlines()]
+def shapes(text):
+    return [shape_of(line) for line in text.splitlines()]
 
 
 def test_the_commands_of_the_lossless_page_say_what_it_shows(neft, run_of_a_model):
@@ -69,7 +69,7 @@ def test_the_commands_of_the_lossless_page_say_what_it_shows(neft, run_of_a_mode
             result = neft(*words[1:])
             assert (result.code == 0) != shown.startswith("neftsurgery: "), result
             if words[1] != "inspect":
-                assert set(shape_of(shown)) <= set(shape_of(result.out + result.err)), (command, result)
+                assert set(shapes(shown)) <= set(shapes(result.out + result.err)), (command, result)
             ran += 1
     assert ran >= 15
     assert snapshot(run_of_a_model / "step-14-at-once") == snapshot(run_of_a_model / "step-14")
@@ -82,7 +82,7 @@ def test_the_loop_of_the_lossless_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
     shown = "".join(re.findall(r"```\n((?:step|tensor).*?)```", page, re.DOTALL))
-    assert shape_of(capsys.readouterr().out) == shape_of(shown)
+    assert shapes(capsys.readouterr().out) == shapes(shown)
 
 
 def test_the_architectures_page_lists_every_model_type():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.checkpoints.quantized import CONFIGS, write_quantized_pair
 from benchmarks.checkpoints.shapes import deep_llama, llama, many_experts
 from benchmarks.checkpoints.write import write_pair
 from benchmarks.harness.sizes import parse_size
@@ -21,7 +22,11 @@ def main() -> None:
         "--least-tensors", type=int, help="small layers, until there are at least this many tensors"
     )
     kind.add_argument("--experts", type=int, help="about this many tensors of 8 kB; --size is ignored")
+    kind.add_argument("--quantized", choices=CONFIGS, help="codes and scales instead of bf16")
     options = parser.parse_args()
+    if options.quantized:
+        write_quantized_pair(options.folder, options.quantized, options.size)
+        return
     if options.experts:
         model = many_experts(options.experts)
     elif options.least_tensors:

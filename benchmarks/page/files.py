@@ -93,7 +93,7 @@ def _section(name: str, part: dict[str, Any]) -> Iterator[str]:
     if "skipped" in part:
         yield f"Not measured: {part['skipped']}."
     if part.get("groups"):
-        yield table(COLUMNS, (line for group in part["groups"] for line in _rows(group)))
+        yield group_table(part["groups"])
     written = [line for group in part.get("groups", []) for line in _written(group)]
     if written:
         yield "\n".join(written)
@@ -101,6 +101,11 @@ def _section(name: str, part: dict[str, Any]) -> Iterator[str]:
         yield _sweep(part["sweep"])
     if "sha256" in part:
         yield _hashes(part["sha256"])
+
+
+def group_table(groups: Iterable[Group]) -> str:
+    """The table of side-by-side runs."""
+    return table(COLUMNS, (line for group in groups for line in _rows(group)))
 
 
 def _rows(group: Group) -> Iterator[str]:

@@ -69,9 +69,9 @@ class AdaptedWeights(Checkpoint):
         self.file.check_in_place()
         self.file.check_unchanged()
 
-    def place(self, name: str) -> tuple[int, int] | None:
+    def address(self, name: str) -> int:
         """As of `Checkpoint`."""
-        return None if name in self.factors else self.base.place(name)
+        return -1 if name in self.factors else self.base.address(name)
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """As of `Checkpoint`; computed tensors are not in memory."""

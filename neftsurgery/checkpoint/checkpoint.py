@@ -29,6 +29,7 @@ from .unfinished import refuse_unfinished
 from .weight_files import PIPELINE_NAME, WeightFiles, weight_files
 
 _MANY_ROWS = 16
+_FILE_BYTES = 1 << 48  # more than any file has
 _cached_rows_lock = threading.Lock()
 
 
@@ -226,11 +227,17 @@ class Checkpoint:
 
     def position(self, name: str) -> tuple[int, int]:
         """Shard number and byte offset of tensor ``name``: sorting by it gives reading order."""
-        return self._home[name], self.shard_of(name).header.offsets[self.tensors[name].name]
+        return divmod(self._addresses[name], _FILE_BYTES)
 
-    def place(self, name: str) -> tuple[int, int] | None:
-        """As `position`; None for a tensor that is computed."""
-        return self.position(name)
+    def address(self, name: str) -> int:
+        """Where tensor ``name`` lies, as one number for all files; -1 if it is computed."""
+        return self._addresses[name]
+
+    @functools.cached_property
+    def _addresses(self) -> Mapping[str, int]:
+        offsets = [shard.header.offsets for shard in self.shards]
+        homes = self._home
+        return {n: _FILE_BYTES * homes[n] + offsets[homes[n]][info.name] for n, info in self.tensors.items()}
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``. Thread-safe."""

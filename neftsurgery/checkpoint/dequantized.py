@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MismatchError
+from ..errors import CorruptFileError, MismatchError
+from ..neurons.layout import Layout
+from ..neurons.vectors import gather
 from ..quantization.layouts import quantized_weights
 from ..quantization.settings import Settings, quantization_section
-from ..quantization.weight import Companion, QuantizedWeight, rows_read
+from ..quantization.weight import CodedWeight, Companion, QuantizedWeight, rows_read
 from ..tensors.arrays import IndexArray, Int64Array, RawBytes
 from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
@@ -60,9 +62,9 @@ class Dequantized(Checkpoint):
         weight = self.quantized.get(name := self._source(name))
         return self.files.position(name if weight is None else weight.codes.name)
 
-    def place(self, name: str) -> tuple[int, int] | None:
+    def address(self, name: str) -> int:
         """As of `Checkpoint`."""
-        return None if (name := self._source(name)) in self.shown else self.files.place(name)
+        return -1 if (name := self._source(name)) in self.shown else self.files.address(name)
 
     def under(self, names: Mapping[str, str]) -> Dequantized:
         """As of `Checkpoint`."""
@@ -187,6 +189,21 @@ def _view(checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight]) -> Deq
     return Dequantized(**own, files=checkpoint, shown=weights)
 
 
+def refuse_nonfinite(checkpoint: Checkpoint, info: TensorInfo, layout: Layout, neuron: int) -> None:
+    """Raise a `CorruptFileError` if this neuron has a NaN or infinite number, and is stored as codes."""
+    if (weight := checkpoint.quantized.get(info.name)) is None:
+        return
+    raw = gather(checkpoint, checkpoint.tensors[info.name], layout, np.array([neuron]))
+    if not np.isfinite(raw.view(checkpoint.tensors[info.name].type.numpy)).all():
+        raise CorruptFileError(
+            f"a code, or its scale in {weight.scales.info.name}, stands for NaN or infinity",
+            file=checkpoint.name,
+            tensor=weight.codes.name,
+            found=f"in neuron {neuron}",
+            hint=f"fetch or save the checkpoint again, or leave the weight out: [[exclude={info.name}]]",
+        )
+
+
 def comparable(base: Checkpoint, tuned: Checkpoint, name: str) -> bool:
     """Whether a tensor of both is compared by its numbers, which one stores as codes."""
     quantized = [name in side.quantized for side in (base, tuned)]
@@ -218,6 +235,16 @@ def in_common_numbers(
     views = [side if isinstance(side, Dequantized) else _view(side, {}) for side in (base, tuned)]
     first, second = (view.showing(infos, straight) for view in views)
     return first, second, frozenset(straight)
+
+
+def coded_sides(base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[CodedWeight, CodedWeight] | None:
+    """Both sides of a weight whose sums follow from codes and scales; None unless both store it alike."""
+    first, second = (side.quantized.get(name) for side in (base, tuned))
+    if first is None or second is None or not first.summed_as(second):
+        return None
+    sides = (base, first), (tuned, second)
+    files = [stored_side(side).under({name: weight.codes.name}) for side, weight in sides]
+    return CodedWeight(files[0], first), CodedWeight(files[1], second)
 
 
 def stored_side(checkpoint: Checkpoint) -> Checkpoint:

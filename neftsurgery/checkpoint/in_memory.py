@@ -55,9 +55,6 @@ class TensorsInMemory:
     def window(self, name: str, start: int, size: int) -> None:
         """None: what is in memory is read, not mapped."""
 
-    def place(self, name: str) -> None:
-        """None: it is in no file."""
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

@@ -15,11 +15,12 @@ from ..errors import MismatchError
 from ..neurons.quantized import quantization_reasons
 from ..tensors.document import Facts, TextFact
 from ..tensors.header import TensorInfo
-from ..tensors.reader import TensorReader
+from ..tensors.reader import TensorReader, neighbours
 from .checkpoint import Checkpoint
 from .name_prefixes import fitting_prefixes
 
 _EDGE_BYTES = 4096
+_READ_BYTES = 1 << 20  # of small neighbours, read at once
 HASH_PREFIX = "xxh3-128:"
 _WRAPPERS = re.compile(r"(?:^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)(?=\.)")
 _UNWRAP = "save the model inside: `accelerator.unwrap_model(model).save_pretrained(OUT)`"
@@ -34,7 +35,7 @@ _GATHER = (
 
 def fingerprint(
     weights: TensorReader,
-    change: Callable[[str, int, memoryview], None] = lambda name, start, part: None,
+    change: Callable[[str, int, memoryview], None] | None = None,
     tied: Collection[str] = (),
     names: Mapping[str, str] | None = None,
 ) -> str:
@@ -48,27 +49,36 @@ def fingerprint(
     own = {n: n for n, info in weights.tensors.items() if info.name == n and n not in tied}
     names = {**own, **(names or {})}
 
-    def read(name: str, start: int, part: memoryview) -> None:
-        weights.read_into(names[name], start, part)
-        change(name, start, part)
-
-    state = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(2 * _EDGE_BYTES))
-    for name in sorted(names):
-        info = weights.tensors[names[name]]
-        shape = ",".join(map(str, info.shape))
-        state.update(f'[{encode_basestring_ascii(name)},"{info.dtype}",[{shape}]]\n'.encode())
-        edge = min(_EDGE_BYTES, info.nbytes)
-        if info.nbytes <= len(buffer):
-            view = buffer[: info.nbytes]
-            read(name, 0, view)
-        else:
-            view = buffer
-            read(name, 0, view[:edge])
-            read(name, info.nbytes - edge, view[edge:])
-        state.update(view[:edge])
-        state.update(view[len(view) - edge :])
+    tensors = [(name, stored, weights.tensors[stored]) for name, stored in sorted(names.items())]
+    state, edge, whole = xxhash.xxh3_128(), _EDGE_BYTES, 2 * _EDGE_BYTES
+    nbytes = [info.nbytes for _, _, info in tensors]
+    address = weights.address if isinstance(weights, Checkpoint) else lambda name: -1
+    addresses = [address(stored) if info.nbytes <= whole else -1 for _, stored, info in tensors]
+    for run in neighbours(nbytes, [addresses], _READ_BYTES):
+        some = tensors[run.start : run.stop]
+        sizes = [min(size, whole) for size in nbytes[run.start : run.stop]]
+        buffer, (_, first, info) = memoryview(bytearray(sum(sizes))), some[0]
+        for start, part in _ends(info.nbytes, buffer) if len(some) == 1 else [(0, buffer)]:
+            weights.read_into(first, start, part)
+        text, done = list[bytes | memoryview](), 0
+        for (name, _, info), size in zip(some, sizes, strict=True):
+            view = buffer[done : done + size]
+            done += size
+            if change is not None:
+                for start, part in _ends(info.nbytes, view):
+                    change(name, start, part)
+            shape = ",".join(map(str, info.shape))
+            text.append(f'[{encode_basestring_ascii(name)},"{info.dtype}",[{shape}]]\n'.encode())
+            text += (view, view) if size <= edge else (view[:edge], view[-edge:])
+        state.update(b"".join(text))
     return HASH_PREFIX + state.hexdigest()
+
+
+def _ends(nbytes: int, buffer: memoryview) -> list[tuple[int, memoryview]]:
+    """Where the first and last bytes of a tensor are in it, and in the buffer of what is hashed of it."""
+    if nbytes <= 2 * _EDGE_BYTES:
+        return [(0, buffer)]
+    return [(0, buffer[:_EDGE_BYTES]), (nbytes - _EDGE_BYTES, buffer[_EDGE_BYTES:])]
 
 
 class Provenance(Facts):

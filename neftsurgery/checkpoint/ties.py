@@ -288,9 +288,8 @@ def tie_groups(names: Iterable[str], known: Iterable[tuple[str, str]] = ()) -> l
 
 def _prefix(name: str, ends: Collection[str]) -> str | None:
     """What is before the end of ``name`` that is one of ``ends``; None if it has no such end."""
-    stem = name.removesuffix(".weight")
-    last = stem[max(stem.rfind("."), stem.rfind("/")) + 1 :]  # almost all names end here
-    if last not in _LAST or stem == name or len(name) > _LONGEST_NAME:
+    last = name[name.rfind(".", 0, -7) + 1 : -7].rpartition("/")[2]
+    if last not in _LAST or not name.endswith(".weight") or len(name) > _LONGEST_NAME:
         return None
     part, rest = split_part(name)
     parts = ["^", *rest.split(".")[:-1]]

@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -48,6 +48,7 @@ class Console:
         self.as_json = as_json  # print one JSON object, and nothing else, on stdout
         self.quiet = quiet  # print errors only
         self.limits = limits
+        self._bar: Any = None  # the last progress bar, open or closed
 
     @property
     def running(self) -> Running:
@@ -75,8 +76,17 @@ class Console:
 
     def note(self, text: str) -> None:
         """Print a remark beside the result, on stderr, as one line."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        with nullcontext() if self._bar is None else self._bar.external_write_mode(file=sys.stderr):
             click.echo(printable(spelled(text, flag)), err=True)
+
+    def report(self, where: str, text: str) -> None:
+        """Show figures of work under way: in its bar, or as a line where there is none."""
+        if self._bar is None or self._bar.disable:  # tqdm's word for closed
+            self.note(f"{where}: {text}")
+        else:
+            self._bar.set_postfix_str(text)
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Print the warnings of a plan."""
@@ -118,8 +128,10 @@ class Console:
         from tqdm import tqdm
 
         scale = unit == "B"
-        with tqdm(total=total, desc=what, unit=unit, unit_scale=scale, leave=False, file=sys.stderr) as bar:
-            yield bar.update
+        with tqdm(
+            total=total, desc=what, unit=unit, unit_scale=scale, leave=False, file=sys.stderr
+        ) as self._bar:
+            yield self._bar.update
 
 
 def _process_seconds() -> float:

@@ -52,6 +52,9 @@ _SCORING = (["diff"], ["extract"])
 # Python looks for cycles after every 700 new objects; imports make hundreds of thousands.
 _NEW_OBJECTS = 50_000
 
+# Shells ask for completions with this variable, and without arguments.
+_COMPLETE = "_NEFTSURGERY_COMPLETE"
+
 _EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (UsageError, 2),
     (MismatchError, 3),
@@ -83,6 +86,9 @@ class _LazyGroup(click.Group):
         module = importlib.import_module(f".commands.{cmd_name}", __package__)
         command = module.command
         assert isinstance(command, click.Command)
+        if _COMPLETE in os.environ:  # most texts are names of files; nothing else is known of the others
+            for parameter in command.params:
+                parameter.type = click.Path() if parameter.type is click.STRING else parameter.type
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -155,7 +161,7 @@ def _run(args: list[str], as_json: bool, verbose: bool, quiet: bool) -> int:
 
 def _outcome(args: list[str], as_json: bool, verbose: bool) -> int:
     """Run the command that ``args`` name, report an error, and return the exit code."""
-    if not args:
+    if not args and _COMPLETE not in os.environ:
         with cli.make_context("neftsurgery", args, resilient_parsing=True) as context:
             click.echo(context.get_help(), err=True)
         return 2

@@ -16,8 +16,10 @@ from ..patch.lossless import LosslessPatch
 from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_NAME
 from ..reporting.layer_map import LayerMap
+from ..reporting.training_record import training_facts
 from ..sources.hub_client import page
-from ..text import percent, plural, size
+from ..tensors.document import Facts
+from ..text import four_digits, percent, plural, size
 from .base_model import BaseModel
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
@@ -36,6 +38,8 @@ _SELECTION_LABELS = {
     "seed": "seed",
     "merged": "merged from",
 }
+#: Keys of the manifest's ``training`` that a reader of the card can use.
+_TRAINING = ("data", "examples", "probe", "steps", "batch_size", "learning_rate", "schedule", "seed")
 #: Characters that could end a code span or a table cell, or begin a tag or a comment.
 _SPECIAL = "`|<>"
 _MAX_LENGTH = 100
@@ -62,8 +66,14 @@ def _neuron_parts(
         f"A **neuron patch** for {model}: new values for {patch.what} ({patch.parameters:,} parameters, "
         f"{size(patch.nbytes)}). Every other weight of the base stays the same, bit for bit."
     )
+    captured, loss = patch.facts.captured, _loss(patch.training)
+    if captured is not None and captured < 1 and not patch.training:
+        lead += (
+            f"\n\n**Partial: holds {percent(captured)} of the change.** Base plus patch is not the fine-tune."
+        )
+    lead += f"\n\nLoss on held-out examples: **{loss}**." if loss else ""
     usage = f"""```console
-$ pip install neftsurgery
+$ pip install .   # in a clone of {_PROJECT}
 $ neftsurgery apply {base} {repo} -o patched
 $ neftsurgery verify patched {repo}
 ```
@@ -80,12 +90,22 @@ writes anything. `neftsurgery revert` takes the patch out again, bit for bit.
 [What a patch is]({_PROJECT}/blob/main/docs/patch-format.md)."""
     facts = ((label, patch.facts.get(key)) for key, label in _SELECTION_LABELS.items())
     chosen = [(label, value) for label, value in facts if value not in ({}, [])]
-    trained = [(code_span(key, 60), value) for key, value in list(patch.training.items())[:_MAX_LISTED]]
+    record = Facts({key: value for key, value in patch.training.items() if key in _TRAINING})
     more = [_layers(LayerCounts.of_patch(patch), figure)]
-    for how, recorded in (("chosen", chosen), ("trained", trained)):
+    for how, recorded in (("chosen", chosen), ("trained", training_facts(record))):
         if rows := [(name, _json_span(value)) for name, value in recorded if value is not None]:
             more.append(f"## How the neurons were {how}\n\n{table(['', ''], rows)}")
     return lead, usage, more
+
+
+def _loss(training: Facts) -> str | None:
+    """The loss on held-out examples before and after training, as far as both are recorded."""
+    curve, after = training.get("curve"), training.number("dev_loss")
+    first = Facts.from_json(curve[0] if isinstance(curve, list) and curve else None)
+    before = first.number("dev_loss") if first.get("step") == 0 else None
+    if before is None or after is None:
+        return None
+    return f"{four_digits(before)} before training, {four_digits(after)} after"
 
 
 def _lossless_parts(patch: LosslessPatch, repo: str, model: str, base: str) -> tuple[str, str, list[str]]:

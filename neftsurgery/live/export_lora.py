@@ -13,6 +13,7 @@ from ..storage.output_checks import AnyPath
 from ..surgery.export import ExportPlan, ExportResult, plan_export
 from ..surgery.lora_modules import LivePlaces
 from ..surgery.verb import running, warn
+from ..version import install_command
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _live_places(base: Checkpoint | None, patch: Patch) -> LivePlaces | str:
 
             return PeftPlaces(base, patch)
         except ImportError as error:
-            why = f"{error.name} cannot be imported: pip install 'neftsurgery[train]'"
+            why = f"{error.name} cannot be imported; {install_command('train')}"
         except UsageError as error:
             why = str(error)
     return f"modules are named as in the files, and PEFT was not asked if it finds them ({why})"

@@ -74,11 +74,13 @@ def load_model(
     checkpoint: Checkpoint,
     model_class: ModelClass,
     *,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
     required: str | None = None,
 ) -> Any:
     """The model with its weights, on the CPU, in evaluation mode; errors if they do not fit it.
 
+    ``dtype`` and ``attn_implementation`` are transformers' own.
     The files must have every weight in the module ``required``: others are initialised at random if missing.
     """
     require_model_folder(checkpoint)
@@ -87,6 +89,7 @@ def load_model(
             model, info = _class_of(_config(checkpoint), model_class).from_pretrained(
                 checkpoint.source.path,
                 dtype=dtype,
+                attn_implementation=attn_implementation,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name

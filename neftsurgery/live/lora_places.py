@@ -86,12 +86,13 @@ class PeftPlaces:
 
     def _form(self, path: str, module: nn.Module, parameter: str, weight: torch.Tensor) -> Any:
         """How PEFT adapts a weight; None if it does not, or not exactly."""
+        if parameter == "weight" and self._bypassed(path, module):
+            return None
         if parameter == "weight" and isinstance(module, nn.Linear | Conv1D):
-            return None if self._bypassed(path, module) else self._as_module(path)
+            return self._as_module(path)
         if parameter == "weight" and isinstance(module, nn.Embedding):
             plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-            called = plain and module.max_norm is None and not self._bypassed(path, module)
-            return "embedding" if called else None
+            return "embedding" if plain and module.max_norm is None else None
         if parameter == "weight" and type(module) in _CONVOLUTIONS:
             # PEFT's factors do not take over these settings; and it multiplies kernels [1, 1, n] as matrices.
             conv: Any = module
@@ -102,7 +103,7 @@ class PeftPlaces:
         return "parameter" if leaf and weight.ndim == 3 and len(weight) > 1 and not kernel else None
 
     def _bypassed(self, path: str, module: nn.Module) -> bool:
-        """Whether the module around this one reads its weight, or keeps it in a list, whatever its name."""
+        """Whether the module around this one reads its weight, or calls it by a list: PEFT's is passed by."""
         outer, _, name = path.rpartition(".")
         parent = self._model.get_submodule(outer)
         lists = (value for value in vars(parent).values() if isinstance(value, list | tuple))

@@ -33,17 +33,18 @@ def is_plain(weight: Tensor) -> bool:
 
 def full_tensor(tensor: Any) -> Tensor:
     """The full tensor that ``tensor`` is a shard of, else itself. Every process of a group must call this."""
-    return tensor.full_tensor() if _is_shard(tensor) else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[no-any-return]
 
 
-def _is_shard(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> bool:
+    """Whether it is a part of a tensor that several processes hold."""
     return hasattr(tensor, "full_tensor")  # a DTensor; importing its class takes long
 
 
 def copy_into(tensor: Tensor, values: Tensor) -> None:
     """Copy the full ``values`` into ``tensor``; a shard takes its part of them."""
     with torch.no_grad():
-        if _is_shard(tensor):
+        if is_shard(tensor):
             from torch.distributed.tensor import DTensor, distribute_tensor
 
             assert isinstance(tensor, DTensor)

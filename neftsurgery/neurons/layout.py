@@ -156,6 +156,6 @@ def _known(dtype: object) -> TypeGuard[str]:
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value
-    )
+    if not isinstance(value, list) or not {int}.issuperset(map(type, value)):  # a bool is an int, too
+        return False
+    return not value or (min(value) >= 0 and max(value) < 1 << 63)

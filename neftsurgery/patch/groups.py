@@ -14,6 +14,7 @@ from ..quantization.weight import shared_rows
 from ..tensors.arrays import Int64Array, Mask
 from ..tensors.document import bad
 from ..tensors.reader import TensorFile
+from ..version import UPDATE
 
 if TYPE_CHECKING:
     from .patch import PatchTensor
@@ -105,7 +106,7 @@ def read_groups(
                 f"the patch has a group of a layout that this version does not know: {layout[:100]!r}",
                 file=file.path,
                 tensor=next(iter(members.values()), None),
-                hint="update neftsurgery: pip install -U neftsurgery",
+                hint=UPDATE,
             )
         roles = members.keys() - {"codes"}
         if "codes" not in members or not isinstance(shares, dict) or shares.keys() != roles:

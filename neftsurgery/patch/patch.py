@@ -177,7 +177,7 @@ class Patch(PatchFile):
         """How many elements it replaces."""
         return sum(tensor.count * tensor.layout.width for tensor in self.tensors.values())
 
-    @property
+    @cached_property
     def value_bytes(self) -> int:
         """Bytes of the new values."""
         return sum(tensor.count * tensor.vector_bytes for tensor in self.tensors.values())

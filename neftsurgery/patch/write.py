@@ -123,7 +123,9 @@ class PatchWriter:
             values, base, before = rows(part)
             return before, self.write_values(part.name, part.start, before, values, base)
 
-        for part, (before, after) in in_order(write, self._plan.selection.blocks(block), workers):
+        for part, (before, after) in in_order(
+            write, self._plan.selection.blocks(block), workers, nbytes=lambda part: part.nbytes
+        ):
             self.add_digests(part.name, before, after)
             advance(part.nbytes)
 

@@ -69,7 +69,7 @@ class NeftModel(BaseTuner):
                     tensor=name,
                     hint="untie them first, or use neftsurgery.attach, which trains both",
                 )
-            if not forward.covers(module, "overlay"):
+            if not forward.covers(module):
                 raise UsageError(
                     f"neurons of {own} cannot be an adapter, by its padding, groups or norms",
                     tensor=name,

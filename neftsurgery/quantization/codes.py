@@ -14,6 +14,7 @@ from ..tensors.floats import FLOATS, widen
 #: lowest is 0. And how many bits the fraction of such a number has, with its leading one.
 CODE_BITS = {"F8_E4M3": 4, "F8_E5M2": 3, "E2M1": 2, "I8": 8, "offset 8": 8, "offset 4": 4}
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)
 
 
 @functools.cache
@@ -36,5 +37,5 @@ def scales_decoded(raw: RawBytes, dtype: str) -> Float64Array:
     if dtype in FLOATS:
         return widen(raw, dtype)
     if dtype in ("U8", "F8_E8M0"):
-        return np.where(raw == 255, np.nan, np.ldexp(1.0, raw.astype(np.int64) - 127))
+        return _E8M0.take(raw)
     return np.ascontiguousarray(raw).view(DTYPES[dtype].numpy).astype(np.float64)

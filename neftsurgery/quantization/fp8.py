@@ -19,6 +19,8 @@ def fp8_weights(settings: Settings) -> Iterator[QuantizedWeight]:
             "weight_block_size in config.json is not two sizes", file=settings.name, found=str(block)[:80]
         )
     allowed = [(block[0], block[1])] if block else [(1, 0), (0, 0)]
+    if settings.get("quant_method") == "fbgemm_fp8":
+        allowed.append((0, 1))  # of experts, which it stores as [experts, in, out]
     for info in settings.of_dtypes("F8_E4M3", "F8_E5M2"):
         stem, dot, last = info.name.rpartition(".")
         names = [f"{stem}{dot}{one}" for one in _NAMES] if last == "weight" else []

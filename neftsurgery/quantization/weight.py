@@ -10,15 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.arrays import Float64Array, Int64Array, RawBytes
+from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
-from ..tensors.reader import RowReader
+from ..tensors.reader import RowReader, WeightReader
 from .codes import code_table, scales_decoded
 
 Numbers = NDArray[np.floating[Any]]
@@ -97,6 +98,24 @@ class QuantizedWeight:
         members = {role: one.info.name for role, one in self.companions.items()}
         return {"layout": self.layout, "unit": self.unit, "tensors": members}
 
+    @property
+    def row_axes(self) -> tuple[int, ...]:
+        """The axes of the weight along which rows of codes lie: neurons along these can be cut out."""
+        last = len(self.shape) - 1
+        return tuple(axis for axis in range(last + 1) if axis != last - self.transposed)
+
+    @property
+    def code_type(self) -> str:
+        """A dtype whose elements are as large as a code."""
+        return "U8" if code_table(self.kind)[1] == 1 else "F4"
+
+    def summed_as(self, other: QuantizedWeight) -> bool:
+        """Whether sums of rows follow from the codes and scales of both: see `code_kernels`."""
+        alike = all(getattr(self, key) == getattr(other, key) for key in ("shape", "kind", "columns"))
+        plain = all(one.zeros is None and one.order is None for one in (self, other))
+        whole = self.kind in FLOATS or (self.code_type == "F4" and not (self.columns | self.shape[-1]) % 32)
+        return alike and plain and whole and self.columns > 1
+
     def shared_rows(self, companion: Companion, rows: Int64Array) -> Int64Array:
         """The row of a companion that each of ``rows`` needs."""
         return shared_rows(rows, self.shape[-2], companion.span, companion.count)
@@ -104,6 +123,10 @@ class QuantizedWeight:
     def code_rows(self, files: RowReader, rows: Int64Array) -> RawBytes:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
         return rows_read(files, self.companions["codes"], rows)
+
+    def scale_rows(self, files: RowReader, rows: Int64Array) -> Float64Array:
+        """The scales of ``rows``, ``[k, groups]``."""
+        return scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
 
     def numbers(
         self,
@@ -119,17 +142,16 @@ class QuantizedWeight:
         """
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        columns = self.columns
-        scales = scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
-        zeros = np.zeros_like(scales) if self.zeros is None else self._zeros(files, rows)
+        last, scales = first + out.shape[1], self.scale_rows(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
-        if groups is not None:
-            scales, zeros, columns = scales[:, groups], zeros[:, groups], 1
-        from .kernels import scaled_numbers  # compiled: not loaded where nothing is quantized
-
+        of = np.arange(first, last) // self.columns if groups is None else groups[first:last]
+        table = table.astype(out.dtype).reshape(256, per_byte)
+        halves = table[raw[:, first // per_byte : -(-last // per_byte)]].reshape(len(rows), -1)
+        out[:] = halves[:, first % per_byte :][:, : out.shape[1]]
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
-            shared = [np.ascontiguousarray(part.astype(out.dtype)) for part in (scales, zeros)]
-        scaled_numbers(raw, table.astype(out.dtype), per_byte, *shared, columns, first, out)
+            if self.zeros is not None:
+                out -= self._zeros(files, rows).astype(out.dtype)[:, of]
+            out *= scales.astype(out.dtype)[:, of]
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
@@ -158,6 +180,13 @@ class QuantizedWeight:
         return found
 
 
+class CodedWeight(NamedTuple):
+    """A quantized weight, and the files that hold it, in which its codes have its name too."""
+
+    files: WeightReader
+    weight: QuantizedWeight
+
+
 def shared_rows(rows: Int64Array, inner: int, span: int, count: int) -> Int64Array:
     """Which of ``count`` rows of a companion each of ``rows`` needs, ``inner`` of which make a matrix."""
     if count == 1:
@@ -177,5 +206,7 @@ def rows_read(files: RowReader, companion: Companion, rows: Int64Array) -> RawBy
 
 def _shared(files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array) -> RawBytes:
     """The bytes of the row of a companion that each of ``rows`` needs."""
+    if companion.span == 1:
+        return rows_read(files, companion, rows)
     needed, place = np.unique(weight.shared_rows(companion, rows), return_inverse=True)
     return rows_read(files, companion, needed)[place]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from .. import text
 from ..errors import UsageError
+from ..version import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +75,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            "figures need matplotlib, which is not installed", hint="pip install 'neftsurgery[report]'"
+            "figures need matplotlib, which is not installed", hint=install_command("report")
         ) from error
 
 

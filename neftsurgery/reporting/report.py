@@ -16,7 +16,7 @@ from ..progress import Progress, silent
 from ..selection.budget import Budget
 from ..storage.output import staged_directory, staged_file
 from ..storage.output_checks import AnyPath, refuse_output
-from ..version import __version__
+from ..version import __version__, install_command
 from .figure import Cell, Column, ReportFigure, Table
 from .inputs import ReportInput, open_inputs
 from .plotting import COLOURS, require_matplotlib, themed_svg
@@ -35,7 +35,7 @@ def render_html(title: str, sections: Sequence[ReportSection], advance: Callable
         from markupsafe import Markup
     except ImportError as error:
         raise UsageError(
-            "the page needs jinja2, which is not installed", hint="pip install 'neftsurgery[report]'"
+            "the page needs jinja2, which is not installed", hint=install_command("report")
         ) from error
     folder = files(__package__)
     environment = Environment(

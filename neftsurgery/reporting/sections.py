@@ -21,6 +21,8 @@ from .score_distribution import ScoreDistribution, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
 
+_PARTIAL = " The rest of the fine-tune is not in them."
+
 
 @dataclass(frozen=True, slots=True)
 class ReportSection:
@@ -33,6 +35,7 @@ class ReportSection:
     figures: Sequence[ReportFigure]
     # What the JSON holds in addition to the numbers of the figures.
     data: Mapping[str, Any] = field(default_factory=dict)
+    verdict: Sequence[str] = ()  # what to take home, in a sentence each: it comes first
 
 
 def sections_of(inputs: Sequence[ReportInput], progress: Progress) -> tuple[ReportSection, ...]:
@@ -98,7 +101,13 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
     }
     base, tuned = _quoted(scores.base, "its base"), _quoted(scores.tuned, "a fine-tune")
     lead = f"Scores of {tuned} compared with {base}."
-    return ReportSection(f"scores{suffix}", title, lead, tuple(facts), figures, data)
+    verdict = [controls.verdict]
+    if captured is not None:
+        verdict.append(
+            f"The chosen neurons hold {text.percent(captured)} of the change: of the squared differences of "
+            f"all weights that both checkpoints have, summed.{_PARTIAL if captured < 1 else ''}"
+        )
+    return ReportSection(f"scores{suffix}", title, lead, tuple(facts), figures, data, verdict)
 
 
 def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
@@ -132,7 +141,12 @@ def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     }
     base = _quoted(patch.base, "a checkpoint")
     lead = f"A patch of {base}. It holds only the weights that it changes, and no scores."
-    return ReportSection(f"patch{suffix}", title, lead, tuple(facts), figures, data)
+    verdict = ["This patch is a whole fine-tune: no other weight was trained."] if patch.training else []
+    if captured is not None and not patch.training:
+        verdict = [
+            f"Its neurons hold {text.percent(captured)} of the change.{_PARTIAL if captured < 1 else ''}"
+        ]
+    return ReportSection(f"patch{suffix}", title, lead, tuple(facts), figures, data, verdict)
 
 
 def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSection:

@@ -21,7 +21,7 @@ from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.reader import WeightReader
+from ..tensors.reader import RowReader, WeightReader
 from .partial_sums import CUT_SIZES, CutSizes, Job, PartialSums, TensorPiece, joined, partial_sums, tasks
 from .stacks import spans, stacks
 from .sums import Exact, Sums, exact
@@ -117,10 +117,11 @@ class _Engine:
         results: list[tuple[TensorPiece, PartialSums | TensorResult]] = []
         for number, group in groupby(task, key=lambda piece: piece.job):
             job, pieces = self._jobs[number], list(group)
-            windows = self._windows(job.info, pieces[0].start, pieces[-1].stop)
+            sides = (self._base, self._tuned) if job.codes is None else [one.files for one in job.codes]
+            windows = self._windows(sides, job.info, pieces[0].start, pieces[-1].stop)
             at_hand = all(window is not None for window in windows)
             for piece in joined(pieces, job) if at_hand else pieces:
-                a, b = self._read(job.info, pieces[0].start, piece, windows)
+                a, b = self._read(sides, job.info, pieces[0].start, piece, windows)
                 results.append((piece, partial_sums(job, piece, a, b)))
             if any(window is not None and is_truncated(window) for window in windows):
                 raise CorruptFileError(
@@ -128,23 +129,30 @@ class _Engine:
                 )
         return results
 
-    def _windows(self, info: TensorInfo, start: int, stop: int) -> list[RawBytes | None]:
+    def _windows(
+        self, sides: Sequence[WeightReader], info: TensorInfo, start: int, stop: int
+    ) -> list[RawBytes | None]:
         """A part of a tensor on both sides, mapped; None for a side that cannot be mapped."""
         first, size = info.type.nbytes(start), info.type.nbytes(stop - start)
         if size < self._least_window or not self._limits.mapped:
             return [None, None]
-        found = [side.window(info.name, first, size) for side in (self._base, self._tuned)]
+        found = [side.window(info.name, first, size) for side in sides]
         # Compiled code assumes aligned elements.
         return [w if w is None or w.ctypes.data % max(1, info.type.bits // 8) == 0 else None for w in found]
 
     def _read(
-        self, info: TensorInfo, origin: int, piece: TensorPiece, windows: Sequence[RawBytes | None]
+        self,
+        sides: Sequence[WeightReader],
+        info: TensorInfo,
+        origin: int,
+        piece: TensorPiece,
+        windows: Sequence[RawBytes | None],
     ) -> list[RawBytes]:
         """The bytes of a piece on both sides. The windows start at element ``origin``."""
         start, size = info.type.nbytes(piece.start), info.type.nbytes(piece.stop - piece.start)
         skipped = start - info.type.nbytes(origin)
         read = []
-        for side, weights in enumerate((self._base, self._tuned)):
+        for side, weights in enumerate(sides):
             window = windows[side]
             if window is None:
                 part = self._buffers(size)[side, :size]
@@ -178,10 +186,6 @@ class _Collector:
         if result.refined is not None:
             self._refined.append(result.refined)
         if not self._changed.size:
-            if result.index is None and len(result.changed) == self._count:
-                # One piece: small tensors come by thousands.
-                self._sums, self._changed = result.sums + 0.0, result.changed
-                return
             self._sums, self._changed = np.zeros((3, self._count)), np.zeros(self._count, np.int64)
         with np.errstate(all="ignore"):  # NaN, Inf and overflow are handled in `finish`
             if result.index is None:
@@ -193,7 +197,7 @@ class _Collector:
                     np.add.at(row, result.index, values)
                 np.add.at(self._changed, result.index, result.changed)
 
-    def finish(self, base: WeightReader, tuned: WeightReader, limits: Limits) -> TensorResult:
+    def finish(self, base: RowReader, tuned: RowReader, limits: Limits) -> TensorResult:
         if self._job.layout is None:
             (aa, dd), changed = self._sums[:2, 0], int(self._changed[0])
             return TensorResult([self._job], None, float(aa), float(dd), changed)
@@ -207,9 +211,11 @@ class _Collector:
             totals = sums.aa[good].sum(), sums.dd[good].sum()
         return TensorResult([self._job], sums, float(totals[0]), float(totals[1]), int(sums.changed.sum()))
 
-    def _refine(self, sums: Sums, base: WeightReader, tuned: WeightReader, limits: Limits) -> None:
+    def _refine(self, sums: Sums, base: RowReader, tuned: RowReader, limits: Limits) -> None:
         """Read the vectors whose sums are doubtful again, whole, and refine their sums."""
         info, layout = self._job.info, self._job.layout
+        if self._job.codes is not None:  # refined are the numbers
+            info = base.tensors[info.name]
         assert layout is not None  # only neurons are refined
         doubtful = sums.doubtful(info.dtype)
         if not len(doubtful):

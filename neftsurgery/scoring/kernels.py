@@ -33,7 +33,7 @@ FORMATS = {name: code for code, name in enumerate(sorted(FLOATS))}
 
 # Sums may be reordered and contracted, or nothing vectorises. NaN and Inf must be kept, so neither "nnan"
 # nor "ninf".
-_FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
+FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 _BLOCK = 1024  # elements per float32 partial sum
 _AHEAD = 1024  # bytes: how far ahead memory is prefetched
 _LINE = 64  # bytes
@@ -43,7 +43,9 @@ _COLUMN_BLOCK = 64  # runs per float32 partial sum
 u32, u64 = np.uint32, np.uint64
 
 
-def _bitcast(source: Any, target: Any) -> Any:
+def bitcast(source: Any, target: Any) -> Any:
+    """For compiled code: the bits of a value as one of another type of the same size."""
+
     @intrinsic
     def cast(typing_context: Any, bits: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -54,9 +56,9 @@ def _bitcast(source: Any, target: Any) -> Any:
     return cast
 
 
-_as_float32 = _bitcast(types.uint32, types.float32)
-_as_float64 = _bitcast(types.uint64, types.float64)
-_as_uint32 = _bitcast(types.float32, types.uint32)
+_as_float32 = bitcast(types.uint32, types.float32)
+_as_float64 = bitcast(types.uint64, types.float64)
+_as_uint32 = bitcast(types.float32, types.uint32)
 
 
 @intrinsic
@@ -81,7 +83,7 @@ def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
 
 # The signature of the overload below must equal those of its implementations, lambdas among them,
 # so they carry no annotations.
-def _widen(code, bits):  # type: ignore[no-untyped-def]
+def widened(code, bits):  # type: ignore[no-untyped-def]
     """The value of an element as float32 (float64 for F64). Compiled by the overload below."""
     raise TypeError("only for compiled code")
 
@@ -131,7 +133,7 @@ def _decoder(dtype: DType) -> Any:
 _DECODERS: dict[int, Any] = {code: _decoder(DTYPES[name]) for name, code in FORMATS.items()}
 
 
-@overload(_widen)
+@overload(widened)
 def _widen_overload(code, bits):  # type: ignore[no-untyped-def]
     return _DECODERS[code.literal_value] if isinstance(code, types.Literal) else None
 
@@ -148,7 +150,7 @@ def run_sums(dtype: str) -> Callable[..., None]:
     itemsize = DTYPES[dtype].itemsize
     ahead, line = _AHEAD // itemsize, _LINE // itemsize
 
-    @compiled(fastmath=_FASTMATH)
+    @compiled(fastmath=FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
         for run in range(changed.size):
             aa, dd, ad, differing = 0.0, 0.0, 0.0, 0
@@ -161,8 +163,8 @@ def run_sums(dtype: str) -> Callable[..., None]:
                     _prefetch(b, soon)
                 aa32, dd32, ad32, count = np.float32(0), np.float32(0), np.float32(0), u32(0)
                 for i in range(block_a.size):
-                    x = _widen(code, block_a[i])
-                    d = _widen(code, block_b[i]) - x
+                    x = widened(code, block_a[i])
+                    d = widened(code, block_b[i]) - x
                     aa32 += x * x
                     dd32 += d * d
                     ad32 += x * d
@@ -188,7 +190,7 @@ def column_sums(dtype: str) -> Callable[..., None]:
     partial = np.float64 if dtype == "F64" else np.float32
     line = _LINE // DTYPES[dtype].itemsize
 
-    @compiled(fastmath=_FASTMATH)
+    @compiled(fastmath=FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
         runs = a.size // length
         aa = np.empty(_TILE, partial)
@@ -207,8 +209,8 @@ def column_sums(dtype: str) -> Callable[..., None]:
                         _prefetch(a, soon)
                         _prefetch(b, soon)
                     for i in range(row_a.size):
-                        x = _widen(code, row_a[i])
-                        d = _widen(code, row_b[i]) - x
+                        x = widened(code, row_a[i])
+                        d = widened(code, row_b[i]) - x
                         aa[i] += x * x
                         dd[i] += d * d
                         ad[i] += x * d
@@ -249,8 +251,8 @@ def exact_sums(dtype: str) -> Callable[..., None]:
                 changed[row], finite[row] = 0, True
                 continue
             for i in range(row_a.size):
-                x = np.float64(_widen(code, row_a[i]))
-                y = np.float64(_widen(code, row_b[i]))
+                x = np.float64(widened(code, row_a[i]))
+                y = np.float64(widened(code, row_b[i]))
                 good = good and bool(abs(x) < np.inf) and bool(abs(y) < np.inf)
                 top = max(top, max(abs(x), abs(y)))
                 x *= scale
@@ -268,8 +270,8 @@ def exact_sums(dtype: str) -> Callable[..., None]:
             along = (ab if small else ad) / aa if aa > 0.0 else 0.0
             rr = 0.0
             for i in range(row_a.size):
-                x = np.float64(_widen(code, row_a[i])) * scale
-                y = np.float64(_widen(code, row_b[i])) * scale
+                x = np.float64(widened(code, row_a[i])) * scale
+                y = np.float64(widened(code, row_b[i])) * scale
                 r = (y if small else y - x) - along * x
                 rr += r * r
             out[0, row], out[1, row], out[2, row], out[3, row] = aa, dd, ad, bb

@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..neurons.layout import Layout
+from ..quantization.weight import CodedWeight
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.header import TensorInfo
 from . import kernels
+from .code_kernels import row_sums
 from .kernels import FORMATS
 from .sums import Exact, Sums, exact
 
@@ -49,10 +51,14 @@ CUT_SIZES = CutSizes()
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tensor to compare. Without ``layout`` its change is summed over the whole tensor."""
+    """One tensor to compare. Without ``layout`` its change is summed over the whole tensor.
+
+    With ``codes``, ``info`` is of these, a neuron a row, and the sums are of the numbers that they stand for.
+    """
 
     info: TensorInfo
     layout: Layout | None
+    codes: tuple[CodedWeight, CodedWeight] | None = None
 
     @property
     def across(self) -> bool:
@@ -142,6 +148,9 @@ class PartialSums:
 def partial_sums(job: Job, piece: TensorPiece, a: RawBytes, b: RawBytes) -> PartialSums:
     """The sums of ``piece``, whose bytes are ``a`` in the base and ``b`` in the tuned checkpoint."""
     info = job.info
+    if job.codes is not None:
+        rows = np.arange(piece.start // piece.grain, piece.stop // piece.grain)
+        return PartialSums(int(rows[0]), None, *row_sums(job.codes, rows, a, b))
     if info.dtype not in kernels.FORMATS:
         return PartialSums(0, None, *_plain_sums(info, a, b))
     if job.layout is None:

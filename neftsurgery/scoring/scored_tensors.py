@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..neurons.layout import Layout, described_tensor
 from ..neurons.units import CountedSlice
-from ..tensors.arrays import IndexArray, Int64Array, Mask
+from ..tensors.arrays import Float32Array, IndexArray, Int64Array, Mask
 from ..tensors.document import Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -70,6 +70,19 @@ class Unscored:
         return cls(entry.number("delta_sq") if "delta_sq" in entry else 0.0, bool(entry.get("changed")))
 
 
+def read_all_scored(file: TensorFile, entries: Mapping[str, object]) -> dict[str, ScoredTensor]:
+    """The scored tensors, by name in order, from their descriptions; one that several share is read once."""
+    found, known = dict[str, ScoredTensor](), dict[int, ScoredTensor]()
+    for name, entry in sorted(entries.items()):
+        like = known.get(id(entry))
+        if like is None:
+            found[name] = known[id(entry)] = read_scored(file, name, entry)
+        else:
+            info = TensorInfo(name, like.info.dtype, like.info.shape)
+            found[name] = ScoredTensor(info, like.layout, like.layer, like.bias, like.part)
+    return found
+
+
 def read_scored(file: TensorFile, name: str, entry: object) -> ScoredTensor:
     """The scored tensor ``name``, from its description; else a `CorruptFileError`."""
     info, layout = described_tensor(file, WHAT, name, entry)
@@ -99,9 +112,10 @@ def read_companion_biases(
     """The unscored tensors whose changes are recorded element by element."""
     if not isinstance(unscored, dict):
         raise bad(file, WHAT, "unscored is not an object")
-    counts: dict[str | None, set[int]] = {}
+    counts: dict[str, set[int]] = {}
     for tensor in tensors.values():
-        counts.setdefault(tensor.bias, set()).add(tensor.layout.count)
+        if tensor.bias is not None:
+            counts.setdefault(tensor.bias, set()).add(tensor.layout.count)
     for name, entry in sorted(unscored.items()):
         if not isinstance(entry, dict) or name in tensors:
             raise bad(file, WHAT, "its entry of an unscored tensor makes no sense", name)
@@ -127,6 +141,22 @@ def arranged(
     lengths = {which: edges[-1 if which in _OF_ELEMENTS else len(counts)] for which in kinds}
     entries = [TensorInfo(which, _KINDS[which], (length,)) for which, length in lengths.items()]
     return dict(zip(ordered, edges, strict=False)), entries
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRange:
+    """Some of the scores of a file of version 2, read by slices."""
+
+    file: TensorFile
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice, /) -> Float32Array:
+        first, last, _ = part.indices(self.count)
+        return self.file.array("score", self.start + first, self.start + last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +196,12 @@ class ScoreArrays:
             require_entry(file, WHAT, entry)
         return cls(file, starts)
 
+    def having(self, tensors: Iterable[ScoredTensor], *kinds: str) -> list[ScoredTensor]:
+        """Those of the scored ``tensors`` that have all of these numbers."""
+        if self.starts is None:
+            return [tensor for tensor in tensors if self.has(tensor.info.name, *kinds)]
+        return list(tensors) if self.file.tensors.keys() >= set(kinds) else []
+
     def has(self, name: str, *kinds: str) -> bool:
         """Whether it has all of these numbers of a tensor."""
         entries = self.file.tensors
@@ -173,6 +209,13 @@ class ScoreArrays:
             return all(_entry(name, which) in entries for which in kinds)
         shortest = min(entries[which].shape[0] if which in entries else 0 for which in kinds)
         return self.starts.get(name, shortest) < shortest
+
+    def scores(self, tensors: Sequence[ScoredTensor]) -> ScoreRange | Float32Array:
+        """The scores of tensors that follow each other; many are read when they are asked for."""
+        count = sum(tensor.layout.count for tensor in tensors)
+        if self.starts is None or count <= _NEURONS:
+            return self.read("score", tensors)
+        return ScoreRange(self.file, self.starts[tensors[0].info.name], count)
 
     def read(self, which: str, tensors: Sequence[ScoredTensor | CompanionBias]) -> NDArray[Any]:
         """One kind of numbers of tensors that follow each other and have it, one after the other."""
@@ -211,10 +254,11 @@ class SumBatch:
         if chosen is None:
             return float(self.sums[which].sum())
         picked = np.zeros_like(self.sums[which])
-        for start, tensor in zip(self.starts, self.tensors, strict=True):
-            if tensor.info.name in chosen:
-                index = start + chosen[tensor.info.name]
-                picked[index] = self.sums[which][index]
+        names = [tensor.info.name for tensor in self.tensors]
+        starts = zip(names, self.starts.tolist(), strict=True)
+        if found := [start + chosen[name] for name, start in starts if name in chosen]:
+            index = np.concatenate(found)
+            picked[index] = self.sums[which][index]
         return float(picked.sum())
 
 
@@ -222,7 +266,7 @@ def batches(
     numbers: ScoreArrays, tensors: Iterable[ScoredTensor], which: Sequence[str]
 ) -> Iterator[SumBatch]:
     """Read the sums ``which`` of those ``tensors`` that have them, about a million neurons at a time."""
-    having = [tensor for tensor in tensors if numbers.has(tensor.info.name, *which)]
+    having = numbers.having(tensors, *which)
     ends = accumulate(tensor.layout.count for tensor in having)
     for _, group in groupby(zip(having, ends, strict=True), key=lambda one: one[1] // _NEURONS):
         yield _read(numbers, [tensor for tensor, _ in group], which)
@@ -234,9 +278,9 @@ def _read(numbers: ScoreArrays, tensors: Sequence[ScoredTensor], which: Sequence
     sums = {part: numbers.read(part, tensors) for part in which}
     for values in sums.values():
         values[np.isnan(values)] = 0
-    masks = [tensor.belongs() for tensor in tensors]
-    if all(mask is None for mask in masks):
+    if all(tensor.part is None for tensor in tensors):
         return SumBatch(tensors, starts, sums, None)
+    masks = [tensor.belongs() for tensor in tensors]
     counted = np.concatenate(
         [np.ones(n, np.bool_) if mask is None else mask for n, mask in zip(counts, masks, strict=True)]
     )

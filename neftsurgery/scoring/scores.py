@@ -30,8 +30,8 @@ from .scored_tensors import (
     SumBatch,
     Unscored,
     batches,
+    read_all_scored,
     read_companion_biases,
-    read_scored,
 )
 
 SCORES_KEY = "neuron_scores"
@@ -85,7 +85,7 @@ class Scores(FileBacked):
                 facts["tensors"] = {name: known[number] for name, number in facts["tensors"].items()}
             except (KeyError, TypeError) as error:
                 raise bad(file, WHAT, "a tensor has no description") from error
-        tensors = {name: read_scored(file, name, facts["tensors"][name]) for name in sorted(facts["tensors"])}
+        tensors = read_all_scored(file, facts["tensors"])
         unscored = facts.get("unscored", {})
         companion_biases = dict(read_companion_biases(file, facts["version"], unscored, tensors))
         for which, least in (("parameters", 1), ("nonfinite", 0)):
@@ -164,7 +164,7 @@ class Scores(FileBacked):
     @cached_property
     def by_unit(self) -> bool:
         """Whether neurons are chosen by whole units."""
-        return any(self._arrays.has(name, "unit") for name in self.tensors)
+        return bool(self._arrays.having(self.tensors.values(), "unit"))
 
     @cached_property
     def units(self) -> int:
@@ -217,12 +217,11 @@ class Scores(FileBacked):
             chosen = dict(self._choose_neurons(budget))
         companion_biases = self._bias_elements(chosen, budget) if budget.with_bias else {}
         self.check_unchanged()
-        homes: dict[str, ScoredTensor | CompanionBias] = {**self.companion_biases, **self.tensors}
-        tensors = {
-            name: Chosen(homes[name].info, homes[name].layout, index.astype(np.int64))
-            for name, index in sorted((chosen | companion_biases).items())
-            if len(index)
-        }
+        tensors: dict[str, Chosen] = {}
+        for name, index in sorted((chosen | companion_biases).items()):
+            if len(index):
+                home = self.tensors.get(name) or self.companion_biases[name]
+                tensors[name] = Chosen(home.info, home.layout, index.astype(np.int64, copy=False))
         facts = self._facts(budget, tensors)
         if companion_biases:
             facts["followers"] = sorted(set(companion_biases) & set(tensors))
@@ -240,14 +239,16 @@ class Scores(FileBacked):
 
         groups = [(key, list(members)) for key, members in groupby(self.tensors.values(), key=alike)]
         blocks = [
-            Block(name, layer, cost, self._arrays.read("score", members))
-            for (name, layer, cost), members in groups
+            Block(name, layer, cost, self._arrays.scores(members)) for (name, layer, cost), members in groups
         ]
         masks = choose(blocks, budget, parameters=self.parameters)
         for (_, members), mask in zip(groups, masks, strict=True):
-            edges = np.cumsum([tensor.layout.count for tensor in members])
-            for tensor, part in zip(members, np.split(mask, edges[:-1]), strict=True):
-                yield tensor.info.name, np.flatnonzero(part)
+            edges = np.cumsum([0, *(tensor.layout.count for tensor in members)])
+            index = np.flatnonzero(mask)
+            bounds = np.searchsorted(index, edges)
+            for number in np.flatnonzero(np.diff(bounds)).tolist():
+                part = index[bounds[number] : bounds[number + 1]]
+                yield members[number].info.name, part - edges[number]
 
     def _choose_units(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
         ids = {name: self._unit_ids(name) for name in self.tensors}
@@ -338,7 +339,7 @@ class Scores(FileBacked):
         change has no size (a quantized one).
         """
         inside = scored = rest = 0.0
-        if not all(self._arrays.has(name, "delta_sq") for name in self.tensors):
+        if len(self._arrays.having(self.tensors.values(), "delta_sq")) < len(self.tensors):
             return {}
         chosen = {name: part.index for name, part in tensors.items() if name in self.tensors}
         for batch in self.batches("delta_sq"):

@@ -14,7 +14,7 @@ import numpy as np
 from ..neurons.layout import Layout
 from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
-from ..tensors.reader import WeightReader
+from ..tensors.reader import WeightReader, neighbours
 from .kernels import FORMATS
 from .partial_sums import Job
 
@@ -26,23 +26,16 @@ def spans(base: WeightReader, tuned: WeightReader, jobs: Sequence[Job], nbytes: 
 
     Tensors that are large, are not scored, or do not lie in a file as they are read are alone.
     """
-    first, size, ends = 0, 0, None
-    for number, job in enumerate(jobs):
-        own, a, b = job.info.nbytes, None, None
-        if 0 < own * _LEAST_MEMBERS <= nbytes and _scored(job):
-            a, b = base.place(job.info.name), tuned.place(job.info.name)
-        if number and (a is None or b is None or (a, b) != ends or size + own > nbytes):
-            yield range(first, number)
-            first, size = number, 0
-        size += own
-        ends = ((a[0], a[1] + own), (b[0], b[1] + own)) if a and b else None
-    if jobs:
-        yield range(first, len(jobs))
+    sizes = [job.info.nbytes for job in jobs]
+    names = [job.info.name if _scored(job, nbytes) else None for job in jobs]
+    sides = ([-1 if name is None else side.address(name) for name in names] for side in (base, tuned))
+    return neighbours(sizes, sides, nbytes)
 
 
-def _scored(job: Job) -> bool:
-    """Whether it has neurons of several elements."""
-    return job.layout is not None and job.layout.width > 1 and job.info.dtype in FORMATS
+def _scored(job: Job, most: int) -> bool:
+    """Whether it has neurons of several elements, and is small."""
+    small = 0 < job.info.nbytes * _LEAST_MEMBERS <= most
+    return small and job.layout is not None and job.layout.width > 1 and job.info.dtype in FORMATS
 
 
 def stacks(jobs: Sequence[Job], sides: Sequence[RawBytes]) -> Iterator[tuple[list[Job], Job, list[RawBytes]]]:

@@ -2,15 +2,17 @@
 
 A budget takes the first neurons in order, by score and then by position. They are not sorted: sorting
 hundreds of millions of scores would take several times the memory of the scores. Instead the score at
-which the budget ends, the *cut*, is found by bisection over all float32 numbers. Each round counts the
-neurons beyond one number. The neurons that score exactly the cut are then taken in their order.
+which the budget ends, the *cut*, is found in two passes, which count the neurons by the upper half of the
+bits of their scores, and then by the lower. The neurons that score exactly the cut are then taken in their
+order. Scores may be read anew for each pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 
@@ -18,13 +20,22 @@ from ..errors import MismatchError, UsageError
 from ..tensors.arrays import Float32Array, Mask
 from .budget import Amount, Budget
 
-# Elements compared at once: what a round reads and writes stays in a core's cache.
-_CHUNK = 1 << 18
+# Elements handled at once: what a pass reads and writes stays in a core's cache.
+_CHUNK = 1 << 16
 # Pools of up to so many neurons are sorted: for them calls cost more than elements.
 _SORTED = 1 << 14
 # The ordered image of a float32 is its magnitude's bits as an integer, negated for a negative
 # number. Both zeros have image 0, and this is the image of infinity.
 _INFINITY = 0x7F80_0000
+_BINS = 1 << 16
+
+
+class ScoreVector(Protocol):
+    """Scores, float32 ``[n]``: an array, or what reads ranges of one from a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Float32Array: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,11 +45,12 @@ class Block:
     tensor: str  # this and the layer are names of the pools that the neurons belong to
     layer: str
     cost: int  # parameters of one neuron
-    scores: Float32Array  # high means sensitive. NaN: cannot be chosen. Infinities are ordinary values
+    scores: ScoreVector  # high means sensitive. NaN: cannot be chosen. Infinities are ordinary values
 
     def __post_init__(self) -> None:
-        if self.scores.ndim != 1 or self.scores.dtype != np.float32:
-            raise ValueError(f"scores must be a float32 vector, not {self.scores.dtype} {self.scores.shape}")
+        first = self.scores[:0]
+        if first.ndim != 1 or first.dtype != np.float32:
+            raise ValueError(f"scores must be a float32 vector, not {first.ndim} axes of {first.dtype}")
         if self.cost < 1:
             raise ValueError(f"a neuron must have at least one parameter, not {self.cost}")
 
@@ -71,19 +83,20 @@ def choose(
             "no neuron can be scored",
             hint="every neuron is left out or has a NaN or infinite element",
         )
-    keys = [block.scores for block in blocks]
+    keys: Sequence[ScoreVector] = [block.scores for block in blocks]
     if budget.policy == "random":
         keys = _random_keys(keys, budget.seed, chunk)
     highest = budget.policy != "reversed"
     allowed: list[Mask] | None = None
+    ranking = _Ranking(keys, counts, [1] * len(blocks), None, highest, chunk, sorted_pool)
     if budget.max_per_tensor is not None:
-        ones = [1] * len(blocks)
         pools = _pools(block.tensor for block in blocks)
         caps = [budget.max_per_tensor] * len(pools)
-        ranking = _Ranking(keys, counts, ones, None, highest, chunk, sorted_pool)
         allowed = _best(ranking, pools.values(), caps)
     if budget.threshold is not None:
-        above = [np.greater(key, budget.threshold, signature="dd->?") for key in keys]  # in float64
+        above = [np.empty(len(block), np.bool_) for block in keys]
+        for i, part, some in ranking.parts(range(len(keys))):
+            np.greater(some, budget.threshold, out=above[i][part], signature="dd->?")  # in float64
         return above if allowed is None else [a & b for a, b in zip(above, allowed, strict=True)]
     sizes, costs = counts, [1] * len(blocks)
     if budget.params is not None:
@@ -100,7 +113,7 @@ def choose(
     return masks
 
 
-def _count_candidates(scores: Float32Array, chunk: int) -> int:
+def _count_candidates(scores: ScoreVector, chunk: int) -> int:
     parts = (scores[start : start + chunk] for start in range(0, len(scores), chunk))
     return sum(int(np.count_nonzero(part == part)) for part in parts)  # NaN differs from itself
 
@@ -181,7 +194,7 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
 # Keys: what the neurons are ordered by.
 
 
-def _random_keys(scores: Sequence[Float32Array], seed: int, chunk: int) -> list[Float32Array]:
+def _random_keys(scores: Sequence[ScoreVector], seed: int, chunk: int) -> list[Float32Array]:
     """A random float32 for every candidate, of all there are: few are equal. NaN for the others."""
     generator = np.random.Generator(np.random.PCG64(seed))
     keys = [np.full(len(block), np.nan, np.float32) for block in scores]
@@ -204,20 +217,24 @@ def _float32_at(image: int) -> np.float32:
 
 
 #: The cost of each of some neurons, their keys, and which of them may be chosen; None: all.
-_Piece: TypeAlias = tuple[int, Float32Array, Mask | None]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
     """Blocks to choose from: per block the keys, and how many neurons may be chosen, at which cost each."""
 
-    keys: Sequence[Float32Array]
+    keys: Sequence[ScoreVector]
     counts: Sequence[int]
     costs: Sequence[int]
     allowed: Sequence[Mask] | None
     highest: bool
     chunk: int
     sorted_pool: int
+
+    def parts(self, members: Iterable[int]) -> Iterator[tuple[int, slice, Float32Array]]:
+        """The keys of some blocks, ``chunk`` at a time: the number of the block, and which of it they are."""
+        for i in members:
+            for start in range(0, len(self.keys[i]), self.chunk):
+                part = slice(start, min(start + self.chunk, len(self.keys[i])))
+                yield i, part, self.keys[i][part]
 
     def beyond(self, keys: Float32Array, cut: np.float32, out: Mask) -> Mask:
         """Which of ``keys`` come before ``cut`` in order; NaN never does."""
@@ -238,7 +255,7 @@ def _best(ranking: _Ranking, pools: Iterable[Sequence[int]], limits: Sequence[in
 
 
 def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
-    keys = np.concatenate([ranking.keys[i] for i in members])
+    keys = np.concatenate([ranking.keys[i][:] for i in members])
     if ranking.allowed is not None:
         keys[~np.concatenate([ranking.allowed[i] for i in members])] = np.nan
     if ranking.highest:
@@ -255,62 +272,55 @@ def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
 
 def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
     cut, room = _find_cut(ranking, members, limit)
-    for i in members:
-        ranking.beyond(ranking.keys[i], cut, masks[i])
+    for i, part, keys in ranking.parts(members):
+        ranking.beyond(keys, cut, masks[i][part])
         if ranking.allowed is not None:
-            masks[i] &= ranking.allowed[i]
-    for i in members:
-        for start in range(0, len(ranking.keys[i]), ranking.chunk):
-            part = slice(start, start + ranking.chunk)
-            tied = ranking.keys[i][part] == cut
-            if ranking.allowed is not None:
-                tied &= ranking.allowed[i][part]
-            places = np.flatnonzero(tied)
-            taken = min(len(places), room // ranking.costs[i])
-            masks[i][start + places[:taken]] = True
-            room -= taken * ranking.costs[i]
-            if taken < len(places) or not room:
-                return
+            masks[i][part] &= ranking.allowed[i][part]
+    for i, part, keys in ranking.parts(members):
+        tied = keys == cut
+        if ranking.allowed is not None:
+            tied &= ranking.allowed[i][part]
+        places = np.flatnonzero(tied)
+        taken = min(len(places), room // ranking.costs[i])
+        masks[i][part.start + places[:taken]] = True
+        room -= taken * ranking.costs[i]
+        if taken < len(places) or not room:
+            return
 
 
 def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
     """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit."""
-    batches = list(_batches(ranking, members))
-    direction = 1 if ranking.highest else -1
-    too_low, cut, room = -_INFINITY - 1, _INFINITY, limit
-    while cut - too_low > 1 and room:
-        middle = (cut + too_low) // 2
-        left = limit - _cost_beyond(ranking, batches, _float32_at(direction * middle))
-        if left < 0:
-            too_low = middle
-        else:
-            cut, room = middle, left
-    return _float32_at(direction * cut), room
+    high, room = 0, min(limit, 1 << 62)
+    for half in (1, 0):  # the upper bits of the cut's image, then the lower
+        totals = np.zeros(_BINS, np.int64)
+        for cost, keys in _batches(ranking, members):
+            bits = keys.view(np.int32)
+            image = np.where(bits < 0, -(bits & 0x7FFF_FFFF), bits)
+            image = image if ranking.highest else -image
+            bins = (image >> 16) + _BINS // 2 if half else image[image >> 16 == high] & (_BINS - 1)
+            totals += cost * np.bincount(bins, minlength=_BINS)
+        beyond = np.cumsum(totals[::-1])  # from the top down
+        # How many bins fit; if all do, the cut is the least number.
+        last = _BINS // 2 + (-_INFINITY >> 16) if half else 0
+        count = min(int(np.searchsorted(beyond, room, side="right")), _BINS - 1 - last)
+        room -= int(beyond[count - 1]) if count else 0
+        high, low = (_BINS - 1 - count - _BINS // 2, 0) if half else (high, _BINS - 1 - count)
+    image_of_cut = (high << 16) + low
+    return _float32_at(image_of_cut if ranking.highest else -image_of_cut), room
 
 
-def _batches(ranking: _Ranking, members: Sequence[int]) -> Iterator[list[_Piece]]:
-    """The blocks ``members`` in batches of up to ``chunk`` neurons of one cost, in any order."""
-    batch, filled = list[_Piece](), 0
-    for i in sorted(members, key=ranking.costs.__getitem__):
-        for start in range(0, len(ranking.keys[i]), ranking.chunk):
-            part, cost = slice(start, start + ranking.chunk), ranking.costs[i]
-            keys = ranking.keys[i][part]
-            if batch and (batch[0][0] != cost or filled + len(keys) > ranking.chunk):
-                yield batch
-                batch, filled = [], 0
-            batch.append((cost, keys, None if ranking.allowed is None else ranking.allowed[i][part]))
-            filled += len(keys)
-    if batch:
-        yield batch
-
-
-def _cost_beyond(ranking: _Ranking, batches: Sequence[Sequence[_Piece]], cut: np.float32) -> int:
-    flags = np.empty(ranking.chunk, np.bool_)
-    total = 0
-    for batch in batches:
-        keys = batch[0][1] if len(batch) == 1 else np.concatenate([keys for _, keys, _ in batch])
-        beyond = ranking.beyond(keys, cut, flags[: len(keys)])
-        if masks := [mask for _, _, mask in batch if mask is not None]:
-            beyond &= masks[0] if len(masks) == 1 else np.concatenate(masks)
-        total += batch[0][0] * int(np.count_nonzero(beyond))
-    return total
+def _batches(ranking: _Ranking, members: Sequence[int]) -> Iterator[tuple[int, Float32Array]]:
+    """What a neuron costs, and the keys of many such that may be chosen. Their order does not matter."""
+    for cost, group in groupby(sorted(members, key=ranking.costs.__getitem__), key=ranking.costs.__getitem__):
+        some, size = list[Float32Array](), 0
+        for i, part, keys in ranking.parts(group):
+            usable = keys == keys  # not NaN
+            if ranking.allowed is not None:
+                usable &= ranking.allowed[i][part]
+            some.append(keys[usable])
+            size += len(some[-1])
+            if size >= ranking.chunk:
+                yield cost, np.concatenate(some)
+                some, size = [], 0
+        if some:
+            yield cost, np.concatenate(some)

@@ -38,6 +38,7 @@ _TOKEN = re.compile(r"(old-)?[0-9a-f]{16}")
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
 #: Each try fails only if another process takes the name at that moment, or the folder takes no files (/proc).
 _TRIES = 20
+_WRITEBACK_BYTES = 512 << 10
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -345,8 +346,8 @@ def fsync(fd: int) -> None:
 
 
 def begin_writeback(fd: int, start: int, count: int) -> None:
-    """Start writing a range to disk in the background, so that the final sync is shorter."""
-    if (sync_file_range := _sync_file_range()) is not None:
+    """Start writing a large range to disk in the background, so that the final sync is shorter."""
+    if count >= _WRITEBACK_BYTES and (sync_file_range := _sync_file_range()) is not None:
         sync_file_range(fd, start, count, 2)  # SYNC_FILE_RANGE_WRITE; only a hint, so no error matters
 
 

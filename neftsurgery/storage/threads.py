@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,6 +15,7 @@ from ..errors import UsageError
 #: Bytes of buffers and mappings; the interpreter and libraries need some 130 MB more.
 DEFAULT_MEMORY = 176 << 20
 _LEAST_MEMORY = 16 << 20
+_LOT_BYTES = 4 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -57,26 +58,39 @@ def in_order(
     workers: int,
     *,
     stop: threading.Event | None = None,
+    nbytes: Callable[[Item], int] = lambda item: _LOT_BYTES,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Run ``work`` on items in ``workers`` threads, a few ahead; yields items with results, in order.
 
-    An exception of ``work`` is raised in its place. Then ``stop`` is set, and items that have not begun are
-    dropped.
+    A thread takes several items of few ``nbytes`` at once. An exception of ``work`` is raised in its place.
+    Then ``stop`` is set, and items that have not begun are dropped.
     """
-    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    waiting: deque[tuple[list[Item], Future[list[Result]]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="neft")
     try:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
+        for lot in _lots(items, nbytes):
+            waiting.append((lot, pool.submit(lambda lot: [work(item) for item in lot], lot)))
             if len(waiting) > 2 * workers:
                 first, future = waiting.popleft()
-                yield first, future.result()
+                yield from zip(first, future.result(), strict=True)
         while waiting:
             first, future = waiting.popleft()
-            yield first, future.result()
+            yield from zip(first, future.result(), strict=True)
     except BaseException:
         if stop is not None:
             stop.set()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _lots(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+    lot, size = list[Item](), 0
+    for item in items:
+        size += nbytes(item)
+        if lot and size > _LOT_BYTES:
+            yield lot
+            lot, size = [], nbytes(item)
+        lot.append(item)
+    if lot:
+        yield lot

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checkpoint.dequantized import refuse_nonfinite
 from ..checkpoint.name_prefixes import Prefixes
 from ..checkpoint.provenance import Provenance
 from ..errors import UsageError, boundary
@@ -29,7 +30,7 @@ from ..options import (
     split,
 )
 from ..progress import Progress, Stopwatch, silent
-from ..scoring import kernels
+from ..scoring import code_kernels, kernels
 from ..scoring.engine import TensorResult, stream
 from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
@@ -45,7 +46,7 @@ from .verb import running, warn
 
 log = logging.getLogger(__name__)
 
-_BATCH = 1 << 16  # neurons whose numbers are written at once
+_BATCH, _MOST = 1 << 16, 1 << 19  # neurons whose numbers are written at once, if possible and in any case
 _WIDEST = {"base_sq": -1.2345678901234567e-300, "delta_sq": -1.2345678901234567e-300, "changed": 1 << 62}
 
 
@@ -88,7 +89,8 @@ class DiffPlan:
         """Read both sides once, and write the scores."""
         limits = limits or Limits.of()
         base, tuned, jobs = self.pair.compared
-        kernels.prepare(job.info.dtype for job in jobs)
+        kernels.prepare(base.tensors[job.info.name].dtype for job in jobs)
+        code_kernels.prepare(job.codes[0].weight.kind for job in jobs if job.codes is not None)
         watch = Stopwatch()
         before = self.pair.bytes_read
         with watch.running():
@@ -267,7 +269,8 @@ class _Sink:
     ) -> None:
         self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
         self._waiting: list[tuple[list[str], Sums]] = []  # of tensors, by name
-        self._neurons = 0  # of those waiting
+        self._neurons, self._last = 0, 0  # of those waiting: how many, and where the last tensor's begin
+        self._sides = plan.base, plan.tuned
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
         self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
         self.nonfinite = 0
@@ -279,16 +282,22 @@ class _Sink:
             self._list(result)
             return
         assert result.sums is not None  # its jobs have a layout
+        for neuron, side in product(np.flatnonzero(~result.sums.finite)[:1].tolist(), self._sides):
+            refuse_nonfinite(side, tensor.info, tensor.layout, neuron)
         if tensor.units is not None:
             if self._layer is None or self._layer.name != tensor.layer:
                 self._finish_layer()
                 tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
                 self._layer = _LayerUnits(tensor.layer, tensors)
             self._layer.add(tensor, result.sums)
-        self._waiting.append(([job.info.name for job in result.jobs], result.sums))
-        self._neurons += len(result.sums.changed)
-        if self._neurons >= _BATCH:
+        names = [job.info.name for job in result.jobs]
+        # The stacks of one span lie between each other: they are written together.
+        first, last = self._starts[names[0]], self._starts[names[-1]]
+        if self._neurons >= _BATCH and (first > self._last or self._neurons >= _MOST):
             self._write_batch()
+        self._last = max(self._last, last) if self._waiting else last
+        self._waiting.append((names, result.sums))
+        self._neurons += len(result.sums.changed)
 
     def _list(self, result: TensorResult) -> None:
         """Record the change of a tensor that is not scored."""

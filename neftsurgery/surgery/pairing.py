@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.adapter import AdaptedWeights, open_pair
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.dequantized import comparable, dequantized, in_common_numbers
+from ..checkpoint.dequantized import coded_sides, comparable, dequantized, in_common_numbers
 from ..checkpoint.folder_files import file_notes, not_compared
 from ..checkpoint.name_prefixes import NO_CHANGE, Prefixes, fitting_prefixes
 from ..checkpoint.provenance import same_tensor, why_unlike
@@ -23,7 +23,9 @@ from ..scoring.partial_sums import Job
 from ..storage.output_checks import AnyPath
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
-from ..text import natural_key
+from ..text import natural_key, plural
+
+_LONGEST_ROW = 1 << 20  # of codes: scoring reads whole rows of them
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class Pair:
         notes = [*self.joined.notes, *file_notes(self.base), *file_notes(self.tuned)]
         if self.differing and (why := why_unlike(self.base, self.tuned)):
             notes.append(why)
+        stored, scored = self.base.quantized, self.anatomy.scored
+        axes = {tensor.info.name: tensor.layout.axes for tensor in scored if tensor.info.name in stored}
+        if across := [name for name, mine in axes.items() if mine != stored[name].row_axes]:
+            notes.append(
+                f"neurons of {plural(len(across), 'quantized weight')} lie across rows of codes (first: "
+                f"{across[0]}): they are scored, and cannot be cut out"
+            )
         return [*self.anatomy.warnings, *dict.fromkeys(notes)]
 
     @property
@@ -76,15 +85,13 @@ class Pair:
         jobs = {tensor.info.name: Job(tensor.info, tensor.layout) for tensor in self.anatomy.scored}
         for entry in self.anatomy.listed:
             axes = self.companion_biases.get(entry.info.name)
-            jobs[entry.info.name] = Job(
-                entry.info, None if axes is None else Layout.of(entry.info.shape, axes)
-            )
+            layout = None if axes is None else Layout.of(entry.info.shape, axes)
+            jobs[entry.info.name] = Job(entry.info, layout)
         names = sorted(jobs, key=self.base.position)
         if self.anatomy.unit_count:
             layers = {tensor.info.name: tensor.layer for tensor in self.anatomy.scored}
-            stages = {
-                layer: n for n, layer in enumerate(dict.fromkeys(layers[n] for n in names if n in layers))
-            }
+            order = dict.fromkeys(layers[name] for name in names if name in layers)
+            stages = {layer: number for number, layer in enumerate(order)}
             names.sort(key=lambda name: stages[layers[name]] if name in layers else len(stages))
         return [jobs[name] for name in names]
 
@@ -97,7 +104,16 @@ class Pair:
         first, second, straight = in_common_numbers(self.base, self.tuned, [j.info.name for j in self.jobs])
         if first is self.base:
             return first, second, self.jobs
-        return first, second, [_shown(job, first.tensors[job.info.name], straight) for job in self.jobs]
+        shown = [_shown(job, first.tensors[job.info.name], straight) for job in self.jobs]
+        return first, second, [self._with_codes(job) for job in shown]
+
+    def _with_codes(self, job: Job) -> Job:
+        """The job with the codes that its sums follow from, if both sides have them and neurons are rows."""
+        info, codes = job.info, coded_sides(self.base, self.tuned, job.info.name)
+        rows = job.layout is not None and job.layout.axes == tuple(range(len(info.shape) - 1))
+        if codes is None or not rows or info.shape[-1] > _LONGEST_ROW:
+            return job
+        return Job(replace(info, dtype=codes[0].weight.code_type), job.layout, codes)
 
     @cached_property
     def neurons(self) -> int:

@@ -78,14 +78,12 @@ def stored_rows(selection: Selection, base: Checkpoint, tuned: Checkpoint) -> St
 
 def _rows_of(chosen: Chosen, weight: QuantizedWeight, base: Checkpoint) -> Int64Array:
     """The chosen neurons as rows of codes."""
-    last = len(weight.shape) - 1
-    axes = tuple(axis for axis in range(last + 1) if axis != (last - 1 if weight.transposed else last))
-    if chosen.layout.axes != axes:
+    if chosen.layout.axes != weight.row_axes:
         raise MismatchError(
             "neurons across the rows of a quantized weight cannot be cut out: they share its scales",
             file=base.name,
             tensor=chosen.info.name,
-            expected=f"neuron axes {list(axes)}",
+            expected=f"neuron axes {list(weight.row_axes)}",
             found=list(chosen.layout.axes),
             hint="choose neurons of [[anatomy=rows]], or keep the whole fine-tune with [[lossless=True]]",
         )

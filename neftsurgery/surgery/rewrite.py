@@ -109,6 +109,8 @@ class RewritePlan:
     @cached_property
     def neurons(self) -> int:
         """How many neurons any patch replaces, companion biases not counted."""
+        if len(self.rows) == 1:
+            return self.rows[0].patch.neurons
         found = distinct_counts(
             (tensor.info, tensor.layout, rows.patch.index(name))
             for rows in self.rows

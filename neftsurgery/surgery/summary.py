@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -97,18 +96,16 @@ def _relative(base: float, delta: float) -> float:
 
 def summarize(scores: Scores, *, top: int = 10) -> Summary:
     """Sum scores up, tensor by tensor. Without sums in the file, what needs them is NaN or empty."""
-    whole = np.zeros(len(_SUMS))
-    layers, kinds = (defaultdict[str, Float64Array](lambda: np.zeros(len(_SUMS))) for _ in range(2))
     changed = sum(int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed"))
+    names, totals = list[str](), [np.zeros((0, len(_SUMS)))]
     for batch in scores.batches(*_SUMS):
-        totals = np.stack([batch.totals(which) for which in _SUMS], axis=1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            for tensor, sums in zip(batch.tensors, totals, strict=True):
-                whole += sums
-                kinds[layer_and_kind(tensor.info.name)[1]] += sums
-                if tensor.layer:
-                    layers[tensor.layer] += sums
-    base, delta, dot = whole.tolist()
+        names += [tensor.info.name for tensor in batch.tensors]
+        totals.append(np.stack([batch.totals(which) for which in _SUMS], axis=1))
+    sums = np.concatenate(totals)
+    layers = _grouped([scores.tensors[name].layer for name in names], sums)
+    layers.pop("", None)
+    kinds = _grouped([layer_and_kind(name)[1] for name in names], sums)
+    base, delta, dot = _grouped([""] * len(names), sums).get("", np.zeros(len(_SUMS))).tolist()
     norms = math.sqrt(base) * math.sqrt(max(base + 2 * dot + delta, 0.0))
     try:
         most = _top(scores, scores.choose(Budget.of(neurons=top)))[:top]
@@ -127,6 +124,16 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         {budget: share for budget, share in shares.items() if share is not None},
         tuple(sorted(name for name, entry in scores.unscored.items() if entry.changed)),
     )
+
+
+def _grouped(names: Sequence[str], sums: Float64Array) -> dict[str, Float64Array]:
+    """The rows of ``sums`` that have one name, added up in order."""
+    numbers: dict[str, int] = {}
+    places = [numbers.setdefault(name, len(numbers)) for name in names]
+    found = np.zeros((len(numbers), sums.shape[1]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.add.at(found, places, sums)
+    return dict(zip(numbers, found, strict=True))
 
 
 def _moved(groups: Mapping[str, Float64Array], whole: float) -> tuple[Movement, ...]:

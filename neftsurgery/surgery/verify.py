@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Final, Literal, Unpack
 
@@ -49,10 +49,10 @@ class TensorState:
 
     def add(self, is_base: bool | NDArray[np.bool_], is_patched: bool | NDArray[np.bool_]) -> None:
         """Count some more, of which it is known whether they are as in the base, and as patched."""
-        self.base += int(np.count_nonzero(is_base > is_patched))
-        self.patched += int(np.count_nonzero(is_base < is_patched))
-        self.both += int(np.count_nonzero(is_base & is_patched))
-        self.neither += int(np.count_nonzero(np.logical_not(is_base | is_patched)))
+        states = np.atleast_1d(is_base) + 2 * np.atleast_1d(is_patched)
+        neither, base, patched, both = np.bincount(states, minlength=4).tolist()
+        self.base, self.patched = self.base + base, self.patched + patched
+        self.both, self.neither = self.both + both, self.neither + neither
 
     @property
     def state(self) -> State:
@@ -147,8 +147,8 @@ class PatchState:
     @property
     def state(self) -> State:
         """The state of all touched tensors together."""
-        counts = zip(*(astuple(tensor) for tensor in self.tensors.values()), strict=True)
-        return TensorState(*map(sum, counts)).state
+        counts = ((one.base, one.patched, one.both, one.neither) for one in self.tensors.values())
+        return TensorState(*map(sum, zip(*counts, strict=True))).state
 
     def is_done(self, goal: str) -> bool:
         """Whether all vectors are in the state ``goal``, or old and new ones are equal throughout."""
@@ -178,7 +178,7 @@ def examine(
         return _compare(checkpoint, patches, states, *one, limits.block)
 
     blocks = ((n, block) for n, patch in enumerate(patches) for block in patch.blocks(limits.block))
-    with closing(in_order(compare, blocks, workers)) as compared:
+    with closing(in_order(compare, blocks, workers, nbytes=lambda one: one[1].nbytes)) as compared:
         for (number, name), group in groupby(compared, key=lambda one: (one[0][0], one[0][1].name)):
             hashes = DigestHash(), DigestHash()
             for (_, block), (before, after, now) in group:

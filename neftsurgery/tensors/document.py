@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CorruptFileError, naming
+from ..version import UPDATE
 from .file_kinds import tensor_kind, what_helps
 from .header import TensorInfo
 from .json_text import loads
@@ -139,7 +140,7 @@ def read_document(file: TensorFile, key: str, what: str, version: int) -> dict[s
             file=file.path,
             expected=f"{version} or older",
             found=found,
-            hint="update neftsurgery: pip install -U neftsurgery",
+            hint=UPDATE,
         )
     return content
 

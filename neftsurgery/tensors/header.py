@@ -7,6 +7,8 @@ they are refused here, because two readers of such a file could see two models.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import json
 import math
@@ -15,6 +17,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring_ascii
+from weakref import WeakValueDictionary
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,6 +29,7 @@ from .json_text import loads, require_bounded
 MAX_HEADER_BYTES = 100_000_000
 _DAMAGED = "the file is damaged or truncated: fetch or write it again"
 _PREFIX = struct.Struct("<Q")
+_headers: WeakValueDictionary[bytes, Header] = WeakValueDictionary()  # those in use, by SHA-256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +53,19 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the data."""
-        return (math.prod(self.shape) * DTYPES[self.dtype].bits + 7) // 8
+        return _nbytes(self.dtype, self.shape)
 
     def describe(self) -> str:
         """For messages: ``BF16 [4096, 11008]``."""
         return f"{self.dtype} {list(self.shape)}"
 
 
-@dataclass(frozen=True, slots=True)
+@functools.lru_cache(maxsize=1 << 12)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return DTYPES[dtype].nbytes(math.prod(shape))
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Header:
     """A parsed header."""
 
@@ -98,7 +107,11 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raise CorruptFileError(f"the header is {error}", file=path) from error
     if len(raw) != length:
         raise CorruptFileError("the file was changed while it was opened", file=path)
-    return parse_header(raw, path)
+    # A base and what was tuned from it have the same headers, of up to 70,000 tensors.
+    digest = hashlib.sha256(raw).digest()
+    if (header := _headers.get(digest)) is None:
+        header = _headers[digest] = parse_header(raw, path)
+    return header
 
 
 def parse_header(raw: bytes, path: str | os.PathLike[str] | None) -> Header:

@@ -7,8 +7,9 @@ import hashlib
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -28,38 +29,55 @@ from .header import Header, TensorInfo, read_header
 _COPY_BYTES = 8 << 20
 
 
-class RowReader(Protocol):
-    """The bytes of named tensors, by range or by rows, read into buffers of the caller."""
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
-
-    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
-        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
-
-
 class TensorReader(Protocol):
-    """The tensors of a model, and their bytes by range."""
+    """The tensors of a model, and their bytes by range, read into buffers of the caller."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The tensors, by name."""
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """As in `RowReader`."""
+        """Fill ``buffer`` with the bytes of tensor ``name`` from its byte ``start``."""
 
 
-class WeightReader(TensorReader, RowReader, Protocol):
+class RowReader(TensorReader, Protocol):
+    """Bytes of tensors by rows, too."""
+
+    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with rows ``rows`` (ascending) of tensor ``name``."""
+
+
+class WeightReader(RowReader, Protocol):
     """All that scoring sees of a model. Thread-safe."""
 
     def window(self, name: str, start: int, size: int) -> RawBytes | None:
         """Bytes of tensor ``name`` that are in memory already, mapped instead of read; else None."""
 
-    def place(self, name: str) -> tuple[int, int] | None:
-        """The number of the file that holds tensor ``name``, and its first byte; None if it is computed.
+    def address(self, name: str) -> int:
+        """Where tensor ``name`` lies, as one number for all files; -1 if it is computed.
 
-        One `read_into` may go on over tensors that lie behind it in that file.
+        One `read_into` may go on over the tensors that lie behind it.
         """
+
+
+def neighbours(nbytes: Sequence[int], addresses: Iterable[Sequence[int]], most: int) -> Iterator[range]:
+    """Cut tensors into runs that lie one behind the other on every side, of at most ``most`` bytes.
+
+    ``addresses`` are those of each side; a tensor with a negative one is a run of its own.
+    """
+    sizes = np.array(nbytes, np.int64)
+    follows = np.ones(max(0, len(sizes) - 1), np.bool_)
+    for side in addresses:
+        at = np.array(side, np.int64)
+        follows &= (at[1:] == at[:-1] + sizes[:-1]) & (at[1:] >= 0) & (at[:-1] >= 0)
+    ends = np.cumsum(sizes)
+    edges = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(sizes)]
+    for start, stop in pairwise(edges if nbytes else []):
+        while start < stop:
+            limit = most + int(ends[start]) - nbytes[start]
+            last = min(stop, max(start + 1, int(np.searchsorted(ends, limit, side="right"))))
+            yield range(start, last)
+            start = last
 
 
 class OnDisk:

@@ -23,7 +23,6 @@ from .reader import TensorFile
 
 _SMALL_BYTES = 32 << 10
 _BUFFER_BYTES = 4 << 20
-_WRITEBACK_BYTES = 512 << 10
 
 
 class TensorFileWriter:
@@ -66,8 +65,7 @@ class TensorFileWriter:
             self._small.add(position, data.tobytes())
         else:
             write_exactly(self._fd, np.ascontiguousarray(data).data.cast("B"), position)
-            if data.nbytes >= _WRITEBACK_BYTES:
-                begin_writeback(self._fd, position, data.nbytes)
+            begin_writeback(self._fd, position, data.nbytes)
 
     def shrink(self, name: str, rows: int) -> None:
         """Cut the entry that lies last off behind ``rows`` rows."""

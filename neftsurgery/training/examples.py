@@ -56,10 +56,16 @@ class Examples:
 def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
     """The examples of a recipe. Without ``data.eval``, a share of them is held back for the dev loss."""
     data = recipe.data
-    encoder = Encoder(tokenizer, loss_on=data.loss_on, max_length=data.max_length)
+    splits = data.long == "split"
+    encoder = Encoder(tokenizer, loss_on=data.loss_on, max_length=data.max_length, splits=splits)
     template = PromptTemplate.of(data.prompt, data.completion)
     read = partial(read_raw_examples, subset=data.subset, template=template)
-    train = encoder.encode(read(data.train, data.split, limit=data.limit))
+    sets = [encoder.encode(read(name, data.split, limit=data.limit)) for name in data.names]
+    train, warnings = _mixed(sets, data.train, recipe.train.seed), []
+    if (whole := sum(map(len, sets))) > len(train):
+        warnings.append(
+            f"data.train mixes {len(train)} of {whole} examples, until the first set is exhausted"
+        )
     dev: list[Example] = []
     if data.eval is not None:
         dev = encoder.encode(read(data.eval, data.eval_split))
@@ -68,9 +74,9 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
         random.Random(recipe.train.seed).shuffle(order)
         dev = [train[n] for n in sorted(order[:held])]
         train = [train[n] for n in sorted(order[held:])]
-    warnings = []
-    if encoder.truncated:
-        warnings.append(f"{encoder.truncated} examples are longer than data.max_length and were truncated")
+    if encoder.long:
+        done = "split" if splits else "truncated"
+        warnings.append(f"{encoder.long} examples are longer than data.max_length and were {done}")
     if encoder.dropped:
         warnings.append(f"{encoder.dropped} examples have no token to learn and were left out")
     if not dev and data.eval_share:
@@ -80,15 +86,26 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
     return Examples(train, dev, tuple(warnings))
 
 
+def _mixed(sets: Sequence[list[Example]], weights: object, seed: int) -> list[Example]:
+    """One set of several: by weight until the first is exhausted; without weights, one after another."""
+    if not isinstance(weights, dict):
+        return [example for one in sets for example in one]
+    from datasets import Dataset, interleave_datasets
+
+    parts, total = [Dataset.from_list(one) for one in sets], sum(weights.values())
+    return list(interleave_datasets(parts, [w / total for w in weights.values()], seed=seed))
+
+
 class Encoder:
     """Turns raw examples into tokens and labels."""
 
-    def __init__(self, tokenizer: Any, *, loss_on: str, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, *, loss_on: str, max_length: int, splits: bool = False) -> None:
         self._tokenizer = tokenizer
         self._learns_all = loss_on == "all"
         self._max_length = max_length
-        self.truncated = 0  # how many examples were longer than ``max_length``
-        self.dropped = 0  # how many examples had no token to learn, after truncation
+        self._splits = splits
+        self.long = 0  # how many examples were longer than ``max_length``
+        self.dropped = 0  # how many examples, or pieces, had no token to learn
 
     def encode(self, raw_examples: Sequence[RawExample]) -> list[Example]:
         """The examples that have a token to learn; a `UsageError` if none is left."""
@@ -100,12 +117,14 @@ class Encoder:
                 token if self._learns_all or keep else IGNORED
                 for token, keep in zip(ids, learned, strict=True)
             ]
-            self.truncated += len(ids) > self._max_length
-            ids, labels = ids[: self._max_length], labels[: self._max_length]
-            if any(label != IGNORED for label in labels[1:]):  # nothing predicts the first token
-                examples.append({"input_ids": ids, "labels": labels})
-            else:
-                self.dropped += 1
+            most = self._max_length
+            self.long += len(ids) > most
+            for start in range(0, len(ids), most) if self._splits else (0,):
+                piece = {"input_ids": ids[start : start + most], "labels": labels[start : start + most]}
+                if any(label != IGNORED for label in piece["labels"][1:]):  # nothing predicts the first token
+                    examples.append(piece)
+                else:
+                    self.dropped += 1
         if not examples:
             raise UsageError(
                 "no example has a token to learn",
@@ -144,7 +163,7 @@ class Encoder:
         ids = self._template(raw, messages)
         learned = [False] * len(ids)
         for number, message in enumerate(messages):
-            if message["role"] == "assistant" and not self._learns_all:
+            if message["role"] == "assistant" and message.get("weight") != 0 and not self._learns_all:
                 before = self._template(raw, messages[:number], add_generation_prompt=True)
                 after = self._template(raw, messages[: number + 1])
                 if _common_prefix(after, ids) < len(after) - 1:
@@ -163,6 +182,7 @@ class Encoder:
         if not messages:
             return []
         try:
+            options["tools"] = raw.content.get("tools") or None
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except TemplateError as error:
             raise raw.error(

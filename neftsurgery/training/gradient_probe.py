@@ -20,21 +20,25 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError
-from ..live.loading import load_model
 from ..live.placement import LivePlace, live_places
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout, described
@@ -46,7 +50,8 @@ from ..surgery.pairing import pair
 from ..tensors.arrays import Float64Array
 from ..tensors.document import dump
 from ..tensors.writer import written_file
-from .examples import collator
+from .examples import Example, collator
+from .trainer import RunCallback, Watcher
 
 if TYPE_CHECKING:
     from .train_plan import TrainPlan
@@ -63,18 +68,18 @@ class _Signs:
 
     def __init__(self, weight: Tensor, layout: Layout) -> None:
         self._weight, self._layout = weight.detach(), layout
-        self._total = torch.zeros_like(weight, dtype=torch.int8)
-        self._count = 0
+        self.total = torch.zeros_like(weight, dtype=torch.int8)
+        self.count = 0
 
     def add(self, gradient: Tensor) -> None:
-        if self._count == torch.iinfo(torch.int8).max:
-            self._total = self._total.to(torch.int32)
-        self._total += torch.sign(gradient).to(torch.int8)
-        self._count += 1
+        if self.total.dtype == torch.int8 and self.count >= torch.iinfo(torch.int8).max:
+            self.total = self.total.to(torch.int32)
+        self.total += torch.sign(gradient).to(torch.int8)
+        self.count += 1
 
     def sums(self, batches: int) -> Float64Array:
         """Per neuron ``w.w``, ``s.s`` and ``w.s``, ``[3, n]``."""
-        w, s = self._weight.float(), self._total.float() / batches
+        w, s = self._weight.float(), self.total.float() / batches
         sums = [_total(values, self._layout) for values in (w * w, s * s, w * s)]
         return torch.stack(sums).cpu().double().numpy()
 
@@ -92,15 +97,16 @@ class _Squares:
 
     def __init__(self, weight: Tensor, layout: Layout) -> None:
         self._layout = layout
-        self._total = torch.zeros(layout.count, dtype=torch.float64)
+        self.total = torch.zeros(layout.count, dtype=torch.float64)
+        self.count = 0
 
     def add(self, gradient: Tensor) -> None:
         norms = _total(gradient.float().square(), self._layout)
-        self._total += norms.cpu().double()
+        self.total += norms.cpu().double()
 
     def sums(self, batches: int) -> Float64Array:
         """Per neuron, ``[1, n]``."""
-        return self._total.numpy().reshape(1, -1)
+        return self.total.numpy().reshape(1, -1)
 
     @staticmethod
     def scores(sums: Float64Array) -> Float64Array:
@@ -120,11 +126,10 @@ def _total(values: Tensor, layout: Layout) -> Tensor:
 
 def _accumulate(
     model: nn.Module, sums: Mapping[str, _Signs | _Squares], batches: Iterable[Mapping[str, Tensor]]
-) -> int:
-    """Add the gradients of all batches to the sums, by parameter; returns the number of batches."""
+) -> Generator[float]:
+    """Add the gradients of each batch to the sums, by parameter; yields its loss."""
     model.eval()  # without dropout, equal batches give equal scores
     parameters: dict[str, Any] = {name: model.get_parameter(name) for name in sums}
-    count = 0
     with _gradients_of(model, parameters.values()):
         hooks = [
             parameter.register_post_accumulate_grad_hook(partial(_add, sums[name]))
@@ -136,11 +141,10 @@ def _accumulate(
                 if not torch.isfinite(loss.detach()):
                     raise MismatchError("the loss of the base model is not a number", found=loss.item())
                 loss.backward()
-                count += 1
+                yield loss.item()
         finally:
             for hook in hooks:
                 hook.remove()
-    return count
 
 
 def _add(sums: _Signs | _Squares, parameter: Tensor) -> None:
@@ -172,10 +176,14 @@ def gradient_scores(
     out: str | os.PathLike[str] | None = None,
     *,
     score: str = "gradient",
-) -> Scores:
+    told: Callable[[int, float], bool] = lambda done, loss: False,
+    saved: Path | None = None,
+) -> Scores | None:
     """Score the neurons of ``anatomy`` of ``base``, whose live model is given, into a scores file.
 
-    A batch holds the model's keyword arguments, ``labels`` included, on its device.
+    A batch holds the model's keyword arguments, ``labels`` included, on its device. ``told`` gets the number
+    of batches done and the last loss. If it returns True, the probe stops, to go on from ``saved`` the next
+    time, and the result is None.
     """
     places = live_places(model, {tensor.info.name: tensor.layout for tensor in anatomy.scored})
     kind = _SUMS[score]
@@ -184,7 +192,13 @@ def gradient_scores(
         if any(place.layout != layouts[place.parameter] for place in found):
             raise MismatchError("another tensor has neurons along another axis of its weight", tensor=name)
     running = {name: kind(model.get_parameter(name), layout) for name, layout in layouts.items()}
-    count = _accumulate(model, running, batches)
+    count = _load_sums(running, saved)
+    with closing(_accumulate(model, running, islice(batches, count, None))) as losses:
+        for loss in losses:
+            count += 1
+            if told(count, loss):
+                _save_sums(running, saved, count)
+                return None
     live = {name: running.pop(name).sums(max(count, 1)) for name in list(running)}
     sums = {name: _of_file(found, live) for name, found in places.items()}
     units = _sum_units(anatomy, sums)
@@ -195,6 +209,24 @@ def gradient_scores(
         if tensor.units is not None:
             values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     return write_scores(score, values, base, anatomy, units, out)
+
+
+def _load_sums(sums: Mapping[str, _Signs | _Squares], file: Path | None) -> int:
+    """Load the sums of a probe that was stopped; returns of how many batches."""
+    if file is None or not file.exists():
+        return 0
+    with safe_open(file, "pt") as saved:
+        count = int(saved.metadata()["batches"])
+        for name, one in sums.items():
+            one.total, one.count = saved.get_tensor(name).to(one.total.device), count  # at most
+    return count
+
+
+def _save_sums(sums: Mapping[str, _Signs | _Squares], file: Path | None, count: int) -> None:
+    assert file is not None  # a probe that can be stopped has one
+    totals = {name: one.total for name, one in sums.items()}
+    save_file(totals, file.with_suffix(".part"), metadata={"batches": str(count)})
+    file.with_suffix(".part").replace(file)
 
 
 def _of_file(places: Sequence[LivePlace], live: Mapping[str, Float64Array]) -> Float64Array:
@@ -265,56 +297,77 @@ def write_scores(
 
 
 def probe(
-    plan: TrainPlan,
-    model: Any,
-    device: torch.device,
-    *,
-    limits: Limits,
-    note: Callable[[str], None],
-) -> Scores:
-    """Score the neurons on the training examples; the scores file stays in the run directory."""
-    out = plan.run_directory.scores
-    out.unlink(missing_ok=True)
-    steps = plan.recipe.probe.steps or STEPS
+    plan: TrainPlan, model: Any, device: torch.device, *, limits: Limits, watcher: Watcher
+) -> Scores | None:
+    """Score the neurons on the training examples; the scores file stays in the run directory.
+
+    None: the watcher stopped the probe, and it is saved.
+    """
+    directory, recipe = plan.run_directory, plan.recipe
+    directory.scores.unlink(missing_ok=True)
+    steps = recipe.probe.steps or STEPS
     try:
-        if plan.recipe.probe.by == "finetune":
-            note(f"fine-tuning the whole model for {steps} steps to see which neurons change")
-            return _finetune_scores(plan, steps, limits)
+        if recipe.probe.by == "finetune":
+            watcher.note(f"fine-tuning the whole model for {steps} steps to see which neurons change")
+            return _finetune_scores(plan, steps, limits, watcher)
         assert plan.choice.anatomy is not None  # planned for a probe
-        note(f"scoring neurons by their gradients on {steps} batches")
+        batches = _batches(plan, steps)
+        watcher.note(f"scoring neurons by their gradients on {len(batches)} batches")
         model.to(device)
-        score = _SCORES[plan.recipe.probe.by]
-        batches = _batches(plan, steps, device)
-        return gradient_scores(model, plan.base, plan.choice.anatomy, batches, out, score=score)
+        with watcher.progress("probe", len(batches)) as advance:
+            shown, start, tokens = 0, time.perf_counter(), 0
+
+            def told(done: int, loss: float) -> bool:
+                nonlocal shown, tokens
+                advance(done - shown)
+                shown, tokens = done, tokens + sum(len(one["input_ids"]) for one in batches[done - 1])
+                if done % (recipe.train.logging_steps or 1) == 0:
+                    speed = tokens / (time.perf_counter() - start)
+                    text = f"loss {loss:.4f}, {speed:,.0f} tokens/s"
+                    watcher.report(f"probe, batch {done} of {len(batches)}", text)
+                return watcher.stop() and done < len(batches)
+
+            collate = collator(plan.tokenizer)
+            return gradient_scores(
+                model, plan.base, plan.choice.anatomy,
+                ({name: tensor.to(device) for name, tensor in collate(batch).items()} for batch in batches),
+                directory.scores, score=_SCORES[recipe.probe.by], told=told, saved=directory.probed,
+            )  # fmt: skip
     finally:
         plan.base.close()
 
 
-def _batches(plan: TrainPlan, count: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _batches(plan: TrainPlan, count: int) -> list[list[Example]]:
     """At most ``count`` batches; no example is drawn twice."""
-    collate, size, examples = collator(plan.tokenizer), plan.recipe.train.batch_size, plan.examples.train
+    size, examples = plan.recipe.train.batch_size, plan.examples.train
     order = list(range(len(examples)))
     random.Random(plan.recipe.train.seed).shuffle(order)
-    for start in range(0, min(len(order), count * size), size):
-        batch = collate([examples[n] for n in order[start : start + size]])
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+    starts = range(0, min(len(order), count * size), size)
+    return [[examples[n] for n in order[start : start + size]] for start in starts]
 
 
-def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits) -> Scores:
-    """Fine-tune a copy of the whole model, score its change, and delete it."""
+def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits, watcher: Watcher) -> Scores | None:
+    """Fine-tune a copy of the whole model, score its change, and delete it; None if it was stopped."""
     recipe, directory = plan.recipe, plan.run_directory
-    shutil.rmtree(directory.probe, ignore_errors=True)
-    model = load_model(plan.base, "causal_lm")
+    model = plan.load_model()
     dtype = model.dtype
     model.to(torch.float32)  # the steps of a short fine-tune are smaller than the rounding of bfloat16
+    saves = directory.probe / "trainer"
     args = plan.trainer_arguments(
-        directory.probe / "trainer", steps=steps, save_every=steps, dev=False,
-        learning_rate=recipe.probe.learning_rate, save_strategy="no", logging_strategy="no",
+        saves, steps=steps, save_every=steps, dev=False,
+        learning_rate=recipe.probe.learning_rate, save_strategy="no", report_to="none",
     )  # fmt: skip
-    examples = plan.examples.train
-    trainer = Trainer(model=model, args=args, train_dataset=examples, data_collator=collator(plan.tokenizer))
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with watcher.progress("probe", steps) as advance:
+        callback = RunCallback(watcher, advance)
+        trainer = Trainer(
+            model=model, args=args, train_dataset=plan.examples.train,
+            data_collator=collator(plan.tokenizer), callbacks=[callback],
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        saved = next(iter(saves.glob("checkpoint-*/trainer_state.json")), None)  # a save's last file
+        trainer.train(resume_from_checkpoint=None if saved is None else str(saved.parent))
+    if callback.stopped:
+        return None
     model.to(device="cpu", dtype=dtype).save_pretrained(directory.probe / "tuned")
     del trainer, model
     tuned = Checkpoint.open(directory.probe / "tuned")

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..reporting.training_record import loss_figure
 from ..tensors.document import Facts
 
@@ -63,16 +65,14 @@ def losses_of(points: Sequence[LossPoint], most: int = 200) -> list[LossPoint]:
 
 def _spaced(points: list[LossPoint], most: int) -> list[LossPoint]:
     """At most ``most`` of the points, evenly spaced from the first to the last."""
-    if len(points) <= most:
-        return points
-    if most < 2:
-        return points[:most]
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+    chosen = np.linspace(0, len(points) - 1, min(len(points), max(most, 0)))
+    return [points[n] for n in chosen.round().astype(int)]
 
 
-def write_curve(points: Sequence[LossPoint], path: Path) -> None:
-    """Write one JSON object per line."""
-    path.write_text("".join(json.dumps(point.to_json()) + "\n" for point in points), encoding="utf-8")
+def write_curve(points: Sequence[LossPoint], path: Path, mode: str = "w") -> None:
+    """Write one JSON object per line; with mode ``a``, below what is there."""
+    with open(path, mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(point.to_json()) + "\n" for point in points)
 
 
 def plot_curve(points: Sequence[LossPoint], path: Path) -> bool:

@@ -1,10 +1,11 @@
-"""The checked rows of a jsonl file or a Hub dataset, and templates that make prompts from their fields."""
+"""The checked rows of a file or a Hub dataset, and templates that make prompts from their fields."""
 
 from __future__ import annotations
 
+import csv
 import json
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from ..sources.resolve import is_hub_id
 from ..tensors.document import MAX_OBJECT_BYTES
 from ..tensors.json_text import loads
 
-_FORMATTER = string.Formatter()
 _ONE_PER_LINE = "a .jsonl file has one JSON object on each line"
 
 
@@ -41,11 +41,18 @@ def read_raw_examples(
     template: PromptTemplate | None = None,
     limit: int | None = None,
 ) -> list[RawExample]:
-    """Read at most ``limit`` rows of a jsonl file, or of the ``split`` of a Hub dataset's ``subset``.
+    """Read at most ``limit`` rows of a file, or of the ``split`` of a Hub dataset's ``subset``.
 
     ``template`` makes prompt and completion from a row's fields. Errors name the line.
     """
-    lines = _hub_rows(named, subset, split) if is_hub_id(named) else _lines(Path(named))
+    if is_hub_id(named):
+        lines = _hub_rows(named, subset, split)
+    elif not Path(named).is_file():
+        hint = "name a .jsonl, .csv or .parquet file, or a Hub dataset"
+        raise UsageError("there is no such file of examples", file=named, hint=hint)
+    else:
+        readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
+        lines = readers.get(Path(named).suffix, _lines)(Path(named))
     examples = []
     for line, content in lines:
         examples.append(_checked(named, line, content, template))
@@ -62,10 +69,6 @@ def first_line(error: Exception) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    if not path.is_file():
-        raise UsageError(
-            "there is no such file of examples", file=path, hint="name a .jsonl file, or a Hub dataset"
-        )
     with naming(path), path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_OBJECT_BYTES + 1), b""), 1):
             if not line.strip():
@@ -85,13 +88,31 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, content
 
 
-def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a table with a header; every value is a text."""
+    with naming(path), path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                if None in row:
+                    raise ValueError("more fields than the header")
+                yield rows.line_num, row
+        except (ValueError, csv.Error) as error:
+            raise CorruptFileError(f"line {rows.line_num}: {error}", file=path) from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    from datasets import Dataset
+
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise UsageError(
-            "the package datasets is needed to read a Hub dataset", file=named, hint="pip install datasets"
-        ) from error
+        yield from enumerate(Dataset.from_parquet(str(path), streaming=True), 1)
+    except ValueError as error:
+        raise CorruptFileError(f"not a parquet file: {first_line(error)}", file=path) from error
+
+
+def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int, Any]]:
+    from datasets import load_dataset
+
     repo, _, revision = named.partition("@")
     try:
         rows = load_dataset(repo, subset, split=split, revision=revision or None)
@@ -145,13 +166,21 @@ def _keys(content: Mapping[str, Any]) -> str:
 
 def _check_messages(example: RawExample) -> None:
     messages = example.content["messages"]
-    good = isinstance(messages, list) and all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-        for one in messages
-    )
-    if not good:
+    if not isinstance(messages, list) or not all(isinstance(one, dict) for one in messages):
         raise example.error("messages must be a list of objects with role and content")
-    if not any(one["role"] == "assistant" for one in messages):
+    for one in messages:
+        content = "" if one.get("content") is None and one.get("tool_calls") else one.get("content")
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise example.error(f"a message has a content part that is not text: {str(kind)[:40]}")
+        if isinstance(content, list):
+            one["content"] = "".join(part["text"] for part in content)
+        elif not isinstance(content, str) or not isinstance(one.get("role"), str):
+            raise example.error("messages must be a list of objects with role and content")
+        if one.get("weight") not in (None, 0, 1):
+            raise example.error(f"a message's weight is 0 or 1, not {str(one['weight'])[:40]}")
+    if not any(one["role"] == "assistant" and one.get("weight") != 0 for one in messages):
         raise example.error("no message is from the assistant")
 
 
@@ -178,7 +207,8 @@ class PromptTemplate:
 
     def fill(self, row: Mapping[str, Any]) -> dict[str, str]:
         """``prompt`` and ``completion`` of a row; a LookupError with the name of a missing field."""
-        return {"prompt": _filled(self.prompt, row), "completion": _filled(self.completion, row)}
+        texts = {"prompt": self.prompt, "completion": self.completion}
+        return {name: _FORMATTER.vformat(text, (), row) for name, text in texts.items()}
 
 
 def _check(key: str, text: str) -> None:
@@ -198,20 +228,17 @@ def _check(key: str, text: str) -> None:
         raise UsageError(f"{key} has no field", found=repr(text), hint="as in 'Question: {question}'")
 
 
-def _filled(text: str, row: Mapping[str, Any]) -> str:
-    parts = []
-    for literal, name, _, _ in _FORMATTER.parse(text):
-        parts.append(literal)
-        if name is not None:
-            parts.append(_field(name, row))
-    return "".join(parts)
+class _Fields(string.Formatter):
+    """Puts texts and numbers of a row into a template; a LookupError for anything else."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            value, used = super().get_field(field_name, args, kwargs)
+        except (LookupError, TypeError, ValueError) as error:
+            raise LookupError(field_name) from error
+        if isinstance(value, str | int | float):
+            return str(value), used
+        raise LookupError(field_name)
 
 
-def _field(name: str, row: Mapping[str, Any]) -> str:
-    try:
-        value, _ = _FORMATTER.get_field(name, (), row)
-    except (LookupError, TypeError, ValueError) as error:
-        raise LookupError(name) from error
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise LookupError(name)
+_FORMATTER = _Fields()

@@ -11,6 +11,7 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ..options import PrefixOptions, Scope
@@ -31,14 +32,14 @@ def key(default: Any, text: str, **bounds: float) -> Any:
 class Data:
     """The examples to learn from."""
 
-    train: str = key(
-        MISSING, "A .jsonl file or a Hub dataset: rows of prompt and completion, messages, or text."
+    train: str | list[str] | dict[str, float] = key(
+        MISSING,
+        "A .jsonl, .csv or .parquet file or a Hub dataset, of prompt and completion, messages, or text; "
+        "a list of these; or these with weights, {a.jsonl: 3, b.jsonl: 1}.",
     )
     eval: str | None = key(None, "Examples for the dev loss. Without it, a share of train is held back.")
-    prompt: str | None = key(
-        None, "Makes the prompt of rows with other fields, as in 'Question: {question}'."
-    )
-    completion: str | None = key(None, "Makes what is to be learned of them, as in ' {answer}'.")
+    prompt: str | None = key(None, "The prompt of rows with other fields, as in 'Question: {question}'.")
+    completion: str | None = key(None, "What is to be learned of such rows, as in ' {answer}'.")
     subset: str | None = key(None, "The configuration of a Hub dataset.")
     split: str = key("train", "The split of a Hub dataset to train on.")
     eval_split: str = key("validation", "The split of a Hub dataset for the dev loss.")
@@ -46,8 +47,14 @@ class Data:
     loss_on: Literal["completions", "all"] = key(
         "completions", "The loss is on completions and on what the assistant says, or on every token."
     )
-    max_length: int = key(1024, "The most tokens of an example. Longer ones are truncated.", above=0)
-    limit: int | None = key(None, "Read at most this many examples of train.", above=0)
+    max_length: int = key(1024, "The most tokens of an example.", above=0)
+    long: Literal["truncate", "split"] = key("truncate", "What becomes of longer examples.")
+    limit: int | None = key(None, "Read at most this many examples of each set to train on.", above=0)
+
+    @property
+    def names(self) -> list[str]:
+        """The sets to train on."""
+        return [self.train] if isinstance(self.train, str) else list(self.train)
 
 
 @dataclass(frozen=True)
@@ -113,16 +120,22 @@ class Train:
     batch_size: int = key(8, "Examples per batch.", above=0)
     accumulate: int = key(1, "Batches per optimizer step.", above=0)
     learning_rate: float = key(2e-5, "The highest learning rate.", above=0)
-    schedule: Literal["linear", "cosine", "constant"] = key("linear", "How the learning rate falls.")
-    warmup: float = key(0.0, "Steps of rising learning rate; below 1, a share of the steps.", least=0)
+    optimizer: str | None = key(None, "By transformers' name: adamw_torch, adafactor, sgd. Default: AdamW.")
+    scheduler: str = key("linear", "How the learning rate falls, by transformers' name: cosine, constant.")
+    warmup: float = key(0.0, "Steps of rising learning rate; below 1, a share of them.", least=0)
     weight_decay: float = key(0.0, "Of the chosen neurons only.", least=0)
     clip: float = key(1.0, "The largest norm of the gradient.", least=0)
-    save_every: int | None = key(
-        None, "Steps between saves; each measures the dev loss. Default: 10 saves.", above=0
+    save_every: int | None = key(None, "Steps between saves, with a dev loss. Default: 10 saves.", above=0)
+    early_stopping: int | None = key(None, "Stop after this many saves without a lower dev loss.", above=0)
+    logging_steps: int | None = key(None, "Steps between reports. Default: 100 reports.", above=0)
+    report_to: list[str] = key(list, "Where else losses go: tensorboard, wandb, trackio.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "Of the model; auto: as in its files."
     )
-    mode: Literal["auto", "scatter", "overlay"] = key(
-        "auto", "Whether the weights hold the values, as in attach."
-    )
+    device: Literal["auto", "cpu"] = key("auto", "Where it runs; auto: a GPU if there is one.")
+    attn_implementation: str | None = key(None, "By transformers' name: sdpa, eager, flash_attention_2.")
+    gradient_checkpointing: bool = key(False, "Compute the forward pass twice, to use less memory.")
+    mode: Literal["auto", "scatter", "overlay"] = key("auto", "Whether weights hold the values: see attach.")
     skip: Literal["unattachable"] | None = key(None, "Leave out, by name, tensors that cannot be attached.")
     seed: int = key(0, "Of the order of examples, the held-back share and dropout.", least=0)
     more: dict[str, Any] = key(dict, "Any other argument of transformers.TrainingArguments, by its name.")
@@ -138,6 +151,7 @@ class Recipe:
     probe: Probe = key(MISSING, "How to find out which neurons matter.")
     select: Select = key(MISSING, "Which neurons to train and how many, as in `neftsurgery extract`.")
     train: Train = key(MISSING, "How to train.")
+    push: str | None = key(None, "Publish the patch as org/name on the Hub, once it is trained.")
 
     def to_json(self) -> dict[str, Any]:
         """All keys, for `read_recipe`. Paths are absolute, so that it means the same in any folder."""
@@ -145,9 +159,23 @@ class Recipe:
         for key in PATH_KEYS:
             section, _, name = key.rpartition(".")
             home = described[section] if section else described
-            if home[name] is not None and (key == "out" or not is_hub_id(home[name])):
-                home[name] = os.path.abspath(home[name])
+            if home[name] is not None:
+                home[name] = rooted(home[name], None, out=key == "out")
         return described
+
+
+def rooted(value: Any, folder: Path | None, *, out: bool) -> Any:
+    """A path, a list of paths, or paths with weights, from ``folder``; None: absolute.
+
+    A Hub id stays as it is unless the path exists, or it is ``out``.
+    """
+    if isinstance(value, Mapping):
+        return {rooted(str(path), folder, out=out): weight for path, weight in value.items()}
+    if not isinstance(value, str):
+        return [rooted(str(path), folder, out=out) for path in value]
+    joined = os.path.abspath(value) if folder is None else str(folder / value)
+    is_id = is_hub_id(value) and value[0] != "." and not out
+    return value if is_id and not os.path.exists(joined) else joined
 
 
 SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}

@@ -15,8 +15,9 @@ import json
 import math
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -25,9 +26,8 @@ import yaml
 from ..errors import NeftError, UsageError, boundary, naming, spelled
 from ..options import Scope
 from ..selection.budget import Budget
-from ..sources.resolve import is_hub_id
 from .raw_examples import PromptTemplate
-from .recipe import PATH_KEYS, SECTIONS, Data, Probe, Recipe, Select, as_key, known_keys
+from .recipe import PATH_KEYS, SECTIONS, Data, Probe, Recipe, Select, Train, as_key, known_keys, rooted
 
 _MAX_BYTES = 100_000
 _MAX_DEPTH = 50
@@ -59,12 +59,6 @@ class _Faults(list[UsageError]):
             if len(self) == _MOST_FAULTS:
                 self.throw()
 
-    def check(self, sections: Sequence[str], check: Callable[[], object]) -> None:
-        """Run a check of sections in which nothing is wrong so far."""
-        if not self.sections & set(sections):
-            with self.kept(*sections):
-                check()
-
     def throw(self) -> None:
         """Raise what was kept, as one error."""
         if self:
@@ -86,8 +80,8 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
         )
     values = _flat(recipe if isinstance(recipe, Mapping) else load_yaml(Path(recipe)), faults)
     for key in PATH_KEYS if file is not None else ():
-        if file is not None and isinstance(value := values.get(key), str):
-            values[key] = str(file.parent / value) if key == "out" else _from_folder(value, file.parent)
+        if file is not None and isinstance(value := values.get(key), str | list | dict):
+            values[key] = rooted(value, file.parent, out=key == "out")
     values |= _flat(overrides or {}, faults)
     more = values.get("train.more") or {}
     inner = {key.removeprefix(_MORE): value for key, value in values.items() if key.startswith(_MORE)}
@@ -96,9 +90,14 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
         **_values(Recipe, "", values, faults),
         **{name: kind(**_values(kind, f"{name}.", values, faults)) for name, kind in SECTIONS.items()},
     )
-    faults.check(["data"], lambda: _check_data(made.data))
-    faults.check(["probe"], lambda: _check_probe(made.probe))
-    faults.check(["select", "probe"], lambda: _check_select(made.select, made.probe.by))
+    for sections, check in (
+        (("data",), partial(_check_data, made.data, made.train)),
+        (("probe",), partial(_check_probe, made.probe)),
+        (("select", "probe"), partial(_check_select, made.select, made.probe.by)),
+    ):
+        if not faults.sections.intersection(sections):
+            with faults.kept(*sections):
+                check()
     faults.throw()
     return made
 
@@ -154,12 +153,6 @@ def _shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 1]}…"
 
 
-def _from_folder(value: str, folder: Path) -> str:
-    """A path that starts from ``folder``. A Hub id stays as it is unless the path exists."""
-    joined = folder / value
-    return value if not joined.exists() and is_hub_id(value) and value[0] != "." else str(joined)
-
-
 def _values(kind: type[Any], prefix: str, given: Mapping[str, Any], faults: _Faults) -> dict[str, Any]:
     """The arguments of a dataclass from the values under its keys; what has a default may be left out."""
     hints = get_type_hints(kind)
@@ -185,7 +178,8 @@ def _fit(key: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = (one for one in get_args(hint) if one is not type(None))
+        hint, *others = [one for one in get_args(hint) if one is not type(None)]
+        hint = next((one for one in others if isinstance(value, get_origin(one) or one)), hint)
     kind = get_origin(hint) or hint
     if kind is Literal:
         if value not in get_args(hint):
@@ -238,10 +232,15 @@ def _is_plain(value: Mapping[str, Any]) -> bool:
     return True
 
 
-def _check_data(data: Data) -> None:
+def _check_data(data: Data, train: Train) -> None:
     if data.eval_share >= 1:
         raise UsageError("data.eval_share leaves nothing to train on", found=data.eval_share)
+    if train.early_stopping and data.eval is None and not data.eval_share:
+        raise UsageError("train.early_stopping needs a dev loss", hint="add data.eval or data.eval_share")
     PromptTemplate.of(data.prompt, data.completion)
+    weights = data.train.values() if isinstance(data.train, dict) else [1] * len(data.names)
+    if not weights or not all(isinstance(one, int | float) and one > 0 for one in weights):
+        raise UsageError("data.train needs a set, and weights above 0", found=_shown(data.train))
 
 
 def _check_probe(probe: Probe) -> None:

@@ -17,7 +17,7 @@ _START: dict[str, Any] = {
     "model": "org/name", "out": "run", "data.train": "train.jsonl", "probe.by": "gradients",
     "select.neurons": "3%", "train.epochs": 3, "train.batch_size": 8, "train.learning_rate": "5.0e-5",
 }  # fmt: skip
-_STEADY: dict[str, Any] = {"train.schedule": "cosine", "train.warmup": 0.03}
+_STEADY: dict[str, Any] = {"train.scheduler": "cosine", "train.warmup": 0.03}
 TASKS: dict[str, dict[str, Any]] = {
     "instructions": _STEADY | {
         "model": "Qwen/Qwen2.5-0.5B-Instruct", "data.train": "HuggingFaceH4/no_robots",
@@ -41,6 +41,7 @@ def recipe_text(task: str | None = None) -> str:
         raise UsageError(f"there is no task {task!r}", hint=f"tasks are {', '.join(TASKS)}")
     given = _START | (TASKS[task] if task else {})
     text = ["# A recipe for `neftsurgery train`. A key behind # has its default, and may be left out."]
+    options = declared(CutOptions)
     sections: dict[str, type[Any]] = {"": Recipe, **SECTIONS}
     for name, kind in sections.items():
         text += ["", *([f"{name}:"] if name else [])]
@@ -48,13 +49,9 @@ def recipe_text(task: str | None = None) -> str:
         for one in dataclasses.fields(kind):
             key = f"{name}.{one.name}" if name else one.name
             if key not in SECTIONS:
-                text += _lines(key, given.get(key, one), _help(one), hints[one.name])
+                said = one.metadata.get("help") or spelled(options[one.name][1].help, as_key)
+                text += _lines(key, given.get(key, one), said, hints[one.name])
     return "\n".join(text) + "\n"
-
-
-def _help(one: dataclasses.Field[Any]) -> str:
-    """The help of a key: its own, or that of the option of the same name."""
-    return one.metadata.get("help") or spelled(declared(CutOptions)[one.name][1].help, as_key)
 
 
 def _lines(key: str, value: Any, text: str, hint: Any) -> Iterator[str]:
@@ -63,7 +60,9 @@ def _lines(key: str, value: Any, text: str, hint: Any) -> Iterator[str]:
     unset = isinstance(value, dataclasses.Field)
     if unset:
         value = value.default if value.default_factory is dataclasses.MISSING else value.default_factory()
-    line = f"{'  ' if section else ''}{'# ' if unset else ''}{name}: {_value(value)}".rstrip()
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+%?", value)
+    shown = "" if value is None else value if plain else json.dumps(value)
+    line = f"{'  ' if section else ''}{'# ' if unset else ''}{name}: {shown}".rstrip()
     choices = [
         str(each) for one in (hint, *get_args(hint)) for each in get_args(one) if isinstance(each, str)
     ]
@@ -74,10 +73,3 @@ def _lines(key: str, value: Any, text: str, hint: Any) -> Iterator[str]:
         line = ""
     yield f"{line:{_COLUMN}}# {first}"
     yield from (f"{'':{_COLUMN}}# {more}" for more in rest)
-
-
-def _value(value: Any) -> str:
-    """A value in YAML: plain words as they are, everything else as JSON."""
-    if value is None:
-        return ""
-    return value if isinstance(value, str) and re.fullmatch(r"[\w./-]+%?", value) else json.dumps(value)

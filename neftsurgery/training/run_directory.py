@@ -68,7 +68,9 @@ class RunDirectory:
         self.saves = path / "saves"  # the Trainer saves into this folder
         self.selection = path / "selection.safetensors"  # the chosen neurons, once they are chosen
         self.scores = path / "scores.safetensors"  # their scores, if the probe scored any
+        self.losses = path / "losses.jsonl"  # written as they are measured
         self.probe = path / "probe"  # the probe's full fine-tune, until it is scored
+        self.probed = path / "probe.safetensors"  # the sums of a gradient probe that was stopped
 
     @classmethod
     def beside(cls, out: Path) -> RunDirectory:
@@ -90,7 +92,7 @@ class RunDirectory:
         except CorruptFileError:
             known = RunIdentity.from_json(None)
         differences = known.differences(identity)
-        if differences and not self.last_step:
+        if differences and not (self.last_step or self.has_probed):
             return None  # nothing of the other run is worth keeping
         if differences:
             raise UsageError(
@@ -99,6 +101,11 @@ class RunDirectory:
                 hint="finish that run, discard it with [[restart=True]], or name another folder: [[out=...]]",
             )
         return self.last_step
+
+    @property
+    def has_probed(self) -> bool:
+        """Whether a probe was stopped, and goes on where it was."""
+        return self.probed.exists() or any(self.probe.glob("trainer/checkpoint-*/trainer_state.json"))
 
     def load_selection(self) -> Selection | None:
         """The neurons that the unfinished run has chosen; None if it has not chosen yet."""
@@ -120,7 +127,7 @@ class RunDirectory:
             try:
                 yield
             except BaseException:
-                if not self.selection.exists():
+                if not (self.selection.exists() or self.has_probed):
                     self.remove()
                 raise
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.verb import warn
 from ..text import printable
+from ..version import install_command
 from .loss_curve import LossPoint
 
 if TYPE_CHECKING:
@@ -75,65 +78,51 @@ def train(
         recipe, overrides, force=force, resume=resume, restart=restart, limits=limits, progress=progress
     )
     warn(_log, plan.warnings)
-    return plan.run(limits=limits, progress=progress, note=_log.info)
+
+    return plan.run(limits=limits, progress=progress, report=partial(_log.info, "%s: %s"), note=_log.info)
 
 
 def require_training() -> None:
     """Raise a `UsageError` unless the packages for training are installed."""
     try:
-        from . import train_plan  # noqa: F401  # imports all of them
+        from . import train_plan  # noqa: F401  # imports all of them but one
+
+        if find_spec("datasets") is None:
+            raise ImportError(name="datasets")
     except ImportError as error:
         raise UsageError(
             f"training needs a package that is not installed: {error.name}",
-            hint="pip install 'neftsurgery[train]'",
+            hint=install_command("train"),
         ) from error
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A run that has finished, or was stopped and saved.
+    """A run that has finished, or was stopped and saved."""
 
-    Attributes
-    ----------
-    out:
-        The folder with the patch, its selection and the loss curve; it exists if the run has finished.
-    run_directory:
-        The folder from which an unfinished run resumes; it exists only if the run has not finished.
-    step, steps:
-        The last step that was made, and the number of steps of the whole run.
-    resumed_from:
-        The step of the save that the run resumed from. 0: it started from the base.
-    selection:
-        The trained neurons.
-    curve:
-        The loss curve.
-    train_loss:
-        The last measured training loss.
-    dev_loss, best_step:
-        The dev loss and the step of the best patch, which is the one that is kept. None without dev examples.
-    plotted:
-        Whether the loss curve was plotted.
-    patch_bytes:
-        The size of the patch file.
-    """
-
+    # The folder with the patch, its selection and the loss curve, once the run has finished, and the run
+    # directory, from which it resumes until then.
     out: Path
     run_directory: Path
+    # The last step that was made, and the steps of the whole run; the step of the save that it resumed from.
     step: int
     steps: int
     resumed_from: int
-    selection: Selection = field(repr=False)
+    finished: bool  # all steps were made, or early stopping saw no use in more; else it was asked to stop
+    selection: Selection = field(repr=False)  # the trained neurons; none if it was stopped in the probe
     curve: tuple[LossPoint, ...] = field(repr=False)
+    # The last training loss; with dev examples, the dev loss and the step of the best patch, which is kept.
     train_loss: float | None = None
     dev_loss: float | None = None
     best_step: int | None = None
-    plotted: bool = False
-    patch_bytes: int = 0
+    plotted: bool = False  # whether the loss curve was plotted
+    patch_bytes: int = 0  # the size of the patch file
+    pushed: str | None = None  # the address of the patch on the Hub, if the recipe has ``push``
 
     @property
-    def finished(self) -> bool:
-        """Whether all steps were made. If not, the run was asked to stop, and has saved."""
-        return self.step >= self.steps
+    def base_dev_loss(self) -> float | None:
+        """The dev loss before the first step."""
+        return next((point.dev_loss for point in self.curve if point.step == 0), None)
 
     @property
     def patch(self) -> Path | None:
@@ -146,7 +135,7 @@ class TrainResult:
         if self.best_step is not None:
             measured[-1] += f" at step {self.best_step}"
         where = (
-            f"{self.patch}: {self.steps} steps"
+            f"{self.patch}: {self.step} steps"
             if self.finished
             else f"stopped at step {self.step} of {self.steps}, saved in {self.run_directory}"
         )
@@ -162,8 +151,10 @@ class TrainResult:
             "step": self.step,
             "resumed_from": self.resumed_from,
             "train_loss": self.train_loss,
+            "base_dev_loss": self.base_dev_loss,
             "dev_loss": self.dev_loss,
             "best_step": self.best_step,
             "out": str(self.out) if self.finished else None,
             "bytes": self.patch_bytes,
+            "pushed": self.pushed,
         }

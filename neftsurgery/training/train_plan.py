@@ -19,12 +19,15 @@ from transformers import TrainingArguments
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import fingerprint
-from ..errors import UsageError, boundary, spelled
+from ..errors import NeftError, UsageError, boundary, spelled
+from ..hub.push import push
+from ..hub.repository import MAIN, read_repository
 from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
 from ..live.placement import live_places
 from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
 from ..selection.selection import Selection
+from ..sources.hub_id import is_repo
 from ..sources.resolve import is_hub_id
 from ..storage.output import staged_directory
 from ..storage.output_checks import refuse_output
@@ -39,9 +42,11 @@ from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
-from .trainer import make_trainer, trainer_arguments
+from .trainer import RunCallback, Watcher, make_trainer, trainer_arguments
 
 _SAVES = 10  # per run, if the recipe gives no save_every
+#: Keys of ``train`` that the manifest leaves out.
+_UNTOLD = ("steps", "epochs", "save_every", "logging_steps", "report_to", "device")
 _ADAM_BYTES = 8  # per parameter: AdamW's two moments in float32
 
 
@@ -82,9 +87,16 @@ class TrainPlan:
         }  # fmt: skip
         return trainer_arguments(self.recipe, saves, **(ours | options))
 
+    def load_model(self) -> Any:
+        """The model with its weights, as the recipe asks for it."""
+        train = self.recipe.train
+        return load_model(
+            self.base, "causal_lm", dtype=train.dtype, attn_implementation=train.attn_implementation
+        )
+
     def describe(self) -> dict[str, Any]:
         """For JSON, and for ``--dry-run``."""
-        selection = self.choice.selection
+        selection, own = self.choice.selection, self.recipe.train.optimizer is not None
         return {
             "model": self.recipe.model,
             "parameters": self.base.parameters,
@@ -92,7 +104,7 @@ class TrainPlan:
             "selected": None if selection is None else selection.neurons,
             "trainable_parameters": self.trainable,
             "estimated": selection is None,
-            "optimizer_bytes": None if self.trainable is None else _ADAM_BYTES * self.trainable,
+            "optimizer_bytes": None if self.trainable is None or own else _ADAM_BYTES * self.trainable,
             "optimizer_bytes_of_full": _ADAM_BYTES * self.base.parameters,
             "examples": len(self.examples.train),
             "dev_examples": len(self.examples.dev),
@@ -110,37 +122,46 @@ class TrainPlan:
         *,
         limits: Limits | None = None,
         progress: Progress = silent,
+        report: Callable[[str, str], None] = lambda where, text: None,
         note: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> TrainResult:
         """Train, or resume an unfinished run of the same recipe; errors as in `train`.
 
-        ``note`` gets sentences; ``stop`` is asked after every step: True saves and stops the run.
+        ``report`` gets where the run is and its figures, such as the loss; ``note`` gets sentences; ``stop``
+        is asked after every step: True saves and stops the run.
         """
         start = time.perf_counter()
-        directory = self.run_directory
+        directory, watcher = self.run_directory, Watcher(progress, report, note, stop)
         with directory.opened(self.identity, restart=self.restart), _quiet_transformers():
-            save = last_save(directory.saves)
+            save, resumed_from = last_save(directory.saves), directory.last_step
             evaluates = bool(self.examples.dev) and save is None
             args = self.trainer_arguments(directory.saves, eval_on_start=evaluates)
-            model = load_model(self.base, "causal_lm")
+            model = self.load_model()
             selection = directory.load_selection()
             if selection is None:
-                selection = _choose(self, model, args.device, limits or Limits.of(), note)
+                selection = _choose(self, model, args.device, limits or Limits.of(), watcher)
+            if selection is None:
+                return TrainResult(self.out, directory.path, 0, self.steps, 0, False, Selection({}, {}), ())
             mode, skip = self.recipe.train.mode, self.recipe.train.skip
             with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
-                selection = attached.selection
-                with progress("training", self.steps) as advance:
-                    resumed_from = directory.last_step
-                    advance(resumed_from)
-                    trainer = make_trainer(self, attached, args, advance=advance, note=note, stop=stop)
+                with progress("training", self.steps - resumed_from) as advance:
+                    callback = RunCallback(watcher, advance, directory.losses)
+                    trainer = make_trainer(self, attached, args, callback)
                     trainer.train(resume_from_checkpoint=None if save is None else str(save))
-                result = _result(self, trainer.state, resumed_from, selection)
+                finished = not callback.stopped
+                result = _result(self, trainer.state, resumed_from, finished, attached.selection)
                 if not result.finished:
                     return result
                 result = _publish(self, attached, result, time.perf_counter() - start)
             directory.remove()
-        return result
+        if self.recipe.push is None or result.patch is None:
+            return result
+        try:
+            return replace(result, pushed=push(result.patch, self.recipe.push, progress=progress).url)
+        except NeftError as error:
+            error.hint = f"the patch is written: neftsurgery push {result.patch} {self.recipe.push}"
+            raise
 
 
 @boundary
@@ -166,10 +187,15 @@ def plan_train(
             hint="to train in several, write a Trainer of your own: docs/training.md",
         )
     asked = read_recipe(recipe, overrides)
+    if asked.push is not None and not is_repo(asked.push):
+        raise UsageError("push is not the name of a repository", found=asked.push, hint="name it as org/name")
+    if asked.push is not None:
+        read_repository(asked.push, MAIN)  # not only after hours of training
     base = Checkpoint.open(asked.model)
     _refuse_out(asked, base, force)
     tokenizer = load_tokenizer(base)
     examples = read_examples(asked, tokenizer)
+    _require_positions(base, examples)
     directory = RunDirectory.beside(Path(asked.out))
     try:
         identity = _identity(asked, base, examples)
@@ -206,31 +232,41 @@ def plan_train(
     return plan
 
 
+def _require_positions(base: Checkpoint, examples: Examples) -> None:
+    longest = max(len(one["input_ids"]) for one in examples.train)
+    config = base.config or {}
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(positions, int) and longest > positions:
+        what = f"an example has {longest:,} tokens, and the model {positions:,} positions"
+        raise UsageError(what, file=base.name, hint="lower data.max_length")
+
+
 def _steps(recipe: Recipe, examples: int) -> int:
     per_step = recipe.train.batch_size * recipe.train.accumulate
     return max(1, math.ceil(recipe.train.epochs * math.ceil(examples / per_step)))
 
 
 def _refuse_out(recipe: Recipe, base: Checkpoint, force: bool) -> None:
-    named = [recipe.model, recipe.data.train, recipe.data.eval, recipe.probe.path, recipe.select.like]
+    named = [recipe.model, *recipe.data.names, recipe.data.eval, recipe.probe.path, recipe.select.like]
     inputs = [base.source.path, *(Path(one) for one in named if one is not None and not is_hub_id(one))]
     refuse_output(recipe.out, inputs=inputs, force=force, kind="directory")
 
 
 def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdentity:
     described = recipe.to_json()
-    del described["out"]
+    del described["out"], described["push"]
     return RunIdentity(described, fingerprint(base), examples.digest())
 
 
-def _result(plan: TrainPlan, state: Any, resumed_from: int, selection: Selection) -> TrainResult:
+def _result(plan: TrainPlan, state: Any, begun: int, finished: bool, selection: Selection) -> TrainResult:
     curve, dev = curve_from_log(state.log_history), bool(plan.examples.dev)
     return TrainResult(
         out=plan.out,
         run_directory=plan.run_directory.path,
         step=state.global_step,
         steps=plan.steps,
-        resumed_from=resumed_from,
+        resumed_from=begun,
+        finished=finished,
         selection=selection,
         curve=curve,
         train_loss=next((p.train_loss for p in reversed(curve) if p.train_loss is not None), None),
@@ -253,22 +289,22 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _choose(
-    plan: TrainPlan,
-    model: Any,
-    device: torch.device,
-    limits: Limits,
-    note: Callable[[str], None],
-) -> Selection:
-    """Choose the neurons, and keep them in the run directory."""
+    plan: TrainPlan, model: Any, device: torch.device, limits: Limits, watcher: Watcher
+) -> Selection | None:
+    """Choose the neurons, and keep them in the run directory; None if the probe was stopped."""
     selection, scores, directory = plan.choice.selection, plan.choice.scores, plan.run_directory
     if selection is None:
-        with probe(plan, model, device, limits=limits, note=note) as probed:
+        probed = probe(plan, model, device, limits=limits, watcher=watcher)
+        if probed is None:
+            return None
+        with probed:
             selection = probed.select(**budget_of(plan.recipe.select))
     elif scores is not None:
         scores.save(directory.scores, force=True)
     selection.require_fit(plan.base)
     selection.save(directory.selection)
-    note(f"chose {selection.neurons:,} neurons, {selection.parameters:,} parameters")
+    directory.probed.unlink(missing_ok=True)
+    watcher.note(f"chose {selection.neurons:,} neurons, {selection.parameters:,} parameters")
     return selection
 
 
@@ -276,13 +312,14 @@ def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> dic
     """The manifest's ``training``: no paths, which mean nothing on another machine; no loss that is None."""
     options = plan.recipe.to_json()["train"]
     facts = {
-        "data": Path(plan.recipe.data.train).name,
+        "data": ", ".join(Path(name).name for name in plan.recipe.data.names),
         "examples": len(plan.examples.train),
         "examples_digest": plan.examples.digest(),
         "probe": plan.recipe.probe.by,
         "steps": plan.steps,
-        **{key: one for key, one in options.items() if key not in ("steps", "epochs", "save_every")},
+        **{key: one for key, one in options.items() if key not in _UNTOLD},
         "train_loss": result.train_loss,
+        "base_dev_loss": result.base_dev_loss,
         "dev_loss": result.dev_loss,
         "best_step": result.best_step,
         "curve": [point.to_json() for point in losses_of(result.curve)],
@@ -299,9 +336,11 @@ def _publish(plan: TrainPlan, attached: Attached, result: TrainResult, seconds: 
     with staged_directory(plan.out, force=plan.force) as folder:
         with attached.patch(folder / PATCH_NAME, facts=facts) as patch:
             nbytes = patch.nbytes
-        result.selection.save(folder / "selection.safetensors")
+        attached.selection.save(folder / "selection.safetensors")
         if plan.run_directory.scores.exists():
             shutil.copyfile(plan.run_directory.scores, folder / "scores.safetensors")
+        if (runs := plan.run_directory.saves / "runs").exists():  # TensorBoard's
+            shutil.copytree(runs, folder / "runs")
         write_curve(result.curve, folder / "losses.jsonl")
         recipe = yaml.safe_dump(plan.recipe.to_json(), sort_keys=False)
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from ..errors import MismatchError, UsageError
+from ..progress import Progress, silent
 from ..tuning.attached import Attached
 from ..tuning.trainer import PatchSaving
 from .examples import collator
+from .loss_curve import curve_from_log, write_curve
 from .recipe import Recipe
 from .recipe_reader import nearest
 
@@ -26,6 +29,15 @@ _LOG_POINTS = 100  # about as many points of the loss curve
 _KEPT_SAVES = 2  # the last, and the best
 
 
+#: The Trainer's arguments that are keys of ``train``, some under another name.
+_KEYS = {
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "accumulate",
+    "learning_rate": "learning_rate", "optim": "optimizer", "lr_scheduler_type": "scheduler",
+    "warmup_steps": "warmup", "weight_decay": "weight_decay", "max_grad_norm": "clip", "seed": "seed",
+    "logging_steps": "logging_steps",
+}  # fmt: skip
+
+
 def trainer_arguments(
     recipe: Recipe, saves: Path, *, steps: int, save_every: int, dev: bool, **options: Any
 ) -> TrainingArguments:
@@ -34,16 +46,7 @@ def trainer_arguments(
     ours: dict[str, Any] = {
         "output_dir": str(saves),
         "max_steps": steps,
-        "per_device_train_batch_size": train.batch_size,
         "per_device_eval_batch_size": train.batch_size,
-        "gradient_accumulation_steps": train.accumulate,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.schedule if not train.warmup or train.schedule != "constant"
-        else "constant_with_warmup",
-        "warmup_steps": train.warmup,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.clip,
-        "seed": train.seed,
         "save_strategy": "steps",
         "save_steps": save_every,
         "save_total_limit": _KEPT_SAVES,
@@ -57,20 +60,30 @@ def trainer_arguments(
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "disable_tqdm": True,
-        "report_to": "none",
+        "include_num_input_tokens_seen": "non_padding",  # and so tokens/s
+        "report_to": train.report_to or "none",
+        "use_cpu": train.device == "cpu",
+        "restore_callback_states_from_checkpoint": train.early_stopping is not None,  # its count
     }  # fmt: skip
+    ours |= {name: value for name, key in _KEYS.items() if (value := getattr(train, key)) is not None}
+    if train.warmup and train.scheduler == "constant":
+        ours["lr_scheduler_type"] = "constant_with_warmup"
     known = sorted(one.name for one in dataclasses.fields(TrainingArguments) if one.init)
+    if train.gradient_checkpointing:  # the new name, or the old one
+        ours[f"{'activation' if 'activation_checkpointing' in known else 'gradient'}_checkpointing"] = True
     for name in train.more:
-        if name in ours:
-            raise UsageError(
-                f"train.more.{name} is set by the recipe", hint="use the recipe's own keys of train"
-            )
+        if name in ours or name in _KEYS:
+            hint = f"use train.{_KEYS[name]}" if name in _KEYS else "use the recipe's own keys of train"
+            raise UsageError(f"train.more.{name} is set by the recipe", hint=hint)
         if name not in known:
             raise UsageError(f"there is no training argument {name!r}", hint=nearest(name, known))
     pinned = {} if torch.accelerator.is_available() else {"dataloader_pin_memory": False}
     try:
-        return TrainingArguments(**(ours | pinned | train.more | options))
-    except (TypeError, ValueError, ImportError) as error:
+        args = TrainingArguments(**(ours | pinned | train.more | options))
+        for tracker in get_reporting_integration_callbacks(args.report_to):  # type: ignore[no-untyped-call]
+            tracker()  # tells whether its package is installed
+        return args
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UsageError(
             f"the training arguments do not go together: {error}", hint="see train.more"
         ) from error
@@ -80,14 +93,21 @@ class PatchTrainer(PatchSaving, Trainer):
     """A Trainer that saves patches."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Watcher:
+    """Who watches a run: functions that are told how far it is, and may ask it to stop."""
+
+    progress: Progress = silent
+    report: Callable[[str, str], None] = lambda where, text: None  # gets where the run is, and its figures
+    note: Callable[[str], None] = lambda text: None  # gets sentences
+    stop: Callable[[], bool] = lambda: False  # asked after every step: True saves and stops the run
+
+
 def make_trainer(
     plan: TrainPlan,
     attached: Attached,
     args: TrainingArguments,
-    *,
-    advance: Callable[[int], None],
-    note: Callable[[str], None],
-    stop: Callable[[], bool],
+    callback: RunCallback,
 ) -> PatchTrainer:
     """The Trainer of the chosen neurons."""
     trainer = PatchTrainer(
@@ -97,39 +117,43 @@ def make_trainer(
         eval_dataset=plan.examples.dev or None,
         data_collator=collator(plan.tokenizer),
         processing_class=plan.tokenizer,
-        callbacks=[_Watch(plan.steps, advance, note, stop)],
+        callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
+    if (patience := plan.recipe.train.early_stopping) is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
     return trainer
 
 
-@dataclasses.dataclass(frozen=True)
-class _Watch(TrainerCallback):
-    """Reports progress and dev losses, asks whether to stop, and refuses a loss that is not finite."""
+class RunCallback(TrainerCallback):
+    """Tells a watcher, and a file if there is one, of losses; stops if asked, or if a loss is not finite."""
 
-    steps: int
-    advance: Callable[[int], None]
-    note: Callable[[str], None]
-    stop: Callable[[], bool]
+    def __init__(self, watcher: Watcher, advance: Callable[[int], None], losses: Path | None = None) -> None:
+        self._watcher, self._advance, self._losses = watcher, advance, losses
+        self.stopped = False  # whether the watcher has stopped the run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the file of losses with those of the save that the run resumes from."""
+        if self._losses is not None:
+            write_curve(curve_from_log(state.log_history), self._losses)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
-        self.advance(1)
-        if self.stop() and state.global_step < self.steps:
-            control.should_save = control.should_training_stop = True
+        self._advance(1)
+        if self._watcher.stop() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """After each log entry."""
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise MismatchError(
-                f"the loss is not a number at step {state.global_step}",
-                found=loss,
-                hint="lower train.learning_rate, or check the examples",
-            )
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """After each dev loss."""
-        loss = (metrics or {}).get("eval_loss")
-        if loss is not None:
-            self.note(f"step {state.global_step} of {self.steps}: dev loss {loss:.4f}")
+        logs, where = logs or {}, f"step {state.global_step} of {state.max_steps}"
+        if (loss := logs.get("loss")) is not None:
+            if not math.isfinite(float(loss)):
+                what = f"the loss is not a number at step {state.global_step}"
+                hint = "lower train.learning_rate, or check the examples"
+                raise MismatchError(what, found=loss, hint=hint)
+            rate, speed = logs.get("learning_rate", 0.0), logs.get("train_tokens_per_second", 0.0)
+            self._watcher.report(where, f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s")
+        if (loss := logs.get("eval_loss")) is not None:
+            self._watcher.note(f"{where}: dev loss {loss:.4f}")
+        if self._losses is not None:
+            write_curve(curve_from_log([{**logs, "step": state.global_step}]), self._losses, "a")

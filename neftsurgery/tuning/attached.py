@@ -5,27 +5,29 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
-from ..live.weights import block_ranges, copy_into, full_tensor, to_bytes
+from ..live.weights import block_ranges, copy_into, to_bytes
 from ..patch.patch import Manifest, Patch
 from ..patch.write import NewPatch
-from ..selection.selection import Chosen, Selection
+from ..selection.selection import Selection
 from ..storage.output_checks import refuse_output
 from ..text import commas, plural, some
-from .attached_neurons import AttachedNeurons, AttachedPart, register_optimizer_hooks
-from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base
+from .attached_neurons import AttachedNeurons, by_tensor
+from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base, finite_bytes
 from .install import install, remove, update_extra_repr
+from .optimizer_hooks import Training
+from .reselection import carry_over, check_states
+from .state_dicts import patch_saving
 from .weight_plans import ModeOption, SkipOption, WeightPlan, plan_weights, refuse_wrapped
 
 log = logging.getLogger(__name__)
@@ -34,16 +36,8 @@ log = logging.getLogger(__name__)
 class Attached:
     """Neurons attached to a live model, until `detach`. Made by `attach`; a context manager.
 
-    Attributes
-    ----------
-    model:
-        The model.
-    mode:
-        The mode that was asked for.
-    trainable:
-        Whether the neurons are trained.
-    skipped:
-        The tensors that were left out because they cannot be attached, and why: see ``skip`` of `attach`.
+    ``model``, ``mode`` and ``trainable`` are those of `attach`. ``skipped`` tells which tensors its ``skip``
+    has left out, and why.
     """
 
     def __init__(
@@ -65,6 +59,7 @@ class Attached:
         self._plans: list[WeightPlan] = []
         self._requires_grad: list[tuple[nn.Parameter, bool]] = []  # before the model was frozen
         self._attached = False
+        self._training = Training(model)
 
     def __repr__(self) -> str:
         model = type(self.model).__name__
@@ -85,10 +80,8 @@ class Attached:
     def selection(self) -> Selection:
         """Which neurons; without those that were skipped."""
         chosen = self._what if isinstance(self._what, Selection) else self._what.selection
-        if not self.skipped:
-            return chosen
         left = {name: tensor for name, tensor in chosen.tensors.items() if name not in self.skipped}
-        return Selection(left, chosen.facts)
+        return Selection(left, chosen.facts) if self.skipped else chosen
 
     @property
     def base(self) -> Provenance:
@@ -106,7 +99,7 @@ class Attached:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable values, by their names in ``model.named_parameters()``."""
         self._require_attached()
-        ours = {id(neurons.rows) for neurons in self._neurons if neurons.trainable}
+        ours = {id(neurons.rows) for neurons in self._training.neurons}
         for name, parameter in self.model.named_parameters():
             if id(parameter) in ours:
                 yield name, parameter
@@ -143,82 +136,94 @@ class Attached:
         self._require_attached()
         if not self.trainable:
             raise UsageError("these neurons are not trained: their values are those of the attached patch")
+        self._training.check_patch()
         if path is not None:
             inputs = [] if self._base is None else [self._base.source.path]
             refuse_output(path, inputs=inputs, force=force, kind="file")
-        selection = Selection(self._chosen(), self.selection.facts)
+        new = by_tensor(self._neurons)
+        old = {} if self._base is not None else by_tensor(self._neurons, saved=True)
+        selection = Selection({name: chosen for name, (chosen, _) in new.items()}, self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
         with NewPatch(selection, manifest, reversible).written(path, force=force) as writer:
-            for neurons in self._neurons:
-                rows = full_tensor(neurons.rows.detach())
-                for part in neurons.parts:
-                    for start, old, new in self._blocks(neurons, part, rows[part.positions]):
-                        rows_digests = writer.write_rows(part.name, part.first + start, old, new)
-                        writer.add_digests(part.name, *rows_digests)
+            for name, (chosen, rows) in new.items():
+                for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
+                    block = replace(chosen, index=chosen.index[start:stop])
+                    if self._base is not None:
+                        before = base_vectors(self._base, block)
+                    else:
+                        before = to_bytes(old[name][1][start:stop], chosen.info.dtype)
+                    after = finite_bytes(block, rows[start:stop])
+                    writer.add_digests(name, *writer.write_rows(name, start, before, after))
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
         return writer.patch
 
-    def _chosen(self) -> dict[str, Chosen]:
-        """The attached neurons by tensor of the files."""
-        found: dict[str, Chosen] = {}
-        for neurons in self._neurons:
-            for part in neurons.parts:  # those of one tensor follow each other
-                index = part.chosen.index
-                if part.name in found:
-                    index = np.concatenate([found[part.name].index, index])
-                found[part.name] = replace(part.chosen, index=index)
-        return dict(sorted(found.items()))
-
-    def _blocks(
-        self, neurons: AttachedNeurons, part: AttachedPart, rows: Tensor
-    ) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
-        """Where each block starts, and the bytes of its vectors before and after."""
-        chosen = part.chosen
-        for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
-            if self._base is not None:
-                block = Chosen(chosen.info, chosen.layout, chosen.index[start:stop])
-                old = base_vectors(self._base, block)
-            else:
-                assert neurons.saved is not None  # without base files, the weight was not quantized
-                old = to_bytes(neurons.saved[part.positions][start:stop], chosen.info.dtype)
-            yield start, old, to_bytes(rows[start:stop], chosen.info.dtype)
-
     @boundary
     def switch(self, patch: Patch | str | os.PathLike[str]) -> None:
         """Attach another patch (or its file, or its Hub id) instead. Takes as long as copying its vectors.
 
-        Raises
-        ------
-        UsageError
-            If the neurons are detached, or trained.
-        MismatchError, CorruptFileError
-            If the new patch does not fit. The earlier one stays attached.
+        Errors are those of `attach`; then the earlier patch stays attached.
         """
         self._require_attached()
         if self.trainable:
             raise UsageError("trainable neurons cannot be switched", hint="detach, then attach the patch")
-        if not isinstance(patch, Patch):
-            patch = Patch.load(patch)
-        earlier, plans, skipped = self._what, self._plans, self.skipped
-        self._remove()
-        try:
-            self._attach(patch)
-        except BaseException:
-            self._install(earlier, plans, skipped)
-            raise
+        self._replace(patch if isinstance(patch, Patch) else Patch.load(patch))
 
-    def refresh(self) -> None:
-        """Write the values into the weights after a change that torch does not record.
+    @boundary
+    def select(self, selection: Selection) -> None:
+        """Train other neurons from now on. Those that stay keep their values and their optimizer's state.
 
-        Optimizer steps, `load_state_dict` and changes in place are noticed without this. Call it after
-        writing to ``parameter.data``, or after a change in place while the model runs compiled.
+        New ones start from the base, with a state of zeros. Those that leave go back to the base; take a
+        `patch` first to keep their values. An optimizer that has made no step yet is to be made after this.
+        Errors are those of `attach`, or tell of a state that cannot be divided; nothing is changed.
         """
         self._require_attached()
+        if not self.trainable:
+            raise UsageError("neurons of a patch are not trained", hint="switch() to another patch")
+        refuse_wrapped(self.model, True)
+        check_states({neurons: neurons.rows for neurons in self._neurons}, [*self._training.optimizers])
+        self._replace(selection)
+
+    def _replace(self, what: Selection | Patch) -> None:
+        """Attach ``what`` instead. If that fails, nothing is changed."""
+        earlier, plans, skipped, optimizers = self._what, self._plans, self.skipped, self._training.optimizers
+        old = {neurons: neurons.rows for neurons in self._training.neurons}
+        plans = [replace(plan, values=old.get(plan.neurons, plan.values)) for plan in plans]
+        self._remove()
+        try:
+            self._attach(what)
+            carry_over(old, self._training.neurons, optimizers)
+        except BaseException:
+            self._remove()
+            self._install(earlier, plans, skipped)
+            raise
+        finally:
+            self._training.optimizers.update(optimizers)
+        self.refresh()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Have the model compute with the base's neurons in this context, to the bit, and then as before.
+
+        So one model is also its own reference. The neurons have no gradient meanwhile.
+        """
+        self._require_attached()
+        changed = [neurons for neurons in self._neurons if not neurons.disabled]
+        try:
+            for neurons in changed:
+                neurons.disable()
+            yield
+        finally:
+            for neurons in changed:
+                neurons.enable()
+
+    def refresh(self) -> None:
+        """Write the values into the weights, for what reads ``model.parameters()`` itself."""
+        self._require_attached()
         for neurons in self._neurons:
-            neurons.refresh(force=True)
+            neurons.refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The trainable values: ``NAME`` float32 ``[k, width]``, and ``NAME:index`` int64 ``[k]``.
@@ -228,53 +233,35 @@ class Attached:
         self._require_attached()
         if not self.trainable:
             return {}
-        values: dict[str, list[Tensor]] = {}
-        for neurons in self._neurons:
-            rows = full_tensor(neurons.rows.detach())
-            for part in neurons.parts:
-                values.setdefault(part.name, []).append(rows[part.positions])
         state = {}
-        for name, chosen in self._chosen().items():
-            state[name] = torch.cat(values[name]) if len(values[name]) > 1 else values[name][0]
-            state[f"{name}:index"] = torch.from_numpy(chosen.index)
+        for name, (chosen, rows) in by_tensor(self._training.neurons).items():
+            state[name], state[f"{name}:index"] = rows, torch.from_numpy(chosen.index)
         return state
 
     @boundary
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Load an earlier `state_dict` of the same selection.
-
-        Raises
-        ------
-        MismatchError
-            If it belongs to another selection. Nothing is changed.
-        """
+        """Load an earlier `state_dict` of the same selection; a `MismatchError` if it is of another."""
         own = self.state_dict()
         for name in sorted(own.keys() | state.keys()):
             mine, theirs = own.get(name), state.get(name)
-            if mine is None or theirs is None or mine.shape != theirs.shape:
-                raise MismatchError(
-                    "the state belongs to another selection",
-                    tensor=name,
-                    expected="no such entry" if mine is None else list(mine.shape),
-                    found="no such entry" if theirs is None else list(theirs.shape),
-                )
-            if name.endswith(":index") and not torch.equal(mine, theirs.cpu()):
-                raise MismatchError("the state belongs to other neurons", tensor=name.removesuffix(":index"))
-        for neurons in self._neurons if self.trainable else ():
+            both = mine is not None and theirs is not None and mine.shape == theirs.shape
+            if both and (not name.endswith(":index") or torch.equal(own[name], state[name].cpu())):
+                continue
+            raise MismatchError(
+                "the state belongs to another selection, of other neurons",
+                tensor=name.removesuffix(":index"),
+                hint="attach the selection that the state was saved with",
+            )
+        for neurons in self._training.neurons:
             parts = [state[p.name][p.first : p.first + len(p.index)] for p in neurons.parts]
             copy_into(neurons.rows, torch.cat(parts))
         self.refresh()
 
     def detach(self) -> None:
-        """Undo `attach`: weights, ``requires_grad`` flags and forward passes are as before, to the bit.
-
-        Raises
-        ------
-        UsageError
-            If the neurons are detached already.
-        """
+        """Undo `attach`: weights, ``requires_grad`` flags and forward passes are as before, to the bit."""
         self._require_attached()
         self._remove()
+        self._unfreeze()
 
     def __enter__(self) -> Self:
         return self
@@ -290,7 +277,7 @@ class Attached:
         return (plan.neurons for plan in self._plans)
 
     def _attach(self, what: Selection | Patch) -> None:
-        """Plan and install ``what``. If that fails, nothing is changed."""
+        """Plan and install ``what``. If that fails, nothing is attached."""
         try:
             plans, skipped = plan_weights(
                 self.model, what, base=self._base, mode=self.mode, trainable=self.trainable, skip=self._skip
@@ -305,26 +292,35 @@ class Attached:
     def _install(self, what: Selection | Patch, plans: list[WeightPlan], skipped: dict[str, str]) -> None:
         self._what, self.skipped = what, skipped
         try:
-            if self.trainable:
+            if self.trainable and not self._requires_grad:
                 self._freeze()
             for plan in plans:
                 self._plans.append(plan)
                 install(plan.neurons, plan.values, plan.layers, plan.uses)
-                if self.trainable:
-                    register_optimizer_hooks(plan.neurons)
-            update_extra_repr(self.model)
+                if plan.neurons.trainable:
+                    self._training.add(plan.neurons)
+            self._show()
         except BaseException:  # out of memory, or interrupted
             self._remove()
+            if not self._attached:
+                self._unfreeze()
             raise
         self._attached = True
 
     def _remove(self) -> None:
         for plan in reversed(self._plans):
             remove(plan.neurons, plan.layers, plan.uses)
+        self._plans, self._training = [], Training(self.model)
+        self._show()
+
+    def _show(self) -> None:
+        update_extra_repr(self.model)
+        patch_saving(self.model)
+
+    def _unfreeze(self) -> None:
         for parameter, flag in self._requires_grad:
             parameter.requires_grad_(flag)
-        self._plans, self._requires_grad, self._attached = [], [], False
-        update_extra_repr(self.model)
+        self._requires_grad, self._attached = [], False
 
     def _freeze(self) -> None:
         for parameter in self.model.parameters():
@@ -384,7 +380,6 @@ def attach(
     UsageError
         If the model, or neurons that are already attached, do not allow it. Nothing is changed.
     """
-    refuse_wrapped(model)
     if isinstance(what, (str, os.PathLike)):
         what = Patch.load(what)
     if not isinstance(what, (Selection, Patch)):
@@ -392,6 +387,7 @@ def attach(
     train = isinstance(what, Selection) if trainable is None else trainable
     if isinstance(what, Selection) and not train:
         raise UsageError("a selection has no values", hint="attach a patch, or train the selection")
+    refuse_wrapped(model, train)
     attached = Attached(model, what, find_base(model, base, what.tensors), mode, train, skip)
     attached._attach(what)
     return attached

@@ -1,32 +1,22 @@
-"""The neurons attached to one weight of a live model: which ones, their values, and optimizers' steps."""
+"""The neurons attached to one weight of a live model: which ones, and their values."""
 
 from __future__ import annotations
 
 import copy
-import logging
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from ..errors import UsageError
-from ..live.weights import is_plain, read_vectors, write_vectors
+from ..live.weights import full_tensor, is_plain, read_vectors, write_vectors
 from ..neurons.layout import Layout
 from ..selection.selection import Chosen
-from ..text import some
-
-log = logging.getLogger(__name__)
 
 Mode: TypeAlias = Literal["scatter", "overlay"]
 NeuronKind: TypeAlias = Literal["outputs", "inputs", "bias"]
@@ -59,7 +49,8 @@ class AttachedNeurons:
     The weight may hold several tensors of the files: each is a part, with consecutive neurons.
 
     In mode ``scatter`` the values are written into the weight; in mode ``overlay`` it is never written.
-    Trainable values are a parameter of the module, named ``weight_neurons`` or ``bias_neurons``.
+    Trainable values are a parameter of the module, such as ``weight_neurons_1f0c9ab2``. The digits are a
+    checksum of the neurons' numbers, so that a state of other neurons has other names: no loader takes it.
     """
 
     parts: tuple[AttachedPart, ...]
@@ -73,10 +64,13 @@ class AttachedNeurons:
     def __post_init__(self) -> None:
         self.name = self.parts[0].name  # in the checkpoint; the first of several
         self.active = False  # whether they are installed
+        self.disabled = False  # whether the model computes with the base's vectors instead
         self.reported = False  # whether it was seen if the first backward pass reached them
-        self.parameter_name = f"{self.attribute}_neurons"
-        self.rows_dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.training: Any = None  # what is checked before an optimizer's step (`Training`)
+        self.weight_dtype = self.weight.dtype
+        self.rows_dtype = torch.float64 if self.weight_dtype == torch.float64 else torch.float32
         index = np.concatenate([part.index for part in self.parts])
+        self.parameter_name = f"{self.attribute}_neurons_{zlib.crc32(index.tobytes()):08x}"
         self.index = torch.from_numpy(index).to(self.weight.device)  # int64 ``[k]``, in the live weight
         # int64: for each neuron of an embedding its position in ``rows``, or k if it is not chosen.
         self.inverse_index: Tensor | None = None
@@ -84,13 +78,15 @@ class AttachedNeurons:
         # quantized, or nothing needs them.
         self.saved: Tensor | None = None
         self.by_expert: Any = None  # the rows by expert (`ExpertRows`), once one expert of a stack is read
-        self._values: Tensor | None = None  # of an overlay that is not trainable
+        self._values: Tensor | None = None  # that are not trainable: an overlay's, or while disabled
         self._written: Tensor | None = None  # the very weight that the values were written to
+        self._source: Tensor | None = None  # the very rows that were last written
         self._versions = (-1, -1)  # of the rows and the weight, when they were last equal
+        self._disabled_at: int | None = None  # the weight's version when they were disabled
 
     def __repr__(self) -> str:
         how = ("trainable" if self.trainable else "patched", self.mode)
-        return f"{self.parameter_name}={len(self.index)} of {self.layout.count} ({', '.join(how)})"
+        return f"{self.attribute}_neurons={len(self.index)} of {self.layout.count} ({', '.join(how)})"
 
     @property
     def weight(self) -> Tensor:
@@ -120,11 +116,13 @@ class AttachedNeurons:
         """Install ``values``, ``[k, width]``; None: the vectors that the weight holds."""
         weight = self.weight
         if is_plain(weight) and (self.trainable or self.mode == "scatter"):
-            self.saved = read_vectors(weight.detach(), self.layout, self.index)
+            self.saved = self._vectors()
         start = self.saved if values is None else values.to(weight.device)
         assert start is not None  # a quantized weight always comes with values
         if self.trainable:
-            rows = nn.Parameter(start.to(self.rows_dtype, copy=True))
+            rows = start  # of an earlier installation: an optimizer may have it
+            if not isinstance(rows, nn.Parameter):
+                rows = nn.Parameter(start.to(self.rows_dtype, copy=True))
             self.module.register_parameter(self.parameter_name, rows)
         elif self.mode == "overlay":
             self._values = start
@@ -137,20 +135,23 @@ class AttachedNeurons:
 
     def remove(self) -> None:
         """Undo `install`, complete or not: the weight's bits are what they were before."""
-        if self._written is not None:
-            assert self.saved is not None  # scatter mode reads it before it writes
-            self._write(self.saved)
+        if self.saved is not None and is_plain(self.weight):
+            same = self._written is None and torch.equal(self._vectors(), self.saved)
+            if not same:  # an overlay has not written it, but a state may have been loaded into it
+                self._write(self.saved)
         if self.trainable:
             self.module._parameters.pop(self.parameter_name, None)
-        self.saved = self._values = self._written = self.by_expert = None
-        self.active = False
+        self.saved = self._values = self._written = self._source = self.by_expert = None
+        self.active = self.disabled = False
 
-    def refresh(self, force: bool = False) -> None:
-        """Write the values into the weight if either has changed in place; ``force``: in any case."""
+    def refresh(self) -> None:
+        """Write the values into the weight, in every forward pass: not every optimizer tells of changes."""
         weight = self.weight
         if self.index.device != weight.device:
             self._move(weight.device)
-        if self._written is None or not self.trainable:
+        if self.training is not None and self.module.training and torch.is_grad_enabled():
+            self.training.report_frozen(self)
+        if self._written is None or not self.trainable or self.disabled:
             return
         if weight is not self._written:
             raise UsageError(
@@ -158,9 +159,37 @@ class AttachedNeurons:
                 tensor=self.name,
                 hint='detach before replacing it, or attach with mode="overlay", which sharded weights need',
             )
-        if force or self._versions != (self.rows._version, weight._version):
-            self._write(self.rows.detach())
-            self._record_versions()
+        rows = self.rows
+        if rows is self._source and self._versions == (rows._version, weight._version):
+            # As far as torch knows, nothing has changed. So nor does this count as a change: graphs that
+            # hold the weight can still be differentiated, as those of a plain model could.
+            weight = weight.data
+        self._write(rows.detach(), weight)
+        self._record_versions()
+
+    def disable(self) -> None:
+        """Put the base's vectors into the weight, and have no forward pass compute with the values."""
+        self.disabled = True
+        if self._written is not None:
+            assert self.saved is not None
+            self._values = None if self.trainable else self._vectors()
+            self._disabled_at = self._written._version
+            self._write(self.saved)
+
+    def enable(self) -> None:
+        """Undo `disable`, complete or not."""
+        weight, self.disabled = self._written, False
+        if weight is None or self._disabled_at is None:
+            return
+        if weight._version == self._disabled_at + 1:
+            # It will be what it was, so graphs that hold it can be differentiated as before.
+            torch._C._autograd._unsafe_set_version_counter((weight,), (self._disabled_at,))
+        self._disabled_at = None
+        if self.trainable:
+            self.refresh()
+        elif self._values is not None:
+            self._write(self._values, weight.data)
+            self._values = None
 
     def _move(self, device: torch.device) -> None:
         """Follow the weight to another device."""
@@ -171,21 +200,21 @@ class AttachedNeurons:
 
     def _record_versions(self) -> None:
         if self._written is not None and self.trainable:
-            self._versions = (self.rows._version, self._written._version)
+            self._source, self._versions = self.rows, (self.rows._version, self._written._version)
 
-    def _write(self, rows: Tensor) -> None:
+    def _vectors(self) -> Tensor:
+        return read_vectors(self.weight.detach(), self.layout, self.index)
+
+    def _write(self, rows: Tensor, weight: Tensor | None = None) -> None:
         with torch.no_grad():
-            write_vectors(self.weight, self.layout, self.index, rows)
+            write_vectors(self.weight if weight is None else weight, self.layout, self.index, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedNeurons:
         twin = object.__new__(AttachedNeurons)
         memo[id(self)] = twin
-        shared = {
-            "name", "parts", "layout", "attribute", "kind", "mode", "trainable", "parameter_name", "reported",
-            "active",
-        }  # fmt: skip
-        for key, value in (self.__dict__ | {"by_expert": None}).items():
-            twin.__dict__[key] = value if key in shared else copy.deepcopy(value, memo)
+        twin.__dict__.update(self.__dict__, by_expert=None, training=None)
+        for key in ("module", "index", "inverse_index", "saved", "_values", "_written", "_source"):
+            twin.__dict__[key] = copy.deepcopy(self.__dict__[key], memo)
         if self.trainable:
             twin._versions = (-1, -1)  # version counters of copies start at zero
         return twin
@@ -194,85 +223,25 @@ class AttachedNeurons:
         refuse_pickling()
 
 
+def by_tensor(attached: Iterable[AttachedNeurons], saved: bool = False) -> dict[str, tuple[Chosen, Tensor]]:
+    """The neurons of each tensor of the files, and their values, or those ``saved``; sorted by name."""
+    found: dict[str, list[tuple[Chosen, Tensor]]] = {}
+    for neurons in attached:
+        whole = neurons.saved if saved else full_tensor(neurons.rows.detach())
+        assert whole is not None  # vectors of a weight that is not quantized are saved
+        for part in neurons.parts:  # those of one tensor follow each other
+            found.setdefault(part.name, []).append((part.chosen, whole[part.positions]))
+    joined = {}
+    for name, parts in sorted(found.items()):
+        index = np.concatenate([chosen.index for chosen, _ in parts])
+        rows = torch.cat([rows for _, rows in parts]) if len(parts) > 1 else parts[0][1]
+        joined[name] = replace(parts[0][0], index=index), rows
+    return joined
+
+
 def refuse_pickling() -> NoReturn:
     """Raise a `UsageError`: a pickle would contain this package's objects, and the whole frozen base."""
     raise UsageError(
         "a model with attached neurons cannot be pickled",
         hint="save attached.patch() and detach, or save model.state_dict()",
     )
-
-
-_KEY = "_neurons"  # the attribute of a parameter that says whose values it holds
-
-
-def register_optimizer_hooks(neurons: AttachedNeurons) -> None:
-    """Have new values written after a step, and detached neurons refused before one, by any optimizer."""
-    setattr(neurons.rows, _KEY, neurons)
-    _register_once()
-
-
-@cache
-def _register_once() -> None:  # one pair of hooks serves the whole process
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _attached(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, AttachedNeurons]]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if (neurons := getattr(parameter, _KEY, None)) is not None:
-                yield parameter, neurons
-
-
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not torch.compiler.is_compiling():
-        _report_untrained([*_attached(optimizer)])
-    for parameter, neurons in _attached(optimizer):
-        if not neurons.active:
-            raise UsageError(
-                "the optimizer trains neurons that were detached",
-                tensor=neurons.name,
-                hint="attach again, and make a new optimizer of attached.parameters()",
-            )
-        if parameter.dtype != neurons.rows_dtype:
-            raise UsageError(
-                "the values of the trainable neurons were cast, so small steps would be lost",
-                tensor=neurons.name,
-                expected=neurons.rows_dtype,
-                found=parameter.dtype,
-                hint="cast the model before attaching to it, not after",
-            )
-
-
-def _report_untrained(attached: Sequence[tuple[Tensor, AttachedNeurons]]) -> None:
-    """Name the weights that the first backward passes gave no gradient, at the first step after them."""
-    first = [(parameter.grad is not None, neurons) for parameter, neurons in attached if not neurons.reported]
-    used = {_kind(neurons) for reached, neurons in first if reached}
-    if not used:  # nothing is trained yet, or gradients are kept elsewhere
-        return
-    for _, neurons in first:
-        neurons.reported = True
-    # That no token visited an expert is no fault; that none visited any expert of its kind would be.
-    unused = [
-        neurons.name
-        for reached, neurons in first
-        if not reached and not ("expert" in neurons.name and _kind(neurons) in used)
-    ]
-    if unused:
-        log.warning(
-            "no gradient reached the chosen neurons of %s in the first backward pass: if the model does not "
-            "compute with these weights, they will not train; leave them out of the selection",
-            some(unused),
-        )
-
-
-def _kind(neurons: AttachedNeurons) -> str:
-    return re.sub(r"\d+", "*", neurons.name)
-
-
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    for _, neurons in _attached(optimizer):
-        # Forced, because an optimizer that writes to `parameter.data` does not change its version.
-        neurons.refresh(force=True)

@@ -101,6 +101,20 @@ def float_dtype(chosen: Chosen) -> torch.dtype:
     return dtype
 
 
+def finite_bytes(chosen: Chosen, vectors: Tensor) -> NDArray[np.uint8]:
+    """The bytes of trained ``vectors``, ``[k, width]``, in the dtype of the files; an error names NaN."""
+    values = vectors.to(float_dtype(chosen))
+    if bad := int((~values.isfinite()).any(dim=1).sum()):
+        raise MismatchError(
+            "the trained values are not finite",
+            tensor=chosen.info.name,
+            expected=f"values that {chosen.info.dtype} can hold",
+            found=f"NaN or infinity in {bad} of {len(values)} neurons",
+            hint="training has diverged: go back to an earlier save, with a lower learning rate",
+        )
+    return to_bytes(values, chosen.info.dtype)
+
+
 def _representable(vectors: Tensor, dtype: torch.dtype) -> NDArray[np.bool_]:
     """Which of ``vectors`` the dtype represents exactly, ``[k]``."""
     if can_represent(dtype, vectors.dtype):

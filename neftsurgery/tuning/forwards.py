@@ -1,14 +1,14 @@
 """Forward passes of the common layer types, with neurons attached to their weights.
 
-In scatter mode the frozen weight already contains the neurons' values, so the forward pass only gives them
-gradients (see `frozen_weights`). In overlay mode the weight is left alone: chosen outputs are computed
-separately and replace those of the weight; chosen inputs are zeroed before the weight is applied, and their
-contribution is added.
+In scatter mode the frozen weight of a linear layer already contains the neurons' values, so the forward pass
+only gives them gradients (see `frozen_weights`). In overlay mode, and in other layers, the weight is not read
+there: chosen outputs are computed separately and replace those of the weight; chosen inputs are zeroed before
+the weight is applied, and their contribution is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..live.weights import FLOAT_DTYPES
-from .attached_neurons import AttachedNeurons, Mode, NeuronKind
-from .frozen_weights import (
-    FrozenBias,
-    FrozenConvolution,
-    FrozenEmbedding,
-    FrozenLinear,
-    apply_function,
-    convolve,
-    linear,
-)
+from .attached_neurons import AttachedNeurons, NeuronKind
+from .frozen_weights import FrozenLinear, apply_function, linear
 
 
 @dataclass
@@ -38,18 +30,25 @@ class LayerNeurons:
     overlaid_inputs: list[AttachedNeurons] = field(default_factory=list)
     biases: list[AttachedNeurons] = field(default_factory=list)
 
-    @property
-    def all(self) -> list[AttachedNeurons]:
-        """All of them."""
-        return [*self.scattered, *self.overlaid_outputs, *self.overlaid_inputs, *self.biases]
+    @classmethod
+    def of(cls, attached: Iterable[AttachedNeurons], in_place: bool) -> LayerNeurons:
+        """Those of ``attached`` that count now; ``in_place``: values in the weight are used from there.
 
-    def list_for(self, neurons: AttachedNeurons) -> list[AttachedNeurons]:
-        """The list that ``neurons`` belong in."""
-        if neurons.kind == "bias":
-            return self.biases
-        if neurons.mode == "scatter":
-            return self.scattered
-        return self.overlaid_inputs if neurons.kind == "inputs" else self.overlaid_outputs
+        A compiled graph overlays them all: it cannot know when a weight is stale, but takes values as inputs.
+        """
+        layer, in_place = cls(), in_place and not torch.compiler.is_compiling()
+        for neurons in attached:
+            if neurons.disabled:
+                continue
+            if neurons.kind == "bias":
+                layer.biases.append(neurons)
+            elif neurons.mode == "scatter" and in_place:
+                layer.scattered.append(neurons)
+            else:
+                (layer.overlaid_inputs if neurons.kind == "inputs" else layer.overlaid_outputs).append(
+                    neurons
+                )
+        return layer
 
     def weight(self, module: Any) -> Tensor:
         """The weight of ``module``, to compute with: the parameter, if the module does the neurons' part."""
@@ -62,24 +61,14 @@ class LayerNeurons:
         bias: Tensor | None = module._parameters["bias"] if self.biases else module.bias
         for neurons in self.biases:
             assert bias is not None  # it has neurons
-            if neurons.mode == "scatter":
-                bias = apply_function(FrozenBias, bias, neurons.rows, neurons.index)
-            else:
-                bias = bias.index_copy(0, neurons.index, neurons.rows.squeeze(1).to(bias.dtype))
+            bias = bias.index_copy(0, neurons.index, neurons.rows.squeeze(1).to(bias.dtype))
         return bias
-
-    @property
-    def frozen(self) -> AttachedNeurons | None:
-        """The scattered neurons that need a gradient now, if any: one weight has at most one such set."""
-        if not self.scattered or not torch.is_grad_enabled():
-            return None
-        (neurons,) = self.scattered
-        return neurons
 
 
 class LayerForward:
     """How layers of one type compute."""
 
+    in_place = False  # whether it computes with values that are written into the weight
     quantized = False  # whether the weight is quantized
     is_lookup = False  # whether the layer looks rows of the weight up by their number
 
@@ -87,7 +76,7 @@ class LayerForward:
         """What neurons along ``axes`` of the weight are to the layer; None if they are not supported."""
         return "outputs" if tuple(axes) == (0,) else None
 
-    def covers(self, module: Any, mode: Mode) -> bool:
+    def covers(self, module: Any) -> bool:
         """Whether this one layer computes so; if not, its weight carries the neurons (`neuron_weight`)."""
         return True
 
@@ -98,6 +87,8 @@ class LayerForward:
 
 class LinearForward(LayerForward):
     """`torch.nn.Linear`; with ``transposed``, transformers' ``Conv1D``."""
+
+    in_place = True
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
@@ -111,10 +102,11 @@ class LinearForward(LayerForward):
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
         """The forward pass."""
         weight, bias = layer.weight(module), layer.bias(module)
-        kept, neurons = _without_overlaid_inputs(layer, x), layer.frozen
-        if neurons is None:
+        kept = _without_overlaid_inputs(layer, x)
+        if not layer.scattered or not torch.is_grad_enabled():
             out = linear(kept, weight, bias, self.transposed)
         else:
+            (neurons,) = layer.scattered  # a weight has at most one set that is trained
             arguments = (kept, neurons.rows, weight, bias, neurons.index, self.transposed)
             out = apply_function(FrozenLinear, *arguments, neurons.kind == "inputs")
         return _overlay(layer, x, out, bias)
@@ -157,22 +149,16 @@ def _chosen_bias(neurons: AttachedNeurons, bias: Tensor | None, x: Tensor) -> Te
 class _Convolution(LayerForward):
     """`torch.nn.Conv1d`, ``Conv2d`` and ``Conv3d``, with even zero padding."""
 
-    def covers(self, module: Any, mode: Mode) -> bool:
-        if module.padding_mode != "zeros" or (module.groups > 1 and mode == "overlay"):
-            return False
-        spans = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
-        return module.padding != "same" or not any(span % 2 for span in spans)
+    def covers(self, module: Any) -> bool:
+        return bool(module.padding_mode == "zeros" and module.groups == 1)
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
-        weight, bias, neurons = layer.weight(module), layer.bias(module), layer.frozen
+        weight, bias = layer.weight(module), layer.bias(module)
         if x.dim() == weight.dim() - 1:
             return self.run(module, layer, x.unsqueeze(0)).squeeze(0)
-        geometry = (module.stride, _padding(module), module.dilation, module.groups)
-        if neurons is None:
-            out = convolve(x, weight, bias, *geometry)
-        else:
-            arguments = (x, neurons.rows, weight, bias, neurons.index, *geometry)
-            out = apply_function(FrozenConvolution, *arguments)
+        convolve: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
+        geometry = (module.stride, module.padding, module.dilation)
+        out: Tensor = convolve(x, weight, bias, *geometry)
         for neurons in layer.overlaid_outputs:
             kernel = neurons.rows.to(x.dtype).view(-1, *weight.shape[1:])
             chosen = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry)
@@ -180,31 +166,17 @@ class _Convolution(LayerForward):
         return out
 
 
-def _padding(module: Any) -> tuple[int, ...]:
-    """The padding as numbers."""
-    if module.padding == "valid":
-        return tuple(0 for _ in module.kernel_size)
-    if module.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    padding: tuple[int, ...] = module.padding
-    return padding
-
-
 class _Embedding(LayerForward):
     """`torch.nn.Embedding`."""
 
     is_lookup = True
 
-    def covers(self, module: Any, mode: Mode) -> bool:
+    def covers(self, module: Any) -> bool:
         return not (module.scale_grad_by_freq or module.sparse)
 
     def run(self, module: Any, layer: LayerNeurons, x: Tensor) -> Tensor:
-        weight, neurons, padding = layer.weight(module), layer.frozen, module.padding_idx
-        if neurons is None:
-            out = functional.embedding(x, weight)
-        else:
-            arguments = (x, neurons.rows, weight, neurons.inverse_index, padding)
-            out = apply_function(FrozenEmbedding, *arguments)
+        padding = module.padding_idx
+        out = functional.embedding(x, layer.weight(module))
         for neurons in layer.overlaid_outputs:
             assert neurons.inverse_index is not None  # made when the forward pass was replaced
             position, count = neurons.inverse_index[x], len(neurons.index)

@@ -4,16 +4,15 @@ A module keeps its class, its name, its weights and its hooks. What reads a weig
 its place. Where the module's own way to compute is known, ``forward`` of the instance is replaced, which
 costs less. ``extra_repr`` shows what is attached.
 
-Trainable values are a parameter of the module (``weight_neurons`` beside ``weight``), so that everything that
-looks for parameters finds them: optimizers, the Trainer, DDP, FSDP. State dicts leave these parameters out,
-so that ``save_pretrained`` writes, and ``load_state_dict`` expects, only the model's own.
+Trainable values are a parameter of the module, beside its weight, so that everything that looks for
+parameters finds them: optimizers, the Trainer, DDP, FSDP, and state dicts (`state_dicts`).
 """
 
 from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -25,6 +24,7 @@ from .attached_neurons import AttachedNeurons, refuse_pickling
 from .forwards import LayerForward, LayerNeurons
 from .linear_weight import LinearNeurons
 from .neuron_weight import NeuronWeight, WeightNeurons
+from .state_dicts import register_state_hooks
 
 Layers: TypeAlias = Iterable[tuple[nn.Module, LayerForward]]
 Uses: TypeAlias = Iterable[tuple[nn.Module, str]]
@@ -38,14 +38,14 @@ class _ModuleState:
     def __init__(self) -> None:
         self.owned: list[AttachedNeurons] = []  # neurons of the weights that the module owns
         self.forward: LayerForward | None = None  # how it computes; None if its forward pass is its own
-        self.layer = LayerNeurons()  # what it computes with
+        self.computed: list[AttachedNeurons] = []  # what it computes with
         self.handles: list[RemovableHandle] = []  # of its state-dict hooks, while it owns trainable neurons
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ModuleState:
         twin = _ModuleState()
         memo[id(self)] = twin
         twin.owned = copy.deepcopy(self.owned, memo)
-        twin.forward, twin.layer = self.forward, copy.deepcopy(self.layer, memo)
+        twin.forward, twin.computed = self.forward, copy.deepcopy(self.computed, memo)
         return twin
 
     def __reduce_ex__(self, protocol: object) -> Any:
@@ -55,7 +55,7 @@ class _ModuleState:
 def neurons_in(module: nn.Module) -> list[AttachedNeurons]:
     """The attached neurons that ``module`` owns or computes with."""
     state: _ModuleState | None = module.__dict__.get(_KEY)
-    return [] if state is None else list(dict.fromkeys([*state.owned, *state.layer.all]))
+    return [] if state is None else list(dict.fromkeys([*state.owned, *state.computed]))
 
 
 def neurons_of_weight(module: nn.Module, attribute: str) -> list[AttachedNeurons]:
@@ -84,11 +84,7 @@ def install(neurons: AttachedNeurons, values: Tensor | None, layers: Layers, use
     state = _state(neurons.module)
     state.owned.append(neurons)
     if neurons.trainable and not state.handles:
-        module: Any = neurons.module  # torch has no types for these two
-        state.handles = [
-            module.register_state_dict_post_hook(_leave_out),
-            module.register_load_state_dict_post_hook(_do_not_miss),
-        ]
+        state.handles = register_state_hooks(neurons.module)
     for layer, forward in layers:
         if forward.is_lookup and neurons.inverse_index is None:
             neurons.make_inverse_index()
@@ -150,7 +146,7 @@ def _restore_weight(module: nn.Module, attribute: str) -> None:
 def _replace_forward(module: nn.Module, neurons: AttachedNeurons, forward: LayerForward) -> None:
     """Have the forward pass of ``module``, which uses the weight of ``neurons``, compute with them."""
     state = _state(module)
-    state.layer.list_for(neurons).append(neurons)
+    state.computed.append(neurons)
     if state.forward is None:
         module.forward = types.MethodType(_forward, module)
         state.forward = forward
@@ -158,9 +154,9 @@ def _replace_forward(module: nn.Module, neurons: AttachedNeurons, forward: Layer
 
 def _restore_forward(module: nn.Module, neurons: AttachedNeurons) -> None:
     state = _state(module)
-    if neurons in (installed := state.layer.list_for(neurons)):
-        installed.remove(neurons)
-    if state.forward is not None and not state.layer.all:
+    if neurons in state.computed:
+        state.computed.remove(neurons)
+    if state.forward is not None and not state.computed:
         state.forward = None
         del module.forward
     _drop_empty_state(module)
@@ -180,24 +176,11 @@ def _forward(self: Any, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """The forward pass of a module with neurons: it takes one tensor, whatever its name is."""
     (x,) = (*args, *kwargs.values())
     state: _ModuleState = self._neurons
-    layer = state.layer
     if not torch.compiler.is_compiling():
-        # A compiled graph writes no weights; there, the hook after the optimizer's step or `refresh` does.
-        for neurons in layer.all:
+        for neurons in state.computed:
             neurons.refresh()
     assert state.forward is not None  # set together with this forward
-    return state.forward.run(self, layer, x)
-
-
-def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
-    for neurons in module.__dict__[_KEY].owned:
-        state.pop(prefix + neurons.parameter_name, None)
-
-
-def _do_not_miss(module: nn.Module, incompatible: Any) -> None:
-    ours = {neurons.parameter_name for neurons in module.__dict__[_KEY].owned}
-    missing: list[str] = incompatible.missing_keys
-    missing[:] = [key for key in missing if key.rpartition(".")[2] not in ours]
+    return state.forward.run(self, LayerNeurons.of(state.computed, state.forward.in_place), x)
 
 
 def update_extra_repr(model: nn.Module) -> None:

@@ -77,7 +77,7 @@ class LinearNeurons(WeightNeurons):
         neurons.refresh()
         part = neurons.weight.detach()[self.expert]
         part = part.t() if self.transposed else part
-        if neurons.mode == "overlay":
+        if neurons.mode == "overlay" and not neurons.disabled:
             part = part.clone()
             rows = neurons.rows.detach()[self.experts[0].positions[self.expert]]
             write_vectors(part, self.layout, self.index, rows)
@@ -85,7 +85,7 @@ class LinearNeurons(WeightNeurons):
 
     def carried(self) -> Tensor:
         """`values`, through which the neurons get their gradient."""
-        if not torch.is_grad_enabled():
+        if self.trainable is None or not torch.is_grad_enabled():
             return self.values()
         return apply_function(CarriedRows, self.rows, self.layout, self.index, self._ids, self.values)
 
@@ -101,6 +101,8 @@ class LinearNeurons(WeightNeurons):
 
     def compute(self, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of a function that reads a part, or of a product."""
+        if self.trainable is None:
+            return NotImplemented
         first, *more = args or (None,)
         if isinstance(first, NeuronWeight) and first.neurons is self:
             if name == "__getitem__":

@@ -69,14 +69,14 @@ class WeightNeurons:
     @property
     def trainable(self) -> AttachedNeurons | None:
         """The neurons that are trained."""
-        return next((neurons for neurons in self.attached if neurons.trainable), None)
+        return next((each for each in self.attached if each.trainable and not each.disabled), None)
 
     def values(self) -> Tensor:
         """The weight with the values of all neurons in it: itself, or a copy where it is overlaid."""
         for neurons in self.attached:
             neurons.refresh()
         weight = self.attached[0].weight.detach()
-        overlaid = [neurons for neurons in self.attached if neurons.mode == "overlay"]
+        overlaid = [each for each in self.attached if each.mode == "overlay" and not each.disabled]
         if overlaid:
             weight = weight.clone()
             for neurons in overlaid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
 from ..patch.patch import Patch
 from ..selection.selection import Chosen, Selection
-from .attached_neurons import AttachedNeurons, AttachedPart, Mode, NeuronKind
+from .attached_neurons import AttachedNeurons, AttachedPart, NeuronKind
 from .base_checkpoint import base_vectors, check_weights, checked_values, float_dtype
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
@@ -170,7 +171,7 @@ def _plan_neurons(
         return AttachedNeurons(parts, layout, owner.module, owner.attribute, None, mode, trainable), (), ()
     layers, readers, kinds = [], [], set[NeuronKind]()
     for use in (owner, *others):
-        forward, kind = _plan_layer(name, layout, use, mode, plain)
+        forward, kind = _plan_layer(name, layout, use, plain)
         if forward is None or not forward.quantized:
             readers.append((use.module, use.attribute))
         if forward is not None and kind is not None:
@@ -194,13 +195,13 @@ def _check_shape(name: str, layout: Layout, found: tuple[int, ...]) -> None:
 
 
 def _plan_layer(
-    name: str, layout: Layout, use: _ParameterUse, mode: Mode, plain: bool
+    name: str, layout: Layout, use: _ParameterUse, plain: bool
 ) -> tuple[LayerForward | None, NeuronKind | None]:
     """How the module computes with the neurons; two times None: its weight carries them, whatever it does."""
     module: Any = use.module
     forward, kind = forward_of(module), None
     foreign = has_foreign_forward(module)
-    if forward is not None and not foreign and forward.covers(module, mode):
+    if forward is not None and not foreign and forward.covers(module):
         if use.attribute == "weight":
             kind = forward.kind_of(layout.axes)
         elif use.attribute == "bias" and layout.axes == (0,):
@@ -299,11 +300,33 @@ def _part_values(
     return from_bytes(base_vectors(base, chosen), chosen.info.dtype).float()
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise a `UsageError` for a model that DDP or ``torch.compile`` has wrapped."""
+def refuse_wrapped(model: nn.Module, trainable: bool) -> None:
+    """Raise a `UsageError` for a model that DDP or ``torch.compile`` has wrapped, or to train, FSDP too."""
     inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
     if inner == "_orig_mod" or isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise UsageError(
             f"the model is wrapped in {type(model).__name__}",
             hint=f"attach to the model itself (model.{inner}), before it is wrapped",
         )
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    wrapper = _reducer_of(model) if trainable and in_group else None
+    if wrapper is not None:
+        raise UsageError(
+            f"the gradients of these neurons would not be reduced: {wrapper} has the model already",
+            hint=f"attach first, then call {wrapper}",
+        )
+
+
+def _reducer_of(model: nn.Module) -> str | None:
+    """What reduces the gradients of the model's parameters, or some of them, and only of those it knows."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    inside = set(model.modules())
+    if any(isinstance(module, FSDPModule) for module in inside):
+        return "fully_shard"
+    gc.collect()  # a module does not know what wraps it
+    wrappers = (nn.parallel.DistributedDataParallel, FullyShardedDataParallel)
+    for found in gc.get_objects():
+        if issubclass(type(found), wrappers) and not inside.isdisjoint(found.modules()):
+            return type(found).__name__
+    return None

@@ -78,10 +78,10 @@ class TinyCheckpoints:
         """What a model gives for the same inputs. If a dtype is named, it is of that one thereafter."""
         inputs = self.found.inputs
         assert inputs is not None
+        if dtype is not None:
+            model, inputs = model.to(dtype), in_dtype(inputs, dtype)
         with torch.no_grad():
-            return (
-                outputs(model, inputs) if dtype is None else outputs(model.to(dtype), in_dtype(inputs, dtype))
-            )
+            return outputs(model, inputs)
 
 
 def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_demo_without_torch_says_what_more_there_is(neft, tmp_path, monkeypatch)
     result = neft("demo")
     assert result.code == 0, result.err
     assert result.out.count(": yes") == 2
-    assert "pip install 'neftsurgery[train]'" in result.out
+    assert "pip install '.[train]'" in result.out
     assert "pip install" not in neft("demo", "--files-only").out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -124,3 +125,26 @@ def test_the_whole_round_loads_no_torch(tmp_path):
 def test_version(tmp_path):
     result = process("--version", cwd=tmp_path)
     assert (result.code, result.out.split()[0]) == (0, "neftsurgery")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("neftsurgery ex", ["plain,extract", "plain,export"]),
+        ("neftsurgery diff --anatomy ", ["plain,rows", "plain,ffn", "plain,units"]),
+        ("neftsurgery diff --add", ["plain,--add-prefix"]),
+        ("neftsurgery apply ba", ["file,ba"]),
+    ],
+)
+def test_the_shell_completes(tmp_path, typed, offered):
+    asked = {"_NEFTSURGERY_COMPLETE": "bash_complete", "COMP_WORDS": typed}
+    code = "import sys; sys.argv[0] = 'neftsurgery'; from neftsurgery.cli.main import run; run([])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, **asked, "COMP_CWORD": str(len(typed.split(" ")) - 1)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == offered

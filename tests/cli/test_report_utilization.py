@@ -153,6 +153,7 @@ def test_without_the_training_extra(here: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (
-        "neftsurgery: --utilization needs torch, which is not installed\npip install 'neftsurgery[train]'\n"
+        "neftsurgery: --utilization needs torch, which is not installed\n"
+        "in a clone of neftsurgery: pip install '.[train]'\n"
     )
     assert not (here / "page.html").exists()

@@ -6,12 +6,15 @@ These are also the tests of the live parts of a run: `run`, `probe`, `trainer` a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ from support import snapshot
 from transformers import AutoModelForCausalLM
 
 import neftsurgery as ns
+from neftsurgery.cli.commands.train import _stop_on_signals
+from neftsurgery.cli.console import Console
+from neftsurgery.storage.threads import Limits
 
 ROWS = [
     {"prompt": f"shout {w}:", "completion": f" {w.upper()}"} for w in ("bird", "fish", "lion", "frog", "toad")
@@ -59,7 +65,12 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
 
 def test_from_recipe_to_patched_checkpoint(neft: Any, recipe: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path / "base")
-    facts = neft("train", recipe, "--json").json
+    result = neft("train", recipe, "--json")
+    facts = result.json
+    reports = re.findall(
+        r"^(probe, batch|step) (\d) of \d: loss \d+\.\d{4}, .*\d tokens/s$", result.err, re.M
+    )
+    assert reports == [*(("probe, batch", n) for n in "12"), *(("step", n) for n in "123456")]
     assert facts["finished"]
     assert facts["step"] == facts["steps"] == 6
     out = tmp_path / "run"
@@ -80,8 +91,8 @@ def test_from_recipe_to_patched_checkpoint(neft: Any, recipe: Path, tmp_path: Pa
         assert training["probe"] == "gradients"
         assert set(training) == {
             "data", "examples", "examples_digest", "probe", "steps", "batch_size", "accumulate",
-            "learning_rate", "schedule", "warmup", "weight_decay", "clip", "mode", "seed", "more",
-            "train_loss", "dev_loss",
+            "learning_rate", "scheduler", "warmup", "weight_decay", "clip", "dtype",
+            "gradient_checkpointing", "mode", "seed", "more", "train_loss", "base_dev_loss", "dev_loss",
             "best_step", "curve", "seconds", "torch", "transformers",
         }  # fmt: skip
         losses = ("step", "train_loss", "dev_loss")
@@ -295,6 +306,40 @@ def test_a_loss_that_is_not_a_number(neft: Any, recipe: Path, tmp_path: Path) ->
     assert "the loss is not a number" in result.err
     assert not (tmp_path / "run").exists()
     assert neft("train", recipe).code == 0  # a run without a save does not block the next one
+
+
+def test_a_signal_is_answered_while_torch_is_at_work(capfd: pytest.CaptureFixture[str]) -> None:
+    """While the main thread is in a call that no signal ends. The second signal stops at once."""
+    console = Console(as_json=False, quiet=False, limits=Limits.of())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    said = []
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            said.append(capfd.readouterr().err)
+            if said[-1]:
+                break
+            time.sleep(0.01)
+        ended.append(False)
+
+    try:
+        with _stop_on_signals(console) as stop:
+            ended: list[bool] = []
+            assert not stop()
+            thread = threading.Thread(target=interrupt)
+            thread.start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000)
+            ended.append(True)
+            thread.join()
+            assert (said[-1].partition(":")[0], ended) == ("interrupted", [False, True])
+            assert stop()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

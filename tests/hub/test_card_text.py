@@ -21,11 +21,28 @@ def test_what_a_person_reads(llama):
         "66.9% of the squared difference",
         "73.1% of the squared difference",
         "mine.jsonl",
-        "2e-05",
+        "2\u00d710\u207b\u2075",
         "neurons 3%",
     ):
         assert words in page.text, words
     assert "neurons.png" in page.addresses
+
+
+def test_a_card_says_what_a_patch_is_worth(tmp_path):
+    """In bold, before anything else: what share it holds, or how the loss fell. No raw values follow."""
+    counts, chosen = {"h.0.w": 2}, {"score": "cosine", "captured": 0.0312}
+    partial = patch_of(tmp_path / "partial.safetensors", counts, selection=chosen)
+    assert "\n**Partial: holds 3.12% of the change.** " in write_card(partial, "me/x", KNOWN, {})
+    whole = patch_of(tmp_path / "whole.safetensors", counts, selection={**chosen, "captured": 1.0})
+    assert "Partial" not in write_card(whole, "me/x", KNOWN, {})
+    curve = [{"step": 0, "dev_loss": 1.37123456}, {"step": 1, "train_loss": 1.2}]
+    training = {"steps": 4000, "dev_loss": 1.04865, "curve": curve, "more": {}, "examples_digest": "b115"}
+    trained = patch_of(tmp_path / "trained.safetensors", counts, selection=chosen, training=training)
+    text = write_card(trained, "me/x", KNOWN, {})
+    assert "**1.371 before training, 1.049 after**" in text
+    assert "| steps | `4,000` |" in text
+    for raw in ("Partial", "curve", "more", "digest", "1.37123"):
+        assert raw not in text.partition("\n---\n")[2]
 
 
 def test_the_table_counts_what_the_patch_has(llama):

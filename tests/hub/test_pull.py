@@ -243,8 +243,8 @@ def test_the_sha256_that_push_shows_is_what_pull_and_apply_check(hub, several, p
     dry, shown = several(
         [("push", "p.safetensors", "me/patch", "--dry-run"), ("push", "p.safetensors", "me/patch")]
     )
-    for said in (dry, shown):
-        assert f"SHA-256 of {NAME}: {expected}" in said.out, said
+    for said in (dry.err, shown.out):
+        assert f"SHA-256 of {NAME}: {expected}" in said, said
     pinned = f"me/patch@{hub.repos['me/patch']['refs']['main']}"
     again, good, bad, applied, refused, dry = several(
         [

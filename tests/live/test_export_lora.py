@@ -197,7 +197,7 @@ def test_without_the_extra_names_are_those_of_the_files_with_a_warning(
     monkeypatch.setitem(sys.modules, "peft", None)
     with caplog.at_level(logging.WARNING):
         ns.export_lora(patch, tmp_path / "without", base=base)
-    assert "peft cannot be imported: pip install 'neftsurgery[train]'" in caplog.text
+    assert "peft cannot be imported; in a clone of neftsurgery: pip install '.[train]'" in caplog.text
     contents = [snapshot(tmp_path / name) for name in ("with", "without")]
     assert contents[0] == contents[1]
 

@@ -98,7 +98,7 @@ def test_errors_name_the_problem(neft, files, words, code, said):
 def test_without_matplotlib_it_says_what_to_install(neft, files, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = neft("report", "scores.safetensors", "-o", "r.html")
-    assert (result.code, "pip install 'neftsurgery[report]'" in result.err) == (2, True)
+    assert (result.code, "pip install '.[report]'" in result.err) == (2, True)
     assert neft("report", "scores.safetensors", "--json").code == 0
 
 

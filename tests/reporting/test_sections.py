@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hub_support import patch_of
 
 import neftsurgery as ns
+from neftsurgery.text import percent
 
 
 def test_a_patch_alone(neft, files):
@@ -13,6 +15,21 @@ def test_a_patch_alone(neft, files):
     assert list(result.json["figures"]) == ["map"]
     with ns.Patch.load(files / "patch.safetensors") as patch:
         assert result.json["sections"][0]["neurons"] == patch.neurons
+        held = f"Its neurons hold {percent(patch.facts.captured)} of the change. The rest"
+    page = (files / "p.html").read_text()
+    assert 0 < page.index(f'<p class="verdict">{held}') < page.index('<dl class="facts">')
+
+
+def test_a_section_says_first_what_to_take_home(files, tmp_path):
+    scores = ns.report(files / "scores.safetensors").sections[0]
+    sensitive, share = scores.verdict
+    assert sensitive == scores.data["verdict"]
+    assert share.startswith(f"The chosen neurons hold {percent(scores.data['captured'])} of the change")
+    assert "The rest of the fine-tune is not in them" in share
+    patch_of(tmp_path / "trained.safetensors", {"h.0.w": 2}, training={"steps": 3}).close()
+    assert "whole fine-tune" in ns.report(tmp_path / "trained.safetensors").sections[0].verdict[0]
+    patch_of(tmp_path / "plain.safetensors", {"h.0.w": 2}).close()
+    assert ns.report(tmp_path / "plain.safetensors").sections[0].verdict == []
 
 
 @pytest.mark.parametrize(

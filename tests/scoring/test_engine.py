@@ -43,8 +43,8 @@ class Memory:
     def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
         return None
 
-    def place(self, name: str) -> None:
-        return None
+    def address(self, name: str) -> int:
+        return -1
 
 
 class Mapped(Memory):

@@ -648,3 +648,27 @@ def test_one_pattern_may_be_a_string(tmp_path, llama_arrays):
         ns.diff(*sides, exclude="*mlp*").tensors.keys() == ns.diff(*sides, exclude=["*mlp*"]).tensors.keys()
     )
     assert "lm_head.weight" in ns.diff(*sides, include="lm_head.weight").tensors
+
+
+def test_a_budget_of_a_million_neurons_takes_what_sorting_all_would(tmp_path: Path) -> None:
+    """Scores that are read again for each pass, not held: half of them equal, some not a number."""
+    rng = np.random.default_rng(7)
+    score = rng.choice(np.array([0.25, -0.0, 3e-41, np.inf], np.float32), 1_100_000)
+    score[::2] = rng.standard_normal(550_000).astype(np.float32)
+    score[::1001] = np.nan
+    parts = {"a": score[:300_000], "b": score[300_000:]}
+    content: Content = {
+        "version": 2,
+        "descriptions": [described([len(part), 4]) for part in parts.values()],
+        "tensors": {"a": 0, "b": 1},
+    }
+    scores = Scores.load(write(tmp_path / "s", content, {"score": score}))
+    for policy, key in (("sensitive", -score), ("reversed", score)):
+        order = np.argsort(key, kind="stable")
+        for count in (1, 400_000, 2_000_000):
+            wanted = np.sort(order[: min(count, np.count_nonzero(score == score))])
+            chosen = scores.select(neurons=count, policy=policy).tensors
+            found = [chosen[name].index + 300_000 * (name == "b") for name in chosen]
+            assert np.array_equal(np.concatenate(found), wanted)
+    above = scores.select(threshold=0.25).tensors
+    assert sum(len(one.index) for one in above.values()) == np.count_nonzero(score > 0.25)

@@ -32,8 +32,8 @@ class File(Memory):
             self._starts[name] = len(self._data)
             self._data += raw
 
-    def place(self, name: str) -> tuple[int, int] | None:
-        return None if name == self._elsewhere else (0, self._starts[name])
+    def address(self, name: str) -> int:
+        return -1 if name == self._elsewhere else self._starts[name]
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         self.reads.append((name, len(buffer)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from quantized_support import LAYOUTS, Quantized, e4m3, fp8, mxfp4, spread
+from quantized_support import LAYER, LAYOUTS, Quantized, e4m3, fp8, fp8_codes, mxfp4, scales_of, spread
 from safetensors.numpy import load_file
 from test_accuracy import assert_close, reference
 
@@ -88,9 +89,54 @@ def test_units_of_quantized_experts(tmp_path: Path) -> None:
     assert_close(found[..., 0].reshape(-1), np.sqrt(unit).reshape(-1), "l2")
 
 
-def test_nan_codes_are_counted_and_never_chosen(tmp_path: Path) -> None:
-    base, tuned = (fp8(np.random.default_rng(seed), "channel") for seed in (1, 2))
-    tuned.tensors[tuned.codes][1][7, 3] = 0xFF
-    scores = ns.diff(base.write(tmp_path / "a"), tuned.write(tmp_path / "b"))
-    assert scores.nonfinite == 1
-    assert np.isnan(scores.values(base.name)[7])
+@pytest.mark.parametrize("layout", ["fp8 blocks", "fp8 rows", "mxfp4"])
+def test_codes_and_scales_that_stand_for_nan_are_refused(layout: str, tmp_path: Path) -> None:
+    base, tuned = (LAYOUTS[layout](np.random.default_rng(seed)) for seed in (1, 2))
+    bad = tuned.scales if layout == "mxfp4" else tuned.codes
+    tuned.tensors[bad][1][..., 3, 1] = 0xFF
+    sides = base.write(tmp_path / "a"), tuned.write(tmp_path / "b")
+    for first, second in (sides, sides[::-1], (base.original(tmp_path / "original", 1e-3)[0], sides[1])):
+        for write in (ns.diff, partial(ns.extract, neurons=3)):
+            with pytest.raises(
+                ns.CorruptFileError, match=f"its scale in {tuned.scales}, stands for NaN"
+            ) as caught:
+                write(first, second, out=tmp_path / "out")
+            assert caught.value.tensor == tuned.codes
+            assert caught.value.file == str(sides[1])
+            assert sorted(path.name for path in tmp_path.iterdir()) in (["a", "b"], ["a", "b", "original"])
+
+
+def test_a_nan_of_the_original_is_counted(tmp_path: Path) -> None:
+    quantized = fp8(np.random.default_rng(1), "channel")
+    numbers = quantized.numbers.copy()
+    numbers[7, 3] = np.nan
+    original, _ = replace(quantized, numbers=numbers).original(tmp_path / "original", 0)
+    assert ns.diff(original, quantized.write(tmp_path / "a")).nonfinite == 1
+
+
+def test_columns_that_cannot_be_cut_out_are_named_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = LAYOUTS["fp8 rows"](np.random.default_rng(1))
+    sides = weight.write(tmp_path / "a"), weight.moved().write(tmp_path / "b")
+    ns.diff(*sides)
+    assert "across rows of codes" not in caplog.text
+    ns.diff(*sides, axis={"*": 1})
+    assert f"1 quantized weight lie across rows of codes (first: {weight.name})" in caplog.text
+
+
+def test_experts_with_a_scale_per_column(tmp_path: Path) -> None:
+    sides = []
+    for seed in (1, 2):
+        rng = np.random.default_rng(seed)
+        codes, scales = fp8_codes(rng, (3, 64, 48)), scales_of(rng, (3, 1, 48))
+        numbers = e4m3(codes) * scales.astype(np.float64)
+        name = f"{LAYER}experts.gate_up_proj"
+        tensors = {name: ("F8_E4M3", codes), f"{name}_scale": ("F32", scales.view(np.uint32))}
+        section = {"quant_method": "fbgemm_fp8"}
+        sides.append(
+            Quantized(name, tensors, section, numbers, name, f"{name}_scale", (0, 2), "llama4_text", 64)
+        )
+    base, tuned = sides
+    scores = ns.diff(base.write(tmp_path / "a"), tuned.write(tmp_path / "b"), axis={"*": (0, 2)})
+    check(scores, base, base.numbers, tuned.numbers, "cosine")

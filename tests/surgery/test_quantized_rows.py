@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +129,8 @@ def test_blocks_whose_scales_stay_are_cut_row_by_row(tmp_path: Path) -> None:
     assert patch.index(weight.codes).tolist() == [3, *range(128, 256)]
     assert patch.index(weight.scales).tolist() == [0, 1]
     assert patch.neurons == 129
-    one = ns.extract(base, tuned, ns.diff(base, tuned, exclude=()).select(neurons=1))
+    only_scales = with_scales(weight, 1).write(tmp_path / "scales")
+    one = ns.extract(base, only_scales, neurons=1, score="relative")
     assert one.index(weight.codes).tolist() == [*range(128, 256)]
 
 
@@ -170,6 +174,44 @@ def test_columns_of_quantized_weights_are_not_cut(tmp_path: Path) -> None:
     with pytest.raises(ns.MismatchError, match=r"(?s)across the rows.*anatomy='?rows"):
         ns.extract(base, tuned, neurons=3, axis={"*gate_up_proj": (0, 1)}, out=tmp_path / "patch")
     assert not (tmp_path / "patch").exists()
+
+
+KILLED = """
+import os, signal, sys
+import neftsurgery as ns
+write, left = os.pwrite, int(sys.argv[3])
+def counted(*given):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*given)
+os.pwrite = counted
+ns.apply(sys.argv[1], sys.argv[2], in_place=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.parametrize("layout", ["fp8 blocks", "mxfp4"])
+def test_a_change_in_place_that_was_killed_heals(layout: str, tmp_path: Path) -> None:
+    weight = LAYOUTS[layout](np.random.default_rng(1))
+    base, tuned = weight.write(tmp_path / "base"), weight.moved().write(tmp_path / "tuned")
+    ns.extract(base, tuned, changed=True, out=tmp_path / "patch").close()
+    before, after, torn = contents(base), contents(tuned), 0
+    for writes in range(1, 12, 2):
+        words = [sys.executable, "-c", KILLED, base, tmp_path / "patch", str(writes)]
+        status = subprocess.run(words, check=False).returncode
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        torn += {name: contents(base)[name] for name in before} not in (before, after)
+        ns.heal(base)
+        assert {name: contents(base)[name] for name in before} == before
+    assert torn
+    with ns.Patch.load(tmp_path / "patch") as patch:
+        ns.apply(base, patch, in_place=True)
+    assert contents(base) == after
 
 
 def test_a_patch_of_numbers_does_not_go_on_codes(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_newer_version_says_to_update(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="newer version") as error:
         read(tmp_path, json.dumps(GOOD), 1)
     assert (error.value.expected, error.value.found) == ("1 or older", 2)
-    assert "pip install -U neftsurgery" in str(error.value.hint)
+    assert "git pull and pip install -U ." in str(error.value.hint)
 
 
 @pytest.mark.parametrize(

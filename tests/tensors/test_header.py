@@ -507,3 +507,17 @@ def test_a_packed_header_fills_its_room() -> None:
 def test_a_packed_header_keeps_to_the_limit_of_the_format() -> None:
     with pytest.raises(ValueError, match=str(MAX_HEADER_BYTES)):
         FilePlan.of([], {"k": "v" * MAX_HEADER_BYTES})
+
+
+def test_equal_headers_are_one_object_while_one_is_in_use(tmp_path: Path) -> None:
+    header = {"w": entry("F32", [2, 2], 0, 16), "__metadata__": {"a": "b"}}
+    for name in "ab":
+        (tmp_path / name).write_bytes(pack(header, name.encode() * 16))
+    (tmp_path / "c").write_bytes(pack({**header, "__metadata__": {"a": "c"}}, bytes(16)))
+    (tmp_path / "short").write_bytes(pack(header, bytes(15)))
+    first = read_header(tmp_path / "a")
+    assert read_header(tmp_path / "b") is first
+    other = read_header(tmp_path / "c")
+    assert (other.tensors, dict(other.metadata)) == (first.tensors, {"a": "c"})
+    with pytest.raises(CorruptFileError):
+        read_header(tmp_path / "short")  # checked all the same

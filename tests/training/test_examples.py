@@ -26,10 +26,10 @@ def rows(tmp_path: Path, *contents: Any) -> Any:
     return read_raw_examples(str(path), "train")
 
 
-def learned(tmp_path: Path, row: Any, **options: Any) -> tuple[str, str]:
+def learned(tmp_path: Path, row: Any, template: str = CHAT, **options: Any) -> tuple[str, str]:
     """The whole text of an example, and the part that is learned."""
     letters = tokenizer()
-    letters.chat_template = CHAT
+    letters.chat_template = template
     encoder = Encoder(letters, **({"loss_on": "completions", "max_length": 100} | options))
     (example,) = encoder.encode(rows(tmp_path, row))
     ids, labels = example["input_ids"], example["labels"]
@@ -49,6 +49,46 @@ def test_answers_are_learned(tmp_path: Path) -> None:
     talk = [("user", "x"), ("assistant", "yes"), ("user", "z"), ("assistant", "no")]
     row = {"messages": [{"role": role, "content": content} for role, content in talk]}
     assert learned(tmp_path, row) == ("u:x.a:yes.u:z.a:no.", "yes.no.")
+
+
+def test_an_answer_of_weight_0_is_not_learned_and_tools_reach_the_template(tmp_path: Path) -> None:
+    talk = [("user", "x", 1), ("assistant", "yes", 0), ("user", "z", 1), ("assistant", "no", 1)]
+    row = {
+        "messages": [{"role": role, "content": content, "weight": weight} for role, content, weight in talk],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    }
+    template = "{% for t in tools %}{{ t['function']['name'] }}!{% endfor %}" + CHAT
+    assert learned(tmp_path, row, template=template) == ("f!u:x.a:yes.u:z.a:no.", "no.")
+
+
+def test_long_examples_are_split_by_choice(tmp_path: Path) -> None:
+    encoder = Encoder(tokenizer(), loss_on="completions", max_length=4, splits=True)
+    made = encoder.encode(rows(tmp_path, {"prompt": "copy a:", "completion": " bcdef"}, {"text": "xyz"}))
+    texts = [tokenizer().decode(one["input_ids"]) for one in made]
+    assert texts == [" a: ", "bcde", "f</s>", "xyz</s>"]  # "copy" has nothing to learn
+    assert [len([label for label in one["labels"] if label >= 0]) for one in made] == [1, 4, 2, 4]
+    assert (encoder.long, encoder.dropped) == (1, 1)
+
+
+def test_sets_are_joined_or_mixed_by_weight(tmp_path: Path) -> None:
+    """By weight, until the first is exhausted: as datasets.interleave_datasets draws them."""
+    for letter, count in (("a", 40), ("b", 400)):
+        text = "".join(json.dumps({"text": letter * (1 + n % 9)}) + "\n" for n in range(count))
+        (tmp_path / f"{letter}.jsonl").write_text(text)
+    recipe = {"model": "m", "out": "o", "select": {"neurons": 1}, "data": {"train": "", "eval_share": 0}}
+    files = [str(tmp_path / f"{letter}.jsonl") for letter in "ab"]
+    letters = tokenizer()
+
+    def mixed(train: Any, seed: int = 0) -> list[str]:
+        made = read_examples(read_recipe(recipe, {"data.train": train, "train.seed": seed}), letters)
+        assert bool(made.warnings) == isinstance(train, dict)
+        return [letters.decode(one["input_ids"])[0] for one in made.train]
+
+    assert mixed(files) == ["a"] * 40 + ["b"] * 400
+    three_to_one = mixed({files[0]: 3, files[1]: 1})
+    assert three_to_one.count("a") == 40
+    assert 5 < three_to_one.count("b") < 25
+    assert three_to_one == mixed({files[0]: 6, files[1]: 2}) != mixed({files[0]: 3, files[1]: 1}, seed=1)
 
 
 def test_a_batch_is_padded(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import neftsurgery as ns
@@ -43,6 +45,11 @@ def test_a_byte_order_mark_and_characters_beyond_the_basic_plane(tmp_path: Path)
         ({"messages": "hello"}, "role and content"),
         ({"messages": [{"role": "user", "content": "x"}]}, "from the assistant"),
         ({"text": 3}, "a text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "role and content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}, "not text: image"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, "not text: x"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "weight is 0 or 1, not 0.5"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "from the assistant"),
     ],
 )
 def test_bad_rows_are_named_by_their_line(tmp_path: Path, bad: Any, why: str) -> None:
@@ -89,3 +96,43 @@ def test_files_without_examples(tmp_path: Path) -> None:
         read_raw_examples(str(tmp_path / "no.jsonl"), "train")
     with pytest.raises(ns.UsageError, match="no examples"):
         read(tmp_path, "")
+
+
+def test_messages_may_have_parts_and_tool_calls(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    (row,) = read(
+        tmp_path, {"messages": [{"role": "user", "content": parts}, call, {**call, "content": None}]}
+    )
+    assert row.content["messages"] == [{"role": "user", "content": "ab"}, call, {**call, "content": None}]
+
+
+def test_tables(tmp_path: Path) -> None:
+    """A csv file holds texts alone, also where they look like numbers; lines are those of the file."""
+    template = PromptTemplate.of("{q}:", "{a}")
+    path = tmp_path / "data.csv"
+    path.write_text('\ufeffq,a\n007,"x\ny"\nNA,1\n', "utf-8")
+    rows = read_raw_examples(str(path), "train", template=template)
+    assert [(row.line, *row.content.values()) for row in rows] == [(3, "007:", "x\ny"), (4, "NA:", "1")]
+    with pytest.raises(ns.MismatchError, match=r"line 3: .*found q, a"):
+        read_raw_examples(str(path), "train")
+    for text, why in (
+        ("q,a\n1,2\n1,2,3\n", "line 3: more fields"),
+        ('q,a\n"1,2\n', "unexpected end"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ns.CorruptFileError, match=why):
+            read_raw_examples(str(path), "train", template=template)
+    path.write_bytes(b"q,a\n\xff,1\n")
+    with pytest.raises(ns.CorruptFileError, match="can't decode"):
+        read_raw_examples(str(path), "train", template=template)
+    table = pyarrow.table({"q": [7, 8], "a": ["x", "y"]})
+    pyarrow.parquet.write_table(table, tmp_path / "data.parquet")
+    rows = read_raw_examples(str(tmp_path / "data.parquet"), "train", template=template)
+    assert [(row.line, *row.content.values()) for row in rows] == [(1, "7:", "x"), (2, "8:", "y")]
+    (tmp_path / "data.parquet").write_bytes(b"hello")
+    with pytest.raises(ns.CorruptFileError, match="not a parquet file"):
+        read_raw_examples(str(tmp_path / "data.parquet"), "train", template=template)

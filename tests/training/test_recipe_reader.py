@@ -68,7 +68,9 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
         (LEAST, ["train.steps=0"], "too small"),
         (LEAST, ["train.steps=true"], "does not fit"),
         (LEAST, ["train.learning_rate=nan"], "expected a number"),
-        (LEAST, ["train.schedule=line"], "it is one of linear, cosine, constant"),
+        (LEAST, ["train.dtype=float"], "it is one of auto, float32, bfloat16, float16"),
+        (LEAST, ["train.schedule=linear"], "did you mean train.scheduler"),
+        (LEAST, ["train.early_stopping=2", "data.eval_share=0"], "needs a dev loss"),
         (LEAST, ["select.neurons=0.03"], "write 3%"),
         (LEAST, ["select.neurons="], "how many neurons"),
         (LEAST, ["select.params=1%"], "do not go together"),
@@ -79,6 +81,10 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
         (LEAST, ["probe.strip_prefix=model"], "need probe.by: tuned"),
         (LEAST, ["probe.by=scores", "probe.path=x", "probe.add_prefix=model"], "need probe.by: tuned"),
         (LEAST, ["probe.by=selection", "probe.path=x"], "select.neurons does not go with probe.by selection"),
+        (LEAST, ["data.train={a: 0}"], "weights above 0"),
+        (LEAST, ["data.train={a: x}"], "weights above 0"),
+        (LEAST, ["data.train=[]"], "data.train needs a set"),
+        (LEAST, ["data.train=[1]"], "data.train does not fit"),
         (LEAST, ["data.eval_share=1"], "nothing to train on"),
         (LEAST.replace("model: m\n", ""), [], "does not say model"),
         (LEAST.replace("data: {train: d.jsonl}\n", ""), [], "does not say data.train"),
@@ -186,3 +192,14 @@ def test_more_is_reached_key_by_key(tmp_path: Path) -> None:
     assert more == {"a": 1, "b": 3, "c": "x"}
     with pytest.raises(ns.UsageError, match=r"train\.more does not fit"):
         read(tmp_path, LEAST, "train.more=5", "train.more.b=3")
+
+
+def test_several_sets_start_from_the_recipe_too(tmp_path: Path) -> None:
+    for given, expected in (
+        ("[a.jsonl, org/b]", [str(tmp_path / "a.jsonl"), "org/b"]),
+        ("{a.jsonl: 3, org/b: 0.5}", {str(tmp_path / "a.jsonl"): 3, "org/b": 0.5}),
+    ):
+        recipe = read(tmp_path, LEAST.replace("d.jsonl", given))
+        assert recipe.data.train == expected
+        assert recipe.data.names == list(expected)
+        assert read_recipe(recipe.to_json()) == recipe

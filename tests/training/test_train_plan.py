@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from recipes_support import make
+from safetensors.torch import load_file
 from support import raw_folder, raw_read, snapshot
 
 import neftsurgery as ns
@@ -60,7 +62,8 @@ def test_a_plan_writes_nothing_and_a_run_does_not_change_it(recipe: dict[str, An
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.force = True  # type: ignore[misc]
     assert result.describe().keys() - plan.describe().keys() == {
-        "finished", "step", "resumed_from", "train_loss", "dev_loss", "best_step", "out", "bytes",
+        "finished", "step", "resumed_from", "train_loss", "base_dev_loss", "dev_loss", "best_step", "out",
+        "bytes", "pushed",
     }  # fmt: skip
 
 
@@ -87,7 +90,8 @@ def test_a_stopped_run_says_so_and_resumes(recipe: dict[str, Any], tmp_path: Pat
     with pytest.raises(ns.UsageError, match="resume and restart do not go together"):
         ns.train(recipe, resume=True, restart=True)
     notes: list[str] = []
-    stopped = plan_train(recipe).run(stop=lambda: True, note=notes.append)
+    asked = iter([False, False, True])  # two batches of the probe, and a step
+    stopped = plan_train(recipe).run(stop=lambda: next(asked), note=notes.append)
     assert (stopped.finished, stopped.step, stopped.patch) == (False, 1, None)
     assert str(stopped).startswith(f"stopped at step 1 of 4, saved in {tmp_path / 'run.unfinished'}, ")
     assert any(note.startswith("chose ") for note in notes)
@@ -186,7 +190,8 @@ def test_the_name_train_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == (
-        "[]\ntraining needs a package that is not installed: transformers pip install 'neftsurgery[train]'\n"
+        "[]\ntraining needs a package that is not installed: transformers "
+        "in a clone of neftsurgery: pip install '.[train]'\n"
     )
 
 
@@ -196,3 +201,87 @@ def test_what_a_recipe_asks_of_the_model_is_refused_in_its_own_words(recipe: dic
         plan_train(recipe)
     assert "select.include" in str(error.value)
     assert "--" not in str(error.value)
+
+
+@pytest.mark.parametrize("by", ["gradients", "finetune"])
+def test_a_probe_goes_on_where_it_stopped(recipe: dict[str, Any], tmp_path: Path, by: str) -> None:
+    """Stopped after each batch in turn, it ends with the scores and the patch of an undisturbed run."""
+    recipe["probe"] = {"by": by, "steps": 3} | ({"learning_rate": 1e-3} if by == "finetune" else {})
+    whole = plan_train(recipe, {"out": tmp_path / "whole"}).run()
+    reports: list[str] = []
+    stopped = None
+    for done in (1, 2):
+        plan = plan_train(recipe, resume=done > 1)
+        stopped = plan.run(stop=lambda: True, report=lambda where, text: reports.append(f"{where}: {text}"))
+        assert (stopped.finished, stopped.step, stopped.selection.neurons) == (False, 0, 0)
+        assert str(stopped).startswith("stopped at step 0 of 4, saved in ")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(ns.UsageError, match=r"recipe\.train\.seed differ"):
+        plan_train(recipe, {"train.seed": 5})
+    resumed = plan_train(recipe, resume=True).run()
+    assert not resumed.run_directory.exists()
+    for name in ("neuron_patch.safetensors", "scores.safetensors"):
+        one, two = (load_file(result.out / name) for result in (whole, resumed))
+        assert all(torch.equal(one[key], two[key]) for key in one.keys() | two.keys())
+    assert len(reports) == 2
+    assert re.match(r"(probe, batch|step) 2 of 3: loss \d\.\d{4}, .*[1-9]\d* tokens/s$", reports[1])
+
+
+def test_losses_are_written_as_they_are_measured(recipe: dict[str, Any], tmp_path: Path) -> None:
+    losses, reports = tmp_path / "run.unfinished" / "losses.jsonl", []
+
+    def stop() -> bool:  # asked after each batch of the probe, and after each step
+        if losses.exists():
+            reports.append(losses.read_text())
+        return len(reports) == 3
+
+    def points(text: str) -> list[tuple[int, list[str]]]:
+        return [(point.pop("step"), sorted(point)) for point in map(json.loads, text.splitlines())]
+
+    learned = ["gradient_norm", "learning_rate", "train_loss"]
+    expected = [(0, ["dev_loss"]), (1, learned), (2, learned), (2, ["dev_loss"]), (3, learned)]
+    assert not plan_train(recipe).run(stop=stop).finished
+    assert [points(text) for text in reports] == [expected[:1], expected[:2], expected[:4]]
+    assert points(losses.read_text()) == expected
+    result = plan_train(recipe).run()
+    assert result.base_dev_loss == json.loads(reports[0])["dev_loss"]
+    with ns.Patch.load(result.patch) as patch:
+        assert patch.manifest["training"]["base_dev_loss"] == result.base_dev_loss > result.dev_loss
+
+
+def test_early_stopping_is_a_finished_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """On a dev set with other answers, whose loss falls and then rises; also if stopped in between."""
+    dev = "".join(json.dumps(row | {"completion": f" {row['prompt']}"}) + "\n" for row in ROWS)
+    (tmp_path / "dev.jsonl").write_text(dev)
+    keys = {"steps": 12, "learning_rate": 0.3, "save_every": 1, "scheduler": "constant", "early_stopping": 2}
+    overrides = {"data.eval": tmp_path / "dev.jsonl", "train": keys}
+    asked = iter([False] * 8 + [True])  # two batches of the probe, and seven steps
+    assert plan_train(recipe, overrides).run(stop=lambda: next(asked)).step == 7
+    result = plan_train(recipe, overrides, resume=True).run()
+    assert result.resumed_from == 7
+    losses = {point.step: point.dev_loss for point in result.curve}
+    assert result.finished
+    assert result.step == result.best_step + 2 < 12
+    assert losses[result.best_step] == min(losses[step] for step in range(1, result.step + 1))
+
+
+def test_the_model_is_loaded_as_the_recipe_asks(recipe: dict[str, Any], tmp_path: Path) -> None:
+    keys = {"dtype": "float32", "attn_implementation": "eager", "gradient_checkpointing": True}
+    plan = plan_train(recipe, {"train": recipe["train"] | keys})
+    model = plan.load_model()
+    assert (str(model.dtype), model.config._attn_implementation) == ("torch.float32", "eager")
+    assert plan_train(recipe).load_model().dtype == torch.bfloat16
+    assert plan.run().finished
+
+
+def test_a_repository_that_cannot_be_pushed_to_is_found_before_training(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ns.UsageError, match="push is not the name of a repository"):
+        plan_train(recipe, {"push": "mine"})
+
+
+def test_an_example_longer_than_the_models_positions_is_refused(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "a" * 3000}) + "\n")
+    with pytest.raises(ns.UsageError, match=r"an example has [\d,]+ tokens, and the model \d+ positions"):
+        plan_train(recipe, {"data": {"max_length": 5000, "eval_share": 0}})

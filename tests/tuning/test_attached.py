@@ -11,7 +11,7 @@ import pytest
 import torch
 from attach_support import OTHER, PICKS, ModelOnDisk
 from torch import Tensor, nn
-from tuning_support import FAMILIES, batch, bits, llama, rows_of, saved, select, train, vectors
+from tuning_support import FAMILIES, batch, bits, llama, own_state, rows_of, saved, select, train, vectors
 
 import neftsurgery as ns
 
@@ -162,9 +162,8 @@ def test_a_patch_of_a_model_without_files(tmp_path: Path) -> None:
     with attached.patch() as patch:
         assert patch.base["fingerprint"] is None
         ns.apply(tmp_path / "base.safetensors", patch, out=tmp_path / "out.safetensors")
-    assert bits(dict(sorted(load_file(tmp_path / "out.safetensors").items()))) == bits(
-        dict(sorted(model.state_dict().items()))
-    )
+    now = dict(sorted(own_state(model).items()))
+    assert bits(dict(sorted(load_file(tmp_path / "out.safetensors").items()))) == bits(now)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -185,3 +184,64 @@ def test_what_it_prints(tmp_path: Path, mode: Any) -> None:
         "mode=scatter, base=live weights)"
     )
     attached.detach()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the second has a tied weight and biases
+def test_disabled(family: str, mode: Any) -> None:
+    """The base to the bit, then the values again; of trained neurons, and of a patch."""
+    make, picks = FAMILIES[family]
+    model, ids = make(), batch()["input_ids"]
+    base = model(input_ids=ids).logits
+    attached = ns.attach(model, select(model, picks), mode=mode)
+    train(model, attached, 2, **ADAM)
+    for now in (attached, None):
+        if now is None:
+            patch = attached.patch()
+            attached.detach()
+            now = ns.attach(model, patch, mode=mode, base=False)
+        trained, state = model(input_ids=ids).logits, bits(model.state_dict())
+        assert not torch.equal(trained, base)
+        with now.disabled(), torch.no_grad():
+            assert torch.equal(model(input_ids=ids).logits, base)
+            with now.disabled():
+                assert torch.equal(model(input_ids=ids).logits, base)
+            assert torch.equal(model(input_ids=ids).logits, base)
+        assert torch.equal(model(input_ids=ids).logits, trained)
+        assert bits(model.state_dict()) == state
+        with pytest.raises(KeyError), now.disabled():
+            raise KeyError
+        assert torch.equal(model(input_ids=ids).logits, trained)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_disabled_in_the_midst_of_training(mode: Any) -> None:
+    """A penalty on the distance from the base, as in preference training, has the gradient of plain torch."""
+    model, base = llama(), llama()
+    attached = ns.attach(model, select(model, FAMILIES["llama"][1]), mode=mode)
+    with torch.no_grad():
+        for parameter in attached.parameters():
+            parameter.add_(0.05)
+    ids = batch()["input_ids"]
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+    (model(input_ids=ids).logits - expected).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in attached.parameters()]
+    for first in (True, False):  # whichever is computed first
+        model.zero_grad()
+        mine = model(input_ids=ids).logits if first else None
+        with attached.disabled(), torch.no_grad():
+            reference = model(input_ids=ids).logits
+        mine = model(input_ids=ids).logits if mine is None else mine
+        (mine - reference).square().sum().backward()
+        for parameter, gradient in zip(attached.parameters(), gradients, strict=True):
+            assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_backward_pass_while_disabled_is_refused() -> None:
+    """The weight does not hold what the graph was computed with."""
+    model = llama()
+    attached = ns.attach(model, select(model, FAMILIES["llama"][1]))
+    loss = model(**batch()).loss
+    with attached.disabled(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

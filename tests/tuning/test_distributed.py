@@ -25,7 +25,14 @@ SCRIPT = Path(__file__).with_name("distributed_script.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("ddp", "scatter"), ("ddp", "overlay"), ("fsdp", "overlay"), ("accelerate", "scatter")]
+    ("kind", "mode"),
+    [
+        ("ddp", "scatter"),
+        ("ddp", "overlay"),
+        ("zero", "scatter"),
+        ("fsdp", "overlay"),
+        ("accelerate", "scatter"),
+    ],
 )
 def test_two_processes(tmp_path: Path, kind: str, mode: str) -> None:
     model, picks = llama(), FAMILIES["llama"][1]
@@ -37,7 +44,7 @@ def test_two_processes(tmp_path: Path, kind: str, mode: str) -> None:
         optimizer.step()
     done = subprocess.run(
         [sys.executable, "-m", *LAUNCHERS[kind == "accelerate"], str(SCRIPT), kind, mode, str(tmp_path)],
-        capture_output=True, text=True, timeout=200, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

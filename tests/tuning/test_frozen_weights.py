@@ -11,7 +11,6 @@ from tuning_support import select
 
 import neftsurgery as ns
 from neftsurgery.tuning.frozen_weights import (
-    FrozenConvolution,
     FrozenLinear,
     apply_function,
 )
@@ -59,7 +58,6 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "outputs, transposed": (FrozenLinear, (3, 4), 1, (5, 3), (None, INDEX, True, False)),
     "inputs": (FrozenLinear, (4, 3), 1, (5, 3), (None, INDEX, False, True)),
     "inputs, transposed": (FrozenLinear, (3, 4), 0, (5, 3), (None, INDEX, True, True)),
-    "convolution": (FrozenConvolution, (4, 3, 2), 0, (5, 3, 6), (None, INDEX, (1,), (0,), (1,), 1)),
 }
 
 

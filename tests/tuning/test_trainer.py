@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from trainer_support import PICKS, arguments, examples, trainer_of
-from tuning_support import bits, llama, others, rows_of, saved, select, vectors
+from tuning_support import bits, llama, others, own_state, rows_of, saved, select, vectors
 
 import neftsurgery as ns
 from neftsurgery.tuning.trainer import last_save
@@ -29,7 +29,7 @@ def values(trainer: Any) -> dict[str, tuple[Any, bytes]]:
 
 def test_a_save_holds_the_patch_and_nothing_of_the_model(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
-    before = bits(trainer.model.state_dict())
+    before = bits(own_state(trainer.model))
     trainer.train()
     saves = sorted(path.name for path in tmp_path.iterdir())
     assert saves == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]

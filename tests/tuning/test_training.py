@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tuning_support import FAMILIES, batch, bits, gpt2, llama, others, rows_of, saved, select, train, vectors
+from tuning_support import (
+    FAMILIES,
+    batch,
+    bits,
+    gpt2,
+    llama,
+    others,
+    own_state,
+    rows_of,
+    saved,
+    select,
+    train,
+    vectors,
+)
 
 import neftsurgery as ns
 
@@ -55,7 +68,7 @@ def test_ten_steps_with_weight_decay(family: str, mode: Any) -> None:
         assert torch.equal(others(weight, axes, index), others(tensors[name], axes, index))
         now = rows_of(attached, name).detach() if mode == "scatter" else vectors(tensors[name], axes, index)
         assert torch.equal(vectors(weight, axes, index), now)
-    now = bits(model.state_dict())
+    now = bits(own_state(model))
     assert list(now) == list(before)
     homes = {model.get_parameter(name).data_ptr() for name in picks}
     assert all(model.state_dict()[n].data_ptr() in homes for n in now if now[n] != before[n])
@@ -80,7 +93,7 @@ def test_everything_else_that_training_does(mode: Any) -> None:
             (model(**batch(2 * step + part)).loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
-    for name, now in model.state_dict().items():
+    for name, now in own_state(model).items():
         axes, index = picks.get(name, ([0], []))
         assert torch.equal(others(now, axes, index), others(before[name], axes, index)), name
     assert not torch.equal(rows_of(attached, "lm_head.weight"), before["lm_head.weight"][[2, 49]])

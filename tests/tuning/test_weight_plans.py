@@ -185,9 +185,9 @@ def test_a_quantized_base(tmp_path: Path, axis: int) -> None:
     (of_dense,) = torch.autograd.grad(expected.sum(), weight)
     optimizer = torch.optim.SGD(attached.parameters(), lr=0.1)
     model(x).sum().backward()
-    rows = dict(attached.named_parameters())["0.weight_neurons"]
+    rows = rows_of(attached, "0.weight")
     torch.testing.assert_close(rows.grad, of_dense.movedim(axis, 0)[[1, 3]])
-    assert dict(attached.named_parameters())["0.bias_neurons"].grad.abs().max() > 0
+    assert rows_of(attached, "0.bias").grad.abs().max() > 0
     optimizer.step()
     with attached.patch() as patch:
         ns.apply(tmp_path / "base", patch, out=tmp_path / "patched")

@@ -74,6 +74,11 @@ def bits(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, bytes]]:
     }
 
 
+def own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the entries of trainable neurons."""
+    return {name: tensor for name, tensor in model.state_dict().items() if "_neurons_" not in name}
+
+
 MORE = {"initializer_range": 0.3}  # with the usual one, the gradients of so small a model are rounding errors
 
 
@@ -167,7 +172,8 @@ def saved(model: Any, folder: Path) -> Any:
 
 def rows_of(attached: ns.Attached, live: str) -> nn.Parameter:
     """The trainable values of a live weight."""
-    return dict(attached.named_parameters())[f"{live}_neurons"]
+    (found,) = [p for name, p in attached.named_parameters() if name.startswith(f"{live}_neurons_")]
+    return found
 
 
 def train(model: nn.Module, attached: ns.Attached, steps: int, **options: Any) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ from ...demo.planted import PLANTED, make_base, make_tuned, planted
 from ...errors import UsageError
 from ...patch.patch import Patch
 from ...text import plural
+from ...version import install_command
 from ..console import Console
 from ..demo.session import FILES_LINES, TRAINING_LINES, DemoSession, can_draw
 from ..options import WholeNumber, common_options, dry_run_option
@@ -76,7 +77,7 @@ def command(console: Console, folder: str | None, files_only: bool, seed: int, d
         failed = ", ".join(name for name, good in passed.items() if not good)
         console.note(f"neftsurgery: checks of the demo failed: {failed}")
     if missing and not files_only:
-        console.say("The demo with training needs: pip install 'neftsurgery[train]'")
+        console.say(f"The demo with training needs torch; {install_command('train')}")
     console.answer({**passed, **facts, "ok": ok, "seconds": round(seconds, 3), "folder": folder})
     return 0 if ok else 1
 

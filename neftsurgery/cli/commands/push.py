@@ -42,7 +42,7 @@ _DONE = ("commit", "url", "created", "created_branch", "changed")
 def command(console: Console, patch: str, repo: str, dry_run: bool, **options: Any) -> None:
     """Publish PATCH on the Hugging Face Hub, with a model card, in one commit.
 
-    The patch's hashes are checked before anything is sent. --dry-run shows the card. The token is that of
+    The patch's hashes are checked before anything is sent. --dry-run prints the card. The token is that of
     `hf auth login`, or HF_TOKEN.
 
     \b
@@ -54,7 +54,9 @@ def command(console: Console, patch: str, repo: str, dry_run: bool, **options: A
     console.warn(plan.warnings)
     answer = plan.describe() | {"dry_run": dry_run}
     if dry_run:
-        console.say(*plan.card.split("\n"), *f"would {plan}".split("\n"))
+        console.say(*plan.card.rstrip("\n").split("\n"))  # alone: it may go into a file
+        for line in f"would {plan}".split("\n"):
+            console.note(line)
     else:
         done = plan.run()
         console.say(*str(done).split("\n"))

@@ -16,6 +16,7 @@ from ...options import BudgetOptions, SeedOptions
 from ...reporting.inputs import LosslessInput, PatchInput
 from ...reporting.report import Report, ReportPlan, plan_report
 from ...text import plural, size
+from ...version import install_command
 from ..console import Console
 from ..options import options_of, output_option, take_budget, writing_options
 
@@ -61,7 +62,7 @@ def command(
 
     With --utilization, the page also shows how training changed the use of neurons: of each PATCH or
     CHECKPOINT compared with --base, on the texts of a file. This loads the model, and needs
-    pip install 'neftsurgery[train]'.
+    the extra '.[train]'.
 
     \b
     Example:
@@ -106,12 +107,12 @@ def command(
 
 
 def _say_report(console: Console, plan: ReportPlan, made: Report) -> None:
-    """The verdict of each figure, and what was written."""
+    """The verdicts of each section and of its figures, and what was written."""
     for section in made.sections:
         title = f"{section.title}: " if len(made.sections) > 1 else ""
-        for figure in section.figures:
-            if figure.verdict:
-                console.say(f"  {title}{figure.verdict}")
+        for verdict in dict.fromkeys((*section.verdict, *(figure.verdict for figure in section.figures))):
+            if verdict:
+                console.say(f"  {title}{verdict}")
     if plan.out is not None:
         nbytes = Path(plan.out).stat().st_size
         console.say(f"wrote {plan.out} ({plural(len(made.figures), 'figure')}, {size(nbytes)})")
@@ -171,7 +172,7 @@ def _plan_utilizations(
     except ImportError as error:
         raise UsageError(
             f"[[utilization]] needs {error.name}, which is not installed",
-            hint="pip install 'neftsurgery[train]'",
+            hint=install_command("train"),
         ) from error
     options = dict(options)
     base, text, out = options.pop("base"), options.pop("text"), options.pop("neurons_out", None)

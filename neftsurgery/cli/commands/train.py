@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -94,6 +95,7 @@ def command(
         result = plan.run(
             limits=console.limits,
             progress=partial(console.progress, unit="step"),
+            report=console.report,
             note=console.note,
             stop=stop,
         )
@@ -124,22 +126,19 @@ def _init(console: Console, task: str | None, out: str | None, *, force: bool, d
 class _Stop:
     """The signal that asked the run to stop, if any. Before the first step, a signal stops the process."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
         self.watched = False
         self.signal = 0
 
     def __call__(self) -> bool:
         self.watched = True
-        if self.signal:
-            self._console.note("saving, then stopping; interrupt again to stop at once")
         return self.signal != 0
 
 
 @contextmanager
 def _stop_on_signals(console: Console) -> Iterator[_Stop]:
     """Within the context, the first SIGINT or SIGTERM asks the run to save and stop; the second stops it."""
-    stop = _Stop(console)
+    stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -150,6 +149,17 @@ def _stop_on_signals(console: Console) -> Iterator[_Stop]:
             before[number](number, frame)
         stop.signal = number
 
+    def tell() -> None:
+        while number := os.read(heard, 1):
+            if number[0] in before and stop.watched:
+                console.note("interrupted: finishing this step, then saving; interrupt again to stop at once")
+
+    # Python handles a signal between two calls of torch, which may take long; this thread says so at once.
+    heard, woken = os.pipe()
+    os.set_blocking(woken, False)
+    wakeup = signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
     for number in before:
         signal.signal(number, ask)
     try:
@@ -157,6 +167,10 @@ def _stop_on_signals(console: Console) -> Iterator[_Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(woken)
+        teller.join()
+        os.close(heard)
 
 
 def _say_plan(console: Console, plan: TrainPlan) -> None:
@@ -166,13 +180,14 @@ def _say_plan(console: Console, plan: TrainPlan) -> None:
     say, params = console.say, facts["trainable_parameters"]
     say(f"{facts['model']}: {commas(facts['parameters'])} parameters")
     say(f"{plural(facts['examples'], 'example')} ({commas(facts['tokens_learned'])} tokens to learn){dev}")
+    about = "about " if facts["estimated"] else ""
     if params is None:
         say(f"to train: the neurons that score above the threshold (probe: {facts['probe']})")
     else:
-        about = "about " if facts["estimated"] else ""
         count = "" if facts["selected"] is None else f"{plural(facts['selected'], 'neuron')}, "
         share = percent(params / max(1, facts["parameters"]))
         say(f"to train: {count}{about}{commas(params)} parameters, {share} of the model")
+    if facts["optimizer_bytes"] is not None:
         states = (size(facts["optimizer_bytes"]), size(facts["optimizer_bytes_of_full"]))
         say(f"optimizer state: {about}{states[0]}; a full fine-tune needs {states[1]}")
     resumes = plan.resumes
@@ -182,19 +197,19 @@ def _say_plan(console: Console, plan: TrainPlan) -> None:
 
 def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
     if not result.finished:
-        console.note(
-            f"neftsurgery: interrupted at step {result.step} of {result.steps}, and saved: "
-            "run the same command again to resume"
-        )
+        where = f"at step {result.step} of {result.steps}" if result.selection.neurons else "in the probe"
+        console.note(f"neftsurgery: interrupted {where}, and saved: run the same command again to resume")
         return
-    first = next((point.dev_loss for point in result.curve if point.dev_loss is not None), None)
-    if result.dev_loss is not None and first is not None:
+    if result.dev_loss is not None and result.base_dev_loss is not None:
         console.say(
-            f"dev loss {first:.4f} -> {result.dev_loss:.4f} at step {result.best_step}; this patch is kept"
+            f"dev loss: base {result.base_dev_loss:.4f}, best {result.dev_loss:.4f} at step "
+            f"{result.best_step}; this patch is kept"
         )
     elif result.train_loss is not None:
         console.say(f"last train loss {result.train_loss:.4f}")
     if not result.plotted:
         console.note("the loss curve is not plotted: matplotlib is not installed")
     console.say(f"wrote {result.out} (neuron_patch.safetensors: {size(result.patch_bytes)})")
+    if result.pushed is not None:
+        console.say(f"pushed it to {result.pushed}")
     console.say(f"try it: neftsurgery apply {plan.recipe.model} {result.patch} -o patched")
