@@ -43,7 +43,6 @@ ELSEWHERE = {
     "surgery/model_files.py": "surgery/test_lossless.py",
     "surgery/pairing.py": "surgery/test_diff.py",
     "surgery/rewrite.py": "surgery/test_apply.py",
-    "surgery/select.py": "cli/test_round.py",
     "surgery/summary.py": "surgery/test_diff.py",
     "tensors/compiled.py": "scoring/test_kernels.py",
     "tensors/arrays.py": "scoring/test_kernels.py",

@@ -1,8 +1,4 @@
-"""A base with a PEFT LoRA adapter on it, read as if the merged checkpoint existed.
-
-Merged elements are computed when they are read: the base's plus those of ``(alpha / r) B @ A``, in float32,
-as PEFT merges. So an adapter is scored, and cut out of, like any tuned checkpoint.
-"""
+"""A base with a PEFT LoRA adapter on it, merged when it is read: in float32, as PEFT merges."""
 
 from __future__ import annotations
 
@@ -36,10 +32,7 @@ def open_pair(base: str | os.PathLike[str], tuned: str | os.PathLike[str]) -> tu
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class AdaptedWeights(Checkpoint):
-    """A base whose tensors have an adapter merged into them. Made by `on`.
-
-    Its ``tensors`` are as they are read: in the base's dtypes, or some in F32. Reads of the base count there.
-    """
+    """A base whose tensors, in its dtypes or some in F32, have an adapter merged into them; see `on`."""
 
     base: Checkpoint
     file: TensorFile  # the adapter's factors

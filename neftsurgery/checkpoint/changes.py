@@ -19,13 +19,9 @@ from .checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Change:
-    """Vectors of one tensor that are replaced. A tensor may have several changes, even along other axes.
+    """Vectors of one tensor that are replaced, of which there may be several changes; or ranges of bytes."""
 
-    Made by `of_ranges`, it replaces ranges of the tensor's bytes: ``view`` is the tensor as bytes then, a
-    range a row, the last one filled up with zeros. Else it is the tensor as it is.
-    """
-
-    view: TensorInfo
+    view: TensorInfo  # the tensor; of `of_ranges`, as bytes: a range a row, the last one filled up with zeros
     layout: Layout  # of the view
     index: NDArray[np.int64]  # the neurons, ascending, [k]
     new_digests: NDArray[np.uint8]  # XXH3-128 of their new vectors, [k, 16]

@@ -52,11 +52,7 @@ class FolderFiles:
 
 
 def folder_files(checkpoint: Checkpoint) -> FolderFiles:
-    """Sort the files beside the weights of a checkpoint folder; a single file has none.
-
-    Other weights in the top folder, and in those of its parts, are left behind; other subfolders are copied
-    whole.
-    """
+    """Sort the files beside a folder's weights: other weights stay behind, other subfolders are whole."""
     if checkpoint.is_file:
         return FolderFiles()
     root = checkpoint.root

@@ -1,8 +1,4 @@
-"""Tensor names under another prefix: how names are changed while they are read, and which change would fit.
-
-Wrappers and other classes of one model save its tensors under other prefixes: ``_orig_mod.``, ``module.``,
-``model.language_model.`` for ``model.``, or none.
-"""
+"""Tensor names under another prefix, as wrappers save them: how they are read, and which change fits."""
 
 from __future__ import annotations
 
@@ -83,10 +79,7 @@ NO_CHANGE = Prefixes()
 
 
 def fitting_prefixes(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> Prefixes | None:
-    """The change of ``tuned``'s names that gives most of them a tensor of ``base``, of the same shape.
-
-    None if no change finds more tensors than have a name in common as they are, two of them and a quarter.
-    """
+    """The change that gives clearly more of ``tuned``'s names a tensor of ``base`` of their shape, if any."""
     common = len(base.keys() & tuned.keys())
     if 2 * common >= len(tuned):
         return None

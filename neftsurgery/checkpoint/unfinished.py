@@ -31,10 +31,7 @@ def journal_path(source: Source) -> Path:
 
 
 def find_journals(source: Source) -> list[Source]:
-    """The folders and files whose journals concern ``source``: it, its weight files and parts, those above.
-
-    If a symlink was named, the journal is beside its target. A Hub model has none.
-    """
+    """The folders and files whose journals concern ``source``, or what it links to; none of a Hub model."""
     if source.repo is not None:
         return []
     path, named = source.path, source.named

@@ -41,11 +41,7 @@ class WeightFiles:
 
 
 def weight_files(folder: Path, index: str | None = None) -> WeightFiles:
-    """The weight files of a checkpoint folder; those of one ``index`` of it, if that is named.
-
-    A single file beats an index. A `UsageError` says that there are none, or several without an index, a
-    `CorruptFileError` what is damaged or missing.
-    """
+    """The weight files of a folder, or of one ``index`` of it; a single file beats an index."""
     listed = [] if index else listed_parts(folder)
     if not listed:
         return _in_folder(folder, index)

@@ -44,10 +44,7 @@ def _scratch(name: str, nbytes: int) -> NDArray[np.uint8]:
 def encode(
     base: Carrier | None, tuned: Carrier, elements: Elements, table: FrequencyTable | None
 ) -> tuple[Form, bytes, int]:
-    """The smallest form of ``tuned``, and how many elements changed; CODED only with a ``table``.
-
-    Without ``base``, zeros stand for it, and all elements count as changed.
-    """
+    """The smallest form of ``tuned`` (CODED only with a ``table``), and how many elements changed."""
     from .kernels import differences
 
     against = np.zeros_like(tuned) if base is None else base
@@ -136,10 +133,7 @@ def decode(
     elements: Elements,
     table: FrequencyTable | None,
 ) -> None:
-    """Fill ``out`` with the block that ``code`` stands for.
-
-    Raises a ``ValueError`` if the code is damaged. Work and memory are bounded by the block's size.
-    """
+    """Fill ``out`` with the block of ``code``, in bounded work and memory; a ``ValueError`` if damaged."""
     against = np.zeros_like(out) if base is None else base
     if form == Form.SAME and base is not None and not code:
         out[:] = base

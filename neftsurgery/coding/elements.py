@@ -46,11 +46,7 @@ class Elements:
     @staticmethod
     @functools.cache
     def of(dtype: str) -> Elements:
-        """The elements of a safetensors dtype; those that fill no whole bytes are taken as bytes.
-
-        The context of a float is its exponent, without the sign, at most the highest eight bits of it.
-        Complex numbers are pairs of floats.
-        """
+        """The elements of a safetensors dtype, bytes if they fill no whole ones; complex ones are pairs."""
         kind = DTYPES["F32" if dtype == "C64" else dtype]
         bits = kind.bits if kind.bits % 8 == 0 else 8
         top, full = 1 << (bits - 1), (1 << bits) - 1

@@ -23,10 +23,7 @@ _WHOLE = tuple(np.uint64(rule) for rule in (0, 255, 0, 0, 0, 0))  # the context 
 
 
 def fit(pairs: Sequence[tuple[Carrier, Carrier]], elements: Elements, share: float = 1.0) -> FrequencyTable:
-    """The table for blocks like ``pairs`` of base and tuned elements, which are a ``share`` of them all.
-
-    Blocks that are not alike can be coded, too.
-    """
+    """The table for blocks like ``pairs`` of base and tuned elements, which are a ``share`` of them all."""
     from . import kernels  # numba takes long to import, and most commands need none
 
     width, classes = 8 * elements.size, np.empty(BLOCK + MOST_CONTEXTS, np.uint16)
@@ -65,16 +62,15 @@ def fit_memory(blocks: int, nbytes: int) -> int:
 
 
 def _hot(found: Sequence[Carrier]) -> NDArray[np.uint64]:
-    """A hash table of numbers that come far more often than others of their classes; empty if there are none.
-
-    Such are the steps that zeros make, and all elements, where an optimizer moves them by its rate.
-    """
+    """A hash table of numbers that come far more often than others of their classes, if there are any."""
     from .kernels import enter
 
     some = [numbers[:: len(numbers) // _SEARCHED + 1] for numbers in found]
     large = np.concatenate([numbers[numbers >= 1 << FINE] for numbers in some]).astype(np.uint64)
     numbers, counts = np.unique(large[:: len(large) // _SEARCHED + 1], return_counts=True)
-    first, bits = fine_classes(64)
+    first, bits = fine_classes(
+        64
+    )  # such as the steps that zeros make where an optimizer moves all by its rate
     classes = np.searchsorted(first, numbers, "right") - 1
     expected = np.bincount(classes, counts, CLASSES)[classes] / 2.0 ** bits[classes]
     often = (counts >= 3 * expected) & (counts >= np.maximum(8, _OFTEN * counts.sum()))
@@ -101,10 +97,7 @@ def changes_of(
 
 
 def _contexts(counts: NDArray[np.int64], share: float) -> NDArray[np.int64]:
-    """The first rows of contexts: neighbours are joined while that costs less than a context does.
-
-    ``counts``, ``[exponents, classes]``, are of differences; coding them costs their entropy.
-    """
+    """The first rows of contexts in ``counts``, ``[exponents, classes]``: joined while that costs less."""
     coarse = [*range(16), *range(16, 32, 4), *range(32, CLASSES, 8), *range(CLASSES, counts.shape[1])]
     values = np.add.reduceat(counts, coarse, axis=1)
     groups = list(values[:, values.any(axis=0)])
@@ -132,11 +125,7 @@ def _bits(counts: NDArray[Any], price: float = 0.0) -> float:
 
 
 def _alphabet(counts: NDArray[np.int64], hot: NDArray[np.uint64], width: int, share: float) -> Alphabet:
-    """The symbols that code numbers of ``width`` bits in fewest bits, and their frequencies.
-
-    ``counts`` are ``[contexts, classes]``. Numbers that do not occur are coded by a last symbol, which is in
-    all contexts, and stands for every number.
-    """
+    """The symbols that code numbers of ``width`` bits in fewest bits; the last one, any other number."""
     first, bits = fine_classes(width)
     price, fine = _SYMBOL_BITS * share, counts[:, : len(first)]
     single = np.flatnonzero(counts[:, CLASSES:].any(axis=0))

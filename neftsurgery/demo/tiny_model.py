@@ -130,7 +130,13 @@ def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
 
 def losses_of(model: Any, languages: Languages) -> Losses:
     """The losses on the old task and on the new one."""
-    return Losses(*(_test_loss(model, languages, directions) for directions in (OLD, NEW)))
+
+    def loss(directions: Sequence[Direction]) -> float:
+        examples = languages.draw(np.random.default_rng(languages.seed + 2), directions, _TEST_EXAMPLES)
+        with torch.no_grad():
+            return _loss(model.eval(), languages, examples).item()
+
+    return Losses(loss(OLD), loss(NEW))
 
 
 def logits_of(model: Any, languages: Languages) -> NDArray[np.float32]:
@@ -139,12 +145,6 @@ def logits_of(model: Any, languages: Languages) -> NDArray[np.float32]:
     with torch.no_grad():
         logits: NDArray[np.float32] = model.eval()(input_ids=torch.from_numpy(ids)).logits.numpy()
     return logits
-
-
-def _test_loss(model: Any, languages: Languages, directions: Sequence[Direction]) -> float:
-    examples = languages.draw(np.random.default_rng(languages.seed + 2), directions, _TEST_EXAMPLES)
-    with torch.no_grad():
-        return _loss(model.eval(), languages, examples).item()
 
 
 def _loss(model: Any, languages: Languages, examples: NDArray[np.int64]) -> Tensor:
@@ -167,11 +167,7 @@ _COUNT = 3
 
 @dataclass(frozen=True)
 class Languages:
-    """Three languages with random vocabularies, and word-for-word translation between them.
-
-    A sequence is a sentence in one language, the token of the target language, and the translation. Words are
-    numbers. Which word has which meaning is random, so a model has to memorize each direction of translation.
-    """
+    """Three languages of numbers with random meanings, which have to be learnt, and their translations."""
 
     words: int = 16  # words per language
     length: int = 8  # words per sentence

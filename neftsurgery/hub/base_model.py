@@ -46,10 +46,7 @@ class BaseModel:
 
     @classmethod
     def of(cls, patch: Patch | LosslessPatch, named: str | None) -> BaseModel:
-        """The base that the patch's manifest names, completed by ``named``: ``org/name[@revision]``.
-
-        Raises a `MismatchError` if the manifest names another base or another revision.
-        """
+        """The base that the manifest names, completed by ``named``: ``org/name[@revision]`` that fits it."""
         origin, hub_id = patch.base, None
         if is_repo(origin.repo):
             hub_id = HubId(origin.repo, origin.revision if is_revision(origin.revision) else None)

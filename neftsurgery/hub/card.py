@@ -38,10 +38,7 @@ def write_card(
     figure: str | None = None,
     existing: str | None = None,
 ) -> str:
-    """The README of a patch's repository. Of an ``existing`` one, what an earlier push did not write is kept.
-
-    A `MismatchError` says that it is not a card, or that the part that a push writes is not clear.
-    """
+    """The README of a patch's repository; of a valid ``existing`` one, what no earlier push wrote is kept."""
     block = f"{BEGIN}\n\n{card_text(patch, repo, base, figure)}\n\n{END}"
     hub = client()
     if existing is None:

@@ -14,7 +14,7 @@ from ..progress import Progress, silent
 from ..sources.hub_client import HubFile, fetch_file, find_file, is_offline
 from ..sources.hub_id import HubId
 from ..sources.resolve import Source
-from ..storage.output_checks import refuse_output
+from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import check_sha256, load_patches, require_sha256
 from ..text import printable, size
@@ -80,13 +80,7 @@ class PullPlan:
 
 
 @boundary
-def plan_pull(
-    named: str,
-    out: str | os.PathLike[str] | None = None,
-    *,
-    sha256: str | None = None,
-    force: bool = False,
-) -> PullPlan:
+def plan_pull(named: str, out: AnyPath | None, sha256: str | None, force: bool) -> PullPlan:
     """Check what `pull` needs without fetching the file; arguments and errors as there."""
     (wanted,) = check_sha256(sha256, 1)
     hub_id = HubId.parse(str(named))
@@ -132,4 +126,4 @@ def pull(
         If the patch is damaged, or has another SHA-256; if the Hub refuses (401, 403, gated) or cannot be
         reached, or ``out`` cannot be written. Nothing is written.
     """
-    return plan_pull(named, out, sha256=sha256, force=force).run(progress=progress)
+    return plan_pull(named, out, sha256, force).run(progress=progress)

@@ -225,10 +225,7 @@ def plan_push(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> PushPlan:
-    """Check what `push` needs, and write the card; arguments and errors as there.
-
-    With ``dry_run``, a Hub that refuses or cannot be reached is a warning: the card is that of a new one.
-    """
+    """Check what `push` needs, and write the card; on a ``dry_run``, a silent Hub is a warning."""
     patch = load_any(patch)
     if not is_repo(repo):
         raise UsageError("not the name of a repository", file=repo, hint="name it as org/name")

@@ -85,10 +85,7 @@ def read_repository(repo: str, branch: str) -> Repository:
 def send_commit(
     repository: Repository, files: Files, message: str, *, private: bool | None
 ) -> tuple[str, str]:
-    """Add ``files`` in one commit on top of ``repository.head``, all or nothing; returns it and its parent.
-
-    What does not exist is created. The two commits are equal if all files were there already.
-    """
+    """Add ``files`` in one commit on ``repository.head``; returns both, equal if all files were there."""
     api, repo, parent = client().HfApi(), repository.repo, repository.head
     created = []
     try:

@@ -21,10 +21,7 @@ _SECOND = (Conv1D, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def class_axes(checkpoint: Checkpoint, kinds: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The neuron axes of each kind of weight, a glob of names; none for embeddings; absent if no layer tells.
-
-    The class is built from the config, without weights. A `UsageError` if transformers does not know it.
-    """
+    """The neuron axes of each kind, a glob; none for embeddings; absent if no layer of the class tells."""
     model = meta_model(checkpoint, "saved")
     rules = LoadingRules(model)
     live: dict[str, list[str]] = {}

@@ -63,10 +63,7 @@ class MoveRecorder(TorchFunctionMode):
         return sum(map(len, self._moves.values()))
 
     def follow(self, source: Tensor, offsets: Offsets) -> tuple[Offsets, Offsets]:
-        """Where elements of ``source``, row-major, came out: the numbers of results, and row-major there.
-
-        The number is -1 for an element that no result has. A ValueError if one is in several places.
-        """
+        """Where elements of ``source``, row-major, came out: numbers of results, -1 for none, and where."""
         return self._follow(_storage(source), offsets)
 
     def _follow(self, storage: int, offsets: Offsets) -> tuple[Offsets, Offsets]:

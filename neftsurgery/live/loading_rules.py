@@ -69,10 +69,7 @@ class LoadingRules:
         return str(live), pattern
 
     def find(self, name: str) -> tuple[str, str | None]:
-        """The weight, the first of several, that a tensor becomes, and the pattern of its converter, if any.
-
-        A `MismatchError` if there is none.
-        """
+        """The first weight that a tensor becomes, and its converter's pattern; else a `MismatchError`."""
         if name not in self._found:
             plain = name if name in self.weights else split_part(name)[1]  # a part is attached by itself
             live, pattern = plain, None

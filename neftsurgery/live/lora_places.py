@@ -1,7 +1,4 @@
-"""Where PEFT adapts the tensors of a checkpoint's files, and whether it takes an adapter. Reads no weights.
-
-`PeftPlaces` is the only class that goes by how PEFT matches modules.
-"""
+"""Where PEFT, by how it matches modules, adapts tensors of files, and whether it takes an adapter."""
 
 from __future__ import annotations
 

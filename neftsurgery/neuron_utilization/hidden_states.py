@@ -29,10 +29,7 @@ def mean_hidden_states(
     padding: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Tensor:
-    """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU.
-
-    Each batch goes through the model together; ``padding``, which is masked, fills it up. No head is run.
-    """
+    """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU; no head is run."""
     sums = _StateSums(stack)
     body, device = model.base_model, next(model.parameters()).device
     hooks = sums.register_hooks()

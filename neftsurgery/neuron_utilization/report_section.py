@@ -9,7 +9,6 @@ import numpy as np
 from ..reporting.figure import KIND, LAYER, Column, ReportFigure, Table
 from ..reporting.plotting import ACCENT, CONTRAST, MUTED, MplFigure, annotate, heatmap, new_axes
 from ..reporting.sections import ReportSection
-from ..tensors.arrays import Float64Array
 from ..text import commas, four_digits, label, percent
 from .result import GROUPS, NeuronGroup, Utilization
 
@@ -159,6 +158,8 @@ def _map(found: Utilization, id: str) -> ReportFigure:
     share = np.array(
         [[cells[layer, kind]["all"].mean_share for kind in found.kinds] for layer in found.layers], np.float64
     )  # NaN for a cell without neurons
+    layers = [label(name, 24) for name in found.layers[:_MAX_LAYERS]]
+    kinds = [label(kind, 28) for kind in found.kinds[:_MAX_KINDS]]
     return ReportFigure(
         id,
         "Rank change by layer and kind of weight",
@@ -167,11 +168,5 @@ def _map(found: Utilization, id: str) -> ReportFigure:
         "the neurons moved further. Neurons of untrained weights move too, because their inputs change and "
         "because other neurons overtake them.",
         Table(columns, rows),
-        lambda fig: _draw_map(fig, found, share),
+        lambda fig: heatmap(fig, share[:_MAX_LAYERS, :_MAX_KINDS], layers, kinds),
     )
-
-
-def _draw_map(fig: MplFigure, found: Utilization, share: Float64Array) -> None:
-    rows = [label(name, 24) for name in found.layers[:_MAX_LAYERS]]
-    columns = [label(kind, 28) for kind in found.kinds[:_MAX_KINDS]]
-    heatmap(fig, share[:_MAX_LAYERS, :_MAX_KINDS], rows, columns)

@@ -223,10 +223,7 @@ class Utilization:
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write the numbers of every neuron to a safetensors file, atomically.
-
-        A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
-        """
+        """Write the numbers of every neuron to a safetensors file, atomically; raises as `Selection.save`."""
         refuse_output(path, inputs=[], force=force, kind="file")
         entries = [one for name, tensor in self.tensors.items() for one in _entries(name, tensor.layout)]
         tensors = {

@@ -20,9 +20,7 @@ class TokenChunk:
     """Consecutive tokens of one text that the model sees together."""
 
     ids: Sequence[int]  # the token ids, at least one
-    weight: (
-        float  # of each token in the mean: 1 / (tokens of its text x texts), so that all texts count equally
-    )
+    weight: float  # of each token in the mean: 1 / (tokens of its text x texts): all texts count equally
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,7 @@ class TokenizedText:
 
 
 def tokenize_file(path: str | os.PathLike[str], tokenizer: Any, *, tokens: int, length: int) -> TokenizedText:
-    """Tokenize a text file up to ``tokens`` tokens. Every line that is not blank is a text.
-
-    A long text becomes several chunks of at most ``length`` tokens, special tokens included.
-    """
+    """Tokenize the lines of a text file, up to ``tokens`` tokens, in chunks of at most ``length``."""
     file = Path(path)
     if not file.is_file():
         raise UsageError("there is no such text file", file=file, hint=_TEXT_HINT)

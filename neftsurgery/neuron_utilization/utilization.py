@@ -1,7 +1,4 @@
-"""The verb ``utilization``: rank neurons by correlation with hidden states, before and after a fine-tune.
-
-Those in a block are ranked whose vectors are as wide as the hidden states.
-"""
+"""The verb ``utilization``: rank neurons by correlation with hidden states, before and after a fine-tune."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_KEY
 from ..progress import Progress, silent
 from ..selection.budget import Amount
-from ..selection.selection import Chosen, Selection
+from ..selection.selection import Selection
 from ..sources.resolve import resolve
 from ..storage.output_checks import AnyPath, refuse_output
 from ..surgery.pairing import scored_count
@@ -49,9 +46,7 @@ class UtilizationPlan:
     padding: int  # the token id that fills up short chunks
     tensors: Mapping[str, NeuronTensor]  # whose neurons are ranked
     blocks: Mapping[str, int]  # the number of the block that contains each tensor
-    unranked: (
-        int | None
-    )  # trained neurons that are not ranked; None: only comparing the checkpoints will tell
+    unranked: int | None  # trained neurons that are not ranked; None: comparing the checkpoints will tell
     stack: str  # the name of the list of blocks in the model
     # The options of `utilization`.
     states: States
@@ -207,10 +202,7 @@ def plan_utilization(
 def _ranked_tensors(
     base: Checkpoint, trained: Selection | None, anatomy: str | None, width: int
 ) -> dict[str, NeuronTensor]:
-    """The tensors by name whose neurons are as wide as the hidden states (``width``) and ranked.
-
-    Without ``anatomy``: the paper's ``ffn``, and all tensors of the kinds in which ``trained`` has neurons.
-    """
+    """The ranked tensors; by default the paper's ``ffn``, and all of kinds with ``trained`` neurons."""
     if anatomy is not None and anatomy not in ANATOMIES:
         raise UsageError(
             "only single vectors can be correlated with hidden states",
@@ -219,7 +211,7 @@ def _ranked_tensors(
         )
     trained_axes = {}
     if trained is not None and anatomy is None:  # of the kinds of tensor that have trained neurons
-        chosen = ((layer_and_kind(name)[1], one.layout) for name, one in _own(trained))
+        chosen = ((layer_and_kind(name)[1], one.layout) for name, one in trained.own.items())
         trained_axes = {kind: layout.axes for kind, layout in chosen if layout.width == width}
     found: dict[str, NeuronTensor] = {}
     try:
@@ -242,16 +234,10 @@ def _ranked_tensors(
     return dict(sorted(wide.items()))
 
 
-def _own(trained: Selection) -> list[tuple[str, Chosen]]:
-    """The tensors of a selection without companion biases."""
-    companions = trained.facts.companion_biases
-    return [(name, chosen) for name, chosen in trained.tensors.items() if name not in companions]
-
-
 def _count_unranked(trained: Selection, tensors: Mapping[str, NeuronTensor]) -> int:
     """How many trained neurons are not among those of ``tensors``."""
     count = 0
-    for name, chosen in _own(trained):
+    for name, chosen in trained.own.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.axes != chosen.layout.axes:
             count += len(chosen.index)

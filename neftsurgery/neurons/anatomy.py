@@ -125,10 +125,7 @@ class _Share:
 
 @dataclass
 class _Reader:
-    """Reads one checkpoint. A name is read once for all names that differ from it only in numbers.
-
-    A tensor is judged once for all of its dtype and shape whose names differ only in their layer.
-    """
+    """Reads one checkpoint. Names that differ only in numbers are read once, tensors of all layers too."""
 
     name: str
     tensors: Mapping[str, TensorInfo]

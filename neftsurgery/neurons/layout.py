@@ -30,10 +30,7 @@ _MAX_ELEMENTS = 1 << 62
 
 @dataclass(frozen=True)
 class Layout:
-    """The neurons of a tensor of ``shape`` along the neuron axes ``axes``.
-
-    Raises a ValueError if these are not ascending axes of the shape.
-    """
+    """The neurons of a tensor of ``shape`` along ``axes``; a ValueError if these are not ascending ones."""
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
@@ -138,10 +135,7 @@ def described(info: TensorInfo, axes: Sequence[int] | None = None) -> dict[str, 
 
 
 def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> tuple[TensorInfo, Layout]:
-    """A tensor's ``shape``, ``dtype`` and ``neuron_axes``, from its entry in ``tensors``.
-
-    Raises a `CorruptFileError` if one is missing or makes no sense.
-    """
+    """A tensor's shape, dtype and neuron axes, from its entry; a `CorruptFileError` if one is wrong."""
     if not isinstance(entry, dict):
         raise bad(file, what, "its description is not an object", name)
     shape, dtype, axes = entry.get("shape"), entry.get("dtype"), entry.get("neuron_axes")

@@ -104,10 +104,7 @@ class Submodel:
         return None
 
     def heads(self, parts: Sequence[str]) -> Heads | None:
-        """The heads of the attention block that holds a name, given as its parts; None if not known.
-
-        Where encoder and decoder may differ, the name tells which one it is.
-        """
+        """The heads of the attention block that holds a name, given as its parts; None if not known."""
         side = next((part for part in parts if part in _SIDES), None)
         own = () if side is None else (f"{side}_attention_heads",)
         default = architectures().head_counts.get(self.model_type, (0, None))
@@ -142,10 +139,7 @@ class Submodels:
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | None, implied: str = "", *, depth: int = _MOST_DEEP) -> Submodels:
-        """The submodels of a ``config.json``, read leniently: what it does not state is unknown.
-
-        ``implied`` is the model type of a nested config that does not state it.
-        """
+        """The submodels of a ``config.json``, read leniently; ``implied``: the type if it states none."""
         config = config or {}
         whole = implied or _text(config.get("model_type"))
         parts = architectures().parts.get(whole, {})

@@ -1,7 +1,4 @@
-"""What a tensor's name says about it: whether it counts, its axes, its layer, its block, its bias.
-
-Patterns of names are those of ``fnmatch``, on the whole name, case-sensitive.
-"""
+"""What a tensor's name says: whether it counts, its axes, layer, block, bias. Patterns are ``fnmatch``'s."""
 
 from __future__ import annotations
 
@@ -141,10 +138,7 @@ def block_key(parts: Sequence[str], role: Role) -> tuple[str, str]:
 
 
 def matching(globs: Iterable[str], names: Collection[str], *, option: str | None = None) -> set[str]:
-    """The ``names`` that any of ``globs`` (patterns, or plain names, which cost one lookup each) matches.
-
-    Given an ``option``, such as ``include``, every glob must match something; the `UsageError` names it.
-    """
+    """The ``names`` that any of ``globs`` matches; each must match some if an ``option`` is named."""
     found: set[str] = set()
     for glob in (globs,) if isinstance(globs, str) else globs:
         if _MAGIC.search(glob) is None:

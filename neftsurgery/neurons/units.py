@@ -68,10 +68,7 @@ class UnitMap:
 
 
 def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
-    """Which neurons of a tensor are up rows or down columns: None for all of them.
-
-    Raises a ValueError if the rows of a fused tensor do not halve.
-    """
+    """Which neurons are up rows or down columns, None for all; a ValueError if fused rows do not halve."""
     if role.member != "gate_up" or not isinstance(role.block, FeedForward):
         return None
     half = _divide(inner, 2, "gate and up")
@@ -82,10 +79,7 @@ def up_slice(role: Role, outer: int, inner: int) -> CountedSlice | None:
 
 
 def unit_spans(role: Role, inner: int, heads: Heads | None) -> tuple[UnitSpan, ...]:
-    """How the ``inner`` neurons of a member of a block, on its last neuron axis, are divided among its units.
-
-    ``heads`` are of the attention block, if known. A ValueError says why ``inner`` does not divide.
-    """
+    """How the ``inner`` neurons of a member divide among its units; a ValueError says why they do not."""
     if isinstance(role.block, FeedForward):
         if role.member != "gate_up":
             return (UnitSpan(0, inner, 1),)

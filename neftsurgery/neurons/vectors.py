@@ -108,10 +108,7 @@ def scatter(
     *,
     block: int | None = None,
 ) -> int:
-    """Write ``vectors`` (as `gather` gives them) over those of neurons ``index``; returns bytes written.
-
-    ``offset`` is where the tensor's data starts in the file ``fd``.
-    """
+    """Write ``vectors`` over neurons ``index`` of the tensor at ``offset`` in ``fd``; returns the bytes."""
     if vectors.size == 0:
         return 0
     if layout.contiguous:

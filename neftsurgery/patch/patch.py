@@ -164,8 +164,13 @@ class Patch(PatchFile):
     @cached_property
     def neurons(self) -> int:
         """How many neurons it replaces; companion biases and scales do not count."""
+        return sum(tensor.count for tensor in self.own.values())
+
+    @property
+    def own(self) -> dict[str, PatchTensor]:
+        """What it touches, without companion biases."""
         biases = self.facts.companion_biases
-        return sum(tensor.count for name, tensor in self.tensors.items() if name not in biases)
+        return {name: tensor for name, tensor in self.tensors.items() if name not in biases}
 
     @cached_property
     def parameters(self) -> int:
@@ -276,13 +281,7 @@ class Patch(PatchFile):
 
     @boundary
     def check(self, *, limits: Limits | None = None) -> None:
-        """Compare the patch's hashes with its content; reads all of it.
-
-        Raises
-        ------
-        CorruptFileError
-            If they do not match.
-        """
+        """Compare the patch's hashes with its content, all of it; a `CorruptFileError` if one is wrong."""
         for name, tensor in self.tensors.items():
             before, after = DigestHash(), DigestHash()
             for start, stop in tensor.blocks(None if limits is None else limits.block):

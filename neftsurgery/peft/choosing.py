@@ -39,11 +39,7 @@ class ChosenNeurons:
 def chosen_neurons(
     model: nn.Module, parameters: Mapping[str, Tensor], config: NeftConfig
 ) -> dict[str, ChosenNeurons]:
-    """The neurons by parameter name; ``parameters``: those that may have some.
-
-    Raises a `UsageError` unless the config names either a file or a budget, and a `MismatchError` if the file
-    does not fit the model.
-    """
+    """The neurons that a config's file or budget chooses, by parameter name; only of ``parameters``."""
     budget = config.neurons is not None or config.params is not None
     if bool(config.selection) == budget:
         raise UsageError(

@@ -37,11 +37,7 @@ class TensorLocation(NamedTuple):
 
 
 def locate_tensors(names: Iterable[str]) -> dict[str, TensorLocation]:
-    """The layer and the kind of each tensor of a model, by name.
-
-    If no name has a layer number, as in small networks, each module counts as a layer, and a tensor's name
-    within its module as its kind.
-    """
+    """The layer and kind of each tensor; where no name has a layer number, its module and own name."""
     found = {name: TensorLocation(*layer_and_kind(name)) for name in names}
     if any(location.layer for location in found.values()):
         return found
@@ -83,9 +79,7 @@ class LayerMap:
     @classmethod
     def of_patch(cls, patch: Patch) -> LayerMap:
         """The map of the neurons that a patch replaces, companion biases not counted."""
-        companions = patch.facts.companion_biases
-        tensors = {name: tensor for name, tensor in patch.tensors.items() if name not in companions}
-        return cls.of_counts({name: (t.count, t.layout.count) for name, t in tensors.items()})
+        return cls.of_counts({name: (t.count, t.layout.count) for name, t in patch.own.items()})
 
     @classmethod
     def of_scores(cls, scores: Scores, selection: Selection) -> LayerMap:
@@ -209,10 +203,7 @@ def draw_layer_map(fig: MplFigure, found: LayerMap, columns: int = _MOST_COLUMNS
 def layer_map_lines(
     found: LayerMap, *, blocks: bool = True, layers: int = 40, kinds: int = 12
 ) -> Iterator[str]:
-    """The layer map as text: one line per kind of weight, one character per layer, in ASCII or blocks.
-
-    If there are many, layers share a character, and the kinds with the fewest chosen neurons a line.
-    """
+    """The map as text: a line per kind of weight, a character per layer, or several, in ASCII or blocks."""
     if not found.neurons:
         return
     folded = found.folded(len(found.layers), kinds)

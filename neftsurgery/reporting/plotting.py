@@ -198,10 +198,7 @@ def heatmap(
     top: float | None = None,
     **labels: Any,
 ) -> Any:
-    """Draw shares ``[rows, columns]``, NaN where empty, as coloured cells with their percentages: a QuadMesh.
-
-    The share ``top``, by default the largest, is lightest. Column labels that would overlap are slanted.
-    """
+    """Draw shares ``[rows, columns]``, NaN where empty, as cells with percentages; ``top`` is lightest."""
     top = top or float(np.nanmax(share, initial=0.0)) or 1.0
     many, small = len(rows) > 48, len(rows) > 48 or len(columns) > 10
     longest = max(map(len, columns))

@@ -14,10 +14,7 @@ _SHOWN = 20
 
 
 def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...]:
-    """The neurons that quantization hurt most, and what it cost each weight.
-
-    Empty unless one side of the scores, and one only, stores weights as codes.
-    """
+    """What quantization cost neurons and weights; empty unless just one side of the scores stores codes."""
     if len(scores.quantized) != 1:
         return ()
     tensors, found = list[str](), list[Float64Array]()

@@ -210,10 +210,7 @@ def plan_report(
     other_inputs: Sequence[AnyPath] = (),
     **budget: Any,
 ) -> ReportPlan:
-    """Open and check the inputs, and choose the neurons; parameters and errors are those of `report`.
-
-    ``other_inputs``: those of sections to append, which no output may replace; then ``named`` may be empty.
-    """
+    """Open the inputs of `report`, and choose neurons; ``other_inputs``: those of sections to append."""
     paths = [named] if isinstance(named, str | os.PathLike) else list(named)
     if out is not None or figures is not None:
         require_matplotlib()

@@ -126,10 +126,7 @@ def _edges(values: Float64Array, log: bool) -> Float64Array:
 
 
 def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
-    """The neurons or units with the highest scores.
-
-    ``smaller`` is the share of all that have a smaller base vector. Without sums, norms and changes are NaN.
-    """
+    """The neurons or units with the highest scores; what the file does not tell of them is NaN."""
     score, word, count = candidates.score_name, candidates.word, len(candidates)
     locations = locate_tensors(candidates.tensors)
 

@@ -1,7 +1,4 @@
-"""How much to choose, and by which rule: values that are checked once, where they are made.
-
-Their options are declared in `neftsurgery.options`.
-"""
+"""How much to choose, and by which rule: the values of options, checked once, where they are made."""
 
 from __future__ import annotations
 

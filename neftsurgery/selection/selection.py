@@ -152,8 +152,7 @@ class Selection:
     @cached_property
     def neurons(self) -> int:
         """How many neurons are chosen, bias elements not counted."""
-        biases = self.facts.companion_biases
-        return sum(len(chosen.index) for name, chosen in self.tensors.items() if name not in biases)
+        return sum(self.counts.values())
 
     @cached_property
     def parameters(self) -> int:
@@ -180,8 +179,13 @@ class Selection:
     @property
     def counts(self) -> dict[str, int]:
         """How many per tensor: what ``like=`` takes. Companion biases are left out."""
+        return {name: len(chosen.index) for name, chosen in self.own.items()}
+
+    @property
+    def own(self) -> dict[str, Chosen]:
+        """What is chosen, without companion biases."""
         biases = self.facts.companion_biases
-        return {name: len(c.index) for name, c in self.tensors.items() if name not in biases}
+        return {name: chosen for name, chosen in self.tensors.items() if name not in biases}
 
     def require_fit(self, *checkpoints: Checkpoint) -> None:
         """Raise a `MismatchError` if no neuron is chosen, or a checkpoint lacks one of the tensors."""
@@ -193,10 +197,7 @@ class Selection:
 
     @boundary
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write a selection file, whole or not at all.
-
-        A `UsageError` says that ``path`` exists (without ``force``), a `MachineError` that writing failed.
-        """
+        """Write a selection file, whole or not at all; without ``force``, a `UsageError` if it exists."""
         refuse_output(path, inputs=[], force=force, kind="file")
         entries = [
             TensorInfo(f"{name}:index", index_dtype(c.layout.count), (len(c.index),))

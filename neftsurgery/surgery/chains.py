@@ -116,11 +116,7 @@ def require_end(patch: LosslessPatch, checkpoint: Checkpoint, *ends: Provenance)
 
 
 def chain_of(folder: Path, last: int | None) -> list[LosslessPatch]:
-    """The patches of a folder, each followed by the next, up to number ``last``.
-
-    The number of a patch is the last number in its file's name. None if the folder holds no lossless patch.
-    Raises a `UsageError` if none has that number, and a `MismatchError` if they are not one chain.
-    """
+    """The chain of patches in a folder, up to the one with ``last`` in its name; empty if there is none."""
     paths = [path for path in sorted(folder.glob("*.safetensors")) if PATCH_KEY in read_header(path).metadata]
     found = [patch for patch in map(load_any, paths) if isinstance(patch, LosslessPatch)]
     if not found:

@@ -115,8 +115,7 @@ class RewritePlan:
         found = distinct_counts(
             (tensor.info, tensor.layout, rows.patch.index(name))
             for rows in self.rows
-            for name, tensor in rows.patch.tensors.items()
-            if name not in rows.patch.facts.companion_biases
+            for name, tensor in rows.patch.own.items()
         )
         return sum(found.values())
 

@@ -94,11 +94,6 @@ def _relative(base: float, delta: float) -> float:
     return math.sqrt(delta / base) if base > 0 else math.inf if delta else 0.0
 
 
-def _cosine(base: float, delta: float, dot: float) -> float:
-    size = math.sqrt(base) * math.sqrt(max(base + 2 * dot + delta, 0.0))
-    return (base + dot) / size if size > 0 else math.nan
-
-
 def summarize(scores: Scores, *, top: int = 10) -> Summary:
     """Sum scores up, tensor by tensor. Without sums in the file, what needs them is NaN or empty."""
     changed = sum(int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed"))
@@ -111,6 +106,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
     layers.pop("", None)
     kinds = _grouped([layer_and_kind(name)[1] for name in names], sums)
     base, delta, dot = _grouped([""] * len(names), sums).get("", np.zeros(len(_SUMS))).tolist()
+    norms = math.sqrt(base) * math.sqrt(max(base + 2 * dot + delta, 0.0))
     try:
         most = _top(scores, scores.choose(Budget.of(neurons=top)))[:top]
         shares = {budget: scores.choose(Budget.of(neurons=budget)).facts.captured for budget in _BUDGETS}
@@ -120,7 +116,7 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         scores.neurons,
         changed,
         scores.nonfinite,
-        _cosine(base, delta, dot),
+        (base + dot) / norms if norms > 0 else math.nan,
         _relative(base, delta),
         _moved(layers, delta),
         _moved(kinds, delta),

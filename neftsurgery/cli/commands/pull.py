@@ -27,7 +27,7 @@ def command(console: Console, named: str, out: str, sha256: str | None, force: b
       neftsurgery pull me/llama-french@v2 -o neuron_patch.safetensors --force
       neftsurgery pull me/llama-french -o neuron_patch.safetensors --sha256 9f86d081...
     """
-    plan = plan_pull(named, out, sha256=sha256, force=force)
+    plan = plan_pull(named, out, sha256, force)
     answer = plan.describe() | {"dry_run": dry_run}
     if dry_run:
         console.say(f"would {plan}")

@@ -6,10 +6,11 @@ from typing import Any
 
 import click
 
+from ...errors import MismatchError
 from ...options import BudgetOptions, SeedOptions, SelectOptions
 from ...scoring.scores import Scores
-from ...selection.selection import Selection
-from ...surgery.select import plan_select
+from ...selection.budget import Budget
+from ...storage.output_checks import refuse_output
 from ...text import commas, natural_key, percent, plural
 from ..console import Console
 from ..options import options_of, output_option, take_budget, writing_options
@@ -32,11 +33,14 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
     """
     budget, inputs = take_budget(options, SelectOptions)
     with Scores.load(scores) as loaded:
-        plan = plan_select(loaded, budget, out=out, inputs=inputs, force=force)
-        console.warn(plan.warnings)
-        selection, facts = plan.selection, plan.describe()
+        refuse_output(out, inputs=[scores, *inputs], force=force, kind="file")
+        checked = Budget.of(**budget)
+        selection, warnings = loaded.choose(checked), checked.warnings(loaded.units or loaded.neurons)
+        if not selection.tensors:
+            raise MismatchError("no neuron is chosen", file=scores, hint="the threshold may be too high")
+        console.warn(warnings)
         if not dry_run:
-            plan.run()
+            selection.save(out, force=force)
         console.say(
             f"{'would choose' if dry_run else 'chose'} {plural(selection.neurons, 'neuron')} of "
             f"{commas(loaded.neurons)} in {plural(len(selection.tensors), 'tensor')}, "
@@ -46,12 +50,11 @@ def command(console: Console, scores: str, out: str, force: bool, dry_run: bool,
         captured = selection.facts.captured
         if captured is not None:
             console.say(f"they hold {percent(captured)} of the whole change")
-        console.say_table(_largest(selection), right=[1])
+        most = sorted(selection, key=lambda chosen: (-len(chosen.index), natural_key(chosen.info.name)))[:5]
+        cells = ((one.info.name[:120], len(one.index), one.layout.count) for one in most)
+        console.say_table([[name, commas(n), f"of {commas(count)}"] for name, n, count in cells], right=[1])
         if not dry_run:
             console.say(f"wrote {out}")
-        console.answer(facts, dry_run=dry_run)
-
-
-def _largest(selection: Selection, count: int = 5) -> list[list[str]]:
-    most = sorted(selection, key=lambda chosen: (-len(chosen.index), natural_key(chosen.info.name)))[:count]
-    return [[c.info.name[:120], commas(len(c.index)), f"of {commas(c.layout.count)}"] for c in most]
+        facts = {"neurons": loaded.neurons, **selection.describe(), "parameters": loaded.parameters}
+        facts |= {"captured": captured, "captured_scored": selection.facts.captured_scored}
+        console.answer(facts | {"out": out, "warnings": warnings}, dry_run=dry_run)

@@ -52,12 +52,9 @@ class TrainingDemo(DemoSession):
         self._languages = Languages(seed=seed)
         self.trained: list[TrainedModel] = []
 
+    @single_thread()
     def run(self) -> dict[str, bool]:
         """Run the demo; returns whether each check passed."""
-        with single_thread():
-            return self._run()
-
-    def _run(self) -> dict[str, bool]:
         diff, select, control, apply, verify, revert, report = TRAINING_LINES
         base, tuned, patched = (self.folder / name for name in ("base", "tuned", "patched"))
         model = new_model(self._languages, self._seed)
