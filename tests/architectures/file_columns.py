@@ -32,7 +32,9 @@ def diff_column(case: TinyCheckpoints, column: Column, scores: Scores, by_hand: 
     """Whether every scored tensor has its axes, and every other one is no weight of a layer."""
     config, infos = read_files(case.base)
     axes = {name: tensor.layout.axes for name, tensor in scores.tensors.items()}
-    reasons = {entry.info.name: entry.reason for entry in read_anatomy("rows", infos, config).listed}
+    anatomy = read_anatomy("rows", infos, config)
+    reasons = {entry.info.name: entry.reason for entry in anatomy.listed}
+    warned = any("weights count as [out, in" in warning for warning in anatomy.warnings)
     column.counts = {"scored": len(axes), "left out": len(reasons)}
     try:
         live = live_tensors(case.found.model)
@@ -45,7 +47,9 @@ def diff_column(case: TinyCheckpoints, column: Column, scores: Scores, by_hand: 
         if name not in infos or len(tensor.shape) < 2:
             continue
         told = ORDERS.get(tensor.verdict)
-        if name in axes and told != axes[name] and not (told is None and name.endswith(by_hand)):
+        if name in axes and told is None and warned:
+            column.leave("counts as [out, in], with a warning", name)
+        elif name in axes and told != axes[name] and not (told is None and name.endswith(by_hand)):
             shape = list(tensor.shape)
             raise Wrong(f"{name} {shape}: read along {axes[name]}, and live it is {tensor.verdict}")
         if name not in axes and told is not None and reasons.get(name) not in _NOTHING_TO_SCORE:

@@ -115,7 +115,10 @@ def _gradients(
     loss, own = _loss(plain, case.found.inputs), None
     if loss is None:
         return {"no gradient": 1}
-    loss.backward()
+    try:
+        loss.backward()
+    except AssertionError:  # Reformer has gradients in training mode alone, where its hashes are random
+        return {"no gradient": 1}
     own = _loss(model, case.found.inputs)
     whole = {
         name: torch.zeros_like(value) if value.grad is None else value.grad
