@@ -92,7 +92,7 @@ def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def far(first: list[torch.Tensor], second: list[torch.Tensor], tolerance: float = 1e-5) -> float:
+def far(first: list[torch.Tensor], second: list[torch.Tensor], tolerance: float = 5e-5) -> float:
     """The largest difference relative to the largest value of its tensor; 0 if within the tolerance."""
     if [one.shape for one in first] != [one.shape for one in second]:
         return float("inf")
