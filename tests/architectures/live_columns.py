@@ -170,7 +170,7 @@ def _step(attached: ns.Attached) -> None:
 
 def lora_column(case: TinyCheckpoints, column: Column) -> None:
     """Export rows as LoRA, load them by PEFT, merge: the patched model."""
-    inputs = case.found.inputs if case.runs else None
+    inputs = case.found.inputs if case.plain is not None and case.runs else None
     found = lora_round(case.base, case.tuned, case.folder / "lora", inputs=inputs)
     column.counts = {"tensors": found.tensors, **found.forms}
     for name, reason in found.refused.items():

@@ -34,6 +34,7 @@ class TinyCheckpoints:
         logging.getLogger("transformers").setLevel(logging.CRITICAL)
         self.base, self.tuned = self.folder / "base", self.folder / "tuned"
         self.found.model.save_pretrained(self.base)
+        self._sums = _sums(self.found.model)
         self.found.model = self.found.model.to("meta")  # from here on, what the files hold
         tuned = {name: _moved(name, value) for name, value in tensors_in(self.base).items()}
         write_like(self.base, self.tuned, tuned)
@@ -42,10 +43,14 @@ class TinyCheckpoints:
     def plain(self) -> Any:
         """The base as transformers loads it. Do not change it."""
         try:
-            return self.load(self.base)
+            model = self.load(self.base)
         except Exception as error:
             told = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
             raise Unusable(f"transformers does not load what it saved: {told}") from error
+        others = [name for name, value in _sums(model).items() if self._sums.get(name, value) != value]
+        if others:
+            raise Unusable(f"transformers does not load what it saved: {others[0]} has other values")
+        return model
 
     def load(self, folder: Path) -> Any:
         """The model of a folder, in evaluation mode."""
@@ -82,6 +87,10 @@ class TinyCheckpoints:
             model, inputs = model.to(dtype), in_dtype(inputs, dtype)
         with torch.no_grad():
             return outputs(model, inputs)
+
+
+def _sums(model: Any) -> dict[str, float]:
+    return {name: float(value.detach().double().sum()) for name, value in model.named_parameters()}
 
 
 def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
