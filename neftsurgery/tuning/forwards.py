@@ -149,6 +149,8 @@ def _chosen_bias(neurons: AttachedNeurons, bias: Tensor | None, x: Tensor) -> Te
 class _Convolution(LayerForward):
     """`torch.nn.Conv1d`, ``Conv2d`` and ``Conv3d``, with even zero padding."""
 
+    in_place = True
+
     def covers(self, module: Any) -> bool:
         return bool(module.padding_mode == "zeros" and module.groups == 1)
 
@@ -159,10 +161,15 @@ class _Convolution(LayerForward):
         convolve: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
         geometry = (module.stride, module.padding, module.dilation)
         out: Tensor = convolve(x, weight, bias, *geometry)
-        for neurons in layer.overlaid_outputs:
+        trained = layer.scattered if torch.is_grad_enabled() else []
+        for neurons in [*layer.overlaid_outputs, *trained]:
             kernel = neurons.rows.to(x.dtype).view(-1, *weight.shape[1:])
-            chosen = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry)
-            out = out.index_copy(1, neurons.index, chosen.to(out.dtype))
+            chosen = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry).to(out.dtype)
+            if (
+                neurons.mode == "scatter" and trained
+            ):  # only the gradient; the value is the plain layer's, to the bit
+                chosen = chosen - chosen.detach() + out.index_select(1, neurons.index).detach()
+            out = out.index_copy(1, neurons.index, chosen)
         return out
 
 
