@@ -15,6 +15,8 @@ import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
 from neftsurgery.live.lora_places import PeftPlaces
 
+from .tiny_checkpoints import rounded
+
 __all__ = ["LoraOutcome", "lora_round"]
 
 
@@ -122,18 +124,7 @@ def _outputs(base: Path, folder: Path, inputs: dict[str, Any]) -> str:
         off, moved = apart(run(_adapted(base, folder)[0]), expected), apart(plain, expected)
         if off <= 1e-3 * moved + 1e-6:
             return "equal"
-        rounded = apart(run(_rounded(_load(folder / "applied"))), expected)
+        noise = apart(run(rounded(_load(folder / "applied"))), expected)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return "equal within rounding" if off <= 4 * rounded else f"off by {off:.3g} of {moved:.3g}"
-
-
-def _rounded(model: Any) -> Any:
-    """The model with its weights a rounding apart: norms of few elements are moved far by that."""
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.is_floating_point():
-                bits = torch.randint(-1, 2, weight.shape, generator=draw)
-                weight.mul_(1 + bits * torch.finfo(weight.dtype).eps)
-    return model
+    return "equal within rounding" if off <= 4 * noise else f"off by {off:.3g} of {moved:.3g}"
