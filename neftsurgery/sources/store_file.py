@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import MachineError, NeftError, UsageError
 from ..text import printable
+from ..version import install_command
 from .hub_errors import redacted
 from .web_file import AbsentError, FailedError, RangedFile, RefusedError, replaced
 
@@ -29,7 +30,7 @@ def open_store(scheme: str) -> Any:
         options = {} if scheme == "s3" else {"version_aware": True}
         return fsspec.filesystem(scheme, use_listings_cache=False, **options)
     except ImportError as error:
-        driver, hint = "s3fs" if scheme == "s3" else "gcsfs", "pip install 'neftsurgery[remote]'"
+        driver, hint = "s3fs" if scheme == "s3" else "gcsfs", install_command("remote")
         raise UsageError(f"reading {scheme}:// needs {driver}, which is not there", hint=hint) from error
 
 

@@ -21,7 +21,7 @@ def test_a_branch_that_a_push_creates_is_told_even_if_it_needs_no_commit(hub, se
     )
     assert [result.code for result in results] == [0] * 5, results
     assert "created me/patch" in results[0].out
-    assert "me/patch (v9, a new branch)" in results[1].out
+    assert "me/patch (v9, a new branch)" in results[1].err
     made = results[2].out.splitlines()
     assert made[0] == "created branch v9"
     assert made[1] == "no commit was needed: me/patch has this patch and this card already"

@@ -24,4 +24,4 @@ def test_a_recipe_pushes_its_patch(hub: Hub, on_hub: Callable[..., Result], tmp_
     assert result.json["pushed"] == f"{hub.address}/me/shouter"
     patch = (tmp_path / "run" / "neuron_patch.safetensors").read_bytes()
     assert hub.read("me/shouter", "neuron_patch.safetensors") == patch
-    assert "`base_dev_loss`" in hub.read("me/shouter", "README.md").decode()
+    assert "Loss on held-out examples: **" in hub.read("me/shouter", "README.md").decode()

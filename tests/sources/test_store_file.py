@@ -103,4 +103,4 @@ def test_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(UsageError, match="reading gs:// needs gcsfs") as raised:
         resolve("gs://bucket/m")
-    assert raised.value.hint == "pip install 'neftsurgery[remote]'"
+    assert raised.value.hint == "in a clone of neftsurgery: pip install '.[remote]'"
