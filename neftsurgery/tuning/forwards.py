@@ -1,9 +1,9 @@
 """Forward passes of the common layer types, with neurons attached to their weights.
 
-In scatter mode the frozen weight of a linear layer already contains the neurons' values, so the forward pass
-only gives them gradients (see `frozen_weights`). In overlay mode, and in other layers, the weight is not read
-there: chosen outputs are computed separately and replace those of the weight; chosen inputs are zeroed before
-the weight is applied, and their contribution is added.
+In scatter mode the frozen weight of a linear layer or convolution already contains the neurons' values, so
+the forward pass only gives them gradients (see `frozen_weights`). In overlay mode, and in other layers, the
+weight is not read there: chosen outputs are computed separately and replace those of the weight; chosen
+inputs are zeroed before the weight is applied, and their contribution is added.
 """
 
 from __future__ import annotations
@@ -165,9 +165,8 @@ class _Convolution(LayerForward):
         for neurons in [*layer.overlaid_outputs, *trained]:
             kernel = neurons.rows.to(x.dtype).view(-1, *weight.shape[1:])
             chosen = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry).to(out.dtype)
-            if (
-                neurons.mode == "scatter" and trained
-            ):  # only the gradient; the value is the plain layer's, to the bit
+            if neurons.mode == "scatter" and trained:
+                # The gradient alone is the rows': the value is the plain layer's, to the bit.
                 chosen = chosen - chosen.detach() + out.index_select(1, neurons.index).detach()
             out = out.index_copy(1, neurons.index, chosen)
         return out
