@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     chosen = [name for name in options.only.split(",") if name]
     if options.command == "experts":
-        return experts(chosen or EXPERTS.split())
+        return experts(chosen or EXPERTS)
     names = chosen or ([] if options.keep else model_types())
     if options.command == "sweep":
         trials = options.state / "trials"
