@@ -161,14 +161,18 @@ class _Convolution(LayerForward):
         convolve: Any = (functional.conv1d, functional.conv2d, functional.conv3d)[weight.dim() - 3]
         geometry = (module.stride, module.padding, module.dilation)
         out: Tensor = convolve(x, weight, bias, *geometry)
-        trained = layer.scattered if torch.is_grad_enabled() else []
-        for neurons in [*layer.overlaid_outputs, *trained]:
+
+        def chosen(neurons: AttachedNeurons) -> Tensor:
             kernel = neurons.rows.to(x.dtype).view(-1, *weight.shape[1:])
-            chosen = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry).to(out.dtype)
-            if neurons.mode == "scatter" and trained:
-                # The gradient alone is the rows': the value is the plain layer's, to the bit.
-                chosen = chosen - chosen.detach() + out.index_select(1, neurons.index).detach()
-            out = out.index_copy(1, neurons.index, chosen)
+            computed: Tensor = convolve(x, kernel, _chosen_bias(neurons, bias, x), *geometry)
+            return computed.to(out.dtype)
+
+        for neurons in layer.overlaid_outputs:
+            out = out.index_copy(1, neurons.index, chosen(neurons))
+        for neurons in layer.scattered if torch.is_grad_enabled() else ():
+            # The gradient alone is the rows': the value is the plain layer's, to the bit.
+            new, value = chosen(neurons), out.index_select(1, neurons.index).detach()
+            out = out.index_copy(1, neurons.index, new - new.detach() + value)
         return out
 
 
