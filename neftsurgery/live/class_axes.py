@@ -32,29 +32,27 @@ def class_axes(checkpoint: Checkpoint, kinds: Iterable[str]) -> dict[str, tuple[
             continue
     told: dict[str, tuple[int, ...]] = {}
     for kind in kinds:
-        of_kind = ((one, names) for one, names in live.items() if fnmatchcase(names[0], kind))
-        first = next(of_kind, None)
-        axes = first and _file_axes(model, checkpoint, *first)
+        of_kind = ((one, name) for one, names in live.items() for name in names if fnmatchcase(name, kind))
+        weight, name = next(of_kind, ("", ""))
+        axes = _file_axes(model, checkpoint, weight, name, live[weight]) if name else None
         if axes is not None:
             told[kind] = axes
     return told
 
 
 def _file_axes(
-    model: nn.Module, checkpoint: Checkpoint, live: str, names: list[str]
+    model: nn.Module, checkpoint: Checkpoint, live: str, name: str, names: list[str]
 ) -> tuple[int, ...] | None:
-    """The neuron axes in the files of the first of ``names``, of which the weight ``live`` is made."""
+    """The neuron axes in the files of ``name``, one of the ``names`` of which the weight ``live`` is made."""
     wanted = _live_axes(model, live)
     if not wanted:
         return wanted
-    shapes = {name: checkpoint.tensors[name].shape for name in names}
+    shapes = {one: checkpoint.tensors[one].shape for one in names}
     for axes in _ORDERS:
-        if axes[-1] < len(shapes[names[0]]):
-            layouts = {
-                name: Layout(shape, axes if name == names[0] else ()) for name, shape in shapes.items()
-            }
+        if axes[-1] < len(shapes[name]):
+            layouts = {one: Layout(shape, axes if one == name else ()) for one, shape in shapes.items()}
             try:
-                places = live_places(model, layouts)[names[0]]
+                places = live_places(model, layouts)[name]
             except MismatchError:
                 continue
             if all(place.layout.axes == _live_axes(model, place.parameter) for place in places):

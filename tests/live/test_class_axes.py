@@ -10,7 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from neftsurgery.checkpoint.checkpoint import Checkpoint
@@ -71,6 +78,14 @@ def test_layers_tell_the_axes_and_others_tell_nothing(folder: Path) -> None:
         "down.weight": (0,),
         "experts.weight": (0, 1),
     }
+
+
+def test_each_of_the_tensors_that_the_loader_merges_is_told(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=30, num_key_value_heads=1, num_local_experts=3, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    kinds = [f"model.layers.*.block_sparse_moe.experts.*.w{number}.weight" for number in (1, 2, 3)]
+    assert class_axes(Checkpoint.read(resolve(tmp_path)), kinds) == dict.fromkeys(kinds, (0,))
 
 
 def test_inspect_says_what_to_give(folder: Path) -> None:
