@@ -7,6 +7,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness.names import some_of
+
 RESULTS = "lossless.json"
 PARTS = {
     "minilm": "all-MiniLM-L6-v2, rounded to bf16 first",
@@ -60,19 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = NEEDS
     work = Path(tempfile.gettempdir()) / "neftsurgery-lossless"
     add = parser.add_argument
-    add("--only", type=_parts, default=tuple(PARTS), help=f"some of: {', '.join(PARTS)}")
+    add("--only", type=some_of(PARTS, "part"), default=tuple(PARTS), help=f"some of: {', '.join(PARTS)}")
     add("--rounds", type=int, default=3, help="turns of each contestant (default: 3)")
     add("--steps", type=int, default=12, help="steps of the SFT and the LoRA (default: 12)")
     add("--curve", type=_steps, default=(12, 25, 50, 100, 200), help="steps of the curve, increasing")
     add("--work", type=Path, default=work, help=f"folder of the tuned models, kept (default: {work})")
     add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-lossless.md")
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    names = text.split(",")
-    if unknown := set(names) - set(PARTS):
-        raise argparse.ArgumentTypeError(f"no such part: {', '.join(sorted(unknown))}")
-    return tuple(part for part in PARTS if part in names)
 
 
 def _steps(text: str) -> tuple[int, ...]:

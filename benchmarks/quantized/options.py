@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.harness.names import some_of
 from benchmarks.harness.sizes import format_size, parse_size
 
 RESULTS = "quantized.json"
@@ -44,14 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=2, help="this tool's threads where files are cached (default: 2)")
     add("--repeat", type=int, default=5, help="rounds (default: 5); torch takes part in two at most")
     add("--no-rivals", dest="rivals", action="store_false", help="measure only this tool and the reads")
-    add("--only", type=_layouts, default=tuple(LAYOUTS), help=f"some of: {', '.join(LAYOUTS)}")
+    add(
+        "--only",
+        type=some_of(LAYOUTS, "layout"),
+        default=tuple(LAYOUTS),
+        help=f"some of: {', '.join(LAYOUTS)}",
+    )
     add("--quick", action="store_true", help="smoke test: megabytes, one round; the figures mean nothing")
     add("--work", type=Path, help="folder for temporary checkpoints (default: the temporary folder)")
     add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-quantized.md")
-
-
-def _layouts(text: str) -> tuple[str, ...]:
-    names = text.split(",")
-    if unknown := set(names) - set(LAYOUTS):
-        raise argparse.ArgumentTypeError(f"no such layout: {', '.join(sorted(unknown))}")
-    return tuple(layout for layout in LAYOUTS if layout in names)

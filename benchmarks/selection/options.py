@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.names import some_of
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.text import Sizes
 
@@ -157,15 +158,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", choices=TASKS, default=TASKS[0], help="the task of fine-tuning (default: translation)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device (default: cpu)")
     add("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
-    add("--only", type=_names, default=(), help=f"some of: {', '.join(ARMS)}")
+    add("--only", type=some_of(ARMS, "arm"), default=(), help=f"some of: {', '.join(ARMS)}")
     add("--minutes", type=float, default=float("inf"), help="start no run after this; resume later")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch threads per process")
     add("--workers", type=int, default=1, help="processes that run arms in parallel (default: 1)")
     add("--quick", action="store_true", help="smoke test: tiny, a few arms; the figures mean nothing")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = set(text.split(","))
-    if unknown := names - set(ARMS):
-        raise argparse.ArgumentTypeError(f"no such arm: {', '.join(sorted(unknown))}")
-    return tuple(name for name in ARMS if name in names)

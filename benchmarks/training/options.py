@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.names import some_of
+
 # Hidden size, feed-forward size, attention heads, key/value heads, vocabulary.
 SHAPES = {
     "tiny": (64, 160, 4, 4, 256),
@@ -108,13 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
     add("--steps", type=int, default=2, help="steps per turn (default: 2)")
     add("--checkpointing", action="store_true", help="gradient checkpointing, for all")
-    add("--only", type=_names, default=(), help=f"some of: {', '.join(ALL_CONTESTANTS)}")
+    add(
+        "--only",
+        type=some_of(ALL_CONTESTANTS, "contestant"),
+        default=(),
+        help=f"some of: {', '.join(ALL_CONTESTANTS)}",
+    )
     add("--quick", action="store_true", help="smoke test: tiny, two rounds; the figures mean nothing")
     add("--out", type=Path, default=Path("docs/benchmarks"), help="results; the page is OUT-training.md")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = text.split(",")
-    if unknown := set(names) - set(ALL_CONTESTANTS):
-        raise argparse.ArgumentTypeError(f"no such contestant: {', '.join(sorted(unknown))}")
-    return tuple(name for name in ALL_CONTESTANTS if name in names)
