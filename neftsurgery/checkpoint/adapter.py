@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
 from ..sources.resolve import Source, resolve
+from ..storage.executors import Seen
 from ..tensors.arrays import Float32Array, IndexArray, RawBytes
 from ..tensors.floats import FLOATS, narrow, widen
 from ..tensors.header import TensorInfo
@@ -62,6 +63,11 @@ class AdaptedWeights(Checkpoint):
         }
         shown = replace(self, tensors={**self.tensors, **short})
         return replace(shown, factors=dict.fromkeys(short)), shown
+
+    @property
+    def seen(self) -> Seen:
+        """As of `Checkpoint`: the files of the base, and the adapter's."""
+        return (*self.base.seen, self.file.seen)
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if a file of the base or the adapter was edited or replaced."""

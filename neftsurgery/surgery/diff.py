@@ -22,7 +22,7 @@ from ..options import (
     CompareOptions,
     DiffOptions,
     PrefixOptions,
-    RunOptions,
+    RunAnywhereOptions,
     Scope,
     ScopeOptions,
     ScoreOptions,
@@ -31,7 +31,7 @@ from ..options import (
 )
 from ..progress import Progress, Stopwatch, silent
 from ..scoring import code_kernels, kernels
-from ..scoring.engine import TensorResult, stream
+from ..scoring.engine import TensorResult
 from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
 from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
@@ -88,7 +88,7 @@ class DiffPlan:
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Scores:
         """Read both sides once, and write the scores."""
         limits = limits or Limits.of()
-        base, tuned, jobs = self.pair.compared
+        base, _, jobs = self.pair.compared
         kernels.prepare(base.tensors[job.info.name].dtype for job in jobs)
         code_kernels.prepare(job.codes[0].weight.kind for job in jobs if job.codes is not None)
         watch = Stopwatch()
@@ -102,12 +102,7 @@ class DiffPlan:
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self.pair, self.score, self.seed, starts, written)
                 with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
-                    apart = (
-                        self.pair.anatomy.name == "units"
-                    )  # whose sums depend on the order of their tensors
-                    for result in stream(
-                        base, tuned, jobs, limits=limits, progress=advance, stacked=not apart
-                    ):
+                    for result in self.pair.results(limits, advance):
                         sink.take(result)
                 sink.finish()
                 for side in (self.pair.base, self.pair.tuned):
@@ -116,7 +111,7 @@ class DiffPlan:
                     dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
                 )
             scores = Scores.read(written.reader())
-        watch.bytes_read = self.pair.bytes_read - before
+        watch.bytes_read = self.pair.nbytes if limits.executor else self.pair.bytes_read - before
         scores.timing = watch.timing
         return scores
 
@@ -172,6 +167,9 @@ def diff(
         That read and score; by default two per core. The result does not depend on it.
     memory:
         Bytes of buffers and mapped files, by default 176 MiB. The result does not depend on it.
+    executor:
+        A ``concurrent.futures.Executor`` whose processes, here or on other machines, see the same paths or
+        URLs: they read and compute instead of threads. The result does not depend on it.
     progress:
         Told of the bytes done.
 
@@ -184,7 +182,7 @@ def diff(
     CorruptFileError, MachineError
         If a file is damaged; if something cannot be read or written.
     """
-    run, compare = split("diff", options, RunOptions, CompareOptions)
+    run, compare = split("diff", options, RunAnywhereOptions, CompareOptions)
     machine = running(run)
     plan = plan_diff(base, tuned, out=out, force=force, **compare)
     warn(log, plan.warnings)

@@ -16,6 +16,7 @@ from ...options import (
     ScopeOptions,
     ScoreOptions,
     SeedOptions,
+    SpreadOptions,
     declared,
 )
 from ...progress import Timing
@@ -40,7 +41,7 @@ from ..options import options_of, output_option, take, take_budget, writing_opti
     is_flag=True,
     help="Keep the replaced values too: revert then needs no base, and the patch is twice as large.",
 )
-@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
+@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions, SpreadOptions)
 @writing_options
 def command(
     console: Console,
