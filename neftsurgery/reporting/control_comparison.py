@@ -75,10 +75,11 @@ class ControlComparison:
             means = 'partly means "small"'
         else:
             means = 'mostly means "large"' if norm.correlation <= -_SAME else 'means more than "small"'
+        chosen = text.commas(self._chosen * self._candidates.step)
         return (
             f'Here "sensitive" {means}: the rank correlation with smallness is '
             f"{text.correlation(norm.correlation)}, and {text.percent(overlap)} of the chosen {self._word}s "
-            f"are among the {text.commas(self._chosen)} smallest (by chance: {text.percent(chance)})."
+            f"are among the {chosen} smallest (by chance: {text.percent(chance)})."
         )
 
     def overlap_figure(self, id: str) -> ReportFigure:
@@ -106,7 +107,7 @@ class ControlComparison:
             f"percent of the most sensitive {self._word}s that a control also chooses, by budget",
             f"The control norm chooses the {self._word}s with the smallest vectors; the control random "
             "chooses at random. The dashed line is the overlap expected by chance. The closer a line is to "
-            "100%, the more the score is the same as that control.",
+            f"100%, the more the score is the same as that control.{self._candidates.note}",
             Table(columns, rows),
             self._draw_overlaps,
             self.verdict,
@@ -139,7 +140,7 @@ class ControlComparison:
             "Squares show the correlation with the control norm (small vectors first). Circles show the "
             f"control random, which is near 0. A square on the right means that the sensitive {self._word}s "
             "have small vectors; on the left, large vectors. A kind of weight can differ from the "
-            "overall value, because its vectors differ in size.",
+            f"overall value, because its vectors differ in size.{self._candidates.note}",
             Table(columns, tuple(rows)),
             self._draw_correlations,
         )

@@ -6,48 +6,41 @@ import numpy as np
 
 from .. import text
 from ..scoring.scores import Scores
-from ..tensors.arrays import Float64Array
 from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
+from .inputs import MOST_SHOWN
 from .layer_map import locate_tensors
-
-_SHOWN = 20
 
 
 def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...]:
     """What quantization cost neurons and weights; empty unless just one side of the scores stores codes."""
     if len(scores.quantized) != 1:
         return ()
-    tensors, found = list[str](), list[Float64Array]()
+    worst, weights = list[tuple[float, int, str, int]](), list[tuple[str, int, float, float]]()
     for batch in scores.batches("base_sq", "delta_sq"):
         with np.errstate(all="ignore"):
             error = np.sqrt(batch.sums["delta_sq"] / batch.sums["base_sq"])
         for tensor, part in zip(batch.tensors, np.split(error, batch.starts[1:]), strict=True):
-            if np.any(part != 0):  # the others are plain numbers on both sides
-                tensors.append(tensor.info.name)
-                found.append(part)
-    if not tensors:
+            if not np.any(part != 0):  # plain numbers on both sides
+                continue
+            known, name = np.where(np.isfinite(part), part, -1.0), tensor.info.name
+            most = np.argsort(-known, kind="stable")[:MOST_SHOWN]
+            worst += [(-float(known[n]), len(weights), name, int(n)) for n in most if known[n] >= 0]
+            worst = sorted(worst)[:MOST_SHOWN]
+            finite = part[np.isfinite(part)]
+            middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
+            weights.append((name, len(part), middle, top))
+    if not weights:
         return ()
-    places = locate_tensors(tensors)
-    every = np.concatenate(found)
-    starts = np.cumsum([0, *map(len, found)])
-    known = np.where(np.isfinite(every), every, -1.0)
-    worst = np.argsort(-known, kind="stable")[:_SHOWN]
-    rows = []
-    for rank, one in enumerate(worst[known[worst] >= 0].tolist(), 1):
-        home = int(np.searchsorted(starts, one, side="right")) - 1
-        rows.append((rank, float(every[one]), tensors[home], int(one - starts[home]), *places[tensors[home]]))
-    weights = list[tuple[str, str, int, float, float]]()
-    for name, errors in zip(tensors, found, strict=True):
-        finite = errors[np.isfinite(errors)]
-        middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
-        weights.append((*places[name], len(errors), middle, top))
+    places = locate_tensors(name for name, *_ in weights)
+    rows = [(rank, -size, name, n, *places[name]) for rank, (size, _, name, n) in enumerate(worst, 1)]
+    by_weight = [(*places[name], count, middle, top) for name, count, middle, top in weights]
     error = Column("relative", "relative error", text.four_digits, bar=True)
     return (
         ReportFigure(
             f"quantization{suffix}",
             "The neurons that quantization hurt most",
             "norm of what quantization changed, relative to the norm of the neuron's vector in the base",
-            f"Each row is a neuron. The {_SHOWN} with the largest error are listed.",
+            f"Each row is a neuron. The {MOST_SHOWN} with the largest error are listed.",
             Table((RANK, error, TENSOR, INDEX, LAYER, KIND), tuple(rows)),
         ),
         ReportFigure(
@@ -63,7 +56,7 @@ def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...
                     Column("median", "median", text.four_digits, bar=True),
                     Column("largest", "largest", text.four_digits, bar=True),
                 ),
-                tuple(sorted(weights, key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))),
+                tuple(sorted(by_weight, key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))),
             ),
         ),
     )

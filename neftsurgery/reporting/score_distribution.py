@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .. import text
 from ..tensors.arrays import Float64Array, Int64Array, Mask
 from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
-from .inputs import Candidates
+from .inputs import MOST_SHOWN, Candidates
 from .layer_map import locate_tensors
 from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
 
@@ -19,7 +19,6 @@ _BINS = 72
 _KINDS = 12
 #: A score whose maximum is more than this many times its median gets a logarithmic axis.
 _SKEWED = 8.0
-_SHOWN = 20  # rows of the table
 
 
 class ScoreDistribution:
@@ -78,7 +77,8 @@ class ScoreDistribution:
             f"{score} score of a {word}, {'logarithmic' if self._log else 'linear'} axis; height: square "
             "root of the share",
             f"One curve per kind of weight. The further right, the more sensitive its {word}s are. The "
-            f"dark part is chosen; the number on the right is its share of that kind.{cut}{zeros}",
+            f"dark part is chosen; the number on the right is its share of that kind.{cut}{zeros}"
+            f"{self._candidates.note}",
             Table(columns, tuple(rows)),
             self._draw,
         )
@@ -136,7 +136,7 @@ def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
     norm, moved = root(candidates.base_sq), root(candidates.delta_sq)
     ordered = np.sort(norm)
     rows = []
-    for rank, i in enumerate(candidates.order[:_SHOWN], 1):
+    for rank, i in enumerate(candidates.order[:MOST_SHOWN], 1):
         tensor, size = candidates.tensors[candidates.tensor[i]], float(norm[i])
         smaller = float(np.searchsorted(ordered, size)) / count if size == size else np.nan
         change = float(moved[i]) / size if size > 0 else np.nan
@@ -160,7 +160,7 @@ def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
         f"Each row is a {word}"
         + (", named by the first of its neurons" if word == "unit" else "")
         + f". If most of the norms are small (few {word}s have a smaller vector), the score may show small "
-        "vectors instead of important ones.",
+        f"vectors instead of important ones.{candidates.note}",
         Table(columns, tuple(rows)),
         lambda fig: _draw(fig, rows, score),
         as_table=True,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TypeAlias
 
 import numpy as np
 
@@ -42,10 +41,6 @@ class TensorResult:
     changed: int
 
 
-#: Pieces of large tensors, or a span of small ones by their numbers.
-Task: TypeAlias = Sequence[TensorPiece] | range
-
-
 def stream(
     base: WeightReader,
     tuned: WeightReader,
@@ -69,7 +64,7 @@ def stream(
     task_bytes = min(max(share, sizes.least_task), sizes.largest_task)
     runs = spans(base, tuned, jobs, sizes.span if stacked else 0)
 
-    def work() -> Iterator[Task]:
+    def work() -> Iterator[Sequence[TensorPiece] | range]:
         for several, group in groupby(runs, key=lambda run: len(run) > 1):
             if several:
                 yield from group
@@ -77,7 +72,7 @@ def stream(
                 alone = [number for run in group for number in run]
                 yield from tasks(jobs, alone, task_bytes, sizes.piece)
 
-    def nbytes(task: Task) -> int:
+    def nbytes(task: Sequence[TensorPiece] | range) -> int:
         return sizes.span if isinstance(task, range) else task_bytes
 
     results = in_order(engine.run, work(), workers, nbytes=nbytes, dispatch=dispatch)
@@ -106,7 +101,9 @@ class Engine:
         self._least_window = sizes.least_window
         self._local = threading.local()
 
-    def run(self, task: Task) -> Sequence[tuple[TensorPiece, PartialSums | TensorResult]]:
+    def run(
+        self, task: Sequence[TensorPiece] | range
+    ) -> Sequence[tuple[TensorPiece, PartialSums | TensorResult]]:
         """Read and sum the pieces of a task, or the tensors of a span; called in the worker threads."""
         return list(self._stacks(task)) if isinstance(task, range) else self._pieces(task)
 

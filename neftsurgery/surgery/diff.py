@@ -59,6 +59,7 @@ class DiffPlan:
     seed: int = 0  # of the score "random"
     out: Path | None = None  # None: a temporary file
     force: bool = False
+    sums: bool = True  # whether the file is to hold the sums that scores derive from
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -98,9 +99,9 @@ class DiffPlan:
             room = dump(
                 SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
             )
-            starts, arrays = _arrays(self.pair)
+            starts, arrays = _arrays(self.pair, SUMS if self.sums else ())
             with written_file(arrays, room, self.out, force=self.force) as written:
-                sink = _Sink(self.pair, self.score, self.seed, starts, written)
+                sink = _Sink(self, starts, written)
                 with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
                     for result in self.pair.results(limits, advance):
                         sink.take(result)
@@ -137,6 +138,7 @@ def diff(
     *,
     out: AnyPath | None = None,
     force: bool = False,
+    sums: bool = True,
     **options: Unpack[DiffOptions],
 ) -> Scores:
     """Score every neuron of a tuned checkpoint against its base.
@@ -150,6 +152,9 @@ def diff(
         Where to write the scores file. None: the scores live in a temporary file until saved.
     force:
         Replace ``out`` if it exists.
+    sums:
+        False: leave out the sums that scores derive from, seven eighths of the file. ``captured``, budgets of
+        all that changed and most of a report need them.
     strip_prefix, add_prefix:
         What is removed from the front of ``tuned``'s tensor names, and put there: ``strip_prefix="module."``.
         With both, it is put where the other was; without ``strip_prefix``, before names that ``base`` lacks.
@@ -184,7 +189,7 @@ def diff(
     """
     run, compare = split("diff", options, RunAnywhereOptions, CompareOptions)
     machine = running(run)
-    plan = plan_diff(base, tuned, out=out, force=force, **compare)
+    plan = plan_diff(base, tuned, out=out, force=force, sums=sums, **compare)
     warn(log, plan.warnings)
     return plan.run(**machine)
 
@@ -195,6 +200,7 @@ def plan_diff(
     *,
     out: AnyPath | None = None,
     force: bool = False,
+    sums: bool = True,
     **options: Unpack[CompareOptions],
 ) -> DiffPlan:
     """Read the headers of two checkpoints and check everything that `diff` needs."""
@@ -205,7 +211,7 @@ def plan_diff(
         raise UsageError("[[seed]] must not be negative", found=seed)
     first, second = open_sides(base, tuned, Prefixes.of(**prefix))
     place = refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    return DiffPlan(pair(first, second, Scope(**scope)), score, seed, place, force)
+    return DiffPlan(pair(first, second, Scope(**scope)), score, seed, place, force, sums)
 
 
 def check_score(score: str) -> None:
@@ -252,20 +258,20 @@ def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[s
     return found
 
 
-def _arrays(plan: Pair) -> tuple[dict[str, int], list[TensorInfo]]:
+def _arrays(plan: Pair, sums: Sequence[str]) -> tuple[dict[str, int], list[TensorInfo]]:
     """Where each tensor's numbers begin in the arrays of the file, and these."""
     counts = {tensor.info.name: tensor.layout.count for tensor in plan.anatomy.scored}
     elements = {name: plan.base.tensors[name].elements for name in plan.companion_biases}
-    return arranged(counts, elements, ["score", *SUMS, *(["unit"] if plan.anatomy.name == "units" else [])])
+    return arranged(counts, elements, ["score", *sums, *(["unit"] if plan.anatomy.name == "units" else [])])
 
 
 class _Sink:
     """Takes results as they come, and writes in batches; the scores of units when their layer is done."""
 
-    def __init__(
-        self, plan: Pair, score: str, seed: int, starts: Mapping[str, int], writer: TensorFileWriter
-    ) -> None:
-        self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
+    def __init__(self, comparison: DiffPlan, starts: Mapping[str, int], writer: TensorFileWriter) -> None:
+        self._score, self._seed, plan = comparison.score, comparison.seed, comparison.pair
+        self._starts, self._writer = starts, writer
+        self._left_out = set() if comparison.sums else {*SUMS}
         self._waiting: list[tuple[list[str], Sums]] = []  # of tensors, by name
         self._neurons, self._last = 0, 0  # of those waiting: how many, and where the last tensor's begin
         self._sides = plan.base, plan.tuned
@@ -312,8 +318,8 @@ class _Sink:
             self._write(self._starts[name], _changes(result.sums))
 
     def _write(self, start: int, numbers: Mapping[str, NDArray[Any]]) -> None:
-        for which, values in numbers.items():
-            self._writer.write(which, start, values)
+        for which in numbers.keys() - self._left_out:
+            self._writer.write(which, start, numbers[which])
 
     def _write_batch(self) -> None:
         waiting = sorted(self._waiting, key=lambda one: self._starts[one[0][0]])

@@ -50,10 +50,10 @@ class Summary:
     """A scores file in a few numbers."""
 
     neurons: int
-    changed_neurons: int  # with a differing bit
+    changed_neurons: int | None  # with a differing bit; None: the file does not tell
     nonfinite: int  # neurons with a NaN or Inf
     cosine: float  # of all scored weights of base and tuned together; NaN if one side is all zeros
-    relative: float  # as in Movement
+    relative: float  # as in Movement; NaN without sums
     layers: tuple[Movement, ...]  # those that moved most first, as kinds
     kinds: tuple[Movement, ...]
     top: tuple[Neuron, ...]  # the most sensitive first
@@ -77,7 +77,7 @@ class Summary:
             "nonfinite": self.nonfinite,
             "cosine": _finite(self.cosine),
             "relative_change": _finite(self.relative),
-            "related": self.related,
+            "related": None if self.changed_neurons is None else self.related,
             "layers": [movement.describe() for movement in self.layers],
             "kinds": [movement.describe() for movement in self.kinds],
             "most_sensitive": [asdict(neuron) for neuron in self.top],
@@ -96,7 +96,7 @@ def _relative(base: float, delta: float) -> float:
 
 def summarize(scores: Scores, *, top: int = 10) -> Summary:
     """Sum scores up, tensor by tensor. Without sums in the file, what needs them is NaN or empty."""
-    changed = sum(int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed"))
+    counts = [int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed")]
     names, totals = list[str](), [np.zeros((0, len(_SUMS)))]
     for batch in scores.batches(*_SUMS):
         names += [tensor.info.name for tensor in batch.tensors]
@@ -114,10 +114,10 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         most, shares = [], {}
     return Summary(
         scores.neurons,
-        changed,
+        sum(counts) if scores.have("changed") else None,
         scores.nonfinite,
         (base + dot) / norms if norms > 0 else math.nan,
-        _relative(base, delta),
+        _relative(base, delta) if names else math.nan,
         _moved(layers, delta),
         _moved(kinds, delta),
         tuple(most),

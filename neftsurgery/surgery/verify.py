@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, Final, Literal, Unpack
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..checkpoint.ties import stored_ties
 from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
 from ..options import RunAnywhereOptions
+from ..patch.delta import DeltaBlock
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.overlap import RowSource, overlay
 from ..patch.patch import Patch
@@ -77,19 +79,16 @@ def examine_blocks(
     delta = patch.forward
     states = {name: TensorState() for name in delta.tensors}
 
-    blocks, dispatch = list(delta.blocks), _dispatch(checkpoint, patch, limits)
-    look, workers = partial(_look, checkpoint, patch), limits.workers(BLOCK_MEMORY)
-    sizes = [block.nbytes for block in blocks]
-    found_in_order = in_order(look, range(len(blocks)), workers, nbytes=sizes.__getitem__, dispatch=dispatch)
-    for number, found in found_in_order:
-        states[blocks[number].info.name].add(*found)
-        advance(blocks[number].nbytes)
+    look, dispatch = partial(_look, checkpoint, patch), _dispatch(checkpoint, patch, limits)
+    workers, size = limits.workers(BLOCK_MEMORY), attrgetter("nbytes")
+    for block, found in in_order(look, delta.blocks, workers, nbytes=size, dispatch=dispatch):
+        states[block.info.name].add(*found)
+        advance(block.nbytes)
     return states
 
 
-def _look(checkpoint: Checkpoint, patch: LosslessPatch, number: int) -> tuple[bool, bool]:
+def _look(checkpoint: Checkpoint, patch: LosslessPatch, block: DeltaBlock) -> tuple[bool, bool]:
     """Whether a block is as in the base, and as patched."""
-    block = patch.forward.blocks[number]
     found, is_base, is_patched = patch.forward.compared(block, checkpoint)
     if is_base:
         patch.forward.decoded(block, found)

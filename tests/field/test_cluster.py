@@ -27,13 +27,17 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder, rng = tmp_path_factory.mktemp("sides"), np.random.default_rng(0)
-    base = llama(512, 1400, 40, 1000, 0)
+    base = llama(512, 1400, 24, 1000, 0)
     tuned = {name: (one.T * (1 + rng.random(len(one), np.float32) ** 8)).T for name, one in base.items()}
     config = {"model_type": "llama", "num_attention_heads": 8, "hidden_size": 512}
-    return write_folder(folder / "base", base, config=config), write_folder(folder / "tuned", tuned, 3, config)
+    return write_folder(folder / "base", base, config=config), write_folder(
+        folder / "tuned", tuned, 3, config
+    )
 
 
-def test_a_worker_that_is_killed_costs_its_pieces(cluster: Any, sides: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_costs_its_pieces(
+    cluster: Any, sides: tuple[Path, Path], tmp_path: Path
+) -> None:
     killed: list[float] = []
 
     with distributed.Client(cluster) as client:

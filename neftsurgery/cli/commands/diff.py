@@ -31,6 +31,14 @@ _MAPPED = "3%"
 @click.argument("base")
 @click.argument("tuned")
 @output_option("SCORES", text="Write the scores to this file.")
+@click.option(
+    "--no-sums",
+    "sums",
+    flag_value=False,
+    default=True,
+    help="Leave out the sums that scores derive from: the file is an eighth as large, and tells no shares of "
+    "the change.",
+)
 @options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions, SpreadOptions)
 @writing_options
 def command(
@@ -121,9 +129,11 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
         if summary.neurons:
             console.say("In the scored neurons nothing differs.")
         return
-    same = summary.neurons - summary.changed_neurons
-    console.say(*_relation(summary))
-    if same:
+    if summary.changed_neurons is None:
+        console.say("Without sums, only the order of the neurons is known.")
+    else:
+        console.say(*_relation(summary))
+    if same := summary.neurons - (summary.changed_neurons or summary.neurons):
         console.say(
             f"{plural(same, 'neuron')} of {commas(summary.neurons)} are bit-identical "
             f"({percent(same / summary.neurons)})."
