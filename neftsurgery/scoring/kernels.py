@@ -13,12 +13,10 @@ element is not finite. `exact_sums` is for those vectors, and for all of F64.
 from __future__ import annotations
 
 import functools
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_name
 from numba import types
 from numba.extending import intrinsic, overload
 
@@ -281,11 +279,6 @@ def exact_sums(dtype: str) -> Callable[..., None]:
             changed[row], finite[row] = differing, good
 
     return kernel
-
-
-def processor() -> str:
-    """The processor that code is compiled for, which orders sums as its vectors are wide."""
-    return os.environ.get("NUMBA_CPU_NAME") or str(get_host_cpu_name())
 
 
 def prepare(dtypes: Iterable[str]) -> None:

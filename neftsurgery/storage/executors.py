@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from ..errors import MachineError, MismatchError, NeftError, UsageError
 from ..version import install_command
@@ -24,24 +24,14 @@ from ..version import install_command
 Seen: TypeAlias = tuple[tuple[object, ...], ...]
 #: Opens files again, and gives what does the work on an item, and the files.
 Reopen: TypeAlias = Callable[[], tuple[Callable[[Any], Any], Seen]]
+#: An executor, what it calls on a lot of items, how many bytes are a lot, and how many lots are under way.
+Dispatch: TypeAlias = tuple[Executor, Callable[[Sequence[Any]], Any], int, int]
 
 _lock = threading.Lock()
 
 
-class Dispatch(NamedTuple):
-    """How items are sent. Made by `neftsurgery.storage.threads.Limits.dispatch`."""
-
-    executor: Executor
-    work: Callable[[Sequence[Any]], list[Any] | NeftError]  # on items that are sent together
-    lot_bytes: int  # of these
-    ahead: int  # how many lots are under way, or wait for their turn
-
-
 def work_there(recipe: bytes, lot: Sequence[Any]) -> list[Any] | NeftError:
-    """Do the work, in the worker. Errors that no other try would mend are returned.
-
-    ``recipe``: a `Reopen`, and what it should see, pickled.
-    """
+    """Do the work, in the worker. Errors that no other try would mend are returned."""
     try:
         with _lock:
             work = _made(recipe)

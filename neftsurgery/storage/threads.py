@@ -60,8 +60,7 @@ class Limits:
             return None
         lot = min(max(nbytes // _SHARE, _LOT_BYTES), _LARGEST_LOT)
         ahead = min(max(self.memory * _RESULT_SHARE // lot, 8), _MOST_AHEAD)
-        work = partial(work_there, pickle.dumps((reopen, seen)))
-        return Dispatch(self.executor, work, lot, ahead)
+        return self.executor, partial(work_there, pickle.dumps((reopen, seen))), lot, ahead
 
 
 def _default_threads() -> int:
@@ -85,7 +84,7 @@ def in_order(
     """
     waiting: deque[tuple[list[Item], Future[Any]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="neft")
-    here = Dispatch(pool, lambda lot: [work(item) for item in lot], _LOT_BYTES, 2 * workers)
+    here: Dispatch = pool, lambda lot: [work(item) for item in lot], _LOT_BYTES, 2 * workers
     executor, send, lot_bytes, ahead = dispatch or here
 
     def first() -> Iterator[tuple[Item, Result]]:

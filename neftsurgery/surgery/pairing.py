@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
+
+from llvmlite.binding import get_host_cpu_name
 
 from ..checkpoint.adapter import AdaptedWeights, open_pair
 from ..checkpoint.checkpoint import Checkpoint
@@ -19,7 +22,6 @@ from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
 from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
-from ..scoring import kernels
 from ..scoring.engine import Engine, TensorResult, stream
 from ..scoring.partial_sums import CUT_SIZES, Job
 from ..storage.executors import Seen
@@ -116,7 +118,8 @@ class Pair:
     @property
     def seen(self) -> Seen:
         """What other processes must see alike for equal bits."""
-        return (*self.base.seen, *self.tuned.seen, ("neftsurgery", __version__, kernels.processor()))
+        processor = os.environ.get("NUMBA_CPU_NAME") or get_host_cpu_name()  # wider vectors round otherwise
+        return (*self.base.seen, *self.tuned.seen, ("neftsurgery", __version__, processor))
 
     def results(self, limits: Limits, progress: Callable[[int], None]) -> Iterator[TensorResult]:
         """Compare the two: as `stream`, by the executor of ``limits`` if it has one."""
