@@ -258,6 +258,10 @@ class DiffOptions(CompareOptions, RunOptions):
     """The keywords of `diff` besides its output."""
 
 
+class ExtractOptions(ChoosingOptions, LosslessOptions):
+    """The keywords of `extract` that say what is kept."""
+
+
 class CutOptions(ChoosingOptions, RunOptions):
     """The keywords of `extract` besides its inputs and output."""
 

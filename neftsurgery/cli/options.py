@@ -174,8 +174,11 @@ def _axis(
 
 
 def take(options: dict[str, Any], group: type) -> dict[str, Any]:
-    """Remove a group's options from ``options``, and return those that were given or have a default."""
+    """Remove a group's options from ``options``, and return those that were given."""
     taken = {name: options.pop(name) for name in declared(group) if name in options}
+    if (context := click.get_current_context(silent=True)) is not None:
+        default = click.core.ParameterSource.DEFAULT
+        taken = {k: v for k, v in taken.items() if context.get_parameter_source(k) is not default}
     return {name: v for name, v in taken.items() if v is not None and v is not False and v != ()}
 
 

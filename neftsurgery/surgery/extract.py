@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from ..neurons.vectors import block_memory, gather
 from ..options import (
     ChoosingOptions,
     CutOptions,
+    ExtractOptions,
+    LosslessOptions,
     PrefixOptions,
     RunOptions,
     Scope,
@@ -43,7 +46,7 @@ from ..storage.threads import Limits
 from ..tensors.arrays import RawBytes
 from ..text import size
 from .diff import DiffPlan, check_score
-from .lossless import CodingAndRun, plan_lossless
+from .lossless import CodingAndRun, LosslessPlan, plan_lossless
 from .pairing import open_sides, pair
 from .quantized_rows import stored_rows
 from .verb import running, warn
@@ -211,24 +214,14 @@ def extract(
     """
     run, choosing = split("extract", options, RunOptions, ChoosingOptions)
     machine = running(run)
-    if lossless:
-        given = [*choosing]
-        given += [name for name, one in (("scores", scores), ("selection", selection)) if one is not None]
-        if given:
-            raise UsageError(f"[[{given[0]}]] does not go with [[lossless]], which keeps every neuron")
-        whole = plan_lossless(
-            base, tuned, reversible=reversible, fast=fast, weights_only=weights_only, out=out, force=force
-        )
-        return whole.run(**machine)
-    if fast or weights_only:
-        raise UsageError(f"[[{'fast' if fast else 'weights_only'}]] is for [[lossless]] patches only")
-    if isinstance(base, Mapping) or isinstance(tuned, Mapping):
-        raise UsageError("tensors in memory are taken with [[lossless=True]] only")
     plan = plan_extract(
         base,
         tuned,
         selection,
         scores=scores,
+        lossless=lossless,
+        fast=fast,
+        weights_only=weights_only,
         reversible=reversible,
         out=out,
         force=force,
@@ -240,30 +233,44 @@ def extract(
 
 
 def plan_extract(
-    base: AnyPath,
-    tuned: AnyPath,
-    selection: Selection | None = None,
+    base: AnyPath | Mapping[str, Any],
+    tuned: AnyPath | Mapping[str, Any],
+    selection: Selection | AnyPath | None = None,
     *,
-    scores: Scores | None = None,
+    scores: Scores | AnyPath | None = None,
     reversible: bool = False,
     inputs: Sequence[AnyPath] = (),
     out: AnyPath | None = None,
     force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
-    **options: Unpack[ChoosingOptions],
-) -> ExtractPlan:
+    **options: Unpack[ExtractOptions],
+) -> ExtractPlan | LosslessPlan:
     """Choose the neurons, scoring first if need be; ``inputs``: files that ``out`` must not replace."""
-    groups = (PrefixOptions, ScopeOptions, SelectOptions, ScoreOptions)
-    prefix, scope, budget, _ = split("extract", options, *groups)
-    if selection is not None and (budget or scores is not None):
-        other = "scores" if scores is not None else next(iter(budget))
-        raise UsageError(f"[[selection]] does not go with [[{other}]]", hint="give one or the other")
+    groups = (LosslessOptions, PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions)
+    coding, prefix, scope, scoring, budget = split("extract", options, *groups)
+    by = {name: one for name, one in (("scores", scores), ("selection", selection)) if one is not None}
+    if coding.pop("lossless", False):
+        others = (*by, *prefix, *scope, *scoring, *budget)
+        _refuse("lossless", others, "a lossless patch keeps every neuron")
+        return plan_lossless(base, tuned, reversible=reversible, out=out, force=force, **coding)
+    for name in (name for name, wanted in coding.items() if wanted):
+        raise UsageError(f"[[{name}]] is for [[lossless]] patches only")
+    if isinstance(base, Mapping) or isinstance(tuned, Mapping):
+        raise UsageError("tensors in memory are taken with [[lossless=True]] only")
+    if len(by) > 1:
+        raise UsageError("[[scores]] and [[selection]] do not go together")
+    for name in by:
+        _refuse(name, (*scope, *scoring), "it is for scoring, which was done before")
+    for name in budget if selection is not None else ():
+        _refuse(name, ["selection"], "give one or the other")
     checked = None if selection is not None else Budget.of(**budget)
-    score = options.get("score", "cosine")
-    check_score(score)
+    check_score(score := scoring.get("score", "cosine"))
+    files = [one for one in by.values() if isinstance(one, str | os.PathLike)]
+    scores = Scores.load(scores) if isinstance(scores, str | os.PathLike) else scores
+    selection = Selection.load(selection) if isinstance(selection, str | os.PathLike) else selection
     first, second = open_sides(base, tuned, Prefixes.of(**prefix))
-    inputs = [first.source.path, second.source.path, *inputs]
+    inputs = [first.source.path, second.source.path, *files, *inputs]
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
@@ -314,6 +321,12 @@ def plan_extract(
     return ExtractPlan(
         first, joined, rows.selection, new, known, scores, place, force, warnings, timing, given is not None
     )
+
+
+def _refuse(given: str, others: Sequence[str], why: str) -> None:
+    """Raise a `UsageError` if there are options that do not go with one that was given."""
+    if others:
+        raise UsageError(f"[[{others[0]}]] does not go with [[{given}]]", hint=why)
 
 
 def _with_ties(selection: Selection, joined: Joined) -> Selection:

@@ -81,6 +81,7 @@ class LosslessPlan:
     weights_only: bool
     out: Path | None
     force: bool
+    warnings: Sequence[str] = ()
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
