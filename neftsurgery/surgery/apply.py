@@ -27,7 +27,7 @@ from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .chains import opened_patches
-from .group_checks import require_units_in_turn
+from .merge_checks import require_units_in_turn
 from .rebuild import RebuildPlan, plan_rebuild
 from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, rows_by_file
 from .verb import named_base, other_base, replaced_rows, require_replaced, run_keywords, warn
