@@ -16,12 +16,13 @@ from ..errors import boundary
 from ..neurons.vectors import block_memory
 from ..options import RunOptions
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
-from ..patch.merging import ARITHMETIC, Magnitudes, Part, merge_rows
+from ..patch.merging import ARITHMETIC, Part, magnitudes, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Patch
 from ..patch.patch_file import other_kind
 from ..patch.write import NewPatch
 from ..progress import Progress, Stopwatch, Timing, silent
+from ..selection.choice import CutSearch
 from ..selection.selection import RowBlock
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
@@ -292,11 +293,8 @@ class _Rows:
 
 def _thresholds(plan: MergePlan, size: int | None) -> list[float]:
     """Per patch how large a difference must be for ``ties`` to keep it."""
-    found = [Magnitudes(plan.rule.density) for _ in plan.patches]
+    found = [CutSearch() for _ in plan.patches]
     for again in (False, True):
-        if again:
-            for magnitudes in found:
-                magnitudes.settle()
         for block in plan.new.selection.blocks(size):
             meeting = plan.meetings[block.name]
             index = meeting.union[block.start : block.stop]
@@ -307,5 +305,8 @@ def _thresholds(plan: MergePlan, size: int | None) -> list[float]:
             old, dtype = rows.old(rows.before()), plan.new.selection.tensors[block.name].info.dtype
             for holder, part in rows.held():
                 here = common[part.slots]
-                found[holder].add(part.values[here], old[part.slots[here]], dtype)
-    return [magnitudes.least for magnitudes in found]
+                for some in magnitudes(part.values[here], old[part.slots[here]], dtype):
+                    found[holder].add(some)
+        for one in found:
+            one.settle(one.room if again else max(1, round(plan.rule.density * one.total)) - 1)
+    return [float(one.cut) for one in found]
