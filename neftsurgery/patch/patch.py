@@ -20,7 +20,7 @@ from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, Mask, RawBytes
-from ..tensors.document import Facts, bad, require_entry
+from ..tensors.document import Fact, Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..text import plural, size
@@ -71,6 +71,10 @@ class PatchEntries:
 class Manifest(Facts):
     """What a patch says of itself. `PatchWriter` adds the version and the tensors."""
 
+    base = Fact(Provenance.from_json)  # what it was made from
+    selection = Fact(SelectionFacts.from_json)  # how its neurons were chosen
+    training = Fact(Facts.from_json)  # how its values were trained; empty if that is not recorded
+
     @classmethod
     def of(
         cls, base: Provenance, selection: SelectionFacts, more: Mapping[str, object] | None = None
@@ -78,21 +82,6 @@ class Manifest(Facts):
         """The manifest of a patch that is made now; ``more`` is JSON, such as ``training``."""
         parts = {"base": base.to_json(), "selection": selection.to_json()}
         return cls({**parts, "created_by": f"neftsurgery {__version__}", **(more or {})})
-
-    @property
-    def base(self) -> Provenance:
-        """What the patch was made from."""
-        return Provenance.from_json(self.get("base"))
-
-    @property
-    def selection(self) -> SelectionFacts:
-        """How its neurons were chosen."""
-        return SelectionFacts.from_json(self.get("selection"))
-
-    @property
-    def training(self) -> Facts:
-        """How its values were trained; empty if that is not recorded."""
-        return Facts.from_json(self.get("training"))
 
     def written(self, tensors: Mapping[str, object], groups: Sequence[RowGroup] = ()) -> dict[str, object]:
         """The document of a new patch file that touches ``tensors``, but for its hash."""
