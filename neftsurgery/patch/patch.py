@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Self
 
@@ -85,7 +85,7 @@ class Manifest(Facts):
 
     def written(self, tensors: Mapping[str, object], groups: Sequence[RowGroup] = ()) -> dict[str, object]:
         """The document of a new patch file that touches ``tensors``, but for its hash."""
-        more = {"groups": [group.to_json() for group in groups]} if groups else {}
+        more = {"groups": [asdict(group) for group in groups]} if groups else {}
         rest = {key: value for key, value in self.items() if key not in _OF_CONTENT}
         return {"version": PATCH_VERSION, "kind": Patch.kind, **rest, **more, "tensors": tensors}
 

@@ -201,7 +201,7 @@ def _patch(patch: Patch | LosslessPatch) -> dict[str, Any]:
         return facts | {
             "neurons": patch.neurons,
             "parameters": patch.parameters,
-            "groups": [group.to_json() for group in patch.groups],
+            "groups": [asdict(group) for group in patch.groups],
             "selection": dict(patch.facts),
             "tensors": _in_order(tensors),
         }

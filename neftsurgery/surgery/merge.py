@@ -14,7 +14,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import boundary
 from ..neurons.vectors import block_memory
-from ..options import RunOptions
+from ..options import ChainOptions, RunOptions, split
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.merging import ARITHMETIC, Part, magnitudes, merge_rows
 from ..patch.overlap import Meeting
@@ -28,7 +28,7 @@ from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
 from .chains import plan_chain
-from .lossless import CodingAndRun
+from .lossless import CodingAndRun, LosslessPlan
 from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
 from .verb import base_rows, named_base, other_base, run_keywords, warn
 
@@ -199,22 +199,19 @@ def merge(
         If a patch's hashes do not match its content; if something cannot be read or written.
     """
     run = run_keywords("merge", options)
-    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
-    refuse_other_options(chain, overlap, {"fast": fast, "weights_only": weights_only})
-    if chain:
-        whole = plan_chain(
-            patches,
-            base=base,
-            reversible=reversible,
-            fast=fast,
-            weights_only=weights_only,
-            out=out,
-            force=force,
-        )
-        return whole.run(**run)
-    rule = OverlapRule.of(on_overlap, weights, density, len(patches))
     plan = plan_merge(
-        patches, rule, base=base, reversible=reversible, out=out, force=force, progress=run["progress"]
+        patches,
+        on_overlap=on_overlap,
+        weights=weights,
+        density=density,
+        base=base,
+        reversible=reversible,
+        out=out,
+        force=force,
+        progress=run["progress"],
+        chain=chain,
+        fast=fast,
+        weights_only=weights_only,
     )
     warn(log, plan.warnings)
     return plan.run(**run)
@@ -222,15 +219,24 @@ def merge(
 
 def plan_merge(
     named: Sequence[AnyPatch],
-    rule: OverlapRule,
     *,
+    on_overlap: str = "error",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
     base: AnyPath | None = None,
     reversible: bool | None = None,
     out: AnyPath | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> MergePlan:
+    **options: Unpack[ChainOptions],
+) -> MergePlan | LosslessPlan:
     """Check everything that `merge` needs; nothing is written."""
+    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
+    (coding,) = split("merge", options, ChainOptions)
+    refuse_other_options(chain := coding.pop("chain", False), overlap, coding)
+    if chain:
+        return plan_chain(named, base=base, reversible=reversible, out=out, force=force, **coding)
+    rule = OverlapRule.of(on_overlap, weights, density, len(named))
     patches = [_loaded(patch) for patch in named]
     original, inputs = named_base(base, patches)
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
