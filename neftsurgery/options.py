@@ -246,7 +246,7 @@ class SelectOptions(BudgetOptions, SeedOptions):
     """The keywords of `Scores.select`."""
 
 
-class CompareOptions(PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions):
+class CompareOptions(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions):
     """How a tuned checkpoint is scored against its base."""
 
 

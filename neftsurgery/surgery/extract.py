@@ -89,10 +89,27 @@ class ExtractPlan:
     @cached_property
     def remainder(self) -> Remainder | None:
         """What base plus patch lacks of the tuned model; None if only a selection is known, and no lack."""
-        if self.scores is not None and self.captured_known:
-            return remainder(self.base, self.joined, self.selection, self.scores, again=self.scored_before)
-        left = [*self.joined.only_base, *self.joined.only_tuned]
-        return Remainder(left, not_compared(self.base, self.joined.tuned)) if left else None
+        base, joined, chosen, scores = self.base, self.joined, self.selection.tensors, self.scores
+        left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(base, joined.tuned)
+        if scores is None or not self.captured_known:
+            return Remainder([*joined.only_base, *joined.only_tuned], unknown) if left else None
+        unknown += ["changes since the scores were made"] if self.scored_before else []
+        unknown += ["codes that stand for the same numbers"] if base.quantized else []
+        for name, info in base.tensors.items():
+            if name in left or name in joined.copies or info.name != name:
+                continue
+            entry = scores.unscored.get(name)
+            changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
+            if not same_tensor(info, joined.tuned.tensors.get(name)):
+                left.add(name)
+            elif changed is not None:
+                kept = np.delete(changed, chosen[name].index) if name in chosen else changed
+                left |= {name} if kept.any() else set()
+            elif entry is None:
+                unknown.append(name)
+            elif entry.changed:
+                left.add(name)
+        return Remainder(sorted(left), unknown)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -359,28 +376,3 @@ class Remainder:
     def is_whole(self) -> bool | None:
         """Whether base plus patch is the tuned model bit for bit; None if nothing says that it is not."""
         return False if self.left else None if self.not_compared else True
-
-
-def remainder(
-    base: Checkpoint, joined: Joined, selection: Selection, scores: Scores, *, again: bool
-) -> Remainder:
-    """Compare what changed with what was chosen, tensor by tensor; ``again``: long after it was scored."""
-    chosen, tuned = selection.tensors, joined.tuned
-    left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(base, tuned)
-    unknown += ["changes since the scores were made"] if again else []
-    unknown += ["codes that stand for the same numbers"] if base.quantized else []
-    for name, info in base.tensors.items():
-        if name in left or name in joined.copies or info.name != name:
-            continue
-        entry = scores.unscored.get(name)
-        changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
-        if not same_tensor(info, tuned.tensors.get(name)):
-            left.add(name)
-        elif changed is not None:
-            kept = np.delete(changed, chosen[name].index) if name in chosen else changed
-            left |= {name} if kept.any() else set()
-        elif entry is None:
-            unknown.append(name)
-        elif entry.changed:
-            left.add(name)
-    return Remainder(sorted(left), unknown)

@@ -12,7 +12,7 @@ import click
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.dequantized import stored_side
 from ...neurons.submodels import stated_type
-from ...options import PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions
+from ...options import CompareOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
@@ -31,7 +31,7 @@ _MAPPED = "3%"
 @click.argument("base")
 @click.argument("tuned")
 @output_option("SCORES", text="Write the scores to this file.")
-@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
+@options_of(CompareOptions)
 @writing_options
 def command(
     console: Console, base: str, tuned: str, out: str | None, score: str, dry_run: bool, **options: Any

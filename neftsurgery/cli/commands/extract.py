@@ -6,15 +6,7 @@ from typing import Any
 
 import click
 
-from ...options import (
-    BudgetOptions,
-    ExtractOptions,
-    LosslessOptions,
-    PrefixOptions,
-    ScopeOptions,
-    ScoreOptions,
-    SeedOptions,
-)
+from ...options import BudgetOptions, CompareOptions, ExtractOptions, LosslessOptions
 from ...progress import Timing
 from ...surgery.extract import ExtractPlan, plan_extract
 from ...surgery.lossless import LosslessPlan
@@ -35,7 +27,7 @@ from ..options import options_of, output_option, take_budget, writing_options
     is_flag=True,
     help="Keep the replaced values too: revert then needs no base, and the patch is twice as large.",
 )
-@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
+@options_of(CompareOptions)
 @writing_options
 def command(console: Console, base: str, tuned: str, dry_run: bool, **options: Any) -> None:
     """Choose neurons of TUNED, and write them as a patch on BASE.
