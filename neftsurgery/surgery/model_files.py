@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -123,7 +124,7 @@ class RebuiltWeights:
         links = [patch.forward for patch in patches] if back is None else [back]
         weights, last = cls(checkpoint, patches, links), links[-1]
         origin: Provenance = patches[-1].tuned if back is None else patches[-1].base
-        side = {one.name: partial(weights.side_content, one) for one in last.side}
+        side = {one.name: partial(weights.side_content, one, checkpoint.root) for one in last.side}
         left = patches[-1].not_carried if back is None else ()
         nbytes = sum(one.nbytes for one in last.side)
         return ModelFiles(weights, last.files, last.single, lambda: origin, side, nbytes, left)
@@ -171,7 +172,7 @@ class RebuiltWeights:
         assert found is not None
         return found
 
-    def side_content(self, side: SideFile) -> bytes:
+    def side_content(self, side: SideFile, folder: Path) -> bytes:
         """A file beside the weights: from the last link that holds it, else the checkpoint's own."""
 
         def source() -> bytes:
@@ -181,8 +182,7 @@ class RebuiltWeights:
                     return b""
                 if own.packed:
                     return delta.side_content(own, bytes)
-            place = self._checkpoint.source.path
-            path = (place.parent if self._checkpoint.is_file else place) / side.name
+            path = folder / side.name
             return read_side(path) if path.is_file() and path.stat().st_size == side.nbytes else b""
 
         return self._links[-1].side_content(side, source)
