@@ -80,11 +80,6 @@ class NeftError(Exception):
         self.hint = hint
         self.also: Sequence[NeftError] = ()  # other errors that were found at the same time
 
-    @property
-    def option(self) -> tuple[str, ...]:
-        """The options that the message is about, by their Python names."""
-        return tuple(dict.fromkeys(name for name, _ in _OPTION.findall(self.what)))
-
     def __str__(self) -> str:
         return self.text(keyword)
 
