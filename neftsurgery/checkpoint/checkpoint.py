@@ -62,6 +62,12 @@ class Shard:
         """Bytes of the file."""
         return self.status.st_size
 
+    def raw_header(self) -> bytes:
+        """The first bytes of the file, up to its data."""
+        raw = bytearray(self.header.size)
+        OpenFile.at(self.path).read_into(memoryview(raw), 0)
+        return bytes(raw)
+
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if the file was edited, replaced or removed since it was opened."""
         try:

@@ -99,7 +99,8 @@ def _merged(policy: str, parts: Sequence[_Picked], base: Float64Array | None) ->
         if policy == "mean":
             return _mean(parts)
         assert base is not None  # these two are refused without it
-        return base + (_sum(parts, base) if policy == "sum" else _ties(parts, base))
+        steps = (part.weight * part.differences(base) for part in parts)
+        return base + (sum(steps, np.zeros_like(base)) if policy == "sum" else _ties(parts, base))
 
 
 def _mean(parts: Sequence[_Picked]) -> Float64Array:
@@ -115,13 +116,6 @@ def _mean(parts: Sequence[_Picked]) -> Float64Array:
         weight[part.held] += part.weight
     mean: Float64Array = start + total / weight
     return mean
-
-
-def _sum(parts: Sequence[_Picked], base: Float64Array) -> Float64Array:
-    total = np.zeros_like(base)
-    for part in parts:
-        total += part.weight * part.differences(base)
-    return total
 
 
 def _ties(parts: Sequence[_Picked], base: Float64Array) -> Float64Array:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint, Shard
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import read_side, side_files
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import Provenance, fingerprint
@@ -26,7 +26,6 @@ from ..patch.delta import (
 )
 from ..patch.lossless import LosslessPatch
 from ..sources.resolve import SINGLE_NAME, is_index
-from ..storage.positioned import OpenFile
 from ..tensors.header import FilePlan, parse_header
 
 #: Bytes that a thread holds: a block as it is, as it will be, and its code.
@@ -54,7 +53,7 @@ class ModelFiles:
             carried, others = side_files(weights)
             return cls(
                 weights,
-                tuple(weight_file(shard) for shard in weights.shards),
+                tuple(WeightFile(one.name, one.header, one.raw_header()[8:]) for one in weights.shards),
                 weights.is_file,
                 lambda: Provenance.of(weights),
                 {name: partial(read_side, path) for name, path in carried.items()},
@@ -91,13 +90,6 @@ class ModelFiles:
     def nbytes(self) -> int:
         """Bytes of the weight files."""
         return sum(file.nbytes for file in self.files)
-
-
-def weight_file(shard: Shard) -> WeightFile:
-    """A weight file of a checkpoint, with its header."""
-    raw = bytearray(shard.header.size - 8)
-    OpenFile.at(shard.path).read_into(memoryview(raw), 8)
-    return WeightFile(shard.name, shard.header, bytes(raw))
 
 
 class RebuiltWeights:
