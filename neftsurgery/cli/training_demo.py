@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...demo.tiny_model import (
+from ..demo.tiny_model import (
     NEW,
     OLD,
     Languages,
@@ -23,9 +23,9 @@ from ...demo.tiny_model import (
     train_parameters,
     train_selection,
 )
-from ...text import commas, percent, size
-from ..console import Console
-from .session import SHARE, TRAINING_LINES, DemoSession
+from ..text import commas, percent, size
+from .commands.demo import SHARE, TRAINING_LINES, DemoSession
+from .console import Console
 
 _PRETRAINING = TrainingSettings(OLD, steps=200, learning_rate=3e-3, seed=1)
 # The same examples, steps and learning rate for every model that learns the new task.
