@@ -79,11 +79,11 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def png(draw: DrawFunction, *, dpi: int = 200) -> bytes:
+def png(draw: DrawFunction) -> bytes:
     """The figure as a PNG on white."""
     with _drawn(draw) as fig:
         file = io.BytesIO()
-        fig.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+        fig.savefig(file, format="png", dpi=200, metadata={"Software": None})
         return file.getvalue()
 
 

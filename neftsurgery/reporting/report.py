@@ -70,9 +70,8 @@ def _cells(column: Column, values: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     sizes = [abs(one) if isinstance(one, int | float) and one == one else None for one in values]
     top = max((size for size in sizes if size is not None), default=0) if column.bar else 0
     for value, size in zip(values[:_MAX_ROWS], sizes, strict=False):
-        shown = "-" if value is None else column.show(value)
         bar = None if size is None or not top else round(100 * size / top, 1)
-        yield {"text": shown, "number": column.is_number, "bar": bar}
+        yield {"text": column.show(value), "number": column.is_number, "bar": bar}
 
 
 @dataclass(frozen=True, repr=False)

@@ -63,13 +63,13 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
     candidates = read_candidates(scores, selection)
     sweep, controls = BudgetSweep(scores, budget, progress), ControlComparison(candidates)
     figures = [
-        layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word),
-        ScoreDistribution(candidates, one_cut=one_cut).figure(f"distribution{suffix}"),
-        sweep.captured_figure(f"growth{suffix}"),
-        sweep.kinds_figure(f"growth-by-kind{suffix}"),
-        top_neurons_figure(candidates, f"sensitive{suffix}"),
-        controls.overlap_figure(f"agreement{suffix}"),
-        controls.correlation_figure(f"correlation{suffix}"),
+        layer_map_figure(entry.map, suffix=suffix, word=entry.word),
+        ScoreDistribution(candidates, one_cut=one_cut).figure(suffix),
+        sweep.captured_figure(suffix),
+        sweep.kinds_figure(suffix),
+        top_neurons_figure(candidates, suffix),
+        controls.overlap_figure(suffix),
+        controls.correlation_figure(suffix),
     ]
     figures += quantization_figures(scores, suffix)
     captured = selection.facts.captured
@@ -113,8 +113,8 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
 def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     patch = entry.patch
     captured = patch.facts.captured
-    figures = [layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word, of_patch=True)]
-    if loss := loss_figure(patch.training, id=f"loss{suffix}"):
+    figures = [layer_map_figure(entry.map, suffix=suffix, word=entry.word, of_patch=True)]
+    if loss := loss_figure(patch.training, suffix):
         figures.append(loss)
     how = [key for key in ("score", "anatomy", "policy") if key in patch.facts]
     facts = [
