@@ -189,7 +189,6 @@ def draw_layer_map(fig: MplFigure, found: LayerMap, columns: int = _MOST_COLUMNS
     mesh = heatmap(fig, found.share, found.row_labels, found.column_labels, ylabel="layer")
     bar = fig.colorbar(mesh, ax=mesh.axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
     ticks = [0.0, mesh.norm.vmax / 2, mesh.norm.vmax]
     bar.set_ticks(ticks, labels=[percent(tick) for tick in ticks])
 

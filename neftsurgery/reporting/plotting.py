@@ -52,14 +52,16 @@ _STYLE: dict[str, Any] = {
     "axes.labelcolor": MUTED,
     "axes.edgecolor": GRID,
     "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    **{f"axes.spines.{side}": False for side in ("top", "right", "bottom", "left")},
     "figure.facecolor": SURFACE,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
+    "legend.borderaxespad": 0.2,
+    "legend.handletextpad": 0.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
 }
@@ -152,10 +154,7 @@ def new_axes(
     axes: Axes = fig.add_subplot()
     axes.set(**labels)
     if grid is not None:
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(axis=grid)
-        axes.set_axisbelow(True)
     return axes
 
 
@@ -181,7 +180,7 @@ def share_curves(
 
 def legend_above(axes: Axes) -> None:
     """A legend in one line above the plot, where no curve can overlap it."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handletextpad=0.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
 
 def annotate(axes: Axes, text: str, xy: tuple[Any, Any], offset: tuple[int, int], **style: Any) -> None:
@@ -218,8 +217,6 @@ def heatmap(
     axes.set_yticks(np.arange(0, len(rows), step) + 0.5, rows[::step])
     axes.set_ylim(len(rows), 0)
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     return mesh
 
 
