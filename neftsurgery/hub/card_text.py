@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
 
@@ -77,7 +76,7 @@ def _neuron_words(patch: Patch, figure: str | None) -> dict[str, str]:
     for how, recorded in (("chosen", chosen), ("trained", training_facts(record))):
         if rows := [(name, _json_span(value)) for name, value in recorded if value is not None]:
             records += f"\n\n## How the neurons were {how}\n\n{table(['', ''], rows)}"
-    layers = _layers(LayerCounts.of_patch(patch), figure)
+    layers = _layers(patch, figure)
     counts = {"what": patch.what, "parameters": commas(patch.parameters)}
     return {**counts, "worth": worth, "layers": layers, "records": records}
 
@@ -147,22 +146,22 @@ def _spans(names: Sequence[str]) -> str:
     return ", ".join(code_span(name) for name in names[:_MAX_LISTED])
 
 
-def _layers(found: LayerCounts, figure: str | None) -> str:
-    largest = max(found.totals, default=0)
-    kinds = [code_span(kind, 40) if kind is not None else "other" for kind in found.kinds]
+def _layers(patch: Patch, figure: str | None) -> str:
+    kinds, layers, counts = layer_counts(patch)
+    largest = max(map(sum, counts), default=0)
     lines = [
-        (_layer(*layers), text_bar(total, largest), counts)
-        for layers, total, counts in zip(found.layers, found.totals, found.counts, strict=True)
+        (_layer(*ends), text_bar(sum(row), largest), row) for ends, row in zip(layers, counts, strict=True)
     ]
     if len(lines) > 1:
-        lines.append(("all", "", [sum(column) for column in zip(*found.counts, strict=True)]))
+        lines.append(("all", "", [sum(column) for column in zip(*counts, strict=True)]))
     rows = [
-        [layer, f"{sum(counts):,}", bar, *(f"{count:,}" if count else "" for count in counts)]
-        for layer, bar, counts in lines
+        [layer, f"{sum(row):,}", bar, *(f"{count:,}" if count else "" for count in row)]
+        for layer, bar, row in lines
     ]
     shown = f"![Percentage of each weight's neurons that the patch replaces]({figure})\n\n" if figure else ""
-    right = [1, *range(3, 3 + len(kinds))]
-    return f"{shown}{table(['layer', 'neurons', '', *kinds], rows, right=right)}"
+    head = [code_span(kind, 40) if kind is not None else "other" for kind in kinds]
+    right = [1, *range(3, 3 + len(head))]
+    return f"{shown}{table(['layer', 'neurons', '', *head], rows, right=right)}"
 
 
 def _layer(first: str, last: str) -> str:
@@ -181,39 +180,28 @@ def _json_span(value: object) -> str:
     return code_span(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 300)
 
 
-@dataclass(frozen=True)
-class LayerCounts:
-    """A patch's neurons by layer and kind of weight, without the bias elements that go with a neuron."""
+def layer_counts(patch: Patch) -> tuple[list[str | None], list[tuple[str, str]], list[list[int]]]:
+    """A patch's neurons by kind of weight, the one with most first, None for all others; and by layer.
 
-    kinds: Sequence[str | None]  # the one with most neurons first; ``None``: all others
-    #: The first and the last layer of each row, such as ``"model.layers.3"``; ``""``: outside the layers.
-    layers: Sequence[tuple[str, str]]
-    counts: Sequence[Sequence[int]]  # neurons per row and kind
-
-    @classmethod
-    def of_patch(cls, patch: Patch) -> LayerCounts:
-        """Count a patch's neurons; of many layers, neighbours in one stack share a row."""
-        found = LayerMap.of_patch(patch)
-        used, totals = np.flatnonzero(found.chosen.sum(axis=1)), found.chosen.sum(axis=0)
-        order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
-        shown = order if len(order) <= _MAX_KINDS else order[: _MAX_KINDS - 1]
-        kinds: list[str | None] = [found.kinds[kind] for kind in shown]
-        columns = [found.chosen[:, kind] for kind in shown]
-        if len(shown) < len(order):
-            kinds.append(None)
-            columns.append(found.chosen[:, order[len(shown) :]].sum(axis=1))
-        layers, counts, size = [], [], -(-len(used) // _MAX_LAYERS)
-        for _, group in groupby(used, key=lambda row: found.layers[row].rpartition(".")[0]):
-            stack = list(group)
-            for rows in (stack[start : start + size] for start in range(0, len(stack), size)):
-                layers.append((found.layers[rows[0]], found.layers[rows[-1]]))
-                counts.append([int(column[rows].sum()) for column in columns])
-        return cls(kinds, layers, counts)
-
-    @property
-    def totals(self) -> list[int]:
-        """Neurons per row."""
-        return [sum(row) for row in self.counts]
+    A row is the first and the last of some layers, as of many, neighbours in one stack share one; "" is
+    outside the layers. The counts are ``[rows][kinds]``, without bias elements that go with a neuron.
+    """
+    found = LayerMap.of_patch(patch)
+    used, totals = np.flatnonzero(found.chosen.sum(axis=1)), found.chosen.sum(axis=0)
+    order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
+    shown = order if len(order) <= _MAX_KINDS else order[: _MAX_KINDS - 1]
+    kinds: list[str | None] = [found.kinds[kind] for kind in shown]
+    columns = [found.chosen[:, kind] for kind in shown]
+    if len(shown) < len(order):
+        kinds.append(None)
+        columns.append(found.chosen[:, order[len(shown) :]].sum(axis=1))
+    layers, counts, size = [], [], -(-len(used) // _MAX_LAYERS)
+    for _, group in groupby(used, key=lambda row: found.layers[row].rpartition(".")[0]):
+        stack = list(group)
+        for rows in (stack[start : start + size] for start in range(0, len(stack), size)):
+            layers.append((found.layers[rows[0]], found.layers[rows[-1]]))
+            counts.append([int(column[rows].sum()) for column in columns])
+    return kinds, layers, counts
 
 
 def code_span(value: object, longest: int = _MAX_LENGTH) -> str:

@@ -76,9 +76,8 @@ class Family:
     heads: str = ""
     routers: str = ""
     norms: str = ""
-    weights: Mapping[AxisOrder, str] = field(
-        default_factory=dict
-    )  # those in no block, by the order of their axes
+    #: Those in no block, by the order of their axes.
+    weights: Mapping[AxisOrder, str] = field(default_factory=dict)
     others: str = ""  # named like weights, and not known to be of a linear layer or a convolution
     one_kv_head: str = ""  # a config key: true or absent means one key/value head
     many_kv_heads: str = ""  # a config key: true overrides `one_kv_head`
@@ -121,8 +120,7 @@ def architectures() -> Architectures:
 def family_of(model_type: str) -> Family | None:
     """The row of ``model_type``, if there is one."""
     row = architectures().rows.get(model_type)
-    return None if row is None else Family(**{**row, "blocks": tuple(map(_block, row.get("blocks", ())))})
-
-
-def _block(entry: Mapping[str, Any]) -> FeedForward | Attention:
-    return Attention(**entry) if "o" in entry else FeedForward(**entry)
+    if row is None:
+        return None
+    blocks = (Attention(**one) if "o" in one else FeedForward(**one) for one in row.get("blocks", ()))
+    return Family(**{**row, "blocks": tuple(blocks)})
