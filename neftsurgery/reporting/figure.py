@@ -96,15 +96,18 @@ class ReportFigure:
         package: str = __package__,
         **words: object,
     ) -> ReportFigure:
-        """The figure ``name`` in ``figures.toml`` of a package; ``words`` fill its captions."""
-        told = _described(package)[name]
-        columns = []
+        """The figure ``name`` in ``figures.toml`` of a package; ``words`` fill its captions.
+
+        Shorter rows leave out the last columns.
+        """
+        told, rows, columns = _described(package)[name], tuple(rows), list[Column]()
         for key, heading in told["columns"].items():
             title, _, form = heading.partition(" | ")
             form, _, bar = form.partition(" ")
             columns.append(Column(key, title.format(**words), form, bool(bar)))
         title, units, reading = (told[one].format(**words) for one in ("title", "units", "reading"))
-        table, as_table = Table(tuple(columns), tuple(rows)), told.get("as_table", False)
+        columns = columns[: len(rows[0])] if rows else columns
+        table, as_table = Table(tuple(columns), rows), told.get("as_table", False)
         return cls(f"{name}{suffix}", title, units, reading, table, draw, verdict, as_table)
 
     def png(self) -> bytes:

@@ -8,9 +8,13 @@ from typing import Any
 from .. import text
 from ..tensors.document import Facts
 from .figure import ReportFigure
-from .plotting import ACCENT, CONTRAST, MplFigure, legend_above, new_axes
+from .plotting import ACCENT, CONTRAST, MUTED, MplFigure, legend_above, new_axes
 
-_LOSSES = (("train_loss", "train", "o", ACCENT), ("dev_loss", "dev", "s", CONTRAST))
+_LOSSES = (
+    ("train_loss", "train", "o", ACCENT),
+    ("dev_loss", "dev", "s", CONTRAST),
+    ("control_loss", "random control", "^", MUTED),
+)
 _MAX_FACTS = 40
 _LARGEST = 1e300  # that can be drawn
 
@@ -38,7 +42,10 @@ def loss_figure(training: Facts, suffix: str = "") -> ReportFigure | None:
             rows.append((step, *losses))
     if not rows:
         return None
-    return ReportFigure.of("loss", suffix, rows, lambda fig: _draw(fig, rows))
+    controlled = any(row[-1] is not None for row in rows)
+    shown = rows if controlled else [row[:-1] for row in rows]
+    control = " Triangles show it for as many random neurons." * controlled
+    return ReportFigure.of("loss", suffix, shown, lambda fig: _draw(fig, rows), control=control)
 
 
 def _loss(point: Facts, key: str) -> float | None:
