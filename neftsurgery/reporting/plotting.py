@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from xml.etree import ElementTree
 
@@ -43,28 +44,6 @@ COLORMAP = "cividis"
 #: The width of every figure, in inches. The page shows it at most 576 pixels wide.
 FIGURE_WIDTH = 5.0
 
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: it is searchable and uses the font of the page
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-    **{f"axes.spines.{side}": False for side in ("top", "right", "bottom", "left")},
-    "figure.facecolor": SURFACE,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.borderaxespad": 0.2,
-    "legend.handletextpad": 0.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-}
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 MplFigure: TypeAlias = "Figure"
@@ -91,7 +70,7 @@ def png(draw: DrawFunction) -> bytes:
 
 def svg(draw: DrawFunction, salt: str) -> str:
     """The figure as a standalone SVG file on white. Its ids are hashed with ``salt``."""
-    with _drawn(draw, {"svg.hashsalt": salt}) as fig:
+    with _drawn(draw, salt) as fig:
         file = io.StringIO()
         fig.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
@@ -129,7 +108,7 @@ def _themed(style: str) -> str:
 
 
 @contextmanager
-def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[MplFigure]:
+def _drawn(draw: DrawFunction, salt: str | None = None) -> Iterator[MplFigure]:
     """A matplotlib figure drawn by ``draw`` in this module's style, whatever the user's settings are."""
     require_matplotlib()
     import matplotlib as mpl
@@ -138,9 +117,8 @@ def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[
     with mpl.rc_context(), warnings.catch_warnings():
         # A PNG shows a glyph that the font lacks as a box. An SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        mpl.rcdefaults()
-        settings: Any = mpl.rcParams
-        settings.update(_STYLE | (style or {}))
+        mpl.rc_file(Path(__file__).with_name("figures.mplstyle"))  # on top of matplotlib's defaults
+        mpl.rcParams["svg.hashsalt"] = salt
         fig = Figure((FIGURE_WIDTH, 3.0), layout="constrained")
         draw(fig)
         yield fig
