@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,32 +80,26 @@ def svg(draw: DrawFunction, salt: str) -> str:
 def themed_svg(text: str, prefix: str, title: str) -> str:
     """An SVG file adapted to a page: unique ids, CSS variables for colours, a label for screen readers."""
     root = ElementTree.fromstring(text)
-    for parent in root.iter():
-        for child in [c for c in parent if c.tag.rpartition("}")[2] in ("metadata", "style")]:
-            parent.remove(child)
+    for holder in root.iterfind(f".//{{{_SVG}}}style/.."):
+        holder.clear()
+    for size in ("width", "height"):
+        del root.attrib[size]
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
-        for key, value in list(element.attrib.items()):
-            if key == "id":
-                element.set(key, f"{prefix}-{value}")
-            elif key == f"{{{_XLINK}}}href":
-                del element.attrib[key]
-                element.set("href", f"#{prefix}-{value[1:]}" if value.startswith("#") else value)
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
-            elif key == "style":
-                element.set(key, _themed(value))
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
+        for key, value in [*element.attrib.items()]:
+            del element.attrib[key]
+            named = f"{prefix}-{value}" if key == "id" else re.sub(r"(^|url\()#", rf"\1#{prefix}-", value)
+            element.set(key.removeprefix(f"{{{_XLINK}}}"), _themed(named) if key == "style" else named)
     root.attrib |= {"role": "img", "aria-label": title}
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _themed(style: str) -> str:
     variables = {colour: f"var(--{name})" for name, colour, _ in COLOURS}
-    parts = (part.strip().partition(":") for part in style.split(";") if part.strip())
-    kept = ((key, value.strip()) for key, _, value in parts if key != "font-family")
-    return "; ".join(f"{key}: {variables.get(value, value)}" for key, value in kept)
+    parts = (part.strip().partition(": ") for part in style.split(";"))
+    return "; ".join(
+        f"{key}: {variables.get(value, value)}" for key, _, value in parts if key not in ("", "font-family")
+    )
 
 
 @contextmanager
