@@ -4,10 +4,9 @@ The data are ``architectures.json``. ``make families`` makes them from the live 
 from a small table kept by hand: see ``docs/architectures.md``.
 
 Patterns are dotted name endings without ``.weight``; ``*`` stands for a number (a layer's, an expert's). The
-last part may be the number of one layer of a ``Sequential``: ``ffn.0``. A
-name may have any prefix (``model.``, ``transformer.``, none), so files of a bare model and of the
-model with a head both match. The longest matching pattern wins. A ``.weight`` of two axes
-that no pattern of a known family names is a linear weight ``[out, in]``.
+last part may be the number of one layer of a ``Sequential``: ``ffn.0``. A name may have any prefix, so files
+of a bare model and of the model with a head both match. The longest matching pattern wins. A ``.weight`` of
+two axes that no pattern of a known family names is a linear weight ``[out, in]``.
 """
 
 from __future__ import annotations
