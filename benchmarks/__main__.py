@@ -16,6 +16,7 @@ from benchmarks.page.gpu import render_gpu
 from benchmarks.page.lossless import render_lossless
 from benchmarks.page.quantized import render_quantized
 from benchmarks.page.training import render_training
+from benchmarks.peft_comparison import suite as peft_comparison
 from benchmarks.quantized import options as quantized
 from benchmarks.quantized import suite as quantized_suite
 from benchmarks.selection import options as selection
@@ -45,6 +46,10 @@ def main() -> None:
     switch.add_arguments(switches)
     device = commands.add_parser("gpu", help="tests marked for CUDA, training, switch; one page")
     gpu.add_arguments(device)
+    comparison = commands.add_parser(
+        "peft-comparison", help="our experiments in a checkout of PEFT's own comparison of methods"
+    )
+    peft_comparison.add_arguments(comparison)
     page = commands.add_parser("render", help="make the pages and the charts from stored results")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
@@ -83,6 +88,9 @@ def main() -> None:
             device.set_defaults(**gpu.QUICK)
             given = parser.parse_args()
         gpu_suite.measure(gpu.Options.of(given))
+    if given.command == "peft-comparison":
+        peft_comparison.measure(peft_comparison.Options.of(given))
+        return
     _render(given)
     if given.command == "gpu" and gpu_suite.failed(given.out):
         sys.exit(1)
