@@ -197,7 +197,8 @@ def _say_plan(console: Console, plan: TrainPlan) -> None:
 
 def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
     if not result.finished:
-        where = f"at step {result.step} of {result.steps}" if result.selection.neurons else "in the probe"
+        early = "in the control" if result.selection.neurons else "in the probe"
+        where = f"at step {result.step} of {result.steps}" if result.step else early
         console.note(f"neftsurgery: interrupted {where}, and saved: run the same command again to resume")
         return
     if result.dev_loss is not None and result.base_dev_loss is not None:

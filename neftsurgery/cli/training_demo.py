@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ...demo.tiny_model import (
+from ..demo.tiny_model import (
     NEW,
     OLD,
     Languages,
@@ -24,11 +24,11 @@ from ...demo.tiny_model import (
     single_thread,
     train_parameters,
 )
-from ...selection.selection import Selection
-from ...text import commas, percent, size
-from ...tuning.attached import attach
-from ..console import Console
-from .session import SHARE, TRAINING_LINES, DemoSession
+from ..selection.selection import Selection
+from ..text import commas, percent, size
+from ..tuning.attached import attach
+from .commands.demo import SHARE, TRAINING_LINES, DemoSession
+from .console import Console
 
 _PRETRAINING = TrainingSettings(OLD, steps=200, learning_rate=3e-3, seed=1)
 # The same examples, steps and learning rate for every model that learns the new task.
