@@ -260,7 +260,7 @@ class SelectOptions(BudgetOptions, SeedOptions):
     """The keywords of `Scores.select`."""
 
 
-class CompareOptions(PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions):
+class CompareOptions(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions):
     """How a tuned checkpoint is scored against its base."""
 
 
@@ -274,6 +274,10 @@ class RunAnywhereOptions(RunOptions, SpreadOptions):
 
 class DiffOptions(CompareOptions, RunAnywhereOptions):
     """The keywords of `diff` besides its output."""
+
+
+class ExtractOptions(ChoosingOptions, LosslessOptions):
+    """The keywords of `extract` that say what is kept."""
 
 
 class CutOptions(ChoosingOptions, RunAnywhereOptions):

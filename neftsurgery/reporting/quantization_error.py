@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import text
 from ..scoring.scores import Scores
-from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .inputs import MOST_SHOWN
 from .layer_map import locate_tensors
 
@@ -34,29 +34,8 @@ def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...
     places = locate_tensors(name for name, *_ in weights)
     rows = [(rank, -size, name, n, *places[name]) for rank, (size, _, name, n) in enumerate(worst, 1)]
     by_weight = [(*places[name], count, middle, top) for name, count, middle, top in weights]
-    error = Column("relative", "relative error", text.four_digits, bar=True)
+    by_weight.sort(key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))
     return (
-        ReportFigure(
-            f"quantization{suffix}",
-            "The neurons that quantization hurt most",
-            "norm of what quantization changed, relative to the norm of the neuron's vector in the base",
-            f"Each row is a neuron. The {MOST_SHOWN} with the largest error are listed.",
-            Table((RANK, error, TENSOR, INDEX, LAYER, KIND), tuple(rows)),
-        ),
-        ReportFigure(
-            f"quantization-by-weight{suffix}",
-            "What quantization cost each weight",
-            "relative error of its neurons",
-            "Each row is a weight. Where the largest error is far above the median, a few neurons suffered.",
-            Table(
-                (
-                    LAYER,
-                    KIND,
-                    Column("neurons", "neurons", text.commas),
-                    Column("median", "median", text.four_digits, bar=True),
-                    Column("largest", "largest", text.four_digits, bar=True),
-                ),
-                tuple(sorted(by_weight, key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))),
-            ),
-        ),
+        ReportFigure.of("quantization", suffix, rows, shown=MOST_SHOWN),
+        ReportFigure.of("quantization-by-weight", suffix, by_weight),
     )

@@ -48,7 +48,8 @@ class Limits:
             raise UsageError("[[threads]] must be at least 1", found=threads)
         if memory is not None and memory < _LEAST_MEMORY:
             raise UsageError("[[memory]] must be at least 16 MiB", found=f"{memory} bytes")
-        return cls(threads or _default_threads(), memory or DEFAULT_MEMORY, mapped)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(threads or max(2, min(16, 2 * cores)), memory or DEFAULT_MEMORY, mapped)
 
     def workers(self, nbytes: int) -> int:
         """Threads that may work at once if each holds ``nbytes``."""
@@ -61,11 +62,6 @@ class Limits:
         lot = min(max(nbytes // _SHARE, _LOT_BYTES), _LARGEST_LOT)
         ahead = min(max(self.memory * _RESULT_SHARE // lot, 8), _MOST_AHEAD)
         return self.executor, partial(work_there, pickle.dumps((reopen, seen))), lot, ahead
-
-
-def _default_threads() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(16, 2 * available))
 
 
 def in_order(
