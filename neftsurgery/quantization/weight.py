@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..tensors.arrays import Float64Array, Int64Array, RawBytes
+from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
@@ -124,9 +124,9 @@ class QuantizedWeight:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
         return rows_read(files, self.companions["codes"], rows)
 
-    def scale_rows(self, files: RowReader, rows: Int64Array) -> Float64Array:
-        """The scales of ``rows``, ``[k, groups]``."""
-        return scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
+    def scale_rows(self, files: RowReader, rows: Int64Array) -> tuple[RawBytes, Int64Array]:
+        """The bytes of the rows of scales that ``rows`` (ascending) need; and which of them each has."""
+        return _shared(files, self, self.scales, rows)
 
     def numbers(
         self,
@@ -142,7 +142,8 @@ class QuantizedWeight:
         """
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        last, scales = first + out.shape[1], self.scale_rows(files, rows)
+        last, (stored, place) = first + out.shape[1], self.scale_rows(files, rows)
+        scales = scales_decoded(stored, self.scales.info.dtype)[place]
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
         of = np.arange(first, last) // self.columns if groups is None else groups[first:last]
         table = table.astype(out.dtype).reshape(256, per_byte)
@@ -156,7 +157,8 @@ class QuantizedWeight:
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
         assert self.zeros is not None  # asked for only then
-        raw = _shared(files, self, self.zeros, rows)
+        stored, place = _shared(files, self, self.zeros, rows)
+        raw = stored[place]
         if not self.packed_zeros:
             return scales_decoded(raw, self.zeros.info.dtype)
         bits = 32 // self.zeros.span
@@ -204,9 +206,10 @@ def rows_read(files: RowReader, companion: Companion, rows: Int64Array) -> RawBy
     return raw
 
 
-def _shared(files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array) -> RawBytes:
-    """The bytes of the row of a companion that each of ``rows`` needs."""
-    if companion.span == 1:
-        return rows_read(files, companion, rows)
-    needed, place = np.unique(weight.shared_rows(companion, rows), return_inverse=True)
-    return rows_read(files, companion, needed)[place]
+def _shared(
+    files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array
+) -> tuple[RawBytes, Int64Array]:
+    """The bytes of the rows of a companion that ascending ``rows`` need, and which of them each needs."""
+    needed = weight.shared_rows(companion, rows)
+    new = np.diff(needed, prepend=-1) > 0
+    return rows_read(files, companion, needed[new]), np.cumsum(new) - 1
