@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..tensors.arrays import Int64Array, RawBytes
+from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
@@ -124,9 +124,10 @@ class QuantizedWeight:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
         return rows_read(files, self.companions["codes"], rows)
 
-    def scale_rows(self, files: RowReader, rows: Int64Array) -> tuple[RawBytes, Int64Array]:
-        """The bytes of the rows of scales that ``rows`` (ascending) need; and which of them each has."""
-        return _shared(files, self, self.scales, rows)
+    def scale_rows(self, files: RowReader, rows: Int64Array) -> tuple[Float64Array, Int64Array]:
+        """The scales that ``rows`` (ascending) need, ``[n, groups]``; and which of these each has."""
+        raw, place = _shared(files, self, self.scales, rows)
+        return scales_decoded(raw, self.scales.info.dtype), place
 
     def numbers(
         self,
@@ -142,8 +143,7 @@ class QuantizedWeight:
         """
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        last, (stored, place) = first + out.shape[1], self.scale_rows(files, rows)
-        scales = scales_decoded(stored, self.scales.info.dtype)[place]
+        last, (scales, place) = first + out.shape[1], self.scale_rows(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
         of = np.arange(first, last) // self.columns if groups is None else groups[first:last]
         table = table.astype(out.dtype).reshape(256, per_byte)
@@ -152,7 +152,7 @@ class QuantizedWeight:
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
             if self.zeros is not None:
                 out -= self._zeros(files, rows).astype(out.dtype)[:, of]
-            out *= scales.astype(out.dtype)[:, of]
+            out *= scales.astype(out.dtype)[place][:, of]
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""

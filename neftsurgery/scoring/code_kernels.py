@@ -17,7 +17,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from ..quantization.codes import CODE_BITS, E8M0, code_table, scales_decoded
+from ..quantization.codes import CODE_BITS, code_table
 from ..quantization.weight import CodedWeight
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.compiled import compiled
@@ -119,7 +119,7 @@ def _far_group(codes: Any, start: int, stop: int, s: float, t: float, numbers: A
 
 @compiled(fastmath=kernels.FASTMATH)
 def _sums(
-    codes: Any, scales: Any, rows: Any, values: Any, near: float, numbers: Any, words: Any, e5m2: bool
+    codes: Any, scales: Any, rows: Any, near: float, numbers: Any, words: Any, e5m2: bool
 ) -> tuple[Float64Array, Int64Array]:
     """As `code_sums`, of bytes of floats, or of 64-bit words of pairs, if there are ``words``."""
     raw, count, places = (codes[0].view(np.uint8), codes[1].view(np.uint8)), rows[0].size, scales[0].shape[1]
@@ -128,10 +128,7 @@ def _sums(
     halves = np.empty(length, np.uint16), np.empty(length, np.uint16)
     for row in range(count):
         begin, width = row * length, length // places
-        for i in range(places):
-            first, second = scales[0][rows[0][row], i], scales[1][rows[1][row], i]
-            s[i] = first if values is None else values[u64(first)]
-            t[i] = second if values is None else values[u64(second)]
+        s[:], t[:] = scales[0][rows[0][row]], scales[1][rows[1][row]]
         if words is None:
             _float_groups(raw, begin, s, t, e5m2, halves, groups)
         else:
@@ -168,14 +165,13 @@ def pair_table(kind: str) -> NDArray[np.uint64]:
 def code_sums(
     kind: str,
     codes: tuple[RawBytes, RawBytes],
-    scales: tuple[NDArray[Any], NDArray[Any]],
+    scales: tuple[Float64Array, Float64Array],
     rows: tuple[Int64Array, Int64Array],
     width: int,
-    values: Float64Array | None = None,
 ) -> tuple[Float64Array, Int64Array]:
     """As `kernels.run_sums`, of rows of codes of which ``width`` bytes share a scale.
 
-    ``scales``: ``[n, groups of a row]``, float64, or indices of ``values``; ``rows``: which each row has.
+    ``scales``: ``[n, groups of a row]``; ``rows``: which of these each row has.
     """
     (numbers, per_byte), unit, words = code_table(kind), _UNITS[kind], None
     length = codes[0].size // len(rows[0])
@@ -188,7 +184,7 @@ def code_sums(
         a, b = (np.require(side.view(np.uint64), requirements="A") for side in codes)
         codes = a, b
     near = 0.5 ** (CODE_BITS[kind] + 1)  # half of how far codes of one sign are apart, at least
-    sums, changed = _sums(codes, scales, rows, values, near, numbers / f32(unit), words, kind == "F8_E5M2")
+    sums, changed = _sums(codes, scales, rows, near, numbers / f32(unit), words, kind == "F8_E5M2")
     return sums * unit**2, changed
 
 
@@ -196,21 +192,14 @@ def row_sums(
     codes: tuple[CodedWeight, CodedWeight], rows: Int64Array, a: RawBytes, b: RawBytes
 ) -> tuple[Float64Array, Int64Array]:
     """The sums of ``rows`` of a weight, whose codes are ``a`` and ``b``."""
-    weight, values = codes[0].weight, _scale_values(codes[0].weight.kind)
-    read = [(one.weight.scales.info.dtype, *one.weight.scale_rows(one.files, rows)) for one in codes]
-    first, second = (raw if values is not None else scales_decoded(raw, dtype) for dtype, raw, _ in read)
+    weight = codes[0].weight
+    first, second = (one.weight.scale_rows(one.files, rows) for one in codes)
     width = weight.columns // code_table(weight.kind)[1]
-    return code_sums(weight.kind, (a, b), (first, second), (read[0][2], read[1][2]), width, values)
-
-
-def _scale_values(kind: str) -> Float64Array | None:
-    """What scales of these codes are indices of; None: they are numbers."""
-    return E8M0 if kind == "E2M1" else None
+    return code_sums(weight.kind, (a, b), (first[0], second[0]), (first[1], second[1]), width)
 
 
 def prepare(kinds: Iterable[str]) -> None:
     """Compile, or load from the cache on disk, the kernels for these kinds of codes."""
-    code, row = np.zeros(_PAIRS, np.uint8), np.zeros(1, np.int64)
+    code, scale, row = np.zeros(_PAIRS, np.uint8), np.ones((1, 1)), np.zeros(1, np.int64)
     for kind in sorted(set(kinds)):
-        scale = np.ones((1, 1), np.float64 if _scale_values(kind) is None else np.uint8)
-        code_sums(kind, (code, code), (scale, scale), (row, row), _PAIRS, _scale_values(kind))
+        code_sums(kind, (code, code), (scale, scale), (row, row), _PAIRS)
