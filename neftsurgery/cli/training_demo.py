@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ..demo.tiny_model import (
     NEW,
@@ -121,7 +120,7 @@ class TrainingDemo(DemoSession):
         self,
         name: str,
         model: Any,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[Any],
         settings: TrainingSettings,
         save: Callable[[], int],
     ) -> None:
