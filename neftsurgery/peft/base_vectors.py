@@ -6,7 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from ..neurons.layout import Layout
 from ..neurons.vectors import find, gather
 from ..tensors.arrays import Int64Array
 from .config import NeftConfig
+
+#: A tensor of the files, its layout, neurons in it, and their positions among those of a parameter.
+FilePart: TypeAlias = tuple[str, Layout, Int64Array, Tensor]
 
 
 def quantization_of(model: nn.Module, module: nn.Module) -> Any:
@@ -48,11 +51,8 @@ def base_digest(vectors: Tensor) -> Tensor:
 def require_base(adapter: str, parameter: str, digest: Tensor, vectors: Tensor) -> None:
     """Raise a `MismatchError` unless ``vectors`` have the digest of an adapter's base, if that is known."""
     if digest.any() and not torch.equal(base_digest(vectors), digest.cpu()):
-        raise MismatchError(
-            f"the adapter {adapter} was trained on another base",
-            tensor=parameter,
-            hint="use the base that the adapter was trained on",
-        )
+        what = f"the adapter {adapter} was trained on another base"
+        raise MismatchError(what, tensor=parameter, hint="use its own base")
 
 
 def _places_in(base: Checkpoint, config: NeftConfig) -> Iterator[tuple[str, LivePlace]]:
@@ -75,25 +75,20 @@ def _places_in(base: Checkpoint, config: NeftConfig) -> Iterator[tuple[str, Live
 
 def neurons_in_files(
     base: Checkpoint, config: NeftConfig, wanted: Mapping[str, Int64Array]
-) -> dict[str, list[tuple[str, Layout, Int64Array, Tensor]]]:
-    """Where the neurons ``wanted`` of parameters are in the base's files; only of those that have them all.
-
-    For each: a tensor, its layout, the neurons in it, and their positions among those wanted.
-    """
-    found = defaultdict[str, list[tuple[str, Layout, Int64Array, Tensor]]](list)
+) -> dict[str, list[FilePart]]:
+    """Where the neurons ``wanted`` of parameters are in the base's files; only of those that are there."""
+    found = defaultdict[str, list[FilePart]](list)
     for name, place in _places_in(base, config):
         if (index := wanted.get(place.parameter)) is None or torch_dtype(base.tensors[name].dtype) is None:
             continue
         slot, here = find(index, place.index_of(np.arange(place.file.count)))
-        part = (name, place.file, np.flatnonzero(here), torch.from_numpy(slot[here]))
-        found[place.parameter].append(part)
-    counts = {name: sum(len(index) for _, _, index, _ in parts) for name, parts in found.items()}
-    return {name: parts for name, parts in found.items() if counts[name] == len(wanted[name])}
+        positions = torch.from_numpy(slot[here])
+        found[place.parameter].append((name, place.file, np.flatnonzero(here), positions))
+    whole = (name for name, parts in found.items() if sum(len(one[2]) for one in parts) == len(wanted[name]))
+    return {name: found[name] for name in whole}
 
 
-def file_vectors(
-    base: Checkpoint, parts: Mapping[str, list[tuple[str, Layout, Int64Array, Tensor]]]
-) -> dict[str, Tensor]:
+def file_vectors(base: Checkpoint, parts: Mapping[str, list[FilePart]]) -> dict[str, Tensor]:
     """The vectors of neurons in the base's files, by parameter, ``[k, width]``."""
     vectors = {}
     for parameter, several in parts.items():

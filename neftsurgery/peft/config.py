@@ -73,8 +73,8 @@ class NeftConfig(PeftConfig):
         Modules that are trained and saved whole, such as a new head.
     counts:
         Set by the method: how many neurons of each parameter the adapter holds, and along which axes.
-    version:
-        Set by the method: of what is saved.
+    base_fingerprint, version:
+        Set by the method: that of the files of a quantized base, and that of the adapter's form.
     """
 
     selection: str | None = None
@@ -88,6 +88,7 @@ class NeftConfig(PeftConfig):
     include: list[str] = field(default_factory=list)
     modules_to_save: list[str] | None = None
     counts: dict[str, list[int]] = field(default_factory=dict)
+    base_fingerprint: str | None = None
     version: int = _VERSION
 
     def __post_init__(self) -> None:

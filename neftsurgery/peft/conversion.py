@@ -55,12 +55,7 @@ def patch_of_adapter(
     stored = _stored_neurons(folder, config)
     places = neurons_in_files(checkpoint, config, {name: index for name, (index, *_) in stored.items()})
     if missing := next((name for name in stored if name not in places), None):
-        raise MismatchError(
-            "the base's files do not have these neurons",
-            file=checkpoint.name,
-            tensor=missing,
-            hint="name the base that the adapter was trained on",
-        )
+        raise MismatchError("the base's files lack these neurons", file=checkpoint.name, tensor=missing)
     for name, vectors in file_vectors(checkpoint, places).items():
         require_base(folder.name, name, stored[name][2], vectors)
     parts = defaultdict[str, list[tuple[Layout, Int64Array, Tensor]]](list)

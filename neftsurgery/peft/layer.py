@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..errors import MismatchError, UsageError
 from ..live.weights import is_plain, read_vectors, write_vectors
 from ..neurons.layout import Layout
-from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward
+from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward, forward_of
 from ..tuning.frozen_weights import OverlaidLinear, apply_function
-from .base_vectors import base_digest, require_base
+from .base_vectors import base_digest, require_base, weight_shape
 from .choosing import ChosenNeurons
 
 
@@ -29,18 +29,15 @@ class NeftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("neft_rows",)
     other_param_names = ("neft_index", "neft_digest", "neft_saved")
-    adapter_of_example: list[str] | None = None  # of a mixed batch
 
-    def __init__(
-        self, name: str, base_layer: nn.Module, forward: LayerForward, layout: Layout, quantization: Any
-    ) -> None:
+    def __init__(self, name: str, base_layer: nn.Module, axes: tuple[int, ...], quantization: Any) -> None:
         super().__init__()
         self.name = name  # of the weight
         self.base_layer = base_layer
-        self.layout = layout
-        sizes: Any = _get_in_out_features(self.get_base_layer())
-        self.in_features, self.out_features = sizes
-        self.computes = forward
+        base: Any = self.get_base_layer()
+        self.layout = Layout.of(weight_shape(base), axes)
+        self.computes: LayerForward = forward_of(base)  # type: ignore[assignment]  # checked before
+        self.in_features, self.out_features = _get_in_out_features(base)  # type: ignore[var-annotated]
         self.neft_rows = nn.ParameterDict({})
         self.neft_index = BufferDict(persistent=True)
         self.neft_digest = BufferDict(persistent=True)
@@ -128,15 +125,15 @@ class NeftLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             self.set_base_weight(weight)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's forward pass with the vectors of the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
-        if self.adapter_of_example is not None:
-            return self._mixed(x, self.adapter_of_example)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
         return self._run(x, [name for name in self.active_adapters if name in self.neft_rows])
 
     def _run(self, x: Tensor, adapters: list[str]) -> Tensor:
@@ -167,6 +164,7 @@ class NeftLayer(nn.Module, BaseTunerLayer):
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
         """A batch of which each example has its own adapter; ``__base__``: none."""
         places, outputs = list[Tensor](), list[Tensor]()
+        names = [name for name in names for _ in range(len(x) // len(names))]  # of beams
         for name in dict.fromkeys(names):
             places.append(torch.tensor([n for n, one in enumerate(names) if one == name], device=x.device))
             own = [name] if name in self.neft_rows else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +12,16 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from torch import nn
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
+from ..checkpoint.provenance import fingerprint
 from ..errors import MismatchError, UsageError
 from ..live.weights import is_plain
-from ..neurons.layout import Layout
 from ..text import some
 from ..tuning.base_checkpoint import find_base
 from ..tuning.forwards import forward_of, keep_gradients
-from .base_vectors import file_vectors, neurons_in_files, quantization_of, weight_shape
+from .base_vectors import file_vectors, neurons_in_files, quantization_of
 from .choosing import ChosenNeurons, chosen_neurons
 from .config import NeftConfig
 from .layer import NeftLayer
@@ -39,15 +41,14 @@ class NeftModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         self._chosen: dict[str, ChosenNeurons] = {}
         keep_gradients(model)
-        if new := not config.counts:
+        if not config.counts:
             self._chosen = chosen_neurons(model, dict(_candidates(model, config)), config)
             config.counts = {
                 name: [len(chosen.index), *chosen.layout.axes]
                 for name, chosen in sorted(self._chosen.items())
             }
         self._refuse_unsupported(model, config)
-        if new:
-            self._chosen |= _from_files(model, config, self._chosen)
+        self._chosen |= _from_files(model, config, self._chosen)
         config.target_modules = sorted(name.rpartition(".")[0] for name in config.counts)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -97,7 +98,9 @@ class NeftModel(BaseTuner):
         count, axes = peft_config.layouts()[name]
         chosen = self._chosen.get(name)
         index = torch.zeros(count, dtype=torch.int64) if chosen is None else torch.from_numpy(chosen.index)
-        layer = target if isinstance(target, NeftLayer) else _layer(self.model, name, target, axes)
+        layer = target
+        if not isinstance(layer, NeftLayer):
+            layer = NeftLayer(name, target, axes, quantization_of(self.model, target))
         if layer.layout.axes != axes:
             raise UsageError(
                 "the module has an adapter with neurons along another axis",
@@ -114,16 +117,27 @@ class NeftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Within the context, each example of a batch has the adapter that ``adapter_names`` gives it."""
         names: list[str] | None = kwargs.pop("adapter_names", None)
-        if unknown := {*(names or [])} - {"__base__", *self.peft_config}:
+        if names is None:
+            yield
+            return
+        kinds = (NeftLayer, ModulesToSaveWrapper)
+        layers: list[Any] = [one for one in self.modules() if isinstance(one, kinds)]
+        batch = next((len(one) for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), len(names))
+        if unknown := {*names} - {"__base__", *self.peft_config}:
             raise UsageError("the model has no such adapter", found=", ".join(sorted(unknown)))
-        layers = [] if names is None else [one for one in self.modules() if isinstance(one, NeftLayer)]
+        if batch != len(names) or self.training or any(getattr(one, "merged", False) for one in layers):
+            what = "adapter_names is a name for each example, in evaluation, while no adapter is merged"
+            raise UsageError(what, found=f"{len(names)} names for {batch} examples")
+
+        def pass_names(layer: Any, given: Any, named: dict[str, Any]) -> Any:
+            return given, {**named, "adapter_names": names}
+
+        handles = [one.register_forward_pre_hook(pass_names, with_kwargs=True) for one in layers]
         try:
-            for layer in layers:
-                layer.adapter_of_example = names
             yield
         finally:
-            for layer in layers:
-                layer.adapter_of_example = None
+            for handle in handles:
+                handle.remove()
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -134,26 +148,22 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
 def _from_files(
     model: nn.Module, config: NeftConfig, chosen: dict[str, ChosenNeurons]
 ) -> dict[str, ChosenNeurons]:
-    """Neurons of quantized weights, with their vectors of the base's files, if these are at hand."""
+    """Neurons of quantized weights, with those of the base's files; warns if an adapter had others."""
     modules: Any = _modules(model)
-    quantized = [name for name in chosen if not is_plain(modules[name.removesuffix(".weight")].weight)]
+    quantized = [name for name in config.counts if not is_plain(modules[name.removesuffix(".weight")].weight)]
     base, found = find_base(model, None) if quantized else None, {}
     if base is not None:
-        places = neurons_in_files(base, config, {name: chosen[name].index for name in quantized})
-        found = file_vectors(base, places)
+        files, known = fingerprint(base), config.base_fingerprint
+        if known not in (None, files):
+            warnings.warn(f"the adapter was trained on other files than those of {base.name}", stacklevel=2)
+        if chosen:
+            config.base_fingerprint = files
+            places = neurons_in_files(base, config, {name: chosen[name].index for name in quantized})
+            found = file_vectors(base, places)
         base.close()
-    if left := [name for name in quantized if name not in found]:
-        log.warning(
-            "neurons of %s start from dequantized values: the base's files are not at hand", some(left)
-        )
+    if left := [name for name in quantized if chosen and name not in found]:
+        log.warning("neurons of %s start from dequantized values: the base's files are missing", some(left))
     return {name: dataclasses.replace(chosen[name], base=vectors) for name, vectors in found.items()}
-
-
-def _layer(model: nn.Module, name: str, module: nn.Module, axes: tuple[int, ...]) -> NeftLayer:
-    forward = forward_of(module)
-    assert forward is not None  # checked before the first module is replaced
-    layout = Layout.of(weight_shape(module), axes)
-    return NeftLayer(name, module, forward, layout, quantization_of(model, module))
 
 
 def _candidates(model: nn.Module, config: NeftConfig) -> Iterator[tuple[str, nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,17 @@ def test_a_trainer_that_saves_patches(base: Path, kind: str, tmp_path: Path) -> 
     before = logits(model)
     with ns.attach(load(base, kind), patch) as again:
         torch.testing.assert_close(logits(again.model), before, rtol=0.02, atol=0.02)
+
+
+def test_an_adapter_of_other_files_gets_a_warning(base: Path, tmp_path: Path) -> None:
+    get_peft_model(load(base, "nf4"), NeftConfig(neurons="10%")).save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(1)
+    LlamaForCausalLM(load(base).config).bfloat16().save_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="trained on other files"):
+        PeftModel.from_pretrained(load(tmp_path / "other", "nf4"), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(load(base, "nf4"), tmp_path / "adapter")
 
 
 def test_neurons_without_the_files_of_the_base(base: Path, caplog: pytest.LogCaptureFixture) -> None:
