@@ -9,14 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Modules without a test file of their own, most often because they are seen only through another one.
 ELSEWHERE = {
-    "checkpoint/adapter_config.py": "checkpoint/test_adapter.py",
     "checkpoint/changes.py": "checkpoint/test_journal.py",
     "checkpoint/folder_files.py": "surgery/test_apply.py",
     "cli/commands/heal.py": "checkpoint/test_healing.py",
     "cli/commands/select.py": "cli/test_round.py",
     "cli/console.py": "cli/test_exit_codes.py",
-    "cli/demo/session.py": "cli/test_demo.py",
-    "cli/demo/training_demo.py": "cli/test_demo.py",
+    "cli/training_demo.py": "cli/test_demo.py",
     "cli/main.py": "cli/test_help.py",
     "coding/compression.py": "coding/test_tables.py",
     "neuron_utilization/result.py": "neuron_utilization/test_utilization_result.py",
@@ -37,7 +35,6 @@ ELSEWHERE = {
     "scoring/scored_tensors.py": "scoring/test_scores.py",
     "storage/output_checks.py": "storage/test_output.py",
     "storage/threads.py": "surgery/test_apply.py",
-    "surgery/group_checks.py": "surgery/test_quantized_rows.py",
     "surgery/lora_modules.py": "surgery/test_export.py",
     "surgery/merge_checks.py": "surgery/test_merge.py",
     "surgery/model_files.py": "surgery/test_lossless.py",

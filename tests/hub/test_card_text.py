@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from neftsurgery.hub.base_model import BaseModel
 from neftsurgery.hub.card import write_card
-from neftsurgery.hub.card_text import LayerCounts
+from neftsurgery.hub.card_text import layer_counts
 
 
 def test_what_a_person_reads(llama):
@@ -83,18 +83,18 @@ def test_an_unknown_base(tmp_path):
 
 
 def test_layers_in_order_and_the_most_frequent_kind_first(llama):
-    found = LayerCounts.of_patch(llama)
-    assert found.kinds == ["mlp.down_proj", "mlp.up_proj"]
-    assert found.layers == [(f"model.layers.{layer}",) * 2 for layer in range(3)]
-    assert found.counts == [[2, 1], [3, 2], [4, 3]]
-    assert found.totals == [3, 5, 7]
+    kinds, layers, found = layer_counts(llama)
+    assert kinds == ["mlp.down_proj", "mlp.up_proj"]
+    assert layers == [(f"model.layers.{layer}",) * 2 for layer in range(3)]
+    assert found == [[2, 1], [3, 2], [4, 3]]
 
 
 def test_neighbouring_layers_and_rare_kinds_are_put_together(tmp_path):
     counts = {f"h.{layer}.kind{kind}.weight": 1 + kind for layer in range(100) for kind in range(12)}
-    found = LayerCounts.of_patch(patch_of(tmp_path / "p.safetensors", counts | {"wte.weight": 3}))
-    assert found.kinds == [*(f"kind{kind}" for kind in range(11, 4, -1)), None]
-    assert found.layers[:2] == [("h.0", "h.2"), ("h.3", "h.5")]
-    assert found.layers[-2:] == [("h.99", "h.99"), ("", "")]
-    assert list(found.counts[0]) == [3 * (1 + kind) for kind in range(11, 4, -1)] + [3 * 15]
-    assert sum(found.totals) == sum(counts.values()) + 3
+    patch = patch_of(tmp_path / "p.safetensors", counts | {"wte.weight": 3})
+    kinds, layers, found = layer_counts(patch)
+    assert kinds == [*(f"kind{kind}" for kind in range(11, 4, -1)), None]
+    assert layers[:2] == [("h.0", "h.2"), ("h.3", "h.5")]
+    assert layers[-2:] == [("h.99", "h.99"), ("", "")]
+    assert found[0] == [3 * (1 + kind) for kind in range(11, 4, -1)] + [3 * 15]
+    assert sum(map(sum, found)) == sum(counts.values()) + 3

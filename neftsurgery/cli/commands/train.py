@@ -197,7 +197,8 @@ def _say_plan(console: Console, plan: TrainPlan) -> None:
 
 def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
     if not result.finished:
-        where = f"at step {result.step} of {result.steps}" if result.selection.neurons else "in the probe"
+        early = "in the control" if result.selection.neurons else "in the probe"
+        where = f"at step {result.step} of {result.steps}" if result.step else early
         console.note(f"neftsurgery: interrupted {where}, and saved: run the same command again to resume")
         return
     if result.dev_loss is not None and result.base_dev_loss is not None:
@@ -205,6 +206,9 @@ def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
             f"dev loss: base {result.base_dev_loss:.4f}, best {result.dev_loss:.4f} at step "
             f"{result.best_step}; this patch is kept"
         )
+        for name, loss in (*result.dev_losses.items(), ("as many random neurons", result.control_dev_loss)):
+            if loss is not None:
+                console.say(f"  {name}: {loss:.4f}")
     elif result.train_loss is not None:
         console.say(f"last train loss {result.train_loss:.4f}")
     if not result.plotted:
