@@ -27,6 +27,7 @@ from ..tensors.arrays import RawBytes
 from ..text import commas, plural, some
 from .attached_neurons import AttachedNeurons, by_tensor
 from .base_checkpoint import BaseOption, base_provenance, find_base, finite_bytes
+from .forwards import keep_gradients
 from .install import install, remove, update_extra_repr
 from .optimizer_hooks import Training
 from .reselection import carry_over, check_states
@@ -327,6 +328,7 @@ class Attached:
         self._requires_grad, self._attached = [], False
 
     def _freeze(self) -> None:
+        keep_gradients(self.model)
         for parameter in self.model.parameters():
             self._requires_grad.append((parameter, parameter.requires_grad))
             parameter.requires_grad_(False)
