@@ -46,6 +46,7 @@ class Block:
     layer: str
     cost: int  # parameters of one neuron
     scores: ScoreVector  # high means sensitive. NaN: cannot be chosen. Infinities are ordinary values
+    energy: float = 0.0  # what a budget is allocated by that asks for it
 
     def __post_init__(self) -> None:
         first = self.scores[:0]
@@ -104,6 +105,11 @@ def choose(
         sizes = [count * cost for count, cost in zip(counts, costs, strict=True)]
     pools = _pools(_pool_names(blocks, budget))
     limits = _limits(pools, sizes, budget, parameters)
+    if budget.allocate != "size":
+        totals = [sum(sizes[number] for number in members) for members in pools.values()]
+        energies = [sum(blocks[number].energy for number in members) for members in pools.values()]
+        weights = [1.0] * len(pools) if budget.allocate == "equal" else energies
+        limits = _allocate(sum(limits), weights, totals)
     if allowed is not None:
         counts = [int(np.count_nonzero(mask)) for mask in allowed]
     ranking = _Ranking(keys, counts, costs, allowed, highest, chunk, sorted_pool)
@@ -189,6 +195,26 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
     for i in by_remainder[: amount - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+def _allocate(amount: int, weights: Sequence[float], sizes: Sequence[int]) -> list[int]:
+    """Split ``amount`` in proportion to ``weights``; what exceeds a pool's size goes to the others.
+
+    Pools of weight 0 get something only after all others are full.
+    """
+    most = max(weights) or 1.0
+    parts = [round(weight / most * (1 << 52)) for weight in weights]
+    limits, left = [0] * len(sizes), [number for number, size in enumerate(sizes) if size]
+    while left:
+        shares = _split(amount, [parts[i] for i in left] if any(parts[i] for i in left) else [1] * len(left))
+        full = [i for i, share in zip(left, shares, strict=True) if share >= sizes[i]]
+        for i, share in zip(left, shares, strict=True):
+            limits[i] = min(share, sizes[i])
+        if not full:
+            break
+        amount -= sum(limits[i] for i in full)
+        left = [i for i in left if i not in full]
+    return limits
 
 
 # Keys: what the neurons are ordered by.

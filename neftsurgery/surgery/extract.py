@@ -185,7 +185,7 @@ def extract(
     selection:
         The neurons to cut out. None: choose them by ``scores`` and a budget.
     scores:
-        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``axis``,
+        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``rank``, ``axis``,
         ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
     lossless:
         Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the weights
@@ -260,14 +260,14 @@ def plan_extract(
         other = "scores" if scores is not None else next(iter(budget))
         raise UsageError(f"[[selection]] does not go with [[{other}]]", hint="give one or the other")
     checked = None if selection is not None else Budget.of(**budget)
-    score = options.get("score", "cosine")
-    check_score(score)
+    score, rank = options.get("score", "cosine"), options.get("rank", 32)
+    check_score(score, rank)
     first, second = open_sides(base, tuned, Prefixes.of(**prefix))
     inputs = [first.source.path, second.source.path, *inputs]
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
-        comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed)
+        comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed, rank=rank)
         joined, warnings = comparison.pair.joined, [*comparison.warnings]
         scores = comparison.run(limits=limits, progress=progress)
         timing = scores.timing

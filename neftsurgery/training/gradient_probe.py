@@ -11,7 +11,10 @@ orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte 
 ``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
 which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
 
-Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted. The
+``gradient_over_weight``: the root of that over the norm of the neuron's vector. GaLLoP (Choudhary et al.,
+2025) trains elements of large gradients and small weights.
+
+None needs a second model or an optimizer. All free the gradient of a weight once it is counted. The
 scores are written in the format of `neftsurgery.diff`.
 """
 
@@ -60,7 +63,7 @@ if TYPE_CHECKING:
 _LARGEST = float(np.finfo(np.float32).max)
 #: Batches of a gradient probe, or steps of the fine-tune, if the recipe gives no number.
 STEPS = 100
-_SCORES = {"gradients": "gradient", "fisher": "fisher"}
+_SCORES = {"gradients": "gradient"}  # of probes that are not called as their scores
 
 
 class _Signs:
@@ -115,7 +118,28 @@ class _Squares:
         return squares
 
 
-_SUMS: dict[str, type[_Signs] | type[_Squares]] = {"gradient": _Signs, "fisher": _Squares}
+class _Ratios(_Squares):
+    """The sum over batches of one weight's squared gradient, and its square, per neuron."""
+
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
+        super().__init__(weight, layout)
+        self._weights = _total(weight.detach().float().square(), layout).cpu().double().numpy()
+
+    def sums(self, batches: int) -> Float64Array:
+        """Per neuron, ``[2, n]``."""
+        return np.stack([self.total.numpy(), self._weights])
+
+    @staticmethod
+    def scores(sums: Float64Array) -> Float64Array:
+        """The norm of the gradients over that of the neuron, ``[n]``; 0 without a gradient."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.minimum(np.sqrt(sums[0] / sums[1]), _LARGEST)
+        return np.where(sums[0] > 0, ratios, 0.0)
+
+
+_SUMS: dict[str, type[_Signs] | type[_Squares]] = {
+    "gradient": _Signs, "fisher": _Squares, "gradient_over_weight": _Ratios,
+}  # fmt: skip
 
 
 def _total(values: Tensor, layout: Layout) -> Tensor:
@@ -331,7 +355,8 @@ def probe(
             return gradient_scores(
                 model, plan.base, plan.choice.anatomy,
                 ({name: tensor.to(device) for name, tensor in collate(batch).items()} for batch in batches),
-                directory.scores, score=_SCORES[recipe.probe.by], told=told, saved=directory.probed,
+                directory.scores, score=_SCORES.get(recipe.probe.by, recipe.probe.by),
+                told=told, saved=directory.probed,
             )  # fmt: skip
     finally:
         plan.base.close()
@@ -372,7 +397,9 @@ def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits, watcher: Watch
     del trainer, model
     tuned = Checkpoint.open(directory.probe / "tuned")
     sides = pair(plan.base, tuned, recipe.select.scope)
-    comparison = DiffPlan(sides, recipe.select.score or "cosine", recipe.select.seed, directory.scores)
+    comparison = DiffPlan(
+        sides, recipe.select.score or "cosine", recipe.select.seed, directory.scores, rank=recipe.select.rank
+    )
     scores = comparison.run(limits=limits)
     tuned.close()
     shutil.rmtree(directory.probe)

@@ -17,7 +17,7 @@ from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.extract import plan_extract
 from ..surgery.pairing import pair, scored_count
-from .recipe import Recipe, Select
+from .recipe import PROBES, Recipe, Select
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,16 @@ def budget_of(select: Select) -> dict[str, Any]:
 def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress: Progress) -> NeuronChoice:
     """Choose the neurons if files suffice for that; a selection or scores must fit the base."""
     by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
-    if by in ("gradients", "fisher", "finetune"):
+    if by in PROBES:
         anatomy = pair(base, base, select.scope).anatomy
         budget = Budget.of(**budget_of(select))  # an unreadable selection is found here, not after the probe
         neurons = anatomy.unit_count or sum(scored_count(tensor) for tensor in anatomy.scored)
         return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *budget.warnings(neurons)))
+    path = recipe.model if by == "weights" else path
     assert path is not None  # check_recipe has made sure
-    if by == "tuned":
-        options = budget_of(select) | asdict(select.scope) | {"score": select.score or "cosine"}
+    if by in ("tuned", "weights"):
+        score = {"score": select.score or "cosine", "rank": select.rank}
+        options = budget_of(select) | asdict(select.scope) | score
         options |= {name: getattr(recipe.probe, name) for name in declared(PrefixOptions)}
         plan = plan_extract(recipe.model, path, limits=limits, progress=progress, **options)
         return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))
