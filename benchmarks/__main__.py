@@ -16,6 +16,7 @@ from benchmarks.page.training import render_training
 from benchmarks.quantized import options as quantized
 from benchmarks.quantized import suite as quantized_suite
 from benchmarks.selection import options as selection
+from benchmarks.selection.pretrained.options import PretrainedOptions
 from benchmarks.training import options as training
 from benchmarks.training import suite as training_suite
 
@@ -49,6 +50,11 @@ def main() -> None:
             given = parser.parse_args()
         training_suite.measure(training.Options.of(given))
     if given.command == "selection":
+        if given.model is not None:
+            from benchmarks.selection.pretrained import suite as pretrained_suite
+
+            pretrained_suite.measure(PretrainedOptions.of(given))
+            return
         from benchmarks.selection import suite as selection_suite
 
         selection_suite.measure(selection.Options.of(given))
