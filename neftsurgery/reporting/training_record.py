@@ -8,9 +8,13 @@ from typing import Any
 from .. import text
 from ..tensors.document import Facts
 from .figure import Column, ReportFigure, Table
-from .plotting import ACCENT, CONTRAST, MplFigure, legend_above, new_axes
+from .plotting import ACCENT, CONTRAST, MUTED, MplFigure, legend_above, new_axes
 
-_LOSSES = (("train_loss", "train", "o", ACCENT), ("dev_loss", "dev", "s", CONTRAST))
+_LOSSES = (
+    ("train_loss", "train", "o", ACCENT),
+    ("dev_loss", "dev", "s", CONTRAST),
+    ("control_loss", "random control", "^", MUTED),
+)
 _MAX_FACTS = 40
 _LARGEST = 1e300  # that can be drawn
 
@@ -38,14 +42,18 @@ def loss_figure(training: Facts, *, id: str = "loss") -> ReportFigure | None:
             rows.append((step, *losses))
     if not rows:
         return None
-    curves = (Column(key, f"{name} loss", text.four_digits) for key, name, *_ in _LOSSES)
+    controlled = any(row[-1] is not None for row in rows)
+    kinds = _LOSSES if controlled else _LOSSES[:-1]
+    curves = (Column(key, f"{name} loss", text.four_digits) for key, name, *_ in kinds)
     return ReportFigure(
         id,
         "Training loss",
         "loss by optimizer step",
         "Circles show the loss on the training examples. Squares show the loss on held-out examples, if "
-        "there are any. If the squares rise while the circles fall, the neurons overfit.",
-        Table((Column("step", "step", text.commas), *curves), tuple(rows)),
+        "there are any. If the squares rise while the circles fall, the neurons overfit."
+        + " Triangles show it for as many random neurons."
+        * controlled,
+        Table((Column("step", "step", text.commas), *curves), tuple(row[: 1 + len(kinds)] for row in rows)),
         lambda fig: _draw(fig, rows),
     )
 

@@ -227,12 +227,14 @@ def gradient_scores(
     sums = {name: _of_file(found, live) for name, found in places.items()}
     units = _sum_units(anatomy, sums)
     values = {name: kind.scores(each) for name, each in sums.items()}
-    for tensor in anatomy.scored:
-        if tensor.part is not None:
-            values[tensor.info.name][~tensor.part.mask()] = np.nan
-        if tensor.units is not None:
-            values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     return write_scores(score, values, base, anatomy, units, out)
+
+
+def random_scores(base: Checkpoint, anatomy: Anatomy) -> Scores:
+    """Equal scores, of which the policy ``random`` chooses."""
+    sums = {tensor.info.name: np.zeros((1, tensor.layout.count)) for tensor in anatomy.scored}
+    units = _sum_units(anatomy, sums)
+    return write_scores("random", {name: zeros[0] for name, zeros in sums.items()}, base, anatomy, units)
 
 
 def _load_sums(sums: Mapping[str, _Signs | _Squares], file: Path | None) -> int:
@@ -289,10 +291,15 @@ def write_scores(
     units: Mapping[str, NDArray[np.int64]],
     out: str | os.PathLike[str] | None = None,
 ) -> Scores:
-    """Write scores by tensor in the format of `neftsurgery.diff`; a neuron with NaN is never chosen.
+    """Write scores by tensor in the format of `neftsurgery.diff`; neurons outside the anatomy get NaN.
 
     ``units``: the unit of each neuron; the neurons of one have the same score. Without ``out``: temporary.
     """
+    for tensor in anatomy.scored:
+        if tensor.part is not None:
+            values[tensor.info.name][~tensor.part.mask()] = np.nan
+        if tensor.units is not None:
+            values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     biases = {t.bias for t in anatomy.scored if t.bias is not None}
     companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]
     facts = {

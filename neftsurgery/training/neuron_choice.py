@@ -9,7 +9,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
-from ..options import PrefixOptions, declared
+from ..options import PrefixOptions, Scope, declared
 from ..progress import Progress
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
@@ -92,3 +92,17 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
         selection, warnings = Selection.load(path), ()
     selection.require_fit(base)
     return NeuronChoice(selection, warnings=warnings)
+
+
+def random_control(recipe: Recipe, base: Checkpoint, selection: Selection) -> Selection:
+    """As many random neurons of the same anatomy: as many in each tensor, or units of as many parameters."""
+    from .gradient_probe import random_scores
+
+    scope, facts = recipe.select.scope, selection.facts
+    if recipe.probe.by in ("scores", "selection"):  # the recipe does not say
+        axis = {name: list(chosen.layout.axes) for name, chosen in selection.own.items()}
+        scope = Scope(facts.anatomy or "rows", axis=axis, include=list(axis))
+    biased = bool(facts.companion_biases)
+    with random_scores(base, pair(base, base, scope).anatomy) as scores:
+        budget: dict[str, Any] = {"params": selection.parameters} if scores.units else {"like": selection}
+        return scores.select(policy="random", seed=recipe.select.seed + 1, with_bias=biased, **budget)

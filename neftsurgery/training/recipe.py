@@ -39,24 +39,34 @@ class Data:
         "A .jsonl, .csv or .parquet file or a Hub dataset, of prompt and completion, messages, or text; "
         "a list of these; or these with weights, {a.jsonl: 3, b.jsonl: 1}.",
     )
-    eval: str | None = key(None, "Examples for the dev loss. Without it, a share of train is held back.")
+    eval: str | list[str] | None = key(
+        None, "Examples for the dev loss, of each set. Without it, a share of each set of train is held back."
+    )
     prompt: str | None = key(None, "The prompt of rows with other fields, as in 'Question: {question}'.")
     completion: str | None = key(None, "What is to be learned of such rows, as in ' {answer}'.")
     subset: str | None = key(None, "The configuration of a Hub dataset.")
     split: str = key("train", "The split of a Hub dataset to train on.")
     eval_split: str = key("validation", "The split of a Hub dataset for the dev loss.")
     eval_share: float = key(0.05, "The share to hold back if there is no eval. 0: no dev loss.", least=0)
-    loss_on: Literal["completions", "all"] = key(
-        "completions", "The loss is on completions and on what the assistant says, or on every token."
+    loss_on: Literal["completions", "all", "assistant_masks"] = key(
+        "completions",
+        "The loss is on completions and on what the assistant says, on every token, or on what the chat "
+        "template marks by {% generation %}.",
     )
     max_length: int = key(1024, "The most tokens of an example.", above=0)
     long: Literal["truncate", "split"] = key("truncate", "What becomes of longer examples.")
+    packing: bool = key(False, "Put several examples into each row of max_length tokens; none sees another.")
     limit: int | None = key(None, "Read at most this many examples of each set to train on.", above=0)
 
     @property
     def names(self) -> list[str]:
         """The sets to train on."""
         return [self.train] if isinstance(self.train, str) else list(self.train)
+
+    @property
+    def eval_names(self) -> list[str]:
+        """The sets of the dev loss, if they are given."""
+        return [self.eval] if isinstance(self.eval, str) else self.eval or []
 
 
 @dataclass(frozen=True)
@@ -124,6 +134,9 @@ class Select:
 class Train:
     """How to train."""
 
+    method: Literal["sft", "dpo"] = key(
+        "sft", "Learn the examples, or preferences (rows of prompt, chosen, rejected) by TRL's DPOTrainer."
+    )
     steps: int | None = key(None, "Optimizer steps. Default: as many as epochs take.", above=0)
     epochs: float = key(1.0, "Passes over the examples.", above=0)
     batch_size: int = key(8, "Examples per batch.", above=0)
@@ -160,6 +173,9 @@ class Recipe:
     probe: Probe = key(MISSING, "How to find out which neurons matter.")
     select: Select = key(MISSING, "Which neurons to train and how many, as in `neftsurgery extract`.")
     train: Train = key(MISSING, "How to train.")
+    control: Literal["random"] | None = key(
+        None, "Also train as many random neurons, for comparison: into OUT/control."
+    )
     push: str | None = key(None, "Publish the patch as org/name on the Hub, once it is trained.")
 
     def to_json(self) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
         **{name: kind(**_values(kind, f"{name}.", values, faults)) for name, kind in SECTIONS.items()},
     )
     for sections, check in (
-        (("data",), partial(_check_data, made.data, made.train)),
+        (("data",), partial(_check_data, made.data, made.train, made.control)),
         (("probe",), partial(_check_probe, made.probe)),
         (("select", "probe"), partial(_check_select, made.select, made.probe.by)),
     ):
@@ -245,12 +245,19 @@ def _is_plain(value: Mapping[str, Any]) -> bool:
     return True
 
 
-def _check_data(data: Data, train: Train) -> None:
+def _check_data(data: Data, train: Train, control: str | None) -> None:
     if data.eval_share >= 1:
         raise UsageError("data.eval_share leaves nothing to train on", found=data.eval_share)
-    if train.early_stopping and data.eval is None and not data.eval_share:
-        raise UsageError("train.early_stopping needs a dev loss", hint="add data.eval or data.eval_share")
+    for key, value in (("train.early_stopping", train.early_stopping), ("control", control)):
+        if value and data.eval is None and not data.eval_share:
+            raise UsageError(f"{key} needs a dev loss", hint="add data.eval or data.eval_share")
     PromptTemplate.of(data.prompt, data.completion)
+    for name in ("prompt", "packing", "loss_on", "long"):
+        if train.method == "dpo" and getattr(data, name) != Data.__dataclass_fields__[name].default:
+            raise UsageError(f"data.{name} does not go with train.method: dpo")
+    for key, names in (("train", data.names), ("eval", data.eval_names)):
+        if len(set(names)) < len(names):
+            raise UsageError(f"data.{key} names a set twice", found=_shown(names))
     weights = data.train.values() if isinstance(data.train, dict) else [1] * len(data.names)
     if not weights or not all(isinstance(one, int | float) and one > 0 for one in weights):
         raise UsageError("data.train needs a set, and weights above 0", found=_shown(data.train))

@@ -205,6 +205,9 @@ def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
             f"dev loss: base {result.base_dev_loss:.4f}, best {result.dev_loss:.4f} at step "
             f"{result.best_step}; this patch is kept"
         )
+        for name, loss in (*result.dev_losses.items(), ("as many random neurons", result.control_dev_loss)):
+            if loss is not None:
+                console.say(f"  {name}: {loss:.4f}")
     elif result.train_loss is not None:
         console.say(f"last train loss {result.train_loss:.4f}")
     if not result.plotted:
