@@ -146,9 +146,8 @@ class BudgetOptions(TypedDict, total=False):
     allocate: Annotated[
         str,
         Option(
-            "Divide the budget over the pools of [[per]] by their size, equally, or by their squared change; "
-            "of scores without a change, by their sum (energy). Default: size.",
-            choices=("size", "equal", "energy"),
+            "Divide the budget over the pools by their size, equally, or by the sum of their scores.",
+            choices=("size", "equal", "scores"),
         ),
     ]
     max_per_tensor: Annotated[int, Option("Choose at most this many neurons of any tensor.", metavar="N")]

@@ -1,9 +1,6 @@
-"""The score ``lowrank``: how much of a neuron is in the low-rank approximation of its matrix.
+"""The score ``lowrank``: the norm of a neuron's vector in the best low-rank approximation of its matrix.
 
-A matrix's best approximation of rank ``r`` keeps what its ``r`` largest singular values stand for. LIFT (Liu
-et al., "LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused
-Supervised Fine-Tuning", ICML 2025) trains the elements that are largest in it. Here the score of a neuron is
-the norm of its vector in it.
+LIFT (Liu et al., "LIFT the Veil for the Truth", ICML 2025) trains the elements that are largest in it.
 """
 
 from __future__ import annotations

@@ -238,11 +238,7 @@ class Scores(FileBacked):
             )
 
         groups = [(key, list(members)) for key, members in groupby(self.tensors.values(), key=alike)]
-        energies = self._energies(budget)
-        blocks = [
-            Block(*key, self._arrays.scores(members), sum(energies.get(t.info.name, 0.0) for t in members))
-            for key, members in groups
-        ]
+        blocks = [Block(*key, self._arrays.scores(members)) for key, members in groups]
         masks = choose(blocks, budget, parameters=self.parameters)
         for (_, members), mask in zip(groups, masks, strict=True):
             edges = np.cumsum([0, *(tensor.layout.count for tensor in members)])
@@ -270,30 +266,12 @@ class Scores(FileBacked):
         order = np.concatenate(seen)  # units by first member: the order that breaks ties
         edges = np.flatnonzero((np.diff(cost[order]) != 0) | (np.diff(layer[order]) != 0)) + 1
         runs = [run for run in np.split(order, edges) if len(run)]
-        energies, shared = self._energies(budget), dict[str, float]()
-        for name, tensor in self.tensors.items():
-            shared[tensor.layer] = shared.get(tensor.layer, 0.0) + energies.get(name, 0.0)
-        blocks = [
-            Block("", name, int(cost[run[0]]), score[run], shared.pop(name, 0.0))
-            for run in runs
-            for name in [layers[layer[run[0]]]]
-        ]
+        blocks = [Block("", layers[layer[run[0]]], int(cost[run[0]]), score[run]) for run in runs]
         taken = np.zeros(count + 1, np.bool_)  # the last one is for neurons of no unit, whose id is -1
         for run, mask in zip(runs, choose(blocks, budget, parameters=self.parameters), strict=True):
             taken[run] = mask
         for name, unit in ids.items():
             yield name, np.flatnonzero(taken[unit])
-
-    def _energies(self, budget: Budget) -> dict[str, float]:
-        """The squared change of each tensor; without any, the sum of its scores. For budgets by energy."""
-        found: dict[str, float] = {}
-        if budget.allocate == "energy":
-            for batch in self.batches("delta_sq"):
-                names = [tensor.info.name for tensor in batch.tensors]
-                found |= dict(zip(names, batch.totals("delta_sq").tolist(), strict=True))
-            if not any(found.values()):
-                found = {name: float(np.nansum(self.values(name), dtype=np.float64)) for name in self.tensors}
-        return found
 
     def _unit_ids(self, name: str) -> Int64Array:
         ids = self.sums(name, "unit")

@@ -16,7 +16,7 @@ from ..text import plural
 
 Per = Literal["model", "layer", "tensor"]
 Policy = Literal["sensitive", "reversed", "random"]
-Allocation = Literal["size", "equal", "energy"]
+Allocation = Literal["size", "equal", "scores"]
 
 _EXAMPLES = "write a share such as 3% or a number such as 50000 or 200M"
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?%")
@@ -174,7 +174,7 @@ class Budget:
         if self.per not in get_args(Per):
             raise UsageError("[[per]] must be model, layer or tensor", found=self.per)
         if self.allocate not in get_args(Allocation):
-            raise UsageError("[[allocate]] must be size, equal or energy", found=self.allocate)
+            raise UsageError("[[allocate]] must be size, equal or scores", found=self.allocate)
         if self.policy not in get_args(Policy):
             raise UsageError("[[policy]] must be sensitive, reversed or random", found=self.policy)
         for name, count in (self.like or {}).items():

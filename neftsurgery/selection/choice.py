@@ -46,7 +46,6 @@ class Block:
     layer: str
     cost: int  # parameters of one neuron
     scores: ScoreVector  # high means sensitive. NaN: cannot be chosen. Infinities are ordinary values
-    energy: float = 0.0  # what a budget is allocated by that asks for it
 
     def __post_init__(self) -> None:
         first = self.scores[:0]
@@ -107,9 +106,9 @@ def choose(
     limits = _limits(pools, sizes, budget, parameters)
     if budget.allocate != "size":
         totals = [sum(sizes[number] for number in members) for members in pools.values()]
-        energies = [sum(blocks[number].energy for number in members) for members in pools.values()]
-        weights = [1.0] * len(pools) if budget.allocate == "equal" else energies
-        limits = _allocate(sum(limits), weights, totals)
+        scores = [max(0.0, float(np.nansum(block.scores[:], dtype=np.float64))) for block in blocks]
+        weights = [1.0 if budget.allocate == "equal" else sum(scores[i] for i in p) for p in pools.values()]
+        limits = _allocate(sum(limits), [round(w / (max(weights) or 1.0) * 2**52) for w in weights], totals)
     if allowed is not None:
         counts = [int(np.count_nonzero(mask)) for mask in allowed]
     ranking = _Ranking(keys, counts, costs, allowed, highest, chunk, sorted_pool)
@@ -197,23 +196,18 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def _allocate(amount: int, weights: Sequence[float], sizes: Sequence[int]) -> list[int]:
-    """Split ``amount`` in proportion to ``weights``; what exceeds a pool's size goes to the others.
-
-    Pools of weight 0 get something only after all others are full.
-    """
-    most = max(weights) or 1.0
-    parts = [round(weight / most * (1 << 52)) for weight in weights]
+def _allocate(amount: int, weights: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Split ``amount`` in proportion to ``weights``; what exceeds a pool's size goes to the others."""
     limits, left = [0] * len(sizes), [number for number, size in enumerate(sizes) if size]
     while left:
-        shares = _split(amount, [parts[i] for i in left] if any(parts[i] for i in left) else [1] * len(left))
-        full = [i for i, share in zip(left, shares, strict=True) if share >= sizes[i]]
-        for i, share in zip(left, shares, strict=True):
-            limits[i] = min(share, sizes[i])
-        if not full:
-            break
-        amount -= sum(limits[i] for i in full)
-        left = [i for i in left if i not in full]
+        mine = [weights[i] for i in left]
+        shares = dict(zip(left, _split(amount, mine if any(mine) else [1] * len(left)), strict=True))
+        left = [i for i, share in shares.items() if share < sizes[i]]
+        for i in shares.keys() - left:
+            limits[i] = sizes[i]
+            amount -= sizes[i]
+        if len(left) == len(shares):
+            return [shares.get(i, limit) for i, limit in enumerate(limits)]
     return limits
 
 
@@ -242,7 +236,6 @@ def _float32_at(image: int) -> np.float32:
     return np.float32(-magnitude if image < 0 else magnitude)
 
 
-#: The cost of each of some neurons, their keys, and which of them may be chosen; None: all.
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
     """Blocks to choose from: per block the keys, and how many neurons may be chosen, at which cost each."""

@@ -11,11 +11,9 @@ orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte 
 ``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
 which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
 
-``gradient_over_weight``: the root of that over the norm of the neuron's vector. GaLLoP (Choudhary et al.,
-2025) trains elements of large gradients and small weights.
+``gradient_over_weight``: the root of that over the norm of the vector, after GaLLoP (Choudhary et al., 2025).
 
-None needs a second model or an optimizer. All free the gradient of a weight once it is counted. The
-scores are written in the format of `neftsurgery.diff`.
+None needs a second model or an optimizer; all free the gradient of a weight once it is counted.
 """
 
 from __future__ import annotations
@@ -99,7 +97,7 @@ class _Squares:
     """The sum over batches of one weight's squared gradient, per neuron."""
 
     def __init__(self, weight: Tensor, layout: Layout) -> None:
-        self._layout = layout
+        self._weight, self._layout = weight.detach(), layout
         self.total = torch.zeros(layout.count, dtype=torch.float64)
         self.count = 0
 
@@ -119,27 +117,23 @@ class _Squares:
 
 
 class _Ratios(_Squares):
-    """The sum over batches of one weight's squared gradient, and its square, per neuron."""
-
-    def __init__(self, weight: Tensor, layout: Layout) -> None:
-        super().__init__(weight, layout)
-        self._weights = _total(weight.detach().float().square(), layout).cpu().double().numpy()
+    """As `_Squares`, with the square of each neuron's vector."""
 
     def sums(self, batches: int) -> Float64Array:
         """Per neuron, ``[2, n]``."""
-        return np.stack([self.total.numpy(), self._weights])
+        squares = _total(self._weight.float().square(), self._layout)
+        return np.stack([self.total.numpy(), squares.cpu().double().numpy()])
 
     @staticmethod
     def scores(sums: Float64Array) -> Float64Array:
-        """The norm of the gradients over that of the neuron, ``[n]``; 0 without a gradient."""
+        """The root of the ratio, ``[n]``; 0 without a gradient."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.minimum(np.sqrt(sums[0] / sums[1]), _LARGEST)
-        return np.where(sums[0] > 0, ratios, 0.0)
+            ratios: Float64Array = np.minimum(np.sqrt(sums[0] / sums[1]), _LARGEST)
+        return np.nan_to_num(ratios)
 
 
-_SUMS: dict[str, type[_Signs] | type[_Squares]] = {
-    "gradient": _Signs, "fisher": _Squares, "gradient_over_weight": _Ratios,
-}  # fmt: skip
+_Kind = type[_Signs] | type[_Squares]
+_SUMS: dict[str, _Kind] = {"gradient": _Signs, "fisher": _Squares, "gradient_over_weight": _Ratios}
 
 
 def _total(values: Tensor, layout: Layout) -> Tensor:
@@ -228,13 +222,6 @@ def gradient_scores(
     units = _sum_units(anatomy, sums)
     values = {name: kind.scores(each) for name, each in sums.items()}
     return write_scores(score, values, base, anatomy, units, out)
-
-
-def random_scores(base: Checkpoint, anatomy: Anatomy) -> Scores:
-    """Equal scores, of which the policy ``random`` chooses."""
-    sums = {tensor.info.name: np.zeros((1, tensor.layout.count)) for tensor in anatomy.scored}
-    units = _sum_units(anatomy, sums)
-    return write_scores("random", {name: zeros[0] for name, zeros in sums.items()}, base, anatomy, units)
 
 
 def _load_sums(sums: Mapping[str, _Signs | _Squares], file: Path | None) -> int:

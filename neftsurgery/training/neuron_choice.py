@@ -15,6 +15,7 @@ from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.threads import Limits
+from ..surgery.diff import DiffPlan
 from ..surgery.extract import plan_extract
 from ..surgery.pairing import pair, scored_count
 from .recipe import PROBES, Recipe, Select
@@ -96,13 +97,11 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
 
 def random_control(recipe: Recipe, base: Checkpoint, selection: Selection) -> Selection:
     """As many random neurons of the same anatomy: as many in each tensor, or units of as many parameters."""
-    from .gradient_probe import random_scores
-
     scope, facts = recipe.select.scope, selection.facts
     if recipe.probe.by in ("scores", "selection"):  # the recipe does not say
         axis = {name: list(chosen.layout.axes) for name, chosen in selection.own.items()}
         scope = Scope(facts.anatomy or "rows", axis=axis, include=list(axis))
     biased = bool(facts.companion_biases)
-    with random_scores(base, pair(base, base, scope).anatomy) as scores:
+    with DiffPlan(pair(base, base, scope), "random", alone=True).run() as scores:
         budget: dict[str, Any] = {"params": selection.parameters} if scores.units else {"like": selection}
         return scores.select(policy="random", seed=recipe.select.seed + 1, with_bias=biased, **budget)

@@ -103,7 +103,7 @@ class Select:
     changed: bool = False
     like: str | None = None
     per: Literal["model", "layer", "tensor"] | None = None
-    allocate: Literal["size", "equal", "energy"] | None = None
+    allocate: Literal["size", "equal", "scores"] | None = None
     max_per_tensor: int | None = None
     policy: Literal["sensitive", "reversed", "random"] | None = None
     with_bias: bool = False

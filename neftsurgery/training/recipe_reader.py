@@ -28,19 +28,7 @@ from ..options import Scope
 from ..scoring.sums import BASE_SCORES
 from ..selection.budget import Budget
 from .raw_examples import PromptTemplate
-from .recipe import (
-    PATH_KEYS,
-    PROBES,
-    SECTIONS,
-    Data,
-    Probe,
-    Recipe,
-    Select,
-    Train,
-    as_key,
-    known_keys,
-    rooted,
-)
+from .recipe import PATH_KEYS, SECTIONS, Data, Probe, Recipe, Select, Train, as_key, known_keys, rooted
 
 _MAX_BYTES = 100_000
 _MAX_DEPTH = 50
@@ -278,7 +266,7 @@ def _check_probe(probe: Probe) -> None:
 def _check_select(select: Select, by: str) -> None:
     keys = dataclasses.fields(Select)
     settled = {  # by the probe or its file
-        **{probe: {"score", "rank"} for probe in PROBES if probe != "finetune"},
+        **{probe: {"score", "rank"} for probe in ("gradients", "fisher", "gradient_over_weight")},
         "scores": {"score", "rank", *(one.name for one in dataclasses.fields(Scope))},
         "selection": {one.name for one in keys},
     }.get(by, set())

@@ -133,7 +133,7 @@ def test_the_text_of_an_amount_reads_back(amount: Amount) -> None:
         ({"neurons": "3%", "seed": None}, ["--seed"]),
         ({"neurons": "3%", "per": "head"}, ["--per", "head"]),
         ({"neurons": "3%", "allocate": "equal"}, ["--allocate equal", "--per model"]),
-        ({"threshold": 1.0, "per": "layer", "allocate": "energy"}, ["--allocate energy", "--threshold"]),
+        ({"threshold": 1.0, "per": "layer", "allocate": "scores"}, ["--allocate scores", "--threshold"]),
         ({"neurons": "3%", "per": "layer", "allocate": "fair"}, ["--allocate", "fair"]),
         ({"neurons": "3%", "policy": "best"}, ["--policy", "best"]),
         ({"neurons": 0.03}, ["--neurons", "3%"]),

@@ -332,21 +332,22 @@ def test_a_number_is_split_by_largest_remainder_and_equal_ones_go_to_the_earlier
         ("equal", {"neurons": 10}, [2, 4, 4]),  # the first pool has no more than two
         ("equal", {"neurons": "50%"}, [2, 4, 4]),
         ("equal", {"neurons": 99}, [2, 6, 12]),
-        ("energy", {"neurons": 8}, [0, 6, 2]),  # six of the second hold three quarters
-        ("energy", {"neurons": 10}, [0, 6, 4]),
-        ("energy", {"neurons": 19}, [1, 6, 12]),  # without energy, only what the others cannot take
+        ("scores", {"neurons": 8}, [0, 6, 2]),  # six of the second hold three quarters
+        ("scores", {"neurons": 10}, [0, 6, 4]),
+        ("scores", {"neurons": 19}, [1, 6, 12]),  # without energy, only what the others cannot take
         ("equal", {"params": 15}, [2, 6, 7]),
-        ("energy", {"params": 8}, [0, 6, 2]),
+        ("scores", {"params": 8}, [0, 6, 2]),
     ],
 )
 def test_a_budget_is_allocated_to_the_pools(
     allocate: str, budget: dict[str, Any], expected: list[int]
 ) -> None:
-    energies = {"a": 0.0, "b": 6e-9, "c": 2e-9}
-    sizes, rng = {"a": 2, "b": 6, "c": 12}, np.random.default_rng(0)
-    blocks = [
-        Block(name, name, 1, rng.random(size, np.float32), energies[name]) for name, size in sizes.items()
-    ]
+    sums = {"a": (2, 0.0), "b": (6, 6e-9), "c": (12, 2e-9)}  # of the scores of so many neurons
+    rng = np.random.default_rng(0)
+    blocks = []
+    for name, (size, total) in sums.items():
+        scores = rng.random(size)
+        blocks.append(Block(name, name, 1, (scores / scores.sum() * total).astype(np.float32)))
     for per in ("tensor", "layer"):
         found = choose(blocks, Budget.of(per=per, allocate=allocate, **budget), parameters=100)
         assert [int(mask.sum()) for mask in found] == expected
