@@ -54,6 +54,7 @@ def main() -> None:
             from benchmarks.selection.pretrained import suite as pretrained_suite
 
             pretrained_suite.measure(PretrainedOptions.of(given))
+            _render(given)
             return
         from benchmarks.selection import suite as selection_suite
 
@@ -87,6 +88,10 @@ def _render(given: argparse.Namespace) -> None:
         from benchmarks.page.selection import render_selection
 
         render_selection(of_selection)
+    if given.command in ("selection", "render") and any(of_selection.glob("pretrained-*.jsonl")):
+        from benchmarks.page.pretrained import render_pretrained
+
+        render_pretrained(of_selection)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -90,6 +92,7 @@ class PretrainedExperiment:
             self._keep_change(spot, exponent, model)
         return facts
 
+    @lru_cache(maxsize=8)  # noqa: B019  # there is one experiment
     def _cell(self, spot: Spot) -> Cell:
         return self.subject.cell(spot.task, spot.examples, spot.seed)
 
@@ -228,6 +231,8 @@ def _adapted(arm: Arm, model: Any, linear: Sequence[str], parameters: int, seed:
     each = sum(module.in_features + module.out_features for module in found.values())
     rank = max(1, round(float(arm.percent) / 100 * parameters / each))
     if arm.kind == "lora":
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=[*found]))
-    shira = ShiraConfig(r=rank, mask_type="random", random_seed=seed, target_modules=[*found])
-    return get_peft_model(model, shira)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[*found])
+    else:
+        config = ShiraConfig(r=rank, mask_type="random", random_seed=seed, target_modules=[*found])
+    with warnings.catch_warnings(action="ignore"):  # of torch and transformers, about PEFT
+        return get_peft_model(model, config)

