@@ -254,7 +254,7 @@ class SelectOptions(BudgetOptions, SeedOptions):
     """The keywords of `Scores.select`."""
 
 
-class CompareOptions(PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions):
+class CompareOptions(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions):
     """How a tuned checkpoint is scored against its base."""
 
 
@@ -264,6 +264,10 @@ class ChoosingOptions(PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions):
 
 class DiffOptions(CompareOptions, RunOptions):
     """The keywords of `diff` besides its output."""
+
+
+class ExtractOptions(ChoosingOptions, LosslessOptions):
+    """The keywords of `extract` that say what is kept."""
 
 
 class CutOptions(ChoosingOptions, RunOptions):

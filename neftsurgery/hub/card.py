@@ -12,7 +12,7 @@ from ..patch.lossless import LosslessPatch
 from ..patch.patch import Patch
 from ..reporting.layer_map import LayerMap, layer_map_figure
 from ..sources.hub_client import client
-from .base_model import BaseModel
+from ..sources.hub_id import HubId
 from .card_text import card_text
 from .repository import CARD_HINT
 
@@ -32,7 +32,7 @@ _LOSS = "loss on held-out examples"
 def write_card(
     patch: Patch | LosslessPatch,
     repo: str,
-    base: BaseModel,
+    base: HubId | None,
     licence: Mapping[str, str],
     *,
     figure: str | None = None,
@@ -93,14 +93,14 @@ def _with_block(text: str, block: str, repo: str) -> str:
 def _front_matter(
     patch: Patch | LosslessPatch,
     repo: str,
-    base: BaseModel,
+    base: HubId | None,
     licence: Mapping[str, str],
     known: Mapping[str, Any],
     kept: Sequence[object],
 ) -> dict[str, Any]:
     """The fields that a push writes, given those that the card has (``known``) and the results to keep."""
     found: dict[str, Any] = {}
-    if base.repo is not None:
+    if base is not None:
         relation = "adapter" if isinstance(patch, Patch) else "finetune"
         found |= {"base_model": base.repo, "base_model_relation": relation}
     found["library_name"] = _LIBRARY

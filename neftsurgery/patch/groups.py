@@ -47,10 +47,6 @@ class RowGroup:
         """The other members, by role."""
         return {role: name for role, name in self.members.items() if role != "codes"}
 
-    def to_json(self) -> dict[str, object]:
-        """Its entry in ``groups``."""
-        return {"layout": self.layout, "members": dict(self.members), "shares": dict(self.shares)}
-
     def needed(self, role: str, rows: Int64Array, codes: Layout, count: int) -> Int64Array:
         """Which of the ``count`` neurons of a member each of ``rows`` of the codes needs."""
         inner = codes.shape[codes.axes[-1]] if codes.axes else 1

@@ -21,14 +21,15 @@ from ..errors import CorruptFileError, MismatchError, UsageError, boundary
 from ..live.loading import meta_model
 from ..live.loading_rules import LoadingRules
 from ..live.placement import LivePlace, live_places
-from ..live.weights import block_ranges, to_bytes
+from ..live.weights import to_bytes
 from ..neurons.layout import Layout
 from ..neurons.vectors import find, gather
 from ..patch.patch import Manifest, Patch
+from ..patch.patch_file import digests
 from ..patch.write import NewPatch
-from ..selection.selection import Chosen, Selection
+from ..selection.selection import Chosen, RowBlock, Selection
 from ..storage.output import staged_directory
-from ..tensors.arrays import Int64Array
+from ..tensors.arrays import Int64Array, RawBytes
 from .choosing import neurons_of
 from .config import NeftConfig
 
@@ -82,12 +83,14 @@ def patch_of_adapter(
     facts = {"anatomy": config.anatomy, "policy": config.policy, "budget": budget}
     selection = Selection(chosen, facts)
     manifest = Manifest.of(Provenance.of(checkpoint), selection.facts)
+
+    def written(block: RowBlock) -> tuple[RawBytes, RawBytes, RawBytes]:
+        one, part = chosen[block.name], slice(block.start, block.stop)
+        old = gather(checkpoint, one.info, one.layout, one.index[part])
+        return to_bytes(values[block.name][part], one.info.dtype), old, digests(old)
+
     with NewPatch(selection, manifest).written(out, force=force) as writer:
-        for name, one in chosen.items():
-            for start, stop in block_ranges(len(one.index), one.layout.width):
-                old = gather(checkpoint, one.info, one.layout, one.index[start:stop])
-                new = to_bytes(values[name][start:stop], one.info.dtype)
-                writer.add_digests(name, *writer.write_rows(name, start, old, new))
+        writer.write_blocks(written)
     return writer.patch
 
 

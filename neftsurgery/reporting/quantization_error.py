@@ -7,7 +7,7 @@ import numpy as np
 from .. import text
 from ..scoring.scores import Scores
 from ..tensors.arrays import Float64Array
-from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .layer_map import locate_tensors
 
 _SHOWN = 20
@@ -41,29 +41,8 @@ def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...
         finite = errors[np.isfinite(errors)]
         middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
         weights.append((*places[name], len(errors), middle, top))
-    error = Column("relative", "relative error", text.four_digits, bar=True)
+    weights.sort(key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))
     return (
-        ReportFigure(
-            f"quantization{suffix}",
-            "The neurons that quantization hurt most",
-            "norm of what quantization changed, relative to the norm of the neuron's vector in the base",
-            f"Each row is a neuron. The {_SHOWN} with the largest error are listed.",
-            Table((RANK, error, TENSOR, INDEX, LAYER, KIND), tuple(rows)),
-        ),
-        ReportFigure(
-            f"quantization-by-weight{suffix}",
-            "What quantization cost each weight",
-            "relative error of its neurons",
-            "Each row is a weight. Where the largest error is far above the median, a few neurons suffered.",
-            Table(
-                (
-                    LAYER,
-                    KIND,
-                    Column("neurons", "neurons", text.commas),
-                    Column("median", "median", text.four_digits, bar=True),
-                    Column("largest", "largest", text.four_digits, bar=True),
-                ),
-                tuple(sorted(weights, key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))),
-            ),
-        ),
+        ReportFigure.of("quantization", suffix, rows, shown=_SHOWN),
+        ReportFigure.of("quantization-by-weight", suffix, weights),
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .. import text
 from ..tensors.arrays import Float64Array, Int64Array, Mask
-from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .inputs import Candidates
 from .layer_map import locate_tensors
 from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
@@ -51,16 +51,9 @@ class ScoreDistribution:
         cuts = one_cut and candidates.chosen.any()
         self._cut = float(candidates.score[candidates.chosen].min()) if cuts else None  # the lowest chosen
 
-    def figure(self, id: str) -> ReportFigure:
+    def figure(self, suffix: str) -> ReportFigure:
         """The histograms as a figure of the report."""
         score, word = self._candidates.score_name, self._candidates.word
-        columns = (
-            KIND,
-            Column("from", f"{score} from", text.four_digits),
-            Column("to", "to", text.four_digits),
-            Column("count", f"{word}s", text.commas),
-            Column("chosen", "chosen", text.commas),
-        )
         cut = " The dashed line is the cut: the lowest score that the budget chooses." if self._cut else ""
         zeros = "a score of 0, which this axis cannot show." if self._zeros.any() else ""
         zeros = zeros and f" The number on the left is the share of {word}s with {zeros}"
@@ -72,16 +65,8 @@ class ScoreDistribution:
                 low, high = self._edges[bin : bin + 2].tolist()
                 counts = int(self._counts[number, bin]), int(self._chosen[number, bin])
                 rows.append((kind, low, high, *counts))
-        return ReportFigure(
-            id,
-            "How the scores are distributed",
-            f"{score} score of a {word}, {'logarithmic' if self._log else 'linear'} axis; height: square "
-            "root of the share",
-            f"One curve per kind of weight. The further right, the more sensitive its {word}s are. The "
-            f"dark part is chosen; the number on the right is its share of that kind.{cut}{zeros}",
-            Table(columns, tuple(rows)),
-            self._draw,
-        )
+        words = {"word": word, "score": score, "axis": "logarithmic" if self._log else "linear"}
+        return ReportFigure.of("distribution", suffix, rows, self._draw, cut=cut, zeros=zeros, **words)
 
     def _draw(self, fig: MplFigure) -> None:
         shown = np.sort(np.argsort(-self._chosen.sum(axis=1), kind="stable")[:_KINDS])
@@ -125,7 +110,7 @@ def _edges(values: Float64Array, log: bool) -> Float64Array:
     return np.linspace(low - half, low + half, _BINS + 1)
 
 
-def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
+def top_neurons_figure(candidates: Candidates, suffix: str) -> ReportFigure:
     """The neurons or units with the highest scores; what the file does not tell of them is NaN."""
     score, word, count = candidates.score_name, candidates.word, len(candidates)
     locations = locate_tensors(candidates.tensors)
@@ -142,29 +127,8 @@ def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
         change = float(moved[i]) / size if size > 0 else np.nan
         place = (tensor, int(candidates.index[i]), *locations[tensor])
         rows.append((rank, float(candidates.score[i]), *place, size, smaller, change))
-    columns = (
-        RANK,
-        Column("score", f"{score} score", text.four_digits, bar=True),
-        TENSOR,
-        INDEX,
-        LAYER,
-        KIND,
-        Column("norm", "norm of the base vector", text.four_digits),
-        Column("smaller", "vectors smaller", text.percent),
-        Column("relative_change", "relative change", text.four_digits),
-    )
-    return ReportFigure(
-        id,
-        f"The most sensitive {word}s",
-        f"{score} score; norm of the {word}'s vector in the base; change relative to that norm",
-        f"Each row is a {word}"
-        + (", named by the first of its neurons" if word == "unit" else "")
-        + f". If most of the norms are small (few {word}s have a smaller vector), the score may show small "
-        "vectors instead of important ones.",
-        Table(columns, tuple(rows)),
-        lambda fig: _draw(fig, rows, score),
-        as_table=True,
-    )
+    words = {"word": word, "score": score, "named": ", named by the first of its neurons" * (word == "unit")}
+    return ReportFigure.of("sensitive", suffix, rows, lambda fig: _draw(fig, rows, score), **words)
 
 
 def _draw(fig: MplFigure, rows: Sequence[tuple[Any, ...]], score: str) -> None:

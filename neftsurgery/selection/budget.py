@@ -129,9 +129,9 @@ class Budget:
     with_bias: bool = False
 
     def __post_init__(self) -> None:
-        self._check_size()
+        option = self._check_size()
         self._check_values()
-        self._check_combinations()
+        self._check_combinations(option)
 
     @classmethod
     def of(cls, **options: Unpack[SelectOptions]) -> Budget:
@@ -142,17 +142,10 @@ class Budget:
                 values[name] = read(f"[[{name}]]", values[name])
         return cls(**values)
 
-    @property
-    def option(self) -> str:
-        """The option that says how much, by its Python name."""
-        return self._sizes()[0]
-
-    def _sizes(self) -> list[str]:
+    def _check_size(self) -> str:
+        """The option that says how much."""
         values = (self.neurons, self.params, self.threshold, self.changed or None, self.like)
-        return [option for option, value in zip(_SIZES, values, strict=True) if value is not None]
-
-    def _check_size(self) -> None:
-        given = self._sizes()
+        given = [option for option, value in zip(_SIZES, values, strict=True) if value is not None]
         if not given:
             raise UsageError(
                 "nothing says how many neurons to choose",
@@ -163,6 +156,7 @@ class Budget:
                 f"{' and '.join(f'[[{name}]]' for name in given)} do not go together",
                 hint="give only one of them",
             )
+        return given[0]
 
     def _check_values(self) -> None:
         if self.threshold is not None and not math.isfinite(self.threshold):
@@ -181,8 +175,7 @@ class Budget:
             if count < 0:
                 raise UsageError("[[like]] asks for a negative number of neurons", tensor=name, found=count)
 
-    def _check_combinations(self) -> None:
-        option = self.option
+    def _check_combinations(self, option: str) -> None:
         if option in ("threshold", "changed") and self.policy != "sensitive":
             raise UsageError(f"[[{option}]] does not go with [[policy={self.policy}]]")
         if self.allocate != "size" and (self.per == "model" or option == "threshold"):

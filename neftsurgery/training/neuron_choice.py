@@ -16,7 +16,7 @@ from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.threads import Limits
 from ..surgery.diff import DiffPlan
-from ..surgery.extract import plan_extract
+from ..surgery.extract import ExtractPlan, plan_extract
 from ..surgery.pairing import pair, scored_count
 from .recipe import PROBES, Recipe, Select
 
@@ -82,6 +82,7 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
         options = budget_of(select) | asdict(select.scope) | score
         options |= {name: getattr(recipe.probe, name) for name in declared(PrefixOptions)}
         plan = plan_extract(recipe.model, path, limits=limits, progress=progress, **options)
+        assert isinstance(plan, ExtractPlan)  # which is not lossless
         return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))
     if by == "scores":
         with Scores.load(path) as scores:

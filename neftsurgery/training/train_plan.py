@@ -167,7 +167,7 @@ class TrainPlan:
                 return stopped
             if self.recipe.control and not directory.control.exists():
                 watcher.note("training as many random neurons first, as a control")
-                if not self._control(selection)._run(watcher, limits, model).finished:
+                if not self._control(selection)._run(watcher.of("control"), limits, model).finished:
                     return replace(stopped, selection=selection)
             with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
                 with watcher.progress("training", self.steps - resumed_from) as advance:

@@ -153,6 +153,15 @@ class Watcher:
     note: Callable[[str], None] = lambda text: None  # gets sentences
     stop: Callable[[], bool] = lambda: False  # asked after every step: True saves and stops the run
 
+    def of(self, part: str) -> Watcher:
+        """The same, told that what it hears is of a part of the run."""
+        return Watcher(
+            lambda what, *amount: self.progress(f"{part}, {what}", *amount),
+            lambda where, text: self.report(f"{part}, {where}", text),
+            lambda text: self.note(f"{part}, {text}"),
+            self.stop,
+        )
+
 
 def make_trainer(
     plan: TrainPlan,

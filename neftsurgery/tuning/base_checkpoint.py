@@ -17,9 +17,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..checkpoint.weight_files import listed_parts
 from ..errors import MismatchError, NeftError
-from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
+from ..live.weights import can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
 from ..neurons.submodels import split_part
-from ..neurons.vectors import gather
+from ..neurons.vectors import blocks, gather
 from ..patch.patch import Patch
 from ..patch.patch_file import DigestHash, digests
 from ..selection.selection import Chosen
@@ -128,7 +128,7 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
     They must equal its vectors, cast to the live dtype; without a ``base``, fit the selection's dtype.
     """
     name, dtype = chosen.info.name, chosen.info.dtype
-    for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
+    for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index)):
         block = vectors[start:stop]
         if base is None:
             if not _representable(block, float_dtype(chosen)).all():
