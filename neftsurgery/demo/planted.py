@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -15,20 +16,6 @@ from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "vocab_size": 2000,
-    "rms_norm_eps": 1e-05,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 #: How many neurons the synthetic fine-tune changes.
 PLANTED = 64
 _SHARDS = 3
@@ -96,7 +83,7 @@ def _round(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _write(folder: Path, weights: Arrays) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    shutil.copyfile(Path(__file__).with_name("planted.json"), folder / "config.json")
     (folder / "README.md").write_text("Random weights, made by `neftsurgery demo`.\n")
     weight_map: dict[str, str] = {}
     for number, names in enumerate(np.array_split(list(weights), _SHARDS), 1):

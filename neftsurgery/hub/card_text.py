@@ -18,9 +18,9 @@ from ..patch.patch_file import PATCH_NAME
 from ..reporting.layer_map import LayerMap
 from ..reporting.training_record import training_facts
 from ..sources.hub_client import page
+from ..sources.hub_id import HubId
 from ..tensors.document import Facts
 from ..text import commas, four_digits, percent, plural, size
-from .base_model import BaseModel
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
 _MAX_LISTED = 40
@@ -46,20 +46,20 @@ _MAX_LENGTH = 100
 _BAR_LENGTH = 12
 
 
-def card_text(patch: Patch | LosslessPatch, repo: str, base: BaseModel, figure: str | None) -> str:
+def card_text(patch: Patch | LosslessPatch, repo: str, base: HubId | None, figure: str | None) -> str:
     """The part of a card that `push` writes, in Markdown."""
     if isinstance(patch, LosslessPatch):
         template, words = "card_lossless.md", _lossless_words(patch)
     else:
         template, words = "card_neurons.md", _neuron_words(patch, figure)
     words |= {
-        "model": link(code_span(base.repo), page(base.repo)) if base.repo else "the model it was made from",
-        "note": "" if base.repo else "`BASE` stands for the model that the patch was made from.\n\n",
+        "model": link(code_span(base.repo), page(base.repo)) if base else "the model it was made from",
+        "note": "" if base else "`BASE` stands for the model that the patch was made from.\n\n",
         "facts": table(["", ""], list(_facts(patch, base))),
         "size": size(patch.nbytes),
     }
     text = (files(__package__) / template).read_text(encoding="utf-8")
-    return text.format(base=base.argument, repo=repo, project=_PROJECT, **words).rstrip()
+    return text.format(base=base or "BASE", repo=repo, project=_PROJECT, **words).rstrip()
 
 
 def _neuron_words(patch: Patch, figure: str | None) -> dict[str, str]:
@@ -103,15 +103,15 @@ def _lossless_words(patch: LosslessPatch) -> dict[str, str]:
     }
 
 
-def _facts(patch: Patch | LosslessPatch, base: BaseModel) -> Iterator[tuple[str, str]]:
+def _facts(patch: Patch | LosslessPatch, base: HubId | None) -> Iterator[tuple[str, str]]:
     """The rows of a table: of the base, of the patch, and of what undoes and made it."""
-    if base.repo is not None:
+    if base is not None:
         yield "base", link(code_span(base.repo), page(base.repo))
         yield "revision of the base", code_span(base.revision) if base.revision else "unknown"
-    elif base.name:
-        yield "local name of the base", code_span(base.name)
-    if base.fingerprint:
-        yield "fingerprint of the base", code_span(base.fingerprint)
+    elif patch.base.name:
+        yield "local name of the base", code_span(patch.base.name)
+    if patch.base.fingerprint:
+        yield "fingerprint of the base", code_span(patch.base.fingerprint)
     yield from _lossless_facts(patch) if isinstance(patch, LosslessPatch) else _neuron_facts(patch)
     yield "revert", "needs only the patch" if patch.reversible else "needs the base: `--base`"
     if created := patch.manifest.get("created_by"):

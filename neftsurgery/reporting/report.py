@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,39 +25,6 @@ from .sections import ReportSection, sections_of
 _MAX_ROWS = 300
 _DEFAULT_NEURONS = "3%"
 _TITLE_NAMES = 4
-
-
-def render_html(title: str, sections: Sequence[ReportSection], advance: Callable[[int], None]) -> str:
-    """The page as text, all that comes from files escaped; ``advance`` gets 1 after each figure."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise UsageError(
-            "the page needs jinja2, which is not installed", hint=install_command("report")
-        ) from error
-    environment = Environment(
-        loader=PackageLoader(__package__, ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-    def image(figure: ReportFigure) -> Markup:
-        drawn = Markup(themed_svg(figure.svg(), figure.id, figure.title))  # the XML writer has escaped it
-        advance(1)
-        return drawn
-
-    return environment.get_template("page.html.j2").render(
-        title=title,
-        sections=sections,
-        image=image,
-        rows=_rows,
-        max_rows=_MAX_ROWS,
-        colours=COLOURS,
-        version=__version__,
-    )
 
 
 def _rows(table: Table) -> Iterator[tuple[dict[str, Any], ...]]:
@@ -90,9 +57,39 @@ class Report:
         return {figure.id: figure for section in self.sections for figure in section.figures}
 
     def html(self, *, progress: Progress = silent) -> str:
-        """The page as text. Raises UsageError if matplotlib or jinja2 is not installed."""
+        """The page as text, all that comes from files escaped.
+
+        Raises a UsageError if matplotlib or jinja2 is not installed.
+        """
+        try:
+            from jinja2 import Environment, PackageLoader, StrictUndefined
+            from markupsafe import Markup
+        except ImportError as error:
+            hint = install_command("report")
+            raise UsageError("the page needs jinja2, which is not installed", hint=hint) from error
+        environment = Environment(
+            loader=PackageLoader(__package__, ""),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+        def image(figure: ReportFigure) -> Markup:
+            drawn = themed_svg(figure.svg(), figure.id, figure.title)
+            advance(1)
+            return Markup(drawn)  # the XML writer has escaped it
+
         with progress("drawing", len(self.figures)) as advance:
-            return render_html(self.title, self.sections, advance)
+            return environment.get_template("page.html.j2").render(
+                title=self.title,
+                sections=self.sections,
+                image=image,
+                rows=_rows,
+                max_rows=_MAX_ROWS,
+                colours=COLOURS,
+                version=__version__,
+            )
 
     def describe(self) -> dict[str, object]:
         """The report as JSON: what each section is about, and the numbers of each figure."""

@@ -6,7 +6,7 @@ from card_support import COMMIT, KNOWN, PLAIN_TAGS, rendered
 from hub_support import patch_of
 from huggingface_hub import ModelCard
 
-from neftsurgery.hub.base_model import BaseModel
+from neftsurgery.hub.base_model import base_of
 from neftsurgery.hub.card import write_card
 from neftsurgery.hub.card_text import layer_counts
 
@@ -74,12 +74,13 @@ def test_many_layers_and_kinds_stay_a_table(tmp_path):
 
 
 def test_an_unknown_base(tmp_path):
-    patch = patch_of(tmp_path / "p.safetensors", {"w": 1}, base={"name": "my-base"})
-    card = ModelCard(write_card(patch, "me/x", BaseModel.of(patch, None), {}))
+    patch = patch_of(tmp_path / "p.safetensors", {"w": 1}, base={"name": "my-base", "fingerprint": "f9"})
+    card = ModelCard(write_card(patch, "me/x", base_of(patch, None), {}))
     assert "base_model" not in card.data.to_dict()
     assert "base_model_relation" not in card.data.to_dict()
     assert "neftsurgery apply BASE me/x" in card.text
-    assert "`my-base`" in card.text
+    assert "| local name of the base | `my-base` |" in card.text
+    assert "| fingerprint of the base | `f9` |" in card.text
 
 
 def test_layers_in_order_and_the_most_frequent_kind_first(llama):

@@ -48,15 +48,7 @@ if TYPE_CHECKING:
 @click.option("--restart", is_flag=True, help="Discard an unfinished run and start again.")
 @writing_options
 def command(
-    console: Console,
-    recipe: str | None,
-    init: bool,
-    overrides: tuple[str, ...],
-    out: str | None,
-    resume: bool,
-    restart: bool,
-    force: bool,
-    dry_run: bool,
+    console: Console, recipe: str | None, overrides: tuple[str, ...], dry_run: bool, **options: Any
 ) -> int:
     """Find the neurons that matter, train only them, and cut the patch.
 
@@ -69,8 +61,9 @@ def command(
       neftsurgery train --init maths -o recipe.yaml
       neftsurgery train recipe.yaml --set select.neurons=1% --set train.learning_rate=1e-4 -o run/
     """
+    init, out = options.pop("init"), options.pop("out")
     if init:
-        return _init(console, recipe, out, force=force, dry_run=dry_run)
+        return _init(console, recipe, out, force=options["force"], dry_run=dry_run)
     if recipe is None:
         raise UsageError("there is no recipe", hint="`neftsurgery train --init` prints one to start from")
     from ...training.train import require_training
@@ -79,14 +72,8 @@ def command(
     from ...training.recipe_reader import parse_overrides
     from ...training.train_plan import plan_train
 
-    plan = plan_train(
-        recipe,
-        parse_overrides(overrides) | ({} if out is None else {"out": out}),
-        force=force,
-        resume=resume,
-        restart=restart,
-        **console.running,
-    )
+    given = parse_overrides(overrides) | ({} if out is None else {"out": out})
+    plan = plan_train(recipe, given, **options, **console.running)
     _say_plan(console, plan)
     if dry_run:
         console.answer({"dry_run": True, "out": None, **plan.describe()})
