@@ -20,6 +20,7 @@ from benchmarks.peft_comparison import suite as peft_comparison
 from benchmarks.quantized import options as quantized
 from benchmarks.quantized import suite as quantized_suite
 from benchmarks.selection import options as selection
+from benchmarks.selection.pretrained.options import PretrainedOptions
 from benchmarks.switch import options as switch
 from benchmarks.training import options as training
 from benchmarks.training import suite as training_suite
@@ -64,6 +65,12 @@ def main() -> None:
             given = parser.parse_args()
         training_suite.measure(training.Options.of(given))
     if given.command == "selection":
+        if given.model is not None:
+            from benchmarks.selection.pretrained import suite as pretrained_suite
+
+            pretrained_suite.measure(PretrainedOptions.of(given))
+            _render(given)
+            return
         from benchmarks.selection import suite as selection_suite
 
         selection_suite.measure(selection.Options.of(given))
@@ -116,6 +123,10 @@ def _render(given: argparse.Namespace) -> None:
         from benchmarks.page.selection import render_selection
 
         render_selection(of_selection)
+    if given.command in ("selection", "render") and any(of_selection.glob("pretrained-*.jsonl")):
+        from benchmarks.page.pretrained import render_pretrained
+
+        render_pretrained(of_selection)
 
 
 if __name__ == "__main__":

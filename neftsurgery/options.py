@@ -107,11 +107,12 @@ class ScoreOptions(TypedDict, total=False):
     score: Annotated[
         str,
         Option(
-            "How sensitivity is measured; random and norm are controls.",
-            choices=("cosine", "l2", "relative", "changed", "random", "norm"),
+            "How sensitivity is measured; random and norm are controls. The last four are of the base alone.",
+            choices=("cosine", "l2", "relative", "changed", "magnitude", "lowrank", "norm", "random"),
             default="cosine",
         ),
     ]
+    rank: Annotated[int, Option("The rank of [[score=lowrank]].", metavar="N", default=32)]
 
 
 class BudgetOptions(TypedDict, total=False):
@@ -141,6 +142,13 @@ class BudgetOptions(TypedDict, total=False):
         Option(
             "Choose from one pool (model), or from each layer's or tensor's. Default: model.",
             choices=("model", "layer", "tensor"),
+        ),
+    ]
+    allocate: Annotated[
+        str,
+        Option(
+            "Divide the budget over the pools by their size, equally, or by the sum of their scores.",
+            choices=("size", "equal", "scores"),
         ),
     ]
     max_per_tensor: Annotated[int, Option("Choose at most this many neurons of any tensor.", metavar="N")]

@@ -103,12 +103,14 @@ def tasks(
 def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
     """Neighbouring pieces of one job merged into few large ones, where that changes no sum."""
     # Column sums start again with each piece, and so do the sums of types that are not floats.
-    if job.across or job.info.dtype not in FORMATS:
+    if job.across or (job.codes is None and job.info.dtype not in FORMATS):
         yield from pieces
         return
     for grain, group in groupby(pieces, key=lambda piece: piece.grain):
         members = list(group)
-        yield TensorPiece(members[0].job, members[0].start, members[-1].stop, grain)
+        several = len(members) if job.codes is None else 4  # whose scales take memory, too
+        for some in (members[first : first + several] for first in range(0, len(members), several)):
+            yield TensorPiece(some[0].job, some[0].start, some[-1].stop, grain)
 
 
 def _pieces(number: int, job: Job, nbytes: int) -> Iterator[TensorPiece]:

@@ -16,6 +16,7 @@ from ..text import plural
 
 Per = Literal["model", "layer", "tensor"]
 Policy = Literal["sensitive", "reversed", "random"]
+Allocation = Literal["size", "equal", "scores"]
 
 _EXAMPLES = "write a share such as 3% or a number such as 50000 or 200M"
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?%")
@@ -121,6 +122,7 @@ class Budget:
     changed: bool = False
     like: Mapping[str, int] | None = None  # neurons by tensor name
     per: Per = "model"
+    allocate: Allocation = "size"
     max_per_tensor: int | None = None
     policy: Policy = "sensitive"
     seed: int = 0
@@ -165,6 +167,8 @@ class Budget:
             raise UsageError("[[seed]] must not be negative", found=self.seed)
         if self.per not in get_args(Per):
             raise UsageError("[[per]] must be model, layer or tensor", found=self.per)
+        if self.allocate not in get_args(Allocation):
+            raise UsageError("[[allocate]] must be size, equal or scores", found=self.allocate)
         if self.policy not in get_args(Policy):
             raise UsageError("[[policy]] must be sensitive, reversed or random", found=self.policy)
         for name, count in (self.like or {}).items():
@@ -174,6 +178,9 @@ class Budget:
     def _check_combinations(self, option: str) -> None:
         if option in ("threshold", "changed") and self.policy != "sensitive":
             raise UsageError(f"[[{option}]] does not go with [[policy={self.policy}]]")
+        if self.allocate != "size" and (self.per == "model" or option == "threshold"):
+            other = "per=model" if self.per == "model" else option
+            raise UsageError(f"[[allocate={self.allocate}]] does not go with [[{other}]]")
         if option in ("changed", "like") and self.per != "model":
             raise UsageError(f"[[{option}]] does not go with [[per={self.per}]]")
         if option in ("changed", "like") and self.max_per_tensor is not None:
@@ -210,6 +217,7 @@ class Budget:
             "threshold": self.threshold,
             "max_per_tensor": self.max_per_tensor,
             "per": None if self.per == "model" else self.per,
+            "allocate": None if self.allocate == "size" else self.allocate,
             "policy": None if self.policy == "sensitive" else self.policy,
             "seed": self.seed if self.seed or self.policy == "random" else None,
             "changed": True if self.changed else None,

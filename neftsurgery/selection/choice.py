@@ -104,6 +104,11 @@ def choose(
         sizes = [count * cost for count, cost in zip(counts, costs, strict=True)]
     pools = _pools(_pool_names(blocks, budget))
     limits = _limits(pools, sizes, budget, parameters)
+    if budget.allocate != "size":
+        totals = [sum(sizes[number] for number in members) for members in pools.values()]
+        scores = [max(0.0, float(np.nansum(block.scores[:], dtype=np.float64))) for block in blocks]
+        weights = [1.0 if budget.allocate == "equal" else sum(scores[i] for i in p) for p in pools.values()]
+        limits = _allocate(sum(limits), [round(w / (max(weights) or 1.0) * 2**52) for w in weights], totals)
     if allowed is not None:
         counts = [int(np.count_nonzero(mask)) for mask in allowed]
     ranking = _Ranking(keys, counts, costs, allowed, highest, chunk, sorted_pool)
@@ -189,6 +194,21 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
     for i in by_remainder[: amount - sum(shares)]:
         shares[i] += 1
     return shares
+
+
+def _allocate(amount: int, weights: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Split ``amount`` in proportion to ``weights``; what exceeds a pool's size goes to the others."""
+    limits, left = [0] * len(sizes), [number for number, size in enumerate(sizes) if size]
+    while left:
+        mine = [weights[i] for i in left]
+        shares = dict(zip(left, _split(amount, mine if any(mine) else [1] * len(left)), strict=True))
+        left = [i for i, share in shares.items() if share < sizes[i]]
+        for i in shares.keys() - left:
+            limits[i] = sizes[i]
+            amount -= sizes[i]
+        if len(left) == len(shares):
+            return [shares.get(i, limit) for i, limit in enumerate(limits)]
+    return limits
 
 
 # Keys: what the neurons are ordered by.

@@ -205,7 +205,7 @@ def extract(
     selection:
         The neurons to cut out. None: choose them by ``scores`` and a budget.
     scores:
-        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``axis``,
+        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``rank``, ``axis``,
         ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
     lossless:
         Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the weights
@@ -282,7 +282,8 @@ def plan_extract(
     for name in budget if selection is not None else ():
         _refuse(name, ["selection"], "give one or the other")
     checked = None if selection is not None else Budget.of(**budget)
-    check_score(score := scoring.get("score", "cosine"))
+    score, rank = scoring.get("score", "cosine"), scoring.get("rank", 32)
+    check_score(score, rank)
     files = [one for one in by.values() if isinstance(one, str | os.PathLike)]
     scores = Scores.load(scores) if isinstance(scores, str | os.PathLike) else scores
     selection = Selection.load(selection) if isinstance(selection, str | os.PathLike) else selection
@@ -291,7 +292,7 @@ def plan_extract(
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
-        comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed)
+        comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed, rank=rank)
         joined, warnings = comparison.pair.joined, [*comparison.warnings]
         scores = comparison.run(limits=limits, progress=progress)
         timing = scores.timing
@@ -306,11 +307,9 @@ def plan_extract(
             origin, result = Provenance.of(first), Provenance.of(second)
         if given is not None:
             hint = "score these checkpoints, or name those that were scored"
-            for side, recorded, here, file in (
-                ("base", given.base, origin, first.name),
-                ("tuned", given.tuned, result, second.name),
-            ):
-                require_same_files(f"the scores are of another {side}", recorded, here, file=file, hint=hint)
+            what = "the scores are of another"
+            require_same_files(f"{what} base", given.base, origin, file=first.name, hint=hint)
+            require_same_files(f"{what} tuned", given.tuned, result, file=second.name, hint=hint)
         if checked is not None and scores is not None:
             selection = scores.choose(checked)
             warnings += checked.warnings(scores.units or scores.neurons)

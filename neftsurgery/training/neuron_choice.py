@@ -15,9 +15,10 @@ from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.threads import Limits
+from ..surgery.diff import DiffPlan
 from ..surgery.extract import ExtractPlan, plan_extract
 from ..surgery.pairing import pair, scored_count
-from .recipe import Recipe, Select
+from .recipe import PROBES, Recipe, Select
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,16 @@ def budget_of(select: Select) -> dict[str, Any]:
 def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress: Progress) -> NeuronChoice:
     """Choose the neurons if files suffice for that; a selection or scores must fit the base."""
     by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
-    if by in ("gradients", "fisher", "finetune"):
+    if by in PROBES:
         anatomy = pair(base, base, select.scope).anatomy
         budget = Budget.of(**budget_of(select))  # an unreadable selection is found here, not after the probe
         neurons = anatomy.unit_count or sum(scored_count(tensor) for tensor in anatomy.scored)
         return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *budget.warnings(neurons)))
+    path = recipe.model if by == "weights" else path
     assert path is not None  # check_recipe has made sure
-    if by == "tuned":
-        options = budget_of(select) | asdict(select.scope) | {"score": select.score or "cosine"}
+    if by in ("tuned", "weights"):
+        score = {"score": select.score or "cosine", "rank": select.rank}
+        options = budget_of(select) | asdict(select.scope) | score
         options |= {name: getattr(recipe.probe, name) for name in declared(PrefixOptions)}
         plan = plan_extract(recipe.model, path, limits=limits, progress=progress, **options)
         assert isinstance(plan, ExtractPlan)  # which is not lossless
@@ -95,13 +98,11 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
 
 def random_control(recipe: Recipe, base: Checkpoint, selection: Selection) -> Selection:
     """As many random neurons of the same anatomy: as many in each tensor, or units of as many parameters."""
-    from .gradient_probe import random_scores
-
     scope, facts = recipe.select.scope, selection.facts
     if recipe.probe.by in ("scores", "selection"):  # the recipe does not say
         axis = {name: list(chosen.layout.axes) for name, chosen in selection.own.items()}
         scope = Scope(facts.anatomy or "rows", axis=axis, include=list(axis))
     biased = bool(facts.companion_biases)
-    with random_scores(base, pair(base, base, scope).anatomy) as scores:
+    with DiffPlan(pair(base, base, scope), "random", alone=True).run() as scores:
         budget: dict[str, Any] = {"params": selection.parameters} if scores.units else {"like": selection}
         return scores.select(policy="random", seed=recipe.select.seed + 1, with_bias=biased, **budget)

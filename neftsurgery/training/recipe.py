@@ -20,6 +20,8 @@ from ..sources.resolve import is_hub_id
 
 PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "select.like")
 """The keys whose values are paths. All but ``out`` may also be Hub ids."""
+PROBES = ("gradients", "fisher", "gradient_over_weight", "finetune")
+"""The values of ``probe.by`` that need the live model."""
 
 
 def key(default: Any, text: str, **bounds: float) -> Any:
@@ -71,10 +73,13 @@ class Data:
 class Probe:
     """How to find out which neurons matter."""
 
-    by: Literal["gradients", "fisher", "finetune", "tuned", "scores", "selection"] = key(
+    by: Literal[
+        "gradients", "fisher", "gradient_over_weight", "finetune", "weights", "tuned", "scores", "selection"
+    ] = key(
         "gradients",
-        "How far gradients would turn each neuron, or their squares (fisher); the change by a short full "
-        "fine-tune, which is then deleted (finetune); or by a file at path.",
+        "How far gradients would turn each neuron, their squares (fisher), or their size over the neuron's "
+        "(gradient_over_weight); the change by a short full fine-tune, which is then deleted (finetune); the "
+        "base alone, by a select.score such as magnitude (weights); or by a file at path.",
     )
     path: str | None = key(None, "The fine-tune, scores file or selection file.")
     steps: int | None = key(None, "Batches of gradients, or steps of the fine-tune. Default: 100.", above=0)
@@ -98,12 +103,16 @@ class Select:
     changed: bool = False
     like: str | None = None
     per: Literal["model", "layer", "tensor"] | None = None
+    allocate: Literal["size", "equal", "scores"] | None = None
     max_per_tensor: int | None = None
     policy: Literal["sensitive", "reversed", "random"] | None = None
     with_bias: bool = False
     seed: int = 0
     anatomy: Literal["rows", "ffn", "units"] = "units"
-    score: Literal["cosine", "l2", "relative", "changed", "random", "norm"] | None = None
+    score: Literal["cosine", "l2", "relative", "changed", "magnitude", "lowrank", "norm", "random"] | None = (
+        None
+    )
+    rank: int = key(32, "The rank of score: lowrank.", above=0)
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
@@ -146,6 +155,10 @@ class Train:
         "auto", "Of the model; auto: as in its files."
     )
     device: Literal["auto", "cpu"] = key("auto", "Where it runs; auto: a GPU if there is one.")
+    quantization: dict[str, Any] | None = key(
+        None,
+        "Quantize the frozen model, by transformers' options: {load_in_4bit: true}, {load_in_8bit: true}.",
+    )
     attn_implementation: str | None = key(None, "By transformers' name: sdpa, eager, flash_attention_2.")
     gradient_checkpointing: bool = key(False, "Compute the forward pass twice, to use less memory.")
     mode: Literal["auto", "scatter", "overlay"] = key("auto", "Whether weights hold the values: see attach.")

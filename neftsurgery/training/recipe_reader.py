@@ -25,6 +25,7 @@ import yaml
 
 from ..errors import NeftError, UsageError, boundary, naming, spelled
 from ..options import Scope
+from ..scoring.sums import BASE_SCORES
 from ..selection.budget import Budget
 from .raw_examples import PromptTemplate
 from .recipe import PATH_KEYS, SECTIONS, Data, Probe, Recipe, Select, Train, as_key, known_keys, rooted
@@ -265,15 +266,17 @@ def _check_probe(probe: Probe) -> None:
 def _check_select(select: Select, by: str) -> None:
     keys = dataclasses.fields(Select)
     settled = {  # by the probe or its file
-        "gradients": {"score"},
-        "fisher": {"score"},
-        "scores": {"score", *(one.name for one in dataclasses.fields(Scope))},
+        **{probe: {"score", "rank"} for probe in ("gradients", "fisher", "gradient_over_weight")},
+        "scores": {"score", "rank", *(one.name for one in dataclasses.fields(Scope))},
         "selection": {one.name for one in keys},
     }.get(by, set())
     for one in keys:
         default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
         if one.name in settled and getattr(select, one.name) != default:
             raise UsageError(f"select.{one.name} does not go with probe.by {by}")
+    if by == "weights" and select.score not in BASE_SCORES:
+        hint = f"one of {', '.join(BASE_SCORES)}"
+        raise UsageError("probe.by weights needs a select.score of the base alone", hint=hint)
     budget = select.budget
     if by != "selection" and not budget.keys() & {"neurons", "params", "threshold", "changed", "like"}:
         raise UsageError("the recipe does not say how many neurons to train", hint="add select.neurons: 3%")

@@ -126,6 +126,33 @@ def test_how_much_a_probe_will_choose_is_estimated(
     assert plan.choice.selection is None
 
 
+@pytest.mark.parametrize(
+    ("probe", "select", "score"),
+    [
+        ({"by": "weights"}, {"score": "lowrank", "rank": 4}, "lowrank"),
+        ({"by": "gradient_over_weight", "steps": 1}, {}, "gradient_over_weight"),
+    ],
+)
+def test_the_weights_or_their_gradients_choose(
+    recipe: dict[str, Any], base: Path, probe: dict[str, Any], select: dict[str, Any], score: str
+) -> None:
+    """With every layer a pool, and as many neurons of each."""
+    allocated = {"neurons": 12, "per": "layer", "allocate": "equal", "anatomy": "rows"}
+    result = ns.train(recipe, probe=probe, select=allocated | select, train={"steps": 1})
+    with ns.Scores.load(result.out / "scores.safetensors") as scores:
+        assert scores.score == score
+        assert scores.select(**allocated_only(allocated)).counts == result.selection.counts
+        layers = [scores.tensors[name].layer for name in result.selection.counts for _ in range(1)]
+    assert len(set(layers)) == 2
+    if score == "lowrank":
+        expected = ns.diff(base, score="lowrank", rank=4).select(**allocated_only(allocated))
+        assert expected.counts == result.selection.counts
+
+
+def allocated_only(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "anatomy"}
+
+
 def test_scores_of_another_base_are_refused(recipe: dict[str, Any], base: Path, tmp_path: Path) -> None:
     make(tmp_path / "other", 1)
     ns.diff(tmp_path / "other", base, out=tmp_path / "scores").close()
@@ -263,6 +290,11 @@ def test_early_stopping_is_a_finished_run(recipe: dict[str, Any], tmp_path: Path
     assert result.finished
     assert result.step == result.best_step + 2 < 12
     assert losses[result.best_step] == min(losses[step] for step in range(1, result.step + 1))
+
+
+def test_a_model_that_cannot_be_quantized_is_found_before_the_probe(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ns.UsageError, match="cannot quantize the model"):
+        plan_train(recipe, {"train.quantization": {"load_in_4bt": True}})
 
 
 def test_the_model_is_loaded_as_the_recipe_asks(recipe: dict[str, Any], tmp_path: Path) -> None:
