@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
-from .trainer import RunCallback, Watcher, make_trainer, trainer_arguments
+from .trainer import RunCallback, Watcher, make_trainer, processes, trainer_arguments
 
 _SAVES = 10  # per run, if the recipe gives no save_every
 #: Keys of ``train`` that the manifest leaves out.
@@ -132,26 +132,34 @@ class TrainPlan:
         is asked after every step: True saves and stops the run.
         """
         start = time.perf_counter()
-        directory, watcher = self.run_directory, Watcher(progress, report, note, stop)
-        with directory.opened(self.identity, restart=self.restart), _quiet_transformers():
-            save, resumed_from = last_save(directory.saves), directory.last_step
-            evaluates = bool(self.examples.dev) and save is None
-            args = self.trainer_arguments(directory.saves, eval_on_start=evaluates)
-            model = self.load_model()
-            selection = directory.load_selection()
-            if selection is None:
-                selection = _choose(self, model, args.device, limits or Limits.of(), watcher)
+        directory, args = self.run_directory, self.trainer_arguments(self.run_directory.saves)
+        first = args.process_index == 0
+        watcher = Watcher(progress, report, note, stop) if first else Watcher(stop=stop)
+        with ExitStack() as stack, _quiet_transformers():
+            with args.main_process_first(local=False):  # the others wait until neurons are chosen
+                if first:
+                    stack.enter_context(directory.opened(self.identity, restart=self.restart))
+                save, resumed_from = last_save(directory.saves), directory.last_step
+                args.eval_on_start = bool(self.examples.dev) and save is None
+                model, selection = self.load_model(), directory.load_selection()
+                if selection is None and first:
+                    selection = _choose(self, model, args.device, limits or Limits.of(), watcher)
             if selection is None:
                 return TrainResult(self.out, directory.path, 0, self.steps, 0, False, Selection({}, {}), ())
             mode, skip = self.recipe.train.mode, self.recipe.train.skip
+            if mode == "auto" and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
+                mode = "overlay"
             with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
                 with progress("training", self.steps - resumed_from) as advance:
-                    callback = RunCallback(watcher, advance, directory.losses)
+                    callback = RunCallback(watcher, advance, directory.losses if first else None)
                     trainer = make_trainer(self, attached, args, callback)
                     trainer.train(resume_from_checkpoint=None if save is None else str(save))
                 finished = not callback.stopped
                 result = _result(self, trainer.state, resumed_from, finished, attached.selection)
                 if not result.finished:
+                    return result
+                if not first:  # its shards of the values
+                    attached.patch().close()
                     return result
                 result = _publish(self, attached, result, time.perf_counter() - start)
             directory.remove()
@@ -181,11 +189,6 @@ def plan_train(
     """
     if resume and restart:
         raise UsageError("[[resume]] and [[restart]] do not go together")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError(
-            "a recipe is trained by one process",
-            hint="to train in several, write a Trainer of your own: docs/training.md",
-        )
     asked = read_recipe(recipe, overrides)
     if asked.push is not None and not is_repo(asked.push):
         raise UsageError("push is not the name of a repository", found=asked.push, hint="name it as org/name")
@@ -208,6 +211,9 @@ def plan_train(
         else:
             with in_recipe_words():
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
+        if choice.selection is None and asked.probe.by == "finetune" and processes() > 1:
+            hint = "set probe.by to gradients, or start the run in one process until neurons are chosen"
+            raise UsageError("a probe that fine-tunes runs in one process", hint=hint)
         if asked.train.skip is None:  # refuses what the live model lacks
             live_places(meta_model(base, "causal_lm"), choice.layouts)
     finally:
