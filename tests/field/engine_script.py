@@ -20,11 +20,15 @@ import neftsurgery as ns
 STEPS, SIZE = 4, 4  # examples of a step, in all processes together
 ADAM = {"lr": 1e-2, "weight_decay": 0.1}
 TRAINERS = (
-    "attach Trainer", "attach PatchTrainer", "attach PatchSFTTrainer", "peft Trainer", "peft SFTTrainer",
-    "attach accelerate", "peft accelerate",
-)  # fmt: skip
+    "attach Trainer",
+    "attach PatchTrainer",
+    "attach PatchSFTTrainer",
+    "peft Trainer",
+    "peft SFTTrainer",
+)
 RUNS = {
-    **dict.fromkeys(("ddp", "fsdp2", "launch fsdp2", "zero1", "zero2"), TRAINERS),
+    **dict.fromkeys(("ddp", "fsdp2", "launch fsdp2", "zero2"), TRAINERS),
+    "zero1": (*TRAINERS, "attach accelerate", "peft accelerate"),
     "lightning": ("attach lightning", "peft lightning"),
     "dcp": ("attach dcp", "peft dcp"),
 }
