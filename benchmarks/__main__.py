@@ -8,14 +8,20 @@ from pathlib import Path
 
 from benchmarks.files import options as files
 from benchmarks.files.suite import RESULTS, measure
+from benchmarks.gpu import options as gpu
+from benchmarks.gpu import suite as gpu_suite
 from benchmarks.lossless import options as lossless
 from benchmarks.page.files import render
+from benchmarks.page.gpu import render_gpu
 from benchmarks.page.lossless import render_lossless
 from benchmarks.page.quantized import render_quantized
 from benchmarks.page.training import render_training
+from benchmarks.peft_comparison import suite as peft_comparison
 from benchmarks.quantized import options as quantized
 from benchmarks.quantized import suite as quantized_suite
 from benchmarks.selection import options as selection
+from benchmarks.selection.pretrained.options import PretrainedOptions
+from benchmarks.switch import options as switch
 from benchmarks.training import options as training
 from benchmarks.training import suite as training_suite
 
@@ -35,6 +41,16 @@ def main() -> None:
     lossless.add_arguments(whole)
     codes = commands.add_parser("quantized", help="measure diff of FP8 and MXFP4 pairs; then render")
     quantized.add_arguments(codes)
+    switches = commands.add_parser(
+        "switch", help="measure switching between patches in a live model; then render"
+    )
+    switch.add_arguments(switches)
+    device = commands.add_parser("gpu", help="tests marked for CUDA, training, switch; one page")
+    gpu.add_arguments(device)
+    comparison = commands.add_parser(
+        "peft-comparison", help="our experiments in a checkout of PEFT's own comparison of methods"
+    )
+    peft_comparison.add_arguments(comparison)
     page = commands.add_parser("render", help="make the pages and the charts from stored results")
     page.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="where the results are")
     given = parser.parse_args()
@@ -49,6 +65,12 @@ def main() -> None:
             given = parser.parse_args()
         training_suite.measure(training.Options.of(given))
     if given.command == "selection":
+        if given.model is not None:
+            from benchmarks.selection.pretrained import suite as pretrained_suite
+
+            pretrained_suite.measure(PretrainedOptions.of(given))
+            _render(given)
+            return
         from benchmarks.selection import suite as selection_suite
 
         selection_suite.measure(selection.Options.of(given))
@@ -61,11 +83,31 @@ def main() -> None:
             codes.set_defaults(**quantized.QUICK)
             given = parser.parse_args()
         quantized_suite.measure(quantized.Options.of(given))
+    if given.command == "switch":
+        if given.quick:
+            switches.set_defaults(**switch.QUICK)
+            given = parser.parse_args()
+        from benchmarks.switch import suite as switch_suite
+
+        switch_suite.measure(switch.Options.of(given))
+    if given.command == "gpu":
+        if given.quick:
+            device.set_defaults(**gpu.QUICK)
+            given = parser.parse_args()
+        gpu_suite.measure(gpu.Options.of(given))
+    if given.command == "peft-comparison":
+        peft_comparison.measure(peft_comparison.Options.of(given))
+        return
     _render(given)
+    if given.command == "gpu" and gpu_suite.failed(given.out):
+        sys.exit(1)
 
 
 def _render(given: argparse.Namespace) -> None:
     """The pages of what was measured, or all."""
+    if given.command in ("gpu", "switch"):
+        render_gpu(given.out)
+        return
     pages = {
         "files": (RESULTS, render),
         "training": (training_suite.RESULTS, render_training),
@@ -81,6 +123,10 @@ def _render(given: argparse.Namespace) -> None:
         from benchmarks.page.selection import render_selection
 
         render_selection(of_selection)
+    if given.command in ("selection", "render") and any(of_selection.glob("pretrained-*.jsonl")):
+        from benchmarks.page.pretrained import render_pretrained
+
+        render_pretrained(of_selection)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,8 @@ T = TypeVar("T")
 Spelling = Callable[[str, str | None], str]
 _OPTION = re.compile(r"\[\[([a-z]\w*)(?:=([^\]]*))?\]\]")
 
-
 #: Where huggingface_hub keeps a model, which its users know as ``org/name@commit``.
 _IN_CACHE = re.compile(r"^.*/models--([\w.-]+?)--([\w.-]+)/snapshots/(?=[^/])", re.DOTALL)
-
 
 #: Where local files stand in for those behind a URL, whose text is the rest of the path.
 _STAND_IN = re.compile(r"^.*/neft-remote-\w+/(\w+):/")
@@ -42,11 +40,10 @@ def hub_place(path: str) -> str:
 
 def keyword(name: str, value: str | None) -> str:
     """An option as Python spells it: ``policy``, ``policy='random'``."""
-    return name if value is None else f"{name}={value}" if _is_literal(value) else f"{name}={value!r}"
-
-
-def _is_literal(value: str) -> bool:
-    return value in ("True", "False", "None", "...") or value.replace(".", "", 1).isdigit()
+    if value is None:
+        return name
+    literal = value in ("True", "False", "None", "...") or value.replace(".", "", 1).isdigit()
+    return f"{name}={value}" if literal else f"{name}={value!r}"
 
 
 class NeftError(Exception):
@@ -83,18 +80,14 @@ class NeftError(Exception):
         self.hint = hint
         self.also: Sequence[NeftError] = ()  # other errors that were found at the same time
 
-    @property
-    def option(self) -> tuple[str, ...]:
-        """The options that the message is about, by their Python names."""
-        return tuple(dict.fromkeys(name for name, _ in _OPTION.findall(self.what)))
-
     def __str__(self) -> str:
         return self.text(keyword)
 
     def text(self, spell: Spelling) -> str:
         """The message, one line and one for the hint, with options spelled by ``spell``."""
         file = self.file if self.file is None or self.file.strip() else repr(self.file)
-        where = [part for part in (file, self.tensor and f"tensor {_clip(self.tensor)}") if part]
+        name = self.tensor if len(self.tensor or "") <= 200 else f"{str(self.tensor)[:199]}…"
+        where = [part for part in (file, name and f"tensor {name}") if part]
         text = (", ".join(where) + ": " if where else "") + spelled(self.what, spell)
         if self.expected is not None:
             text += f" (expected {self.expected}, found {self.found})"
@@ -129,10 +122,6 @@ class MachineError(NeftError, OSError):
         """The operating system's error, with its file and what to do."""
         what = (error.strerror or str(error) or type(error).__name__).lower()
         return cls(what, file=error.filename, hint=_HINTS.get(error.errno or 0))
-
-
-def _clip(name: str, limit: int = 200) -> str:
-    return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 _HINTS = {

@@ -106,11 +106,12 @@ class ScoreOptions(TypedDict, total=False):
     score: Annotated[
         str,
         Option(
-            "How sensitivity is measured; random and norm are controls.",
-            choices=("cosine", "l2", "relative", "changed", "random", "norm"),
+            "How sensitivity is measured; random and norm are controls. The last four are of the base alone.",
+            choices=("cosine", "l2", "relative", "changed", "magnitude", "lowrank", "norm", "random"),
             default="cosine",
         ),
     ]
+    rank: Annotated[int, Option("The rank of [[score=lowrank]].", metavar="N", default=32)]
 
 
 class BudgetOptions(TypedDict, total=False):
@@ -140,6 +141,13 @@ class BudgetOptions(TypedDict, total=False):
         Option(
             "Choose from one pool (model), or from each layer's or tensor's. Default: model.",
             choices=("model", "layer", "tensor"),
+        ),
+    ]
+    allocate: Annotated[
+        str,
+        Option(
+            "Divide the budget over the pools by their size, equally, or by the sum of their scores.",
+            choices=("size", "equal", "scores"),
         ),
     ]
     max_per_tensor: Annotated[int, Option("Choose at most this many neurons of any tensor.", metavar="N")]
@@ -246,7 +254,7 @@ class SelectOptions(BudgetOptions, SeedOptions):
     """The keywords of `Scores.select`."""
 
 
-class CompareOptions(PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions):
+class CompareOptions(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions):
     """How a tuned checkpoint is scored against its base."""
 
 
@@ -256,6 +264,10 @@ class ChoosingOptions(PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions):
 
 class DiffOptions(CompareOptions, RunOptions):
     """The keywords of `diff` besides its output."""
+
+
+class ExtractOptions(ChoosingOptions, LosslessOptions):
+    """The keywords of `extract` that say what is kept."""
 
 
 class CutOptions(ChoosingOptions, RunOptions):

@@ -26,6 +26,30 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+class PeakMemory:
+    """Peak bytes since its creation, above those in use then: of the process, or of the GPU's allocations."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        if self._cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            reset_peak()
+            self._before = resident()
+
+    def peak(self) -> int:
+        """Bytes."""
+        if not self._cuda:
+            return peak() - self._before
+        import torch
+
+        return int(torch.cuda.max_memory_allocated()) - self._before
+
+
 def _field(name: str) -> int:
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)

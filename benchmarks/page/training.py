@@ -31,7 +31,9 @@ INTRODUCTION = """\
 - Adapters have the rank whose number of parameters is nearest to NeFT's.
 - Peak memory is that of the steps: on a processor the peak resident bytes above what the process held after
   its imports, on a GPU the peak of allocated bytes.
-- No test asserts these figures: machines are noisy."""
+- No test asserts these figures: machines are noisy.
+- `make gpu` measures a GPU, beside the tests marked for CUDA and the switch between patches, and writes one
+  page, `build/gpu.md`."""
 HEAD = "| | step, ms | tokens/s | peak, MB | trainable | optimizer, MB | time, floor = 1 | time, LoRA = 1 |"
 Part = dict[str, Any]
 
@@ -47,12 +49,17 @@ def render_training(folder: Path) -> None:
 def _page(parts: dict[str, Part], folder: str) -> Iterator[str]:
     yield INTRODUCTION.format(folder=folder, results=RESULTS)
     for part in parts.values():
-        yield f"## {part['title']}"
-        yield f"`{part['command']}`"
-        yield requirement_table(requirements(part))
-        yield table(HEAD, (_row(entry, part) for entry in part["contestants"]))
+        yield from setting(part)
     yield "## Machines"
     yield "\n".join(machines(parts))
+
+
+def setting(part: Part) -> Iterator[str]:
+    """The section of one measured setting."""
+    yield f"## {part['title']}"
+    yield f"`{part['command']}`"
+    yield requirement_table(requirements(part))
+    yield table(HEAD, (_row(entry, part) for entry in part["contestants"]))
 
 
 def requirements(part: Part) -> Iterator[Requirement]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["base", "full", "lora", "neurons"]
+Kind = Literal["base", "full", "lora", "shira", "bitfit", "neurons"]
 Role = Literal["ours", "control", "rival"]
 CONTROL_SIZES = ("3", "9")  # sizes with controls; like all sizes, in percent of the model's parameters
 SIZES = ("0.4", "1.5", "3", "6", "9", "12")  # the paper's sizes
-GRADIENT_SCORES = ("gradient", "fisher")
+GRADIENT_SCORES = ("gradient", "fisher", "gradient_over_weight")
 LORA_SIZES = ("1.5", "3", "9", "30")  # of LoRA, which gets the nearest rank
 
 

@@ -155,7 +155,7 @@ class Experiment:
             facts["selection"] = describe(selection)
         if arm.kind == "lora":
             facts["rank"] = rank_of(arm, model)
-        meter = _PeakMemory(device)
+        meter = memory.PeakMemory(device)
         parameters = make_trainable(arm, model, selection, seed)
         trained = train(
             model,
@@ -184,22 +184,6 @@ class Experiment:
             (fresh / FACTS).write_text(json.dumps(facts))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
-
-
-class _PeakMemory:
-    """Peak bytes since its creation, above those in use then: of the process, or of the GPU's allocations."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-        if self._cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            memory.reset_peak()
-        self._before = torch.cuda.memory_allocated() if self._cuda else memory.resident()
-
-    def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self._cuda else memory.peak()) - self._before
 
 
 def _today() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.harness.names import some_of
 from benchmarks.selection.arms import ARMS
+from benchmarks.selection.pretrained.options import arm_name
 from benchmarks.selection.text import Sizes
 
 
@@ -159,6 +160,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device (default: cpu)")
     add("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
     add("--only", type=some_of(ARMS, "arm"), default=(), help=f"some of: {', '.join(ARMS)}")
+    add(
+        "--model",
+        choices=("minilm", "smollm2"),
+        help="a published model instead: sentences to classify, or problems to solve; at most 12 hours",
+    )
+    add("--tasks", type=lambda text: tuple(text.split(",")), default=(), help="some of the model's tasks")
+    add(
+        "--examples",
+        type=lambda text: tuple(map(int, text.split(","))),
+        default=(),
+        help="with --model: only these sizes of the training set",
+    )
+    add("--arms", type=arm_name, default=(), help="with --model: only these arms")
     add("--minutes", type=float, default=float("inf"), help="start no run after this; resume later")
     add("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch threads per process")
     add("--workers", type=int, default=1, help="processes that run arms in parallel (default: 1)")

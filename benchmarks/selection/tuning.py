@@ -82,7 +82,7 @@ def train(
     times = []
     for step, batch in enumerate(islice(batches, schedule.steps), 1):
         began = time.perf_counter()
-        loss = _step(model, parameters, optimizer, batch, rate * _rate_factor(step, schedule.steps))
+        loss = _step(model, parameters, optimizer, batch, rate * rate_factor(step, schedule.steps))
         times.append(time.perf_counter() - began)
         log(step, loss)
         if evaluate and (step % schedule.evaluate_every == 0 or step == schedule.steps):
@@ -112,7 +112,7 @@ def _step(
     return loss.item()
 
 
-def _rate_factor(step: int, steps: int) -> float:
+def rate_factor(step: int, steps: int) -> float:
     """The factor of the learning rate at ``step`` of 1 to ``steps``."""
     return min(step / max(1.0, WARM_UP * steps), (1 - (step - 1) / steps) / (1 - WARM_UP), 1.0)
 

@@ -49,9 +49,9 @@ def prepare(name: str, model: Any) -> TrainingMethod:
     return {method.__name__[1:]: method for method in methods}[kind](model, share)
 
 
-def rows(model: Any, share: float) -> dict[str, Tensor]:
+def rows(model: Any, share: float, seed: int = 2) -> dict[str, Tensor]:
     """A random ``share`` of the rows of each weight: ascending indices by the weight's name."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, module in linears(model).items():
         count = max(1, round(share * module.out_features))
@@ -75,7 +75,7 @@ def units(model: Any, share: float) -> dict[str, Tensor]:
     return found
 
 
-def _selection(model: Any, picks: dict[str, Tensor], columns: str = "") -> Selection:
+def selection_of(model: Any, picks: dict[str, Tensor], columns: str = "") -> Selection:
     """A selection of rows; of columns in weights whose names contain ``columns``."""
     tensors = {}
     for name, index in sorted(picks.items()):
@@ -87,12 +87,12 @@ def _selection(model: Any, picks: dict[str, Tensor], columns: str = "") -> Selec
 
 
 def _neft(model: Any, share: float, mode: Any = "scatter") -> TrainingMethod:
-    attached = attach(model, _selection(model, rows(model, share)), base=False, mode=mode)
+    attached = attach(model, selection_of(model, rows(model, share)), base=False, mode=mode)
     return TrainingMethod(model, list(attached.parameters()))
 
 
 def _units(model: Any, share: float) -> TrainingMethod:
-    attached = attach(model, _selection(model, units(model, share), "down_proj"), base=False)
+    attached = attach(model, selection_of(model, units(model, share), "down_proj"), base=False)
     return TrainingMethod(model, list(attached.parameters()))
 
 
@@ -233,7 +233,7 @@ def _entries(model: Any) -> Tensor:
 
 
 def _tokens_neft(model: Any) -> TrainingMethod:
-    selection = _selection(model, {"model.embed_tokens.weight": _entries(model)})
+    selection = selection_of(model, {"model.embed_tokens.weight": _entries(model)})
     return TrainingMethod(model, list(attach(model, selection, base=False).parameters()))
 
 

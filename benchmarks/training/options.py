@@ -47,6 +47,7 @@ MIXTURE_CONTESTANTS = {
     "experts_full": ("rival", "full gradients of the experts"),
 }
 ALL_CONTESTANTS = CONTESTANTS | MIXTURE_CONTESTANTS
+USUAL = (4, 128)  # sequences per step, and tokens of each
 QUICK = {"shape": "tiny", "layers": 2, "batch": 2, "length": 16, "rounds": 2, "steps": 1}
 
 
@@ -81,7 +82,9 @@ class Options:
     def part(self) -> str:
         """The result's name in the results file, one for each setting."""
         checkpointing = " checkpointing" if self.checkpointing else ""
-        return f"{self.device} {self.shape} x {self.layers} {self.dtype}{checkpointing}"
+        usual = (self.batch, self.length) == USUAL
+        tokens = "" if usual else f" {self.batch} x {self.length}"
+        return f"{self.device} {self.shape} x {self.layers} {self.dtype}{tokens}{checkpointing}"
 
     def command(self) -> str:
         """The command line that measures this again."""
@@ -105,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="fp32", help="dtype of the frozen weights (default: fp32)")
     add("--shape", choices=SHAPES, default="small", help="shape of the model's layers (default: small)")
     add("--layers", type=int, default=4, help="number of layers (default: 4)")
-    add("--batch", type=int, default=4, help="sequences per step (default: 4)")
-    add("--length", type=int, default=128, help="tokens per sequence (default: 128)")
+    add("--batch", type=int, default=USUAL[0], help=f"sequences per step (default: {USUAL[0]})")
+    add("--length", type=int, default=USUAL[1], help=f"tokens per sequence (default: {USUAL[1]})")
     add("--rounds", type=int, default=7, help="turns of each contestant (default: 7)")
     add("--steps", type=int, default=2, help="steps per turn (default: 2)")
     add("--checkpointing", action="store_true", help="gradient checkpointing, for all")

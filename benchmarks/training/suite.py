@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.harness import machine, results
 from benchmarks.harness.log import log
 from benchmarks.harness.process import QUIET, CommandError
-from benchmarks.training.options import ALL_CONTESTANTS, EXPERTS, Options
+from benchmarks.training.options import ALL_CONTESTANTS, EXPERTS, USUAL, Options
 
 RESULTS = "training.json"
 
@@ -39,7 +39,9 @@ def measure(options: Options) -> None:
     finally:
         for worker in workers:
             worker.close()
-    title = f"{options.shape}, {options.layers} layers, {options.dtype}, on {_device(options.device)}"
+    usual = (options.batch, options.length) == USUAL
+    tokens = "" if usual else f", {options.batch} x {options.length} tokens"
+    title = f"{options.shape}, {options.layers} layers, {options.dtype}{tokens}, on {_device(options.device)}"
     part = {
         "title": title + (", gradient checkpointing" if options.checkpointing else ""),
         "command": options.command(),

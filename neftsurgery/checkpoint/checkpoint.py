@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -60,6 +61,12 @@ class Shard:
     def size(self) -> int:
         """Bytes of the file."""
         return self.status.st_size
+
+    def raw_header(self) -> bytes:
+        """The first bytes of the file, up to its data."""
+        raw = bytearray(self.header.size)
+        OpenFile.at(self.path).read_into(memoryview(raw), 0)
+        return bytes(raw)
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if the file was edited, replaced or removed since it was opened."""
@@ -299,6 +306,57 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files that are open; they open again when read."""
         self.opened.clear()
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class ComputedWeights(Checkpoint, ABC):
+    """A checkpoint of whose ``files`` some tensors are computed when they are read, whole rows at once."""
+
+    files: Checkpoint
+    shown: Mapping[str, object]  # what the tensors that are computed are made of
+
+    def row_elements(self, info: TensorInfo) -> int:
+        """Elements of the rows of a tensor that `fill` computes."""
+        return info.shape[-1]
+
+    @abstractmethod
+    def fill(self, name: str, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Fill ``out``, ``[k, bytes of a row]``, with ascending rows of a computed tensor."""
+
+    def address(self, name: str) -> int:
+        """As of `Checkpoint`."""
+        stored = self.tensors[name].name
+        return -1 if stored in self.shown else self.files.address(stored)
+
+    def window(self, name: str, start: int, size: int) -> NDArray[np.uint8] | None:
+        """As of `Checkpoint`; computed tensors are not in memory."""
+        stored = self.tensors[name].name
+        return None if stored in self.shown else self.files.window(stored, start, size)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """As of `Checkpoint`."""
+        info = self.tensors[name]
+        if info.name not in self.shown:
+            self.files.read_into(info.name, start, buffer)
+            return
+        row = info.type.nbytes(self.row_elements(info))
+        low, high = start // row, -(-(start + len(buffer)) // row)
+        whole = len(buffer) == (high - low) * row
+        raw = np.frombuffer(buffer, np.uint8) if whole else np.empty((high - low) * row, np.uint8)
+        self.fill(info.name, np.arange(low, high), raw.reshape(-1, row))
+        if not whole:
+            buffer[:] = raw[start - low * row :][: len(buffer)].data
+
+    def read_rows(self, name: str, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        """As of `Checkpoint`."""
+        info = self.tensors[name]
+        if info.name not in self.shown:
+            self.files.read_rows(info.name, rows, out)
+        elif out.shape[1] == info.type.nbytes(self.row_elements(info)):
+            self.fill(info.name, rows.astype(np.int64), out)
+        else:  # rows of the caller, not of the matrix
+            for row, place in zip(rows.tolist(), out, strict=True):
+                self.read_into(name, row * out.shape[1], place.data)
 
 
 class OpenShards:

@@ -21,31 +21,20 @@ from ..neurons.vectors import gather
 from ..quantization.layouts import quantized_weights
 from ..quantization.settings import Settings, quantization_section
 from ..quantization.weight import CodedWeight, Companion, QuantizedWeight, rows_read
-from ..tensors.arrays import IndexArray, Int64Array, RawBytes
+from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.floats import FLOATS, widen
 from ..tensors.header import TensorInfo
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, ComputedWeights
 
 _KEPT_MATRICES = 4  # codes of transposed matrices, read piece by piece along the other axis
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class Dequantized(Checkpoint):
-    """A checkpoint whose quantized weights are shown as numbers. Made by `dequantized`.
+class Dequantized(ComputedWeights):
+    """A checkpoint whose quantized weights are shown as numbers. Made by `dequantized`."""
 
-    Attributes
-    ----------
-    files:
-        The checkpoint with the tensors that its files have.
-    shown:
-        The tensors that are computed: quantized weights, and others that are only widened.
-    straight:
-        Those of `shown` whose last two axes are in the order of their codes, not in that of the weight.
-    """
-
-    files: Checkpoint
-    shown: Mapping[str, QuantizedWeight | None]
-    straight: frozenset[str] = frozenset()
+    shown: Mapping[str, QuantizedWeight | None]  # None: only widened
+    straight: frozenset[str] = frozenset()  # those of `shown` whose last two axes are as in their codes
 
     @property
     def nbytes(self) -> int:
@@ -62,10 +51,6 @@ class Dequantized(Checkpoint):
         weight = self.quantized.get(name := self._source(name))
         return self.files.position(name if weight is None else weight.codes.name)
 
-    def address(self, name: str) -> int:
-        """As of `Checkpoint`."""
-        return -1 if (name := self._source(name)) in self.shown else self.files.address(name)
-
     def under(self, names: Mapping[str, str]) -> Dequantized:
         """As of `Checkpoint`."""
         plain = {name: one for name, one in names.items() if one not in self.quantized}
@@ -73,41 +58,14 @@ class Dequantized(Checkpoint):
         assert isinstance(found, Dequantized)  # it is a copy of this
         return replace(found, files=self.files.under(plain)) if plain else found
 
-    def window(self, name: str, start: int, size: int) -> RawBytes | None:
-        """As of `Checkpoint`; computed tensors are not in memory."""
-        name = self._source(name)
-        return None if name in self.shown else self.files.window(name, start, size)
-
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """As of `Checkpoint`."""
-        info = self.tensors[name]
-        if info.name not in self.shown:
-            self.files.read_into(info.name, start, buffer)
-            return
-        row = info.type.nbytes(info.shape[-1])
-        low, high = start // row, -(-(start + len(buffer)) // row)
-        whole = len(buffer) == (high - low) * row
-        raw = np.frombuffer(buffer, np.uint8) if whole else np.empty((high - low) * row, np.uint8)
-        self._fill(info.name, np.arange(low, high), raw.reshape(-1, row).view(info.type.numpy))
-        if not whole:
-            buffer[:] = raw[start - low * row :][: len(buffer)].data
-
-    def read_rows(self, name: str, rows: IndexArray, out: RawBytes) -> None:
-        """As of `Checkpoint`."""
-        info = self.tensors[name]
-        if info.name not in self.shown:
-            self.files.read_rows(info.name, rows, out)
-        elif out.shape[1] == info.type.nbytes(info.shape[-1]):
-            self._fill(info.name, rows.astype(np.int64), out.view(info.type.numpy))
-        else:  # rows of the caller, not of the matrix
-            for row, place in zip(rows.tolist(), out, strict=True):
-                self.read_into(name, row * out.shape[1], place.data)
-
     def _source(self, name: str) -> str:
         return self.tensors[name].name
 
+    def fill(self, name: str, rows: Int64Array, out: RawBytes) -> None:
+        """As of `ComputedWeights`; rows along the last axis."""
+        self._fill(name, rows, out.view(self.tensors[name].type.numpy))
+
     def _fill(self, name: str, rows: Int64Array, out: NDArray[np.floating]) -> None:
-        """Fill ``out``, ``[k, size of the last axis]``, with rows along that axis, ascending."""
         weight, (*_, height, width) = self.shown[name], self.tensors[name].shape
         if weight is None:
             stored = self.files.tensors[name]

@@ -55,28 +55,30 @@ def folder_files(checkpoint: Checkpoint) -> FolderFiles:
     """Sort the files beside a folder's weights: other weights stay behind, other subfolders are whole."""
     if checkpoint.is_file:
         return FolderFiles()
-    root = checkpoint.root
+    root, along, left = checkpoint.root, [Path(name) for name in checkpoint.indexes], list[Path]()
     own = {*(shard.name for shard in checkpoint.shards), *checkpoint.indexes}
-    along = [Path(name) for name in checkpoint.indexes]
-    left: list[Path] = []
-    folders = [""]
-    for folder in folders:  # grows by those of parts
-        for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-            name = folder + entry.name
-            if name in own or entry.name == JOURNAL_NAME or _OURS.fullmatch(entry.name):
-                continue
-            if entry.is_dir() and f"{name}/" in checkpoint.parts:
-                folders.append(f"{name}/")
-            elif entry.is_dir():
-                if entry.name in _STALE_FOLDERS or entry.is_symlink():  # it may lead anywhere, also back here
-                    left.append(Path(name))
-                else:
-                    along.extend(path for path in _tree(root, Path(name)) if path.as_posix() not in own)
-            elif entry.is_file() and not (entry.name.endswith(_STALE_ENDINGS) or is_index(entry.name)):
-                along.append(Path(name))
-            else:  # stale, a pipe, or a link that leads nowhere
+    for name, path in _beside(checkpoint):
+        if name in own or path.name == JOURNAL_NAME or _OURS.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            if path.name in _STALE_FOLDERS or path.is_symlink():  # it may lead anywhere, also back here
                 left.append(Path(name))
+            else:
+                along.extend(file for file in _tree(root, Path(name)) if file.as_posix() not in own)
+        elif path.is_file() and not (path.name.endswith(_STALE_ENDINGS) or is_index(path.name)):
+            along.append(Path(name))
+        else:  # stale, a pipe, or a link that leads nowhere
+            left.append(Path(name))
     return FolderFiles(tuple(along), tuple(left))
+
+
+def _beside(checkpoint: Checkpoint) -> Iterator[tuple[str, Path]]:
+    """What is in a checkpoint's folder, and in those of its parts, by its name below the folder; no parts."""
+    for part in dict.fromkeys(("", *checkpoint.parts)):
+        folder = checkpoint.root / part
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if f"{part}{path.name}/" not in checkpoint.parts:
+                yield part + path.name, path
 
 
 def not_compared(*sides: Checkpoint) -> list[str]:
@@ -153,20 +155,17 @@ def side_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]
         return {}, ()
     if checkpoint.source.remote is not None:
         checkpoint.source.remote.look_for(_SIDE_NAMES)
-    own = {*(shard.name for shard in checkpoint.shards), *checkpoint.parts}
+    own = {shard.name for shard in checkpoint.shards}
     carried, others = dict[str, Path](), list[str]()
-    for part in dict.fromkeys(("", *checkpoint.parts)):
-        folder = checkpoint.root / part
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            name = part + path.name
-            if name in own or f"{name}/" in own or path.name.startswith("."):
-                continue
-            small = path.is_file() and path.stat().st_size <= MOST_SIDE_BYTES
-            stale = is_index(name) and name not in checkpoint.indexes
-            if is_side(name) and small and not stale:
-                carried[name] = path
-            else:
-                others.append(name)
+    for name, path in _beside(checkpoint):
+        if name in own or path.name.startswith("."):
+            continue
+        small = path.is_file() and path.stat().st_size <= MOST_SIDE_BYTES
+        stale = is_index(name) and name not in checkpoint.indexes
+        if is_side(name) and small and not stale:
+            carried[name] = path
+        else:
+            others.append(name)
     return carried, tuple(others)
 
 

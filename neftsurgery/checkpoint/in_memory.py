@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import UsageError
-from ..sources.resolve import Source
 from ..tensors.arrays import IndexArray, RawBytes
 from ..tensors.header import TensorInfo
-from .checkpoint import Shard
 
 #: The names that torch gives the dtypes of which numpy has none, or another one.
 _TORCH_NAMES = {
@@ -29,15 +26,11 @@ _TORCH_NAMES = {
 class TensorsInMemory:
     """A mapping of names to tensors, read like a checkpoint of one file. They must not change."""
 
-    is_file = True
-    shards: tuple[Shard, ...] = ()
-    config: Mapping[str, Any] | None = None
     bytes_read = 0
 
     def __init__(self, tensors: Mapping[str, Any], name: str) -> None:
         self._values = tensors
         self.name = name
-        self.source = Source(Path(name), name)
         self.tensors = {key: tensor_info(key, value) for key, value in tensors.items()}
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
@@ -54,11 +47,6 @@ class TensorsInMemory:
 
     def window(self, name: str, start: int, size: int) -> None:
         """None: what is in memory is read, not mapped."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
 
     def check_unchanged(self) -> None:
         """Nothing to check: what is in memory is what was read."""

@@ -299,9 +299,6 @@ def describe_file(
     checkpoint: Checkpoint, shard: Shard, changes: Mapping[str, Sequence[Change]]
 ) -> dict[str, Any]:
     """What identifies a weight file, whatever the state of the change."""
-    header = bytearray(shard.header.size)
-    with naming(shard.path), open(shard.path, "rb") as file:
-        file.readinto(header)
     sample = xxhash.xxh3_128()
     for name in sorted(shard.header.tensors):
         info = shard.header.tensors[name]
@@ -327,6 +324,6 @@ def describe_file(
     return {
         "name": shard.name,
         "size": shard.size,
-        "header": xxhash.xxh3_128_hexdigest(header),
+        "header": xxhash.xxh3_128_hexdigest(shard.raw_header()),
         "sample": sample.hexdigest(),
     }

@@ -39,8 +39,7 @@ class Prefixes:
 
     def __str__(self) -> str:
         """The options, for a message."""
-        given = (("strip_prefix", self.strip), ("add_prefix", self.add))
-        return " ".join(f"[[{name}={prefix}]]" for name, prefix in given if prefix)
+        return " ".join(f"[[{name}={prefix}]]" for name, prefix in self.to_json().items())
 
     def to_json(self) -> dict[str, object]:
         """The options that were given."""

@@ -13,7 +13,7 @@ import xxhash
 
 from ..errors import MismatchError
 from ..neurons.quantized import quantization_reasons
-from ..tensors.document import Facts, TextFact
+from ..tensors.document import Fact, Facts, as_text
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorReader, neighbours
 from .checkpoint import Checkpoint
@@ -91,10 +91,10 @@ def _ends(nbytes: int, buffer: memoryview) -> list[tuple[int, memoryview]]:
 class Provenance(Facts):
     """The ``base`` or ``tuned`` of a file: what is known of the checkpoint it was made from."""
 
-    name = TextFact()  # of its file or folder
-    repo = TextFact()  # ``org/name`` on the Hub
-    revision = TextFact()  # of `repo`
-    fingerprint = TextFact()  # of its tensors
+    name = Fact(as_text)  # of its file or folder
+    repo = Fact(as_text)  # ``org/name`` on the Hub
+    revision = Fact(as_text)  # of `repo`
+    fingerprint = Fact(as_text)  # of its tensors
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self:

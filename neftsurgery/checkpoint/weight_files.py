@@ -65,7 +65,11 @@ def _of_part(folder: Path, part: ListedPart) -> WeightFiles:
     names = os.listdir(folder) if folder.is_dir() else []
     if any(name.endswith(".safetensors") or is_index(name) for name in names):
         return _in_folder(folder)
-    if not part.has_weights(folder):
+    if part.list_name == PIPELINE_NAME:  # of which all models have a config
+        is_model = not folder.is_dir() or (folder / "config.json").is_file()
+    else:
+        is_model = part.kind.rpartition(".")[2] in _WITH_WEIGHTS.split()
+    if not is_model:
         return WeightFiles({})
     if any(name.endswith(OTHER_ENDINGS) for name in names):
         return _in_folder(folder)  # which says how they are converted
@@ -161,12 +165,6 @@ class ListedPart:
     prefix: str  # what comes before the names of its files and tensors, ``unet/``; empty: the folder itself
     kind: str  # its class
     list_name: str  # the file that names it
-
-    def has_weights(self, folder: Path) -> bool:
-        """Whether the part, in ``folder``, is a model. Of a pipeline, all have a config."""
-        if self.list_name == PIPELINE_NAME:
-            return not folder.is_dir() or (folder / "config.json").is_file()
-        return self.kind.rpartition(".")[2] in _WITH_WEIGHTS.split()
 
 
 def listed_parts(folder: Path) -> list[ListedPart]:

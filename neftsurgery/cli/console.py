@@ -15,7 +15,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -49,7 +50,7 @@ class Console:
         self.as_json = as_json  # print one JSON object, and nothing else, on stdout
         self.quiet = quiet  # print errors only
         self.limits = limits
-        self._bar: Any = None  # the last progress bar, open or closed
+        self._bar: Any = None  # the progress bar that is shown
 
     @property
     def running(self) -> Running:
@@ -70,24 +71,24 @@ class Console:
         rest: str = "more",
     ) -> None:
         """Print rows as aligned columns, of many the first ``shown``; see `table`."""
-        for line in table(rows[:shown], right=right):
-            self.say(line)
+        if self.as_json or self.quiet or not sys.stdout.isatty():
+            self.say(*table(rows[:shown], right=right))
+        else:
+            _print_table(rows[:shown], right)
         if shown is not None and len(rows) > shown:
             self.say(f"  and {len(rows) - shown:,} {rest}")
 
     def note(self, text: str) -> None:
         """Print a remark beside the result, on stderr, as one line."""
-        if self.quiet:
-            return
-        with nullcontext() if self._bar is None else self._bar.external_write_mode(file=sys.stderr):
-            click.echo(redacted(printable(spelled(text, flag))), err=True)
+        if not self.quiet:
+            remark(redacted(printable(spelled(text, flag))), self._bar)
 
     def report(self, where: str, text: str) -> None:
         """Show figures of work under way: in its bar, or as a line where there is none."""
-        if self._bar is None or self._bar.disable:  # tqdm's word for closed
+        if self._bar is None:
             self.note(f"{where}: {text}")
         else:
-            self._bar.set_postfix_str(text)
+            self._bar.update(self._bar.task_ids[0], figures=text)
 
     def warn(self, warnings: Iterable[str]) -> None:
         """Print the warnings of a plan."""
@@ -131,13 +132,24 @@ class Console:
         if self.quiet or not sys.stderr.isatty():
             yield lambda done: None
             return
-        from tqdm import tqdm
+        from rich import progress
+        from rich.console import Console as Terminal
 
-        scale = unit == "B"
-        with tqdm(
-            total=total, desc=what, unit=unit, unit_scale=scale, leave=False, file=sys.stderr
-        ) as self._bar:
-            yield self._bar.update
+        amounts = (
+            (progress.DownloadColumn(), progress.TransferSpeedColumn())
+            if unit == "B"
+            else (progress.MofNCompleteColumn(), progress.TextColumn(f"{unit}s"))
+        )
+        columns = (
+            progress.TextColumn("{task.description}"), progress.BarColumn(24), *amounts,
+            progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[figures]}"),
+        )  # fmt: skip
+        with progress.Progress(*columns, console=Terminal(stderr=True), transient=True) as self._bar:
+            task = self._bar.add_task(what, total=total, figures="")
+            try:
+                yield partial(self._bar.advance, task)
+            finally:
+                self._bar = None
 
 
 def _process_seconds() -> float:
@@ -171,6 +183,39 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> Iterat
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  " + "  ".join(cells).rstrip()
+
+
+def _print_table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> None:
+    """Print the table on a terminal, within its width: long names are folded, and numbers are coloured."""
+    from rich.console import Console as Terminal
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in range(len(rows[0]) if rows else 0):
+        is_number = column in right
+        columns.add_column(
+            justify="right" if is_number else "left", no_wrap=is_number, overflow="fold",
+            style="cyan" if is_number else None,
+        )  # fmt: skip
+    for row in rows:
+        columns.add_row(*(Text(printable(cell)) for cell in row))
+    Terminal().print(Padding(columns, (0, 0, 0, 2)))
+
+
+def remark(text: str, bar: Any = None) -> None:
+    """Print a remark on stderr, above the bar if there is one; errors and warnings in colour."""
+    if not sys.stderr.isatty():
+        click.echo(text, err=True)
+        return
+    from rich.console import Console as Terminal
+    from rich.text import Text
+
+    kind = text.partition(":")[0]
+    style = {"warning": "yellow", "neftsurgery": "bold red"}.get(kind, "")
+    terminal = Terminal(stderr=True) if bar is None else bar.console
+    terminal.print(Text.assemble((kind, style), text[len(kind) :]), soft_wrap=True)
 
 
 class _LossyFile(io.FileIO):

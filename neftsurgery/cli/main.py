@@ -23,7 +23,7 @@ from ..errors import CorruptFileError, MachineError, MismatchError, NeftError, U
 from ..sources.hub_errors import redacted
 from ..text import lines, printable
 from ..version import __version__
-from .console import flag, lossy_streams
+from .console import flag, lossy_streams, remark
 from .options import console_options
 
 # In the order a newcomer needs them. Each line is the first sentence of the command's own help: it stands
@@ -177,7 +177,7 @@ def _outcome(args: list[str], as_json: bool, verbose: bool) -> int:
         message = printable(" ".join(error.format_message().split()))  # click lists choices line by line
         where = getattr(error, "ctx", None)
         hint = f"\nsee `{where.command_path} --help`" if where is not None else ""
-        click.echo(f"neftsurgery: {message}{hint}", err=True)
+        remark(f"neftsurgery: {message}{hint}")
         return _as_json(message, error.exit_code) if as_json else error.exit_code
     except Exception as error:
         return _report(error, as_json, verbose)
@@ -268,7 +268,7 @@ def _report(error: BaseException, as_json: bool, verbose: bool) -> int:
     else:
         found = f"internal error: {type(error).__name__}: {error}"
         message = lines([found, "please run the command with -v and report it"])
-    click.echo(f"neftsurgery: {message}", err=True)
+    remark(f"neftsurgery: {message}")
     return _as_json(message, code, error) if as_json else code
 
 

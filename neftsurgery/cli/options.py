@@ -56,20 +56,12 @@ def common_options(command: Command) -> Command:
     """The options of all commands; the command gets a `Console` made of them as its first argument."""
 
     @functools.wraps(command)
-    def wrapped(
-        *args: Any,
-        as_json: bool,
-        quiet: bool,
-        verbose: bool,
-        threads: int | None,
-        memory: int | None,
-        **options: Any,
-    ) -> Any:
+    def wrapped(*args: Any, threads: int | None, memory: int | None, **options: Any) -> Any:
         from ..sources.remote import FETCHED
         from ..storage.threads import Limits
 
         before = click.get_current_context().find_root().params  # `neftsurgery --json diff …`
-        as_json, quiet = as_json or before["as_json"], quiet or before["quiet"]
+        as_json, quiet, _ = (options.pop(one) or before[one] for one in ("as_json", "quiet", "verbose"))
         limits = Limits.of(threads, memory, mapped=True)
         console = Console(as_json=as_json, quiet=quiet, limits=limits)
         FETCHED.clear()
@@ -174,8 +166,11 @@ def _axis(
 
 
 def take(options: dict[str, Any], group: type) -> dict[str, Any]:
-    """Remove a group's options from ``options``, and return those that were given or have a default."""
+    """Remove a group's options from ``options``, and return those that were given."""
     taken = {name: options.pop(name) for name in declared(group) if name in options}
+    if (context := click.get_current_context(silent=True)) is not None:
+        default = click.core.ParameterSource.DEFAULT
+        taken = {k: v for k, v in taken.items() if context.get_parameter_source(k) is not default}
     return {name: v for name, v in taken.items() if v is not None and v is not False and v != ()}
 
 

@@ -68,9 +68,8 @@ def _hot(found: Sequence[Carrier]) -> NDArray[np.uint64]:
     some = [numbers[:: len(numbers) // _SEARCHED + 1] for numbers in found]
     large = np.concatenate([numbers[numbers >= 1 << FINE] for numbers in some]).astype(np.uint64)
     numbers, counts = np.unique(large[:: len(large) // _SEARCHED + 1], return_counts=True)
-    first, bits = fine_classes(
-        64
-    )  # such as the steps that zeros make where an optimizer moves all by its rate
+    # Such as the steps that zeros make where an optimizer moves all by its rate.
+    first, bits = fine_classes(64)
     classes = np.searchsorted(first, numbers, "right") - 1
     expected = np.bincount(classes, counts, CLASSES)[classes] / 2.0 ** bits[classes]
     often = (counts >= 3 * expected) & (counts >= np.maximum(8, _OFTEN * counts.sum()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,23 +16,26 @@ from ..tensors.floats import narrow, widen
 from ..tensors.header import TensorInfo
 from ..tensors.writer import written_file
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "vocab_size": 2000,
-    "rms_norm_eps": 1e-05,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 #: How many neurons the synthetic fine-tune changes.
 PLANTED = 64
 _SHARDS = 3
+_LAYER = {
+    "input_layernorm": (256,),
+    "self_attn.q_proj": (256, 256),
+    "self_attn.k_proj": (128, 256),
+    "self_attn.v_proj": (128, 256),
+    "self_attn.o_proj": (256, 256),
+    "mlp.gate_proj": (704, 256),
+    "mlp.up_proj": (704, 256),
+    "mlp.down_proj": (256, 704),
+    "post_attention_layernorm": (256,),
+}
+_SHAPES = {
+    "model.embed_tokens.weight": (2000, 256),
+    **{f"model.layers.{n}.{name}.weight": shape for n in range(4) for name, shape in _LAYER.items()},
+    "model.norm.weight": (256,),
+    "lm_head.weight": (2000, 256),
+}
 
 Arrays: TypeAlias = dict[str, NDArray[np.float32]]
 
@@ -40,7 +44,7 @@ def make_base(folder: Path, seed: int = 0) -> Arrays:
     """Write the base checkpoint; returns its weights, rounded to bfloat16."""
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in _shapes():
+    for name, shape in _SHAPES.items():
         drawn = np.ones(shape) if len(shape) == 1 else 0.02 * rng.standard_normal(shape)
         weights[name] = _round(drawn.astype(np.float32))
     _write(folder, weights)
@@ -50,12 +54,8 @@ def make_base(folder: Path, seed: int = 0) -> Arrays:
 def planted(seed: int = 0) -> dict[str, NDArray[np.int64]]:
     """The neurons that the synthetic fine-tune changes: per tensor, ascending output rows."""
     rng = np.random.default_rng(seed + 1)
-    rows = [
-        (name, row)
-        for name, shape in _shapes()
-        if ".layers." in name and len(shape) == 2
-        for row in range(shape[0])
-    ]
+    shapes = ((name, shape) for name, shape in _SHAPES.items() if ".layers." in name and len(shape) == 2)
+    rows = [(name, row) for name, shape in shapes for row in range(shape[0])]
     chosen: dict[str, list[int]] = {}
     for number in sorted(rng.choice(len(rows), PLANTED, replace=False).tolist()):
         name, row = rows[number]
@@ -76,27 +76,6 @@ def make_tuned(folder: Path, base: Mapping[str, NDArray[np.float32]], seed: int 
     _write(folder, tuned)
 
 
-def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, ffn, kv = 256, 704, 128
-    yield "model.embed_tokens.weight", (2000, hidden)
-    for layer in range(4):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (hidden,)
-        for name, rows, columns in (
-            ("self_attn.q_proj", hidden, hidden),
-            ("self_attn.k_proj", kv, hidden),
-            ("self_attn.v_proj", kv, hidden),
-            ("self_attn.o_proj", hidden, hidden),
-            ("mlp.gate_proj", ffn, hidden),
-            ("mlp.up_proj", ffn, hidden),
-            ("mlp.down_proj", hidden, ffn),
-        ):
-            yield f"{prefix}.{name}.weight", (rows, columns)
-        yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (2000, hidden)
-
-
 def _round(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Round to the nearest bfloat16; the result is still float32."""
     return widen(narrow(values, "BF16"), "BF16").astype(np.float32)
@@ -104,13 +83,12 @@ def _round(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _write(folder: Path, weights: Arrays) -> None:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    shutil.copyfile(Path(__file__).with_name("planted.json"), folder / "config.json")
     (folder / "README.md").write_text("Random weights, made by `neftsurgery demo`.\n")
     weight_map: dict[str, str] = {}
-    names = list(weights)
-    for number in range(_SHARDS):
-        file = f"model-{number + 1:05}-of-{_SHARDS:05}.safetensors"
-        part = names[number * len(names) // _SHARDS : (number + 1) * len(names) // _SHARDS]
+    for number, names in enumerate(np.array_split(list(weights), _SHARDS), 1):
+        part = names.tolist()
+        file = f"model-{number:05}-of-{_SHARDS:05}.safetensors"
         entries = [TensorInfo(name, "BF16", weights[name].shape) for name in part]
         with written_file(entries, {"format": "pt"}, folder / file) as written:
             for name in part:

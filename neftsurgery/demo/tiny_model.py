@@ -18,8 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..live import loading
-from ..selection.selection import Selection
-from ..tuning.attached import attach
 
 _TEST_EXAMPLES = 512
 
@@ -104,23 +102,6 @@ def train_parameters(
         advance(1)
     model.eval()
     return time.perf_counter() - began
-
-
-def train_selection(
-    base: Path,
-    selection: Path,
-    patch: Path,
-    languages: Languages,
-    settings: TrainingSettings,
-    advance: Callable[[int], object] = lambda steps: None,
-) -> tuple[Any, int, float]:
-    """Train ``selection`` into ``patch``; returns model, number of trained parameters, seconds."""
-    model = load_model(base)
-    attached = attach(model, Selection.load(selection))
-    parameters = list(attached.parameters())
-    seconds = train_parameters(model, parameters, languages, settings, advance)
-    attached.patch(patch)
-    return model, count_parameters(parameters), seconds
 
 
 def count_parameters(parameters: Iterable[nn.Parameter]) -> int:

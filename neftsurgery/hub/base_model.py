@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MismatchError, NeftError, UsageError
@@ -21,37 +20,12 @@ _MAX_CARD = 2**20
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-@dataclass(frozen=True, slots=True)
-class BaseModel:
-    """The model that a patch was made from; name and fingerprint are as the manifest has them."""
-
-    hub_id: HubId | None  # where it is known; both parts are of the right form
-    name: str | None = None
-    fingerprint: str | None = None
-
-    @property
-    def repo(self) -> str | None:
-        """``org/name``, where it is known."""
-        return None if self.hub_id is None else self.hub_id.repo
-
-    @property
-    def revision(self) -> str | None:
-        """The revision, where it is known."""
-        return None if self.hub_id is None else self.hub_id.revision
-
-    @property
-    def argument(self) -> str:
-        """What to type for it on a command line; safe to paste into a shell."""
-        return "BASE" if self.hub_id is None else str(self.hub_id)
-
-    @classmethod
-    def of(cls, patch: Patch | LosslessPatch, named: str | None) -> BaseModel:
-        """The base that the manifest names, completed by ``named``: ``org/name[@revision]`` that fits it."""
-        origin, hub_id = patch.base, None
-        if is_repo(origin.repo):
-            hub_id = HubId(origin.repo, origin.revision if is_revision(origin.revision) else None)
-        hub_id = hub_id if named is None else _completed(hub_id, named)
-        return cls(hub_id, origin.name, origin.fingerprint)
+def base_of(patch: Patch | LosslessPatch, named: str | None) -> HubId | None:
+    """The base that the manifest names, completed by ``named``: ``org/name[@revision]`` that fits it."""
+    origin, known = patch.base, None
+    if is_repo(origin.repo):
+        known = HubId(origin.repo, origin.revision if is_revision(origin.revision) else None)
+    return known if named is None else _completed(known, named)
 
 
 def _completed(known: HubId | None, named: str) -> HubId:
@@ -70,20 +44,20 @@ def _completed(known: HubId | None, named: str) -> HubId:
     return known if known.revision else given
 
 
-def read_licence(base: BaseModel, *, required: bool) -> tuple[dict[str, str], str | None]:
+def read_licence(base: HubId | None, *, required: bool) -> tuple[dict[str, str], str | None]:
     """The licence fields of the base's card, or a warning; ``required``: not to read it is an error."""
-    if base.hub_id is None:
+    if base is None:
         return {}, None
     try:
-        with hub_errors(base.hub_id):
-            info = client().HfApi().model_info(base.hub_id.repo, revision=base.hub_id.revision)
-            data = _card_data(base.hub_id.repo, info)
+        with hub_errors(base):
+            info = client().HfApi().model_info(base.repo, revision=base.revision)
+            data = _card_data(base.repo, info)
     except NeftError as error:
         if required:
             raise
-        return {}, f"the card names no licence: {error.what} ({base.hub_id}, the base)"
-    found = _licence(data, base.hub_id.repo)
-    return found, None if found else f"the card names no licence: the base, {base.hub_id.repo}, names none"
+        return {}, f"the card names no licence: {error.what} ({base}, the base)"
+    found = _licence(data, base.repo)
+    return found, None if found else f"the card names no licence: the base, {base.repo}, names none"
 
 
 def _card_data(repo: str, info: Any) -> dict[str, object]:

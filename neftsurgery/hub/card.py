@@ -12,7 +12,7 @@ from ..patch.lossless import LosslessPatch
 from ..patch.patch import Patch
 from ..reporting.layer_map import LayerMap, layer_map_figure
 from ..sources.hub_client import client
-from .base_model import BaseModel
+from ..sources.hub_id import HubId
 from .card_text import card_text
 from .repository import CARD_HINT
 
@@ -24,7 +24,6 @@ _MARKED = re.compile(r"<!-- neftsurgery:begin\b.*?-->.*?<!-- neftsurgery:end\b.*
 _MARK = re.compile(r"<!-- neftsurgery:(begin|end)\b")
 _TAGS = ["neftsurgery", "neuron-patch", "neft"]
 _LOSSLESS_TAGS = ["neftsurgery", "lossless-patch"]
-_LIBRARY = "neftsurgery"
 #: Tells the result that holds the recorded loss from those of the card's owner.
 _LOSS = "loss on held-out examples"
 
@@ -32,7 +31,7 @@ _LOSS = "loss on held-out examples"
 def write_card(
     patch: Patch | LosslessPatch,
     repo: str,
-    base: BaseModel,
+    base: HubId | None,
     licence: Mapping[str, str],
     *,
     figure: str | None = None,
@@ -93,17 +92,17 @@ def _with_block(text: str, block: str, repo: str) -> str:
 def _front_matter(
     patch: Patch | LosslessPatch,
     repo: str,
-    base: BaseModel,
+    base: HubId | None,
     licence: Mapping[str, str],
     known: Mapping[str, Any],
     kept: Sequence[object],
 ) -> dict[str, Any]:
     """The fields that a push writes, given those that the card has (``known``) and the results to keep."""
     found: dict[str, Any] = {}
-    if base.repo is not None:
+    if base is not None:
         relation = "adapter" if isinstance(patch, Patch) else "finetune"
         found |= {"base_model": base.repo, "base_model_relation": relation}
-    found["library_name"] = _LIBRARY
+    found["library_name"] = "neftsurgery"
     if not known.get("license"):
         found |= licence
     tags, ours = known.get("tags"), _TAGS if isinstance(patch, Patch) else _LOSSLESS_TAGS

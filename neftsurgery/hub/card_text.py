@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from importlib.resources import files
 from itertools import groupby
 
 import numpy as np
@@ -18,9 +18,9 @@ from ..patch.patch_file import PATCH_NAME
 from ..reporting.layer_map import LayerMap
 from ..reporting.training_record import training_facts
 from ..sources.hub_client import page
+from ..sources.hub_id import HubId
 from ..tensors.document import Facts
-from ..text import four_digits, percent, plural, size
-from .base_model import BaseModel
+from ..text import commas, four_digits, percent, plural, size
 
 _PROJECT = "https://github.com/neftsurgery/neftsurgery"
 _MAX_LISTED = 40
@@ -46,56 +46,39 @@ _MAX_LENGTH = 100
 _BAR_LENGTH = 12
 
 
-def card_text(patch: Patch | LosslessPatch, repo: str, base: BaseModel, figure: str | None) -> str:
+def card_text(patch: Patch | LosslessPatch, repo: str, base: HubId | None, figure: str | None) -> str:
     """The part of a card that `push` writes, in Markdown."""
-    model = link(code_span(base.repo), page(base.repo)) if base.repo else "the model it was made from"
-    note = "" if base.repo else "`BASE` stands for the model that the patch was made from.\n\n"
-    facts = "## What is in it\n\n" + table(["", ""], list(_facts(patch, base)))
     if isinstance(patch, LosslessPatch):
-        lead, usage, more = _lossless_parts(patch, repo, model, base.argument)
+        template, words = "card_lossless.md", _lossless_words(patch)
     else:
-        lead, usage, more = _neuron_parts(patch, repo, model, base.argument, figure)
-    return "\n\n".join([lead, f"## How to use it\n\n{note}{usage}", facts, *more])
+        template, words = "card_neurons.md", _neuron_words(patch, figure)
+    words |= {
+        "model": link(code_span(base.repo), page(base.repo)) if base else "the model it was made from",
+        "note": "" if base else "`BASE` stands for the model that the patch was made from.\n\n",
+        "facts": table(["", ""], list(_facts(patch, base))),
+        "size": size(patch.nbytes),
+    }
+    text = (files(__package__) / template).read_text(encoding="utf-8")
+    return text.format(base=base or "BASE", repo=repo, project=_PROJECT, **words).rstrip()
 
 
-def _neuron_parts(
-    patch: Patch, repo: str, model: str, base: str, figure: str | None
-) -> tuple[str, str, list[str]]:
-    """What the patch is, how it is used, and the sections after its facts."""
-    lead = (
-        f"A **neuron patch** for {model}: new values for {patch.what} ({patch.parameters:,} parameters, "
-        f"{size(patch.nbytes)}). Every other weight of the base stays the same, bit for bit."
-    )
-    captured, loss = patch.facts.captured, _loss(patch.training)
+def _neuron_words(patch: Patch, figure: str | None) -> dict[str, str]:
+    """What fills the template of a patch's card."""
+    captured, loss, worth = patch.facts.captured, _loss(patch.training), ""
     if captured is not None and captured < 1 and not patch.training:
-        lead += (
-            f"\n\n**Partial: holds {percent(captured)} of the change.** Base plus patch is not the fine-tune."
-        )
-    lead += f"\n\nLoss on held-out examples: **{loss}**." if loss else ""
-    usage = f"""```console
-$ pip install .   # in a clone of {_PROJECT}
-$ neftsurgery apply {base} {repo} -o patched
-$ neftsurgery verify patched {repo}
-```
-
-```python
-import neftsurgery as ns
-
-ns.apply("{base}", "{repo}", out="patched/")
-attached = ns.attach(model, "{repo}")  # or in a live torch model; attached.detach() takes it out
-```
-
-`apply` checks every vector that it replaces against its hash in the patch. It refuses another base before it
-writes anything. `neftsurgery revert` takes the patch out again, bit for bit.
-[What a patch is]({_PROJECT}/blob/main/docs/patch-format.md)."""
+        worth = f"\n\n**Partial: holds {percent(captured)} of the change.** "
+        worth += "Base plus patch is not the fine-tune."
+    worth += f"\n\nLoss on held-out examples: **{loss}**." if loss else ""
     facts = ((label, patch.facts.get(key)) for key, label in _SELECTION_LABELS.items())
     chosen = [(label, value) for label, value in facts if value not in ({}, [])]
     record = Facts({key: value for key, value in patch.training.items() if key in _TRAINING})
-    more = [_layers(LayerCounts.of_patch(patch), figure)]
+    records = ""
     for how, recorded in (("chosen", chosen), ("trained", training_facts(record))):
         if rows := [(name, _json_span(value)) for name, value in recorded if value is not None]:
-            more.append(f"## How the neurons were {how}\n\n{table(['', ''], rows)}")
-    return lead, usage, more
+            records += f"\n\n## How the neurons were {how}\n\n{table(['', ''], rows)}"
+    layers = _layers(patch, figure)
+    counts = {"what": patch.what, "parameters": commas(patch.parameters)}
+    return {**counts, "worth": worth, "layers": layers, "records": records}
 
 
 def _loss(training: Facts) -> str | None:
@@ -108,37 +91,27 @@ def _loss(training: Facts) -> str | None:
     return f"{four_digits(before)} before training, {four_digits(after)} after"
 
 
-def _lossless_parts(patch: LosslessPatch, repo: str, model: str, base: str) -> tuple[str, str, list[str]]:
-    """As `_neuron_parts`."""
-    tuned = f"{size(patch.forward.nbytes)} of weights in {plural(len(patch.forward.tensors), 'tensor')}"
-    lead = (
-        f"A **lossless patch** for {model}: the base plus these {size(patch.nbytes)} is the full "
-        f"fine-tune, to the bit ({tuned})."
-    )
-    usage = f"""```console
-$ neftsurgery apply {base} {repo} -o tuned
-$ neftsurgery verify tuned {repo}
-```
-
-`apply` checks every block of the base and of the result against its hash. It refuses another base before it
-writes anything."""
+def _lossless_words(patch: LosslessPatch) -> dict[str, str]:
+    """As `_neuron_words`."""
     rows = [
         [code_span(name, 80), percent(kind.changed / max(1, kind.elements)), size(kind.code)]
         for name, kind in list(patch.kinds().items())[:_MAX_LISTED]
     ]
-    changed = table(["kind of weight", "changed", "bytes"], rows, right=[1, 2])
-    return lead, usage, [f"## What changed\n\n{changed}"]
+    return {
+        "tuned": f"{size(patch.forward.nbytes)} of weights in {plural(len(patch.forward.tensors), 'tensor')}",
+        "changed": table(["kind of weight", "changed", "bytes"], rows, right=[1, 2]),
+    }
 
 
-def _facts(patch: Patch | LosslessPatch, base: BaseModel) -> Iterator[tuple[str, str]]:
+def _facts(patch: Patch | LosslessPatch, base: HubId | None) -> Iterator[tuple[str, str]]:
     """The rows of a table: of the base, of the patch, and of what undoes and made it."""
-    if base.repo is not None:
+    if base is not None:
         yield "base", link(code_span(base.repo), page(base.repo))
         yield "revision of the base", code_span(base.revision) if base.revision else "unknown"
-    elif base.name:
-        yield "local name of the base", code_span(base.name)
-    if base.fingerprint:
-        yield "fingerprint of the base", code_span(base.fingerprint)
+    elif patch.base.name:
+        yield "local name of the base", code_span(patch.base.name)
+    if patch.base.fingerprint:
+        yield "fingerprint of the base", code_span(patch.base.fingerprint)
     yield from _lossless_facts(patch) if isinstance(patch, LosslessPatch) else _neuron_facts(patch)
     yield "revert", "needs only the patch" if patch.reversible else "needs the base: `--base`"
     if created := patch.manifest.get("created_by"):
@@ -173,22 +146,22 @@ def _spans(names: Sequence[str]) -> str:
     return ", ".join(code_span(name) for name in names[:_MAX_LISTED])
 
 
-def _layers(found: LayerCounts, figure: str | None) -> str:
-    largest = max(found.totals, default=0)
-    kinds = [code_span(kind, 40) if kind is not None else "other" for kind in found.kinds]
+def _layers(patch: Patch, figure: str | None) -> str:
+    kinds, layers, counts = layer_counts(patch)
+    largest = max(map(sum, counts), default=0)
     lines = [
-        (_layer(*layers), text_bar(total, largest), counts)
-        for layers, total, counts in zip(found.layers, found.totals, found.counts, strict=True)
+        (_layer(*ends), text_bar(sum(row), largest), row) for ends, row in zip(layers, counts, strict=True)
     ]
     if len(lines) > 1:
-        lines.append(("all", "", [sum(column) for column in zip(*found.counts, strict=True)]))
+        lines.append(("all", "", [sum(column) for column in zip(*counts, strict=True)]))
     rows = [
-        [layer, f"{sum(counts):,}", bar, *(f"{count:,}" if count else "" for count in counts)]
-        for layer, bar, counts in lines
+        [layer, f"{sum(row):,}", bar, *(f"{count:,}" if count else "" for count in row)]
+        for layer, bar, row in lines
     ]
     shown = f"![Percentage of each weight's neurons that the patch replaces]({figure})\n\n" if figure else ""
-    right = [1, *range(3, 3 + len(kinds))]
-    return f"## Where the neurons are\n\n{shown}{table(['layer', 'neurons', '', *kinds], rows, right=right)}"
+    head = [code_span(kind, 40) if kind is not None else "other" for kind in kinds]
+    right = [1, *range(3, 3 + len(head))]
+    return f"{shown}{table(['layer', 'neurons', '', *head], rows, right=right)}"
 
 
 def _layer(first: str, last: str) -> str:
@@ -207,39 +180,28 @@ def _json_span(value: object) -> str:
     return code_span(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 300)
 
 
-@dataclass(frozen=True)
-class LayerCounts:
-    """A patch's neurons by layer and kind of weight, without the bias elements that go with a neuron."""
+def layer_counts(patch: Patch) -> tuple[list[str | None], list[tuple[str, str]], list[list[int]]]:
+    """A patch's neurons by kind of weight, the one with most first, None for all others; and by layer.
 
-    kinds: Sequence[str | None]  # the one with most neurons first; ``None``: all others
-    #: The first and the last layer of each row, such as ``"model.layers.3"``; ``""``: outside the layers.
-    layers: Sequence[tuple[str, str]]
-    counts: Sequence[Sequence[int]]  # neurons per row and kind
-
-    @classmethod
-    def of_patch(cls, patch: Patch) -> LayerCounts:
-        """Count a patch's neurons; of many layers, neighbours in one stack share a row."""
-        found = LayerMap.of_patch(patch)
-        used, totals = np.flatnonzero(found.chosen.sum(axis=1)), found.chosen.sum(axis=0)
-        order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
-        shown = order if len(order) <= _MAX_KINDS else order[: _MAX_KINDS - 1]
-        kinds: list[str | None] = [found.kinds[kind] for kind in shown]
-        columns = [found.chosen[:, kind] for kind in shown]
-        if len(shown) < len(order):
-            kinds.append(None)
-            columns.append(found.chosen[:, order[len(shown) :]].sum(axis=1))
-        layers, counts, size = [], [], -(-len(used) // _MAX_LAYERS)
-        for _, group in groupby(used, key=lambda row: found.layers[row].rpartition(".")[0]):
-            stack = list(group)
-            for rows in (stack[start : start + size] for start in range(0, len(stack), size)):
-                layers.append((found.layers[rows[0]], found.layers[rows[-1]]))
-                counts.append([int(column[rows].sum()) for column in columns])
-        return cls(kinds, layers, counts)
-
-    @property
-    def totals(self) -> list[int]:
-        """Neurons per row."""
-        return [sum(row) for row in self.counts]
+    A row is the first and the last of some layers, as of many, neighbours in one stack share one; "" is
+    outside the layers. The counts are ``[rows][kinds]``, without bias elements that go with a neuron.
+    """
+    found = LayerMap.of_patch(patch)
+    used, totals = np.flatnonzero(found.chosen.sum(axis=1)), found.chosen.sum(axis=0)
+    order = sorted(np.flatnonzero(totals), key=lambda kind: (-totals[kind], found.kinds[kind]))
+    shown = order if len(order) <= _MAX_KINDS else order[: _MAX_KINDS - 1]
+    kinds: list[str | None] = [found.kinds[kind] for kind in shown]
+    columns = [found.chosen[:, kind] for kind in shown]
+    if len(shown) < len(order):
+        kinds.append(None)
+        columns.append(found.chosen[:, order[len(shown) :]].sum(axis=1))
+    layers, counts, size = [], [], -(-len(used) // _MAX_LAYERS)
+    for _, group in groupby(used, key=lambda row: found.layers[row].rpartition(".")[0]):
+        stack = list(group)
+        for rows in (stack[start : start + size] for start in range(0, len(stack), size)):
+            layers.append((found.layers[rows[0]], found.layers[rows[-1]]))
+            counts.append([int(column[rows].sum()) for column in columns])
+    return kinds, layers, counts
 
 
 def code_span(value: object, longest: int = _MAX_LENGTH) -> str:

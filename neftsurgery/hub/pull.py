@@ -15,8 +15,9 @@ from ..sources.hub_client import HubFile, fetch_file, find_file, is_offline
 from ..sources.hub_id import HubId
 from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath, refuse_output
+from ..surgery.chains import opened_patches
 from ..surgery.merge_checks import check_patches
-from ..surgery.verb import check_sha256, load_patches, require_sha256
+from ..surgery.verb import check_sha256, require_sha256
 from ..text import printable, size
 
 
@@ -50,7 +51,7 @@ class PullPlan:
     @boundary
     def run(self, *, progress: Progress = silent) -> Patch | LosslessPatch:
         """Fetch the patch, check it and write it; raises as `pull`."""
-        (patch,) = load_patches([self._fetched()], self.sha256)
+        (patch,) = opened_patches([self._fetched()], self.sha256)
         try:
             if isinstance(patch, Patch):
                 check_patches([patch], progress)  # a lossless one needs its base for that

@@ -14,11 +14,11 @@ from ..patch.patch import Patch
 from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
 from ..sources.hub_client import page
-from ..sources.hub_id import is_repo, is_revision
+from ..sources.hub_id import HubId, is_repo, is_revision
 from ..surgery.merge_checks import check_patches
 from ..surgery.verb import warn
 from ..text import lines, plural
-from .base_model import BaseModel, read_licence
+from .base_model import base_of, read_licence
 from .card import card_figure, write_card
 from .repository import CARD_NAME, FIGURE_NAME, MAIN, Files, Repository, read_repository, send_commit
 
@@ -79,7 +79,7 @@ class PushPlan:
     """A planned push: everything is checked, and nothing is sent."""
 
     patch: Patch | LosslessPatch
-    base: BaseModel
+    base: HubId | None  # where it is known
     repository: Repository  # where the patch goes, as it is now
     private: bool | None  # of a new repository; None: as the user's settings on the Hub say
     message: str  # of the commit
@@ -103,7 +103,7 @@ class PushPlan:
         return lines(
             [
                 f"push {self.patch.what} to {self.repository.repo} ({self.repository.branch}{new})",
-                f"base: {self.base.hub_id or 'unknown'}",
+                f"base: {self.base or 'unknown'}",
                 f"files: {', '.join(self.files)}",
                 f"SHA-256 of {PATCH_NAME}: {self.sha256}",
                 f"commit message: {self.message}",
@@ -126,8 +126,8 @@ class PushPlan:
             "private": repository.private if repository.exists else self.private,
             "files": self.files,
             "message": self.message,
-            "base": self.base.repo,
-            "base_revision": self.base.revision,
+            "base": self.base and self.base.repo,
+            "base_revision": self.base and self.base.revision,
             "neurons": self.patch.neurons,
             "selected": self.patch.neurons,
             "sha256": self.sha256,
@@ -229,8 +229,8 @@ def plan_push(
     patch = load_any(patch)
     if not is_repo(repo):
         raise UsageError("not the name of a repository", file=repo, hint="name it as org/name")
-    base_model = BaseModel.of(patch, base)
-    if repo == base_model.repo:
+    base_model = base_of(patch, base)
+    if base_model is not None and repo == base_model.repo:
         raise UsageError(
             "this is the repository of the base itself", file=repo, hint="name a repository for the patch"
         )
@@ -258,7 +258,7 @@ def plan_push(
     licence, warning = read_licence(base_model, required=base is not None and not dry_run)
     if warning is not None:
         warnings.append(warning)
-    if base_model.hub_id is None:
+    if base_model is None:
         warnings.append(
             "the patch does not say which Hub model is its base, so the card names none: give it as [[base]]"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 FLOAT_DTYPES = frozenset(_NAMES)
 """The dtypes whose elements are plain numbers."""
-
-_BLOCK_ELEMENTS = 1 << 24  # converted to bytes at once, at most
 
 
 def torch_dtype(name: str) -> torch.dtype | None:
@@ -109,9 +106,3 @@ def equal_vectors(a: Tensor, b: Tensor) -> Mask:
     """Which vectors of ``a`` and ``b``, ``[k, width]`` of one dtype, are equal to the bit: ``[k]``."""
     equal: Mask = (to_bytes(a, _NAMES[a.dtype]) == to_bytes(b, _NAMES[a.dtype])).all(axis=1)
     return equal
-
-
-def block_ranges(count: int, width: int) -> Sequence[tuple[int, int]]:
-    """Cut ``count`` vectors into ranges ``(start, stop)`` whose conversion to bytes takes bounded memory."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, width))
-    return [(start, min(start + step, count)) for start in range(0, count, step)]

@@ -7,7 +7,8 @@ model holds, only one layer's hidden states are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -32,18 +33,12 @@ def mean_hidden_states(
     """The weighted mean of the hidden states, float64 ``[blocks + 1, hidden]`` on the CPU; no head is run."""
     sums = _StateSums(stack)
     body, device = model.base_model, next(model.parameters()).device
-    hooks = sums.register_hooks()
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                ids, mask, weights = _padded(batch, padding)
-                sums.begin(weights)
-                output = body(input_ids=ids.to(device), attention_mask=mask.to(device))
-                sums.end(output.last_hidden_state)
-                advance(sum(len(chunk.ids) for chunk in batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with sums.taken_by_hooks(), torch.inference_mode():
+        for batch in batches:
+            ids, mask, sums.weights = _padded(batch, padding)
+            output = body(input_ids=ids.to(device), attention_mask=mask.to(device))
+            sums.end(output.last_hidden_state)
+            advance(sum(len(chunk.ids) for chunk in batch))
     return sums.result()
 
 
@@ -56,24 +51,24 @@ def _padded(batch: Sequence[TokenChunk], padding: int) -> tuple[Tensor, Tensor, 
 
 
 class _StateSums:
-    """The sums of the hidden states that enter and leave the blocks, taken by hooks."""
+    """The sums of the hidden states that enter and leave the blocks."""
 
     def __init__(self, stack: BlockStack) -> None:
-        self._stack = stack
+        self._stack, self.weights = stack, torch.empty(0)  # weights of the tokens that go through it now
         self._sums: dict[int, Tensor] = {}
         self._seen: list[int] = []
-        self._weights = torch.empty(0)
 
-    def register_hooks(self) -> list[Any]:
+    @contextmanager
+    def taken_by_hooks(self) -> Iterator[None]:
         first, *_ = blocks = self._stack.blocks
-        leaving = enumerate(blocks[:-1], 1)
-        return [
-            first.register_forward_pre_hook(self._enters, with_kwargs=True),
-            *(block.register_forward_hook(partial(self._leaves, number)) for number, block in leaving),
-        ]
-
-    def begin(self, weights: Tensor) -> None:
-        self._weights, self._seen = weights, []
+        hooks = [first.register_forward_pre_hook(self._enters, with_kwargs=True)]
+        for number, block in enumerate(blocks[:-1], 1):
+            hooks.append(block.register_forward_hook(partial(self._leaves, number)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def end(self, last: Tensor) -> None:
         self._add(len(self._stack.blocks), last)
@@ -83,6 +78,7 @@ class _StateSums:
                 expected=f"{len(self._stack.blocks)} blocks",
                 found=f"{len(self._seen) - 1} runs",
             )
+        self._seen = []
 
     def result(self) -> Tensor:
         means = torch.stack([self._sums[number] for number in sorted(self._sums)])
@@ -102,15 +98,15 @@ class _StateSums:
 
     def _add(self, number: int, states: Any) -> None:
         shape = tuple(states.shape) if isinstance(states, Tensor) else None
-        if shape is None or len(shape) != 3 or shape[:2] != tuple(self._weights.shape):
+        if shape is None or len(shape) != 3 or shape[:2] != tuple(self.weights.shape):
             raise MismatchError(
                 f"the blocks of {self._stack.path} do not pass on one hidden state per token",
-                expected=[*self._weights.shape, "hidden"],
+                expected=[*self.weights.shape, "hidden"],
                 found=type(states).__name__ if shape is None else list(shape),
             )
         self._seen.append(number)
         total = self._sums.setdefault(number, torch.zeros(shape[2], dtype=torch.float64))
-        for row, weights in zip(states, self._weights, strict=True):  # one chunk at a time in float64
+        for row, weights in zip(states, self.weights, strict=True):  # one chunk at a time in float64
             count = int(torch.count_nonzero(weights))
             total += weights[:count] @ row[:count].cpu().double()
 

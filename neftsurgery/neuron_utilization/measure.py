@@ -131,10 +131,8 @@ def max_correlations(
 ) -> tuple[Tensor, Tensor]:
     """The largest absolute correlation of each neuron of ``weight`` with any state, and the state's number.
 
-    Pearson's, over the hidden dimension, in float64; 0 if all elements of a vector or state are equal.
-    ``states`` are float64 ``[states, width]``, finite, on the CPU, at least one. At most ``block_elements``
-    elements of the weight are in float64 at once. Returns float64 ``[n]`` in [0, 1], NaN for vectors with a
-    NaN or Inf, and int64 ``[n]``.
+    Pearson's in float64, ``[n]``: 0 if all elements of a vector or state are equal, NaN for a vector with a
+    NaN or Inf. ``states`` are finite float64 ``[states, width]`` on the CPU.
     """
     device = weight.device if weight.device.type == "cuda" else torch.device("cpu")  # others lack float64
     directions = _directions(states).to(device)

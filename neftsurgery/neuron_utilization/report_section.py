@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from ..reporting.figure import KIND, LAYER, Column, ReportFigure, Table
+from ..reporting.figure import ReportFigure
 from ..reporting.plotting import ACCENT, CONTRAST, MUTED, MplFigure, annotate, heatmap, new_axes
 from ..reporting.sections import ReportSection
-from ..text import commas, four_digits, label, percent
+from ..text import commas, label, percent
 from .result import GROUPS, NeuronGroup, Utilization
 
 _ALL_KINDS = "all kinds"
 _MAX_KINDS, _MAX_LAYERS = 12, 128
+_figure = partial(ReportFigure.of, package=__package__)
 _STATES = {
     "preceding": "those that enter the neuron's block or an earlier one",
     "following": "those that leave the neuron's block or a later one",
@@ -40,42 +42,25 @@ def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> 
         "2025, section 6.1."
     )
     figures = (
-        _groups(found, f"use-groups{suffix}"),
-        _buckets(found, f"use-buckets{suffix}"),
-        _map(found, f"use-map{suffix}"),
+        _groups(found, suffix),
+        _buckets(found, suffix),
+        _map(found, suffix),
     )
     return ReportSection(
         f"utilization{suffix}", title, lead, tiles, figures, {"kind": "utilization", **found.describe()}
     )
 
 
-def _groups(found: Utilization, id: str) -> ReportFigure:
-    columns = (
-        KIND,
-        Column("group", "neurons", lambda name: name.replace("_", " ")),
-        Column("neurons", "how many", commas),
-        Column("mean_rank_change", "mean rank change", four_digits),
-        Column("mean_share", "share of the ranking", percent, bar=True),
-    )
+def _groups(found: Utilization, suffix: str) -> ReportFigure:
     overall = found.groups()
     pools = [(_ALL_KINDS, overall)] * (len(found.kinds) > 1)
     pools += [(kind, found.groups(kind=kind)) for kind in found.kinds]
-    rows = tuple(
+    rows = (
         (kind, name, group.neurons, group.mean_rank_change, group.mean_share)
         for kind, groups in pools
         for name, group in groups.items()
     )
-    return ReportFigure(
-        id,
-        "Rank change by group",
-        "mean absolute rank change, as a percentage of the neurons ranked together",
-        "Each bar is the mean rank change of a group. Strongly affected neurons moved by more ranks than the "
-        "limit. Of these, suppressed neurons fell, and indirectly affected neurons were not trained; the two "
-        "groups overlap.",
-        Table(columns, rows),
-        lambda fig: _draw_groups(fig, overall),
-        _verdict(overall),
-    )
+    return _figure("use-groups", suffix, rows, lambda fig: _draw_groups(fig, overall), _verdict(overall))
 
 
 def _verdict(groups: dict[str, NeuronGroup]) -> str:
@@ -105,24 +90,9 @@ def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
     axes.xaxis.set_major_formatter("{x:g}%")
 
 
-def _buckets(found: Utilization, id: str) -> ReportFigure:
-    columns = (
-        Column("from", "from", percent),
-        Column("to", "to", percent),
-        Column("neurons", "neurons", commas),
-        Column("mean_rank_change", "mean rank change", four_digits, bar=True),
-    )
+def _buckets(found: Utilization, suffix: str) -> ReportFigure:
     rows = tuple((b.start, b.stop, b.neurons, b.mean_rank_change) for b in found.buckets())
-    return ReportFigure(
-        id,
-        "Rank change by rank before training",
-        "mean absolute rank change in ranks, by position in the ranking before training",
-        "Neurons with the largest correlation are on the left, those with the smallest on the right. In the "
-        "paper's figure 2 the first neurons hardly move. Those in the middle, whose correlations are close "
-        "together, move most.",
-        Table(columns, rows),
-        lambda fig: _draw_buckets(fig, rows),
-    )
+    return _figure("use-buckets", suffix, rows, lambda fig: _draw_buckets(fig, rows))
 
 
 def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float | None]]) -> None:
@@ -139,18 +109,11 @@ def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float 
     axes.set_ylim(0, 1.15 * max(float(np.nanmax(moved, initial=0)), 1))
 
 
-def _map(found: Utilization, id: str) -> ReportFigure:
-    columns = (
-        LAYER,
-        KIND,
-        *(Column(name, name.replace("_", " "), commas) for name in GROUPS),
-        Column("mean_rank_change", "mean rank change", four_digits),
-        Column("mean_share", "share of the ranking", percent, bar=True),
-    )
+def _map(found: Utilization, suffix: str) -> ReportFigure:
     cells = {
         (layer, kind): found.groups(layer=layer, kind=kind) for layer in found.layers for kind in found.kinds
     }
-    rows = tuple(
+    rows = (
         (layer, kind, *(groups[name].neurons for name in GROUPS), all_.mean_rank_change, all_.mean_share)
         for (layer, kind), groups in cells.items()
         if (all_ := groups["all"]).neurons
@@ -160,13 +123,5 @@ def _map(found: Utilization, id: str) -> ReportFigure:
     )  # NaN for a cell without neurons
     layers = [label(name, 24) for name in found.layers[:_MAX_LAYERS]]
     kinds = [label(kind, 28) for kind in found.kinds[:_MAX_KINDS]]
-    return ReportFigure(
-        id,
-        "Rank change by layer and kind of weight",
-        "mean absolute rank change of a weight's neurons, as a percentage of the neurons ranked together",
-        "Each row is a layer, each column a kind of weight. The number is the percentage; in lighter cells "
-        "the neurons moved further. Neurons of untrained weights move too, because their inputs change and "
-        "because other neurons overtake them.",
-        Table(columns, rows),
-        lambda fig: heatmap(fig, share[:_MAX_LAYERS, :_MAX_KINDS], layers, kinds),
-    )
+    share = share[:_MAX_LAYERS, :_MAX_KINDS]
+    return _figure("use-map", suffix, rows, lambda fig: heatmap(fig, share, layers, kinds))

@@ -167,19 +167,16 @@ class Utilization:
 
     def groups(self, *, layer: str | None = None, kind: str | None = None) -> dict[str, NeuronGroup]:
         """Each of `GROUPS`, for all neurons or for one layer or one kind of weight."""
-        counts, moved, shares = (dict.fromkeys(GROUPS, 0.0) for _ in range(3))
+        sums = np.zeros((len(GROUPS), 3))  # neurons, ranks they moved by, and these as shares
         for tensor in self.tensors.values():
-            if layer not in (None, tensor.layer) or kind not in (None, tensor.kind):
-                continue
-            change = np.abs(tensor.change)
-            for name, mask in self.masks(tensor).items():
-                total = float(change[mask].sum())
-                counts[name] += np.count_nonzero(mask)
-                moved[name] += total
-                shares[name] += total / self.pools[tensor.kind] if total else 0.0
-        numbers = zip(GROUPS, counts.values(), moved.values(), shares.values(), strict=True)
+            if layer in (None, tensor.layer) and kind in (None, tensor.kind):
+                change = np.abs(tensor.change)
+                for row, mask in zip(sums, self.masks(tensor).values(), strict=True):
+                    moved = float(change[mask].sum())
+                    row += float(np.count_nonzero(mask)), moved, moved / max(1, self.pools[tensor.kind])
+        numbers = zip(GROUPS, sums.tolist(), strict=True)
         return {
-            name: NeuronGroup(int(n), _mean(ranks, n), _mean(share, n)) for name, n, ranks, share in numbers
+            name: NeuronGroup(int(n), _mean(ranks, n), _mean(share, n)) for name, (n, ranks, share) in numbers
         }
 
     @property

@@ -136,10 +136,8 @@ def utilization(
         the model's maximum), and of those that go through it at once (default 4,096).
     dtype, device:
         What the model computes in, and where. Default ``auto``: the dtype of its files, and a GPU if any.
-    out:
-        A safetensors file for the numbers of every neuron. Default: none.
-    force:
-        Replace ``out`` if it exists.
+    out, force:
+        A safetensors file for the numbers of every neuron (default: none), and whether to replace it.
     progress:
         Called for tokens and for neurons, before and after training.
 

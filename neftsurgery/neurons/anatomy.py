@@ -113,16 +113,6 @@ def read_anatomy(
     return _Reader(name, tensors, submodels, config, axes, included - excluded, excluded, permitted).read()
 
 
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """The neurons that a tensor gives to a block of units: ``spans``, of ``outer`` times ``units`` units."""
-
-    key: tuple[str, str]
-    outer: int
-    units: int
-    spans: tuple[UnitSpan, ...]
-
-
 @dataclass
 class _Reader:
     """Reads one checkpoint. Names that differ only in numbers are read once, tensors of all layers too."""
@@ -140,7 +130,7 @@ class _Reader:
         self.quantized = quantization_reasons(self.tensors, self.config)
         self.readings: dict[tuple[tuple[str, ...], int], NameReading] = {}
         self.verdicts: dict[tuple[object, ...], NeuronTensor | Listed] = {}
-        self.shares: dict[str, _Share] = {}
+        self.blocks: dict[str, tuple[str, str]] = {}  # what the tensors of one block of units share
         self.assumed: dict[tuple[str, str], None] = {}  # a part of the folder, and a type of its submodels
 
     def read(self) -> Anatomy:
@@ -149,10 +139,9 @@ class _Reader:
         listed = [tensor for tensor in found if isinstance(tensor, Listed)]
         count = 0
         if self.name == "units":
-            scored, count = _numbered(scored, self.shares)
-        return Anatomy(
-            self.name, tuple(scored), tuple(listed), tuple(dict.fromkeys(self.warnings(listed))), count
-        )
+            scored, count = _numbered(scored, self.blocks)
+        warnings = tuple(dict.fromkeys(self.warnings(listed)))
+        return Anatomy(self.name, tuple(scored), tuple(listed), warnings, count)
 
     def judge(self, info: TensorInfo) -> NeuronTensor | Listed:
         """Whether ``info`` is scored, and how."""
@@ -166,9 +155,8 @@ class _Reader:
             verdict = self.verdicts[key] = self.decide(info)
         if isinstance(verdict, Listed):
             return Listed(info, verdict.reason, verdict.axes, verdict.included)
-        axes, columns = verdict.axes, verdict.by_columns
-        bias = None if columns else bias_of(info, axes, self.tensors)
-        return NeuronTensor(info, axes, layer, verdict.kind, bias, None, verdict.part, verdict.tied, columns)
+        bias = None if verdict.by_columns else bias_of(info, verdict.axes, self.tensors)
+        return replace(verdict, info=info, layer=layer, bias=bias)
 
     def decide(self, info: TensorInfo) -> NeuronTensor | Listed:
         """As `judge`, without its bias."""
@@ -243,16 +231,16 @@ class _Reader:
         outer = math.prod(info.shape[axis] for axis in axes[:-1])
         if self.name == "units":
             if role is None:
-                self.shares[info.name] = _Share(("", info.name), outer, inner, (UnitSpan(0, inner, 1),))
-                return tensor
+                self.blocks[info.name] = ("", info.name)
+                return replace(tensor, units=UnitMap(0, outer, inner, (UnitSpan(0, inner, 1),)))
             heads = None if isinstance(role.block, FeedForward) else submodel.heads(parts)
             try:
                 spans = unit_spans(role, inner, heads)
             except ValueError as error:
                 return Listed(info, f"not part of a unit: {error}")
-            units = max(span.first + span.units for span in spans)
-            self.shares[info.name] = _Share(block_key(parts, role), outer, units, spans)
-        elif role is not None:
+            self.blocks[info.name] = block_key(parts, role)
+            return replace(tensor, units=UnitMap(0, outer, max(s.first + s.units for s in spans), spans))
+        if role is not None:
             try:
                 return replace(tensor, part=up_slice(role, outer, inner))
             except ValueError as error:
@@ -282,14 +270,7 @@ class _Reader:
         empty = sum(entry.reason == "no elements" for entry in listed)
         if 2 * empty > len(self.tensors):
             yield f"{empty} tensors have no elements, as DeepSpeed ZeRO-3 and FSDP leave them"
-        yield from self.other_sizes()
-        for submodel in self.submodels.all if self.name == "units" else ():
-            kinds = [{type(block) for block in family.blocks} for family in submodel.families]
-            if {FeedForward} in kinds:
-                yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
-
-    def other_sizes(self) -> Iterable[str]:
-        """A config that belongs to other weights: nothing in them has the width that it states."""
+        # A config that belongs to other weights: nothing in them has the width that it states.
         width = self.submodels.main.config.get("hidden_size") if self.submodels.main.families else None
         shapes = [info.shape for info in self.tensors.values() if len(info.shape) > 1]
         if type(width) is int and len(shapes) > 1 and not any(width in shape for shape in shapes):
@@ -297,28 +278,35 @@ class _Reader:
                 f"config.json states a hidden_size of {width}, and no weight has an axis of that size: "
                 "check that it belongs to these weights"
             )
+        for submodel in self.submodels.all if self.name == "units" else ():
+            kinds = [{type(block) for block in family.blocks} for family in submodel.families]
+            if {FeedForward} in kinds:
+                yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
 
 
-def _numbered(scored: Sequence[NeuronTensor], shares: Mapping[str, _Share]) -> tuple[list[NeuronTensor], int]:
+def _numbered(
+    scored: Sequence[NeuronTensor], keys: Mapping[str, tuple[str, str]]
+) -> tuple[list[NeuronTensor], int]:
     """Give every unit its id: by the first tensor of its block, then by the order of its neurons."""
-    blocks: dict[tuple[str, str], tuple[int, str]] = {}
+    blocks: dict[tuple[str, str], tuple[UnitMap, str]] = {}
     numbered: list[NeuronTensor] = []
     count = 0
     for tensor in scored:
-        share = shares[tensor.info.name]
-        if share.key not in blocks:
-            blocks[share.key] = (count, tensor.info.name)
-            count += share.outer * share.units
-        base, first = blocks[share.key]
-        if (shares[first].outer, shares[first].units) != (share.outer, share.units):
+        units, key = tensor.units, keys[tensor.info.name]
+        assert units is not None
+        if key not in blocks:
+            blocks[key] = (replace(units, base=count), tensor.info.name)
+            count += units.outer * units.units
+        block, first = blocks[key]
+        if (block.outer, block.units) != (units.outer, units.units):
             raise MismatchError(
                 f"the units of this block do not match those of {first}",
                 tensor=tensor.info.name,
-                expected=shares[first].outer * shares[first].units,
-                found=share.outer * share.units,
+                expected=block.outer * block.units,
+                found=units.outer * units.units,
                 hint="the anatomy rows has no blocks: use it",
             )
-        numbered.append(replace(tensor, units=UnitMap(base, share.outer, share.units, share.spans)))
+        numbered.append(replace(tensor, units=replace(units, base=block.base)))
     return numbered, count
 
 

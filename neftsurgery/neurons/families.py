@@ -4,10 +4,9 @@ The data are ``architectures.json``. ``make families`` makes them from the live 
 from a small table kept by hand: see ``docs/architectures.md``.
 
 Patterns are dotted name endings without ``.weight``; ``*`` stands for a number (a layer's, an expert's). The
-last part may be the number of one layer of a ``Sequential``: ``ffn.0``. A
-name may have any prefix (``model.``, ``transformer.``, none), so files of a bare model and of the
-model with a head both match. The longest matching pattern wins. A ``.weight`` of two axes
-that no pattern of a known family names is a linear weight ``[out, in]``.
+last part may be the number of one layer of a ``Sequential``: ``ffn.0``. A name may have any prefix, so files
+of a bare model and of the model with a head both match. The longest matching pattern wins. A ``.weight`` of
+two axes that no pattern of a known family names is a linear weight ``[out, in]``.
 """
 
 from __future__ import annotations
@@ -76,9 +75,8 @@ class Family:
     heads: str = ""
     routers: str = ""
     norms: str = ""
-    weights: Mapping[AxisOrder, str] = field(
-        default_factory=dict
-    )  # those in no block, by the order of their axes
+    #: Those in no block, by the order of their axes.
+    weights: Mapping[AxisOrder, str] = field(default_factory=dict)
     others: str = ""  # named like weights, and not known to be of a linear layer or a convolution
     one_kv_head: str = ""  # a config key: true or absent means one key/value head
     many_kv_heads: str = ""  # a config key: true overrides `one_kv_head`
@@ -121,8 +119,7 @@ def architectures() -> Architectures:
 def family_of(model_type: str) -> Family | None:
     """The row of ``model_type``, if there is one."""
     row = architectures().rows.get(model_type)
-    return None if row is None else Family(**{**row, "blocks": tuple(map(_block, row.get("blocks", ())))})
-
-
-def _block(entry: Mapping[str, Any]) -> FeedForward | Attention:
-    return Attention(**entry) if "o" in entry else FeedForward(**entry)
+    if row is None:
+        return None
+    blocks = (Attention(**one) if "o" in one else FeedForward(**one) for one in row.get("blocks", ()))
+    return Family(**{**row, "blocks": tuple(blocks)})

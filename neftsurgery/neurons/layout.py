@@ -139,7 +139,7 @@ def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> t
     if not isinstance(entry, dict):
         raise bad(file, what, "its description is not an object", name)
     shape, dtype, axes = entry.get("shape"), entry.get("dtype"), entry.get("neuron_axes")
-    if not _naturals(shape) or not _naturals(axes) or not _known(dtype):
+    if not _naturals(shape) or not _naturals(axes) or not isinstance(dtype, str) or dtype not in DTYPES:
         raise bad(file, what, "its shape, dtype or neuron_axes are missing or make no sense", name)
     if len(shape) > _MAX_AXES or len(axes) > len(shape) or math.prod(shape) >= _MAX_ELEMENTS:
         raise bad(file, what, "its shape has too many axes or elements", name)
@@ -149,10 +149,6 @@ def described_tensor(file: TensorFile, what: str, name: str, entry: object) -> t
         return TensorInfo(name, dtype, tuple(shape)), Layout.of(shape, axes)
     except ValueError as error:
         raise bad(file, what, str(error), name) from error
-
-
-def _known(dtype: object) -> TypeGuard[str]:
-    return isinstance(dtype, str) and dtype in DTYPES
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:

@@ -41,7 +41,9 @@ def quantization_reasons(
     def method_of(name: str) -> str | None:
         part, _ = split_part(name)
         if part not in methods:
-            methods[part] = _method(part_config(config, name))
+            section = quantization_section(part_config(config, name))
+            method = str((section or {}).get("quant_method", "a method it does not name"))[:40]
+            methods[part] = method if section else None
         return methods[part]
 
     codes: dict[str, str] = {}
@@ -66,11 +68,6 @@ def quantization_reasons(
         elif (kind == "float" or stem is not None) and (method := method_of(name)) is not None:
             codes[name] = f"quantized: by {split_part(name)[0]}config.json, with {method}"
     return codes | scales
-
-
-def _method(config: Mapping[str, Any] | None) -> str | None:
-    section = quantization_section(config)
-    return str(section.get("quant_method", "a method it does not name"))[:40] if section else None
 
 
 def _scales_of(name: str, stem: str | None, tensors: Collection[str]) -> list[str]:

@@ -93,11 +93,9 @@ def member_axes(role: Role, reading: NameReading) -> tuple[int, ...] | None:
 def split_layer(name: str) -> tuple[str, str, str]:
     """A name up to its first number, up to there with it (its layer), and what is behind."""
     found = _NUMBER.search(name)
-    return (
-        ("", "", name)
-        if found is None
-        else (name[: found.start()], name[: found.end(1)], name[found.end() :])
-    )
+    if found is None:
+        return "", "", name
+    return name[: found.start()], name[: found.end(1)], name[found.end() :]
 
 
 def layer_and_kind(name: str) -> tuple[str, str]:

@@ -47,10 +47,6 @@ class RowGroup:
         """The other members, by role."""
         return {role: name for role, name in self.members.items() if role != "codes"}
 
-    def to_json(self) -> dict[str, object]:
-        """Its entry in ``groups``."""
-        return {"layout": self.layout, "members": dict(self.members), "shares": dict(self.shares)}
-
     def needed(self, role: str, rows: Int64Array, codes: Layout, count: int) -> Int64Array:
         """Which of the ``count`` neurons of a member each of ``rows`` of the codes needs."""
         inner = codes.shape[codes.axes[-1]] if codes.axes else 1
@@ -71,8 +67,7 @@ class RowGroup:
         every = np.arange(codes.count, dtype=np.int64)
         for role, name in self.companions.items():
             count = tensors[name].layout.count
-            inner = codes.shape[codes.axes[-1]] if codes.axes else 1
-            if count not in (1, codes.count // max(1, inner) * -(-inner // self.shares[role])):
+            if count not in (1, int(self.needed(role, every[-1:], codes, 0).max(initial=-1)) + 1):
                 return f"its {role} are not those of its codes"
             if not np.array_equal(np.unique(self.needed(role, rows, codes, count)), index(name)):
                 return f"its {role} do not go with the rows of its codes"

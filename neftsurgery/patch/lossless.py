@@ -105,11 +105,6 @@ class LosslessPatch(PatchFile):
         found = self.manifest.get("not_carried")
         return tuple(str(name) for name in found) if isinstance(found, list) else ()
 
-    @property
-    def changed_blocks(self) -> int:
-        """How many blocks of the tuned checkpoint differ from the base."""
-        return int((self.forward.forms != Form.SAME).sum())
-
     def forms(self) -> dict[str, dict[str, int]]:
         """By form, in how many blocks it is used, of how many bytes, and in how many bytes of code."""
         nbytes = np.array([block.nbytes for block in self.forward.blocks], np.int64)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..neurons.vectors import find
-from ..tensors.arrays import Float64Array, Int64Array, Mask, RawBytes
+from ..tensors.arrays import Float32Array, Float64Array, Int64Array, Mask, RawBytes
 from ..tensors.floats import narrow, widen
 
 #: What may be done where patches overlap.
@@ -100,7 +99,8 @@ def _merged(policy: str, parts: Sequence[_Picked], base: Float64Array | None) ->
         if policy == "mean":
             return _mean(parts)
         assert base is not None  # these two are refused without it
-        return base + (_sum(parts, base) if policy == "sum" else _ties(parts, base))
+        steps = (part.weight * part.differences(base) for part in parts)
+        return base + (sum(steps, np.zeros_like(base)) if policy == "sum" else _ties(parts, base))
 
 
 def _mean(parts: Sequence[_Picked]) -> Float64Array:
@@ -116,13 +116,6 @@ def _mean(parts: Sequence[_Picked]) -> Float64Array:
         weight[part.held] += part.weight
     mean: Float64Array = start + total / weight
     return mean
-
-
-def _sum(parts: Sequence[_Picked], base: Float64Array) -> Float64Array:
-    total = np.zeros_like(base)
-    for part in parts:
-        total += part.weight * part.differences(base)
-    return total
 
 
 def _ties(parts: Sequence[_Picked], base: Float64Array) -> Float64Array:
@@ -141,52 +134,15 @@ def _ties(parts: Sequence[_Picked], base: Float64Array) -> Float64Array:
     return lost
 
 
-def _magnitude(differences: Float64Array) -> NDArray[np.float32]:
+def _magnitude(differences: Float64Array) -> Float32Array:
     with np.errstate(over="ignore", under="ignore"):
         return np.abs(differences).astype(np.float32)
 
 
-class Magnitudes:
-    """The smallest of the largest differences of a patch, found in two passes over them and little memory.
-
-    Magnitudes are compared as float32; their bits are in their order. The first pass counts the upper
-    halves of the bits, the second the lower halves of those that the threshold is among.
-    """
-
-    def __init__(self, density: float, *, batch_bytes: int = _BATCH_BYTES) -> None:
-        self._batch_bytes = batch_bytes
-        self._density = density
-        self._upper = np.zeros(1 << 16, np.int64)
-        self._lower = np.zeros(1 << 16, np.int64)
-        self._among: tuple[int, int] | None = None  # the upper half, and how many of its own are kept
-
-    def add(self, values: RawBytes, base: RawBytes, dtype: str) -> None:
-        """Take in some vectors; all of them once, then, after `settle`, all of them again."""
-        for rows in _batches(len(values), values.shape[1], self._batch_bytes):
-            with np.errstate(invalid="ignore", over="ignore"):
-                bits = _magnitude(widen(values[rows], dtype) - widen(base[rows], dtype)).view(np.uint32)
-            if self._among is None:
-                self._upper += np.bincount((bits >> np.uint32(16)).ravel(), minlength=1 << 16)
-            else:
-                inside = bits[bits >> np.uint32(16) == self._among[0]] & np.uint32(0xFFFF)
-                self._lower += np.bincount(inside, minlength=1 << 16)
-
-    def settle(self) -> None:
-        """End the first pass."""
-        wanted = max(1, round(self._density * int(self._upper.sum())))
-        self._among = _from_above(self._upper, wanted)
-
-    @property
-    def least(self) -> float:
-        """The threshold, after the second pass: so large, a difference is kept."""
-        assert self._among is not None  # set between the passes
-        upper, wanted = self._among
-        lower, _ = _from_above(self._lower, wanted)
-        return float(np.array((upper << 16) | lower, np.uint32).view(np.float32))
-
-
-def _from_above(counts: Int64Array, wanted: int) -> tuple[int, int]:
-    """The bin that holds the ``wanted``-th largest, and how many of that bin are wanted."""
-    above = np.cumsum(counts[::-1])
-    place = min(int(np.searchsorted(above, wanted)), len(counts) - 1)
-    return len(counts) - 1 - place, wanted - (int(above[place - 1]) if place else 0)
+def magnitudes(
+    values: RawBytes, base: RawBytes, dtype: str, batch_bytes: int = _BATCH_BYTES
+) -> Iterator[Float32Array]:
+    """How large the differences from ``base`` are, as ``ties`` compares them, in batches."""
+    for rows in _batches(len(values), values.shape[1], batch_bytes):
+        with np.errstate(invalid="ignore", over="ignore"):
+            yield _magnitude(widen(values[rows], dtype) - widen(base[rows], dtype)).reshape(-1)

@@ -70,12 +70,12 @@ class Overlap:
     """What two patches have in common."""
 
     same_base: bool | None  # whether they were made from the same files; None if one does not say
-    tensors: tuple[str, ...]  # those that both touch
-    shared: tuple[str, ...]  # those of `tensors` with a neuron that both replace
+    tensors: list[str]  # those that both touch
+    shared: list[str]  # those of `tensors` with a neuron that both replace
     neurons: int  # those that both replace, companion biases not counted
     foreign: int  # those of `neurons` that were not the same in both bases
-    crossing: tuple[str, ...]  # tensors cut along different axes: every neuron of one meets all of the other
-    unfit: tuple[str, ...]  # tensors of another shape or dtype in one than in the other
+    crossing: list[str]  # tensors cut along different axes: every neuron of one meets all of the other
+    unfit: list[str]  # tensors of another shape or dtype in one than in the other
 
     @property
     def agree(self) -> bool:
@@ -85,16 +85,16 @@ class Overlap:
 
 def overlap(one: Patch, other: Patch) -> Overlap:
     """Compare two patches; reads their indices and digests."""
-    both = tuple(sorted(one.tensors.keys() & other.tensors.keys(), key=natural_key))
+    both = sorted(one.tensors.keys() & other.tensors.keys(), key=natural_key)
     sides = [(name, one.tensors[name], other.tensors[name]) for name in both]
-    unfit = tuple(n for n, a, b in sides if not same_tensor(a.info, b.info))
-    crossing = tuple(n for n, a, b in sides if n not in unfit and a.layout.axes != b.layout.axes)
+    unfit = [n for n, a, b in sides if not same_tensor(a.info, b.info)]
+    crossing = [n for n, a, b in sides if n not in unfit and a.layout.axes != b.layout.axes]
     found = list(meetings([one, other], set(both) - {*unfit, *crossing}))
     biases = one.facts.companion_biases & other.facts.companion_biases
     return Overlap(
         same_files(one.base, other.base),
         both,
-        tuple(meeting.name for meeting in found if len(meeting.shared)),
+        [meeting.name for meeting in found if len(meeting.shared)],
         sum(len(meeting.shared) for meeting in found if meeting.name not in biases),
         sum(len(meeting.foreign) for meeting in found),
         crossing,

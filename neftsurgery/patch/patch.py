@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, Mask, RawBytes
-from ..tensors.document import Facts, bad, require_entry
+from ..tensors.document import Fact, Facts, bad, require_entry
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
 from ..text import plural, size
@@ -71,6 +71,10 @@ class PatchEntries:
 class Manifest(Facts):
     """What a patch says of itself. `PatchWriter` adds the version and the tensors."""
 
+    base = Fact(Provenance.from_json)  # what it was made from
+    selection = Fact(SelectionFacts.from_json)  # how its neurons were chosen
+    training = Fact(Facts.from_json)  # how its values were trained; empty if that is not recorded
+
     @classmethod
     def of(
         cls, base: Provenance, selection: SelectionFacts, more: Mapping[str, object] | None = None
@@ -79,24 +83,9 @@ class Manifest(Facts):
         parts = {"base": base.to_json(), "selection": selection.to_json()}
         return cls({**parts, "created_by": f"neftsurgery {__version__}", **(more or {})})
 
-    @property
-    def base(self) -> Provenance:
-        """What the patch was made from."""
-        return Provenance.from_json(self.get("base"))
-
-    @property
-    def selection(self) -> SelectionFacts:
-        """How its neurons were chosen."""
-        return SelectionFacts.from_json(self.get("selection"))
-
-    @property
-    def training(self) -> Facts:
-        """How its values were trained; empty if that is not recorded."""
-        return Facts.from_json(self.get("training"))
-
     def written(self, tensors: Mapping[str, object], groups: Sequence[RowGroup] = ()) -> dict[str, object]:
         """The document of a new patch file that touches ``tensors``, but for its hash."""
-        more = {"groups": [group.to_json() for group in groups]} if groups else {}
+        more = {"groups": [asdict(group) for group in groups]} if groups else {}
         rest = {key: value for key, value in self.items() if key not in _OF_CONTENT}
         return {"version": PATCH_VERSION, "kind": Patch.kind, **rest, **more, "tensors": tensors}
 

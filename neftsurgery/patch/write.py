@@ -79,7 +79,7 @@ class NewPatch:
 
 
 class PatchWriter:
-    """Takes rows, each tensor's blocks in index order. ``patch`` is set once all is written."""
+    """Takes the rows of all blocks. ``patch`` is set once all is written."""
 
     patch: Patch
 
@@ -88,51 +88,32 @@ class PatchWriter:
         self._hashes = {name: (DigestHash(), DigestHash()) for name in self._places}
         writer.write("index", 0, plan.index)
 
-    def write_rows(
-        self, name: str, start: int, base: RawBytes, values: RawBytes
-    ) -> tuple[RawBytes, RawBytes]:
-        """Write rows from ``start``, from any thread; returns digests before and after, for `add_digests`."""
-        before = digests(base)
-        return before, self.write_values(name, start, before, values, base)
-
-    def write_values(
-        self, name: str, start: int, before: RawBytes, values: RawBytes, base: RawBytes | None
-    ) -> RawBytes:
-        """As `write_rows`, given the digests of the replaced rows; a reversible patch needs ``base``."""
-        self._write(name, "value", start, values)
-        self._write(name, "base_digest", start, before)
-        if self._plan.reversible:
-            assert base is not None  # whoever plans a reversible patch has them
-            self._write(name, "base", start, base)
-        return digests(values)
-
-    def _write(self, name: str, part: str, start: int, rows: RawBytes) -> None:
-        entry, first, step = self._places[name][part]
-        self._writer.write(entry, first + start * step, rows)
-
     def write_blocks(
         self,
         rows: Callable[[RowBlock], tuple[RawBytes, RawBytes | None, RawBytes]],
-        workers: int,
-        block: int | None,
-        advance: Callable[[int], None],
+        workers: int = 1,
+        block: int | None = None,
+        advance: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Write all blocks; ``rows`` gives the new rows of one, the replaced ones, and their digests."""
+        """Write all blocks; ``rows`` gives the new rows of one, the replaced ones, and their digests.
+
+        It is called in other threads. Only a reversible patch needs the replaced rows.
+        """
 
         def write(part: RowBlock) -> tuple[RawBytes, RawBytes]:
             values, base, before = rows(part)
-            return before, self.write_values(part.name, part.start, before, values, base)
+            for kind, written in (("value", values), ("base_digest", before), ("base", base)):
+                if kind in self._places[part.name]:
+                    assert written is not None  # whoever plans a reversible patch has the replaced rows
+                    entry, first, step = self._places[part.name][kind]
+                    self._writer.write(entry, first + part.start * step, written)
+            return before, digests(values)
 
-        for part, (before, after) in in_order(
-            write, self._plan.selection.blocks(block), workers, nbytes=lambda part: part.nbytes
-        ):
-            self.add_digests(part.name, before, after)
+        blocks = self._plan.selection.blocks(block)
+        for part, found in in_order(write, blocks, workers, nbytes=lambda part: part.nbytes):
+            for state, some in zip(self._hashes[part.name], found, strict=True):
+                state.update(some)
             advance(part.nbytes)
-
-    def add_digests(self, name: str, before: RawBytes, after: RawBytes) -> None:
-        """Take the digests of a tensor's next rows into its hashes: in index order."""
-        for state, block in zip(self._hashes[name], (before, after), strict=True):
-            state.update(block)
 
     def finish(self) -> None:
         """Write the manifest."""

@@ -10,7 +10,7 @@ from .. import text
 from ..progress import Progress
 from ..scoring.scores import Scores
 from ..selection.budget import Amount, Budget
-from .figure import KIND, SHARE, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .layer_map import LayerMap
 from .plotting import ACCENT, MplFigure, annotate, heatmap, share_curves
 
@@ -50,31 +50,17 @@ class BudgetSweep:
                 self._kinds.append(LayerMap.of_scores(scores, chosen).by_kind)
                 advance(1)
 
-    def captured_figure(self, id: str) -> ReportFigure:
+    def captured_figure(self, suffix: str) -> ReportFigure:
         """The captured share of the change, by budget."""
-        columns = (
-            Column("budget", "budget"),
-            Column("neurons", "neurons", text.commas),
-            Column("parameters", "parameters", text.commas),
-            Column("share", "share of the scored neurons", text.percent),
-            Column("captured", "share of the whole change", text.percent, bar=True),
-            Column("captured_scored", "share of the scored tensors' change", text.percent),
-        )
         known = [point for point in self._points if point.captured == point.captured]
-        return ReportFigure(
-            id,
-            "Captured change by budget",
-            "percent of the squared change of all common tensors, by percent of the scored neurons",
-            "The further the line is above the dashed line, the more of the change is in few neurons. The "
-            "dashed line shows the case in which all neurons change equally and every choice is as good as "
-            "any other.",
-            Table(columns, tuple(self._points)),
-            self._draw_captured if known else None,
+        if not known:
+            unknown = "The scores file does not say how much each neuron changed."
+            return ReportFigure.of("growth", suffix, self._points, None, unknown)
+        verdict = (
             f"{known[0].budget} of the neurons hold {text.percent(known[0].captured)} of the change; "
             f"{known[-1].budget} hold {text.percent(known[-1].captured)}."
-            if known
-            else "The scores file does not say how much each neuron changed.",
         )
+        return ReportFigure.of("growth", suffix, self._points, self._draw_captured, verdict)
 
     def _draw_captured(self, fig: MplFigure) -> None:
         captured = 100 * np.array([point.captured for point in self._points])
@@ -88,30 +74,15 @@ class BudgetSweep:
             annotate(axes, text.percent(y / 100), (x, y), (-7, 6), ha="center", color=ACCENT)
         axes.set_ylim(0, max(1.0, 1.16 * float(np.nanmax(captured)), 1.16 * float(equal.max())))
 
-    def kinds_figure(self, id: str) -> ReportFigure:
+    def kinds_figure(self, suffix: str) -> ReportFigure:
         """The chosen share of each kind of weight, by budget."""
-        columns = (
-            Column("budget", "budget"),
-            KIND,
-            Column("chosen", "chosen", text.commas),
-            Column("total", "neurons", text.commas),
-            SHARE,
-        )
-        rows = tuple(
+        rows = (
             (point.budget, kind, chosen, total, chosen / total)
             for point, kinds in zip(self._points, self._kinds, strict=True)
             for kind, (chosen, total) in kinds.items()
             if total
         )
-        return ReportFigure(
-            id,
-            "Chosen kinds of weight by budget",
-            "percent of the neurons of that kind",
-            "Each row is a kind of weight, each column a budget. A row that is lighter than the others from "
-            "the left is chosen first. If all rows lighten equally, the kind of weight does not matter.",
-            Table(columns, rows),
-            self._draw_kinds,
-        )
+        return ReportFigure.of("growth-by-kind", suffix, rows, self._draw_kinds)
 
     def _draw_kinds(self, fig: MplFigure) -> None:
         last = self._kinds[-1]  # those with the most chosen neurons are drawn, in their order

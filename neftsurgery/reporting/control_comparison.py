@@ -11,7 +11,7 @@ import numpy as np
 from .. import text
 from ..tensors.arrays import Float64Array, Int64Array
 from .budget_sweep import PERCENTS
-from .figure import KIND, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .inputs import Candidates
 from .plotting import ACCENT, CONTRAST, INK, MUTED, MplFigure, annotate, legend_above, new_axes, share_curves
 
@@ -81,36 +81,18 @@ class ControlComparison:
             f"are among the {text.commas(self._chosen)} smallest (by chance: {text.percent(chance)})."
         )
 
-    def overlap_figure(self, id: str) -> ReportFigure:
+    def overlap_figure(self, suffix: str) -> ReportFigure:
         """The share of the chosen candidates that the controls also choose, by budget."""
-        columns = (
-            Column("budget", "budget"),
-            Column("control", "control"),
-            Column("chosen", f"{self._word}s chosen", text.commas),
-            Column("shared", "chosen by both", text.commas),
-            Column("overlap", "share", text.percent, bar=True),
-            Column("jaccard", "Jaccard", text.percent),
-            Column("chance", "by chance", text.percent),
-        )
         count = len(self._candidates)
-        rows = tuple(
+        rows = (
             (f"{percent}%", control.name, k, shared, shared / k, shared / (2 * k - shared), k / count)
             for control in self._controls
             for percent, k, shared in zip(
                 PERCENTS, self._taken.tolist(), control.overlaps.tolist(), strict=True
             )
         )
-        return ReportFigure(
-            id,
-            'Does "sensitive" mean more than "small"?',
-            f"percent of the most sensitive {self._word}s that a control also chooses, by budget",
-            f"The control norm chooses the {self._word}s with the smallest vectors; the control random "
-            "chooses at random. The dashed line is the overlap expected by chance. The closer a line is to "
-            "100%, the more the score is the same as that control.",
-            Table(columns, rows),
-            self._draw_overlaps,
-            self.verdict,
-        )
+        draw, verdict = self._draw_overlaps, self.verdict
+        return ReportFigure.of("agreement", suffix, rows, draw, verdict, word=self._word)
 
     def _draw_overlaps(self, fig: MplFigure) -> None:
         chance = 100 * self._taken / len(self._candidates)
@@ -121,28 +103,12 @@ class ControlComparison:
         )  # fmt: skip
         axes.set_ylim(0, min(105, 1.2 * max(values.max() for values in [chance, *(c[1] for c in curves)])))
 
-    def correlation_figure(self, id: str) -> ReportFigure:
+    def correlation_figure(self, suffix: str) -> ReportFigure:
         """The rank correlation with each control: overall, and by kind of weight."""
-        columns = (
-            KIND,
-            Column("control", "control"),
-            Column("count", f"{self._word}s", text.commas),
-            Column("correlation", "rank correlation", text.four_digits),
-        )
         rows = [("all", c.name, len(self._candidates), c.correlation) for c in self._controls]
         for number, kind in enumerate(self._candidates.kinds):
             rows += [(kind, c.name, int(self._sizes[number]), c.by_kind[number]) for c in self._controls]
-        return ReportFigure(
-            id,
-            "Rank correlation with the controls",
-            "Spearman's rank correlation: 1 same order, 0 no relation, -1 reverse order",
-            "Squares show the correlation with the control norm (small vectors first). Circles show the "
-            f"control random, which is near 0. A square on the right means that the sensitive {self._word}s "
-            "have small vectors; on the left, large vectors. A kind of weight can differ from the "
-            "overall value, because its vectors differ in size.",
-            Table(columns, tuple(rows)),
-            self._draw_correlations,
-        )
+        return ReportFigure.of("correlation", suffix, rows, self._draw_correlations, word=self._word)
 
     def _draw_correlations(self, fig: MplFigure) -> None:
         shown = np.sort(np.argsort(-self._sizes, kind="stable")[:_KINDS])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from typing import Any
 
 from .. import text
@@ -16,6 +19,13 @@ from .plotting import DrawFunction
 
 Cell = str | int | float | None
 
+_NUMBERS: dict[str, Callable[[Any], str]] = {
+    "count": text.commas, "percent": text.percent, "number": text.four_digits, "size": text.size,
+}  # fmt: skip
+_FORMS: dict[str, Callable[[Any], str]] = {
+    "": str, "name": text.label, "words": lambda name: name.replace("_", " "), **_NUMBERS,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -23,23 +33,17 @@ class Column:
 
     key: str  # the name in CSV and JSON
     title: str  # the heading on the page
-    show: Callable[[Any], str] = str  # formats a value other than None
+    form: str = ""  # how its values are written
     bar: bool = False  # whether a bar is drawn behind the number, in proportion to the column's largest
+
+    def show(self, value: Cell) -> str:
+        """A value as the page shows it."""
+        return "-" if value is None else _FORMS[self.form](value)
 
     @property
     def is_number(self) -> bool:
         """Whether the column is aligned right."""
-        return self.show in (text.commas, text.percent, text.four_digits, text.size)
-
-
-# Columns of many tables.
-LAYER, KIND = Column("layer", "layer", text.label), Column("kind", "kind of weight", text.label)
-SHARE = Column("share", "share", text.percent, bar=True)
-RANK, TENSOR, INDEX = (
-    Column("rank", "", text.commas),
-    Column("tensor", "tensor", text.label),
-    Column("index", "index", text.commas),
-)
+        return self.form in _NUMBERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +84,36 @@ class ReportFigure:
     verdict: str = ""  # the result in one sentence; may be empty
     as_table: bool = False  # whether the page shows the table instead of the image
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        suffix: str,
+        rows: Iterable[tuple[Cell, ...]],
+        draw: DrawFunction | None = None,
+        verdict: str = "",
+        *,
+        package: str = __package__,
+        **words: object,
+    ) -> ReportFigure:
+        """The figure ``name`` in ``figures.toml`` of a package; ``words`` fill its captions.
+
+        Shorter rows leave out the last columns.
+        """
+        told, rows, columns = _described(package)[name], tuple(rows), list[Column]()
+        for key, heading in told["columns"].items():
+            title, _, form = heading.partition(" | ")
+            form, _, bar = form.partition(" ")
+            columns.append(Column(key, title.format(**words), form, bool(bar)))
+        title, units, reading = (told[one].format(**words) for one in ("title", "units", "reading"))
+        columns = columns[: len(rows[0])] if rows else columns
+        table, as_table = Table(tuple(columns), rows), told.get("as_table", False)
+        return cls(f"{name}{suffix}", title, units, reading, table, draw, verdict, as_table)
+
     def png(self) -> bytes:
         """The image as a PNG on white. Raises UsageError if matplotlib is not installed."""
-        return plotting.png(self._draw(), dpi=200)
+        assert self.draw is not None  # else there is only a table
+        return plotting.png(self.draw)
 
     def svg(self) -> str:
         """The image as an SVG file on white. Raises like `png`."""
@@ -90,12 +121,8 @@ class ReportFigure:
 
     @cached_property
     def _svg(self) -> str:  # drawn once, for the page and for the folder of figures
-        return plotting.svg(self._draw(), self.id)
-
-    def _draw(self) -> DrawFunction:
-        if self.draw is None:
-            raise ValueError(f"the figure {self.id} has only a table and no image")
-        return self.draw
+        assert self.draw is not None
+        return plotting.svg(self.draw, self.id)
 
     def describe(self) -> dict[str, object]:
         """The figure as JSON: its captions and the rows of its table."""
@@ -103,3 +130,8 @@ class ReportFigure:
         if self.verdict:
             captions["verdict"] = self.verdict
         return {**captions, "rows": self.table.describe()}
+
+
+@functools.cache
+def _described(package: str) -> dict[str, Any]:
+    return tomllib.loads((files(package) / "figures.toml").read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from ..scoring.scores import Scores
 from ..selection.selection import Selection
 from ..tensors.arrays import Int64Array
 from ..text import commas, label, natural_key, percent
-from .figure import KIND, LAYER, SHARE, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .plotting import MplFigure, heatmap
 
 #: The row of the tensors outside all layers, in a model that has layers.
@@ -153,23 +153,17 @@ class LayerMap:
 
 
 def layer_map_figure(
-    found: LayerMap, *, id: str = "map", word: str = "chosen", of_patch: bool = False
+    found: LayerMap, *, suffix: str = "", word: str = "chosen", of_patch: bool = False
 ) -> ReportFigure:
     """The layer map as a figure. ``word``: what its neurons are; ``of_patch``: only its weights are in it."""
-    columns = (LAYER, KIND, Column("chosen", word, commas), Column("total", "neurons", commas), SHARE)
     layers = f" ({label(found.prefix, 40)}N)" if found.prefix else ""
     empty = "is a weight that the patch does not change" if of_patch else "means that there is no such weight"
-    return ReportFigure(
-        id,
-        f"Where the {word} neurons are",
-        f"{word} neurons, percent of those of that weight",
-        f"Each row is a layer{layers}, each column a kind of weight, each cell the neurons of one weight "
-        f"(experts are counted together). The number is the percentage of {word} neurons; lighter cells have "
-        f"more. An empty cell {empty}.",
-        Table(columns, tuple(found.rows())),
-        lambda fig: draw_layer_map(fig, found),
-        _verdict(found, word, " of the weights that the patch changes" if of_patch else ""),
-    )
+    verdict = _verdict(found, word, " of the weights that the patch changes" if of_patch else "")
+
+    def draw(fig: MplFigure) -> None:
+        draw_layer_map(fig, found)
+
+    return ReportFigure.of("map", suffix, found.rows(), draw, verdict, word=word, layers=layers, empty=empty)
 
 
 def _verdict(found: LayerMap, word: str, which: str) -> str:
@@ -195,7 +189,6 @@ def draw_layer_map(fig: MplFigure, found: LayerMap, columns: int = _MOST_COLUMNS
     mesh = heatmap(fig, found.share, found.row_labels, found.column_labels, ylabel="layer")
     bar = fig.colorbar(mesh, ax=mesh.axes, location="bottom", fraction=0.06, aspect=45, pad=0.03, shrink=0.6)
     bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
     ticks = [0.0, mesh.norm.vmax / 2, mesh.norm.vmax]
     bar.set_ticks(ticks, labels=[percent(tick) for tick in ticks])
 

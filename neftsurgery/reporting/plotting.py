@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from xml.etree import ElementTree
 
@@ -43,26 +46,6 @@ COLORMAP = "cividis"
 #: The width of every figure, in inches. The page shows it at most 576 pixels wide.
 FIGURE_WIDTH = 5.0
 
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: it is searchable and uses the font of the page
-    "text.parse_math": False,
-    "font.family": "DejaVu Sans",  # comes with matplotlib
-    "font.size": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.facecolor": SURFACE,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-}
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 MplFigure: TypeAlias = "Figure"
@@ -71,25 +54,22 @@ DrawFunction: TypeAlias = Callable[[MplFigure], None]
 
 def require_matplotlib() -> None:
     """Raise a `UsageError` if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "figures need matplotlib, which is not installed", hint=install_command("report")
-        ) from error
+    if find_spec("matplotlib") is None:
+        hint = install_command("report")
+        raise UsageError("figures need matplotlib, which is not installed", hint=hint)
 
 
-def png(draw: DrawFunction, *, dpi: int = 200) -> bytes:
+def png(draw: DrawFunction) -> bytes:
     """The figure as a PNG on white."""
     with _drawn(draw) as fig:
         file = io.BytesIO()
-        fig.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
+        fig.savefig(file, format="png", dpi=200, metadata={"Software": None})
         return file.getvalue()
 
 
 def svg(draw: DrawFunction, salt: str) -> str:
     """The figure as a standalone SVG file on white. Its ids are hashed with ``salt``."""
-    with _drawn(draw, {"svg.hashsalt": salt}) as fig:
+    with _drawn(draw, salt) as fig:
         file = io.StringIO()
         fig.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
@@ -98,36 +78,30 @@ def svg(draw: DrawFunction, salt: str) -> str:
 def themed_svg(text: str, prefix: str, title: str) -> str:
     """An SVG file adapted to a page: unique ids, CSS variables for colours, a label for screen readers."""
     root = ElementTree.fromstring(text)
-    for parent in root.iter():
-        for child in [c for c in parent if c.tag.rpartition("}")[2] in ("metadata", "style")]:
-            parent.remove(child)
+    for holder in root.iterfind(f".//{{{_SVG}}}style/.."):
+        holder.clear()
+    for size in ("width", "height"):
+        del root.attrib[size]
     for element in root.iter():
         element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
-        for key, value in list(element.attrib.items()):
-            if key == "id":
-                element.set(key, f"{prefix}-{value}")
-            elif key == f"{{{_XLINK}}}href":
-                del element.attrib[key]
-                element.set("href", f"#{prefix}-{value[1:]}" if value.startswith("#") else value)
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
-            elif key == "style":
-                element.set(key, _themed(value))
-    for size in ("width", "height"):
-        root.attrib.pop(size, None)
+        for key, value in [*element.attrib.items()]:
+            del element.attrib[key]
+            named = f"{prefix}-{value}" if key == "id" else re.sub(r"(^|url\()#", rf"\1#{prefix}-", value)
+            element.set(key.removeprefix(f"{{{_XLINK}}}"), _themed(named) if key == "style" else named)
     root.attrib |= {"role": "img", "aria-label": title}
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _themed(style: str) -> str:
     variables = {colour: f"var(--{name})" for name, colour, _ in COLOURS}
-    parts = (part.strip().partition(":") for part in style.split(";") if part.strip())
-    kept = ((key, value.strip()) for key, _, value in parts if key != "font-family")
-    return "; ".join(f"{key}: {variables.get(value, value)}" for key, value in kept)
+    parts = (part.strip().partition(": ") for part in style.split(";"))
+    return "; ".join(
+        f"{key}: {variables.get(value, value)}" for key, _, value in parts if key not in ("", "font-family")
+    )
 
 
 @contextmanager
-def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[MplFigure]:
+def _drawn(draw: DrawFunction, salt: str | None = None) -> Iterator[MplFigure]:
     """A matplotlib figure drawn by ``draw`` in this module's style, whatever the user's settings are."""
     require_matplotlib()
     import matplotlib as mpl
@@ -136,9 +110,8 @@ def _drawn(draw: DrawFunction, style: dict[str, Any] | None = None) -> Iterator[
     with mpl.rc_context(), warnings.catch_warnings():
         # A PNG shows a glyph that the font lacks as a box. An SVG uses the reader's fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        mpl.rcdefaults()
-        settings: Any = mpl.rcParams
-        settings.update(_STYLE | (style or {}))
+        mpl.rc_file(Path(__file__).with_name("figures.mplstyle"))  # on top of matplotlib's defaults
+        mpl.rcParams["svg.hashsalt"] = salt
         fig = Figure((FIGURE_WIDTH, 3.0), layout="constrained")
         draw(fig)
         yield fig
@@ -152,10 +125,7 @@ def new_axes(
     axes: Axes = fig.add_subplot()
     axes.set(**labels)
     if grid is not None:
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(axis=grid)
-        axes.set_axisbelow(True)
     return axes
 
 
@@ -181,7 +151,7 @@ def share_curves(
 
 def legend_above(axes: Axes) -> None:
     """A legend in one line above the plot, where no curve can overlap it."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, borderaxespad=0.2, handletextpad=0.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
 
 
 def annotate(axes: Axes, text: str, xy: tuple[Any, Any], offset: tuple[int, int], **style: Any) -> None:
@@ -218,8 +188,6 @@ def heatmap(
     axes.set_yticks(np.arange(0, len(rows), step) + 0.5, rows[::step])
     axes.set_ylim(len(rows), 0)
     axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     return mesh
 
 

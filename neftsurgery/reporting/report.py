@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +27,6 @@ _DEFAULT_NEURONS = "3%"
 _TITLE_NAMES = 4
 
 
-def render_html(title: str, sections: Sequence[ReportSection], advance: Callable[[int], None]) -> str:
-    """The page as text, all that comes from files escaped; ``advance`` gets 1 after each figure."""
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise UsageError(
-            "the page needs jinja2, which is not installed", hint=install_command("report")
-        ) from error
-    folder = files(__package__)
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
-
-    def image(figure: ReportFigure) -> Markup:
-        drawn = Markup(themed_svg(figure.svg(), figure.id, figure.title))  # the XML writer has escaped it
-        advance(1)
-        return drawn
-
-    return template.render(
-        title=title,
-        sections=sections,
-        image=image,
-        rows=_rows,
-        max_rows=_MAX_ROWS,
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),  # a file of this package
-        light=[(name, colour) for name, colour, _ in COLOURS],
-        dark=[(name, colour) for name, _, colour in COLOURS],
-        version=__version__,
-    )
-
-
 def _rows(table: Table) -> Iterator[tuple[dict[str, Any], ...]]:
     """The cells of a table's first rows: text, whether it is a number, and the length of its bar."""
     return zip(*map(_cells, table.columns, zip(*table.rows, strict=True)), strict=True)
@@ -70,9 +36,8 @@ def _cells(column: Column, values: Sequence[Cell]) -> Iterator[dict[str, Any]]:
     sizes = [abs(one) if isinstance(one, int | float) and one == one else None for one in values]
     top = max((size for size in sizes if size is not None), default=0) if column.bar else 0
     for value, size in zip(values[:_MAX_ROWS], sizes, strict=False):
-        shown = "-" if value is None else column.show(value)
         bar = None if size is None or not top else round(100 * size / top, 1)
-        yield {"text": shown, "number": column.is_number, "bar": bar}
+        yield {"text": column.show(value), "number": column.is_number, "bar": bar}
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,9 +57,39 @@ class Report:
         return {figure.id: figure for section in self.sections for figure in section.figures}
 
     def html(self, *, progress: Progress = silent) -> str:
-        """The page as text. Raises UsageError if matplotlib or jinja2 is not installed."""
+        """The page as text, all that comes from files escaped.
+
+        Raises a UsageError if matplotlib or jinja2 is not installed.
+        """
+        try:
+            from jinja2 import Environment, PackageLoader, StrictUndefined
+            from markupsafe import Markup
+        except ImportError as error:
+            hint = install_command("report")
+            raise UsageError("the page needs jinja2, which is not installed", hint=hint) from error
+        environment = Environment(
+            loader=PackageLoader(__package__, ""),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+        def image(figure: ReportFigure) -> Markup:
+            drawn = themed_svg(figure.svg(), figure.id, figure.title)
+            advance(1)
+            return Markup(drawn)  # the XML writer has escaped it
+
         with progress("drawing", len(self.figures)) as advance:
-            return render_html(self.title, self.sections, advance)
+            return environment.get_template("page.html.j2").render(
+                title=self.title,
+                sections=self.sections,
+                image=image,
+                rows=_rows,
+                max_rows=_MAX_ROWS,
+                colours=COLOURS,
+                version=__version__,
+            )
 
     def describe(self) -> dict[str, object]:
         """The report as JSON: what each section is about, and the numbers of each figure."""

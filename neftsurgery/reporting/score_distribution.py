@@ -1,4 +1,4 @@
-"""The distribution of the scores by kind of weight, the score at which the budget cuts, the top neurons."""
+"""Scores by kind of weight, where the budget cuts them, the top neurons, and those quantization hurt most."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import text
+from ..scoring.scores import Scores
 from ..tensors.arrays import Float64Array, Int64Array, Mask
-from .figure import INDEX, KIND, LAYER, RANK, TENSOR, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .inputs import Candidates
 from .layer_map import locate_tensors
 from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
@@ -19,7 +20,7 @@ _BINS = 72
 _KINDS = 12
 #: A score whose maximum is more than this many times its median gets a logarithmic axis.
 _SKEWED = 8.0
-_SHOWN = 20  # rows of the table
+_SHOWN = 20  # rows of a table of neurons
 
 
 class ScoreDistribution:
@@ -51,16 +52,9 @@ class ScoreDistribution:
         cuts = one_cut and candidates.chosen.any()
         self._cut = float(candidates.score[candidates.chosen].min()) if cuts else None  # the lowest chosen
 
-    def figure(self, id: str) -> ReportFigure:
+    def figure(self, suffix: str) -> ReportFigure:
         """The histograms as a figure of the report."""
         score, word = self._candidates.score_name, self._candidates.word
-        columns = (
-            KIND,
-            Column("from", f"{score} from", text.four_digits),
-            Column("to", "to", text.four_digits),
-            Column("count", f"{word}s", text.commas),
-            Column("chosen", "chosen", text.commas),
-        )
         cut = " The dashed line is the cut: the lowest score that the budget chooses." if self._cut else ""
         zeros = "a score of 0, which this axis cannot show." if self._zeros.any() else ""
         zeros = zeros and f" The number on the left is the share of {word}s with {zeros}"
@@ -72,16 +66,8 @@ class ScoreDistribution:
                 low, high = self._edges[bin : bin + 2].tolist()
                 counts = int(self._counts[number, bin]), int(self._chosen[number, bin])
                 rows.append((kind, low, high, *counts))
-        return ReportFigure(
-            id,
-            "How the scores are distributed",
-            f"{score} score of a {word}, {'logarithmic' if self._log else 'linear'} axis; height: square "
-            "root of the share",
-            f"One curve per kind of weight. The further right, the more sensitive its {word}s are. The "
-            f"dark part is chosen; the number on the right is its share of that kind.{cut}{zeros}",
-            Table(columns, tuple(rows)),
-            self._draw,
-        )
+        words = {"word": word, "score": score, "axis": "logarithmic" if self._log else "linear"}
+        return ReportFigure.of("distribution", suffix, rows, self._draw, cut=cut, zeros=zeros, **words)
 
     def _draw(self, fig: MplFigure) -> None:
         shown = np.sort(np.argsort(-self._chosen.sum(axis=1), kind="stable")[:_KINDS])
@@ -125,7 +111,7 @@ def _edges(values: Float64Array, log: bool) -> Float64Array:
     return np.linspace(low - half, low + half, _BINS + 1)
 
 
-def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
+def top_neurons_figure(candidates: Candidates, suffix: str) -> ReportFigure:
     """The neurons or units with the highest scores; what the file does not tell of them is NaN."""
     score, word, count = candidates.score_name, candidates.word, len(candidates)
     locations = locate_tensors(candidates.tensors)
@@ -142,29 +128,8 @@ def top_neurons_figure(candidates: Candidates, id: str) -> ReportFigure:
         change = float(moved[i]) / size if size > 0 else np.nan
         place = (tensor, int(candidates.index[i]), *locations[tensor])
         rows.append((rank, float(candidates.score[i]), *place, size, smaller, change))
-    columns = (
-        RANK,
-        Column("score", f"{score} score", text.four_digits, bar=True),
-        TENSOR,
-        INDEX,
-        LAYER,
-        KIND,
-        Column("norm", "norm of the base vector", text.four_digits),
-        Column("smaller", "vectors smaller", text.percent),
-        Column("relative_change", "relative change", text.four_digits),
-    )
-    return ReportFigure(
-        id,
-        f"The most sensitive {word}s",
-        f"{score} score; norm of the {word}'s vector in the base; change relative to that norm",
-        f"Each row is a {word}"
-        + (", named by the first of its neurons" if word == "unit" else "")
-        + f". If most of the norms are small (few {word}s have a smaller vector), the score may show small "
-        "vectors instead of important ones.",
-        Table(columns, tuple(rows)),
-        lambda fig: _draw(fig, rows, score),
-        as_table=True,
-    )
+    words = {"word": word, "score": score, "named": ", named by the first of its neurons" * (word == "unit")}
+    return ReportFigure.of("sensitive", suffix, rows, lambda fig: _draw(fig, rows, score), **words)
 
 
 def _draw(fig: MplFigure, rows: Sequence[tuple[Any, ...]], score: str) -> None:
@@ -177,3 +142,38 @@ def _draw(fig: MplFigure, rows: Sequence[tuple[Any, ...]], score: str) -> None:
     axes.set_yticks(ys, [f"{text.label(row[2], 40)} [{row[3]}]" for row in rows], fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.16)
+
+
+def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...]:
+    """What quantization cost neurons and weights; empty unless just one side of the scores stores codes."""
+    if len(scores.quantized) != 1:
+        return ()
+    tensors, found = list[str](), list[Float64Array]()
+    for batch in scores.batches("base_sq", "delta_sq"):
+        with np.errstate(all="ignore"):
+            error = np.sqrt(batch.sums["delta_sq"] / batch.sums["base_sq"])
+        for tensor, part in zip(batch.tensors, np.split(error, batch.starts[1:]), strict=True):
+            if np.any(part != 0):  # the others are plain numbers on both sides
+                tensors.append(tensor.info.name)
+                found.append(part)
+    if not tensors:
+        return ()
+    places = locate_tensors(tensors)
+    every = np.concatenate(found)
+    starts = np.cumsum([0, *map(len, found)])
+    known = np.where(np.isfinite(every), every, -1.0)
+    worst = np.argsort(-known, kind="stable")[:_SHOWN]
+    rows = []
+    for rank, one in enumerate(worst[known[worst] >= 0].tolist(), 1):
+        home = int(np.searchsorted(starts, one, side="right")) - 1
+        rows.append((rank, float(every[one]), tensors[home], int(one - starts[home]), *places[tensors[home]]))
+    weights = list[tuple[str, str, int, float, float]]()
+    for name, errors in zip(tensors, found, strict=True):
+        finite = errors[np.isfinite(errors)]
+        middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
+        weights.append((*places[name], len(errors), middle, top))
+    weights.sort(key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))
+    return (
+        ReportFigure.of("quantization", suffix, rows, shown=_SHOWN),
+        ReportFigure.of("quantization-by-weight", suffix, weights),
+    )

@@ -8,19 +8,19 @@ from typing import Any
 
 from .. import text
 from ..checkpoint.provenance import Provenance
+from ..patch.lossless import LosslessPatch, form_shares
 from ..progress import Progress
 from ..selection.budget import Budget
 from .budget_sweep import BudgetSweep
 from .control_comparison import ControlComparison
 from .figure import ReportFigure
 from .inputs import LosslessInput, PatchInput, ReportInput, ScoresInput, read_candidates
-from .layer_map import layer_map_figure
-from .lossless_figures import lossless_figures
-from .quantization_error import quantization_figures
-from .score_distribution import ScoreDistribution, top_neurons_figure
+from .layer_map import LayerMap, draw_layer_map, layer_map_figure
+from .score_distribution import ScoreDistribution, quantization_figures, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
 
+_MOST_COLUMNS = 12  # of a lossless patch: biases and norms are kinds of weight there, too
 _PARTIAL = " The rest of the fine-tune is not in them."
 
 
@@ -63,13 +63,13 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
     candidates = read_candidates(scores, selection)
     sweep, controls = BudgetSweep(scores, budget, progress), ControlComparison(candidates)
     figures = [
-        layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word),
-        ScoreDistribution(candidates, one_cut=one_cut).figure(f"distribution{suffix}"),
-        sweep.captured_figure(f"growth{suffix}"),
-        sweep.kinds_figure(f"growth-by-kind{suffix}"),
-        top_neurons_figure(candidates, f"sensitive{suffix}"),
-        controls.overlap_figure(f"agreement{suffix}"),
-        controls.correlation_figure(f"correlation{suffix}"),
+        layer_map_figure(entry.map, suffix=suffix, word=entry.word),
+        ScoreDistribution(candidates, one_cut=one_cut).figure(suffix),
+        sweep.captured_figure(suffix),
+        sweep.kinds_figure(suffix),
+        top_neurons_figure(candidates, suffix),
+        controls.overlap_figure(suffix),
+        controls.correlation_figure(suffix),
     ]
     figures += quantization_figures(scores, suffix)
     captured = selection.facts.captured
@@ -113,8 +113,8 @@ def _scores_section(entry: ScoresInput, title: str, suffix: str, progress: Progr
 def _patch_section(entry: PatchInput, title: str, suffix: str) -> ReportSection:
     patch = entry.patch
     captured = patch.facts.captured
-    figures = [layer_map_figure(entry.map, id=f"map{suffix}", word=entry.word, of_patch=True)]
-    if loss := loss_figure(patch.training, id=f"loss{suffix}"):
+    figures = [layer_map_figure(entry.map, suffix=suffix, word=entry.word, of_patch=True)]
+    if loss := loss_figure(patch.training, suffix):
         figures.append(loss)
     how = [key for key in ("score", "anatomy", "policy") if key in patch.facts]
     facts = [
@@ -170,6 +170,29 @@ def _lossless_section(entry: LosslessInput, title: str, suffix: str) -> ReportSe
     base, tuned = _quoted(patch.base, "Its base"), _quoted(patch.tuned, "the fine-tune")
     lead = f"{base} with this patch is {tuned}, to the bit."
     return ReportSection(f"lossless{suffix}", title, lead, facts, lossless_figures(patch, suffix), data)
+
+
+def lossless_figures(patch: LosslessPatch, suffix: str) -> tuple[ReportFigure, ...]:
+    """A map of what changed, a map of what it takes, and a table by kind of weight."""
+    weights = patch.weights()
+    kinds = (
+        (kind, one.tensors, one.elements, one.changed, one.tuned_bytes, one.code, form_shares(one.forms))
+        for kind, one in patch.kinds().items()
+    )
+    changed = {name: (one.changed, one.elements) for name, one in weights.items()}
+    stored = {name: (one.code, one.tuned_bytes) for name, one in weights.items()}
+    return (
+        _map_figure("changed", suffix, changed, "of all elements changed"),
+        _map_figure("stored", suffix, stored, "of the tuned bytes are stored"),
+        ReportFigure.of("forms", suffix, kinds),
+    )
+
+
+def _map_figure(name: str, suffix: str, counts: Mapping[str, tuple[int, int]], verdict: str) -> ReportFigure:
+    found = LayerMap.of_counts(counts)
+    draw = (lambda fig: draw_layer_map(fig, found, _MOST_COLUMNS)) if counts else None
+    share = text.percent(found.neurons / max(1, found.total))
+    return ReportFigure.of(name, suffix, found.rows(), draw, f"{share} {verdict}.")
 
 
 def _overlap_section(inputs: Sequence[ScoresInput | PatchInput]) -> ReportSection:

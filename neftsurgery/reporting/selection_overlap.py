@@ -11,7 +11,7 @@ import numpy as np
 from .. import text
 from ..selection.selection import Selection
 from ..tensors.arrays import Float64Array, Int64Array
-from .figure import LAYER, Column, ReportFigure, Table
+from .figure import ReportFigure
 from .layer_map import NO_LAYER, locate_tensors, sorted_layers
 from .plotting import MplFigure, heatmap
 
@@ -20,7 +20,7 @@ _MAX_LAYERS = 96
 
 
 class _PairOverlap(NamedTuple):
-    """The overlap of two selections, in one layer or overall: a row with the columns of `_columns`."""
+    """The overlap of two selections, in one layer or overall: a row of the tables."""
 
     first: str
     second: str
@@ -74,19 +74,13 @@ class SelectionOverlap:
         """The overall overlap of each pair."""
         best = max(self._pairs.values(), key=lambda one: np.nan_to_num(one.jaccard))
         unfit = f" Tensors left out because their shapes differ: {len(self.unfit):,}." if self.unfit else ""
-        return ReportFigure(
-            "overlap",
-            "Overlap",
-            "Jaccard index: neurons in both over neurons in either, in percent",
-            "Each cell compares two choices: 100 if they are the same, 0 if they share no neuron. The column "
-            "“by chance” is the expected overlap of random choices with as many neurons per tensor.",
-            Table(_columns("jaccard"), tuple(self._pairs.values())),
-            self._draw,
+        verdict = (
             f"{'Most similar: ' if len(self._pairs) > 1 else ''}{text.label(best.first)} and "
             f"{text.label(best.second)} share {text.commas(best.shared)} neurons: "
             f"{text.percent(best.shared_share)} of the smaller one (by chance: "
-            f"{text.percent(best.chance_share)}).{unfit}",
+            f"{text.percent(best.chance_share)}).{unfit}"
         )
+        return ReportFigure.of("overlap", "", self._pairs.values(), self._draw, verdict)
 
     def _draw(self, fig: MplFigure) -> None:
         shown = min(len(self._names), _MAX_DRAWN)
@@ -100,21 +94,13 @@ class SelectionOverlap:
 
     def layers_figure(self) -> ReportFigure:
         """The overlap of each pair in each layer."""
-        rows = tuple(
+        rows = (
             (layer, *found)
             for overlaps in self._by_layer.values()
             for layer, found in overlaps.items()
             if found.first_neurons or found.second_neurons
         )
-        return ReportFigure(
-            "overlap-by-layer",
-            "Overlap by layer",
-            "neurons in both, percent of the smaller choice in that layer",
-            "Each row is a layer, each column a pair of choices, numbered in the order of this report. An "
-            "empty cell means that one of the two has no neuron in that layer.",
-            Table((LAYER, *_columns("shared_share")), rows),
-            self._draw_layers,
-        )
+        return ReportFigure.of("overlap-by-layer", "", rows, self._draw_layers)
 
     def _draw_layers(self, fig: MplFigure) -> None:
         pairs = list(self._by_layer)[:_MAX_DRAWN]
@@ -122,18 +108,3 @@ class SelectionOverlap:
         cells = np.array([[self._by_layer[pair][layer].shared_share for pair in pairs] for layer in layers])
         rows = [text.label(layer, 24) if layer != NO_LAYER else "elsewhere" for layer in layers]
         heatmap(fig, cells, rows, [f"{a + 1} and {b + 1}" for a, b in pairs], top=1.0)
-
-
-def _columns(drawn: str) -> tuple[Column, ...]:
-    """The columns of a pair's overlap. The column ``drawn``, which the figure shows, gets a bar."""
-    columns = (
-        ("first", "first", text.label),
-        ("second", "second", text.label),
-        ("first_neurons", "neurons", text.commas),
-        ("second_neurons", "neurons", text.commas),
-        ("shared", "in both", text.commas),
-        ("jaccard", "Jaccard", text.percent),
-        ("shared_share", "share of the smaller", text.percent),
-        ("chance_share", "by chance", text.percent),
-    )
-    return tuple(Column(key, title, show, bar=key == drawn) for key, title, show in columns)

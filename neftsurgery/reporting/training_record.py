@@ -7,10 +7,14 @@ from typing import Any
 
 from .. import text
 from ..tensors.document import Facts
-from .figure import Column, ReportFigure, Table
-from .plotting import ACCENT, CONTRAST, MplFigure, legend_above, new_axes
+from .figure import ReportFigure
+from .plotting import ACCENT, CONTRAST, MUTED, MplFigure, legend_above, new_axes
 
-_LOSSES = (("train_loss", "train", "o", ACCENT), ("dev_loss", "dev", "s", CONTRAST))
+_LOSSES = (
+    ("train_loss", "train", "o", ACCENT),
+    ("dev_loss", "dev", "s", CONTRAST),
+    ("control_loss", "random control", "^", MUTED),
+)
 _MAX_FACTS = 40
 _LARGEST = 1e300  # that can be drawn
 
@@ -28,7 +32,7 @@ def _show(value: str | int | float) -> str:
     return text.commas(int(value)) if is_count else text.four_digits(float(value))
 
 
-def loss_figure(training: Facts, *, id: str = "loss") -> ReportFigure | None:
+def loss_figure(training: Facts, suffix: str = "") -> ReportFigure | None:
     """The loss curve of a training record; None if there is none that can be drawn."""
     curve = training.get("curve")
     rows = []
@@ -38,16 +42,10 @@ def loss_figure(training: Facts, *, id: str = "loss") -> ReportFigure | None:
             rows.append((step, *losses))
     if not rows:
         return None
-    curves = (Column(key, f"{name} loss", text.four_digits) for key, name, *_ in _LOSSES)
-    return ReportFigure(
-        id,
-        "Training loss",
-        "loss by optimizer step",
-        "Circles show the loss on the training examples. Squares show the loss on held-out examples, if "
-        "there are any. If the squares rise while the circles fall, the neurons overfit.",
-        Table((Column("step", "step", text.commas), *curves), tuple(rows)),
-        lambda fig: _draw(fig, rows),
-    )
+    controlled = any(row[-1] is not None for row in rows)
+    shown = rows if controlled else [row[:-1] for row in rows]
+    control = " Triangles show it for as many random neurons." * controlled
+    return ReportFigure.of("loss", suffix, shown, lambda fig: _draw(fig, rows), control=control)
 
 
 def _loss(point: Facts, key: str) -> float | None:

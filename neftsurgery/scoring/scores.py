@@ -238,9 +238,7 @@ class Scores(FileBacked):
             )
 
         groups = [(key, list(members)) for key, members in groupby(self.tensors.values(), key=alike)]
-        blocks = [
-            Block(name, layer, cost, self._arrays.scores(members)) for (name, layer, cost), members in groups
-        ]
+        blocks = [Block(*key, self._arrays.scores(members)) for key, members in groups]
         masks = choose(blocks, budget, parameters=self.parameters)
         for (_, members), mask in zip(groups, masks, strict=True):
             edges = np.cumsum([0, *(tensor.layout.count for tensor in members)])

@@ -9,18 +9,22 @@ Neuron: Neuron-Level Supervised Fine-tuning for Large Language Model", COLING 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
+from ..neurons.anatomy import NeuronTensor
 from ..tensors.arrays import Float32Array, Float64Array, Int64Array, Mask, RawBytes
 from ..tensors.dtypes import DTYPES
 from . import kernels
 
-SCORES: Final = ("cosine", "l2", "relative", "changed", "random", "norm")
+#: Scores that the base's weights alone have, and all.
+BASE_SCORES: Final = ("magnitude", "lowrank", "norm", "random")
+SCORES: Final = ("cosine", "l2", "relative", "changed", *BASE_SCORES)
 _LARGEST = float(np.finfo(np.float32).max)
 #: Below this share of ``d.d`` not parallel to ``a``, float32 sums lose the cosine. Its relative error is that
 #: of the sums, about 2e-7, times a few, divided by this share.
@@ -54,6 +58,8 @@ class Exact:
             return self.changed / width
         if kind == "norm":
             return np.minimum(self.scale / np.sqrt(self.aa), _LARGEST)
+        if kind == "magnitude":
+            return np.minimum(np.sqrt(self.aa) / self.scale, _LARGEST)
         raise ValueError(f"unknown score {kind!r}")
 
 
@@ -218,3 +224,43 @@ def random_scores(name: str, count: int, seed: int) -> Float32Array:
     """Uniform scores in [0, 1), float32 ``[count]``: the control. They depend on name and seed only."""
     words = [seed, xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))]
     return np.random.Generator(np.random.PCG64(words)).random(count, dtype=np.float32)
+
+
+def norms(energies: Float64Array) -> Float32Array:
+    """The roots of sums of squares, as scores."""
+    return np.minimum(np.sqrt(energies), _LARGEST).astype(np.float32)
+
+
+class LayerUnits:
+    """The units of one layer, joined tensor by tensor."""
+
+    def __init__(self, name: str, tensors: Sequence[NeuronTensor]) -> None:
+        self.name = name
+        self._tensors = tensors
+        spans = [(t.units.base, t.units.base + t.units.outer * t.units.units) for t in tensors if t.units]
+        self._first = min(low for low, _ in spans)
+        self._sums = UnitSums(max(high for _, high in spans) - self._first)
+
+    def add(self, tensor: NeuronTensor, sums: Sums) -> None:
+        """Join a tensor's neurons to their units."""
+        assert tensor.units is not None  # chosen for it
+        self._sums.add(tensor.units.ids() - self._first, sums, tensor.layout.width)
+
+    def numbers(
+        self, score: str, seed: int, energies: Callable[[str], Float64Array]
+    ) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
+        """Per tensor its neurons' units, and the scores of these. ``energies`` are for ``lowrank``."""
+        count, all_ids = len(self._sums.width), [t.units.ids() for t in self._tensors if t.units is not None]
+        if score == "random":
+            units = random_scores(self.name, count, seed)
+        elif score == "lowrank":
+            total = np.zeros(count)
+            for tensor, ids in zip(self._tensors, all_ids, strict=True):
+                mine = ids >= 0
+                np.add.at(total, ids[mine] - self._first, energies(tensor.info.name)[mine])
+            units = norms(total)
+        else:
+            units = self._sums.score(score)
+        units[np.isnan(self._sums.score("changed"))] = np.nan
+        for tensor, ids in zip(self._tensors, all_ids, strict=True):
+            yield tensor.info.name, {"unit": ids, "score": units[ids - self._first]}

@@ -16,6 +16,7 @@ from ..text import plural
 
 Per = Literal["model", "layer", "tensor"]
 Policy = Literal["sensitive", "reversed", "random"]
+Allocation = Literal["size", "equal", "scores"]
 
 _EXAMPLES = "write a share such as 3% or a number such as 50000 or 200M"
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?%")
@@ -121,15 +122,16 @@ class Budget:
     changed: bool = False
     like: Mapping[str, int] | None = None  # neurons by tensor name
     per: Per = "model"
+    allocate: Allocation = "size"
     max_per_tensor: int | None = None
     policy: Policy = "sensitive"
     seed: int = 0
     with_bias: bool = False
 
     def __post_init__(self) -> None:
-        self._check_size()
+        option = self._check_size()
         self._check_values()
-        self._check_combinations()
+        self._check_combinations(option)
 
     @classmethod
     def of(cls, **options: Unpack[SelectOptions]) -> Budget:
@@ -140,17 +142,10 @@ class Budget:
                 values[name] = read(f"[[{name}]]", values[name])
         return cls(**values)
 
-    @property
-    def option(self) -> str:
-        """The option that says how much, by its Python name."""
-        return self._sizes()[0]
-
-    def _sizes(self) -> list[str]:
+    def _check_size(self) -> str:
+        """The option that says how much."""
         values = (self.neurons, self.params, self.threshold, self.changed or None, self.like)
-        return [option for option, value in zip(_SIZES, values, strict=True) if value is not None]
-
-    def _check_size(self) -> None:
-        given = self._sizes()
+        given = [option for option, value in zip(_SIZES, values, strict=True) if value is not None]
         if not given:
             raise UsageError(
                 "nothing says how many neurons to choose",
@@ -161,6 +156,7 @@ class Budget:
                 f"{' and '.join(f'[[{name}]]' for name in given)} do not go together",
                 hint="give only one of them",
             )
+        return given[0]
 
     def _check_values(self) -> None:
         if self.threshold is not None and not math.isfinite(self.threshold):
@@ -171,16 +167,20 @@ class Budget:
             raise UsageError("[[seed]] must not be negative", found=self.seed)
         if self.per not in get_args(Per):
             raise UsageError("[[per]] must be model, layer or tensor", found=self.per)
+        if self.allocate not in get_args(Allocation):
+            raise UsageError("[[allocate]] must be size, equal or scores", found=self.allocate)
         if self.policy not in get_args(Policy):
             raise UsageError("[[policy]] must be sensitive, reversed or random", found=self.policy)
         for name, count in (self.like or {}).items():
             if count < 0:
                 raise UsageError("[[like]] asks for a negative number of neurons", tensor=name, found=count)
 
-    def _check_combinations(self) -> None:
-        option = self.option
+    def _check_combinations(self, option: str) -> None:
         if option in ("threshold", "changed") and self.policy != "sensitive":
             raise UsageError(f"[[{option}]] does not go with [[policy={self.policy}]]")
+        if self.allocate != "size" and (self.per == "model" or option == "threshold"):
+            other = "per=model" if self.per == "model" else option
+            raise UsageError(f"[[allocate={self.allocate}]] does not go with [[{other}]]")
         if option in ("changed", "like") and self.per != "model":
             raise UsageError(f"[[{option}]] does not go with [[per={self.per}]]")
         if option in ("changed", "like") and self.max_per_tensor is not None:
@@ -217,6 +217,7 @@ class Budget:
             "threshold": self.threshold,
             "max_per_tensor": self.max_per_tensor,
             "per": None if self.per == "model" else self.per,
+            "allocate": None if self.allocate == "size" else self.allocate,
             "policy": None if self.policy == "sensitive" else self.policy,
             "seed": self.seed if self.seed or self.policy == "random" else None,
             "changed": True if self.changed else None,

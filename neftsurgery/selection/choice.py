@@ -104,6 +104,11 @@ def choose(
         sizes = [count * cost for count, cost in zip(counts, costs, strict=True)]
     pools = _pools(_pool_names(blocks, budget))
     limits = _limits(pools, sizes, budget, parameters)
+    if budget.allocate != "size":
+        totals = [sum(sizes[number] for number in members) for members in pools.values()]
+        scores = [max(0.0, float(np.nansum(block.scores[:], dtype=np.float64))) for block in blocks]
+        weights = [1.0 if budget.allocate == "equal" else sum(scores[i] for i in p) for p in pools.values()]
+        limits = _allocate(sum(limits), [round(w / (max(weights) or 1.0) * 2**52) for w in weights], totals)
     if allowed is not None:
         counts = [int(np.count_nonzero(mask)) for mask in allowed]
     ranking = _Ranking(keys, counts, costs, allowed, highest, chunk, sorted_pool)
@@ -191,6 +196,21 @@ def _split(amount: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
+def _allocate(amount: int, weights: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Split ``amount`` in proportion to ``weights``; what exceeds a pool's size goes to the others."""
+    limits, left = [0] * len(sizes), [number for number, size in enumerate(sizes) if size]
+    while left:
+        mine = [weights[i] for i in left]
+        shares = dict(zip(left, _split(amount, mine if any(mine) else [1] * len(left)), strict=True))
+        left = [i for i, share in shares.items() if share < sizes[i]]
+        for i in shares.keys() - left:
+            limits[i] = sizes[i]
+            amount -= sizes[i]
+        if len(left) == len(shares):
+            return [shares.get(i, limit) for i, limit in enumerate(limits)]
+    return limits
+
+
 # Keys: what the neurons are ordered by.
 
 
@@ -211,12 +231,50 @@ def _random_keys(scores: Sequence[ScoreVector], seed: int, chunk: int) -> list[F
     return keys
 
 
-def _float32_at(image: int) -> np.float32:
-    magnitude = np.array(abs(image), np.int32).view(np.float32)[()]
-    return np.float32(-magnitude if image < 0 else magnitude)
+class CutSearch:
+    """The search for the key at which so many end, in two passes over all keys and little memory.
+
+    The first pass counts the keys by the upper half of the bits of their images, the second those of the half
+    that the cut is among by the lower. NaN is beyond infinity.
+    """
+
+    cut: np.float32  # after both passes: the least extreme key such that everything beyond it fits
+    room: int  # what is left of what has to fit
+
+    def __init__(self, *, highest: bool = True) -> None:
+        self._highest = highest
+        self._high: int | None = None  # the upper half of the cut's bits, known after the first pass
+        self._counts = np.zeros(_BINS, np.int64)
+
+    @property
+    def total(self) -> int:
+        """The costs of all keys of this pass."""
+        return int(self._counts.sum())
+
+    def add(self, keys: Float32Array, cost: int = 1) -> None:
+        """Take in some keys; all of them once, then, after `settle`, all of them again."""
+        bits = keys.view(np.int32)
+        image = np.where(bits < 0, -(bits & 0x7FFF_FFFF), bits)
+        image = image if self._highest else -image
+        high = self._high
+        bins = (image >> 16) + _BINS // 2 if high is None else image[image >> 16 == high] & (_BINS - 1)
+        self._counts += cost * np.bincount(bins, minlength=_BINS)
+
+    def settle(self, room: int) -> None:
+        """End a pass; ``room``: the costs that fit, after the second pass what the first one left of them."""
+        beyond = np.cumsum(self._counts[::-1])  # from the top down
+        # How many bins fit; if all do, the cut is the least number.
+        last = _BINS // 2 + (-_INFINITY >> 16) if self._high is None else 0
+        count = min(int(np.searchsorted(beyond, room, side="right")), _BINS - 1 - last)
+        self.room = room - (int(beyond[count - 1]) if count else 0)
+        if self._high is None:
+            self._high, self._counts = _BINS - 1 - count - _BINS // 2, np.zeros(_BINS, np.int64)
+            return
+        image = (self._high << 16) + _BINS - 1 - count
+        magnitude = np.array(abs(image), np.int32).view(np.float32)[()]
+        self.cut = np.float32(magnitude if (image >= 0) == self._highest else -magnitude)
 
 
-#: The cost of each of some neurons, their keys, and which of them may be chosen; None: all.
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ranking:
     """Blocks to choose from: per block the keys, and how many neurons may be chosen, at which cost each."""
@@ -271,13 +329,18 @@ def _take_sorted(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
 
 
 def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: Sequence[Mask]) -> None:
-    cut, room = _find_cut(ranking, members, limit)
+    search, room = CutSearch(highest=ranking.highest), min(limit, 1 << 62)
+    for _ in range(2):
+        for cost, keys in _batches(ranking, members):
+            search.add(keys, cost)
+        search.settle(room)
+        room = search.room
     for i, part, keys in ranking.parts(members):
-        ranking.beyond(keys, cut, masks[i][part])
+        ranking.beyond(keys, search.cut, masks[i][part])
         if ranking.allowed is not None:
             masks[i][part] &= ranking.allowed[i][part]
     for i, part, keys in ranking.parts(members):
-        tied = keys == cut
+        tied = keys == search.cut
         if ranking.allowed is not None:
             tied &= ranking.allowed[i][part]
         places = np.flatnonzero(tied)
@@ -286,27 +349,6 @@ def _take_to_cut(ranking: _Ranking, members: Sequence[int], limit: int, masks: S
         room -= taken * ranking.costs[i]
         if taken < len(places) or not room:
             return
-
-
-def _find_cut(ranking: _Ranking, members: Sequence[int], limit: int) -> tuple[np.float32, int]:
-    """The least extreme key such that everything beyond it fits ``limit``, and what is left of the limit."""
-    high, room = 0, min(limit, 1 << 62)
-    for half in (1, 0):  # the upper bits of the cut's image, then the lower
-        totals = np.zeros(_BINS, np.int64)
-        for cost, keys in _batches(ranking, members):
-            bits = keys.view(np.int32)
-            image = np.where(bits < 0, -(bits & 0x7FFF_FFFF), bits)
-            image = image if ranking.highest else -image
-            bins = (image >> 16) + _BINS // 2 if half else image[image >> 16 == high] & (_BINS - 1)
-            totals += cost * np.bincount(bins, minlength=_BINS)
-        beyond = np.cumsum(totals[::-1])  # from the top down
-        # How many bins fit; if all do, the cut is the least number.
-        last = _BINS // 2 + (-_INFINITY >> 16) if half else 0
-        count = min(int(np.searchsorted(beyond, room, side="right")), _BINS - 1 - last)
-        room -= int(beyond[count - 1]) if count else 0
-        high, low = (_BINS - 1 - count - _BINS // 2, 0) if half else (high, _BINS - 1 - count)
-    image_of_cut = (high << 16) + low
-    return _float32_at(image_of_cut if ranking.highest else -image_of_cut), room
 
 
 def _batches(ranking: _Ranking, members: Sequence[int]) -> Iterator[tuple[int, Float32Array]]:

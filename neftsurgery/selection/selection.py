@@ -17,7 +17,7 @@ from ..neurons.layout import Layout, described, described_tensor
 from ..neurons.vectors import blocks, check_index
 from ..storage.output_checks import refuse_output
 from ..tensors.arrays import Int64Array
-from ..tensors.document import Facts, TextFact, bad, dump, read_document
+from ..tensors.document import Fact, Facts, as_number, as_text, bad, dump, read_document
 from ..tensors.dtypes import DTYPES
 from ..tensors.header import TensorInfo
 from ..tensors.reader import TensorFile
@@ -32,24 +32,14 @@ _WHAT = "selection"
 class SelectionFacts(Facts):
     """The facts of a selection file, and the ``selection`` of a patch's manifest, which may hold more."""
 
-    score = TextFact()  # they were chosen by
-    anatomy = TextFact()  # what counts as a neuron: ``rows``, ``ffn`` or ``units``
-    policy = TextFact()  # which neurons come first: ``sensitive``, ``reversed`` or ``random``
-
-    @property
-    def budget(self) -> Mapping[str, object]:
-        """The options that say how many, as `Budget.describe` writes them."""
-        return Facts.from_json(self.get("budget"))
-
-    @property
-    def captured(self) -> float | None:
-        """The share of the squared change of all common tensors that they hold."""
-        return self.number("captured")
-
-    @property
-    def captured_scored(self) -> float | None:
-        """The share of the squared change of the scored tensors that they hold."""
-        return self.number("captured_scored")
+    score = Fact(as_text)  # they were chosen by
+    anatomy = Fact(as_text)  # what counts as a neuron: ``rows``, ``ffn`` or ``units``
+    policy = Fact(as_text)  # which neurons come first: ``sensitive``, ``reversed`` or ``random``
+    budget = Fact(Facts.from_json)  # the options that say how many, as `Budget.describe` writes them
+    captured = Fact(as_number)  # the share of the squared change of all common tensors that they hold
+    captured_scored = Fact(as_number)  # that of the scored tensors
+    base = Fact(Provenance.from_json)  # they were chosen on
+    tuned = Fact(Provenance.from_json)  # the fine-tuned checkpoint they were chosen by
 
     @property
     def companion_biases(self) -> frozenset[str]:
@@ -57,16 +47,6 @@ class SelectionFacts(Facts):
         found = self.get("followers")
         names = found if isinstance(found, list) else []
         return frozenset(name for name in names if isinstance(name, str))
-
-    @property
-    def base(self) -> Provenance:
-        """The base they were chosen on."""
-        return Provenance.from_json(self.get("base"))
-
-    @property
-    def tuned(self) -> Provenance:
-        """The fine-tuned checkpoint they were chosen by."""
-        return Provenance.from_json(self.get("tuned"))
 
     def for_patch(self, *, captured: bool) -> Self:
         """What a patch records, which names its own base; ``captured``: whether the shares are of it, too."""

@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,7 @@ def copy_file(
     ``source`` is not a regular file, and a `MismatchError` if it changed meanwhile.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer.
-    reader = OpenFile.at(source, os.O_NONBLOCK)
-    try:
+    with closing(OpenFile.at(source, os.O_NONBLOCK)) as reader:
         before = reader.status()
         if not stat.S_ISREG(before.st_mode):
             raise UsageError("not a regular file", file=source)
@@ -48,11 +47,6 @@ def copy_file(
             with naming(target), _created(Path(target), mode) as writer:
                 _Copy(reader, writer, before, progress, step).run()
         return mode
-    except MismatchError as error:
-        error.file = error.file or str(source)
-        raise
-    finally:
-        reader.close()
 
 
 @contextmanager
@@ -94,11 +88,11 @@ class _Copy:
             self.advance(before.st_size - done)
         after = self.reader.status()
         if after.st_size != before.st_size:
-            raise _changed(expected=f"{before.st_size} bytes", found=after.st_size)
+            raise self._changed(expected=f"{before.st_size} bytes", found=after.st_size)
         if after.st_mtime_ns != before.st_mtime_ns:
-            raise _changed()
+            raise self._changed()
         if os.pread(self.reader.fileno(), 1, before.st_size):  # as in /proc, where files seem to be empty
-            raise _changed(expected=f"{before.st_size} bytes", found="more")
+            raise self._changed(expected=f"{before.st_size} bytes", found="more")
         if (size := os.fstat(self.writer).st_size) != before.st_size:
             raise OSError(errno.EIO, f"the copy has {size} bytes instead of {before.st_size}")
 
@@ -111,7 +105,7 @@ class _Copy:
                 by_kernel = False
                 copied = self._by_buffer(start, min(max(1, self.step // 8), stop - start))
             if not copied:
-                raise _changed(expected=f"{stop} bytes", found=start)
+                raise self._changed(expected=f"{stop} bytes", found=start)
             begin_writeback(self.writer, start, copied)
             start += copied
             self.advance(copied)
@@ -133,10 +127,10 @@ class _Copy:
         write_exactly(self.writer, data, position)
         return len(data)
 
-
-def _changed(**sides: Any) -> MismatchError:
-    hint = "wait until nothing writes to it, then run the command again"
-    return MismatchError("the file changed while it was being copied", hint=hint, **sides)
+    def _changed(self, **sides: Any) -> MismatchError:
+        what = "the file changed while it was being copied"
+        hint = "wait until nothing writes to it, then run the command again"
+        return MismatchError(what, file=self.reader.path, hint=hint, **sides)
 
 
 def _data_ranges(reader: OpenFile, status: os.stat_result) -> Iterator[tuple[int, int]]:

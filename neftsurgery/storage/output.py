@@ -21,14 +21,14 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import MachineError, NeftError, UsageError, naming
 from .output_checks import MAX_NAME, AnyPath, identity, named_output
-from .positioned import write_exactly
+from .positioned import OpenFile, write_exactly
 
 _log = logging.getLogger(__name__)
 
@@ -197,17 +197,14 @@ def remove_stale(out: Path) -> None:
 
 
 def _remove_if_stale(path: Path, out: Path, *, aside: bool) -> None:
-    fd = os.open(path, _OPEN)  # refuses links, which are not staging names
-    try:
-        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    with closing(OpenFile.at(path, _OPEN)) as file:  # refuses links, which are not staging names
+        fd, kind = file.fileno(), stat.S_IFMT(file.status().st_mode)
         if kind in (stat.S_IFREG, stat.S_IFDIR) and _lock(fd) and identity(fd) == identity(path):
             _log.info("removing what an interrupted run left: %s", path)
             if aside:
                 _restore_or_discard(path, out)
             else:
                 _discard(path)
-    finally:
-        os.close(fd)
 
 
 def _lock(fd: int) -> bool | None:
@@ -361,15 +358,12 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 def fsync_folder(folder: Path) -> None:
     """Make a folder's names durable, where the file system can."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with naming(folder):
-            os.fsync(fd)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(fd)
+    with closing(OpenFile.at(folder, os.O_DIRECTORY)) as file, naming(folder):
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:  # some file systems cannot sync a folder
+                raise
 
 
 def _fsync_tree(top: Path) -> None:
@@ -380,12 +374,8 @@ def _fsync_tree(top: Path) -> None:
 
     for folder, _, names in os.walk(top, topdown=False, onerror=fail):
         for name in names:
-            file = os.path.join(folder, name)
-            if stat.S_ISREG(os.lstat(file).st_mode):
-                fd = os.open(file, _OPEN)
-                try:
-                    with naming(file):
-                        fsync(fd)
-                finally:
-                    os.close(fd)
+            path = os.path.join(folder, name)
+            if stat.S_ISREG(os.lstat(path).st_mode):
+                with closing(OpenFile.at(path, _OPEN)) as file, naming(path):
+                    fsync(file.fileno())
         fsync_folder(Path(folder))

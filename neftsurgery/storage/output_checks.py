@@ -73,20 +73,17 @@ def named_output(out: AnyPath) -> Path:
 
 
 def _refuse_input(out: Path, source: Path) -> None:
-    hint = "name an output outside every input"
     real_out, real = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     inside, holds = _within(real_out, real), _within(real, real_out)
-    if inside and holds:
-        raise UsageError(f"the output is the input {source}", file=out, hint=hint)
-    if inside:
-        raise UsageError(f"the output lies inside the input {source}", file=out, hint=hint)
-    if not holds and real.is_dir():
+    if not inside and not holds and real.is_dir():
         # Files of a Hub snapshot are links into a folder of blobs, which must not be replaced either.
         with os.scandir(real) as entries:
             links = [Path(os.path.realpath(entry)) for entry in entries if entry.is_symlink()]
         holds = any(_within(link, real_out) for link in links)
-    if holds:
-        raise UsageError(f"the output holds files of the input {source}", file=out, hint=hint)
+    if inside or holds:
+        how = "is" if inside and holds else "lies inside" if inside else "holds files of"
+        hint = "name an output outside every input"
+        raise UsageError(f"the output {how} the input {source}", file=out, hint=hint)
 
 
 def _within(inner: Path, outer: Path) -> bool:
@@ -111,19 +108,12 @@ def _refuse_existing(out: Path, force: bool, kind: Literal["file", "directory"] 
     if out.exists() and not out.is_file() and not out.is_dir():
         raise UsageError("the output is a device, pipe or socket", file=out)
     if is_folder:
-        if os.path.ismount(out):
-            raise UsageError(
-                "the output is a mount point, which cannot be replaced",
-                file=out,
-                hint="name a file or folder inside it",
-            )
-        for place in (os.curdir, os.path.expanduser("~")):
-            if _within(Path(os.path.realpath(place)), Path(os.path.realpath(out))):
-                raise UsageError(
-                    "the output is, or holds, the current folder or your home folder",
-                    file=out,
-                    hint="name a file or folder inside it",
-                )
+        what = "is a mount point, which cannot be replaced" if os.path.ismount(out) else ""
+        kept = (Path(os.path.realpath(place)) for place in (os.curdir, os.path.expanduser("~")))
+        if not what and any(_within(place, Path(os.path.realpath(out))) for place in kept):
+            what = "is, or holds, the current folder or your home folder"
+        if what:
+            raise UsageError(f"the output {what}", file=out, hint="name a file or folder inside it")
         if kind != "file" and _is_empty(out):
             return
     if not force:

@@ -60,14 +60,7 @@ _previous = _SigAction()
 _libc: Any = ctypes.PyDLL(None)  # keeps the GIL: a handler must not wait for it
 if _SUPPORTED:
     _libc.mmap.restype = ctypes.c_void_p
-    _libc.mmap.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int64,
-    )
+    _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64)
 
 
 def map_cached(fd: int, start: int, size: int) -> NDArray[np.uint8] | None:

@@ -40,16 +40,12 @@ class Limits:
             raise UsageError("[[threads]] must be at least 1", found=threads)
         if memory is not None and memory < _LEAST_MEMORY:
             raise UsageError("[[memory]] must be at least 16 MiB", found=f"{memory} bytes")
-        return cls(threads or _default_threads(), memory or DEFAULT_MEMORY, mapped)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(threads or max(2, min(16, 2 * cores)), memory or DEFAULT_MEMORY, mapped)
 
     def workers(self, nbytes: int) -> int:
         """Threads that may work at once if each holds ``nbytes``."""
         return max(1, min(self.threads, self.memory // max(1, nbytes)))
-
-
-def _default_threads() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(16, 2 * available))
 
 
 def in_order(

@@ -27,7 +27,7 @@ from ..sources.resolve import Source
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from .chains import opened_patches
-from .group_checks import require_units_in_turn
+from .merge_checks import require_units_in_turn
 from .rebuild import RebuildPlan, plan_rebuild
 from .rewrite import RewritePlan, RewriteResult, WriteOptions, require_place, rows_by_file
 from .verb import named_base, other_base, replaced_rows, require_replaced, run_keywords, warn
@@ -85,14 +85,9 @@ def apply(
         ``base`` was interrupted, and this user's commands did not make it: see `heal`.
     """
     run = run_keywords("apply", options)
-    loaded = opened_patches(
-        [patches] if isinstance(patches, (Patch, LosslessPatch, Source, str, os.PathLike)) else patches,
-        sha256,
-        to,
-    )
     if in_place:
         undo_unfinished(base)
-    plan = plan_apply(base, loaded, out=out, in_place=in_place, force=force, **run)
+    plan = plan_apply(base, patches, to=to, sha256=sha256, out=out, in_place=in_place, force=force, **run)
     warn(log, plan.warnings)
     return plan.run(**run)
 
@@ -142,20 +137,24 @@ def undo_unfinished(checkpoint: AnyPath) -> None:
 
 def plan_apply(
     base: AnyPath,
-    patches: Sequence[Patch | LosslessPatch],
+    patches: AnyPatch | Sequence[AnyPatch],
+    *,
+    to: int | None = None,
+    sha256: str | Sequence[str] | None = None,
     **options: Unpack[WriteOptions],
 ) -> RewritePlan | RebuildPlan:
     """Check everything that `apply` needs; nothing is written."""
-    if not patches:
+    single = (Patch, LosslessPatch, Source, str, os.PathLike)
+    loaded = opened_patches([patches] if isinstance(patches, single) else patches, sha256, to)
+    if not loaded:
         raise UsageError("there is no patch to apply")
-    lossless = [patch for patch in patches if isinstance(patch, LosslessPatch)]
-    if lossless:
-        if len(lossless) < len(patches):
+    if lossless := [patch for patch in loaded if isinstance(patch, LosslessPatch)]:
+        if len(lossless) < len(loaded):
             raise UsageError(
                 "lossless patches and neuron patches are not applied together", file=lossless[0].place
             )
         return plan_rebuild(base, lossless, "patched", **options)
-    rows = [RowSource(patch, patch.values) for patch in patches if not isinstance(patch, LosslessPatch)]
+    rows = [RowSource(patch, patch.values) for patch in loaded if not isinstance(patch, LosslessPatch)]
     return _plan("patched", base, rows, (), (), **options)
 
 

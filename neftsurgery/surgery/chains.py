@@ -19,20 +19,26 @@ from ..storage.output_checks import AnyPath
 from ..tensors.header import read_header
 from .lossless import LosslessPlan, plan_between
 from .model_files import ModelFiles, RebuiltWeights
-from .verb import load_patches
+from .verb import check_sha256, require_sha256
 
 
 def opened_patches(
     named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None, to: int | None = None
 ) -> list[Patch | LosslessPatch]:
-    """The patches, opened and checked as `load_patches` does; a folder stands for its chain up to ``to``."""
-    found = list[AnyPatch]()
+    """The patches, opened; a folder stands for its chain up to ``to``.
+
+    A `CorruptFileError` says that one has another SHA-256: see `check_sha256`.
+    """
+    places = list[AnyPatch]()
     for one in named:
-        chain = list[LosslessPatch]()
-        if isinstance(one, str | os.PathLike) and os.path.isdir(one):
-            chain = chain_of(Path(one), to)
-        found += chain or [one]
-    return load_patches(found, sha256)
+        chain = chain_of(Path(one), to) if isinstance(one, str | os.PathLike) and os.path.isdir(one) else []
+        places += chain or [one]
+    found = [load_any(place) for place in places]
+    for patch, wanted in zip(found, check_sha256(sha256, len(found)), strict=True):
+        if wanted is not None:
+            require_sha256(patch.place, wanted, patch.sha256())
+            patch.check_unchanged()
+    return found
 
 
 def require_chain(patches: Sequence[LosslessPatch]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -32,12 +32,13 @@ from ..options import (
 from ..progress import Progress, Stopwatch, silent
 from ..scoring import code_kernels, kernels
 from ..scoring.engine import TensorResult, stream
+from ..scoring.low_rank import low_rank_energies
 from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
-from ..scoring.sums import SCORES, Sums, UnitSums, random_scores
+from ..scoring.sums import BASE_SCORES, SCORES, LayerUnits, Sums, norms, random_scores
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
-from ..tensors.arrays import Float32Array
+from ..tensors.arrays import Float32Array, Float64Array
 from ..tensors.document import dump
 from ..tensors.header import TensorInfo
 from ..tensors.writer import TensorFileWriter, written_file
@@ -59,6 +60,8 @@ class DiffPlan:
     seed: int = 0  # of the score "random"
     out: Path | None = None  # None: a temporary file
     force: bool = False
+    rank: int = 32  # of the score "lowrank"
+    alone: bool = False  # whether the base is scored by itself
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -69,7 +72,7 @@ class DiffPlan:
         """For ``--dry-run`` and JSON."""
         return {
             "base": self.pair.base.name,
-            "tuned": self.pair.tuned.name,
+            "tuned": None if self.alone else self.pair.tuned.name,
             "score": self.score,
             "anatomy": self.pair.anatomy.name,
             "scored_tensors": len(self.pair.anatomy.scored),
@@ -100,7 +103,7 @@ class DiffPlan:
             )
             starts, arrays = _arrays(self.pair)
             with written_file(arrays, room, self.out, force=self.force) as written:
-                sink = _Sink(self.pair, self.score, self.seed, starts, written)
+                sink = _Sink(self, starts, written)
                 with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
                     apart = (
                         self.pair.anatomy.name == "units"
@@ -127,18 +130,26 @@ class DiffPlan:
             "anatomy": self.pair.anatomy.name,
             "parameters": self.pair.parameters,
             "base": Provenance.of(self.pair.base).to_json(),
-            "tuned": Provenance.of(self.pair.tuned).to_json(),
+            **({} if self.alone else {"tuned": Provenance.of(self.pair.tuned).to_json()}),
             **({"seed": self.seed} if self.score == "random" else {}),
+            **({"rank": self.rank} if self.score == "lowrank" else {}),
             **self.pair.describe(),
             **_quantized(self.pair),
             **describe_tensors(self.pair.anatomy.scored),
         }
 
+    def energies(self, name: str) -> Float64Array:
+        """Of a tensor's neurons, in the approximation of rank ``rank``."""
+        base, _, jobs = self.pair.compared
+        layout = next(job.layout for job in jobs if job.info.name == name)
+        assert layout is not None  # only tensors with neurons are scored
+        return low_rank_energies(base, base.tensors[name], layout, self.rank)
+
 
 @boundary
 def diff(
     base: AnyPath,
-    tuned: AnyPath,
+    tuned: AnyPath | None = None,
     *,
     out: AnyPath | None = None,
     force: bool = False,
@@ -150,7 +161,8 @@ def diff(
     ----------
     base, tuned:
         Checkpoints: a file, a folder, or a Hub id. They may be sharded differently. ``tuned`` may be the
-        folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32.
+        folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32. None: for scores of
+        the base alone.
     out:
         Where to write the scores file. None: the scores live in a temporary file until saved.
     force:
@@ -165,7 +177,10 @@ def diff(
     include, exclude, only:
         Patterns of tensors to score in addition, to leave out, and of the only ones to score.
     score:
-        ``cosine`` (default), ``l2``, ``relative``, ``changed``, ``random`` or ``norm``.
+        ``cosine`` (default), ``l2``, ``relative``, ``changed``; of the base alone ``magnitude``, ``lowrank``,
+        ``norm`` or ``random``.
+    rank:
+        For the score ``lowrank``; by default 32.
     seed:
         For the score ``random``; by default 0.
     threads:
@@ -193,7 +208,7 @@ def diff(
 
 def plan_diff(
     base: AnyPath,
-    tuned: AnyPath,
+    tuned: AnyPath | None = None,
     *,
     out: AnyPath | None = None,
     force: bool = False,
@@ -201,17 +216,22 @@ def plan_diff(
 ) -> DiffPlan:
     """Read the headers of two checkpoints and check everything that `diff` needs."""
     prefix, scope = split("diff", options, PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions)[:2]
-    score, seed = options.get("score", "cosine"), options.get("seed", 0)
-    check_score(score)
+    score, seed, rank = options.get("score", "cosine"), options.get("seed", 0), options.get("rank", 32)
+    check_score(score, rank)
     if seed < 0:
         raise UsageError("[[seed]] must not be negative", found=seed)
-    first, second = open_sides(base, tuned, Prefixes.of(**prefix))
+    if tuned is None and score not in BASE_SCORES:
+        hint = f"name it, or take a score of the base alone: {', '.join(BASE_SCORES)}"
+        raise UsageError(f"[[score={score}]] compares the base with a tuned checkpoint", hint=hint)
+    first, second = open_sides(base, base if tuned is None else tuned, Prefixes.of(**prefix))
     place = refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    return DiffPlan(pair(first, second, Scope(**scope)), score, seed, place, force)
+    return DiffPlan(pair(first, second, Scope(**scope)), score, seed, place, force, rank, tuned is None)
 
 
-def check_score(score: str) -> None:
-    """Raise a `UsageError` for an unknown score."""
+def check_score(score: str, rank: int = 1) -> None:
+    """Raise a `UsageError` for an unknown score, or a rank that is none."""
+    if rank < 1:
+        raise UsageError("[[rank]] must be at least 1", found=rank)
     if score not in SCORES:
         raise UsageError(f"there is no score {score!r}", hint=f"known ones: {', '.join(SCORES)}")
 
@@ -264,17 +284,15 @@ def _arrays(plan: Pair) -> tuple[dict[str, int], list[TensorInfo]]:
 class _Sink:
     """Takes results as they come, and writes in batches; the scores of units when their layer is done."""
 
-    def __init__(
-        self, plan: Pair, score: str, seed: int, starts: Mapping[str, int], writer: TensorFileWriter
-    ) -> None:
-        self._score, self._seed, self._starts, self._writer = score, seed, starts, writer
+    def __init__(self, diff: DiffPlan, starts: Mapping[str, int], writer: TensorFileWriter) -> None:
+        self._diff, self._starts, self._writer, plan = diff, starts, writer, diff.pair
         self._waiting: list[tuple[list[str], Sums]] = []  # of tensors, by name
         self._neurons, self._last = 0, 0  # of those waiting: how many, and where the last tensor's begin
         self._sides = plan.base, plan.tuned
         self._scored = {tensor.info.name: tensor for tensor in plan.anatomy.scored}
         self.unscored = _unscored(plan, {"base_sq": 0.0, "delta_sq": 0.0, "changed": 0})
         self.nonfinite = 0
-        self._layer: _LayerUnits | None = None
+        self._layer: LayerUnits | None = None
 
     def take(self, result: TensorResult) -> None:
         tensor = self._scored.get(result.jobs[0].info.name)
@@ -288,7 +306,7 @@ class _Sink:
             if self._layer is None or self._layer.name != tensor.layer:
                 self._finish_layer()
                 tensors = [t for t in self._scored.values() if t.layer == tensor.layer]
-                self._layer = _LayerUnits(tensor.layer, tensors)
+                self._layer = LayerUnits(tensor.layer, tensors)
             self._layer.add(tensor, result.sums)
         names = [job.info.name for job in result.jobs]
         # The stacks of one span lie between each other: they are written together.
@@ -347,15 +365,20 @@ class _Sink:
 
     def _scores(self, tensors: Sequence[NeuronTensor], sums: Sums) -> Float32Array:
         counts = [tensor.layout.count for tensor in tensors]
-        if self._score != "random":
-            return sums.score(self._score, np.repeat([tensor.layout.width for tensor in tensors], counts))
-        drawn = [random_scores(t.info.name, n, self._seed) for t, n in zip(tensors, counts, strict=True)]
-        return np.where(sums.finite, np.concatenate(drawn), np.float32(np.nan))
+        if self._diff.score == "random":
+            seed = self._diff.seed
+            own = [random_scores(t.info.name, n, seed) for t, n in zip(tensors, counts, strict=True)]
+        elif self._diff.score == "lowrank":
+            own = [norms(self._diff.energies(tensor.info.name)) for tensor in tensors]
+        else:
+            widths = np.repeat([tensor.layout.width for tensor in tensors], counts)
+            return sums.score(self._diff.score, widths)
+        return np.where(sums.finite, np.concatenate(own), np.float32(np.nan))
 
     def _finish_layer(self) -> None:
         """Write the scores of the layer of units that is complete."""
         if self._layer is not None:
-            for name, numbers in self._layer.numbers(self._score, self._seed):
+            for name, numbers in self._layer.numbers(self._diff.score, self._diff.seed, self._diff.energies):
                 self._write(self._starts[name], numbers)
 
     def finish(self) -> None:
@@ -367,31 +390,3 @@ class _Sink:
 def _changes(sums: Sums) -> dict[str, NDArray[Any]]:
     """What is recorded of every neuron, scored or not."""
     return {"delta_sq": sums.dd, "changed": np.minimum(sums.changed, (1 << 32) - 1).astype(np.uint32)}
-
-
-class _LayerUnits:
-    """The units of one layer, joined tensor by tensor."""
-
-    def __init__(self, name: str, tensors: Sequence[NeuronTensor]) -> None:
-        self.name = name
-        self._tensors = tensors
-        spans = [(t.units.base, t.units.base + t.units.outer * t.units.units) for t in tensors if t.units]
-        self._first = min(low for low, _ in spans)
-        self._sums = UnitSums(max(high for _, high in spans) - self._first)
-
-    def add(self, tensor: NeuronTensor, sums: Sums) -> None:
-        """Join a tensor's neurons to their units."""
-        assert tensor.units is not None  # chosen for it
-        self._sums.add(tensor.units.ids() - self._first, sums, tensor.layout.width)
-
-    def numbers(self, score: str, seed: int) -> Iterator[tuple[str, dict[str, NDArray[Any]]]]:
-        """Per tensor its neurons' units and scores: those of their units."""
-        if score == "random":
-            units = random_scores(self.name, len(self._sums.width), seed)
-            units[np.isnan(self._sums.score("changed"))] = np.nan
-        else:
-            units = self._sums.score(score)
-        for tensor in self._tensors:
-            assert tensor.units is not None  # chosen for it
-            ids = tensor.units.ids()
-            yield tensor.info.name, {"unit": ids, "score": units[ids - self._first]}

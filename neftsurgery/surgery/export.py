@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.adapter_config import CONFIG_NAME, WEIGHTS_NAME
+from ..checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import MismatchError, UsageError
 from ..neurons.vectors import block_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from ..neurons.vectors import block_memory, gather
 from ..options import (
     ChoosingOptions,
     CutOptions,
+    ExtractOptions,
+    LosslessOptions,
     PrefixOptions,
     RunOptions,
     Scope,
@@ -43,7 +46,7 @@ from ..storage.threads import Limits
 from ..tensors.arrays import RawBytes
 from ..text import size
 from .diff import DiffPlan, check_score
-from .lossless import CodingAndRun, plan_lossless
+from .lossless import CodingAndRun, LosslessPlan, plan_lossless
 from .pairing import open_sides, pair
 from .quantized_rows import stored_rows
 from .verb import running, warn
@@ -86,10 +89,27 @@ class ExtractPlan:
     @cached_property
     def remainder(self) -> Remainder | None:
         """What base plus patch lacks of the tuned model; None if only a selection is known, and no lack."""
-        if self.scores is not None and self.captured_known:
-            return remainder(self.base, self.joined, self.selection, self.scores, again=self.scored_before)
-        left = [*self.joined.only_base, *self.joined.only_tuned]
-        return Remainder(left, not_compared(self.base, self.joined.tuned)) if left else None
+        base, joined, chosen, scores = self.base, self.joined, self.selection.tensors, self.scores
+        left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(base, joined.tuned)
+        if scores is None or not self.captured_known:
+            return Remainder([*joined.only_base, *joined.only_tuned], unknown) if left else None
+        unknown += ["changes since the scores were made"] if self.scored_before else []
+        unknown += ["codes that stand for the same numbers"] if base.quantized else []
+        for name, info in base.tensors.items():
+            if name in left or name in joined.copies or info.name != name:
+                continue
+            entry = scores.unscored.get(name)
+            changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
+            if not same_tensor(info, joined.tuned.tensors.get(name)):
+                left.add(name)
+            elif changed is not None:
+                kept = np.delete(changed, chosen[name].index) if name in chosen else changed
+                left |= {name} if kept.any() else set()
+            elif entry is None:
+                unknown.append(name)
+            elif entry.changed:
+                left.add(name)
+        return Remainder(sorted(left), unknown)
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -185,7 +205,7 @@ def extract(
     selection:
         The neurons to cut out. None: choose them by ``scores`` and a budget.
     scores:
-        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``axis``,
+        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``rank``, ``axis``,
         ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
     lossless:
         Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the weights
@@ -211,24 +231,14 @@ def extract(
     """
     run, choosing = split("extract", options, RunOptions, ChoosingOptions)
     machine = running(run)
-    if lossless:
-        given = [*choosing]
-        given += [name for name, one in (("scores", scores), ("selection", selection)) if one is not None]
-        if given:
-            raise UsageError(f"[[{given[0]}]] does not go with [[lossless]], which keeps every neuron")
-        whole = plan_lossless(
-            base, tuned, reversible=reversible, fast=fast, weights_only=weights_only, out=out, force=force
-        )
-        return whole.run(**machine)
-    if fast or weights_only:
-        raise UsageError(f"[[{'fast' if fast else 'weights_only'}]] is for [[lossless]] patches only")
-    if isinstance(base, Mapping) or isinstance(tuned, Mapping):
-        raise UsageError("tensors in memory are taken with [[lossless=True]] only")
     plan = plan_extract(
         base,
         tuned,
         selection,
         scores=scores,
+        lossless=lossless,
+        fast=fast,
+        weights_only=weights_only,
         reversible=reversible,
         out=out,
         force=force,
@@ -240,34 +250,49 @@ def extract(
 
 
 def plan_extract(
-    base: AnyPath,
-    tuned: AnyPath,
-    selection: Selection | None = None,
+    base: AnyPath | Mapping[str, Any],
+    tuned: AnyPath | Mapping[str, Any],
+    selection: Selection | AnyPath | None = None,
     *,
-    scores: Scores | None = None,
+    scores: Scores | AnyPath | None = None,
     reversible: bool = False,
     inputs: Sequence[AnyPath] = (),
     out: AnyPath | None = None,
     force: bool = False,
     limits: Limits | None = None,
     progress: Progress = silent,
-    **options: Unpack[ChoosingOptions],
-) -> ExtractPlan:
+    **options: Unpack[ExtractOptions],
+) -> ExtractPlan | LosslessPlan:
     """Choose the neurons, scoring first if need be; ``inputs``: files that ``out`` must not replace."""
-    groups = (PrefixOptions, ScopeOptions, SelectOptions, ScoreOptions)
-    prefix, scope, budget, _ = split("extract", options, *groups)
-    if selection is not None and (budget or scores is not None):
-        other = "scores" if scores is not None else next(iter(budget))
-        raise UsageError(f"[[selection]] does not go with [[{other}]]", hint="give one or the other")
+    groups = (LosslessOptions, PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions)
+    coding, prefix, scope, scoring, budget = split("extract", options, *groups)
+    by = {name: one for name, one in (("scores", scores), ("selection", selection)) if one is not None}
+    if coding.pop("lossless", False):
+        others = (*by, *prefix, *scope, *scoring, *budget)
+        _refuse("lossless", others, "a lossless patch keeps every neuron")
+        return plan_lossless(base, tuned, reversible=reversible, out=out, force=force, **coding)
+    for name in (name for name, wanted in coding.items() if wanted):
+        raise UsageError(f"[[{name}]] is for [[lossless]] patches only")
+    if isinstance(base, Mapping) or isinstance(tuned, Mapping):
+        raise UsageError("tensors in memory are taken with [[lossless=True]] only")
+    if len(by) > 1:
+        raise UsageError("[[scores]] and [[selection]] do not go together")
+    for name in by:
+        _refuse(name, (*scope, *scoring), "it is for scoring, which was done before")
+    for name in budget if selection is not None else ():
+        _refuse(name, ["selection"], "give one or the other")
     checked = None if selection is not None else Budget.of(**budget)
-    score = options.get("score", "cosine")
-    check_score(score)
+    score, rank = scoring.get("score", "cosine"), scoring.get("rank", 32)
+    check_score(score, rank)
+    files = [one for one in by.values() if isinstance(one, str | os.PathLike)]
+    scores = Scores.load(scores) if isinstance(scores, str | os.PathLike) else scores
+    selection = Selection.load(selection) if isinstance(selection, str | os.PathLike) else selection
     first, second = open_sides(base, tuned, Prefixes.of(**prefix))
-    inputs = [first.source.path, second.source.path, *inputs]
+    inputs = [first.source.path, second.source.path, *files, *inputs]
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
     given, warnings, timing = scores, list[str](), Timing()
     if checked is not None and scores is None:
-        comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed)
+        comparison = DiffPlan(pair(first, second, Scope(**scope)), score, checked.seed, rank=rank)
         joined, warnings = comparison.pair.joined, [*comparison.warnings]
         scores = comparison.run(limits=limits, progress=progress)
         timing = scores.timing
@@ -282,11 +307,9 @@ def plan_extract(
             origin, result = Provenance.of(first), Provenance.of(second)
         if given is not None:
             hint = "score these checkpoints, or name those that were scored"
-            for side, recorded, here, file in (
-                ("base", given.base, origin, first.name),
-                ("tuned", given.tuned, result, second.name),
-            ):
-                require_same_files(f"the scores are of another {side}", recorded, here, file=file, hint=hint)
+            what = "the scores are of another"
+            require_same_files(f"{what} base", given.base, origin, file=first.name, hint=hint)
+            require_same_files(f"{what} tuned", given.tuned, result, file=second.name, hint=hint)
         if checked is not None and scores is not None:
             selection = scores.choose(checked)
             warnings += checked.warnings(scores.units or scores.neurons)
@@ -314,6 +337,12 @@ def plan_extract(
     return ExtractPlan(
         first, joined, rows.selection, new, known, scores, place, force, warnings, timing, given is not None
     )
+
+
+def _refuse(given: str, others: Sequence[str], why: str) -> None:
+    """Raise a `UsageError` if there are options that do not go with one that was given."""
+    if others:
+        raise UsageError(f"[[{others[0]}]] does not go with [[{given}]]", hint=why)
 
 
 def _with_ties(selection: Selection, joined: Joined) -> Selection:
@@ -346,28 +375,3 @@ class Remainder:
     def is_whole(self) -> bool | None:
         """Whether base plus patch is the tuned model bit for bit; None if nothing says that it is not."""
         return False if self.left else None if self.not_compared else True
-
-
-def remainder(
-    base: Checkpoint, joined: Joined, selection: Selection, scores: Scores, *, again: bool
-) -> Remainder:
-    """Compare what changed with what was chosen, tensor by tensor; ``again``: long after it was scored."""
-    chosen, tuned = selection.tensors, joined.tuned
-    left, unknown = {*joined.only_base, *joined.only_tuned}, not_compared(base, tuned)
-    unknown += ["changes since the scores were made"] if again else []
-    unknown += ["codes that stand for the same numbers"] if base.quantized else []
-    for name, info in base.tensors.items():
-        if name in left or name in joined.copies or info.name != name:
-            continue
-        entry = scores.unscored.get(name)
-        changed = scores.sums(name, "changed") if name in scores.tensors or name in chosen else None
-        if not same_tensor(info, tuned.tensors.get(name)):
-            left.add(name)
-        elif changed is not None:
-            kept = np.delete(changed, chosen[name].index) if name in chosen else changed
-            left |= {name} if kept.any() else set()
-        elif entry is None:
-            unknown.append(name)
-        elif entry.changed:
-            left.add(name)
-    return Remainder(sorted(left), unknown)

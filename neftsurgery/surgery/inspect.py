@@ -139,6 +139,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
     tensors += [_tensor(entry.info) | {"reason": entry.reason} for entry in anatomy.listed]
     ties, notes = stored_ties(checkpoint)
     copied = sum(checkpoint.tensors[name].elements for name, same in ties.items() if name != same[0])
+    layouts = Counter((weight.layout, weight.unit) for weight in shown.quantized.values())
     aside = {} if checkpoint.is_file else {"left_behind_by_apply": [*map(str, folder_files(checkpoint).left)]}
     return {
         "kind": "checkpoint",
@@ -149,7 +150,7 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "parameters": shown.parameters - copied,
         "dtypes": dict(dtypes.most_common()),
-        "quantized": _quantized(shown),
+        "quantized": [{"layout": one, "unit": unit, "weights": n} for (one, unit), n in layouts.items()],
         "model_type": stated_type(config) or None,
         "parts": {part.strip("/"): stated_type(part_config(config, part)) for part in checkpoint.parts},
         "unfinished": [str(journal_path(one)) for one in find_journals(checkpoint.source)],
@@ -162,12 +163,6 @@ def _checkpoint(checkpoint: Checkpoint, scope: Scope) -> dict[str, Any]:
         "warnings": [*anatomy.warnings, *notes, *file_notes(checkpoint)],
         "tensors": _in_order(tensors),
     }
-
-
-def _quantized(shown: Checkpoint) -> list[dict[str, object]]:
-    """How many weights are stored in which layout, and what of them can be replaced by itself."""
-    found = Counter((weight.layout, weight.unit) for weight in shown.quantized.values())
-    return [{"layout": layout, "unit": unit, "weights": n} for (layout, unit), n in found.items()]
 
 
 def _tensor(
@@ -201,7 +196,7 @@ def _patch(patch: Patch | LosslessPatch) -> dict[str, Any]:
         return facts | {
             "neurons": patch.neurons,
             "parameters": patch.parameters,
-            "groups": [group.to_json() for group in patch.groups],
+            "groups": [asdict(group) for group in patch.groups],
             "selection": dict(patch.facts),
             "tensors": _in_order(tensors),
         }
@@ -238,8 +233,7 @@ def _patches(named: Sequence[AnyPath]) -> dict[str, Any]:
     overlaps = []
     for a, b in combinations(range(len(patches)), 2):
         found = overlap(patches[a], patches[b])
-        facts = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(found).items()}
-        overlaps.append({"first": a, "second": b, "agree": found.agree, **facts})
+        overlaps.append({"first": a, "second": b, "agree": found.agree, **asdict(found)})
     return {"kind": "patches", "patches": [_patch(patch) for patch in patches], "overlaps": overlaps}
 
 

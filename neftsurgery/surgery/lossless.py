@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, Unpack
 
@@ -76,11 +76,12 @@ class LosslessPlan:
 
     base: ModelFiles
     tuned: ModelFiles
-    reversible: bool
-    fast: bool
-    weights_only: bool
-    out: Path | None
-    force: bool
+    reversible: bool = False
+    fast: bool = False
+    weights_only: bool = False
+    out: AnyPath | None = None
+    force: bool = False
+    warnings: Sequence[str] = ()
 
     def describe(self) -> dict[str, object]:
         """For ``--dry-run`` and JSON."""
@@ -154,25 +155,18 @@ def plan_lossless(
 
 
 def plan_between(
-    base: ModelFiles,
-    tuned: ModelFiles,
-    inputs: Sequence[Path],
-    *,
-    reversible: bool = False,
-    fast: bool = False,
-    weights_only: bool = False,
-    out: AnyPath | None = None,
-    force: bool = False,
+    base: ModelFiles, tuned: ModelFiles, inputs: Sequence[Path], **options: Unpack[CodingOptions]
 ) -> LosslessPlan:
     """As `plan_lossless`, of two models; ``inputs``: files and folders that ``out`` must not replace."""
     if not any(counterpart(info, base.weights.tensors) for info in tuned.weights.tensors.values()):
         raise MismatchError(
             "the checkpoints have no tensor in common", file=tuned.weights.name, hint="are they of one model?"
         )
-    place = refuse_output(out, inputs=inputs, force=force, kind="file")
-    if weights_only:
+    plan = LosslessPlan(base, tuned, **options)
+    place = refuse_output(plan.out, inputs=inputs, force=plan.force, kind="file")
+    if plan.weights_only:
         base, tuned = base.without_side(), tuned.without_side()
-    return LosslessPlan(base, tuned, reversible, fast, weights_only, place, force)
+    return replace(plan, base=base, tuned=tuned, out=place)
 
 
 def _opened(

@@ -14,20 +14,21 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import boundary
 from ..neurons.vectors import block_memory
-from ..options import RunOptions
+from ..options import ChainOptions, RunOptions, split
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
-from ..patch.merging import ARITHMETIC, Magnitudes, Part, merge_rows
+from ..patch.merging import ARITHMETIC, Part, magnitudes, merge_rows
 from ..patch.overlap import Meeting
 from ..patch.patch import Patch
 from ..patch.patch_file import other_kind
 from ..patch.write import NewPatch
 from ..progress import Progress, Stopwatch, Timing, silent
+from ..selection.choice import CutSearch
 from ..selection.selection import RowBlock
 from ..storage.output_checks import AnyPath, refuse_output
 from ..storage.threads import Limits
 from ..tensors.arrays import Int64Array, RawBytes
 from .chains import plan_chain
-from .lossless import CodingAndRun
+from .lossless import CodingAndRun, LosslessPlan
 from .merge_checks import OverlapRule, check_patches, plan_union, refuse_other_options
 from .verb import base_rows, named_base, other_base, run_keywords, warn
 
@@ -198,22 +199,19 @@ def merge(
         If a patch's hashes do not match its content; if something cannot be read or written.
     """
     run = run_keywords("merge", options)
-    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
-    refuse_other_options(chain, overlap, {"fast": fast, "weights_only": weights_only})
-    if chain:
-        whole = plan_chain(
-            patches,
-            base=base,
-            reversible=reversible,
-            fast=fast,
-            weights_only=weights_only,
-            out=out,
-            force=force,
-        )
-        return whole.run(**run)
-    rule = OverlapRule.of(on_overlap, weights, density, len(patches))
     plan = plan_merge(
-        patches, rule, base=base, reversible=reversible, out=out, force=force, progress=run["progress"]
+        patches,
+        on_overlap=on_overlap,
+        weights=weights,
+        density=density,
+        base=base,
+        reversible=reversible,
+        out=out,
+        force=force,
+        progress=run["progress"],
+        chain=chain,
+        fast=fast,
+        weights_only=weights_only,
     )
     warn(log, plan.warnings)
     return plan.run(**run)
@@ -221,15 +219,24 @@ def merge(
 
 def plan_merge(
     named: Sequence[AnyPatch],
-    rule: OverlapRule,
     *,
+    on_overlap: str = "error",
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
     base: AnyPath | None = None,
     reversible: bool | None = None,
     out: AnyPath | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> MergePlan:
+    **options: Unpack[ChainOptions],
+) -> MergePlan | LosslessPlan:
     """Check everything that `merge` needs; nothing is written."""
+    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
+    (coding,) = split("merge", options, ChainOptions)
+    refuse_other_options(chain := coding.pop("chain", False), overlap, coding)
+    if chain:
+        return plan_chain(named, base=base, reversible=reversible, out=out, force=force, **coding)
+    rule = OverlapRule.of(on_overlap, weights, density, len(named))
     patches = [_loaded(patch) for patch in named]
     original, inputs = named_base(base, patches)
     place = refuse_output(out, inputs=inputs, force=force, kind="file")
@@ -292,11 +299,8 @@ class _Rows:
 
 def _thresholds(plan: MergePlan, size: int | None) -> list[float]:
     """Per patch how large a difference must be for ``ties`` to keep it."""
-    found = [Magnitudes(plan.rule.density) for _ in plan.patches]
+    found = [CutSearch() for _ in plan.patches]
     for again in (False, True):
-        if again:
-            for magnitudes in found:
-                magnitudes.settle()
         for block in plan.new.selection.blocks(size):
             meeting = plan.meetings[block.name]
             index = meeting.union[block.start : block.stop]
@@ -307,5 +311,8 @@ def _thresholds(plan: MergePlan, size: int | None) -> list[float]:
             old, dtype = rows.old(rows.before()), plan.new.selection.tensors[block.name].info.dtype
             for holder, part in rows.held():
                 here = common[part.slots]
-                found[holder].add(part.values[here], old[part.slots[here]], dtype)
-    return [magnitudes.least for magnitudes in found]
+                for some in magnitudes(part.values[here], old[part.slots[here]], dtype):
+                    found[holder].add(some)
+        for one in found:
+            one.settle(one.room if again else max(1, round(plan.rule.density * one.total)) - 1)
+    return [float(one.cut) for one in found]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint, Shard
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import read_side, side_files
 from ..checkpoint.in_memory import TensorsInMemory
 from ..checkpoint.provenance import Provenance, fingerprint
@@ -25,7 +26,6 @@ from ..patch.delta import (
 )
 from ..patch.lossless import LosslessPatch
 from ..sources.resolve import SINGLE_NAME, is_index
-from ..storage.positioned import OpenFile
 from ..tensors.header import FilePlan, parse_header
 
 #: Bytes that a thread holds: a block as it is, as it will be, and its code.
@@ -53,7 +53,7 @@ class ModelFiles:
             carried, others = side_files(weights)
             return cls(
                 weights,
-                tuple(weight_file(shard) for shard in weights.shards),
+                tuple(WeightFile(one.name, one.header, one.raw_header()[8:]) for one in weights.shards),
                 weights.is_file,
                 lambda: Provenance.of(weights),
                 {name: partial(read_side, path) for name, path in carried.items()},
@@ -92,13 +92,6 @@ class ModelFiles:
         return sum(file.nbytes for file in self.files)
 
 
-def weight_file(shard: Shard) -> WeightFile:
-    """A weight file of a checkpoint, with its header."""
-    raw = bytearray(shard.header.size - 8)
-    OpenFile.at(shard.path).read_into(memoryview(raw), 8)
-    return WeightFile(shard.name, shard.header, bytes(raw))
-
-
 class RebuiltWeights:
     """What deltas of patches make of a checkpoint, each block checked before and after. Thread-safe."""
 
@@ -123,7 +116,7 @@ class RebuiltWeights:
         links = [patch.forward for patch in patches] if back is None else [back]
         weights, last = cls(checkpoint, patches, links), links[-1]
         origin: Provenance = patches[-1].tuned if back is None else patches[-1].base
-        side = {one.name: partial(weights.side_content, one) for one in last.side}
+        side = {one.name: partial(weights.side_content, one, checkpoint.root) for one in last.side}
         left = patches[-1].not_carried if back is None else ()
         nbytes = sum(one.nbytes for one in last.side)
         return ModelFiles(weights, last.files, last.single, lambda: origin, side, nbytes, left)
@@ -171,7 +164,7 @@ class RebuiltWeights:
         assert found is not None
         return found
 
-    def side_content(self, side: SideFile) -> bytes:
+    def side_content(self, side: SideFile, folder: Path) -> bytes:
         """A file beside the weights: from the last link that holds it, else the checkpoint's own."""
 
         def source() -> bytes:
@@ -181,8 +174,7 @@ class RebuiltWeights:
                     return b""
                 if own.packed:
                     return delta.side_content(own, bytes)
-            place = self._checkpoint.source.path
-            path = (place.parent if self._checkpoint.is_file else place) / side.name
+            path = folder / side.name
             return read_side(path) if path.is_file() and path.stat().st_size == side.nbytes else b""
 
         return self._links[-1].side_content(side, source)

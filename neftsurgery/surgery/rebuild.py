@@ -29,14 +29,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.json_text import loads
 from .chains import links_from, require_end
-from .model_files import (
-    BLOCK_MEMORY,
-    ModelFiles,
-    RebuiltWeights,
-    another_checkpoint,
-    require_result,
-    weight_file,
-)
+from .model_files import BLOCK_MEMORY, ModelFiles, RebuiltWeights, another_checkpoint, require_result
 from .rewrite import RewriteResult, changed_in_place, require_place, written_checkpoint
 
 #: Bytes that are journaled and written together. Every block begins with such a range.
@@ -331,7 +324,7 @@ def require_same_layout(checkpoint: Checkpoint, target: ModelFiles) -> None:
         raise _other_files(checkpoint.root / name, None, *sides)
     for file in target.files:
         shard = checkpoint.shards[0] if target.single else here[file.name]
-        if weight_file(shard).raw == file.raw:
+        if shard.raw_header() == file.start:
             continue
         old, new = shard.header.tensors, file.header.tensors
         for name in sorted(old.keys() | new.keys()):

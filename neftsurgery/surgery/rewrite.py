@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
 from ..tensors.header import TensorInfo
 from ..text import lines, plural, printable
-from .verify import PatchState, summary
+from .verify import PatchState
 
 
 class WriteOptions(TypedDict, total=False):
@@ -141,7 +142,7 @@ class RewritePlan:
             "checkpoint": self.checkpoint.name,
             "out": None if self.out is None else str(self.out),
             "in_place": self.out is None,
-            "state_before": [summary(state.tensors) for state in self.states],
+            "state_before": [dict(Counter(one.state for one in s.tensors.values())) for s in self.states],
             "tensors": self.tensors,
             "neurons": self.neurons,
             "selected": self.neurons,

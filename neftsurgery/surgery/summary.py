@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -27,13 +27,8 @@ class Movement:
     """How far a layer, or the weights of a kind, moved."""
 
     name: str
-    relative: float  # norm of the difference over norm of the base
-    share: float  # of the squared change of all scored tensors
-
-    def describe(self) -> dict[str, object]:
-        """For JSON."""
-        relative, share = _finite(self.relative), _finite(self.share)
-        return {"name": self.name, "relative_change": relative, "share_of_change": share}
+    relative_change: float  # norm of the difference over norm of the base
+    share_of_change: float  # of the squared change of all scored tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +48,12 @@ class Summary:
     changed_neurons: int  # with a differing bit
     nonfinite: int  # neurons with a NaN or Inf
     cosine: float  # of all scored weights of base and tuned together; NaN if one side is all zeros
-    relative: float  # as in Movement
-    layers: tuple[Movement, ...]  # those that moved most first, as kinds
-    kinds: tuple[Movement, ...]
-    top: tuple[Neuron, ...]  # the most sensitive first
-    captured: dict[str, float]  # per budget, the share of the change of all common tensors
-    unscored_changed: tuple[str, ...] = ()  # tensors with a differing bit that are not scored, by name
+    relative_change: float  # as in Movement
+    layers: list[Movement]  # those that moved most first, as kinds
+    kinds: list[Movement]
+    most_sensitive: list[Neuron]  # the first one most
+    captured_by_budget: dict[str, float]  # shares of the change of all common tensors
+    unscored_changed: list[str]  # tensors with a differing bit that are not scored, by name
 
     @property
     def identical(self) -> bool:
@@ -71,23 +66,13 @@ class Summary:
         return not self.cosine < _UNRELATED
 
     def describe(self) -> dict[str, object]:
-        """For JSON."""
-        return {
-            "changed_neurons": self.changed_neurons,
-            "nonfinite": self.nonfinite,
-            "cosine": _finite(self.cosine),
-            "relative_change": _finite(self.relative),
-            "related": self.related,
-            "layers": [movement.describe() for movement in self.layers],
-            "kinds": [movement.describe() for movement in self.kinds],
-            "most_sensitive": [asdict(neuron) for neuron in self.top],
-            "captured_by_budget": self.captured,
-            "unscored_changed": list(self.unscored_changed),
-        }
+        """For JSON, which has no infinity and no NaN."""
+        facts = asdict(self, dict_factory=_finite) | {"related": self.related}
+        return {key: value for key, value in facts.items() if key != "neurons"}
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(pairs: Iterable[tuple[str, object]]) -> dict[str, object]:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in pairs}
 
 
 def _relative(base: float, delta: float) -> float:
@@ -120,9 +105,9 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         _relative(base, delta),
         _moved(layers, delta),
         _moved(kinds, delta),
-        tuple(most),
+        most,
         {budget: share for budget, share in shares.items() if share is not None},
-        tuple(sorted(name for name, entry in scores.unscored.items() if entry.changed)),
+        sorted(name for name, entry in scores.unscored.items() if entry.changed),
     )
 
 
@@ -136,10 +121,10 @@ def _grouped(names: Sequence[str], sums: Float64Array) -> dict[str, Float64Array
     return dict(zip(numbers, found, strict=True))
 
 
-def _moved(groups: Mapping[str, Float64Array], whole: float) -> tuple[Movement, ...]:
+def _moved(groups: Mapping[str, Float64Array], whole: float) -> list[Movement]:
     sums = [(name, *group.tolist()) for name, group in groups.items()]
     found = [Movement(name, _relative(base, d), d / whole if whole else 0.0) for name, base, d, _ in sums]
-    return tuple(sorted(found, key=lambda m: (-m.relative, natural_key(m.name))))
+    return sorted(found, key=lambda m: (-m.relative_change, natural_key(m.name)))
 
 
 def _top(scores: Scores, chosen: Selection) -> list[Neuron]:

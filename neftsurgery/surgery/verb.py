@@ -17,7 +17,6 @@ from ..checkpoint.ties import tied_forms
 from ..errors import CorruptFileError, MismatchError, UsageError, keyword, spelled
 from ..neurons.vectors import gather
 from ..options import RunOptions, split
-from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch, PatchTensor
 from ..patch.patch_file import digests
@@ -53,20 +52,6 @@ def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:
         hint = "nothing was written; find out why it is another file before you use it"
         what = "this is not the file whose [[sha256]] was given"
         raise CorruptFileError(what, file=place, expected=wanted, found=found, hint=hint)
-
-
-def load_patches(
-    named: Sequence[AnyPatch], sha256: str | Sequence[str] | None = None
-) -> list[Patch | LosslessPatch]:
-    """The patches, opened; a `CorruptFileError` if one has another SHA-256: see `check_sha256`."""
-    found = []
-    for one, wanted in zip(named, check_sha256(sha256, len(named)), strict=True):
-        patch = load_any(one)
-        if wanted is not None:
-            require_sha256(patch.place, wanted, patch.sha256())
-            patch.check_unchanged()
-        found.append(patch)
-    return found
 
 
 def check_sha256(given: str | Sequence[str] | None, patches: int) -> list[str | None]:

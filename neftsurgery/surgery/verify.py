@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -62,11 +61,6 @@ class TensorState:
         if self.base and self.patched:
             return "mixed"
         return "base" if self.base else "patched"
-
-
-def summary(states: Mapping[str, TensorState]) -> dict[str, int]:
-    """Tensors by state, for messages and JSON."""
-    return dict(Counter(tensor.state for tensor in states.values()))
 
 
 def examine_blocks(

@@ -9,9 +9,9 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 from ..errors import CorruptFileError, naming
 from ..version import UPDATE
@@ -22,6 +22,8 @@ from .reader import TensorFile
 
 #: Of a config: the largest real ones, with the names of 22,000 classes, have 2 MB.
 MAX_OBJECT_BYTES = 10_000_000
+
+Value = TypeVar("Value")
 
 
 class Facts(Mapping[str, object]):
@@ -56,27 +58,34 @@ class Facts(Mapping[str, object]):
         """The JSON object, with every key."""
         return dict(self._facts)
 
-    def text(self, key: str) -> str | None:
-        """The value of ``key`` if it is a text."""
-        value = self.get(key)
-        return value if isinstance(value, str) else None
-
     def number(self, key: str) -> float | None:
         """The value of ``key`` if it is a finite number."""
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return None
-        return value if abs(value) <= sys.float_info.max else None
+        return as_number(self.get(key))
 
 
-class TextFact:
-    """A property of `Facts`: the value under its own name, if that is a text."""
+class Fact(Generic[Value]):
+    """A property of `Facts`: what ``read`` makes of the value under its own name, or of None."""
+
+    def __init__(self, read: Callable[[object], Value]) -> None:
+        self._read = read
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._key = name
 
-    def __get__(self, facts: Facts, owner: type) -> str | None:
-        return facts.text(self._key)
+    def __get__(self, facts: Facts, owner: type) -> Value:
+        return self._read(facts.get(self._key))
+
+
+def as_text(value: object) -> str | None:
+    """A value of a JSON object if it is a text."""
+    return value if isinstance(value, str) else None
+
+
+def as_number(value: object) -> float | None:
+    """A value of a JSON object if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) <= sys.float_info.max else None
 
 
 def dump(key: str, content: Mapping[str, object]) -> dict[str, str]:

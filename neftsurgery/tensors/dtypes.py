@@ -58,12 +58,8 @@ class DType:
         return (elements * self.bits + 7) // 8
 
 
-def _float(name: str, bits: int, format: FloatFormat, native: str | None = None) -> DType:
-    return DType(name, bits, "float", None if native is None else np.dtype(native), format)
-
-
-def _native(name: str, kind: Kind, native: str) -> DType:
-    return DType(name, 8 * np.dtype(native).itemsize, kind, np.dtype(native))
+def _native(name: str, kind: Kind, native: str, format: FloatFormat | None = None) -> DType:
+    return DType(name, 8 * np.dtype(native).itemsize, kind, np.dtype(native), format)
 
 
 _TABLE = (
@@ -73,20 +69,20 @@ _TABLE = (
     DType("F6_E3M2", 6, "packed"),
     _native("U8", "integer", "u1"),
     _native("I8", "integer", "i1"),
-    _float("F8_E5M2", 8, FloatFormat(2, 15, 0x7C, True)),
-    _float("F8_E4M3", 8, FloatFormat(3, 7, 0x7F, False)),
+    DType("F8_E5M2", 8, "float", None, FloatFormat(2, 15, 0x7C, True)),
+    DType("F8_E4M3", 8, "float", None, FloatFormat(3, 7, 0x7F, False)),
     DType("F8_E8M0", 8, "packed"),
-    _float("F8_E4M3FNUZ", 8, FloatFormat(3, 8, 0x80, False)),
-    _float("F8_E5M2FNUZ", 8, FloatFormat(2, 16, 0x80, False)),
+    DType("F8_E4M3FNUZ", 8, "float", None, FloatFormat(3, 8, 0x80, False)),
+    DType("F8_E5M2FNUZ", 8, "float", None, FloatFormat(2, 16, 0x80, False)),
     _native("I16", "integer", "<i2"),
     _native("U16", "integer", "<u2"),
-    _float("F16", 16, FloatFormat(10, 15, 0x7C00, True), "<f2"),
-    _float("BF16", 16, FloatFormat(7, 127, 0x7F80, True)),
+    _native("F16", "float", "<f2", FloatFormat(10, 15, 0x7C00, True)),
+    DType("BF16", 16, "float", None, FloatFormat(7, 127, 0x7F80, True)),
     _native("I32", "integer", "<i4"),
     _native("U32", "integer", "<u4"),
-    _float("F32", 32, FloatFormat(23, 127, 0x7F800000, True), "<f4"),
+    _native("F32", "float", "<f4", FloatFormat(23, 127, 0x7F800000, True)),
     _native("C64", "complex", "<c8"),
-    _float("F64", 64, FloatFormat(52, 1023, 0x7FF0000000000000, True), "<f8"),
+    _native("F64", "float", "<f8", FloatFormat(52, 1023, 0x7FF0000000000000, True)),
     _native("I64", "integer", "<i8"),
     _native("U64", "integer", "<u8"),
 )

@@ -1,75 +1,26 @@
 """What a file or folder is, where another kind was wanted, and what helps: told by content, not by name.
 
 It is asked only about what was refused. So nothing here decides what is read.
+The table of what is known is ``file_kinds.toml``.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import os
 import re
 import shlex
+import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import hub_place
 
 _HEAD, _TAIL = 4096, 65536
 #: Bytes 4 to 8 of a safetensors file, however damaged the rest of it is.
 _SAFETENSORS = b"\0\0\0\0{"
-
-# What helps. {path}, {folder} and {name} are those of the file; by {first} a folder was known.
-_TORCH = (
-    'convert it: `python -c "import sys, torch; from safetensors.torch import save_file; save_file({k: '
-    "v.contiguous().clone() for path in sys.argv[2:] for k, v in torch.LOAD.items()}, sys.argv[1])"
-    '" OUT.safetensors {path}`'
-)
-_PICKLE = _TORCH.replace("LOAD", "load(path, 'cpu', weights_only=True)")
-_TORCHSCRIPT = _TORCH.replace("LOAD", "jit.load(path, 'cpu').state_dict()")
-_NUMPY = (
-    'convert it: `python -c "import sys, numpy; from safetensors.numpy import save_file; '
-    'save_file(dict(numpy.load(sys.argv[1])), sys.argv[2])" {path} OUT.safetensors`'
-)
-_GGUF = (
-    'convert it, with transformers 5 and gguf installed: `python -c "import sys; from transformers import '
-    "AutoModelForCausalLM as M, GgufConfig as G; M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2], "
-    'quantization_config=G(dequantize=True)).save_pretrained(sys.argv[3])" {folder} {name} OUT`'
-)
-_FROM_TF = "convert it with transformers 4: from_pretrained(FOLDER, from_tf=True), then save_pretrained(OUT)"
-_FROM_FLAX = _FROM_TF.replace("from_tf", "from_flax")
-_ORIGINAL = "fetch the model's safetensors weights instead"
-_AGAIN = "fetch the file again: `hf download ORG/NAME {name}`"
-_UNPACK = "unpack it: `tar -xf {path}`"
-_FOLDER = "name its folder: {folder}"
-_ZERO = "`python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization`"
-
-#: How a file begins, and of a zip which names it holds; what it is; what helps. The first match counts.
-_FORMATS: tuple[tuple[bytes, str, str], ...] = (
-    (rb"GGUF", "a GGUF file, as llama.cpp reads", _GGUF),
-    (rb"lmgg|fmgg|tjgg|algg", "a GGML file, as llama.cpp read before GGUF", _ORIGINAL),
-    (rb"PK\x03\x04.*/constants\.pkl", "a TorchScript program", _TORCHSCRIPT),
-    (rb"PK\x03\x04.*/data\.pkl", "a PyTorch pickle, as torch.save writes", _PICKLE),
-    (rb"\x80\x02\x8a\nl\xfc\x9cF\xf9", "a PyTorch pickle, as torch.save wrote before 1.6", _PICKLE),
-    (rb"\x80[\x02-\x05]", "a Python pickle", f"loading a pickle runs its code: {_ORIGINAL}"),
-    (rb"PK\x03\x04.*\.npy", "a NumPy archive (.npz), as MLX writes", _NUMPY),
-    (rb"PK\x03\x04.*\.weights\.h5|\x89HDF\r\n", "HDF5, as Keras and TensorFlow write", _FROM_TF),
-    (rb"[\x81-\x8f][\xa1-\xbf\xd9]|\xde..[\xa1-\xbf\xd9]", "msgpack, as Flax writes", _FROM_FLAX),
-    (rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42]", "an ONNX graph", _ORIGINAL),
-    (rb"....TFL3", "a TensorFlow Lite graph", _ORIGINAL),
-    (rb"\x93NUMPY", "one NumPy array (.npy)", "save it under its name with safetensors.numpy.save_file"),
-    (rb"PK(\x03\x04|\x05\x06)", "a zip archive", "unpack it: `unzip {path}`"),
-    (rb"\x1f\x8b", "a gzip archive", f"{_UNPACK}, or `gzip -d {{path}}`"),
-    (rb"\x28\xb5\x2f\xfd", "a zstd archive", f"{_UNPACK}, or `zstd -d {{path}}`"),
-    (rb"\xfd7zXZ|BZh[1-9]|7z\xbc\xaf|\x04\x22\x4d\x18", "a compressed archive", _UNPACK),
-    (rb".{257}ustar", "a tar archive, as NeMo writes", _UNPACK),
-    (rb"version https://git-lfs", "a Git LFS pointer, not the content", "fetch the content: `git lfs pull`"),
-    (rb"/annex/objects/", "a git-annex pointer, not the content", "fetch it: `git annex get {path}`"),
-    (rb"(?i)\s*<(!doctype|html|\?xml)", "a web page, often one that tells of an error", _AGAIN),
-    (rb'\s*\{.*"weight_map"', "an index of shards", _FOLDER),
-    (rb'\s*\{.*"peft_type"', "the config of a PEFT adapter", _FOLDER),
-    (rb'\s*\{.*"(model_type|architectures)"', "the config of a model", _FOLDER),
-    (rb"\0{64}", "zeros, as of a download that was not finished", _AGAIN),
-)
 
 
 def foreign_file(path: str | os.PathLike[str]) -> tuple[str, str] | None:
@@ -83,38 +34,15 @@ def foreign_file(path: str | os.PathLike[str]) -> tuple[str, str] | None:
             file.seek(max(_HEAD, os.fstat(file.fileno()).st_size - _TAIL))
             head += file.read(_TAIL)
     if not head:
-        return "an empty file", _filled(_AGAIN, path)
+        return "an empty file", _filled("{AGAIN}", path)
     if head[4:9] == _SAFETENSORS:
         return None
-    for pattern, what, hint in _FORMATS:
-        if re.match(pattern, head, re.DOTALL):
+    for pattern, what, hint in _known()["formats"]:
+        if re.match(pattern.encode(), head, re.DOTALL):
             return what, _filled(hint, path)
     if re.fullmatch(rb"[\t\n\r -~]+", head):
-        return f"a text file that begins with {head[:60].decode()!r}", _filled(_AGAIN, path)
+        return f"a text file that begins with {head[:60].decode()!r}", _filled("{AGAIN}", path)
     return None
-
-
-#: What a folder holds, by name, that is not a checkpoint; what the folder is; what helps.
-_FOLDERS = (
-    (
-        "adapter_config.json",
-        "the folder of a PEFT adapter",
-        "name its base here, and the adapter as TUNED: `neftsurgery diff BASE {path}`",
-    ),
-    ("*.distcp", "a distributed checkpoint of torch (DCP)", "join it: `accelerate merge-weights {path} OUT`"),
-    (
-        "pytorch_model_fsdp_*",
-        "a training checkpoint of FSDP",
-        "join its weights: `accelerate merge-weights {path}/{first} OUT`",
-    ),
-    ("zero_to_fp32.py", "a training checkpoint of DeepSpeed", f"join its weights: {_ZERO}"),
-    ("*mp_rank_*", "a checkpoint of DeepSpeed or Megatron, one part a rank", f"join its parts: {_ZERO}"),
-    ("*_rank_*", "a checkpoint in parts, one a rank", "join its parts with the trainer that wrote them"),
-    ("latest_checkpointed_iteration.txt", "a checkpoint of Megatron", "export it with Megatron Bridge"),
-    ("model_index.json", "a pipeline of several models", "name the weight file of one of them"),
-    ("checkpoint-*", "a folder of training checkpoints", "name one of them: {path}/{first}"),
-    ("neuron_patch.safetensors", "a neuron patch", "name its file or Hub id as PATCH, after the base"),
-)
 
 
 def foreign_folder(folder: Path, endings: tuple[str, ...] = ()) -> tuple[str | None, str]:
@@ -123,7 +51,7 @@ def foreign_folder(folder: Path, endings: tuple[str, ...] = ()) -> tuple[str | N
     ``endings``: those of weights in other formats. The first such file is looked into.
     """
     names = sorted(os.listdir(folder))
-    for pattern, what, hint in _FOLDERS:
+    for pattern, what, hint in _known()["folders"]:
         if found := fnmatch.filter(names, pattern):
             return what, _filled(hint, folder, found[0])
     if found := fnmatch.filter(names, "*.safetensors"):
@@ -140,8 +68,14 @@ def foreign_folder(folder: Path, endings: tuple[str, ...] = ()) -> tuple[str | N
     return None, "there are no safetensors weights here: `hf download ORG/NAME` fetches those of a Hub model"
 
 
+@functools.cache
+def _known() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("file_kinds.toml").read_text(encoding="utf-8"))
+
+
 def _filled(hint: str, path: str | os.PathLike[str], first: str = "") -> str:
     """A hint with the words of a command quoted for a shell."""
+    hint = re.sub("{([A-Z]+)}", lambda found: _known()["hints"][found[1]], hint)
     place = hub_place(os.fspath(path))
     folder, name = os.path.split(place)
     values = {"path": place, "folder": folder or ".", "name": name, "first": first}
@@ -155,27 +89,6 @@ KINDS = {
     "neuron_scores": "a scores file",
 }
 _CHECKPOINT, _ADAPTER = "a checkpoint", "a PEFT adapter"
-
-_ORDER = "the base comes first, and patches after it"
-
-#: What helps, by the key of what was wanted ("" for a checkpoint), and by what was found; "": anything else.
-_INSTEAD = {
-    "neuron_patch": {
-        "a scores file": "cut it out: `neftsurgery extract BASE TUNED --scores {path} --neurons 3% -o PATCH`",
-        "a selection": "cut it out: `neftsurgery extract BASE TUNED --selection {path} -o PATCH`",
-        _ADAPTER: "make a patch of its folder: `neftsurgery extract BASE ADAPTER --changed -o PATCH`",
-        "": f"{_ORDER}; make a patch: `neftsurgery extract BASE TUNED --neurons 3% -o PATCH`",
-    },
-    "neuron_selection": {
-        "a scores file": "choose from it: `neftsurgery select {path} --neurons 3% -o SELECTION`",
-        "": "make one: `neftsurgery select SCORES --neurons 3% -o SELECTION`",
-    },
-    "neuron_scores": {"": "make one: `neftsurgery diff BASE TUNED -o SCORES`"},
-    "": {
-        "a neuron patch": f"{_ORDER}: `neftsurgery apply BASE {{path}} -o OUT`",
-        "": "see what it holds: `neftsurgery inspect {path}`",
-    },
-}
 
 
 def tensor_kind(metadata: Mapping[str, str], names: Iterable[str] = ()) -> str:
@@ -191,7 +104,7 @@ def what_helps(key: str, found: str, path: str | os.PathLike[str] | None) -> str
 
     The key ``""`` stands for a checkpoint. None for files that no user makes, such as journals.
     """
-    hints = _INSTEAD.get(key, {})
+    hints = _known()["instead"].get(key, {})
     hint = hints.get(found, hints.get(""))
     return None if hint is None else _filled(hint, path or "FILE")
 

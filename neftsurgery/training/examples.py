@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -21,18 +24,31 @@ from .recipe import Recipe
 IGNORED = -100
 """The label of a token without loss, as torch expects it."""
 
-Example: TypeAlias = dict[str, list[int]]
-"""``input_ids``, and ``labels`` of the same length: the token, or `IGNORED`."""
+
+class Example(TypedDict):
+    """One row of a batch."""
+
+    input_ids: list[int]
+    labels: list[int]  # of the same length: the token, or `IGNORED`
+    position_ids: NotRequired[list[int]]  # of packed examples: each begins at 0
+    preference: NotRequired[
+        Mapping[str, Any]
+    ]  # the row that DPO learns from; the tokens are the chosen answer
 
 
 @dataclass(frozen=True)
 class Examples:
     """The examples of a run."""
 
-    # The examples to learn, and those that the dev loss is measured on. ``dev`` may be empty.
+    # The examples to learn, and those that the dev loss is measured on, by set; there may be none.
     train: Sequence[Example]
-    dev: Sequence[Example]
+    dev_sets: Mapping[str, Sequence[Example]]
     warnings: tuple[str, ...] = ()  # sentences for the user
+
+    @property
+    def dev(self) -> list[Example]:
+        """The examples of all dev sets."""
+        return [example for one in self.dev_sets.values() for example in one]
 
     @property
     def tokens(self) -> int:
@@ -46,34 +62,34 @@ class Examples:
 
     def digest(self) -> str:
         """A hash of all tokens and labels."""
-        digest = xxhash.xxh3_128()
-        for example in (*self.train, {"input_ids": [-1], "labels": [-1]}, *self.dev):
+        digest, border = xxhash.xxh3_128(), Example(input_ids=[-1], labels=[-1])
+        for example in (*self.train, border, *self.dev):
             for ids in (example["input_ids"], example["labels"]):
                 digest.update(np.array([len(ids), *ids], np.int64).tobytes())
+            if "preference" in example:
+                digest.update(json.dumps(example["preference"]).encode())
         return digest.hexdigest()
 
 
 def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
     """The examples of a recipe. Without ``data.eval``, a share of them is held back for the dev loss."""
-    data = recipe.data
+    data, seed = recipe.data, recipe.train.seed
     splits = data.long == "split"
     encoder = Encoder(tokenizer, loss_on=data.loss_on, max_length=data.max_length, splits=splits)
     template = PromptTemplate.of(data.prompt, data.completion)
-    read = partial(read_raw_examples, subset=data.subset, template=template)
-    sets = [encoder.encode(read(name, data.split, limit=data.limit)) for name in data.names]
-    train, warnings = _mixed(sets, data.train, recipe.train.seed), []
-    if (whole := sum(map(len, sets))) > len(train):
+    kinds = ("preference",) if recipe.train.method == "dpo" else ("prompt", "messages", "text")
+    read = partial(read_raw_examples, subset=data.subset, template=template, kinds=kinds)
+    sets = {name: encoder.encode(read(name, data.split, limit=data.limit)) for name in data.names}
+    dev = {name: encoder.encode(read(name, data.eval_split)) for name in data.eval_names}
+    if not dev:
+        halves = {name: _held_back(one, data.eval_share, seed) for name, one in sets.items()}
+        sets = {name: rest for name, (rest, _) in halves.items()}
+        dev = {name: held for name, (_, held) in halves.items() if held}
+    train, warnings = _mixed(list(sets.values()), data.train, seed), []
+    if (whole := sum(map(len, sets.values()))) > len(train):
         warnings.append(
             f"data.train mixes {len(train)} of {whole} examples, until the first set is exhausted"
         )
-    dev: list[Example] = []
-    if data.eval is not None:
-        dev = encoder.encode(read(data.eval, data.eval_split))
-    elif held := round(data.eval_share * len(train)):
-        order = list(range(len(train)))
-        random.Random(recipe.train.seed).shuffle(order)
-        dev = [train[n] for n in sorted(order[:held])]
-        train = [train[n] for n in sorted(order[held:])]
     if encoder.long:
         done = "split" if splits else "truncated"
         warnings.append(f"{encoder.long} examples are longer than data.max_length and were {done}")
@@ -83,7 +99,38 @@ def read_examples(recipe: Recipe, tokenizer: Any) -> Examples:
         warnings.append(
             "there are too few examples to hold any back: there is no dev loss, and no best patch"
         )
-    return Examples(train, dev, tuple(warnings))
+    stems = [Path(name).stem for name in dev]
+    if len(set(stems)) == len(stems):
+        dev = dict(zip(stems, dev.values(), strict=True))
+    return Examples(list(_packed(train, data.max_length)) if data.packing else train, dev, tuple(warnings))
+
+
+def _held_back(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and a share of them that is held back."""
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    held = set(order[: round(share * len(order))])
+    return [examples[n] for n in sorted(set(order) - held)], [examples[n] for n in sorted(held)]
+
+
+def _packed(examples: Sequence[Example], most: int) -> Iterator[Example]:
+    """Rows of at most ``most`` tokens: the longest examples first, each where it just fits."""
+    rows: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # free tokens and number of each row, ascending
+    for example in sorted(examples, key=lambda one: -len(one["input_ids"])):
+        size = len(example["input_ids"])
+        place = bisect_left(room, (size, 0))
+        free, number = room.pop(place) if place < len(room) else (most, len(rows))
+        if number == len(rows):
+            rows.append([])
+        rows[number].append(example)
+        insort(room, (free - size, number))
+    for row in rows:
+        yield Example(
+            input_ids=[token for one in row for token in one["input_ids"]],
+            labels=[label for one in row for label in (IGNORED, *one["labels"][1:])],
+            position_ids=[position for one in row for position in range(len(one["input_ids"]))],
+        )
 
 
 def _mixed(sets: Sequence[list[Example]], weights: object, seed: int) -> list[Example]:
@@ -102,6 +149,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, loss_on: str, max_length: int, splits: bool = False) -> None:
         self._tokenizer = tokenizer
         self._learns_all = loss_on == "all"
+        self._learns_masks = loss_on == "assistant_masks"
         self._max_length = max_length
         self._splits = splits
         self.long = 0  # how many examples were longer than ``max_length``
@@ -109,7 +157,9 @@ class Encoder:
 
     def encode(self, raw_examples: Sequence[RawExample]) -> list[Example]:
         """The examples that have a token to learn; a `UsageError` if none is left."""
-        encoders = {"prompt": self._completion, "messages": self._chat, "text": self._text}
+        encoders = {
+            "prompt": self._completion, "messages": self._chat, "text": self._text, "preference": self._chosen
+        }  # fmt: skip
         examples = []
         for raw in raw_examples:
             ids, learned = encoders[raw.kind](raw)
@@ -120,7 +170,9 @@ class Encoder:
             most = self._max_length
             self.long += len(ids) > most
             for start in range(0, len(ids), most) if self._splits else (0,):
-                piece = {"input_ids": ids[start : start + most], "labels": labels[start : start + most]}
+                piece = Example(input_ids=ids[start : start + most], labels=labels[start : start + most])
+                if raw.kind == "preference":
+                    piece["preference"] = raw.content
                 if any(label != IGNORED for label in piece["labels"][1:]):  # nothing predicts the first token
                     examples.append(piece)
                 else:
@@ -160,6 +212,8 @@ class Encoder:
                 hint="write prompt and completion instead",
             )
         messages = raw.content["messages"]
+        if self._learns_masks:
+            return self._masked(raw)
         ids = self._template(raw, messages)
         learned = [False] * len(ids)
         for number, message in enumerate(messages):
@@ -175,6 +229,27 @@ class Encoder:
                 start, stop = _common_prefix(before, ids), min(len(after), len(ids))
                 learned[start:stop] = [True] * (stop - start)
         return ids, learned
+
+    def _chosen(self, raw: RawExample) -> tuple[list[int], list[bool]]:
+        """The chosen answer of a preference, as the example that it is."""
+        prompt, chosen = raw.content.get("prompt"), raw.content["chosen"]
+        if isinstance(chosen, str):
+            return self._completion(replace(raw, content={"prompt": prompt, "completion": chosen}))
+        return self._chat(replace(raw, content={**raw.content, "messages": [*(prompt or []), *chosen]}))
+
+    def _masked(self, raw: RawExample) -> tuple[list[int], list[bool]]:
+        """What lies in the chat template's ``{% generation %}`` blocks is learned."""
+        tools = raw.content.get("tools") or None
+        encoded = self._tokenizer.apply_chat_template(
+            raw.content["messages"], tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        if not any(encoded["assistant_masks"]):
+            raise UsageError(
+                "the chat template marks no answer, and data.loss_on is assistant_masks",
+                file=raw.file,
+                hint="give the template {% generation %} blocks, or set data.loss_on: completions",
+            )
+        return list(encoded["input_ids"]), [bool(one) for one in encoded["assistant_masks"]]
 
     def _template(self, raw: RawExample, messages: Sequence[Any], **options: Any) -> list[int]:
         from jinja2 import TemplateError
@@ -199,19 +274,49 @@ def _common_prefix(some: Sequence[int], others: Sequence[int]) -> int:
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
-    """A batch of ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[examples, longest]``."""
+    """A batch of ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[examples, longest]``.
+
+    Packed examples have ``position_ids`` in place of the mask: from them, transformers tells where one ends.
+    """
 
     def padded(rows: list[list[int]], fill: int) -> Tensor:
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
 
-    return {
+    batch = {
         "input_ids": padded([e["input_ids"] for e in examples], padding),
-        "attention_mask": padded([[1] * len(e["input_ids"]) for e in examples], 0),
         "labels": padded([e["labels"] for e in examples], IGNORED),
     }
+    if "position_ids" in examples[0]:
+        return batch | {"position_ids": padded([e["position_ids"] for e in examples], 0)}
+    return batch | {"attention_mask": padded([[1] * len(e["input_ids"]) for e in examples], 0)}
 
 
 def collator(tokenizer: Any) -> Callable[[Any], dict[str, Tensor]]:
     """`collate` with the padding token of a tokenizer."""
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return partial(collate, padding=padding or 0)
+
+
+def require_separate(model: Any, packed: Sequence[Example]) -> None:
+    """Raise a `UsageError` unless a model reads packed examples as it reads each alone."""
+    row = next((e for e in packed if e["position_ids"].count(0) > 1), None)
+    if row is None:
+        return
+    border = row["position_ids"].index(0, 1)
+    stop = border + max(row["position_ids"][border:]) + 1  # the second is the longest of the rest
+    ids, positions = (torch.tensor([row[key]], device=model.device) for key in ("input_ids", "position_ids"))
+    model.config.use_cache = False  # with a cache, transformers reads them as one
+    model.eval()
+    with torch.no_grad():
+        alone = model(input_ids=ids[:, border:stop]).logits
+        try:
+            together = model(input_ids=ids[:, :stop], position_ids=positions[:, :stop]).logits[:, border:]
+        except TypeError:  # it has no positions
+            together = torch.zeros_like(alone)
+    apart = float((together - alone).float().norm() / alone.float().norm())
+    if apart > max(1e-3, 4 * torch.finfo(alone.dtype).eps):
+        raise UsageError(
+            "this model reads packed examples as one text",
+            found=f"answers that differ by {apart:.1%}",
+            hint="set data.packing: false, or another train.attn_implementation",
+        )

@@ -11,8 +11,9 @@ orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte 
 ``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
 which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
 
-Neither needs a second model or an optimizer. Both free the gradient of a weight once it is counted. The
-scores are written in the format of `neftsurgery.diff`.
+``gradient_over_weight``: the root of that over the norm of the vector, after GaLLoP (Choudhary et al., 2025).
+
+None needs a second model or an optimizer; all free the gradient of a weight once it is counted.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 _LARGEST = float(np.finfo(np.float32).max)
 #: Batches of a gradient probe, or steps of the fine-tune, if the recipe gives no number.
 STEPS = 100
-_SCORES = {"gradients": "gradient", "fisher": "fisher"}
+_SCORES = {"gradients": "gradient"}  # of probes that are not called as their scores
 
 
 class _Signs:
@@ -96,7 +97,7 @@ class _Squares:
     """The sum over batches of one weight's squared gradient, per neuron."""
 
     def __init__(self, weight: Tensor, layout: Layout) -> None:
-        self._layout = layout
+        self._weight, self._layout = weight.detach(), layout
         self.total = torch.zeros(layout.count, dtype=torch.float64)
         self.count = 0
 
@@ -115,7 +116,24 @@ class _Squares:
         return squares
 
 
-_SUMS: dict[str, type[_Signs] | type[_Squares]] = {"gradient": _Signs, "fisher": _Squares}
+class _Ratios(_Squares):
+    """As `_Squares`, with the square of each neuron's vector."""
+
+    def sums(self, batches: int) -> Float64Array:
+        """Per neuron, ``[2, n]``."""
+        squares = _total(self._weight.float().square(), self._layout)
+        return np.stack([self.total.numpy(), squares.cpu().double().numpy()])
+
+    @staticmethod
+    def scores(sums: Float64Array) -> Float64Array:
+        """The root of the ratio, ``[n]``; 0 without a gradient."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios: Float64Array = np.minimum(np.sqrt(sums[0] / sums[1]), _LARGEST)
+        return np.nan_to_num(ratios)
+
+
+_Kind = type[_Signs] | type[_Squares]
+_SUMS: dict[str, _Kind] = {"gradient": _Signs, "fisher": _Squares, "gradient_over_weight": _Ratios}
 
 
 def _total(values: Tensor, layout: Layout) -> Tensor:
@@ -203,11 +221,6 @@ def gradient_scores(
     sums = {name: _of_file(found, live) for name, found in places.items()}
     units = _sum_units(anatomy, sums)
     values = {name: kind.scores(each) for name, each in sums.items()}
-    for tensor in anatomy.scored:
-        if tensor.part is not None:
-            values[tensor.info.name][~tensor.part.mask()] = np.nan
-        if tensor.units is not None:
-            values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     return write_scores(score, values, base, anatomy, units, out)
 
 
@@ -265,10 +278,15 @@ def write_scores(
     units: Mapping[str, NDArray[np.int64]],
     out: str | os.PathLike[str] | None = None,
 ) -> Scores:
-    """Write scores by tensor in the format of `neftsurgery.diff`; a neuron with NaN is never chosen.
+    """Write scores by tensor in the format of `neftsurgery.diff`; neurons outside the anatomy get NaN.
 
     ``units``: the unit of each neuron; the neurons of one have the same score. Without ``out``: temporary.
     """
+    for tensor in anatomy.scored:
+        if tensor.part is not None:
+            values[tensor.info.name][~tensor.part.mask()] = np.nan
+        if tensor.units is not None:
+            values[tensor.info.name][units[tensor.info.name] < 0] = np.nan
     biases = {t.bias for t in anatomy.scored if t.bias is not None}
     companions = [entry.info for entry in anatomy.listed if entry.info.name in biases]
     facts = {
@@ -331,7 +349,8 @@ def probe(
             return gradient_scores(
                 model, plan.base, plan.choice.anatomy,
                 ({name: tensor.to(device) for name, tensor in collate(batch).items()} for batch in batches),
-                directory.scores, score=_SCORES[recipe.probe.by], told=told, saved=directory.probed,
+                directory.scores, score=_SCORES.get(recipe.probe.by, recipe.probe.by),
+                told=told, saved=directory.probed,
             )  # fmt: skip
     finally:
         plan.base.close()
@@ -349,7 +368,7 @@ def _batches(plan: TrainPlan, count: int) -> list[list[Example]]:
 def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits, watcher: Watcher) -> Scores | None:
     """Fine-tune a copy of the whole model, score its change, and delete it; None if it was stopped."""
     recipe, directory = plan.recipe, plan.run_directory
-    model = plan.load_model()
+    model = plan.load_model(quantized=False)
     dtype = model.dtype
     model.to(torch.float32)  # the steps of a short fine-tune are smaller than the rounding of bfloat16
     saves = directory.probe / "trainer"
@@ -372,7 +391,9 @@ def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits, watcher: Watch
     del trainer, model
     tuned = Checkpoint.open(directory.probe / "tuned")
     sides = pair(plan.base, tuned, recipe.select.scope)
-    comparison = DiffPlan(sides, recipe.select.score or "cosine", recipe.select.seed, directory.scores)
+    comparison = DiffPlan(
+        sides, recipe.select.score or "cosine", recipe.select.seed, directory.scores, rank=recipe.select.rank
+    )
     scores = comparison.run(limits=limits)
     tuned.close()
     shutil.rmtree(directory.probe)

@@ -15,6 +15,7 @@ import numpy as np
 from ..reporting.training_record import loss_figure
 from ..tensors.document import Facts
 
+CURVE_NAME = "losses.jsonl"
 _LOG_NAMES = {
     "loss": "train_loss",
     "eval_loss": "dev_loss",
@@ -32,6 +33,7 @@ class LossPoint:
     dev_loss: float | None = None
     learning_rate: float | None = None
     gradient_norm: float | None = None
+    control_loss: float | None = None  # the dev loss of random neurons
 
     def to_json(self) -> dict[str, float]:
         """Only what was measured."""
@@ -49,10 +51,18 @@ def curve_from_log(log: Sequence[Mapping[str, Any]]) -> tuple[LossPoint, ...]:
     return tuple(points[step] for step in sorted(points))
 
 
+def dev_losses(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The dev losses in an entry of a Trainer's log, by set; that of all sets under an empty name."""
+    ends = {key: key.removeprefix("eval").removesuffix("loss").strip("_") for key in entry}
+    return {
+        name: entry[key] for key, name in ends.items() if key.startswith("eval_") and key.endswith("_loss")
+    }
+
+
 def losses_of(points: Sequence[LossPoint], most: int = 200) -> list[LossPoint]:
     """The losses alone, evenly thinned to ``most`` points: dev losses are kept as long as they fit."""
     kept = [
-        LossPoint(point.step, point.train_loss, point.dev_loss)
+        dataclasses.replace(point, learning_rate=None, gradient_norm=None)
         for point in points
         if point.train_loss is not None or point.dev_loss is not None
     ]
@@ -73,6 +83,14 @@ def write_curve(points: Sequence[LossPoint], path: Path, mode: str = "w") -> Non
     """Write one JSON object per line; with mode ``a``, below what is there."""
     with open(path, mode, encoding="utf-8") as file:
         file.writelines(json.dumps(point.to_json()) + "\n" for point in points)
+
+
+def with_control(points: Sequence[LossPoint], file: Path) -> tuple[LossPoint, ...]:
+    """A curve with the dev losses of a control, whose curve `write_curve` has written to ``file``."""
+    control = {one["step"]: one.get("dev_loss") for one in map(json.loads, file.read_text().splitlines())}
+    merged = {step: LossPoint(step) for step, loss in control.items() if loss is not None}
+    merged |= {point.step: point for point in points}
+    return tuple(dataclasses.replace(merged[step], control_loss=control.get(step)) for step in sorted(merged))
 
 
 def plot_curve(points: Sequence[LossPoint], path: Path) -> bool:

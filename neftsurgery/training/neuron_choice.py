@@ -9,15 +9,16 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_same_files
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
-from ..options import PrefixOptions, declared
+from ..options import PrefixOptions, Scope, declared
 from ..progress import Progress
 from ..scoring.scores import Scores
 from ..selection.budget import Budget
 from ..selection.selection import Selection
 from ..storage.threads import Limits
-from ..surgery.extract import plan_extract
+from ..surgery.diff import DiffPlan
+from ..surgery.extract import ExtractPlan, plan_extract
 from ..surgery.pairing import pair, scored_count
-from .recipe import Recipe, Select
+from .recipe import PROBES, Recipe, Select
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,19 @@ def budget_of(select: Select) -> dict[str, Any]:
 def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress: Progress) -> NeuronChoice:
     """Choose the neurons if files suffice for that; a selection or scores must fit the base."""
     by, path, select = recipe.probe.by, recipe.probe.path, recipe.select
-    if by in ("gradients", "fisher", "finetune"):
+    if by in PROBES:
         anatomy = pair(base, base, select.scope).anatomy
         budget = Budget.of(**budget_of(select))  # an unreadable selection is found here, not after the probe
         neurons = anatomy.unit_count or sum(scored_count(tensor) for tensor in anatomy.scored)
         return NeuronChoice(anatomy=anatomy, warnings=(*anatomy.warnings, *budget.warnings(neurons)))
+    path = recipe.model if by == "weights" else path
     assert path is not None  # check_recipe has made sure
-    if by == "tuned":
-        options = budget_of(select) | asdict(select.scope) | {"score": select.score or "cosine"}
+    if by in ("tuned", "weights"):
+        score = {"score": select.score or "cosine", "rank": select.rank}
+        options = budget_of(select) | asdict(select.scope) | score
         options |= {name: getattr(recipe.probe, name) for name in declared(PrefixOptions)}
         plan = plan_extract(recipe.model, path, limits=limits, progress=progress, **options)
+        assert isinstance(plan, ExtractPlan)  # which is not lossless
         return NeuronChoice(plan.selection, scores=plan.scores, warnings=tuple(plan.warnings))
     if by == "scores":
         with Scores.load(path) as scores:
@@ -90,3 +94,15 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
         selection, warnings = Selection.load(path), ()
     selection.require_fit(base)
     return NeuronChoice(selection, warnings=warnings)
+
+
+def random_control(recipe: Recipe, base: Checkpoint, selection: Selection) -> Selection:
+    """As many random neurons of the same anatomy: as many in each tensor, or units of as many parameters."""
+    scope, facts = recipe.select.scope, selection.facts
+    if recipe.probe.by in ("scores", "selection"):  # the recipe does not say
+        axis = {name: list(chosen.layout.axes) for name, chosen in selection.own.items()}
+        scope = Scope(facts.anatomy or "rows", axis=axis, include=list(axis))
+    biased = bool(facts.companion_biases)
+    with DiffPlan(pair(base, base, scope), "random", alone=True).run() as scores:
+        budget: dict[str, Any] = {"params": selection.parameters} if scores.units else {"like": selection}
+        return scores.select(policy="random", seed=recipe.select.seed + 1, with_bias=biased, **budget)

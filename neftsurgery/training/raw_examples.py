@@ -6,7 +6,7 @@ import csv
 import json
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from ..sources.resolve import is_hub_id
 from ..tensors.document import MAX_OBJECT_BYTES
 from ..tensors.json_text import loads
 
+#: The kinds of rows, each told by a key, and how messages call them.
+_KINDS = {
+    "preference": ("chosen", "prompt, chosen and rejected"), "prompt": ("prompt", "prompt and completion"),
+    "messages": ("messages", "messages"), "text": ("text", "text"),
+}  # fmt: skip
 _ONE_PER_LINE = "a .jsonl file has one JSON object on each line"
 
 
@@ -26,7 +31,7 @@ class RawExample:
     file: str
     line: int
     content: Mapping[str, Any]  # the row's object
-    kind: str  # ``prompt``, ``messages`` or ``text``
+    kind: str  # one of `_KINDS`
 
     def error(self, what: str) -> MismatchError:
         """The error that this row cannot be learned from."""
@@ -40,10 +45,12 @@ def read_raw_examples(
     subset: str | None = None,
     template: PromptTemplate | None = None,
     limit: int | None = None,
+    kinds: Sequence[str] = ("prompt", "messages", "text"),
 ) -> list[RawExample]:
     """Read at most ``limit`` rows of a file, or of the ``split`` of a Hub dataset's ``subset``.
 
-    ``template`` makes prompt and completion from a row's fields. Errors name the line.
+    ``template`` makes prompt and completion from a row's fields; ``kinds`` are those that are expected.
+    Errors name the line.
     """
     if is_hub_id(named):
         lines = _hub_rows(named, subset, split)
@@ -55,7 +62,7 @@ def read_raw_examples(
         lines = readers.get(Path(named).suffix, _lines)(Path(named))
     examples = []
     for line, content in lines:
-        examples.append(_checked(named, line, content, template))
+        examples.append(_checked(named, line, content, template, kinds))
         if len(examples) == limit:
             break
     if not examples:
@@ -127,7 +134,9 @@ def _hub_rows(named: str, subset: str | None, split: str) -> Iterator[tuple[int,
     yield from enumerate(rows, 1)
 
 
-def _checked(named: str, line: int, content: Any, template: PromptTemplate | None) -> RawExample:
+def _checked(
+    named: str, line: int, content: Any, template: PromptTemplate | None, kinds: Sequence[str]
+) -> RawExample:
     if not isinstance(content, dict):
         raise _unfit(named, line, "an example must be an object", found=type(content).__name__)
     if template is not None:
@@ -136,8 +145,16 @@ def _checked(named: str, line: int, content: Any, template: PromptTemplate | Non
         except LookupError as error:
             what = f"there is no text in the field {{{error.args[0]}}} of the prompt template"
             raise _unfit(named, line, what, found=_keys(content)) from error
-    kind = next((kind for kind in ("prompt", "messages", "text") if content.get(kind) is not None), "")
+    kind = next((kind for kind, (key, _) in _KINDS.items() if content.get(key) is not None), "")
     example = RawExample(named, line, content, kind)
+    if kind not in kinds:
+        hint = "data.prompt and data.completion of the recipe make these from other fields"
+        if "preference" in (kind, *kinds):
+            hint = "preferences are learned with train.method: dpo, and nothing else is"
+        expected = ", or ".join(_KINDS[one][1] for one in kinds)
+        raise _unfit(named, line, f"expected {expected}; found {_keys(content)}", hint=hint)
+    if kind == "preference":
+        _check_preference(example)
     if kind == "prompt" and not all(isinstance(content.get(key), str) for key in ("prompt", "completion")):
         raise example.error("prompt and completion must be two texts")
     if kind == "prompt" and not content["completion"]:
@@ -146,14 +163,17 @@ def _checked(named: str, line: int, content: Any, template: PromptTemplate | Non
         _check_messages(example)
     if kind == "text" and not isinstance(content["text"], str):
         raise example.error("text must be a text")
-    if not kind:
-        raise _unfit(
-            named,
-            line,
-            f"expected prompt and completion, or messages, or text; found {_keys(content)}",
-            hint="data.prompt and data.completion of the recipe make these from other fields",
-        )
     return example
+
+
+def _check_preference(example: RawExample) -> None:
+    prompt, *answers = (example.content.get(key) for key in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, str) and all(isinstance(one, str) and one for one in answers):
+        return
+    for answer in answers:
+        if not isinstance(answer, list) or not isinstance(prompt, list | None):
+            raise example.error("prompt, chosen and rejected must be texts, or lists of messages")
+        _check_messages(replace(example, content={"messages": [*(prompt or []), *answer]}))
 
 
 def _unfit(file: str, line: int, what: str, **more: Any) -> MismatchError:

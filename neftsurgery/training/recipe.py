@@ -20,6 +20,8 @@ from ..sources.resolve import is_hub_id
 
 PATH_KEYS = ("model", "out", "data.train", "data.eval", "probe.path", "select.like")
 """The keys whose values are paths. All but ``out`` may also be Hub ids."""
+PROBES = ("gradients", "fisher", "gradient_over_weight", "finetune")
+"""The values of ``probe.by`` that need the live model."""
 
 
 def key(default: Any, text: str, **bounds: float) -> Any:
@@ -37,18 +39,23 @@ class Data:
         "A .jsonl, .csv or .parquet file or a Hub dataset, of prompt and completion, messages, or text; "
         "a list of these; or these with weights, {a.jsonl: 3, b.jsonl: 1}.",
     )
-    eval: str | None = key(None, "Examples for the dev loss. Without it, a share of train is held back.")
+    eval: str | list[str] | None = key(
+        None, "Examples for the dev loss, of each set. Without it, a share of each set of train is held back."
+    )
     prompt: str | None = key(None, "The prompt of rows with other fields, as in 'Question: {question}'.")
     completion: str | None = key(None, "What is to be learned of such rows, as in ' {answer}'.")
     subset: str | None = key(None, "The configuration of a Hub dataset.")
     split: str = key("train", "The split of a Hub dataset to train on.")
     eval_split: str = key("validation", "The split of a Hub dataset for the dev loss.")
     eval_share: float = key(0.05, "The share to hold back if there is no eval. 0: no dev loss.", least=0)
-    loss_on: Literal["completions", "all"] = key(
-        "completions", "The loss is on completions and on what the assistant says, or on every token."
+    loss_on: Literal["completions", "all", "assistant_masks"] = key(
+        "completions",
+        "The loss is on completions and on what the assistant says, on every token, or on what the chat "
+        "template marks by {% generation %}.",
     )
     max_length: int = key(1024, "The most tokens of an example.", above=0)
     long: Literal["truncate", "split"] = key("truncate", "What becomes of longer examples.")
+    packing: bool = key(False, "Put several examples into each row of max_length tokens; none sees another.")
     limit: int | None = key(None, "Read at most this many examples of each set to train on.", above=0)
 
     @property
@@ -56,15 +63,23 @@ class Data:
         """The sets to train on."""
         return [self.train] if isinstance(self.train, str) else list(self.train)
 
+    @property
+    def eval_names(self) -> list[str]:
+        """The sets of the dev loss, if they are given."""
+        return [self.eval] if isinstance(self.eval, str) else self.eval or []
+
 
 @dataclass(frozen=True)
 class Probe:
     """How to find out which neurons matter."""
 
-    by: Literal["gradients", "fisher", "finetune", "tuned", "scores", "selection"] = key(
+    by: Literal[
+        "gradients", "fisher", "gradient_over_weight", "finetune", "weights", "tuned", "scores", "selection"
+    ] = key(
         "gradients",
-        "How far gradients would turn each neuron, or their squares (fisher); the change by a short full "
-        "fine-tune, which is then deleted (finetune); or by a file at path.",
+        "How far gradients would turn each neuron, their squares (fisher), or their size over the neuron's "
+        "(gradient_over_weight); the change by a short full fine-tune, which is then deleted (finetune); the "
+        "base alone, by a select.score such as magnitude (weights); or by a file at path.",
     )
     path: str | None = key(None, "The fine-tune, scores file or selection file.")
     steps: int | None = key(None, "Batches of gradients, or steps of the fine-tune. Default: 100.", above=0)
@@ -88,12 +103,16 @@ class Select:
     changed: bool = False
     like: str | None = None
     per: Literal["model", "layer", "tensor"] | None = None
+    allocate: Literal["size", "equal", "scores"] | None = None
     max_per_tensor: int | None = None
     policy: Literal["sensitive", "reversed", "random"] | None = None
     with_bias: bool = False
     seed: int = 0
     anatomy: Literal["rows", "ffn", "units"] = "units"
-    score: Literal["cosine", "l2", "relative", "changed", "random", "norm"] | None = None
+    score: Literal["cosine", "l2", "relative", "changed", "magnitude", "lowrank", "norm", "random"] | None = (
+        None
+    )
+    rank: int = key(32, "The rank of score: lowrank.", above=0)
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     only: list[str] = field(default_factory=list)
@@ -115,6 +134,9 @@ class Select:
 class Train:
     """How to train."""
 
+    method: Literal["sft", "dpo"] = key(
+        "sft", "Learn the examples, or preferences (rows of prompt, chosen, rejected) by TRL's DPOTrainer."
+    )
     steps: int | None = key(None, "Optimizer steps. Default: as many as epochs take.", above=0)
     epochs: float = key(1.0, "Passes over the examples.", above=0)
     batch_size: int = key(8, "Examples per batch.", above=0)
@@ -133,6 +155,10 @@ class Train:
         "auto", "Of the model; auto: as in its files."
     )
     device: Literal["auto", "cpu"] = key("auto", "Where it runs; auto: a GPU if there is one.")
+    quantization: dict[str, Any] | None = key(
+        None,
+        "Quantize the frozen model, by transformers' options: {load_in_4bit: true}, {load_in_8bit: true}.",
+    )
     attn_implementation: str | None = key(None, "By transformers' name: sdpa, eager, flash_attention_2.")
     gradient_checkpointing: bool = key(False, "Compute the forward pass twice, to use less memory.")
     mode: Literal["auto", "scatter", "overlay"] = key("auto", "Whether weights hold the values: see attach.")
@@ -151,6 +177,9 @@ class Recipe:
     probe: Probe = key(MISSING, "How to find out which neurons matter.")
     select: Select = key(MISSING, "Which neurons to train and how many, as in `neftsurgery extract`.")
     train: Train = key(MISSING, "How to train.")
+    control: Literal["random"] | None = key(
+        None, "Also train as many random neurons, for comparison: into OUT/control."
+    )
     push: str | None = key(None, "Publish the patch as org/name on the Hub, once it is trained.")
 
     def to_json(self) -> dict[str, Any]:

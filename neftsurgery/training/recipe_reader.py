@@ -25,6 +25,7 @@ import yaml
 
 from ..errors import NeftError, UsageError, boundary, naming, spelled
 from ..options import Scope
+from ..scoring.sums import BASE_SCORES
 from ..selection.budget import Budget
 from .raw_examples import PromptTemplate
 from .recipe import PATH_KEYS, SECTIONS, Data, Probe, Recipe, Select, Train, as_key, known_keys, rooted
@@ -91,7 +92,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
         **{name: kind(**_values(kind, f"{name}.", values, faults)) for name, kind in SECTIONS.items()},
     )
     for sections, check in (
-        (("data",), partial(_check_data, made.data, made.train)),
+        (("data",), partial(_check_data, made.data, made.train, made.control)),
         (("probe",), partial(_check_probe, made.probe)),
         (("select", "probe"), partial(_check_select, made.select, made.probe.by)),
     ):
@@ -232,12 +233,19 @@ def _is_plain(value: Mapping[str, Any]) -> bool:
     return True
 
 
-def _check_data(data: Data, train: Train) -> None:
+def _check_data(data: Data, train: Train, control: str | None) -> None:
     if data.eval_share >= 1:
         raise UsageError("data.eval_share leaves nothing to train on", found=data.eval_share)
-    if train.early_stopping and data.eval is None and not data.eval_share:
-        raise UsageError("train.early_stopping needs a dev loss", hint="add data.eval or data.eval_share")
+    for key, value in (("train.early_stopping", train.early_stopping), ("control", control)):
+        if value and data.eval is None and not data.eval_share:
+            raise UsageError(f"{key} needs a dev loss", hint="add data.eval or data.eval_share")
     PromptTemplate.of(data.prompt, data.completion)
+    for name in ("prompt", "packing", "loss_on", "long"):
+        if train.method == "dpo" and getattr(data, name) != Data.__dataclass_fields__[name].default:
+            raise UsageError(f"data.{name} does not go with train.method: dpo")
+    for key, names in (("train", data.names), ("eval", data.eval_names)):
+        if len(set(names)) < len(names):
+            raise UsageError(f"data.{key} names a set twice", found=_shown(names))
     weights = data.train.values() if isinstance(data.train, dict) else [1] * len(data.names)
     if not weights or not all(isinstance(one, int | float) and one > 0 for one in weights):
         raise UsageError("data.train needs a set, and weights above 0", found=_shown(data.train))
@@ -258,15 +266,17 @@ def _check_probe(probe: Probe) -> None:
 def _check_select(select: Select, by: str) -> None:
     keys = dataclasses.fields(Select)
     settled = {  # by the probe or its file
-        "gradients": {"score"},
-        "fisher": {"score"},
-        "scores": {"score", *(one.name for one in dataclasses.fields(Scope))},
+        **{probe: {"score", "rank"} for probe in ("gradients", "fisher", "gradient_over_weight")},
+        "scores": {"score", "rank", *(one.name for one in dataclasses.fields(Scope))},
         "selection": {one.name for one in keys},
     }.get(by, set())
     for one in keys:
         default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
         if one.name in settled and getattr(select, one.name) != default:
             raise UsageError(f"select.{one.name} does not go with probe.by {by}")
+    if by == "weights" and select.score not in BASE_SCORES:
+        hint = f"one of {', '.join(BASE_SCORES)}"
+        raise UsageError("probe.by weights needs a select.score of the base alone", hint=hint)
     budget = select.budget
     if by != "selection" and not budget.keys() & {"neurons", "params", "threshold", "changed", "like"}:
         raise UsageError("the recipe does not say how many neurons to train", hint="add select.neurons: 3%")

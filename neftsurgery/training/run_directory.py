@@ -21,6 +21,7 @@ from ..selection.selection import Selection
 from ..storage.output import staged_file
 from ..tensors.document import read_object
 from ..tuning.trainer import last_save
+from .loss_curve import CURVE_NAME
 
 _IDENTITY = "run.json"
 _LOCK = "lock"
@@ -68,8 +69,9 @@ class RunDirectory:
         self.saves = path / "saves"  # the Trainer saves into this folder
         self.selection = path / "selection.safetensors"  # the chosen neurons, once they are chosen
         self.scores = path / "scores.safetensors"  # their scores, if the probe scored any
-        self.losses = path / "losses.jsonl"  # written as they are measured
+        self.losses = path / CURVE_NAME  # written as they are measured
         self.probe = path / "probe"  # the probe's full fine-tune, until it is scored
+        self.control = path / "control"  # what training a random control has left, once it has finished
         self.probed = path / "probe.safetensors"  # the sums of a gradient probe that was stopped
 
     @classmethod

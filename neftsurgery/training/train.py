@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -115,6 +116,7 @@ class TrainResult:
     train_loss: float | None = None
     dev_loss: float | None = None
     best_step: int | None = None
+    dev_losses: Mapping[str, float] = field(default_factory=dict)  # of each set at the best step, if several
     plotted: bool = False  # whether the loss curve was plotted
     patch_bytes: int = 0  # the size of the patch file
     pushed: str | None = None  # the address of the patch on the Hub, if the recipe has ``push``
@@ -123,6 +125,12 @@ class TrainResult:
     def base_dev_loss(self) -> float | None:
         """The dev loss before the first step."""
         return next((point.dev_loss for point in self.curve if point.step == 0), None)
+
+    @property
+    def control_dev_loss(self) -> float | None:
+        """The lowest dev loss of as many random neurons, if the recipe has a ``control``."""
+        losses = (one.control_loss for one in self.curve if one.step and one.control_loss is not None)
+        return min(losses, default=None)
 
     @property
     def patch(self) -> Path | None:
@@ -153,6 +161,8 @@ class TrainResult:
             "train_loss": self.train_loss,
             "base_dev_loss": self.base_dev_loss,
             "dev_loss": self.dev_loss,
+            "dev_losses": dict(self.dev_losses),
+            "control_dev_loss": self.control_dev_loss,
             "best_step": self.best_step,
             "out": str(self.out) if self.finished else None,
             "bytes": self.patch_bytes,

@@ -22,7 +22,7 @@ from ..checkpoint.provenance import fingerprint
 from ..errors import NeftError, UsageError, boundary, spelled
 from ..hub.push import push
 from ..hub.repository import MAIN, read_repository
-from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
+from ..live.loading import load_model, load_tokenizer, meta_model, require_quantization, without_progress_bars
 from ..live.placement import live_places
 from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
@@ -34,10 +34,18 @@ from ..storage.output_checks import refuse_output
 from ..storage.threads import Limits
 from ..tuning.attached import Attached, attach
 from ..tuning.trainer import last_save
-from .examples import Examples, read_examples
+from .examples import Examples, read_examples, require_separate
 from .gradient_probe import probe
-from .loss_curve import curve_from_log, losses_of, plot_curve, write_curve
-from .neuron_choice import NeuronChoice, budget_of, choose_from_files
+from .loss_curve import (
+    CURVE_NAME,
+    curve_from_log,
+    dev_losses,
+    losses_of,
+    plot_curve,
+    with_control,
+    write_curve,
+)
+from .neuron_choice import NeuronChoice, budget_of, choose_from_files, random_control
 from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
@@ -87,12 +95,14 @@ class TrainPlan:
         }  # fmt: skip
         return trainer_arguments(self.recipe, saves, **(ours | options))
 
-    def load_model(self) -> Any:
-        """The model with its weights, as the recipe asks for it."""
+    def load_model(self, *, quantized: bool = True) -> Any:
+        """The model with its weights, as the recipe asks for it; ``quantized``: if it asks for that."""
         train = self.recipe.train
-        return load_model(
-            self.base, "causal_lm", dtype=train.dtype, attn_implementation=train.attn_implementation
-        )
+        options: dict[str, Any] = {"dtype": train.dtype, "attn_implementation": train.attn_implementation}
+        if quantized and train.quantization is not None:
+            options["quantization_config"] = dict(train.quantization)
+            options["device_map"] = "cpu" if train.device == "cpu" else None
+        return load_model(self.base, "causal_lm", **options)
 
     def describe(self) -> dict[str, Any]:
         """For JSON, and for ``--dry-run``."""
@@ -131,26 +141,49 @@ class TrainPlan:
         ``report`` gets where the run is and its figures, such as the loss; ``note`` gets sentences; ``stop``
         is asked after every step: True saves and stops the run.
         """
+        watcher = Watcher(progress, report, note, stop)
+        with _quiet_transformers():
+            result = self._run(watcher, limits or Limits.of())
+        if self.recipe.push is None or result.patch is None or int(os.environ.get("RANK") or 0):
+            return result
+        try:
+            return replace(result, pushed=push(result.patch, self.recipe.push, progress=progress).url)
+        except NeftError as error:
+            error.hint = f"the patch is written: neftsurgery push {result.patch} {self.recipe.push}"
+            raise
+
+    def _run(self, watcher: Watcher, limits: Limits, model: Any = None) -> TrainResult:
+        """Train, from the base's live model."""
         start = time.perf_counter()
-        directory, args = self.run_directory, self.trainer_arguments(self.run_directory.saves)
+        directory, mode, skip = self.run_directory, self.recipe.train.mode, self.recipe.train.skip
+        args = self.trainer_arguments(directory.saves)
         first = args.process_index == 0
-        watcher = Watcher(progress, report, note, stop) if first else Watcher(stop=stop)
-        with ExitStack() as stack, _quiet_transformers():
+        watcher = watcher if first else Watcher(stop=watcher.stop)
+        mode = "overlay" if mode == "auto" and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP")) else mode
+        with ExitStack() as stack:
             with args.main_process_first(local=False):  # the others wait until neurons are chosen
                 if first:
                     stack.enter_context(directory.opened(self.identity, restart=self.restart))
                 save, resumed_from = last_save(directory.saves), directory.last_step
                 args.eval_on_start = bool(self.examples.dev) and save is None
-                model, selection = self.load_model(), directory.load_selection()
-                if selection is None and first:
-                    selection = _choose(self, model, args.device, limits or Limits.of(), watcher)
+                selection = directory.load_selection()
+                probes = selection is None and self.choice.selection is None  # it takes plain weights
+                model = model or self.load_model(quantized=not probes)
+                if self.recipe.data.packing:
+                    require_separate(model, self.examples.train)
+                selection = selection or (_choose(self, model, args, limits, watcher) if first else None)
+            stopped = TrainResult(self.out, directory.path, 0, self.steps, 0, False, Selection({}, {}), ())
             if selection is None:
-                return TrainResult(self.out, directory.path, 0, self.steps, 0, False, Selection({}, {}), ())
-            mode, skip = self.recipe.train.mode, self.recipe.train.skip
-            if mode == "auto" and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"):
-                mode = "overlay"
+                return stopped
+            if probes and self.recipe.train.quantization is not None:
+                del model
+                model = self.load_model()
+            if self.recipe.control and not directory.control.exists():
+                watcher.note("training as many random neurons first, as a control")
+                if not self._control(selection)._run(watcher.of("control"), limits, model).finished:
+                    return replace(stopped, selection=selection)
             with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
-                with progress("training", self.steps - resumed_from) as advance:
+                with watcher.progress("training", self.steps - resumed_from) as advance:
                     callback = RunCallback(watcher, advance, directory.losses if first else None)
                     trainer = make_trainer(self, attached, args, callback)
                     trainer.train(resume_from_checkpoint=None if save is None else str(save))
@@ -163,13 +196,14 @@ class TrainPlan:
                     return result
                 result = _publish(self, attached, result, time.perf_counter() - start)
             directory.remove()
-        if self.recipe.push is None or result.patch is None:
-            return result
-        try:
-            return replace(result, pushed=push(result.patch, self.recipe.push, progress=progress).url)
-        except NeftError as error:
-            error.hint = f"the patch is written: neftsurgery push {result.patch} {self.recipe.push}"
-            raise
+        return result
+
+    def _control(self, selection: Selection) -> TrainPlan:
+        """The plan of the random control. Its OUT lies in the run directory."""
+        out, quiet = str(self.run_directory.control), replace(self.recipe.train, report_to=[])
+        recipe = replace(self.recipe, control=None, push=None, out=out, train=quiet)
+        choice = NeuronChoice(random_control(self.recipe, self.base, selection))
+        return replace(self, recipe=recipe, choice=choice, resumes=None, force=True)
 
 
 @boundary
@@ -194,6 +228,8 @@ def plan_train(
         raise UsageError("push is not the name of a repository", found=asked.push, hint="name it as org/name")
     if asked.push is not None:
         read_repository(asked.push, MAIN)  # not only after hours of training
+    if asked.train.quantization is not None:
+        require_quantization(asked.train.quantization)
     base = Checkpoint.open(asked.model)
     _refuse_out(asked, base, force)
     tokenizer = load_tokenizer(base)
@@ -212,8 +248,7 @@ def plan_train(
             with in_recipe_words():
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
         if choice.selection is None and asked.probe.by == "finetune" and processes() > 1:
-            hint = "set probe.by to gradients, or start the run in one process until neurons are chosen"
-            raise UsageError("a probe that fine-tunes runs in one process", hint=hint)
+            raise UsageError("a probe that fine-tunes runs in one process", hint="set probe.by to gradients")
         if asked.train.skip is None:  # refuses what the live model lacks
             live_places(meta_model(base, "causal_lm"), choice.layouts)
     finally:
@@ -253,7 +288,8 @@ def _steps(recipe: Recipe, examples: int) -> int:
 
 
 def _refuse_out(recipe: Recipe, base: Checkpoint, force: bool) -> None:
-    named = [recipe.model, *recipe.data.names, recipe.data.eval, recipe.probe.path, recipe.select.like]
+    data = recipe.data
+    named = [recipe.model, *data.names, *data.eval_names, recipe.probe.path, recipe.select.like]
     inputs = [base.source.path, *(Path(one) for one in named if one is not None and not is_hub_id(one))]
     refuse_output(recipe.out, inputs=inputs, force=force, kind="directory")
 
@@ -266,6 +302,9 @@ def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdenti
 
 def _result(plan: TrainPlan, state: Any, begun: int, finished: bool, selection: Selection) -> TrainResult:
     curve, dev = curve_from_log(state.log_history), bool(plan.examples.dev)
+    if plan.recipe.control is not None:
+        curve = with_control(curve, plan.run_directory.control / CURVE_NAME)
+    best = [dev_losses(entry) for entry in state.log_history if entry["step"] == state.best_global_step]
     return TrainResult(
         out=plan.out,
         run_directory=plan.run_directory.path,
@@ -278,6 +317,7 @@ def _result(plan: TrainPlan, state: Any, begun: int, finished: bool, selection: 
         train_loss=next((p.train_loss for p in reversed(curve) if p.train_loss is not None), None),
         dev_loss=state.best_metric if dev else None,
         best_step=state.best_global_step if dev else None,
+        dev_losses={name: loss for found in best for name, loss in found.items() if name},
     )
 
 
@@ -295,12 +335,12 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _choose(
-    plan: TrainPlan, model: Any, device: torch.device, limits: Limits, watcher: Watcher
+    plan: TrainPlan, model: Any, args: TrainingArguments, limits: Limits, watcher: Watcher
 ) -> Selection | None:
     """Choose the neurons, and keep them in the run directory; None if the probe was stopped."""
     selection, scores, directory = plan.choice.selection, plan.choice.scores, plan.run_directory
     if selection is None:
-        probed = probe(plan, model, device, limits=limits, watcher=watcher)
+        probed = probe(plan, model, args.device, limits=limits, watcher=watcher)
         if probed is None:
             return None
         with probed:
@@ -327,6 +367,8 @@ def _training_facts(plan: TrainPlan, result: TrainResult, seconds: float) -> dic
         "train_loss": result.train_loss,
         "base_dev_loss": result.base_dev_loss,
         "dev_loss": result.dev_loss,
+        "control_dev_loss": result.control_dev_loss,
+        "dev_losses": result.dev_losses or None,
         "best_step": result.best_step,
         "curve": [point.to_json() for point in losses_of(result.curve)],
         "seconds": round(seconds, 3),
@@ -347,7 +389,10 @@ def _publish(plan: TrainPlan, attached: Attached, result: TrainResult, seconds: 
             shutil.copyfile(plan.run_directory.scores, folder / "scores.safetensors")
         if (runs := plan.run_directory.saves / "runs").exists():  # TensorBoard's
             shutil.copytree(runs, folder / "runs")
-        write_curve(result.curve, folder / "losses.jsonl")
+        if plan.recipe.control is not None:
+            ignored = shutil.ignore_patterns("recipe.yaml")  # its names are of the run directory
+            shutil.copytree(plan.run_directory.control, folder / "control", ignore=ignored)
+        write_curve(result.curve, folder / CURVE_NAME)
         recipe = yaml.safe_dump(plan.recipe.to_json(), sort_keys=False)
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         plotted = plot_curve(result.curve, folder / "losses.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ..progress import Progress, silent
 from ..tuning.attached import Attached
 from ..tuning.trainer import PatchSaving
 from .examples import collator
-from .loss_curve import curve_from_log, write_curve
+from .loss_curve import curve_from_log, dev_losses, write_curve
 from .recipe import Recipe
 from .recipe_reader import nearest
 
@@ -48,8 +49,7 @@ def _own_batches(size: int, accumulate: int) -> dict[str, int]:
     """The batches of one process: a step sees as many examples, however many processes there are."""
     count = processes()
     if size % count and accumulate % count:
-        what = f"{count} processes cannot share a step of {accumulate} batches of {size}"
-        raise UsageError(what, hint="make train.batch_size or train.accumulate a multiple of the processes")
+        raise UsageError(f"{count} processes cannot share batches of {size}", hint="change train.batch_size")
     size, accumulate = (size // count, accumulate) if accumulate % count else (size, accumulate // count)
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
 
@@ -85,7 +85,13 @@ def trainer_arguments(
     ours |= _own_batches(train.batch_size, train.accumulate)
     if train.warmup and train.scheduler == "constant":
         ours["lr_scheduler_type"] = "constant_with_warmup"
-    known = sorted(one.name for one in dataclasses.fields(TrainingArguments) if one.init)
+    arguments: type[TrainingArguments] = TrainingArguments
+    if train.method == "dpo":
+        arguments = _dpo_arguments()
+        ours |= {"max_length": recipe.data.max_length, "precompute_ref_log_probs": True, "bf16": False}
+        ours["gradient_checkpointing"] = False
+        del ours["label_names"]
+    known = sorted(one.name for one in dataclasses.fields(arguments) if one.init)
     if train.gradient_checkpointing:  # the new name, or the old one
         ours[f"{'activation' if 'activation_checkpointing' in known else 'gradient'}_checkpointing"] = True
     for name in train.more:
@@ -96,7 +102,8 @@ def trainer_arguments(
             raise UsageError(f"there is no training argument {name!r}", hint=nearest(name, known))
     pinned = {} if torch.accelerator.is_available() else {"dataloader_pin_memory": False}
     try:
-        args = TrainingArguments(**(ours | pinned | train.more | options))
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # TRL's old names
+            args = arguments(**(ours | pinned | train.more | options))
         if args.world_size != processes():
             raise ValueError(f"each of {processes()} processes would train alone: set train.device to cpu")
         for tracker in get_reporting_integration_callbacks(args.report_to):  # type: ignore[no-untyped-call]
@@ -108,8 +115,50 @@ def trainer_arguments(
         ) from error
 
 
-class PatchTrainer(PatchSaving, Trainer):
+def _dpo_arguments() -> type[TrainingArguments]:
+    try:
+        from trl.trainer.dpo_config import DPOConfig
+    except ImportError as error:
+        what = "train.method: dpo needs a package that is not installed: trl"
+        raise UsageError(what, hint="pip install 'trl>=1.0'") from error
+    kind: type[TrainingArguments] = DPOConfig
+    return kind
+
+
+class _DevSets(PatchSaving):
+    """A Trainer that also measures the loss over all of its dev sets."""
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's ``evaluate``; of several sets, ``eval_loss`` is the mean over all examples."""
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        if eval_dataset is None and isinstance(self.eval_dataset, dict):
+            sizes: dict[str, int] = {name: len(one) for name, one in self.eval_dataset.items()}  # type: ignore[arg-type]
+            total = sum(metrics[f"eval_{name}_loss"] * size for name, size in sizes.items())
+            metrics["eval_loss"] = total / sum(sizes.values())
+            self.log({"eval_loss": metrics["eval_loss"]})
+        return metrics
+
+
+class PatchTrainer(_DevSets, Trainer):
     """A Trainer that saves patches."""
+
+
+def _patch_dpo_trainer(**options: Any) -> _DevSets:
+    """TRL's DPOTrainer that saves patches. It measures the base first, then holds no second model."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    shown, before = not are_progress_bars_disabled(), os.environ.get("TQDM_DISABLE", "")
+    disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # TRL's old names
+            trainer: _DevSets = type("PatchDPOTrainer", (_DevSets, DPOTrainer), {})(**options)
+        return trainer
+    finally:
+        os.environ["TQDM_DISABLE"] = before
+        if shown:
+            enable_progress_bars()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,22 +170,40 @@ class Watcher:
     note: Callable[[str], None] = lambda text: None  # gets sentences
     stop: Callable[[], bool] = lambda: False  # asked after every step: True saves and stops the run
 
+    def of(self, part: str) -> Watcher:
+        """The same, told that what it hears is of a part of the run."""
+        return Watcher(
+            lambda what, *amount: self.progress(f"{part}, {what}", *amount),
+            lambda where, text: self.report(f"{part}, {where}", text),
+            lambda text: self.note(f"{part}, {text}"),
+            self.stop,
+        )
+
 
 def make_trainer(
     plan: TrainPlan,
     attached: Attached,
     args: TrainingArguments,
     callback: RunCallback,
-) -> PatchTrainer:
+) -> _DevSets:
     """The Trainer of the chosen neurons."""
-    trainer = PatchTrainer(
+    sets: dict[str, Any] = {"": plan.examples.train, **plan.examples.dev_sets}
+    kind: Any = PatchTrainer
+    options: dict[str, Any] = {"data_collator": collator(plan.tokenizer)}
+    if plan.recipe.train.method == "dpo":
+        from datasets import Dataset
+
+        kind, options = _patch_dpo_trainer, {}
+        sets = {name: Dataset.from_list([e["preference"] for e in each]) for name, each in sets.items()}
+    train, dev = sets.pop(""), sets if len(sets) > 1 else next(iter(sets.values()), None)
+    trainer: _DevSets = kind(
         attached=attached,
         args=args,
-        train_dataset=plan.examples.train,
-        eval_dataset=plan.examples.dev or None,
-        data_collator=collator(plan.tokenizer),
+        train_dataset=train,
+        eval_dataset=dev,
         processing_class=plan.tokenizer,
         callbacks=[callback],
+        **options,
     )
     trainer.remove_callback(PrinterCallback)
     if (patience := plan.recipe.train.early_stopping) is not None:
@@ -175,7 +242,7 @@ class RunCallback(TrainerCallback):
                 raise MismatchError(what, found=loss, hint=hint)
             rate, speed = logs.get("learning_rate", 0.0), logs.get("train_tokens_per_second", 0.0)
             self._watcher.report(where, f"loss {loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s")
-        if (loss := logs.get("eval_loss")) is not None:
-            self._watcher.note(f"{where}: dev loss {loss:.4f}")
+        for name, loss in dev_losses(logs).items():
+            self._watcher.note(f"{where}: dev loss {loss:.4f}" + (name and f" of {name}"))
         if self._losses is not None:
             write_curve(curve_from_log([{**logs, "step": state.global_step}]), self._losses, "a")

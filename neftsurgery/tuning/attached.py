@@ -16,14 +16,18 @@ from torch import Tensor, nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
-from ..live.weights import block_ranges, copy_into, to_bytes
+from ..live.weights import copy_into, to_bytes
+from ..neurons.vectors import gather
 from ..patch.patch import Manifest, Patch
+from ..patch.patch_file import digests
 from ..patch.write import NewPatch
-from ..selection.selection import Selection
+from ..selection.selection import RowBlock, Selection
 from ..storage.output_checks import refuse_output
+from ..tensors.arrays import RawBytes
 from ..text import commas, plural, some
 from .attached_neurons import AttachedNeurons, by_tensor
-from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base, finite_bytes
+from .base_checkpoint import BaseOption, base_provenance, find_base, finite_bytes
+from .forwards import keep_gradients
 from .install import install, remove, update_extra_repr
 from .optimizer_hooks import Training
 from .reselection import carry_over, check_states
@@ -145,16 +149,17 @@ class Attached:
         selection = Selection({name: chosen for name, (chosen, _) in new.items()}, self.selection.facts)
         origin = base_provenance(self._base, self.model)
         manifest = Manifest.of(origin, self.selection.facts.for_patch(captured=False), facts)
+
+        def rows(block: RowBlock) -> tuple[RawBytes, RawBytes, RawBytes]:
+            (chosen, values), part = new[block.name], slice(block.start, block.stop)
+            if self._base is not None:
+                before = gather(self._base, chosen.info, chosen.layout, chosen.index[part])
+            else:
+                before = to_bytes(old[block.name][1][part], chosen.info.dtype)
+            return finite_bytes(chosen, values[part]), before, digests(before)
+
         with NewPatch(selection, manifest, reversible).written(path, force=force) as writer:
-            for name, (chosen, rows) in new.items():
-                for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
-                    block = replace(chosen, index=chosen.index[start:stop])
-                    if self._base is not None:
-                        before = base_vectors(self._base, block)
-                    else:
-                        before = to_bytes(old[name][1][start:stop], chosen.info.dtype)
-                    after = finite_bytes(block, rows[start:stop])
-                    writer.add_digests(name, *writer.write_rows(name, start, before, after))
+            writer.write_blocks(rows)
             if self._base is not None:
                 self._base.check_unchanged()
         self._close_base()
@@ -323,6 +328,7 @@ class Attached:
         self._requires_grad, self._attached = [], False
 
     def _freeze(self) -> None:
+        keep_gradients(self.model)
         for parameter in self.model.parameters():
             self._requires_grad.append((parameter, parameter.requires_grad))
             parameter.requires_grad_(False)

@@ -17,9 +17,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..checkpoint.weight_files import listed_parts
 from ..errors import MismatchError, NeftError
-from ..live.weights import block_ranges, can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
+from ..live.weights import can_represent, equal_vectors, from_bytes, to_bytes, torch_dtype
 from ..neurons.submodels import split_part
-from ..neurons.vectors import gather
+from ..neurons.vectors import blocks, gather
 from ..patch.patch import Patch
 from ..patch.patch_file import DigestHash, digests
 from ..selection.selection import Chosen
@@ -83,11 +83,6 @@ def base_provenance(base: Checkpoint | None, model: nn.Module) -> Provenance:
     return Provenance({"name": Path(named).name if named else type(model).__name__, "fingerprint": None})
 
 
-def base_vectors(base: Checkpoint, chosen: Chosen) -> NDArray[np.uint8]:
-    """The bytes of the chosen vectors in the base's files, ``[k, width * itemsize]``."""
-    return gather(base, chosen.info, chosen.layout, chosen.index)
-
-
 def float_dtype(chosen: Chosen) -> torch.dtype:
     """The torch dtype of the chosen neurons' tensor; one of plain numbers, or a `MismatchError`."""
     dtype = torch_dtype(chosen.info.dtype)
@@ -128,7 +123,7 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
     They must equal its vectors, cast to the live dtype; without a ``base``, fit the selection's dtype.
     """
     name, dtype = chosen.info.name, chosen.info.dtype
-    for start, stop in block_ranges(len(chosen.index), chosen.layout.width):
+    for start, stop in blocks(chosen.info, chosen.layout, len(chosen.index)):
         block = vectors[start:stop]
         if base is None:
             if not _representable(block, float_dtype(chosen)).all():
@@ -140,7 +135,7 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
                     hint="the model was changed after it was loaded: load it again, or save it and use that",
                 )
             continue
-        theirs = base_vectors(base, Chosen(chosen.info, chosen.layout, chosen.index[start:stop]))
+        theirs = gather(base, chosen.info, chosen.layout, chosen.index[start:stop])
         equal = equal_vectors(block, from_bytes(theirs, dtype).to(vectors.dtype))
         if not equal.all():
             raise MismatchError(
@@ -211,7 +206,7 @@ def _base_digests(
         return found
     if base is None:
         return None
-    raw = base_vectors(base, chosen)
+    raw = gather(base, chosen.info, chosen.layout, chosen.index)
     found = digests(raw).copy()
     if vectors is not None:
         found[~equal_vectors(vectors, from_bytes(raw, chosen.info.dtype).to(vectors.dtype))] = 0

@@ -123,8 +123,7 @@ def _register_once() -> None:  # one pair of hooks serves the whole process
 
 def _attached(optimizer: Optimizer) -> Iterator[tuple[Tensor, AttachedNeurons]]:
     """The parameters that hold values of neurons, and these; an error if they are not those of the model."""
-    trainings = () if torch.compiler.is_compiling() else _trainings
-    live = (neurons for training in trainings for neurons in training.neurons if neurons.active)
+    live = () if torch.compiler.is_compiling() else [n for t in _trainings for n in t.neurons if n.active]
     shards = {id(neurons.rows): _Mark(neurons) for neurons in live if is_shard(neurons.rows)}  # FSDP2's own
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -73,7 +73,13 @@ class PatchSaving(_Trainer):
                 "no neuron is trainable", hint="attach a selection, or a patch with trainable=True"
             )
         self.attached = attached
-        super().__init__(attached.model, *args, **kwargs)
+        own: Any = attached.model
+        marked = getattr(own, "_hf_peft_config_loaded", False)  # the mark of adapters
+        own._hf_peft_config_loaded = marked or getattr(own, "is_quantized", False)  # or it is refused
+        try:
+            super().__init__(own, *args, **kwargs)
+        finally:
+            own._hf_peft_config_loaded = marked
         state: Any = self.accelerator.state
         zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
         if zero3 or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1):
@@ -140,14 +146,13 @@ class PatchSaving(_Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
-        writes = self.args.should_save
-        if not (writes or self.is_fsdp_enabled):
+        if not (self.args.should_save or self.is_fsdp_enabled):
             return
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        self.attached.patch(folder / PATCH_NAME if writes else None, force=True).close()
+        self.attached.patch(folder / PATCH_NAME if self.args.should_save else None, force=True).close()
         state = {name: tensor.cpu().contiguous() for name, tensor in self.attached.state_dict().items()}
-        if writes:
+        if self.args.should_save:
             save_file(state, folder / _STATE_NAME)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -211,8 +216,7 @@ class PatchSaving(_Trainer):
 
 def last_save(folder: str | os.PathLike[str] | None) -> Path | None:
     """The last complete save in a Trainer's ``output_dir``; None if there is none."""
-    complete = (save for _, save in _saves(Path(str(folder))) if _is_complete(save))
-    return next(complete, None)
+    return next((save for _, save in _saves(Path(str(folder))) if _is_complete(save)), None)
 
 
 def _saves(folder: Path) -> Iterator[tuple[int, Path]]:

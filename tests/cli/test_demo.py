@@ -25,9 +25,9 @@ def test_demo_as_a_process(tmp_path):
 
 
 def test_demo_without_matplotlib_draws_nothing(neft, tmp_path, monkeypatch):
-    from neftsurgery.cli.demo import session
+    from neftsurgery.cli.commands import demo
 
-    monkeypatch.setattr(session, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
     result = neft("demo", "kept", "--files-only")
     assert result.code == 0, result.err
     assert "report" not in result.out

@@ -68,7 +68,7 @@ def test_help_loads_no_heavy_module(tmp_path):
         "import sys\n"
         "from neftsurgery.cli.main import run\n"
         "try:\n    run(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'numpy', 'numba', 'torch', 'huggingface_hub', 'tqdm', 'safetensors', 'transformers'}\n"
+        "heavy = {'numpy', 'numba', 'torch', 'huggingface_hub', 'rich', 'safetensors', 'transformers'}\n"
         "print('LOADED', sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run(

@@ -92,8 +92,8 @@ def test_from_recipe_to_patched_checkpoint(neft: Any, recipe: Path, tmp_path: Pa
         assert set(training) == {
             "data", "examples", "examples_digest", "probe", "steps", "batch_size", "accumulate",
             "learning_rate", "scheduler", "warmup", "weight_decay", "clip", "dtype",
-            "gradient_checkpointing", "mode", "seed", "more", "train_loss", "base_dev_loss", "dev_loss",
-            "best_step", "curve", "seconds", "torch", "transformers",
+            "gradient_checkpointing", "method", "mode", "seed", "more", "train_loss", "base_dev_loss",
+            "dev_loss", "best_step", "curve", "seconds", "torch", "transformers",
         }  # fmt: skip
         losses = ("step", "train_loss", "dev_loss")
         curve = [{key: point[key] for key in losses if key in point} for point in points]

@@ -20,7 +20,6 @@ from neftsurgery.demo.tiny_model import (
     new_model,
     single_thread,
     train_parameters,
-    train_selection,
 )
 
 WORLD = Languages(words=4, length=3)
@@ -38,9 +37,11 @@ def test_it_learns_and_its_selection_is_a_patch(tmp_path: Path) -> None:
         with ns.diff(tmp_path / "base", tmp_path / "base", score="random") as scores:
             scores.select(neurons=5).save(tmp_path / "selection")
         settings = TrainingSettings(NEW, steps=2, learning_rate=1e-2)
-        trained, count, _ = train_selection(
-            tmp_path / "base", tmp_path / "selection", tmp_path / "patch", WORLD, settings
-        )
+        trained = load_model(tmp_path / "base")
+        attached = ns.attach(trained, ns.Selection.load(tmp_path / "selection"))
+        count = count_parameters(attached.parameters())
+        train_parameters(trained, attached.parameters(), WORLD, settings)
+        attached.patch(tmp_path / "patch")
         with ns.Patch.load(tmp_path / "patch") as patch:
             assert (patch.neurons, count) == (5, patch.selection.parameters)
             ns.apply(tmp_path / "base", patch, out=tmp_path / "patched")

@@ -259,10 +259,10 @@ def run_lightning(name: str, engine: str, out: Path) -> None:
     class Module(lightning.LightningModule):
         def __init__(self, model: Any) -> None:
             super().__init__()
-            self.model, self.losses, self.wrapped = model, list[float](), torch.nn.Module()
+            self.model, self.losses, self.wrapped = model, list[float](), list[torch.nn.Module]()
 
         def training_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
-            self.wrapped = self.trainer.strategy.model
+            self.wrapped = [self.trainer.strategy.model]
             loss = self.model(**batch).loss
             self.losses.append(self.trainer.strategy.reduce(loss.detach(), reduce_op="mean").item())
             return loss
@@ -287,7 +287,7 @@ def run_lightning(name: str, engine: str, out: Path) -> None:
         half = None if how == "whole" else str(out / "saves" / f"step={STEPS // 2}.ckpt")
         trainer.fit(module, data, ckpt_path=half, weights_only=False)
         if trainer.is_global_zero:
-            tell(out, how, module.wrapped, module.losses)
+            tell(out, how, module.wrapped[0], module.losses)
         write(how, out, model, attached)
         torch.distributed.barrier()
 

@@ -7,11 +7,10 @@ from html.parser import HTMLParser
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from neftsurgery.hub.base_model import BaseModel
 from neftsurgery.sources.hub_id import HubId
 
 COMMIT = "1f" * 20
-KNOWN = BaseModel(HubId("org/base", COMMIT), "base", "xxh3-128:" + "0" * 32)
+KNOWN = HubId("org/base", COMMIT)
 #: Neurons by tensor, in three layers of two kinds.
 LLAMA = {
     f"model.layers.{layer}.{kind}.weight": layer + number + 1

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from neftsurgery.errors import MismatchError
-from neftsurgery.hub.base_model import BaseModel
+from neftsurgery.hub.base_model import base_of
 from neftsurgery.hub.card import BEGIN, END, card_figure, write_card
 
 
@@ -113,10 +113,10 @@ def test_a_hostile_patch_cannot_break_out_of_its_code_spans(tmp_path, text):
     writable = text.encode("utf-8", "replace").decode()  # a header is UTF-8; its JSON may escape anything
     patch = hostile(tmp_path / "p.safetensors", writable)
     patch.manifest["created_by"] = text
-    card = write_card(patch, "me/x", BaseModel.of(patch, None), {})
+    card = write_card(patch, "me/x", base_of(patch, None), {})
     check_harmless(card, text)
     # And again over that card, as in a second push: marks in names do not count as marks.
-    assert write_card(patch, "me/x", BaseModel.of(patch, None), {}, existing=card) == card
+    assert write_card(patch, "me/x", base_of(patch, None), {}, existing=card) == card
 
 
 # An existing card.

@@ -6,9 +6,9 @@ from card_support import COMMIT, KNOWN, PLAIN_TAGS, rendered
 from hub_support import patch_of
 from huggingface_hub import ModelCard
 
-from neftsurgery.hub.base_model import BaseModel
+from neftsurgery.hub.base_model import base_of
 from neftsurgery.hub.card import write_card
-from neftsurgery.hub.card_text import LayerCounts
+from neftsurgery.hub.card_text import layer_counts
 
 
 def test_what_a_person_reads(llama):
@@ -74,27 +74,28 @@ def test_many_layers_and_kinds_stay_a_table(tmp_path):
 
 
 def test_an_unknown_base(tmp_path):
-    patch = patch_of(tmp_path / "p.safetensors", {"w": 1}, base={"name": "my-base"})
-    card = ModelCard(write_card(patch, "me/x", BaseModel.of(patch, None), {}))
+    patch = patch_of(tmp_path / "p.safetensors", {"w": 1}, base={"name": "my-base", "fingerprint": "f9"})
+    card = ModelCard(write_card(patch, "me/x", base_of(patch, None), {}))
     assert "base_model" not in card.data.to_dict()
     assert "base_model_relation" not in card.data.to_dict()
     assert "neftsurgery apply BASE me/x" in card.text
-    assert "`my-base`" in card.text
+    assert "| local name of the base | `my-base` |" in card.text
+    assert "| fingerprint of the base | `f9` |" in card.text
 
 
 def test_layers_in_order_and_the_most_frequent_kind_first(llama):
-    found = LayerCounts.of_patch(llama)
-    assert found.kinds == ["mlp.down_proj", "mlp.up_proj"]
-    assert found.layers == [(f"model.layers.{layer}",) * 2 for layer in range(3)]
-    assert found.counts == [[2, 1], [3, 2], [4, 3]]
-    assert found.totals == [3, 5, 7]
+    kinds, layers, found = layer_counts(llama)
+    assert kinds == ["mlp.down_proj", "mlp.up_proj"]
+    assert layers == [(f"model.layers.{layer}",) * 2 for layer in range(3)]
+    assert found == [[2, 1], [3, 2], [4, 3]]
 
 
 def test_neighbouring_layers_and_rare_kinds_are_put_together(tmp_path):
     counts = {f"h.{layer}.kind{kind}.weight": 1 + kind for layer in range(100) for kind in range(12)}
-    found = LayerCounts.of_patch(patch_of(tmp_path / "p.safetensors", counts | {"wte.weight": 3}))
-    assert found.kinds == [*(f"kind{kind}" for kind in range(11, 4, -1)), None]
-    assert found.layers[:2] == [("h.0", "h.2"), ("h.3", "h.5")]
-    assert found.layers[-2:] == [("h.99", "h.99"), ("", "")]
-    assert list(found.counts[0]) == [3 * (1 + kind) for kind in range(11, 4, -1)] + [3 * 15]
-    assert sum(found.totals) == sum(counts.values()) + 3
+    patch = patch_of(tmp_path / "p.safetensors", counts | {"wte.weight": 3})
+    kinds, layers, found = layer_counts(patch)
+    assert kinds == [*(f"kind{kind}" for kind in range(11, 4, -1)), None]
+    assert layers[:2] == [("h.0", "h.2"), ("h.3", "h.5")]
+    assert layers[-2:] == [("h.99", "h.99"), ("", "")]
+    assert found[0] == [3 * (1 + kind) for kind in range(11, 4, -1)] + [3 * 15]
+    assert sum(map(sum, found)) == sum(counts.values()) + 3

@@ -8,7 +8,6 @@ from huggingface_hub import ModelCard
 from support import process, with_facts
 
 import neftsurgery as ns
-from neftsurgery.hub.base_model import BaseModel
 from neftsurgery.hub.push import PushPlan, PushResult
 from neftsurgery.hub.repository import Repository
 from neftsurgery.sources.hub_id import HubId
@@ -64,7 +63,7 @@ def test_a_dry_run_shows_the_card_to_anybody(patch_file, tmp_path, monkeypatch):
 
 
 def test_a_plan_prints_what_it_would_push_where(llama):
-    plan = PushPlan(llama, BaseModel(None), Repository("me/x", "v2"), None, "Add it", "# Card", b"PNG", ())
+    plan = PushPlan(llama, None, Repository("me/x", "v2"), None, "Add it", "# Card", b"PNG", ())
     assert str(plan).splitlines() == [
         "push 15 neurons of 6 tensors to me/x (v2, a new repository)",
         "base: unknown",
@@ -73,7 +72,7 @@ def test_a_plan_prints_what_it_would_push_where(llama):
         "commit message: Add it",
     ]
     there = Repository("me/x", "main", has_branch=True, head="1f" * 20)
-    plan = PushPlan(llama, BaseModel(HubId("org/base", "v1")), there, None, "Add it", "# Card", None, ())
+    plan = PushPlan(llama, HubId("org/base", "v1"), there, None, "Add it", "# Card", None, ())
     assert str(plan).splitlines() == [
         "push 15 neurons of 6 tensors to me/x (main)",
         "base: org/base@v1",

@@ -11,7 +11,6 @@ from tuning_support import vectors
 
 from neftsurgery.live.weights import (
     FLOAT_DTYPES,
-    block_ranges,
     can_represent,
     copy_into,
     equal_vectors,
@@ -24,6 +23,8 @@ from neftsurgery.live.weights import (
     write_vectors,
 )
 from neftsurgery.neurons.layout import Layout
+from neftsurgery.neurons.vectors import blocks
+from neftsurgery.tensors.header import TensorInfo
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], list[int]]] = {
     "rows": ((5, 3), [0]),
@@ -114,6 +115,7 @@ def test_a_tensor_that_is_not_a_shard_is_its_own_whole() -> None:
 
 @pytest.mark.parametrize(("count", "width"), [(0, 5), (7, 0), (7, 1 << 30), (100, 1 << 20), (3, 4)])
 def test_blocks_cover_all_vectors_once(count: int, width: int) -> None:
-    ranges = block_ranges(count, width)
+    layout = Layout((max(1, count), width), (0,))
+    ranges = list(blocks(TensorInfo("a", "F32", layout.shape), layout, count))
     assert [n for start, stop in ranges for n in range(start, stop)] == list(range(count))
     assert all((stop - start) * width <= 1 << 24 or stop - start == 1 for start, stop in ranges)

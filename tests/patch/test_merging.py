@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from neftsurgery.patch.merging import Magnitudes, Part, merge_rows
+from neftsurgery.patch.merging import Part, magnitudes, merge_rows
+from neftsurgery.selection.choice import CutSearch
 from neftsurgery.tensors.floats import narrow, widen
 
 
@@ -55,11 +56,12 @@ def test_ties_is_peft_s(density: float, count: int) -> None:
 
 
 def threshold(values: np.ndarray, base: np.ndarray, density: float, **options: int) -> float:
-    found = Magnitudes(density, **options)
-    found.add(values, base, "F32")
-    found.settle()
-    found.add(values, base, "F32")
-    return found.least
+    found = CutSearch()
+    for again in (False, True):
+        for some in magnitudes(values, base, "F32", **options):
+            found.add(some)
+        found.settle(found.room if again else max(1, round(density * found.total)) - 1)
+    return float(found.cut)
 
 
 @pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 0.999, 1.0])

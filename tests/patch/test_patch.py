@@ -163,8 +163,7 @@ def test_the_order_of_a_selection_does_not_matter(names: list[str], tmp_path: Pa
     }
     manifest = Manifest.of(Provenance({}), SelectionFacts({}))
     with NewPatch(ns.Selection(chosen, {}), manifest, True).written(tmp_path / "p") as writer:
-        for name in names:
-            writer.add_digests(name, *writer.write_rows(name, 0, rows[name] + 1, rows[name]))
+        writer.write_blocks(lambda part: (rows[part.name], rows[part.name] + 1, digests(rows[part.name] + 1)))
     with ns.Patch.load(tmp_path / "p") as patch:
         patch.check()
         assert list(patch.tensors) == sorted(names)

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import neftsurgery as ns
 from neftsurgery.patch.lossless import LosslessPatch
-from neftsurgery.reporting.lossless_figures import lossless_figures
+from neftsurgery.reporting.sections import lossless_figures
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from neftsurgery.storage.threads import Limits
 from neftsurgery.tensors.dtypes import DTYPES
 from neftsurgery.tensors.header import TensorInfo
 
-KINDS = ("cosine", "l2", "relative", "changed", "norm")
+KINDS = ("cosine", "l2", "relative", "changed", "norm", "magnitude")
 LARGEST = float(np.finfo(np.float32).max)
 
 Values = NDArray[np.float64]
@@ -108,7 +108,11 @@ def reference(x: Values, y: Values, differing: NDArray[np.bool_]) -> dict[str, V
         relative = np.ldexp(change / np.sqrt(uu), top - powers[0])
         relative = np.where(uu == 0, np.where(vv == 0, 0, LARGEST), relative)
         l2, norm = np.ldexp(change, top), np.ldexp(1 / np.sqrt(uu), -powers[0])
-    found = {"cosine": cosine, "l2": l2, "relative": relative, "changed": differing.mean(1), "norm": norm}
+        magnitude = np.ldexp(np.sqrt(uu), powers[0])
+    found = {
+        "cosine": cosine, "l2": l2, "relative": relative, "changed": differing.mean(1), "norm": norm,
+        "magnitude": magnitude,
+    }  # fmt: skip
     return {kind: np.minimum(values, LARGEST).astype(np.float64) for kind, values in found.items()}
 
 
@@ -383,7 +387,7 @@ def test_any_number_of_threads_gives_the_same_bits():
         return found
 
     alone = outcome(1)
-    assert len(alone) == 12 * len(infos) / 2
+    assert len(alone) == (7 + len(KINDS)) * len(infos) / 2
     assert outcome(2) == alone
     assert outcome(4) == alone
 

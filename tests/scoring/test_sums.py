@@ -110,7 +110,7 @@ def test_scores_of_plain_sums():
     np.testing.assert_allclose(rr, [2.25, 2.25])
     with pytest.raises(ValueError, match="unknown score 'random'"):
         sums.score("random", 2)
-    assert set(SCORES) == {*KINDS, "random"}
+    assert set(SCORES) == {*KINDS, "random", "lowrank"}
 
 
 def test_scores_of_largest_sums_are_finite():

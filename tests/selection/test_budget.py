@@ -132,6 +132,9 @@ def test_the_text_of_an_amount_reads_back(amount: Amount) -> None:
         ({"neurons": "3%", "seed": -1}, ["--seed"]),
         ({"neurons": "3%", "seed": None}, ["--seed"]),
         ({"neurons": "3%", "per": "head"}, ["--per", "head"]),
+        ({"neurons": "3%", "allocate": "equal"}, ["--allocate equal", "--per model"]),
+        ({"threshold": 1.0, "per": "layer", "allocate": "scores"}, ["--allocate scores", "--threshold"]),
+        ({"neurons": "3%", "per": "layer", "allocate": "fair"}, ["--allocate", "fair"]),
         ({"neurons": "3%", "policy": "best"}, ["--policy", "best"]),
         ({"neurons": 0.03}, ["--neurons", "3%"]),
         ({"params": "lots"}, ["--params", "lots"]),
@@ -167,7 +170,7 @@ def test_the_class_itself_checks_too() -> None:
     ],
 )
 def test_what_goes_together(options: dict[str, Any], option: str) -> None:
-    assert Budget.of(**options).option == option
+    assert next(iter(Budget.of(**options).describe())) == option
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,37 @@ def test_a_number_is_split_by_largest_remainder_and_equal_ones_go_to_the_earlier
     assert chosen(blocks, neurons=1, per="tensor") == {(0, 2)}
 
 
+@pytest.mark.parametrize(
+    ("allocate", "budget", "expected"),
+    [
+        ("size", {"neurons": 10}, [1, 3, 6]),
+        ("equal", {"neurons": 10}, [2, 4, 4]),  # the first pool has no more than two
+        ("equal", {"neurons": "50%"}, [2, 4, 4]),
+        ("equal", {"neurons": 99}, [2, 6, 12]),
+        ("scores", {"neurons": 8}, [0, 6, 2]),  # six of the second hold three quarters
+        ("scores", {"neurons": 10}, [0, 6, 4]),
+        ("scores", {"neurons": 19}, [1, 6, 12]),  # without energy, only what the others cannot take
+        ("equal", {"params": 15}, [2, 6, 7]),
+        ("scores", {"params": 8}, [0, 6, 2]),
+    ],
+)
+def test_a_budget_is_allocated_to_the_pools(
+    allocate: str, budget: dict[str, Any], expected: list[int]
+) -> None:
+    sums = {"a": (2, 0.0), "b": (6, 6e-9), "c": (12, 2e-9)}  # of the scores of so many neurons
+    rng = np.random.default_rng(0)
+    blocks = []
+    for name, (size, total) in sums.items():
+        scores = rng.random(size)
+        blocks.append(Block(name, name, 1, (scores / scores.sum() * total).astype(np.float32)))
+    for per in ("tensor", "layer"):
+        found = choose(blocks, Budget.of(per=per, allocate=allocate, **budget), parameters=100)
+        assert [int(mask.sum()) for mask in found] == expected
+        for block, mask in zip(blocks, found, strict=True):
+            best = np.argsort(-np.asarray(block.scores[:]), kind="stable")[: int(mask.sum())]
+            assert set(np.flatnonzero(mask).tolist()) == set(best.tolist())
+
+
 def test_a_number_above_what_there_is_takes_all() -> None:
     assert chosen([block(1, math.nan), block(2, tensor="b")], neurons=5) == {(0, 0), (1, 0)}
     assert chosen([block(1, math.nan), block(2, tensor="b")], neurons=5, per="tensor") == {(0, 0), (1, 0)}

@@ -15,7 +15,7 @@ from support import raw_file
 
 import neftsurgery as ns
 
-SCORES = ("cosine", "l2", "relative", "changed", "norm")
+SCORES = ("cosine", "l2", "relative", "changed", "norm", "magnitude")
 LARGEST = float(np.finfo(np.float32).max)
 
 Matrix = NDArray[np.floating[Any]]
@@ -49,7 +49,7 @@ def reference(kind: str, base: Matrix, tuned: Matrix) -> NDArray[np.float64]:
             return np.where(aa > 0, np.sqrt(dd / aa), np.where(bb == 0, 0, LARGEST))
         if kind == "changed":
             return np.mean(base != tuned, axis=1)  # no negative zeros here
-        return np.minimum(1 / np.sqrt(aa), LARGEST)
+        return np.minimum(np.sqrt(aa) if kind == "magnitude" else 1 / np.sqrt(aa), LARGEST)
 
 
 def assert_close(found: NDArray[np.float32], expected: NDArray[np.float64], what: str) -> None:

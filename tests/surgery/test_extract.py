@@ -72,6 +72,8 @@ def test_options_that_do_not_go_together(sides: tuple[Path, Path], tmp_path: Pat
     for positional, options in [
         ((selection,), {"neurons": 3}),
         ((selection,), {"scores": scores}),
+        ((selection,), {"include": ["*"]}),
+        ((), {"neurons": 3, "scores": scores, "anatomy": "ffn"}),
         ((), {}),
         ((), {"neurons": 3, "changed": True}),
         ((), {"neurons": 3, "score": "unheard of"}),

@@ -14,7 +14,6 @@ from support import LLAMA_CONFIG, Result, raw_file, snapshot, with_facts, write_
 import neftsurgery as ns
 from neftsurgery.storage.threads import DEFAULT_MEMORY, Limits
 from neftsurgery.surgery.merge import plan_merge
-from neftsurgery.surgery.merge_checks import OverlapRule
 
 Neft = Callable[..., Result]
 
@@ -63,9 +62,8 @@ def test_blocks_and_threads_change_nothing(
 ) -> None:
     options = {"on_overlap": "ties", "density": 0.3, "weights": [1, 2, 0.5], "base": pair[0]}
     ns.merge(patches, **options, reversible=True, out=tmp_path / "large")
-    rule = OverlapRule.of("ties", [1, 2, 0.5], 0.3, len(patches))
     for threads in (1, 3):
-        plan = plan_merge(patches, rule, base=pair[0], reversible=True, out=tmp_path / f"small{threads}")
+        plan = plan_merge(patches, **options, reversible=True, out=tmp_path / f"small{threads}")
         plan.run(limits=Limits(threads, DEFAULT_MEMORY, block=300))
         assert (tmp_path / f"small{threads}").read_bytes() == (tmp_path / "large").read_bytes()
 

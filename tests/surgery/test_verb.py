@@ -11,7 +11,8 @@ import pytest
 from support import snapshot
 
 import neftsurgery as ns
-from neftsurgery.surgery.verb import check_sha256, load_patches
+from neftsurgery.surgery.chains import opened_patches
+from neftsurgery.surgery.verb import check_sha256
 
 
 def sha256(path: Path) -> str:
@@ -100,14 +101,14 @@ def test_there_is_one_for_each_patch(files: dict[str, str], neft: Any) -> None:
 
 def test_what_is_read_afterwards_is_the_file_that_was_hashed(files: dict[str, str], tmp_path: Path) -> None:
     """It is opened once: another file under its name is not read, and an edit of it is noticed."""
-    (patch,) = load_patches([tmp_path / "p"], files["p"])
+    (patch,) = opened_patches([tmp_path / "p"], files["p"])
     content = patch.values(next(iter(patch.tensors)))
     os.replace(tmp_path / "q", tmp_path / "p")
     assert (patch.values(next(iter(patch.tensors))) == content).all()
     assert patch.sha256() == files["p"]
     ns.apply(tmp_path / "base", patch, out=tmp_path / "out", sha256=files["p"])
 
-    (edited,) = load_patches([tmp_path / "p"], files["q"])
+    (edited,) = opened_patches([tmp_path / "p"], files["q"])
     with (tmp_path / "p").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\0\0")

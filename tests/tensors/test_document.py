@@ -10,7 +10,7 @@ import pytest
 from document_support import carrying
 
 from neftsurgery.errors import CorruptFileError
-from neftsurgery.tensors.document import Facts, bad, dump, read_document
+from neftsurgery.tensors.document import Facts, as_text, bad, dump, read_document
 from neftsurgery.tensors.writer import written_file
 
 GOOD = {
@@ -110,8 +110,8 @@ def test_facts_keep_every_key_and_read_only_what_is_of_the_right_type() -> None:
     facts = Facts.from_json(raw)
     for key, (value, text, number) in VALUES.items():
         assert facts[key] is value
-        assert (facts.text(key), facts.number(key)) == (text, number)
-    assert (facts.text("missing"), facts.number("missing")) == (None, None)
+        assert (as_text(facts.get(key)), facts.number(key)) == (text, number)
+    assert (as_text(facts.get("missing")), facts.number("missing")) == (None, None)
     assert list(facts) == list(raw)
     assert facts.to_json() == raw == facts
     assert Facts(facts).to_json() is not raw

@@ -47,8 +47,15 @@ def squares(model: Any, name: str, axes: Any) -> torch.Tensor:
     return torch.stack([vectors(one, axes, every).square().sum(1) for one in gradients]).sum(0)
 
 
+def ratios(model: Any, name: str, axes: Any) -> torch.Tensor:
+    return (squares(model, name, axes) / both(model, name, axes)[0].square().sum(1)).sqrt()
+
+
 @pytest.mark.parametrize("make", [llama, gpt2, bert])
-@pytest.mark.parametrize(("score", "oracle"), [("gradient", agreement), ("fisher", squares)])
+@pytest.mark.parametrize(
+    ("score", "oracle"),
+    [("gradient", agreement), ("fisher", squares), ("gradient_over_weight", ratios)],
+)
 def test_scores_are_those_of_autograd(tmp_path: Path, make: Any, score: str, oracle: Any) -> None:
     model = saved(make(), tmp_path / "base")
     before = bits(model.state_dict())

@@ -15,7 +15,8 @@ RECIPE = {"model": "m", "out": "o", "data": {"train": "d.jsonl"}, "select": {"ne
 
 def test_select_has_the_keys_of_scope_and_budget_and_the_score() -> None:
     groups = [*dataclasses.fields(Scope), *dataclasses.fields(Budget)]
-    assert {one.name for one in dataclasses.fields(Select)} == {one.name for one in groups} | {"score"}
+    names = {one.name for one in groups} | {"score", "rank"}
+    assert {one.name for one in dataclasses.fields(Select)} == names
 
 
 def test_scope_and_budget_are_what_was_given() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from recipes_support import RECIPES
 
 import neftsurgery as ns
@@ -77,6 +78,9 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
         (LEAST, ["select.per=tensor"], "select.per: tensor does not go with select.anatomy: units"),
         (LEAST, ["select.score=l2"], "select.score does not go with probe.by gradients"),
         (LEAST, ["probe.by=tuned"], "needs probe.path"),
+        (LEAST, ["probe.by=weights"], "of the base alone\none of magnitude, lowrank, norm"),
+        (LEAST, ["probe.by=gradient_over_weight", "select.rank=2"], "select.rank does not go with probe.by"),
+        (LEAST, ["select.allocate=equal"], "select.allocate: equal does not go with select.per: model"),
         (LEAST, ["probe.path=x"], "does not go"),
         (LEAST, ["probe.strip_prefix=model"], "need probe.by: tuned"),
         (LEAST, ["probe.by=scores", "probe.path=x", "probe.add_prefix=model"], "need probe.by: tuned"),
@@ -146,8 +150,10 @@ def test_the_recipes_here_can_be_read(path: Any) -> None:
 
 def test_the_recipe_of_the_documentation_can_be_read(tmp_path: Path) -> None:
     page = (RECIPES.parent / "docs" / "training.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    text, *sections = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert read(tmp_path, text).train.epochs == 3
+    for section in sections:  # in place of the recipe's own
+        read(tmp_path, yaml.safe_dump({**yaml.safe_load(text), **yaml.safe_load(section)}))
 
 
 def test_the_quickstart_names_every_key_that_matters() -> None:

@@ -63,7 +63,7 @@ def test_a_plan_writes_nothing_and_a_run_does_not_change_it(recipe: dict[str, An
         plan.force = True  # type: ignore[misc]
     assert result.describe().keys() - plan.describe().keys() == {
         "finished", "step", "resumed_from", "train_loss", "base_dev_loss", "dev_loss", "best_step", "out",
-        "bytes", "pushed",
+        "bytes", "pushed", "dev_losses", "control_dev_loss",
     }  # fmt: skip
 
 
@@ -124,6 +124,33 @@ def test_how_much_a_probe_will_choose_is_estimated(
         assert 10 * 64 <= plan.trainable <= 10 * 176
     assert plan.describe()["estimated"]
     assert plan.choice.selection is None
+
+
+@pytest.mark.parametrize(
+    ("probe", "select", "score"),
+    [
+        ({"by": "weights"}, {"score": "lowrank", "rank": 4}, "lowrank"),
+        ({"by": "gradient_over_weight", "steps": 1}, {}, "gradient_over_weight"),
+    ],
+)
+def test_the_weights_or_their_gradients_choose(
+    recipe: dict[str, Any], base: Path, probe: dict[str, Any], select: dict[str, Any], score: str
+) -> None:
+    """With every layer a pool, and as many neurons of each."""
+    allocated = {"neurons": 12, "per": "layer", "allocate": "equal", "anatomy": "rows"}
+    result = ns.train(recipe, probe=probe, select=allocated | select, train={"steps": 1})
+    with ns.Scores.load(result.out / "scores.safetensors") as scores:
+        assert scores.score == score
+        assert scores.select(**allocated_only(allocated)).counts == result.selection.counts
+        layers = [scores.tensors[name].layer for name in result.selection.counts for _ in range(1)]
+    assert len(set(layers)) == 2
+    if score == "lowrank":
+        expected = ns.diff(base, score="lowrank", rank=4).select(**allocated_only(allocated))
+        assert expected.counts == result.selection.counts
+
+
+def allocated_only(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "anatomy"}
 
 
 def test_scores_of_another_base_are_refused(recipe: dict[str, Any], base: Path, tmp_path: Path) -> None:
@@ -265,6 +292,11 @@ def test_early_stopping_is_a_finished_run(recipe: dict[str, Any], tmp_path: Path
     assert losses[result.best_step] == min(losses[step] for step in range(1, result.step + 1))
 
 
+def test_a_model_that_cannot_be_quantized_is_found_before_the_probe(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ns.UsageError, match="cannot quantize the model"):
+        plan_train(recipe, {"train.quantization": {"load_in_4bt": True}})
+
+
 def test_the_model_is_loaded_as_the_recipe_asks(recipe: dict[str, Any], tmp_path: Path) -> None:
     keys = {"dtype": "float32", "attn_implementation": "eager", "gradient_checkpointing": True}
     plan = plan_train(recipe, {"train": recipe["train"] | keys})
@@ -285,3 +317,76 @@ def test_an_example_longer_than_the_models_positions_is_refused(
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "a" * 3000}) + "\n")
     with pytest.raises(ns.UsageError, match=r"an example has [\d,]+ tokens, and the model \d+ positions"):
         plan_train(recipe, {"data": {"max_length": 5000, "eval_share": 0}})
+
+
+def test_a_random_control_is_trained_beside(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """As many random units, of as many parameters; its curve and patch are those of a run of its own."""
+    stops = iter([False] * 3 + [True] + [False] * 99)
+    plan = plan_train(recipe, {"control": "random"})
+    assert not plan.run(stop=lambda: next(stops)).finished  # stopped in the control
+    result = ns.train(recipe, control="random", resume=True)
+    out = tmp_path / "run"
+    chosen = ns.Selection.load(out / "selection.safetensors")
+    control = ns.Selection.load(out / "control" / "selection.safetensors")
+    assert control.facts.policy == "random"
+    widest = max(one.layout.width for one in chosen)
+    assert 0 <= chosen.parameters - control.parameters < 4 * widest  # less than one more unit
+    assert any(
+        not np.array_equal(one.index, chosen.tensors[name].index)
+        for name, one in control.tensors.items()
+        if name in chosen.tensors
+    )
+    selected = str(out / "control" / "selection.safetensors")
+    probe = {"by": "selection", "path": selected}
+    alone = ns.train({**recipe, "out": tmp_path / "alone", "select": {}, "probe": probe})
+    assert result.control_dev_loss == alone.dev_loss
+    assert [one.control_loss for one in result.curve if one.dev_loss is not None] == [
+        one.dev_loss for one in alone.curve if one.dev_loss is not None
+    ]
+    patches = (folder / "neuron_patch.safetensors" for folder in (out / "control", tmp_path / "alone"))
+    got, want = map(load_file, patches)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in got)
+    assert not (tmp_path / "run.unfinished").exists()
+    with ns.Patch.load(out / "neuron_patch.safetensors") as patch:
+        assert patch.training["control_dev_loss"] == result.control_dev_loss
+    with pytest.raises(ns.UsageError, match="control needs a dev loss"):
+        plan_train(recipe, {"control": "random", "data.eval_share": 0})
+
+
+def test_the_dev_loss_of_each_set(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2] * 5))
+    files = [str(tmp_path / "data.jsonl"), str(tmp_path / "more.jsonl")]
+    result = ns.train(recipe, **{"data.train": files})
+    assert result.dev_losses.keys() == {"data", "more"}
+    assert result.dev_loss is not None
+    mean = (4 * result.dev_losses["data"] + 2 * result.dev_losses["more"]) / 6
+    assert result.dev_loss == pytest.approx(mean, rel=1e-6)
+    with ns.Patch.load(result.patch or "") as patch:
+        assert patch.training["dev_losses"] == dict(result.dev_losses)
+
+
+def test_preferences_are_learned_by_trl(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """The first loss is log 2: the reference is the base. A run that is stopped ends in the same bits."""
+    pytest.importorskip("trl")
+    rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": r["prompt"]} for r in ROWS * 4]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = ns.train(recipe, **{"train.method": "dpo", "out": tmp_path / "whole"})
+    assert whole.base_dev_loss == pytest.approx(np.log(2), rel=1e-5)
+    assert whole.dev_loss is not None
+    assert whole.dev_loss < 0.69
+    plan = plan_train(recipe, {"train.method": "dpo"})
+    assert not plan.run(stop=lambda: True).finished
+    result = ns.train(recipe, resume=True, **{"train.method": "dpo"})
+    got, want = (load_file(one.patch or "") for one in (result, whole))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], want[key]) for key in got)
+    for key, value in (("packing", True), ("loss_on", "all"), ("long", "split")):
+        with pytest.raises(ns.UsageError, match=f"data.{key} does not go with train.method: dpo"):
+            plan_train(recipe, {"train.method": "dpo", f"data.{key}": value})
+
+
+def test_packed_training(recipe: dict[str, Any]) -> None:
+    result = ns.train(recipe, **{"data.packing": True, "data.max_length": 64})
+    assert result.finished
+    assert result.train_loss is not None

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from ...surgery.apply import plan_apply, undo_unfinished
-from ...surgery.chains import opened_patches
 from ...surgery.rebuild import RebuildPlan
 from ...surgery.rewrite import RewritePlan
 from ...text import plural, size
@@ -45,14 +44,7 @@ rewriting_options = writing(
 )
 @rewriting_options
 def command(
-    console: Console,
-    base: str,
-    patches: tuple[str, ...],
-    in_place: bool,
-    to: int | None,
-    sha256: tuple[str, ...],
-    dry_run: bool,
-    **options: Any,
+    console: Console, base: str, patches: tuple[str, ...], in_place: bool, dry_run: bool, **options: Any
 ) -> None:
     """Write a patched checkpoint: BASE with the neurons of one or more PATCHes.
 
@@ -67,10 +59,9 @@ def command(
       neftsurgery apply base/ run/ --to 120 -o step-120/
       neftsurgery apply base/ me/llama-french -o patched/ --sha256 9f86d081...
     """
-    loaded = opened_patches(patches, sha256, to)
     if in_place and not dry_run:
         undo_unfinished(base)
-    plan = plan_apply(base, loaded, in_place=in_place, **options, **console.running)
+    plan = plan_apply(base, patches, in_place=in_place, **options, **console.running)
     run_rewrite(console, plan, dry_run)
 
 

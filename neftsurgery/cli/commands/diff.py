@@ -12,7 +12,7 @@ import click
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.dequantized import stored_side
 from ...neurons.submodels import stated_type
-from ...options import PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions
+from ...options import CompareOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
@@ -29,23 +29,24 @@ _MAPPED = "3%"
 
 @click.command("diff")
 @click.argument("base")
-@click.argument("tuned")
+@click.argument("tuned", required=False)
 @output_option("SCORES", text="Write the scores to this file.")
-@options_of(ScoreOptions, ScopeOptions, PrefixOptions, SeedOptions)
+@options_of(CompareOptions)
 @writing_options
 def command(
-    console: Console, base: str, tuned: str, out: str | None, score: str, dry_run: bool, **options: Any
+    console: Console, base: str, tuned: str | None, out: str | None, score: str, dry_run: bool, **options: Any
 ) -> None:
     """Score every neuron of TUNED against BASE.
 
     TUNED is a checkpoint, or the folder of a PEFT LoRA adapter. Both are streamed, neither is loaded. Tells
     which layers and kinds of weight moved most, the most sensitive neurons, and what share of the whole
-    change the top neurons hold.
+    change the top neurons hold. A score of BASE alone, such as magnitude, needs no TUNED.
 
     \b
     Example:
       neftsurgery diff base/ tuned/ -o scores.safetensors
       neftsurgery diff base/ adapter/ -o scores.safetensors
+      neftsurgery diff base/ --score magnitude -o scores.safetensors
       neftsurgery diff meta-llama/Llama-3.2-1B my-fine-tune/ --anatomy ffn
     """
     plan = plan_diff(base, tuned, out=out, score=score, **options)
@@ -57,8 +58,11 @@ def command(
         return
     with plan.run(**console.running) as scores:
         summary = summarize(scores)
-        _say_summary(console, summary, score)
-        if summary.top and not summary.identical:
+        if tuned is None:
+            _say_top(console, summary, score)
+        else:
+            _say_summary(console, summary, score)
+        if summary.most_sensitive and (tuned is None or not summary.identical):
             _say_map(console, scores)
         if out is not None:
             console.say(f"wrote {out} ({size(scores.nbytes)})")
@@ -130,19 +134,24 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
         )
     _say_movements(console, "layers that moved most", summary.layers)
     _say_movements(console, "kinds of weight that moved most", summary.kinds)
-    if summary.top:
-        console.say("", f"most sensitive neurons ({score})")
-        rows = [[f"{n.score:.4g}", f"{n.tensor[:120]} [{n.index}]"] for n in summary.top[:_SHOWN]]
-        console.say_table(rows, right=[0])
-    if summary.captured:
+    _say_top(console, summary, score)
+    if summary.captured_by_budget:
         console.say("", "share of the whole change that the most sensitive neurons hold")
-        rows = [[f"top {budget}", percent(share)] for budget, share in summary.captured.items()]
+        rows = [[f"top {budget}", percent(share)] for budget, share in summary.captured_by_budget.items()]
         console.say_table(rows, right=[0, 1])
     console.say()
 
 
+def _say_top(console: Console, summary: Summary, score: str) -> None:
+    if summary.most_sensitive:
+        console.say("", f"most sensitive neurons ({score})")
+        rows = [[f"{n.score:.4g}", f"{n.tensor[:120]} [{n.index}]"] for n in summary.most_sensitive[:_SHOWN]]
+        console.say_table(rows, right=[0])
+
+
 def _relation(summary: Summary) -> list[str]:
-    text = f"cosine {summary.cosine:.6f} over all scored weights, relative change {summary.relative:.3g}"
+    moved = f"relative change {summary.relative_change:.3g}"
+    text = f"cosine {summary.cosine:.6f} over all scored weights, {moved}"
     if summary.related:
         return [f"The two are related: {text}."]
     return [
@@ -154,14 +163,14 @@ def _relation(summary: Summary) -> list[str]:
 def _say_movements(console: Console, title: str, movements: Sequence[Movement]) -> None:
     if not movements:
         return
-    most = max(movement.relative for movement in movements)
+    most = max(movement.relative_change for movement in movements)
     console.say("", f"{title} (relative change, share of the change)")
     rows = [
         [
             movement.name[:80],
-            f"{movement.relative:.3g}",
-            percent(movement.share),
-            "#" * round(_BAR * movement.relative / most) if 0 < most < float("inf") else "",
+            f"{movement.relative_change:.3g}",
+            percent(movement.share_of_change),
+            "#" * round(_BAR * movement.relative_change / most) if 0 < most < float("inf") else "",
         ]
         for movement in movements
     ]

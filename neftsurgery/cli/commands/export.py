@@ -23,16 +23,7 @@ from ..options import base_option, options_of, output_option, take, writing_opti
 @base_option
 @options_of(ExportOptions)
 @writing_options
-def command(
-    console: Console,
-    patch: str,
-    form: str,
-    out: str,
-    base: str | None,
-    force: bool,
-    dry_run: bool,
-    **options: Any,
-) -> None:
+def command(console: Console, patch: str, form: str, dry_run: bool, **options: Any) -> None:
     """Write PATCH as an exact LoRA adapter.
 
     PEFT and vLLM load it; only PEFT if it changes embeddings, convolutions or stacked experts. With the
@@ -45,7 +36,7 @@ def command(
       neftsurgery export reversible_patch.safetensors --to lora -o adapter/ --rank 64
       neftsurgery export neuron_patch.safetensors --to lora -o adapter/ --rank-pattern --dtype bf16
     """
-    plan = plan_lora(patch, out, base=base, force=force, **take(options, ExportOptions))
+    plan = plan_lora(patch, **take(options, ExportOptions), **options)
     done = console.carry_out(plan, dry_run)
     columns = sum(not module.place.rows for module in plan.modules)
     console.say(
@@ -55,7 +46,7 @@ def command(
     if not dry_run:
         console.say(done.exactness)
     console.say(
-        f"{'would write' if dry_run else 'wrote'} {out} ({size(done.nbytes)}, "
+        f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(done.nbytes)}, "
         f"{done.nbytes / plan.patch.nbytes:.1f} times the patch's {size(plan.patch.nbytes)})"
     )
     facts = {"patch": patch, "to": form, "bytes": done.nbytes, "inexact": None if dry_run else done.inexact}

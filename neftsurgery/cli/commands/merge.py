@@ -9,9 +9,8 @@ import click
 from ...errors import UsageError
 from ...options import ChainOptions
 from ...patch.merging import DENSITY, POLICIES
-from ...surgery.chains import plan_chain
+from ...surgery.lossless import LosslessPlan
 from ...surgery.merge import plan_merge
-from ...surgery.merge_checks import OverlapRule, refuse_other_options
 from ...text import commas, plural, size
 from ..console import Console
 from ..options import options_of, output_option, writing_options
@@ -52,13 +51,7 @@ from .extract import run_lossless
 def command(
     console: Console,
     patches: tuple[str, ...],
-    out: str,
-    on_overlap: str,
     weights: str | None,
-    density: float | None,
-    chain: bool,
-    fast: bool | None,
-    weights_only: bool | None,
     dry_run: bool,
     **options: Any,
 ) -> None:
@@ -74,22 +67,18 @@ def command(
       neftsurgery merge a.safetensors b.safetensors -o ab.safetensors --on-overlap ties --base base/
       neftsurgery merge --chain run/ --base base/ -o whole-run.safetensors
     """
-    overlap = {"on_overlap": on_overlap, "weights": weights, "density": density}
-    refuse_other_options(chain, overlap, {"fast": fast, "weights_only": weights_only})
-    if chain:
-        whole = plan_chain(patches, out=out, fast=fast, weights_only=weights_only, **options)
-        run_lossless(console, whole, dry_run)
+    plan = plan_merge(patches, weights=_numbers(weights), progress=console.progress, **options)
+    if isinstance(plan, LosslessPlan):
+        run_lossless(console, plan, dry_run)
         return
-    rule = OverlapRule.of(on_overlap, _numbers(weights), density, len(patches))
-    plan = plan_merge(patches, rule, out=out, progress=console.progress, **options)
     done = console.carry_out(plan, dry_run)
-    chosen, how = plan.new.selection, f" ({on_overlap})" if plan.shared else ""
+    chosen, how = plan.new.selection, f" ({plan.rule.name})" if plan.shared else ""
     console.say(
         f"{'would merge' if dry_run else 'merged'} {len(patches)} patch{'es' if len(patches) > 1 else ''}: "
         f"{plural(chosen.neurons, 'neuron')} of {plural(len(chosen.tensors), 'tensor')}, "
         f"{commas(plan.shared)} in several of them{how}"
     )
-    console.say(f"{'would write' if dry_run else 'wrote'} {out} ({size(done.nbytes)})")
+    console.say(f"{'would write' if dry_run else 'wrote'} {plan.out} ({size(done.nbytes)})")
     facts = plan.describe() | {"patches": list(patches), "bytes": done.nbytes}
     console.answer(facts, done.timing, dry_run=dry_run)
 

@@ -89,9 +89,7 @@ def command(
     plans: list[tuple[str, UtilizationPlan]] = []
     if utilization is not None:
         patches = [f for f, entry in zip(files, plan.inputs, strict=True) if isinstance(entry, PatchInput)]
-        plans = _plan_utilizations([*patches, *checkpoints], utilization, force=force)
-    for name, use in plans:
-        _say_utilization(console, name, use)
+        plans = _plan_utilizations(console, [*patches, *checkpoints], force=force, **utilization)
     described = {**plan.describe(), "subjects": list(subjects)}
     if dry_run:
         for what, path in (("the page", out), ("the figures", figures)):
@@ -135,20 +133,6 @@ def _take_utilization(options: dict[str, Any]) -> dict[str, Any] | None:
     return taken
 
 
-def _say_utilization(console: Console, name: str, plan: UtilizationPlan) -> None:
-    """Say what will be ranked."""
-    console.say(
-        f"{name}: {plural(plan.neurons, 'neuron')} to rank, before and after, on "
-        f"{plural(plan.text.tokens, 'token')} of {plural(plan.text.texts, 'text')}"
-        f"{' (there are more)' if plan.text.truncated else ''}"
-    )
-    if plan.unranked:
-        console.note(
-            f"warning: {plural(plan.unranked, 'neuron')} of {name} cannot be ranked: their "
-            "width is not that of the hidden states, or they are in no block"
-        )
-
-
 def _utilization_sections(
     console: Console, plans: Sequence[tuple[str, UtilizationPlan]]
 ) -> Iterator[ReportSection]:
@@ -164,7 +148,7 @@ def _utilization_sections(
 
 
 def _plan_utilizations(
-    paths: Sequence[str], options: dict[str, Any], *, force: bool
+    console: Console, paths: Sequence[str], *, neurons_out: str | None = None, **options: Any
 ) -> list[tuple[str, UtilizationPlan]]:
     """A plan for each patch or checkpoint of ``paths``, with its name; needs torch and transformers."""
     try:
@@ -174,11 +158,23 @@ def _plan_utilizations(
             f"[[utilization]] needs {error.name}, which is not installed",
             hint=install_command("train"),
         ) from error
-    options = dict(options)
-    base, text, out = options.pop("base"), options.pop("text"), options.pop("neurons_out", None)
     if not paths:
         raise UsageError("[[utilization]] needs a patch of chosen neurons, or a checkpoint")
-    if out is not None and len(paths) > 1:
+    if neurons_out is not None and len(paths) > 1:
         raise UsageError("[[neurons_out]] needs exactly one patch or checkpoint", found=len(paths))
-    plans = (plan_utilization(base, path, text, out=out, force=force, **options) for path in paths)
-    return [(os.path.basename(os.path.normpath(path)), plan) for path, plan in zip(paths, plans, strict=True)]
+    plans = []
+    for path in paths:
+        name = os.path.basename(os.path.normpath(path))
+        plan = plan_utilization(tuned=path, out=neurons_out, **options)
+        plans.append((name, plan))
+        console.say(
+            f"{name}: {plural(plan.neurons, 'neuron')} to rank, before and after, on "
+            f"{plural(plan.text.tokens, 'token')} of {plural(plan.text.texts, 'text')}"
+            f"{' (there are more)' if plan.text.truncated else ''}"
+        )
+        if plan.unranked:
+            console.note(
+                f"warning: {plural(plan.unranked, 'neuron')} of {name} cannot be ranked: their "
+                "width is not that of the hidden states, or they are in no block"
+            )
+    return plans

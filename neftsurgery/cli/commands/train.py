@@ -48,15 +48,7 @@ if TYPE_CHECKING:
 @click.option("--restart", is_flag=True, help="Discard an unfinished run and start again.")
 @writing_options
 def command(
-    console: Console,
-    recipe: str | None,
-    init: bool,
-    overrides: tuple[str, ...],
-    out: str | None,
-    resume: bool,
-    restart: bool,
-    force: bool,
-    dry_run: bool,
+    console: Console, recipe: str | None, overrides: tuple[str, ...], dry_run: bool, **options: Any
 ) -> int:
     """Find the neurons that matter, train only them, and cut the patch.
 
@@ -69,8 +61,9 @@ def command(
       neftsurgery train --init maths -o recipe.yaml
       neftsurgery train recipe.yaml --set select.neurons=1% --set train.learning_rate=1e-4 -o run/
     """
+    init, out = options.pop("init"), options.pop("out")
     if init:
-        return _init(console, recipe, out, force=force, dry_run=dry_run)
+        return _init(console, recipe, out, force=options["force"], dry_run=dry_run)
     if recipe is None:
         raise UsageError("there is no recipe", hint="`neftsurgery train --init` prints one to start from")
     from ...training.train import require_training
@@ -81,14 +74,8 @@ def command(
     from ...training.recipe_reader import parse_overrides
     from ...training.train_plan import plan_train
 
-    plan = plan_train(
-        recipe,
-        parse_overrides(overrides) | ({} if out is None else {"out": out}),
-        force=force,
-        resume=resume,
-        restart=restart,
-        **console.running,
-    )
+    given = parse_overrides(overrides) | ({} if out is None else {"out": out})
+    plan = plan_train(recipe, given, **options, **console.running)
     _say_plan(console, plan)
     if dry_run:
         console.answer({"dry_run": True, "out": None, **plan.describe()})
@@ -199,7 +186,8 @@ def _say_plan(console: Console, plan: TrainPlan) -> None:
 
 def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
     if not result.finished:
-        where = f"at step {result.step} of {result.steps}" if result.selection.neurons else "in the probe"
+        early = "in the control" if result.selection.neurons else "in the probe"
+        where = f"at step {result.step} of {result.steps}" if result.step else early
         console.note(f"neftsurgery: interrupted {where}, and saved: run the same command again to resume")
         return
     if result.dev_loss is not None and result.base_dev_loss is not None:
@@ -207,6 +195,9 @@ def _say_result(console: Console, plan: TrainPlan, result: TrainResult) -> None:
             f"dev loss: base {result.base_dev_loss:.4f}, best {result.dev_loss:.4f} at step "
             f"{result.best_step}; this patch is kept"
         )
+        for name, loss in (*result.dev_losses.items(), ("as many random neurons", result.control_dev_loss)):
+            if loss is not None:
+                console.say(f"  {name}: {loss:.4f}")
     elif result.train_loss is not None:
         console.say(f"last train loss {result.train_loss:.4f}")
     if not result.plotted:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...demo.tiny_model import (
+from ..demo.tiny_model import (
     NEW,
     OLD,
     Languages,
@@ -21,11 +22,12 @@ from ...demo.tiny_model import (
     new_model,
     single_thread,
     train_parameters,
-    train_selection,
 )
-from ...text import commas, percent, size
-from ..console import Console
-from .session import SHARE, TRAINING_LINES, DemoSession
+from ..selection.selection import Selection
+from ..text import commas, percent, size
+from ..tuning.attached import attach
+from .commands.demo import SHARE, TRAINING_LINES, DemoSession
+from .console import Console
 
 _PRETRAINING = TrainingSettings(OLD, steps=200, learning_rate=3e-3, seed=1)
 # The same examples, steps and learning rate for every model that learns the new task.
@@ -60,10 +62,10 @@ class TrainingDemo(DemoSession):
         model = new_model(self._languages, self._seed)
         number = commas(count_parameters(model.parameters()))
         self.heading(f"A Llama with {number} parameters learns to translate A to B, B to C and C to A")
-        self._train_all("base", "pre-training", model, _PRETRAINING, base)
+        self._train_all("base", model, _PRETRAINING, base)
 
         self.heading("A full fine-tune on the new task: A to C")
-        self._train_all("full fine-tune", "full fine-tune", load_model(base), _FINE_TUNING, tuned)
+        self._train_all("full fine-tune", load_model(base), _FINE_TUNING, tuned)
 
         self.heading("Which neurons did that turn?")
         self.run_command(diff)
@@ -91,40 +93,46 @@ class TrainingDemo(DemoSession):
         self.draw_report(report)
         return {"patched_files_give_the_trained_logits": equal, "restored_bit_for_bit": same}
 
-    def _train_all(self, name: str, bar: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
+    def _train_all(self, name: str, model: Any, settings: TrainingSettings, folder: Path) -> None:
         """Train all parameters of ``model`` and write it to ``folder``."""
-        parameters = list(model.parameters())
-        with self.console.progress(bar, settings.steps, unit="step") as advance:
-            seconds = train_parameters(model, parameters, self._languages, self._seeded(settings), advance)
-        model.save_pretrained(folder)
-        nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        self._add(name, model, count_parameters(parameters), nbytes, seconds)
+
+        def save() -> int:
+            model.save_pretrained(folder)
+            return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+        self._train(name, model, model.parameters(), settings, save)
 
     def _train_selection(self, name: str, base: Path, selection: str, patch: str) -> Any:
         """Train a selection from the base and write its patch; returns the trained model."""
-        say, folder = self.console.say, self.folder
         for line in (
             f'attached = ns.attach(model, ns.Selection.load("{selection}.safetensors"))',
             "optimizer = torch.optim.AdamW(attached.parameters(), ...)  # and train as usual",
             f'attached.patch("{patch}.safetensors")',
         ):
-            say(f">>> {line}")
-        file = folder / f"{patch}.safetensors"
-        chosen, settings = folder / f"{selection}.safetensors", self._seeded(_FINE_TUNING)
-        with self.console.progress(name, settings.steps, unit="step") as advance:
-            model, trained, seconds = train_selection(base, chosen, file, self._languages, settings, advance)
-        self._add(name, model, trained, file.stat().st_size, seconds)
+            self.console.say(f">>> {line}")
+        model = load_model(base)
+        attached = attach(model, Selection.load(self.folder / f"{selection}.safetensors"))
+        file = self.folder / f"{patch}.safetensors"
+        self._train(name, model, attached.parameters(), _FINE_TUNING, lambda: attached.patch(file).nbytes)
         return model
 
-    def _seeded(self, settings: TrainingSettings) -> TrainingSettings:
-        return replace(settings, seed=10 * self._seed + settings.seed)
-
-    def _add(self, name: str, model: Any, trained: int, nbytes: int, seconds: float) -> None:
-        row = TrainedModel(name, losses_of(model, self._languages), trained, nbytes, seconds)
-        self.trained.append(row)
+    def _train(
+        self,
+        name: str,
+        model: Any,
+        parameters: Iterable[Any],
+        settings: TrainingSettings,
+        save: Callable[[], int],
+    ) -> None:
+        """Train ``parameters`` of ``model``, and add a row to the table; ``save`` returns bytes."""
+        trained, settings = list(parameters), replace(settings, seed=10 * self._seed + settings.seed)
+        with self.console.progress(name, settings.steps, unit="step") as advance:
+            seconds = train_parameters(model, trained, self._languages, settings, advance)
+        losses, number = losses_of(model, self._languages), count_parameters(trained)
+        self.trained.append(TrainedModel(name, losses, number, save(), seconds))
         self.console.say(
-            f"  {commas(trained)} parameters trained for {seconds:.1f} s; "
-            f"loss on the old task {row.losses.old:.4f}, on the new one {row.losses.new:.4f}"
+            f"  {commas(number)} parameters trained for {seconds:.1f} s; "
+            f"loss on the old task {losses.old:.4f}, on the new one {losses.new:.4f}"
         )
 
     def _summary(self) -> None:

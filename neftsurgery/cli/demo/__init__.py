@@ -1,1 +1,0 @@
-"""What `neftsurgery demo` shows."""
