@@ -24,7 +24,6 @@ _MARKED = re.compile(r"<!-- neftsurgery:begin\b.*?-->.*?<!-- neftsurgery:end\b.*
 _MARK = re.compile(r"<!-- neftsurgery:(begin|end)\b")
 _TAGS = ["neftsurgery", "neuron-patch", "neft"]
 _LOSSLESS_TAGS = ["neftsurgery", "lossless-patch"]
-_LIBRARY = "neftsurgery"
 #: Tells the result that holds the recorded loss from those of the card's owner.
 _LOSS = "loss on held-out examples"
 
@@ -103,7 +102,7 @@ def _front_matter(
     if base is not None:
         relation = "adapter" if isinstance(patch, Patch) else "finetune"
         found |= {"base_model": base.repo, "base_model_relation": relation}
-    found["library_name"] = _LIBRARY
+    found["library_name"] = "neftsurgery"
     if not known.get("license"):
         found |= licence
     tags, ours = known.get("tags"), _TAGS if isinstance(patch, Patch) else _LOSSLESS_TAGS

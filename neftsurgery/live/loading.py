@@ -76,12 +76,12 @@ def load_model(
     model_class: ModelClass,
     *,
     dtype: torch.dtype | str = "auto",
-    attn_implementation: str | None = None,
     required: str | None = None,
+    **options: Any,
 ) -> Any:
     """The model with its weights, on the CPU, in evaluation mode; errors if they do not fit it.
 
-    ``dtype`` and ``attn_implementation`` are transformers' own.
+    ``dtype`` and ``options``, such as ``attn_implementation``, are transformers' own.
     The files must have every weight in the module ``required``: others are initialised at random if missing.
     """
     require_model_folder(checkpoint)
@@ -90,7 +90,7 @@ def load_model(
             model, info = _class_of(_config(checkpoint), model_class).from_pretrained(
                 checkpoint.source.path,
                 dtype=dtype,
-                attn_implementation=attn_implementation,
+                **options,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
@@ -99,6 +99,17 @@ def load_model(
         raise _load_error(checkpoint, error) from error
     _check_loaded(checkpoint, info, required)
     return model.eval()
+
+
+def require_quantization(options: Mapping[str, Any]) -> None:
+    """Raise a `UsageError` unless transformers knows these options to quantize, and can do it here."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(dict(options)).validate_environment()
+    except _FAILURES as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"transformers cannot quantize the model: {reason}") from error
 
 
 def _check_loaded(checkpoint: Checkpoint, info: Mapping[str, Any], required: str | None) -> None:

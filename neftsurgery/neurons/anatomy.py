@@ -140,9 +140,8 @@ class _Reader:
         count = 0
         if self.name == "units":
             scored, count = _numbered(scored, self.blocks)
-        return Anatomy(
-            self.name, tuple(scored), tuple(listed), tuple(dict.fromkeys(self.warnings(listed))), count
-        )
+        warnings = tuple(dict.fromkeys(self.warnings(listed)))
+        return Anatomy(self.name, tuple(scored), tuple(listed), warnings, count)
 
     def judge(self, info: TensorInfo) -> NeuronTensor | Listed:
         """Whether ``info`` is scored, and how."""
@@ -271,14 +270,7 @@ class _Reader:
         empty = sum(entry.reason == "no elements" for entry in listed)
         if 2 * empty > len(self.tensors):
             yield f"{empty} tensors have no elements, as DeepSpeed ZeRO-3 and FSDP leave them"
-        yield from self.other_sizes()
-        for submodel in self.submodels.all if self.name == "units" else ():
-            kinds = [{type(block) for block in family.blocks} for family in submodel.families]
-            if {FeedForward} in kinds:
-                yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
-
-    def other_sizes(self) -> Iterable[str]:
-        """A config that belongs to other weights: nothing in them has the width that it states."""
+        # A config that belongs to other weights: nothing in them has the width that it states.
         width = self.submodels.main.config.get("hidden_size") if self.submodels.main.families else None
         shapes = [info.shape for info in self.tensors.values() if len(info.shape) > 1]
         if type(width) is int and len(shapes) > 1 and not any(width in shape for shape in shapes):
@@ -286,6 +278,10 @@ class _Reader:
                 f"config.json states a hidden_size of {width}, and no weight has an axis of that size: "
                 "check that it belongs to these weights"
             )
+        for submodel in self.submodels.all if self.name == "units" else ():
+            kinds = [{type(block) for block in family.blocks} for family in submodel.families]
+            if {FeedForward} in kinds:
+                yield f"attention of {submodel.model_type} has no units: only feed-forward ones are scored"
 
 
 def _numbered(

@@ -67,8 +67,7 @@ class RowGroup:
         every = np.arange(codes.count, dtype=np.int64)
         for role, name in self.companions.items():
             count = tensors[name].layout.count
-            inner = codes.shape[codes.axes[-1]] if codes.axes else 1
-            if count not in (1, codes.count // max(1, inner) * -(-inner // self.shares[role])):
+            if count not in (1, int(self.needed(role, every[-1:], codes, 0).max(initial=-1)) + 1):
                 return f"its {role} are not those of its codes"
             if not np.array_equal(np.unique(self.needed(role, rows, codes, count)), index(name)):
                 return f"its {role} do not go with the rows of its codes"

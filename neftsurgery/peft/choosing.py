@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.in_memory import tensor_info
 from ..errors import MismatchError, UsageError
 from ..live.placement import neurons_by_weight
 from ..live.weights import from_bytes, is_plain
@@ -24,6 +23,7 @@ from ..selection.choice import Block, choose
 from ..selection.selection import SELECTION_KEY, Selection
 from ..tensors.arrays import Float64Array, Int64Array
 from ..tensors.header import TensorInfo, read_header
+from .base_vectors import quantization_of, weight_shape
 from .config import DatalessPolicy, NeftConfig
 
 
@@ -34,12 +34,13 @@ class ChosenNeurons:
     layout: Layout
     index: Int64Array  # ascending, ``[k]``
     values: Tensor | None = None  # ``[k, width]``; None: those of the base
+    base: Tensor | None = None  # the vectors of a quantized weight in the base's files, if they are at hand
 
 
 def chosen_neurons(
-    model: nn.Module, parameters: Mapping[str, Tensor], config: NeftConfig
+    model: nn.Module, modules: Mapping[str, nn.Module], config: NeftConfig
 ) -> dict[str, ChosenNeurons]:
-    """The neurons that a config's file or budget chooses, by parameter name; only of ``parameters``."""
+    """The neurons that a config's file or budget chooses, by parameter name; a budget, of ``modules``."""
     budget = config.neurons is not None or config.params is not None
     if bool(config.selection) == budget:
         raise UsageError(
@@ -49,7 +50,7 @@ def chosen_neurons(
         )
     if config.selection:
         return _of_file(model, config.selection)
-    return _of_budget(model, parameters, config)
+    return _of_budget(model, modules, config)
 
 
 def _of_file(model: nn.Module, path: str) -> dict[str, ChosenNeurons]:
@@ -72,7 +73,7 @@ def neurons_of(model: nn.Module, what: Selection | Patch) -> dict[str, ChosenNeu
 
 
 def _of_budget(
-    model: nn.Module, parameters: Mapping[str, Tensor], config: NeftConfig
+    model: nn.Module, modules: Mapping[str, nn.Module], config: NeftConfig
 ) -> dict[str, ChosenNeurons]:
     budget = Budget(
         neurons=None if config.neurons is None else Amount.parse(config.neurons),
@@ -81,12 +82,15 @@ def _of_budget(
         seed=config.seed,
     )
     own: Any = getattr(model, "config", None)
-    infos = {name: _info(model, name, value) for name, value in parameters.items()}
+    infos = {name: TensorInfo(name, "F32", weight_shape(module)) for name, module in modules.items()}
+    axis = {name: 0 for name, info in infos.items() if len(info.shape) > 2}  # candidates are convolutions
+    if own is None:
+        axis |= {name: 1 for name, module in modules.items() if type(module).__name__ == "Conv1D"}
     anatomy = read_anatomy(
         config.anatomy,
         infos,
         own.to_dict() if hasattr(own, "to_dict") else None,
-        axis={name: 0 for name, info in infos.items() if len(info.shape) > 2},  # candidates are convolutions
+        axis=axis,
         include=config.include,
     )
     if not anatomy.scored:
@@ -95,27 +99,19 @@ def _of_budget(
             found="no module that target_modules and exclude_modules allow" if not infos else None,
             hint="name modules of the model, or include=[...] tensors that are left out",
         )
-    scores = [_scores(config.policy, parameters[one.info.name], one) for one in anatomy.scored]
+    scores = [_scores(config.policy, model, modules[one.info.name], one) for one in anatomy.scored]
     return _choose(anatomy.scored, scores, budget, sum(info.elements for info in infos.values()))
 
 
-def _info(model: nn.Module, name: str, value: Tensor) -> TensorInfo:
-    if is_plain(value):
-        return tensor_info(name, value)
-    module: Any = model.get_submodule(name.rpartition(".")[0])  # a quantized linear weight
-    return TensorInfo(name, "F32", (module.out_features, module.in_features))
-
-
-def _scores(policy: DatalessPolicy, weight: Tensor, tensor: NeuronTensor) -> Float64Array:
+def _scores(
+    policy: DatalessPolicy, model: nn.Module, module: nn.Module, tensor: NeuronTensor
+) -> Float64Array:
     """What a neuron of ``tensor`` adds to the score of its unit, ``[neurons]``."""
     if policy == "random":
         return np.zeros(tensor.layout.count)
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
     if not is_plain(weight):
-        raise UsageError(
-            f"the policy {policy} reads weights, and this one is quantized",
-            tensor=tensor.info.name,
-            hint='use policy="random", or a selection file',
-        )
+        weight = quantization_of(model, module).get_base_weight(module)
     others = [axis for axis in range(weight.dim()) if axis not in tensor.axes]
     power = 2 if policy == "norm" else 1
     sums = weight.detach().double().abs().pow(power).sum(others)

@@ -11,6 +11,9 @@ from typing import Any, Literal, TypeAlias
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ..errors import MismatchError
+
+_VERSION = 1
 DatalessPolicy: TypeAlias = Literal["random", "norm", "magnitude"]
 
 _NOTE = """
@@ -70,6 +73,8 @@ class NeftConfig(PeftConfig):
         Modules that are trained and saved whole, such as a new head.
     counts:
         Set by the method: how many neurons of each parameter the adapter holds, and along which axes.
+    base_fingerprint, version:
+        Set by the method: that of the files of a quantized base, and that of the adapter's form.
     """
 
     selection: str | None = None
@@ -83,10 +88,15 @@ class NeftConfig(PeftConfig):
     include: list[str] = field(default_factory=list)
     modules_to_save: list[str] | None = None
     counts: dict[str, list[int]] = field(default_factory=dict)
+    base_fingerprint: str | None = None
+    version: int = _VERSION
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = NEFT
+        if self.version > _VERSION:
+            what = f"the adapter was saved by a newer version of neftsurgery, as version {self.version}"
+            raise MismatchError(what, hint="update neftsurgery")
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved: no path of this machine."""

@@ -3,68 +3,67 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..errors import UsageError
-from ..live.weights import read_vectors, write_vectors
+from ..errors import MismatchError, UsageError
+from ..live.weights import is_plain, read_vectors, write_vectors
 from ..neurons.layout import Layout
-from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward
+from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward, forward_of
 from ..tuning.frozen_weights import OverlaidLinear, apply_function
-
-
-@dataclass(frozen=True)
-class _Overlaid:
-    """The neurons of one adapter, as the forward passes of `neftsurgery.tuning` want them."""
-
-    rows: Tensor
-    index: Tensor
-    inverse_index: Tensor | None
+from .base_vectors import base_digest, require_base, weight_shape
+from .choosing import ChosenNeurons
 
 
 class NeftLayer(nn.Module, BaseTunerLayer):
     """Wraps a linear layer, ``Conv1D``, convolution or embedding, plain or quantized.
 
     ``neft_rows`` holds each adapter's vectors, ``[k, width]`` float32, in place of those of the weight;
-    ``neft_index`` their neurons, int64 ``[k]``.
+    ``neft_index`` their neurons, int64 ``[k]``; ``neft_digest`` tells of which base, zeros if unknown.
     """
 
     adapter_layer_names = ("neft_rows",)
-    other_param_names = ("neft_index", "neft_saved")
-    adapter_of_example: list[str] | None = None  # of a mixed batch
+    other_param_names = ("neft_index", "neft_digest", "neft_saved")
 
-    def __init__(self, base_layer: nn.Module, forward: LayerForward, layout: Layout) -> None:
+    def __init__(self, name: str, base_layer: nn.Module, axes: tuple[int, ...], quantization: Any) -> None:
         super().__init__()
+        self.name = name  # of the weight
         self.base_layer = base_layer
-        self.layout = layout
-        self.computes = forward
+        base: Any = self.get_base_layer()
+        self.layout = Layout.of(weight_shape(base), axes)
+        self.computes: LayerForward = forward_of(base)  # type: ignore[assignment]  # checked before
+        self.in_features, self.out_features = _get_in_out_features(base)  # type: ignore[var-annotated]
         self.neft_rows = nn.ParameterDict({})
         self.neft_index = BufferDict(persistent=True)
+        self.neft_digest = BufferDict(persistent=True)
         self.neft_saved: dict[str, Tensor] = {}  # of merged adapters: the vectors that were replaced
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.quantization_backend = quantization
+        self.register_load_state_dict_post_hook(_check_base)  # type: ignore[no-untyped-call]
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = []
 
-    def update_layer(self, adapter: str, index: Tensor, values: Tensor | None) -> None:
-        """Add an adapter with these neurons; ``values`` None: with the vectors of the base."""
+    def update_layer(self, adapter: str, index: Tensor, chosen: ChosenNeurons | None) -> None:
+        """Add an adapter with these neurons; ``chosen`` None: its values and its base will be loaded."""
         base: Any = self.get_base_layer()
         device: torch.device = base.weight.device
         dtype = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-        if values is None and not index.is_meta and device.type != "meta":
-            values = self._vectors(index.to(device))
-        elif values is None:
-            values = torch.empty(len(index), self.layout.width, device="meta")
-        self.neft_rows[adapter] = nn.Parameter(values.to(values.device, dtype, copy=True))
-        self.neft_index[adapter] = index.to(device)
+        values, digest = torch.zeros(len(index), self.layout.width, device=device), torch.zeros(16).byte()
+        if chosen is not None and device.type != "meta":
+            before = self.vectors(index.to(device)) if chosen.base is None else chosen.base
+            values = (before if chosen.values is None else chosen.values).to(device)
+            if chosen.base is not None or is_plain(base.weight):
+                digest = base_digest(before)
+        self.neft_rows[adapter] = nn.Parameter(values.to(device, dtype, copy=True))
+        self.neft_index[adapter], self.neft_digest[adapter] = index.to(device), digest.to(device)
 
-    def _vectors(self, index: Tensor) -> Tensor:
+    def vectors(self, index: Tensor) -> Tensor:
+        """The vectors that the weight holds of neurons, ``[k, width]``; of a quantized one, dequantized."""
         return read_vectors(self.get_base_weight().view(self.layout.shape), self.layout, index)
 
     def _move_adapter_to_device_of_base_layer(
@@ -105,7 +104,9 @@ class NeftLayer(nn.Module, BaseTunerLayer):
             rows, index = self.neft_rows[name].detach(), self.neft_index[name]
             if safe_merge and not bool(torch.isfinite(rows).all()):
                 raise UsageError(f"the adapter {name} has values that are not finite")
-            self.neft_saved[name] = self._vectors(index)
+            if self.quantization_backend is not None:
+                warnings.warn("Merging into a quantized weight rounds the neurons to it.", stacklevel=2)
+            self.neft_saved[name] = self.vectors(index)
             self._write(name, rows)
             self.merged_adapters.append(name)
 
@@ -124,15 +125,15 @@ class NeftLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             self.set_base_weight(weight)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's forward pass with the vectors of the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             out: Tensor = self.base_layer(x, *args, **kwargs)
             return out
-        if self.adapter_of_example is not None:
-            return self._mixed(x, self.adapter_of_example)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
         return self._run(x, [name for name in self.active_adapters if name in self.neft_rows])
 
     def _run(self, x: Tensor, adapters: list[str]) -> Tensor:
@@ -141,7 +142,7 @@ class NeftLayer(nn.Module, BaseTunerLayer):
             return out
         base: Any = self.get_base_layer()
         inputs = self.computes.kind_of(self.layout.axes) == "inputs"
-        if isinstance(self.computes, LinearForward) and not self.computes.quantized:
+        if isinstance(self.computes, LinearForward) and is_plain(base.weight):
             rows = _joined([self.neft_rows[name] for name in adapters])
             index = _joined([self.neft_index[name] for name in adapters])
             arguments = (x, rows, base.weight, base.bias, index, self.computes.transposed)
@@ -152,16 +153,18 @@ class NeftLayer(nn.Module, BaseTunerLayer):
         return self.computes.run(base, layer, x)
 
     def _overlaid(self, adapter: str) -> Any:
+        """The neurons of one adapter, as the forward passes of `neftsurgery.tuning` want them."""
         index = self.neft_index[adapter]
         inverse = None
         if self.computes.is_lookup:
             inverse = torch.full((self.layout.count,), len(index), device=index.device)
             inverse[index] = torch.arange(len(index), device=index.device)
-        return _Overlaid(self.neft_rows[adapter], index, inverse)
+        return SimpleNamespace(rows=self.neft_rows[adapter], index=index, inverse_index=inverse)
 
     def _mixed(self, x: Tensor, names: list[str]) -> Tensor:
         """A batch of which each example has its own adapter; ``__base__``: none."""
         places, outputs = list[Tensor](), list[Tensor]()
+        names = [name for name in names for _ in range(len(x) // len(names))]  # of beams
         for name in dict.fromkeys(names):
             places.append(torch.tensor([n for n, one in enumerate(names) if one == name], device=x.device))
             own = [name] if name in self.neft_rows else []
@@ -179,6 +182,21 @@ class NeftLayer(nn.Module, BaseTunerLayer):
         """How many neurons each adapter has."""
         counts = {name: len(self.neft_index[name]) for name in self.neft_rows}
         return ", ".join(f"{name}={count} of {self.layout.count}" for name, count in counts.items())
+
+
+def _check_base(layer: NeftLayer, *_: Any) -> None:
+    """Refuse an adapter that was loaded if the vectors that it replaces are not those of its own base."""
+    base: Any = layer.get_base_layer()
+    if layer.merged or not is_plain(base.weight) or base.weight.is_meta:
+        return
+    for adapter in layer.neft_rows:
+        try:
+            vectors = layer.vectors(layer.neft_index[adapter])
+            require_base(adapter, layer.name, layer.neft_digest[adapter], vectors)
+        except MismatchError as error:
+            if base.weight.dtype != torch.float16:
+                raise
+            warnings.warn(f"float16 does not hold the base's values, or {error}", stacklevel=2)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -124,9 +124,10 @@ class QuantizedWeight:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
         return rows_read(files, self.companions["codes"], rows)
 
-    def scale_rows(self, files: RowReader, rows: Int64Array) -> Float64Array:
-        """The scales of ``rows``, ``[k, groups]``."""
-        return scales_decoded(_shared(files, self, self.scales, rows), self.scales.info.dtype)
+    def scale_rows(self, files: RowReader, rows: Int64Array) -> tuple[Float64Array, Int64Array]:
+        """The scales that ``rows`` (ascending) need, ``[n, groups]``; and which of these each has."""
+        raw, place = _shared(files, self, self.scales, rows)
+        return scales_decoded(raw, self.scales.info.dtype), place
 
     def numbers(
         self,
@@ -142,7 +143,7 @@ class QuantizedWeight:
         """
         raw = self.code_rows(files, rows) if codes is None else codes
         table, per_byte = code_table(self.kind)
-        last, scales = first + out.shape[1], self.scale_rows(files, rows)
+        last, (scales, place) = first + out.shape[1], self.scale_rows(files, rows)
         groups = None if self.order is None else self._groups(files, self.order, scales.shape[1])
         of = np.arange(first, last) // self.columns if groups is None else groups[first:last]
         table = table.astype(out.dtype).reshape(256, per_byte)
@@ -151,12 +152,13 @@ class QuantizedWeight:
         with np.errstate(all="ignore"):  # a scale that is no number, or too large, is found where it is used
             if self.zeros is not None:
                 out -= self._zeros(files, rows).astype(out.dtype)[:, of]
-            out *= scales.astype(out.dtype)[:, of]
+            out *= scales.astype(out.dtype)[place][:, of]
 
     def _zeros(self, files: RowReader, rows: Int64Array) -> Numbers:
         """The zero points of ``rows``, one a scale."""
         assert self.zeros is not None  # asked for only then
-        raw = _shared(files, self, self.zeros, rows)
+        stored, place = _shared(files, self, self.zeros, rows)
+        raw = stored[place]
         if not self.packed_zeros:
             return scales_decoded(raw, self.zeros.info.dtype)
         bits = 32 // self.zeros.span
@@ -204,9 +206,10 @@ def rows_read(files: RowReader, companion: Companion, rows: Int64Array) -> RawBy
     return raw
 
 
-def _shared(files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array) -> RawBytes:
-    """The bytes of the row of a companion that each of ``rows`` needs."""
-    if companion.span == 1:
-        return rows_read(files, companion, rows)
-    needed, place = np.unique(weight.shared_rows(companion, rows), return_inverse=True)
-    return rows_read(files, companion, needed)[place]
+def _shared(
+    files: RowReader, weight: QuantizedWeight, companion: Companion, rows: Int64Array
+) -> tuple[RawBytes, Int64Array]:
+    """The bytes of the rows of a companion that ascending ``rows`` need, and which of them each needs."""
+    needed = weight.shared_rows(companion, rows)
+    new = np.diff(needed, prepend=-1) > 0
+    return rows_read(files, companion, needed[new]), np.cumsum(new) - 1

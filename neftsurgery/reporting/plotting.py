@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from xml.etree import ElementTree
@@ -53,12 +54,9 @@ DrawFunction: TypeAlias = Callable[[MplFigure], None]
 
 def require_matplotlib() -> None:
     """Raise a `UsageError` if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "figures need matplotlib, which is not installed", hint=install_command("report")
-        ) from error
+    if find_spec("matplotlib") is None:
+        hint = install_command("report")
+        raise UsageError("figures need matplotlib, which is not installed", hint=hint)
 
 
 def png(draw: DrawFunction) -> bytes:

@@ -1,4 +1,4 @@
-"""The distribution of the scores by kind of weight, the score at which the budget cuts, the top neurons."""
+"""Scores by kind of weight, where the budget cuts them, the top neurons, and those quantization hurt most."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import text
+from ..scoring.scores import Scores
 from ..tensors.arrays import Float64Array, Int64Array, Mask
 from .figure import ReportFigure
 from .inputs import Candidates
@@ -19,7 +20,7 @@ _BINS = 72
 _KINDS = 12
 #: A score whose maximum is more than this many times its median gets a logarithmic axis.
 _SKEWED = 8.0
-_SHOWN = 20  # rows of the table
+_SHOWN = 20  # rows of a table of neurons
 
 
 class ScoreDistribution:
@@ -141,3 +142,38 @@ def _draw(fig: MplFigure, rows: Sequence[tuple[Any, ...]], score: str) -> None:
     axes.set_yticks(ys, [f"{text.label(row[2], 40)} [{row[3]}]" for row in rows], fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.16)
+
+
+def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...]:
+    """What quantization cost neurons and weights; empty unless just one side of the scores stores codes."""
+    if len(scores.quantized) != 1:
+        return ()
+    tensors, found = list[str](), list[Float64Array]()
+    for batch in scores.batches("base_sq", "delta_sq"):
+        with np.errstate(all="ignore"):
+            error = np.sqrt(batch.sums["delta_sq"] / batch.sums["base_sq"])
+        for tensor, part in zip(batch.tensors, np.split(error, batch.starts[1:]), strict=True):
+            if np.any(part != 0):  # the others are plain numbers on both sides
+                tensors.append(tensor.info.name)
+                found.append(part)
+    if not tensors:
+        return ()
+    places = locate_tensors(tensors)
+    every = np.concatenate(found)
+    starts = np.cumsum([0, *map(len, found)])
+    known = np.where(np.isfinite(every), every, -1.0)
+    worst = np.argsort(-known, kind="stable")[:_SHOWN]
+    rows = []
+    for rank, one in enumerate(worst[known[worst] >= 0].tolist(), 1):
+        home = int(np.searchsorted(starts, one, side="right")) - 1
+        rows.append((rank, float(every[one]), tensors[home], int(one - starts[home]), *places[tensors[home]]))
+    weights = list[tuple[str, str, int, float, float]]()
+    for name, errors in zip(tensors, found, strict=True):
+        finite = errors[np.isfinite(errors)]
+        middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
+        weights.append((*places[name], len(errors), middle, top))
+    weights.sort(key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))
+    return (
+        ReportFigure.of("quantization", suffix, rows, shown=_SHOWN),
+        ReportFigure.of("quantization-by-weight", suffix, weights),
+    )

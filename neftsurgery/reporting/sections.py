@@ -16,8 +16,7 @@ from .control_comparison import ControlComparison
 from .figure import ReportFigure
 from .inputs import LosslessInput, PatchInput, ReportInput, ScoresInput, read_candidates
 from .layer_map import LayerMap, draw_layer_map, layer_map_figure
-from .quantization_error import quantization_figures
-from .score_distribution import ScoreDistribution, top_neurons_figure
+from .score_distribution import ScoreDistribution, quantization_figures, top_neurons_figure
 from .selection_overlap import SelectionOverlap
 from .training_record import loss_figure, training_facts
 

@@ -23,107 +23,169 @@ from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.compiled import compiled
 from . import kernels
 
+# Sums are of codes over these: of what float16 holds in place of E4M3, or of whole numbers.
+_UNITS = {"F8_E4M3": 256.0, "F8_E5M2": 1.0, "E2M1": 0.5, "offset 4": 1.0}
+_BLOCK = 1024  # codes per float32 partial sum
+_AHEAD = 8192  # bytes: how far ahead memory is prefetched
 _PAIRS = 16  # bytes of two codes per word of sums
-# Where the sums begin in it, after that of x x: of e e, of x e with an offset, of how many codes differ.
-_EE, _XE, _DIFFERING = 13, 28, 44
-_OFFSET = 1024
+# Where the sums begin in it, after that of x x: of e e, of x e with an offset; how many codes differ, and how
+# many are equal and not zero.
+_EE, _XE, _DIFFERING, _EQUAL = 13, 28, 44, 52
+_OFFSET, _EVEN = 1024, 0x00FF00FF00FF00FF
 
-u8, u64 = np.uint8, np.uint64
+f32, i16, i8, u16, u64 = np.float32, np.int16, np.int8, np.uint16, np.uint64
 _bits = kernels.bitcast(types.float64, types.uint64)
 
 
 # Indices are unsigned: the compiler sees that none is negative, and vectorises.
 @compiled()
-def _pair_sums(a: Any, b: Any, length: int, words: Any, unit: float, sums: Any, changed: Any) -> None:
-    """As `kernels.run_sums`, of runs of bytes of two codes; ``words`` and ``unit`` of `pair_table`."""
-    for run in range(changed.size):
-        xx, ee, xe, differing = 0, 0, 0, 0
-        for first in range(run * length, (run + 1) * length, _PAIRS):
-            total = u64(0)
-            for i in range(_PAIRS):  # of constant length, to be unrolled: gathers would be slower
-                one, other = u64(a[u64(first + i)]), u64(b[u64(first + i)])
-                total = u64(total + words[u64(u64(one << u64(8)) | other)])
-            word = np.int64(total)
-            xx += word & ((1 << _EE) - 1)
-            ee += (word >> _EE) & ((1 << (_XE - _EE)) - 1)
-            xe += ((word >> _XE) & ((1 << (_DIFFERING - _XE)) - 1)) - _OFFSET * _PAIRS
-            differing += word >> _DIFFERING
-        sums[0, run], sums[1, run], sums[2, run], changed[run] = unit * xx, unit * ee, unit * xe, differing
+def _halves(codes: Any, start: int, e5m2: bool, out: Any) -> None:
+    """Codes from ``start`` on as bits of float16."""
+    for i in range(out.size if e5m2 else 0):
+        out[u64(i)] = u16(u16(codes[u64(start + i)]) << u16(8))
+    for i in range(0 if e5m2 else out.size):
+        bits = u16(u16(u16(i16(i8(codes[u64(start + i)]))) << u16(7)) & u16(0xBFFF))
+        out[u64(i)] = u16(0x7E00) if u16(bits & u16(0x3F80)) == u16(0x3F80) else bits
 
 
 @compiled(fastmath=kernels.FASTMATH)
-def _scaled_sums(
-    a: Any, b: Any, scales: Any, near: float, numbers: Any, groups: Any, unequal: Any, sums: Any, changed: Any
-) -> None:
-    """The sums of rows from those of the codes of their ``groups``, of which ``unequal`` differ.
+def _float_groups(codes: Any, begin: int, s: Any, t: Any, e5m2: bool, halves: Any, groups: Any) -> None:
+    """The sums of the groups of a row, and how many numbers differ. ``s``, ``t``: their scales."""
+    (a, b), (xs, ys) = codes, halves
+    _halves(a, begin, e5m2, xs)
+    _halves(b, begin, e5m2, ys)
+    width = xs.size // s.size
+    for place in range(s.size):
+        xx, ee, xe, differing, end = 0.0, 0.0, 0.0, 0, (place + 1) * width
+        zero = u16(0 if s[place] == t[place] else 0x7FFF)  # of two scales, only zeros are equal
+        for start in range(place * width, end, _BLOCK):
+            x_block, y_block = xs[start : min(start + _BLOCK, end)], ys[start : min(start + _BLOCK, end)]
+            for soon in range(begin + start + _AHEAD, begin + start + _AHEAD + x_block.size, kernels.LINE):
+                kernels.prefetch(a, soon)
+                kernels.prefetch(b, soon)
+            xx32, ee32, xe32, count = f32(0), f32(0), f32(0), u16(0)
+            for i in range(x_block.size):
+                x: Any = kernels.half(x_block[i])
+                e = kernels.half(y_block[i]) - x
+                xx32 += x * x
+                ee32 += e * e
+                xe32 += x * e
+            for i in range(x_block.size):  # by itself, it takes more of them at once
+                if u16(u16(x_block[i] ^ y_block[i]) | u16(x_block[i] & zero)) != u16(0):
+                    count = u16(count + u16(1))
+            xx += xx32
+            ee += ee32
+            xe += xe32
+            differing += count
+        groups[0, place], groups[1, place], groups[2, place], groups[3, place] = xx, ee, xe, differing
 
-    ``scales``: of both sides, float64 ``[n, groups of a row]``; ``numbers``: of bytes, see `code_table`.
-    """
-    shift, width = u64(numbers.size >> 9), a.size // unequal.size
-    for row in range(changed.size):
-        aa, dd, ad, differing = 0.0, 0.0, 0.0, 0
-        for place in range(scales[0].shape[1]):
-            group = row * scales[0].shape[1] + place
-            start, stop = u64(group * width), u64((group + 1) * width)
-            s, t = scales[0][row, place], scales[1][row, place]
-            moved = t - s
-            if s != 0.0 and abs(moved) <= near * abs(t):
-                xx, ee, xe = groups[0, group], groups[1, group], groups[2, group]
-                aa += s * s * xx
-                dd += t * t * ee + moved * (2.0 * t * xe + moved * xx)
-                ad += s * (t * xe + moved * xx)
-                least = u8(0 if moved == 0.0 else 0x7F)
-                if moved != 0.0:  # then all numbers differ but zeros, of which most groups have none
-                    for i in range(start, stop):
-                        least = min(least, u8(a[i] & u8(0x7F)))
-                differing += unequal[group] if least == u8(0) else width
-                if moved != 0.0 and least == u8(0):
-                    for i in range(start, stop):
-                        differing += a[i] == b[i] and u8(a[i] & u8(0x7F)) != u8(0)
-            else:
-                for half in range(1 + shift):
-                    for i in range(start, stop):
-                        x = numbers[u64(u64(u64(a[i]) << shift) + u64(half))] * s
-                        y = numbers[u64(u64(u64(b[i]) << shift) + u64(half))] * t
-                        aa += x * x
-                        dd += (y - x) * (y - x)
-                        ad += x * (y - x)
-                        differing += _bits(x) != _bits(y)
+
+@compiled()
+def _pair_groups(codes: Any, begin: int, s: Any, t: Any, words: Any, found: Any, groups: Any) -> None:
+    """As `_float_groups`, of groups of 16 bytes of two codes; ``words`` of `pair_table`."""
+    for place in range(s.size):
+        first, total = u64(begin // 8 + 2 * place), u64(0)
+        for i in range(2):
+            x, y = codes[0][first + u64(i)], codes[1][first + u64(i)]
+            even = u64(u64(u64(x & u64(_EVEN)) << u64(8)) | u64(y & u64(_EVEN)))
+            odd = u64(u64(x & u64(~_EVEN)) | u64(u64(y >> u64(8)) & u64(_EVEN)))
+            for bit in range(0, 64, 16):
+                total = u64(total + words[u64(u64(even >> u64(bit)) & u64(0xFFFF))])
+                total = u64(total + words[u64(u64(odd >> u64(bit)) & u64(0xFFFF))])
+        found[place] = np.int64(total)
+    for i in range(s.size):  # by itself, it is vectorised
+        place, word = u64(i), found[u64(i)]
+        groups[0, place] = word & ((1 << _EE) - 1)
+        groups[1, place] = (word >> _EE) & ((1 << (_XE - _EE)) - 1)
+        groups[2, place] = ((word >> _XE) & ((1 << (_DIFFERING - _XE)) - 1)) - _OFFSET * _PAIRS
+        equal = 0 if s[place] == t[place] else word >> _EQUAL
+        groups[3, place] = ((word >> _DIFFERING) & ((1 << (_EQUAL - _DIFFERING)) - 1)) + equal
+
+
+@compiled(fastmath=kernels.FASTMATH)
+def _far_group(codes: Any, start: int, stop: int, s: float, t: float, numbers: Any, group: Any) -> None:
+    """The sums of a group, and how many numbers differ, from each number; ``numbers``: see `code_table`."""
+    aa, dd, ad, differing, shift = 0.0, 0.0, 0.0, 0, u64(numbers.size >> 9)
+    for half in range(1 + shift):
+        for i in range(start, stop):
+            x = numbers[u64(u64(u64(codes[0][u64(i)]) << shift) + u64(half))] * s
+            y = numbers[u64(u64(u64(codes[1][u64(i)]) << shift) + u64(half))] * t
+            aa += x * x
+            dd += (y - x) * (y - x)
+            ad += x * (y - x)
+            differing += _bits(x) != _bits(y)
+    group[0], group[1], group[2], group[3] = aa, dd, ad, differing
+
+
+@compiled(fastmath=kernels.FASTMATH)
+def _sums(
+    codes: Any, scales: Any, rows: Any, near: float, numbers: Any, words: Any, e5m2: bool
+) -> tuple[Float64Array, Int64Array]:
+    """As `code_sums`, of bytes of floats, or of 64-bit words of pairs, if there are ``words``."""
+    raw, count, places = (codes[0].view(np.uint8), codes[1].view(np.uint8)), rows[0].size, scales[0].shape[1]
+    sums, changed, found = np.empty((3, count)), np.empty(count, np.int64), np.empty(places, np.int64)
+    groups, s, t, length = np.empty((4, places)), np.empty(places), np.empty(places), raw[0].size // count
+    halves = np.empty(length, np.uint16), np.empty(length, np.uint16)
+    for row in range(count):
+        begin, width = row * length, length // places
+        s[:], t[:] = scales[0][rows[0][row]], scales[1][rows[1][row]]
+        if words is None:
+            _float_groups(raw, begin, s, t, e5m2, halves, groups)
+        else:
+            _pair_groups(codes, begin, s, t, words, found, groups)
+        for i in range(places):
+            if s[i] == 0.0 or not abs(t[i] - s[i]) <= near * abs(t[i]):
+                start = begin + i * width
+                _far_group(raw, start, start + width, s[i], t[i], numbers, groups[:, i])
+                s[i] = t[i] = 1.0
+        aa, dd, ad, differing = 0.0, 0.0, 0.0, 0.0
+        for i in range(places):
+            moved, xx, xe = t[i] - s[i], groups[0, i], groups[2, i]
+            aa += s[i] * s[i] * xx
+            dd += t[i] * t[i] * groups[1, i] + moved * (2.0 * t[i] * xe + moved * xx)
+            ad += s[i] * (t[i] * xe + moved * xx)
+            differing += groups[3, i]
         sums[0, row], sums[1, row], sums[2, row], changed[row] = aa, dd, ad, differing
+    return sums, changed
 
 
 @functools.cache
-def pair_table(kind: str) -> tuple[NDArray[np.uint64], float]:
-    """The sums of each two bytes of two codes, in words; and the unit of the squares in them."""
-    numbers, size = (
-        code_table(kind)[0].reshape(256, 2),
-        2 if kind == "E2M1" else 1,
-    )  # whole numbers if doubled
-    whole, negative = (size * numbers).astype(np.int64), np.signbit(numbers)
+def pair_table(kind: str) -> NDArray[np.uint64]:
+    """The sums of each two bytes of two codes, in words."""
+    numbers = (code_table(kind)[0] / f32(_UNITS[kind])).reshape(256, 2)
+    whole, negative = numbers.astype(np.int64), np.signbit(numbers)
     x, y = whole[:, None], whole[None]
-    differ = (x != y) | (negative[:, None] != negative[None])
-    words = (x * x) + ((y - x) ** 2 << _EE) + (x * (y - x) << _XE) + (differ.astype(np.int64) << _DIFFERING)
-    return (words.sum(axis=2) + (_OFFSET << _XE)).astype(np.uint64).reshape(-1), size**-2
+    equal = (x == y) & (negative[:, None] == negative[None])
+    words = (x * x) + ((y - x) ** 2 << _EE) + (x * (y - x) << _XE)
+    words += np.where(equal, (x != 0).astype(np.int64) << _EQUAL, 1 << _DIFFERING)
+    table: NDArray[np.uint64] = (words.sum(axis=2) + (_OFFSET << _XE)).astype(np.uint64).reshape(-1)
+    return table
 
 
 def code_sums(
-    kind: str, a: RawBytes, b: RawBytes, scales: tuple[Float64Array, Float64Array], width: int
+    kind: str,
+    codes: tuple[RawBytes, RawBytes],
+    scales: tuple[Float64Array, Float64Array],
+    rows: tuple[Int64Array, Int64Array],
+    width: int,
 ) -> tuple[Float64Array, Int64Array]:
-    """As `kernels.run_sums`, of rows of codes of which ``width`` bytes share one of ``scales``."""
-    (numbers, per_byte), rows = code_table(kind), len(scales[0])
-    run = math.gcd(a.size // rows, width)  # the last group of a row may be shorter
+    """As `kernels.run_sums`, of rows of codes of which ``width`` bytes share a scale.
+
+    ``scales``: ``[n, groups of a row]``; ``rows``: which of these each row has.
+    """
+    (numbers, per_byte), unit, words = code_table(kind), _UNITS[kind], None
+    length = codes[0].size // len(rows[0])
+    run = _PAIRS if per_byte == 2 else math.gcd(length, width)  # the last group of a row may be shorter
     if run < width:
-        first, second = (side.repeat(width // run, axis=1)[:, : a.size // rows // run] for side in scales)
+        first, second = (side.repeat(width // run, axis=1)[:, : length // run] for side in scales)
         scales = first, second
-    groups, unequal, near = np.empty((3, a.size // run)), np.empty(a.size // run, np.int64), 0.0
     if per_byte == 2:
-        _pair_sums(a, b, run, *pair_table(kind), groups, unequal)
-    else:
-        near = 0.5 ** (CODE_BITS[kind] + 1)  # half of how far codes of one sign are apart, at least
-        kernels.run_sums(kind)(a, b, run, groups, unequal)
-    sums, changed = np.empty((3, rows)), np.empty(rows, np.int64)
-    _scaled_sums(a, b, scales, near, numbers, groups, unequal, sums, changed)
-    return sums, changed
+        words = pair_table(kind)
+        a, b = (np.require(side.view(np.uint64), requirements="A") for side in codes)
+        codes = a, b
+    near = 0.5 ** (CODE_BITS[kind] + 1)  # half of how far codes of one sign are apart, at least
+    sums, changed = _sums(codes, scales, rows, near, numbers / f32(unit), words, kind == "F8_E5M2")
+    return sums * unit**2, changed
 
 
 def row_sums(
@@ -132,10 +194,12 @@ def row_sums(
     """The sums of ``rows`` of a weight, whose codes are ``a`` and ``b``."""
     weight = codes[0].weight
     first, second = (one.weight.scale_rows(one.files, rows) for one in codes)
-    return code_sums(weight.kind, a, b, (first, second), weight.columns // code_table(weight.kind)[1])
+    width = weight.columns // code_table(weight.kind)[1]
+    return code_sums(weight.kind, (a, b), (first[0], second[0]), (first[1], second[1]), width)
 
 
 def prepare(kinds: Iterable[str]) -> None:
     """Compile, or load from the cache on disk, the kernels for these kinds of codes."""
+    code, scale, row = np.zeros(_PAIRS, np.uint8), np.ones((1, 1)), np.zeros(1, np.int64)
     for kind in sorted(set(kinds)):
-        code_sums(kind, *np.zeros((2, _PAIRS), np.uint8), (np.ones((1, 1)), np.ones((1, 1))), _PAIRS)
+        code_sums(kind, (code, code), (scale, scale), (row, row), _PAIRS)

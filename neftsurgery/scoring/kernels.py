@@ -21,8 +21,8 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from ..tensors.compiled import compiled
-from ..tensors.dtypes import DTYPES, DType, FloatFormat
-from ..tensors.floats import FLOATS
+from ..tensors.dtypes import DTYPES, DType
+from ..tensors.floats import FLOATS, widen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -36,11 +36,11 @@ FORMATS = {name: code for code, name in enumerate(sorted(FLOATS))}
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 _BLOCK = 1024  # elements per float32 partial sum
 _AHEAD = 1024  # bytes: how far ahead memory is prefetched
-_LINE = 64  # bytes
+LINE = 64  # bytes, of memory
 _TILE = 2048  # neurons per tile of column_sums: three float32 accumulators of it stay in L1
 _COLUMN_BLOCK = 64  # runs per float32 partial sum
 
-u32, u64 = np.uint32, np.uint64
+u16, u32, u64 = np.uint16, np.uint32, np.uint64
 
 
 def bitcast(source: Any, target: Any) -> Any:
@@ -58,11 +58,10 @@ def bitcast(source: Any, target: Any) -> Any:
 
 _as_float32 = bitcast(types.uint32, types.float32)
 _as_float64 = bitcast(types.uint64, types.float64)
-_as_uint32 = bitcast(types.float32, types.uint32)
 
 
 @intrinsic
-def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
+def prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
     """Prefetch the cache line of an element. An index out of range does no harm.
 
     The processor's own prefetcher stops at the end of each 4 KiB page, as the pages of a file may lie
@@ -88,34 +87,14 @@ def widened(code, bits):  # type: ignore[no-untyped-def]
     raise TypeError("only for compiled code")
 
 
-def _small_float(bits: int, format: FloatFormat) -> Any:
-    """A decoder for floats narrower than 32 bits.
+@intrinsic
+def half(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The number that bits of float16 stand for, as float32: one instruction, for subnormal numbers too."""
 
-    A normal number's bits, moved up to where a float32 has its fraction, are those of that float32 but for
-    the exponent's bias; a subnormal number is its bits times a power of two. No arithmetic is done on
-    float32 subnormals, which is slow on x86. NaN and Inf all become NaN.
-    """
-    magnitude = u32((1 << (bits - 1)) - 1)
-    sign_shift = u32(32 - bits)
-    shift, rebias = u32(23 - format.fraction_bits), u32((127 - format.bias) << 23)
-    least_normal = u32(1 << format.fraction_bits)
-    unit = np.float32(2.0 ** (1 - format.bias - format.fraction_bits))
-    sign_bit, nan = u32(0x80000000), u32(0x7FC00000)
-    # The FNUZ types have one NaN, the pattern of negative zero: flipping its magnitude makes it all ones.
-    fnuz = format.nonfinite > magnitude
-    flip, kept = (magnitude, u32(0xFF)) if fnuz else (u32(0), magnitude)
-    limit = u32(0xFF if fnuz else format.nonfinite)
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
-    def decode(code, bits):  # type: ignore[no-untyped-def]
-        word = u32(bits)
-        low = u32(word & magnitude)
-        normal = u32(u32(low << shift) + rebias)
-        tiny = _as_uint32(np.float32(np.float32(np.int32(low)) * unit))
-        value = tiny if low < least_normal else normal
-        value = nan if u32(u32(word ^ flip) & kept) >= limit else value
-        return _as_float32(u32(value | u32(u32(word << sign_shift) & sign_bit)))
-
-    return decode
+    return types.float32(types.uint16), generate
 
 
 def _decoder(dtype: DType) -> Any:
@@ -126,8 +105,10 @@ def _decoder(dtype: DType) -> Any:
         return lambda code, bits: _as_float32(u32(bits))
     if dtype.name == "BF16":
         return lambda code, bits: _as_float32(u32(u32(bits) << u32(16)))
-    assert dtype.format is not None  # it is a float
-    return _small_float(dtype.bits, dtype.format)
+    if dtype.name == "F16":
+        return lambda code, bits: half(u16(bits))
+    table = widen(np.arange(256, dtype=np.uint8), dtype.name).astype(np.float32)
+    return lambda code, bits: table[bits]
 
 
 _DECODERS: dict[int, Any] = {code: _decoder(DTYPES[name]) for name, code in FORMATS.items()}
@@ -148,7 +129,7 @@ def run_sums(dtype: str) -> Callable[..., None]:
     """
     code = FORMATS[dtype]
     itemsize = DTYPES[dtype].itemsize
-    ahead, line = _AHEAD // itemsize, _LINE // itemsize
+    ahead, line = _AHEAD // itemsize, LINE // itemsize
 
     @compiled(fastmath=FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
@@ -159,8 +140,8 @@ def run_sums(dtype: str) -> Callable[..., None]:
                 block_a = a[start : min(start + _BLOCK, (run + 1) * length)]
                 block_b = b[start : min(start + _BLOCK, (run + 1) * length)]
                 for soon in range(start + ahead, start + ahead + block_a.size, line):
-                    _prefetch(a, soon)
-                    _prefetch(b, soon)
+                    prefetch(a, soon)
+                    prefetch(b, soon)
                 aa32, dd32, ad32, count = np.float32(0), np.float32(0), np.float32(0), u32(0)
                 for i in range(block_a.size):
                     x = widened(code, block_a[i])
@@ -188,7 +169,7 @@ def column_sums(dtype: str) -> Callable[..., None]:
     """
     code = FORMATS[dtype]
     partial = np.float64 if dtype == "F64" else np.float32
-    line = _LINE // DTYPES[dtype].itemsize
+    line = LINE // DTYPES[dtype].itemsize
 
     @compiled(fastmath=FASTMATH)
     def kernel(a: Any, b: Any, length: int, sums: Any, changed: Any) -> None:
@@ -206,8 +187,8 @@ def column_sums(dtype: str) -> Callable[..., None]:
                     row_a = a[run * length + low : run * length + low + columns]
                     row_b = b[run * length + low : run * length + low + columns]
                     for soon in range((run + 1) * length + low, (run + 1) * length + low + columns, line):
-                        _prefetch(a, soon)
-                        _prefetch(b, soon)
+                        prefetch(a, soon)
+                        prefetch(b, soon)
                     for i in range(row_a.size):
                         x = widened(code, row_a[i])
                         d = widened(code, row_b[i]) - x

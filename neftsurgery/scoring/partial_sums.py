@@ -27,6 +27,7 @@ from .sums import Exact, Sums, exact
 
 _LEAST_RUNS = 64
 _TASK_PIECES = 256  # small tensors share a task
+_CODED_PIECES = 4  # are joined: their scales take memory, too
 _LEAST_SQUARE = 1e-30  # of a sum: below it, float32 squares may have underflowed
 _PLAIN_ELEMENTS = 1 << 15
 
@@ -103,12 +104,14 @@ def tasks(
 def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
     """Neighbouring pieces of one job merged into few large ones, where that changes no sum."""
     # Column sums start again with each piece, and so do the sums of types that are not floats.
-    if job.across or job.info.dtype not in FORMATS:
+    if job.across or (job.codes is None and job.info.dtype not in FORMATS):
         yield from pieces
         return
     for grain, group in groupby(pieces, key=lambda piece: piece.grain):
         members = list(group)
-        yield TensorPiece(members[0].job, members[0].start, members[-1].stop, grain)
+        several = len(members) if job.codes is None else _CODED_PIECES
+        for some in (members[first : first + several] for first in range(0, len(members), several)):
+            yield TensorPiece(some[0].job, some[0].start, some[-1].stop, grain)
 
 
 def _pieces(number: int, job: Job, nbytes: int) -> Iterator[TensorPiece]:

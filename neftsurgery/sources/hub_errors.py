@@ -55,16 +55,12 @@ def hub_errors(hub_id: HubId, filename: str = "a file", *, doing: str = "fetchin
         with guarded():
             yield
     except Exception as raised:
-        error = _unwrapped(raised)
+        # One that only says what the client was doing: which file it sent, or fetched again.
+        wraps = type(raised) in (RuntimeError, ValueError) and isinstance(raised.__cause__, Exception)
+        error: Any = raised.__cause__ if wraps else raised
         found = error if isinstance(error, NeftError) else _translated(error, hub_id, filename, doing)
         found.file = found.file or str(hub_id)
         raise found from (found.__cause__ if found is error else raised)
-
-
-def _unwrapped(error: Exception) -> Exception:
-    """The error behind one that only says what the client was doing: which file it sent, or fetched again."""
-    cause = error.__cause__
-    return cause if type(error) in (RuntimeError, ValueError) and isinstance(cause, Exception) else error
 
 
 def _translated(error: Exception, hub_id: HubId, filename: str, doing: str) -> NeftError:
@@ -122,21 +118,15 @@ def _answered(error: Any, status: int | None) -> NeftError:
     if status == 400:
         said = _first_line(getattr(error, "server_message", None) or "no reason given")
         return MismatchError(f"the Hub refused the request (HTTP 400): {said}")
-    if status == 409 and _is_there(error.response):
-        return UsageError(
-            "the repository exists already (HTTP 409), and the Hub does not show it to you",
-            hint="choose another name, or ask its owner for access",
-        )
+    if status == 409:
+        creating = str(error.response.request.url).endswith("/api/repos/create")
+        if creating or error.response.headers.get("X-Error-Code") == "RepoExists":
+            what = "the repository exists already (HTTP 409), and the Hub does not show it to you"
+            return UsageError(what, hint="choose another name, or ask its owner for access")
     if status not in _ANSWERS:
         return _refused("the Hub refused the request", status)
     kind, what, hint = _ANSWERS[status]
     return kind(f"{what} (HTTP {status})", hint=hint)
-
-
-def _is_there(answer: Any) -> bool:
-    """Whether a 409 is about the repository that was to be created."""
-    creating = str(answer.request.url).endswith("/api/repos/create")
-    return creating or answer.headers.get("X-Error-Code") == "RepoExists"
 
 
 def _refused(what: str, status: int | None, *, logged_in: str = _RIGHTS) -> NeftError:

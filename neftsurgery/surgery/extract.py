@@ -307,11 +307,9 @@ def plan_extract(
             origin, result = Provenance.of(first), Provenance.of(second)
         if given is not None:
             hint = "score these checkpoints, or name those that were scored"
-            for side, recorded, here, file in (
-                ("base", given.base, origin, first.name),
-                ("tuned", given.tuned, result, second.name),
-            ):
-                require_same_files(f"the scores are of another {side}", recorded, here, file=file, hint=hint)
+            what = "the scores are of another"
+            require_same_files(f"{what} base", given.base, origin, file=first.name, hint=hint)
+            require_same_files(f"{what} tuned", given.tuned, result, file=second.name, hint=hint)
         if checked is not None and scores is not None:
             selection = scores.choose(checked)
             warnings += checked.warnings(scores.units or scores.neurons)

@@ -368,7 +368,7 @@ def _batches(plan: TrainPlan, count: int) -> list[list[Example]]:
 def _finetune_scores(plan: TrainPlan, steps: int, limits: Limits, watcher: Watcher) -> Scores | None:
     """Fine-tune a copy of the whole model, score its change, and delete it; None if it was stopped."""
     recipe, directory = plan.recipe, plan.run_directory
-    model = plan.load_model()
+    model = plan.load_model(quantized=False)
     dtype = model.dtype
     model.to(torch.float32)  # the steps of a short fine-tune are smaller than the rounding of bfloat16
     saves = directory.probe / "trainer"

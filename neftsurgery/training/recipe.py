@@ -155,6 +155,10 @@ class Train:
         "auto", "Of the model; auto: as in its files."
     )
     device: Literal["auto", "cpu"] = key("auto", "Where it runs; auto: a GPU if there is one.")
+    quantization: dict[str, Any] | None = key(
+        None,
+        "Quantize the frozen model, by transformers' options: {load_in_4bit: true}, {load_in_8bit: true}.",
+    )
     attn_implementation: str | None = key(None, "By transformers' name: sdpa, eager, flash_attention_2.")
     gradient_checkpointing: bool = key(False, "Compute the forward pass twice, to use less memory.")
     mode: Literal["auto", "scatter", "overlay"] = key("auto", "Whether weights hold the values: see attach.")

@@ -22,7 +22,7 @@ from ..checkpoint.provenance import fingerprint
 from ..errors import NeftError, UsageError, boundary, spelled
 from ..hub.push import push
 from ..hub.repository import MAIN, read_repository
-from ..live.loading import load_model, load_tokenizer, meta_model, without_progress_bars
+from ..live.loading import load_model, load_tokenizer, meta_model, require_quantization, without_progress_bars
 from ..live.placement import live_places
 from ..patch.patch_file import PATCH_NAME
 from ..progress import Progress, silent
@@ -95,12 +95,14 @@ class TrainPlan:
         }  # fmt: skip
         return trainer_arguments(self.recipe, saves, **(ours | options))
 
-    def load_model(self) -> Any:
-        """The model with its weights, as the recipe asks for it."""
+    def load_model(self, *, quantized: bool = True) -> Any:
+        """The model with its weights, as the recipe asks for it; ``quantized``: if it asks for that."""
         train = self.recipe.train
-        return load_model(
-            self.base, "causal_lm", dtype=train.dtype, attn_implementation=train.attn_implementation
-        )
+        options: dict[str, Any] = {"dtype": train.dtype, "attn_implementation": train.attn_implementation}
+        if quantized and train.quantization is not None:
+            options["quantization_config"] = dict(train.quantization)
+            options["device_map"] = "cpu" if train.device == "cpu" else None
+        return load_model(self.base, "causal_lm", **options)
 
     def describe(self) -> dict[str, Any]:
         """For JSON, and for ``--dry-run``."""
@@ -158,13 +160,18 @@ class TrainPlan:
             save, resumed_from = last_save(directory.saves), directory.last_step
             evaluates = bool(self.examples.dev) and save is None
             args = self.trainer_arguments(directory.saves, eval_on_start=evaluates)
-            model = model or self.load_model()
+            selection = directory.load_selection()
+            probes = selection is None and self.choice.selection is None  # which takes the weights themselves
+            model = model or self.load_model(quantized=not probes)
             if self.recipe.data.packing:
                 require_separate(model, self.examples.train)
-            selection = directory.load_selection() or _choose(self, model, args.device, limits, watcher)
+            selection = selection or _choose(self, model, args.device, limits, watcher)
             stopped = TrainResult(self.out, directory.path, 0, self.steps, 0, False, Selection({}, {}), ())
             if selection is None:
                 return stopped
+            if probes and self.recipe.train.quantization is not None:
+                del model
+                model = self.load_model()
             if self.recipe.control and not directory.control.exists():
                 watcher.note("training as many random neurons first, as a control")
                 if not self._control(selection)._run(watcher.of("control"), limits, model).finished:
@@ -217,6 +224,8 @@ def plan_train(
         raise UsageError("push is not the name of a repository", found=asked.push, hint="name it as org/name")
     if asked.push is not None:
         read_repository(asked.push, MAIN)  # not only after hours of training
+    if asked.train.quantization is not None:
+        require_quantization(asked.train.quantization)
     base = Checkpoint.open(asked.model)
     _refuse_out(asked, base, force)
     tokenizer = load_tokenizer(base)

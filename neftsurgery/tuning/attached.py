@@ -17,6 +17,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance
 from ..errors import MismatchError, UsageError, boundary
 from ..live.weights import copy_into, to_bytes
+from ..neurons.vectors import gather
 from ..patch.patch import Manifest, Patch
 from ..patch.patch_file import digests
 from ..patch.write import NewPatch
@@ -25,7 +26,8 @@ from ..storage.output_checks import refuse_output
 from ..tensors.arrays import RawBytes
 from ..text import commas, plural, some
 from .attached_neurons import AttachedNeurons, by_tensor
-from .base_checkpoint import BaseOption, base_provenance, base_vectors, find_base, finite_bytes
+from .base_checkpoint import BaseOption, base_provenance, find_base, finite_bytes
+from .forwards import keep_gradients
 from .install import install, remove, update_extra_repr
 from .optimizer_hooks import Training
 from .reselection import carry_over, check_states
@@ -150,9 +152,8 @@ class Attached:
 
         def rows(block: RowBlock) -> tuple[RawBytes, RawBytes, RawBytes]:
             (chosen, values), part = new[block.name], slice(block.start, block.stop)
-            chosen = replace(chosen, index=chosen.index[part])
             if self._base is not None:
-                before = base_vectors(self._base, chosen)
+                before = gather(self._base, chosen.info, chosen.layout, chosen.index[part])
             else:
                 before = to_bytes(old[block.name][1][part], chosen.info.dtype)
             return finite_bytes(chosen, values[part]), before, digests(before)
@@ -327,6 +328,7 @@ class Attached:
         self._requires_grad, self._attached = [], False
 
     def _freeze(self) -> None:
+        keep_gradients(self.model)
         for parameter in self.model.parameters():
             self._requires_grad.append((parameter, parameter.requires_grad))
             parameter.requires_grad_(False)

@@ -83,11 +83,6 @@ def base_provenance(base: Checkpoint | None, model: nn.Module) -> Provenance:
     return Provenance({"name": Path(named).name if named else type(model).__name__, "fingerprint": None})
 
 
-def base_vectors(base: Checkpoint, chosen: Chosen) -> NDArray[np.uint8]:
-    """The bytes of the chosen vectors in the base's files, ``[k, width * itemsize]``."""
-    return gather(base, chosen.info, chosen.layout, chosen.index)
-
-
 def float_dtype(chosen: Chosen) -> torch.dtype:
     """The torch dtype of the chosen neurons' tensor; one of plain numbers, or a `MismatchError`."""
     dtype = torch_dtype(chosen.info.dtype)
@@ -140,7 +135,7 @@ def check_weights(vectors: Tensor, chosen: Chosen, base: Checkpoint | None) -> N
                     hint="the model was changed after it was loaded: load it again, or save it and use that",
                 )
             continue
-        theirs = base_vectors(base, Chosen(chosen.info, chosen.layout, chosen.index[start:stop]))
+        theirs = gather(base, chosen.info, chosen.layout, chosen.index[start:stop])
         equal = equal_vectors(block, from_bytes(theirs, dtype).to(vectors.dtype))
         if not equal.all():
             raise MismatchError(
@@ -211,7 +206,7 @@ def _base_digests(
         return found
     if base is None:
         return None
-    raw = base_vectors(base, chosen)
+    raw = gather(base, chosen.info, chosen.layout, chosen.index)
     found = digests(raw).copy()
     if vectors is not None:
         found[~equal_vectors(vectors, from_bytes(raw, chosen.info.dtype).to(vectors.dtype))] = 0

@@ -125,6 +125,18 @@ class _QuantizedLinear(LinearForward):
         return _overlay(layer, x, out, bias)
 
 
+def keep_gradients(model: nn.Module) -> None:
+    """Have bitsandbytes' 4-bit layers keep their codes in order: on a CPU, an evaluation reorders them.
+
+    From then on they cut gradients, and their weights are read wrongly, without a word.
+    """
+    module: Any
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # puts them in order
+
+
 def _without_overlaid_inputs(layer: LayerNeurons, x: Tensor) -> Tensor:
     for neurons in layer.overlaid_inputs:
         x = x.index_fill(-1, neurons.index, 0)

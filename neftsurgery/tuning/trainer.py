@@ -72,7 +72,13 @@ class PatchSaving(_Trainer):
                 "no neuron is trainable", hint="attach a selection, or a patch with trainable=True"
             )
         self.attached = attached
-        super().__init__(attached.model, *args, **kwargs)
+        own: Any = attached.model
+        marked = getattr(own, "_hf_peft_config_loaded", False)  # the mark of adapters
+        own._hf_peft_config_loaded = marked or getattr(own, "is_quantized", False)  # or it is refused
+        try:
+            super().__init__(own, *args, **kwargs)
+        finally:
+            own._hf_peft_config_loaded = marked
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise UsageError(
                 "a Trainer that shards the model cannot save patches",

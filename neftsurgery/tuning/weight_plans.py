@@ -17,10 +17,11 @@ from ..errors import MismatchError, NeftError, UsageError
 from ..live.placement import neurons_by_weight
 from ..live.weights import can_represent, from_bytes, is_plain, read_vectors
 from ..neurons.layout import Layout
+from ..neurons.vectors import gather
 from ..patch.patch import Patch
 from ..selection.selection import Chosen, Selection
 from .attached_neurons import AttachedNeurons, AttachedPart, NeuronKind
-from .base_checkpoint import base_vectors, check_weights, checked_values, float_dtype
+from .base_checkpoint import check_weights, checked_values, float_dtype
 from .forwards import LayerForward, forward_of
 from .install import has_foreign_forward, has_trainable_neurons, neurons_of_weight
 
@@ -297,7 +298,8 @@ def _part_values(
             tensor=part.name,
             hint="name the checkpoint before quantization with base=FOLDER",
         )
-    return from_bytes(base_vectors(base, chosen), chosen.info.dtype).float()
+    raw = gather(base, chosen.info, chosen.layout, chosen.index)
+    return from_bytes(raw, chosen.info.dtype).float()
 
 
 def refuse_wrapped(model: nn.Module, trainable: bool) -> None:

@@ -17,7 +17,13 @@ from tuning_support import bert, bits, llama
 
 import neftsurgery as ns
 from neftsurgery.checkpoint.checkpoint import Checkpoint
-from neftsurgery.live.loading import load_model, load_tokenizer, meta_model, require_model_folder
+from neftsurgery.live.loading import (
+    load_model,
+    load_tokenizer,
+    meta_model,
+    require_model_folder,
+    require_quantization,
+)
 
 
 @pytest.fixture
@@ -91,6 +97,12 @@ def test_progress_bars_are_off_while_loading_and_as_before_after(
     load_model(base, "causal_lm")
     assert not logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bt": True}, {"quant_method": "no_such"}, {"load_in_4bit": 4}])
+def test_options_to_quantize_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(ns.UsageError, match=r"transformers cannot quantize the model: \w"):
+        require_quantization(options)
 
 
 def run_own_code(folder: Path) -> None:

@@ -197,6 +197,72 @@ def test_several_adapters(tmp_path: Path) -> None:
     assert torch.equal(logits(model), two)
 
 
+def test_a_mixed_batch_has_the_head_of_each_adapter() -> None:
+    def config(seed: int) -> NeftConfig:
+        return NeftConfig(neurons=2, target_modules=["image"], modules_to_save=["out"], seed=seed)
+
+    torch.manual_seed(0)
+    base, ids = Convolutions(), torch.cat([IDS[:1]] * 3)
+    model = trained(get_peft_model(copy.deepcopy(base), config(0), adapter_name="one"))
+    model.add_adapter("two", config(1))
+    model.set_adapter("two")
+    trained(model, steps=3)
+    expected = [logits(base, ids)]
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected.append(logits(model, ids))
+    mixed = logits(model.eval(), ids, adapter_names=["__base__", "one", "two"])
+    torch.testing.assert_close(mixed, torch.stack([each[0] for each in expected]))
+
+
+def test_a_mixed_batch_is_searched_by_beams() -> None:
+    model = get_peft_model(llama().eval(), NeftConfig(neurons="30%"), adapter_name="one")
+    model.add_adapter("two", NeftConfig(neurons="30%", seed=1))
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    how = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    alone = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            for layer in layers(model).values():
+                if name in layer.neft_rows:
+                    layer.neft_rows[name] += torch.randn_like(layer.neft_rows[name])
+        alone[name] = model.eval().generate(input_ids=IDS[:1], attention_mask=mask[:1], **how)
+    names = ["two", "one"]
+    ids = torch.cat([IDS[:1]] * 2)
+    mixed = model.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **how)
+    assert torch.equal(mixed, torch.cat([alone[name] for name in names]))
+    assert not torch.equal(alone["one"], alone["two"])
+
+
+@pytest.mark.parametrize("state", ["too few", "training", "merged"])
+def test_mixed_batches_that_cannot_be(state: str) -> None:
+    model = get_peft_model(llama(), NeftConfig(neurons="10%"), adapter_name="one").eval()
+    names = ["one"] if state == "too few" else ["one", "__base__"]
+    if state == "training":
+        model.train()
+    if state == "merged":
+        model.merge_adapter()
+    with pytest.raises(NeftError, match="a name for each example"):
+        model(input_ids=IDS, adapter_names=names)
+
+
+def test_what_peft_says_of_an_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    model = get_peft_model(llama(), NeftConfig(neurons=9, target_modules=["up_proj"]))
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable params: 288 || all params: ")
+    (layer, *_) = layers(model).values()
+    assert (layer.in_features, layer.out_features) == (32, 48)
+
+
+def test_neurons_of_conv1d_are_its_outputs_also_without_a_config() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    model = get_peft_model(nn.Sequential(Conv1D(6, 4)), NeftConfig(neurons=2, target_modules=["0"]))
+    (layer,) = layers(model).values()
+    assert layer.layout.axes == (1,)
+
+
 def test_adapters_that_share_neurons_are_not_active_together() -> None:
     model = get_peft_model(llama(), NeftConfig(neurons="10%"), adapter_name="one")
     model.add_adapter("two", NeftConfig(neurons="10%"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,12 @@ def pair(kind: str, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
+def summed(kind: str, a: np.ndarray, b: np.ndarray, scales: np.ndarray, groups: int) -> tuple[Any, Any]:
+    """The sums of rows that have scales of their own."""
+    every = np.arange(len(a))
+    return code_sums(kind, (a.reshape(-1), b.reshape(-1)), (scales[0], scales[1]), (every, every), groups)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize(("groups", "length"), [(48, 144), (2048, 5120)])  # the last group is shorter
@@ -34,7 +42,7 @@ def test_sums_are_those_of_the_numbers(kind: str, move: str, groups: int, length
     scales = np.random.default_rng(2).uniform(1e-3, 2e-3, shape).astype(np.float32).astype(np.float64)
     scales[1] = (scales[0] * MOVES[move]).astype(np.float32)
     scales[1, :, 0] = scales[0, :, 0]
-    sums, changed = code_sums(kind, a.reshape(-1), b.reshape(-1), (scales[0], scales[1]), groups)
+    sums, changed = summed(kind, a, b, scales, groups)
     table = code_table(kind)[0].astype(np.float64).reshape(256, -1)
     wide = scales.repeat(groups, axis=2)[..., :length, None]
     x, y = ((table[codes] * scale).reshape(7, -1) for codes, scale in zip((a, b), wide, strict=True))
@@ -52,6 +60,6 @@ def test_scales_that_are_no_numbers_are_not_lost(kind: str, scale: float) -> Non
     a, b = pair(kind, 144, 3)
     scales = np.ones((2, 7, 3))
     scales[1, 4, 1] = scale
-    sums, _ = code_sums(kind, a.reshape(-1), b.reshape(-1), (scales[0], scales[1]), 48)
+    sums, _ = summed(kind, a, b, scales, 48)
     assert np.isfinite(sums[1, [0, 1, 2, 3, 5, 6]]).all()
     assert np.isfinite(sums[1, 4]) == (scale == 0)

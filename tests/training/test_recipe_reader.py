@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from recipes_support import RECIPES
 
 import neftsurgery as ns
@@ -155,8 +156,10 @@ def test_the_recipes_here_can_be_read(path: Any) -> None:
 
 def test_the_recipe_of_the_documentation_can_be_read(tmp_path: Path) -> None:
     page = (RECIPES.parent / "docs" / "training.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    text, *sections = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert read(tmp_path, text).train.epochs == 3
+    for section in sections:  # in place of the recipe's own
+        read(tmp_path, yaml.safe_dump({**yaml.safe_load(text), **yaml.safe_load(section)}))
 
 
 def test_the_quickstart_names_every_key_that_matters() -> None:

@@ -344,6 +344,11 @@ def test_early_stopping_is_a_finished_run(recipe: dict[str, Any], tmp_path: Path
     assert losses[result.best_step] == min(losses[step] for step in range(1, result.step + 1))
 
 
+def test_a_model_that_cannot_be_quantized_is_found_before_the_probe(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ns.UsageError, match="cannot quantize the model"):
+        plan_train(recipe, {"train.quantization": {"load_in_4bt": True}})
+
+
 def test_the_model_is_loaded_as_the_recipe_asks(recipe: dict[str, Any], tmp_path: Path) -> None:
     keys = {"dtype": "float32", "attn_implementation": "eager", "gradient_checkpointing": True}
     plan = plan_train(recipe, {"train": recipe["train"] | keys})
