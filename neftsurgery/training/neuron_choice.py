@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.provenance import Provenance, require_same_files
+from ..errors import UsageError
 from ..neurons.anatomy import Anatomy
 from ..neurons.layout import Layout
 from ..options import PrefixOptions, Scope, declared
@@ -18,6 +20,7 @@ from ..storage.threads import Limits
 from ..surgery.diff import DiffPlan
 from ..surgery.extract import ExtractPlan, plan_extract
 from ..surgery.pairing import pair, scored_count
+from ..text import natural_key
 from .recipe import PROBES, Recipe, Select
 
 
@@ -94,6 +97,32 @@ def choose_from_files(recipe: Recipe, base: Checkpoint, limits: Limits, progress
         selection, warnings = Selection.load(path), ()
     selection.require_fit(base)
     return NeuronChoice(selection, warnings=warnings)
+
+
+def within_backward(recipe: Recipe, base: Checkpoint) -> Recipe:
+    """The recipe, with the layers excluded that its budget of backward FLOPs does not reach.
+
+    The backward pass ends at the lowest layer that is trained. It multiplies by every weight above as the
+    forward pass does, so its FLOPs are in proportion to their elements, the output head's included.
+    GreenTrainer (Huang et al., ICLR 2024) budgets them, too.
+    """
+    share, layers = recipe.schedule.backward, dict[str, int]()
+    if share == 1:
+        return recipe
+    anatomy = pair(base, base, Scope(axis=recipe.select.axis)).anatomy
+    for tensor in anatomy.scored:
+        layers[tensor.layer] = layers.get(tensor.layer, 0) + tensor.info.elements
+    tables = [one.info.elements for one in anatomy.listed if one.reason in ("embedding", "output head")]
+    left = share * (sum(layers.values()) + max(tables, default=0)) - max(tables, default=0)
+    left -= layers.pop("", 0)
+    order = sorted(layers, key=natural_key, reverse=True)
+    reached = sum(cost <= left for cost in accumulate(layers[layer] for layer in order))
+    if not reached:
+        what = "schedule.backward does not reach a layer: the output head alone takes more"
+        raise UsageError(what, found=share)
+    below = [f"{layer}.*" for layer in order[reached:]]
+    excluded = list(dict.fromkeys([*recipe.select.exclude, *below]))
+    return replace(recipe, select=replace(recipe.select, exclude=excluded))
 
 
 def random_control(recipe: Recipe, base: Checkpoint, selection: Selection) -> Selection:

@@ -168,6 +168,16 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """What a step may cost."""
+
+    backward: float = key(
+        1.0, "The most FLOPs of the backward pass, as a share: layers below what it reaches are not trained.",
+        above=0, most=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe."""
 
@@ -177,6 +187,7 @@ class Recipe:
     probe: Probe = key(MISSING, "How to find out which neurons matter.")
     select: Select = key(MISSING, "Which neurons to train and how many, as in `neftsurgery extract`.")
     train: Train = key(MISSING, "How to train.")
+    schedule: Schedule = key(MISSING, "What a step may cost.")
     control: Literal["random"] | None = key(
         None, "Also train as many random neurons, for comparison: into OUT/control."
     )
@@ -207,7 +218,9 @@ def rooted(value: Any, folder: Path | None, *, out: bool) -> Any:
     return value if is_id and not os.path.exists(joined) else joined
 
 
-SECTIONS: Mapping[str, type[Any]] = {"data": Data, "probe": Probe, "select": Select, "train": Train}
+SECTIONS: Mapping[str, type[Any]] = {
+    "data": Data, "probe": Probe, "select": Select, "train": Train, "schedule": Schedule,
+}  # fmt: skip
 
 
 @functools.cache

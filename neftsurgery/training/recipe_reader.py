@@ -94,7 +94,7 @@ def read_recipe(recipe: AnyRecipe, overrides: Mapping[str, Any] | None = None) -
     for sections, check in (
         (("data",), partial(_check_data, made.data, made.train, made.control)),
         (("probe",), partial(_check_probe, made.probe)),
-        (("select", "probe"), partial(_check_select, made.select, made.probe.by)),
+        (("select", "probe", "schedule"), partial(_check_select, made)),
     ):
         if not faults.sections.intersection(sections):
             with faults.kept(*sections):
@@ -142,7 +142,8 @@ def _flat(content: object, faults: _Faults) -> dict[str, Any]:
         for key, one in inner.items():
             with faults.kept(key.partition(".")[0]):
                 if key not in known_keys() and not key.startswith(_MORE):
-                    hint = nearest(key[:_MAX_SHOWN], (*SECTIONS, *known_keys()))
+                    sections = () if "." in key else SECTIONS
+                    hint = nearest(key[:_MAX_SHOWN], (*sections, *known_keys()))
                     raise UsageError(f"a recipe has no key {_shown(key)}", hint=hint)
                 values[key] = one
     return values
@@ -194,6 +195,8 @@ def _fit(key: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
         "least" in bounds and converted < bounds["least"]
     ):
         raise UsageError(f"{key} is too small", found=converted)
+    if "most" in bounds and converted > bounds["most"]:
+        raise UsageError(f"{key} is too large", found=converted)
     return converted
 
 
@@ -263,7 +266,8 @@ def _check_probe(probe: Probe) -> None:
         raise UsageError(f"probe.steps does not go with probe.by {probe.by}")
 
 
-def _check_select(select: Select, by: str) -> None:
+def _check_select(recipe: Recipe) -> None:
+    select, by = recipe.select, recipe.probe.by
     keys = dataclasses.fields(Select)
     settled = {  # by the probe or its file
         **{probe: {"score", "rank"} for probe in ("gradients", "fisher", "gradient_over_weight")},
@@ -274,6 +278,8 @@ def _check_select(select: Select, by: str) -> None:
         default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
         if one.name in settled and getattr(select, one.name) != default:
             raise UsageError(f"select.{one.name} does not go with probe.by {by}")
+    if by in ("scores", "selection") and recipe.schedule.backward < 1:
+        raise UsageError(f"schedule.backward does not go with probe.by {by}: the file has chosen the layers")
     if by == "weights" and select.score not in BASE_SCORES:
         hint = f"one of {', '.join(BASE_SCORES)}"
         raise UsageError("probe.by weights needs a select.score of the base alone", hint=hint)

@@ -45,7 +45,7 @@ from .loss_curve import (
     with_control,
     write_curve,
 )
-from .neuron_choice import NeuronChoice, budget_of, choose_from_files, random_control
+from .neuron_choice import NeuronChoice, budget_of, choose_from_files, random_control, within_backward
 from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
@@ -237,6 +237,7 @@ def plan_train(
     _require_positions(base, examples)
     directory = RunDirectory.beside(Path(asked.out))
     try:
+        asked = within_backward(asked, base)
         identity = _identity(asked, base, examples)
         resumes = None if restart else directory.resumable_step(identity)
         if resume and resumes is None:

@@ -80,6 +80,12 @@ def test_a_local_path_beats_the_hub(tmp_path: Path) -> None:
         (LEAST, ["probe.by=tuned"], "needs probe.path"),
         (LEAST, ["probe.by=weights"], "of the base alone\none of magnitude, lowrank, norm"),
         (LEAST, ["probe.by=gradient_over_weight", "select.rank=2"], "select.rank does not go with probe.by"),
+        (LEAST, ["schedule.backward=1.5"], "schedule.backward is too large"),
+        (
+            LEAST.replace("select", "probe: {by: scores, path: x}\nselect"),
+            ["schedule.backward=0.5"],
+            "does not go with probe.by scores",
+        ),
         (LEAST, ["select.allocate=equal"], "select.allocate: equal does not go with select.per: model"),
         (LEAST, ["probe.path=x"], "does not go"),
         (LEAST, ["probe.strip_prefix=model"], "need probe.by: tuned"),

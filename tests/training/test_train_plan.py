@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ import torch
 from recipes_support import make
 from safetensors.torch import load_file
 from support import raw_folder, raw_read, snapshot
+from torch.utils.flop_counter import FlopCounterMode
+from tuning_support import llama
 
 import neftsurgery as ns
+from neftsurgery.training.neuron_choice import within_backward
+from neftsurgery.training.recipe_reader import read_recipe
 from neftsurgery.training.train_plan import plan_train
 
 ROWS = [
@@ -147,6 +152,53 @@ def test_the_weights_or_their_gradients_choose(
     if score == "lowrank":
         expected = ns.diff(base, score="lowrank", rank=4).select(**allocated_only(allocated))
         assert expected.counts == result.selection.counts
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_budget_of_backward_flops_is_kept(tmp_path: Path, share: float) -> None:
+    """As torch counts the FLOPs of a step, beside those of a choice over all layers."""
+    model = llama(num_hidden_layers=6, hidden_size=64, intermediate_size=128)
+    model.save_pretrained(tmp_path / "base")
+    given = {"model": tmp_path / "base", "out": "o", "data": {"train": "d"}, "select": {"params": "2%"}}
+    ids = torch.randint(0, 40, (4, 16))
+
+    def flops(exclude: list[str]) -> tuple[int, set[str]]:
+        scores = ns.diff(tmp_path / "base", score="random", exclude=exclude)
+        selection = scores.select(params="2%", per="layer")
+        with ns.attach(model, selection), FlopCounterMode(display=False) as counter:
+            loss = model(input_ids=ids, labels=ids).loss
+            forward = counter.get_total_flops()
+            loss.backward()
+            return counter.get_total_flops() - forward, {scores.tensors[n].layer for n in selection.counts}
+
+    with closing(ns.Checkpoint.open(tmp_path / "base")) as base:
+        narrowed = within_backward(read_recipe(given | {"schedule": {"backward": share}}), base)
+        again = within_backward(read_recipe(narrowed.to_json()), base)
+    assert again.select == narrowed.select  # as in OUT/recipe.yaml
+    (whole, every), (spent, reached) = flops([]), flops(narrowed.select.exclude)
+    assert len(every) == 6
+    lowest = min(int(layer.rpartition(".")[2]) for layer in reached)
+    assert len(reached) == 6 - lowest  # those from the lowest one to the last
+    assert (
+        share - 0.2 < spent / whole < share + 0.06
+    )  # whole layers; with the rows' own gradients, and attention
+
+
+def test_a_budget_of_backward_flops_below_one_layer_is_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(ns.UsageError, match=r"schedule\.backward does not reach a layer"):
+        plan_train(recipe | {"schedule": {"backward": 0.05}})
+
+
+def test_a_run_within_a_budget_of_backward_flops_resumes_exactly(recipe: dict[str, Any]) -> None:
+    recipe |= {"schedule": {"backward": 0.8}}
+    whole = ns.train(recipe)
+    assert {name.split(".")[2] for name in whole.selection.counts} == {"1"}
+    values = load_file(whole.out / "neuron_patch.safetensors")
+    asked = iter([False, False, False, True])  # two batches of the probe, and two steps
+    plan_train(recipe, force=True).run(stop=lambda: next(asked))
+    ns.train(recipe, resume=True, force=True)
+    again = load_file(whole.out / "neuron_patch.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in values.items())
 
 
 def allocated_only(options: dict[str, Any]) -> dict[str, Any]:
