@@ -3,8 +3,9 @@
 #   make test    installs what the tests need, and runs all checks and tests
 #   make quick   runs the tests without the slow ones
 #   make check   checks style, types and layers
-#   make test-field  tests layouts with the libraries that write them (diffusers, timm, sentence-transformers), a bucket, the
-#                tutorial, the site, the package and the workflows, in an environment of its own, build/field (ten minutes)
+#   make test-field  tests layouts with the libraries that write them (diffusers, timm, sentence-transformers), engines that
+#                train in several processes (FSDP2, DeepSpeed, Lightning), a bucket, the tutorial, the site, the package and the
+#                workflows, in an environment of its own, build/field (half an hour)
 #   make docs    builds the site of all pages into build/site, in an environment of its own, build/docs (the build itself uses
 #                no network)
 #   make bench   measures speed and memory beside limits and rivals (a quarter of an hour, 35 GB of disk), and makes

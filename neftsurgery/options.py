@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypedDict, get_args, get_type_hints
 
@@ -184,6 +185,19 @@ class RunOptions(TypedDict, total=False):
     progress: Progress
 
 
+class SpreadOptions(TypedDict, total=False):
+    """Whose processes do the work."""
+
+    executor: Annotated[
+        Executor | None,
+        Option(
+            "Have the workers of a Dask scheduler (tcp://host:8786, or its file) do the work. They must see "
+            "the same paths.",
+            metavar="ADDRESS",
+        ),
+    ]
+
+
 class LosslessOptions(TypedDict, total=False):
     """Whether, and how, a whole fine-tune is kept."""
 
@@ -262,7 +276,11 @@ class ChoosingOptions(PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions):
     """How neurons are chosen of two checkpoints."""
 
 
-class DiffOptions(CompareOptions, RunOptions):
+class RunAnywhereOptions(RunOptions, SpreadOptions):
+    """How work is run, where other processes may do it."""
+
+
+class DiffOptions(CompareOptions, RunAnywhereOptions):
     """The keywords of `diff` besides its output."""
 
 
@@ -270,7 +288,7 @@ class ExtractOptions(ChoosingOptions, LosslessOptions):
     """The keywords of `extract` that say what is kept."""
 
 
-class CutOptions(ChoosingOptions, RunOptions):
+class CutOptions(ChoosingOptions, RunAnywhereOptions):
     """The keywords of `extract` besides its inputs and output."""
 
 

@@ -18,6 +18,7 @@ import yaml
 import neftsurgery as ns
 from neftsurgery.training.examples import collator
 from neftsurgery.training.train_plan import plan_train
+from neftsurgery.tuning.forwards import keep_gradients
 
 
 def dev_loss(plan: Any, model: Any) -> float:
@@ -46,6 +47,7 @@ if not plan.out.exists():
 patch, losses = ns.Patch.load(plan.out / "neuron_patch.safetensors"), dict[str, float]()
 for name in ("quantized", "files"):
     model = plan.load_model(quantized=name == "quantized")
+    keep_gradients(model)  # and with them the forward pass that was trained
     losses[name] = dev_loss(plan, model)
     with ns.attach(model, patch, base=plan.recipe.model):
         losses[f"{name}, patched"] = dev_loss(plan, model)

@@ -25,6 +25,7 @@ from neftsurgery.options import (
     ScoreOptions,
     SeedOptions,
     SelectOptions,
+    SpreadOptions,
     declared,
     split,
 )
@@ -49,8 +50,9 @@ def test_the_values_have_the_declared_options() -> None:
 @pytest.mark.parametrize(
     ("command", "groups"),
     [
-        ("diff", (PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions)),
-        ("extract", (PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions)),
+        ("diff", (PrefixOptions, ScopeOptions, ScoreOptions, SeedOptions, RunOptions, SpreadOptions)),
+        ("extract", (PrefixOptions, ScopeOptions, ScoreOptions, SelectOptions, RunOptions, SpreadOptions)),
+        ("verify", (RunOptions, SpreadOptions)),
         ("select", (SelectOptions, RunOptions)),
         ("report", (SelectOptions, RunOptions)),
         ("inspect", (InspectOptions, RunOptions)),
@@ -61,7 +63,7 @@ def test_the_flags_are_the_declared_options(command: str, groups: tuple[type, ..
     flags = {parameter.name: parameter for parameter in found.params if isinstance(parameter, click.Option)}
     for group in groups:
         for name, (_, option) in declared(group).items():
-            assert flags[name].opts == [f"--{name.replace('_', '-')}"]
+            assert flags[name].opts == ["--dask" if name == "executor" else f"--{name.replace('_', '-')}"]
             assert flags[name].help == spelled(option.help, flag)
             if option.choices:
                 assert isinstance(flags[name].type, click.Choice)
@@ -71,7 +73,7 @@ def test_the_flags_are_the_declared_options(command: str, groups: tuple[type, ..
 def test_the_keywords_of_a_verb_are_the_declared_options() -> None:
     assert declared(DiffOptions).keys() == {
         *declared(PrefixOptions), *declared(ScopeOptions), *declared(ScoreOptions), *declared(SeedOptions),
-        *declared(RunOptions),
+        *declared(RunOptions), *declared(SpreadOptions),
     }  # fmt: skip
     assert declared(CutOptions).keys() == {*declared(DiffOptions), *declared(BudgetOptions)}
     for verb, wrong, near in ((ns.diff, "anatomi", "anatomy"), (ns.extract, "neuron", "neurons")):
@@ -104,6 +106,7 @@ def test_an_option_that_is_zero_is_given() -> None:
         ("[[force=True]]", "--force", "force=True"),
         ("[[out=...]]", "-o OUT", "out=..."),
         ("[[base=...]]", "--base BASE", "base=..."),
+        ("[[executor]]", "--dask", "executor"),
         ("[[0, 2]] and [[5]] stay", "[[0, 2]] and [[5]] stay", "[[0, 2]] and [[5]] stay"),
     ],
 )

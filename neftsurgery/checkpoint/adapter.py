@@ -23,6 +23,7 @@ from ..neurons.submodels import Submodels
 from ..neurons.tensor_names import read_name
 from ..quantization.weight import Companion, rows_read
 from ..sources.resolve import Source, resolve
+from ..storage.executors import Seen
 from ..tensors.arrays import Float32Array, Int64Array, RawBytes
 from ..tensors.document import read_object
 from ..tensors.floats import FLOATS, narrow, widen
@@ -246,6 +247,11 @@ class AdaptedWeights(ComputedWeights):
         }
         shown = replace(self, tensors={**self.tensors, **short})
         return replace(shown, shown=dict.fromkeys(short)), shown
+
+    @property
+    def seen(self) -> Seen:
+        """As of `Checkpoint`: the files of the base, and the adapter's."""
+        return (*self.files.seen, self.file.seen)
 
     def check_unchanged(self) -> None:
         """Raise a `MachineError` if a file of the base or the adapter was edited or replaced."""

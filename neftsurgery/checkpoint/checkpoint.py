@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..errors import CorruptFileError, UsageError, boundary
 from ..quantization.weight import QuantizedWeight
 from ..sources.resolve import Source, resolve
+from ..storage.executors import Seen
 from ..storage.page_cache import is_cached, map_cached
 from ..storage.positioned import OpenFile, changed_file, most_descriptors
 from ..tensors.document import read_object
@@ -164,6 +165,15 @@ class Checkpoint:
         absent = tuple(sorted(name for name in files.listed if name not in tensors))
         rest = (absent, tuple(files.indexes), files.parts)
         return cls(source, root, not source.path.is_dir(), shards, tensors, home, *rest)
+
+    @property
+    def seen(self) -> Seen:
+        """The weight files as this process sees them."""
+        if (remote := self.source.remote) is not None:
+            files = [remote.files[shard.name].ranged for shard in self.shards]
+            return tuple((file.name, file.nbytes, file.version) for file in files)
+        stats = [(os.path.abspath(s.path), s.status) for s in self.shards]
+        return tuple((path, status.st_size, status.st_mtime_ns) for path, status in stats)
 
     def under(self, names: Mapping[str, str]) -> Checkpoint:
         """The same files, in which a tensor is also found under the names that ``names`` maps to its own."""

@@ -35,7 +35,7 @@ def flag(name: str, value: str | None) -> str:
     """An option of a message as the command line spells it."""
     if name == "out":
         return "-o OUT"
-    spelled = f"--{name.replace('_', '-')}"
+    spelled = f"--{'dask' if name == 'executor' else name.replace('_', '-')}"
     if value is None or value == "True":
         return spelled
     if value == "...":

@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, get_origin
 
 import click
@@ -58,14 +59,16 @@ def common_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, threads: int | None, memory: int | None, **options: Any) -> Any:
         from ..sources.remote import FETCHED
+        from ..storage.executors import dask_executor
         from ..storage.threads import Limits
 
         before = click.get_current_context().find_root().params  # `neftsurgery --json diff …`
         as_json, quiet, _ = (options.pop(one) or before[one] for one in ("as_json", "quiet", "verbose"))
-        limits = Limits.of(threads, memory, mapped=True)
-        console = Console(as_json=as_json, quiet=quiet, limits=limits)
         FETCHED.clear()
-        result = command(console, *args, **options)
+        with dask_executor(options.pop("executor", None)) as executor:
+            limits = replace(Limits.of(threads, memory, mapped=True), executor=executor)
+            console = Console(as_json=as_json, quiet=quiet, limits=limits)
+            result = command(console, *args, **options)
         for one in FETCHED:
             console.note(f"fetched {size(one.nbytes)} of {size(one.of)} from {one.url}")
         return result
@@ -115,7 +118,7 @@ def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], 
         settings |= {"default": option.default, "show_default": True}
     if option.alone is not None:
         settings |= {"is_flag": False, "flag_value": option.alone}
-    flags = f"--{name.replace('_', '-')}"
+    flags = flag(name, None)
     if kind is bool:
         settings["is_flag"] = True
     elif kind == bool | None:  # by default, as the inputs are
@@ -133,7 +136,7 @@ def _declared_flag(name: str, kind: Any, option: Option) -> Callable[[Command], 
         settings["type"] = WholeNumber(**_RANGES[name])
     elif kind in (int, float):
         settings["type"] = kind
-    return click.option(flags, **settings)
+    return click.option(flags, name, **settings)
 
 
 class WholeNumber(click.IntRange):

@@ -57,7 +57,8 @@ class LoadingRules:
         if len(self._renamings) + len(self._converters) != len(mapping):
             raise TypeError("a conversion of an unknown kind")
         self._by_pattern = {name: one for one in self._converters for name in one.source_patterns}
-        if any(isinstance(one, self._loading.GroupWeightRename) for one in self._renamings):
+        grouped = getattr(self._loading, "GroupWeightRename", ())  # transformers 5.6 has none
+        if any(isinstance(one, grouped) for one in self._renamings):
             for name in self.in_order(self.written(self.weights)):  # some names tell how others are read
                 self._rename(name, self._renamings, self._converters)
         self._rename("weight", [], [])  # fails here, not later, if the function's signature has changed

@@ -15,7 +15,7 @@ from ..errors import MismatchError, UsageError
 from ..live.weights import is_plain, read_vectors, write_vectors
 from ..neurons.layout import Layout
 from ..tuning.forwards import LayerForward, LayerNeurons, LinearForward, forward_of
-from ..tuning.frozen_weights import OverlaidLinear, apply_function
+from ..tuning.frozen_weights import FrozenLinear, apply_function
 from .base_vectors import base_digest, require_base, weight_shape
 from .choosing import ChosenNeurons
 
@@ -146,7 +146,7 @@ class NeftLayer(nn.Module, BaseTunerLayer):
             rows = _joined([self.neft_rows[name] for name in adapters])
             index = _joined([self.neft_index[name] for name in adapters])
             arguments = (x, rows, base.weight, base.bias, index, self.computes.transposed)
-            return apply_function(OverlaidLinear, *arguments, inputs)
+            return apply_function(FrozenLinear, *arguments, inputs, True)
         layer = LayerNeurons()
         held = layer.overlaid_inputs if inputs else layer.overlaid_outputs
         held.extend(self._overlaid(name) for name in adapters)

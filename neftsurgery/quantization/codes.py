@@ -14,7 +14,7 @@ from ..tensors.floats import FLOATS, widen
 #: lowest is 0. And how many bits the fraction of such a number has, with its leading one.
 CODE_BITS = {"F8_E4M3": 4, "F8_E5M2": 3, "E2M1": 2, "I8": 8, "offset 8": 8, "offset 4": 4}
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)
+E8M0 = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)
 
 
 @functools.cache
@@ -36,6 +36,6 @@ def scales_decoded(raw: RawBytes, dtype: str) -> Float64Array:
     """The values of scales: floats, or bytes of E8M0, ``2 ** (code - 127)`` where 255 is NaN."""
     if dtype in FLOATS:
         return widen(raw, dtype)
-    if dtype in ("U8", "F8_E8M0"):
-        return _E8M0.take(raw)
+    if dtype in ("U8", "F8E8M0"):
+        return E8M0.take(raw)
     return np.ascontiguousarray(raw).view(DTYPES[dtype].numpy).astype(np.float64)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptFileError
-from ..tensors.arrays import Float64Array, Int64Array, RawBytes
+from ..tensors.arrays import Int64Array, RawBytes
 from ..tensors.floats import FLOATS
 from ..tensors.header import TensorInfo
 from ..tensors.reader import RowReader, WeightReader
@@ -124,10 +124,12 @@ class QuantizedWeight:
         """The bytes of the codes of ``rows`` (ascending), ``[k, bytes of a row]``."""
         return rows_read(files, self.companions["codes"], rows)
 
-    def scale_rows(self, files: RowReader, rows: Int64Array) -> tuple[Float64Array, Int64Array]:
-        """The scales that ``rows`` (ascending) need, ``[n, groups]``; and which of these each has."""
+    def scale_rows(
+        self, files: RowReader, rows: Int64Array, decoded: bool = True
+    ) -> tuple[NDArray[Any], Int64Array]:
+        """The scales that ``rows`` (ascending) need, ``[n, groups]``, or their bytes; and which each has."""
         raw, place = _shared(files, self, self.scales, rows)
-        return scales_decoded(raw, self.scales.info.dtype), place
+        return scales_decoded(raw, self.scales.info.dtype) if decoded else raw, place
 
     def numbers(
         self,

@@ -43,6 +43,7 @@ class BudgetSweep:
                     Amount.parse(f"{percent}%"), per=budget.per, max_per_tensor=budget.max_per_tensor,
                     policy=budget.policy, seed=budget.seed,
                 )  # fmt: skip
+                chosen = None  # before the next, which may be large
                 chosen = scores.choose(bare)
                 shares = chosen.neurons / scores.neurons, chosen.facts.captured, chosen.facts.captured_scored
                 known = [np.nan if one is None else one for one in shares]

@@ -75,10 +75,11 @@ class ControlComparison:
             means = 'partly means "small"'
         else:
             means = 'mostly means "large"' if norm.correlation <= -_SAME else 'means more than "small"'
+        chosen = text.commas(self._chosen * self._candidates.step)
         return (
             f'Here "sensitive" {means}: the rank correlation with smallness is '
             f"{text.correlation(norm.correlation)}, and {text.percent(overlap)} of the chosen {self._word}s "
-            f"are among the {text.commas(self._chosen)} smallest (by chance: {text.percent(chance)})."
+            f"are among the {chosen} smallest (by chance: {text.percent(chance)})."
         )
 
     def overlap_figure(self, suffix: str) -> ReportFigure:
@@ -91,8 +92,8 @@ class ControlComparison:
                 PERCENTS, self._taken.tolist(), control.overlaps.tolist(), strict=True
             )
         )
-        draw, verdict = self._draw_overlaps, self.verdict
-        return ReportFigure.of("agreement", suffix, rows, draw, verdict, word=self._word)
+        draw, verdict, note = self._draw_overlaps, self.verdict, self._candidates.note
+        return ReportFigure.of("agreement", suffix, rows, draw, verdict, word=self._word, note=note)
 
     def _draw_overlaps(self, fig: MplFigure) -> None:
         chance = 100 * self._taken / len(self._candidates)
@@ -108,7 +109,8 @@ class ControlComparison:
         rows = [("all", c.name, len(self._candidates), c.correlation) for c in self._controls]
         for number, kind in enumerate(self._candidates.kinds):
             rows += [(kind, c.name, int(self._sizes[number]), c.by_kind[number]) for c in self._controls]
-        return ReportFigure.of("correlation", suffix, rows, self._draw_correlations, word=self._word)
+        words = {"word": self._word, "note": self._candidates.note}
+        return ReportFigure.of("correlation", suffix, rows, self._draw_correlations, **words)
 
     def _draw_correlations(self, fig: MplFigure) -> None:
         shown = np.sort(np.argsort(-self._sizes, kind="stable")[:_KINDS])

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import MismatchError, UsageError
 from ..patch.lossless import LosslessPatch, load_any
@@ -22,6 +23,8 @@ from ..tensors.arrays import Float32Array, Float64Array, Int64Array, Mask
 from ..tensors.header import read_header
 from .layer_map import LayerMap, locate_tensors
 
+#: Rows of a table of neurons.
+MOST_SHOWN = 20
 _DIFF_HINT = "make scores first: `neftsurgery diff BASE TUNED -o scores.safetensors`"
 
 
@@ -32,6 +35,7 @@ class Candidates:
     score_name: str
     word: str  # ``neuron`` or ``unit``
     tensors: tuple[str, ...]  # the names of all scored tensors
+    step: int  # 1; of many, one of so many is here
     # Each array is ``[n]``. For a unit, they are of its first neuron, and the squared norms are sums.
     tensor: Int64Array  # the number of the tensor
     index: Int64Array  # of the neuron in it
@@ -44,6 +48,11 @@ class Candidates:
 
     def __len__(self) -> int:
         return len(self.score)
+
+    @property
+    def note(self) -> str:
+        """For readers: that it is a sample, if it is one."""
+        return f" It shows one {self.word} in {self.step}, and the highest." if self.step > 1 else ""
 
     @cached_property
     def order(self) -> Int64Array:
@@ -131,52 +140,39 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [f"{name} ({n + 1})" if n else name for name, n in zip(names, earlier, strict=True)]
 
 
-def read_candidates(scores: Scores, selection: Selection) -> Candidates:
-    """Read the candidates into memory: about 40 bytes per neuron."""
-    tensors = tuple(scores.tensors)
-    counts = [tensor.layout.count for tensor in scores.tensors.values()]
-    tensor = np.repeat(np.arange(len(tensors)), counts)
-    index = np.concatenate([np.arange(count) for count in counts])
-    score = np.concatenate([scores.values(name) for name in tensors])
-    sums = [_joined(scores, which) for which in ("base_sq", "delta_sq")]
-    chosen = np.zeros(len(score), np.bool_)
-    for name, mask in zip(tensors, np.split(chosen, np.cumsum(counts)[:-1]), strict=True):
-        if name in selection.tensors:
-            mask[selection.tensors[name].index] = True
+def read_candidates(scores: Scores, selection: Selection, *, most: int = 1 << 21) -> Candidates:
+    """Read the candidates, about 40 bytes each; of many, those with the highest scores and an even sample."""
+    tensors, by_unit = tuple(scores.tensors), scores.by_unit
+    step = -(-scores.neurons // most)
+    first = scores.choose(Budget.of(neurons=MOST_SHOWN)).tensors if step > 1 else {}
+    sums = [which for which in ("base_sq", "delta_sq") if scores.have(which)]
+    before, parts = 0, list[Sequence[NDArray[Any]]]()
+    for number, (name, home) in enumerate(scores.tensors.items()):
+        count = home.layout.count
+        unit = scores.sums(name, "unit") if by_unit else None
+        places = before + np.arange(count) if unit is None else unit
+        chosen, sampled = np.zeros(count, np.bool_), places % step == 0
+        for mask, some in ((chosen, selection.tensors), (sampled, first)):
+            if name in some:
+                mask[some[name].index] = True
+        values = scores.values(name)
+        mine = np.flatnonzero(sampled & (values == values) & (places >= 0))
+        read = [scores.sums(name, which) for which in sums]
+        found = [np.nan_to_num(part[mine]) for part in read if part is not None]
+        parts.append((np.full(len(mine), number), mine, values[mine], chosen[mine], places[mine], *found))
+        before += count
+    tensor, index, score, chosen, places, *numbers = map(np.concatenate, zip(*parts, strict=True))
     locations = locate_tensors(tensors)
     tensor_kinds = [locations[name].kind for name in tensors]
-    keep = np.flatnonzero(score == score)  # not NaN
-    if scores.by_unit:
+    if by_unit:
         tensor_kinds = [name.rpartition(".")[0] or name for name in tensor_kinds]
-        unit = np.concatenate([_units(scores, name) for name in tensors])
-        keep = keep[unit[keep] >= 0]
-        keep = keep[np.sort(np.unique(unit[keep], return_index=True)[1])]
-        group = np.unique(unit, return_inverse=True)[1]
-        sums = [None if s is None else np.bincount(group, s)[group].astype(np.float64) for s in sums]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(tensor_kinds))}
-    kind = np.array([numbers[name] for name in tensor_kinds])
-    base_sq, delta_sq = (None if values is None else values[keep] for values in sums)
-    return Candidates(
-        scores.score,
-        "unit" if scores.by_unit else "neuron",
-        tensors,
-        tensor[keep],
-        index[keep],
-        score[keep],
-        base_sq,
-        delta_sq,
-        chosen[keep],
-        tuple(numbers),
-        kind[tensor[keep]],
-    )
-
-
-def _joined(scores: Scores, which: str) -> Float64Array | None:
-    """One of the sums for all neurons, NaN as 0; None unless every tensor has it."""
-    parts = [part for name in scores.tensors if (part := scores.sums(name, which)) is not None]
-    return np.nan_to_num(np.concatenate(parts)) if len(parts) == len(scores.tensors) else None
-
-
-def _units(scores: Scores, name: str) -> Int64Array:
-    ids = scores.sums(name, "unit")
-    return np.full(scores.tensors[name].layout.count, -1) if ids is None else ids
+        keep, group = (np.unique(places, return_index=True, return_inverse=True)[n] for n in (1, 2))
+        keep = np.sort(keep)
+        tensor, index, score, chosen = (column[keep] for column in (tensor, index, score, chosen))
+        numbers = [np.bincount(group, column)[group][keep].astype(np.float64) for column in numbers]
+    kinds = {name: number for number, name in enumerate(dict.fromkeys(tensor_kinds))}
+    kind = np.array([kinds[name] for name in tensor_kinds])[tensor]
+    known = dict(zip(sums, numbers, strict=True))
+    word, names = "unit" if by_unit else "neuron", tuple(kinds)
+    norms = known.get("base_sq"), known.get("delta_sq")
+    return Candidates(scores.score, word, tensors, step, tensor, index, score, *norms, chosen, names, kind)

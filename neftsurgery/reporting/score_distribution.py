@@ -12,7 +12,7 @@ from .. import text
 from ..scoring.scores import Scores
 from ..tensors.arrays import Float64Array, Int64Array, Mask
 from .figure import ReportFigure
-from .inputs import Candidates
+from .inputs import MOST_SHOWN, Candidates
 from .layer_map import locate_tensors
 from .plotting import ACCENT, CONTRAST, FAINT, INK, MUTED, MplFigure, annotate, log_ticks, new_axes
 
@@ -20,7 +20,6 @@ _BINS = 72
 _KINDS = 12
 #: A score whose maximum is more than this many times its median gets a logarithmic axis.
 _SKEWED = 8.0
-_SHOWN = 20  # rows of a table of neurons
 
 
 class ScoreDistribution:
@@ -67,7 +66,8 @@ class ScoreDistribution:
                 counts = int(self._counts[number, bin]), int(self._chosen[number, bin])
                 rows.append((kind, low, high, *counts))
         words = {"word": word, "score": score, "axis": "logarithmic" if self._log else "linear"}
-        return ReportFigure.of("distribution", suffix, rows, self._draw, cut=cut, zeros=zeros, **words)
+        words |= {"cut": cut, "zeros": zeros, "note": self._candidates.note}
+        return ReportFigure.of("distribution", suffix, rows, self._draw, **words)
 
     def _draw(self, fig: MplFigure) -> None:
         shown = np.sort(np.argsort(-self._chosen.sum(axis=1), kind="stable")[:_KINDS])
@@ -122,13 +122,14 @@ def top_neurons_figure(candidates: Candidates, suffix: str) -> ReportFigure:
     norm, moved = root(candidates.base_sq), root(candidates.delta_sq)
     ordered = np.sort(norm)
     rows = []
-    for rank, i in enumerate(candidates.order[:_SHOWN], 1):
+    for rank, i in enumerate(candidates.order[:MOST_SHOWN], 1):
         tensor, size = candidates.tensors[candidates.tensor[i]], float(norm[i])
         smaller = float(np.searchsorted(ordered, size)) / count if size == size else np.nan
         change = float(moved[i]) / size if size > 0 else np.nan
         place = (tensor, int(candidates.index[i]), *locations[tensor])
         rows.append((rank, float(candidates.score[i]), *place, size, smaller, change))
     words = {"word": word, "score": score, "named": ", named by the first of its neurons" * (word == "unit")}
+    words["note"] = candidates.note
     return ReportFigure.of("sensitive", suffix, rows, lambda fig: _draw(fig, rows, score), **words)
 
 
@@ -148,32 +149,27 @@ def quantization_figures(scores: Scores, suffix: str) -> tuple[ReportFigure, ...
     """What quantization cost neurons and weights; empty unless just one side of the scores stores codes."""
     if len(scores.quantized) != 1:
         return ()
-    tensors, found = list[str](), list[Float64Array]()
+    worst, weights = list[tuple[float, int, str, int]](), list[tuple[str, int, float, float]]()
     for batch in scores.batches("base_sq", "delta_sq"):
         with np.errstate(all="ignore"):
             error = np.sqrt(batch.sums["delta_sq"] / batch.sums["base_sq"])
         for tensor, part in zip(batch.tensors, np.split(error, batch.starts[1:]), strict=True):
-            if np.any(part != 0):  # the others are plain numbers on both sides
-                tensors.append(tensor.info.name)
-                found.append(part)
-    if not tensors:
+            if not np.any(part != 0):  # plain numbers on both sides
+                continue
+            known, name = np.where(np.isfinite(part), part, -1.0), tensor.info.name
+            most = np.argsort(-known, kind="stable")[:MOST_SHOWN]
+            worst += [(-float(known[n]), len(weights), name, int(n)) for n in most if known[n] >= 0]
+            worst = sorted(worst)[:MOST_SHOWN]
+            finite = part[np.isfinite(part)]
+            middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
+            weights.append((name, len(part), middle, top))
+    if not weights:
         return ()
-    places = locate_tensors(tensors)
-    every = np.concatenate(found)
-    starts = np.cumsum([0, *map(len, found)])
-    known = np.where(np.isfinite(every), every, -1.0)
-    worst = np.argsort(-known, kind="stable")[:_SHOWN]
-    rows = []
-    for rank, one in enumerate(worst[known[worst] >= 0].tolist(), 1):
-        home = int(np.searchsorted(starts, one, side="right")) - 1
-        rows.append((rank, float(every[one]), tensors[home], int(one - starts[home]), *places[tensors[home]]))
-    weights = list[tuple[str, str, int, float, float]]()
-    for name, errors in zip(tensors, found, strict=True):
-        finite = errors[np.isfinite(errors)]
-        middle, top = (float(np.median(finite)), float(finite.max())) if len(finite) else (np.nan, np.nan)
-        weights.append((*places[name], len(errors), middle, top))
-    weights.sort(key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))
+    places = locate_tensors(name for name, *_ in weights)
+    rows = [(rank, -size, name, n, *places[name]) for rank, (size, _, name, n) in enumerate(worst, 1)]
+    by_weight = [(*places[name], count, middle, top) for name, count, middle, top in weights]
+    by_weight.sort(key=lambda row: text.natural_key(f"{row[0]} {row[1]}"))
     return (
-        ReportFigure.of("quantization", suffix, rows, shown=_SHOWN),
-        ReportFigure.of("quantization-by-weight", suffix, weights),
+        ReportFigure.of("quantization", suffix, rows, shown=MOST_SHOWN),
+        ReportFigure.of("quantization-by-weight", suffix, by_weight),
     )

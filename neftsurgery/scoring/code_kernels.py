@@ -17,14 +17,15 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from ..quantization.codes import CODE_BITS, code_table
+from ..quantization.codes import E8M0, code_table
 from ..quantization.weight import CodedWeight
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
 from ..tensors.compiled import compiled
 from . import kernels
 
-# Sums are of codes over these: of what float16 holds in place of E4M3, or of whole numbers.
-_UNITS = {"F8_E4M3": 256.0, "F8_E5M2": 1.0, "E2M1": 0.5, "offset 4": 1.0}
+# Of kinds of codes: the unit that sums are of, which is what float16 holds in place of E4M3, or makes whole
+# numbers; and half of how far codes of one sign are apart, at least. E5M2 is computed number by number.
+_KINDS = {"F8_E4M3": (256.0, 1 / 32), "F8_E5M2": (1.0, -1.0), "E2M1": (0.5, 1 / 8), "offset 4": (1.0, 1 / 32)}
 _BLOCK = 1024  # codes per float32 partial sum
 _AHEAD = 8192  # bytes: how far ahead memory is prefetched
 _PAIRS = 16  # bytes of two codes per word of sums
@@ -39,21 +40,19 @@ _bits = kernels.bitcast(types.float64, types.uint64)
 
 # Indices are unsigned: the compiler sees that none is negative, and vectorises.
 @compiled()
-def _halves(codes: Any, start: int, e5m2: bool, out: Any) -> None:
-    """Codes from ``start`` on as bits of float16."""
-    for i in range(out.size if e5m2 else 0):
-        out[u64(i)] = u16(u16(codes[u64(start + i)]) << u16(8))
-    for i in range(0 if e5m2 else out.size):
+def _halves(codes: Any, start: int, out: Any) -> None:
+    """Codes of E4M3 from ``start`` on as bits of float16."""
+    for i in range(out.size):
         bits = u16(u16(u16(i16(i8(codes[u64(start + i)]))) << u16(7)) & u16(0xBFFF))
         out[u64(i)] = u16(0x7E00) if u16(bits & u16(0x3F80)) == u16(0x3F80) else bits
 
 
 @compiled(fastmath=kernels.FASTMATH)
-def _float_groups(codes: Any, begin: int, s: Any, t: Any, e5m2: bool, halves: Any, groups: Any) -> None:
+def _float_groups(codes: Any, begin: int, s: Any, t: Any, halves: Any, groups: Any) -> None:
     """The sums of the groups of a row, and how many numbers differ. ``s``, ``t``: their scales."""
     (a, b), (xs, ys) = codes, halves
-    _halves(a, begin, e5m2, xs)
-    _halves(b, begin, e5m2, ys)
+    _halves(a, begin, xs)
+    _halves(b, begin, ys)
     width = xs.size // s.size
     for place in range(s.size):
         xx, ee, xe, differing, end = 0.0, 0.0, 0.0, 0, (place + 1) * width
@@ -103,42 +102,38 @@ def _pair_groups(codes: Any, begin: int, s: Any, t: Any, words: Any, found: Any,
 
 
 @compiled(fastmath=kernels.FASTMATH)
-def _far_group(codes: Any, start: int, stop: int, s: float, t: float, numbers: Any, group: Any) -> None:
-    """The sums of a group, and how many numbers differ, from each number; ``numbers``: see `code_table`."""
-    aa, dd, ad, differing, shift = 0.0, 0.0, 0.0, 0, u64(numbers.size >> 9)
-    for half in range(1 + shift):
-        for i in range(start, stop):
-            x = numbers[u64(u64(u64(codes[0][u64(i)]) << shift) + u64(half))] * s
-            y = numbers[u64(u64(u64(codes[1][u64(i)]) << shift) + u64(half))] * t
-            aa += x * x
-            dd += (y - x) * (y - x)
-            ad += x * (y - x)
-            differing += _bits(x) != _bits(y)
-    group[0], group[1], group[2], group[3] = aa, dd, ad, differing
-
-
-@compiled(fastmath=kernels.FASTMATH)
 def _sums(
-    codes: Any, scales: Any, rows: Any, near: float, numbers: Any, words: Any, e5m2: bool
+    codes: Any, scales: Any, rows: Any, values: Any, near: float, numbers: Any, words: Any
 ) -> tuple[Float64Array, Int64Array]:
     """As `code_sums`, of bytes of floats, or of 64-bit words of pairs, if there are ``words``."""
     raw, count, places = (codes[0].view(np.uint8), codes[1].view(np.uint8)), rows[0].size, scales[0].shape[1]
     sums, changed, found = np.empty((3, count)), np.empty(count, np.int64), np.empty(places, np.int64)
     groups, s, t, length = np.empty((4, places)), np.empty(places), np.empty(places), raw[0].size // count
-    halves = np.empty(length, np.uint16), np.empty(length, np.uint16)
+    halves, width = (np.empty(length, np.uint16), np.empty(length, np.uint16)), length // places
+    shift = u64(numbers.size >> 9)
     for row in range(count):
-        begin, width = row * length, length // places
         s[:], t[:] = scales[0][rows[0][row]], scales[1][rows[1][row]]
+        if values is not None:
+            for i in range(places):
+                s[i], t[i] = values[u64(s[i])], values[u64(t[i])]
         if words is None:
-            _float_groups(raw, begin, s, t, e5m2, halves, groups)
+            _float_groups(raw, row * length, s, t, halves, groups)
         else:
-            _pair_groups(codes, begin, s, t, words, found, groups)
-        for i in range(places):
-            if s[i] == 0.0 or not abs(t[i] - s[i]) <= near * abs(t[i]):
-                start = begin + i * width
-                _far_group(raw, start, start + width, s[i], t[i], numbers, groups[:, i])
-                s[i] = t[i] = 1.0
+            _pair_groups(codes, row * length, s, t, words, found, groups)
         aa, dd, ad, differing = 0.0, 0.0, 0.0, 0.0
+        for place in range(places):
+            if s[place] != 0.0 and abs(t[place] - s[place]) <= near * abs(t[place]):
+                continue
+            start = row * length + place * width
+            for half in range(1 + shift):
+                for i in range(start, start + width):
+                    x = numbers[u64(u64(u64(raw[0][u64(i)]) << shift) + u64(half))] * s[place]
+                    y = numbers[u64(u64(u64(raw[1][u64(i)]) << shift) + u64(half))] * t[place]
+                    aa += x * x
+                    dd += (y - x) * (y - x)
+                    ad += x * (y - x)
+                    differing += _bits(x) != _bits(y)
+            s[place] = t[place] = groups[3, place] = 0.0  # nothing more of it is added
         for i in range(places):
             moved, xx, xe = t[i] - s[i], groups[0, i], groups[2, i]
             aa += s[i] * s[i] * xx
@@ -152,28 +147,28 @@ def _sums(
 @functools.cache
 def pair_table(kind: str) -> NDArray[np.uint64]:
     """The sums of each two bytes of two codes, in words."""
-    numbers = (code_table(kind)[0] / f32(_UNITS[kind])).reshape(256, 2)
+    numbers = (code_table(kind)[0] / f32(_KINDS[kind][0])).reshape(256, 2)
     whole, negative = numbers.astype(np.int64), np.signbit(numbers)
     x, y = whole[:, None], whole[None]
     equal = (x == y) & (negative[:, None] == negative[None])
     words = (x * x) + ((y - x) ** 2 << _EE) + (x * (y - x) << _XE)
     words += np.where(equal, (x != 0).astype(np.int64) << _EQUAL, 1 << _DIFFERING)
-    table: NDArray[np.uint64] = (words.sum(axis=2) + (_OFFSET << _XE)).astype(np.uint64).reshape(-1)
-    return table
+    return np.asarray(words.sum(axis=2) + (_OFFSET << _XE), np.uint64).reshape(-1)
 
 
 def code_sums(
     kind: str,
     codes: tuple[RawBytes, RawBytes],
-    scales: tuple[Float64Array, Float64Array],
+    scales: tuple[NDArray[Any], NDArray[Any]],
     rows: tuple[Int64Array, Int64Array],
     width: int,
+    values: Float64Array | None = None,
 ) -> tuple[Float64Array, Int64Array]:
     """As `kernels.run_sums`, of rows of codes of which ``width`` bytes share a scale.
 
-    ``scales``: ``[n, groups of a row]``; ``rows``: which of these each row has.
+    ``scales``: ``[n, groups of a row]``, or indices of ``values``; ``rows``: which of these each row has.
     """
-    (numbers, per_byte), unit, words = code_table(kind), _UNITS[kind], None
+    (numbers, per_byte), (unit, near), words = code_table(kind), _KINDS[kind], None
     length = codes[0].size // len(rows[0])
     run = _PAIRS if per_byte == 2 else math.gcd(length, width)  # the last group of a row may be shorter
     if run < width:
@@ -183,8 +178,7 @@ def code_sums(
         words = pair_table(kind)
         a, b = (np.require(side.view(np.uint64), requirements="A") for side in codes)
         codes = a, b
-    near = 0.5 ** (CODE_BITS[kind] + 1)  # half of how far codes of one sign are apart, at least
-    sums, changed = _sums(codes, scales, rows, near, numbers / f32(unit), words, kind == "F8_E5M2")
+    sums, changed = _sums(codes, scales, rows, values, near, numbers / f32(unit), words)
     return sums * unit**2, changed
 
 
@@ -192,14 +186,15 @@ def row_sums(
     codes: tuple[CodedWeight, CodedWeight], rows: Int64Array, a: RawBytes, b: RawBytes
 ) -> tuple[Float64Array, Int64Array]:
     """The sums of ``rows`` of a weight, whose codes are ``a`` and ``b``."""
-    weight = codes[0].weight
-    first, second = (one.weight.scale_rows(one.files, rows) for one in codes)
+    weight, values = codes[0].weight, E8M0 if codes[0].weight.kind == "E2M1" else None
+    read = [one.weight.scale_rows(one.files, rows, decoded=values is None) for one in codes]
     width = weight.columns // code_table(weight.kind)[1]
-    return code_sums(weight.kind, (a, b), (first[0], second[0]), (first[1], second[1]), width)
+    return code_sums(weight.kind, (a, b), (read[0][0], read[1][0]), (read[0][1], read[1][1]), width, values)
 
 
 def prepare(kinds: Iterable[str]) -> None:
     """Compile, or load from the cache on disk, the kernels for these kinds of codes."""
-    code, scale, row = np.zeros(_PAIRS, np.uint8), np.ones((1, 1)), np.zeros(1, np.int64)
+    code, row = np.zeros(_PAIRS, np.uint8), np.zeros(1, np.int64)
     for kind in sorted(set(kinds)):
-        code_sums(kind, (code, code), (scale, scale), (row, row), _PAIRS)
+        scale, values = (np.ones((1, 1), np.uint8), E8M0) if kind == "E2M1" else (np.ones((1, 1)), None)
+        code_sums(kind, (code, code), (scale, scale), (row, row), _PAIRS, values)

@@ -17,6 +17,7 @@ import numpy as np
 from ..checkpoint.in_memory import TensorsInMemory
 from ..errors import CorruptFileError
 from ..neurons.vectors import block_memory, blocks, gather
+from ..storage.executors import Dispatch
 from ..storage.page_cache import is_truncated, sigbus_guard
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import Float64Array, Int64Array, RawBytes
@@ -49,13 +50,15 @@ def stream(
     sizes: CutSizes = CUT_SIZES,
     progress: Callable[[int], None] | None = None,
     stacked: bool = False,
+    dispatch: Dispatch | None = None,
 ) -> Iterator[TensorResult]:
     """Compare the tensors of ``jobs``; yields one result per job, in order.
 
     Or, ``stacked``, one for several small tensors that are neighbours in their files, or nearly so.
     Buffers and mapped windows keep to ``limits``. ``progress`` gets the bytes read, on the caller's thread.
+    With ``dispatch``, an executor runs `Engine.run`.
     """
-    engine = _Engine(base, tuned, jobs, limits, sizes)
+    engine = Engine(base, tuned, jobs, limits, sizes)
     workers = limits.workers(2 * sizes.least_task)
     share = min(limits.memory // 2, sum(job.info.nbytes for job in jobs) // 8) // workers
     task_bytes = min(max(share, sizes.least_task), sizes.largest_task)
@@ -69,11 +72,15 @@ def stream(
                 alone = [number for run in group for number in run]
                 yield from tasks(jobs, alone, task_bytes, sizes.piece)
 
+    def nbytes(task: Sequence[TensorPiece] | range) -> int:
+        return sizes.span if isinstance(task, range) else task_bytes
+
+    results = in_order(engine.run, work(), workers, nbytes=nbytes, dispatch=dispatch)
     with (
         sigbus_guard() if limits.mapped else nullcontext(),
-        closing(in_order(engine.run, work(), workers)) as done,  # no thread reads on without the guard
+        closing(results) as done,  # no thread reads on without the guard
     ):
-        summed = (one for _, results in done for one in results)
+        summed = (one for _, several in done for one in several)
         for number, group in groupby(summed, key=lambda one: one[0].job):
             job, collector = jobs[number], _Collector(jobs[number])
             for piece, result in group:
@@ -84,7 +91,9 @@ def stream(
             yield result if isinstance(result, TensorResult) else collector.finish(base, tuned, limits)
 
 
-class _Engine:
+class Engine:
+    """Reads and sums tasks, here or in another process."""
+
     def __init__(
         self, base: WeightReader, tuned: WeightReader, jobs: Sequence[Job], limits: Limits, sizes: CutSizes
     ) -> None:

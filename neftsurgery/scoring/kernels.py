@@ -21,7 +21,7 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from ..tensors.compiled import compiled
-from ..tensors.dtypes import DTYPES, DType
+from ..tensors.dtypes import DTYPES
 from ..tensors.floats import FLOATS, widen
 
 if TYPE_CHECKING:
@@ -97,21 +97,19 @@ def half(typing_context, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.uint16), generate
 
 
-def _decoder(dtype: DType) -> Any:
-    """How the compiled code widens an element of a type."""
-    if dtype.name == "F64":
-        return lambda code, bits: _as_float64(u64(bits))
-    if dtype.name == "F32":
-        return lambda code, bits: _as_float32(u32(bits))
-    if dtype.name == "BF16":
-        return lambda code, bits: _as_float32(u32(u32(bits) << u32(16)))
-    if dtype.name == "F16":
-        return lambda code, bits: half(u16(bits))
-    table = widen(np.arange(256, dtype=np.uint8), dtype.name).astype(np.float32)
+def _table_decoder(name: str) -> Any:
+    """Of a type of one byte."""
+    table = widen(np.arange(256, dtype=np.uint8), name).astype(np.float32)
     return lambda code, bits: table[bits]
 
 
-_DECODERS: dict[int, Any] = {code: _decoder(DTYPES[name]) for name, code in FORMATS.items()}
+_WIDE = {
+    "F64": lambda code, bits: _as_float64(u64(bits)),
+    "F32": lambda code, bits: _as_float32(u32(bits)),
+    "BF16": lambda code, bits: _as_float32(u32(u32(bits) << u32(16))),
+    "F16": lambda code, bits: half(u16(bits)),
+}
+_DECODERS = {code: _WIDE.get(name) or _table_decoder(name) for name, code in FORMATS.items()}
 
 
 @overload(widened)

@@ -27,7 +27,6 @@ from .sums import Exact, Sums, exact
 
 _LEAST_RUNS = 64
 _TASK_PIECES = 256  # small tensors share a task
-_CODED_PIECES = 4  # are joined: their scales take memory, too
 _LEAST_SQUARE = 1e-30  # of a sum: below it, float32 squares may have underflowed
 _PLAIN_ELEMENTS = 1 << 15
 
@@ -109,7 +108,7 @@ def joined(pieces: Iterable[TensorPiece], job: Job) -> Iterator[TensorPiece]:
         return
     for grain, group in groupby(pieces, key=lambda piece: piece.grain):
         members = list(group)
-        several = len(members) if job.codes is None else _CODED_PIECES
+        several = len(members) if job.codes is None else 4  # whose scales take memory, too
         for some in (members[first : first + several] for first in range(0, len(members), several)):
             yield TensorPiece(some[0].job, some[0].start, some[-1].stop, grain)
 

@@ -121,6 +121,10 @@ class Scores(FileBacked):
         tensor = self.tensors.get(name) or self.companion_biases.get(name)
         return self._arrays.read(which, [tensor]) if tensor and self._arrays.has(name, which) else None
 
+    def have(self, which: str) -> bool:
+        """Whether every scored tensor has these sums."""
+        return len(self._arrays.having(self.tensors.values(), which)) == len(self.tensors)
+
     def batches(self, *which: str) -> Iterator[SumBatch]:
         """The named sums of all tensors that have them, many tensors at a time."""
         return batches(self._arrays, self.tensors.values(), which)
@@ -241,12 +245,11 @@ class Scores(FileBacked):
         blocks = [Block(*key, self._arrays.scores(members)) for key, members in groups]
         masks = choose(blocks, budget, parameters=self.parameters)
         for (_, members), mask in zip(groups, masks, strict=True):
-            edges = np.cumsum([0, *(tensor.layout.count for tensor in members)])
-            index = np.flatnonzero(mask)
-            bounds = np.searchsorted(index, edges)
-            for number in np.flatnonzero(np.diff(bounds)).tolist():
-                part = index[bounds[number] : bounds[number + 1]]
-                yield members[number].info.name, part - edges[number]
+            start = 0
+            for tensor in members:
+                if len(index := np.flatnonzero(mask[start : start + tensor.layout.count])):
+                    yield tensor.info.name, index
+                start += tensor.layout.count
 
     def _choose_units(self, budget: Budget) -> Iterator[tuple[str, Int64Array]]:
         ids = {name: self._unit_ids(name) for name in self.tensors}
@@ -337,7 +340,7 @@ class Scores(FileBacked):
         change has no size (a quantized one).
         """
         inside = scored = rest = 0.0
-        if len(self._arrays.having(self.tensors.values(), "delta_sq")) < len(self.tensors):
+        if not self.have("delta_sq"):
             return {}
         chosen = {name: part.index for name, part in tensors.items() if name in self.tensors}
         for batch in self.batches("delta_sq"):

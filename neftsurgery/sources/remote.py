@@ -79,8 +79,8 @@ class RemoteFile:
     """A file behind a URL. Thread-safe."""
 
     def __init__(self, folder: RemoteFolder, name: str) -> None:
-        self.path, self._fetched, self._ranged = folder.root / name, folder.fetched, folder.place.file(name)
-        self.is_weights, self._ranged.count = name.endswith(".safetensors"), folder.fetched.count
+        self.path, self._fetched, self.ranged = folder.root / name, folder.fetched, folder.place.file(name)
+        self.is_weights, self.ranged.count = name.endswith(".safetensors"), folder.fetched.count
         self._lock, self._is_made = threading.Lock(), False
         self._kept: dict[tuple[int, int], bytes] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,16 +94,16 @@ class RemoteFile:
             if self._is_made:
                 return
             weights, most = self.is_weights, _FIRST_BYTES if self.is_weights else _MOST_WHOLE
-            raw = b"".join(self._ranged.read(0, most, whole=not weights))
-            if not weights and len(raw) < self._ranged.nbytes:
+            raw = b"".join(self.ranged.read(0, most, whole=not weights))
+            if not weights and len(raw) < self.ranged.nbytes:
                 raise CorruptFileError(f"the file has more than {_MOST_WHOLE} bytes", file=self.path)
             length = int.from_bytes(raw[:8], "little") + 8 if weights else 0
-            if len(raw) < length <= min(self._ranged.nbytes, _MOST_HEADER):
-                raw += b"".join(self._ranged.read(len(raw), length))
+            if len(raw) < length <= min(self.ranged.nbytes, _MOST_HEADER):
+                raw += b"".join(self.ranged.read(len(raw), length))
             with open(self.path, "r+b") as file:
                 file.write(raw)
-                file.truncate(self._ranged.nbytes)
-            self._fetched.count(0, self._ranged.nbytes)
+                file.truncate(self.ranged.nbytes)
+            self._fetched.count(0, self.ranged.nbytes)
             self._is_made = True
 
     def fill(self, parts: Iterable[Wanted]) -> None:
@@ -128,7 +128,7 @@ class RemoteFile:
     def _fetch(self, part: Wanted) -> None:
         """Fetch one range, and put it where it belongs."""
         (start, buffer), done = part, 0
-        for chunk in self._ranged.read(start, start + len(buffer)):
+        for chunk in self.ranged.read(start, start + len(buffer)):
             buffer[done : done + len(chunk)] = chunk
             done += len(chunk)
         if done < len(buffer):
@@ -144,7 +144,7 @@ class RemoteFolder:
     _refused: RefusedError | None = None
 
     def __init__(self, url: str) -> None:
-        self.place = place = find_place(url)
+        self.url, self.place = url, (place := find_place(url))
         self.fetched, self.files = Fetched(place.shown), dict[str, RemoteFile]()
         FETCHED.append(self.fetched)
         home = tempfile.mkdtemp(prefix="neft-remote-")

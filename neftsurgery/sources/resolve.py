@@ -36,6 +36,11 @@ class Source:
         """The name a person would use: the last part of a local path, or ``org/name`` of a Hub model."""
         return Path(os.path.abspath(self.path)).name if self.repo is None else self.repo
 
+    @property
+    def address(self) -> str:
+        """What `resolve` finds the same files by, in any folder and on any machine that sees them."""
+        return os.path.abspath(self.path / (self.index or "")) if self.remote is None else self.remote.url
+
 
 def resolve(named: str | os.PathLike[str]) -> Source:
     """Find what ``named`` refers to: an existing local path, or else a Hub id (``org/name[@revision]``).

@@ -60,19 +60,21 @@ class StoreFile(RangedFile):
     @cached_property
     def _handle(self) -> Any:
         """The file, opened by the driver, which notes its version."""
-        generation = self._store.info(self._path).get("generation")
+        facts = self._store.info(self._path)
+        generation = facts.get("generation")
+        self.version = f"{generation or facts.get('ETag')}"
         path = f"{self._path}#{generation}" if generation else self._path
         return self._store.open(path, "rb", cache_type="none")
 
     def _chunks(self, start: int, stop: int, whole: bool) -> Generator[bytes, None, None]:
         known = self.nbytes > 0
         try:
-            with store_errors(self._file):
+            with store_errors(self.name):
                 self.nbytes = self._handle.size
                 yield self._handle._fetch_range(start, min(stop, self.nbytes))  # as all drivers of fsspec do
         except (AbsentError, MachineError) as error:
             if type(error.__cause__).__name__ == "FileExpired" or (known and isinstance(error, AbsentError)):
-                raise replaced(self._file) from error
+                raise replaced(self.name) from error
             if isinstance(error, (AbsentError, RefusedError)):
                 raise
             raise FailedError(error.what) from error

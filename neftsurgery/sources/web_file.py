@@ -56,10 +56,10 @@ def http_client() -> tuple[Any, Any, float]:
 class RangedFile:
     """A file that is read by ranges. Thread-safe after the first read."""
 
-    nbytes = 0  # of the file; known after the first read
+    nbytes, version = 0, ""  # of the file; known after the first read
 
     def __init__(self, file: str) -> None:
-        self._file = file  # its name in messages
+        self.name = file  # in messages
         self.count: Callable[[int], object] = bool  # is told how many bytes arrive
 
     def _chunks(self, start: int, stop: int, whole: bool) -> Generator[bytes, None, None]:
@@ -82,7 +82,7 @@ class RangedFile:
                     for chunk in chunks:
                         self.count(len(chunk))
                         if len(chunk) > stop - start:
-                            raise CorruptFileError("it sends more than was asked for", file=self._file)
+                            raise CorruptFileError("it sends more than was asked for", file=self.name)
                         yield chunk
                         start += len(chunk)
                         if start - mark >= _LEAST_BYTES:
@@ -95,7 +95,7 @@ class RangedFile:
             if start < stop:
                 if time.monotonic() + pause > until:
                     hint = "try again later; HF_HUB_DOWNLOAD_TIMEOUT sets a sixth of this time"
-                    raise MachineError(f"failing for {seconds:.0f} s: {failed}", file=self._file, hint=hint)
+                    raise MachineError(f"failing for {seconds:.0f} s: {failed}", file=self.name, hint=hint)
                 time.sleep(pause)
                 pause = min(2 * pause, 8)
 
@@ -107,7 +107,6 @@ class WebFile(RangedFile):
         super().__init__(file)
         self._url, self._headers = url, headers or {}
         self._moved_to = url  # where redirects lead, so that they are followed once
-        self._version = ""  # ETag or time of the last change
         self._condition: dict[str, str] = {}
 
     def _chunks(self, start: int, stop: int, whole: bool) -> Generator[bytes, None, None]:
@@ -121,11 +120,11 @@ class WebFile(RangedFile):
                 self._moved_to = str(answer.url)
                 yield from answer.iter_raw()
         except http.InvalidURL as error:
-            raise UsageError(f"not a usable URL: {error}", file=self._file) from error
+            raise UsageError(f"not a usable URL: {error}", file=self.name) from error
         except http.TransportError as error:
-            if isinstance(error, http.ConnectError) and not self._version:
+            if isinstance(error, http.ConnectError) and not self.version:
                 what, hint = "there is no connection to the server", "check the address and the network"
-                raise MachineError(what, file=self._file, hint=hint) from error
+                raise MachineError(what, file=self.name, hint=hint) from error
             raise FailedError(type(error).__name__) from error
 
     def _check_status(self, answer: Any, whole: bool) -> None:
@@ -136,18 +135,18 @@ class WebFile(RangedFile):
             self._moved_to = self._url
             raise FailedError(http)
         if status in (404, 410):
-            raise AbsentError(f"there is no file at this address ({http})", file=self._file)
+            raise AbsentError(f"there is no file at this address ({http})", file=self.name)
         if status in (401, 403):
             hint = "check the address, your credentials, and whether a signed address has expired"
-            raise RefusedError(f"the server refuses to send it ({http})", file=self._file, hint=hint)
+            raise RefusedError(f"the server refuses to send it ({http})", file=self.name, hint=hint)
         if status not in (200, 206):
-            raise replaced(self._file) if self._version else MachineError(http, file=self._file)
+            raise replaced(self.name) if self.version else MachineError(http, file=self.name)
         what = "the server ignores ranges, so the checkpoint could only be fetched whole"
         if self._url.startswith("https:") and answer.url.scheme != "https":
             what = "the server redirects to an address without TLS"
-        elif status == 206 or self._version or whole:
+        elif status == 206 or self.version or whole:
             return
-        raise MachineError(what, file=self._file, hint=_FETCH)
+        raise MachineError(what, file=self.name, hint=_FETCH)
 
     def _check_range(self, answer: Any, start: int, stop: int) -> None:
         """Raise an error unless the answer is this range of the same version of the file."""
@@ -158,13 +157,13 @@ class WebFile(RangedFile):
         found, etag = _RANGE.fullmatch(said), headers.get("ETag", "")
         first, last, total = map(int, found.groups()) if found else (-1, -1, -1)
         version = etag.removeprefix("W/") or headers.get("Last-Modified", "")
-        if self._version and (version, total) != (self._version, self.nbytes):
-            raise replaced(self._file)
+        if self.version and (version, total) != (self.version, self.nbytes):
+            raise replaced(self.name)
         if first != start or not start <= last < min(stop, total):
             what, asked = "the server sends another range than was asked for", f"bytes {start}-{stop - 1}"
-            raise CorruptFileError(what, file=self._file, expected=asked, found=repr(said[:80]))
+            raise CorruptFileError(what, file=self.name, expected=asked, found=repr(said[:80]))
         if not version:
             what = "the server tells no version of the file (ETag, Last-Modified): a change would go unseen"
-            raise MachineError(what, file=self._file, hint=_FETCH)
-        self.nbytes, self._version = total, version
+            raise MachineError(what, file=self.name, hint=_FETCH)
+        self.nbytes, self.version = total, version
         self._condition = {"If-Range": etag} if etag.startswith('"') else {}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
-from ..errors import UsageError
+from ..errors import NeftError, UsageError
+from .executors import Dispatch, Reopen, Seen, executor_errors, work_there
 
 #: Bytes of buffers and mappings; the interpreter and libraries need some 130 MB more.
 DEFAULT_MEMORY = 176 << 20
 _LEAST_MEMORY = 16 << 20
 _LOT_BYTES = 4 << 20
+# What is sent to an executor at once: a share of all bytes. Results have about a 64th of its bytes.
+_SHARE, _LARGEST_LOT, _RESULT_SHARE, _MOST_AHEAD = 256, 512 << 20, 64, 256
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,6 +38,8 @@ class Limits:
     mapped: bool = False
     #: Bytes of vectors handled at once by a thread; None: what suits their layout (`neurons.vectors`).
     block: int | None = None
+    #: Whose workers take over what can be sent; None: threads do all.
+    executor: Executor | None = None
 
     @classmethod
     def of(cls, threads: int | None = None, memory: int | None = None, *, mapped: bool = False) -> Limits:
@@ -47,6 +55,14 @@ class Limits:
         """Threads that may work at once if each holds ``nbytes``."""
         return max(1, min(self.threads, self.memory // max(1, nbytes)))
 
+    def dispatch(self, reopen: Reopen, seen: Seen, nbytes: int) -> Dispatch | None:
+        """How the executor, if any, does work on ``nbytes``; ``seen``: the files that ``reopen`` opens."""
+        if self.executor is None:
+            return None
+        lot = min(max(nbytes // _SHARE, _LOT_BYTES), _LARGEST_LOT)
+        ahead = min(max(self.memory * _RESULT_SHARE // lot, 8), _MOST_AHEAD)
+        return self.executor, partial(work_there, pickle.dumps((reopen, seen))), lot, ahead
+
 
 def in_order(
     work: Callable[[Item], Result],
@@ -55,36 +71,47 @@ def in_order(
     *,
     stop: threading.Event | None = None,
     nbytes: Callable[[Item], int] = lambda item: _LOT_BYTES,
+    dispatch: Dispatch | None = None,
 ) -> Generator[tuple[Item, Result], None, None]:
     """Run ``work`` on items in ``workers`` threads, a few ahead; yields items with results, in order.
 
     A thread takes several items of few ``nbytes`` at once. An exception of ``work`` is raised in its place.
-    Then ``stop`` is set, and items that have not begun are dropped.
+    Then ``stop`` is set, and items that have not begun are dropped. With ``dispatch``, an executor works.
     """
-    waiting: deque[tuple[list[Item], Future[list[Result]]]] = deque()
+    waiting: deque[tuple[list[Item], Future[Any]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="neft")
+    here: Dispatch = pool, lambda lot: [work(item) for item in lot], _LOT_BYTES, 2 * workers
+    executor, send, lot_bytes, ahead = dispatch or here
+
+    def first() -> Iterator[tuple[Item, Result]]:
+        lot, future = waiting.popleft()
+        if isinstance(found := future.result(), NeftError):
+            raise found
+        return zip(lot, found, strict=True)
+
     try:
-        for lot in _lots(items, nbytes):
-            waiting.append((lot, pool.submit(lambda lot: [work(item) for item in lot], lot)))
-            if len(waiting) > 2 * workers:
-                first, future = waiting.popleft()
-                yield from zip(first, future.result(), strict=True)
-        while waiting:
-            first, future = waiting.popleft()
-            yield from zip(first, future.result(), strict=True)
+        with executor_errors() if dispatch else nullcontext():
+            for lot in _lots(items, nbytes, lot_bytes):
+                waiting.append((lot, executor.submit(send, lot)))
+                if len(waiting) > ahead:
+                    yield from first()
+            while waiting:
+                yield from first()
     except BaseException:
         if stop is not None:
             stop.set()
         raise
     finally:
+        for _, future in waiting:
+            future.cancel()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _lots(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
+def _lots(items: Iterable[Item], nbytes: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
     lot, size = list[Item](), 0
     for item in items:
         size += nbytes(item)
-        if lot and size > _LOT_BYTES:
+        if lot and size > most:
             yield lot
             lot, size = [], nbytes(item)
         lot.append(item)

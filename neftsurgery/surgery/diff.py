@@ -22,7 +22,7 @@ from ..options import (
     CompareOptions,
     DiffOptions,
     PrefixOptions,
-    RunOptions,
+    RunAnywhereOptions,
     Scope,
     ScopeOptions,
     ScoreOptions,
@@ -31,7 +31,7 @@ from ..options import (
 )
 from ..progress import Progress, Stopwatch, silent
 from ..scoring import code_kernels, kernels
-from ..scoring.engine import TensorResult, stream
+from ..scoring.engine import TensorResult
 from ..scoring.low_rank import low_rank_energies
 from ..scoring.scored_tensors import SUMS, arranged
 from ..scoring.scores import SCORES_KEY, SCORES_VERSION, Scores
@@ -60,6 +60,7 @@ class DiffPlan:
     seed: int = 0  # of the score "random"
     out: Path | None = None  # None: a temporary file
     force: bool = False
+    sums: bool = True  # whether the file is to hold the sums that scores derive from
     rank: int = 32  # of the score "lowrank"
     alone: bool = False  # whether the base is scored by itself
 
@@ -91,7 +92,7 @@ class DiffPlan:
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> Scores:
         """Read both sides once, and write the scores."""
         limits = limits or Limits.of()
-        base, tuned, jobs = self.pair.compared
+        base, _, jobs = self.pair.compared
         kernels.prepare(base.tensors[job.info.name].dtype for job in jobs)
         code_kernels.prepare(job.codes[0].weight.kind for job in jobs if job.codes is not None)
         watch = Stopwatch()
@@ -101,16 +102,11 @@ class DiffPlan:
             room = dump(
                 SCORES_KEY, {**facts, "nonfinite": 1 << 62, "unscored": _unscored(self.pair, _WIDEST)}
             )
-            starts, arrays = _arrays(self.pair)
+            starts, arrays = _arrays(self.pair, SUMS if self.sums else ())
             with written_file(arrays, room, self.out, force=self.force) as written:
                 sink = _Sink(self, starts, written)
                 with progress("scoring", 2 * sum(job.info.nbytes for job in jobs)) as advance:
-                    apart = (
-                        self.pair.anatomy.name == "units"
-                    )  # whose sums depend on the order of their tensors
-                    for result in stream(
-                        base, tuned, jobs, limits=limits, progress=advance, stacked=not apart
-                    ):
+                    for result in self.pair.results(limits, advance):
                         sink.take(result)
                 sink.finish()
                 for side in (self.pair.base, self.pair.tuned):
@@ -119,7 +115,7 @@ class DiffPlan:
                     dump(SCORES_KEY, {**facts, "nonfinite": sink.nonfinite, "unscored": sink.unscored})
                 )
             scores = Scores.read(written.reader())
-        watch.bytes_read = self.pair.bytes_read - before
+        watch.bytes_read = self.pair.nbytes if limits.executor else self.pair.bytes_read - before
         scores.timing = watch.timing
         return scores
 
@@ -153,6 +149,7 @@ def diff(
     *,
     out: AnyPath | None = None,
     force: bool = False,
+    sums: bool = True,
     **options: Unpack[DiffOptions],
 ) -> Scores:
     """Score every neuron of a tuned checkpoint against its base.
@@ -167,6 +164,9 @@ def diff(
         Where to write the scores file. None: the scores live in a temporary file until saved.
     force:
         Replace ``out`` if it exists.
+    sums:
+        False: leave out the sums that scores derive from, seven eighths of the file. ``captured``, budgets of
+        all that changed and most of a report need them.
     strip_prefix, add_prefix:
         What is removed from the front of ``tuned``'s tensor names, and put there: ``strip_prefix="module."``.
         With both, it is put where the other was; without ``strip_prefix``, before names that ``base`` lacks.
@@ -187,6 +187,9 @@ def diff(
         That read and score; by default two per core. The result does not depend on it.
     memory:
         Bytes of buffers and mapped files, by default 176 MiB. The result does not depend on it.
+    executor:
+        A ``concurrent.futures.Executor`` whose processes, here or on other machines, see the same paths or
+        URLs: they read and compute instead of threads. The result does not depend on it.
     progress:
         Told of the bytes done.
 
@@ -199,9 +202,9 @@ def diff(
     CorruptFileError, MachineError
         If a file is damaged; if something cannot be read or written.
     """
-    run, compare = split("diff", options, RunOptions, CompareOptions)
+    run, compare = split("diff", options, RunAnywhereOptions, CompareOptions)
     machine = running(run)
-    plan = plan_diff(base, tuned, out=out, force=force, **compare)
+    plan = plan_diff(base, tuned, out=out, force=force, sums=sums, **compare)
     warn(log, plan.warnings)
     return plan.run(**machine)
 
@@ -212,6 +215,7 @@ def plan_diff(
     *,
     out: AnyPath | None = None,
     force: bool = False,
+    sums: bool = True,
     **options: Unpack[CompareOptions],
 ) -> DiffPlan:
     """Read the headers of two checkpoints and check everything that `diff` needs."""
@@ -225,7 +229,8 @@ def plan_diff(
         raise UsageError(f"[[score={score}]] compares the base with a tuned checkpoint", hint=hint)
     first, second = open_sides(base, base if tuned is None else tuned, Prefixes.of(**prefix))
     place = refuse_output(out, inputs=[first.source.path, second.source.path], force=force, kind="file")
-    return DiffPlan(pair(first, second, Scope(**scope)), score, seed, place, force, rank, tuned is None)
+    sides = pair(first, second, Scope(**scope))
+    return DiffPlan(sides, score, seed, place, force, sums, rank, tuned is None)
 
 
 def check_score(score: str, rank: int = 1) -> None:
@@ -274,11 +279,11 @@ def _unscored(plan: Pair, totals: Mapping[str, float | int]) -> dict[str, dict[s
     return found
 
 
-def _arrays(plan: Pair) -> tuple[dict[str, int], list[TensorInfo]]:
+def _arrays(plan: Pair, sums: Sequence[str]) -> tuple[dict[str, int], list[TensorInfo]]:
     """Where each tensor's numbers begin in the arrays of the file, and these."""
     counts = {tensor.info.name: tensor.layout.count for tensor in plan.anatomy.scored}
     elements = {name: plan.base.tensors[name].elements for name in plan.companion_biases}
-    return arranged(counts, elements, ["score", *SUMS, *(["unit"] if plan.anatomy.name == "units" else [])])
+    return arranged(counts, elements, ["score", *sums, *(["unit"] if plan.anatomy.name == "units" else [])])
 
 
 class _Sink:
@@ -286,6 +291,7 @@ class _Sink:
 
     def __init__(self, diff: DiffPlan, starts: Mapping[str, int], writer: TensorFileWriter) -> None:
         self._diff, self._starts, self._writer, plan = diff, starts, writer, diff.pair
+        self._left_out = set() if diff.sums else {*SUMS}
         self._waiting: list[tuple[list[str], Sums]] = []  # of tensors, by name
         self._neurons, self._last = 0, 0  # of those waiting: how many, and where the last tensor's begin
         self._sides = plan.base, plan.tuned
@@ -332,8 +338,8 @@ class _Sink:
             self._write(self._starts[name], _changes(result.sums))
 
     def _write(self, start: int, numbers: Mapping[str, NDArray[Any]]) -> None:
-        for which, values in numbers.items():
-            self._writer.write(which, start, values)
+        for which in numbers.keys() - self._left_out:
+            self._writer.write(which, start, numbers[which])
 
     def _write_batch(self) -> None:
         waiting = sorted(self._waiting, key=lambda one: self._starts[one[0][0]])

@@ -26,7 +26,7 @@ from ..options import (
     ExtractOptions,
     LosslessOptions,
     PrefixOptions,
-    RunOptions,
+    RunAnywhereOptions,
     Scope,
     ScopeOptions,
     ScoreOptions,
@@ -219,8 +219,8 @@ def extract(
         Where to write the patch. None: it lives in a temporary file until saved.
     neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias:
         The budget, as in `Scores.select`: ``neurons="3%"`` and so on.
-    strip_prefix, add_prefix, force, threads, memory, progress:
-        As in `diff`.
+    strip_prefix, add_prefix, force, threads, memory, executor, progress:
+        As in `diff`. An executor's processes score; this one cuts out.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def extract(
     MismatchError
         If the checkpoints do not fit each other or the selection.
     """
-    run, choosing = split("extract", options, RunOptions, ChoosingOptions)
+    run, choosing = split("extract", options, RunAnywhereOptions, ChoosingOptions)
     machine = running(run)
     plan = plan_extract(
         base,

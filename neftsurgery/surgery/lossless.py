@@ -102,6 +102,9 @@ class LosslessPlan:
     def run(self, *, limits: Limits | None = None, progress: Progress = silent) -> LosslessPatch:
         """Code every block, and write the patch."""
         limits = limits or Limits.of()
+        if limits.executor is not None:
+            hint = "one process codes a lossless patch: leave it out"
+            raise UsageError("[[executor]] does not go with [[lossless]]", hint=hint)
         watch = Stopwatch()
         with watch.running():
             ways = [_Way("forward", self.base, self.tuned, self.fast, limits)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
+
+from llvmlite.binding import get_host_cpu_name
 
 from ..checkpoint.adapter import AdaptedWeights, open_pair
 from ..checkpoint.checkpoint import Checkpoint
@@ -19,11 +22,15 @@ from ..neurons.anatomy import Anatomy, NeuronTensor, read_anatomy
 from ..neurons.layout import Layout
 from ..neurons.tensor_names import matching
 from ..options import Scope
-from ..scoring.partial_sums import Job
+from ..scoring.engine import Engine, TensorResult, stream
+from ..scoring.partial_sums import CUT_SIZES, Job
+from ..storage.executors import Seen
 from ..storage.output_checks import AnyPath
+from ..storage.threads import Limits
 from ..tensors.header import TensorInfo
 from ..tensors.reader import WeightReader
 from ..text import natural_key, plural
+from ..version import __version__
 
 _LONGEST_ROW = 1 << 20  # of codes: scoring reads whole rows of them
 
@@ -36,6 +43,7 @@ class Pair:
     joined: Joined  # with the tuned model
     anatomy: Anatomy  # of the tensors in common, each once
     differing: Mapping[str, tuple[str, str]]  # of another shape or dtype: both descriptions
+    scope: Scope
 
     @property
     def tuned(self) -> Checkpoint:
@@ -107,6 +115,22 @@ class Pair:
         shown = [_shown(job, first.tensors[job.info.name], straight) for job in self.jobs]
         return first, second, [self._with_codes(job) for job in shown]
 
+    @property
+    def seen(self) -> Seen:
+        """What other processes must see alike for equal bits."""
+        processor = os.environ.get("NUMBA_CPU_NAME") or get_host_cpu_name()  # wider vectors round otherwise
+        return (*self.base.seen, *self.tuned.seen, ("neftsurgery", __version__, processor))
+
+    def results(self, limits: Limits, progress: Callable[[int], None]) -> Iterator[TensorResult]:
+        """Compare the two: as `stream`, by the executor of ``limits`` if it has one."""
+        sides, prefixes = (self.base.source, self.tuned.source), self.tuned.prefixes or NO_CHANGE
+        again = partial(_again, sides[0].address, sides[1].address, prefixes, self.scope)
+        dispatch = limits.dispatch(again, self.seen, self.nbytes // 2)
+        in_any_order = not self.anatomy.unit_count  # the sums of units depend on the order of their tensors
+        return stream(
+            *self.compared, limits=limits, progress=progress, stacked=in_any_order, dispatch=dispatch
+        )
+
     def _with_codes(self, job: Job) -> Job:
         """The job with the codes that its sums follow from, if both sides have them and neurons are rows."""
         info, codes = job.info, coded_sides(self.base, self.tuned, job.info.name)
@@ -176,12 +200,18 @@ def pair(base: Checkpoint, tuned: Checkpoint, scope: Scope) -> Pair:
     shared = base.tensors.keys() & tuned.tensors.keys()
     both = sorted(shared - common.keys() - joined.copies.keys(), key=natural_key)
     differing = {name: (base.tensors[name].describe(), tuned.tensors[name].describe()) for name in both}
-    scope = _under_one_name(scope, common, joined.copies)
-    _refuse_unequal(scope, common, differing, {base.name: joined.only_base, tuned.name: joined.only_tuned})
-    anatomy = scoped_anatomy(scope, common, base.config)
+    named = _under_one_name(scope, common, joined.copies)
+    _refuse_unequal(named, common, differing, {base.name: joined.only_base, tuned.name: joined.only_tuned})
+    anatomy = scoped_anatomy(named, common, base.config)
     if not anatomy.scored and not any(entry.included and entry.axes for entry in anatomy.listed):
         raise _nothing_scored(base, tuned, anatomy)
-    return Pair(base, joined, anatomy, differing)
+    return Pair(base, joined, anatomy, differing, scope)
+
+
+def _again(base: str, tuned: str, prefixes: Prefixes, scope: Scope) -> tuple[Callable[[Any], Any], Seen]:
+    """What compares the two in another process, and the files that it sees."""
+    found = pair(*open_sides(base, tuned, prefixes), scope)
+    return Engine(*found.compared, Limits.of(1), CUT_SIZES).run, found.seen
 
 
 def _shown(job: Job, info: TensorInfo, straight: Collection[str]) -> Job:

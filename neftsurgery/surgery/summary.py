@@ -45,10 +45,10 @@ class Summary:
     """A scores file in a few numbers."""
 
     neurons: int
-    changed_neurons: int  # with a differing bit
+    changed_neurons: int | None  # with a differing bit; None: the file does not tell
     nonfinite: int  # neurons with a NaN or Inf
     cosine: float  # of all scored weights of base and tuned together; NaN if one side is all zeros
-    relative_change: float  # as in Movement
+    relative_change: float  # as in Movement; NaN without sums
     layers: list[Movement]  # those that moved most first, as kinds
     kinds: list[Movement]
     most_sensitive: list[Neuron]  # the first one most
@@ -67,7 +67,8 @@ class Summary:
 
     def describe(self) -> dict[str, object]:
         """For JSON, which has no infinity and no NaN."""
-        facts = asdict(self, dict_factory=_finite) | {"related": self.related}
+        related = None if self.changed_neurons is None else self.related
+        facts = asdict(self, dict_factory=_finite) | {"related": related}
         return {key: value for key, value in facts.items() if key != "neurons"}
 
 
@@ -81,7 +82,7 @@ def _relative(base: float, delta: float) -> float:
 
 def summarize(scores: Scores, *, top: int = 10) -> Summary:
     """Sum scores up, tensor by tensor. Without sums in the file, what needs them is NaN or empty."""
-    changed = sum(int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed"))
+    counts = [int(np.count_nonzero(batch.sums["changed"])) for batch in scores.batches("changed")]
     names, totals = list[str](), [np.zeros((0, len(_SUMS)))]
     for batch in scores.batches(*_SUMS):
         names += [tensor.info.name for tensor in batch.tensors]
@@ -99,10 +100,10 @@ def summarize(scores: Scores, *, top: int = 10) -> Summary:
         most, shares = [], {}
     return Summary(
         scores.neurons,
-        changed,
+        sum(counts) if scores.have("changed") else None,
         scores.nonfinite,
         (base + dot) / norms if norms > 0 else math.nan,
-        _relative(base, delta),
+        _relative(base, delta) if names else math.nan,
         _moved(layers, delta),
         _moved(kinds, delta),
         most,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,7 +17,7 @@ from ..checkpoint.provenance import Provenance, fingerprint
 from ..checkpoint.ties import tied_forms
 from ..errors import CorruptFileError, MismatchError, UsageError, keyword, spelled
 from ..neurons.vectors import gather
-from ..options import RunOptions, split
+from ..options import RunAnywhereOptions, RunOptions, split
 from ..patch.overlap import RowSource, lay_over
 from ..patch.patch import Patch, PatchTensor
 from ..patch.patch_file import digests
@@ -38,12 +39,13 @@ class Running(TypedDict):
 def running(options: Mapping[str, Any]) -> Running:
     """The keywords of a run that `RunOptions` name."""
     limits = Limits.of(options.get("threads"), options.get("memory"))
+    limits = replace(limits, executor=options.get("executor"))
     return {"limits": limits, "progress": options.get("progress") or silent}
 
 
 def run_keywords(verb: str, options: Mapping[str, Any]) -> Running:
     """As `running`, for a verb that takes no other options."""
-    return running(*split(verb, options, RunOptions))
+    return running(*split(verb, options, RunAnywhereOptions if verb == "verify" else RunOptions))
 
 
 def require_sha256(place: AnyPath | None, wanted: str, found: str) -> None:

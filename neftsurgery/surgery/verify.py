@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
-from typing import Final, Literal, Unpack
+from operator import attrgetter
+from typing import Any, Final, Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +18,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.folder_files import file_notes
 from ..checkpoint.provenance import fingerprint
 from ..checkpoint.ties import stored_ties
-from ..errors import boundary
+from ..errors import UsageError, boundary
 from ..neurons.vectors import block_memory, gather
-from ..options import RunOptions
+from ..options import RunAnywhereOptions
 from ..patch.delta import DeltaBlock
 from ..patch.lossless import AnyPatch, LosslessPatch, load_any
 from ..patch.overlap import RowSource, overlay
@@ -26,6 +28,7 @@ from ..patch.patch import Patch
 from ..patch.patch_file import DigestHash, digests
 from ..progress import Progress, Stopwatch, Timing, silent
 from ..selection.selection import RowBlock
+from ..storage.executors import Dispatch, Seen
 from ..storage.output_checks import AnyPath
 from ..storage.threads import Limits, in_order
 from ..tensors.arrays import RawBytes
@@ -70,16 +73,20 @@ def examine_blocks(
     delta = patch.forward
     states = {name: TensorState() for name in delta.tensors}
 
-    def look(block: DeltaBlock) -> tuple[bool, bool]:
-        found, is_base, is_patched = delta.compared(block, checkpoint)
-        if is_base:
-            delta.decoded(block, found)
-        return is_base, is_patched
-
-    for block, found in in_order(look, delta.blocks, limits.workers(BLOCK_MEMORY)):
+    look, dispatch = partial(_look, checkpoint, patch), _dispatch(checkpoint, patch, limits)
+    workers, size = limits.workers(BLOCK_MEMORY), attrgetter("nbytes")
+    for block, found in in_order(look, delta.blocks, workers, nbytes=size, dispatch=dispatch):
         states[block.info.name].add(*found)
         advance(block.nbytes)
     return states
+
+
+def _look(checkpoint: Checkpoint, patch: LosslessPatch, block: DeltaBlock) -> tuple[bool, bool]:
+    """Whether a block is as in the base, and as patched."""
+    found, is_base, is_patched = patch.forward.compared(block, checkpoint)
+    if is_base:
+        patch.forward.decoded(block, found)
+    return is_base, is_patched
 
 
 def whole_state(checkpoint: Checkpoint, patch: LosslessPatch, states: Mapping[str, TensorState]) -> State:
@@ -168,18 +175,18 @@ def examine(
     layouts = (tensor.layout for patch in patches for tensor in patch.tensors.values())
     workers = limits.workers(block_memory(layouts, limits.block))
 
-    def compare(one: tuple[int, RowBlock]) -> tuple[RawBytes, RawBytes, RawBytes]:
-        return _compare(checkpoint, patches, states, *one, limits.block)
-
+    dispatch = _dispatch(checkpoint, patches[0], limits)
+    compare = partial(_compare, checkpoint, patches, states, limits.block)
     blocks = ((n, block) for n, patch in enumerate(patches) for block in patch.blocks(limits.block))
-    with closing(in_order(compare, blocks, workers, nbytes=lambda one: one[1].nbytes)) as compared:
+    found = in_order(compare, blocks, workers, nbytes=lambda one: one[1].nbytes, dispatch=dispatch)
+    with closing(found) as compared:
         for (number, name), group in groupby(compared, key=lambda one: (one[0][0], one[0][1].name)):
-            hashes = DigestHash(), DigestHash()
-            for (_, block), (before, after, now) in group:
-                for state, part in zip(hashes, (before, after), strict=True):
-                    state.update(part)
-                known = (now == before).all(axis=1), (now == after).all(axis=1)
-                states[number].tensors[name].add(*known)
+            hashes, state = (DigestHash(), DigestHash()), states[number]
+            for (_, block), (before, after, now, more) in group:
+                for digest, part in zip(hashes, (before, after), strict=True):
+                    digest.update(part)
+                state.tensors[name].add((now == before).all(axis=1), (now == after).all(axis=1))
+                state.applied, state.numbers = state.applied or more.applied, state.numbers | more.numbers
                 advance(block.nbytes)
             patches[number].check_hashes(name, *hashes)
     if replaced is None:
@@ -192,12 +199,12 @@ def _compare(
     checkpoint: Checkpoint,
     patches: Sequence[Patch],
     states: Sequence[PatchState],
-    number: int,
-    block: RowBlock,
     size: int | None,
-) -> tuple[RawBytes, RawBytes, RawBytes]:
-    """The digests of a block before and after its patch, and now; takes notes in its patch's state."""
-    patch, state = patches[number], states[number]
+    one: tuple[int, RowBlock],
+) -> tuple[RawBytes, RawBytes, RawBytes, PatchState]:
+    """The digests of a block before and after its patch, and now; and what else it tells of the state."""
+    (number, block), found = one, PatchState()
+    patch = patches[number]
     tensor = patch.tensors[block.name]
     before = patch.base_digests(block.name, block.start, block.stop)
     patch.check_base_rows(block.name, before, block.start, block.stop)
@@ -207,15 +214,33 @@ def _compare(
     now = gather(checkpoint, checkpoint.tensors[block.name], tensor.layout, index, block=size)
     others = [n for n, other in enumerate(patches) if n != number and block.name in other.tensors]
     settled = (now == reached).all(axis=1)
-    if (settled & (before != after).any(axis=1)).any():
-        state.applied = True
+    found.applied = bool((settled & (before != after).any(axis=1)).any())
     for later in (patches[n] for n in others if n > number):
         overlay(reached, index, tensor, later)
         settled |= (now == reached).all(axis=1)  # later patches may have replaced this one's values
     for earlier in (patches[n] for n in others if n < number):
         overlay(now, index, tensor, earlier)
-    _note_numbers(now, tensor.info.type, state.numbers)
-    return before, after, np.where(settled[:, None], after, digests(now))
+    if not states[number].tells_models_apart:
+        _note_numbers(now, tensor.info.type, found.numbers)
+    return before, after, np.where(settled[:, None], after, digests(now)), found
+
+
+def _dispatch(checkpoint: Checkpoint, patch: Patch | LosslessPatch, limits: Limits) -> Dispatch | None:
+    """How the executor of ``limits``, if any, looks at blocks."""
+    if limits.executor is not None and patch.path is None:
+        raise UsageError("other processes cannot see a patch without a file", hint="save the patch first")
+    nbytes = patch.forward.block_bytes if isinstance(patch, LosslessPatch) else patch.value_bytes
+    again = partial(_again, checkpoint.source.address, patch.seen[0])
+    return limits.dispatch(again, (*checkpoint.seen, patch.seen), nbytes)
+
+
+def _again(checkpoint: str, patch: str) -> tuple[Callable[[Any], Any], Seen]:
+    """What looks at a block in another process, and the files that it sees."""
+    plan = plan_verify(checkpoint, patch)
+    seen = (*plan.checkpoint.seen, plan.patch.seen)
+    if isinstance(plan.patch, LosslessPatch):
+        return partial(_look, plan.checkpoint, plan.patch), seen
+    return partial(_compare, plan.checkpoint, [plan.patch], [PatchState()], None), seen
 
 
 def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
@@ -304,7 +329,7 @@ class VerifyPlan:
 def verify(
     checkpoint: AnyPath,
     patch: AnyPatch,
-    **options: Unpack[RunOptions],
+    **options: Unpack[RunAnywhereOptions],
 ) -> Verification:
     """Compare every vector that a patch touches, or every block, with its state before and after.
 
@@ -314,7 +339,7 @@ def verify(
     ----------
     checkpoint, patch:
         A checkpoint, and a patch or its path.
-    threads, memory, progress:
+    threads, memory, executor, progress:
         As in `diff`.
 
     Raises

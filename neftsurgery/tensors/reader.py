@@ -94,6 +94,11 @@ class OnDisk:
         return status.st_size, status.st_mtime_ns
 
     @property
+    def seen(self) -> tuple[str, int, object]:
+        """Its path, its size, and the time of its last change when it was opened."""
+        return os.path.abspath(self.path or ""), *self._stamp
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the whole file."""
         return self._open.status().st_size

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
-from .trainer import RunCallback, Watcher, make_trainer, trainer_arguments
+from .trainer import RunCallback, Watcher, make_trainer, processes, trainer_arguments
 
 _SAVES = 10  # per run, if the recipe gives no save_every
 #: Keys of ``train`` that the manifest leaves out.
@@ -144,7 +144,7 @@ class TrainPlan:
         watcher = Watcher(progress, report, note, stop)
         with _quiet_transformers():
             result = self._run(watcher, limits or Limits.of())
-        if self.recipe.push is None or result.patch is None:
+        if self.recipe.push is None or result.patch is None or int(os.environ.get("RANK") or 0):
             return result
         try:
             return replace(result, pushed=push(result.patch, self.recipe.push, progress=progress).url)
@@ -156,16 +156,22 @@ class TrainPlan:
         """Train, from the base's live model."""
         start = time.perf_counter()
         directory, mode, skip = self.run_directory, self.recipe.train.mode, self.recipe.train.skip
-        with directory.opened(self.identity, restart=self.restart):
-            save, resumed_from = last_save(directory.saves), directory.last_step
-            evaluates = bool(self.examples.dev) and save is None
-            args = self.trainer_arguments(directory.saves, eval_on_start=evaluates)
-            selection = directory.load_selection()
-            probes = selection is None and self.choice.selection is None  # which takes the weights themselves
-            model = model or self.load_model(quantized=not probes)
-            if self.recipe.data.packing:
-                require_separate(model, self.examples.train)
-            selection = selection or _choose(self, model, args.device, limits, watcher)
+        args = self.trainer_arguments(directory.saves)
+        first = args.process_index == 0
+        watcher = watcher if first else Watcher(stop=watcher.stop)
+        mode = "overlay" if mode == "auto" and (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP")) else mode
+        with ExitStack() as stack:
+            with args.main_process_first(local=False):  # the others wait until neurons are chosen
+                if first:
+                    stack.enter_context(directory.opened(self.identity, restart=self.restart))
+                save, resumed_from = last_save(directory.saves), directory.last_step
+                args.eval_on_start = bool(self.examples.dev) and save is None
+                selection = directory.load_selection()
+                probes = selection is None and self.choice.selection is None  # it takes plain weights
+                model = model or self.load_model(quantized=not probes)
+                if self.recipe.data.packing:
+                    require_separate(model, self.examples.train)
+                selection = selection or (_choose(self, model, args, limits, watcher) if first else None)
             stopped = TrainResult(self.out, directory.path, 0, self.steps, 0, False, Selection({}, {}), ())
             if selection is None:
                 return stopped
@@ -178,12 +184,15 @@ class TrainPlan:
                     return replace(stopped, selection=selection)
             with attach(model, selection, base=self.recipe.model, mode=mode, skip=skip) as attached:
                 with watcher.progress("training", self.steps - resumed_from) as advance:
-                    callback = RunCallback(watcher, advance, directory.losses)
+                    callback = RunCallback(watcher, advance, directory.losses if first else None)
                     trainer = make_trainer(self, attached, args, callback)
                     trainer.train(resume_from_checkpoint=None if save is None else str(save))
                 finished = not callback.stopped
                 result = _result(self, trainer.state, resumed_from, finished, attached.selection)
                 if not result.finished:
+                    return result
+                if not first:  # its shards of the values
+                    attached.patch().close()
                     return result
                 result = _publish(self, attached, result, time.perf_counter() - start)
             directory.remove()
@@ -214,11 +223,6 @@ def plan_train(
     """
     if resume and restart:
         raise UsageError("[[resume]] and [[restart]] do not go together")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError(
-            "a recipe is trained by one process",
-            hint="to train in several, write a Trainer of your own: docs/training.md",
-        )
     asked = read_recipe(recipe, overrides)
     if asked.push is not None and not is_repo(asked.push):
         raise UsageError("push is not the name of a repository", found=asked.push, hint="name it as org/name")
@@ -244,6 +248,8 @@ def plan_train(
         else:
             with in_recipe_words():
                 choice = choose_from_files(asked, base, limits or Limits.of(), progress)
+        if choice.selection is None and asked.probe.by == "finetune" and processes() > 1:
+            raise UsageError("a probe that fine-tunes runs in one process", hint="set probe.by to gradients")
         if asked.train.skip is None:  # refuses what the live model lacks
             live_places(meta_model(base, "causal_lm"), choice.layouts)
     finally:
@@ -330,12 +336,12 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _choose(
-    plan: TrainPlan, model: Any, device: torch.device, limits: Limits, watcher: Watcher
+    plan: TrainPlan, model: Any, args: TrainingArguments, limits: Limits, watcher: Watcher
 ) -> Selection | None:
     """Choose the neurons, and keep them in the run directory; None if the probe was stopped."""
     selection, scores, directory = plan.choice.selection, plan.choice.scores, plan.run_directory
     if selection is None:
-        probed = probe(plan, model, device, limits=limits, watcher=watcher)
+        probed = probe(plan, model, args.device, limits=limits, watcher=watcher)
         if probed is None:
             return None
         with probed:

@@ -40,6 +40,20 @@ _KEYS = {
 }  # fmt: skip
 
 
+def processes() -> int:
+    """How many processes a launcher such as ``torchrun`` has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _own_batches(size: int, accumulate: int) -> dict[str, int]:
+    """The batches of one process: a step sees as many examples, however many processes there are."""
+    count = processes()
+    if size % count and accumulate % count:
+        raise UsageError(f"{count} processes cannot share batches of {size}", hint="change train.batch_size")
+    size, accumulate = (size // count, accumulate) if accumulate % count else (size, accumulate // count)
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
+
+
 def trainer_arguments(
     recipe: Recipe, saves: Path, *, steps: int, save_every: int, dev: bool, **options: Any
 ) -> TrainingArguments:
@@ -68,6 +82,7 @@ def trainer_arguments(
         "restore_callback_states_from_checkpoint": train.early_stopping is not None,  # its count
     }  # fmt: skip
     ours |= {name: value for name, key in _KEYS.items() if (value := getattr(train, key)) is not None}
+    ours |= _own_batches(train.batch_size, train.accumulate)
     if train.warmup and train.scheduler == "constant":
         ours["lr_scheduler_type"] = "constant_with_warmup"
     arguments: type[TrainingArguments] = TrainingArguments
@@ -89,6 +104,8 @@ def trainer_arguments(
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # TRL's old names
             args = arguments(**(ours | pinned | train.more | options))
+        if args.world_size != processes():
+            raise ValueError(f"each of {processes()} processes would train alone: set train.device to cpu")
         for tracker in get_reporting_integration_callbacks(args.report_to):  # type: ignore[no-untyped-call]
             tracker()  # tells whether its package is installed
         return args
@@ -209,7 +226,10 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
         self._advance(1)
-        if self._watcher.stop() and state.global_step < state.max_steps:
+        asked = torch.tensor(self._watcher.stop(), dtype=torch.int32, device=args.device)
+        if processes() > 1:  # all stop if one is asked to
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if asked and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

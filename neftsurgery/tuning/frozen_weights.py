@@ -1,9 +1,9 @@
 """Autograd functions for frozen weights with trainable vectors. Pure: tensors in, tensors out.
 
-In each of them the forward pass computes with the whole weight ``W``, which already contains the trainable
-vectors, and never reads ``rows``. The backward pass gives the gradient of the input from the whole weight,
-and the gradient of ``rows`` alone. It saves the weight by reference, and the part of the input that the
-gradient of ``rows`` needs: all of it for outputs, only the chosen features for inputs.
+The forward pass computes with the whole weight ``W``, which already contains the trainable vectors, and does
+not read ``rows``, unless they are overlaid. The backward pass gives the gradient of the input from the whole
+weight, and the gradient of ``rows`` alone. It saves the weight by reference, and the part of the input that
+the gradient of ``rows`` needs: all of it for outputs, only the chosen features for inputs.
 
 ``rows`` is ``[k, width]`` of any float dtype, ``index`` int64 ``[k]``.
 """
@@ -50,7 +50,9 @@ def _flat(tensor: Tensor) -> Tensor:
 class FrozenLinear(Function):
     """Chosen outputs or inputs of a linear layer with ``W [out, in]``.
 
-    ``rows`` are rows of ``W``, ``[k, in]``; with ``inputs`` they are its columns, ``[k, out]``.
+    ``rows`` are rows of ``W``, ``[k, in]``; with ``inputs`` they are its columns, ``[k, out]``. With
+    ``overlaid``, the weight holds the vectors that they replace. What they change is then computed from the
+    difference, so with the weight's own vectors the output is the layer's, to the bit.
     """
 
     @staticmethod
@@ -63,66 +65,25 @@ class FrozenLinear(Function):
         index: Tensor,
         transposed: bool,
         inputs: bool,
+        overlaid: bool = False,
     ) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         out = linear(x, weight, bias, transposed)
-        kept = None
-        if ctx.needs_input_grad[1]:
+        kept: Any = None
+        delta = None
+        if overlaid or ctx.needs_input_grad[1]:
             kept = (_flat(x).index_select(1, index) if inputs else x).to(out.dtype)
-        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None, None if inputs else index)
-        ctx.transposed, ctx.rows_dtype = transposed, rows.dtype
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of ``x``, ``rows`` and ``bias``."""
-        x, weight, index = ctx.saved_tensors
-        of_x = of_rows = of_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = weight.to(grad.dtype)
-            of_x = grad @ weight.t() if ctx.transposed else grad @ weight
-        if ctx.needs_input_grad[1] and index is None:
-            of_rows = (x.t() @ _flat(grad)).to(ctx.rows_dtype)
-        elif ctx.needs_input_grad[1]:
-            of_rows = (_flat(grad).index_select(1, index).t() @ _flat(x)).to(ctx.rows_dtype)
-        if ctx.needs_input_grad[3]:
-            of_bias = _flat(grad).sum(0)
-        return of_x, of_rows, None, of_bias, None, None, None
-
-
-class OverlaidLinear(Function):
-    """A frozen linear layer with ``W [out, in]``, some of whose outputs or inputs have other vectors.
-
-    ``rows`` are these, as in `FrozenLinear`; the weight holds the old ones. What they change is computed from
-    the difference, so with the weight's own vectors the output is the layer's, to the bit.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rows: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        transposed: bool,
-        inputs: bool,
-    ) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
-        out = linear(x, weight, bias, transposed)
-        held = (
-            weight.index_select(1, index).t() if inputs is not transposed else weight.index_select(0, index)
-        )
-        delta = (rows - held.to(rows.dtype)).to(out.dtype)
-        x = x.to(out.dtype)
-        if inputs:
-            kept = _flat(x).index_select(1, index)
-            _flat(out).addmm_(kept, delta)
-        else:
-            kept = x
-            _flat(out).index_add_(1, index, _flat(x) @ delta.t())
-        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, weight, delta, index)
+        if overlaid:
+            across = inputs is not transposed
+            held = weight.index_select(1, index).t() if across else weight.index_select(0, index)
+            delta = (rows - held.to(rows.dtype)).to(out.dtype)
+            if inputs:
+                _flat(out).addmm_(kept, delta)
+            else:
+                _flat(out).index_add_(1, index, _flat(kept) @ delta.t())
+        needs_x, needs_rows, *_ = ctx.needs_input_grad
+        picks = None if inputs and not overlaid else index
+        ctx.save_for_backward(kept if needs_rows else None, weight if needs_x else None, delta, picks)
         ctx.transposed, ctx.inputs, ctx.rows_dtype = transposed, inputs, rows.dtype
         return out
 
@@ -132,17 +93,19 @@ class OverlaidLinear(Function):
         """Gradients of ``x``, ``rows`` and ``bias``."""
         kept, weight, delta, index = ctx.saved_tensors
         flat = _flat(grad)
-        chosen = flat if ctx.inputs else flat.index_select(1, index)
+        chosen: Any = flat if ctx.inputs else None
         of_x = of_rows = of_bias = None
+        if chosen is None and (ctx.needs_input_grad[1] or delta is not None):
+            chosen = flat.index_select(1, index)
         if ctx.needs_input_grad[0]:
             weight = weight.to(grad.dtype)
             of_x = grad @ weight.t() if ctx.transposed else grad @ weight
-            if ctx.inputs:
+            if delta is not None and ctx.inputs:
                 _flat(of_x).index_add_(1, index, flat @ delta.t())
-            else:
+            elif delta is not None:
                 _flat(of_x).addmm_(chosen, delta)
         if ctx.needs_input_grad[1]:
             of_rows = (kept.t() @ chosen if ctx.inputs else chosen.t() @ _flat(kept)).to(ctx.rows_dtype)
         if ctx.needs_input_grad[3]:
             of_bias = flat.sum(0)
-        return of_x, of_rows, None, of_bias, None, None, None
+        return of_x, of_rows, None, of_bias, None, None, None, None

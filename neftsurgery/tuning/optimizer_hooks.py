@@ -26,6 +26,7 @@ from .base_checkpoint import float_dtype
 
 log = logging.getLogger(__name__)
 
+_trainings: WeakSet[Training] = WeakSet()
 _KEY = "_neurons"  # the attribute of a parameter that says whose values it holds
 
 
@@ -53,6 +54,7 @@ class Training:
         neurons.training = self
         setattr(neurons.rows, _KEY, _Mark(neurons))
         self.neurons.append(neurons)
+        _trainings.add(self)
         _register_once()
 
     def check(self, for_patch: bool = False) -> None:
@@ -80,6 +82,9 @@ class Training:
                     found=f"{weight} with values of {rows}",
                     hint="cast the model before attaching to it, not after",
                 )
+            if sharded and neurons.kind is None:
+                what = "the model reads this weight itself, and FSDP gives it one without neurons"
+                raise UsageError(what, tensor=neurons.name, hint="leave it out of the selection")
             if sharded and not is_shard(neurons.rows):
                 raise UsageError(
                     "the gradient of these neurons is not reduced: other weights of the model are sharded",
@@ -118,9 +123,11 @@ def _register_once() -> None:  # one pair of hooks serves the whole process
 
 def _attached(optimizer: Optimizer) -> Iterator[tuple[Tensor, AttachedNeurons]]:
     """The parameters that hold values of neurons, and these; an error if they are not those of the model."""
+    live = () if torch.compiler.is_compiling() else [n for t in _trainings for n in t.neurons if n.active]
+    shards = {id(neurons.rows): _Mark(neurons) for neurons in live if is_shard(neurons.rows)}  # FSDP2's own
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            mark: _Mark | None = getattr(parameter, _KEY, None)
+            mark: _Mark | None = shards.get(id(parameter)) or getattr(parameter, _KEY, None)
             if mark is None:
                 continue
             neurons = mark.neurons()
@@ -135,11 +142,9 @@ def _attached(optimizer: Optimizer) -> Iterator[tuple[Tensor, AttachedNeurons]]:
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     attached = [*_attached(optimizer)]
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        _report_untrained(attached)
-    if compiling:
+    if torch.compiler.is_compiling():
         return
+    _report_untrained(attached)
     for training in {neurons.training for _, neurons in attached if neurons.training is not None}:
         training.check()
         training.optimizers.add(optimizer)

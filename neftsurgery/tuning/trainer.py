@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -50,8 +51,8 @@ class PatchSaving(_Trainer):
         trainer.train(resume_from_checkpoint=False)     # True: from the last complete save
         attached.patch("neuron_patch.safetensors")
 
-    Works with ``transformers.Trainer`` and TRL's ``SFTTrainer``, in one process or under DDP. Saves hold the
-    patch and what resuming needs; ``load_best_model_at_end`` loads the best values.
+    Works with ``transformers.Trainer`` and TRL's ``SFTTrainer``, alone or under DDP, FSDP2, ZeRO 1 or 2.
+    Saves hold the patch and what resuming needs; ``load_best_model_at_end`` loads the best values.
 
     Parameters
     ----------
@@ -79,11 +80,11 @@ class PatchSaving(_Trainer):
             super().__init__(own, *args, **kwargs)
         finally:
             own._hf_peft_config_loaded = marked
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise UsageError(
-                "a Trainer that shards the model cannot save patches",
-                hint="train in one process or under DDP, or shard the model in your own training loop",
-            )
+        state: Any = self.accelerator.state
+        zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3
+        if zero3 or (self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version == 1):
+            what = f"{'ZeRO 3' if zero3 else 'FSDP 1'} puts other tensors in the place of the weights"
+            raise UsageError(what, hint="use DDP, FSDP 2, ZeRO 1 or 2; or with ZeRO 3, a NeftConfig")
         if self.args.n_gpu > 1:
             raise UsageError(
                 "this Trainer would copy the model to several GPUs in one process",
@@ -105,6 +106,8 @@ class PatchSaving(_Trainer):
             resume_from_checkpoint = str(found)
         if resume_from_checkpoint and (done := self._finished(Path(resume_from_checkpoint))) is not None:
             return done
+        if resume_from_checkpoint and self.is_deepspeed_enabled:  # which then loads its own copy of them
+            self._load_values(Path(resume_from_checkpoint))
         model: Any = self.attached.model
         if self._inputs_need_gradients():
             model.enable_input_require_grads()
@@ -136,14 +139,32 @@ class PatchSaving(_Trainer):
                 return bool(options and options.get("use_reentrant"))
         return False
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the patch and the values. No weights are gathered; every process must call this."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Any] | None = None) -> None:
-        if not self.args.should_save:
+        if not (self.args.should_save or self.is_fsdp_enabled):
             return
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        self.attached.patch(folder / PATCH_NAME, force=True).close()
+        self.attached.patch(folder / PATCH_NAME if self.args.should_save else None, force=True).close()
         state = {name: tensor.cpu().contiguous() for name, tensor in self.attached.state_dict().items()}
-        save_file(state, folder / _STATE_NAME)
+        if self.args.should_save:
+            save_file(state, folder / _STATE_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer  # the Trainer would save all weights too
+
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")  # type: ignore[union-attr]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         args: Any = self.args
@@ -195,8 +216,7 @@ class PatchSaving(_Trainer):
 
 def last_save(folder: str | os.PathLike[str] | None) -> Path | None:
     """The last complete save in a Trainer's ``output_dir``; None if there is none."""
-    complete = (save for _, save in _saves(Path(str(folder))) if _is_complete(save))
-    return next(complete, None)
+    return next((save for _, save in _saves(Path(str(folder))) if _is_complete(save)), None)
 
 
 def _saves(folder: Path) -> Iterator[tuple[int, Path]]:

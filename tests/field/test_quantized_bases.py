@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import runpy
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -197,13 +201,16 @@ def test_neurons_without_the_files_of_the_base(base: Path, caplog: pytest.LogCap
         assert torch.equal(rows, plain.get_parameter(name)[index])
 
 
-def test_a_recipe(tmp_path: Path) -> None:
+def test_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from recipes_support import make
 
     make(tmp_path / "model", 2)
-    data = Path(__file__).parents[2] / "recipes" / "data" / "sums.jsonl"
+    recipes = Path(__file__).parents[2] / "recipes"
+    data = str(recipes / "data" / "sums.jsonl")
     recipe = {
-        "model": tmp_path / "model", "out": tmp_path / "run",
+        "model": str(tmp_path / "model"), "out": str(tmp_path / "run"), "control": "random",
         "data": {"train": data, "eval": data, "prompt": "{question}", "completion": " {answer}"},
         "probe": {"steps": 2}, "select": {"neurons": "10%"},
         "train": {
@@ -216,3 +223,11 @@ def test_a_recipe(tmp_path: Path) -> None:
     patch = ns.Patch.load(result.patch)
     assert patch.manifest["training"]["quantization"]["load_in_4bit"]
     ns.apply(tmp_path / "model", patch, out=tmp_path / "patched")
+
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setattr(sys, "argv", ["carry_over.py", str(tmp_path / "recipe.yaml")])
+    runpy.run_path(str(recipes / "carry_over.py"), run_name="__main__")
+    losses = dict(re.findall(r"^(\w.*?) +(\d\.\d{4})$", capsys.readouterr().out, re.MULTILINE))
+    assert list(losses) == ["quantized", "quantized, patched", "files", "files, patched"]
+    assert losses["files, patched"] < losses["files"]
+    assert losses["quantized, patched"] < losses["quantized"]

@@ -14,6 +14,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import fsspec
 import numpy as np
 import pytest
+from pages_support import ROOT, steps
+from safetensors.numpy import load_file
 from support import process, write_folder
 
 import neftsurgery as ns
@@ -99,6 +101,39 @@ def test_command(served: tuple[Path, Any], environment: dict[str, str], tmp_path
         assert told.code == code, told
         assert words in told.err
         assert not any(key in told.err + told.out for key in KEYS.values())
+
+
+def test_the_page(
+    served: tuple[Path, Any], environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/scale.md from two checkpoints in a bucket to scores, a patch and a verified local copy."""
+    folder, client = served
+    for side in ("base", "tuned"):
+        for path in (folder / side).iterdir():
+            client.put_object(Bucket="models", Key=f"{side}/{path.name}", Body=path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    page, ran = (ROOT / "docs" / "scale.md").read_text(), list[str]()
+    page = page[: page.index("### What is fetched")]
+    for step in steps(page):
+        if step.words[:4] == ["aws", "s3", "cp", "--recursive"]:  # the tool of the store
+            fsspec.filesystem("s3").get("models/base", "base", recursive=True)
+        elif "hf://" not in step.printed:
+            told = process(*step.words[1:], cwd=tmp_path, **environment)
+            assert told.code == 0, told
+            ran.append(step.words[1])
+    assert ran == ["diff", "select", "extract", "verify", "apply", "verify"]
+    ns.diff(folder / "base", folder / "tuned", out=tmp_path / "here")
+    assert (tmp_path / "scores.safetensors").read_bytes() == (tmp_path / "here").read_bytes()
+    selection = ns.Scores.load(tmp_path / "here").select(neurons="3%")
+    tuned = {}
+    for shard in (folder / "tuned").glob("*.safetensors"):
+        tuned |= load_file(shard)
+    written, base = (load_file(at / "model.safetensors") for at in (tmp_path / "patched", folder / "base"))
+    assert len(selection) == 246
+    for name, array in written.items():
+        rows = selection.tensors[name].index if name in selection.tensors else []
+        base[name][rows] = tuned[name][rows]
+        assert np.array_equal(array, base[name]), name
 
 
 def test_object_replaced_in_the_middle(served: tuple[Path, Any]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from report_support import write_scores
 from safetensors import safe_open
 
 import neftsurgery as ns
+from neftsurgery.reporting.inputs import MOST_SHOWN, read_candidates
+from neftsurgery.reporting.score_distribution import top_neurons_figure
 
 
 def test_units_are_counted_as_units(neft, pair, tmp_path):
@@ -47,3 +50,24 @@ def test_files_with_the_same_name_get_different_names(neft, files):
     assert len(set(names)) == 3
     assert names[1:] == ["a/scores.safetensors", "a/scores.safetensors (2)"]
     assert result.json["figures"]["overlap"]["rows"][0]["jaccard"] == 1.0
+
+
+@pytest.mark.parametrize("anatomy", ["rows", "units"])
+def test_of_many_candidates_a_sample_and_the_highest_are_read(pair, anatomy):
+    scores = ns.diff(*pair, anatomy=anatomy)
+    selection = scores.select(neurons="10%")
+    every = read_candidates(scores, selection)
+    some = read_candidates(scores, selection, most=-(-scores.neurons // 7))
+    assert every.step == 1
+    assert some.step == 7
+    where = {
+        place: n for n, place in enumerate(zip(every.tensor.tolist(), every.index.tolist(), strict=True))
+    }
+    same = [where[place] for place in zip(some.tensor.tolist(), some.index.tolist(), strict=True)]
+    assert len(every) / 7 - 1 <= len(some) <= len(every) / 7 + 1 + MOST_SHOWN
+    for column in ("score", "base_sq", "delta_sq", "chosen"):
+        np.testing.assert_array_equal(getattr(some, column), getattr(every, column)[same])
+    assert [every.kinds[n] for n in every.kind[same]] == [some.kinds[n] for n in some.kind]
+    np.testing.assert_array_equal(np.array(same)[some.order[:MOST_SHOWN]], every.order[:MOST_SHOWN])
+    assert f"one {some.word} in 7" in top_neurons_figure(some, "top").reading
+    assert "It shows one" not in top_neurons_figure(every, "top").reading

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from support import LLAMA_CONFIG, raw_file, vectors_of, write_file, write_folder
+from support import LLAMA_CONFIG, llama, process, raw_file, vectors_of, write_file, write_folder
 from test_accuracy import LARGEST, SCORES, assert_close, reference
 
 import neftsurgery as ns
@@ -785,3 +785,34 @@ def test_zero_rows(tmp_path):
     }
     for kind, values in expected.items():
         np.testing.assert_allclose(ns.diff(*files, score=kind).values("w"), np.float32(values), rtol=1e-6)
+
+
+@pytest.mark.parametrize("anatomy", ["rows", "units"])
+def test_scores_without_sums(anatomy: str, tmp_path: Path) -> None:
+    base, rng = llama(32, 64, 2, 50, 0), np.random.default_rng(1)
+    tuned = {k: (v.T * (1 + rng.random(len(v), np.float32) ** 8)).T for k, v in base.items()}
+    for name, side in (("base", base), ("tuned", tuned)):
+        write_folder(tmp_path / name, side, config={"model_type": "llama", "num_attention_heads": 4})
+    how = {"anatomy": anatomy, "out": tmp_path / "without"}
+    sides = tmp_path / "base", tmp_path / "tuned"
+    full, bare = ns.diff(*sides, anatomy=anatomy), ns.diff(*sides, sums=False, **how)
+    with safe_open(tmp_path / "without", "numpy") as file:
+        assert {*file.keys()} == {"score", "unit"} if anatomy == "units" else {"score"}
+    for name in full.tensors:
+        np.testing.assert_array_equal(bare.values(name), full.values(name))
+        assert bare.sums(name, "delta_sq") is None
+    chosen, wanted = bare.select(neurons="10%"), full.select(neurons="10%")
+    assert {name: c.index.tolist() for name, c in chosen.tensors.items()} == {
+        name: c.index.tolist() for name, c in wanted.tensors.items()
+    }
+    assert wanted.facts.captured is not None
+    assert chosen.facts.captured is None
+    with pytest.raises(ns.UsageError, match="needs the number of changed elements"):
+        bare.select(changed=True)
+    patch = ns.extract(*sides, scores=bare, neurons="10%")
+    assert patch.neurons == wanted.neurons
+    command = ("diff", str(sides[0]), str(sides[1]), "--no-sums", "--anatomy", anatomy)
+    told = process(*command, cwd=tmp_path)
+    assert "Without sums, only the order of the neurons is known." in told.out
+    assert "identical" not in told.out
+    assert process(*command, "--json", cwd=tmp_path).json["related"] is None

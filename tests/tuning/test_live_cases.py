@@ -356,6 +356,29 @@ def test_a_part_that_is_not_sharded() -> None:
         optimizer.step()
 
 
+@pytest.mark.usefixtures("one_process")
+def test_a_weight_that_is_read_under_fsdp() -> None:
+    """Its neurons would not train: FSDP puts its own weight in the place of the one that carries them."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x * self.scale)
+
+    model = Reader()
+    selection = select(model, {"scale": ([0], [1]), "layer.weight": ([0], [2])})
+    attached = ns.attach(model, selection, mode="overlay")
+    fully_shard(model)
+    optimizer = torch.optim.SGD(attached.parameters(), lr=0.1)
+    loss_of(model, 0).backward()
+    with pytest.raises(ns.UsageError, match=r"tensor scale: the model reads this weight itself"):
+        optimizer.step()
+
+
 def test_values_that_are_replaced() -> None:
     model = small()
     attached = ns.attach(model, select(model, PICKS), mode="overlay")

@@ -12,7 +12,7 @@ import click
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.dequantized import stored_side
 from ...neurons.submodels import stated_type
-from ...options import CompareOptions
+from ...options import CompareOptions, SpreadOptions
 from ...reporting.layer_map import BLOCKS, LayerMap, layer_map_lines
 from ...scoring.scores import Scores
 from ...surgery.diff import plan_diff
@@ -31,7 +31,15 @@ _MAPPED = "3%"
 @click.argument("base")
 @click.argument("tuned", required=False)
 @output_option("SCORES", text="Write the scores to this file.")
-@options_of(CompareOptions)
+@click.option(
+    "--no-sums",
+    "sums",
+    flag_value=False,
+    default=True,
+    help="Leave out the sums that scores derive from: the file is an eighth as large, and tells no shares of "
+    "the change.",
+)
+@options_of(CompareOptions, SpreadOptions)
 @writing_options
 def command(
     console: Console, base: str, tuned: str | None, out: str | None, score: str, dry_run: bool, **options: Any
@@ -125,9 +133,11 @@ def _say_summary(console: Console, summary: Summary, score: str) -> None:
         if summary.neurons:
             console.say("In the scored neurons nothing differs.")
         return
-    same = summary.neurons - summary.changed_neurons
-    console.say(*_relation(summary))
-    if same:
+    if summary.changed_neurons is None:
+        console.say("Without sums, only the order of the neurons is known.")
+    else:
+        console.say(*_relation(summary))
+    if same := summary.neurons - (summary.changed_neurons or summary.neurons):
         console.say(
             f"{plural(same, 'neuron')} of {commas(summary.neurons)} are bit-identical "
             f"({percent(same / summary.neurons)})."

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ...options import BudgetOptions, CompareOptions, ExtractOptions, LosslessOptions
+from ...options import BudgetOptions, CompareOptions, ExtractOptions, LosslessOptions, SpreadOptions
 from ...progress import Timing
 from ...surgery.extract import ExtractPlan, plan_extract
 from ...surgery.lossless import LosslessPlan
@@ -27,7 +27,7 @@ from ..options import options_of, output_option, take_budget, writing_options
     is_flag=True,
     help="Keep the replaced values too: revert then needs no base, and the patch is twice as large.",
 )
-@options_of(CompareOptions)
+@options_of(CompareOptions, SpreadOptions)
 @writing_options
 def command(console: Console, base: str, tuned: str, dry_run: bool, **options: Any) -> None:
     """Choose neurons of TUNED, and write them as a patch on BASE.

@@ -69,6 +69,8 @@ def command(
     from ...training.train import require_training
 
     require_training()
+    if int(os.environ.get("RANK") or 0):  # one of several processes speaks
+        console = Console(as_json=False, quiet=True, limits=console.limits)
     from ...training.recipe_reader import parse_overrides
     from ...training.train_plan import plan_train
 

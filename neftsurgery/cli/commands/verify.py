@@ -6,10 +6,11 @@ from dataclasses import asdict
 
 import click
 
+from ...options import SpreadOptions
 from ...surgery.verify import JOURNAL_HINT, TensorState, plan_verify
 from ...text import natural_key
 from ..console import Console
-from ..options import common_options
+from ..options import common_options, options_of
 
 _SHOWN = 20
 
@@ -18,6 +19,7 @@ _SHOWN = 20
 @click.argument("checkpoint")
 @click.argument("patch")
 @click.option("--expect", type=click.Choice(["base", "patched"]), help="Succeed only in this state.")
+@options_of(SpreadOptions)
 @common_options
 def command(console: Console, checkpoint: str, patch: str, expect: str | None) -> int:
     """Tell whether CHECKPOINT is base, patched, mixed or neither.
