@@ -27,34 +27,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """What a push did.
+    """What a push did."""
 
-    Attributes
-    ----------
-    repo, branch, commit, url:
-        Where the patch is now; pull it as ``repo@commit``. The address is that of the repository's page.
-    created, created_branch, changed:
-        Whether the repository and the branch were created, and whether there is a new commit: none if the Hub
-        had all files already, by their sizes and hashes.
-    card:
-        The README.
-    neurons, tensors, lossless:
-        How many the patch has, and whether it is lossless, which counts no neurons.
-    sha256:
-        Of the patch's file: what `pull` and `apply` check if they are given it.
-    """
-
+    # Where the patch is now: pull it as ``repo@commit``. The address is that of the repository's page.
     repo: str
     branch: str
     commit: str
     url: str
-    created: bool
-    changed: bool
-    card: str = field(repr=False)
-    neurons: int
+    created: bool  # whether the repository was created
+    changed: bool  # whether there is a new commit: not if the Hub had all files, by their sizes and hashes
+    card: str = field(repr=False)  # the README
+    neurons: int  # of the patch; a lossless one counts none
     tensors: int
-    sha256: str
-    created_branch: bool = False
+    sha256: str  # of the patch's file: what `pull` and `apply` check if they are given it
+    created_branch: bool = False  # whether the branch was created
     lossless: bool = False
 
     @property

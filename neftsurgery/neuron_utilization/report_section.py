@@ -41,9 +41,10 @@ def utilization_section(found: Utilization, title: str, *, suffix: str = "") -> 
         f"({_STATES[facts['states']]}) on “{label(text['name'])}”. The method is that of Xu et al., COLING "
         "2025, section 6.1."
     )
+    rows = tuple((b.start, b.stop, b.neurons, b.mean_rank_change) for b in found.buckets())
     figures = (
         _groups(found, suffix),
-        _buckets(found, suffix),
+        _figure("use-buckets", suffix, rows, lambda fig: _draw_buckets(fig, rows)),
         _map(found, suffix),
     )
     return ReportSection(
@@ -88,11 +89,6 @@ def _draw_groups(fig: MplFigure, groups: dict[str, NeuronGroup]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.55 * max(*shares, 0.01))
     axes.xaxis.set_major_formatter("{x:g}%")
-
-
-def _buckets(found: Utilization, suffix: str) -> ReportFigure:
-    rows = tuple((b.start, b.stop, b.neurons, b.mean_rank_change) for b in found.buckets())
-    return _figure("use-buckets", suffix, rows, lambda fig: _draw_buckets(fig, rows))
 
 
 def _draw_buckets(fig: MplFigure, rows: Sequence[tuple[float, float, int, float | None]]) -> None:

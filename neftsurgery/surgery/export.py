@@ -49,29 +49,16 @@ _BATCH_BYTES = 1 << 20  # of raw vectors, computed with at once
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The adapter that was written.
+    """The adapter that was written."""
 
-    Attributes
-    ----------
-    out:
-        The adapter folder.
-    modules, rank:
-        What it changes, and at which rank, the largest of several.
-    elements, inexact:
-        Replaced elements; how many of them differ from base plus update, added in float32 and rounded to the
-        base's dtype.
-    nbytes:
-        Bytes of the adapter's weights.
-    timing:
-        What it took.
-    """
-
-    out: Path
-    modules: Sequence[LoraModule] = field(repr=False)
-    rank: int
+    out: Path  # its folder
+    modules: Sequence[LoraModule] = field(repr=False)  # what it changes
+    rank: int  # the largest of several
+    # Replaced elements, and how many of them differ from base plus update, added in float32 and rounded to
+    # the base's dtype.
     elements: int
     inexact: int
-    nbytes: int
+    nbytes: int  # of its weights
     timing: Timing = field(default_factory=Timing, repr=False)
 
     @property

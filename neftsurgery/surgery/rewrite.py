@@ -51,34 +51,17 @@ _TensorRows = tuple[RowSource, str, TensorInfo]  # a tensor of the patch, and on
 
 @dataclass(frozen=True)
 class RewriteResult:
-    """What `apply` or `revert` did.
+    """What `apply` or `revert` did."""
 
-    Attributes
-    ----------
-    checkpoint:
-        The result: ``out``, or the checkpoint that was changed in place.
-    goal:
-        The state it is in now: ``patched`` or ``base``.
-    written:
-        Whether anything had to be written.
-    neurons, tensors:
-        How many neurons of how many tensors the patches touch; a lossless one counts no neurons.
-    left_behind:
-        Files and folders of the base that were not copied: other forms of the weights, which are stale.
-    timing:
-        What it took.
-    files:
-        Of a lossless patch: the names of the files of the result; in place, of those that changed.
-    """
-
-    checkpoint: Path
-    goal: str
-    written: bool
+    checkpoint: Path  # the result: ``out``, or the checkpoint that was changed in place
+    goal: str  # the state it is in now: ``patched`` or ``base``
+    written: bool  # whether anything had to be written
+    # How many neurons of how many tensors the patches touch; a lossless one counts no neurons.
     neurons: int = 0
     tensors: int = 0
-    left_behind: tuple[Path, ...] = ()
+    left_behind: tuple[Path, ...] = ()  # of the base: other forms of the weights, which are stale
     timing: Timing = field(default_factory=Timing, repr=False)
-    files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # of a lossless patch: those of the result; in place, those that changed
 
     def __str__(self) -> str:
         if not self.written:

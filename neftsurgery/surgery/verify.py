@@ -253,32 +253,18 @@ def _note_numbers(vectors: RawBytes, dtype: DType, numbers: set[int]) -> None:
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What `verify` found.
+    """What `verify` found."""
 
-    Attributes
-    ----------
-    state:
-        Of all touched tensors together: ``base``, ``patched``, ``mixed`` or ``neither``. If the patch changes
-        no bit, both ``base`` and ``patched`` hold, and the state is ``patched``.
-    tensors:
-        How many vectors are in which state, by touched tensor.
-    neurons:
-        How many neurons were compared, companion biases not counted; of a lossless patch, how many blocks.
-    same_base:
-        Whether the checkpoint, without the patch, has the fingerprint of the patch's base. None if the patch
-        does not record it, or does not hold what it replaced.
-    remark:
-        What speaks against the patch having been made for this checkpoint, or is not known of that.
-    """
-
+    # Of all touched tensors together. If the patch changes no bit, the state is ``patched``.
     state: State
-    tensors: dict[str, TensorState]
-    neurons: int
+    tensors: dict[str, TensorState]  # how many vectors are in which state, by touched tensor
+    neurons: int  # that were compared, without companion biases; of a lossless patch, blocks
+    # Whether the checkpoint, without the patch, has the fingerprint of the patch's base. None if the patch
+    # does not record it, or does not hold what it replaced.
     same_base: bool | None = None
-    remark: str | None = None
+    remark: str | None = None  # what speaks against the patch having been made for this checkpoint
     timing: Timing = field(default_factory=Timing)
-    #: What was compared: neurons, or blocks of a lossless patch.
-    unit: str = "neuron"
+    unit: str = "neuron"  # what was compared: ``neuron`` or ``block``
 
     def __str__(self) -> str:
         said = f"{self.state}: {plural(self.neurons, self.unit)} in {plural(len(self.tensors), 'tensor')}"

@@ -1,17 +1,10 @@
 """The probes of the live model, which score neurons on training examples: by gradients, or a short fine-tune.
 
-``gradient``: how far sign descent would turn the neuron. The first steps of Adam (Kingma and Ba, 2015),
-and all steps of signSGD (Bernstein et al., 2018), move every element by the learning rate against the
-sign of its gradient, whatever the gradient's size. How far a neuron turns then depends on how much its
-gradients agree from batch to batch and on how small its vector is, not on how large its gradients are.
-With ``s`` the mean over batches of the gradient's signs, a step of size ``h`` from ``w`` to ``w - h s`` is,
-to second order in ``h``, a cosine distance of ``h^2 r.r / (2 w.w)``, where ``r`` is the component of ``s``
-orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte per element.
-
-``fisher``: the sum of the neuron's squared gradients. That is the diagonal empirical Fisher information,
-which Sung et al. (2021) use for sparse masks, summed over the neuron. It takes one number per neuron.
-
-``gradient_over_weight``: the root of that over the norm of the vector, after GaLLoP (Choudhary et al., 2025).
+`docs/scores.md` defines ``gradient``, ``fisher`` and ``gradient_over_weight``, with their sources. For the
+first, let ``s`` be the mean over batches of the gradient's signs. A step of size ``h`` from ``w`` to
+``w - h s`` is, to second order in ``h``, a cosine distance of ``h^2 r.r / (2 w.w)``, where ``r`` is the
+component of ``s`` orthogonal to ``w``. The score is that distance over ``h^2``. It takes one byte per
+element, the others take one number per neuron.
 
 None needs a second model or an optimizer; all free the gradient of a weight once it is counted.
 """

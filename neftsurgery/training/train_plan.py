@@ -254,7 +254,8 @@ def plan_train(
             live_places(meta_model(base, "causal_lm"), choice.layouts)
     finally:
         base.close()
-    steps = asked.train.steps or _steps(asked, len(examples.train))
+    per_epoch = math.ceil(len(examples.train) / (asked.train.batch_size * asked.train.accumulate))
+    steps = asked.train.steps or max(1, math.ceil(asked.train.epochs * per_epoch))
     plan = TrainPlan(
         recipe=asked,
         base=base,
@@ -281,11 +282,6 @@ def _require_positions(base: Checkpoint, examples: Examples) -> None:
     if isinstance(positions, int) and longest > positions:
         what = f"an example has {longest:,} tokens, and the model {positions:,} positions"
         raise UsageError(what, file=base.name, hint="lower data.max_length")
-
-
-def _steps(recipe: Recipe, examples: int) -> int:
-    per_step = recipe.train.batch_size * recipe.train.accumulate
-    return max(1, math.ceil(recipe.train.epochs * math.ceil(examples / per_step)))
 
 
 def _refuse_out(recipe: Recipe, base: Checkpoint, force: bool) -> None:

@@ -172,11 +172,10 @@ class Watcher:
 
     def of(self, part: str) -> Watcher:
         """The same, told that what it hears is of a part of the run."""
-        return Watcher(
-            lambda what, *amount: self.progress(f"{part}, {what}", *amount),
-            lambda where, text: self.report(f"{part}, {where}", text),
-            lambda text: self.note(f"{part}, {text}"),
-            self.stop,
+        return dataclasses.replace(
+            self,
+            report=lambda where, text: self.report(f"{part}, {where}", text),
+            note=lambda text: self.note(f"{part}, {text}"),
         )
 
 

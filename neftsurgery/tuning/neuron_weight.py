@@ -148,7 +148,8 @@ class NeuronWeight(Tensor):
                 out = argument.neurons.compute(name, func, args, kwargs or {})
                 if out is not NotImplemented:
                     return out
-        changed, computed = (args[:1], args[1:]) if _is_in_place(name) or name in _STORED else ((), args)
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _ASSIGNING
+        changed, computed = (args[:1], args[1:]) if in_place or name in _STORED else ((), args)
         stored = tree_map_only(NeuronWeight, lambda weight: weight.neurons.stored, changed)
         more, named = tree_map_only(
             NeuronWeight, lambda weight: weight.neurons.carried(), (computed, kwargs or {})
@@ -187,11 +188,6 @@ class NeuronWeight(Tensor):
 
     def __reduce_ex__(self, protocol: object) -> Any:
         refuse_pickling()
-
-
-def _is_in_place(name: str) -> bool:
-    """Whether the torch function ``name`` changes its first argument."""
-    return (name.endswith("_") and not name.endswith("__")) or name in _ASSIGNING
 
 
 _ASSIGNING = {
