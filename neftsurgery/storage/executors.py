@@ -6,9 +6,7 @@ it must see the same files under the same names.
 
 from __future__ import annotations
 
-import functools
 import os
-import pickle
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,13 +26,14 @@ Reopen: TypeAlias = Callable[[], tuple[Callable[[Any], Any], Seen]]
 Dispatch: TypeAlias = tuple[Executor, Callable[[Sequence[Any]], Any], int, int]
 
 _lock = threading.Lock()
+_opened: dict[str, Callable[[Any], Any]] = {}  # what does the work, the last two
 
 
-def work_there(recipe: bytes, lot: Sequence[Any]) -> list[Any] | NeftError:
+def work_there(reopen: Reopen, seen: Seen, lot: Sequence[Any]) -> list[Any] | NeftError:
     """Do the work, in the worker. Errors that no other try would mend are returned."""
     try:
         with _lock:
-            work = _made(recipe)
+            work = _open(reopen, seen)
         return [work(item) for item in lot]
     except MachineError:
         raise
@@ -42,9 +41,9 @@ def work_there(recipe: bytes, lot: Sequence[Any]) -> list[Any] | NeftError:
         return error
 
 
-@functools.lru_cache(maxsize=2)
-def _made(recipe: bytes) -> Callable[[Any], Any]:
-    reopen, seen = pickle.loads(recipe)
+def _open(reopen: Reopen, seen: Seen) -> Callable[[Any], Any]:
+    if (key := repr((reopen, seen))) in _opened:
+        return _opened[key]
     worker, hint = f"the worker {platform.node()}", "all workers need the same files, packages and processors"
     try:
         work, found = reopen()
@@ -53,7 +52,10 @@ def _made(recipe: bytes) -> Callable[[Any], Any]:
     for one, other in zip_longest(seen, found):
         if one != other:
             raise MismatchError(f"{worker} is not alike", expected=one, found=other, hint=hint)
-    return work  # type: ignore[no-any-return]
+    for old in list(_opened)[:-1]:
+        del _opened[old]
+    _opened[key] = work
+    return work
 
 
 @contextmanager

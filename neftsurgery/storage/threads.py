@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -61,7 +60,7 @@ class Limits:
             return None
         lot = min(max(nbytes // _SHARE, _LOT_BYTES), _LARGEST_LOT)
         ahead = min(max(self.memory * _RESULT_SHARE // lot, 8), _MOST_AHEAD)
-        return self.executor, partial(work_there, pickle.dumps((reopen, seen))), lot, ahead
+        return self.executor, partial(work_there, reopen, seen), lot, ahead
 
 
 def in_order(

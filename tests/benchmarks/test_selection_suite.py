@@ -190,7 +190,7 @@ def test_the_best_state_is_kept_and_training_without_progress_stops(name, model,
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
-    shares = [tuning._rate_factor(step, 100) for step in range(1, 101)]
+    shares = [tuning.rate_factor(step, 100) for step in range(1, 101)]
     assert shares[0] == pytest.approx(0.2)
     assert max(shares) == 1.0 == shares[4] == shares[5]
     assert shares[-1] == pytest.approx(0.01 / 0.95)
