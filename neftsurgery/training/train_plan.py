@@ -299,7 +299,7 @@ def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdenti
 
 def _result(plan: TrainPlan, state: Any, begun: int, finished: bool, selection: Selection) -> TrainResult:
     curve, dev = curve_from_log(state.log_history), bool(plan.examples.dev)
-    if plan.recipe.control is not None:
+    if plan.recipe.control is not None and not int(os.environ.get("RANK") or 0):  # it removes the folder
         curve = with_control(curve, plan.run_directory.control / CURVE_NAME)
     best = [dev_losses(entry) for entry in state.log_history if entry["step"] == state.best_global_step]
     return TrainResult(
