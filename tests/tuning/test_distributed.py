@@ -68,3 +68,4 @@ def test_experts_that_one_process_does_not_visit(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
+            process.wait()
