@@ -50,7 +50,7 @@ from .recipe import Recipe, as_key
 from .recipe_reader import AnyRecipe, in_recipe_words, read_recipe
 from .run_directory import RunDirectory, RunIdentity
 from .train import TrainResult
-from .trainer import RunCallback, Watcher, make_trainer, processes, trainer_arguments
+from .trainer import RunCallback, Watcher, is_first_process, make_trainer, processes, trainer_arguments
 
 _SAVES = 10  # per run, if the recipe gives no save_every
 #: Keys of ``train`` that the manifest leaves out.
@@ -144,7 +144,7 @@ class TrainPlan:
         watcher = Watcher(progress, report, note, stop)
         with _quiet_transformers():
             result = self._run(watcher, limits or Limits.of())
-        if self.recipe.push is None or result.patch is None or int(os.environ.get("RANK") or 0):
+        if self.recipe.push is None or result.patch is None or not is_first_process():
             return result
         try:
             return replace(result, pushed=push(result.patch, self.recipe.push, progress=progress).url)
@@ -299,7 +299,7 @@ def _identity(recipe: Recipe, base: Checkpoint, examples: Examples) -> RunIdenti
 
 def _result(plan: TrainPlan, state: Any, begun: int, finished: bool, selection: Selection) -> TrainResult:
     curve, dev = curve_from_log(state.log_history), bool(plan.examples.dev)
-    if plan.recipe.control is not None and not int(os.environ.get("RANK") or 0):  # it removes the folder
+    if plan.recipe.control is not None and is_first_process():  # it removes the folder
         curve = with_control(curve, plan.run_directory.control / CURVE_NAME)
     best = [dev_losses(entry) for entry in state.log_history if entry["step"] == state.best_global_step]
     return TrainResult(

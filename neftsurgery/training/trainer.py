@@ -45,6 +45,11 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a launcher, or the only one, that writes and speaks."""
+    return not int(os.environ.get("RANK") or 0)
+
+
 def _own_batches(size: int, accumulate: int) -> dict[str, int]:
     """The batches of one process: a step sees as many examples, however many processes there are."""
     count = processes()

@@ -69,11 +69,12 @@ def command(
     from ...training.train import require_training
 
     require_training()
-    if int(os.environ.get("RANK") or 0):  # one of several processes speaks
-        console = Console(as_json=False, quiet=True, limits=console.limits)
     from ...training.recipe_reader import parse_overrides
     from ...training.train_plan import plan_train
+    from ...training.trainer import is_first_process
 
+    if not is_first_process():
+        console = Console(as_json=False, quiet=True, limits=console.limits)
     given = parse_overrides(overrides) | ({} if out is None else {"out": out})
     plan = plan_train(recipe, given, **options, **console.running)
     _say_plan(console, plan)
