@@ -33,7 +33,8 @@ class ProcessorTime:
         self.last = used()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self.files[report.nodeid.partition("::")[0]] += report.processor_seconds
+        seconds = getattr(report, "processor_seconds", 0.0)  # a worker that died left none
+        self.files[report.nodeid.partition("::")[0]] += seconds
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section(f"processor time: {sum(self.files.values()):.0f} s, of which")

@@ -21,7 +21,7 @@ from benchmarks.checkpoints.write import CHANGE, SPREAD
 Layout = Literal["fp8", "mxfp4"]
 Codes = NDArray[np.uint8]
 Parts = dict[str, tuple[str, NDArray[Any]]]  # by the end of the name: dtype, rows
-HIDDEN, EXPERT = 4096, 2880  # the width of rows: of FP8, and of MXFP4 as in gpt-oss
+WIDTHS = {"fp8": 4096, "mxfp4": 2880}  # of rows; of MXFP4 as in gpt-oss
 ROWS = 4096 + 128  # of the matrix
 STEP = 128 * 5  # rows from one weight's start to the next one's: whole blocks
 EXPERTS = 4
@@ -34,10 +34,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_quantized_pair(folder: Path, layout: Layout, nbytes: int) -> None:
-    """Writes ``folder/base`` and ``folder/tuned``, of about ``nbytes`` each, synced to the disk."""
+def write_quantized_pair(folder: Path, layout: Layout, nbytes: int, width: int | None = None) -> None:
+    """Writes ``folder/base`` and ``folder/tuned``, of about ``nbytes`` each, synced to the disk.
+
+    ``width`` is that of rows, a multiple of 128 (default: as in models).
+    """
     generator = np.random.default_rng(0)
-    shape = ROWS, HIDDEN if layout == "fp8" else EXPERT
+    shape = ROWS, width or WIDTHS[layout]
     numbers = SPREAD * generator.standard_normal(shape, np.float32)
     tuned = numbers + CHANGE * generator.standard_normal(shape, np.float32)
     for side, values in (("base", numbers), ("tuned", tuned)):

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks 
 
 @pytest.mark.parametrize("layout", ["fp8", "mxfp4"])
 def test_torch_scores_the_pairs_alike(layout: str, tmp_path: Path) -> None:
-    write_quantized_pair(tmp_path, layout, 10**6)  # one weight at least
+    write_quantized_pair(tmp_path, layout, 10**6, 256)  # one weight at least
     scores = ns.diff(tmp_path / "base", tmp_path / "tuned", score="relative")
     ends, dequantize = rival.SUFFIXES[layout], {"fp8": rival.fp8, "mxfp4": rival.mxfp4}[layout]
     (name,) = scores.tensors

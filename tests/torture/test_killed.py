@@ -25,7 +25,7 @@ from neftsurgery.checkpoint.healing import heal_recorded
 pytestmark = pytest.mark.slow
 
 SIGNALS = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]
-RUNS = times(6)
+RUNS = times(3)
 
 
 def hidden(folder: Path) -> list[str]:
@@ -52,7 +52,7 @@ def tries(runner: Runner, enough: Callable[[], bool] = lambda: True) -> Iterator
 
     Signals that all arrive too early or too late would prove nothing. ``enough`` may ask for more.
     """
-    for count in range(20 * RUNS):
+    for count in range(100 + 20 * RUNS):
         if count >= RUNS and runner.moments["midway"] > RUNS // 5 and enough():
             return
         yield
