@@ -19,7 +19,9 @@ import pytest
 import torch
 
 import neftsurgery as ns
+from benchmarks.__main__ import main
 from benchmarks.harness import json_lines
+from benchmarks.harness.process import QUIET
 from benchmarks.selection import models, tuning
 from benchmarks.selection.arms import ARMS
 from benchmarks.selection.choices import choose
@@ -34,7 +36,9 @@ from benchmarks.selection.examples import (
 )
 from benchmarks.selection.options import SCALES, Schedule, Shape
 from benchmarks.selection.tasks import task
-from benchmarks.selection.text import Sizes, Text, TextError
+from benchmarks.selection.text import ARTICLES, Sizes, Text, TextError
+from benchmarks.selection.text import PAIRS as PAIRS_FILE
+from neftsurgery.demo.tiny_model import single_thread
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = tuple(
@@ -213,30 +217,45 @@ def test_plays_are_split_into_whole_pieces(tmp_path, codec):
 
 def command(out: Path, text: Path, *words: str) -> list[str]:
     places = ["--text", str(text), "--work", str(out / "work"), "--out", str(out / "results")]
-    start = [sys.executable, "-m", "benchmarks", "selection", "--quick", "--threads", "1", "--seeds", "2"]
-    return [*start, *places, *words]
+    return ["selection", "--quick", "--threads", "1", "--seeds", "2", *places, *words]
 
 
-def done(words: list[str], code: int = 0) -> str:
-    finished = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert finished.returncode == code, finished.stderr
-    return finished.stderr
+def part_of(text: Path, folder: Path) -> Path:
+    """A folder with every eighth line of the text: each process reads and tokenizes all of it."""
+    for name in (PAIRS_FILE, *ARTICLES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = (text / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[::8]))
+    return folder
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_and_ends_with_the_same_lines(tmp_path, shared_data):
-    text, only = shared_data / "text", ("--only", "base,full,neft-3")
+@pytest.mark.filterwarnings("ignore")
+@single_thread()  # as in the processes: sums depend on it
+def test_a_killed_run_resumes_and_ends_with_the_same_lines(tmp_path, shared_data, monkeypatch):
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+
+    def finish(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+        main()
+
+    text, only = part_of(shared_data / "text", tmp_path / "text"), ("--only", "base,full,neft-3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done(command(whole, text, *only))
+    finish(*command(whole, text, *only))
     file = killed / "results" / "selection-quick.jsonl"
-    process = subprocess.Popen(command(killed, text, *only), cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *command(killed, text, *only)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and sum(line["kind"] == "run" for line in json_lines.load(file)) < 2:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = file.read_bytes()
     assert 2 <= sum(line["kind"] == "run" for line in json_lines.load(file)) < 5
-    done(command(killed, text, *only, "--workers", "2"))
+    finish(*command(killed, text, *only, "--workers", "2"))
     assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     results = [json_lines.load(folder / "results" / "selection-quick.jsonl") for folder in (whole, killed)]
     ours, again = ([same(line) for line in found if line["kind"] in ("run", "tuning")] for found in results)
@@ -247,7 +266,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_lines(tmp_path, shared_data
     page = (whole / "results.md").read_text()
     assert all(ARMS[name].label in page for name in only[1].split(","))
     assert str(tmp_path) not in page + json.dumps(results[0])
-    done(command(whole, text, *only))  # everything is done already
+    finish(*command(whole, text, *only))  # everything is done already
     assert len(json_lines.load(whole / "results" / "selection-quick.jsonl")) == len(results[0])
 
 
