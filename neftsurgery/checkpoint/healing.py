@@ -42,21 +42,12 @@ _RANGES = 20
 
 @dataclass(frozen=True)
 class HealResult:
-    """What `heal` did.
+    """What `heal` did."""
 
-    Attributes
-    ----------
-    checkpoint:
-        As it was named.
-    journals, neurons:
-        Those that were followed and removed, none if it was whole; how many vectors were written back.
-    """
-
-    checkpoint: str
-    journals: tuple[Path, ...]
-    neurons: int
-    #: What was counted: neurons, or ranges of bytes.
-    unit: str = "neuron"
+    checkpoint: str  # as it was named
+    journals: tuple[Path, ...]  # that were followed and removed; none if it was whole
+    neurons: int  # how many vectors were written back
+    unit: str = "neuron"  # what was counted: ``neuron``, or ``range`` of bytes
 
     def __str__(self) -> str:
         if not self.journals:

@@ -74,7 +74,8 @@ class PatchFile(FileBacked, ABC):
         self, file: TensorFile, manifest: Mapping[str, object], source: Source | None = None
     ) -> None:
         super().__init__(file)
-        self.manifest, self.source = manifest, source
+        self.manifest = manifest  # the JSON document of the file
+        self.source = source  # what was named to open it; None for a patch that was made here
 
     @classmethod
     @boundary

@@ -40,17 +40,7 @@ _MAX_ELEMENTS = 1 << 62  # of all tensors together, so that no sum of them leave
 
 
 class Scores(FileBacked):
-    """An open scores file: what was scored is in memory, the numbers are read when asked for.
-
-    Attributes
-    ----------
-    facts:
-        The file's JSON document. Made of a mapping.
-    tensors:
-        The scored tensors, ordered by name.
-    companion_biases:
-        Tensors of one-element neurons whose changes are recorded, by name.
-    """
+    """An open scores file: what was scored is in memory, the numbers are read when asked for."""
 
     def __init__(
         self,
@@ -61,9 +51,9 @@ class Scores(FileBacked):
         arrays: ScoreArrays,
     ) -> None:
         super().__init__(file)
-        self.facts = Facts(facts)
-        self.tensors = tensors
-        self.companion_biases = companion_biases
+        self.facts = Facts(facts)  # the file's JSON document
+        self.tensors = tensors  # those that are scored, ordered by name
+        self.companion_biases = companion_biases  # those of one-element neurons whose changes are recorded
         self._arrays = arrays
 
     @classmethod
