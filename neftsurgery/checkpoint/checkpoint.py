@@ -108,14 +108,11 @@ class Checkpoint:
     def open(cls, named: str | os.PathLike[str] | Source) -> Checkpoint:
         """The checkpoint at a path or of a Hub id; reads headers only.
 
-        Raises
-        ------
-        UsageError
-            If there is no such checkpoint.
-        CorruptFileError
-            If a header or the index is damaged, or points outside its folder.
-        MachineError
-            If something cannot be read, or a change in place was interrupted: see `neftsurgery.heal`.
+        Raises:
+            UsageError: If there is no such checkpoint.
+            CorruptFileError: If a header or the index is damaged, or points outside its folder.
+            MachineError: If something cannot be read, or a change in place was interrupted: see
+                `neftsurgery.heal`.
         """
         source = named if isinstance(named, Source) else resolve(named)
         refuse_unfinished(source)

@@ -94,14 +94,10 @@ def heal(checkpoint: str | os.PathLike[str]) -> HealResult:
 
     Only call this for a checkpoint whose journal you trust: `plan_heal` says what it would write.
 
-    Raises
-    ------
-    UsageError
-        If there is no such checkpoint, or a file of it is a symlink or has several hard links.
-    CorruptFileError, MismatchError
-        If the journal is damaged, or belongs to other files.
-    MachineError
-        If another process is changing the checkpoint now, or it cannot be written.
+    Raises:
+        UsageError: If there is no such checkpoint, or a file of it is a symlink or has several hard links.
+        CorruptFileError, MismatchError: If the journal is damaged, or belongs to other files.
+        MachineError: If another process is changing the checkpoint now, or it cannot be written.
     """
     return plan_heal(checkpoint).run()
 

@@ -163,34 +163,23 @@ def push(patch: AnyPatch, repo: str, **options: Unpack[PushOptions]) -> PushResu
 
     huggingface_hub finds the token: ``HF_TOKEN``, or that of ``hf auth login``.
 
-    Parameters
-    ----------
-    patch:
-        A patch, its file, or the Hub id of another repository.
-    repo:
-        ``org/name``; created if it does not exist.
-    private:
-        Create the repository as private. An existing public one is refused.
-    revision:
-        A branch; created from main if it does not exist. Default: main.
-    message:
-        The commit message.
-    base:
-        ``org/name`` or ``org/name@revision`` of the base, if the patch does not name it.
-    parent:
-        The commit that must be the branch's head: the one that you looked at last.
-    replace_card:
-        Write a new card. By default the owner's text is kept.
+    Args:
+        patch: A patch, its file, or the Hub id of another repository.
+        repo: ``org/name``; created if it does not exist.
+        private: Create the repository as private. An existing public one is refused.
+        revision: A branch; created from main if it does not exist. Default: main.
+        message: The commit message.
+        base: ``org/name`` or ``org/name@revision`` of the base, if the patch does not name it.
+        parent: The commit that must be the branch's head: the one that you looked at last.
+        replace_card: Write a new card. By default the owner's text is kept.
 
-    Raises
-    ------
-    UsageError
-        If a name is not valid, ``private`` does not fit the repository, or a named base does not exist.
-    MismatchError
-        If the branch is not at ``parent``, or moves on while the patch is sent; if ``base`` is not the one
-        that the patch names; if the card on the Hub cannot be read.
-    CorruptFileError, MachineError
-        If the patch's hashes do not match; if the Hub refuses or cannot be reached. The branch is as it was.
+    Raises:
+        UsageError: If a name is not valid, ``private`` does not fit the repository, or a named base does not
+            exist.
+        MismatchError: If the branch is not at ``parent``, or moves on while the patch is sent; if ``base`` is
+            not the one that the patch names; if the card on the Hub cannot be read.
+        CorruptFileError, MachineError: If the patch's hashes do not match; if the Hub refuses or cannot be
+            reached. The branch is as it was.
     """
     plan = plan_push(patch, repo, **options)
     warn(log, plan.warnings)

@@ -182,19 +182,14 @@ class Scores(FileBacked):
     def select(self, **budget: Unpack[SelectOptions]) -> Selection:
         """Choose neurons.
 
-        Parameters
-        ----------
-        **budget:
-            As `Budget.of`: one of ``neurons``, ``params``, ``threshold``, ``changed``, ``like``
-            (a selection, or counts per tensor); and ``per``, ``max_per_tensor``, ``policy``, ``seed``,
-            ``with_bias``.
+        Args:
+            **budget: As `Budget.of`: one of ``neurons``, ``params``, ``threshold``, ``changed``, ``like`` (a
+                selection, or counts per tensor); and ``per``, ``max_per_tensor``, ``policy``, ``seed``,
+                ``with_bias``.
 
-        Raises
-        ------
-        UsageError
-            For options that make no sense, or do not go together.
-        MismatchError
-            If no neuron can be chosen.
+        Raises:
+            UsageError: For options that make no sense, or do not go together.
+            MismatchError: If no neuron can be chosen.
         """
         split("select", budget, SelectOptions)
         return self.choose(Budget.of(**budget))

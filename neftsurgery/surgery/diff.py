@@ -154,53 +154,35 @@ def diff(
 ) -> Scores:
     """Score every neuron of a tuned checkpoint against its base.
 
-    Parameters
-    ----------
-    base, tuned:
-        Checkpoints: a file, a folder, or a Hub id. They may be sharded differently. ``tuned`` may be the
-        folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32. None: for scores of
-        the base alone.
-    out:
-        Where to write the scores file. None: the scores live in a temporary file until saved.
-    force:
-        Replace ``out`` if it exists.
-    sums:
-        False: leave out the sums that scores derive from, seven eighths of the file. ``captured``, budgets of
-        all that changed and most of a report need them.
-    strip_prefix, add_prefix:
-        What is removed from the front of ``tuned``'s tensor names, and put there: ``strip_prefix="module."``.
-        With both, it is put where the other was; without ``strip_prefix``, before names that ``base`` lacks.
-    anatomy:
-        What counts as a neuron: ``rows`` (default), ``ffn`` or ``units``.
-    axis:
-        Patterns of tensor names to neuron axes (``{"*.kernel": 1}``), the last match wins.
-    include, exclude, only:
-        Patterns of tensors to score in addition, to leave out, and of the only ones to score.
-    score:
-        ``cosine`` (default), ``l2``, ``relative``, ``changed``; of the base alone ``magnitude``, ``lowrank``,
-        ``norm`` or ``random``.
-    rank:
-        For the score ``lowrank``; by default 32.
-    seed:
-        For the score ``random``; by default 0.
-    threads:
-        That read and score; by default two per core. The result does not depend on it.
-    memory:
-        Bytes of buffers and mapped files, by default 176 MiB. The result does not depend on it.
-    executor:
-        A ``concurrent.futures.Executor`` whose processes, here or on other machines, see the same paths or
-        URLs: they read and compute instead of threads. The result does not depend on it.
-    progress:
-        Told of the bytes done.
+    Args:
+        base, tuned: Checkpoints: a file, a folder, or a Hub id. They may be sharded differently. ``tuned``
+            may be the folder of a PEFT LoRA adapter of the base: it is scored as if merged in float32. None:
+            for scores of the base alone.
+        out: Where to write the scores file. None: the scores live in a temporary file until saved.
+        force: Replace ``out`` if it exists.
+        sums: Whether to write the sums that scores derive from, seven eighths of the file. ``captured``,
+            budgets of all that changed and most of a report need them.
+        strip_prefix, add_prefix: What is removed from the front of ``tuned``'s tensor names, and put there:
+            ``strip_prefix="module."``. With both, it is put where the other was; without ``strip_prefix``,
+            before names that ``base`` lacks.
+        anatomy: What counts as a neuron: ``rows`` (default), ``ffn`` or ``units``.
+        axis: Patterns of tensor names to neuron axes (``{"*.kernel": 1}``), the last match wins.
+        include, exclude, only: Patterns of tensors to score in addition, to leave out, and of the only ones
+            to score.
+        score: ``cosine`` (default), ``l2``, ``relative``, ``changed``; of the base alone ``magnitude``,
+            ``lowrank``, ``norm`` or ``random``.
+        rank: For the score ``lowrank``; by default 32.
+        seed: For the score ``random``; by default 0.
+        threads: That read and score; by default two per core. The result does not depend on it.
+        memory: Bytes of buffers and mapped files, by default 176 MiB. The result does not depend on it.
+        executor: A ``concurrent.futures.Executor`` whose processes, here or on other machines, see the same
+            paths or URLs: they read and compute instead of threads. The result does not depend on it.
+        progress: Told of the bytes done.
 
-    Raises
-    ------
-    UsageError
-        For a path, name or option that makes no sense, or an ``out`` that exists.
-    MismatchError
-        If the checkpoints have nothing in common that can be scored.
-    CorruptFileError, MachineError
-        If a file is damaged; if something cannot be read or written.
+    Raises:
+        UsageError: For a path, name or option that makes no sense, or an ``out`` that exists.
+        MismatchError: If the checkpoints have nothing in common that can be scored.
+        CorruptFileError, MachineError: If a file is damaged; if something cannot be read or written.
     """
     run, compare = split("diff", options, RunAnywhereOptions, CompareOptions)
     machine = running(run)

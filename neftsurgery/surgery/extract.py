@@ -197,37 +197,27 @@ def extract(
 ) -> Patch | LosslessPatch:
     """Cut the chosen neurons of a tuned checkpoint out as a patch on its base.
 
-    Parameters
-    ----------
-    base, tuned:
-        Checkpoints: a file, a folder, or a Hub id; ``tuned`` may be a PEFT LoRA adapter of the base, and
-        counts as merged into it. With ``lossless`` also mappings of names to tensors, of numpy or torch.
-    selection:
-        The neurons to cut out. None: choose them by ``scores`` and a budget.
-    scores:
-        Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``rank``, ``axis``,
-        ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
-    lossless:
-        Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the weights
-        that belong to a model. Nothing is chosen then.
-    fast, weights_only:
-        For ``lossless``: forms that are decoded about as fast as memory is copied; no files beside the
-        weights.
-    reversible:
-        Keep the replaced values in the patch, so that it can be reverted without the base.
-    out:
-        Where to write the patch. None: it lives in a temporary file until saved.
-    neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias:
-        The budget, as in `Scores.select`: ``neurons="3%"`` and so on.
-    strip_prefix, add_prefix, force, threads, memory, executor, progress:
-        As in `diff`. An executor's processes score; this one cuts out.
+    Args:
+        base, tuned: Checkpoints: a file, a folder, or a Hub id; ``tuned`` may be a PEFT LoRA adapter of the
+            base, and counts as merged into it. With ``lossless`` also mappings of names to tensors, of numpy
+            or torch.
+        selection: The neurons to cut out. None: choose them by ``scores`` and a budget.
+        scores: Scores of these checkpoints. None: score them first, by ``anatomy``, ``score``, ``rank``,
+            ``axis``, ``include``, ``exclude`` and ``only`` as in `neftsurgery.diff`.
+        lossless: Keep the whole fine-tune instead of chosen neurons: every tensor, and the files beside the
+            weights that belong to a model. Nothing is chosen then.
+        fast, weights_only: For ``lossless``: forms that are decoded about as fast as memory is copied; no
+            files beside the weights.
+        reversible: Keep the replaced values in the patch, so that it can be reverted without the base.
+        out: Where to write the patch. None: it lives in a temporary file until saved.
+        neurons, params, threshold, changed, like, per, max_per_tensor, policy, seed, with_bias: The budget,
+            as in `Scores.select`: ``neurons="3%"`` and so on.
+        strip_prefix, add_prefix, force, threads, memory, executor, progress: As in `diff`. An executor's
+            processes score; this one cuts out.
 
-    Raises
-    ------
-    UsageError, CorruptFileError, MachineError
-        As `diff`.
-    MismatchError
-        If the checkpoints do not fit each other or the selection.
+    Raises:
+        UsageError, CorruptFileError, MachineError: As `diff`.
+        MismatchError: If the checkpoints do not fit each other or the selection.
     """
     run, choosing = split("extract", options, RunAnywhereOptions, ChoosingOptions)
     machine = running(run)

@@ -71,27 +71,20 @@ def inspect(
 ) -> Inspection:
     """Tell what a file or folder holds.
 
-    Parameters
-    ----------
-    named:
-        A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or several
-        patches. A Hub repository that holds a patch is that patch.
-    anatomy, axis, include, exclude, only:
-        For a checkpoint: what counts as a neuron, as in `neftsurgery.diff`; ``all``: ``kinds`` of weights in
-        place of ``tensors``, and the ``anatomies`` that are offered.
+    Args:
+        named: A checkpoint (file, folder or Hub id), scores, a selection or a patch (file or Hub id); or
+            several patches. A Hub repository that holds a patch is that patch.
+        anatomy, axis, include, exclude, only: For a checkpoint: what counts as a neuron, as in
+            `neftsurgery.diff`; ``all``: ``kinds`` of weights in place of ``tensors``, and the ``anatomies``
+            that are offered.
 
-    Returns
-    -------
-    Inspection
-        A dict of plain values that prints itself; see `Inspection.kind`. ``tensors`` lists the tensors; for
-        several patches, ``overlaps`` says what each two of them have in common.
+    Returns:
+        Inspection: A dict of plain values that prints itself; see `Inspection.kind`. ``tensors`` lists the
+            tensors; for several patches, ``overlaps`` says what each two of them have in common.
 
-    Raises
-    ------
-    UsageError
-        If there is nothing of that name, or several things are named that are not all patches.
-    CorruptFileError
-        If it is damaged.
+    Raises:
+        UsageError: If there is nothing of that name, or several things are named that are not all patches.
+        CorruptFileError: If it is damaged.
     """
     (given,) = split("inspect", options, InspectOptions)
     if not isinstance(named, (str, os.PathLike)):

@@ -160,43 +160,31 @@ def merge(
     those that several replace. The mean of the patches of clients that trained the same neurons is
     federated averaging.
 
-    Parameters
-    ----------
-    patches:
-        Patches or paths. Each is checked against its own hashes.
-    chain:
-        The patches are lossless, and each was made from what the one before it makes; a folder stands for
-        its patches. The result leads from the first base, which must be given, to the last checkpoint.
-    fast, weights_only:
-        Of the patch of a chain, as in `extract`; by default if every patch is so.
-    on_overlap:
-        ``error``; ``first`` or ``last`` of them wins; ``mean`` of the new values; ``sum`` of the
-        differences from the base; ``ties``: TIES-Merging (Yadav et al., NeurIPS 2023). See
-        `neftsurgery.patch.merging`. Computed in float64 and rounded once, to the tensor's own dtype.
-    weights:
-        One a patch, for ``mean``, ``sum`` and ``ties``. ``sum`` scales every difference of a patch by
-        its weight, also of neurons that it alone replaces.
-    density:
-        For ``ties``: the share of each patch's differences, over all neurons it shares with others, that
-        is kept. By default 0.2, as in the paper.
-    base:
-        The checkpoint that the patches were made from. ``sum`` and ``ties`` need it where the patches do
-        not hold the replaced values themselves. Every replaced vector is compared with its digest.
-    reversible:
-        Keep the replaced values; by default if every patch has them.
-    out, force, threads, memory, progress:
-        As in `extract`.
+    Args:
+        patches: Patches or paths. Each is checked against its own hashes.
+        chain: The patches are lossless, and each was made from what the one before it makes; a folder stands
+            for its patches. The result leads from the first base, which must be given, to the last
+            checkpoint.
+        fast, weights_only: Of the patch of a chain, as in `extract`; by default if every patch is so.
+        on_overlap: ``error``; ``first`` or ``last`` of them wins; ``mean`` of the new values; ``sum`` of the
+            differences from the base; ``ties``: TIES-Merging (Yadav et al., NeurIPS 2023). See
+            `neftsurgery.patch.merging`. Computed in float64 and rounded once, to the tensor's own dtype.
+        weights: One a patch, for ``mean``, ``sum`` and ``ties``. ``sum`` scales every difference of a patch
+            by its weight, also of neurons that it alone replaces.
+        density: For ``ties``: the share of each patch's differences, over all neurons it shares with others,
+            that is kept. By default 0.2, as in the paper.
+        base: The checkpoint that the patches were made from. ``sum`` and ``ties`` need it where the patches
+            do not hold the replaced values themselves. Every replaced vector is compared with its digest.
+        reversible: Keep the replaced values; by default if every patch has them.
+        out, force, threads, memory, progress: As in `extract`.
 
-    Raises
-    ------
-    UsageError
-        For options that make no sense or do not go together, or an ``out`` that exists; if replaced
-        values are needed and nobody has them.
-    MismatchError
-        If the patches were made from different bases, cut a tensor along different axes, or overlap
-        under ``error``; if ``base`` is not theirs.
-    CorruptFileError, MachineError
-        If a patch's hashes do not match its content; if something cannot be read or written.
+    Raises:
+        UsageError: For options that make no sense or do not go together, or an ``out`` that exists; if
+            replaced values are needed and nobody has them.
+        MismatchError: If the patches were made from different bases, cut a tensor along different axes, or
+            overlap under ``error``; if ``base`` is not theirs.
+        CorruptFileError, MachineError: If a patch's hashes do not match its content; if something cannot be
+            read or written.
     """
     run = run_keywords("merge", options)
     plan = plan_merge(

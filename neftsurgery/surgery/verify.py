@@ -321,19 +321,13 @@ def verify(
 
     A lossless patch is decoded, too: if the checkpoint is its base, `apply` will succeed.
 
-    Parameters
-    ----------
-    checkpoint, patch:
-        A checkpoint, and a patch or its path.
-    threads, memory, executor, progress:
-        As in `diff`.
+    Args:
+        checkpoint, patch: A checkpoint, and a patch or its path.
+        threads, memory, executor, progress: As in `diff`.
 
-    Raises
-    ------
-    MismatchError
-        If a tensor is missing, or of another shape or dtype.
-    CorruptFileError
-        If the patch does not match its own hashes, or a file is damaged.
+    Raises:
+        MismatchError: If a tensor is missing, or of another shape or dtype.
+        CorruptFileError: If the patch does not match its own hashes, or a file is damaged.
     """
     plan = plan_verify(checkpoint, patch)
     warn(log, plan.warnings)
